@@ -1,0 +1,58 @@
+"""Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
+
+import sys
+from collections.abc import Sequence
+
+from slzo import __version__
+from slzo.errors import SlzoError
+
+COMMANDS = {
+    "fit": "find the dominant layer and tune it with forward passes only",
+    "validate": "score dev rows",
+    "test": "score held-out rows",
+    "profile": "only find the dominant layer: print, draw and save the outlier profile",
+    "export": "write the tuned model as a Hugging Face folder",
+}
+
+_HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
+
+slzo {__version__}: fine-tune a language model with forward passes only, by tuning its one dominant decoder layer.
+
+commands:
+{chr(10).join(f"  {name:10s} {text}" for name, text in COMMANDS.items())}
+
+options:
+  -h, --help     this text; `slzo COMMAND --help` lists the options of a command
+  --version      the version
+
+examples:
+  slzo fit --config configs/quickstart.yaml
+  slzo fit --config configs/quickstart.yaml --data.task sst2 --data.data_dir DIR --model.eps 1e-3
+  slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
+  slzo export --ckpt_path last --output tuned-model
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after a mistake that the user can mend."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(_HELP)
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"slzo {__version__}\n")
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
+        from slzo.cli import run  # takes seconds: torch, Lightning and transformers
+
+        run(args)
+    except SlzoError as error:
+        sys.stderr.write(f"slzo: error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

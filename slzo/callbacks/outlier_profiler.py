@@ -1,0 +1,149 @@
+"""Finds the dominant layer before training, by forward passes only."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo.checkpoint import read_checkpoint
+from slzo.console import say
+from slzo.datamodule import TaskDataModule
+from slzo.errors import SlzoError
+from slzo.module import ZOModule
+from slzo.plots import profile_figure
+from slzo.tasks.base import Example
+from slzo.zo.profile import OutlierProfile, profile_layers
+from slzo.zo.selection import FirstOutlierLayer, SelectionRule
+
+PROFILE_FILE = "outlier_profile.json"
+_MIN_SEQUENCES = 10
+
+
+class OutlierProfiler(Callback):
+    """Measures activation outliers of every decoder layer and lets a rule choose the layer to tune.
+
+    Does nothing when model.layer is set. A resumed run takes layer and profile from its checkpoint.
+
+    Args:
+        rule: How the layer is chosen: FirstOutlierLayer, MaxRatioJump, FixedLayer, or your own SelectionRule.
+        num_sequences: Prompts to average over, at least 10.
+        batch_size: Prompts per forward pass.
+        text_file: Take sequences from this file, one a line, instead of the task's prompts.
+    """
+
+    def __init__(
+        self,
+        rule: SelectionRule | None = None,
+        num_sequences: int = 16,
+        batch_size: int = 16,
+        text_file: str | None = None,
+    ) -> None:
+        if num_sequences < _MIN_SEQUENCES:
+            raise SlzoError(
+                f"profiler.num_sequences {num_sequences}: single sequences mislead, average over at least {_MIN_SEQUENCES}"
+            )
+        if batch_size < 1:
+            raise SlzoError(f"profiler.batch_size {batch_size}: must be at least 1")
+        if text_file is not None and not Path(text_file).is_file():
+            raise SlzoError(f"profiler.text_file {text_file!r}: no such file; give a text file with one sequence a line")
+        self.rule = rule if rule is not None else FirstOutlierLayer()
+        self.num_sequences = num_sequences
+        self.batch_size = batch_size
+        self.text_file = text_file
+        self.profile: OutlierProfile | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the layer, unless it is known already."""
+        if stage != "fit" or not isinstance(pl_module, ZOModule) or pl_module.layer is not None:
+            return
+        if trainer.ckpt_path is not None:
+            layer = read_checkpoint(str(trainer.ckpt_path))["slzo"]["layer"]
+            pl_module.choose_layer(layer, "from the checkpoint")
+            return
+        pl_module.choose_layer(self.run(trainer, pl_module).dominant_layer, self.rule.describe())
+
+    def run(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
+        """Profile, show and save.
+
+        Raises:
+            SlzoError: The rule finds no layer, or there are too few sequences.
+        """
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, TaskDataModule):
+            raise SlzoError("the OutlierProfiler needs a TaskDataModule: pass datamodule=... to the trainer")
+        module.configure_model()
+        device = trainer.strategy.root_device
+        module.model.to(device)
+        batches = [batch.to(device) for batch in self._batches(datamodule)]
+        num_sequences = sum(batch.num_examples for batch in batches)
+        if num_sequences < _MIN_SEQUENCES:
+            raise SlzoError(
+                f"profiler: only {num_sequences} sequences to profile, at least {_MIN_SEQUENCES} are needed; use more rows"
+            )
+        layers, passes = profile_layers(module.split, batches)
+        tokenizer = datamodule.encoder.tokenizer
+        layers = [replace(layer, token=tokenizer.decode([layer.token_id])) for layer in layers]
+        profile = OutlierProfile(self._select(layers), self.rule.describe(), num_sequences, passes, tuple(layers))
+        # every process must tune the same layer, whatever rounding did on its device
+        self.profile = OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
+        say(format_profile(self.profile))
+        self._save(trainer)
+        return self.profile
+
+    def _select(self, layers: list[Any]) -> int:
+        try:
+            return self.rule.select(layers)
+        except SlzoError:
+            # the figures help to choose thresholds
+            say(format_profile(OutlierProfile(-1, "none", 0, 0, tuple(layers))))
+            raise
+
+    def _batches(self, datamodule: TaskDataModule) -> list[Any]:
+        if self.text_file is None:
+            return datamodule.profile_batches(self.num_sequences, self.batch_size)
+        lines = [line for line in Path(self.text_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        examples = [Example(str(i), line, ()) for i, line in enumerate(lines[: self.num_sequences])]
+        return datamodule.prompt_batches(examples, self.batch_size)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.log_dir is None or not trainer.is_global_zero or trainer.fast_dev_run or self.profile is None:
+            return
+        folder = Path(trainer.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PROFILE_FILE).write_text(json.dumps(self.profile.to_dict(), indent=2) + "\n", encoding="utf-8")
+        experiment = getattr(trainer.logger, "experiment", None)
+        if hasattr(experiment, "add_figure"):
+            experiment.add_figure("outlier_profile", profile_figure(self.profile))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The profile, kept in checkpoints."""
+        return {"profile": None if self.profile is None else self.profile.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the profile from a checkpoint."""
+        if state_dict["profile"] is not None:
+            self.profile = OutlierProfile.from_dict(state_dict["profile"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has a folder of its own and gets the profile too."""
+        if trainer.ckpt_path is not None:
+            self._save(trainer)
+
+
+def format_profile(profile: OutlierProfile) -> str:
+    """The profile as a table, the chosen layer marked."""
+    lines = ["layer    max |h|  median |h|     max/median   kurtosis  channel  token"]
+    for layer in profile.layers:
+        mark = "  <- dominant" if layer.index == profile.dominant_layer else ""
+        lines.append(
+            f"{layer.index:5d} {layer.max_abs:10.4g} {layer.median_abs:11.4g} {layer.ratio:14.5g} {layer.kurtosis:10.4g} "
+            f"{layer.channel:8d}  {layer.token!r} at {layer.position}{mark}"
+        )
+    if profile.dominant_layer >= 0:
+        lines.append(
+            f"Dominant layer {profile.dominant_layer}: {profile.rule} ({profile.num_sequences} sequences, "
+            f"{profile.num_forward_passes} batched forward passes)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""Scores held-out rows before and after training and writes the summary of a run."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from slzo.checkpoint import read_checkpoint
+from slzo.console import say
+from slzo.datamodule import TaskDataModule
+from slzo.module import ZOModule
+
+SUMMARY_FILE = "summary.json"
+
+
+class RunSummary(Callback):
+    """Ends a run with what was tuned, what it brought, how long it took and where the files are.
+
+    Args:
+        test_before: Score the held-out rows before training too.
+    """
+
+    def __init__(self, test_before: bool = True) -> None:
+        self.test_before = test_before
+        self._started = time.monotonic()
+        self._train_started = self._started
+        self._before: dict[str, float] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
+        if self.test_before and self._before is None and trainer.ckpt_path is None:
+            self._before = _score(trainer, pl_module, "before training")
+        self._train_started = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the best checkpoint, show and write the summary."""
+        if not isinstance(pl_module, ZOModule) or pl_module.tuned is None or trainer.fast_dev_run or trainer.interrupted:
+            return
+        train_seconds = time.monotonic() - self._train_started
+        best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
+        last = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        if best:
+            pl_module.load_state_dict(read_checkpoint(best)["state_dict"])
+        after = _score(trainer, pl_module, f"after training, {Path(best).name if best else 'last weights'}")
+        pl_module.load_state_dict(last)
+        datamodule: TaskDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        metric = datamodule.task.metric
+        before = self._before or {}
+        summary = {
+            "model": pl_module.model_name,
+            "task": datamodule.task.name,
+            "dominant_layer": pl_module.layer,
+            "layer_chosen_by": pl_module.layer_origin,
+            "num_layers": pl_module.split.num_layers,
+            "metric": metric,
+            "score_before": before.get(metric),
+            "score_after": after[metric],
+            "scores_before": before,
+            "scores_after": after,
+            "num_rows": len(datamodule.splits.test) if datamodule.splits else 0,
+            "steps": trainer.global_step,
+            "skipped_steps": pl_module.num_nonfinite,
+            "seconds": round(time.monotonic() - self._started, 2),
+            "train_seconds": round(train_seconds, 2),
+            "tuned_parameters": pl_module.tuned.num_elements,
+            "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
+            "seed": pl_module.noise_seed,
+            "best_checkpoint": best or None,
+            "run_dir": trainer.log_dir,
+        }
+        if trainer.is_global_zero:
+            _write(trainer, summary)
+            say(format_summary(summary))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score before training."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the score before training from a checkpoint."""
+        self._before = state_dict["before"]
+
+
+def _score(trainer: Trainer, module: LightningModule, when: str) -> dict[str, float]:
+    datamodule = getattr(trainer, "datamodule", None)
+    assert isinstance(module, ZOModule) and isinstance(datamodule, TaskDataModule) and datamodule.splits is not None
+    say(f"Scoring {len(datamodule.splits.test)} held-out rows {when} ...")
+    return module.evaluate(datamodule.test_dataloader(), datamodule.make_metrics())
+
+
+def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
+    if trainer.log_dir is None:
+        return
+    folder = Path(trainer.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if isinstance(trainer.logger, TensorBoardLogger):
+        metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
+        trainer.logger.log_hyperparams(trainer.lightning_module.hparams, metrics=metrics)
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary in a few lines."""
+    frozen = summary["total_parameters"] - summary["tuned_parameters"]
+    before = summary["score_before"]
+    change = "" if before is None else f"{before:.4f} -> "
+    lines = [
+        "",
+        f"Layer      {summary['dominant_layer']} of {summary['num_layers']}: {summary['layer_chosen_by']}",
+        f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
+        f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
+        f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
+    ]
+    if summary["skipped_steps"]:
+        lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
+    if summary["run_dir"]:
+        lines.append(f"Files      {summary['run_dir']}")
+    if summary["best_checkpoint"]:
+        lines.append(f"Checkpoint {summary['best_checkpoint']}")
+    return "\n".join(lines)

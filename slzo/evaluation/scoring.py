@@ -1,0 +1,100 @@
+"""Candidate scores and losses from logits at the answer positions."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slzo.models.packing import PackedBatch
+
+
+class LossKind(StrEnum):
+    """What training minimizes."""
+
+    CANDIDATES = "candidates"
+    """Cross-entropy over the candidates' scores."""
+    ANSWER = "answer"
+    """Negative log-likelihood of the gold answer's tokens."""
+
+
+class LossSum(NamedTuple):
+    """A sum and what to divide it by, both 0-dimensional float32, so that processes can be added up."""
+
+    total: Tensor
+    count: Tensor
+
+
+def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """Log-probability of each answer token, shape (R,), from full-vocabulary logits (U, vocabulary) in float32."""
+    normalizer = logits.logsumexp(dim=-1)
+    return logits[batch.token_row, batch.token_id] - normalizer[batch.token_row]
+
+
+def candidate_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """Mean log-likelihood of each candidate's tokens given the prompt, shape (C,), from logits (U, vocabulary)."""
+    tokens = token_log_likelihoods(logits, batch)
+    total = tokens.new_zeros(batch.candidate_length.shape).index_add_(0, batch.token_candidate, tokens)
+    return total / batch.candidate_length
+
+
+def choice_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """Scores of one-token candidates up to a constant per example, shape (C,), from logits (U, K) of ``choice_ids``.
+
+    The missing constant is the vocabulary's normalizer, which cancels in a softmax over the candidates of one prompt.
+    """
+    assert batch.token_choice is not None
+    return logits[batch.token_row, batch.token_choice]
+
+
+def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
+    """Scores (C,) as a matrix, one example a row, shape (B, most candidates), filled up with minus infinity."""
+    width = int(batch.candidate_slot.max()) + 1
+    table = scores.new_full((batch.num_examples, width), float("-inf"))
+    table[batch.candidate_example, batch.candidate_slot] = scores
+    return table
+
+
+def candidate_cross_entropy(scores: Tensor, batch: PackedBatch) -> LossSum:
+    """Cross-entropy over the candidates' scores (C,), summed over the examples."""
+    total = F.cross_entropy(by_example(scores, batch), batch.gold, reduction="sum")
+    return LossSum(total, total.new_tensor(float(batch.num_examples)))
+
+
+def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
+    """Negative log-likelihood of the gold answers' tokens, summed over tokens, from logits (U, vocabulary)."""
+    tokens = token_log_likelihoods(logits, batch)
+    is_gold = batch.candidate_slot == batch.gold[batch.candidate_example]
+    mask = is_gold[batch.token_candidate].to(tokens.dtype)
+    return LossSum(-(tokens * mask).sum(), mask.sum())
+
+
+def predictions(scores: Tensor, batch: PackedBatch) -> list[int]:
+    """Slot of the best candidate of each example; the first wins a tie."""
+    return by_example(scores, batch).argmax(dim=1).tolist()
+
+
+def needs_full_logits(kind: LossKind, batch: PackedBatch) -> bool:
+    """Whether a loss needs the whole vocabulary or only the candidates' rows of the head."""
+    return kind is not LossKind.CANDIDATES or batch.choice_ids is None
+
+
+def training_loss(kind: LossKind, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+    """The loss of a batch.
+
+    Args:
+        kind: What is minimized.
+        logits: Shape (U, K) of ``batch.choice_ids`` if ``selected``, else (U, vocabulary).
+        batch: The batch.
+        selected: Whether the logits are those of the candidates only.
+    """
+    if kind is LossKind.ANSWER:
+        return answer_loss(logits, batch)
+    scores = choice_scores(logits, batch) if selected else candidate_scores(logits, batch)
+    return candidate_cross_entropy(scores, batch)
+
+
+def stack(sums: list[LossSum]) -> Tensor:
+    """Totals and counts of several evaluations, shape (2, P)."""
+    return torch.stack([torch.stack([item.total for item in sums]), torch.stack([item.count for item in sums])])

@@ -1,0 +1,51 @@
+"""Write the tuned model as a plain Hugging Face folder."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from slzo.checkpoint import read_checkpoint
+from slzo.errors import SlzoError
+from slzo.models.load import load_model, load_tokenizer
+
+
+def export_checkpoint(ckpt_path: str, output: str) -> Path:
+    """Merge a checkpoint's tuned tensors into its base model and save model and tokenizer.
+
+    Args:
+        ckpt_path: Checkpoint of a run.
+        output: Folder to write; must not exist or be empty.
+
+    Returns:
+        The folder, loadable with ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        SlzoError: The checkpoint cannot be used or the folder is not empty.
+    """
+    target = Path(output).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SlzoError(f"output {output!r}: exists and is not an empty folder; choose another one or remove it")
+    checkpoint = read_checkpoint(ckpt_path)
+    note = checkpoint["slzo"]
+    model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in checkpoint["state_dict"].items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise SlzoError(f"ckpt_path {ckpt_path!r}: tensor {name!r} does not fit model {note['model']!r}")
+            parameters[name].copy_(tensor)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # written beside the target and moved, so that an interrupted export leaves no half folder
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(partial)
+        load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(partial)
+        partial.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,0 +1,1 @@
+"""Loading models and splitting them at a layer."""

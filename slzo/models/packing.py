@@ -1,0 +1,232 @@
+"""Padding-free batches: examples as one row of tokens, shared prompts stored once.
+
+Shapes used here: ``T`` tokens in the batch, ``N`` sequences (one per distinct prompt + candidate), ``L`` the longest
+sequence of a group, ``B`` examples, ``C`` candidates, ``U`` positions whose logits are needed, ``R`` answer tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from slzo.data.encoding import EncodedExample
+
+# A sequence joins a group of longer ones while it is at least this fraction of the longest: each group is one
+# attention call, and attention over padding costs more than a few calls.
+_GROUP_RATIO = 0.75
+
+
+class _Movable:
+    """Moves every tensor field of a dataclass to a device."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        def move(value: object) -> object:
+            if isinstance(value, Tensor | _Movable):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, tuple):
+                return tuple(move(item) for item in value)
+            return value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class PackedLayout(_Movable):
+    """Which packed tokens form which sequence.
+
+    Attributes:
+        groups: Per group of similar lengths, packed token positions, shape (N_g, L_g), int64. A shared prompt appears in
+            every sequence that contains it. Padding, always on the right, repeats position 0.
+        valid: Per group, shape (N_g, L_g), bool, ``False`` on padding.
+        inverse: For each packed token its place in the concatenation of the flattened groups, shape (T,), int64.
+    """
+
+    groups: tuple[Tensor, ...]
+    valid: tuple[Tensor, ...]
+    inverse: Tensor
+
+    def repeat(self, times: int) -> "PackedLayout":
+        """The layout of ``times`` copies of the batch, one after the other in the packed row."""
+        num_tokens = self.inverse.numel()
+        offsets = [copy * num_tokens for copy in range(times)]
+        inverse, start = [torch.empty_like(self.inverse) for _ in offsets], 0
+        group_start = 0
+        for group in self.groups:
+            inside = (self.inverse >= start) & (self.inverse < start + group.numel())
+            for copy, target in enumerate(inverse):
+                moved = self.inverse - start + group_start + copy * group.numel()
+                target[inside] = moved[inside]
+            start += group.numel()
+            group_start += group.numel() * times
+        return PackedLayout(
+            groups=tuple(torch.cat([group + offset for offset in offsets]) for group in self.groups),
+            valid=tuple(valid.repeat(times, 1) for valid in self.valid),
+            inverse=torch.cat(inverse),
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch(_Movable):
+    """One batch, ready for the model and for scoring.
+
+    Attributes:
+        input_ids: Token ids, shape (T,), int64. The last token of a candidate predicts nothing and is left out.
+        position_ids: Position of each token in its sequence, shape (T,), int64.
+        layout: See :class:`PackedLayout`.
+        example_index: Cache key of each example, length B.
+        example_tokens: Packed tokens of each example, length B, in order; they sum to T.
+        rows: Packed positions whose logits are needed, shape (U,), int64.
+        token_row: For each answer token its index in ``rows``, shape (R,), int64.
+        token_id: The answer tokens, shape (R,), int64.
+        token_candidate: For each answer token its candidate, shape (R,), int64.
+        candidate_length: Answer tokens of each candidate, shape (C,), int64.
+        candidate_example: Example of each candidate, shape (C,), int64, not decreasing.
+        candidate_slot: Place of each candidate within its example, shape (C,), int64.
+        gold: Slot of the training target of each example, shape (B,), int64; -1 without a label.
+        choice_ids: Distinct candidate tokens, shape (K,), int64, if every candidate has exactly one token, else ``None``.
+        token_choice: For each answer token its index in ``choice_ids``, shape (R,), int64, or ``None``.
+        num_sequence_tokens: Tokens that a candidate-at-a-time evaluation would process.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: PackedLayout
+    example_index: tuple[int, ...]
+    example_tokens: tuple[int, ...]
+    rows: Tensor
+    token_row: Tensor
+    token_id: Tensor
+    token_candidate: Tensor
+    candidate_length: Tensor
+    candidate_example: Tensor
+    candidate_slot: Tensor
+    gold: Tensor
+    choice_ids: Tensor | None
+    token_choice: Tensor | None
+    num_sequence_tokens: int
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the batch (B)."""
+        return len(self.example_index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model (T)."""
+        return self.input_ids.numel()
+
+
+def _shared_prefix(example: EncodedExample, share: bool) -> int:
+    """Number of leading tokens that all candidates have in common, never reaching into an answer."""
+    if not share and len(example.sequences) > 1:
+        return 0
+    limit = min(len(sequence.ids) - sequence.num_answer for sequence in example.sequences)
+    first = example.sequences[0].ids
+    for sequence in example.sequences[1:]:
+        if sequence.ids[:limit] != first[:limit]:
+            limit = next(i for i in range(limit) if sequence.ids[i] != first[i])
+    return limit
+
+
+def _group_sequences(sequences: Sequence[Sequence[int]], grouped: bool) -> list[list[int]]:
+    """Sequence numbers, sorted by length and cut into groups of similar length (one group if not ``grouped``)."""
+    if not grouped:
+        return [list(range(len(sequences)))]
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+    groups: list[list[int]] = []
+    for number in order:
+        if groups and len(sequences[number]) >= _GROUP_RATIO * len(sequences[groups[-1][0]]):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: bool) -> PackedLayout:
+    groups, valid, offset = [], [], 0
+    inverse = torch.zeros(num_tokens, dtype=torch.int64)
+    for numbers in _group_sequences(sequences, grouped):
+        width = max(len(sequences[n]) for n in numbers)
+        index = torch.zeros(len(numbers), width, dtype=torch.int64)
+        mask = torch.zeros(len(numbers), width, dtype=torch.bool)
+        for row, n in enumerate(numbers):
+            positions = torch.tensor(sequences[n], dtype=torch.int64)
+            index[row, : len(positions)] = positions
+            mask[row, : len(positions)] = True
+            inverse[positions] = offset + row * width + torch.arange(len(positions))
+        groups.append(index)
+        valid.append(mask)
+        offset += index.numel()
+    return PackedLayout(tuple(groups), tuple(valid), inverse)
+
+
+def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, group_lengths: bool = True) -> PackedBatch:
+    """Build a batch without padding.
+
+    Args:
+        examples: What to pack, in this order.
+        share_prompts: Store a prompt once for all of its candidates; ``False`` gives each candidate its own copy.
+        group_lengths: Attend over sequences of similar length together; ``False`` pads all to the longest.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    sequences: list[tuple[int, ...]] = []
+    rows: dict[int, int] = {}
+    token_row: list[int] = []
+    token_id: list[int] = []
+    token_candidate: list[int] = []
+    lengths: list[int] = []
+    owners: list[int] = []
+    slots: list[int] = []
+    example_tokens: list[int] = []
+    sequence_tokens = 0
+    for number, example in enumerate(examples):
+        start = len(ids)
+        shared = _shared_prefix(example, share_prompts)
+        common = tuple(range(start, start + shared))
+        ids.extend(example.sequences[0].ids[:shared])
+        positions.extend(range(shared))
+        for slot, sequence in enumerate(example.sequences):
+            sequence_tokens += len(sequence.ids)
+            branch = sequence.ids[shared:-1]
+            places = common + tuple(range(len(ids), len(ids) + len(branch)))
+            ids.extend(branch)
+            positions.extend(range(shared, shared + len(branch)))
+            if branch or slot == 0:
+                sequences.append(places)
+            candidate = len(lengths)
+            for offset in range(len(sequence.ids) - sequence.num_answer, len(sequence.ids)):
+                token_row.append(rows.setdefault(places[offset - 1], len(rows)))
+                token_id.append(sequence.ids[offset])
+                token_candidate.append(candidate)
+            lengths.append(sequence.num_answer)
+            owners.append(number)
+            slots.append(slot)
+        example_tokens.append(len(ids) - start)
+    one_token = all(length == 1 for length in lengths)
+    choices = sorted(set(token_id)) if one_token else []
+    place = {token: i for i, token in enumerate(choices)}
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return PackedBatch(
+        input_ids=tensor(ids),
+        position_ids=tensor(positions),
+        layout=_build_layout(sequences, len(ids), group_lengths),
+        example_index=tuple(example.index for example in examples),
+        example_tokens=tuple(example_tokens),
+        rows=tensor(list(rows)),
+        token_row=tensor(token_row),
+        token_id=tensor(token_id),
+        token_candidate=tensor(token_candidate),
+        candidate_length=tensor(lengths),
+        candidate_example=tensor(owners),
+        candidate_slot=tensor(slots),
+        gold=tensor([example.gold[0] if example.gold else -1 for example in examples]),
+        choice_ids=tensor(choices) if one_token else None,
+        token_choice=tensor([place[token] for token in token_id]) if one_token else None,
+        num_sequence_tokens=sequence_tokens,
+    )

@@ -1,0 +1,303 @@
+"""Split any Hugging Face decoder into prefix, tuned layer and suffix without code for single families.
+
+A view is a shallow copy of the module that owns the decoder layers: it shares every weight, but some layers are replaced by
+stand-ins that pass, inject or record hidden states. The model's own forward then prepares masks, positions and rotary
+embeddings for each layer as its authors meant, and the original model is never modified.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from slzo.errors import SlzoError
+from slzo.models.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, register_packed_attention
+from slzo.models.packing import PackedBatch, PackedLayout, pack
+
+
+class _Pass(nn.Module):
+    """Stands for a layer that is not run."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+class _Inject(_Pass):
+    """Hands on given hidden states in place of its input."""
+
+    value: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.value is not None
+        return super().forward(self.value)
+
+
+class _Capture(_Pass):
+    """Keeps the hidden states that arrive."""
+
+    value: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.value = hidden_states
+        return super().forward(hidden_states)
+
+
+class _Precomputed(nn.Module):
+    """Stands for the whole decoder and returns final hidden states that are already known."""
+
+    value: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.value)
+
+
+class _SelectedHead(nn.Module):
+    """The language-model head for a few tokens of the vocabulary."""
+
+    token_ids: Tensor | None = None
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self._head = (head,)  # in a tuple, so that the head is not registered as a submodule a second time
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        head = self._head[0]
+        assert self.token_ids is not None
+        bias = None if head.bias is None else head.bias.index_select(0, self.token_ids)
+        return F.linear(hidden_states, head.weight.index_select(0, self.token_ids), bias)
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares everything but the dictionary of its children."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _replace(root: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
+    """Shallow copy of ``root`` in which the module at ``path`` is another one."""
+    twin = _shallow_copy(root)
+    head, _, rest = path.partition(".")
+    twin._modules[head] = _replace(getattr(root, head), rest, stand_in) if rest else stand_in
+    return twin
+
+
+def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers.
+
+    Raises:
+        SlzoError: The model has no unique list of ``num_hidden_layers`` layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", None)
+    ]
+    # an inner list (experts, adapters) can have the same length by chance; the outermost one holds the layers
+    found = [(name, module) for name, module in found if not any(name.startswith(f"{other}.") for other, _ in found)]
+    if getattr(config, "is_encoder_decoder", False) or len(found) != 1 or model.get_output_embeddings() is None:
+        raise SlzoError(
+            f"model.model: architecture {type(model).__name__} is not supported: expected a decoder-only language model "
+            f"with one list of decoder layers and a head, found {len(found)} such lists; use a causal language model "
+            "such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
+        )
+    return found[0]
+
+
+class SplitModel:
+    """Runs parts of a decoder-only model on packed batches.
+
+    Args:
+        model: In evaluation mode; its weights are shared, not copied.
+        packed: Run without padding. ``False`` pads each sequence on the right and uses the model's own attention; models
+            that do not use transformers' attention interface always run this way.
+
+    Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, packed: bool = True) -> None:
+        self.model = model
+        self.layers_path, self.layers = find_decoder_layers(model)
+        self.num_layers = len(self.layers)
+        self.packed = packed and _use_packed_attention(model)
+        self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
+        self._stack = model.get_submodule(self._stack_path)
+        self._as_tuple = _layer_returns_tuple(model, self.layers[0])
+        self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
+        self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
+
+    def run(self, batch: PackedBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
+        """Run decoder layers ``start`` to ``stop - 1``.
+
+        Args:
+            batch: Tokens and layout.
+            start: First layer to run.
+            stop: One past the last layer. With all layers run, the final norm is applied too.
+            hidden: Input of layer ``start``, shape (T, hidden); not needed for ``start == 0``.
+
+        Returns:
+            Input of layer ``stop``, or the final hidden states; shape (T, hidden).
+        """
+        view, inject, capture = self._view(start, stop)
+        if inject is not None:
+            if hidden is None:
+                raise ValueError(f"running from layer {start} needs the hidden states that enter it")
+            inject.value = self._spread(hidden, batch)
+        try:
+            output = view(**self._inputs(batch), use_cache=False)
+            final = output.last_hidden_state if capture is None else capture.value
+            assert final is not None
+            return self.to_packed(final, batch)
+        finally:
+            if inject is not None:
+                inject.value = None
+            if capture is not None:
+                capture.value = None
+
+    def head(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Logits of final hidden states.
+
+        Args:
+            hidden: Shape (U, hidden).
+            token_ids: Compute only these tokens' logits, shape (K,); ``None`` for the whole vocabulary.
+
+        Returns:
+            Shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
+        """
+        view, precomputed, selected = self._head_view(token_ids is not None)
+        precomputed.value = hidden.unsqueeze(0)
+        if selected is not None:
+            selected.token_ids = token_ids
+        try:
+            # the stand-in ignores the ids, some forwards only read their shape
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+            return view(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            precomputed.value = None
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Full-vocabulary logits at ``batch.rows`` from a whole forward pass, shape (U, vocabulary), float32."""
+        return self.head(self.run(batch, 0, self.num_layers).index_select(0, batch.rows))
+
+    def _view(self, start: int, stop: int) -> tuple[nn.Module, _Inject | None, _Capture | None]:
+        if not 0 <= start <= stop <= self.num_layers:
+            raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
+        if (start, stop) not in self._views:
+            inject = _Inject(self._as_tuple) if start > 0 else None
+            capture = _Capture(self._as_tuple) if stop < self.num_layers else None
+            layers: list[nn.Module] = [_Pass(self._as_tuple) for _ in range(self.num_layers)]
+            layers[start:stop] = list(self.layers)[start:stop]
+            if inject is not None:
+                layers[start - 1] = inject
+            if capture is not None:
+                layers[stop] = capture
+            view = _replace(self._stack, self._layers_name, nn.ModuleList(layers).eval())
+            self._views[start, stop] = (view, inject, capture)
+        return self._views[start, stop]
+
+    def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
+        if selected not in self._head_views:
+            precomputed = _Precomputed()
+            view = _replace(self.model, self._stack_path, precomputed)
+            head = None
+            if selected:
+                original = self.model.get_output_embeddings()
+                path = next(name for name, module in self.model.named_modules() if module is original)
+                head = _SelectedHead(original)
+                view = _replace(view, path, head)
+            self._head_views[selected] = (view, precomputed, head)
+        return self._head_views[selected]
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        if self.packed:
+            return {
+                "input_ids": batch.input_ids.unsqueeze(0),
+                "position_ids": batch.position_ids.unsqueeze(0),
+                # a four-dimensional mask is passed on untouched: no (T, T) mask is built
+                "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
+                LAYOUT_ARGUMENT: batch.layout,
+            }
+        index, valid, _ = _padded(batch.layout)
+        return {
+            "input_ids": batch.input_ids[index],
+            "position_ids": batch.position_ids[index],
+            "attention_mask": valid.long(),
+        }
+
+    def _spread(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return hidden.unsqueeze(0) if self.packed else hidden[_padded(batch.layout)[0]]
+
+    def to_packed(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Hidden states as the model shapes them, in packed form (T, hidden)."""
+        return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, _padded(batch.layout)[2])
+
+
+def _padded(layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The layout with all sequences in one group: packed positions (N, L), which are real (N, L), and the inverse (T,)."""
+    width = max(group.shape[1] for group in layout.groups)
+    inverse = torch.empty_like(layout.inverse)
+    start = rows = 0
+    for group in layout.groups:
+        inside = (layout.inverse >= start) & (layout.inverse < start + group.numel())
+        place = layout.inverse[inside] - start
+        inverse[inside] = (rows + place // group.shape[1]) * width + place % group.shape[1]
+        start += group.numel()
+        rows += group.shape[0]
+    index = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in layout.groups])
+    valid = torch.cat([F.pad(valid, (0, width - valid.shape[1])) for valid in layout.valid])
+    return index, valid, inverse
+
+
+def _use_packed_attention(model: PreTrainedModel) -> bool:
+    """Switch the model to packed attention; ``False`` where its attention is not exchangeable."""
+    if not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(register_packed_attention())
+    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+
+
+@torch.no_grad()
+def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether the decoder layers return a tuple, seen on two tokens."""
+    seen: list[Any] = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return isinstance(seen[0], tuple)
+
+
+@torch.no_grad()
+def check_split(split: SplitModel, layer: int, examples: list[Any]) -> float:
+    """Largest difference between the split model's logits and the whole model's, relative to the largest logit.
+
+    Args:
+        split: The split to check.
+        layer: Where to split.
+        examples: A few encoded examples (:class:`slzo.data.encoding.EncodedExample`).
+    """
+    batch = pack(examples).to(split.model.device)
+    hidden = split.run(batch, layer, split.num_layers, split.run(batch, 0, layer))
+    ours = split.head(hidden.index_select(0, batch.rows))
+    # place and length of each sequence, straight from the examples
+    worst = 0.0
+    for number, example in enumerate(examples):
+        for slot, sequence in enumerate(example.sequences):
+            ids = torch.tensor([sequence.ids], device=split.model.device)
+            plain = split.model(input_ids=ids, use_cache=False).logits[0].float()
+            candidate = (batch.candidate_example == number) & (batch.candidate_slot == slot)
+            tokens = candidate[batch.token_candidate]
+            expected = plain[-sequence.num_answer - 1 : -1]
+            difference = (ours[batch.token_row[tokens]] - expected).abs().max() / plain.abs().max()
+            worst = max(worst, float(difference))
+    return worst

@@ -1,0 +1,100 @@
+"""One wheel through ``pip download``, with errors that say what went wrong."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+_POLL_SECONDS = 5.0
+_TIMEOUT_SECONDS = 15
+
+
+class PipError(Exception):
+    """Pip did not deliver the wheel.
+
+    Attributes:
+        advice: What to do next, where it differs from the usual; else empty.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.advice = advice
+
+
+def download_wheel(package: str, version: str, folder: Path, on_progress: Callable[[int], None]) -> Path:
+    """Download a wheel without its dependencies.
+
+    Args:
+        package: Name on PyPI.
+        version: The exact version.
+        folder: An empty folder for the wheel and for pip's temporary files.
+        on_progress: Called every few seconds with the number of bytes so far.
+
+    Returns:
+        Path of the wheel.
+
+    Raises:
+        PipError: Pip is missing or failed.
+    """
+    target, temporary = folder / "wheel", folder / "pip"
+    for path in (target, temporary):
+        path.mkdir()
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+    # Without a network this fails within a minute; a longer time that the user asks for is for slow mirrors.
+    if not {"PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT"} & os.environ.keys():
+        command += ["--timeout", str(_TIMEOUT_SECONDS)]
+    command += ["download", "--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off"]
+    command += ["--dest", str(target), f"{package}=={version}"]
+    environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
+    status, output = run_pip(command, environment, lambda: on_progress(_size(folder)))
+    if "No module named pip" in output:
+        raise PipError(
+            "pip is not installed in this Python environment",
+            "run `python -m ensurepip` (in a uv environment `uv pip install pip`) and repeat",
+        )
+    wheels = list(target.glob("*.whl"))
+    if status != 0 or not wheels:
+        raise PipError(reason_of(output) or f"pip ended with status {status}")
+    return wheels[0]
+
+
+def run_pip(command: list[str], environment: Mapping[str, str], on_wait: Callable[[], None]) -> tuple[int, str]:
+    """Run pip and return its exit status and its output, both streams together."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        try:
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=_POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    on_wait()
+                else:
+                    return process.returncode, output
+        except BaseException:
+            process.kill()
+            raise
+
+
+def reason_of(output: str) -> str:
+    """Return the part of pip's output that says why it failed, on one line; empty if there is none."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # "No matching distribution" is all that pip says at the end when in truth the network is down.
+    for line in reversed(lines):
+        if match := re.search(r"connection broken by '(.*)'(?:: \S*)?$", line):
+            cause = re.sub(r"<[^<>]*>: ?|^\w+\(|[\"')]+$", "", match[1])
+            return cause.lstrip("\"', ")[:200]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    return errors[-1].removeprefix("ERROR:").strip()[:200] if errors else ""
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # pip removed it in the meantime
+            continue
+    return total

@@ -1,0 +1,1 @@
+"""The tasks, one file each; see :mod:`slzo.tasks.base` for the contract."""

@@ -1,0 +1,92 @@
+"""What a task is: how a row becomes a prompt with candidates, and how the answers are scored."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Literal
+
+Split = Literal["train", "test"]
+"""The two pools that rows are read from; dev examples are drawn from the first."""
+
+
+class Kind(StrEnum):
+    """How a task is trained and scored (PROTOCOL of MeZO's ``large_models``)."""
+
+    CLASSIFICATION = "classification"
+    """Trained by cross-entropy over the candidates' scores, scored by the best candidate."""
+    MULTIPLE_CHOICE = "multiple_choice"
+    """Trained by the gold answer's token loss, scored by the best candidate."""
+    GENERATION = "generation"
+    """Trained by the gold answer's token loss, scored by greedy generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt and its possible answers.
+
+    Attributes:
+        id: Unique within the data set; used to keep splits apart and to name predictions.
+        prompt: Text before the answer, outer spaces (not newlines) removed.
+        candidates: Answer texts, a leading space included where the answer needs one. Classification and multiple
+            choice: the options. Generation: the one text that is trained on.
+        gold: Indices of the right candidates, the first is the training target. Empty when the row has no label.
+        references: Accepted answers of a generation task, without outer white space.
+        group: Key that joins rows scored together (MultiRC: the question), else ``None``.
+    """
+
+    id: str
+    prompt: str
+    candidates: tuple[str, ...]
+    gold: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """Where a task's rows live on the Hugging Face Hub."""
+
+    path: str
+    config: str | None = None
+    train: str = "train"
+    test: str = "validation"
+
+
+class Task(ABC):
+    """Contract of a task. One file, one class, one line in the registry.
+
+    Attributes (of the class; a task made from a template sets them on the instance):
+        name: The task's name in configs.
+        version: Raised whenever prompts, candidates or scoring change.
+        kind: See :class:`Kind`.
+        hub: Where the rows are on the Hub, ``None`` for a task without a Hub data set.
+        fields: Row fields that :meth:`example` reads; a missing one is reported with file and row.
+        metric: Name of the metric that chooses the best checkpoint.
+        grouped: Rows of one :attr:`Example.group` are also scored together (MultiRC).
+        default_num_dev: Dev rows drawn from the training split when the user gives no number.
+        files: A custom task's own files, by split; empty for the others.
+    """
+
+    name: str
+    version: int = 1
+    kind: Kind
+    hub: HubSource | None = None
+    fields: tuple[str, ...] = ()
+    metric: str = "accuracy"
+    grouped: bool = False
+    default_num_dev: int = 500
+    files: Mapping[Split, str] = MappingProxyType({})
+
+    @abstractmethod
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """Turn one row (the Hub's fields) into an example.
+
+        Raises:
+            ValueError: A field has a wrong type or a label lies outside the candidates; the caller adds file and row.
+        """
+
+    def shipped_rows(self, split: Split) -> Sequence[Mapping[str, Any]] | None:
+        """Rows of a data set that comes as a package; ``None`` if they must be read from files or the Hub."""
+        return None

@@ -1,0 +1,33 @@
+"""BoolQ: a yes/no question about a passage.
+
+Source: https://huggingface.co/datasets/aps/super_glue (config boolq); splits: train, validation.
+Prompt: ``{passage} {Question}?⏎``, the question with a capital and one question mark.
+Candidates: ``No``, ``Yes`` (label 0, 1).
+Metric: accuracy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import label_field, text_field
+
+
+class BoolQ(Task):
+    """See the module."""
+
+    name = "boolq"
+    version = 1
+    kind = Kind.CLASSIFICATION
+    hub = HubSource("aps/super_glue", "boolq")
+    fields = ("passage", "question", "label")
+    candidates = ("No", "Yes")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        question = text_field(row, "question")
+        question = question[0].upper() + question[1:]
+        if not question.endswith("?"):
+            question += "?"
+        prompt = f"{text_field(row, 'passage')} {question}\n"
+        return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

@@ -1,0 +1,41 @@
+"""COPA: which of two sentences is the effect or the cause of a premise?
+
+Source: https://huggingface.co/datasets/aps/super_glue (config copa); splits: train, validation.
+Prompt: the premise without its full stop, then `` so`` (effect) or `` because`` (cause).
+Candidates: a space and the choice, its first word in lower case unless it is ``I`` (label 0, 1).
+Metric: accuracy.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import label_field, shown, text_field
+
+CONJUNCTIONS = MappingProxyType({"effect": "so", "cause": "because"})
+
+
+class Copa(Task):
+    """See the module."""
+
+    name = "copa"
+    version = 1
+    kind = Kind.MULTIPLE_CHOICE
+    hub = HubSource("aps/super_glue", "copa")
+    fields = ("premise", "choice1", "choice2", "question", "label")
+    default_num_dev = 100
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        conjunction = CONJUNCTIONS.get(str(row.get("question")))
+        if conjunction is None:
+            raise ValueError(f"field 'question' is {shown(row.get('question'))}; it must be 'effect' or 'cause'")
+        premise = text_field(row, "premise").strip().removesuffix(".")
+        choices = tuple(f" {_lower_first_word(text_field(row, name))}" for name in ("choice1", "choice2"))
+        return Example(id, f"{premise} {conjunction}", choices, label_field(row, 2))
+
+
+def _lower_first_word(choice: str) -> str:
+    first, space, rest = choice.strip().partition(" ")
+    return f"{first if first == 'I' else first.lower()}{space}{rest}"

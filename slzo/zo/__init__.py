@@ -1,0 +1,1 @@
+"""Zeroth-order optimization in plain torch: noise, tuned tensors, estimators, layer selection."""

@@ -1,0 +1,103 @@
+"""Rules that read a profile and name the dominant layer."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from slzo.errors import SlzoError
+from slzo.zo.profile import LayerStatistics
+
+
+class SelectionRule(ABC):
+    """Chooses a layer from the statistics of all layers, first layer first."""
+
+    @abstractmethod
+    def select(self, layers: list[LayerStatistics]) -> int:
+        """Index of the dominant layer."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The rule in a few words, for the table and the JSON file."""
+
+
+class MaxRatioJump(SelectionRule):
+    """The layer whose ratio of largest to median magnitude grows most over the layer before it.
+
+    Needs no threshold, so it always answers.
+    """
+
+    def select(self, layers: list[LayerStatistics]) -> int:
+        """See :class:`SelectionRule`; the first layer is compared with a ratio of 1."""
+        before = [1.0] + [layer.ratio for layer in layers[:-1]]
+        jumps = [layer.ratio / max(ratio, 1.0) for layer, ratio in zip(layers, before, strict=True)]
+        return max(range(len(layers)), key=jumps.__getitem__)
+
+    def describe(self) -> str:
+        """See :class:`SelectionRule`."""
+        return "largest growth of max/median over the layer before"
+
+
+class FirstOutlierLayer(SelectionRule):
+    """First layer with massive activations (Sun et al. 2024, arXiv 2402.17762; Dominant-Layer ZO, arXiv 2606.05516).
+
+    Args:
+        max_abs: A layer's largest magnitude must exceed this.
+        ratio: Its largest magnitude must exceed this many times its median magnitude.
+        fallback: What to do when no layer qualifies: ``error``, or ``max_ratio_jump`` (and say so).
+    """
+
+    def __init__(
+        self, max_abs: float = 100.0, ratio: float = 1000.0, fallback: Literal["error", "max_ratio_jump"] = "error"
+    ) -> None:
+        self.max_abs = max_abs
+        self.ratio = ratio
+        self.fallback = fallback
+        self._fell_back = False
+
+    def select(self, layers: list[LayerStatistics]) -> int:
+        """See :class:`SelectionRule`.
+
+        Raises:
+            SlzoError: No layer qualifies and ``fallback`` is ``error``.
+        """
+        for layer in layers:
+            if layer.max_abs > self.max_abs and layer.ratio > self.ratio:
+                return layer.index
+        if self.fallback == "max_ratio_jump":
+            self._fell_back = True
+            return MaxRatioJump().select(layers)
+        best = max(layers, key=lambda layer: layer.ratio)
+        raise SlzoError(
+            f"profiler.rule: no layer has max > {self.max_abs:g} and max/median > {self.ratio:g}; the closest is layer "
+            f"{best.index} with max {best.max_abs:.4g} and ratio {best.ratio:.4g}; lower the thresholds, set "
+            "profiler.rule.fallback to max_ratio_jump, or choose a layer with model.layer"
+        )
+
+    def describe(self) -> str:
+        """See :class:`SelectionRule`."""
+        rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
+        return f"{rule}; none, so {MaxRatioJump().describe()}" if self._fell_back else rule
+
+
+class FixedLayer(SelectionRule):
+    """A layer chosen beforehand; the profile is still made and shown.
+
+    Args:
+        index: The layer, counted from 0.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def select(self, layers: list[LayerStatistics]) -> int:
+        """See :class:`SelectionRule`.
+
+        Raises:
+            SlzoError: The model has no such layer.
+        """
+        if not 0 <= self.index < len(layers):
+            raise SlzoError(f"profiler.rule.index {self.index}: the model has layers 0 to {len(layers) - 1}")
+        return self.index
+
+    def describe(self) -> str:
+        """See :class:`SelectionRule`."""
+        return f"fixed to layer {self.index}"

