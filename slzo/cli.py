@@ -1,13 +1,12 @@
 """The LightningCLI of slzo: YAML and options in, one clear line out when they are wrong."""
 
-import difflib
-import re
-import sys
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.__main__ import COMMANDS
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
+from slzo.cli_errors import one_line
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
@@ -33,19 +33,6 @@ class SlzoParser(LightningArgumentParser):
             SlzoError: Always.
         """
         raise SlzoError(one_line(message, self)) from ex
-
-
-def one_line(message: str, parser: LightningArgumentParser) -> str:
-    """The parser's message on one line, with what is allowed and the nearest known option or class."""
-    text = " ".join(message.split())
-    unknown = re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected|[Uu]nrecognized arguments: (--[\w.]+)", text)
-    unknown = unknown or re.search(r"No action for key '?\"?([\w.]+)", text) or re.search(r"does not accept nested key '?\"?([\w.]+)", text)
-    if unknown:
-        name = next(group for group in unknown.groups() if group).lstrip("-")
-        known = sorted({action.dest for action in parser._actions if "." in action.dest})
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        return f"{name}: unknown option" + (f"; did you mean {near[0]}?" if near else "; see slzo COMMAND --help")
-    return text
 
 
 class SlzoCLI(LightningCLI):
@@ -129,10 +116,19 @@ def run(args: Sequence[str]) -> None:
 
 
 def _filter_warnings() -> None:
-    """Silence advice that does not apply to forward-only training."""
-    # the rows are packed in memory already, loading takes microseconds
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # written for automatic optimization; manual optimization counts the same steps here
-    warnings.filterwarnings("ignore", message=".*every_n_train_steps.*")
-    # the args are given on purpose, also when a test calls main([...])
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    """Silence advice that does not apply to forward-only training, and noise of the libraries below."""
+    for message in (
+        ".*does not have many workers.*",  # the rows are tokenized in memory, loading takes microseconds
+        ".*every_n_train_steps.*",  # written for automatic optimization; manual optimization counts the same steps here
+        ".*args parameter is intended to run from within Python.*",  # main([...]) is meant to
+        ".*module\\(s\\) in eval mode.*",  # both evaluations of a step must see the same function: no dropout
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

@@ -19,7 +19,7 @@ from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.scoring import candidate_scores, predictions, training_loss
 from slzo.models.load import DType, load_model
 from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel
+from slzo.models.split import SplitModel, split_model
 from slzo.runtime import peak_memory_gb
 from slzo.zo.estimators import SPSA, Estimate, Point
 from slzo.zo.objective import LayerObjective
@@ -78,6 +78,7 @@ class ZOModule(LightningModule):
         self.layer = layer
         self.layer_origin = "set by model.layer" if layer is not None else ""
         self.estimator = SPSA(eps, num_queries)
+        check_optimizer(optimizer)
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
         self.dtype_name: DType = dtype
@@ -107,7 +108,7 @@ class ZOModule(LightningModule):
         if self.model is None:
             self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code)
             # outside of the module tree: its views share the model's weights
-            self.__dict__["_split"] = SplitModel(self.model, self.packed)
+            self.__dict__["_split"] = split_model(self.model, self.packed)
 
     @property
     def split(self) -> SplitModel:
@@ -153,7 +154,6 @@ class ZOModule(LightningModule):
         """The optimizer over the masters."""
         assert self.tuned is not None
         optimizer = self.make_optimizer(list(self.tuned.masters))
-        check_optimizer(optimizer)
         self.save_hyperparameters({"optimizer": type(optimizer).__name__, "lr": optimizer.param_groups[0]["lr"]})
         if self.make_scheduler is None:
             return optimizer

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
+from slzo.callbacks.step_progress import StepProgressBar
 from slzo.checkpoint import newest_checkpoint, read_checkpoint
 from slzo.console import say
 from slzo.errors import SlzoError
@@ -38,9 +41,17 @@ class ZOTrainer(Trainer):
                 f"trainer.accumulate_grad_batches {kwargs['accumulate_grad_batches']}: a forward-only step needs no "
                 "accumulation, raise data.batch_size or model.num_queries instead"
             )
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
+            callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
+        kwargs["callbacks"] = callbacks
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(
         self,

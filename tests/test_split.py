@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from conftest import FAMILIES, random_example, tiny_model
 from slzo.errors import SlzoError
 from slzo.models.packing import pack
-from slzo.models.split import SplitModel, find_decoder_layers
+from slzo.models.split import SplitModel, find_decoder_layers, split_model
 
 
 def plain_logits(model, example):
@@ -116,3 +116,25 @@ def test_an_encoder_decoder_is_refused():
     )
     with pytest.raises(SlzoError, match=r"model\.model: architecture T5ForConditionalGeneration is not supported"):
         find_decoder_layers(AutoModelForSeq2SeqLM.from_config(config))
+
+
+def test_attention_that_cannot_be_packed_falls_back_to_padding(examples):
+    model = tiny_model("stablelm", num_key_value_heads=4)
+    with pytest.warns(UserWarning, match="padding is used"):
+        split = split_model(model)
+    assert not split.packed
+    batch = pack(examples)
+    with torch.no_grad():
+        logits = split.logits(batch)[batch.token_row]
+    expected = torch.cat([plain_logits(model, example) for example in examples])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_split_is_refused():
+    model = tiny_model("llama")
+    # a layer that mixes tokens of all sequences: neither packing nor padding can be right
+    model.model.layers[3].register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] + 5 * inputs[0].mean(dim=(0, 1), keepdim=True), *inputs[1:])
+    )
+    with pytest.warns(UserWarning), pytest.raises(SlzoError, match="LlamaForCausalLM is not supported"):
+        split_model(model)

@@ -11,7 +11,7 @@ from slzo.evaluation.scoring import LossKind
 from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
-from slzo.zo.estimators import SPSA
+from slzo.zo.estimators import SPSA, Point
 from slzo.zo.noise import gaussian
 from slzo.zo.objective import LayerObjective
 from slzo.zo.optim import check_optimizer
@@ -185,12 +185,16 @@ def test_estimator_arguments_are_checked(eps, queries):
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Muon"])
 def test_optimizers_that_cannot_take_the_gradient_are_refused(name):
-    matrix = nn.Parameter(torch.zeros(2, 2))
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
     with pytest.raises(SlzoError, match=rf"model\.optimizer {name}"):
-        check_optimizer(getattr(torch.optim, name)([matrix], lr=0.1))
-    check_optimizer(torch.optim.AdamW([matrix]))
+        check_optimizer(lambda params: getattr(torch.optim, name)(params, lr=0.1))
+
+
+def test_other_optimizers_are_taken_and_wrong_arguments_named():
+    check_optimizer(torch.optim.AdamW)
+    with pytest.raises(SlzoError, match=r"model\.optimizer: Invalid learning rate: -1"):
+        check_optimizer(lambda params: torch.optim.SGD(params, lr=-1))
 
 
 def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
@@ -201,11 +205,9 @@ def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
     results = []
     for rows in (True, False):
         objective = LayerObjective(split, 1, PrefixCache(0), candidate_rows=rows)
-        points = [(direction, 1e-3), (direction, -1e-3)]
-        from slzo.zo.estimators import Point
-
+        points = [Point(direction, 1e-3), Point(direction, -1e-3)]
         results.append(
-            objective.losses(batch, objective.prefix(batch), tuned, [Point(*p) for p in points], LossKind.CANDIDATES)
+            objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
         )
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 

@@ -6,6 +6,7 @@ embeddings for each layer as its authors meant, and the original model is never 
 """
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from slzo.data.encoding import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
 from slzo.models.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, register_packed_attention
 from slzo.models.packing import PackedBatch, PackedLayout, pack
@@ -277,27 +279,57 @@ def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
     return isinstance(seen[0], tuple)
 
 
-@torch.no_grad()
-def check_split(split: SplitModel, layer: int, examples: list[Any]) -> float:
-    """Largest difference between the split model's logits and the whole model's, relative to the largest logit.
+def split_model(model: PreTrainedModel, packed: bool = True) -> SplitModel:
+    """Split a model and make sure that its parts compute what the whole does.
 
     Args:
-        split: The split to check.
-        layer: Where to split.
-        examples: A few encoded examples (:class:`slzo.data.encoding.EncodedExample`).
+        model: In evaluation mode.
+        packed: Prefer packed attention; a model whose attention does not take it falls back to padding, with a warning.
+
+    Raises:
+        SlzoError: The architecture cannot be split.
     """
-    batch = pack(examples).to(split.model.device)
-    hidden = split.run(batch, layer, split.num_layers, split.run(batch, 0, layer))
-    ours = split.head(hidden.index_select(0, batch.rows))
-    # place and length of each sequence, straight from the examples
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    split = SplitModel(model, packed)
+    error = largest_difference(split)
+    if error > tolerance and split.packed:
+        warnings.warn(
+            f"{type(model).__name__} does not run right without padding (relative error {error:.2g}): padding is used",
+            stacklevel=2,
+        )
+        split = SplitModel(model, packed=False)
+        error = largest_difference(split)
+    # written so that NaN is refused too
+    if not error <= tolerance:
+        raise SlzoError(
+            f"model.model: architecture {type(model).__name__} is not supported: split at a layer, its logits differ from the "
+            f"whole model's (relative error {error:.2g})"
+        )
+    return split
+
+
+@torch.no_grad()
+def largest_difference(split: SplitModel) -> float:
+    """Largest difference between the split and the whole model's logits on made-up tokens, relative to the largest logit."""
+    model = split.model
+    generator = torch.Generator().manual_seed(0)
+    size = min(model.config.get_text_config(decoder=True).vocab_size, 1000)
+    prompt, first, second, other = (
+        tuple(torch.randint(size, (length,), generator=generator).tolist()) for length in (12, 3, 2, 7)
+    )
+    sequences = (prompt + first, prompt + second, other)
+    examples = [
+        EncodedExample(0, (EncodedSequence(sequences[0], 3), EncodedSequence(sequences[1], 2)), ()),
+        EncodedExample(1, (EncodedSequence(sequences[2], 2),), ()),
+    ]
+    batch = pack(examples).to(model.device)
+    layer = split.num_layers // 2
+    hidden = split.run(batch, 0, layer) if layer else None
+    ours = split.head(split.run(batch, layer, split.num_layers, hidden).index_select(0, batch.rows))
     worst = 0.0
-    for number, example in enumerate(examples):
-        for slot, sequence in enumerate(example.sequences):
-            ids = torch.tensor([sequence.ids], device=split.model.device)
-            plain = split.model(input_ids=ids, use_cache=False).logits[0].float()
-            candidate = (batch.candidate_example == number) & (batch.candidate_slot == slot)
-            tokens = candidate[batch.token_candidate]
-            expected = plain[-sequence.num_answer - 1 : -1]
-            difference = (ours[batch.token_row[tokens]] - expected).abs().max() / plain.abs().max()
-            worst = max(worst, float(difference))
+    for number, ids in enumerate(sequences):
+        plain = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+        of_candidate = batch.token_row[batch.token_candidate == number]
+        difference = (ours[of_candidate] - plain[-len(of_candidate) - 1 : -1]).abs().max() / plain.abs().max()
+        worst = max(worst, float(difference)) if difference == difference else float("nan")
     return worst

@@ -25,7 +25,7 @@ class BoolQ(Task):
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """See :meth:`slzo.tasks.base.Task.example`."""
-        question = text_field(row, "question")
+        question = text_field(row, "question").strip()
         question = question[0].upper() + question[1:]
         if not question.endswith("?"):
             question += "?"

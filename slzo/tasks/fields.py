@@ -10,16 +10,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def text_field(row: Mapping[str, Any], name: str) -> str:
+def text_field(row: Mapping[str, Any], name: str, allow_empty: bool = False) -> str:
     """A field that must hold text.
 
     Raises:
-        ValueError: The field is missing, not text, or only white space.
+        ValueError: The field is missing, not text, or only white space unless ``allow_empty``.
     """
     value = row.get(name)
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {shown(value)}; it must be text")
-    if not value.strip():
+    if not value.strip() and not allow_empty:
         raise ValueError(f"field {name!r} is empty; it must hold some text")
     return value
 

@@ -27,10 +27,8 @@ class MultiRc(Task):
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """See :meth:`slzo.tasks.base.Task.example`."""
         paragraph, question = text_field(row, "paragraph"), text_field(row, "question")
-        prompt = (
-            f"{paragraph}\nQuestion: {question}\n"
-            f'I found this answer "{text_field(row, "answer")}". Is that correct? Yes or No?\n'
-        )
+        answer = text_field(row, "answer", allow_empty=True)
+        prompt = f'{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'
         index = row.get("idx")
         if isinstance(index, Mapping) and {"paragraph", "question"} <= index.keys():
             group = f"{index['paragraph']}-{index['question']}"

@@ -30,6 +30,8 @@ class Record(Task):
             raise ValueError(f"field 'query' is {shown(query)}; it must contain @placeholder")
         # The Hub and the official files list the entities in different orders.
         entities = sorted(set(texts_field(row, "entities")))
+        if not entities:
+            raise ValueError("field 'entities' is []; it must name at least one")
         answers = set(texts_field(row, "answers"))
         gold = tuple(i for i, entity in enumerate(entities) if entity in answers)
         if answers and not gold:

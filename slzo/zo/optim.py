@@ -1,5 +1,9 @@
 """Which optimizers can take a zeroth-order gradient."""
 
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
@@ -11,16 +15,21 @@ _REASONS = {
 }
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizers that cannot work here.
+def check_optimizer(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
+    """Refuse optimizers that cannot work here, before anything expensive is done.
+
+    Args:
+        make: Builds the optimizer for given parameters.
 
     Raises:
         SlzoError: With the reason.
     """
-    name = type(optimizer).__name__
-    reason = _REASONS.get(name)
-    if reason is not None:
+    try:
+        name = type(make([nn.Parameter(torch.zeros(1, 1))])).__name__
+    except (ValueError, TypeError) as error:
+        raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
+    if name in _REASONS:
         raise SlzoError(
-            f"model.optimizer {name}: cannot take a zeroth-order gradient ({reason}); use SGD, Adam, AdamW or another "
-            "torch.optim class"
+            f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
+            "another torch.optim class"
         )

@@ -1,0 +1,106 @@
+"""Rows of JSON Lines, CSV and Parquet files, each with the place it came from."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from slzo.errors import SlzoError
+
+PlacedRow = tuple[str, Mapping[str, Any]]
+"""Where a row is (``file:line``, or ``file row number`` counted from 1) and its fields."""
+
+
+def read_file(path: Path) -> Iterator[PlacedRow]:
+    """The rows of a file, by the ending of its name.
+
+    Raises:
+        SlzoError: The file cannot be read, or is not what its name says; the message has the line.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise SlzoError(f"{path}: unknown kind of file; use one that ends in {', '.join(READERS)}")
+    return reader(path)
+
+
+def _read_text(path: Path) -> str:
+    data = _read_bytes(path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SlzoError(f"{path}:{line}: not valid UTF-8; save the file as UTF-8") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SlzoError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
+    # Not splitlines(): JSON strings may contain other line ends, such as U+2028.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SlzoError(f"{place}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+        except (ValueError, RecursionError) as error:
+            raise SlzoError(f"{place}: not JSON ({type(error).__name__}); one object a line") from None
+        if not isinstance(row, dict):
+            raise SlzoError(f"{place}: a JSON {type(row).__name__}; each line must be an object with the row's fields")
+        if re.search(r"\\u[dD][89a-fA-F]", line) and _has_lone_surrogate(row):
+            raise SlzoError(f"{place}: half of a surrogate pair; write whole characters")
+        yield place, row
+
+
+def _has_lone_surrogate(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _read_csv(path: Path) -> Iterator[PlacedRow]:
+    lines = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        for row in lines:
+            place = f"{path}:{lines.line_num}"
+            if None in row:
+                raise SlzoError(f"{place}: more columns than the first line names; quote texts that contain commas")
+            yield place, {name: _csv_value(name, value) for name, value in row.items() if value is not None}
+    except csv.Error as error:
+        raise SlzoError(f"{path}:{lines.line_num}: not CSV ({error}); check quotes and commas") from None
+
+
+def _csv_value(name: str, value: str) -> str | int:
+    # CSV has no types; the Hub's labels are numbers.
+    return int(value) if name == "label" and re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value
+
+
+def _read_parquet(path: Path) -> Iterator[PlacedRow]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(io.BytesIO(_read_bytes(path))).to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise SlzoError(f"{path}: not a Parquet file ({reason}); write it anew, or use JSON Lines") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row {number}", row
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[PlacedRow]]] = MappingProxyType(
+    {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
+)
+"""Reader by the ending of the file's name."""

@@ -1,0 +1,197 @@
+"""Where a task's rows come from: the user's files, a folder, a package, or the Hugging Face Hub."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slzo.data.files import READERS, PlacedRow, read_file
+from slzo.data.superglue import FOLDERS, hub_rows
+from slzo.errors import SlzoError
+from slzo.tasks.base import Example, HubSource, Split, Task
+from slzo.tasks.fields import shown
+
+FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("validation", "val")}
+"""File names in a data folder, without ending. Test rows are those of the validation split, as in MeZO."""
+
+_IDX_PARTS = ("paragraph", "passage", "question", "query", "answer")
+_NUMBERS = re.compile(r"-?\d+(-\d+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row with the Hub's fields.
+
+    Attributes:
+        values: The fields.
+        id: The row's own number or id, see :func:`row_id`.
+        place: File and line, or Hub split and row, for messages.
+    """
+
+    values: Mapping[str, Any]
+    id: str
+    place: str
+
+
+def load_examples(
+    task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
+) -> list[Example]:
+    """All examples of a split, in the order of the file. Arguments and errors as :func:`load_rows`.
+
+    Raises:
+        SlzoError: Also for a field of the wrong type, a label outside the candidates, and an empty candidate.
+    """
+    rows = load_rows(task, split, data_dir=data_dir, hub_path=hub_path, hub_config=hub_config)
+    return [_example(task, row) for row in rows]
+
+
+def load_rows(
+    task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
+) -> list[Row]:
+    """All rows of a split with the Hub's fields, from the first source that applies.
+
+    These are a custom task's own file; ``data_dir``; the rows that come with the task; the Hub.
+
+    Args:
+        task: What to load.
+        split: ``"train"``, or ``"test"`` (the Hub's validation split).
+        data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
+            the task's own folder in one of these forms.
+        hub_path: Another Hub repository with the same fields.
+        hub_config: Another configuration of the repository.
+
+    Raises:
+        SlzoError: The source is missing, broken or empty, a row lacks a field, or two rows have one id.
+    """
+    origin, placed = _open(task, split, data_dir, hub_path, hub_config)
+    rows: list[Row] = []
+    places: dict[str, str] = {}
+    for place, values in placed:
+        missing = [field for field in task.fields if values.get(field) is None]
+        if missing:
+            present = ", ".join(str(name) for name, value in values.items() if value is not None)
+            raise SlzoError(
+                f"{place}: field {missing[0]!r} is missing; task {task.name!r} needs it, the row has {present}"
+            )
+        try:
+            row = Row(values, row_id(values, len(rows), split), place)
+        except ValueError as error:
+            raise SlzoError(f"{place}: {error}") from None
+        if row.id in places:
+            raise SlzoError(f"{place}: id {row.id!r} is also that of {places[row.id]}; give each row its own id")
+        places[row.id] = place
+        rows.append(row)
+    if not rows:
+        raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
+    return rows
+
+
+def row_id(values: Mapping[str, Any], position: int, split: Split) -> str:
+    """Id of a row: its ``id``, ``query_id`` or ``idx`` (MultiRC: ``paragraph-question-answer``), else its position.
+
+    Numbers start from 0 in every split, so those of training rows get ``train-`` in front: an id never stands for two
+    different rows.
+
+    Raises:
+        ValueError: The id is neither text nor a whole number.
+    """
+    for name in ("id", "query_id", "idx"):
+        value = values.get(name)
+        if value is not None:
+            break
+    else:
+        value = position
+    parts = [value[part] for part in _IDX_PARTS if part in value] if isinstance(value, Mapping) else [value]
+    if not parts or not all(
+        isinstance(part, str | int) and not isinstance(part, bool) and part != "" for part in parts
+    ):
+        raise ValueError(f"field {name!r} is {shown(value)}; an id must be text or a whole number")
+    id = "-".join(map(str, parts))
+    return f"train-{id}" if split == "train" and _NUMBERS.fullmatch(id) else id
+
+
+def _example(task: Task, row: Row) -> Example:
+    try:
+        example = task.example(row.values, row.id)
+    except ValueError as error:
+        raise SlzoError(f"{row.place}: {error}") from None
+    if not example.prompt.strip():
+        raise SlzoError(f"{row.place}: the prompt is empty; give its fields some text")
+    for candidate in example.candidates:
+        if not candidate.strip():
+            raise SlzoError(f"{row.place}: candidate {candidate!r} is empty; give it some text")
+    return example
+
+
+def _open(
+    task: Task, split: Split, data_dir: str | None, hub_path: str | None, hub_config: str | None
+) -> tuple[str, Iterable[PlacedRow]]:
+    """Name of the source, for messages, and its rows."""
+    if split in task.files:
+        path = Path(task.files[split]).expanduser()
+        if not path.is_file():
+            raise SlzoError(f"data.task.{split}_file {str(path)!r}: no such file; give an existing one")
+        return str(path), read_file(path)
+    if data_dir is not None:
+        path = _find_file(task, split, Path(data_dir).expanduser())
+        return str(path), _hub_fields(task, read_file(path))
+    if hub_path is None:
+        shipped = task.shipped_rows(split)
+        if shipped is not None:
+            origin = f"the rows of {task.name!r}"
+            return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1))
+    source = _hub_source(task, hub_path, hub_config)
+    if source is None:
+        raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give it a file")
+    return _read_hub(task, source, split)
+
+
+def _find_file(task: Task, split: Split, root: Path) -> Path:
+    if not root.is_dir():
+        raise SlzoError(f"data.data_dir {str(root)!r}: no such folder; give one with {task.name}/train.jsonl and so on")
+    folders = [root / task.name, *([root / FOLDERS[task.name]] if task.name in FOLDERS else []), root]
+    for folder in folders:
+        for stem in FILE_STEMS[split]:
+            for ending in READERS:
+                path = folder / f"{stem}{ending}"
+                if path.is_file():
+                    return path
+    looked = " or ".join(FILE_STEMS[split])
+    endings = ", ".join(READERS)
+    raise SlzoError(
+        f"data.data_dir {str(root)!r}: the {split} split of task {task.name!r} is missing; looked for {looked} with"
+        f" {endings} in {', '.join(str(folder) for folder in folders)}"
+    )
+
+
+def _hub_fields(task: Task, placed: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
+    for place, values in placed:
+        try:
+            for row in hub_rows(task.name, values):
+                yield place, row
+        except ValueError as error:
+            raise SlzoError(f"{place}: {error}") from None
+
+
+def _hub_source(task: Task, path: str | None, config: str | None) -> HubSource | None:
+    source = task.hub
+    if path is not None:
+        source = HubSource(path) if source is None else replace(source, path=path)
+    return source if source is None or config is None else replace(source, config=config)
+
+
+def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterator[PlacedRow]]:
+    name = source.train if split == "train" else source.test
+    origin = f"{source.path}{f' ({source.config})' if source.config else ''} split {name!r}"
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(source.path, source.config, split=name)
+    except Exception as error:  # the libraries below raise a dozen unrelated classes
+        reason = " ".join(str(error).split())[:200].rstrip(" .")
+        raise SlzoError(
+            f"data.task {task.name!r}: cannot load {origin} from the Hub ({type(error).__name__}: {reason});"
+            " check the connection, data.hub_path and access rights, or give a local folder as data.data_dir"
+        ) from None
+    return origin, ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))

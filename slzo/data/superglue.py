@@ -1,0 +1,104 @@
+"""Rows of the official SuperGLUE download (https://super.gluebenchmark.com/tasks) as rows with the Hub's fields.
+
+The official files have string and boolean labels, a nested ``target`` (WSC), and one line a passage (MultiRC, ReCoRD).
+A row that already has the Hub's fields passes unchanged. The Hub's ``wsc.fixed`` corrects the capitals of a few noun
+spans that the official file has wrong ("The table" for "the table"); these stay as they are in the file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from slzo.tasks.fields import shown
+
+FOLDERS: Mapping[str, str] = MappingProxyType(
+    {
+        "boolq": "BoolQ",
+        "cb": "CB",
+        "copa": "COPA",
+        "multirc": "MultiRC",
+        "record": "ReCoRD",
+        "rte": "RTE",
+        "wic": "WiC",
+        "wsc": "WSC",
+    }
+)
+"""Name of a task's folder in the download."""
+
+_BOOLEAN_TASKS = frozenset({"boolq", "wic", "wsc"})
+_LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"rte": ("entailment", "not_entailment"), "cb": ("entailment", "contradiction", "neutral")}
+)
+
+JsonRow = Mapping[str, Any]
+
+
+def hub_rows(task: str, row: JsonRow) -> Iterator[JsonRow]:
+    """The rows that one line stands for, with the Hub's fields.
+
+    Raises:
+        ValueError: The line is of the official form, but a part of it is missing or of the wrong type.
+    """
+    if task == "multirc" and "passage" in row:
+        yield from _multirc(row)
+    elif task == "record" and isinstance(row.get("passage"), Mapping):
+        yield from _record(row)
+    else:
+        if task == "wsc" and "target" in row:
+            row = {**row, **_part(row, "target", Mapping)}
+        yield _with_number(task, row)
+
+
+def _with_number(task: str, row: JsonRow) -> JsonRow:
+    label = row.get("label")
+    if task in _BOOLEAN_TASKS and isinstance(label, bool):
+        return {**row, "label": int(label)}
+    if task in _LABELS and isinstance(label, str):
+        names = _LABELS[task]
+        if label not in names:
+            raise ValueError(f"field 'label' is {shown(label)}; it must be one of {', '.join(names)}")
+        return {**row, "label": names.index(label)}
+    return row
+
+
+def _multirc(row: JsonRow) -> Iterator[JsonRow]:
+    passage = _part(row, "passage", Mapping)
+    for question in _objects(passage, "questions"):
+        for answer in _objects(question, "answers"):
+            yield {
+                "paragraph": passage.get("text"),
+                "question": question.get("question"),
+                "answer": answer.get("text"),
+                "label": answer.get("label", -1),
+                "idx": {"paragraph": row.get("idx"), "question": question.get("idx"), "answer": answer.get("idx")},
+            }
+
+
+def _record(row: JsonRow) -> Iterator[JsonRow]:
+    passage = _part(row, "passage", Mapping)
+    text = _part(passage, "text", str)
+    # An entity's end is the index of its last character.
+    spans = [(_part(entity, "start", int), _part(entity, "end", int)) for entity in _objects(passage, "entities")]
+    for query in _objects(row, "qas"):
+        yield {
+            "passage": text,
+            "query": query.get("query"),
+            "entities": [text[start : end + 1] for start, end in spans],
+            "answers": [_part(answer, "text", str) for answer in query.get("answers") or ()],
+            "idx": {"passage": row.get("idx"), "query": query.get("idx")},
+        }
+
+
+def _part(row: JsonRow, name: str, kind: type) -> Any:
+    value = row.get(name)
+    if not isinstance(value, kind):
+        wanted = {str: "text", int: "a number", Mapping: "an object", Sequence: "a list"}[kind]
+        raise ValueError(f"field {name!r} is {shown(value)}; it must be {wanted}")
+    return value
+
+
+def _objects(row: JsonRow, name: str) -> Sequence[JsonRow]:
+    values = _part(row, name, Sequence)
+    if not all(isinstance(value, Mapping) for value in values):
+        raise ValueError(f"field {name!r} is {shown(values)}; it must be a list of objects")
+    return values

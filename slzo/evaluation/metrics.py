@@ -1,0 +1,145 @@
+"""Accuracy, MultiRC's answer F1 and exact match, and the F1 and exact match of generated answers.
+
+Answers are normalized and compared as in the SQuAD 1.1 evaluation: lower case, no punctuation, no articles.
+"""
+
+import hashlib
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from slzo.tasks.base import Example, Kind, Task
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation and English articles, words one space apart."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the prediction equals a reference after normalization; an empty prediction matches empty texts only."""
+    return max(
+        (float(_equal(prediction, reference)) for reference in references), default=float(not prediction.strip())
+    )
+
+
+def token_f1(prediction: str, references: Sequence[str]) -> float:
+    """Harmonic mean of word precision and recall in 0..1, the best over the references."""
+    return max((_pair_f1(prediction, reference) for reference in references), default=float(not prediction.strip()))
+
+
+def _equal(prediction: str, reference: str) -> bool:
+    if not prediction.strip() or not reference.strip():
+        return not prediction.strip() and not reference.strip()
+    return normalize_answer(prediction) == normalize_answer(reference)
+
+
+def _pair_f1(prediction: str, reference: str) -> float:
+    found, wanted = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if not found or not wanted:
+        return float(_equal(prediction, reference))
+    common = (Counter(found) & Counter(wanted)).total()
+    return 2 * common / (len(found) + len(wanted))
+
+
+class TaskMetrics(Metric):
+    """All metrics of a task; states add up over processes.
+
+    Args:
+        kind: Generation compares texts, the other kinds candidate indices.
+        grouped: Also compute answer F1 and exact match per :attr:`Example.group` (MultiRC).
+    """
+
+    full_state_update = False
+    rows: Tensor
+    correct: Tensor
+    f1_sum: Tensor
+    exact_sum: Tensor
+    hits: Tensor
+    misses: Tensor
+    group_keys: list[Tensor]
+    group_correct: list[Tensor]
+
+    def __init__(self, kind: Kind, grouped: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind = kind
+        self.grouped = grouped
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        if kind is Kind.GENERATION:
+            self.add_state("f1_sum", torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state("exact_sum", torch.tensor(0.0), dist_reduce_fx="sum")
+            return
+        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
+        if grouped:
+            self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
+            self.add_state("misses", torch.tensor(0), dist_reduce_fx="sum")
+            self.add_state("group_keys", [], dist_reduce_fx="cat")
+            self.add_state("group_correct", [], dist_reduce_fx="cat")
+            self._start_lists()
+
+    def update(self, examples: Sequence[Example], predictions: Sequence[int] | Sequence[str] | Tensor) -> None:
+        """Add labelled examples, each with a predicted candidate index or a generated text; the others do not count."""
+        values = predictions.tolist() if isinstance(predictions, Tensor) else list(predictions)
+        pairs = [pair for pair in zip(examples, values, strict=True) if pair[0].gold or pair[0].references]
+        self.rows = self.rows + len(pairs)
+        if self.kind is Kind.GENERATION:
+            self.f1_sum = self.f1_sum + sum(token_f1(text, example.references) for example, text in pairs)
+            self.exact_sum = self.exact_sum + sum(exact_match(text, example.references) for example, text in pairs)
+            return
+        right = [index in example.gold for example, index in pairs]
+        self.correct = self.correct + sum(right)
+        if self.grouped:
+            # Label 1 is "this answer is right".
+            self.hits = self.hits + sum(index == 1 and 1 in example.gold for example, index in pairs)
+            self.misses = self.misses + sum((index == 1) != (1 in example.gold) for example, index in pairs)
+            keys = [_stable_hash(example.id if example.group is None else example.group) for example, _ in pairs]
+            self.group_keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
+            self.group_correct.append(torch.tensor(right, dtype=torch.int64, device=self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Each metric by name, 0-dimensional, in 0..1; not a number if there was no labelled row."""
+        if self.kind is Kind.GENERATION:
+            return {"f1": self.f1_sum / self.rows, "exact_match": self.exact_sum / self.rows}
+        scores = {"accuracy": self.correct / self.rows}
+        if self.grouped:
+            scores["answer_f1"] = 2 * self.hits / (2 * self.hits + self.misses).clamp(min=1)
+            scores["question_em"] = _share_of_right_groups(
+                dim_zero_cat(self.group_keys), dim_zero_cat(self.group_correct)
+            )
+        return scores
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        if self.grouped and self.kind is not Kind.GENERATION:
+            self._start_lists()
+
+    def _start_lists(self) -> None:
+        # A process without rows must still gather integers like the others.
+        self.group_keys.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+        self.group_correct.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+
+
+def make_metrics(task: Task) -> TaskMetrics:
+    """The metrics of a task; :attr:`Task.metric` is one of their names."""
+    return TaskMetrics(task.kind, task.grouped)
+
+
+def _share_of_right_groups(keys: Tensor, correct: Tensor) -> Tensor:
+    groups, member = keys.unique(return_inverse=True)
+    wrong = torch.zeros(len(groups), dtype=torch.int64, device=keys.device).index_add_(0, member, 1 - correct)
+    return (wrong == 0).float().mean()
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,153 @@
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from torchmetrics.classification import BinaryF1Score
+from torchmetrics.text import SQuAD
+
+from slzo.evaluation.metrics import TaskMetrics, exact_match, make_metrics, normalize_answer, token_f1
+from slzo.tasks.base import Example, Kind
+from slzo.tasks.registry import TASKS, get_task
+
+
+def test_normalization() -> None:
+    assert normalize_answer("  The U.S.  Army's\nan  Anthem, a theory") == "us armys anthem theory"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "f1", "exact"),
+    [
+        ("the Lady Gaga.", ["Beyonce", "lady gaga"], 1, 1),
+        ("Lady", ["Lady Gaga"], 2 / 3, 0),
+        ("a b b c", ["b b d"], 2 * (2 / 3) * (2 / 3) / (4 / 3), 0),
+        ("", ["x"], 0, 0),
+        (" ", ["the"], 0, 0),
+        ("", [""], 1, 1),
+        ("", [], 1, 1),
+        ("x", [], 0, 0),
+        ("x", [""], 0, 0),
+        ("...", ["Paris"], 0, 0),
+        ("The", ["the"], 1, 1),
+    ],
+)
+def test_answers(prediction: str, references: list[str], f1: float, exact: float) -> None:
+    assert token_f1(prediction, references) == pytest.approx(f1)
+    assert exact_match(prediction, references) == exact
+
+
+def generated() -> tuple[list[Example], list[str]]:
+    words = ["the", "red", "fox", "a", "dog", "1,000", "U.S."]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(200)]
+    examples = [
+        Example(str(i), "p", (f" {texts[i]}\n",), (0,), references=(texts[i], texts[(i * 7) % 200])) for i in range(100)
+    ]
+    return examples, texts[100:]
+
+
+def test_generation_agrees_with_torchmetrics() -> None:
+    examples, predictions = generated()
+    metrics = make_metrics(get_task("squad"))
+    for start in range(0, 100, 30):
+        metrics.update(examples[start : start + 30], predictions[start : start + 30])
+    other = SQuAD()
+    answers = [{"answers": {"text": list(e.references), "answer_start": [0, 0]}, "id": e.id} for e in examples]
+    other.update([{"prediction_text": p, "id": str(i)} for i, p in enumerate(predictions)], answers)
+    expected = other.compute()
+    found = metrics.compute()
+    assert set(found) == {"f1", "exact_match"}
+    assert 0 < found["exact_match"] < found["f1"] < 1
+    assert 100 * found["f1"].item() == pytest.approx(expected["f1"].item(), abs=1e-3)
+    assert 100 * found["exact_match"].item() == pytest.approx(expected["exact_match"].item(), abs=1e-3)
+
+
+def test_accuracy_counts_any_gold_and_no_unlabelled_row() -> None:
+    metrics = make_metrics(get_task("record"))
+    golds = [(0,), (1, 2), (1,), ()]
+    examples = [Example(str(i), "p", (" a", " b", " c"), gold) for i, gold in enumerate(golds)]
+    metrics.update(examples[:2], torch.tensor([0, 2]))
+    metrics.update(examples[2:], [0, 0])
+    assert {name: value.item() for name, value in metrics.compute().items()} == {"accuracy": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="argument 2"):
+        metrics.update(examples, [0])
+
+
+def answers() -> tuple[list[Example], list[int]]:
+    draw = random.Random(1)
+    examples, predictions = [], []
+    for group in range(40):
+        for answer in range(draw.randint(1, 4)):
+            label = draw.randint(0, 1)
+            examples.append(Example(f"{group}-{answer}", "p", ("No", "Yes"), (label,), group=f"q{group}"))
+            predictions.append(label if draw.random() < 0.8 else 1 - label)
+    return examples, predictions
+
+
+def test_multirc() -> None:
+    examples, predictions = answers()
+    metrics = make_metrics(get_task("multirc"))
+    for row in range(0, len(examples), 3):  # groups are parted over batches
+        metrics.update(examples[row : row + 3], predictions[row : row + 3])
+    gold = [example.gold[0] for example in examples]
+    right = defaultdict(list)
+    for example, prediction in zip(examples, predictions, strict=True):
+        right[example.group].append(prediction == example.gold[0])
+    found = {name: value.item() for name, value in metrics.compute().items()}
+    assert found == {
+        "accuracy": pytest.approx(sum(sum(group) for group in right.values()) / len(examples)),
+        "answer_f1": pytest.approx(BinaryF1Score()(torch.tensor(predictions), torch.tensor(gold)).item()),
+        "question_em": pytest.approx(sum(all(group) for group in right.values()) / len(right)),
+    }
+    assert 0 < found["question_em"] < found["accuracy"] < 1
+    metrics.reset()
+    metrics.update(examples[:1], [examples[0].gold[0]])
+    assert metrics.compute()["question_em"] == 1
+
+
+def merged(first: TaskMetrics, others: list[TaskMetrics]) -> dict[str, torch.Tensor]:
+    """What processes compute together: the states gathered by a stand-in, and reduced by torchmetrics itself."""
+    names = iter(list(first._reductions))
+
+    def gather(value: torch.Tensor, group: object = None) -> list[torch.Tensor]:
+        name = next(names)
+        states = [getattr(other, name) for other in others]
+        gathered = [value, *(torch.cat(state) if isinstance(state, list) else state for state in states)]
+        assert len({tensor.dtype for tensor in gathered}) == 1
+        return gathered
+
+    first.dist_sync_fn = gather
+    first.distributed_available_fn = lambda: True
+    return first.compute()
+
+
+@pytest.mark.parametrize("name", ["multirc", "squad", "sst2"])
+def test_processes_together_give_what_one_gives(name: str) -> None:
+    examples, predictions = generated() if name == "squad" else answers()
+    task = get_task(name)
+    whole = make_metrics(task)
+    whole.update(examples, predictions)
+    parts = [make_metrics(task) for _ in range(3)]  # the third sees no row
+    parts[0].update(examples[::2], predictions[::2])
+    parts[1].update(examples[1::2], predictions[1::2])
+    together = merged(parts[0], parts[1:])
+    for key, value in whole.compute().items():
+        torch.testing.assert_close(together[key], value)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_tasks_metric_is_computed(name: str) -> None:
+    task = get_task(name)
+    metrics = make_metrics(task)
+    example = Example("0", "p", (" a", " b"), (1,), references=("b",))
+    metrics.update([example], ["b"] if task.kind is Kind.GENERATION else [1])
+    found = metrics.compute()
+    assert task.metric in found
+    assert all(value.shape == () and value == 1 for value in found.values())
+
+
+def test_no_row_is_not_a_number() -> None:
+    for name in ("sst2", "squad", "multirc"):
+        metrics = make_metrics(get_task(name))
+        metrics.update([], [])
+        assert metrics.compute()[get_task(name).metric].isnan()
