@@ -1,0 +1,383 @@
+"""The command line end to end on a tiny model and made-up rows; main([...]) runs in process."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slzo.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def options(model_dir, data_dir, tmp_path, monkeypatch):
+    """Options of a run of a few seconds."""
+    monkeypatch.chdir(tmp_path)
+    return [
+        f"--model.model={model_dir}",
+        "--data.task=sst2",
+        f"--data.data_dir={data_dir}",
+        "--data.num_train=40",
+        "--data.num_dev=16",
+        "--data.batch_size=8",
+        "--profiler.rule=MaxRatioJump",
+        "--trainer.max_steps=8",
+        "--trainer.val_check_interval=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--model.optimizer=SGD",
+        "--model.optimizer.lr=1e-3",
+    ]
+
+
+def run_dir(number=0):
+    return Path("runs") / f"version_{number}"
+
+
+def tuned(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_version_and_help_are_quick_and_import_no_torch():
+    for argument, expected in (("--version", r"slzo \d+\.\d+"), ("--help", "slzo fit --config")):
+        code = (
+            "import sys, time; start = time.perf_counter(); from slzo.__main__ import main; "
+            f"main(['{argument}']); assert not {{'torch', 'lightning', 'transformers'}} & set(sys.modules); "
+            "assert time.perf_counter() - start < 1"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert re.search(expected, done.stdout)
+
+
+def test_module_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "slzo", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("slzo ")
+
+
+def test_fit_writes_profile_summary_checkpoints_and_tensorboard(options, model_dir, capsys):
+    assert main(["fit", *options]) == 0
+    output = capsys.readouterr().out
+    assert "<- dominant" in output
+    assert "accuracy" in output
+    profile = json.loads((run_dir() / "outlier_profile.json").read_text())
+    assert {"dominant_layer", "rule", "layers"} <= set(profile)
+    assert {"index", "max_abs", "median_abs", "ratio", "token", "channel", "kurtosis"} <= set(profile["layers"][0])
+    assert len(profile["layers"]) == 4
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert summary["dominant_layer"] == profile["dominant_layer"]
+    assert summary["metric"] == "accuracy"
+    assert summary["num_rows"] == 24
+    assert summary["steps"] == 8
+    assert 0 <= summary["score_before"] <= 1
+    assert summary["seconds"] > 0
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    layer = model.model.layers[summary["dominant_layer"]]
+    assert summary["tuned_parameters"] == sum(p.numel() for p in layer.parameters())
+    assert summary["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert (run_dir() / "config.yaml").is_file()
+    assert Path(summary["best_checkpoint"]).is_file()
+
+
+def test_tensorboard_has_every_curve_the_picture_and_the_hyperparameters(options):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["fit", *options]) == 0
+    events = EventAccumulator(str(run_dir()), size_guidance={"images": 10})
+    events.Reload()
+    tags = events.Tags()
+    expected = {
+        "loss_plus", "loss_minus", "projected_grad", "update_norm", "lr", "step_seconds", "tokens_per_second",
+        "peak_memory_gb",
+    }  # fmt: skip
+    assert {f"train/{name}" for name in expected} | {"val/accuracy", "val/loss", "test/accuracy"} <= set(tags["scalars"])
+    assert tags["images"] == ["outlier_profile"]
+    assert len(events.Scalars("train/loss_plus")) == 8
+    assert (run_dir() / "hparams.yaml").is_file()
+    plus, minus = (events.Scalars(f"train/loss_{side}")[3].value for side in ("plus", "minus"))
+    assert events.Scalars("train/projected_grad")[3].value == pytest.approx((plus - minus) / 2e-3, rel=1e-3, abs=1e-2)
+
+
+def test_checkpoints_hold_the_tuned_layer_only_and_the_frozen_weights_stay(options, model_dir):
+    assert main(["fit", *options]) == 0
+    checkpoint = torch.load(run_dir() / "checkpoints" / "last.ckpt", weights_only=True)
+    layer = checkpoint["slzo"]["layer"]
+    before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    assert checkpoint["state_dict"]
+    assert all(name.startswith(f"model.layers.{layer}.") for name in checkpoint["state_dict"])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in checkpoint["state_dict"].items())
+    assert main(["export", "--ckpt_path", "last", "--output", "tuned"]) == 0
+    after = AutoModelForCausalLM.from_pretrained("tuned").state_dict()
+    for name, tensor in after.items():
+        expected = checkpoint["state_dict"].get(name, before[name])
+        assert torch.equal(tensor, expected), name
+
+
+def test_same_seed_same_weights_other_seed_other_weights(options):
+    for seed in (0, 0, 1):
+        assert main(["fit", *options, f"--seed_everything={seed}"]) == 0
+    first, second, third = (tuned(run_dir(i) / "checkpoints" / "last.ckpt") for i in range(3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], third[name]) for name in first if first[name].ndim == 2)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_resume_equals_an_uninterrupted_run_and_does_not_profile_again(options, optimizer, monkeypatch, capsys):
+    options = [*options, f"--model.optimizer={optimizer}", "--model.optimizer.lr=1e-3"]
+    options += ["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=8"]
+    assert main(["fit", *options]) == 0
+    assert main(["fit", *options, "--trainer.max_steps=3", "--trainer.val_check_interval=3"]) == 0
+    monkeypatch.setattr("slzo.callbacks.outlier_profiler.profile_layers", None)  # a second profile would fail
+    capsys.readouterr()
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    assert "Continuing from" in capsys.readouterr().out
+    whole, resumed = (
+        torch.load(run_dir(i) / "checkpoints" / "last.ckpt", weights_only=True) for i in (0, 2)
+    )
+    assert whole["global_step"] == resumed["global_step"] == 8
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(tensor, resumed["state_dict"][name], rtol=0, atol=0)
+    assert json.loads((run_dir(2) / "outlier_profile.json").read_text()) == json.loads(
+        (run_dir(1) / "outlier_profile.json").read_text()
+    )
+    summaries = [json.loads((run_dir(i) / "summary.json").read_text()) for i in (0, 2)]
+    assert summaries[0]["score_before"] == summaries[1]["score_before"]
+
+
+def test_ckpt_path_last_without_a_run_is_an_error(options, capsys):
+    assert main(["fit", *options, "--ckpt_path=last"]) == 2
+    assert "ckpt_path 'last': no run below 'runs'" in capsys.readouterr().err
+
+
+def test_test_scores_the_checkpoint_and_says_when_there_is_none(options, capsys):
+    assert main(["fit", *options]) == 0
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path", summary["best_checkpoint"]]) == 0  # options from the run's config.yaml
+    output = capsys.readouterr().out
+    assert "untuned" not in output
+    assert f"{summary['score_after']:.4f}"[:6] in output.replace(" ", "") or str(summary["score_after"])[:6] in output
+    assert main(["test", *options]) == 0
+    output = capsys.readouterr().out
+    assert "No --ckpt_path given: scoring the untuned model." in output
+    assert str(summary["score_before"])[:6] in output
+
+
+def test_profile_writes_only_the_profile(options, capsys):
+    assert main(["profile", *options]) == 0
+    assert "<- dominant" in capsys.readouterr().out
+    assert (run_dir() / "outlier_profile.json").is_file()
+    assert not (run_dir() / "checkpoints").exists()
+
+
+def test_a_chosen_layer_is_not_profiled(options):
+    assert main(["fit", *options, "--model.layer=2"]) == 0
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert summary["dominant_layer"] == 2
+    assert summary["layer_chosen_by"] == "set by model.layer"
+    assert not (run_dir() / "outlier_profile.json").exists()
+
+
+def test_profile_of_a_text_file(options, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"Sentence number {i} of a text." for i in range(20)), encoding="utf-8")
+    assert main(["profile", *options, "--profiler.text_file=text.txt", "--profiler.num_sequences=12"]) == 0
+    assert json.loads((run_dir() / "outlier_profile.json").read_text())["num_sequences"] == 12
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_train(options, dtype):
+    assert main(["fit", *options, f"--model.dtype={dtype}", "--model.eps=1e-2", "--model.num_queries=2"]) == 0
+    checkpoint = torch.load(run_dir() / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(tensor.dtype == torch.float32 for tensor in checkpoint["state_dict"].values())
+    assert main(["export", "--ckpt_path=last", "--output=tuned"]) == 0
+    assert AutoModelForCausalLM.from_pretrained("tuned").dtype == getattr(torch, dtype)
+
+
+def test_two_ranks_hold_identical_weights_and_match_one_process(options):
+    """Two processes with 4 rows each take the steps of one process with 8."""
+    code = (
+        "import sys, torch; from slzo.__main__ import main; "
+        "from slzo.callbacks import run_summary; "
+        "original = run_summary.RunSummary.on_train_end\n"
+        "def on_train_end(self, trainer, module):\n"
+        "    torch.save({k: v.clone() for k, v in module.state_dict().items()}, f'rank{trainer.global_rank}.pt')\n"
+        "    original(self, trainer, module)\n"
+        "run_summary.RunSummary.on_train_end = on_train_end\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    Path("two.py").write_text(code, encoding="utf-8")
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4"]
+    done = subprocess.run(
+        [sys.executable, "two.py", "fit", *options, *ranks], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert summary["num_rows"] == 24
+    assert main(["fit", *options]) == 0
+    single = tuned(run_dir(1) / "checkpoints" / "last.ckpt")
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, single[name], rtol=1e-4, atol=1e-5)
+    other = json.loads((run_dir(1) / "summary.json").read_text())
+    assert other["score_before"] == pytest.approx(summary["score_before"])
+    assert other["score_after"] == pytest.approx(summary["score_after"], abs=1 / 24 + 1e-6)
+
+
+def test_export_refuses_a_full_folder_and_needs_a_checkpoint(options, capsys):
+    assert main(["export", "--output=x"]) == 2
+    assert "export needs a checkpoint" in capsys.readouterr().err
+    assert main(["fit", *options]) == 0
+    Path("full").mkdir()
+    (Path("full") / "file").touch()
+    assert main(["export", "--ckpt_path=last", "--output=full"]) == 2
+    assert "output 'full': exists" in capsys.readouterr().err
+    assert [path.name for path in Path("full").iterdir()] == ["file"]
+
+
+def test_exported_tokenizer_is_the_models(options, model_dir):
+    assert main(["fit", *options]) == 0
+    assert main(["export", "--ckpt_path=last", "--output=tuned"]) == 0
+    text = "It was great.\nNo"
+    assert AutoTokenizer.from_pretrained("tuned")(text) == AutoTokenizer.from_pretrained(model_dir)(text)
+
+
+def test_custom_data_needs_no_python(options, tmp_path):
+    rows = [{"review": f"a {w} one {i}", "stars": s} for i in range(30) for w, s in (("nice", "up"), ("sad", "down"))]
+    for name in ("train", "test"):
+        lines = (json.dumps(row | {"review": f"{name} {row['review']}"}) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = {
+        "data": {
+            "task": {
+                "class_path": "slzo.tasks.template.TemplateTask",
+                "init_args": {
+                    "train_file": "train.jsonl",
+                    "test_file": "test.jsonl",
+                    "prompt": "{review} It was",
+                    "candidates": [" terrible", " great"],
+                    "label_field": "stars",
+                    "labels": ["down", "up"],
+                },
+            }
+        }
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    kept = [option for option in options if not option.startswith(("--data.task", "--data.data_dir"))]
+    assert main(["fit", "--config=mine.yaml", *kept]) == 0
+    assert json.loads((run_dir() / "summary.json").read_text())["num_rows"] == 60
+
+
+def bad(capsys, *args):
+    assert main(list(args)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in error if line.startswith("slzo: error:")]
+    assert len(lines) == 1
+    assert error[-1] == lines[0]
+    assert "Traceback" not in "\n".join(error)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data.task=sst9"], r"data\.task 'sst9': unknown task; choose one of .*sst2"),
+        (["--model.model=./nope"], r"model\.model '\./nope': no such folder"),
+        (["--model.model=nope.gguf"], r"model\.model 'nope\.gguf': no such GGUF file"),
+        (["--model.layer=99"], r"model\.layer 99: the model has 4 decoder layers, choose 0 to 3"),
+        (["--model.layer=-1"], r"model\.layer -1: "),
+        (["--model.eps=0"], r"model\.eps 0"),
+        (["--model.eps=-1"], r"model\.eps -1"),
+        (["--model.eps=abc"], r"model\.eps 'abc': expected a number"),
+        (["--model.num_queries=0"], r"model\.num_queries 0"),
+        (["--model.epz=1"], r"model\.epz: unknown option; did you mean model\.eps\?"),
+        (["--model.dtype=float64"], r"model\.dtype 'float64': choose one of float32, bfloat16, float16"),
+        (["--ckpt_path=nope.ckpt"], r"ckpt_path 'nope\.ckpt': no such file"),
+        (["--config=nope.yaml"], r"--config: file does not exist: .*nope\.yaml"),
+        (["--trainer.precision=16-mixed"], r"trainer\.precision '16-mixed': .*model\.dtype"),
+        (["--trainer.gradient_clip_val=1"], r"trainer\.gradient_clip_val 1"),
+        (["--trainer.accumulate_grad_batches=2"], r"trainer\.accumulate_grad_batches 2"),
+        (["--trainer.strategy=foo"], r"trainer: .*strategy='foo'"),
+        (["--model.optimizer=torch.optim.SDG"], r"model\.optimizer 'torch\.optim\.SDG': no such class; did you mean SGD\?"),
+        (["--model.optimizer=LBFGS"], r"model\.optimizer LBFGS: cannot take"),
+        (["--model.optimizer=Muon"], r"model\.optimizer Muon: cannot take"),
+        (["--profiler.rule=MaxRatioJmp"], r"profiler\.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump\?"),
+        (["--profiler.rule=FirstOutlierLayer"], r"profiler\.rule: no layer has max > 100"),
+        (["--profiler.num_sequences=3"], r"profiler\.num_sequences 3"),
+        (["--profiler.text_file=no.txt"], r"profiler\.text_file 'no\.txt': no such file"),
+        (["--data.num_train=0"], r"data\.num_train 0"),
+        (["--data.batch_size=0"], r"data\.batch_size 0"),
+        (["--data.data_dir=nowhere"], r"data\.data_dir 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_bad_input_gives_one_line_and_status_2(options, capsys, arguments, expected):
+    assert re.search(expected, bad(capsys, "fit", *options, *arguments))
+
+
+def test_unknown_key_in_a_config(options, capsys):
+    Path("bad.yaml").write_text("model:\n  layr: 3\n", encoding="utf-8")
+    assert re.search(r"model\.layr: unknown option; did you mean model\.layer\?", bad(capsys, "fit", "--config=bad.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{not json", r"train\.jsonl:3"),
+        ('{"sentence": "x", "label": 7}', r"train\.jsonl:3.*7"),
+        ('{"sentence": "x"}', r"train\.jsonl:3.*label"),
+        ("[1]", r"train\.jsonl:3"),
+    ],
+)
+def test_a_broken_row_is_named(options, data_dir, tmp_path, capsys, line, expected):
+    broken = tmp_path / "broken" / "sst2"
+    broken.mkdir(parents=True)
+    (broken / "validation.jsonl").write_text((data_dir / "sst2" / "validation.jsonl").read_text())
+    lines = (data_dir / "sst2" / "train.jsonl").read_text().splitlines()
+    (broken / "train.jsonl").write_text("\n".join([*lines[:2], line, *lines[3:]]))
+    assert re.search(expected, bad(capsys, "fit", *options, f"--data.data_dir={broken.parent}"))
+
+
+def test_an_empty_file_is_named(options, data_dir, tmp_path, capsys):
+    empty = tmp_path / "empty" / "sst2"
+    empty.mkdir(parents=True)
+    (empty / "validation.jsonl").write_text("")
+    (empty / "train.jsonl").write_text("")
+    assert re.search(r"\.jsonl.*(empty|no rows)", bad(capsys, "fit", *options, f"--data.data_dir={empty.parent}"))
+
+
+def test_a_checkpoint_that_is_not_ours_is_refused(options, capsys):
+    torch.save({"state_dict": {}}, "other.ckpt")
+    assert "not a checkpoint written by slzo" in bad(capsys, "fit", *options, "--ckpt_path=other.ckpt")
+    Path("text.ckpt").write_text("hello")
+    assert "not a readable checkpoint" in bad(capsys, "fit", *options, "--ckpt_path=text.ckpt")
+
+
+def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):
+    from conftest import make_tokenizer, tiny_model
+
+    assert main(["fit", *options]) == 0
+    tiny_model("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    line = bad(capsys, "test", *options, f"--model.model={tmp_path / 'other'}", "--ckpt_path=last")
+    assert "does not fit model" in line
+
+
+def test_divergence_stops_the_run_and_says_so(options, capsys):
+    line = bad(capsys, "fit", *options, "--model.optimizer.lr=1e30", "--model.max_nonfinite=2")
+    assert "training diverged" in line
+
+
+def test_every_command_has_help(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert "--model.eps" in text
