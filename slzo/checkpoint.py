@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from slzo.errors import SlzoError
 
@@ -22,7 +23,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         raise SlzoError(f"ckpt_path {str(path)!r}: not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or "slzo" not in checkpoint:
-        raise SlzoError(f"ckpt_path {str(path)!r}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
+        raise SlzoError(
+            f"ckpt_path {str(path)!r}: not a checkpoint written by slzo; give one from a run's checkpoints folder"
+        )
     return checkpoint
 
 
@@ -38,3 +41,17 @@ def newest_checkpoint(root: str | Path) -> Path:
             f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or name a file"
         )
     return found[-1]
+
+
+def resumed_from(trainer: Trainer) -> str | None:
+    """The checkpoint that a run continues, known from the start of ``fit``.
+
+    Lightning fills ``trainer.ckpt_path`` only after the set-up hooks; :class:`slzo.trainer.ZOTrainer` notes it before.
+    """
+    path = getattr(trainer, "resume_path", None) or trainer.ckpt_path
+    return None if path is None else str(path)
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the run only tries the code and must write nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))

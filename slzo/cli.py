@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.__main__ import COMMANDS
+from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.cli_errors import one_line
@@ -43,14 +44,13 @@ class SlzoCLI(LightningCLI):
         parser.add_lightning_class_args(OutlierProfiler, "profiler")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "profiler.rule": {"class_path": "slzo.zo.selection.FirstOutlierLayer"},
                 "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3e-4}},
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.mode": "min",
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_exception": True,
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,
             }
@@ -99,7 +99,10 @@ def run(args: Sequence[str]) -> None:
         TaskDataModule,
         trainer_class=ZOTrainer,
         trainer_defaults={
-            "logger": {"class_path": f"{TensorBoardLogger.__module__}.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False}},
+            "logger": {
+                "class_path": f"{TensorBoardLogger.__module__}.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+            },
             "max_steps": 1000,
             "val_check_interval": 100,
             "check_val_every_n_epoch": None,

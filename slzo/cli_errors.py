@@ -93,7 +93,12 @@ def _arguments(hint: Any) -> Iterator[Any]:
 
 def _classes(hint: Any) -> Iterator[type]:
     for item in _arguments(hint):
-        if inspect.isclass(item) and not issubclass(item, Tensor) and item.__module__ not in ("builtins", "pathlib", "datetime") and not typing.get_origin(item):
+        if (
+            inspect.isclass(item)
+            and not issubclass(item, Tensor)
+            and item.__module__ not in ("builtins", "pathlib", "datetime")
+            and not typing.get_origin(item)
+        ):
             yield item
 
 
@@ -104,7 +109,8 @@ def _literals(hint: Any) -> Iterator[Any]:
 
 
 def _subclass_names(base: type) -> Iterator[str]:
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         if not child.__name__.startswith("_") and not inspect.isabstract(child):
             yield child.__name__
         yield from _subclass_names(child)

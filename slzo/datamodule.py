@@ -73,7 +73,11 @@ class TaskDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("max_length", max_length)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_length", max_length),
+        ):
             if value < 1:
                 raise SlzoError(f"data.{name} {value}: must be at least 1")
         self.task = get_task(task) if isinstance(task, str) else task

@@ -182,21 +182,21 @@ class ZOModule(LightningModule):
         sums = self.objective.losses(batch.packed, hidden, self.tuned, points, batch.loss)
         if self.trainer.world_size > 1:
             # a few bytes; averages of ranks with different token counts would be another loss
-            sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
+            sums = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
         return sums[0] / sums[1]
 
     def _update(self, estimate: Estimate) -> float | None:
         """Step the optimizer, or skip a step without a finite loss. Returns the update's norm on steps that log it."""
         assert self.tuned is not None
-        optimizer = cast(Any, self.optimizers())
-        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        optimizer = cast("Any", self.optimizers())
+        logged = (self.global_step + 1) % getattr(self.trainer, "log_every_n_steps", 1) == 0
         before = [master.clone() for master in self.tuned.masters] if logged and estimate.finite else None
         # without gradients this only counts: global_step, and with it max_steps, moves with the optimizer's steps
         optimizer.step()
         self._count_nonfinite(estimate)
         self.tuned.zero_grad()
         self.tuned.restore()
-        scheduler = cast(Any, self.lr_schedulers())
+        scheduler = cast("Any", self.lr_schedulers())
         if scheduler is not None:
             scheduler.step()
         if before is None:
@@ -218,7 +218,7 @@ class ZOModule(LightningModule):
             )
 
     def _log_step(self, batch: TrainBatch, estimate: Estimate, update_norm: float | None, seconds: float) -> None:
-        optimizer = cast(Any, self.optimizers())
+        optimizer = cast("Any", self.optimizers())
         projected = torch.tensor(estimate.projected_grad)
         values = {
             "train/loss_plus": estimate.loss_plus,
@@ -234,9 +234,7 @@ class ZOModule(LightningModule):
         if update_norm is not None:
             values["train/update_norm"] = update_norm
         self.log_dict(values, batch_size=batch.packed.num_examples)
-        self.log(
-            "loss", (estimate.loss_plus + estimate.loss_minus) / 2, prog_bar=True, logger=False, batch_size=1
-        )
+        self.log("loss", (estimate.loss_plus + estimate.loss_minus) / 2, prog_bar=True, logger=False, batch_size=1)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -315,7 +313,7 @@ class ZOModule(LightningModule):
 
     # ---- checkpoints: the tuned layer only ----------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The tuned tensors by the model's names, float32; the frozen model is not part of a checkpoint."""
         return {} if self.tuned is None else {k: v.detach() for k, v in self.tuned.named_masters().items()}
 
@@ -327,9 +325,7 @@ class ZOModule(LightningModule):
         """
         self.configure_model()
         expected = dict(self.model.named_parameters()) if self.tuned is None else self.tuned.named_masters()
-        wrong = [
-            name for name, t in state_dict.items() if name not in expected or expected[name].shape != t.shape
-        ]
+        wrong = [name for name, t in state_dict.items() if name not in expected or expected[name].shape != t.shape]
         missing = [] if self.tuned is None else [name for name in expected if name not in state_dict]
         if wrong or missing:
             raise SlzoError(
@@ -363,9 +359,13 @@ class ZOModule(LightningModule):
             raise SlzoError("ckpt_path: not a checkpoint written by slzo; give a file from a run's checkpoints folder")
         self.num_nonfinite = note["num_nonfinite"]
         saved, mine = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
-        different = [f"{k}: {saved[k]} -> {mine[k]}" for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"]
+        different = [
+            f"{k}: {saved[k]} -> {mine[k]}" for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"
+        ]
         if different:
-            rank_zero_warn("these model options differ from the checkpoint's, the new ones are used: " + "; ".join(different))
+            rank_zero_warn(
+                "these model options differ from the checkpoint's, the new ones are used: " + "; ".join(different)
+            )
 
     def on_fit_start(self) -> None:
         """Say what is tuned."""

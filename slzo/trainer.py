@@ -41,6 +41,7 @@ class ZOTrainer(Trainer):
                 f"trainer.accumulate_grad_batches {kwargs['accumulate_grad_batches']}: a forward-only step needs no "
                 "accumulation, raise data.batch_size or model.num_queries instead"
             )
+        self.resume_path: str | None = None
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
@@ -72,7 +73,8 @@ class ZOTrainer(Trainer):
             ckpt_path: Checkpoint to continue from, or ``last`` for the newest run's.
             weights_only: Passed to torch.load.
         """
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, self._find(ckpt_path), weights_only)
+        self.resume_path = self._find(ckpt_path)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, self.resume_path, weights_only)
 
     def test(
         self,

@@ -1,8 +1,10 @@
 """Tiny random models of every family, a tiny tokenizer and tiny data."""
 
 import json
+import logging
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,9 +92,7 @@ def make_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator(["It was great. It was terrible. A good movie, a bad movie."] * 5, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")
@@ -120,10 +120,23 @@ def data_dir(tmp_path_factory):
     return folder.parent
 
 
+class _CurrentStderr:
+    def write(self, text):
+        return sys.stderr.write(text)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     """Seeds that Lightning leaves in the environment must not reach the next test."""
     before = dict(os.environ)
+    # log handlers keep the stream of the test that imported their library, which is closed by now
+    for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler:
+                handler.stream = _CurrentStderr()
     yield
     for name in set(os.environ) - set(before):
         if name.startswith(("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")):

@@ -3,8 +3,8 @@ import random
 
 import pytest
 import torch
-
 from conftest import random_example, tiny_model
+
 from slzo.errors import SlzoError
 from slzo.models.packing import pack
 from slzo.models.split import SplitModel

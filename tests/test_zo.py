@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_model
 from torch import nn
 
-from conftest import tiny_model
 from slzo.errors import SlzoError
 from slzo.evaluation.scoring import LossKind
 from slzo.models.packing import pack
@@ -119,7 +119,9 @@ def test_perturb_and_restore_is_exact(dtype):
     for step in range(50):
         direction = tuned.draw(0, step, 0)
         tuned.write(direction, 1e-3)
-        assert not torch.equal(model.model.layers[1].mlp.down_proj.weight, before["model.layers.1.mlp.down_proj.weight"])
+        assert not torch.equal(
+            model.model.layers[1].mlp.down_proj.weight, before["model.layers.1.mlp.down_proj.weight"]
+        )
         tuned.write(direction, -1e-3)
         tuned.restore()
     after = model.state_dict()
@@ -206,9 +208,7 @@ def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
     for rows in (True, False):
         objective = LayerObjective(split, 1, PrefixCache(0), candidate_rows=rows)
         points = [Point(direction, 1e-3), Point(direction, -1e-3)]
-        results.append(
-            objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
-        )
+        results.append(objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoint import is_fast_dev_run, read_checkpoint, resumed_from
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -47,7 +48,9 @@ class OutlierProfiler(Callback):
         if batch_size < 1:
             raise SlzoError(f"profiler.batch_size {batch_size}: must be at least 1")
         if text_file is not None and not Path(text_file).is_file():
-            raise SlzoError(f"profiler.text_file {text_file!r}: no such file; give a text file with one sequence a line")
+            raise SlzoError(
+                f"profiler.text_file {text_file!r}: no such file; give a text file with one sequence a line"
+            )
         self.rule = rule if rule is not None else FirstOutlierLayer()
         self.num_sequences = num_sequences
         self.batch_size = batch_size
@@ -58,8 +61,9 @@ class OutlierProfiler(Callback):
         """Choose the layer, unless it is known already."""
         if stage != "fit" or not isinstance(pl_module, ZOModule) or pl_module.layer is not None:
             return
-        if trainer.ckpt_path is not None:
-            layer = read_checkpoint(str(trainer.ckpt_path))["slzo"]["layer"]
+        checkpoint = resumed_from(trainer)
+        if checkpoint is not None:
+            layer = read_checkpoint(checkpoint)["slzo"]["layer"]
             pl_module.choose_layer(layer, "from the checkpoint")
             return
         pl_module.choose_layer(self.run(trainer, pl_module).dominant_layer, self.rule.describe())
@@ -84,7 +88,7 @@ class OutlierProfiler(Callback):
             )
         layers, passes = profile_layers(module.split, batches)
         tokenizer = datamodule.encoder.tokenizer
-        layers = [replace(layer, token=tokenizer.decode([layer.token_id])) for layer in layers]
+        layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
         profile = OutlierProfile(self._select(layers), self.rule.describe(), num_sequences, passes, tuple(layers))
         # every process must tune the same layer, whatever rounding did on its device
         self.profile = OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
@@ -108,14 +112,14 @@ class OutlierProfiler(Callback):
         return datamodule.prompt_batches(examples, self.batch_size)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.log_dir is None or not trainer.is_global_zero or trainer.fast_dev_run or self.profile is None:
+        log_dir = trainer.log_dir  # a collective call: every process must make it
+        if log_dir is None or not trainer.is_global_zero or is_fast_dev_run(trainer) or self.profile is None:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PROFILE_FILE).write_text(json.dumps(self.profile.to_dict(), indent=2) + "\n", encoding="utf-8")
-        experiment = getattr(trainer.logger, "experiment", None)
-        if hasattr(experiment, "add_figure"):
-            experiment.add_figure("outlier_profile", profile_figure(self.profile))
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_figure("outlier_profile", profile_figure(self.profile))
 
     def state_dict(self) -> dict[str, Any]:
         """The profile, kept in checkpoints."""
@@ -128,7 +132,7 @@ class OutlierProfiler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has a folder of its own and gets the profile too."""
-        if trainer.ckpt_path is not None:
+        if resumed_from(trainer) is not None:
             self._save(trainer)
 
 

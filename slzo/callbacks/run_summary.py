@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoint import is_fast_dev_run, read_checkpoint, resumed_from
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
@@ -31,13 +31,18 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
-        if self.test_before and self._before is None and trainer.ckpt_path is None:
+        if self.test_before and self._before is None and resumed_from(trainer) is None:
             self._before = _score(trainer, pl_module, "before training")
         self._train_started = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the best checkpoint, show and write the summary."""
-        if not isinstance(pl_module, ZOModule) or pl_module.tuned is None or trainer.fast_dev_run or trainer.interrupted:
+        if (
+            not isinstance(pl_module, ZOModule)
+            or pl_module.tuned is None
+            or is_fast_dev_run(trainer)
+            or trainer.interrupted
+        ):
             return
         train_seconds = time.monotonic() - self._train_started
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
@@ -69,7 +74,7 @@ class RunSummary(Callback):
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
-            "run_dir": trainer.log_dir,
+            "run_dir": trainer.log_dir,  # a collective call: every process must make it
         }
         if trainer.is_global_zero:
             _write(trainer, summary)
@@ -92,14 +97,14 @@ def _score(trainer: Trainer, module: LightningModule, when: str) -> dict[str, fl
 
 
 def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
-    if trainer.log_dir is None:
+    if summary["run_dir"] is None:
         return
-    folder = Path(trainer.log_dir)
+    folder = Path(summary["run_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if isinstance(trainer.logger, TensorBoardLogger):
         metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
-        trainer.logger.log_hyperparams(trainer.lightning_module.hparams, metrics=metrics)
+        trainer.logger.log_hyperparams(dict(trainer.lightning_module.hparams), metrics=metrics)
 
 
 def format_summary(summary: dict[str, Any]) -> str:

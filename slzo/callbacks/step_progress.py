@@ -43,3 +43,8 @@ class StepProgressBar(TQDMProgressBar):
                 refresh=False,
             )
             bar.update(trainer.global_step - bar.n)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the line, so that a message after it is readable."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()

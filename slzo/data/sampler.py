@@ -1,6 +1,7 @@
 """Batches of an epoch as a function of (seed, epoch): the same after a resume and on any number of processes."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler
@@ -33,7 +34,7 @@ class EpochBatchSampler(BatchSampler):
         self.world_size = world_size
         self.first_batch = first_batch
         self.epoch = 0
-        self.sampler = self  # Lightning calls set_epoch on this attribute
+        self.sampler: Any = self  # Lightning calls set_epoch on this attribute
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation."""

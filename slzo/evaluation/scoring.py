@@ -23,7 +23,7 @@ class LossSum(NamedTuple):
     """A sum and what to divide it by, both 0-dimensional float32, so that processes can be added up."""
 
     total: Tensor
-    count: Tensor
+    weight: Tensor
 
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
@@ -97,4 +97,4 @@ def training_loss(kind: LossKind, logits: Tensor, batch: PackedBatch, selected: 
 
 def stack(sums: list[LossSum]) -> Tensor:
     """Totals and counts of several evaluations, shape (2, P)."""
-    return torch.stack([torch.stack([item.total for item in sums]), torch.stack([item.count for item in sums])])
+    return torch.stack([torch.stack([item.total for item in sums]), torch.stack([item.weight for item in sums])])

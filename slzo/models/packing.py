@@ -18,6 +18,7 @@ from slzo.data.encoding import EncodedExample
 _GROUP_RATIO = 0.75
 
 
+@dataclass(frozen=True)
 class _Movable:
     """Moves every tensor field of a dataclass to a device."""
 
@@ -29,7 +30,7 @@ class _Movable:
                 return tuple(move(item) for item in value)
             return value
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Keeps the newest state of a run in ``checkpoints/last.ckpt``, whatever ends the run."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo.checkpoint import is_fast_dev_run
+from slzo.console import say
+from slzo.errors import SlzoError
+
+LAST_FILE = "last.ckpt"
+
+
+class LastCheckpoint(Callback):
+    """Saves after every validation, at the end, and when the run is interrupted.
+
+    Lightning's ``ModelCheckpoint(save_last=True)`` saves only when the monitored value improved, so a resume could lose steps.
+    """
+
+    def __init__(self) -> None:
+        self._saved_step = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save while training."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what an interrupt or a crash would lose; not the weights of a diverged run."""
+        if isinstance(exception, SlzoError) or trainer.global_step == 0 or trainer.world_size > 1:
+            return
+        path = self._save(trainer)
+        if path is not None:
+            say(f"\nInterrupted at step {trainer.global_step}; continue with --ckpt_path {path}")
+
+    def _save(self, trainer: Trainer) -> Path | None:
+        log_dir = trainer.log_dir  # a collective call: every process must make it
+        if log_dir is None or is_fast_dev_run(trainer):
+            return None
+        path = Path(log_dir) / "checkpoints" / LAST_FILE
+        if self._saved_step != trainer.global_step:
+            partial = path.with_suffix(".partial")
+            trainer.save_checkpoint(partial, weights_only=False)
+            if trainer.is_global_zero:
+                partial.replace(path)
+            self._saved_step = trainer.global_step
+        return path
