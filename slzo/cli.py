@@ -21,6 +21,18 @@ from slzo.errors import SlzoError
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 
+_TRAINER_DEFAULTS = {
+    "logger": {
+        "class_path": f"{TensorBoardLogger.__module__}.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+    },
+    "max_steps": 1000,
+    "val_check_interval": 100,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+}
 _EVALUATE = {"model", "dataloaders", "datamodule"}
 
 
@@ -92,29 +104,28 @@ def run(args: Sequence[str]) -> None:
     Raises:
         SlzoError: Something about the options or files is wrong.
     """
-    command, rest = args[0], list(args[1:])
     _filter_warnings()
-    SlzoCLI(
+    build([args[0], *_run_config(args), *args[1:]])
+
+
+def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
+    """The command line with the defaults of slzo.
+
+    Args:
+        args: Command and options.
+        run: Run the command; ``False`` takes options without a command and only builds trainer, model and data.
+    """
+    return SlzoCLI(
         ZOModule,
         TaskDataModule,
         trainer_class=ZOTrainer,
-        trainer_defaults={
-            "logger": {
-                "class_path": f"{TensorBoardLogger.__module__}.TensorBoardLogger",
-                "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
-            },
-            "max_steps": 1000,
-            "val_check_interval": 100,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 10,
-            "enable_model_summary": False,
-        },
+        trainer_defaults=_TRAINER_DEFAULTS,
         seed_everything_default=0,
         parser_class=SlzoParser,
-        parser_kwargs={name: {"description": text} for name, text in COMMANDS.items()},
+        parser_kwargs={name: {"description": text} for name, text in COMMANDS.items()} if run else {},
         auto_configure_optimizers=False,
-        args=[command, *_run_config(args), *rest],
+        args=list(args),
+        run=run,
     )
 
 

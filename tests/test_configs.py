@@ -1,0 +1,75 @@
+"""Every shipped config parses and its classes build; the README's commands are real."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from slzo.__main__ import COMMANDS
+from slzo.cli import build
+from slzo.datamodule import TaskDataModule
+from slzo.module import ZOModule
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_builds(config):
+    cli = build(["--config", str(config)], run=False)
+    assert isinstance(cli.model, ZOModule)
+    assert isinstance(cli.datamodule, TaskDataModule)
+    assert not Path("runs").exists()  # building must not start anything
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_opens_with_the_command_that_runs_it(config):
+    comment = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"slzo fit --config configs/quickstart.yaml --config configs/{config.name}" in comment or (
+        f"slzo fit --config configs/{config.relative_to(ROOT / 'configs')}" in comment
+    )
+
+
+def readme_command(name):
+    found = re.search(rf"<!-- tested: {name} -->\n```bash\n(.*)\n```", README)
+    assert found, f"no tested command {name!r} in the README"
+    return found[1]
+
+
+def test_the_setup_command_installs_and_runs_the_main_job():
+    steps = [shlex.split(step) for step in readme_command("setup").split("&&")]
+    assert steps[0][:3] == ["python3", "-m", "venv"]
+    assert steps[1][-2:] == ["-e", ".[dev]"]
+    assert steps[2][0].endswith("bin/slzo")
+    assert (ROOT / steps[2][steps[2].index("--config") + 1]).is_file()
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert readme_command("tests") == ".venv/bin/python -m pytest"
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "<!-- tested: tests -->" in script
+    assert 'eval "$test_command"' in script
+
+
+@pytest.mark.parametrize("line", re.findall(r"^slzo \w+ --.*$", README, re.MULTILINE))
+def test_readme_options_exist(line):
+    words = shlex.split(line, comments=True)
+    assert words[1] in COMMANDS
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    text = build(["--config", str(ROOT / "configs" / "quickstart.yaml")], run=False).parser.format_help()
+    for option in options:
+        assert option in ("--ckpt_path", "--output") or option in text, option
+
+
+def test_readme_names_every_module():
+    tree = README.partition("## Code")[2].partition("```\n\n")[0]
+    for path in (ROOT / "slzo").iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            assert f"{path.name}/" in tree

@@ -1,0 +1,57 @@
+"""The main job on the real model and real rows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import SHARED_DATA
+from slzo.__main__ import main
+
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_few_steps_of_the_quickstart(capsys):
+    options = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--data.num_test=32", "--data.num_dev=16"]
+    assert main(["fit", "--config", QUICKSTART, *options]) == 0
+    summary = json.loads(Path("runs/version_0/summary.json").read_text())
+    assert summary["dominant_layer"] == 11
+    assert summary["num_layers"] == 30
+    assert summary["tuned_parameters"] == 3_540_096
+    assert summary["total_parameters"] == 134_515_008
+    assert summary["num_rows"] == 32
+    assert summary["steps"] == 3
+    assert "11 of 30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["movie_reviews", "sst2", "rte"])
+def test_layer_11_is_found_with_the_prompts_of_several_tasks(task):
+    options = [f"--data.task={task}", "--data.num_train=32", "--data.num_dev=8", "--data.num_test=32"]
+    if task != "movie_reviews":
+        if not SHARED_DATA.is_dir():
+            pytest.skip(f"no real rows at {SHARED_DATA}")
+        options.append(f"--data.data_dir={SHARED_DATA / 'hf'}")
+    assert main(["profile", "--config", QUICKSTART, *options]) == 0
+    profile = json.loads(Path("runs/version_0/outlier_profile.json").read_text())
+    assert profile["dominant_layer"] == 11
+    assert profile["num_sequences"] >= 10
+    assert profile["num_forward_passes"] <= 15
+    assert profile["layers"][11]["channel"] == 507
+    assert profile["layers"][2]["ratio"] < 1000 < profile["layers"][11]["ratio"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_whole_quickstart_gains_15_points(seed):
+    assert main(["fit", "--config", QUICKSTART, f"--seed_everything={seed}"]) == 0
+    summary = json.loads(Path("runs/version_0/summary.json").read_text())
+    assert summary["num_rows"] >= 400
+    assert summary["score_after"] >= summary["score_before"] + 0.15
+    assert re.search(r"step=\d+\.ckpt", summary["best_checkpoint"])
