@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from slzo.data.encoding import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
 from slzo.models.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, register_packed_attention
+from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.packing import PackedBatch, PackedLayout, pack
 
 
@@ -122,15 +123,18 @@ class SplitModel:
         model: In evaluation mode; its weights are shared, not copied.
         packed: Run without padding. ``False`` pads each sequence on the right and uses the model's own attention; models
             that do not use transformers' attention interface always run this way.
+        onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by a trial.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, packed: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> None:
         self.model = model
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
+        self.onednn = onednn_is_faster(self.layers[0]) if onednn is None else onednn
+        self._runnable = [with_onednn(layer) if self.onednn else layer for layer in self.layers]
         self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
         self._stack = model.get_submodule(self._stack_path)
         self._as_tuple = _layer_returns_tuple(model, self.layers[0])
@@ -197,7 +201,7 @@ class SplitModel:
             inject = _Inject(self._as_tuple) if start > 0 else None
             capture = _Capture(self._as_tuple) if stop < self.num_layers else None
             layers: list[nn.Module] = [_Pass(self._as_tuple) for _ in range(self.num_layers)]
-            layers[start:stop] = list(self.layers)[start:stop]
+            layers[start:stop] = self._runnable[start:stop]
             if inject is not None:
                 layers[start - 1] = inject
             if capture is not None:
@@ -279,25 +283,26 @@ def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
     return isinstance(seen[0], tuple)
 
 
-def split_model(model: PreTrainedModel, packed: bool = True) -> SplitModel:
+def split_model(model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> SplitModel:
     """Split a model and make sure that its parts compute what the whole does.
 
     Args:
         model: In evaluation mode.
         packed: Prefer packed attention; a model whose attention does not take it falls back to padding, with a warning.
+        onednn: See :class:`SplitModel`.
 
     Raises:
         SlzoError: The architecture cannot be split.
     """
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    split = SplitModel(model, packed)
+    split = SplitModel(model, packed, onednn)
     error = largest_difference(split)
     if error > tolerance and split.packed:
         warnings.warn(
             f"{type(model).__name__} does not run right without padding (relative error {error:.2g}): padding is used",
             stacklevel=2,
         )
-        split = SplitModel(model, packed=False)
+        split = SplitModel(model, packed=False, onednn=onednn)
         error = largest_difference(split)
     # written so that NaN is refused too
     if not error <= tolerance:
