@@ -52,6 +52,8 @@ class TaskDataModule(LightningDataModule):
         batch_size: Training rows per step and process.
         eval_batch_size: Rows per batch when scoring.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
+        share_prompts: Run a prompt once for all of its candidates.
+        length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
         seed: Seed of the draws; left out, that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
     """
@@ -69,6 +71,8 @@ class TaskDataModule(LightningDataModule):
         batch_size: int = 16,
         eval_batch_size: int = 32,
         max_length: int = 2048,
+        share_prompts: bool = True,
+        length_buckets: bool = False,
         seed: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -91,6 +95,8 @@ class TaskDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
+        self.share_prompts = share_prompts
+        self.length_buckets = length_buckets
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self.splits: Splits | None = None
@@ -166,11 +172,14 @@ class TaskDataModule(LightningDataModule):
             self.seed or 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
+            lengths=[len(row.sequences[0].ids) for row in encoded] if self.length_buckets else None,
             first_batch=trainer.fit_loop.epoch_loop.batch_progress.current.completed if trainer else 0,
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(encoded)}: fewer rows than processes; use more rows or fewer devices")
-        return DataLoader(_Rows(encoded), batch_sampler=sampler, collate_fn=TrainCollator(self.loss))
+        return DataLoader(
+            _Rows(encoded), batch_sampler=sampler, collate_fn=TrainCollator(self.loss, self.share_prompts)
+        )
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Dev rows, sorted by length."""
@@ -186,7 +195,9 @@ class TaskDataModule(LightningDataModule):
         pairs = sorted(zip(self.encoded(split), examples, strict=True), key=lambda pair: -len(pair[0].sequences[0].ids))
         if self.trainer is not None:
             pairs = pairs[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(_Rows(pairs), batch_size=self.eval_batch_size, collate_fn=EvalCollator(self.loss))
+        return DataLoader(
+            _Rows(pairs), batch_size=self.eval_batch_size, collate_fn=EvalCollator(self.loss, self.share_prompts)
+        )
 
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""

@@ -49,8 +49,13 @@ class ZOModule(LightningModule):
         dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
         seed: Seed of the directions; left out, that of seed_everything.
         prefix_cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
+        prefix_cache_dtype: Type in which they are kept; left out, that of the model.
+        prefix_cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
         packed: Run batches without padding.
         candidate_rows: Compute only the candidates' rows of the head where the loss allows it.
+        paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
+        onednn: Run float32 linear layers on the CPU through oneDNN; left out, a trial decides.
+        compile: Compile the decoder layers with torch.compile; falls back with a warning.
         max_nonfinite: Stop after this many steps in a row whose loss is infinite or NaN.
         trust_remote_code: Run model code that comes with a Hub repository.
     """
@@ -66,8 +71,13 @@ class ZOModule(LightningModule):
         dtype: DType = "float32",
         seed: int | None = None,
         prefix_cache_gb: float = 2.0,
+        prefix_cache_dtype: DType | None = None,
+        prefix_cache_dir: str | None = None,
         packed: bool = True,
         candidate_rows: bool = True,
+        paired: bool | None = None,
+        onednn: bool | None = None,
+        compile: bool = False,
         max_nonfinite: int = 10,
         trust_remote_code: bool = False,
     ) -> None:
@@ -91,7 +101,11 @@ class ZOModule(LightningModule):
             raise SlzoError(f"model.max_nonfinite {max_nonfinite}: at least 1 step is needed before giving up")
         self.max_nonfinite = max_nonfinite
         self.trust_remote_code = trust_remote_code
-        self.prefix_cache = PrefixCache(prefix_cache_gb)
+        self.paired = paired
+        self.onednn = onednn
+        self.compile_layers = compile
+        cache_dtype = None if prefix_cache_dtype is None else getattr(torch, prefix_cache_dtype)
+        self.prefix_cache = PrefixCache(prefix_cache_gb, cache_dtype, prefix_cache_dir)
         self.model: Any = None
         self.tuned: TunedTensors | None = None
         self.metrics: TaskMetrics | None = None
@@ -108,7 +122,7 @@ class ZOModule(LightningModule):
         if self.model is None:
             self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code)
             # outside of the module tree: its views share the model's weights
-            self.__dict__["_split"] = split_model(self.model, self.packed)
+            self.__dict__["_split"] = split_model(self.model, self.packed, self.onednn, self.compile_layers)
 
     @property
     def split(self) -> SplitModel:
@@ -135,7 +149,7 @@ class ZOModule(LightningModule):
         self.configure_model()
         self.tuned = tune_layer(self.split, layer).to(self.model.device)
         self.layer, self.layer_origin = layer, origin
-        self._objective = LayerObjective(self.split, layer, self.prefix_cache, self.candidate_rows)
+        self._objective = LayerObjective(self.split, layer, self.prefix_cache, self.candidate_rows, self.paired)
         self.prefix_cache.clear()
 
     def setup(self, stage: str) -> None:

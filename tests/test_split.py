@@ -1,5 +1,4 @@
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,11 +87,7 @@ def test_shared_prompts_are_stored_once(examples):
 def test_a_repeated_layout_is_the_batch_twice(examples):
     batch = pack(examples)
     split = SplitModel(tiny_model("llama"))
-    twice = SimpleNamespace(
-        input_ids=batch.input_ids.repeat(2),
-        position_ids=batch.position_ids.repeat(2),
-        layout=batch.layout.repeat(2),
-    )
+    twice = batch.repeat(2)
     with torch.no_grad():
         once = split.run(batch, 0, 4)
         torch.testing.assert_close(split.run(twice, 0, 4), torch.cat([once, once]))
@@ -136,5 +131,8 @@ def test_a_model_that_cannot_be_split_is_refused():
     model.model.layers[3].register_forward_pre_hook(
         lambda module, inputs: (inputs[0] + 5 * inputs[0].mean(dim=(0, 1), keepdim=True), *inputs[1:])
     )
-    with pytest.warns(UserWarning, match="padding is used"), pytest.raises(SlzoError, match="LlamaForCausalLM is not supported"):
+    with (
+        pytest.warns(UserWarning, match="padding is used"),
+        pytest.raises(SlzoError, match="LlamaForCausalLM is not supported"),
+    ):
         split_model(model)

@@ -232,6 +232,6 @@ def test_prefix_cache_keeps_to_its_budget(examples):
     objective = LayerObjective(split, 1, cache)
     expected = objective.prefix(pack(examples))
     assert cache.num_bytes <= cache.budget
-    assert cache.get([0, 1], torch.device("cpu")) is not None
-    assert cache.get([0, 1, 2], torch.device("cpu")) is None
+    assert cache.get([0, 1], torch.device("cpu"), torch.float32) is not None
+    assert cache.get([0, 1, 2], torch.device("cpu"), torch.float32) is None
     torch.testing.assert_close(objective.prefix(pack(examples)), expected)

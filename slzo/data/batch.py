@@ -42,10 +42,11 @@ class TrainCollator:
     """Packs encoded examples for training."""
 
     loss: LossKind
+    share_prompts: bool = True
 
     def __call__(self, encoded: Sequence[EncodedExample]) -> TrainBatch:
         """Pack in the given order."""
-        return TrainBatch(pack(encoded), self.loss)
+        return TrainBatch(pack(encoded, share_prompts=self.share_prompts), self.loss)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class EvalCollator:
     """Packs encoded examples for scoring."""
 
     loss: LossKind
+    share_prompts: bool = True
 
     def __call__(self, pairs: Sequence[tuple[EncodedExample, Example]]) -> EvalBatch:
         """Pack in the given order."""
-        return EvalBatch(pack([encoded for encoded, _ in pairs]), tuple(example for _, example in pairs), self.loss)
+        packed = pack([encoded for encoded, _ in pairs], share_prompts=self.share_prompts)
+        return EvalBatch(packed, tuple(example for _, example in pairs), self.loss)

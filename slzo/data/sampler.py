@@ -1,12 +1,14 @@
 """Batches of an epoch as a function of (seed, epoch): the same after a resume and on any number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler
 
 from slzo.seeding import derive_seed
+
+_WINDOW_BATCHES = 16
 
 
 class EpochBatchSampler(BatchSampler):
@@ -21,17 +23,28 @@ class EpochBatchSampler(BatchSampler):
         seed: Seed of the permutations.
         rank: This process.
         world_size: Number of processes.
+        lengths: Of each row; batches are then made of rows of similar length, by sorting within windows of
+            some batches and shuffling the batches. Each row still comes once per epoch, so an epoch is unbiased, but the rows
+            of one batch are no independent draw.
         first_batch: Batches of the first epoch that a resumed run has already seen.
     """
 
     def __init__(
-        self, num_rows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        lengths: Sequence[int] | None = None,
+        first_batch: int = 0,
     ) -> None:
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.lengths = lengths
         self.first_batch = first_batch
         self.epoch = 0
         self.sampler: Any = self  # Lightning calls set_epoch on this attribute
@@ -49,6 +62,17 @@ class EpochBatchSampler(BatchSampler):
         generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, self.epoch))
         order = torch.randperm(self.num_rows, generator=generator).tolist()
         size = self.batch_size * self.world_size
+        places = list(range(len(self)))
+        if self.lengths is not None:
+            order = self._sort_windows(order, size * _WINDOW_BATCHES)
+            places = torch.randperm(len(self), generator=generator).tolist()
         first, self.first_batch = self.first_batch, 0
-        for batch in range(first, len(self)):
-            yield order[batch * size : (batch + 1) * size][self.rank :: self.world_size]
+        for place in places[first:]:
+            yield order[place * size : (place + 1) * size][self.rank :: self.world_size]
+
+    def _sort_windows(self, order: list[int], window: int) -> list[int]:
+        """The order with each run of ``window`` rows sorted by length."""
+        lengths = self.lengths
+        assert lengths is not None
+        windows = (order[start : start + window] for start in range(0, len(order), window))
+        return [row for part in windows for row in sorted(part, key=lambda row: lengths[row])]

@@ -50,8 +50,7 @@ def choice_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
 
 def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
     """Scores (C,) as a matrix, one example a row, shape (B, most candidates), filled up with minus infinity."""
-    width = int(batch.candidate_slot.max()) + 1
-    table = scores.new_full((batch.num_examples, width), float("-inf"))
+    table = scores.new_full((batch.num_examples, batch.most_candidates), float("-inf"))
     table[batch.candidate_example, batch.candidate_slot] = scores
     return table
 

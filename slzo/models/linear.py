@@ -49,9 +49,7 @@ def with_onednn(module: nn.Module) -> nn.Module:
     if type(module) is nn.Linear:
         return OneDNNLinear(module)
     twin = copy.copy(module)
-    twin._modules = {
-        name: None if child is None else with_onednn(child) for name, child in module._modules.items()
-    }
+    twin._modules = {name: None if child is None else with_onednn(child) for name, child in module._modules.items()}
     return twin
 
 

@@ -56,9 +56,9 @@ class PackedLayout(_Movable):
         group_start = 0
         for group in self.groups:
             inside = (self.inverse >= start) & (self.inverse < start + group.numel())
-            for copy, target in enumerate(inverse):
+            for copy in range(times):
                 moved = self.inverse - start + group_start + copy * group.numel()
-                target[inside] = moved[inside]
+                inverse[copy] = torch.where(inside, moved, inverse[copy])  # no host sync, unlike a masked write
             start += group.numel()
             group_start += group.numel() * times
         return PackedLayout(
@@ -69,13 +69,25 @@ class PackedLayout(_Movable):
 
 
 @dataclass(frozen=True)
-class PackedBatch(_Movable):
-    """One batch, ready for the model and for scoring.
+class TokenBatch(_Movable):
+    """What the decoder layers need to know of a batch.
 
     Attributes:
         input_ids: Token ids, shape (T,), int64. The last token of a candidate predicts nothing and is left out.
         position_ids: Position of each token in its sequence, shape (T,), int64.
         layout: See :class:`PackedLayout`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: PackedLayout
+
+
+@dataclass(frozen=True)
+class PackedBatch(TokenBatch):
+    """One batch, ready for the model and for scoring.
+
+    Attributes beyond those of :class:`TokenBatch`:
         example_index: Cache key of each example, length B.
         example_tokens: Packed tokens of each example, length B, in order; they sum to T.
         rows: Packed positions whose logits are needed, shape (U,), int64.
@@ -88,12 +100,10 @@ class PackedBatch(_Movable):
         gold: Slot of the training target of each example, shape (B,), int64; -1 without a label.
         choice_ids: Distinct candidate tokens, shape (K,), int64, if every candidate has exactly one token, else ``None``.
         token_choice: For each answer token its index in ``choice_ids``, shape (R,), int64, or ``None``.
+        most_candidates: Largest number of candidates of an example.
         num_sequence_tokens: Tokens that a candidate-at-a-time evaluation would process.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    layout: PackedLayout
     example_index: tuple[int, ...]
     example_tokens: tuple[int, ...]
     rows: Tensor
@@ -106,7 +116,12 @@ class PackedBatch(_Movable):
     gold: Tensor
     choice_ids: Tensor | None
     token_choice: Tensor | None
+    most_candidates: int
     num_sequence_tokens: int
+
+    def repeat(self, times: int) -> "TokenBatch":
+        """Tokens and layout of ``times`` copies of the batch in one packed row."""
+        return TokenBatch(self.input_ids.repeat(times), self.position_ids.repeat(times), self.layout.repeat(times))
 
     @property
     def num_examples(self) -> int:
@@ -229,5 +244,6 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
         gold=tensor([example.gold[0] if example.gold else -1 for example in examples]),
         choice_ids=tensor(choices) if one_token else None,
         token_choice=tensor([place[token] for token in token_id]) if one_token else None,
+        most_candidates=max(slots) + 1,
         num_sequence_tokens=sequence_tokens,
     )

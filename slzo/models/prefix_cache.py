@@ -1,28 +1,47 @@
 """Hidden states that enter the tuned layer, kept per example: the layers before it never change."""
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_BLOCK_BYTES = 64 * 2**20
+
 
 class PrefixCache:
-    """Keeps hidden states by example until a memory budget is spent; the rest is recomputed each time.
+    """Keeps hidden states by example until a budget is spent; the rest is recomputed each time.
+
+    Packed hidden states of an example do not depend on the batch, so they fit any later batch.
 
     Args:
-        budget_gb: CPU memory to use, in GiB; 0 keeps nothing.
+        budget_gb: Space to use, in GiB; 0 keeps nothing.
+        dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
+        directory: Keep the states in a memory-mapped file in this folder instead of in memory; the file has no name and
+            vanishes with the process.
     """
 
-    def __init__(self, budget_gb: float) -> None:
+    def __init__(self, budget_gb: float, dtype: torch.dtype | None = None, directory: str | None = None) -> None:
         self.budget = int(budget_gb * 2**30)
+        self.dtype = dtype
+        self.directory = directory
         self.num_bytes = 0
         self._states: dict[int, Tensor] = {}
+        self._block: Tensor | None = None
+        self._used = 0
 
-    def get(self, keys: Sequence[int], device: torch.device) -> Tensor | None:
-        """Concatenated hidden states, shape (T, hidden), or ``None`` unless every example is known."""
+    def get(self, keys: Sequence[int], like: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """Concatenated hidden states, shape (T, hidden), or ``None`` unless every example is known.
+
+        Args:
+            keys: One per example.
+            like: Device of the result.
+            dtype: Type of the result.
+        """
         if not self.budget or any(key not in self._states for key in keys):
             return None
-        return torch.cat([self._states[key] for key in keys]).to(device, non_blocking=True)
+        return torch.cat([self._states[key] for key in keys]).to(like, dtype, non_blocking=True)
 
     def put(self, keys: Sequence[int], lengths: Sequence[int], hidden: Tensor) -> None:
         """Keep what fits.
@@ -32,14 +51,31 @@ class PrefixCache:
             lengths: Packed tokens of each example.
             hidden: Shape (T, hidden).
         """
+        dtype = self.dtype or hidden.dtype
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
-            size = states.numel() * states.element_size()
+            size = states.numel() * dtype.itemsize
             if key in self._states or self.num_bytes + size > self.budget:
                 continue
-            self._states[key] = states.detach().to("cpu", copy=True)
+            place = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
+            self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
 
     def clear(self) -> None:
         """Forget everything; needed when the layers before the tuned one change."""
         self._states.clear()
-        self.num_bytes = 0
+        self._block, self._used, self.num_bytes = None, 0, 0
+
+    def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+        """Room for ``count`` values in the present block, or in a new one."""
+        if self._block is None or self._used + count > self._block.numel():
+            size = max(count, min(_BLOCK_BYTES, self.budget) // dtype.itemsize)
+            self._block, self._used = self._new_block(size, dtype, pinned), 0
+        self._used += count
+        return self._block[self._used - count : self._used]
+
+    def _new_block(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+        if self.directory is None:
+            return torch.empty(count, dtype=dtype, pin_memory=pinned)  # pinned: copies to the GPU need no wait
+        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.directory, prefix="prefix-cache-") as file:
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from slzo.data.encoding import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
 from slzo.models.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, register_packed_attention
+from slzo.models.compiled import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
-from slzo.models.packing import PackedBatch, PackedLayout, pack
+from slzo.models.packing import PackedBatch, PackedLayout, TokenBatch, pack
 
 
 class _Pass(nn.Module):
@@ -124,24 +125,33 @@ class SplitModel:
         packed: Run without padding. ``False`` pads each sequence on the right and uses the model's own attention; models
             that do not use transformers' attention interface always run this way.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by a trial.
+        compile: Compile the decoder layers (see :mod:`slzo.models.compiled`); they do not use oneDNN then.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
+    ) -> None:
         self.model = model
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
-        self.onednn = onednn_is_faster(self.layers[0]) if onednn is None else onednn
-        self._runnable = [with_onednn(layer) if self.onednn else layer for layer in self.layers]
+        self.compile = compile
+        self.onednn = not compile and (onednn_is_faster(self.layers[0]) if onednn is None else onednn)
+        self._runnable = [self._make_runnable(layer) for layer in self.layers]
         self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
         self._stack = model.get_submodule(self._stack_path)
         self._as_tuple = _layer_returns_tuple(model, self.layers[0])
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
 
-    def run(self, batch: PackedBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
+    def _make_runnable(self, layer: nn.Module) -> nn.Module:
+        if self.compile:
+            return CompiledLayer(layer)
+        return with_onednn(layer) if self.onednn else layer
+
+    def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
 
         Args:
@@ -223,14 +233,18 @@ class SplitModel:
             self._head_views[selected] = (view, precomputed, head)
         return self._head_views[selected]
 
-    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+    def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
         if self.packed:
+            layout = batch.layout
+            if self.compile:  # compiled code is made for one number of groups
+                index, valid, inverse = _padded(layout)
+                layout = PackedLayout((index,), (valid,), inverse)
             return {
                 "input_ids": batch.input_ids.unsqueeze(0),
                 "position_ids": batch.position_ids.unsqueeze(0),
                 # a four-dimensional mask is passed on untouched: no (T, T) mask is built
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
-                LAYOUT_ARGUMENT: batch.layout,
+                LAYOUT_ARGUMENT: layout,
             }
         index, valid, _ = _padded(batch.layout)
         return {
@@ -239,16 +253,18 @@ class SplitModel:
             "attention_mask": valid.long(),
         }
 
-    def _spread(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def _spread(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         return hidden.unsqueeze(0) if self.packed else hidden[_padded(batch.layout)[0]]
 
-    def to_packed(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Hidden states as the model shapes them, in packed form (T, hidden)."""
         return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, _padded(batch.layout)[2])
 
 
 def _padded(layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
     """The layout with all sequences in one group: packed positions (N, L), which are real (N, L), and the inverse (T,)."""
+    if len(layout.groups) == 1:
+        return layout.groups[0], layout.valid[0], layout.inverse
     width = max(group.shape[1] for group in layout.groups)
     inverse = torch.empty_like(layout.inverse)
     start = rows = 0
@@ -283,26 +299,29 @@ def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
     return isinstance(seen[0], tuple)
 
 
-def split_model(model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> SplitModel:
+def split_model(
+    model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
+) -> SplitModel:
     """Split a model and make sure that its parts compute what the whole does.
 
     Args:
         model: In evaluation mode.
         packed: Prefer packed attention; a model whose attention does not take it falls back to padding, with a warning.
         onednn: See :class:`SplitModel`.
+        compile: See :class:`SplitModel`.
 
     Raises:
         SlzoError: The architecture cannot be split.
     """
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    split = SplitModel(model, packed, onednn)
+    split = SplitModel(model, packed, onednn, compile)
     error = largest_difference(split)
     if error > tolerance and split.packed:
         warnings.warn(
             f"{type(model).__name__} does not run right without padding (relative error {error:.2g}): padding is used",
             stacklevel=2,
         )
-        split = SplitModel(model, packed=False, onednn=onednn)
+        split = SplitModel(model, False, onednn, compile)
         error = largest_difference(split)
     # written so that NaN is refused too
     if not error <= tolerance:

@@ -1,0 +1,328 @@
+"""Greedy answers to many prompts at once.
+
+Prompts are run packed, a common beginning once. Decoding then feeds one token per unfinished row; keys and values lie in
+buffers of rows of similar length, so that little padding is attended to, and a finished row leaves the buffers at once.
+
+Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` prompt tokens of a chunk, ``n`` unfinished rows,
+``m`` of them in one buffer of width ``W``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
+from transformers.masking_utils import sdpa_mask
+
+from slzo.data.encoding import EncodedExample, EncodedSequence, newline_token
+from slzo.models.attention import LAYOUT_ARGUMENT, packed_attention_forward
+from slzo.models.packing import PackedLayout, pack
+from slzo.models.sharing import chunk_by_tokens, share_prefixes
+from slzo.models.split import SplitModel
+
+MAX_NEW_TOKENS = 50
+"""Longest answer, in tokens (MeZO)."""
+
+_ATTENTION_NAME = "slzo_generate"
+# Rows share a buffer while the shortest prompt is at least this fraction of the longest.
+_GROUP_RATIO = 0.75
+
+
+@torch.no_grad()
+def generate_texts(
+    split: SplitModel,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    prefill_tokens: int = 1024,
+) -> list[str]:
+    """Greedy answers as text: cut at the first newline, without outer white space.
+
+    Args:
+        split: The model with its live weights.
+        prompts: Token ids, at least one each.
+        tokenizer: Knows EOS and the newline token, which end an answer.
+        max_new_tokens: Longest answer.
+        prefill_tokens: Prompt tokens per forward pass.
+    """
+    stops = {token for token in (tokenizer.eos_token_id, newline_token(tokenizer)) if token is not None}
+    answers = generate(split, prompts, stops, max_new_tokens=max_new_tokens, prefill_tokens=prefill_tokens)
+    return [answer_text(tokenizer, ids) for ids in answers]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The answer in generated tokens: the text before the first newline, stripped."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return text.split("\n", 1)[0].strip()
+
+
+@torch.no_grad()
+def generate(
+    split: SplitModel,
+    prompts: Sequence[Sequence[int]],
+    stops: set[int],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    prefill_tokens: int = 1024,
+) -> list[list[int]]:
+    """Greedy continuations, the stop token left out.
+
+    Args:
+        split: The model with its live weights.
+        prompts: Token ids, at least one each.
+        stops: Tokens that end an answer.
+        max_new_tokens: Longest answer, >= 1.
+        prefill_tokens: Prompt tokens per forward pass.
+    """
+    if not prompts:
+        return []
+    if not split.packed:
+        return _generate_padded(split, prompts, stops, max_new_tokens)
+    device = split.model.device
+    answers: list[list[int]] = [[] for _ in prompts]
+    buffers = _make_buffers(prompts, max_new_tokens, device)
+    with _attention(split):
+        tokens = _prefill(split, prompts, buffers, prefill_tokens)
+        for step in range(max_new_tokens):
+            for row, token in tokens.items():
+                if token in stops:
+                    continue
+                answers[row].append(token)
+            finished = {row for row, token in tokens.items() if token in stops}
+            for buffer in buffers:
+                buffer.remove(finished)
+            buffers = [buffer for buffer in buffers if buffer.rows]
+            rows = [row for buffer in buffers for row in buffer.rows]
+            if not rows or step == max_new_tokens - 1:
+                break
+            decoding = _Decoding(buffers)
+            hidden = _run(
+                split, torch.tensor([answers[row][-1] for row in rows], device=device), decoding.positions, decoding
+            )
+            tokens = dict(zip(rows, split.head(hidden).argmax(dim=-1).tolist(), strict=True))
+            for buffer in buffers:
+                buffer.lengths += 1
+    return answers
+
+
+@dataclass
+class _Buffer:
+    """Keys and values of rows of similar length.
+
+    Attributes:
+        rows: Row numbers, in the order of the buffer's slots; a finished row is replaced by the last one.
+        lengths: Tokens held for each slot, shape (m,), int64.
+        width: Tokens that there is room for (W).
+        keys: Per attention layer, shape (slots, G, W, D).
+        values: Like keys.
+    """
+
+    rows: list[int]
+    lengths: Tensor
+    width: int
+    keys: dict[nn.Module, Tensor] = field(default_factory=dict)
+    values: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def fill(self, layer: nn.Module, slot: int, key: Tensor, value: Tensor) -> None:
+        """Put a prompt's keys and values, shape (G, length, D), into a slot."""
+        for store, states in ((self.keys, key), (self.values, value)):
+            if layer not in store:
+                heads, _, size = states.shape
+                store[layer] = states.new_zeros(len(self.rows), heads, self.width, size)
+            store[layer][slot, :, : states.shape[1]] = states
+
+    def remove(self, finished: set[int]) -> None:
+        """Free the slots of finished rows."""
+        for slot in reversed(range(len(self.rows))):
+            if self.rows[slot] not in finished:
+                continue
+            last = len(self.rows) - 1
+            if slot != last:
+                for store in (self.keys, self.values):
+                    for states in store.values():
+                        states[slot] = states[last]
+                self.rows[slot] = self.rows[last]
+                self.lengths[slot] = self.lengths[last]
+            self.rows.pop()
+            self.lengths = self.lengths[:last]
+
+
+def _make_buffers(prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device) -> list[_Buffer]:
+    groups: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
+        if groups and len(prompts[row]) >= _GROUP_RATIO * len(prompts[groups[-1][0]]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [
+        _Buffer(rows, torch.tensor([len(prompts[row]) for row in rows], device=device), len(prompts[rows[0]]) + max_new_tokens)
+        for rows in groups
+    ]
+
+
+class _Attends(Protocol):
+    """What the attention layers find in place of a packed layout."""
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        """Output of attention, shape (1, tokens, H, D)."""
+
+
+@dataclass
+class _Recording:
+    """Packed attention that keeps the keys and values."""
+
+    layout: PackedLayout
+    states: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        self.states[layer] = (key[0], value[0])
+        return packed_attention_forward(layer, query, key, value, None, packed_layout=self.layout, **options)
+
+
+class _Decoding:
+    """One new token per row attends to what its buffer holds, and to itself."""
+
+    def __init__(self, buffers: list[_Buffer]) -> None:
+        self.buffers = buffers
+        self.positions = torch.cat([buffer.lengths for buffer in buffers])
+        self.used = [int(buffer.lengths.max()) + 1 for buffer in buffers]
+        self.slots = [torch.arange(len(buffer.rows), device=buffer.lengths.device) for buffer in buffers]
+        self._masks: dict[int | None, list[Tensor]] = {}
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        sizes = [len(buffer.rows) for buffer in self.buffers]
+        outputs = []
+        parts = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
+        masks = self._window_masks(options.get("sliding_window"))
+        for buffer, used, slots, mask, q, k, v in zip(self.buffers, self.used, self.slots, masks, *parts, strict=True):
+            keys, values = buffer.keys[layer], buffer.values[layer]
+            keys[slots, :, buffer.lengths] = k
+            values[slots, :, buffer.lengths] = v
+            # the heads that share keys become queries of one head: nothing has to be repeated
+            grouped = q.reshape(len(slots), k.shape[1], -1, q.shape[-1])
+            seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
+            output = _attention_of(grouped, *seen, mask, options.get("scaling"), options.get("softcap"))
+            outputs.append(output.flatten(1, 2))
+        return torch.cat(outputs).unsqueeze(0), None
+
+    def _window_masks(self, window: int | None) -> list[Tensor]:
+        """Which held tokens are seen, per buffer, shape (m, 1, 1, used), bool."""
+        if window not in self._masks:
+            masks = []
+            for buffer, used in zip(self.buffers, self.used, strict=True):
+                distance = buffer.lengths[:, None] - torch.arange(used, device=buffer.lengths.device)
+                seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+                masks.append(seen[:, None, None])
+            self._masks[window] = masks
+        return self._masks[window]
+
+
+def _attention_of(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Hands over to the state that came in with the inputs; the mask is a stand-in."""
+    state: _Attends = kwargs[LAYOUT_ARGUMENT]
+    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap")}
+    return state.attend(module, query, key, value, options)
+
+
+@contextmanager
+def _attention(split: SplitModel) -> Iterator[None]:
+    """The model's layers use this module's attention."""
+    AttentionInterface.register(_ATTENTION_NAME, _attention_forward)
+    AttentionMaskInterface.register(_ATTENTION_NAME, sdpa_mask)
+    before = split.model.config.get_text_config(decoder=True)._attn_implementation
+    split.model.set_attn_implementation(_ATTENTION_NAME)
+    try:
+        yield
+    finally:
+        split.model.set_attn_implementation(before)
+
+
+def _run(split: SplitModel, ids: Tensor, positions: Tensor, state: _Attends) -> Tensor:
+    """Final hidden states of tokens in one row, shape (tokens, hidden)."""
+    decoder = split.model.get_submodule(split.layers_path.rpartition(".")[0])
+    output = decoder(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        # a four-dimensional mask is passed on untouched
+        attention_mask=ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
+        use_cache=False,
+        **{LAYOUT_ARGUMENT: state},
+    )
+    return output.last_hidden_state[0]
+
+
+def _prefill(
+    split: SplitModel, prompts: Sequence[Sequence[int]], buffers: list[_Buffer], max_tokens: int
+) -> dict[int, int]:
+    """Fill the buffers with the prompts and return the first new token of each row."""
+    place = {row: (buffer, slot) for buffer in buffers for slot, row in enumerate(buffer.rows)}
+    tokens: dict[int, int] = {}
+    for rows in chunk_by_tokens(prompts, max_tokens):
+        # the last id of a sequence predicts nothing and is dropped; a copy stands for the first new token
+        encoded = [
+            EncodedExample(row, (EncodedSequence((*prompts[row], prompts[row][-1]), 1),), ()) for row in rows
+        ]
+        batch = share_prefixes(pack(encoded)).to(split.model.device)
+        recording = _Recording(batch.layout)
+        hidden = _run(split, batch.input_ids, batch.position_ids, recording)
+        best = split.head(hidden.index_select(0, batch.rows)).argmax(dim=-1).index_select(0, batch.token_row)
+        tokens.update(zip(rows, best.tolist(), strict=True))
+        for row, positions in zip(rows, _positions(batch.layout, batch.rows[batch.token_row]), strict=True):
+            buffer, slot = place[row]
+            for layer, (key, value) in recording.states.items():
+                buffer.fill(layer, slot, key.index_select(1, positions), value.index_select(1, positions))
+    return tokens
+
+
+def _positions(layout: PackedLayout, last: Tensor) -> list[Tensor]:
+    """Packed positions of the sequence that ends at each packed position in ``last``."""
+    found: dict[int, Tensor] = {}
+    for group, valid in zip(layout.groups, layout.valid, strict=True):
+        for places, length in zip(group, valid.sum(dim=1).tolist(), strict=True):
+            found[int(places[length - 1])] = places[:length]
+    return [found[position] for position in last.tolist()]
+
+
+def _generate_padded(
+    split: SplitModel, prompts: Sequence[Sequence[int]], stops: set[int], max_new_tokens: int
+) -> list[list[int]]:
+    """For models whose attention cannot be exchanged: transformers' own generation, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=split.model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
+    output = split.model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=0,
+    )
+    answers = []
+    for new in output[:, width:].tolist():
+        end = next((i for i, token in enumerate(new) if token in stops), len(new))
+        answers.append(new[:end])
+    return answers
