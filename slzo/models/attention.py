@@ -65,24 +65,32 @@ def packed_attention_forward(
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
         causal = attention_mask if attention_mask is not None else _causal_mask(query, key, None)
         return _softcap_attention(query, key, value, causal, scaling, softcap).transpose(1, 2).contiguous(), None
-    outputs = []
+    flat = torch.cat([index.flatten() for index in packed_layout.groups])
+    rows = [states[0].transpose(0, 1).index_select(0, flat) for states in (query, key, value)]
+    outputs, start = [], 0
     for index in packed_layout.groups:
-        # heads take the batch dimension: (heads, N, L, head_dim) needs no transpose
-        flat = index.flatten()
-        q, k, v = (states[0].index_select(1, flat).unflatten(1, index.shape) for states in (query, key, value))
-        k, v = (states.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for states in (k, v))
-        narrow = sliding_window is not None and sliding_window < index.shape[1]
-        if softcap is not None:
-            mask = _causal_mask(q, k, sliding_window)
-            output = _softcap_attention(q, k, v, mask, scaling, softcap)
-        elif narrow:
-            mask = _causal_mask(q, k, sliding_window)
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        else:
-            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-        outputs.append(output.flatten(1, 2))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return joined.transpose(0, 1).index_select(0, packed_layout.inverse).unsqueeze(0), None
+        stop = start + index.numel()
+        q, k, v = (states[start:stop].unflatten(0, index.shape).transpose(1, 2) for states in rows)
+        output = _causal_attention(q, k, v, scaling, sliding_window, softcap)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        start = stop
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.index_select(0, packed_layout.inverse).unsqueeze(0), None
+
+
+def _causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention over right-padded sequences, shapes (N, heads, L, head_dim), keys and values with fewer heads."""
+    narrow = window is not None and window < query.shape[-2]
+    if softcap is not None:
+        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+        return _softcap_attention(query, key, value, _causal_mask(query, key, window), scaling, softcap)
+    mask = _causal_mask(query, key, window) if narrow else None
+    shared_heads = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared_heads
+    )
 
 
 def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:

@@ -1,0 +1,462 @@
+"""Times one training step: published MeZO, MeZO on one layer, two forward passes, and slzo.
+
+    python tools/benchmark_step.py --task sst2 --data_dir DIR --dtype float32 --threads 1 --json FILE
+
+All variants get the same random batches of real rows, in alternation, in one process. ``mezo`` and ``mezo-layer`` are written as
+published (arXiv 2305.17333, ``large_models``), plainly and for this comparison only:
+
+* mezo: every candidate is a sequence of its own, left-padded to a multiple of 8; log-softmax over the whole vocabulary at all
+  positions; three perturbation passes and one update pass over all parameters, each drawing z again.
+* mezo-layer: the same with the perturbation and update of one layer only, which is what the Dominant-Layer paper does.
+* forward2: two plain forward passes on one sequence per example, nothing else.
+* slzo: the step of the package with a warm prefix cache; ``slzo-cold`` is the same without a cache.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slzo.data.encoding import EncodedExample, Encoder
+from slzo.data.sources import load_examples
+from slzo.data.splits import draw_splits
+from slzo.evaluation.scoring import LossKind, needs_full_logits, training_loss
+from slzo.models.load import load_model, load_tokenizer
+from slzo.models.packing import PackedBatch, pack
+from slzo.models.prefix_cache import PrefixCache
+from slzo.models.split import SplitModel, split_model
+from slzo.tasks.base import Kind
+from slzo.tasks.registry import get_task
+from slzo.zo.estimators import SPSA, Point
+from slzo.zo.objective import LayerObjective
+from slzo.zo.scopes import tune_layer
+
+EPS = 1e-3
+LEARNING_RATE = 3e-4
+PUBLISHED = ("mezo", "mezo-layer", "forward2")
+
+
+# ---- the published step -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Left-padded sequences, shape (S, L): one per candidate (classification) or per gold answer."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    is_answer: Tensor
+    num_candidates: int
+    gold: Tensor
+
+
+def pad_left(examples: Sequence[EncodedExample], kind: LossKind) -> PaddedBatch:
+    """Sequences as MeZO's collator makes them: candidates apart, padded on the left to a multiple of 8."""
+    chosen = [
+        sequence
+        for example in examples
+        for sequence in (example.sequences if kind is LossKind.CANDIDATES else [example.sequences[example.gold[0]]])
+    ]
+    width = -(-max(len(sequence.ids) for sequence in chosen) // 8) * 8
+    ids = torch.zeros(len(chosen), width, dtype=torch.int64)
+    mask = torch.zeros(len(chosen), width, dtype=torch.int64)
+    answer = torch.zeros(len(chosen), width, dtype=torch.bool)
+    for row, sequence in enumerate(chosen):
+        ids[row, width - len(sequence.ids) :] = torch.tensor(sequence.ids)
+        mask[row, width - len(sequence.ids) :] = 1
+        answer[row, width - sequence.num_answer :] = True
+    gold = torch.tensor([example.gold[0] for example in examples])
+    return PaddedBatch(ids, mask, answer, len(chosen) // len(examples), gold)
+
+
+def published_loss(model: nn.Module, batch: PaddedBatch, kind: LossKind) -> Tensor:
+    """MeZO's loss: log-softmax over the vocabulary at every position, then the answers are picked."""
+    # positions count real tokens, so that padding on the left does not shift them
+    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+    log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
+    picked = log_probs.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    mask = batch.is_answer[:, 1:]
+    if kind is LossKind.ANSWER:
+        return -(picked * mask).sum() / mask.sum()
+    scores = (picked * mask).sum(dim=1) / mask.sum(dim=1)
+    return F.cross_entropy(scores.view(-1, batch.num_candidates), batch.gold)
+
+
+def published_step(
+    model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, kind: LossKind, seed: int
+) -> tuple[float, float]:
+    """One MeZO step on the given parameters; returns both losses."""
+
+    def perturb(scale: float) -> None:
+        torch.manual_seed(seed)
+        for parameter in parameters:
+            z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
+            parameter.data = parameter.data + scale * z * EPS
+
+    perturb(1)
+    loss_plus = float(published_loss(model, batch, kind))
+    perturb(-2)
+    loss_minus = float(published_loss(model, batch, kind))
+    perturb(1)
+    projected_grad = (loss_plus - loss_minus) / (2 * EPS)
+    torch.manual_seed(seed)
+    for parameter in parameters:
+        z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
+        parameter.data = parameter.data - LEARNING_RATE * (projected_grad * z)
+    return loss_plus, loss_minus
+
+
+# ---- the step of the package --------------------------------------------------------------------------------------------
+
+
+class SlzoStep:
+    """What ``ZOModule.training_step`` does, without Lightning around it."""
+
+    def __init__(self, split: SplitModel, layer: int, kind: LossKind, cache_gb: float, **options: Any) -> None:
+        self.share_prompts = options.pop("share_prompts", True)
+        self.kind = kind
+        self.split = split
+        self.tuned = tune_layer(split, layer)
+        self.objective = LayerObjective(split, layer, PrefixCache(cache_gb), **options)
+        self.optimizer = torch.optim.SGD(self.tuned.masters, lr=LEARNING_RATE)
+        self.estimator = SPSA(EPS)
+        self.step = 0
+
+    def pack(self, examples: Sequence[EncodedExample]) -> PackedBatch:
+        """What the data loader's collator does; generation and choice tasks train on the gold answer only."""
+        if self.kind is LossKind.ANSWER:
+            examples = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
+        return pack(examples, share_prompts=self.share_prompts)
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
+        """One step; returns both losses."""
+        batch = self.pack(examples)
+        hidden = self.objective.prefix(batch)
+
+        def evaluate(points: Sequence[Point]) -> Tensor:
+            sums = self.objective.losses(batch, hidden, self.tuned, points, self.kind)
+            return sums[0] / sums[1]
+
+        estimate = self.estimator.estimate(self.tuned, evaluate, 0, self.step)
+        self.tuned.restore()
+        self.optimizer.step()
+        self.tuned.zero_grad()
+        self.tuned.restore()
+        self.step += 1
+        return estimate.loss_plus, estimate.loss_minus
+
+    def breakdown(self, examples: Sequence[EncodedExample]) -> dict[str, float]:
+        """Seconds of each part of a step, run one by one."""
+        spent = dict.fromkeys(("data", "prefix", "perturb", "suffix", "head", "update"), 0.0)
+
+        def timed(part: str, function: Callable[[], Any]) -> Any:
+            start = time.perf_counter()
+            result = function()
+            spent[part] += time.perf_counter() - start
+            return result
+
+        batch = timed("data", lambda: self.pack(examples))
+        hidden = timed("prefix", lambda: self.objective.prefix(batch))
+        direction = timed("perturb", lambda: self.tuned.draw(0, self.step, 0))
+        selected = self.objective.candidate_rows and not needs_full_logits(self.kind, batch)
+        ids = batch.choice_ids if selected else None
+        losses = []
+        for scale in (EPS, -EPS):
+            timed("perturb", partial(self.tuned.write, direction, scale))
+            final = timed("suffix", lambda: self.split.run(batch, self.objective.layer, self.split.num_layers, hidden))
+            losses.append(timed("head", partial(self._loss, batch, final, ids, selected)))
+
+        def update() -> None:
+            self.tuned.accumulate_grad(self.tuned.applied(direction, EPS), (losses[0] - losses[1]) / (2 * EPS))
+            self.optimizer.step()
+            self.tuned.zero_grad()
+            self.tuned.restore()
+
+        timed("update", update)
+        return spent
+
+    def _loss(self, batch: PackedBatch, final: Tensor, token_ids: Tensor | None, selected: bool) -> float:
+        logits = self.split.head(final.index_select(0, batch.rows), token_ids)
+        total, weight = training_loss(self.kind, logits, batch, selected)
+        return float(total / weight)
+
+
+def product_seconds(split: SplitModel, layer: int, tokens: int, onednn: bool) -> tuple[float, float]:
+    """Seconds and floating-point operations of the suffix's matrix products alone, for one evaluation of ``tokens`` tokens."""
+    seconds = operations = 0.0
+    for module in split.layers[layer].modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        inputs = torch.randn(tokens, module.in_features, dtype=module.weight.dtype)
+
+        def product(module: nn.Linear = module, inputs: Tensor = inputs) -> Tensor:
+            if onednn:
+                return torch.ops.mkldnn._linear_pointwise(inputs, module.weight, module.bias, "none", [], "")
+            return F.linear(inputs, module.weight, module.bias)
+
+        product()
+        trials = []
+        for _ in range(5):
+            start = time.perf_counter()
+            product()
+            trials.append(time.perf_counter() - start)
+        layers = split.num_layers - layer
+        seconds += statistics.median(trials) * layers
+        operations += 2.0 * tokens * module.weight.numel() * layers
+    return seconds, operations
+
+
+# ---- the comparison -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timings:
+    """Seconds of each variant and step, and the parts of slzo's."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    product: dict[str, list[float]] = field(default_factory=lambda: {"torch": [], "onednn": []})
+    operations: list[float] = field(default_factory=list)
+
+    def add(self, variant: str, function: Callable[[], Any]) -> Any:
+        """Time one step."""
+        start = time.perf_counter()
+        result = function()
+        self.seconds.setdefault(variant, []).append(time.perf_counter() - start)
+        return result
+
+
+def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LossKind]:
+    """Training rows of the task, tokenized, and the loss that the task is trained with."""
+    task = get_task(args.task)
+    pool = load_examples(task, "train", data_dir=args.data_dir)
+    rows = draw_splits(pool, pool[:1], num_train=1000, num_dev=0, num_test=1, seed=0).train
+    encoder = Encoder(load_tokenizer(args.model))
+    kind = LossKind.CANDIDATES if task.kind is Kind.CLASSIFICATION else LossKind.ANSWER
+    return [encoder.encode(row, index) for index, row in enumerate(rows)], kind
+
+
+def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[list[EncodedExample]]:
+    """Random batches without replacement."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    count = min(args.batches, len(order) // args.batch_size)
+    return [[rows[i] for i in order[b * args.batch_size : (b + 1) * args.batch_size]] for b in range(count)]
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "without shared prompts": {"share_prompts": False},
+    "without candidate rows": {"candidate_rows": False},
+    "paired": {"paired": True},
+}
+
+
+def compare(args: argparse.Namespace) -> Timings:
+    """Run all variants in alternation."""
+    rows, kind = load_rows(args)
+    batches = draw_batches(rows, args)
+    dtype = args.dtype
+    plain = None
+    if any(variant in PUBLISHED for variant in args.variants):
+        plain = load_model(args.model, dtype)
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.clone()
+    model = load_model(args.model, dtype)
+    split = split_model(model)
+    warm = SlzoStep(split, args.layer, kind, cache_gb=8.0)
+    cold = SlzoStep(split, args.layer, kind, cache_gb=0.0)
+    switched = {}
+    if args.ablations:
+        switched = {name: SlzoStep(split, args.layer, kind, 8.0, **options) for name, options in SWITCHES.items()}
+        default = split_model(load_model(args.model, dtype), onednn=False)
+        switched["without oneDNN"] = SlzoStep(default, args.layer, kind, 8.0)
+        padded = split_model(load_model(args.model, dtype), packed=False)
+        switched["without packing"] = SlzoStep(padded, args.layer, kind, 8.0)
+    timings = Timings()
+    for number, examples in enumerate(batches):
+        for step in (warm, *switched.values()):
+            step.objective.prefix(step.pack(examples))
+        if plain is not None:
+            run_published(args, plain, split, examples, kind, number, timings)
+        for name, step in {"slzo": warm, "slzo-cold": cold, **switched}.items():
+            timings.add(name, partial(step, examples))
+        timings.parts.append(warm.breakdown(examples))
+        batch = warm.pack(examples)
+        timings.tokens.append(batch.num_tokens)
+        for name in timings.product:
+            if name == "onednn" and not split.onednn:
+                continue
+            seconds, operations = product_seconds(split, args.layer, batch.num_tokens, onednn=name == "onednn")
+            timings.product[name].append(seconds)
+        timings.operations.append(operations)
+        print(
+            f"batch {number + 1} of {len(batches)}: "
+            + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in timings.seconds.items())
+        )
+    return timings
+
+
+def run_published(
+    args: argparse.Namespace,
+    plain: nn.Module,
+    split: SplitModel,
+    examples: list[EncodedExample],
+    kind: LossKind,
+    number: int,
+    timings: Timings,
+) -> None:
+    """The three variants that know nothing of slzo."""
+    everything = list(plain.parameters())
+    of_layer = list(plain.get_submodule(f"{split.layers_path}.{args.layer}").parameters())
+    padded = pad_left(examples, kind)
+    gold = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
+    single = pad_left(gold, LossKind.ANSWER)
+
+    def forward_twice() -> None:
+        for _ in range(2):
+            plain(input_ids=single.input_ids, attention_mask=single.attention_mask)
+
+    steps: dict[str, Callable[[], Any]] = {
+        "mezo": lambda: published_step(plain, everything, padded, kind, number),
+        "mezo-layer": lambda: published_step(plain, of_layer, padded, kind, number),
+        "forward2": forward_twice,
+    }
+    for name, step in steps.items():
+        if name in args.variants:
+            timings.add(name, step)
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peak resident memory in GiB of plain inference and of slzo steps on the same batch, each in a process of its own."""
+    peaks = {}
+    for what in ("inference", "slzo"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", what]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[what] = float(done.stdout.strip().splitlines()[-1])
+    return peaks
+
+
+def memory_of(args: argparse.Namespace) -> float:
+    """Peak resident memory of this process after some steps, GiB."""
+    rows, kind = load_rows(args)
+    examples = draw_batches(rows, args)[0]
+    model = load_model(args.model, args.dtype)
+    if args.memory_of == "inference":
+        batch = pad_left([EncodedExample(e.index, (e.sequences[0],), (0,)) for e in examples], LossKind.ANSWER)
+        for _ in range(3):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    else:
+        step = SlzoStep(split_model(model), args.layer, kind, cache_gb=1.0)
+        for _ in range(3):
+            step(examples)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float]) -> dict[str, Any]:
+    """Print the tables; return what goes into the JSON file."""
+    median = {name: statistics.median(values) for name, values in timings.seconds.items()}
+    mean = {name: statistics.fmean(values) for name, values in timings.seconds.items()}
+    print(
+        f"\n{args.task}, {args.dtype}, {args.threads} thread(s), batch {args.batch_size}, layer {args.layer}, {args.model}"
+    )
+    print(f"{'variant':24s} {'median s':>9s} {'mean s':>9s} {'min s':>8s} {'max s':>8s} {'x slzo (median, mean)':>22s}")
+    for name, values in timings.seconds.items():
+        ratios = f"{median[name] / median['slzo']:10.2f} {mean[name] / mean['slzo']:10.2f}"
+        print(f"{name:24s} {median[name]:9.3f} {mean[name]:9.3f} {min(values):8.3f} {max(values):8.3f} {ratios:>22s}")
+    parts = {part: statistics.fmean(p[part] for p in timings.parts) for part in timings.parts[0]}
+    whole = sum(parts.values())
+    print("slzo step: " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in parts.items()))
+    suffix = sum(p["suffix"] for p in timings.parts)
+    rate = 2 * sum(timings.operations) / suffix / 1e9
+    print(f"suffix: {rate:.0f} GFLOP/s of its matrix products, {statistics.fmean(timings.tokens):.0f} tokens a batch")
+    rates = {}
+    for name, seconds in timings.product.items():
+        if seconds:
+            rates[name] = sum(timings.operations) / sum(seconds) / 1e9
+            print(
+                f"the products alone by {name}: {rates[name]:.0f} GFLOP/s; the suffix reaches {rate / rates[name]:.0%} of it"
+            )
+    best = min(sum(seconds) for seconds in timings.product.values() if seconds)
+    step_seconds = sum(sum(p.values()) for p in timings.parts)
+    outside = 1 - 2 * best / step_seconds
+    print(f"share of a step outside the suffix's matrix products: {outside:.1%}")
+    for name, peak in memory.items():
+        print(f"peak memory {name}: {peak:.3f} GiB")
+    if memory:
+        print(f"peak memory of slzo over inference: {memory['slzo'] / memory['inference']:.2f}")
+    variants = {
+        name: {"median_s": median[name], "mean_s": mean[name], "seconds": values}
+        for name, values in timings.seconds.items()
+    }
+    return {
+        "task": args.task,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "model": args.model,
+        "layer": args.layer,
+        "batch_size": args.batch_size,
+        "torch": torch.__version__,
+        "variants": variants,
+        "ratios": {f"{name}/slzo": median[name] / median["slzo"] for name in median},
+        "breakdown_s": parts,
+        "tokens": timings.tokens,
+        "suffix_gflops": rate,
+        "product_gflops": rates,
+        "outside_products": outside,
+        "memory_gib": memory,
+    }
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="movie_reviews", help="task name")
+    parser.add_argument("--data_dir", help="folder with the task's rows (see data.data_dir)")
+    parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
+    parser.add_argument("--layer", type=int, default=11, help="tuned layer")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of the weights"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
+    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once per variant")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
+    parser.add_argument(
+        "--variants", nargs="*", default=list(PUBLISHED), choices=PUBLISHED, help="what to time beside slzo"
+    )
+    parser.add_argument("--ablations", action="store_true", help="also time slzo with each optimization switched")
+    parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--memory_of", choices=["inference", "slzo"], help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the comparison."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(memory_of(args))
+        return
+    memory = {} if args.no_memory else measure_memory(args)
+    result = report(args, compare(args), memory)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
