@@ -15,16 +15,18 @@ from slzo.__main__ import COMMANDS
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
+from slzo.checkpoint import newest_checkpoint
 from slzo.cli_errors import one_line
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 
+_RUNS = "runs"
 _TRAINER_DEFAULTS = {
     "logger": {
         "class_path": f"{TensorBoardLogger.__module__}.TensorBoardLogger",
-        "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+        "init_args": {"save_dir": _RUNS, "name": "", "default_hp_metric": False},
     },
     "max_steps": 1000,
     "val_check_interval": 100,
@@ -77,6 +79,7 @@ class SlzoCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": _EVALUATE,
             "test": _EVALUATE,
+            "predict": _EVALUATE | {"return_predictions"},
             "profile": {"model", "datamodule"},
             "export": {"model", "datamodule"},
         }
@@ -92,7 +95,8 @@ def _run_config(args: Sequence[str]) -> list[str]:
     for position, arg in enumerate(args):
         name, _, value = arg.partition("=")
         if name == "--ckpt_path":
-            path = Path(value or (args[position + 1] if position + 1 < len(args) else ""))
+            value = value or (args[position + 1] if position + 1 < len(args) else "")
+            path = Path(newest_checkpoint(_RUNS) if value == "last" else value)
             config = path.parent.parent / "config.yaml"
             return ["--config", str(config)] if path.is_file() and config.is_file() else []
     return []

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,30 @@ def test_two_ranks_hold_identical_weights_and_match_one_process(options):
     other = json.loads((run_dir(1) / "summary.json").read_text())
     assert other["score_before"] == pytest.approx(summary["score_before"])
     assert other["score_after"] == pytest.approx(summary["score_after"], abs=1 / 24 + 1e-6)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(options):
+    """An interrupt loses no step; the run can be continued and its checkpoint scored."""
+    command = [sys.executable, "-m", "slzo", "fit", *options, "--trainer.max_steps=100000"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a job in the background of a shell ignores the signal otherwise
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    last = run_dir() / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 90
+    while not last.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    step = int(re.search(r"Interrupted at step (\d+); continue with --ckpt_path", output)[1])
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert main(["test", "--ckpt_path=last"]) == 0
 
 
 def test_export_refuses_a_full_folder_and_needs_a_checkpoint(options, capsys):

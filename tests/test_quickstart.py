@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from conftest import SHARED_DATA
+
 from slzo.__main__ import main
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")

@@ -1,0 +1,86 @@
+"""The published step in the benchmark and the step of the package take the same losses for the same z."""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_example, tiny_model
+
+from slzo.evaluation.scoring import LossKind
+from slzo.models.packing import pack
+from slzo.models.prefix_cache import PrefixCache
+from slzo.models.split import SplitModel
+from slzo.zo.estimators import Point
+from slzo.zo.objective import LayerObjective
+from slzo.zo.scopes import tune_layer
+
+TOOL = Path(__file__).parents[1] / "tools" / "benchmark_step.py"
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("benchmark_step", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", [LossKind.CANDIDATES, LossKind.ANSWER])
+@pytest.mark.parametrize("answers", [(1, 1), (3, 2)])
+def test_published_losses_equal_ours(tool, kind, answers):
+    generator = random.Random(4)
+    rows = [random_example(generator, i, 4 + 3 * i, answers, i % 2) for i in range(5)]
+    plain = tiny_model("llama", scale=1.5, attn_implementation="eager")
+    parameters = dict(plain.named_parameters())
+    split = SplitModel(tiny_model("llama", scale=1.5))
+    tuned = tune_layer(split, LAYER)
+    of_layer = [parameters[name] for name in tuned.names]
+    with torch.no_grad():
+        got = tool.published_step(plain, of_layer, tool.pad_left(rows, kind), kind, seed=11)
+    torch.manual_seed(11)
+    direction = {name: torch.normal(mean=0, std=1, size=master.shape) for name, master in tuned.named_masters().items()}
+    objective = LayerObjective(split, LAYER, PrefixCache(0))
+    batch = pack(rows)
+    points = [Point(direction, tool.EPS), Point(direction, -tool.EPS)]
+    sums = objective.losses(batch, objective.prefix(batch), tuned, points, kind)
+    torch.testing.assert_close(torch.tensor(got), sums[0] / sums[1], rtol=1e-5, atol=1e-6)
+    # and the published update is ours: w - lr * g * z
+    gradient = (got[0] - got[1]) / (2 * tool.EPS)
+    for name, master in tuned.named_masters().items():
+        torch.testing.assert_close(
+            parameters[name].data, master - tool.LEARNING_RATE * gradient * direction[name], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_tool_prints_a_table_and_writes_json(tool, model_dir, data_dir, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    target = tmp_path / "out.json"
+    options = [
+        "--task",
+        "sst2",
+        "--data_dir",
+        str(data_dir),
+        "--model",
+        str(model_dir),
+        "--layer",
+        "1",
+        "--batches",
+        "2",
+    ]
+    try:
+        tool.main([*options, "--batch_size", "4", "--no_memory", "--ablations", "--json", str(target)])
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    assert "mezo-layer" in output
+    result = json.loads(target.read_text())
+    assert result["task"] == "sst2"
+    assert result["dtype"] == "float32"
+    assert result["threads"] == 1
+    assert {"mezo", "mezo-layer", "forward2", "slzo", "slzo-cold"} <= set(result["variants"])
+    assert all(len(v["seconds"]) == 2 and v["median_s"] > 0 for v in result["variants"].values())
+    assert set(result["breakdown_s"]) == {"data", "prefix", "perturb", "suffix", "head", "update"}
