@@ -10,6 +10,7 @@ COMMANDS = {
     "fit": "find the dominant layer and tune it with forward passes only",
     "validate": "score dev rows",
     "test": "score held-out rows",
+    "predict": "write predictions of held-out rows as JSON Lines",
     "profile": "only find the dominant layer: print, draw and save the outlier profile",
     "export": "write the tuned model as a Hugging Face folder",
 }

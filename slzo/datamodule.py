@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch, TrainCollator
+from slzo.data.batch import EvalBatch, EvalCollator, Row, TrainBatch, TrainCollator, plan_batches
 from slzo.data.encoding import EncodedExample, EncodedSequence, Encoder
 from slzo.data.sampler import EpochBatchSampler
 from slzo.data.sources import load_examples
 from slzo.data.splits import Splits, draw_splits
 from slzo.errors import SlzoError
+from slzo.evaluation.generation import MAX_NEW_TOKENS
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
 from slzo.evaluation.scoring import LossKind
 from slzo.models.load import load_tokenizer
@@ -21,18 +22,22 @@ from slzo.models.packing import PackedBatch, pack
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
 
+# A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
+_CPU_TOKENS = 768
+_ACCELERATOR_TOKENS = 16384
 
-class _Rows(Dataset):
+
+class _Items(Dataset):
     """A list as a data set."""
 
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
+        return self.items[index]
 
 
 class TaskDataModule(LightningDataModule):
@@ -50,7 +55,10 @@ class TaskDataModule(LightningDataModule):
         num_dev: Dev rows, taken from the training split; left out, the task's usual number.
         num_test: Held-out rows, taken from the validation split; left out, all of them.
         batch_size: Training rows per step and process.
-        eval_batch_size: Rows per batch when scoring.
+        eval_batch_size: Rows per batch when scoring, at most; more rows make generation faster and take more memory.
+        eval_batch_tokens: Tokens per forward pass when scoring, at most; left out, a number that suits the device.
+        num_demonstrations: Solved training rows to put before each dev and held-out prompt (in-context learning; MeZO has
+            32). Training batches never contain any.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
@@ -69,7 +77,9 @@ class TaskDataModule(LightningDataModule):
         num_dev: int | None = None,
         num_test: int | None = 1000,
         batch_size: int = 16,
-        eval_batch_size: int = 32,
+        eval_batch_size: int = 64,
+        eval_batch_tokens: int | None = None,
+        num_demonstrations: int = 0,
         max_length: int = 2048,
         share_prompts: bool = True,
         length_buckets: bool = False,
@@ -80,10 +90,13 @@ class TaskDataModule(LightningDataModule):
         for name, value in (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
+            ("eval_batch_tokens", 1 if eval_batch_tokens is None else eval_batch_tokens),
             ("max_length", max_length),
         ):
             if value < 1:
                 raise SlzoError(f"data.{name} {value}: must be at least 1")
+        if num_demonstrations < 0:
+            raise SlzoError(f"data.num_demonstrations {num_demonstrations}: must be 0 (zero-shot) or more")
         self.task = get_task(task) if isinstance(task, str) else task
         self.tokenizer_name = tokenizer
         self.data_dir = data_dir
@@ -94,6 +107,9 @@ class TaskDataModule(LightningDataModule):
         self.num_test = num_test
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.eval_batch_tokens = eval_batch_tokens
+        self.num_demonstrations = num_demonstrations
+        self.trains_on_metric = False
         self.max_length = max_length
         self.share_prompts = share_prompts
         self.length_buckets = length_buckets
@@ -101,12 +117,19 @@ class TaskDataModule(LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self.splits: Splits | None = None
         self._encoder: Encoder | None = None
-        self._encoded: dict[str, list[EncodedExample]] = {}
+        self._rows: dict[tuple[str, LossKind], list[Row]] = {}
 
     @property
     def loss(self) -> LossKind:
-        """What training minimizes."""
+        """The task's loss, which evaluation reports."""
         return LossKind.CANDIDATES if self.task.kind is Kind.CLASSIFICATION else LossKind.ANSWER
+
+    @property
+    def training_loss(self) -> LossKind:
+        """What training minimizes: the task's loss, or what is left to win in its metric."""
+        if not self.trains_on_metric:
+            return self.loss
+        return LossKind.GENERATION if self.task.kind is Kind.GENERATION else LossKind.ERRORS
 
     @property
     def encoder(self) -> Encoder:
@@ -120,17 +143,33 @@ class TaskDataModule(LightningDataModule):
         """Fresh counters of the task's metrics."""
         return make_metrics(self.task)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of training rows depends on, kept in checkpoints."""
+        options = ("seed", "batch_size", "num_train", "length_buckets")
+        return {"task": self.task.name, **{name: getattr(self, name) for name in options}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn where a resumed run's rows would not be those it began with."""
+        mine = self.state_dict()
+        different = [f"data.{k}: {v} -> {mine[k]}" for k, v in state_dict.items() if mine.get(k) != v]
+        if different and self.trainer is not None and self.trainer.state.fn == "fit":
+            rank_zero_warn("the resumed run gets other rows than the checkpoint's: " + "; ".join(different))
+
     def prepare_data(self) -> None:
         """Fetch what several processes would fetch at once: once per machine."""
         _ = self.encoder
 
     def setup(self, stage: str) -> None:
-        """Read, split and tokenize the rows; calling it again changes nothing."""
-        if self.splits is not None:
+        """Read and split the rows; calling it again changes nothing, unless training rows are needed now and were not.
+
+        Raises:
+            SlzoError: A split that is needed is missing or broken, or has too few rows for the demonstrations.
+        """
+        needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
+        if self.splits is not None and (self.splits.train or not needs_train):
             return
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        needs_train = stage in ("fit", "validate")
         source = {"data_dir": self.data_dir, "hub_path": self.hub_path, "hub_config": self.hub_config}
         test = load_examples(self.task, "test", **source)
         train = load_examples(self.task, "train", **source) if needs_train else None
@@ -144,60 +183,109 @@ class TaskDataModule(LightningDataModule):
         )
         for note in self.splits.notes:
             rank_zero_info(note)
-        rank_zero_info(
-            f"Task {self.task.name}: {len(self.splits.train)} training, {len(self.splits.dev)} dev and "
-            f"{len(self.splits.test)} held-out rows."
-        )
+        if self.num_demonstrations > len(self.splits.train):
+            raise SlzoError(
+                f"data.num_demonstrations {self.num_demonstrations}: only {len(self.splits.train)} training rows to take "
+                "them from; lower it, or raise data.num_train"
+            )
+        rank_zero_info(self._description())
 
-    def encoded(self, split: str) -> list[EncodedExample]:
-        """Tokenized rows of ``train``, ``dev`` or ``test``; indices are unique over all three."""
+    def _description(self) -> str:
         assert self.splits is not None
-        if split not in self._encoded:
-            rows = {"train": self.splits.train, "dev": self.splits.dev, "test": self.splits.test}
-            start = sum(len(rows[name]) for name in list(rows)[: list(rows).index(split)])
-            only_gold = split == "train" and self.loss is LossKind.ANSWER
-            self._encoded[split] = [
-                self.encoder.encode(example, start + number, only_gold=only_gold)
-                for number, example in enumerate(rows[split])
+        train = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
+        return f"Task {self.task.name}: {train}{len(self.splits.test)} held-out rows."
+
+    @property
+    def demonstrations(self) -> tuple[Example, ...]:
+        """Solved rows before each dev and held-out prompt: the first training rows in the drawn order, so by seed."""
+        assert self.splits is not None
+        return self.splits.train[: self.num_demonstrations]
+
+    def rows(self, split: str) -> list[Row]:
+        """Tokenized rows of ``train``, ``dev`` or ``test``, in the order of the split."""
+        assert self.splits is not None
+        kind = self.training_loss if split == "train" else self.loss
+        key = split, kind
+        if key not in self._rows:
+            examples: Sequence[Example] = getattr(self.splits, split)
+            # unique over the splits, whichever of them are loaded
+            start = ("train", "dev", "test").index(split) << 40
+            before = () if split == "train" else self.demonstrations
+            only_gold = split == "train" and kind is not LossKind.CANDIDATES and kind is not LossKind.ERRORS
+            generates = self.task.kind is Kind.GENERATION and (split != "train" or kind is LossKind.GENERATION)
+            self._rows[key] = [
+                Row(
+                    example,
+                    self.encoder.encode(example, start + number, before, only_gold),
+                    number,
+                    self.encoder.encode_prompt(example, before, MAX_NEW_TOKENS) if generates else (),
+                )
+                for number, example in enumerate(examples)
             ]
-        return self._encoded[split]
+        return self._rows[key]
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Shuffled batches of the training rows."""
         trainer = self.trainer
-        encoded = self.encoded("train")
+        rows = self.rows("train")
         sampler = EpochBatchSampler(
-            len(encoded),
+            len(rows),
             self.batch_size,
             self.seed or 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
-            lengths=[len(row.sequences[0].ids) for row in encoded] if self.length_buckets else None,
-            first_batch=trainer.fit_loop.epoch_loop.batch_progress.current.completed if trainer else 0,
+            lengths=[len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None,
+            # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
+            batches_done=lambda: trainer.global_step if trainer else 0,
         )
         if len(sampler) == 0:
-            raise SlzoError(f"data.num_train {len(encoded)}: fewer rows than processes; use more rows or fewer devices")
-        return DataLoader(
-            _Rows(encoded), batch_sampler=sampler, collate_fn=TrainCollator(self.loss, self.share_prompts)
-        )
+            raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
+        collate = TrainCollator(self.training_loss, self.share_prompts)
+        return DataLoader(_Items(rows), batch_sampler=sampler, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
-        """Dev rows, sorted by length."""
-        return self._eval_loader("dev")
+        """Dev rows, in an order that is fast to score."""
+        return self.eval_loader("dev")
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
-        """Held-out rows, sorted by length."""
-        return self._eval_loader("test")
+        """Held-out rows, in an order that is fast to score."""
+        return self.eval_loader("test")
 
-    def _eval_loader(self, split: str) -> DataLoader[EvalBatch]:
-        assert self.splits is not None
-        examples: list[Example] = getattr(self.splits, split)
-        pairs = sorted(zip(self.encoded(split), examples, strict=True), key=lambda pair: -len(pair[0].sequences[0].ids))
-        if self.trainer is not None:
-            pairs = pairs[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(
-            _Rows(pairs), batch_size=self.eval_batch_size, collate_fn=EvalCollator(self.loss, self.share_prompts)
+    def predict_dataloader(self) -> DataLoader[EvalBatch]:
+        """Held-out rows, in an order that is fast to score; :attr:`slzo.data.batch.Row.position` is that of the file."""
+        return self.eval_loader("test")
+
+    def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
+        """Rows of ``dev`` or ``test`` for scoring, those of this process.
+
+        Args:
+            split: The split.
+            num_rows: Only the first rows; ``None`` for all.
+        """
+        trainer = self.trainer
+        count = len(self.rows(split)[:num_rows])
+        if trainer is not None and 0 < count < trainer.world_size:
+            raise SlzoError(
+                f"data.num_{split} {count}: fewer rows than the {trainer.world_size} processes; use more rows or fewer devices"
+            )
+        plan = plan_batches(
+            self.rows(split)[:num_rows],
+            max_rows=self.eval_batch_size,
+            max_tokens=self.tokens_per_pass,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
         )
+        collate = EvalCollator(self.loss, self.share_prompts, plan.share)
+        # an item is a whole batch: Lightning would take a batch sampler apart for predict
+        return DataLoader(_Items(plan.batches), batch_size=None, collate_fn=collate)
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens per forward pass when scoring."""
+        if self.eval_batch_tokens is not None:
+            return self.eval_batch_tokens
+        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
+        return _CPU_TOKENS if on_cpu else _ACCELERATOR_TOKENS
 
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""

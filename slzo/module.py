@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,12 +15,14 @@ from torchmetrics import MeanMetric
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.metrics import TaskMetrics
-from slzo.evaluation.scoring import candidate_scores, predictions, training_loss
+from slzo.evaluation.scoring import LossKind, stack
 from slzo.models.load import DType, load_model
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel, split_model
 from slzo.runtime import peak_memory_gb
+from slzo.tasks.base import Example
 from slzo.zo.estimators import SPSA, Estimate, Point
 from slzo.zo.objective import LayerObjective
 from slzo.zo.optim import check_optimizer
@@ -29,6 +31,9 @@ from slzo.zo.tuned import TunedTensors
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+TrainOn = Literal["loss", "metric"]
 
 
 def sgd(params: Iterable) -> Optimizer:
@@ -56,6 +61,8 @@ class ZOModule(LightningModule):
         paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
         onednn: Run float32 linear layers on the CPU through oneDNN; left out, a trial decides.
         compile: Compile the decoder layers with torch.compile; falls back with a warning.
+        train_on: "loss" minimizes the task's loss, "metric" what is left to win in its metric: 1 - accuracy, or 1 - F1 of
+            generated answers (SQuAD, DROP). That has no gradient, and zeroth-order steps need none.
         max_nonfinite: Stop after this many steps in a row whose loss is infinite or NaN.
         trust_remote_code: Run model code that comes with a Hub repository.
     """
@@ -78,6 +85,7 @@ class ZOModule(LightningModule):
         paired: bool | None = None,
         onednn: bool | None = None,
         compile: bool = False,
+        train_on: TrainOn = "loss",
         max_nonfinite: int = 10,
         trust_remote_code: bool = False,
     ) -> None:
@@ -88,7 +96,8 @@ class ZOModule(LightningModule):
         self.layer = layer
         self.layer_origin = "set by model.layer" if layer is not None else ""
         self.estimator = SPSA(eps, num_queries)
-        check_optimizer(optimizer)
+        trial = check_optimizer(optimizer)
+        self.save_hyperparameters({"optimizer": type(trial).__name__, "lr": trial.param_groups[0]["lr"]})
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
         self.dtype_name: DType = dtype
@@ -99,6 +108,9 @@ class ZOModule(LightningModule):
             raise SlzoError(f"model.prefix_cache_gb {prefix_cache_gb}: give 0 to switch the cache off, or more")
         if max_nonfinite < 1:
             raise SlzoError(f"model.max_nonfinite {max_nonfinite}: at least 1 step is needed before giving up")
+        if train_on not in get_args(TrainOn):
+            raise SlzoError(f"model.train_on {train_on!r}: choose one of {', '.join(get_args(TrainOn))}")
+        self.train_on = train_on
         self.max_nonfinite = max_nonfinite
         self.trust_remote_code = trust_remote_code
         self.paired = paired
@@ -123,6 +135,15 @@ class ZOModule(LightningModule):
             self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code)
             # outside of the module tree: its views share the model's weights
             self.__dict__["_split"] = split_model(self.model, self.packed, self.onednn, self.compile_layers)
+            self._limit_length()
+
+    def _limit_length(self) -> None:
+        """Cut prompts to the positions that the model knows."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(datamodule, TaskDataModule) and isinstance(limit, int) and limit < datamodule.encoder.max_length:
+            rank_zero_info(f"Prompts are cut to {limit} tokens, the longest that {self.model_name} takes.")
+            datamodule.encoder.max_length = limit
 
     @property
     def split(self) -> SplitModel:
@@ -155,6 +176,9 @@ class ZOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Load the model and make the masters of the tuned layer."""
         self.configure_model()
+        self.prefix_cache.clear()  # its keys are those of one data module
+        if stage == "fit":
+            self._datamodule().trains_on_metric = self.train_on == "metric"
         if self.noise_seed is None:
             self.noise_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self.tuned is None and self.layer is not None:
@@ -168,7 +192,6 @@ class ZOModule(LightningModule):
         """The optimizer over the masters."""
         assert self.tuned is not None
         optimizer = self.make_optimizer(list(self.tuned.masters))
-        self.save_hyperparameters({"optimizer": type(optimizer).__name__, "lr": optimizer.param_groups[0]["lr"]})
         if self.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
@@ -180,36 +203,51 @@ class ZOModule(LightningModule):
         assert self.tuned is not None and self.noise_seed is not None
         started = time.perf_counter()
         with torch.no_grad():
-            hidden = self.objective.prefix(batch.packed)
+            # generation runs the whole model: it needs keys and values of every layer
+            hidden = None if batch.loss is LossKind.GENERATION else self.objective.prefix(batch.packed)
 
             def evaluate(points: Any) -> Tensor:
                 return self._global_losses(batch, hidden, points)
 
-            estimate = self.estimator.estimate(self.tuned, evaluate, self.noise_seed, self.global_step)
-            self.tuned.restore()
-            update_norm = self._update(estimate)
+            try:
+                estimate = self.estimator.estimate(self.tuned, evaluate, self.noise_seed, self.global_step)
+                update_norm = self._update(estimate)
+            finally:
+                self.tuned.restore()
         self._log_step(batch, estimate, update_norm, time.perf_counter() - started)
 
     def _global_losses(self, batch: TrainBatch, hidden: Tensor | None, points: list[Point]) -> Tensor:
         """Losses at the points, over the rows of every process, shape (P,)."""
         assert self.tuned is not None
-        sums = self.objective.losses(batch.packed, hidden, self.tuned, points, batch.loss)
+        if batch.loss is LossKind.GENERATION:
+            sums = self._generation_losses(batch, points)
+        else:
+            sums = self.objective.losses(batch.packed, hidden, self.tuned, points, batch.loss, batch.right)
         if self.trainer.world_size > 1:
             # a few bytes; averages of ranks with different token counts would be another loss
             sums = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
         return sums[0] / sums[1]
 
+    def _generation_losses(self, batch: TrainBatch, points: Sequence[Point]) -> Tensor:
+        """Sums of 1 - F1 and row counts at the points, shape (2, P)."""
+        assert self.tuned is not None
+        sums = []
+        for point in points:
+            self.tuned.write(point.direction, point.scale)
+            sums.append(self.evaluator.missing_f1(batch.rows))
+        return stack(sums)
+
     def _update(self, estimate: Estimate) -> float | None:
         """Step the optimizer, or skip a step without a finite loss. Returns the update's norm on steps that log it."""
         assert self.tuned is not None
         optimizer = cast("Any", self.optimizers())
-        logged = (self.global_step + 1) % getattr(self.trainer, "log_every_n_steps", 1) == 0
+        every = getattr(self.trainer, "log_every_n_steps", 1)
+        logged = every > 0 and (self.global_step + 1) % every == 0
         before = [master.clone() for master in self.tuned.masters] if logged and estimate.finite else None
         # without gradients this only counts: global_step, and with it max_steps, moves with the optimizer's steps
         optimizer.step()
         self._count_nonfinite(estimate)
         self.tuned.zero_grad()
-        self.tuned.restore()
         scheduler = cast("Any", self.lr_schedulers())
         if scheduler is not None:
             scheduler.step()
@@ -252,12 +290,18 @@ class ZOModule(LightningModule):
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def score(self, batch: EvalBatch) -> Tensor:
-        """Log-likelihood scores of all candidates with the live weights, shape (C,), float32."""
-        return candidate_scores(self._logits(batch), batch.packed)
+    @property
+    def evaluator(self) -> Evaluator:
+        """Scores rows with the live weights."""
+        datamodule = self._datamodule()
+        return Evaluator(self.split, datamodule.encoder.tokenizer, self._objective, datamodule.tokens_per_pass)
 
-    @torch.no_grad()
+    def _datamodule(self) -> TaskDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, TaskDataModule):
+            raise SlzoError("evaluation needs a TaskDataModule: pass datamodule=... to the trainer")
+        return datamodule
+
     def evaluate(self, batches: Iterable[EvalBatch], metrics: TaskMetrics) -> dict[str, float]:
         """Metrics of the live weights over some rows, outside of Lightning's loops.
 
@@ -266,20 +310,10 @@ class ZOModule(LightningModule):
             metrics: Fresh counters; they add up over processes.
         """
         metrics = metrics.to(self.device)
+        evaluator = self.evaluator
         for batch in batches:
-            moved = batch.to(self.device)
-            self._count(moved, self._logits(moved), metrics)
+            metrics.update(batch.examples, evaluator(batch.to(self.device)).predictions)
         return {name: float(value) for name, value in metrics.compute().items()}
-
-    def _logits(self, batch: EvalBatch) -> Tensor:
-        """Full-vocabulary logits at the needed positions, shape (U, vocabulary), float32."""
-        if self._objective is None:
-            return self.split.logits(batch.packed)
-        return self._objective.logits(batch.packed, self._objective.prefix(batch.packed))
-
-    def _count(self, batch: EvalBatch, logits: Tensor, metrics: TaskMetrics) -> None:
-        scores = candidate_scores(logits, batch.packed)
-        metrics.update(batch.examples, predictions(scores, batch.packed))
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -290,10 +324,7 @@ class ZOModule(LightningModule):
         self._start_metrics()
 
     def _start_metrics(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, TaskDataModule):
-            raise SlzoError("evaluation needs a TaskDataModule: pass datamodule=... to the trainer")
-        self.metrics = datamodule.make_metrics().to(self.device)
+        self.metrics = self._datamodule().make_metrics().to(self.device)
         self.loss_metric.reset()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
@@ -304,13 +335,37 @@ class ZOModule(LightningModule):
         """Score one batch of held-out rows."""
         self._evaluation_step(batch)
 
-    @torch.no_grad()
     def _evaluation_step(self, batch: EvalBatch) -> None:
         assert self.metrics is not None
-        logits = self._logits(batch)
-        self._count(batch, logits, self.metrics)
-        total, count = training_loss(batch.loss, logits, batch.packed, selected=False)
-        self.loss_metric.update(total / count, weight=count)
+        # dev rows are scored again and again, and their prefix is worth keeping
+        outcome = self.evaluator(batch, keep_prefix=self.trainer.validating or self.trainer.state.fn == "fit")
+        self.metrics.update(batch.examples, outcome.predictions)
+        total, weight = outcome.loss
+        if weight > 0:
+            self.loss_metric.update(total / weight, weight=weight)
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[tuple[int, dict[str, Any]]]:
+        """Predict one batch of held-out rows.
+
+        Returns:
+            For each row its position in the split and what is written of it: id, prompt, prediction (candidate index or
+            generated text), prediction_text, scores (log-likelihoods of the candidates, ``None`` for a generated answer) and gold
+            (candidate index, a list of them if there are several right ones, accepted answers, or ``None`` without a label).
+        """
+        outcome = self.evaluator(batch)
+        records = []
+        for number, (row, prediction) in enumerate(zip(batch.rows, outcome.predictions, strict=True)):
+            example = row.example
+            record = {
+                "id": example.id,
+                "prompt": example.prompt,
+                "prediction": prediction,
+                "prediction_text": example.candidates[prediction] if isinstance(prediction, int) else prediction,
+                "scores": outcome.scores[number] if outcome.scores else None,
+                "gold": _gold(example, generated=isinstance(prediction, str)),
+            }
+            records.append((row.position, record))
+        return records
 
     def on_validation_epoch_end(self) -> None:
         """Log the dev metrics."""
@@ -360,6 +415,7 @@ class ZOModule(LightningModule):
             "format": 1,
             "model": self.model_name,
             "layer": self.layer,
+            "layer_origin": self.layer_origin,
             "dtype": self.dtype_name,
             "trust_remote_code": self.trust_remote_code,
             "noise_seed": self.noise_seed,
@@ -372,13 +428,14 @@ class ZOModule(LightningModule):
         if note is None:
             raise SlzoError("ckpt_path: not a checkpoint written by slzo; give a file from a run's checkpoints folder")
         self.num_nonfinite = note["num_nonfinite"]
+        self.noise_seed = note["noise_seed"]  # the directions go on as they began
         saved, mine = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
-        different = [
-            f"{k}: {saved[k]} -> {mine[k]}" for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"
-        ]
+        different = [k for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"]
         if different:
             rank_zero_warn(
-                "these model options differ from the checkpoint's, the new ones are used: " + "; ".join(different)
+                "these model options differ from the checkpoint's: "
+                + "; ".join(f"model.{k}: {saved[k]} -> {mine[k]}" for k in different)
+                + "; the new ones are used, but seed, optimizer state and learning rate go on from the checkpoint"
             )
 
     def on_fit_start(self) -> None:
@@ -389,3 +446,9 @@ class ZOModule(LightningModule):
             f"Tuning layer {self.layer} of {self.split.num_layers} ({self.layer_origin}): {self.tuned.num_elements:,} of "
             f"{total:,} parameters, forward passes only."
         )
+
+
+def _gold(example: Example, generated: bool) -> int | list[int] | list[str] | None:
+    if generated:
+        return list(example.references) or None
+    return example.gold[0] if len(example.gold) == 1 else list(example.gold) or None

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
+from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.checkpoint import newest_checkpoint, read_checkpoint
 from slzo.console import say
@@ -19,7 +20,7 @@ _FULL_PRECISION = (None, 32, "32", "32-true")
 
 
 class ZOTrainer(Trainer):
-    """Lightning's Trainer, with ``profile`` and ``export``.
+    """Lightning's Trainer, with ``profile`` and ``export``, and ``predict`` to a file.
 
     Takes every option of :class:`lightning.pytorch.Trainer`. Those that only make sense with back-propagation are refused.
     """
@@ -40,6 +41,10 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 f"trainer.accumulate_grad_batches {kwargs['accumulate_grad_batches']}: a forward-only step needs no "
                 "accumulation, raise data.batch_size or model.num_queries instead"
+            )
+        if kwargs.get("val_check_interval") == 0:
+            raise SlzoError(
+                "trainer.val_check_interval 0: give the number of steps between two validations, at least 1"
             )
         self.resume_path: str | None = None
         callbacks = kwargs.get("callbacks") or []
@@ -120,6 +125,38 @@ class ZOTrainer(Trainer):
         self._announce(ckpt_path)
         return super().validate(model, dataloaders, self._find(ckpt_path), verbose, datamodule, weights_only)
 
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        output: str | None = None,
+    ) -> Any:
+        """Write predictions of the held-out rows as JSON Lines.
+
+        Args:
+            model: A ZOModule.
+            dataloaders: Not needed with a data module.
+            datamodule: A TaskDataModule.
+            return_predictions: Also return what predict_step returned, batch by batch.
+            ckpt_path: Checkpoint whose tuned layer is used, or ``last``; without it the untuned model is used.
+            weights_only: Passed to torch.load.
+            output: File to write; left out, predictions.jsonl in the run's folder.
+        """
+        writer = PredictionWriter(output)
+        self._announce(ckpt_path)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        callbacks.append(writer)
+        try:
+            return super().predict(
+                model, dataloaders, datamodule, bool(return_predictions), self._find(ckpt_path), weights_only
+            )
+        finally:
+            callbacks.remove(writer)
+
     def profile(
         self,
         model: ZOModule,
@@ -178,7 +215,7 @@ class ZOTrainer(Trainer):
         if str(ckpt_path) == "last":
             root = self.logger.save_dir if self.logger is not None else self.default_root_dir
             ckpt_path = newest_checkpoint(root or self.default_root_dir)
-            say(f"Continuing from {ckpt_path}")
+            say(f"Using the newest checkpoint, {ckpt_path}")
         read_checkpoint(ckpt_path)
         return str(ckpt_path)
 

@@ -131,6 +131,76 @@ def test_same_seed_same_weights_other_seed_other_weights(options):
     assert not any(torch.equal(first[name], third[name]) for name in first if first[name].ndim == 2)
 
 
+@pytest.mark.parametrize("stop", [3, 5, 7, 10])
+def test_a_run_resumed_at_any_step_equals_one_that_was_not_stopped(options, stop):
+    """Stops inside an epoch of 5 batches, at its end and in the next one, between validations and on one."""
+    options = [*options, "--trainer.enable_progress_bar=false", "--data.length_buckets=true"]
+    assert main(["fit", *options, "--trainer.max_steps=12"]) == 0
+    assert main(["fit", *options, f"--trainer.max_steps={stop}"]) == 0
+    assert main(["fit", *options, "--trainer.max_steps=12", "--ckpt_path=last"]) == 0
+    whole, resumed = (tuned(run_dir(i) / "checkpoints" / "last.ckpt") for i in (0, 2))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    first, second = (json.loads((run_dir(i) / "summary.json").read_text()) for i in (0, 2))
+    assert Path(first["best_checkpoint"]).name == Path(second["best_checkpoint"]).name
+    same = ("score_before", "score_after", "layer_chosen_by", "steps", "seed")
+    assert {name: first[name] for name in same} == {name: second[name] for name in same}
+
+
+def test_epochs_can_be_resumed(options):
+    options = [*options, "--trainer.max_steps=-1", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *options, "--trainer.max_epochs=2"]) == 0
+    assert main(["fit", *options, "--trainer.max_epochs=4", "--ckpt_path=last"]) == 0
+    assert [json.loads((run_dir(i) / "summary.json").read_text())["steps"] for i in (0, 1)] == [10, 20]
+
+
+def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, recwarn):
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    assert (
+        main(["fit", *options, "--ckpt_path=last", "--seed_everything=5", "--model.optimizer.lr=7", "--model.eps=2e-3"])
+        == 0
+    )
+    text = " ".join(str(warning.message) for warning in recwarn)
+    for expected in ("model.lr: 0.001 -> 7", "model.eps: 0.001 -> 0.002", "data.seed: 0 -> 5"):
+        assert expected in text
+    assert json.loads((run_dir(1) / "summary.json").read_text())["seed"] == 0
+
+
+def test_an_interrupt_while_scoring_keeps_the_last_weights(options, monkeypatch):
+    from slzo.callbacks import run_summary
+
+    original = run_summary._score
+
+    def score(trainer, module, when):
+        if when.startswith("after"):
+            raise KeyboardInterrupt
+        return original(trainer, module, when)
+
+    assert main(["fit", *options]) == 0
+    monkeypatch.setattr(run_summary, "_score", score)
+    with pytest.raises(SystemExit):
+        main(["fit", *options])
+    whole, interrupted = (tuned(run_dir(i) / "checkpoints" / "last.ckpt") for i in (0, 1))
+    assert all(torch.equal(whole[name], interrupted[name]) for name in whole)
+
+
+def test_fast_dev_run_writes_nothing(options):
+    assert main(["fit", *options, "--trainer.fast_dev_run=true"]) == 0
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_prompts_are_cut_to_what_the_model_takes(tmp_path, options, capsys):
+    from conftest import make_tokenizer, tiny_model
+
+    tiny_model("gpt2", n_positions=64, scale=1.0).save_pretrained(tmp_path / "short")
+    make_tokenizer().save_pretrained(tmp_path / "short")
+    long = tmp_path / "long" / "sst2"
+    long.mkdir(parents=True)
+    for name in ("train", "validation"):
+        rows = [{"idx": i, "sentence": f"{name} {i} " + "very " * 60 + "good", "label": i % 2} for i in range(60)]
+        (long / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["fit", *options, f"--model.model={tmp_path / 'short'}", f"--data.data_dir={long.parent}"]) == 0
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_resume_equals_an_uninterrupted_run_and_does_not_profile_again(options, optimizer, monkeypatch, capsys):
     options = [*options, f"--model.optimizer={optimizer}", "--model.optimizer.lr=1e-3"]
@@ -140,7 +210,7 @@ def test_resume_equals_an_uninterrupted_run_and_does_not_profile_again(options, 
     monkeypatch.setattr("slzo.callbacks.outlier_profiler.profile_layers", None)  # a second profile would fail
     capsys.readouterr()
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
-    assert "Continuing from" in capsys.readouterr().out
+    assert "Using the newest checkpoint" in capsys.readouterr().out
     whole, resumed = (torch.load(run_dir(i) / "checkpoints" / "last.ckpt", weights_only=True) for i in (0, 2))
     assert whole["global_step"] == resumed["global_step"] == 8
     for name, tensor in whole["state_dict"].items():
@@ -331,6 +401,7 @@ def bad(capsys, *args):
         (["--trainer.precision=16-mixed"], r"trainer\.precision '16-mixed': .*model\.dtype"),
         (["--trainer.gradient_clip_val=1"], r"trainer\.gradient_clip_val 1"),
         (["--trainer.accumulate_grad_batches=2"], r"trainer\.accumulate_grad_batches 2"),
+        (["--trainer.val_check_interval=0"], r"trainer\.val_check_interval 0"),
         (["--trainer.strategy=foo"], r"trainer: .*strategy='foo'"),
         (["--model.optimizer=torch.optim.SDG"], r"model\.optimizer 'torch\.optim\.SDG': no such class; did you mean SGD\?"),
         (["--model.optimizer=LBFGS"], r"model\.optimizer LBFGS: cannot take"),

@@ -4,9 +4,8 @@ from slzo.data.sampler import EpochBatchSampler
 
 
 def batches(**options):
-    sampler = EpochBatchSampler(**{"num_rows": 50, "batch_size": 8, "seed": 3, **options})
-    sampler.set_epoch(options.pop("epoch", 0))
-    return list(sampler)
+    done = options.pop("done", 0)
+    return list(EpochBatchSampler(**{"num_rows": 50, "batch_size": 8, "seed": 3, **options}, batches_done=lambda: done))
 
 
 @pytest.mark.parametrize("lengths", [None, [i % 7 for i in range(50)]])
@@ -18,21 +17,24 @@ def test_every_row_comes_once_per_epoch(lengths):
 
 @pytest.mark.parametrize("lengths", [None, [i % 7 for i in range(50)]])
 def test_a_resumed_epoch_goes_on_where_it_stopped(lengths):
-    assert batches(lengths=lengths, first_batch=3) == batches(lengths=lengths)[3:]
+    assert batches(lengths=lengths, done=3) == batches(lengths=lengths)[3:]
+    assert batches(lengths=lengths, done=7 + 3) == batches(lengths=lengths, done=7)[3:]
 
 
-def test_the_skip_holds_for_the_first_epoch_only():
-    sampler = EpochBatchSampler(50, 8, 3, first_batch=3)
-    assert len(list(sampler)) == 4
-    sampler.set_epoch(1)
+def test_a_pass_begins_where_the_run_stands():
+    done = 0
+    sampler = EpochBatchSampler(50, 8, 3, batches_done=lambda: done)
+    first = list(sampler)
+    assert list(sampler) == first
+    done = 7
     assert len(list(sampler)) == len(sampler) == 7
+    done = 13
+    assert len(list(sampler)) == 1
 
 
 def test_seed_and_epoch_change_the_order():
-    sampler = EpochBatchSampler(50, 8, 3)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) != first
+    first = batches()
+    assert batches(done=7) != first
     assert batches(seed=4) != first
     assert batches() == first
 

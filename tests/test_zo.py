@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
+from slzo.data.encoding import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
 from slzo.evaluation.scoring import LossKind
 from slzo.models.packing import pack
@@ -224,6 +225,39 @@ def test_prefix_cache_gives_the_same_losses_in_any_batch(examples):
     assert warm.cache.num_bytes == sum(pack([e]).num_tokens for e in examples) * 32 * 4
 
 
+def test_only_missing_examples_are_run(examples, monkeypatch):
+    split = SplitModel(tiny_model("gemma2"))
+    objective = LayerObjective(split, 2, PrefixCache(1))
+    batch = pack(examples)
+    expected = LayerObjective(split, 2, PrefixCache(0)).prefix(batch)
+    objective.prefix(pack([examples[1], examples[4]]))
+    sizes = []
+    original = SplitModel.run
+
+    def run(self, part, *args):
+        sizes.append(part.input_ids.numel())
+        return original(self, part, *args)
+
+    monkeypatch.setattr(SplitModel, "run", run)
+    torch.testing.assert_close(objective.prefix(batch), expected, rtol=1e-5, atol=1e-6)
+    known = batch.example_tokens[1] + batch.example_tokens[4]
+    assert sizes == [batch.num_tokens - known]
+    objective.prefix(batch)
+    assert len(sizes) == 1
+
+
+def test_scoring_may_read_the_cache_without_filling_it(examples):
+    objective = LayerObjective(SplitModel(tiny_model("llama")), 2, PrefixCache(1))
+    objective.prefix(pack(examples), keep=False)
+    assert objective.cache.num_bytes == 0
+
+
+def test_one_token_answers_after_different_tokens_keep_their_normalizers():
+    """A tokenizer may join the end of the prompt with the answer; then the candidates follow different tokens."""
+    rows = [EncodedExample(0, (EncodedSequence((3, 4, 5, 6), 1), EncodedSequence((3, 4, 7), 1)), (0,))]
+    assert pack(rows).choice_ids is None
+
+
 def test_prefix_cache_keeps_to_its_budget(examples):
     split = SplitModel(tiny_model("llama"))
     per_token = 32 * 4
@@ -232,6 +266,5 @@ def test_prefix_cache_keeps_to_its_budget(examples):
     objective = LayerObjective(split, 1, cache)
     expected = objective.prefix(pack(examples))
     assert cache.num_bytes <= cache.budget
-    assert cache.get([0, 1], torch.device("cpu"), torch.float32) is not None
-    assert cache.get([0, 1, 2], torch.device("cpu"), torch.float32) is None
+    assert [key in cache for key in (0, 1, 2)] == [True, True, False]
     torch.testing.assert_close(objective.prefix(pack(examples)), expected)

@@ -194,29 +194,34 @@ class SlzoStep:
         return float(total / weight)
 
 
-def product_seconds(split: SplitModel, layer: int, tokens: int, onednn: bool) -> tuple[float, float]:
-    """Seconds and floating-point operations of the suffix's matrix products alone, for one evaluation of ``tokens`` tokens."""
-    seconds = operations = 0.0
-    for module in split.layers[layer].modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        inputs = torch.randn(tokens, module.in_features, dtype=module.weight.dtype)
+def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[float, float]:
+    """Seconds and floating-point operations of one evaluation's matrix products alone, suffix layers and needed logits.
 
-        def product(module: nn.Linear = module, inputs: Tensor = inputs) -> Tensor:
+    A plain loop over the weights in the order of the suffix, with inputs of the same shapes.
+    """
+    split, dtype = step.split, step.split.model.dtype
+    modules = [m for layer in split.layers[step.objective.layer :] for m in layer.modules() if isinstance(m, nn.Linear)]
+    inputs = {m.in_features: torch.randn(batch.num_tokens, m.in_features, dtype=dtype) for m in modules}
+    head = split.model.get_output_embeddings()
+    selected = step.objective.candidate_rows and not needs_full_logits(step.kind, batch)
+    head_weight = head.weight[: len(batch.choice_ids)] if selected and batch.choice_ids is not None else head.weight
+    head_inputs = torch.randn(batch.rows.numel(), head.in_features, dtype=dtype)
+
+    def products() -> None:
+        for module in modules:
             if onednn:
-                return torch.ops.mkldnn._linear_pointwise(inputs, module.weight, module.bias, "none", [], "")
-            return F.linear(inputs, module.weight, module.bias)
+                torch.ops.mkldnn._linear_pointwise(inputs[module.in_features], module.weight, None, "none", [], "")
+            else:
+                F.linear(inputs[module.in_features], module.weight)
+        F.linear(head_inputs, head_weight)
 
-        product()
-        trials = []
-        for _ in range(5):
-            start = time.perf_counter()
-            product()
-            trials.append(time.perf_counter() - start)
-        layers = split.num_layers - layer
-        seconds += statistics.median(trials) * layers
-        operations += 2.0 * tokens * module.weight.numel() * layers
-    return seconds, operations
+    trials = []
+    for _ in range(3):
+        start = time.perf_counter()
+        products()
+        trials.append(time.perf_counter() - start)
+    operations = 2.0 * batch.num_tokens * sum(m.weight.numel() for m in modules)
+    return statistics.median(trials), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------------
@@ -260,7 +265,8 @@ def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[l
 SWITCHES: dict[str, dict[str, Any]] = {
     "without shared prompts": {"share_prompts": False},
     "without candidate rows": {"candidate_rows": False},
-    "paired": {"paired": True},
+    "paired always": {"paired": True},
+    "paired never": {"paired": False},
 }
 
 
@@ -299,7 +305,7 @@ def compare(args: argparse.Namespace) -> Timings:
         for name in timings.product:
             if name == "onednn" and not split.onednn:
                 continue
-            seconds, operations = product_seconds(split, args.layer, batch.num_tokens, onednn=name == "onednn")
+            seconds, operations = product_seconds(warm, batch, onednn=name == "onednn")
             timings.product[name].append(seconds)
         timings.operations.append(operations)
         print(
@@ -379,20 +385,22 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
     parts = {part: statistics.fmean(p[part] for p in timings.parts) for part in timings.parts[0]}
     whole = sum(parts.values())
     print("slzo step: " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in parts.items()))
-    suffix = sum(p["suffix"] for p in timings.parts)
+    suffix = sum(p["suffix"] + p["head"] for p in timings.parts)
     rate = 2 * sum(timings.operations) / suffix / 1e9
-    print(f"suffix: {rate:.0f} GFLOP/s of its matrix products, {statistics.fmean(timings.tokens):.0f} tokens a batch")
+    print(
+        f"suffix and head: {rate:.0f} GFLOP/s of their matrix products, {statistics.fmean(timings.tokens):.0f} tokens a batch"
+    )
     rates = {}
     for name, seconds in timings.product.items():
         if seconds:
             rates[name] = sum(timings.operations) / sum(seconds) / 1e9
             print(
-                f"the products alone by {name}: {rates[name]:.0f} GFLOP/s; the suffix reaches {rate / rates[name]:.0%} of it"
+                f"the products alone by {name}: {rates[name]:.0f} GFLOP/s; suffix and head reach {rate / rates[name]:.0%} of it"
             )
     best = min(sum(seconds) for seconds in timings.product.values() if seconds)
     step_seconds = sum(sum(p.values()) for p in timings.parts)
     outside = 1 - 2 * best / step_seconds
-    print(f"share of a step outside the suffix's matrix products: {outside:.1%}")
+    print(f"share of a step outside these products: {outside:.1%}")
     for name, peak in memory.items():
         print(f"peak memory {name}: {peak:.3f} GiB")
     if memory:

@@ -1,8 +1,10 @@
-"""Keeps the newest state of a run in ``checkpoints/last.ckpt``, whatever ends the run."""
+"""Keeps the best state of a run, and the newest in ``checkpoints/last.ckpt``, whatever ends the run."""
 
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.checkpoint import is_fast_dev_run
 from slzo.console import say
@@ -11,10 +13,20 @@ from slzo.errors import SlzoError
 LAST_FILE = "last.ckpt"
 
 
-class LastCheckpoint(Callback):
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint; a resumed run remembers the best state although it writes to a folder of its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best score and path; the file of the former run is never deleted."""
+        for name in ("best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value"):
+            setattr(self, name, state_dict[name])
+
+
+class LastCheckpoint(Checkpoint):
     """Saves after every validation, at the end, and when the run is interrupted.
 
     Lightning's ``ModelCheckpoint(save_last=True)`` saves only when the monitored value improved, so a resume could lose steps.
+    As a ``Checkpoint`` it runs after :class:`BestCheckpoint`, whose state it saves.
     """
 
     def __init__(self) -> None:

@@ -63,8 +63,8 @@ class OutlierProfiler(Callback):
             return
         checkpoint = resumed_from(trainer)
         if checkpoint is not None:
-            layer = read_checkpoint(checkpoint)["slzo"]["layer"]
-            pl_module.choose_layer(layer, "from the checkpoint")
+            note = read_checkpoint(checkpoint)["slzo"]
+            pl_module.choose_layer(note["layer"], note["layer_origin"])
             return
         pl_module.choose_layer(self.run(trainer, pl_module).dominant_layer, self.rule.describe())
 
@@ -107,7 +107,13 @@ class OutlierProfiler(Callback):
     def _batches(self, datamodule: TaskDataModule) -> list[Any]:
         if self.text_file is None:
             return datamodule.profile_batches(self.num_sequences, self.batch_size)
-        lines = [line for line in Path(self.text_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = Path(self.text_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SlzoError(
+                f"profiler.text_file {self.text_file!r}: not UTF-8 ({error.reason} at byte {error.start})"
+            ) from error
+        lines = [line for line in text.splitlines() if line.strip()]
         examples = [Example(str(i), line, ()) for i, line in enumerate(lines[: self.num_sequences])]
         return datamodule.prompt_batches(examples, self.batch_size)
 

@@ -31,7 +31,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
-        if self.test_before and self._before is None and resumed_from(trainer) is None:
+        if self.test_before and not is_fast_dev_run(trainer) and self._before is None and resumed_from(trainer) is None:
             self._before = _score(trainer, pl_module, "before training")
         self._train_started = time.monotonic()
 
@@ -46,11 +46,7 @@ class RunSummary(Callback):
             return
         train_seconds = time.monotonic() - self._train_started
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
-        last = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-        if best:
-            pl_module.load_state_dict(read_checkpoint(best)["state_dict"])
-        after = _score(trainer, pl_module, f"after training, {Path(best).name if best else 'last weights'}")
-        pl_module.load_state_dict(last)
+        after = _score_checkpoint(trainer, pl_module, best)
         datamodule: TaskDataModule = trainer.datamodule  # type: ignore[attr-defined]
         metric = datamodule.task.metric
         before = self._before or {}
@@ -87,6 +83,18 @@ class RunSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the score before training from a checkpoint."""
         self._before = state_dict["before"]
+
+
+def _score_checkpoint(trainer: Trainer, module: ZOModule, best: str) -> dict[str, float]:
+    """Score the best checkpoint, or the last weights if there is none, and leave the module with its last weights."""
+    if not best or not Path(best).is_file():
+        return _score(trainer, module, "after training, last weights")
+    last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    try:
+        module.load_state_dict(read_checkpoint(best)["state_dict"])
+        return _score(trainer, module, f"after training, {Path(best).name}")
+    finally:
+        module.load_state_dict(last)
 
 
 def _score(trainer: Trainer, module: LightningModule, when: str) -> dict[str, float]:

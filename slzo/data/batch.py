@@ -5,58 +5,158 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from slzo.data.encoding import EncodedExample
 from slzo.evaluation.scoring import LossKind
 from slzo.models.packing import PackedBatch, pack
+from slzo.models.sharing import chunk_by_tokens, num_distinct_tokens, share_prefixes
 from slzo.tasks.base import Example
+
+# Common beginnings are looked for across rows where that saves at least this share of the tokens.
+_MIN_SAVING = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An example with its tokens.
+
+    Attributes:
+        example: The text.
+        encoded: The candidates' tokens.
+        position: Place in its split.
+        prompt: Tokens to generate an answer from; empty for tasks with candidates.
+    """
+
+    example: Example
+    encoded: EncodedExample
+    position: int
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A packed batch and the loss to take of it."""
+    """Rows to train on.
+
+    Attributes:
+        packed: The rows' candidates, or their gold answers only, in the order of ``rows``.
+        loss: What to take of it.
+        rows: The rows.
+        right: Whether each candidate is right, shape (C,), bool; set for ``LossKind.ERRORS`` only.
+    """
 
     packed: PackedBatch
     loss: LossKind
+    rows: tuple[Row, ...]
+    right: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy on another device."""
-        return replace(self, packed=self.packed.to(device, non_blocking=non_blocking))
+        right = None if self.right is None else self.right.to(device, non_blocking=non_blocking)
+        return replace(self, packed=self.packed.to(device, non_blocking=non_blocking), right=right)
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """A packed batch, the examples it came from, in the same order, and the loss to report."""
+    """Rows to score and the loss to report.
 
-    packed: PackedBatch
-    examples: tuple[Example, ...]
+    Attributes:
+        rows: The rows.
+        loss: What is reported as the loss.
+        packed: The rows' candidates, in the order of ``rows``; ``None`` where answers are generated.
+    """
+
+    rows: tuple[Row, ...]
     loss: LossKind
+    packed: PackedBatch | None
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The rows' examples."""
+        return tuple(row.example for row in self.rows)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy on another device."""
+        if self.packed is None:
+            return self
         return replace(self, packed=self.packed.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
 class TrainCollator:
-    """Packs encoded examples for training."""
+    """Packs rows for training.
+
+    Args:
+        loss: What is minimized.
+        share_prompts: Store a prompt once for all of its candidates.
+    """
 
     loss: LossKind
     share_prompts: bool = True
 
-    def __call__(self, encoded: Sequence[EncodedExample]) -> TrainBatch:
+    def __call__(self, rows: Sequence[Row]) -> TrainBatch:
         """Pack in the given order."""
-        return TrainBatch(pack(encoded, share_prompts=self.share_prompts), self.loss)
+        packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
+        right = None
+        if self.loss is LossKind.ERRORS:
+            right = torch.tensor(
+                [slot in row.encoded.gold for row in rows for slot in range(len(row.encoded.sequences))]
+            )
+        return TrainBatch(packed, self.loss, tuple(rows), right)
 
 
 @dataclass(frozen=True)
 class EvalCollator:
-    """Packs encoded examples for scoring."""
+    """Packs rows for scoring.
+
+    Args:
+        loss: What is reported as the loss.
+        share_prompts: Store a prompt once for all of its candidates.
+        share_rows: Store common beginnings of different rows once.
+    """
 
     loss: LossKind
     share_prompts: bool = True
+    share_rows: bool = False
 
-    def __call__(self, pairs: Sequence[tuple[EncodedExample, Example]]) -> EvalBatch:
+    def __call__(self, rows: Sequence[Row]) -> EvalBatch:
         """Pack in the given order."""
-        packed = pack([encoded for encoded, _ in pairs], share_prompts=self.share_prompts)
-        return EvalBatch(packed, tuple(example for _, example in pairs), self.loss)
+        if rows[0].prompt:
+            return EvalBatch(tuple(rows), self.loss, None)
+        packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
+        return EvalBatch(tuple(rows), self.loss, share_prefixes(packed) if self.share_rows else packed)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPlan:
+    """Batches of one process and whether the rows of a batch share common beginnings."""
+
+    batches: list[list[Row]]
+    share: bool
+
+
+def plan_batches(
+    rows: Sequence[Row], *, max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1
+) -> EvalPlan:
+    """Put the rows of this process in batches: rows with one paragraph together, else rows of similar length.
+
+    Args:
+        rows: All rows.
+        max_rows: Rows of a batch.
+        max_tokens: Tokens of a batch, common beginnings counted once; a longer row is a batch of its own. Not a limit
+            where answers are generated: there the prompts are run in parts, and more rows decode faster.
+        rank: This process.
+        world_size: Number of processes.
+    """
+    sequences = [row.prompt or row.encoded.sequences[0].ids for row in rows]
+    share = num_distinct_tokens(sequences) <= (1 - _MIN_SAVING) * sum(map(len, sequences))
+    if share:
+        order = sorted(range(len(rows)), key=lambda number: sequences[number])
+        bounds = [len(rows) * part // world_size for part in range(world_size + 1)]
+        order = order[bounds[rank] : bounds[rank + 1]]
+    else:
+        order = sorted(range(len(rows)), key=lambda number: -len(sequences[number]))[rank::world_size]
+    generates = any(row.prompt for row in rows)
+    budget = None if generates else max_tokens
+    chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=share)
+    return EvalPlan([[rows[order[place]] for place in chunk] for chunk in chunks], share)

@@ -90,7 +90,7 @@ class Encoder:
         sequences = []
         for candidate, answer, final in zip(candidates, answers, finals, strict=False):
             count = _num_answer(prompt, answer, len(example.prompt))
-            self._check_answer(example, candidate, count)
+            self._check_answer(example, candidate, count, len(answer.ids))
             sequences.append(EncodedSequence(self._cut(final.ids, self.max_length), count))
         return EncodedExample(index, tuple(sequences), gold)
 
@@ -115,11 +115,16 @@ class Encoder:
         if not example.prompt.strip():
             raise SlzoError(f"example {example.id!r}: the prompt is empty; give its fields some text")
 
-    def _check_answer(self, example: Example, candidate: str, count: int) -> None:
+    def _check_answer(self, example: Example, candidate: str, count: int, length: int) -> None:
         shown = repr(candidate if len(candidate) <= 40 else f"{candidate[:37]}...")
         if count < 1:
             raise SlzoError(
                 f"example {example.id!r}: the tokenizer makes no token of answer {shown}; change the answer"
+            )
+        if count >= length:
+            raise SlzoError(
+                f"example {example.id!r}: the tokenizer joins the whole prompt with answer {shown}; no token is left to "
+                "predict it from: use a longer prompt"
             )
         # At least one token must come before the answer, to predict its first token from.
         needed = count + max(self._num_front, 1)

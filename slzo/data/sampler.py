@@ -1,7 +1,6 @@
 """Batches of an epoch as a function of (seed, epoch): the same after a resume and on any number of processes."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import BatchSampler
@@ -26,7 +25,8 @@ class EpochBatchSampler(BatchSampler):
         lengths: Of each row; batches are then made of rows of similar length, by sorting within windows of
             some batches and shuffling the batches. Each row still comes once per epoch, so an epoch is unbiased, but the rows
             of one batch are no independent draw.
-        first_batch: Batches of the first epoch that a resumed run has already seen.
+        batches_done: How many batches the run has seen so far, asked at the start of each pass; 0 if left out. A resumed run,
+            or a new loader in the middle of a run, goes on from there.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class EpochBatchSampler(BatchSampler):
         rank: int = 0,
         world_size: int = 1,
         lengths: Sequence[int] | None = None,
-        first_batch: int = 0,
+        batches_done: Callable[[], int] = lambda: 0,
     ) -> None:
         self.num_rows = num_rows
         self.batch_size = batch_size
@@ -45,13 +45,7 @@ class EpochBatchSampler(BatchSampler):
         self.rank = rank
         self.world_size = world_size
         self.lengths = lengths
-        self.first_batch = first_batch
-        self.epoch = 0
-        self.sampler: Any = self  # Lightning calls set_epoch on this attribute
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation."""
-        self.epoch = epoch
+        self.batches_done = batches_done
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_rows, self.batch_size * self.world_size)
@@ -59,14 +53,14 @@ class EpochBatchSampler(BatchSampler):
         return full + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, self.epoch))
+        epoch, first = divmod(self.batches_done(), len(self))
+        generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
         order = torch.randperm(self.num_rows, generator=generator).tolist()
         size = self.batch_size * self.world_size
         places = list(range(len(self)))
         if self.lengths is not None:
             order = self._sort_windows(order, size * _WINDOW_BATCHES)
             places = torch.randperm(len(self), generator=generator).tolist()
-        first, self.first_batch = self.first_batch, 0
         for place in places[first:]:
             yield order[place * size : (place + 1) * size][self.rank :: self.world_size]
 

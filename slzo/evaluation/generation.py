@@ -10,7 +10,7 @@ Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` pro
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedT
 from transformers.masking_utils import sdpa_mask
 
 from slzo.data.encoding import EncodedExample, EncodedSequence, newline_token
+from slzo.evaluation.scoring import LossSum, add_up, answer_loss
 from slzo.models.attention import LAYOUT_ARGUMENT, packed_attention_forward
-from slzo.models.packing import PackedLayout, pack
+from slzo.models.packing import PackedLayout, TokenBatch, pack
 from slzo.models.sharing import chunk_by_tokens, share_prefixes
 from slzo.models.split import SplitModel
 
@@ -32,27 +33,22 @@ _ATTENTION_NAME = "slzo_generate"
 _GROUP_RATIO = 0.75
 
 
-@torch.no_grad()
-def generate_texts(
-    split: SplitModel,
-    prompts: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    prefill_tokens: int = 1024,
-) -> list[str]:
-    """Greedy answers as text: cut at the first newline, without outer white space.
+@dataclass(frozen=True)
+class Generation:
+    """What was generated.
 
-    Args:
-        split: The model with its live weights.
-        prompts: Token ids, at least one each.
-        tokenizer: Knows EOS and the newline token, which end an answer.
-        max_new_tokens: Longest answer.
-        prefill_tokens: Prompt tokens per forward pass.
+    Attributes:
+        answers: New tokens of each prompt, the stop token left out.
+        gold: Summed loss of the gold answers' tokens, if they were asked for.
     """
-    stops = {token for token in (tokenizer.eos_token_id, newline_token(tokenizer)) if token is not None}
-    answers = generate(split, prompts, stops, max_new_tokens=max_new_tokens, prefill_tokens=prefill_tokens)
-    return [answer_text(tokenizer, ids) for ids in answers]
+
+    answers: list[list[int]]
+    gold: LossSum | None
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: EOS and the newline."""
+    return {token for token in (tokenizer.eos_token_id, newline_token(tokenizer)) if token is not None}
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -69,45 +65,43 @@ def generate(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     prefill_tokens: int = 1024,
-) -> list[list[int]]:
-    """Greedy continuations, the stop token left out.
+    gold: Sequence[EncodedExample] | None = None,
+) -> Generation:
+    """Greedy continuations.
 
     Args:
         split: The model with its live weights.
         prompts: Token ids, at least one each.
-        stops: Tokens that end an answer.
+        stops: Tokens that end an answer, see :func:`stop_tokens`.
         max_new_tokens: Longest answer, >= 1.
         prefill_tokens: Prompt tokens per forward pass.
+        gold: Gold answers after their prompts, one example per prompt; their loss is taken in the same passes.
     """
-    if not prompts:
-        return []
-    if not split.packed:
-        return _generate_padded(split, prompts, stops, max_new_tokens)
+    if not split.packed or split.compile:
+        loss = None if gold is None else _separate_loss(split, gold, prefill_tokens)
+        return Generation(_generate_padded(split, prompts, stops, max_new_tokens), loss)
     device = split.model.device
     answers: list[list[int]] = [[] for _ in prompts]
     buffers = _make_buffers(prompts, max_new_tokens, device)
     with _attention(split):
-        tokens = _prefill(split, prompts, buffers, prefill_tokens)
+        tokens, loss = _prefill(split, prompts, buffers, prefill_tokens, gold)
         for step in range(max_new_tokens):
-            for row, token in tokens.items():
-                if token in stops:
-                    continue
-                answers[row].append(token)
             finished = {row for row, token in tokens.items() if token in stops}
+            for row in tokens.keys() - finished:
+                answers[row].append(tokens[row])
             for buffer in buffers:
                 buffer.remove(finished)
             buffers = [buffer for buffer in buffers if buffer.rows]
             rows = [row for buffer in buffers for row in buffer.rows]
             if not rows or step == max_new_tokens - 1:
                 break
+            newest = torch.tensor([answers[row][-1] for row in rows], device=device)
             decoding = _Decoding(buffers)
-            hidden = _run(
-                split, torch.tensor([answers[row][-1] for row in rows], device=device), decoding.positions, decoding
-            )
+            hidden = _run(split, newest, decoding.positions, decoding)
             tokens = dict(zip(rows, split.head(hidden).argmax(dim=-1).tolist(), strict=True))
             for buffer in buffers:
                 buffer.lengths += 1
-    return answers
+    return Generation(answers, loss)
 
 
 @dataclass
@@ -160,7 +154,11 @@ def _make_buffers(prompts: Sequence[Sequence[int]], max_new_tokens: int, device:
         else:
             groups.append([row])
     return [
-        _Buffer(rows, torch.tensor([len(prompts[row]) for row in rows], device=device), len(prompts[rows[0]]) + max_new_tokens)
+        _Buffer(
+            rows,
+            torch.tensor([len(prompts[row]) for row in rows], device=device),
+            len(prompts[rows[0]]) + max_new_tokens,
+        )
         for rows in groups
     ]
 
@@ -262,54 +260,77 @@ def _attention(split: SplitModel) -> Iterator[None]:
 
 def _run(split: SplitModel, ids: Tensor, positions: Tensor, state: _Attends) -> Tensor:
     """Final hidden states of tokens in one row, shape (tokens, hidden)."""
-    decoder = split.model.get_submodule(split.layers_path.rpartition(".")[0])
-    output = decoder(
-        input_ids=ids.unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        # a four-dimensional mask is passed on untouched
-        attention_mask=ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
-        use_cache=False,
-        **{LAYOUT_ARGUMENT: state},
-    )
-    return output.last_hidden_state[0]
+    # the layout only travels through the model, from here to _attention_forward
+    return split.run(TokenBatch(ids, positions, cast("PackedLayout", state)), 0, split.num_layers)
 
 
 def _prefill(
-    split: SplitModel, prompts: Sequence[Sequence[int]], buffers: list[_Buffer], max_tokens: int
-) -> dict[int, int]:
-    """Fill the buffers with the prompts and return the first new token of each row."""
+    split: SplitModel,
+    prompts: Sequence[Sequence[int]],
+    buffers: list[_Buffer],
+    max_tokens: int,
+    gold: Sequence[EncodedExample] | None,
+) -> tuple[dict[int, int], LossSum | None]:
+    """Fill the buffers with the prompts; returns the first new token of each row and the loss of the gold answers."""
     place = {row: (buffer, slot) for buffer in buffers for slot, row in enumerate(buffer.rows)}
     tokens: dict[int, int] = {}
-    for rows in chunk_by_tokens(prompts, max_tokens):
-        # the last id of a sequence predicts nothing and is dropped; a copy stands for the first new token
-        encoded = [
-            EncodedExample(row, (EncodedSequence((*prompts[row], prompts[row][-1]), 1),), ()) for row in rows
-        ]
+    losses: list[LossSum] = []
+    order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
+    for chunk in chunk_by_tokens([prompts[row] for row in order], max_tokens):
+        rows = [order[number] for number in chunk]
+        encoded = [_with_gold(row, prompts[row], None if gold is None else gold[row]) for row in rows]
         batch = share_prefixes(pack(encoded)).to(split.model.device)
         recording = _Recording(batch.layout)
         hidden = _run(split, batch.input_ids, batch.position_ids, recording)
-        best = split.head(hidden.index_select(0, batch.rows)).argmax(dim=-1).index_select(0, batch.token_row)
-        tokens.update(zip(rows, best.tolist(), strict=True))
-        for row, positions in zip(rows, _positions(batch.layout, batch.rows[batch.token_row]), strict=True):
+        logits = split.head(hidden.index_select(0, batch.rows))
+        if gold is not None:
+            losses.append(answer_loss(logits, batch))
+        last = batch.token_row[batch.candidate_slot[batch.token_candidate] == 0]
+        tokens.update(zip(rows, logits.argmax(dim=-1)[last].tolist(), strict=True))
+        for row, positions in zip(rows, _positions(batch.layout, batch.rows[last]), strict=True):
             buffer, slot = place[row]
             for layer, (key, value) in recording.states.items():
                 buffer.fill(layer, slot, key.index_select(1, positions), value.index_select(1, positions))
-    return tokens
+    return tokens, add_up(losses) if losses else None
+
+
+def _with_gold(row: int, prompt: Sequence[int], gold: EncodedExample | None) -> EncodedExample:
+    """The prompt as candidate 0, the gold answer after its prompt as candidate 1."""
+    # the last id of a sequence predicts nothing and is dropped; a copy stands for the first new token
+    sequences = [EncodedSequence((*prompt, prompt[-1]), 1)]
+    if gold is None or not gold.gold:
+        return EncodedExample(row, tuple(sequences), ())
+    return EncodedExample(row, (*sequences, gold.sequences[gold.gold[0]]), (1,))
 
 
 def _positions(layout: PackedLayout, last: Tensor) -> list[Tensor]:
     """Packed positions of the sequence that ends at each packed position in ``last``."""
-    found: dict[int, Tensor] = {}
-    for group, valid in zip(layout.groups, layout.valid, strict=True):
-        for places, length in zip(group, valid.sum(dim=1).tolist(), strict=True):
-            found[int(places[length - 1])] = places[:length]
-    return [found[position] for position in last.tolist()]
+    found = []
+    for place in layout.inverse[last].tolist():
+        for group in layout.groups:
+            if place < group.numel():
+                row, column = divmod(place, group.shape[1])
+                found.append(group[row, : column + 1])
+                break
+            place -= group.numel()
+    return found
+
+
+def _separate_loss(split: SplitModel, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
+    losses = []
+    known = [example for example in gold if example.gold]
+    for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
+        batch = pack([known[number] for number in chunk]).to(split.model.device)
+        losses.append(answer_loss(split.logits(batch), batch))
+    return add_up(losses)
 
 
 def _generate_padded(
     split: SplitModel, prompts: Sequence[Sequence[int]], stops: set[int], max_new_tokens: int
 ) -> list[list[int]]:
     """For models whose attention cannot be exchanged: transformers' own generation, padded on the left."""
+    if not prompts:
+        return []
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=split.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)

@@ -1,5 +1,6 @@
 """Candidate scores and losses from logits at the answer positions."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ class LossKind(StrEnum):
     """Cross-entropy over the candidates' scores."""
     ANSWER = "answer"
     """Negative log-likelihood of the gold answer's tokens."""
+    ERRORS = "errors"
+    """1 - accuracy of the best candidate: no gradient exists, zeroth-order steps need none."""
+    GENERATION = "generation"
+    """1 - F1 of the generated answers, likewise."""
 
 
 class LossSum(NamedTuple):
@@ -56,9 +61,24 @@ def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def candidate_cross_entropy(scores: Tensor, batch: PackedBatch) -> LossSum:
-    """Cross-entropy over the candidates' scores (C,), summed over the examples."""
-    total = F.cross_entropy(by_example(scores, batch), batch.gold, reduction="sum")
-    return LossSum(total, total.new_tensor(float(batch.num_examples)))
+    """Cross-entropy over the candidates' scores (C,), summed over the labelled examples."""
+    total = F.cross_entropy(by_example(scores, batch), batch.gold, reduction="sum", ignore_index=-1)
+    return LossSum(total, (batch.gold >= 0).sum().to(total.dtype))
+
+
+def candidate_errors(scores: Tensor, batch: PackedBatch, right: Tensor) -> LossSum:
+    """How many examples' best candidate is not a right one, over the examples that have one: 1 - accuracy.
+
+    Args:
+        scores: Shape (C,).
+        batch: The batch.
+        right: Whether each candidate is right, shape (C,), bool.
+    """
+    best = by_example(scores, batch).argmax(dim=1)
+    hits = by_example(right.to(scores.dtype), batch).clamp(min=0)
+    labelled = (hits.sum(dim=1) > 0).to(scores.dtype)
+    hit = hits.gather(1, best[:, None])[:, 0]
+    return LossSum((labelled - hit).sum(), labelled.sum())
 
 
 def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
@@ -76,10 +96,12 @@ def predictions(scores: Tensor, batch: PackedBatch) -> list[int]:
 
 def needs_full_logits(kind: LossKind, batch: PackedBatch) -> bool:
     """Whether a loss needs the whole vocabulary or only the candidates' rows of the head."""
-    return kind is not LossKind.CANDIDATES or batch.choice_ids is None
+    return kind is LossKind.ANSWER or batch.choice_ids is None
 
 
-def training_loss(kind: LossKind, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+def training_loss(
+    kind: LossKind, logits: Tensor, batch: PackedBatch, selected: bool, right: Tensor | None = None
+) -> LossSum:
     """The loss of a batch.
 
     Args:
@@ -87,11 +109,20 @@ def training_loss(kind: LossKind, logits: Tensor, batch: PackedBatch, selected: 
         logits: Shape (U, K) of ``batch.choice_ids`` if ``selected``, else (U, vocabulary).
         batch: The batch.
         selected: Whether the logits are those of the candidates only.
+        right: Whether each candidate is right, shape (C,), bool; needed for ``ERRORS`` only.
     """
     if kind is LossKind.ANSWER:
         return answer_loss(logits, batch)
     scores = choice_scores(logits, batch) if selected else candidate_scores(logits, batch)
+    if kind is LossKind.ERRORS:
+        assert right is not None
+        return candidate_errors(scores, batch, right)
     return candidate_cross_entropy(scores, batch)
+
+
+def add_up(sums: Sequence[LossSum]) -> LossSum:
+    """The sum of at least one."""
+    return LossSum(*(torch.stack(parts).sum() for parts in zip(*sums, strict=True)))
 
 
 def stack(sums: list[LossSum]) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.errors import SlzoError
@@ -51,17 +52,17 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
     where = resolve_model(name)
     try:
         return loader.from_pretrained(where, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set model.trust_remote_code to true"
-        elif where == name:
+        elif where == name and not Path(name).is_dir():
             advice = (
                 "check the name and the connection, or use a local folder, or a built-in name "
                 f"({', '.join(BUILTIN_MODELS)})"
             )
         else:
-            advice = "the folder must hold a complete causal language model"
+            advice = "the folder must hold a complete causal language model and its tokenizer"
         raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
 
 

@@ -6,6 +6,7 @@ sequence of a group, ``B`` examples, ``C`` candidates, ``U`` positions whose log
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -98,7 +99,8 @@ class PackedBatch(TokenBatch):
         candidate_example: Example of each candidate, shape (C,), int64, not decreasing.
         candidate_slot: Place of each candidate within its example, shape (C,), int64.
         gold: Slot of the training target of each example, shape (B,), int64; -1 without a label.
-        choice_ids: Distinct candidate tokens, shape (K,), int64, if every candidate has exactly one token, else ``None``.
+        choice_ids: Distinct candidate tokens, shape (K,), int64, if every candidate is one token after the
+            same prompt tokens, else ``None``.
         token_choice: For each answer token its index in ``choice_ids``, shape (R,), int64, or ``None``.
         most_candidates: Largest number of candidates of an example.
         num_sequence_tokens: Tokens that a candidate-at-a-time evaluation would process.
@@ -122,6 +124,21 @@ class PackedBatch(TokenBatch):
     def repeat(self, times: int) -> "TokenBatch":
         """Tokens and layout of ``times`` copies of the batch in one packed row."""
         return TokenBatch(self.input_ids.repeat(times), self.position_ids.repeat(times), self.layout.repeat(times))
+
+    def select(self, numbers: Sequence[int]) -> "TokenBatch":
+        """Tokens and layout of some examples, given by their place in the batch, in rising order."""
+        starts = [0, *accumulate(self.example_tokens)]
+        spans = [range(starts[number], starts[number + 1]) for number in numbers]
+        kept = torch.tensor([position for span in spans for position in span], device=self.input_ids.device)
+        place = torch.full_like(self.input_ids, -1)
+        place[kept] = torch.arange(len(kept), device=kept.device)
+        sequences = []
+        for group, valid in zip(self.layout.groups, self.layout.valid, strict=True):
+            for positions, real in zip(place[group].tolist(), valid.sum(dim=1).tolist(), strict=True):
+                if positions[0] >= 0:
+                    sequences.append(positions[:real])
+        layout = build_layout(sequences, len(kept), grouped=True).to(self.input_ids.device)
+        return TokenBatch(self.input_ids[kept], self.position_ids[kept], layout)
 
     @property
     def num_examples(self) -> int:
@@ -160,7 +177,8 @@ def _group_sequences(sequences: Sequence[Sequence[int]], grouped: bool) -> list[
     return groups
 
 
-def _build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: bool) -> PackedLayout:
+def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: bool) -> PackedLayout:
+    """The layout of sequences of packed positions; ``grouped`` puts only similar lengths together."""
     groups, valid, offset = [], [], 0
     inverse = torch.zeros(num_tokens, dtype=torch.int64)
     for numbers in _group_sequences(sequences, grouped):
@@ -221,7 +239,10 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
             owners.append(number)
             slots.append(slot)
         example_tokens.append(len(ids) - start)
-    one_token = all(length == 1 for length in lengths)
+    # the normalizer cancels only between candidates that follow the very same tokens
+    one_token = all(length == 1 for length in lengths) and all(
+        sequence.ids[:-1] == example.sequences[0].ids[:-1] for example in examples for sequence in example.sequences
+    )
     choices = sorted(set(token_id)) if one_token else []
     place = {token: i for i, token in enumerate(choices)}
 
@@ -231,7 +252,7 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     return PackedBatch(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
-        layout=_build_layout(sequences, len(ids), group_lengths),
+        layout=build_layout(sequences, len(ids), group_lengths),
         example_index=tuple(example.index for example in examples),
         example_tokens=tuple(example_tokens),
         rows=tensor(list(rows)),

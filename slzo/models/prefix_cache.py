@@ -1,7 +1,7 @@
 """Hidden states that enter the tuned layer, kept per example: the layers before it never change."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,17 +31,31 @@ class PrefixCache:
         self._block: Tensor | None = None
         self._used = 0
 
-    def get(self, keys: Sequence[int], like: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """Concatenated hidden states, shape (T, hidden), or ``None`` unless every example is known.
+    def __contains__(self, key: int) -> bool:
+        return key in self._states
+
+    def round(self, hidden: Tensor) -> Tensor:
+        """The states as they come back from the cache, so that a loss does not depend on what is cached."""
+        if self.dtype is None or not self.budget:
+            return hidden
+        return hidden.to(self.dtype).to(hidden.dtype)
+
+    def gather(
+        self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Concatenated hidden states, shape (T, hidden).
 
         Args:
-            keys: One per example.
-            like: Device of the result.
+            keys: One per example; those not in ``new`` must be known.
+            new: States that are not cached, by place in ``keys``.
+            device: Device of the result.
             dtype: Type of the result.
         """
-        if not self.budget or any(key not in self._states for key in keys):
-            return None
-        return torch.cat([self._states[key] for key in keys]).to(like, dtype, non_blocking=True)
+        pieces = [
+            new[place] if place in new else self._states[key].to(device, dtype, non_blocking=True)
+            for place, key in enumerate(keys)
+        ]
+        return torch.cat(pieces)
 
     def put(self, keys: Sequence[int], lengths: Sequence[int], hidden: Tensor) -> None:
         """Keep what fits.

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import torch
 
-from slzo.models.packing import PackedBatch, PackedLayout
+from slzo.models.packing import PackedBatch, build_layout
 
 
 def share_prefixes(batch: PackedBatch) -> PackedBatch:
@@ -22,56 +22,63 @@ def share_prefixes(batch: PackedBatch) -> PackedBatch:
     merged = [-1] * len(ids)
     kept: list[int] = []
     nodes: dict[tuple[int, int], int] = {}
+    paths: dict[int, tuple[int, ...]] = {}
+    inner: set[int] = set()
     for group, valid in zip(batch.layout.groups, batch.layout.valid, strict=True):
         for places, length in zip(group.tolist(), valid.sum(dim=1).tolist(), strict=True):
-            parent = -1
+            path: list[int] = []
             for place in places[:length]:
+                parent = path[-1] if path else -1
                 if merged[place] < 0:
-                    node = nodes.setdefault((parent, ids[place]), len(kept))
-                    merged[place] = node
-                    if node == len(kept):
+                    merged[place] = nodes.setdefault((parent, ids[place]), len(kept))
+                    if merged[place] == len(kept):
                         kept.append(place)
-                parent = merged[place]
-    if len(kept) == len(ids):
-        return replace(batch, example_tokens=())
-    target, source = torch.tensor(merged), torch.tensor(kept)
-    layout = PackedLayout(
-        groups=tuple(target[group] for group in batch.layout.groups),
-        valid=batch.layout.valid,
-        inverse=batch.layout.inverse[source],
-    )
+                path.append(merged[place])
+            paths[path[-1]] = tuple(path)
+            inner.update(path[:-1])
+    # a sequence that another one begins with needs no attention of its own
+    sequences = [path for last, path in paths.items() if last not in inner]
+    source = torch.tensor(kept)
     return replace(
         batch,
         input_ids=batch.input_ids[source],
         position_ids=batch.position_ids[source],
-        layout=layout,
+        layout=build_layout(sequences, len(kept), grouped=True),
         example_tokens=(),
-        rows=target[batch.rows],
+        rows=torch.tensor(merged)[batch.rows],
     )
 
 
-def chunk_by_tokens(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Sequence numbers in chunks of few distinct tokens, those with a common beginning together.
+def chunk_by_tokens(
+    sequences: Sequence[Sequence[int]], max_tokens: int | None, max_rows: int | None = None, *, share: bool = True
+) -> list[list[int]]:
+    """Places of consecutive sequences, cut into chunks.
 
     Args:
-        sequences: Token ids.
-        max_tokens: Tokens of a chunk, common beginnings counted once; a longer sequence is a chunk of its own.
+        sequences: Token ids, in the order to keep.
+        max_tokens: Tokens of a chunk; a longer sequence is a chunk of its own. ``None`` for no limit.
+        max_rows: Sequences of a chunk. ``None`` for no limit.
+        share: Count what a sequence has in common with the one before it once.
     """
-    order = sorted(range(len(sequences)), key=lambda number: tuple(sequences[number]))
     chunks: list[list[int]] = []
     used = 0
-    for number in order:
-        new = len(sequences[number])
-        if chunks:
-            new -= _common(sequences[chunks[-1][-1]], sequences[number])
-        if chunks and used + new <= max_tokens:
+    for number, sequence in enumerate(sequences):
+        new = len(sequence) - (_common(sequences[number - 1], sequence) if share and number else 0)
+        full = not chunks or (max_rows is not None and len(chunks[-1]) >= max_rows)
+        if full or (max_tokens is not None and used + new > max_tokens):
+            chunks.append([number])
+            used = len(sequence)
+        else:
             chunks[-1].append(number)
             used += new
-        else:
-            chunks.append([number])
-            used = len(sequences[number])
     return chunks
 
 
-def _common(first: Iterable[int], second: Iterable[int]) -> int:
+def num_distinct_tokens(sequences: Iterable[Sequence[int]]) -> int:
+    """Tokens of the sequences, common beginnings counted once."""
+    ordered = sorted(map(tuple, sequences))
+    return sum(map(len, ordered)) - sum(_common(first, second) for first, second in pairwise(ordered))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,10 +1,10 @@
 """Gradient estimates from loss values alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from slzo.errors import SlzoError
@@ -82,8 +82,7 @@ class SPSA:
             plus.append(loss_plus)
             minus.append(loss_minus)
             projected.append(gradient)
-            # the sum is NaN or infinite if either loss is, their difference might not be
-            if not torch.isfinite(losses.sum()):
+            if not (math.isfinite(loss_plus) and math.isfinite(loss_minus)):
                 tuned.zero_grad()
                 break
             tuned.accumulate_grad(tuned.applied(direction, self.eps), gradient / self.num_queries)

@@ -12,10 +12,10 @@ from slzo.models.split import SplitModel
 from slzo.zo.estimators import Point
 from slzo.zo.tuned import TunedTensors
 
-# Up to this many tokens a batch with both evaluations takes less time than two batches. Above, the matrix products fill the
-# processor either way. CPU: measured on one Zen 5 core (38 tokens 0.75 of the time, 112 tokens 0.89, 220 tokens 1.06).
-# Accelerators: far more tokens are needed to fill one; not measured.
-_PAIR_TOKENS = {"cpu": 160}
+# Up to this many tokens both evaluations in one batch take less time than two batches: weights are read, and by oneDNN packed,
+# once. Above, the matrix products fill the processor either way. CPU: measured on one Zen 5 core with SmolLM2-135M (38 tokens
+# 0.75 of the time, 112 tokens 0.89, 220 tokens 0.97, 600 tokens 1.0). Accelerators take far more tokens to fill; not measured.
+_PAIR_TOKENS = {"cpu": 320}
 _PAIR_TOKENS_ACCELERATOR = 8192
 
 
@@ -44,15 +44,30 @@ class LayerObjective:
         self.candidate_rows = candidate_rows
         self.paired = paired
 
-    def prefix(self, batch: PackedBatch) -> Tensor | None:
-        """Hidden states that enter the tuned layer, shape (T, hidden); ``None`` if it is the first layer."""
+    def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
+        """Hidden states that enter the tuned layer, shape (T, hidden); ``None`` if it is the first layer.
+
+        Only examples that the cache does not hold are run.
+
+        Args:
+            batch: The batch.
+            keep: Offer new states to the cache; ``False`` only reads it.
+        """
         if self.layer == 0:
             return None
-        hidden = self.cache.get(batch.example_index, batch.input_ids.device, self.split.model.dtype)
-        if hidden is None:
-            hidden = self.split.run(batch, 0, self.layer)
-            self.cache.put(batch.example_index, batch.example_tokens, hidden)
-        return hidden
+        missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
+        if missing:
+            part = batch if len(missing) == batch.num_examples else batch.select(missing)
+            fresh = self.cache.round(self.split.run(part, 0, self.layer))
+            lengths = [batch.example_tokens[number] for number in missing]
+            if keep:
+                self.cache.put([batch.example_index[number] for number in missing], lengths, fresh)
+            if part is batch:
+                return fresh
+            new = dict(zip(missing, fresh.split(lengths), strict=True))
+        else:
+            new = {}
+        return self.cache.gather(batch.example_index, new, batch.input_ids.device, self.split.model.dtype)
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
@@ -61,7 +76,13 @@ class LayerObjective:
 
     @torch.no_grad()
     def losses(
-        self, batch: PackedBatch, hidden: Tensor | None, tuned: TunedTensors, points: Sequence[Point], kind: LossKind
+        self,
+        batch: PackedBatch,
+        hidden: Tensor | None,
+        tuned: TunedTensors,
+        points: Sequence[Point],
+        kind: LossKind,
+        right: Tensor | None = None,
     ) -> Tensor:
         """Loss sums and weights at several points.
 
@@ -71,6 +92,7 @@ class LayerObjective:
             tuned: Writes each point into the live weights; they stay at the last one.
             points: Where to evaluate.
             kind: The loss.
+            right: Whether each candidate is right, shape (C,), bool; needed for ``LossKind.ERRORS`` only.
 
         Returns:
             Shape (2, P), float32: totals and what to divide them by.
@@ -83,7 +105,7 @@ class LayerObjective:
             finals = self._single_states(batch, hidden, tuned, points)
         sums: list[LossSum] = []
         for final in finals:
-            sums.append(training_loss(kind, self.split.head(final, token_ids), batch, selected))
+            sums.append(training_loss(kind, self.split.head(final, token_ids), batch, selected, right))
         return stack(sums)
 
     def _pairs(self, batch: PackedBatch, num_points: int) -> bool:

@@ -15,21 +15,26 @@ _REASONS = {
 }
 
 
-def check_optimizer(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
+def check_optimizer(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Optimizer:
     """Refuse optimizers that cannot work here, before anything expensive is done.
 
     Args:
         make: Builds the optimizer for given parameters.
 
+    Returns:
+        An optimizer of one made-up parameter, to read its settings from.
+
     Raises:
         SlzoError: With the reason.
     """
     try:
-        name = type(make([nn.Parameter(torch.zeros(1, 1))])).__name__
+        trial = make([nn.Parameter(torch.zeros(1, 1))])
     except (ValueError, TypeError) as error:
         raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
+    name = type(trial).__name__
     if name in _REASONS:
         raise SlzoError(
             f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
             "another torch.optim class"
         )
+    return trial

@@ -59,6 +59,7 @@ class FirstOutlierLayer(SelectionRule):
         Raises:
             SlzoError: No layer qualifies and ``fallback`` is ``error``.
         """
+        self._fell_back = False
         for layer in layers:
             if layer.max_abs > self.max_abs and layer.ratio > self.ratio:
                 return layer.index

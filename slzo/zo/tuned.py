@@ -68,7 +68,7 @@ class TunedTensors(nn.Module):
         """The direction that rounding leaves of ``direction``.
 
         Args:
-            direction: What was asked for.
+            direction: What was asked for; its tensors are replaced.
             scale: The step ``eps`` along it.
 
         Returns:
@@ -77,13 +77,12 @@ class TunedTensors(nn.Module):
         """
         if all(live.dtype == torch.float32 for live in self.live.values()):
             return direction
-        result = {}
         for name, master in self.named_masters().items():
             dtype = self.live[name].dtype
             plus = torch.add(master, direction[name], alpha=scale).to(dtype).float()
             minus = torch.add(master, direction[name], alpha=-scale).to(dtype).float()
-            result[name] = (plus - minus) / (2 * scale)
-        return result
+            direction[name] = (plus - minus) / (2 * scale)  # in place of the old one: no second direction is held
+        return direction
 
     @torch.no_grad()
     def accumulate_grad(self, direction: Direction, factor: float) -> None:

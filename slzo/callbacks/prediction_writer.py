@@ -1,0 +1,59 @@
+"""Writes predictions as JSON Lines, in the order of the held-out rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo.console import say
+from slzo.errors import SlzoError
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+class PredictionWriter(Callback):
+    """Collects what predict_step returns, from every process, in one file.
+
+    Args:
+        output: File to write; left out, predictions.jsonl in the run's folder.
+
+    Raises:
+        SlzoError: The file cannot be written.
+    """
+
+    def __init__(self, output: str | None = None) -> None:
+        self.output = output
+        self._records: list[tuple[int, dict[str, Any]]] = []
+        if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+            raise SlzoError(f"output {output!r}: not a file in an existing folder; give one such as predictions.jsonl")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the records of a batch."""
+        self._records.extend(outputs)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather and write."""
+        records, self._records = self._records, []
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, records)
+            records = [record for part in gathered for record in part]
+        folder = trainer.log_dir or trainer.default_root_dir
+        path = Path(self.output) if self.output is not None else Path(folder) / PREDICTIONS_FILE
+        if not trainer.is_global_zero:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for _, record in sorted(records, key=lambda item: item[0]):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        say(f"Predictions {path} ({len(records)} rows)")

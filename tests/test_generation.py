@@ -1,0 +1,118 @@
+"""Batched greedy generation against a plain loop that runs the whole sequence anew for each token."""
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCABULARY, make_tokenizer, tiny_model
+
+from slzo.data.encoding import EncodedExample, EncodedSequence
+from slzo.evaluation.generation import answer_text, generate, stop_tokens
+from slzo.models.packing import pack
+from slzo.models.sharing import chunk_by_tokens, num_distinct_tokens, share_prefixes
+from slzo.models.split import SplitModel
+
+
+def plain_greedy(model, prompt, stops, max_new_tokens):
+    ids, answer = list(prompt), []
+    for _ in range(max_new_tokens):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+        token = int(logits.argmax())
+        if token in stops:
+            break
+        ids.append(token)
+        answer.append(token)
+    return answer
+
+
+def make_prompts(count=9, seed=0):
+    generator = random.Random(seed)
+    start = generator.choices(range(3, VOCABULARY), k=9)
+    prompts = []
+    for number in range(count):
+        own = generator.choices(range(3, VOCABULARY), k=1 + 3 * number)
+        prompts.append(start + own if number % 2 else own)
+    # one prompt is the beginning of another, and one comes twice
+    return [*prompts, prompts[-1][:5], prompts[2]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_equals_a_plain_loop(family):
+    model = tiny_model(family)
+    prompts = make_prompts()
+    # tokens that these random models really produce end some rows early
+    long = [plain_greedy(model, prompt, set(), 12) for prompt in prompts]
+    stops = {answer[3 + number % 5] for number, answer in enumerate(long[:5])}
+    expected = [plain_greedy(model, prompt, stops, 12) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 1
+    split = SplitModel(model)
+    for budget in (1, 40, 10_000):
+        assert generate(split, prompts, stops, max_new_tokens=12, prefill_tokens=budget).answers == expected
+    padded = SplitModel(tiny_model(family), packed=False)
+    assert generate(padded, prompts, stops, max_new_tokens=12).answers == expected
+
+
+def test_stop_token_at_once_gives_an_empty_answer():
+    model = tiny_model()
+    prompt = make_prompts()[4]
+    first = plain_greedy(model, prompt, set(), 1)[0]
+    assert generate(SplitModel(model), [prompt, prompt], {first}).answers == [[], []]
+    assert generate(SplitModel(model), [], {first}).answers == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+def test_gold_loss_is_that_of_the_answer_tokens(packed):
+    model = tiny_model()
+    prompts = make_prompts()
+    generator = random.Random(3)
+    gold, total, count = [], 0.0, 0
+    for number, prompt in enumerate(prompts):
+        answer = generator.choices(range(3, VOCABULARY), k=1 + number % 3)
+        # a row without a label does not count
+        gold.append(
+            EncodedExample(number, (EncodedSequence((*prompt, *answer), len(answer)),), () if number == 4 else (0,))
+        )
+        if number == 4:
+            continue
+        logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(dim=-1)
+        total -= sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+        count += len(answer)
+    for budget in (1, 10_000):
+        made = generate(SplitModel(model, packed), prompts, {2}, prefill_tokens=budget, gold=gold)
+        assert float(made.gold.weight) == count
+        assert float(made.gold.total) == pytest.approx(total, rel=1e-5)
+        assert made.answers == generate(SplitModel(model, packed), prompts, {2}).answers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_shared_beginnings_give_the_same_logits(family):
+    split = SplitModel(tiny_model(family))
+    prompts = make_prompts()
+    rows = [
+        EncodedExample(i, tuple(EncodedSequence((*prompt, *end), len(end)) for end in ((5,), (6, 7), (6, 8))), (0,))
+        for i, prompt in enumerate(prompts)
+    ]
+    plain = pack(rows)
+    shared = share_prefixes(plain)
+    assert shared.num_tokens < plain.num_tokens
+    assert shared.num_tokens == num_distinct_tokens(s.ids[:-1] for row in rows for s in row.sequences)
+    assert sum(len(group) for group in shared.layout.groups) < sum(len(group) for group in plain.layout.groups)
+    torch.testing.assert_close(split.logits(shared), split.logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_keep_order_and_limits():
+    sequences = [(1, 2, 3), (1, 2, 4), (1, 2, 4, 5), (7,), (8, 9, 10, 11, 12, 13, 14)]
+    assert chunk_by_tokens(sequences, 5) == [[0, 1, 2], [3], [4]]
+    assert chunk_by_tokens(sequences, 5, share=False) == [[0], [1], [2, 3], [4]]
+    assert chunk_by_tokens(sequences, None, 2) == [[0, 1], [2, 3], [4]]
+    assert chunk_by_tokens([], 5) == []
+
+
+def test_answer_text_is_cut_at_a_newline_inside_a_token_and_stripped():
+    tokenizer = make_tokenizer()
+    assert answer_text(tokenizer, tokenizer(" great movie \nBad").input_ids) == "great movie"
+    assert answer_text(tokenizer, []) == ""
+    assert stop_tokens(tokenizer) == {tokenizer.eos_token_id, *tokenizer("\n").input_ids}

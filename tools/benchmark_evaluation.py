@@ -1,0 +1,186 @@
+"""Rows per second of slzo's scoring and generation against the plain way, in one run, with the same predictions.
+
+The plain way runs transformers' model once per candidate with logits at every position, and generates one row at a time with a
+key-value cache. Both ways take turns: fast, plain, fast.
+
+    python tools/benchmark_evaluation.py --data_dir DIR --json FILE
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slzo.data.batch import Row
+from slzo.datamodule import TaskDataModule
+from slzo.errors import SlzoError
+from slzo.evaluation.evaluator import Evaluator
+from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, stop_tokens
+from slzo.models.load import load_model
+from slzo.models.split import split_model
+
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table.
+
+    Attributes:
+        task: The task.
+        rows: Rows scored.
+        fast: Rows per second of slzo, the mean of its runs.
+        plain: Rows per second of the plain way.
+        speedup: ``fast / plain``.
+        disagreements: Rows with different predictions, and the gap between the two scores (0 for a generated answer).
+    """
+
+    task: str
+    rows: int
+    fast: float
+    plain: float
+    speedup: float
+    disagreements: list[dict[str, Any]]
+
+
+@torch.inference_mode()
+def plain_scores(model: PreTrainedModel, row: Row) -> list[float]:
+    """Mean log-likelihood of each candidate, one forward pass with full logits per candidate."""
+    scores = []
+    for sequence in row.encoded.sequences:
+        ids = torch.tensor([sequence.ids])
+        logits = model(input_ids=ids, use_cache=False).logits
+        tokens = logits[0, :-1].float().log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+        scores.append(float(tokens[-sequence.num_answer :].mean()))
+    return scores
+
+
+@torch.inference_mode()
+def plain_answer(model: PreTrainedModel, row: Row, stops: set[int]) -> list[int]:
+    """Greedy answer of one row with a key-value cache."""
+    output = model(input_ids=torch.tensor([row.prompt]), use_cache=True, logits_to_keep=1)
+    answer: list[int] = []
+    while True:
+        token = int(output.logits[0, -1].argmax())
+        if token in stops:
+            return answer
+        answer.append(token)
+        if len(answer) == MAX_NEW_TOKENS:
+            return answer
+        output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call takes, and its result."""
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def compare(
+    task: str, num_rows: int, options: argparse.Namespace, evaluator: Evaluator, plain: PreTrainedModel
+) -> Comparison:
+    """Measure one task."""
+    data = TaskDataModule(
+        task, options.model, data_dir=options.data_dir, num_test=None, eval_batch_size=options.eval_batch_size,
+        eval_batch_tokens=options.eval_batch_tokens,
+    )  # fmt: skip
+    data.setup("test")
+    rows = data.rows("test")[:num_rows]
+    generates = bool(rows[0].prompt)
+    evaluator.tokens_per_pass = data.tokens_per_pass
+
+    def run_fast() -> dict[int, Any]:
+        found: dict[int, Any] = {}
+        for batch in data.eval_loader("test", num_rows):
+            outcome = evaluator(batch)
+            values = outcome.predictions if generates else outcome.scores
+            found.update(zip((row.position for row in batch.rows), values, strict=True))
+        return found
+
+    def run_plain() -> list[Any]:
+        if not generates:
+            return [plain_scores(plain, row) for row in rows]
+        stops = stop_tokens(evaluator.tokenizer)
+        return [answer_text(evaluator.tokenizer, plain_answer(plain, row, stops)) for row in rows]
+
+    evaluator(next(iter(data.eval_loader("test", 4))))  # nothing is timed cold
+    first, fast = timed(run_fast)
+    slow, expected = timed(run_plain)
+    second, _ = timed(run_fast)
+    disagreements = []
+    for row, reference in zip(rows, expected, strict=True):
+        ours = fast[row.position]
+        if generates:
+            if ours != reference:
+                disagreements.append({"id": row.example.id, "fast": ours, "plain": reference, "gap": 0.0})
+            continue
+        mine, theirs = best(ours), best(reference)
+        if mine != theirs:
+            gap = abs(reference[mine] - reference[theirs])
+            disagreements.append({"id": row.example.id, "fast": mine, "plain": theirs, "gap": gap})
+    mean = (first + second) / 2
+    return Comparison(task, len(rows), len(rows) / mean, len(rows) / slow, slow / mean, disagreements)
+
+
+def best(scores: list[float]) -> int:
+    """Index of the largest."""
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description="slzo's evaluation against the plain way.")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data_dir", required=True, help="folder with TASK/validation.jsonl in the Hub's fields")
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--tasks", nargs="+", default=["sst2:500", "boolq:200", "squad:100"], metavar="TASK:ROWS")
+    parser.add_argument("--threads", type=int, help="CPU threads for both ways")
+    parser.add_argument("--eval_batch_size", type=int, default=128)
+    parser.add_argument("--eval_batch_tokens", type=int)
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = []
+    try:
+        split = split_model(load_model(options.model))
+        plain = load_model(options.model)
+        data = TaskDataModule(tokenizer=options.model)
+        evaluator = Evaluator(split, data.encoder.tokenizer)
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+        print(f"{options.model}, float32, {threads}, oneDNN {'on' if split.onednn else 'off'}")
+        print(
+            f"{'task':8s} {'rows':>5s} {'slzo rows/s':>12s} {'plain rows/s':>13s} {'speedup':>8s}  different predictions"
+        )
+        for item in options.tasks:
+            task, _, count = item.partition(":")
+            result = compare(task, int(count or 100), options, evaluator, plain)
+            results.append(result)
+            ties = sum(difference["gap"] <= TIE for difference in result.disagreements)
+            note = f"{len(result.disagreements)} ({ties} ties within {TIE:g})" if result.disagreements else "0"
+            print(
+                f"{task:8s} {result.rows:5d} {result.fast:12.2f} {result.plain:13.2f} {result.speedup:8.2f}  {note}",
+                flush=True,
+            )
+            for difference in result.disagreements:
+                print(f"  {difference}")
+    except SlzoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        document = {"model": options.model, "threads": torch.get_num_threads(), "onednn": split.onednn}
+        text = json.dumps({**document, "tasks": [asdict(result) for result in results]}, indent=1)
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Zero-shot scores of a model on local rows of the tasks.
+
+Scores every row of ``DIR/<task>/validation.jsonl``, in file order, as ``slzo test`` does; no training rows are needed.
+
+    python tools/zero_shot_table.py --model smollm2-135m --data_dir DIR --json scores.json --markdown docs/zero_shot.md
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slzo.datamodule import TaskDataModule
+from slzo.errors import SlzoError
+from slzo.evaluation.evaluator import Evaluator
+from slzo.models.load import load_model
+from slzo.models.split import split_model
+from slzo.tasks.registry import TASKS
+
+NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")
+
+
+def score_task(data: TaskDataModule, evaluator: Evaluator, num_rows: int | None = None) -> dict[str, Any]:
+    """Metrics and predictions of a task's held-out rows, in file order.
+
+    Args:
+        data: The task, set up for test.
+        evaluator: The model.
+        num_rows: Only the first rows; ``None`` for all.
+    """
+    device = evaluator.split.model.device
+    metrics = data.make_metrics()
+    predictions: dict[int, int | str] = {}
+    for batch in data.eval_loader("test", num_rows):
+        found = evaluator(batch.to(device)).predictions
+        metrics.update(batch.examples, found)
+        predictions.update(zip((row.position for row in batch.rows), found, strict=True))
+    scores = {name: float(value) for name, value in metrics.compute().items()}
+    return {"n": len(predictions), **scores, "predictions": [predictions[place] for place in sorted(predictions)]}
+
+
+def markdown_table(results: dict[str, Any], model: str, command: str) -> str:
+    """The results as a table, with the command that made it."""
+    names = list(
+        dict.fromkeys(name for result in results.values() for name in result if name not in ("n", "predictions"))
+    )
+    lines = [
+        f"# Zero-shot scores of {model}",
+        "",
+        "Prompts, candidates and metrics are those of MeZO; all rows of each task's `validation.jsonl` are scored, in float32.",
+        "Made by",
+        "",
+        f"    {command}",
+        "",
+        f"| task | rows | {' | '.join(names)} |",
+        f"|---|---:|{'---:|' * len(names)}",
+    ]
+    for task, result in results.items():
+        cells = [f"{result[name]:.4f}" if name in result else "" for name in names]
+        lines.append(f"| {task} | {result['n']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Zero-shot scores of a model on local rows of the tasks.")
+    parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder, .gguf file or Hub id")
+    parser.add_argument("--data_dir", required=True, help="folder with TASK/validation.jsonl in the Hub's fields")
+    parser.add_argument("--json", required=True, help="file to write: {task: {n, metric: value, predictions}}")
+    parser.add_argument("--markdown", help="file to write a table to")
+    parser.add_argument("--tasks", nargs="+", default=list(NINE_TASKS), choices=sorted(TASKS), metavar="TASK")
+    parser.add_argument("--num_rows", type=int, help="only the first rows of each task")
+    options = parser.parse_args(argv)
+    if options.num_rows is not None and options.num_rows < 1:
+        parser.error(f"--num_rows {options.num_rows}: must be at least 1")
+    return options
+
+
+def shown_command(options: argparse.Namespace) -> str:
+    """The command with placeholders for the user's own paths."""
+    parts = [f"python tools/zero_shot_table.py --model {options.model} --data_dir DIR --json FILE --markdown FILE"]
+    if options.tasks != list(NINE_TASKS):
+        parts.append(f"--tasks {' '.join(options.tasks)}")
+    if options.num_rows is not None:
+        parts.append(f"--num_rows {options.num_rows}")
+    return " ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 2 after a mistake that the user can mend."""
+    options = parse(argv)
+    results: dict[str, Any] = {}
+    try:
+        split = split_model(load_model(options.model))
+        for task in options.tasks:
+            started = time.perf_counter()
+            data = TaskDataModule(task, options.model, data_dir=options.data_dir, num_test=None)
+            data.setup("test")
+            evaluator = Evaluator(split, data.encoder.tokenizer, tokens_per_pass=data.tokens_per_pass)
+            results[task] = score_task(data, evaluator, options.num_rows)
+            figures = ", ".join(f"{k} {v:.4f}" for k, v in results[task].items() if k not in ("n", "predictions"))
+            print(f"{task}: {results[task]['n']} rows, {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
+            # after each task, so that a long run that is stopped leaves something
+            Path(options.json).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except SlzoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.markdown:
+        table = markdown_table(results, options.model, shown_command(options))
+        Path(options.markdown).write_text(table, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
