@@ -17,7 +17,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         SlzoError: The file is missing, broken, or not written by slzo.
     """
     if not Path(path).is_file():
-        raise SlzoError(f"ckpt_path {str(path)!r}: no such file; give a .ckpt file from a run's checkpoints folder")
+        raise SlzoError(
+            f"ckpt_path {str(path)!r}: no such file; give a .ckpt file from a run's checkpoints folder, or last"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:

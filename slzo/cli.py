@@ -83,6 +83,17 @@ class SlzoCLI(LightningCLI):
             "export": {"model", "datamodule"},
         }
 
+    def _set_seed(self) -> None:
+        """Seed everything.
+
+        Raises:
+            SlzoError: The seed is out of range.
+        """
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise SlzoError(f"seed_everything: {error}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Keep the options that were given: a checkpoint's own would silently win otherwise."""
 

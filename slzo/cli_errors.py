@@ -18,6 +18,9 @@ _UNKNOWN = (
     r"does not accept (?:option|nested key) '?\"?([\w.]+)",
 )
 _MAX_CHOICES = 40
+_UNUSABLE = {
+    "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
+}
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:
@@ -31,10 +34,14 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     for pattern in _UNKNOWN:
         if found := re.search(pattern, text):
             return _unknown_option(found[1], parser)
+    if found := re.fullmatch(r"Option '(\w+)' is not accepted", text):
+        return f"{found[1]}: unknown option of the chosen class; see slzo COMMAND --OPTION.help CLASS for those it has"
     found = re.match(r"Parser key \"([\w.]+)\":? ?(.*)", text)
     if not found:
         return text
     key, detail = found[1], found[2]
+    if missing := re.search(r"the following arguments are required: ([\w, ]+?)(?: -|$)", detail):
+        return f"{key}: the chosen class needs {missing[1]}; set {key}.{missing[1].split(',')[0]}"
     value = _given_value(detail)
     if key == "config" and value is None:
         return f"--config: {detail[0].lower() + detail[1:]}; check the path"
@@ -61,7 +68,10 @@ def _actions(parser: ArgumentParser) -> Iterator[Action]:
 
 def _given_value(detail: str) -> str | None:
     found = re.search(r"(?:Got|Given) value: (.*?)(?: - |$)", detail)
-    return found[1].strip() if found else None
+    if not found:
+        return None
+    nested = re.search(r"NestedArg\(.*val='?([^')]*)", found[1])
+    return nested[1] if nested else found[1].strip()
 
 
 def _allowed(action: Action, value: str) -> str:
@@ -69,7 +79,10 @@ def _allowed(action: Action, value: str) -> str:
     classes = list(_classes(hint))
     if classes:
         names = sorted({name for base in classes for name in _subclass_names(base)})
-        near = difflib.get_close_matches(value.rpartition(".")[2], names, n=1, cutoff=0.6)
+        given = value.rpartition(".")[2]
+        near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+        if given in names and given in _UNUSABLE:
+            return f"cannot be used: {_UNUSABLE[given]}"
         shown = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
         advice = f"did you mean {near[0]}? " if near else ""
         return f"no such class; {advice}choose one of {shown}, or give the full path of your own class"

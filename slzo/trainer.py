@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
@@ -51,6 +51,8 @@ class ZOTrainer(Trainer):
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
             callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
+        if kwargs.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         kwargs["callbacks"] = callbacks
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
@@ -100,7 +102,7 @@ class ZOTrainer(Trainer):
             datamodule: A TaskDataModule.
             weights_only: Passed to torch.load.
         """
-        self._announce(ckpt_path)
+        self._announce(model, ckpt_path)
         return super().test(model, dataloaders, self._find(ckpt_path), verbose, datamodule, weights_only)
 
     def validate(
@@ -122,7 +124,7 @@ class ZOTrainer(Trainer):
             datamodule: A TaskDataModule.
             weights_only: Passed to torch.load.
         """
-        self._announce(ckpt_path)
+        self._announce(model, ckpt_path)
         return super().validate(model, dataloaders, self._find(ckpt_path), verbose, datamodule, weights_only)
 
     def predict(
@@ -147,7 +149,7 @@ class ZOTrainer(Trainer):
             output: File to write; left out, predictions.jsonl in the run's folder.
         """
         writer = PredictionWriter(output)
-        self._announce(ckpt_path)
+        self._announce(model, ckpt_path)
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         callbacks.append(writer)
         try:
@@ -219,6 +221,7 @@ class ZOTrainer(Trainer):
         read_checkpoint(ckpt_path)
         return str(ckpt_path)
 
-    def _announce(self, ckpt_path: str | Path | None) -> None:
-        if ckpt_path is None:
+    def _announce(self, model: LightningModule | None, ckpt_path: str | Path | None) -> None:
+        # a module that was just fitted is not untuned
+        if ckpt_path is None and getattr(model, "tuned", None) is None:
             say("No --ckpt_path given: scoring the untuned model.")

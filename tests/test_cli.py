@@ -183,6 +183,26 @@ def test_an_interrupt_while_scoring_keeps_the_last_weights(options, monkeypatch)
     assert all(torch.equal(whole[name], interrupted[name]) for name in whole)
 
 
+def test_checkpoints_can_be_switched_off(options):
+    assert main(["fit", *options, "--trainer.enable_checkpointing=false"]) == 0
+    assert json.loads((run_dir() / "summary.json").read_text())["best_checkpoint"] is None
+    assert not list(run_dir().rglob("*.ckpt"))
+
+
+def test_models_that_cannot_be_split_are_refused_in_one_line(options, tmp_path, capsys):
+    from conftest import make_tokenizer
+    from transformers import AutoConfig, AutoModel
+
+    bert = AutoConfig.for_model(
+        "bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=320
+    )
+    AutoModel.from_config(bert).save_pretrained(tmp_path / "bert")
+    make_tokenizer().save_pretrained(tmp_path / "bert")
+    assert "is not supported" in bad(capsys, "fit", *options, f"--model.model={tmp_path / 'bert'}")
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"broken")
+    assert "cannot be loaded" in bad(capsys, "fit", *options, f"--model.model={tmp_path / 'bert'}")
+
+
 def test_fast_dev_run_writes_nothing(options):
     assert main(["fit", *options, "--trainer.fast_dev_run=true"]) == 0
     assert not Path("runs").exists() or not list(Path("runs").rglob("*.ckpt"))
@@ -401,6 +421,12 @@ def bad(capsys, *args):
         (["--trainer.precision=16-mixed"], r"trainer\.precision '16-mixed': .*model\.dtype"),
         (["--trainer.gradient_clip_val=1"], r"trainer\.gradient_clip_val 1"),
         (["--trainer.accumulate_grad_batches=2"], r"trainer\.accumulate_grad_batches 2"),
+        (["--model.lr_scheduler=ReduceLROnPlateau"], r"model\.lr_scheduler 'ReduceLROnPlateau': cannot be used: it needs"),
+        (["--profiler.rule=FixedLayer"], r"profiler\.rule: the chosen class needs index; set profiler\.rule\.index"),
+        (["--data.task.class_path=slzo.Foo"], r"data\.task 'slzo\.Foo': no such class; choose one of .*TemplateTask|Sst2"),
+        (["--model.optimizer.lrr=1"], r"lrr: unknown option of the chosen class"),
+        (["--seed_everything=-1"], r"seed_everything: -1 is not in bounds"),
+        (["--ckpt_path=best"], r"ckpt_path 'best': no such file; .* or last"),
         (["--trainer.val_check_interval=0"], r"trainer\.val_check_interval 0"),
         (["--trainer.strategy=foo"], r"trainer: .*strategy='foo'"),
         (["--model.optimizer=torch.optim.SDG"], r"model\.optimizer 'torch\.optim\.SDG': no such class; did you mean SGD\?"),

@@ -45,6 +45,7 @@ from slzo.zo.scopes import tune_layer
 
 EPS = 1e-3
 LEARNING_RATE = 3e-4
+_PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 PUBLISHED = ("mezo", "mezo-layer", "forward2")
 
 
@@ -224,6 +225,14 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
     return statistics.median(trials), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
 
 
+def share_outside_products(step: SlzoStep, examples: Sequence[EncodedExample]) -> float:
+    """Share of a step's time that is not spent in matrix products of linear layers and head, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(examples)
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    return 1 - sum(spent.get(name, 0) for name in _PRODUCTS) / sum(spent.values())
+
+
 # ---- the comparison -----------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +245,7 @@ class Timings:
     tokens: list[int] = field(default_factory=list)
     product: dict[str, list[float]] = field(default_factory=lambda: {"torch": [], "onednn": []})
     operations: list[float] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
 
     def add(self, variant: str, function: Callable[[], Any]) -> Any:
         """Time one step."""
@@ -308,6 +318,7 @@ def compare(args: argparse.Namespace) -> Timings:
             seconds, operations = product_seconds(warm, batch, onednn=name == "onednn")
             timings.product[name].append(seconds)
         timings.operations.append(operations)
+        timings.outside.append(share_outside_products(warm, examples))
         print(
             f"batch {number + 1} of {len(batches)}: "
             + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in timings.seconds.items())
@@ -397,10 +408,8 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
             print(
                 f"the products alone by {name}: {rates[name]:.0f} GFLOP/s; suffix and head reach {rate / rates[name]:.0%} of it"
             )
-    best = min(sum(seconds) for seconds in timings.product.values() if seconds)
-    step_seconds = sum(sum(p.values()) for p in timings.parts)
-    outside = 1 - 2 * best / step_seconds
-    print(f"share of a step outside these products: {outside:.1%}")
+    outside = statistics.fmean(timings.outside)
+    print(f"share of a step outside its matrix products, by the profiler: {outside:.1%}")
     for name, peak in memory.items():
         print(f"peak memory {name}: {peak:.3f} GiB")
     if memory:

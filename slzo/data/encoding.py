@@ -30,7 +30,7 @@ class EncodedExample:
     """All candidates of one example.
 
     Attributes:
-        index: Position of the example in its split; the key of the prefix cache.
+        index: Number of the example, unique over the splits of a data set; the key of the prefix cache.
         sequences: One per candidate, in the task's order.
         gold: As in :class:`slzo.tasks.base.Example`.
     """
@@ -70,7 +70,7 @@ class Encoder:
 
         Args:
             example: What to encode.
-            index: Position of the example in its split.
+            index: Number of the example, see :class:`EncodedExample`.
             demonstrations: Solved examples to put in front of the prompt.
             only_gold: Leave out the other candidates; ``gold`` is then ``(0,)``.
 

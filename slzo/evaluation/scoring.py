@@ -89,11 +89,6 @@ def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
     return LossSum(-(tokens * mask).sum(), mask.sum())
 
 
-def predictions(scores: Tensor, batch: PackedBatch) -> list[int]:
-    """Slot of the best candidate of each example; the first wins a tie."""
-    return by_example(scores, batch).argmax(dim=1).tolist()
-
-
 def needs_full_logits(kind: LossKind, batch: PackedBatch) -> bool:
     """Whether a loss needs the whole vocabulary or only the candidates' rows of the head."""
     return kind is LossKind.ANSWER or batch.choice_ids is None

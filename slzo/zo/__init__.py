@@ -1,1 +1,1 @@
-"""Zeroth-order optimization in plain torch: noise, tuned tensors, estimators, layer selection."""
+"""Zeroth-order optimization without Lightning: noise, tuned tensors, estimators, layer selection."""
