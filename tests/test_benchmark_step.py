@@ -1,8 +1,9 @@
 """The published step in the benchmark and the step of the package take the same losses for the same z."""
 
-import importlib.util
+import importlib
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,17 @@ from slzo.zo.estimators import Point
 from slzo.zo.objective import LayerObjective
 from slzo.zo.scopes import tune_layer
 
-TOOL = Path(__file__).parents[1] / "tools" / "benchmark_step.py"
+TOOLS = Path(__file__).parents[1] / "tools"
 LAYER = 1
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_step", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(TOOLS))  # as for a script that is run from there
+    try:
+        return importlib.import_module("benchmark_step")
+    finally:
+        sys.path.remove(str(TOOLS))
 
 
 @pytest.mark.parametrize("kind", [LossKind.CANDIDATES, LossKind.ANSWER])

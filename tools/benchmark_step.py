@@ -2,8 +2,8 @@
 
     python tools/benchmark_step.py --task sst2 --data_dir DIR --dtype float32 --threads 1 --json FILE
 
-All variants get the same random batches of real rows, in alternation, in one process. ``mezo`` and ``mezo-layer`` are written as
-published (arXiv 2305.17333, ``large_models``), plainly and for this comparison only:
+All variants get the same random batches of real rows, in alternation, in one process. ``mezo`` and ``mezo-layer`` are those of
+``published_step.py``:
 
 * mezo: every candidate is a sequence of its own, left-padded to a multiple of 8; log-softmax over the whole vocabulary at all
   positions; three perturbation passes and one update pass over all parameters, each drawing z again.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_step import EPS, LEARNING_RATE, pad_left, published_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,81 +44,8 @@ from slzo.zo.estimators import SPSA, Point
 from slzo.zo.objective import LayerObjective
 from slzo.zo.scopes import tune_layer
 
-EPS = 1e-3
-LEARNING_RATE = 3e-4
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 PUBLISHED = ("mezo", "mezo-layer", "forward2")
-
-
-# ---- the published step -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PaddedBatch:
-    """Left-padded sequences, shape (S, L): one per candidate (classification) or per gold answer."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    is_answer: Tensor
-    num_candidates: int
-    gold: Tensor
-
-
-def pad_left(examples: Sequence[EncodedExample], kind: LossKind) -> PaddedBatch:
-    """Sequences as MeZO's collator makes them: candidates apart, padded on the left to a multiple of 8."""
-    chosen = [
-        sequence
-        for example in examples
-        for sequence in (example.sequences if kind is LossKind.CANDIDATES else [example.sequences[example.gold[0]]])
-    ]
-    width = -(-max(len(sequence.ids) for sequence in chosen) // 8) * 8
-    ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-    mask = torch.zeros(len(chosen), width, dtype=torch.int64)
-    answer = torch.zeros(len(chosen), width, dtype=torch.bool)
-    for row, sequence in enumerate(chosen):
-        ids[row, width - len(sequence.ids) :] = torch.tensor(sequence.ids)
-        mask[row, width - len(sequence.ids) :] = 1
-        answer[row, width - sequence.num_answer :] = True
-    gold = torch.tensor([example.gold[0] for example in examples])
-    return PaddedBatch(ids, mask, answer, len(chosen) // len(examples), gold)
-
-
-def published_loss(model: nn.Module, batch: PaddedBatch, kind: LossKind) -> Tensor:
-    """MeZO's loss: log-softmax over the vocabulary at every position, then the answers are picked."""
-    # positions count real tokens, so that padding on the left does not shift them
-    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
-    log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
-    picked = log_probs.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-    mask = batch.is_answer[:, 1:]
-    if kind is LossKind.ANSWER:
-        return -(picked * mask).sum() / mask.sum()
-    scores = (picked * mask).sum(dim=1) / mask.sum(dim=1)
-    return F.cross_entropy(scores.view(-1, batch.num_candidates), batch.gold)
-
-
-def published_step(
-    model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, kind: LossKind, seed: int
-) -> tuple[float, float]:
-    """One MeZO step on the given parameters; returns both losses."""
-
-    def perturb(scale: float) -> None:
-        torch.manual_seed(seed)
-        for parameter in parameters:
-            z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
-            parameter.data = parameter.data + scale * z * EPS
-
-    perturb(1)
-    loss_plus = float(published_loss(model, batch, kind))
-    perturb(-2)
-    loss_minus = float(published_loss(model, batch, kind))
-    perturb(1)
-    projected_grad = (loss_plus - loss_minus) / (2 * EPS)
-    torch.manual_seed(seed)
-    for parameter in parameters:
-        z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
-        parameter.data = parameter.data - LEARNING_RATE * (projected_grad * z)
-    return loss_plus, loss_minus
 
 
 # ---- the step of the package --------------------------------------------------------------------------------------------
