@@ -49,6 +49,8 @@ class ZOModule(LightningModule):
         layer: Decoder layer to tune, counted from 0; left out, the outlier profile chooses it.
         eps: Size of the perturbation, absolute, > 0.
         num_queries: Directions per step; each costs two evaluations of the suffix.
+        queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
+            of the tuned tensors for each.
         optimizer: Any torch optimizer that takes a dense gradient.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
@@ -73,6 +75,7 @@ class ZOModule(LightningModule):
         layer: int | None = None,
         eps: float = 1e-3,
         num_queries: int = 1,
+        queries_at_once: int = 1,
         optimizer: OptimizerCallable = sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: DType = "float32",
@@ -95,7 +98,7 @@ class ZOModule(LightningModule):
         self.model_name = model
         self.layer = layer
         self.layer_origin = "set by model.layer" if layer is not None else ""
-        self.estimator = SPSA(eps, num_queries)
+        self.estimator = SPSA(eps, num_queries, queries_at_once)
         trial = check_optimizer(optimizer)
         self.save_hyperparameters({"optimizer": type(trial).__name__, "lr": trial.param_groups[0]["lr"]})
         self.make_optimizer = optimizer

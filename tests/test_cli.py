@@ -414,6 +414,7 @@ def bad(capsys, *args):
         (["--model.eps=-1"], r"model\.eps -1"),
         (["--model.eps=abc"], r"model\.eps 'abc': expected a number"),
         (["--model.num_queries=0"], r"model\.num_queries 0"),
+        (["--model.queries_at_once=0"], r"model\.queries_at_once 0"),
         (["--model.epz=1"], r"model\.epz: unknown option; did you mean model\.eps\?"),
         (["--model.dtype=float64"], r"model\.dtype 'float64': choose one of float32, bfloat16, float16"),
         (["--ckpt_path=nope.ckpt"], r"ckpt_path 'nope\.ckpt': no such file"),

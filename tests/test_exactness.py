@@ -79,6 +79,30 @@ def test_losses_equal_the_plain_computation(family, kind, examples, one_token_ex
                 torch.testing.assert_close((sums[0] / sums[1]).double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_queries_evaluated_together_give_the_same_gradient(paired, examples):
+    split = SplitModel(tiny_model("llama", scale=1.5))
+    tuned = tune_layer(split, LAYER)
+    objective = LayerObjective(split, LAYER, PrefixCache(0), paired=paired)
+    batch = pack(examples)
+
+    def evaluate(points):
+        calls.append(len(points))
+        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        return sums[0] / sums[1]
+
+    found = []
+    for at_once, expected_calls in ((1, [2] * 5), (2, [4, 4, 2]), (8, [10])):
+        calls = []
+        estimate = SPSA(EPS, 5, at_once).estimate(tuned, evaluate, 0, 0)
+        assert calls == expected_calls
+        found.append((torch.tensor(estimate.projected_grad), [master.grad.clone() for master in tuned.masters]))
+    for slopes, gradients in found[1:]:
+        torch.testing.assert_close(slopes, found[0][0], rtol=1e-2, atol=1e-2)
+        for mine, one_by_one in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(mine, one_by_one, rtol=1e-2, atol=1e-2)
+
+
 def train(plain, steps=50):
     """Loss curve of ``steps`` steps with every optimization off or on."""
     generator = random.Random(7)

@@ -57,35 +57,43 @@ class SPSA:
     Args:
         eps: Size of the perturbation, absolute, > 0.
         num_queries: Directions per step (q), >= 1. Each costs two evaluations.
+        queries_at_once: Directions drawn and evaluated together, so that small batches can be paired over several queries;
+            each takes the memory of the tuned tensors.
 
     Raises:
         SlzoError: An argument is out of range.
     """
 
-    def __init__(self, eps: float = 1e-3, num_queries: int = 1) -> None:
+    def __init__(self, eps: float = 1e-3, num_queries: int = 1, queries_at_once: int = 1) -> None:
         if not 0 < eps < float("inf"):
             raise SlzoError(f"model.eps {eps}: the perturbation must be a number above 0; 1e-3 is a good start")
         if num_queries < 1:
             raise SlzoError(f"model.num_queries {num_queries}: at least 1 direction per step is needed")
+        if queries_at_once < 1:
+            raise SlzoError(f"model.queries_at_once {queries_at_once}: must be at least 1")
         self.eps = eps
         self.num_queries = num_queries
+        self.queries_at_once = queries_at_once
 
     def estimate(self, tuned: TunedTensors, evaluate: Evaluate, seed: int, step: int) -> Estimate:
         """See :class:`Estimator`."""
-        plus, minus, projected = [], [], []
+        plus: list[float] = []
+        minus: list[float] = []
         tuned.zero_grad()
-        for query in range(self.num_queries):
-            direction = tuned.draw(seed, step, query)
-            losses = evaluate([Point(direction, self.eps), Point(direction, -self.eps)])
-            loss_plus, loss_minus = losses.tolist()
-            gradient = (loss_plus - loss_minus) / (2 * self.eps)
-            plus.append(loss_plus)
-            minus.append(loss_minus)
-            projected.append(gradient)
-            if not (math.isfinite(loss_plus) and math.isfinite(loss_minus)):
+        finite = True
+        for start in range(0, self.num_queries, self.queries_at_once):
+            queries = range(start, min(start + self.queries_at_once, self.num_queries))
+            directions = [tuned.draw(seed, step, query) for query in queries]
+            losses = evaluate([Point(z, sign * self.eps) for z in directions for sign in (1, -1)]).tolist()
+            plus += losses[::2]
+            minus += losses[1::2]
+            finite = all(map(math.isfinite, losses))
+            if not finite:
                 tuned.zero_grad()
                 break
-            tuned.accumulate_grad(tuned.applied(direction, self.eps), gradient / self.num_queries)
-        else:
-            return Estimate(sum(plus) / len(plus), sum(minus) / len(minus), tuple(projected), finite=True)
-        return Estimate(sum(plus) / len(plus), sum(minus) / len(minus), tuple(projected), finite=False)
+            for z, gradient in zip(directions, self._slopes(losses[::2], losses[1::2]), strict=True):
+                tuned.accumulate_grad(tuned.applied(z, self.eps), gradient / self.num_queries)
+        return Estimate(sum(plus) / len(plus), sum(minus) / len(minus), tuple(self._slopes(plus, minus)), finite)
+
+    def _slopes(self, plus: Sequence[float], minus: Sequence[float]) -> list[float]:
+        return [(high - low) / (2 * self.eps) for high, low in zip(plus, minus, strict=True)]
