@@ -73,3 +73,12 @@ def test_readme_names_every_module():
     for path in (ROOT / "slzo").iterdir():
         if path.is_dir() and path.name != "__pycache__":
             assert f"{path.name}/" in tree
+
+
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem
+)
+def test_documents_hold_figures_not_placeholders(document):
+    assert not re.findall(
+        r"\b[A-Z]{3,}_[A-Z_]{3,}\b(?!=)", document.read_text().replace("OMP_NUM_THREADS", "").replace("SLZO_CACHE", "")
+    )
