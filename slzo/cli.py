@@ -19,6 +19,7 @@ from slzo.cli_errors import one_line
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
+from slzo.runtime import keep_freed_memory
 from slzo.trainer import ZOTrainer
 
 _RUNS = "runs"
@@ -119,6 +120,7 @@ def run(args: Sequence[str]) -> None:
         SlzoError: Something about the options or files is wrong.
     """
     _filter_warnings()
+    keep_freed_memory()
     build([args[0], *_run_config(args), *args[1:]])
 
 

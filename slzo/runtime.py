@@ -1,5 +1,6 @@
 """Facts about the running process."""
 
+import ctypes
 import resource
 import sys
 
@@ -12,3 +13,24 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory for the next tensor instead of giving it back to the system page by page.
+
+    A forward pass on the CPU makes and drops tensors of some megabytes all the time; with glibc's defaults every one of them is
+    mapped and zeroed anew, which takes about a quarter of a step. A setting of the whole process, so only programs should call
+    it, not libraries.
+
+    Returns:
+        Whether the C library took the settings; other libraries than glibc have none.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # from malloc.h
+    settings = ((m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
+    return all(mallopt(option, value) == 1 for option, value in settings)

@@ -38,6 +38,7 @@ from slzo.models.load import load_model, load_tokenizer
 from slzo.models.packing import PackedBatch, pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel, split_model
+from slzo.runtime import keep_freed_memory
 from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import SPSA, Point
@@ -394,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the slzo command does, for all variants alike
     if args.memory_of:
         print(memory_of(args))
         return
