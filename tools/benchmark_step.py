@@ -46,6 +46,7 @@ from slzo.zo.objective import LayerObjective
 from slzo.zo.scopes import tune_layer
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
+_ATTENTION = "aten::_scaled_dot_product"
 PUBLISHED = ("mezo", "mezo-layer", "forward2")
 
 
@@ -154,12 +155,15 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
     return statistics.median(trials), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
 
 
-def share_outside_products(step: SlzoStep, examples: Sequence[EncodedExample]) -> float:
-    """Share of a step's time that is not spent in matrix products of linear layers and head, by torch's profiler."""
+def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[str, float]:
+    """Shares of a step's time, by torch's profiler: linear layers and head, fused attention (products and softmax), the rest."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(examples)
     spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    return 1 - sum(spent.get(name, 0) for name in _PRODUCTS) / sum(spent.values())
+    whole = sum(spent.values())
+    linear = sum(spent.get(name, 0) for name in _PRODUCTS) / whole
+    attention = sum(seconds for name, seconds in spent.items() if name.startswith(_ATTENTION)) / whole
+    return {"linear": linear, "attention": attention, "rest": 1 - linear - attention}
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ class Timings:
     tokens: list[int] = field(default_factory=list)
     product: dict[str, list[float]] = field(default_factory=lambda: {"torch": [], "onednn": []})
     operations: list[float] = field(default_factory=list)
-    outside: list[float] = field(default_factory=list)
+    shares: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, variant: str, function: Callable[[], Any]) -> Any:
         """Time one step."""
@@ -247,7 +251,7 @@ def compare(args: argparse.Namespace) -> Timings:
             seconds, operations = product_seconds(warm, batch, onednn=name == "onednn")
             timings.product[name].append(seconds)
         timings.operations.append(operations)
-        timings.outside.append(share_outside_products(warm, examples))
+        timings.shares.append(shares_of_step(warm, examples))
         print(
             f"batch {number + 1} of {len(batches)}: "
             + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in timings.seconds.items())
@@ -337,8 +341,8 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
             print(
                 f"the products alone by {name}: {rates[name]:.0f} GFLOP/s; suffix and head reach {rate / rates[name]:.0%} of it"
             )
-    outside = statistics.fmean(timings.outside)
-    print(f"share of a step outside its matrix products, by the profiler: {outside:.1%}")
+    shares = {name: statistics.fmean(share[name] for share in timings.shares) for name in timings.shares[0]}
+    print("shares of a step, by the profiler: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     for name, peak in memory.items():
         print(f"peak memory {name}: {peak:.3f} GiB")
     if memory:
@@ -361,7 +365,7 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
         "tokens": timings.tokens,
         "suffix_gflops": rate,
         "product_gflops": rates,
-        "outside_products": outside,
+        "shares": shares,
         "memory_gib": memory,
     }
 
