@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 
 from slzo.errors import SlzoError
 
+CHECKPOINT_FORMAT = 2
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU, tensors and primitives only.
@@ -24,11 +26,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         raise SlzoError(f"ckpt_path {str(path)!r}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or "slzo" not in checkpoint:
-        raise SlzoError(
-            f"ckpt_path {str(path)!r}: not a checkpoint written by slzo; give one from a run's checkpoints folder"
-        )
+    checkpoint_note(checkpoint, f"ckpt_path {str(path)!r}")
     return checkpoint
+
+
+def checkpoint_note(checkpoint: Any, option: str = "ckpt_path") -> dict[str, Any]:
+    """What the module noted in a checkpoint: what its tensors are and where they belong.
+
+    Raises:
+        SlzoError: It was not written by slzo, or by a version with another format.
+    """
+    if not isinstance(checkpoint, dict) or "slzo" not in checkpoint:
+        raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
+    note = checkpoint["slzo"]
+    if note["format"] != CHECKPOINT_FORMAT:
+        raise SlzoError(
+            f"{option}: has format {note['format']}, this slzo reads format {CHECKPOINT_FORMAT}; use the version that wrote it"
+        )
+    return note
 
 
 def newest_checkpoint(root: str | Path) -> Path:

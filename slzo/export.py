@@ -4,11 +4,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
 from slzo.checkpoint import read_checkpoint
 from slzo.errors import SlzoError
+from slzo.models.adapters import LoRASettings, inject_lora, merge_lora
 from slzo.models.load import load_model, load_tokenizer
+from slzo.zo.tuned import TunedTensors
 
 
 def export_checkpoint(ckpt_path: str, output: str) -> Path:
@@ -30,12 +30,15 @@ def export_checkpoint(ckpt_path: str, output: str) -> Path:
     checkpoint = read_checkpoint(ckpt_path)
     note = checkpoint["slzo"]
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in checkpoint["state_dict"].items():
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise SlzoError(f"ckpt_path {ckpt_path!r}: tensor {name!r} does not fit model {note['model']!r}")
-            parameters[name].copy_(tensor)
+    if note["adapter"] is not None:
+        inject_lora(model, LoRASettings.from_dict(note["adapter"]))
+    try:
+        tuned = TunedTensors.from_description(dict(model.named_parameters()), note["tensors"])
+        tuned.load(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        raise SlzoError(f"ckpt_path {ckpt_path!r}: does not fit model {note['model']!r} ({error})") from error
+    if note["adapter"] is not None:
+        merge_lora(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     # written beside the target and moved, so that an interrupted export leaves no half folder
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

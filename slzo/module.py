@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -12,27 +13,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from slzo.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint, resumed_from
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.scoring import LossKind, stack
+from slzo.models.adapters import LoRASettings, inject_lora
 from slzo.models.load import DType, load_model
+from slzo.models.packing import PackedBatch
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel, split_model
 from slzo.runtime import peak_memory_gb
 from slzo.tasks.base import Example
-from slzo.zo.estimators import SPSA, Estimate, Point
-from slzo.zo.objective import LayerObjective
-from slzo.zo.optim import check_optimizer
-from slzo.zo.scopes import tune_layer
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.estimators import SPSA, Estimate, Estimator, Point, Request
+from slzo.zo.estimators.base import Loss, check_settings
+from slzo.zo.objective import BatchLoss, Objective, Span
+from slzo.zo.optim import check_optimizer, state_copies
+from slzo.zo.scopes import LayerScope, Scope, ScopeContext
+from slzo.zo.scopes.base import check_layer
+from slzo.zo.tuned import Direction, TunedTensors
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-
 TrainOn = Literal["loss", "metric"]
 
 
@@ -46,8 +50,13 @@ class ZOModule(LightningModule):
 
     Args:
         model: Built-in name (smollm2-135m), local Hugging Face folder, .gguf file or Hub id.
-        layer: Decoder layer to tune, counted from 0; left out, the outlier profile chooses it.
+        layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
+        scope: What is tuned: LayerScope (all of the dominant layer, when left out), OutlierChannels, ActivationSubspace, LoRA,
+            AllParameters, RandomLayers, SmallestWeights, or your own Scope.
+        estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, ForwardGradient, Backprop (the
+            first-order reference), or your own Estimator.
         eps: Size of the perturbation, absolute, > 0.
+        eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
         num_queries: Directions per step; each costs two evaluations of the suffix.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
@@ -73,7 +82,10 @@ class ZOModule(LightningModule):
         self,
         model: str = "smollm2-135m",
         layer: int | None = None,
+        scope: Scope | None = None,
+        estimator: Estimator | None = None,
         eps: float = 1e-3,
+        eps_end: float | None = None,
         num_queries: int = 1,
         queries_at_once: int = 1,
         optimizer: OptimizerCallable = sgd,
@@ -94,13 +106,25 @@ class ZOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scope", "estimator"])
         self.model_name = model
         self.layer = layer
         self.layer_origin = "set by model.layer" if layer is not None else ""
-        self.estimator = SPSA(eps, num_queries, queries_at_once)
+        self.scope = scope if scope is not None else LayerScope()
+        self.estimator = estimator if estimator is not None else SPSA()
+        check_settings(eps, num_queries, queries_at_once)
+        if eps_end is not None and not 0 < eps_end < float("inf"):
+            raise SlzoError(f"model.eps_end {eps_end}: must be a number above 0; leave it out to keep eps")
+        self.eps, self.eps_end = eps, eps_end
+        self.num_queries, self.queries_at_once = num_queries, queries_at_once
         trial = check_optimizer(optimizer)
-        self.save_hyperparameters({"optimizer": type(trial).__name__, "lr": trial.param_groups[0]["lr"]})
+        names = {
+            "optimizer": type(trial).__name__,
+            "scope": self.scope.describe(),
+            "estimator": self.estimator.describe(),
+        }
+        self.save_hyperparameters({**names, "lr": trial.param_groups[0]["lr"]})
+        self._optimizer_copies = state_copies(trial)
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
         self.dtype_name: DType = dtype
@@ -113,11 +137,18 @@ class ZOModule(LightningModule):
             raise SlzoError(f"model.max_nonfinite {max_nonfinite}: at least 1 step is needed before giving up")
         if train_on not in get_args(TrainOn):
             raise SlzoError(f"model.train_on {train_on!r}: choose one of {', '.join(get_args(TrainOn))}")
+        if self.estimator.differentiates and train_on == "metric":
+            raise SlzoError(
+                f"model.train_on metric: a metric has no derivative for {self.estimator.describe()}; use SPSA"
+            )
+        for name, value in (("onednn", onednn), ("compile", compile)):
+            if self.estimator.differentiates and value:
+                raise SlzoError(f"model.{name} true: has no derivative for {self.estimator.describe()}; leave it out")
         self.train_on = train_on
         self.max_nonfinite = max_nonfinite
         self.trust_remote_code = trust_remote_code
         self.paired = paired
-        self.onednn = onednn
+        self.onednn = False if self.estimator.differentiates else onednn
         self.compile_layers = compile
         cache_dtype = None if prefix_cache_dtype is None else getattr(torch, prefix_cache_dtype)
         self.prefix_cache = PrefixCache(prefix_cache_gb, cache_dtype, prefix_cache_dir)
@@ -126,9 +157,11 @@ class ZOModule(LightningModule):
         self.metrics: TaskMetrics | None = None
         self.loss_metric = MeanMetric()
         self._split: SplitModel | None = None
-        self._objective: LayerObjective | None = None
+        self._objective: Objective | None = None
+        self._adapter: LoRASettings | None = None
         self._nonfinite_in_row = 0
         self.num_nonfinite = 0
+        self.num_evaluations = 0
 
     # ---- construction -------------------------------------------------------------------------------------------------
 
@@ -155,38 +188,93 @@ class ZOModule(LightningModule):
         return self._split
 
     @property
-    def objective(self) -> LayerObjective:
-        """The loss as a function of the tuned layer."""
-        assert self._objective is not None, "no layer has been chosen"
+    def objective(self) -> Objective:
+        """The loss as a function of what is tuned."""
+        assert self._objective is not None, "nothing has been chosen to tune"
         return self._objective
 
     def choose_layer(self, layer: int, origin: str) -> None:
-        """Make ``layer`` the tuned one; masters are made from the model's present weights.
+        """Make ``layer`` the dominant one; masters are made from the model's present weights.
 
         Args:
             layer: Counted from 0.
             origin: Who chose it, for the summary.
 
         Raises:
-            SlzoError: The model has no such layer.
+            SlzoError: The model has no such layer, or the scope finds nothing to tune.
         """
         self.configure_model()
-        self.tuned = tune_layer(self.split, layer).to(self.model.device)
-        self.layer, self.layer_origin = layer, origin
-        self._objective = LayerObjective(self.split, layer, self.prefix_cache, self.candidate_rows, self.paired)
+        self.layer, self.layer_origin = check_layer(layer, self.split.num_layers), origin
+        self._tune_scope()
+
+    def _tune_scope(self) -> None:
+        """Make masters of what the scope names."""
+        context = ScopeContext(self.split, self.layer, self._prompts, self.noise_seed or 0)
+        self._add_adapter(self.scope.adapter(context))
+        self._tune(self.scope.tensors(replace(context, split=self.split)))
+
+    def _tune_as(self, note: Mapping[str, Any]) -> None:
+        """Make masters of what a checkpoint holds.
+
+        Raises:
+            SlzoError: The checkpoint is of another scope or model.
+        """
+        self.configure_model()
+        fit = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fit and note["scope"] != self.scope.describe():
+            raise SlzoError(
+                f"model.scope: this run tunes {self.scope.describe()}, the checkpoint {note['scope']}; resume with the "
+                "options that it was trained with"
+            )
+        self.layer, self.layer_origin = note["layer"], note["layer_origin"]
+        self._add_adapter(None if note["adapter"] is None else LoRASettings.from_dict(note["adapter"]))
+        parameters = dict(self.model.named_parameters())
+        subset = self.scope.subset(tuple(note["tensors"]), self.split) if fit else None
+        try:
+            self._tune(TunedTensors.from_description(parameters, note["tensors"], subset))
+        except KeyError as error:
+            raise SlzoError(
+                f"ckpt_path: tensor {error} of the checkpoint does not fit model {self.model_name!r}; use the model it was "
+                "trained with"
+            ) from error
+
+    def _add_adapter(self, settings: LoRASettings | None) -> None:
+        if settings is None or self._adapter is not None:
+            return
+        inject_lora(self.model, settings)
+        self._adapter = settings
+        self.__dict__["_split"] = SplitModel(self.model, self.split.packed, self.split.onednn, self.split.compile)
+
+    def _tune(self, tuned: TunedTensors) -> None:
+        self.tuned = tuned.to(self.model.device)
+        span = Span.of(self.split, self.tuned)
+        self._objective = Objective(self.split, span, self.prefix_cache, self.candidate_rows, self.paired)
         self.prefix_cache.clear()
 
+    def _prompts(self, num_sequences: int) -> list[PackedBatch]:
+        """Prompts of training rows, for scopes that look at activations."""
+        batches = self._datamodule().profile_batches(num_sequences, batch_size=16)
+        return [batch.to(self.model.device) for batch in batches]
+
     def setup(self, stage: str) -> None:
-        """Load the model and make the masters of the tuned layer."""
+        """Load the model and make the masters of what is tuned."""
         self.configure_model()
         self.prefix_cache.clear()  # its keys are those of one data module
-        if stage == "fit":
-            self._datamodule().trains_on_metric = self.train_on == "metric"
         if self.noise_seed is None:
             self.noise_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        if self.tuned is None and self.layer is not None:
+        if stage != "fit":
+            return
+        self._datamodule().trains_on_metric = self.train_on == "metric"
+        checkpoint = resumed_from(self.trainer)
+        if self.tuned is not None:
+            return
+        if checkpoint is not None:
+            self._tune_as(checkpoint_note(read_checkpoint(checkpoint)))
+        elif self.layer is not None:
             self.choose_layer(self.layer, self.layer_origin)
-        if stage == "fit" and self.tuned is None:
+        elif not self.scope.needs_layer:
+            self._tune_scope()
+        else:
             raise SlzoError(
                 "model.layer is not set and no OutlierProfiler is among the callbacks: set one or the other"
             )
@@ -206,39 +294,43 @@ class ZOModule(LightningModule):
         assert self.tuned is not None and self.noise_seed is not None
         started = time.perf_counter()
         with torch.no_grad():
-            # generation runs the whole model: it needs keys and values of every layer
-            hidden = None if batch.loss is LossKind.GENERATION else self.objective.prefix(batch.packed)
-
-            def evaluate(points: Any) -> Tensor:
-                return self._global_losses(batch, hidden, points)
-
+            request = Request(
+                self.tuned,
+                self._loss(batch),
+                self.noise_seed,
+                self.global_step,
+                self._present_eps(),
+                self.num_queries,
+                self.queries_at_once,
+            )
             try:
-                estimate = self.estimator.estimate(self.tuned, evaluate, self.noise_seed, self.global_step)
+                estimate = self.estimator.estimate(request)
                 update_norm = self._update(estimate)
             finally:
                 self.tuned.restore()
+        self.num_evaluations += estimate.num_evaluations
         self._log_step(batch, estimate, update_norm, time.perf_counter() - started)
 
-    def _global_losses(self, batch: TrainBatch, hidden: Tensor | None, points: list[Point]) -> Tensor:
-        """Losses at the points, over the rows of every process, shape (P,)."""
+    def _present_eps(self) -> float:
+        if self.eps_end is None:
+            return self.eps
+        done = min(1.0, self.global_step / max(1, self.trainer.max_steps - 1))
+        return self.eps * (self.eps_end / self.eps) ** done
+
+    def _loss(self, batch: TrainBatch) -> Loss:
+        """The loss of a batch over the rows of every process."""
         assert self.tuned is not None
         if batch.loss is LossKind.GENERATION:
-            sums = self._generation_losses(batch, points)
-        else:
-            sums = self.objective.losses(batch.packed, hidden, self.tuned, points, batch.loss, batch.right)
-        if self.trainer.world_size > 1:
-            # a few bytes; averages of ranks with different token counts would be another loss
-            sums = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        return sums[0] / sums[1]
+            return _GenerationLoss(self.evaluator, self.tuned, batch, self._sum_over_processes)
+        hidden = self.objective.prefix(batch.packed)
+        reduce = self._sum_over_processes
+        return BatchLoss(self.objective, self.tuned, batch.packed, batch.loss, batch.right, reduce, hidden)
 
-    def _generation_losses(self, batch: TrainBatch, points: Sequence[Point]) -> Tensor:
-        """Sums of 1 - F1 and row counts at the points, shape (2, P)."""
-        assert self.tuned is not None
-        sums = []
-        for point in points:
-            self.tuned.write(point.direction, point.scale)
-            sums.append(self.evaluator.missing_f1(batch.rows))
-        return stack(sums)
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        # sums and what to divide them by: averages of ranks with different token counts would be another loss
+        if self.trainer.world_size == 1:
+            return values
+        return cast("Tensor", self.trainer.strategy.reduce(values, reduce_op="sum"))
 
     def _update(self, estimate: Estimate) -> float | None:
         """Step the optimizer, or skip a step without a finite loss. Returns the update's norm on steps that log it."""
@@ -281,6 +373,8 @@ class ZOModule(LightningModule):
             "train/projected_grad": float(projected.mean()),
             "train/abs_projected_grad": float(projected.abs().mean()),
             "train/lr": optimizer.param_groups[0]["lr"],
+            "train/eps": self._present_eps(),
+            "train/evaluations": float(self.num_evaluations),
             "train/step_seconds": seconds,
             "train/tokens_per_second": batch.packed.num_tokens / seconds,
             "train/peak_memory_gb": peak_memory_gb(self.device),
@@ -289,7 +383,7 @@ class ZOModule(LightningModule):
         if update_norm is not None:
             values["train/update_norm"] = update_norm
         self.log_dict(values, batch_size=batch.packed.num_examples)
-        self.log("loss", (estimate.loss_plus + estimate.loss_minus) / 2, prog_bar=True, logger=False, batch_size=1)
+        self.log("loss", estimate.loss, prog_bar=True, logger=False, batch_size=1)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -395,27 +489,30 @@ class ZOModule(LightningModule):
         Raises:
             SlzoError: They do not fit the model or the tuned layer.
         """
-        self.configure_model()
-        expected = dict(self.model.named_parameters()) if self.tuned is None else self.tuned.named_masters()
+        if self.tuned is None:
+            raise SlzoError(
+                "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
+            )
+        expected = self.tuned.named_masters()
         wrong = [name for name, t in state_dict.items() if name not in expected or expected[name].shape != t.shape]
-        missing = [] if self.tuned is None else [name for name in expected if name not in state_dict]
+        missing = [name for name in expected if name not in state_dict]
         if wrong or missing:
             raise SlzoError(
                 f"ckpt_path: tensor {(wrong + missing)[0]!r} of the checkpoint does not fit model {self.model_name!r} "
-                f"with tuned layer {self.layer}; use the model and layer it was trained with"
+                f"with dominant layer {self.layer} and scope {self.scope.describe()!r}; use the options it was trained with"
             )
-        if self.tuned is not None:
-            self.tuned.load(state_dict)
-        else:
-            with torch.no_grad():
-                for name, tensor in state_dict.items():
-                    expected[name].copy_(tensor)
+        self.tuned.load(state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what is needed to use the tensors elsewhere."""
+        assert self.tuned is not None
         checkpoint["slzo"] = {
-            "format": 1,
+            "format": CHECKPOINT_FORMAT,
+            "scope": self.scope.describe(),
+            "adapter": None if self._adapter is None else self._adapter.to_dict(),
+            "tensors": self.tuned.description(),
+            "num_evaluations": self.num_evaluations,
             "model": self.model_name,
             "layer": self.layer,
             "layer_origin": self.layer_origin,
@@ -427,10 +524,11 @@ class ZOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue the counters and say where this run's options differ from those of the checkpoint."""
-        note = checkpoint.get("slzo")
-        if note is None:
-            raise SlzoError("ckpt_path: not a checkpoint written by slzo; give a file from a run's checkpoints folder")
+        note = checkpoint_note(checkpoint)
+        if self.tuned is None:
+            self._tune_as(note)
         self.num_nonfinite = note["num_nonfinite"]
+        self.num_evaluations = note["num_evaluations"]
         self.noise_seed = note["noise_seed"]  # the directions go on as they began
         saved, mine = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
         different = [k for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"]
@@ -442,13 +540,61 @@ class ZOModule(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Say what is tuned."""
+        """Say what is tuned, how, and what memory it takes beside the model."""
         assert self.tuned is not None
         total = sum(p.numel() for p in self.model.parameters())
-        rank_zero_info(
-            f"Tuning layer {self.layer} of {self.split.num_layers} ({self.layer_origin}): {self.tuned.num_elements:,} of "
-            f"{total:,} parameters, forward passes only."
+        layer = (
+            ""
+            if self.layer is None
+            else f" Dominant layer: {self.layer} of {self.split.num_layers} ({self.layer_origin})."
         )
+        rank_zero_info(
+            f"Tuning {self.scope.describe()}: {self.tuned.num_elements:,} of {total:,} parameters by "
+            f"{self.estimator.describe()}.{layer}"
+        )
+        rank_zero_info(
+            "Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in self.memory_mib().items())
+        )
+
+    def memory_mib(self) -> dict[str, float]:
+        """What tuning takes beside the model, in MiB: masters, directions and gradients, optimizer state, the cache at most."""
+        assert self.tuned is not None
+        masters = 4 * self.tuned.num_elements
+        held = masters * self.queries_at_once if masters <= self.tuned.hold_bytes else masters
+        sizes = {
+            "masters": masters,
+            "directions and gradient": held,
+            f"{self.hparams['optimizer']} state": masters * self._optimizer_copies,
+            "prefix cache up to": self.prefix_cache.budget if self.objective.span.start > 0 else 0,
+        }
+        return {name: size / 2**20 for name, size in sizes.items()}
+
+
+@dataclass(frozen=True)
+class _GenerationLoss:
+    """1 - F1 of generated answers, which run the whole model: they need keys and values of every layer."""
+
+    evaluator: Evaluator
+    tuned: TunedTensors
+    batch: TrainBatch
+    reduce: Callable[[Tensor], Tensor]
+
+    def at(self, points: Sequence[Point]) -> Tensor:
+        """See :class:`slzo.zo.estimators.base.Loss`."""
+        sums = []
+        for point in points:
+            self.tuned.write(point.direction, point.scale)
+            sums.append(self.evaluator.missing_f1(self.batch.rows))
+        totals = self.reduce(stack(sums))
+        return totals[0] / totals[1]
+
+    def gradient(self) -> tuple[float, Direction]:
+        """A generated answer has no gradient."""
+        raise NotImplementedError
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        """A generated answer has no derivative."""
+        raise NotImplementedError
 
 
 def _gold(example: Example, generated: bool) -> int | list[int] | list[str] | None:

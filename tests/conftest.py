@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from slzo.data.encoding import EncodedExample, EncodedSequence
+from slzo.zo.estimators import Request
+from slzo.zo.objective import Objective, Span
+from slzo.zo.scopes import LayerScope, ScopeContext
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 320
@@ -64,6 +67,28 @@ def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
     start = tokens(prompt)
     sequences = tuple(EncodedSequence(start + tokens(count), count) for count in answers)
     return EncodedExample(index, sequences, (gold,))
+
+
+def tune_layer(split, layer):
+    """Masters of a whole decoder layer."""
+    return LayerScope().tensors(ScopeContext(split, layer, lambda _: ()))
+
+
+def layer_objective(split, layer, cache, **options):
+    """The loss as a function of one decoder layer."""
+    return Objective(split, Span(layer, layer + 1), cache, **options)
+
+
+class LossAt:
+    """A loss for estimators made from a function of the points."""
+
+    def __init__(self, function):
+        self.at = function
+
+
+def estimate(estimator, tuned, function, seed=0, step=0, **settings):
+    """One estimate from a function of the points."""
+    return estimator.estimate(Request(tuned, LossAt(function), seed, step, **settings))
 
 
 @pytest.fixture

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_example, tiny_model
+from conftest import layer_objective, random_example, tiny_model, tune_layer
 
 from slzo.evaluation.scoring import LossKind
 from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
 from slzo.zo.estimators import Point
-from slzo.zo.objective import LayerObjective
-from slzo.zo.scopes import tune_layer
 
 TOOLS = Path(__file__).parents[1] / "tools"
 LAYER = 1
@@ -45,7 +43,7 @@ def test_published_losses_equal_ours(tool, kind, answers):
         got = tool.published_step(plain, of_layer, tool.pad_left(rows, kind), kind, seed=11)
     torch.manual_seed(11)
     direction = {name: torch.normal(mean=0, std=1, size=master.shape) for name, master in tuned.named_masters().items()}
-    objective = LayerObjective(split, LAYER, PrefixCache(0))
+    objective = layer_objective(split, LAYER, PrefixCache(0))
     batch = pack(rows)
     points = [Point(direction, tool.EPS), Point(direction, -tool.EPS)]
     sums = objective.losses(batch, objective.prefix(batch), tuned, points, kind)

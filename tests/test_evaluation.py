@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_model
+from conftest import LossAt, make_tokenizer, tiny_model
 
 from slzo.__main__ import main
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
@@ -302,15 +302,20 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
     seen = []
 
     class Recording(ZOModule):
-        def _global_losses(self, batch, hidden, points):
-            losses = super()._global_losses(batch, hidden, points)
-            for point, loss in zip(points, losses.tolist(), strict=True):
-                self.tuned.write(point.direction, point.scale)
-                metrics = self._datamodule().make_metrics()
-                found = self.evaluator(EvalCollator(self._datamodule().loss)(batch.rows)).predictions
-                metrics.update([row.example for row in batch.rows], found)
-                seen.append((loss, 1 - float(metrics.compute()[self._datamodule().task.metric])))
-            return losses
+        def _loss(self, batch):
+            loss = super()._loss(batch)
+
+            def at(points):
+                losses = loss.at(points)
+                for point, value in zip(points, losses.tolist(), strict=True):
+                    self.tuned.write(point.direction, point.scale)
+                    metrics = self._datamodule().make_metrics()
+                    found = self.evaluator(EvalCollator(self._datamodule().loss)(batch.rows)).predictions
+                    metrics.update([row.example for row in batch.rows], found)
+                    seen.append((value, 1 - float(metrics.compute()[self._datamodule().task.metric])))
+                return losses
+
+            return LossAt(at)
 
     datamodule = TaskDataModule(task, str(model_dir), data_dir=str(folder), num_train=16, num_dev=4, batch_size=8)
     module = Recording(str(model_dir), layer=1, train_on="metric", eps=0.1)

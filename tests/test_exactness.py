@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, random_example, tiny_model
+from conftest import FAMILIES, estimate, layer_objective, random_example, tiny_model, tune_layer
 from torch.nn import functional as F
 
 from slzo.evaluation.scoring import LossKind
@@ -14,8 +14,6 @@ from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
 from slzo.zo.estimators import SPSA, Point
-from slzo.zo.objective import LayerObjective
-from slzo.zo.scopes import tune_layer
 
 EPS = 1e-3
 LAYER = 2
@@ -69,7 +67,7 @@ def test_losses_equal_the_plain_computation(family, kind, examples, one_token_ex
             tuned = tune_layer(split, LAYER)
             for shared, grouped, paired, warm in itertools.product((True, False), repeat=4):
                 cache = PrefixCache(1.0)
-                objective = LayerObjective(split, LAYER, cache, candidate_rows=paired, paired=paired)
+                objective = layer_objective(split, LAYER, cache, candidate_rows=paired, paired=paired)
                 batch = pack(rows, share_prompts=shared, group_lengths=grouped)
                 if warm:  # states from other batches, in another order
                     for example in reversed(rows):
@@ -83,7 +81,7 @@ def test_losses_equal_the_plain_computation(family, kind, examples, one_token_ex
 def test_queries_evaluated_together_give_the_same_gradient(paired, examples):
     split = SplitModel(tiny_model("llama", scale=1.5))
     tuned = tune_layer(split, LAYER)
-    objective = LayerObjective(split, LAYER, PrefixCache(0), paired=paired)
+    objective = layer_objective(split, LAYER, PrefixCache(0), paired=paired)
     batch = pack(examples)
 
     def evaluate(points):
@@ -94,9 +92,9 @@ def test_queries_evaluated_together_give_the_same_gradient(paired, examples):
     found = []
     for at_once, expected_calls in ((1, [2] * 5), (2, [4, 4, 2]), (8, [10])):
         calls = []
-        estimate = SPSA(EPS, 5, at_once).estimate(tuned, evaluate, 0, 0)
+        found_here = estimate(SPSA(), tuned, evaluate, eps=EPS, num_queries=5, queries_at_once=at_once)
         assert calls == expected_calls
-        found.append((torch.tensor(estimate.projected_grad), [master.grad.clone() for master in tuned.masters]))
+        found.append((torch.tensor(found_here.projected_grad), [master.grad.clone() for master in tuned.masters]))
     for slopes, gradients in found[1:]:
         torch.testing.assert_close(slopes, found[0][0], rtol=1e-2, atol=1e-2)
         for mine, one_by_one in zip(gradients, found[0][1], strict=True):
@@ -110,7 +108,7 @@ def train(plain, steps=50):
     split = SplitModel(tiny_model("llama", scale=1.5), packed=not plain, onednn=False if plain else None)
     tuned = tune_layer(split, LAYER)
     cache = PrefixCache(0 if plain else 1)
-    objective = LayerObjective(split, LAYER, cache, candidate_rows=not plain, paired=not plain)
+    objective = layer_objective(split, LAYER, cache, candidate_rows=not plain, paired=not plain)
     optimizer = torch.optim.SGD(tuned.masters, lr=3e-4)
     curve = []
     for step in range(steps):
@@ -121,11 +119,10 @@ def train(plain, steps=50):
             sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
             return sums[0] / sums[1]
 
-        estimate = SPSA(EPS).estimate(tuned, evaluate, 0, step)
-        tuned.restore()
+        result = estimate(SPSA(), tuned, evaluate, step=step, eps=EPS)
         optimizer.step()
         tuned.restore()
-        curve.append((estimate.loss_plus + estimate.loss_minus) / 2)
+        curve.append(result.loss)
     return torch.tensor(curve)
 
 
@@ -141,7 +138,7 @@ def test_a_compiled_model_gives_the_same_losses_or_falls_back(family, examples):
     tuned = tune_layer(split, LAYER)
     direction = tuned.draw(0, 0, 0)
     expected = plain_two_passes(family, examples, direction, LossKind.CANDIDATES)
-    objective = LayerObjective(split, LAYER, PrefixCache(0))
+    objective = layer_objective(split, LAYER, PrefixCache(0))
     batch = pack(examples)
     points = [Point(direction, EPS), Point(direction, -EPS)]
     sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
@@ -171,9 +168,9 @@ def test_a_failing_compiler_falls_back_with_a_warning(monkeypatch, examples):
 def test_prefix_cache_in_a_mapped_file_and_in_another_dtype(tmp_path, dtype, examples):
     split = SplitModel(tiny_model("llama"))
     batch = pack(examples)
-    expected = LayerObjective(split, LAYER, PrefixCache(0)).prefix(batch)
+    expected = layer_objective(split, LAYER, PrefixCache(0)).prefix(batch)
     cache = PrefixCache(1e-3, dtype, str(tmp_path / "cache"))
-    objective = LayerObjective(split, LAYER, cache)
+    objective = layer_objective(split, LAYER, cache)
     cold = objective.prefix(batch)
     cached = objective.prefix(batch)
     assert torch.equal(cold, cached)  # the loss must not depend on what is cached

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import estimate, layer_objective, tiny_model, tune_layer
 from torch import nn
 
 from slzo.data.encoding import EncodedExample, EncodedSequence
@@ -13,10 +13,9 @@ from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
 from slzo.zo.estimators import SPSA, Point
+from slzo.zo.estimators.base import check_settings
 from slzo.zo.noise import gaussian
-from slzo.zo.objective import LayerObjective
 from slzo.zo.optim import check_optimizer
-from slzo.zo.scopes import tune_layer
 from slzo.zo.tuned import TunedTensors
 
 
@@ -24,10 +23,10 @@ def gradient(tuned):
     return torch.cat([master.grad.flatten() for master in tuned.masters])
 
 
-def mean_estimate(estimator, tuned, evaluate, steps):
+def mean_estimate(estimator, tuned, evaluate, steps, **settings):
     total = None
     for step in range(steps):
-        estimator.estimate(tuned, evaluate, 0, step)
+        estimate(estimator, tuned, evaluate, step=step, **settings)
         total = gradient(tuned).clone() if total is None else total + gradient(tuned)
     return total / steps
 
@@ -45,9 +44,9 @@ def test_spsa_mean_is_the_gradient_of_a_quadratic():
         return torch.stack(losses)
 
     true = curvature * tuned.masters[0].detach()
-    estimate = mean_estimate(SPSA(eps=1e-3), tuned, evaluate, 4000)
+    mean = mean_estimate(SPSA(), tuned, evaluate, 4000, eps=1e-3)
     # standard error of one coordinate: about |gradient| / sqrt(steps)
-    assert (estimate - true).norm() < 4 * true.norm() * math.sqrt(len(true) / 4000)
+    assert (mean - true).norm() < 4 * true.norm() * math.sqrt(len(true) / 4000)
 
 
 def test_more_queries_lower_the_variance():
@@ -63,9 +62,9 @@ def test_more_queries_lower_the_variance():
         return torch.stack(losses)
 
     def error(queries):
-        estimator, total = SPSA(1e-3, queries), 0.0
+        total = 0.0
         for step in range(40):
-            estimator.estimate(tuned, evaluate, 1, step)
+            estimate(SPSA(), tuned, evaluate, 1, step, num_queries=queries)
             total += float((gradient(tuned) - true).square().sum())
         return total / 40
 
@@ -76,7 +75,7 @@ def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
     model = tiny_model("llama", scale=1.0)
     split = SplitModel(model)
     tuned = tune_layer(split, 2)
-    objective = LayerObjective(split, 2, PrefixCache(0))
+    objective = layer_objective(split, 2, PrefixCache(0))
     batch = pack(examples)
 
     # the gradient by back-propagation through an untouched copy, one candidate at a time
@@ -103,12 +102,11 @@ def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
         return sums[0] / sums[1]
 
     # each projected gradient is the slope along z, exactly what autograd gives
-    estimator = SPSA(eps=2e-3)
     slopes, expected = [], []
     for step in range(20):
         direction = tuned.draw(0, step, 0)
         expected.append(float(torch.dot(torch.cat([direction[n].flatten() for n in tuned.names]), true)))
-        slopes.append(estimator.estimate(tuned, evaluate, 0, step).projected_grad[0])
+        slopes.append(estimate(SPSA(), tuned, evaluate, step=step, eps=2e-3).projected_grad[0])
     torch.testing.assert_close(torch.tensor(slopes), torch.tensor(expected), rtol=0.05, atol=0.02 * float(true.norm()))
 
 
@@ -133,7 +131,8 @@ def test_the_applied_direction_is_what_rounding_left():
     live = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     tuned = TunedTensors({"w": live})
     direction = tuned.draw(0, 0, 0)
-    applied = tuned.applied(dict(direction), 1e-3)["w"]
+    tuned.accumulate_grad(dict(direction), 1.0, (1e-3, -1e-3))
+    applied = tuned.masters[0].grad
     tuned.write(direction, 1e-3)
     plus = live.float().clone()
     tuned.write(direction, -1e-3)
@@ -175,15 +174,14 @@ def test_noise_leaves_the_global_generator_alone():
 
 def test_a_loss_that_is_not_finite_sets_no_gradient():
     tuned = TunedTensors({"w": torch.ones(3)})
-    estimate = SPSA().estimate(tuned, lambda points: torch.tensor([float("nan"), 1.0]), 0, 0)
-    assert not estimate.finite
+    assert not estimate(SPSA(), tuned, lambda points: torch.tensor([float("nan"), 1.0])).finite
     assert tuned.masters[0].grad is None
 
 
 @pytest.mark.parametrize(("eps", "queries"), [(0, 1), (-1e-3, 1), (float("inf"), 1), (float("nan"), 1), (1e-3, 0)])
 def test_estimator_arguments_are_checked(eps, queries):
     with pytest.raises(SlzoError, match=r"model\.(eps|num_queries)"):
-        SPSA(eps, queries)
+        check_settings(eps, queries, 1)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Muon"])
@@ -207,7 +205,7 @@ def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
     direction = tuned.draw(0, 0, 0)
     results = []
     for rows in (True, False):
-        objective = LayerObjective(split, 1, PrefixCache(0), candidate_rows=rows)
+        objective = layer_objective(split, 1, PrefixCache(0), candidate_rows=rows)
         points = [Point(direction, 1e-3), Point(direction, -1e-3)]
         results.append(objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
@@ -215,8 +213,8 @@ def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
 
 def test_prefix_cache_gives_the_same_losses_in_any_batch(examples):
     split = SplitModel(tiny_model("qwen3"))
-    cold = LayerObjective(split, 2, PrefixCache(0))
-    warm = LayerObjective(split, 2, PrefixCache(1))
+    cold = layer_objective(split, 2, PrefixCache(0))
+    warm = layer_objective(split, 2, PrefixCache(1))
     warm.prefix(pack(examples[:3]))
     warm.prefix(pack(examples[3:]))
     mixed = [examples[i] for i in (5, 0, 3, 6)]
@@ -227,9 +225,9 @@ def test_prefix_cache_gives_the_same_losses_in_any_batch(examples):
 
 def test_only_missing_examples_are_run(examples, monkeypatch):
     split = SplitModel(tiny_model("gemma2"))
-    objective = LayerObjective(split, 2, PrefixCache(1))
+    objective = layer_objective(split, 2, PrefixCache(1))
     batch = pack(examples)
-    expected = LayerObjective(split, 2, PrefixCache(0)).prefix(batch)
+    expected = layer_objective(split, 2, PrefixCache(0)).prefix(batch)
     objective.prefix(pack([examples[1], examples[4]]))
     sizes = []
     original = SplitModel.run
@@ -247,7 +245,7 @@ def test_only_missing_examples_are_run(examples, monkeypatch):
 
 
 def test_scoring_may_read_the_cache_without_filling_it(examples):
-    objective = LayerObjective(SplitModel(tiny_model("llama")), 2, PrefixCache(1))
+    objective = layer_objective(SplitModel(tiny_model("llama")), 2, PrefixCache(1))
     objective.prefix(pack(examples), keep=False)
     assert objective.cache.num_bytes == 0
 
@@ -263,7 +261,7 @@ def test_prefix_cache_keeps_to_its_budget(examples):
     per_token = 32 * 4
     tokens = [pack([example]).num_tokens for example in examples]
     cache = PrefixCache((tokens[0] + tokens[1]) * per_token / 2**30)
-    objective = LayerObjective(split, 1, cache)
+    objective = layer_objective(split, 1, cache)
     expected = objective.prefix(pack(examples))
     assert cache.num_bytes <= cache.budget
     assert [key in cache for key in (0, 1, 2)] == [True, True, False]

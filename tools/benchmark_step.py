@@ -41,9 +41,9 @@ from slzo.models.split import SplitModel, split_model
 from slzo.runtime import keep_freed_memory
 from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
-from slzo.zo.estimators import SPSA, Point
-from slzo.zo.objective import LayerObjective
-from slzo.zo.scopes import tune_layer
+from slzo.zo.estimators import SPSA, Request
+from slzo.zo.objective import BatchLoss, Objective, Span
+from slzo.zo.scopes import LayerScope, ScopeContext
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 _ATTENTION = "aten::_scaled_dot_product"
@@ -60,10 +60,10 @@ class SlzoStep:
         self.share_prompts = options.pop("share_prompts", True)
         self.kind = kind
         self.split = split
-        self.tuned = tune_layer(split, layer)
-        self.objective = LayerObjective(split, layer, PrefixCache(cache_gb), **options)
+        self.tuned = LayerScope().tensors(ScopeContext(split, layer, lambda _: ()))
+        self.objective = Objective(split, Span.of(split, self.tuned), PrefixCache(cache_gb), **options)
         self.optimizer = torch.optim.SGD(self.tuned.masters, lr=LEARNING_RATE)
-        self.estimator = SPSA(EPS)
+        self.estimator = SPSA()
         self.step = 0
 
     def pack(self, examples: Sequence[EncodedExample]) -> PackedBatch:
@@ -75,14 +75,8 @@ class SlzoStep:
     def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
         """One step; returns both losses."""
         batch = self.pack(examples)
-        hidden = self.objective.prefix(batch)
-
-        def evaluate(points: Sequence[Point]) -> Tensor:
-            sums = self.objective.losses(batch, hidden, self.tuned, points, self.kind)
-            return sums[0] / sums[1]
-
-        estimate = self.estimator.estimate(self.tuned, evaluate, 0, self.step)
-        self.tuned.restore()
+        loss = BatchLoss(self.objective, self.tuned, batch, self.kind, hidden=self.objective.prefix(batch))
+        estimate = self.estimator.estimate(Request(self.tuned, loss, seed=0, step=self.step, eps=EPS))
         self.optimizer.step()
         self.tuned.zero_grad()
         self.tuned.restore()
@@ -107,11 +101,13 @@ class SlzoStep:
         losses = []
         for scale in (EPS, -EPS):
             timed("perturb", partial(self.tuned.write, direction, scale))
-            final = timed("suffix", lambda: self.split.run(batch, self.objective.layer, self.split.num_layers, hidden))
+            final = timed(
+                "suffix", lambda: self.split.run(batch, self.objective.span.start, self.split.num_layers, hidden)
+            )
             losses.append(timed("head", partial(self._loss, batch, final, ids, selected)))
 
         def update() -> None:
-            self.tuned.accumulate_grad(self.tuned.applied(direction, EPS), (losses[0] - losses[1]) / (2 * EPS))
+            self.tuned.accumulate_grad(direction, (losses[0] - losses[1]) / (2 * EPS), (EPS, -EPS))
             self.optimizer.step()
             self.tuned.zero_grad()
             self.tuned.restore()
@@ -131,7 +127,9 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
     A plain loop over the weights in the order of the suffix, with inputs of the same shapes.
     """
     split, dtype = step.split, step.split.model.dtype
-    modules = [m for layer in split.layers[step.objective.layer :] for m in layer.modules() if isinstance(m, nn.Linear)]
+    modules = [
+        m for layer in split.layers[step.objective.span.start :] for m in layer.modules() if isinstance(m, nn.Linear)
+    ]
     inputs = {m.in_features: torch.randn(batch.num_tokens, m.in_features, dtype=dtype) for m in modules}
     head = split.model.get_output_embeddings()
     selected = step.objective.candidate_rows and not needs_full_logits(step.kind, batch)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.checkpoint import is_fast_dev_run, read_checkpoint, resumed_from
+from slzo.checkpoint import is_fast_dev_run, resumed_from
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -25,7 +25,7 @@ _MIN_SEQUENCES = 10
 class OutlierProfiler(Callback):
     """Measures activation outliers of every decoder layer and lets a rule choose the layer to tune.
 
-    Does nothing when model.layer is set. A resumed run takes layer and profile from its checkpoint.
+    Does nothing when model.layer is set or model.scope needs no layer. A resumed run takes layer and profile from its checkpoint.
 
     Args:
         rule: How the layer is chosen: FirstOutlierLayer, MaxRatioJump, FixedLayer, or your own SelectionRule.
@@ -61,12 +61,8 @@ class OutlierProfiler(Callback):
         """Choose the layer, unless it is known already."""
         if stage != "fit" or not isinstance(pl_module, ZOModule) or pl_module.layer is not None:
             return
-        checkpoint = resumed_from(trainer)
-        if checkpoint is not None:
-            note = read_checkpoint(checkpoint)["slzo"]
-            pl_module.choose_layer(note["layer"], note["layer_origin"])
-            return
-        pl_module.choose_layer(self.run(trainer, pl_module).dominant_layer, self.rule.describe())
+        if resumed_from(trainer) is None and pl_module.scope.needs_layer:
+            pl_module.choose_layer(self.run(trainer, pl_module).dominant_layer, self.rule.describe())
 
     def run(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
         """Profile, show and save.

@@ -12,6 +12,7 @@ from slzo.checkpoint import is_fast_dev_run, read_checkpoint, resumed_from
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
+from slzo.runtime import peak_memory_gb
 
 SUMMARY_FILE = "summary.json"
 
@@ -56,6 +57,11 @@ class RunSummary(Callback):
             "dominant_layer": pl_module.layer,
             "layer_chosen_by": pl_module.layer_origin,
             "num_layers": pl_module.split.num_layers,
+            "scope": pl_module.scope.describe(),
+            "estimator": pl_module.estimator.describe(),
+            "optimizer": pl_module.hparams["optimizer"],
+            "lr": pl_module.hparams["lr"],
+            "eps": pl_module.eps,
             "metric": metric,
             "score_before": before.get(metric),
             "score_after": after[metric],
@@ -63,9 +69,11 @@ class RunSummary(Callback):
             "scores_after": after,
             "num_rows": len(datamodule.splits.test) if datamodule.splits else 0,
             "steps": trainer.global_step,
+            "evaluations": pl_module.num_evaluations,
             "skipped_steps": pl_module.num_nonfinite,
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
+            "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
             "tuned_parameters": pl_module.tuned.num_elements,
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "seed": pl_module.noise_seed,
@@ -120,9 +128,11 @@ def format_summary(summary: dict[str, Any]) -> str:
     frozen = summary["total_parameters"] - summary["tuned_parameters"]
     before = summary["score_before"]
     change = "" if before is None else f"{before:.4f} -> "
-    lines = [
-        "",
-        f"Layer      {summary['dominant_layer']} of {summary['num_layers']}: {summary['layer_chosen_by']}",
+    layer = summary["dominant_layer"]
+    lines = ["", f"Scope      {summary['scope']}, {summary['estimator']}, {summary['optimizer']}"]
+    if layer is not None:
+        lines.append(f"Layer      {layer} of {summary['num_layers']}: {summary['layer_chosen_by']}")
+    lines += [
         f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
         f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",

@@ -12,7 +12,7 @@ from slzo.evaluation.metrics import token_f1
 from slzo.evaluation.scoring import LossSum, by_example, candidate_scores, training_loss
 from slzo.models.packing import PackedBatch
 from slzo.models.split import SplitModel
-from slzo.zo.objective import LayerObjective
+from slzo.zo.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Evaluator:
         self,
         split: SplitModel,
         tokenizer: PreTrainedTokenizerBase,
-        objective: LayerObjective | None = None,
+        objective: Objective | None = None,
         tokens_per_pass: int = 1024,
     ) -> None:
         self.split = split

@@ -1,9 +1,20 @@
 """Directions that can be drawn again from three numbers and a name."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from slzo.seeding import derive_seed
+
+Noise = Callable[[Tensor, int, int, int, str], Tensor]
+"""Draws float32 noise of unit variance: like (gives shape and device), seed, step, query, name of the tensor."""
+
+
+def _generator(like: Tensor, *key: int | str) -> torch.Generator:
+    generator = torch.Generator(device=like.device)
+    generator.manual_seed(derive_seed(*key))
+    return generator
 
 
 def gaussian(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
@@ -21,6 +32,33 @@ def gaussian(like: Tensor, seed: int, step: int, query: int, name: str) -> Tenso
     Returns:
         Float32 tensor.
     """
-    generator = torch.Generator(device=like.device)
-    generator.manual_seed(derive_seed(seed, step, query, name))
+    generator = _generator(like, seed, step, query, name)
     return torch.empty(like.shape, dtype=torch.float32, device=like.device).normal_(generator=generator)
+
+
+def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
+    """Independent signs, -1 or 1 with equal chance; arguments as :func:`gaussian`."""
+    generator = _generator(like, seed, step, query, name)
+    bits = torch.empty(like.shape, dtype=torch.float32, device=like.device).random_(0, 2, generator=generator)
+    return bits.mul_(2).sub_(1)
+
+
+def low_rank(rank: int, interval: int) -> Noise:
+    r"""Noise of matrices as :math:`U V^T / \sqrt{r}`; other tensors get :func:`gaussian` noise.
+
+    U (rows, r) is drawn anew for each query, V (columns, r) stays for ``interval`` steps, both standard normal, so that every
+    entry has unit variance (LOZO, arXiv 2410.07698, whose lazily sampled V this takes; the scale is ours).
+
+    Args:
+        rank: r, >= 1.
+        interval: Steps between two draws of V, >= 1.
+    """
+
+    def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
+        if like.dim() != 2:
+            return gaussian(like, seed, step, query, name)
+        left = gaussian(like.new_empty(like.shape[0], rank), seed, step, query, f"{name}/left")
+        right = gaussian(like.new_empty(like.shape[1], rank), seed, step // interval, 0, f"{name}/right")
+        return left @ right.T / rank**0.5
+
+    return draw

@@ -1,16 +1,22 @@
-"""The loss of a batch as a function of the tuned layer alone."""
+"""The loss of a batch as a function of the tuned tensors alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slzo.errors import SlzoError
 from slzo.evaluation.scoring import LossKind, LossSum, needs_full_logits, stack, training_loss
 from slzo.models.packing import PackedBatch
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
-from slzo.zo.estimators import Point
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.estimators.base import Point
+from slzo.zo.tuned import Direction, TunedTensors
 
 # Up to this many tokens both evaluations in one batch take less time than two batches: weights are read, and by oneDNN packed,
 # once. Above, the matrix products fill the processor either way. CPU: measured on one Zen 5 core with SmolLM2-135M (38 tokens
@@ -19,33 +25,57 @@ _PAIR_TOKENS = {"cpu": 320}
 _PAIR_TOKENS_ACCELERATOR = 8192
 
 
-class LayerObjective:
+class Span(NamedTuple):
+    """The layers that hold tuned tensors.
+
+    Attributes:
+        start: First of them; the layers before it are the prefix.
+        stop: One past the last of them.
+        inside: Whether no tensor outside of the decoder layers (embeddings, final norm, head) is tuned.
+    """
+
+    start: int
+    stop: int
+    inside: bool = True
+
+    @classmethod
+    def of(cls, split: SplitModel, tuned: TunedTensors) -> Self:
+        """The layers of a model that some tensors belong to."""
+        owner = {id(tensor): index for index, layer in enumerate(split.layers) for tensor in layer.parameters()}
+        layers = {owner.get(id(tensor.live), -1) for _, tensor in tuned.items()}
+        if -1 in layers:
+            return cls(0, split.num_layers, inside=False)
+        return cls(min(layers), max(layers) + 1)
+
+
+class Objective:
     """Evaluates a batch with the prefix computed once and only the needed logits.
 
     Args:
         split: The model.
-        layer: The tuned layer; the layers before it are the prefix.
+        span: The layers that hold tuned tensors.
         cache: Where prefix states are kept between steps.
         candidate_rows: Compute only the candidates' rows of the head where the loss allows it.
-        paired: Run the layers above the tuned one for all points in one batch; ``None`` does so for small batches.
+        paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
     """
 
     def __init__(
         self,
         split: SplitModel,
-        layer: int,
+        span: Span,
         cache: PrefixCache,
         candidate_rows: bool = True,
         paired: bool | None = None,
     ) -> None:
         self.split = split
-        self.layer = layer
+        self.span = span
         self.cache = cache
         self.candidate_rows = candidate_rows
         self.paired = paired
 
+    @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
-        """Hidden states that enter the tuned layer, shape (T, hidden); ``None`` if it is the first layer.
+        """Hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if there is no layer before it.
 
         Only examples that the cache does not hold are run.
 
@@ -53,12 +83,12 @@ class LayerObjective:
             batch: The batch.
             keep: Offer new states to the cache; ``False`` only reads it.
         """
-        if self.layer == 0:
+        if self.span.start == 0:
             return None
         missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
         if missing:
             part = batch if len(missing) == batch.num_examples else batch.select(missing)
-            fresh = self.cache.round(self.split.run(part, 0, self.layer))
+            fresh = self.cache.round(self.split.run(part, 0, self.span.start))
             lengths = [batch.example_tokens[number] for number in missing]
             if keep:
                 self.cache.put([batch.example_index[number] for number in missing], lengths, fresh)
@@ -71,8 +101,13 @@ class LayerObjective:
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
-        final = self.split.run(batch, self.layer, self.split.num_layers, hidden)
-        return self.split.head(final.index_select(0, batch.rows), token_ids)
+        return self.split.head(self._states(batch, hidden), token_ids)
+
+    def loss(self, batch: PackedBatch, hidden: Tensor | None, kind: LossKind, right: Tensor | None = None) -> LossSum:
+        """The loss with the live weights, summed; arguments as for :meth:`losses`. Gradients may flow."""
+        selected = self._selects(kind, batch)
+        logits = self.logits(batch, hidden, batch.choice_ids if selected else None)
+        return training_loss(kind, logits, batch, selected, right)
 
     @torch.no_grad()
     def losses(
@@ -97,43 +132,140 @@ class LayerObjective:
         Returns:
             Shape (2, P), float32: totals and what to divide them by.
         """
-        selected = self.candidate_rows and not needs_full_logits(kind, batch)
-        token_ids = batch.choice_ids if selected else None
         if self._pairs(batch, len(points)):
-            finals = self._paired_states(batch, hidden, tuned, points)
-        else:
-            finals = self._single_states(batch, hidden, tuned, points)
-        sums: list[LossSum] = []
-        for final in finals:
-            sums.append(training_loss(kind, self.split.head(final, token_ids), batch, selected, right))
+            return self._paired_losses(batch, hidden, tuned, points, kind, right)
+        sums = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            sums.append(self.loss(batch, hidden, kind, right))
         return stack(sums)
 
+    def _states(self, batch: PackedBatch, hidden: Tensor | None) -> Tensor:
+        """Final hidden states at the needed positions, shape (U, hidden)."""
+        final = self.split.run(batch, self.span.start, self.split.num_layers, hidden)
+        return final.index_select(0, batch.rows)
+
+    def _selects(self, kind: LossKind, batch: PackedBatch) -> bool:
+        return self.candidate_rows and not needs_full_logits(kind, batch)
+
     def _pairs(self, batch: PackedBatch, num_points: int) -> bool:
-        if num_points == 1 or self.layer + 1 == self.split.num_layers:
+        if num_points == 1 or not self.span.inside or self.span.stop == self.split.num_layers:
             return False
         if self.paired is not None:
             return self.paired
         return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
 
-    def _single_states(
-        self, batch: PackedBatch, hidden: Tensor | None, tuned: TunedTensors, points: Sequence[Point]
-    ) -> list[Tensor]:
-        """Final hidden states at the needed positions (U, hidden) of each point, one run of the suffix after the other."""
-        states = []
-        for point in points:
-            tuned.write(point.direction, point.scale)
-            final = self.split.run(batch, self.layer, self.split.num_layers, hidden)
-            states.append(final.index_select(0, batch.rows))
-        return states
-
-    def _paired_states(
-        self, batch: PackedBatch, hidden: Tensor | None, tuned: TunedTensors, points: Sequence[Point]
-    ) -> list[Tensor]:
-        """The same with one run of the layers above the tuned one, over all points' copies of the batch."""
+    def _paired_losses(
+        self,
+        batch: PackedBatch,
+        hidden: Tensor | None,
+        tuned: TunedTensors,
+        points: Sequence[Point],
+        kind: LossKind,
+        right: Tensor | None,
+    ) -> Tensor:
+        """The same with one run of the layers above the tuned ones, over all points' copies of the batch."""
         outputs = []
         for point in points:
             tuned.write(point.direction, point.scale)
-            outputs.append(self.split.run(batch, self.layer, self.layer + 1, hidden))
+            outputs.append(self.split.run(batch, self.span.start, self.span.stop, hidden))
         copies = batch.repeat(len(points))
-        final = self.split.run(copies, self.layer + 1, self.split.num_layers, torch.cat(outputs))
-        return [states.index_select(0, batch.rows) for states in final.split(batch.num_tokens)]
+        final = self.split.run(copies, self.span.stop, self.split.num_layers, torch.cat(outputs))
+        selected = self._selects(kind, batch)
+        token_ids = batch.choice_ids if selected else None
+        sums = []
+        for states in final.split(batch.num_tokens):
+            logits = self.split.head(states.index_select(0, batch.rows), token_ids)
+            sums.append(training_loss(kind, logits, batch, selected, right))
+        return stack(sums)
+
+
+def _over_one_process(sums: Tensor) -> Tensor:
+    return sums
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of one batch, as estimators ask for it (see :class:`slzo.zo.estimators.base.Loss`).
+
+    Attributes:
+        objective: Evaluates.
+        tuned: What the loss is a function of.
+        batch: The rows of this process.
+        kind: The loss.
+        right: Whether each candidate is right; needed for ``LossKind.ERRORS`` only.
+        reduce: Adds tensors up over processes.
+    """
+
+    objective: Objective
+    tuned: TunedTensors
+    batch: PackedBatch
+    kind: LossKind
+    right: Tensor | None = None
+    reduce: Callable[[Tensor], Tensor] = _over_one_process
+    hidden: Tensor | None = None
+
+    def at(self, points: Sequence[Point]) -> Tensor:
+        """See :class:`slzo.zo.estimators.base.Loss`."""
+        sums = self.reduce(self.objective.losses(self.batch, self.hidden, self.tuned, points, self.kind, self.right))
+        return sums[0] / sums[1]
+
+    def gradient(self) -> tuple[float, Direction]:
+        """See :class:`slzo.zo.estimators.base.Loss`."""
+        live = {name: tensor.live.detach().requires_grad_() for name, tensor in self.tuned.items()}
+        with torch.enable_grad():
+            total, weight = self._with(live)
+            gradients = torch.autograd.grad(total, list(live.values()), allow_unused=True)
+        sums = self.reduce(torch.stack([total.detach(), weight.detach()]))
+        masters = {}
+        for (name, tensor), gradient in zip(self.tuned.items(), gradients, strict=True):
+            # a layer norm of a layer that feeds nothing, say, has no gradient
+            pulled = torch.zeros_like(tensor.master) if gradient is None else tensor.pull_back(gradient)
+            masters[name] = self.reduce(pulled) / sums[1]
+        return float(sums[0] / sums[1]), masters
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        """See :class:`slzo.zo.estimators.base.Loss`.
+
+        Raises:
+            SlzoError: The model has an operation without a forward derivative.
+        """
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            live = {
+                name: forward_ad.make_dual(tensor.live.detach(), tensor.tangent(direction[name]))
+                for name, tensor in self.tuned.items()
+                if name in direction
+            }
+            try:
+                total, weight = self._with(live)
+            except (NotImplementedError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:160]
+                raise SlzoError(
+                    f"model.estimator ForwardGradient: this model cannot be differentiated in forward mode ({reason}); "
+                    "use SPSA, which needs loss values only"
+                ) from error
+            primal, tangent = forward_ad.unpack_dual(total)
+            moved = torch.zeros_like(primal) if tangent is None else tangent
+            sums = self.reduce(torch.stack([primal, moved, weight]))
+        return float(sums[0] / sums[2]), float(sums[1] / sums[2])
+
+    def _with(self, live: Mapping[str, Tensor]) -> LossSum:
+        """The loss with other tensors in the place of the live ones; only for the time of the call."""
+        model = self.objective.split.model
+        paths = {id(parameter): name for name, parameter in model.named_parameters()}
+        tensors = {paths[id(tensor.live)]: live[name] for name, tensor in self.tuned.items() if name in live}
+        call = _Call(model, lambda: self.objective.loss(self.batch, self.hidden, self.kind, self.right))
+        return functional_call(call, {f"model.{path}": tensor for path, tensor in tensors.items()}, ())
+
+
+class _Call(nn.Module):
+    """Calls a function as the forward of a module around the model, so that ``functional_call`` can exchange its tensors."""
+
+    def __init__(self, model: nn.Module, function: Callable[[], LossSum]) -> None:
+        super().__init__()
+        self.model = model
+        self._function = function
+
+    def forward(self) -> LossSum:
+        """The function's value."""
+        return self._function()

@@ -1,14 +1,42 @@
 """The tensors being tuned: float32 masters beside the live weights of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from slzo.zo.noise import gaussian
+from slzo.zo.noise import Noise, gaussian
+from slzo.zo.tensors import TunedTensor, Whole, from_constants
 
-Direction = dict[str, Tensor]
-"""One float32 tensor per tuned tensor, by name."""
+Direction = Mapping[str, Tensor]
+"""One float32 tensor per tuned tensor that moves, by name."""
+
+Subset = Callable[[int, int], Collection[str]]
+"""Names of the tensors that are perturbed in a step: seed, step."""
+
+# Directions of more bytes are drawn anew each time they are needed: for a whole model, holding them would cost more than
+# the model itself.
+_HOLD_BYTES = 2 * 2**30
+
+
+class _DrawnAgain(Mapping[str, Tensor]):
+    """A direction that is never held as a whole: each access draws."""
+
+    def __init__(self, names: Collection[str], draw: Callable[[str], Tensor]) -> None:
+        self._names = names
+        self._draw = draw
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._draw(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class TunedTensors(nn.Module):
@@ -19,20 +47,33 @@ class TunedTensors(nn.Module):
     lost when the model itself is in bfloat16 or float16.
 
     Args:
-        live: The model's tensors by name; they are overwritten in place.
+        tensors: By name; a plain tensor is tuned as a whole.
+        subset: Which of them are perturbed in a step; ``None`` for all.
+        hold_bytes: Directions above this size are drawn anew each time instead of held.
 
-    Extra memory: one float32 copy of the tensors, and one more while a direction is held.
+    Extra memory: one float32 copy of what is tuned, and one more while a direction is held.
     """
 
-    def __init__(self, live: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TunedTensor | Tensor],
+        subset: Subset | None = None,
+        hold_bytes: int = _HOLD_BYTES,
+    ) -> None:
         super().__init__()
-        self.live = dict(live)
-        self.names = tuple(self.live)
-        self.masters = nn.ParameterList(
-            # requires_grad is what optimizers and Lightning expect of a trained tensor; no graph is ever built
-            nn.Parameter(tensor.detach().to(torch.float32, copy=True))
-            for tensor in self.live.values()
-        )
+        self.names = tuple(tensors)
+        self.tensors = nn.ModuleList(t if isinstance(t, TunedTensor) else Whole(t) for t in tensors.values())
+        self.subset = subset
+        self.hold_bytes = hold_bytes
+
+    def items(self) -> Iterator[tuple[str, TunedTensor]]:
+        """Tuned tensors by name."""
+        return zip(self.names, self.tensors, strict=True)  # type: ignore[arg-type]
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        """What the optimizer updates, in the order of the names."""
+        return [tensor.master for _, tensor in self.items()]
 
     @property
     def num_elements(self) -> int:
@@ -40,58 +81,65 @@ class TunedTensors(nn.Module):
         return sum(master.numel() for master in self.masters)
 
     def named_masters(self) -> dict[str, nn.Parameter]:
-        """Masters by the model's tensor names."""
+        """Masters by name."""
         return dict(zip(self.names, self.masters, strict=True))
 
-    def draw(self, seed: int, step: int, query: int) -> Direction:
-        """The direction z ~ N(0, I) of one query, on the masters' device."""
-        return {name: gaussian(master, seed, step, query, name) for name, master in self.named_masters().items()}
-
-    @torch.no_grad()
-    def write(self, direction: Direction | None = None, scale: float = 0.0) -> None:
-        """Set the live weights to ``master + scale * direction``, rounded once to the model's dtype."""
-        for name, master in self.named_masters().items():
-            live = self.live[name]
-            if direction is None:
-                live.copy_(master)
-            elif live.dtype == torch.float32:
-                torch.add(master, direction[name], alpha=scale, out=live)
-            else:
-                live.copy_(torch.add(master, direction[name], alpha=scale))
-
-    def restore(self) -> None:
-        """Set the live weights to the masters."""
-        self.write()
-
-    @torch.no_grad()
-    def applied(self, direction: Direction, scale: float) -> Direction:
-        """The direction that rounding leaves of ``direction``.
+    def draw(self, seed: int, step: int, query: int, noise: Noise = gaussian) -> Direction:
+        """The direction of one query, on the masters' device.
 
         Args:
-            direction: What was asked for; its tensors are replaced.
-            scale: The step ``eps`` along it.
-
-        Returns:
-            ``(round(w + eps z) - round(w - eps z)) / (2 eps)``. In float32 the difference is far below the noise of the
-            estimate, and ``direction`` itself is returned.
+            seed: The run's seed.
+            step: Training step.
+            query: Direction within the step.
+            noise: Distribution of its entries.
         """
-        if all(live.dtype == torch.float32 for live in self.live.values()):
-            return direction
-        for name, master in self.named_masters().items():
-            dtype = self.live[name].dtype
-            plus = torch.add(master, direction[name], alpha=scale).to(dtype).float()
-            minus = torch.add(master, direction[name], alpha=-scale).to(dtype).float()
-            direction[name] = (plus - minus) / (2 * scale)  # in place of the old one: no second direction is held
-        return direction
+        masters = self.named_masters()
+        names = self.names if self.subset is None else tuple(self.subset(seed, step))
+
+        def one(name: str) -> Tensor:
+            return noise(masters[name], seed, step, query, name)
+
+        if 4 * sum(masters[name].numel() for name in names) > self.hold_bytes:
+            return _DrawnAgain(names, one)
+        return {name: one(name) for name in names}
 
     @torch.no_grad()
-    def accumulate_grad(self, direction: Direction, factor: float) -> None:
-        """Add ``factor * direction`` to the masters' gradients; ``direction`` may be consumed."""
-        for name, master in self.named_masters().items():
-            if master.grad is None:
-                master.grad = direction[name].mul_(factor)
+    def write(self, direction: Direction, scale: float) -> None:
+        """Set the live weights to ``master + scale * direction``; tensors that are not part of it stay as they are."""
+        for name, tensor in self.items():
+            if name in direction:
+                tensor.write(direction[name], scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the live weights to the masters."""
+        for _, tensor in self.items():
+            tensor.write(None, 0.0)
+
+    @torch.no_grad()
+    def accumulate_grad(self, direction: Direction, factor: float, ends: tuple[float, float] | None = None) -> None:
+        """Add ``factor * direction`` to the masters' gradients.
+
+        Args:
+            direction: May be consumed.
+            factor: What to multiply it by.
+            ends: The two scales at which the loss was taken along it; what rounding left of the direction is then used.
+        """
+        for name, tensor in self.items():
+            if name not in direction:
+                continue
+            moved = direction[name] if ends is None else tensor.applied(direction[name], *ends)
+            if tensor.master.grad is None:
+                tensor.master.grad = moved.mul_(factor)
             else:
-                master.grad.add_(direction[name], alpha=factor)
+                tensor.master.grad.add_(moved, alpha=factor)
+
+    @torch.no_grad()
+    def scale_grad(self, factor: float) -> None:
+        """Multiply the gradients."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.mul_(factor)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
@@ -99,15 +147,41 @@ class TunedTensors(nn.Module):
             master.grad = None
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, masters: Mapping[str, Tensor]) -> None:
         """Set masters and live weights.
 
         Args:
-            tensors: Every tuned tensor by name.
+            masters: Every master by name.
 
         Raises:
-            KeyError: A tensor is missing.
+            KeyError: A master is missing.
         """
         for name, master in self.named_masters().items():
-            master.copy_(tensors[name])
+            master.copy_(masters[name])
         self.restore()
+
+    def description(self) -> dict[str, dict[str, Any]]:
+        """How each tensor is tuned, besides the values of its master: tensors and strings only, for checkpoints."""
+        return {name: {"kind": tensor.kind, **tensor.constants()} for name, tensor in self.items()}
+
+    @classmethod
+    def from_description(
+        cls,
+        parameters: Mapping[str, Tensor],
+        description: Mapping[str, Mapping[str, Any]],
+        subset: Subset | None = None,
+    ) -> Self:
+        """Tuned tensors as a checkpoint describes them; :meth:`load` then sets their values.
+
+        Args:
+            parameters: The untuned model's.
+            description: See :meth:`description`.
+            subset: See :class:`TunedTensors`.
+
+        Raises:
+            KeyError: The model has no such tensor.
+        """
+        return cls(
+            {name: from_constants(entry["kind"], parameters[name], entry) for name, entry in description.items()},
+            subset,
+        )

@@ -1,0 +1,100 @@
+"""What a scope is given and what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slzo.errors import SlzoError
+from slzo.models.adapters import LoRASettings
+from slzo.models.packing import PackedBatch
+from slzo.models.split import SplitModel
+from slzo.zo.tuned import Subset, TunedTensors
+
+Layers = list[int] | Literal["all"] | None
+"""Decoder layers, counted from 0; ``None`` is the dominant layer."""
+
+
+@dataclass(frozen=True)
+class ScopeContext:
+    """What a scope may look at.
+
+    Attributes:
+        split: The model.
+        layer: The dominant layer, unless the scope does not need one.
+        prompts: Packed prompts of so many training rows, on the model's device.
+        seed: The run's seed.
+    """
+
+    split: SplitModel
+    layer: int | None
+    prompts: Callable[[int], Sequence[PackedBatch]]
+    seed: int = 0
+
+
+class Scope(ABC):
+    """Names the tensors, or parts of them, that are tuned."""
+
+    @abstractmethod
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """Masters of what is tuned, made from the model's present weights.
+
+        Raises:
+            SlzoError: Nothing in the model fits.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """In a few words, for the summary; equal for equal scopes."""
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether the dominant layer has to be known."""
+        return True
+
+    def adapter(self, context: ScopeContext) -> LoRASettings | None:
+        """Modules to add to the model first; the model is split again after that."""
+        return None
+
+    def subset(self, names: Sequence[str], split: SplitModel) -> Subset | None:
+        """Which of the tuned tensors are perturbed in a step; ``None`` for all in each step."""
+        return None
+
+
+def check_layer(layer: int, num_layers: int, option: str = "model.layer") -> int:
+    """Return ``layer`` if the model has it.
+
+    Raises:
+        SlzoError: It does not.
+    """
+    if not 0 <= layer < num_layers:
+        raise SlzoError(
+            f"{option} {layer}: the model has {num_layers} decoder layers, choose 0 to {num_layers - 1} "
+            "or leave it out to let the profile choose"
+        )
+    return layer
+
+
+def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
+    """The layers as sorted numbers.
+
+    Raises:
+        SlzoError: The model lacks one of them, or the list is empty.
+    """
+    num_layers = context.split.num_layers
+    if layers is None:
+        if context.layer is None:
+            raise SlzoError("model.scope.layers: no dominant layer is known; set model.layer or give a list of layers")
+        return [check_layer(context.layer, num_layers)]
+    if layers == "all":
+        return list(range(num_layers))
+    if not layers:
+        raise SlzoError("model.scope.layers []: give at least one layer, or leave it out for the dominant layer")
+    return sorted({check_layer(layer, num_layers, "model.scope.layers") for layer in layers})
+
+
+def describe_layers(layers: Layers) -> str:
+    """``the dominant layer``, ``all layers`` or ``layers 1, 2``."""
+    if layers is None:
+        return "the dominant layer"
+    return "all layers" if layers == "all" else "layers " + ", ".join(map(str, sorted(set(layers))))

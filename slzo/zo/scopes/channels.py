@@ -1,0 +1,77 @@
+"""The outlier channels of a layer's MLP, or everything in the MLP but them."""
+
+import torch
+from torch import Tensor
+
+from slzo.errors import SlzoError
+from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
+from slzo.zo.scopes.inputs import record_inputs
+from slzo.zo.scopes.parts import MLP, Linear, linears
+from slzo.zo.tensors import Masked
+from slzo.zo.tuned import TunedTensors
+
+
+class OutlierChannels(Scope):
+    """The hidden channels of the dominant layer's MLP with the largest activations, or all others.
+
+    A channel is an input of the down projection: one of its columns, and the rows (with their biases) of the projections that
+    make it. Its size is the largest magnitude that it takes on some prompts. Dominant-Layer ZO has two such ablations: the top
+    1% of the channels only, and those frozen.
+
+    Args:
+        percent: Share of the channels that counts as outliers, in (0, 100].
+        complement: Tune all of the MLP but these channels.
+        num_sequences: Prompts to look at.
+    """
+
+    def __init__(self, percent: float = 1.0, complement: bool = False, num_sequences: int = 16) -> None:
+        if not 0 < percent <= 100:
+            raise SlzoError(f"model.scope.percent {percent}: must be above 0 and at most 100")
+        if num_sequences < 1:
+            raise SlzoError(f"model.scope.num_sequences {num_sequences}: must be at least 1")
+        self.percent = percent
+        self.complement = complement
+        self.num_sequences = num_sequences
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        (layer,) = resolve_layers(None, context)
+        maps = [linear for linear in linears(context.split, layer) if linear.part == MLP]
+        down = maps[-1] if maps else None
+        ups = [] if down is None else [up for up in maps[:-1] if up.sizes[0] % down.sizes[1] == 0]
+        if down is None or not ups:
+            raise SlzoError(
+                "model.scope OutlierChannels: the layer has no MLP with up and down projections; use LayerScope"
+            )
+        inputs = record_inputs(context.split, [down.module], context.prompts(self.num_sequences))[0]
+        num_channels = down.sizes[1]
+        count = round(self.percent / 100 * num_channels)
+        chosen = torch.zeros(num_channels, dtype=torch.bool, device=inputs.device)
+        chosen[inputs.abs().amax(dim=0).topk(count).indices] = True
+        if self.complement:
+            chosen = ~chosen
+        if not chosen.any():
+            raise SlzoError(
+                f"model.scope.percent {self.percent}: selects none of the {num_channels} channels of the MLP; "
+                + ("lower it" if self.complement else "raise it")
+            )
+        tensors = {down.name: Masked(down.weight, _places(down, chosen, of_inputs=True))}
+        for up in ups:
+            wide = chosen.repeat(up.sizes[0] // num_channels)  # Phi-3 has gate and up in one matrix
+            tensors[up.name] = Masked(up.weight, _places(up, wide, of_inputs=False))
+            bias = getattr(up.module, "bias", None)
+            if bias is not None:
+                tensors[up.name.removesuffix("weight") + "bias"] = Masked(bias, wide.nonzero()[:, 0])
+        return TunedTensors(tensors)
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        which = "all but the top" if self.complement else "the top"
+        return f"{which} {self.percent:g}% outlier channels of the dominant layer's MLP"
+
+
+def _places(linear: Linear, chosen: Tensor, of_inputs: bool) -> Tensor:
+    """Places of the rows or columns of some inputs or outputs in the flattened weight."""
+    outputs, inputs = linear.sizes
+    mask = chosen[None, :].expand(outputs, inputs) if of_inputs else chosen[:, None].expand(outputs, inputs)
+    return (mask.T if linear.transposed else mask).flatten().nonzero()[:, 0]

@@ -1,0 +1,54 @@
+"""Decoder layers as a whole, or their attention or MLP."""
+
+from typing import Literal, get_args
+
+from slzo.errors import SlzoError
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.parts import is_norm, layer_parameters, part_of
+from slzo.zo.tuned import TunedTensors
+
+Part = Literal["layer", "attention", "mlp"]
+
+
+class LayerScope(Scope):
+    """Every parameter of a decoder layer (the paper's "FT"), or of its attention or MLP; biases included.
+
+    Args:
+        part: The whole layer, its attention, or its MLP.
+        norms: Tune norms too: with the whole layer all of its norms, else those inside of the part (Qwen3's attention has some).
+        layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
+    """
+
+    def __init__(self, part: Part = "layer", norms: bool = True, layers: Layers = None) -> None:
+        if part not in get_args(Part):
+            raise SlzoError(f"model.scope.part {part!r}: choose one of {', '.join(get_args(Part))}")
+        self.part = part
+        self.norms = norms
+        self.layers = layers
+
+    @property
+    def needs_layer(self) -> bool:
+        """See :class:`Scope`."""
+        return self.layers is None
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        split = context.split
+        chosen = {}
+        for layer in resolve_layers(self.layers, context):
+            prefix = f"{split.layers_path}.{layer}."
+            for name, tensor in layer_parameters(split, layer).items():
+                path = name.removeprefix(prefix)
+                inside = self.part == "layer" or part_of(split.layers[layer], path) == self.part
+                if inside and (self.norms or not is_norm(split.layers[layer], path)):
+                    chosen[name] = tensor
+        if not chosen:
+            raise SlzoError(
+                f"model.scope.part {self.part!r}: the layer has no such tensors; choose layer, attention or mlp"
+            )
+        return TunedTensors(chosen)
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        part = "" if self.part == "layer" else f"the {self.part} of "
+        return part + describe_layers(self.layers) + ("" if self.norms else " without norms")

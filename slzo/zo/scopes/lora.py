@@ -1,0 +1,46 @@
+"""Low-rank adapters, through peft."""
+
+from slzo.models.adapters import LoRASettings, adapter_parameters
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.tuned import TunedTensors
+
+
+class LoRA(Scope):
+    """LoRA matrices (arXiv 2106.09685), added to the model by peft and merged on export.
+
+    MeZO's: query and value projections, rank 8, alpha 16, with eps 1e-2 and learning rates of 1e-4 and 5e-5 at 13B parameters.
+
+    Args:
+        rank: Rank of the matrices, >= 1.
+        alpha: Their product is scaled by alpha / rank.
+        target_modules: Names of the linear maps that get them; left out, peft's choice for the architecture (query and value).
+        layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
+    """
+
+    def __init__(
+        self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None, layers: Layers = None
+    ) -> None:
+        self.rank = rank
+        self.alpha = alpha
+        self.target_modules = target_modules
+        self.layers = layers
+
+    @property
+    def needs_layer(self) -> bool:
+        """See :class:`Scope`."""
+        return self.layers is None
+
+    def adapter(self, context: ScopeContext) -> LoRASettings:
+        """See :class:`Scope`."""
+        layers = tuple(resolve_layers(self.layers, context))
+        targets = None if self.target_modules is None else tuple(self.target_modules)
+        return LoRASettings(self.rank, self.alpha, targets, layers, context.seed)
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        return TunedTensors(adapter_parameters(context.split.model))
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        targets = "" if self.target_modules is None else f" on {', '.join(self.target_modules)}"
+        return f"LoRA of rank {self.rank}{targets} in {describe_layers(self.layers)}"

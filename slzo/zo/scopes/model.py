@@ -1,0 +1,65 @@
+"""All parameters of the model, and random layers anew in each step."""
+
+import random
+from collections.abc import Sequence
+
+from slzo.errors import SlzoError
+from slzo.models.split import SplitModel
+from slzo.seeding import derive_seed
+from slzo.zo.scopes.base import Scope, ScopeContext
+from slzo.zo.tuned import Subset, TunedTensors
+
+
+class AllParameters(Scope):
+    """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor."""
+
+    @property
+    def needs_layer(self) -> bool:
+        """See :class:`Scope`."""
+        return False
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        return TunedTensors(dict(context.split.model.named_parameters()))
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        return "all parameters"
+
+
+class RandomLayers(AllParameters):
+    """All parameters, but each step perturbs and updates a random choice of decoder layers only (LeZO, arXiv 2410.09823).
+
+    Embeddings, final norm and head take part in every step; whether the paper's do is not known to us.
+
+    Args:
+        fraction: Decoder layers that a step keeps, in (0, 1]; the paper drops typically 75% of them.
+    """
+
+    def __init__(self, fraction: float = 0.25) -> None:
+        if not 0 < fraction <= 1:
+            raise SlzoError(
+                f"model.scope.fraction {fraction}: the share of layers in a step must be above 0 and at most 1"
+            )
+        self.fraction = fraction
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        parameters = dict(context.split.model.named_parameters())
+        return TunedTensors(parameters, self.subset(tuple(parameters), context.split))
+
+    def subset(self, names: Sequence[str], split: SplitModel) -> Subset:
+        """See :class:`Scope`."""
+        count = max(1, round(self.fraction * split.num_layers))
+        prefix = f"{split.layers_path}."
+        owner = {name: int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)}
+
+        def choose(seed: int, step: int) -> list[str]:
+            kept = set(random.Random(derive_seed(seed, step, "layers")).sample(range(split.num_layers), count))
+            return [name for name in names if owner.get(name) is None or owner[name] in kept]
+
+        return choose
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        return f"a random {self.fraction:.0%} of the layers in each step"

@@ -1,0 +1,74 @@
+"""Parts of a decoder layer, in any family: its attention, its MLP, the norms between."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from slzo.models.split import SplitModel
+
+ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
+
+
+def layer_parameters(split: SplitModel, layer: int) -> dict[str, Tensor]:
+    """Parameters of one decoder layer by the model's names."""
+    prefix = f"{split.layers_path}.{layer}"
+    return {f"{prefix}.{name}": tensor for name, tensor in split.layers[layer].named_parameters()}
+
+
+def is_norm(layer: nn.Module, name: str) -> bool:
+    """Whether a parameter of a layer, given by its path, belongs to a norm."""
+    owner = layer.get_submodule(name.rpartition(".")[0])
+    return "norm" in type(owner).__name__.lower()
+
+
+def part_of(layer: nn.Module, name: str) -> str:
+    """Which part of its layer a parameter belongs to, given by its path.
+
+    Attention is told by its name; what is neither that nor a norm between the parts belongs to the MLP.
+    """
+    steps = name.split(".")
+    if len(steps) == 2 and is_norm(layer, name):
+        return BETWEEN
+    return ATTENTION if any("attn" in step or "attention" in step for step in steps) else MLP
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map of a layer.
+
+    Attributes:
+        name: The model's name of its weight.
+        module: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight is (in, out).
+        part: ``attention`` or ``mlp``.
+    """
+
+    name: str
+    module: nn.Module
+    part: str
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        rows, columns = self.weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+def linears(split: SplitModel, layer: int) -> list[Linear]:
+    """The linear maps of one decoder layer, in the order of its modules."""
+    module = split.layers[layer]
+    return [
+        Linear(f"{split.layers_path}.{layer}.{name}.weight", child, part_of(module, f"{name}.weight"))
+        for name, child in module.named_modules()
+        if type(child) in (nn.Linear, Conv1D)
+    ]

@@ -1,0 +1,68 @@
+"""A low-rank subspace of what enters the linear maps of the dominant layer."""
+
+import torch
+from torch import Tensor
+
+from slzo.errors import SlzoError
+from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.inputs import record_inputs
+from slzo.zo.scopes.parts import linears
+from slzo.zo.tensors import Subspace
+from slzo.zo.tuned import TunedTensors
+
+# Rows for the singular value decomposition; the subspace of a few thousand tokens is that of all.
+_MAX_TOKENS = 2048
+
+
+class ActivationSubspace(Scope):
+    """Each linear map W of the layer moves as W0 + C V^T, with V spanning its inputs; only C (outputs, rank) is tuned.
+
+    The gradient of a linear map lies in the span of its inputs, and the noise of a zeroth-order estimate grows with the number of
+    tuned elements. V holds the top right singular vectors of inputs on some prompts, each token's scaled to unit norm, since a
+    single outlier would fill the first direction otherwise. The idea is that of ZO-Act (arXiv 2607.01125), which does it in all
+    layers.
+
+    Args:
+        rank: Directions per linear map, >= 1.
+        num_sequences: Prompts whose inputs are taken.
+        layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
+    """
+
+    def __init__(self, rank: int = 16, num_sequences: int = 64, layers: Layers = None) -> None:
+        for name, value in (("rank", rank), ("num_sequences", num_sequences)):
+            if value < 1:
+                raise SlzoError(f"model.scope.{name} {value}: must be at least 1")
+        self.rank = rank
+        self.num_sequences = num_sequences
+        self.layers = layers
+
+    @property
+    def needs_layer(self) -> bool:
+        """See :class:`Scope`."""
+        return self.layers is None
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        maps = [linear for layer in resolve_layers(self.layers, context) for linear in linears(context.split, layer)]
+        inputs = record_inputs(context.split, [m.module for m in maps], context.prompts(self.num_sequences))
+        return TunedTensors(
+            {
+                m.name: Subspace(m.weight, self._basis(m.name, x), m.transposed)
+                for m, x in zip(maps, inputs, strict=True)
+            }
+        )
+
+    def _basis(self, name: str, inputs: Tensor) -> Tensor:
+        """Top right singular vectors of inputs (tokens, in), shape (in, rank)."""
+        rows = inputs[torch.linspace(0, len(inputs) - 1, min(len(inputs), _MAX_TOKENS), device=inputs.device).long()]
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        if self.rank > min(rows.shape):
+            raise SlzoError(
+                f"model.scope.rank {self.rank}: the inputs of {name} on {self.num_sequences} prompts span at most "
+                f"{min(rows.shape)} directions; lower it or raise model.scope.num_sequences"
+            )
+        return torch.linalg.svd(rows, full_matrices=False).Vh[: self.rank].T.contiguous()
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        return f"an activation subspace of rank {self.rank} in {describe_layers(self.layers)}"

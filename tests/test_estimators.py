@@ -1,0 +1,294 @@
+"""Bias and variance of each estimator against autograd on a tiny model, in float64-like settings where it matters."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import LossAt, estimate, layer_objective, tiny_model, tune_layer
+from test_exactness import plain_loss
+from torch import nn
+
+from slzo.errors import SlzoError
+from slzo.evaluation.scoring import LossKind
+from slzo.models.packing import pack
+from slzo.models.prefix_cache import PrefixCache
+from slzo.models.split import SplitModel
+from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Request
+from slzo.zo.objective import BatchLoss, Objective, Span
+from slzo.zo.scopes import AllParameters, ScopeContext
+from slzo.zo.tuned import TunedTensors
+
+LAYER = 2
+
+
+def autograd_gradient(model, examples, names):
+    """The gradient by back-propagation through an untouched copy, one candidate at a time."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    parameters = dict(reference.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(True)
+    losses = []
+    for example in examples:
+        scores = []
+        for sequence in example.sequences:
+            log_probs = reference(input_ids=torch.tensor([sequence.ids])).logits[0].float().log_softmax(-1)
+            start = len(sequence.ids) - sequence.num_answer
+            tokens = [log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]
+            scores.append(torch.stack(tokens).mean())
+        losses.append(nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.gold[0]])))
+    torch.stack(losses).mean().backward()
+    return {name: parameters[name].grad for name in names}
+
+
+def model_loss(examples, family="llama", tuned=None, **options):
+    model = tiny_model(family, scale=1.0)
+    split = SplitModel(model, onednn=False, **options)
+    tuned = tune_layer(split, LAYER) if tuned is None else tuned(split)
+    objective = Objective(split, Span.of(split, tuned), PrefixCache(0))
+    batch = pack(examples)
+    return model, tuned, BatchLoss(objective, tuned, batch, LossKind.CANDIDATES, hidden=objective.prefix(batch))
+
+
+def all_parameters(split):
+    return AllParameters().tensors(ScopeContext(split, None, lambda _: ()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("scope", [None, all_parameters])
+def test_backprop_is_the_gradient(family, scope, examples):
+    model, tuned, loss = model_loss(examples, family, scope)
+    expected = autograd_gradient(model, examples, tuned.names)
+    result = Backprop().estimate(Request(tuned, loss, 0, 0))
+    assert result.loss == pytest.approx(plain_loss(model, examples, LossKind.CANDIDATES), rel=1e-5)
+    for name, master in tuned.named_masters().items():
+        torch.testing.assert_close(master.grad, expected[name], rtol=1e-3, atol=1e-5)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    assert result.projected_grad[0] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
+def test_forward_slopes_are_exact(family, examples):
+    model, tuned, loss = model_loss(examples, family)
+    true = autograd_gradient(model, examples, tuned.names)
+    for step in range(3):
+        direction = tuned.draw(0, step, 0)
+        expected = sum(float((direction[name] * true[name]).sum()) for name in tuned.names)
+        result = ForwardGradient().estimate(Request(tuned, loss, 0, step))
+        assert result.projected_grad[0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert result.loss == pytest.approx(plain_loss(model, examples, LossKind.CANDIDATES), rel=1e-5)
+        for name, master in tuned.named_masters().items():
+            torch.testing.assert_close(master.grad, direction[name] * result.projected_grad[0])
+
+
+@pytest.mark.parametrize("estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(2, 5)])
+def test_slopes_on_a_model_follow_autograd(estimator, examples):
+    model, tuned, loss = model_loss(examples)
+    true = autograd_gradient(model, examples, tuned.names)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in true.values()))
+    for step in range(10):
+        result = estimator.estimate(Request(tuned, loss, 0, step, eps=5e-4))
+        tuned.restore()
+        slope = result.projected_grad[0]
+        # the gradient set is slope * z, so its product with the true gradient is slope * (z . g), about slope squared
+        product = sum(float((m.grad * true[n]).sum()) for n, m in tuned.named_masters().items())
+        tolerance = 0.15 if isinstance(estimator, OneSided) else 0.05
+        assert product / slope == pytest.approx(slope, abs=tolerance * norm, rel=tolerance)
+
+
+class Quadratic:
+    """L(w) = g.w + w.H.w / 2 of a matrix and a vector, with known gradient and curvature, in float64."""
+
+    def __init__(self, curvature=0.0):
+        generator = torch.Generator().manual_seed(0)
+        self.live = {"matrix": torch.randn(6, 5, generator=generator), "vector": torch.randn(7, generator=generator)}
+        self.slope = {name: torch.randn(t.shape, generator=generator) for name, t in self.live.items()}
+        self.tuned = TunedTensors(self.live)
+        self.curvature = curvature
+
+    def at(self, points):
+        losses = []
+        for point in points:
+            self.tuned.write(point.direction, point.scale)
+            losses.append(
+                sum(
+                    (self.slope[n].double() * t.double()).sum() + self.curvature * t.double().square().sum() / 2
+                    for n, t in self.live.items()
+                )
+            )
+        return torch.stack(losses)
+
+    @property
+    def gradient(self):
+        masters = self.tuned.named_masters()
+        return torch.cat([(self.slope[n] + self.curvature * masters[n].detach()).flatten() for n in self.live])
+
+    def estimates(self, estimator, steps, **settings):
+        rows = []
+        for step in range(steps):
+            self.tuned.restore()
+            estimate(estimator, self.tuned, self.at, step=step, **settings)
+            rows.append(torch.cat([m.grad.flatten() for m in self.tuned.masters]))
+        self.tuned.restore()
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(1, 1), LOZO(2, 1)], ids=lambda e: e.describe()
+)
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
+def test_the_mean_is_the_gradient(estimator, curvature):
+    problem = Quadratic(curvature)
+    steps = 6000
+    rows = problem.estimates(estimator, steps, eps=1e-3)
+    true = problem.gradient
+    error = (rows.mean(dim=0) - true).norm()
+    # the standard error of the mean, from the estimates themselves
+    expected = (rows.var(dim=0).sum() / steps).sqrt()
+    assert error < 1.5 * expected
+    assert expected < 0.15 * true.norm()
+
+
+def variance(rows, true):
+    return float((rows - true).square().sum(dim=1).mean() / true.square().sum())
+
+
+def test_variances_are_those_of_theory():
+    """Relative to the squared gradient: d + 1 for Gaussian directions, d - 1 for random signs, both over q."""
+    problem = Quadratic()
+    d = 37
+    true = problem.gradient
+    for estimator, expected in ((SPSA(), d + 1), (SPSA("rademacher"), d - 1), (OneSided(), d + 1)):
+        assert variance(problem.estimates(estimator, 3000, eps=1e-3), true) == pytest.approx(expected, rel=0.12)
+    several = problem.estimates(SPSA(), 1500, eps=1e-3, num_queries=4)
+    assert variance(several, true) == pytest.approx((d + 1) / 4, rel=0.15)
+
+
+def test_one_sided_slopes_carry_the_curvature_and_two_sided_do_not():
+    problem = Quadratic(curvature=5.0)
+    true = problem.gradient
+    at_large_eps = {"eps": 0.5}
+    two = variance(problem.estimates(SPSA(), 1500, **at_large_eps), true)
+    one = variance(problem.estimates(OneSided(), 1500, **at_large_eps), true)
+    assert two == pytest.approx(38, rel=0.15)
+    assert one > 1.5 * two
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_fzo_is_the_estimate_over_the_spread(antithetic):
+    problem = Quadratic()
+    queries, eps = 8, 1e-3
+    result = estimate(FZO(antithetic), problem.tuned, problem.at, num_queries=queries, eps=eps)
+    found = torch.cat([m.grad.flatten() for m in problem.tuned.masters])
+    problem.tuned.restore()
+    rows = []
+    from slzo.zo.noise import rademacher
+
+    signs = [
+        torch.cat([rademacher(m, 0, 0, q, n).flatten() for n, m in problem.tuned.named_masters().items()])
+        for q in range(queries)
+    ]
+    true = problem.gradient
+    slopes = torch.stack([u @ true for u in signs])
+    rows = torch.stack([s * u for s, u in zip(slopes, signs, strict=True)]).mean(dim=0)
+    torch.testing.assert_close(found, rows / slopes.std(), rtol=1e-3, atol=1e-3)
+    assert result.num_evaluations == (2 * queries if antithetic else queries + 1)
+    torch.testing.assert_close(torch.tensor(result.projected_grad), slopes, rtol=1e-3, atol=1e-3)
+
+
+def test_fzo_does_not_depend_on_the_scale_of_the_loss():
+    first, second = Quadratic(), Quadratic()
+    second.slope = {name: 100 * slope for name, slope in second.slope.items()}
+    rows = [p.estimates(FZO(), 1, num_queries=4, eps=1e-3) for p in (first, second)]
+    torch.testing.assert_close(*rows, rtol=1e-2, atol=1e-3)
+
+
+def test_fzo_takes_no_step_when_all_losses_are_equal():
+    tuned = TunedTensors({"w": torch.ones(3)})
+    estimate(FZO(), tuned, lambda points: torch.ones(len(points)), num_queries=4)
+    assert torch.equal(tuned.masters[0].grad, torch.zeros(3))
+
+
+def test_fzo_needs_several_queries():
+    with pytest.raises(SlzoError, match=r"model\.num_queries 1: FZO"):
+        estimate(FZO(), TunedTensors({"w": torch.ones(3)}), lambda points: torch.ones(len(points)))
+
+
+def test_lozo_directions_have_low_rank_and_keep_their_subspace():
+    problem = Quadratic()
+    rows = problem.estimates(LOZO(rank=2, interval=3), 6, eps=1e-3)[:, :30].unflatten(1, (6, 5))
+    assert all(int(torch.linalg.matrix_rank(row, atol=1e-4)) == 2 for row in rows)
+    stacked = [torch.cat(list(rows[i : i + 3])) for i in (0, 3)]
+    assert [int(torch.linalg.matrix_rank(s, atol=1e-3)) for s in stacked] == [2, 2]
+    assert int(torch.linalg.matrix_rank(torch.cat(stacked), atol=1e-3)) == 4
+
+
+@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)], ids=lambda e: e.describe())
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_loss_that_is_not_finite_sets_no_gradient(estimator, place):
+    tuned = TunedTensors({"w": torch.ones(3)})
+    calls = iter(range(100))
+
+    def function(points):
+        return torch.tensor([float("nan") if next(calls) == place else 1.0 for _ in points])
+
+    assert not estimate(estimator, tuned, function, num_queries=4, queries_at_once=2).finite
+    assert tuned.masters[0].grad is None
+
+
+@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)], ids=lambda e: e.describe())
+def test_queries_together_or_one_by_one_are_the_same(estimator, examples):
+    split = SplitModel(tiny_model("llama"))
+    tuned = tune_layer(split, LAYER)
+    objective = layer_objective(split, LAYER, PrefixCache(0), paired=True)
+    batch = pack(examples)
+    gradients = []
+    for at_once in (1, 2, 4):
+        loss = BatchLoss(objective, tuned, batch, LossKind.CANDIDATES, hidden=objective.prefix(batch))
+        estimator.estimate(Request(tuned, loss, 0, 0, 1e-2, 4, at_once))
+        gradients.append(torch.cat([m.grad.flatten() for m in tuned.masters]))
+        tuned.restore()
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-2, atol=1e-2)
+
+
+def test_one_sided_estimates_in_bfloat16_use_what_rounding_left():
+    live = torch.full((2000,), 1.0, dtype=torch.bfloat16)
+    tuned = TunedTensors({"w": live})
+
+    def at(points):
+        losses = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            losses.append(live.double().sum())
+        return torch.stack(losses)
+
+    result = OneSided().estimate(Request(tuned, LossAt(at), 0, 0, eps=4e-3))
+    z = tuned.draw(0, 0, 0)["w"]
+    left = ((1 + 4e-3 * z).bfloat16().float() - 1) / 4e-3
+    torch.testing.assert_close(tuned.masters[0].grad, left * result.projected_grad[0], rtol=1e-4, atol=1e-3)
+
+
+def test_an_op_without_forward_derivative_is_named(examples, monkeypatch):
+    _, tuned, loss = model_loss(examples)
+
+    def broken(self, *args):
+        raise NotImplementedError("Trying to use forward AD with some_op that does not support it")
+
+    monkeypatch.setattr(Objective, "loss", broken)
+    with pytest.raises(SlzoError, match=r"model\.estimator ForwardGradient.*some_op.*use SPSA"):
+        ForwardGradient().estimate(Request(tuned, loss, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SPSA("uniform"), r"model\.estimator\.noise 'uniform'"),
+        (lambda: LOZO(rank=0), r"model\.estimator\.rank 0"),
+        (lambda: LOZO(interval=0), r"model\.estimator\.interval 0"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(SlzoError, match=message):
+        make()

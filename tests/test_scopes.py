@@ -1,0 +1,343 @@
+"""What each scope tunes, that the rest stays, and that checkpoints bring it back."""
+
+import random
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, layer_objective, random_example, tiny_model, tune_layer
+from torch import nn
+
+from slzo.errors import SlzoError
+from slzo.evaluation.scoring import LossKind
+from slzo.models.adapters import LoRASettings, inject_lora, merge_lora
+from slzo.models.packing import pack
+from slzo.models.prefix_cache import PrefixCache
+from slzo.models.split import SplitModel
+from slzo.zo.estimators import Point
+from slzo.zo.objective import Objective, Span
+from slzo.zo.scopes import (
+    ActivationSubspace,
+    AllParameters,
+    LayerScope,
+    LoRA,
+    OutlierChannels,
+    RandomLayers,
+    ScopeContext,
+    SmallestWeights,
+)
+from slzo.zo.scopes.inputs import record_inputs
+from slzo.zo.scopes.parts import linears
+from slzo.zo.tuned import TunedTensors
+
+LAYER = 2
+SCOPES = [
+    LayerScope(),
+    LayerScope("mlp"),
+    LayerScope("attention"),
+    LayerScope(norms=False),
+    LayerScope(layers=[1, 3]),
+    LayerScope(layers="all"),
+    OutlierChannels(5.0),
+    OutlierChannels(5.0, complement=True),
+    ActivationSubspace(4),
+    LoRA(4),
+    LoRA(4, layers="all"),
+    AllParameters(),
+    RandomLayers(0.5),
+    SmallestWeights(0.25),
+    SmallestWeights(0.25, layers=None),
+]
+
+
+def prompts(count):
+    generator = random.Random(3)
+    return [pack([random_example(generator, i, 12, (1,)) for i in range(count)])]
+
+
+def make(scope, model, layer=LAYER, **options):
+    """Tuned tensors and split as the module makes them."""
+    split = SplitModel(model, **options)
+    context = ScopeContext(split, layer, prompts)
+    settings = scope.adapter(context)
+    if settings is not None:
+        inject_lora(model, settings)
+        split = SplitModel(model, **options)
+    return scope.tensors(ScopeContext(split, layer, prompts)), split
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_scope_moves_what_it_names_and_nothing_else(scope, family):
+    model = tiny_model(family)
+    tuned, _ = make(scope, model)
+    before = snapshot(model)
+    direction = tuned.draw(0, 0, 0)
+    tuned.write(direction, 0.1)
+    moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert moved == set(direction)
+    assert moved <= set(tuned.names)
+    tuned.restore()
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
+
+
+def names_of(scope, family="llama"):
+    return set(make(scope, tiny_model(family))[0].names)
+
+
+def test_the_parts_of_a_layer_add_up():
+    whole, attention, mlp = (names_of(LayerScope(part), "qwen3") for part in ("layer", "attention", "mlp"))
+    norms = {n for n in whole if "layernorm" in n}
+    assert attention.isdisjoint(mlp)
+    assert attention | mlp | norms == whole
+    assert any("q_norm" in name for name in attention)
+    assert all("mlp" in name for name in mlp)
+    without = names_of(LayerScope(norms=False), "qwen3")
+    assert without == {name for name in whole if "norm" not in name}
+    assert not any("q_norm" in name for name in names_of(LayerScope("attention", norms=False), "qwen3"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_an_mlp_and_an_attention(family):
+    mlp, attention = names_of(LayerScope("mlp"), family), names_of(LayerScope("attention"), family)
+    assert mlp
+    assert attention
+    assert mlp.isdisjoint(attention)
+    assert not any("norm" in name.lower() or ".ln_" in name for name in mlp)
+
+
+def test_the_paper_scope_is_every_parameter_of_the_layer():
+    model = tiny_model("llama")
+    expected = {f"model.layers.{LAYER}.{name}" for name, _ in model.model.layers[LAYER].named_parameters()}
+    assert names_of(LayerScope()) == expected
+
+
+def test_tied_embeddings_are_tuned_once():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    tuned, _ = make(AllParameters(), model)
+    assert tuned.num_elements == sum(p.numel() for p in model.parameters())
+    assert "lm_head.weight" not in tuned.names
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_outlier_channels_and_their_complement_are_the_mlp(family):
+    model = tiny_model(family)
+    top, split = make(OutlierChannels(5.0), model)
+    rest, _ = make(OutlierChannels(5.0, complement=True), model)
+    weights = [linear for linear in linears(split, LAYER) if linear.part == "mlp"]
+    for linear in weights:
+        places = torch.cat([dict(t.items())[linear.name].index for t in (top, rest)])
+        assert torch.equal(places.sort().values.long(), torch.arange(linear.weight.numel()))
+    # the channel with the largest activation is among them: its column of the down projection moves
+    down = weights[-1]
+    inputs = record_inputs(split, [down.module], prompts(16))[0]
+    channel = int(inputs.abs().amax(dim=0).argmax())
+    before = down.weight.clone()
+    top.write(top.draw(0, 0, 0), 1.0)
+    changed = (down.weight != before).any(dim=1 if down.transposed else 0)
+    assert changed[channel]
+    assert int(changed.sum()) == round(0.05 * down.sizes[1])
+
+
+def test_the_smallest_weights_are_the_smallest():
+    model = tiny_model("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight.clone()
+    tuned, _ = make(SmallestWeights(0.25), model)
+    index = dict(tuned.items())["model.layers.0.mlp.up_proj.weight"].index.long()
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[index] = True
+    assert int(mask.sum()) == weight.numel() // 4
+    assert weight.abs().flatten()[mask].max() <= weight.abs().flatten()[~mask].min()
+
+
+def test_random_layers_change_from_step_to_step_and_are_the_same_again():
+    tuned, split = make(RandomLayers(0.5), tiny_model("llama"))
+    chosen = []
+    for step in range(20):
+        names = set(tuned.draw(0, step, 0))
+        assert names == set(tuned.draw(0, step, 1)) == set(tuned.draw(0, step, 0))
+        layers = {int(n.split(".")[2]) for n in names if n.startswith(split.layers_path)}
+        assert len(layers) == 2
+        assert "model.embed_tokens.weight" in names
+        chosen.append(tuple(sorted(layers)))
+    assert len(set(chosen)) > 2
+    assert {layer for pair in chosen for layer in pair} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
+    """V V^T is the identity then, so that moving C is moving W."""
+    model = tiny_model(family)
+    rank = 32
+    tuned, split = make(ActivationSubspace(rank, num_sequences=16), model)
+    narrow = next(linear for linear in linears(split, LAYER) if linear.sizes[1] == rank)
+    part = dict(tuned.items())[narrow.name]
+    gradient = torch.randn(narrow.weight.shape)
+    torch.testing.assert_close(part.tangent(part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_the_subspace_spans_the_inputs():
+    """Inputs made from few directions lie in the subspace of that rank."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    basis = ActivationSubspace(3)._basis("w", rows)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(3), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows @ basis @ basis.T, rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tangent_and_pull_back_are_transposes(scope, dtype):
+    tuned, _ = make(scope, tiny_model("gpt2").to(dtype))
+    generator = torch.Generator().manual_seed(1)
+    for _, part in tuned.items():
+        z = torch.randn(part.master.shape, generator=generator)
+        g = torch.randn(part.live.shape, generator=generator)
+        left = float((part.tangent(z).double() * g).sum())
+        right = float((z.double() * part.pull_back(g)).sum())
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        assert left == pytest.approx(right, rel=tolerance, abs=tolerance * g.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+def test_losses_of_a_scope_equal_those_of_the_whole_model(scope, examples):
+    """Prefix, pairing and selected rows are right for tensors anywhere in the model."""
+    model = tiny_model("llama", scale=1.5)
+    tuned, split = make(scope, model)
+    span = Span.of(split, tuned)
+    batch = pack(examples)
+    points = [Point(tuned.draw(0, 0, query), sign * 1e-2) for query in (0, 1) for sign in (1, -1)]
+    expected = []
+    for point in points:
+        tuned.write(point.direction, point.scale)
+        whole = Objective(split, Span(0, split.num_layers, inside=False), PrefixCache(0), candidate_rows=False)
+        total, weight = whole.loss(batch, None, LossKind.CANDIDATES)
+        expected.append(total / weight)
+    tuned.restore()
+    assert len({round(float(e), 4) for e in expected}) > 1
+    for paired in (True, False):
+        objective = Objective(split, span, PrefixCache(1), paired=paired)
+        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        torch.testing.assert_close(sums[0] / sums[1], torch.stack(expected), rtol=2e-5, atol=2e-6)
+        tuned.restore()
+
+
+def test_spans():
+    for scope, expected in (
+        (LayerScope(), Span(2, 3)),
+        (LayerScope(layers=[1, 3]), Span(1, 4)),
+        (LoRA(2, layers="all"), Span(0, 4)),
+        (AllParameters(), Span(0, 4, inside=False)),
+    ):
+        tuned, split = make(scope, tiny_model("llama"))
+        assert Span.of(split, tuned) == expected
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+def test_a_description_brings_the_tuned_model_back(scope):
+    model = tiny_model("llama")
+    tuned, split = make(scope, model)
+    settings = scope.adapter(ScopeContext(split, LAYER, prompts))
+    for master in tuned.masters:
+        master.data.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1)
+    tuned.restore()
+    values = {name: master.detach().clone() for name, master in tuned.named_masters().items()}
+    fresh = tiny_model("llama")
+    if settings is not None:
+        inject_lora(fresh, LoRASettings.from_dict(settings.to_dict()))
+    again = TunedTensors.from_description(dict(fresh.named_parameters()), tuned.description())
+    again.load(values)
+    for (name, tensor), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def test_merged_lora_computes_the_same():
+    model = tiny_model("llama")
+    tuned, _ = make(LoRA(4), model)
+    assert {name.split(".")[2] for name in tuned.names} == {str(LAYER)}
+    assert {name.split(".")[4] for name in tuned.names} == {"q_proj", "v_proj"}
+    plain = tiny_model("llama")
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(model(ids).logits, plain(ids).logits)  # B is zero
+    tuned.write(tuned.draw(0, 0, 0), 0.3)
+    expected = model(ids).logits
+    assert not torch.allclose(expected, plain(ids).logits, atol=1e-3)
+    merge_lora(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+def test_lora_starts_the_same_for_a_seed_and_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, second = (make(LoRA(4), tiny_model("llama", seed=0))[0].named_masters() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.manual_seed(3)
+    model = tiny_model("llama")
+    torch.manual_seed(3)
+    make(LoRA(4), model)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_large_direction_is_drawn_again_instead_of_held():
+    model = tiny_model("llama")
+    held = tune_layer(SplitModel(model), LAYER)
+    drawn = TunedTensors({name: t.live for name, t in held.items()}, hold_bytes=100)
+    first, second = held.draw(0, 3, 1), drawn.draw(0, 3, 1)
+    assert isinstance(first, dict)
+    assert not isinstance(second, dict)
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "no such tensor" not in second
+    objective = layer_objective(SplitModel(model), LAYER, PrefixCache(0))
+    batch = pack([random_example(random.Random(0))])
+    sums = [
+        objective.losses(batch, objective.prefix(batch), t, [Point(z, 1e-2), Point(z, -1e-2)], LossKind.CANDIDATES)
+        for t, z in ((held, first), (drawn, second))
+    ]
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        (lambda: LayerScope("head"), r"model\.scope\.part 'head': choose one of layer, attention, mlp"),
+        (lambda: make(LayerScope(layers=[4]), tiny_model()), r"model\.scope\.layers 4: the model has 4 decoder layers"),
+        (lambda: make(LayerScope(layers=[]), tiny_model()), r"model\.scope\.layers \[\]: give at least one layer"),
+        (lambda: OutlierChannels(0), r"model\.scope\.percent 0: must be above 0"),
+        (lambda: make(OutlierChannels(0.1), tiny_model()), r"percent 0\.1: selects none of the 64 channels.*raise it"),
+        (lambda: make(OutlierChannels(100, complement=True), tiny_model()), r"selects none of the 64.*lower it"),
+        (lambda: RandomLayers(0), r"model\.scope\.fraction 0"),
+        (lambda: SmallestWeights(1.5), r"model\.scope\.fraction 1\.5"),
+        (lambda: make(SmallestWeights(1e-5), tiny_model()), r"fraction 1e-05: selects no element of model\.layers\.0"),
+        (lambda: ActivationSubspace(0), r"model\.scope\.rank 0"),
+        (
+            lambda: make(ActivationSubspace(33, 16), tiny_model()),
+            r"rank 33: the inputs of .* span at most 32 directions",
+        ),
+        (lambda: make(LoRA(4, target_modules=["nope"]), tiny_model()), r"model\.scope LoRA: .*nope.*target_modules"),
+        (lambda: make(LoRA(0), tiny_model()), r"model\.scope LoRA: .*model\.scope\.rank"),
+    ],
+)
+def test_bad_scopes_say_what_is_wrong(scope, message):
+    with pytest.raises(SlzoError, match=message):
+        scope()
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SlzoError, match=r"needs peft, which is not installed; run: pip install 'slzo\[peft\]'"):
+        make(LoRA(4), tiny_model())
+
+
+def test_a_layer_without_linear_maps_is_named():
+    model = tiny_model("llama")
+    model.model.layers[LAYER].mlp = nn.Identity()
+    with pytest.raises(SlzoError, match=r"model\.scope\.part 'mlp': the layer has no such tensors"):
+        LayerScope("mlp").tensors(ScopeContext(SplitModel(model), LAYER, prompts))
