@@ -12,6 +12,8 @@ COMMANDS = {
     "test": "score held-out rows",
     "predict": "write predictions of held-out rows as JSON Lines",
     "profile": "only find the dominant layer: print, draw and save the outlier profile",
+    "sweep": "tune every layer for the same steps and compare: does the first outlier layer win?",
+    "tune": "try learning rates for a few steps and recommend one",
     "export": "write the tuned model as a Hugging Face folder",
 }
 
@@ -29,6 +31,8 @@ options:
 examples:
   slzo fit --config configs/quickstart.yaml
   slzo fit --config configs/quickstart.yaml --data.task sst2 --data.data_dir DIR --model.eps 1e-3
+  slzo sweep --config configs/quickstart.yaml --sensitivity_only true
+  slzo tune --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
   slzo export --ckpt_path last --output tuned-model
 """

@@ -81,6 +81,8 @@ class SlzoCLI(LightningCLI):
             "test": _EVALUATE,
             "predict": _EVALUATE | {"return_predictions"},
             "profile": {"model", "datamodule"},
+            "sweep": {"model", "datamodule"},
+            "tune": {"model", "datamodule"},
             "export": {"model", "datamodule"},
         }
 

@@ -20,7 +20,7 @@ from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.scoring import LossKind, stack
-from slzo.models.adapters import LoRASettings, inject_lora
+from slzo.models.adapters import LoRASettings, inject_lora, remove_lora
 from slzo.models.load import DType, load_model
 from slzo.models.packing import PackedBatch
 from slzo.models.prefix_cache import PrefixCache
@@ -118,6 +118,10 @@ class ZOModule(LightningModule):
         self.eps, self.eps_end = eps, eps_end
         self.num_queries, self.queries_at_once = num_queries, queries_at_once
         trial = check_optimizer(optimizer)
+        self.optimizer_class = f"{type(trial).__module__}.{type(trial).__qualname__}"
+        self.optimizer_options = {
+            name: value for name, value in trial.defaults.items() if isinstance(value, int | float | str | tuple | None)
+        }
         names = {
             "optimizer": type(trial).__name__,
             "scope": self.scope.describe(),
@@ -205,10 +209,15 @@ class ZOModule(LightningModule):
         """
         self.configure_model()
         self.layer, self.layer_origin = check_layer(layer, self.split.num_layers), origin
-        self._tune_scope()
+        self.tune_scope()
 
-    def _tune_scope(self) -> None:
-        """Make masters of what the scope names."""
+    def tune_scope(self) -> None:
+        """Make masters of what the scope names, from the model's present weights.
+
+        Raises:
+            SlzoError: The scope finds nothing to tune.
+        """
+        self.configure_model()
         context = ScopeContext(self.split, self.layer, self._prompts, self.noise_seed or 0)
         self._add_adapter(self.scope.adapter(context))
         self._tune(self.scope.tensors(replace(context, split=self.split)))
@@ -243,13 +252,22 @@ class ZOModule(LightningModule):
             return
         inject_lora(self.model, settings)
         self._adapter = settings
+        self._split_again()
+
+    def remove_adapter(self) -> None:
+        """Take the scope's extra modules out of the model; its own weights stay as they are."""
+        if self._adapter is not None:
+            remove_lora(self.model)
+            self._adapter = None
+            self._split_again()
+
+    def _split_again(self) -> None:
         self.__dict__["_split"] = SplitModel(self.model, self.split.packed, self.split.onednn, self.split.compile)
 
     def _tune(self, tuned: TunedTensors) -> None:
         self.tuned = tuned.to(self.model.device)
         span = Span.of(self.split, self.tuned)
         self._objective = Objective(self.split, span, self.prefix_cache, self.candidate_rows, self.paired)
-        self.prefix_cache.clear()
 
     def _prompts(self, num_sequences: int) -> list[PackedBatch]:
         """Prompts of training rows, for scopes that look at activations."""
@@ -273,7 +291,7 @@ class ZOModule(LightningModule):
         elif self.layer is not None:
             self.choose_layer(self.layer, self.layer_origin)
         elif not self.scope.needs_layer:
-            self._tune_scope()
+            self.tune_scope()
         else:
             raise SlzoError(
                 "model.layer is not set and no OutlierProfiler is among the callbacks: set one or the other"
@@ -294,31 +312,37 @@ class ZOModule(LightningModule):
         assert self.tuned is not None and self.noise_seed is not None
         started = time.perf_counter()
         with torch.no_grad():
-            request = Request(
-                self.tuned,
-                self._loss(batch),
-                self.noise_seed,
-                self.global_step,
-                self._present_eps(),
-                self.num_queries,
-                self.queries_at_once,
-            )
+            eps = self.eps_at(self.global_step, self.trainer.max_steps)
             try:
-                estimate = self.estimator.estimate(request)
+                estimate = self.estimate(batch, self.noise_seed, self.global_step, eps)
                 update_norm = self._update(estimate)
             finally:
                 self.tuned.restore()
         self.num_evaluations += estimate.num_evaluations
-        self._log_step(batch, estimate, update_norm, time.perf_counter() - started)
+        self._log_step(batch, estimate, update_norm, eps, time.perf_counter() - started)
 
-    def _present_eps(self) -> float:
+    def estimate(self, batch: TrainBatch, seed: int, step: int, eps: float) -> Estimate:
+        """Fill the masters' gradients; the live weights stay wherever the last evaluation put them.
+
+        Args:
+            batch: The rows of this process.
+            seed: The run's seed.
+            step: Training step; directions are drawn from (seed, step, query).
+            eps: Size of the perturbation.
+        """
+        assert self.tuned is not None
+        request = Request(self.tuned, self.loss_of(batch), seed, step, eps, self.num_queries, self.queries_at_once)
+        return self.estimator.estimate(request)
+
+    def eps_at(self, step: int, max_steps: int, eps: float | None = None) -> float:
+        """Size of the perturbation at a step, see ``eps_end``; ``eps`` takes the place of the module's."""
+        eps = self.eps if eps is None else eps
         if self.eps_end is None:
-            return self.eps
-        done = min(1.0, self.global_step / max(1, self.trainer.max_steps - 1))
-        return self.eps * (self.eps_end / self.eps) ** done
+            return eps
+        return eps * (self.eps_end / eps) ** min(1.0, step / max(1, max_steps - 1))
 
-    def _loss(self, batch: TrainBatch) -> Loss:
-        """The loss of a batch over the rows of every process."""
+    def loss_of(self, batch: TrainBatch) -> Loss:
+        """The loss of a batch over the rows of every process, as a function of what is tuned."""
         assert self.tuned is not None
         if batch.loss is LossKind.GENERATION:
             return _GenerationLoss(self.evaluator, self.tuned, batch, self._sum_over_processes)
@@ -364,7 +388,9 @@ class ZOModule(LightningModule):
                 "model.dtype bfloat16 or float32"
             )
 
-    def _log_step(self, batch: TrainBatch, estimate: Estimate, update_norm: float | None, seconds: float) -> None:
+    def _log_step(
+        self, batch: TrainBatch, estimate: Estimate, update_norm: float | None, eps: float, seconds: float
+    ) -> None:
         optimizer = cast("Any", self.optimizers())
         projected = torch.tensor(estimate.projected_grad)
         values = {
@@ -373,7 +399,7 @@ class ZOModule(LightningModule):
             "train/projected_grad": float(projected.mean()),
             "train/abs_projected_grad": float(projected.abs().mean()),
             "train/lr": optimizer.param_groups[0]["lr"],
-            "train/eps": self._present_eps(),
+            "train/eps": eps,
             "train/evaluations": float(self.num_evaluations),
             "train/step_seconds": seconds,
             "train/tokens_per_second": batch.packed.num_tokens / seconds,

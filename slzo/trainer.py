@@ -12,7 +12,20 @@ from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.checkpoint import newest_checkpoint, read_checkpoint
 from slzo.console import say
+from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.experiments.lr_search import as_yaml, loss_before, make_grid, recommend, search, write_search
+from slzo.experiments.store import CellStore
+from slzo.experiments.sweep import (
+    format_rows,
+    plan_sweep,
+    run_cells,
+    sweep_rows,
+    verdict,
+    wait_for_others,
+    write_sweep,
+)
+from slzo.experiments.trial import Workbench, experiment_settings, require_one_process
 from slzo.export import export_checkpoint
 from slzo.module import ZOModule
 
@@ -174,19 +187,129 @@ class ZOTrainer(Trainer):
             ckpt_path: Not used; accepted so that a config saved by fit can be given.
             weights_only: Not used, as ckpt_path.
         """
-        profiler = next((c for c in self.callbacks if isinstance(c, OutlierProfiler)), None)  # type: ignore[attr-defined]
-        if profiler is None:
-            raise SlzoError("trainer.callbacks: no OutlierProfiler among them; add one to profile")
-        if datamodule is None:
-            raise SlzoError("profile needs a TaskDataModule: pass datamodule=...")
-        self._data_connector.attach_data(model, datamodule=datamodule)
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+        profiler = self._profiler()
+        self.attach(model, datamodule)
         profiler.run(self, model)
         if self.logger is not None:
             self.logger.finalize("success")
         if self.log_dir is not None:
             say(f"Files      {self.log_dir}")
+
+    def sweep(
+        self,
+        model: ZOModule,
+        datamodule: LightningDataModule | None = None,
+        layers: list[int] | None = None,
+        steps: int = 120,
+        seeds: list[int] | None = None,
+        directions: int = 20,
+        num_rows: int = 64,
+        sensitivity_only: bool = False,
+        output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Tune every decoder layer for the same steps and seeds and compare: sweep.csv, sweep.json, sweep.png.
+
+        Interrupted, it goes on where it stopped when the command is given again. The same command in several terminals, or on
+        several machines that share the folder, shares the work out; give each its processor cores (OMP_NUM_THREADS).
+
+        Args:
+            model: A ZOModule; its scope is tuned in each layer.
+            datamodule: A TaskDataModule.
+            layers: Layers to train, counted from 0; left out, all. The sensitivity is measured in all layers.
+            steps: Steps of each training.
+            seeds: One training a layer for each; left out, that of seed_everything.
+            directions: Random directions for the sensitivity, at least 20.
+            num_rows: Training rows that the sensitivity is measured on.
+            sensitivity_only: Train nothing.
+            output: Folder of the results; left out, sweeps/MODEL-TASK.
+            ckpt_path: Not used; accepted so that a config saved by fit can be given.
+            weights_only: Not used, as ckpt_path.
+        """
+        datamodule = self.attach(model, datamodule)
+        require_one_process(model, "sweep")
+        if not model.scope.needs_layer:
+            raise SlzoError(f"model.scope: a sweep goes over the dominant layer, and {model.scope.describe()} has none")
+        seeds = [model.noise_seed or 0] if seeds is None else seeds
+        plan = plan_sweep(model.split.num_layers, layers, 0 if sensitivity_only else steps, seeds, directions, num_rows)
+        settings = experiment_settings(model, datamodule) | {
+            "directions": directions,
+            "num_rows": num_rows,
+            "steps": steps,
+        }
+        store = CellStore(output or _default_folder("sweeps", model, datamodule), settings)
+        profile = self._profiler().measure(self, model)
+        bench = Workbench(model, datamodule)
+        run_cells(bench, store, plan)
+        wait_for_others(store, plan, model.split.num_layers)
+        rows = sweep_rows(store, plan, profile)
+        sentence = verdict(rows, datamodule.task.metric)
+        write_sweep(store.folder, rows, plan, settings, sentence)
+        say(format_rows(rows))
+        say(f"\n{sentence}\nFiles      {store.folder}")
+
+    def tune(
+        self,
+        model: ZOModule,
+        datamodule: LightningDataModule | None = None,
+        lrs: list[float] | None = None,
+        eps: list[float] | None = None,
+        steps: int = 40,
+        seeds: list[int] | None = None,
+        output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Try learning rates (and eps) for a few steps each and recommend one: tune.json.
+
+        All trials start from the same weights and see the same rows and directions. Interrupted, it goes on where it stopped.
+
+        Args:
+            model: A ZOModule.
+            datamodule: A TaskDataModule.
+            lrs: Learning rates to try; left out, seven around the configured one, from 1/30 to 30 times of it.
+            eps: Sizes of the perturbation to try; left out, the configured one.
+            steps: Steps of each trial.
+            seeds: Each pair is tried with each; left out, that of seed_everything.
+            output: Folder of the results; left out, tunes/MODEL-TASK.
+            ckpt_path: Not used; accepted so that a config saved by fit can be given.
+            weights_only: Not used, as ckpt_path.
+        """
+        datamodule = self.attach(model, datamodule)
+        require_one_process(model, "tune")
+        seeds = [model.noise_seed or 0] if seeds is None else seeds
+        grid = make_grid(lrs, eps, steps, seeds, float(model.hparams["lr"]), model.eps)
+        if model.scope.needs_layer and model.layer is None:
+            model.layer = self._profiler().run(self, model).dominant_layer
+        settings = experiment_settings(model, datamodule) | {"steps": steps, "layer": model.layer}
+        store = CellStore(output or _default_folder("tunes", model, datamodule), settings)
+        bench = Workbench(model, datamodule)
+        tried = search(bench, store, grid, model.layer)
+        before = loss_before(store, grid)
+        best, words = recommend(tried, before)
+        write_search(store.folder, tried, best, words, settings)
+        say(f"\n{words}")
+        if best is not None:
+            say(as_yaml(best, model.optimizer_class))
+        say(f"Files      {store.folder}")
+
+    def attach(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
+        """Give model and rows to each other and load them, for work outside of Lightning's loops."""
+        if not isinstance(datamodule, TaskDataModule):
+            raise SlzoError("this command needs a TaskDataModule: pass datamodule=...")
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        datamodule.prepare_data()
+        model.setup("load")
+        datamodule.setup("fit")
+        model.model.to(self.strategy.root_device)
+        return datamodule
+
+    def _profiler(self) -> OutlierProfiler:
+        profiler = next((c for c in self.callbacks if isinstance(c, OutlierProfiler)), None)  # type: ignore[attr-defined]
+        if profiler is None:
+            raise SlzoError("trainer.callbacks: no OutlierProfiler among them; add one, or set model.layer")
+        return profiler
 
     def export(
         self,
@@ -225,3 +348,7 @@ class ZOTrainer(Trainer):
         # a module that was just fitted is not untuned
         if ckpt_path is None and getattr(model, "tuned", None) is None:
             say("No --ckpt_path given: scoring the untuned model.")
+
+
+def _default_folder(kind: str, model: ZOModule, datamodule: TaskDataModule) -> Path:
+    return Path(kind) / f"{Path(model.model_name).name}-{datamodule.task.name}"

@@ -302,8 +302,8 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
     seen = []
 
     class Recording(ZOModule):
-        def _loss(self, batch):
-            loss = super()._loss(batch)
+        def loss_of(self, batch):
+            loss = super().loss_of(batch)
 
             def at(points):
                 losses = loss.at(points)

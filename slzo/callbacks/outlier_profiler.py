@@ -70,6 +70,21 @@ class OutlierProfiler(Callback):
         Raises:
             SlzoError: The rule finds no layer, or there are too few sequences.
         """
+        profile = self.measure(trainer, module)
+        if profile.dominant_layer < 0:
+            raise SlzoError(profile.rule)
+        self._save(trainer)
+        return profile
+
+    def measure(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
+        """Profile and show.
+
+        Returns:
+            The profile; where the rule finds no layer, that is -1 and ``rule`` says why.
+
+        Raises:
+            SlzoError: There are too few sequences.
+        """
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, TaskDataModule):
             raise SlzoError("the OutlierProfiler needs a TaskDataModule: pass datamodule=... to the trainer")
@@ -85,20 +100,15 @@ class OutlierProfiler(Callback):
         layers, passes = profile_layers(module.split, batches)
         tokenizer = datamodule.encoder.tokenizer
         layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
-        profile = OutlierProfile(self._select(layers), self.rule.describe(), num_sequences, passes, tuple(layers))
+        try:
+            chosen, rule = self.rule.select(layers), self.rule.describe()
+        except SlzoError as error:  # the figures help to choose thresholds
+            chosen, rule = -1, str(error)
+        profile = OutlierProfile(chosen, rule, num_sequences, passes, tuple(layers))
         # every process must tune the same layer, whatever rounding did on its device
         self.profile = OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
         say(format_profile(self.profile))
-        self._save(trainer)
         return self.profile
-
-    def _select(self, layers: list[Any]) -> int:
-        try:
-            return self.rule.select(layers)
-        except SlzoError:
-            # the figures help to choose thresholds
-            say(format_profile(OutlierProfile(-1, "none", 0, 0, tuple(layers))))
-            raise
 
     def _batches(self, datamodule: TaskDataModule) -> list[Any]:
         if self.text_file is None:

@@ -79,11 +79,21 @@ def adapter_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Add the matrices' products to the weights and remove the matrices, in place."""
+    _unload(model, merge=True)
+
+
+def remove_lora(model: PreTrainedModel) -> None:
+    """Remove the matrices, in place; the weights stay as they are."""
+    _unload(model, merge=False)
+
+
+def _unload(model: PreTrainedModel, merge: bool) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge()
+            if merge:
+                module.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):

@@ -27,6 +27,7 @@ class PrefixCache:
         self.dtype = dtype
         self.directory = directory
         self.num_bytes = 0
+        self.start: int | None = None
         self._states: dict[int, Tensor] = {}
         self._block: Tensor | None = None
         self._used = 0
@@ -73,6 +74,22 @@ class PrefixCache:
             place = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
             self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
+
+    def begin(self, start: int) -> None:
+        """Say which layer the states enter; those of another layer are forgotten."""
+        if self.start != start:
+            self.clear()
+        self.start = start
+
+    def replace_by(self, other: "PrefixCache", start: int) -> None:
+        """Take over the states of another cache, which enter the layer ``start``."""
+        self._states, self._block, self._used, self.num_bytes = (
+            other._states,
+            other._block,
+            other._used,
+            other.num_bytes,
+        )
+        self.start = start
 
     def clear(self) -> None:
         """Forget everything; needed when the layers before the tuned one change."""

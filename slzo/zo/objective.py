@@ -72,6 +72,7 @@ class Objective:
         self.cache = cache
         self.candidate_rows = candidate_rows
         self.paired = paired
+        cache.begin(span.start)
 
     @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:

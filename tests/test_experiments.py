@@ -1,0 +1,266 @@
+"""The layer sweep and the search for a learning rate, in process on a tiny model."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import options, run_dir  # noqa: F401  # the fixture
+
+from slzo.__main__ import main
+from slzo.cli import build
+from slzo.errors import SlzoError
+from slzo.experiments.lr_search import Tried, make_grid, recommend
+from slzo.experiments.store import CellStore
+from slzo.experiments.sweep import SweepRow, plan_sweep, verdict
+from slzo.experiments.trial import Trial, Workbench
+
+SWEEP = ["--steps=3", "--output=swept", "--directions=20", "--num_rows=8"]
+
+
+def sweep_csv(folder="swept"):
+    with (Path(folder) / "sweep.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def bench_of(options, *more):  # noqa: F811
+    cli = build([*options, "--trainer.logger=false", *more], run=False)
+    cli.trainer.attach(cli.model, cli.datamodule)
+    return Workbench(cli.model, cli.datamodule)
+
+
+def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):  # noqa: F811
+    assert main(["sweep", *options, *SWEEP, "--layers=[3,1]", "--seeds=[0,1]"]) == 0
+    output = capsys.readouterr().out
+    rows = sweep_csv()
+    assert [row["layer"] for row in rows] == ["0", "1", "2", "3"]
+    assert list(rows[0])[:4] == ["layer", "sensitivity", "sensitivity_se", "outlier_ratio"]
+    assert all(float(row["sensitivity"]) > 0 and float(row["sensitivity_se"]) > 0 for row in rows)
+    assert [row["seeds"] for row in rows] == ["0", "2", "0", "2"]
+    assert [bool(row["loss"]) for row in rows] == [False, True, False, True]
+    assert sum(row["dominant"] == "True" for row in rows) == 1
+    content = json.loads(Path("swept/sweep.json").read_text())
+    assert content["verdict"] in output
+    assert content["plan"]["layers"] == [1, 3]
+    assert Path("swept/sweep.png").stat().st_size > 10_000
+    assert "cells left" in output
+    assert not Path("runs").exists()
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, monkeypatch):  # noqa: F811
+    calls = []
+    original = Workbench.trial
+
+    def trial(self, layer, **kwargs):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, layer, **kwargs)
+
+    monkeypatch.setattr(Workbench, "trial", trial)
+    with pytest.raises(KeyboardInterrupt):
+        main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"])
+    assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 0
+    assert calls == [1, 2, 2, 3]
+    first = sweep_csv()
+    assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 0
+    assert len(calls) == 4
+    assert sweep_csv() == first
+
+
+def test_sensitivity_only_trains_nothing(options, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(Workbench, "trial", None)
+    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
+    assert "no layer was trained" in capsys.readouterr().out
+    assert all(row["loss"] == "" for row in sweep_csv())
+
+
+def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, capsys):  # noqa: F811
+    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
+    before = {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
+    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true", "--model.eps=2e-3"]) == 2
+    error = capsys.readouterr().err
+    assert "swept" in error
+    assert "eps: 0.001 -> 0.002" in error
+    assert before == {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("precious")
+    assert main(["sweep", *options, "--output=mine"]) == 2
+    assert "holds other files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--layers=[9]"], r"layers 9: the model has 4 decoder layers"),
+        (["--layers=[]"], r"layers \[\]: give at least one layer"),
+        (["--directions=3"], r"directions 3: .*at least 20"),
+        (["--steps=-1"], r"steps -1"),
+        (["--seeds=[]"], r"seeds \[\]"),
+        (["--model.scope=AllParameters"], r"model\.scope: a sweep goes over the dominant layer"),
+    ],
+)
+def test_bad_sweep_options(options, capsys, extra, message):  # noqa: F811
+    assert main(["sweep", *options, "--output=swept", *extra]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"slzo: error: {message}.*", error.splitlines()[-1])
+    assert not Path("swept").exists()
+
+
+def test_a_cell_is_worked_on_once(tmp_path):
+    first, second = (CellStore(tmp_path / "s", {"a": 1}) for _ in range(2))
+    with first.claim("x") as mine:
+        assert mine
+        with second.claim("x") as too:
+            assert not too
+        first.save("x", {"value": 1})
+    with second.claim("x") as again:
+        assert not again
+    assert second.result("x") == {"value": 1}
+
+
+@pytest.mark.parametrize("scope", ["LayerScope", "LoRA", "ActivationSubspace"])
+def test_a_trial_takes_the_steps_of_fit(options, scope):  # noqa: F811
+    """The same losses as slzo fit with the same seed and layer, and the model is untuned again after it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    extra = [f"--model.scope={scope}", *(["--model.scope.rank=4"] if scope != "LayerScope" else [])]
+    bench = bench_of(options, *extra)
+    before = {name: tensor.clone() for name, tensor in bench.module.model.named_parameters()}
+    bench.trial(1, steps=2, seed=3)
+    found = bench.trial(2, steps=8, seed=0)
+    after = dict(bench.module.model.named_parameters())
+    assert set(before) == set(after)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    fit = [*options, *extra, "--model.layer=2", "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    assert main(["fit", *fit]) == 0
+    events = EventAccumulator(str(run_dir()))
+    events.Reload()
+    plus, minus = ([e.value for e in events.Scalars(f"train/loss_{side}")] for side in ("plus", "minus"))
+    expected = [(a + b) / 2 for a, b in zip(plus, minus, strict=True)]
+    torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert found.scores[-1].loss == pytest.approx(events.Scalars("val/loss")[-1].value, rel=1e-4)
+    assert found.scores[-1].metric == pytest.approx(events.Scalars("val/accuracy")[-1].value)
+    assert found.scores[-1].evaluations == 16
+
+
+def test_moved_prefix_states_are_those_of_the_next_layer(options):  # noqa: F811
+    bench = bench_of(options)
+    bench.trial(1, steps=3, seed=0)
+    cache = bench.module.prefix_cache
+    held = set(cache._states)
+    assert held
+    bench.move_prefix(3)
+    assert cache.start == 3
+    assert set(cache._states) == held
+    moved = bench.trial(3, steps=4, seed=0)
+    fresh = bench_of(options).trial(3, steps=4, seed=0)
+    torch.testing.assert_close(torch.tensor(moved.losses), torch.tensor(fresh.losses), rtol=1e-4, atol=1e-5)
+
+
+def test_sensitivity_is_the_mean_slope(options):  # noqa: F811
+    """Against a plain loop over the whole model, with the same directions."""
+    bench = bench_of(options)
+    found = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
+    module = bench.module
+    rows = next(bench._batches(5, 8))
+    module.choose_layer(2, "")
+    slopes = []
+    with torch.no_grad():
+        for query in range(20):
+            losses = []
+            for sign in (1, -1):
+                module.tuned.write(module.tuned.draw(5, 0, query), sign * module.eps)
+                logits = module.split.logits(rows.packed)
+                from slzo.evaluation.scoring import LossKind, training_loss
+
+                total, weight = training_loss(LossKind.CANDIDATES, logits, rows.packed, selected=False)
+                losses.append(float(total / weight))
+            slopes.append(abs(losses[0] - losses[1]) / (2 * module.eps))
+    module.tuned.restore()
+    slopes = torch.tensor(slopes)
+    assert found.mean == pytest.approx(float(slopes.mean()), rel=1e-2)
+    assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(20)), rel=2e-2)
+
+
+def test_divergence_is_named(options):  # noqa: F811
+    trial = bench_of(options).trial(2, steps=6, seed=0, lr=1e38)
+    assert trial.diverged
+    assert trial.gain == -math.inf
+    assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
+
+
+def test_tune_recommends_and_goes_on(options, capsys, monkeypatch):  # noqa: F811
+    command = ["tune", *options, "--steps=4", "--lrs=[1e-3,1e-2,1e38]", "--output=tuned"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "lr 1e+38, eps 0.001: diverged" in output
+    content = json.loads(Path("tuned/tune.json").read_text())
+    assert [pair["lr"] for pair in content["tried"]] == [1e-3, 1e-2, 1e38]
+    assert content["tried"][2]["loss"] is None
+    assert content["why"] in output
+    calls = []
+    monkeypatch.setattr(Workbench, "trial", lambda *args, **kwargs: calls.append(kwargs))
+    assert main(command) == 0
+    assert calls == []
+    assert main([*command, "--model.num_queries=2"]) == 2
+    assert "num_queries: 1 -> 2" in capsys.readouterr().err
+
+
+def pair(lr, loss, eps=1e-3, diverged=""):
+    return Tried(lr, eps, math.inf if diverged else loss, 0.5, diverged)
+
+
+def test_recommendations():
+    best, words = recommend([pair(1e-4, 0.9), pair(1e-3, 0.6), pair(1e-2, 0, diverged="up")], 1.0)
+    assert best.lr == 1e-3
+    assert "From lr 0.01 on training diverges" in words
+    assert "edge" not in words
+    best, words = recommend([pair(1e-4, 0.9), pair(1e-3, 0.6)], 1.0)
+    assert "largest rate of the grid" in words
+    best, words = recommend([pair(1e-4, 0.5), pair(1e-3, 0.6)], 1.0)
+    assert "smallest rate of the grid" in words
+    best, words = recommend([pair(1e-4, 0.999), pair(1e-3, 1.2)], 1.0)
+    assert best is None
+    assert "No rate lowered" in words
+    best, words = recommend([pair(1e-4, 0, diverged="up")], 1.0)
+    assert best is None
+    assert "Every rate diverged" in words
+
+
+def test_the_grid_spreads_around_the_configured_rate():
+    grid = make_grid(None, None, 40, [0], 3e-4, 1e-3)
+    assert len(grid.lrs) == 7
+    assert grid.lrs[3] == pytest.approx(3e-4)
+    assert grid.lrs[-1] / grid.lrs[0] == pytest.approx(1000)
+    assert grid.eps == (1e-3,)
+    for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
+        arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
+        with pytest.raises(SlzoError, match=next(iter(bad))):
+            make_grid(**arguments, lr=1e-3, own_eps=1e-3)
+
+
+def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
+    loss = None if gain is None else 1 - gain
+    return SweepRow(layer, sensitivity, 0.1, 10.0, 1, 1.0, loss, se, gain, 0.5, 0.1, 1.0, 1.0, diverged, dominant)
+
+
+def test_verdicts():
+    assert "11, wins: it lowers the dev loss by 0.4000, 0.3000 more" in verdict(
+        [row(2, 0.1), row(11, 0.4, dominant=True)], "accuracy"
+    )
+    assert "21.2 standard errors" in verdict([row(2, 0.1), row(11, 0.4, dominant=True)], "accuracy")
+    assert "does not win: layer 2" in verdict([row(2, 0.5), row(11, 0.4, dominant=True)], "accuracy")
+    assert "diverged" in verdict([row(2, 0.5), row(11, None, dominant=True, diverged=1)], "accuracy")
+    assert "number 2 of 2" in verdict([row(2, sensitivity=3.0), row(11, dominant=True)], "accuracy")
+    assert "chooses no layer" in verdict([row(2), row(11)], "accuracy")
+
+
+def test_plans():
+    plan = plan_sweep(4, None, 10, [1, 1, 2], 20, 8)
+    assert plan.layers == (0, 1, 2, 3)
+    assert plan.seeds == (1, 2)
