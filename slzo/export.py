@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slzo.checkpoint import read_checkpoint
 from slzo.errors import SlzoError
-from slzo.models.adapters import LoRASettings, inject_lora, merge_lora
+from slzo.models.adapters import adapter_from_dict
 from slzo.models.load import load_model, load_tokenizer
 from slzo.zo.tuned import TunedTensors
 
@@ -19,7 +19,7 @@ def export_checkpoint(ckpt_path: str, output: str) -> Path:
         output: Folder to write; must not exist or be empty.
 
     Returns:
-        The folder, loadable with ``AutoModelForCausalLM.from_pretrained``.
+        The folder, loadable with ``AutoModelForCausalLM.from_pretrained`` (for a learned prefix where peft is installed).
 
     Raises:
         SlzoError: The checkpoint cannot be used or the folder is not empty.
@@ -30,20 +30,22 @@ def export_checkpoint(ckpt_path: str, output: str) -> Path:
     checkpoint = read_checkpoint(ckpt_path)
     note = checkpoint["slzo"]
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
-    if note["adapter"] is not None:
-        inject_lora(model, LoRASettings.from_dict(note["adapter"]))
+    adapter = None if note["adapter"] is None else adapter_from_dict(note["adapter"])
+    if adapter is not None:
+        adapter.inject(model)
     try:
         tuned = TunedTensors.from_description(dict(model.named_parameters()), note["tensors"])
         tuned.load(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise SlzoError(f"ckpt_path {ckpt_path!r}: does not fit model {note['model']!r} ({error})") from error
-    if note["adapter"] is not None:
-        merge_lora(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     # written beside the target and moved, so that an interrupted export leaves no half folder
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        model.save_pretrained(partial)
+        if adapter is None:
+            model.save_pretrained(partial)
+        else:
+            adapter.save_merged(model, str(partial))
         load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(partial)
         partial.chmod(0o755)
         if target.exists():

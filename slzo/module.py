@@ -20,7 +20,8 @@ from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.scoring import LossKind, stack
-from slzo.models.adapters import LoRASettings, inject_lora, remove_lora
+from slzo.models.adapters import Adapter, adapter_from_dict
+from slzo.models.attention import LearnedPrefix
 from slzo.models.load import DType, load_model
 from slzo.models.packing import PackedBatch
 from slzo.models.prefix_cache import PrefixCache
@@ -52,7 +53,7 @@ class ZOModule(LightningModule):
         model: Built-in name (smollm2-135m), local Hugging Face folder, .gguf file or Hub id.
         layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
         scope: What is tuned: LayerScope (all of the dominant layer, when left out), OutlierChannels, ActivationSubspace, LoRA,
-            AllParameters, RandomLayers, SmallestWeights, or your own Scope.
+            PrefixTuning, AllParameters, RandomLayers, SmallestWeights, or your own Scope.
         estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, ForwardGradient, Backprop (the
             first-order reference), or your own Estimator.
         eps: Size of the perturbation, absolute, > 0.
@@ -162,7 +163,7 @@ class ZOModule(LightningModule):
         self.loss_metric = MeanMetric()
         self._split: SplitModel | None = None
         self._objective: Objective | None = None
-        self._adapter: LoRASettings | None = None
+        self._adapter: Adapter | None = None
         self._nonfinite_in_row = 0
         self.num_nonfinite = 0
         self.num_evaluations = 0
@@ -236,7 +237,7 @@ class ZOModule(LightningModule):
                 "options that it was trained with"
             )
         self.layer, self.layer_origin = note["layer"], note["layer_origin"]
-        self._add_adapter(None if note["adapter"] is None else LoRASettings.from_dict(note["adapter"]))
+        self._add_adapter(None if note["adapter"] is None else adapter_from_dict(note["adapter"]))
         parameters = dict(self.model.named_parameters())
         subset = self.scope.subset(tuple(note["tensors"]), self.split) if fit else None
         try:
@@ -247,22 +248,22 @@ class ZOModule(LightningModule):
                 "trained with"
             ) from error
 
-    def _add_adapter(self, settings: LoRASettings | None) -> None:
-        if settings is None or self._adapter is not None:
-            return
-        inject_lora(self.model, settings)
-        self._adapter = settings
-        self._split_again()
+    def _add_adapter(self, adapter: Adapter | None) -> None:
+        if adapter is not None and self._adapter is None:
+            prefix = adapter.inject(self.model)
+            self._adapter = adapter
+            self._split_again(prefix)
 
     def remove_adapter(self) -> None:
         """Take the scope's extra modules out of the model; its own weights stay as they are."""
         if self._adapter is not None:
-            remove_lora(self.model)
+            self._adapter.remove(self.model)
             self._adapter = None
             self._split_again()
 
-    def _split_again(self) -> None:
-        self.__dict__["_split"] = SplitModel(self.model, self.split.packed, self.split.onednn, self.split.compile)
+    def _split_again(self, prefix: LearnedPrefix | None = None) -> None:
+        old = self.split
+        self.__dict__["_split"] = SplitModel(self.model, old.packed, old.onednn, old.compile, prefix)
 
     def _tune(self, tuned: TunedTensors) -> None:
         self.tuned = tuned.to(self.model.device)

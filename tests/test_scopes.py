@@ -10,7 +10,7 @@ from torch import nn
 
 from slzo.errors import SlzoError
 from slzo.evaluation.scoring import LossKind
-from slzo.models.adapters import LoRASettings, inject_lora, merge_lora
+from slzo.models.adapters import _unload_lora, adapter_from_dict
 from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
@@ -22,6 +22,7 @@ from slzo.zo.scopes import (
     LayerScope,
     LoRA,
     OutlierChannels,
+    PrefixTuning,
     RandomLayers,
     ScopeContext,
     SmallestWeights,
@@ -43,6 +44,7 @@ SCOPES = [
     ActivationSubspace(4),
     LoRA(4),
     LoRA(4, layers="all"),
+    PrefixTuning(3),
     AllParameters(),
     RandomLayers(0.5),
     SmallestWeights(0.25),
@@ -59,10 +61,9 @@ def make(scope, model, layer=LAYER, **options):
     """Tuned tensors and split as the module makes them."""
     split = SplitModel(model, **options)
     context = ScopeContext(split, layer, prompts)
-    settings = scope.adapter(context)
-    if settings is not None:
-        inject_lora(model, settings)
-        split = SplitModel(model, **options)
+    adapter = scope.adapter(context)
+    if adapter is not None:
+        split = SplitModel(model, **options, prefix=adapter.inject(model))
     return scope.tensors(ScopeContext(split, layer, prompts)), split
 
 
@@ -241,15 +242,15 @@ def test_spans():
 @pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
 def test_a_description_brings_the_tuned_model_back(scope):
     model = tiny_model("llama")
-    tuned, split = make(scope, model)
-    settings = scope.adapter(ScopeContext(split, LAYER, prompts))
+    tuned, _ = make(scope, model)
+    settings = scope.adapter(ScopeContext(SplitModel(tiny_model("llama")), LAYER, prompts))
     for master in tuned.masters:
         master.data.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1)
     tuned.restore()
     values = {name: master.detach().clone() for name, master in tuned.named_masters().items()}
     fresh = tiny_model("llama")
     if settings is not None:
-        inject_lora(fresh, LoRASettings.from_dict(settings.to_dict()))
+        adapter_from_dict(settings.to_dict()).inject(fresh)
     again = TunedTensors.from_description(dict(fresh.named_parameters()), tuned.description())
     again.load(values)
     for (name, tensor), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
@@ -267,7 +268,7 @@ def test_merged_lora_computes_the_same():
     tuned.write(tuned.draw(0, 0, 0), 0.3)
     expected = model(ids).logits
     assert not torch.allclose(expected, plain(ids).logits, atol=1e-3)
-    merge_lora(model)
+    _unload_lora(model, merge=True)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
@@ -283,6 +284,37 @@ def test_lora_starts_the_same_for_a_seed_and_leaves_the_global_generator_alone()
     torch.manual_seed(3)
     make(LoRA(4), model)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_learned_prefix_computes_what_peft_does(family, examples):
+    """Losses with a moved prefix against peft's own prefix tuning, one sequence at a time."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    # peft believes a number of key-value heads that these families ignore
+    plain_heads = {"num_key_value_heads": None} if family in ("opt", "gpt2", "gpt_neox") else {}
+    model = tiny_model(family, scale=1.5, **plain_heads)
+    tuned, split = make(PrefixTuning(3), model)
+    tuned.write(tuned.draw(0, 0, 0), 0.3)
+    (weight,) = (part.live for _, part in tuned.items())
+    objective = Objective(split, Span.of(split, tuned), PrefixCache(0))
+    total, count = objective.loss(pack(examples), None, LossKind.CANDIDATES)
+
+    plain = tiny_model(family, scale=1.5, attn_implementation="eager", **plain_heads)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=4)
+    reference = get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        reference.prompt_encoder["default"].embedding.weight.copy_(weight)
+        losses = []
+        for example in examples:
+            scores = []
+            for sequence in example.sequences:
+                log_probs = reference(input_ids=torch.tensor([sequence.ids])).logits[0].double().log_softmax(-1)
+                start = len(sequence.ids) - sequence.num_answer
+                tokens = [log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]
+                scores.append(torch.stack(tokens).mean())
+            losses.append(nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.gold[0]])))
+    assert float(total / count) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
 def test_a_large_direction_is_drawn_again_instead_of_held():

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from slzo.data.encoding import EncodedExample, EncodedSequence, newline_token
 from slzo.evaluation.scoring import LossSum, add_up, answer_loss
-from slzo.models.attention import LAYOUT_ARGUMENT, packed_attention_forward
+from slzo.models.attention import LAYOUT_ARGUMENT, PREFIX_ARGUMENT, packed_attention_forward, with_prefix
 from slzo.models.packing import PackedLayout, TokenBatch, pack
 from slzo.models.sharing import chunk_by_tokens, share_prefixes
 from slzo.models.split import SplitModel
@@ -202,7 +202,8 @@ class _Decoding:
         sizes = [len(buffer.rows) for buffer in self.buffers]
         outputs = []
         parts = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
-        masks = self._window_masks(options.get("sliding_window"))
+        prefix = options[PREFIX_ARGUMENT]
+        masks = self._window_masks(options.get("sliding_window"), 0 if prefix is None else prefix.num_tokens)
         for buffer, used, slots, mask, q, k, v in zip(self.buffers, self.used, self.slots, masks, *parts, strict=True):
             keys, values = buffer.keys[layer], buffer.values[layer]
             keys[slots, :, buffer.lengths] = k
@@ -210,16 +211,19 @@ class _Decoding:
             # the heads that share keys become queries of one head: nothing has to be repeated
             grouped = q.reshape(len(slots), k.shape[1], -1, q.shape[-1])
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
+            if prefix is not None:
+                seen = with_prefix(prefix, layer, *seen)
             output = _attention_of(grouped, *seen, mask, options.get("scaling"), options.get("softcap"))
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 
-    def _window_masks(self, window: int | None) -> list[Tensor]:
-        """Which held tokens are seen, per buffer, shape (m, 1, 1, used), bool."""
+    def _window_masks(self, window: int | None, num_before: int) -> list[Tensor]:
+        """Which tokens are seen, learned ones before the held ones, per buffer, shape (m, 1, 1, before + used), bool."""
         if window not in self._masks:
             masks = []
             for buffer, used in zip(self.buffers, self.used, strict=True):
-                distance = buffer.lengths[:, None] - torch.arange(used, device=buffer.lengths.device)
+                places = torch.arange(-num_before, used, device=buffer.lengths.device)
+                distance = buffer.lengths[:, None] - places
                 seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
                 masks.append(seen[:, None, None])
             self._masks[window] = masks
@@ -241,7 +245,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Hands over to the state that came in with the inputs; the mask is a stand-in."""
     state: _Attends = kwargs[LAYOUT_ARGUMENT]
-    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap")}
+    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", PREFIX_ARGUMENT)}
     return state.attend(module, query, key, value, options)
 
 

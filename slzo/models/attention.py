@@ -4,7 +4,7 @@ Every layer between two attention calls works token by token, so a packed row ne
 gathered into right-padded sequences; causality keeps the padding from touching a real token, so no mask is needed.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ from slzo.models.packing import PackedLayout
 
 ATTENTION_NAME = "slzo_packed"
 LAYOUT_ARGUMENT = "packed_layout"
+PREFIX_ARGUMENT = "learned_prefix"
+
+
+class LearnedPrefix(Protocol):
+    """Keys and values that every sequence sees before its own tokens (prefix tuning)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prefix."""
+
+    def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each of shape (key_value_heads, tokens, head_dim)."""
 
 
 def register_packed_attention() -> str:
@@ -37,6 +49,7 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_layout: PackedLayout | None = None,
+    learned_prefix: LearnedPrefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; without a layout, transformers' own attention.
@@ -52,6 +65,7 @@ def packed_attention_forward(
         sliding_window: A token attends to this many last tokens, itself included.
         softcap: Scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         packed_layout: The packed sequences.
+        learned_prefix: Keys and values before those of every sequence; needs a layout.
         kwargs: Passed on when there is no layout.
 
     Returns:
@@ -71,6 +85,8 @@ def packed_attention_forward(
     for index in packed_layout.groups:
         stop = start + index.numel()
         q, k, v = (states[start:stop].unflatten(0, index.shape).transpose(1, 2) for states in rows)
+        if learned_prefix is not None:
+            k, v = with_prefix(learned_prefix, module, k, v)
         output = _causal_attention(q, k, v, scaling, sliding_window, softcap)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
@@ -81,8 +97,11 @@ def packed_attention_forward(
 def _causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention over right-padded sequences, shapes (N, heads, L, head_dim), keys and values with fewer heads."""
-    narrow = window is not None and window < query.shape[-2]
+    """Causal attention over right-padded sequences, shapes (N, heads, L, head_dim), keys and values with fewer heads.
+
+    Keys that outnumber the queries come before them.
+    """
+    narrow = key.shape[-2] > query.shape[-2] or (window is not None and window < query.shape[-2])
     if softcap is not None:
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
         return _softcap_attention(query, key, value, _causal_mask(query, key, window), scaling, softcap)
@@ -91,6 +110,16 @@ def _causal_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared_heads
     )
+
+
+def with_prefix(prefix: LearnedPrefix, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (N, heads, L, head_dim) of a layer with the learned ones before them."""
+    before = prefix.of_layer(layer.layer_idx)  # type: ignore[arg-type]
+    extended = [
+        torch.cat([learned.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+        for learned, own in zip(before, (key, value), strict=True)
+    ]
+    return extended[0], extended[1]
 
 
 def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:

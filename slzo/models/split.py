@@ -18,7 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from slzo.data.encoding import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
-from slzo.models.attention import ATTENTION_NAME, LAYOUT_ARGUMENT, register_packed_attention
+from slzo.models.attention import (
+    ATTENTION_NAME,
+    LAYOUT_ARGUMENT,
+    PREFIX_ARGUMENT,
+    LearnedPrefix,
+    register_packed_attention,
+)
 from slzo.models.compiled import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.packing import PackedBatch, PackedLayout, TokenBatch, pack
@@ -127,14 +133,21 @@ class SplitModel:
             that do not use transformers' attention interface always run this way.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by a trial.
         compile: Compile the decoder layers (see :mod:`slzo.models.compiled`); they do not use oneDNN then.
+        prefix: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
     def __init__(
-        self, model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
+        self,
+        model: PreTrainedModel,
+        packed: bool = True,
+        onednn: bool | None = None,
+        compile: bool = False,
+        prefix: LearnedPrefix | None = None,
     ) -> None:
         self.model = model
+        self.prefix = prefix
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
@@ -240,9 +253,12 @@ class SplitModel:
             if self.compile:  # compiled code is made for one number of groups
                 index, valid, inverse = _padded(layout)
                 layout = PackedLayout((index,), (valid,), inverse)
+            before = {} if self.prefix is None else {PREFIX_ARGUMENT: self.prefix}
+            shift = 0 if self.prefix is None else self.prefix.num_tokens
             return {
+                **before,
                 "input_ids": batch.input_ids.unsqueeze(0),
-                "position_ids": batch.position_ids.unsqueeze(0),
+                "position_ids": batch.position_ids.unsqueeze(0) + shift,
                 # a four-dimensional mask is passed on untouched: no (T, T) mask is built
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
                 LAYOUT_ARGUMENT: layout,

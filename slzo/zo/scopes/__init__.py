@@ -6,6 +6,7 @@ from slzo.zo.scopes.layer import LayerScope
 from slzo.zo.scopes.lora import LoRA
 from slzo.zo.scopes.magnitude import SmallestWeights
 from slzo.zo.scopes.model import AllParameters, RandomLayers
+from slzo.zo.scopes.prefix import PrefixTuning
 from slzo.zo.scopes.subspace import ActivationSubspace
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LayerScope",
     "LoRA",
     "OutlierChannels",
+    "PrefixTuning",
     "RandomLayers",
     "Scope",
     "ScopeContext",

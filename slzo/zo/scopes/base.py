@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slzo.errors import SlzoError
-from slzo.models.adapters import LoRASettings
+from slzo.models.adapters import Adapter
 from slzo.models.packing import PackedBatch
 from slzo.models.split import SplitModel
 from slzo.zo.tuned import Subset, TunedTensors
@@ -52,7 +52,7 @@ class Scope(ABC):
         """Whether the dominant layer has to be known."""
         return True
 
-    def adapter(self, context: ScopeContext) -> LoRASettings | None:
+    def adapter(self, context: ScopeContext) -> Adapter | None:
         """Modules to add to the model first; the model is split again after that."""
         return None
 

@@ -1,6 +1,6 @@
 """Low-rank adapters, through peft."""
 
-from slzo.models.adapters import LoRASettings, adapter_parameters
+from slzo.models.adapters import LoRASettings, lora_parameters
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.tuned import TunedTensors
 
@@ -38,7 +38,7 @@ class LoRA(Scope):
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         """See :class:`Scope`."""
-        return TunedTensors(adapter_parameters(context.split.model))
+        return TunedTensors(lora_parameters(context.split.model))
 
     def describe(self) -> str:
         """See :class:`Scope`."""

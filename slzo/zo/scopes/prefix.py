@@ -1,0 +1,52 @@
+"""A learned prefix of keys and values, through peft."""
+
+from slzo.errors import SlzoError
+from slzo.models.adapters import PrefixSettings, prefix_parameters
+from slzo.zo.scopes.base import Scope, ScopeContext
+from slzo.zo.tuned import TunedTensors
+
+
+class PrefixTuning(Scope):
+    """Keys and values that every sequence sees before its tokens, in all layers (arXiv 2101.00190).
+
+    As in MeZO their first values are those of real tokens, here the beginning of a training prompt. MeZO has 5 tokens, eps 1e-1
+    and learning rates of 1e-2 and 1e-3 at 13B parameters. Export writes an adapter that peft loads: no weight can hold a prefix.
+
+    Args:
+        num_tokens: Length of the prefix, >= 1.
+    """
+
+    def __init__(self, num_tokens: int = 5) -> None:
+        if num_tokens < 1:
+            raise SlzoError(f"model.scope.num_tokens {num_tokens}: must be at least 1; MeZO has 5")
+        self.num_tokens = num_tokens
+
+    @property
+    def needs_layer(self) -> bool:
+        """See :class:`Scope`."""
+        return False
+
+    def adapter(self, context: ScopeContext) -> PrefixSettings:
+        """See :class:`Scope`.
+
+        Raises:
+            SlzoError: The model's attention cannot be extended.
+        """
+        if not context.split.packed:
+            raise SlzoError(
+                "model.scope PrefixTuning: needs packed batches, which this model or model.packed false rules out"
+            )
+        ids = [token for batch in context.prompts(16) for token in batch.input_ids[: batch.example_tokens[0]].tolist()]
+        if len(ids) < self.num_tokens:
+            raise SlzoError(
+                f"model.scope.num_tokens {self.num_tokens}: longer than the first prompt ({len(ids)} tokens)"
+            )
+        return PrefixSettings(tuple(ids[: self.num_tokens]), context.split.model.name_or_path or "")
+
+    def tensors(self, context: ScopeContext) -> TunedTensors:
+        """See :class:`Scope`."""
+        return TunedTensors(prefix_parameters(context.split.model))
+
+    def describe(self) -> str:
+        """See :class:`Scope`."""
+        return f"a prefix of {self.num_tokens} tokens in all layers"
