@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_step import EPS, LEARNING_RATE, pad_left, published_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from published_step import EPS, LEARNING_RATE, pad_left, published_step
 from slzo.data.encoding import EncodedExample, Encoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits

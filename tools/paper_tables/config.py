@@ -1,0 +1,282 @@
+"""The table config: methods, tasks and seeds, and the runs of slzo that they stand for."""
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from slzo.errors import SlzoError
+from slzo.tasks.registry import get_task
+
+_KEYS = ("configs", "seeds", "common", "tasks", "methods", "target_loss")
+_SET_HERE = re.compile(
+    r"config|seed_everything|data\.task|summary\..*|trainer\.logger.*|model\.optimizer\.(init_args\.)?lr"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: Its name.
+        command: ``fit``, or ``test`` for the untuned model.
+        options: slzo's options by name, as texts.
+        lrs: Learning rates to try on the first seed; ``test`` has none.
+    """
+
+    name: str
+    command: str
+    options: dict[str, str]
+    lrs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table config.
+
+    Attributes:
+        path: Its file.
+        configs: slzo's configs that every run is given.
+        common: Options of every run.
+        tasks: Options by task.
+        methods: The rows by name.
+        seeds: One run each; learning rates are chosen on the first.
+        target_losses: Dev loss by task; the table tells what each method takes to reach it.
+    """
+
+    path: Path
+    configs: tuple[Path, ...]
+    common: dict[str, str]
+    tasks: dict[str, dict[str, str]]
+    methods: dict[str, Method]
+    seeds: tuple[int, ...]
+    target_losses: dict[str, float] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, str]:
+        """What every cell of an output folder depends on; what a single one does is kept with it."""
+        configs = {f"configs {path.name}": _digest(path) for path in self.configs}
+        return {"kind": "reproduce_tables", **configs, **{f"common {k}": v for k, v in self.common.items()}}
+
+    def cell(self, method: str, task: str, seed: int, lr: float | None) -> "Cell":
+        """One run."""
+        row = self.methods[method]
+        options = {"data.task": task, **self.common, **self.tasks[task], **row.options, "seed_everything": str(seed)}
+        if lr is not None:
+            # the score before training is the same for all methods: a row of its own gives it once
+            options |= {"model.optimizer.lr": f"{lr:g}", "summary.test_before": "false"}
+        return Cell(method, task, seed, lr, row.command, tuple(f"--{k}={v}" for k, v in options.items()))
+
+    def grid(self, method: str, task: str) -> list["Cell"]:
+        """The runs on the first seed."""
+        return [self.cell(method, task, self.seeds[0], lr) for lr in self.methods[method].lrs or (None,)]
+
+    def seeds_of(self, method: str, task: str) -> tuple[int, ...]:
+        """The seeds of a method: held-out rows are the same for all of them, so the untuned model needs one.
+
+        Demonstrations before the prompts are drawn by seed.
+        """
+        row = self.methods[method]
+        options = {**self.common, **self.tasks[task], **row.options}
+        drawn = row.command == "fit" or options.get("data.num_demonstrations", "0") != "0"
+        return self.seeds if drawn else self.seeds[:1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of slzo.
+
+    Attributes:
+        method: Row of the table.
+        task: Column of the table.
+        seed: Of rows and directions.
+        lr: Learning rate, ``None`` without training.
+        command: ``fit`` or ``test``.
+        options: All options but the configs and the run's folder.
+    """
+
+    method: str
+    task: str
+    seed: int
+    lr: float | None
+    command: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.method}-{self.task}-seed-{self.seed}" + ("" if self.lr is None else f"-lr-{self.lr:g}")
+
+    def arguments(self, table: Table) -> list[str]:
+        """What slzo is called with."""
+        configs = [part for path in table.configs for part in ("--config", str(path))]
+        return [self.command, *configs, *self.options]
+
+
+def read_table(path: str | Path) -> Table:
+    """Read and check a table config.
+
+    Raises:
+        SlzoError: It is missing or wrong.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SlzoError(f"config {str(path)!r}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SlzoError(f"config {str(path)!r}: not YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict) or "methods" not in content:
+        raise SlzoError(
+            f"config {str(path)!r}: not a table config, it has no methods; see configs/tables for an example"
+        )
+    for key in content:
+        check_name(str(key), _KEYS, "config", "key")
+    common = _options(content.get("common"), "common")
+    tasks = {name: _options(value, f"tasks.{name}") for name, value in _named(content.get("tasks"), "tasks").items()}
+    for name in tasks:
+        get_task(name)
+    methods = {name: _method(name, value) for name, value in _named(content["methods"], "methods").items()}
+    seeds = content.get("seeds", [0])
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
+        raise SlzoError(f"seeds {seeds!r}: give a list of whole numbers of at least 0, like [0, 1, 2]")
+    targets = _targets(content.get("target_loss"), tasks)
+    configs = _configs(content.get("configs"), path)
+    return Table(path, configs, common, tasks, methods, tuple(dict.fromkeys(seeds)), targets)
+
+
+def _targets(value: Any, tasks: Iterable[str]) -> dict[str, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(0 < _number_of(loss) < math.inf for loss in value.values()):
+        raise SlzoError(f"target_loss {value!r}: give a dev loss above 0 by task, like sst2: 0.55")
+    for task in value:
+        check_name(str(task), tasks, "target_loss", "task of this table")
+    return {str(task): _number_of(loss) for task, loss in value.items()}
+
+
+def _configs(value: Any, table: Path) -> tuple[Path, ...]:
+    if not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
+        raise SlzoError(f"configs {value!r}: give a list of slzo's configs, like [../quickstart.yaml]")
+    paths = tuple(Path(os.path.relpath(table.parent / name)) for name in value)
+    for name, path in zip(value, paths, strict=True):
+        if not path.is_file():
+            raise SlzoError(f"configs {name!r}: no such file; paths are relative to the table config's folder")
+    return paths
+
+
+def _named(value: Any, option: str) -> dict[str, Any]:
+    """A mapping by name; a list of names stands for names without options."""
+    found = dict.fromkeys(value) if isinstance(value, list) else value
+    if not isinstance(found, dict) or not found:
+        raise SlzoError(f"{option} {value!r}: give at least one, by name")
+    for name in found:
+        if not re.fullmatch(r"[\w.+-]+", str(name)):
+            raise SlzoError(
+                f"{option} {name!r}: a name is made of letters, digits and _ . + -, since files are named so"
+            )
+    return {str(name): options for name, options in found.items()}
+
+
+def _options(value: Any, option: str) -> dict[str, str]:
+    if value is not None and not isinstance(value, dict):
+        raise SlzoError(f"{option} {value!r}: give options by name, like data.num_train: 1000")
+    for name in value or {}:
+        if _SET_HERE.fullmatch(str(name)):
+            raise SlzoError(f"{option}.{name}: set by this tool (from configs, tasks, seeds and lr); leave it out")
+    return {str(name): _text(item) for name, item in (value or {}).items()}
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _method(name: str, value: Any) -> Method:
+    given = dict(value) if isinstance(value, dict) else value
+    command, lr = (given.pop("command", "fit"), given.pop("lr", None)) if isinstance(given, dict) else ("fit", None)
+    option = f"methods.{name}"
+    if command not in ("fit", "test"):
+        raise SlzoError(f"{option}.command {command!r}: choose fit, or test for the untuned model")
+    if command == "test":
+        if lr is not None:
+            raise SlzoError(f"{option}.lr {lr!r}: nothing is trained with command test; leave it out")
+        return Method(name, command, _options(given, option), ())
+    given_lrs = lr if isinstance(lr, list) else [lr]
+    lrs = tuple(dict.fromkeys(_number_of(item) for item in given_lrs))
+    if not lrs or not all(0 < item < math.inf for item in lrs):
+        raise SlzoError(f"{option}.lr {lr!r}: give one learning rate above 0, or a list of them to choose from")
+    return Method(name, command, _options(given, option), lrs)
+
+
+def _number_of(value: Any) -> float:
+    """A number, not a number for anything else; PyYAML takes 1e-3 for a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def check_name(name: str, known: Iterable[str], option: str, what: str) -> None:
+    """Refuse a name that is not known, with the nearest one that is.
+
+    Raises:
+        SlzoError: It is not known.
+    """
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SlzoError(f"{option} {name!r}: unknown {what}; {hint}choose from {', '.join(known)}")
+
+
+def _digest(path: Path) -> str:
+    """Of a YAML file's content; comments do not count."""
+    content = json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def check_options(table: Table, methods: Sequence[str]) -> None:
+    """Let slzo parse the options of each method and of each task, before hours of work.
+
+    Raises:
+        SlzoError: It refuses some.
+    """
+    from slzo.cli import build
+
+    tasks = list(table.tasks)
+    pairs = [(method, tasks[0]) for method in methods] + [(methods[0], task) for task in tasks[1:]]
+    with _quiet_lightning(), warnings.catch_warnings():
+        # the options are not those of this process
+        warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+        for method, task in pairs:
+            try:
+                build(table.grid(method, task)[0].arguments(table)[1:], run=False)
+            except SlzoError as error:
+                raise SlzoError(f"method {method}, task {task}: {error}") from error
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without what Lightning says of each trainer that is built."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers += [logging.getLogger(f"{logger.name}.utilities.rank_zero") for logger in loggers]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,323 @@
+"""The tables: Markdown, CSV, JSON and a figure of what is finished."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from paper_tables.config import Table
+from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
+from slzo.tasks.registry import get_task
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method on a task: means over the seeds that were finished with the chosen learning rate.
+
+    Attributes:
+        method: Row.
+        task: Column.
+        metric: Name of the task's metric.
+        score: Its mean on held-out rows, 0 to 1.
+        score_se: Its standard error over seeds.
+        num_seeds: Seeds that were finished.
+        num_planned: Seeds that the table asks for.
+        num_diverged: Seeds that diverged.
+        lr: Chosen learning rate.
+        dev_loss: Mean of the lowest dev losses.
+        steps: Training steps.
+        evaluations: Evaluations of a training batch.
+        train_seconds: Seconds of training, the scoring of dev rows included.
+        peak_memory_gb: Largest memory in GiB.
+        tuned_parameters: Elements that are tuned.
+        layer: Dominant layer of the first seed.
+        target_evaluations: Evaluations until a validation found the task's target loss, if all seeds reach it.
+        target_seconds: Seconds until then, the scoring of dev rows included.
+    """
+
+    method: str
+    task: str
+    metric: str
+    score: float | None
+    score_se: float | None
+    num_seeds: int
+    num_planned: int
+    num_diverged: int
+    lr: float | None
+    dev_loss: float | None
+    steps: float | None
+    evaluations: float | None
+    train_seconds: float | None
+    peak_memory_gb: float | None
+    tuned_parameters: float | None
+    layer: int | None
+    target_evaluations: float | None
+    target_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Average:
+    """A method over all tasks; empty while one of them is missing, since an average of others is another figure.
+
+    Attributes:
+        method: Row.
+        score: Mean over the tasks.
+        score_se: Standard error, that of each task taken as independent.
+    """
+
+    method: str
+    score: float | None
+    score_se: float | None
+
+
+def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
+    """The figures of a method on a task."""
+    best = choose(table.grid(method, task), result)
+    seeds = table.seeds_of(method, task)
+    cells = [] if best is None else [table.cell(method, task, seed, best.lr) for seed in seeds]
+    found = [r for r in map(result, cells) if r is not None]
+    tried = list(map(result, table.grid(method, task)))
+    if best is None and None not in tried:  # every learning rate diverged
+        found = [r for r in tried[:1] if r is not None]
+    good = [r for r in found if r["state"] == FINISHED]
+
+    def mean(name: str) -> float | None:
+        return _mean([r[name] for r in good if r.get(name) is not None])
+
+    scores = [r["score"] for r in good]
+    reached = [_reached(r, table.target_losses.get(task)) for r in good]
+    return Entry(
+        method=method,
+        task=task,
+        metric=get_task(task).metric,
+        score=_mean(scores),
+        score_se=_standard_error(scores),
+        num_seeds=len(good),
+        num_planned=len(seeds),
+        num_diverged=len(found) - len(good),
+        lr=best.lr if best is not None and good else None,
+        dev_loss=mean("dev_loss"),
+        steps=mean("steps"),
+        evaluations=mean("evaluations"),
+        train_seconds=mean("train_seconds"),
+        peak_memory_gb=mean("peak_memory_gb"),
+        tuned_parameters=mean("tuned_parameters"),
+        layer=good[0].get("layer") if good else None,
+        target_evaluations=_mean_of_all([evaluations for evaluations, _ in reached]),
+        target_seconds=_mean_of_all([seconds for _, seconds in reached]),
+    )
+
+
+def _reached(result: Mapping[str, Any], target: float | None) -> tuple[float | None, float | None]:
+    """Evaluations and seconds until the first validation with a loss of at most the target."""
+    for point in result.get("dev_curve", []):
+        if target is not None and point["loss"] is not None and point["loss"] <= target:
+            return point["step"] * result["evaluations"] / result["steps"], point["seconds"]
+    return None, None
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean, if none is missing."""
+    found = [value for value in values if value is not None]
+    return _mean(found) if len(found) == len(values) else None
+
+
+def make_average(entries: Sequence[Entry]) -> Average:
+    """The average of one method's entries over all tasks."""
+    scores = [entry.score for entry in entries if entry.score is not None]
+    errors = [entry.score_se for entry in entries if entry.score_se is not None]
+    complete = len(scores) == len(entries)
+    error = math.hypot(*errors) / len(entries) if complete and len(errors) == len(entries) else None
+    return Average(entries[0].method, _mean(scores) if complete else None, error)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def write_tables(work: Work, command: str) -> None:
+    """Write table.md, table.csv, table.json and table.png from what is finished.
+
+    Args:
+        work: The cells.
+        command: The command that makes this table.
+    """
+    table, folder = work.table, work.folder
+    entries = [make_entry(table, method, task, work.result) for method in table.methods for task in table.tasks]
+    averages = [make_average([e for e in entries if e.method == method]) for method in table.methods]
+    results, failures = work.results(), work.failures()
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Entry)])
+        writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in asdict(entry).items()} for entry in entries)
+    content = {
+        "command": command,
+        "seeds": list(table.seeds),
+        "environments": _distinct([result["environment"] for result in results]),
+        "entries": [asdict(entry) for entry in entries],
+        "averages": [asdict(average) for average in averages],
+        "cells": results,
+        "failed": failures,
+    }
+    (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = markdown(table, entries, averages, results, failures, command)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    bar_chart(table, entries, averages).savefig(folder / "table.png", dpi=120)
+
+
+def _distinct(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({json.dumps(item, sort_keys=True): item for item in items}.values())
+
+
+def markdown(
+    table: Table,
+    entries: Sequence[Entry],
+    averages: Sequence[Average],
+    results: Sequence[Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]],
+    command: str,
+) -> str:
+    """The scores, what they cost, and how they were made."""
+    place = {(entry.method, entry.task): entry for entry in entries}
+    tasks = list(table.tasks)
+    lines = ["# Scores", "", _row(["method", *tasks, "average"]), _row(["---", *["---:"] * (len(tasks) + 1)])]
+    for average in averages:
+        scores = [_score(place[average.method, task]) for task in tasks]
+        lines.append(_row([average.method, *scores, _percent(average.score, average.score_se)]))
+    lines += ["", *_score_notes(table, entries), "", "# Costs", ""]
+    head = ["method", "task", "lr", "dev loss", "tuned", "layer", "steps", "evaluations", "seconds", "peak GiB"]
+    head += ["evaluations to target", "seconds to target"] if table.target_losses else []
+    lines += [_row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
+    for entry in entries:
+        figures = [
+            _number(entry.lr, "g"),
+            _number(entry.dev_loss, ".4f"),
+            _number(entry.tuned_parameters, ",.0f"),
+            _number(entry.layer, "d"),
+            _number(entry.steps, ",.0f"),
+            _number(entry.evaluations, ",.0f"),
+            _number(entry.train_seconds, ",.1f"),
+            _number(entry.peak_memory_gb, ".2f"),
+        ]
+        if table.target_losses:
+            figures += [_number(entry.target_evaluations, ",.0f"), _number(entry.target_seconds, ",.1f")]
+        lines.append(_row([entry.method, entry.task, *figures]))
+    lines += [
+        "",
+        f"Means over seeds. lr: of the grid the one with the lowest dev loss on seed {table.seeds[0]}. dev loss: the lowest of a "
+        "run. tuned: elements that are tuned. seconds: of training, with the scoring of dev rows, without profile and held-out "
+        "rows. peak GiB: of the accelerator, or of the whole process on a CPU; each run has a process of its own."
+        + _target_note(table),
+        "",
+        *_trouble(results, failures),
+        "# How this was made",
+        "",
+        f"    {command}",
+        "",
+    ]
+    common = ", ".join(f"{name} {value}" for name, value in table.common.items())
+    lines.append(
+        f"Configs: {', '.join(path.name for path in table.configs)}. Options of every run: {common or 'none'}."
+    )
+    lines += [f"Made with {_environment(item)}." for item in _distinct([result["environment"] for result in results])]
+    lines += ["", "One run of each method; table.json has the command of every run.", ""]
+    for method in table.methods:
+        mine = [result for result in results if result["method"] == method]
+        lines += [f"    {mine[-1]['command']}"] if mine else []
+    return "\n".join(lines) + "\n"
+
+
+def _target_note(table: Table) -> str:
+    if not table.target_losses:
+        return ""
+    targets = ", ".join(f"{loss:g} on {task}" for task, loss in table.target_losses.items())
+    return f" to target: until the first validation with a dev loss of at most {targets}; -: not on every seed."
+
+
+def _score_notes(table: Table, entries: Sequence[Entry]) -> list[str]:
+    metrics: dict[str, list[str]] = {}
+    for entry in entries[: len(table.tasks)]:
+        metrics.setdefault(entry.metric, []).append(entry.task)
+    names = "; ".join(f"{metric}: {', '.join(tasks)}" for metric, tasks in metrics.items())
+    seeds = ", ".join(map(str, table.seeds))
+    notes = [
+        f"Percent of held-out rows ({names}), the checkpoint with the lowest dev loss. Mean ± standard error over seeds {seeds}; "
+        "the untuned model gives the same answers with every seed and is scored once. -: not finished."
+    ]
+    if any(0 < entry.num_seeds < entry.num_planned for entry in entries):
+        notes.append("(n of m): so many of the seeds were finished and did not diverge.")
+    return notes
+
+
+def _trouble(results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"- {_title(item)} diverged: {item['reason']}" for item in results if item["state"] == DIVERGED]
+    lines += [f"- {_title(item)} failed: {item['reason']}" for item in failures]
+    return ["# Runs that did not end well", "", *lines, ""] if lines else []
+
+
+def _title(item: Mapping[str, Any]) -> str:
+    lr = "" if item["lr"] is None else f", lr {item['lr']:g}"
+    return f"{item['method']}, {item['task']}, seed {item['seed']}{lr}"
+
+
+def _environment(item: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {item[name]}" for name in ("slzo", "torch", "transformers", "lightning"))
+    return f"{versions}; {item['cores']} cores, OMP_NUM_THREADS {item['OMP_NUM_THREADS'] or 'not set'}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _score(entry: Entry) -> str:
+    if entry.score is None:
+        return "diverged" if entry.num_diverged else "-"
+    few = f" ({entry.num_seeds} of {entry.num_planned})" if entry.num_seeds < entry.num_planned else ""
+    return _percent(entry.score, entry.score_se) + few
+
+
+def _percent(score: float | None, error: float | None) -> str:
+    if score is None:
+        return "-"
+    return f"{100 * score:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def bar_chart(table: Table, entries: Sequence[Entry], averages: Sequence[Average]) -> Figure:
+    """Scores in groups by task, with standard errors; several tasks have a group for their average."""
+    groups = [*table.tasks, *(["average"] if len(table.tasks) > 1 else [])]
+    width = 0.85 / len(table.methods)
+    figure = Figure(figsize=(max(8.0, 2 + 0.25 * len(groups) * len(table.methods)), 5.5), layout="constrained")
+    axis = figure.add_subplot()
+    for number, method in enumerate(table.methods):
+        found = {e.task: (e.score, e.score_se) for e in entries if e.method == method}
+        found["average"] = next((a.score, a.score_se) for a in averages if a.method == method)
+        bars = [(place, *found[group]) for place, group in enumerate(groups) if found[group][0] is not None]
+        axis.bar(
+            [place + (number - (len(table.methods) - 1) / 2) * width for place, _, _ in bars],
+            [100 * (score or 0.0) for _, score, _ in bars],
+            width,
+            yerr=[math.nan if error is None else 100 * error for _, _, error in bars],
+            capsize=2,
+            label=method,
+            color=f"C{number % 10}",
+            hatch="//" if number >= 10 else None,  # matplotlib has ten colours
+        )
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set_ylabel("score in percent, ± standard error")
+    axis.grid(visible=True, axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=min(6, len(table.methods)), fontsize=8)
+    return figure

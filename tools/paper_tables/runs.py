@@ -1,0 +1,351 @@
+"""The runs of a table: each in a process of its own, its figures kept in a file of its own."""
+
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import slzo
+from paper_tables.config import Cell, Table
+from slzo.errors import SlzoError
+from slzo.experiments.store import CellStore
+from slzo.tasks.registry import get_task
+
+FINISHED, DIVERGED = "finished", "diverged"
+_WAIT_SECONDS = 2.0
+_GRACE_SECONDS = 10.0
+
+Lookup = Callable[[Cell], dict[str, Any] | None]
+"""A finished cell's figures, or ``None``."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        status: Exit status, negative for a signal.
+        peak_memory_gb: Largest memory of its process, if known.
+    """
+
+    status: int
+    peak_memory_gb: float | None = None
+
+
+class Runner(Protocol):
+    """Calls slzo with some arguments, all that it prints going to a file."""
+
+    def __call__(self, arguments: Sequence[str], log: Path) -> Ended:
+        """Run to the end."""
+
+
+def run_process(arguments: Sequence[str], log: Path) -> Ended:
+    """Run slzo in a process of its own, so that memory and seconds are those of the run."""
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "slzo", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait it tells this child's memory
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return Ended(process.returncode, usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20))
+
+
+def failure(status: int, log: Path) -> str:
+    """In one line why a run failed."""
+    if status < 0:
+        return f"killed by signal {-status}" + (", out of memory perhaps" if status == -9 else "")
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("slzo: error: ") for line in lines if line.startswith("slzo: error: ")]
+    return (errors or lines or [f"exit status {status}"])[-1]
+
+
+def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
+    """The figures that a run left in its folder.
+
+    Raises:
+        SlzoError: Some are missing.
+    """
+    metric = get_task(cell.task).metric
+    if cell.command == "test":
+        scores = {k.removeprefix("test/"): v[-1].value for k, v in _events(folder).items() if k.startswith("test/")}
+        if metric not in scores:
+            raise SlzoError("the run logged no score of held-out rows")
+        memory = None if _uses_accelerator() else ended.peak_memory_gb
+        return {"state": FINISHED, "score": scores[metric], "scores": scores, "peak_memory_gb": memory}
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SlzoError("the run wrote no summary.json") from error
+    events = _events(folder).get("val/loss", [])
+    if not events:
+        raise SlzoError("no validation took place before the end; lower trainer.val_check_interval")
+    finite = [event.value for event in events if math.isfinite(event.value)]
+    same = ("steps", "evaluations", "skipped_steps", "train_seconds", "peak_memory_gb", "tuned_parameters")
+    return {
+        "state": FINISHED if finite else DIVERGED,
+        "reason": "" if finite else "no validation gave a finite dev loss",
+        "score": summary["score_after"],
+        "scores": summary["scores_after"],
+        "dev_loss": min(finite) if finite else None,
+        "dev_curve": _curve(events, summary["train_seconds"]),
+        **{name: summary[name] for name in same},
+        "layer": summary["dominant_layer"],
+        "scope": summary["scope"],
+        "estimator": summary["estimator"],
+        "optimizer": summary["optimizer"],
+        "eps": summary["eps"],
+        "best_checkpoint": Path(summary["best_checkpoint"] or "").name,
+    }
+
+
+def _events(folder: Path) -> dict[str, list[Any]]:
+    """All curves of a run, from its TensorBoard events: each point has a value, a step and a wall time."""
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def _curve(events: Sequence[Any], train_seconds: float) -> list[dict[str, float | None]]:
+    """Dev losses over steps and seconds; the last of them marks the end of the training."""
+    end = events[-1].wall_time
+    return [
+        {
+            "step": event.step + 1,  # Lightning counts the logged step from 0
+            "seconds": round(max(0.0, train_seconds - (end - event.wall_time)), 2),
+            "loss": event.value if math.isfinite(event.value) else None,
+        }
+        for event in events
+    ]
+
+
+def _uses_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on besides the options."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"slzo": slzo.__version__, **versions, "cores": cores, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
+
+
+class Work:
+    """The cells of a table in an output folder.
+
+    Args:
+        table: What is to be done.
+        output: The folder.
+        runner: Calls slzo.
+        keep_checkpoints: Keep the checkpoints of finished cells.
+
+    Raises:
+        SlzoError: The folder holds results of another table, or other files.
+    """
+
+    def __init__(
+        self, table: Table, output: str | Path, runner: Runner = run_process, keep_checkpoints: bool = False
+    ) -> None:
+        self.table = table
+        try:
+            self.store = CellStore(output, table.settings())
+        except OSError as error:
+            raise SlzoError(
+                f"output {str(output)!r}: cannot be written ({error.strerror}); give another folder"
+            ) from error
+        self.folder = self.store.folder
+        self.runner = runner
+        self.keep_checkpoints = keep_checkpoints
+        self._failed_now: set[str] = set()
+        self._check_cells()
+
+    def _check_cells(self) -> None:
+        """Refuse results of a method or task whose options have changed since."""
+        for method, row in self.table.methods.items():
+            for task in self.table.tasks:
+                for seed in self.table.seeds:
+                    for lr in row.lrs or (None,):
+                        self.result(self.table.cell(method, task, seed, lr))
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell's figures.
+
+        Raises:
+            SlzoError: They are of other options.
+        """
+        found: dict[str, Any] | None = self.store.result(cell.name)
+        if found is not None and found["options"] != list(cell.options):
+            old = " ".join(option for option in found["options"] if option not in cell.options)
+            new = " ".join(option for option in cell.options if option not in found["options"])
+            raise SlzoError(
+                f"output {str(self.folder)!r}: cell {cell.name} was run with other options ({old or 'none'} -> "
+                f"{new or 'none'}); give another folder or the same options"
+            )
+        return found
+
+    def pending(self, methods: Sequence[str]) -> list[Cell]:
+        """Cells that can be worked on now: the grid, and other seeds where the learning rate is chosen."""
+        cells = []
+        for method in methods:
+            for task in self.table.tasks:
+                grid = self.table.grid(method, task)
+                left = [cell for cell in grid if self.result(cell) is None and cell.name not in self._failed_now]
+                if not left and (best := choose(grid, self.result)) is not None:
+                    seeds = self.table.seeds_of(method, task)[1:]
+                    left = [self.table.cell(method, task, seed, best.lr) for seed in seeds]
+                    left = [cell for cell in left if self.result(cell) is None and cell.name not in self._failed_now]
+                cells += left
+        return cells
+
+    def run(self, methods: Sequence[str]) -> bool:
+        """Work until every cell of some methods is finished or has failed; returns whether none has failed here."""
+        total = sum(
+            len(self.table.grid(m, t)) + len(self.table.seeds_of(m, t)) - 1 for m in methods for t in self.table.tasks
+        )
+        print(f"{total} cells in {self.folder}, {total - self._num_left(methods)} finished before", flush=True)
+        while cells := self.pending(methods):
+            if not any(self._claim(cell, methods) for cell in cells):
+                time.sleep(_WAIT_SECONDS)  # other processes are at all of them
+        return not self._failed_now
+
+    def _claim(self, cell: Cell, methods: Sequence[str]) -> bool:
+        with self.store.claim(cell.name) as mine:
+            if mine:
+                print(f"{cell.name} ...", flush=True)
+                started = time.monotonic()
+                words = self._work(cell)
+                print(f"  {words} ({_duration(time.monotonic() - started)}; {self._left(methods)})", flush=True)
+        return mine
+
+    def _work(self, cell: Cell) -> str:
+        """Run a cell and save its figures or why it failed; returns either in a few words."""
+        folder = self.folder / "runs" / cell.name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        folder.mkdir(parents=True)
+        log = folder / "log.txt"
+        arguments = [*cell.arguments(self.table), "--trainer.enable_progress_bar=false"]
+        arguments.append(f"--trainer.logger.init_args.save_dir={folder}")
+        command = shlex.join(["python", "-m", "slzo", *arguments])
+        identity = {"method": cell.method, "task": cell.task, "seed": cell.seed, "lr": cell.lr}
+        identity |= {"metric": get_task(cell.task).metric, "command": command, "options": list(cell.options)}
+        started = time.monotonic()
+        ended = self.runner(arguments, log)
+        figures: dict[str, Any] = {"wall_seconds": round(time.monotonic() - started, 2), "environment": environment()}
+        failed = self.folder / "failed" / f"{cell.name}.json"
+        reason = "" if ended.status == 0 else failure(ended.status, log)
+        if reason.startswith("training diverged"):
+            figures |= {"state": DIVERGED, "reason": reason}
+        elif not reason:
+            try:
+                figures |= read_run(cell, folder / "version_0", ended)
+            except SlzoError as error:
+                reason = str(error)
+        if "state" not in figures:
+            self._failed_now.add(cell.name)
+            failed.parent.mkdir(exist_ok=True)
+            failed.write_text(
+                json.dumps({**identity, "reason": reason, "log": str(log)}, indent=2) + "\n", encoding="utf-8"
+            )
+            return f"failed: {reason}"
+        if not self.keep_checkpoints:
+            shutil.rmtree(folder / "version_0" / "checkpoints", ignore_errors=True)
+        self.store.save(cell.name, identity | figures)
+        failed.unlink(missing_ok=True)
+        return _headline(identity | figures)
+
+    def _num_left(self, methods: Sequence[str]) -> int:
+        return sum(self._left_by_row(methods).values())
+
+    def _left_by_row(self, methods: Sequence[str]) -> dict[tuple[str, str], int]:
+        """Cells left by method and task, those of other seeds counted before their learning rate is known."""
+        left = {}
+        open_cells = {(c.method, c.task, c.seed, c.lr) for c in self.pending(methods)}
+        for method in methods:
+            for task in self.table.tasks:
+                mine = [key for key in open_cells if key[:2] == (method, task)]
+                of_grid = [key for key in mine if key[2] == self.table.seeds[0]]
+                others = len(self.table.seeds_of(method, task)) - 1 if of_grid else 0
+                left[method, task] = len(mine) + others
+        return left
+
+    def _left(self, methods: Sequence[str]) -> str:
+        """How many cells are left, and how long they may take at the pace of their like."""
+        left = self._left_by_row(methods)
+        count = sum(left.values())
+        if not count:
+            return "done"
+        words = f"{count} {'cell' if count == 1 else 'cells'} left"
+        spent: dict[tuple[str, str], list[float]] = {}
+        for result in self.results():
+            spent.setdefault((result["method"], result["task"]), []).append(result["wall_seconds"])
+        seconds = 0.0
+        for (method, task), number in left.items():
+            like = spent.get((method, task)) or [s for key, part in spent.items() if key[0] == method for s in part]
+            like = like or [s for key, part in spent.items() if key[1] == task for s in part]
+            like = like or [s for part in spent.values() for s in part]
+            if not like:
+                return words
+            seconds += number * statistics.fmean(like)
+        return f"{words}, about {_duration(seconds)}"
+
+    def results(self) -> list[dict[str, Any]]:
+        """Figures of all finished cells that the table knows, the grid's included."""
+        found = []
+        for method, row in self.table.methods.items():
+            for task in self.table.tasks:
+                for seed in self.table.seeds:
+                    cells = [self.table.cell(method, task, seed, lr) for lr in row.lrs or (None,)]
+                    found += [result for cell in cells if (result := self.result(cell)) is not None]
+        return found
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Cells that failed and have not been finished since."""
+        found = []
+        for path in sorted((self.folder / "failed").glob("*.json")):
+            failed = json.loads(path.read_text(encoding="utf-8"))
+            if failed["method"] in self.table.methods and failed["task"] in self.table.tasks:
+                found.append(failed)
+        return found
+
+
+def choose(grid: Sequence[Cell], result: Lookup) -> Cell | None:
+    """The cell with the lowest dev loss among finished ones; the only one if there is no choice."""
+    if len(grid) == 1:
+        return grid[0]
+    found = [(cell, result(cell)) for cell in grid]
+    losses = {cell.name: r["dev_loss"] for cell, r in found if r is not None and r["state"] == FINISHED}
+    return min((cell for cell in grid if cell.name in losses), key=lambda cell: losses[cell.name], default=None)
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    if result["state"] == DIVERGED:
+        return f"diverged: {result['reason']}"
+    loss = "" if result.get("dev_loss") is None else f"dev loss {result['dev_loss']:.4f}, "
+    return f"{loss}{result['metric']} {result['score']:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,125 @@
+"""Runs methods on tasks with several seeds, each run in a process of its own, and makes tables of them as in the paper.
+
+    python tools/reproduce_tables.py --config configs/tables/smollm2.yaml
+    python tools/reproduce_tables.py --config configs/tables/smollm2.yaml --only zero-shot dominant-ft
+    python tools/reproduce_tables.py --config configs/tables/smollm2.yaml --report
+
+A table config is a YAML file of these keys; options are those of ``slzo fit``, written without the dashes:
+
+    configs: [../quickstart.yaml]            # given to slzo with --config; relative to the table config
+    seeds: [0, 1, 2]
+    common: {data.num_train: 1000}           # options of every run
+    tasks:
+      sst2:
+      cb: {data.num_dev: 100}                # options of this task
+    methods:
+      zero-shot: {command: test}             # scores the untuned model
+      mezo:                                  # options of this method; they win over those of the task and the common ones
+        model.scope: AllParameters
+        lr: [1.0e-7, 1.0e-6]                 # grid, or one number
+    target_loss: {sst2: 0.55}                # optional: what does each method take to reach this dev loss?
+
+The grid is run on the first seed; the learning rate with the lowest dev loss there is used on the other seeds. To compare at
+equal time instead of equal steps give ``trainer.max_time: {seconds: 600}``, ``trainer.max_steps: -1`` and, so that slow methods
+are validated as often, ``trainer.val_check_interval: {seconds: 60}``.
+
+The output folder holds table.md, table.csv, table.json and table.png, ``cells`` (a finished run's figures each), ``failed`` (the
+reasons of runs that failed) and ``runs`` (logs and run folders). The same command goes on where it stopped. Finished cells are
+not run again; failed ones are, since what they lacked may have been put right. A run that was interrupted begins anew, so that
+its seconds and memory are those of a whole run. Several terminals may share the work out by giving the same command.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from paper_tables.config import check_name, check_options, read_table
+from paper_tables.report import write_tables
+from paper_tables.runs import Runner, Work, run_process
+from slzo.errors import SlzoError
+
+INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn the message into one line.
+
+        Raises:
+            SlzoError: Always.
+        """
+        raise SlzoError(f"{message} (see --help)")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        SlzoError: It is wrong.
+    """
+    parser = _Parser(prog="reproduce_tables", description="Runs methods x tasks x seeds and makes the paper's tables.")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="table config, see configs/tables and configs/paper"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder of the results; left out, tables/ and the config's name"
+    )
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="run these methods only; the tables still show all")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, only rewrite the tables from finished cells"
+    )
+    parser.add_argument(
+        "--keep_checkpoints",
+        action="store_true",
+        help="keep the checkpoints of finished cells; those of full tuning hold the whole model in float32, two a cell",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int:
+    """Run; 1 if runs failed, 2 after a mistake that the user can mend, 130 after Ctrl-C.
+
+    Args:
+        argv: Options; left out, those of the process.
+        runner: Calls slzo.
+    """
+    try:
+        return _main(parse(argv), runner)
+    except SlzoError as error:
+        print(f"reproduce_tables: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(options: argparse.Namespace, runner: Runner) -> int:
+    table = read_table(options.config)
+    methods = list(dict.fromkeys(options.only or table.methods))
+    for method in methods:
+        check_name(method, table.methods, "only", "method")
+    output = Path(options.output or Path("tables") / table.path.stem)
+    if options.report and not (output / "cells").is_dir():
+        raise SlzoError(f"output {str(output)!r}: holds no results to report; run without --report first")
+    work = Work(table, output, runner, options.keep_checkpoints)
+    command = (
+        f"python tools/reproduce_tables.py --config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
+    )
+    status = 0
+    if not options.report:
+        try:
+            check_options(table, methods)
+            status = 0 if work.run(methods) else 1
+        except KeyboardInterrupt:
+            print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)
+            status = INTERRUPTED
+    write_tables(work, command)
+    print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
+    print(f"Files      {work.folder}/table.md, .csv, .json, .png")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
