@@ -20,6 +20,13 @@ TOOLS = Path(__file__).parents[1] / "tools"
 LAYER = 1
 
 
+@pytest.fixture(autouse=True)
+def _same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tool():
     sys.path.insert(0, str(TOOLS))  # as for a script that is run from there
@@ -57,7 +64,6 @@ def test_published_losses_equal_ours(tool, kind, answers):
 
 
 def test_the_tool_prints_a_table_and_writes_json(tool, model_dir, data_dir, tmp_path, capsys):
-    threads = torch.get_num_threads()
     target = tmp_path / "out.json"
     options = [
         "--task",
@@ -71,10 +77,7 @@ def test_the_tool_prints_a_table_and_writes_json(tool, model_dir, data_dir, tmp_
         "--batches",
         "2",
     ]
-    try:
-        tool.main([*options, "--batch_size", "4", "--no_memory", "--ablations", "--json", str(target)])
-    finally:
-        torch.set_num_threads(threads)
+    tool.main([*options, "--batch_size", "4", "--no_memory", "--ablations", "--json", str(target)])
     output = capsys.readouterr().out
     assert "mezo-layer" in output
     result = json.loads(target.read_text())
@@ -84,3 +87,12 @@ def test_the_tool_prints_a_table_and_writes_json(tool, model_dir, data_dir, tmp_
     assert {"mezo", "mezo-layer", "forward2", "slzo", "slzo-cold"} <= set(result["variants"])
     assert all(len(v["seconds"]) == 2 and v["median_s"] > 0 for v in result["variants"].values())
     assert set(result["breakdown_s"]) == {"data", "prefix", "perturb", "suffix", "head", "update"}
+
+
+def test_bad_options_give_one_line(tool, model_dir, tmp_path, capsys):
+    for options, expected in (
+        (["--task", "sst9"], "data.task 'sst9': unknown task"),
+        (["--task", "sst2", "--data_dir", str(tmp_path)], "data.data_dir"),
+    ):
+        assert tool.main(["--model", str(model_dir), *options]) == 2
+        assert capsys.readouterr().err.startswith(f"benchmark_step: error: {expected}")

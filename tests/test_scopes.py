@@ -182,6 +182,11 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     torch.testing.assert_close(part.tangent(part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_the_subspace_of_some_modules_only():
+    tuned, _ = make(ActivationSubspace(4, target_modules=["down_proj", "up_proj"]), tiny_model())
+    assert [name.split(".")[-2] for name, _ in tuned.items()] == ["up_proj", "down_proj"]
+
+
 def test_the_subspace_spans_the_inputs():
     """Inputs made from few directions lie in the subspace of that rank."""
     generator = torch.Generator().manual_seed(0)
@@ -352,6 +357,14 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
         (
             lambda: make(ActivationSubspace(33, 16), tiny_model()),
             r"rank 33: the inputs of .* span at most 32 directions",
+        ),
+        (
+            lambda: make(ActivationSubspace(4, target_modules=["up"]), tiny_model()),
+            r"target_modules 'up': layer 2 has no such linear map; choose from q_proj, k_proj",
+        ),
+        (
+            lambda: make(ActivationSubspace(4, target_modules=[]), tiny_model()),
+            r"target_modules \[\]: give at least one",
         ),
         (lambda: make(LoRA(4, target_modules=["nope"]), tiny_model()), r"model\.scope LoRA: .*nope.*target_modules"),
         (lambda: make(LoRA(0), tiny_model()), r"model\.scope LoRA: .*model\.scope\.rank"),

@@ -33,6 +33,7 @@ from published_step import EPS, LEARNING_RATE, pad_left, published_step
 from slzo.data.encoding import EncodedExample, Encoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits
+from slzo.errors import SlzoError
 from slzo.evaluation.scoring import LossKind, needs_full_logits, training_loss
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.packing import PackedBatch, pack
@@ -393,19 +394,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the comparison."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison; 2 after a mistake that the user can mend."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for all variants alike
-    if args.memory_of:
-        print(memory_of(args))
-        return
-    memory = {} if args.no_memory else measure_memory(args)
-    result = report(args, compare(args), memory)
+    try:
+        load_rows(args)  # before minutes of work, and before processes that measure memory
+        if args.memory_of:
+            print(memory_of(args))
+            return 0
+        memory = {} if args.no_memory else measure_memory(args)
+        result = report(args, compare(args), memory)
+    except SlzoError as error:
+        print(f"benchmark_step: error: {error}", file=sys.stderr)
+        return 2
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -53,6 +53,11 @@ class Linear:
         return isinstance(self.module, Conv1D)
 
     @property
+    def short_name(self) -> str:
+        """The last part of its module's path, like ``down_proj``."""
+        return self.name.split(".")[-2]
+
+    @property
     def weight(self) -> Tensor:
         """The weight."""
         return self.module.weight  # type: ignore[return-value]
