@@ -30,7 +30,7 @@ from slzo.runtime import peak_memory_gb
 from slzo.tasks.base import Example
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Point, Request
 from slzo.zo.estimators.base import Loss, check_settings
-from slzo.zo.objective import BatchLoss, Objective, Span
+from slzo.zo.objective import BatchLoss, Objective, Span, check_shares, mean_losses
 from slzo.zo.optim import check_optimizer, state_copies
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
@@ -587,7 +587,8 @@ class ZOModule(LightningModule):
         """What tuning takes beside the model, in MiB: masters, directions and gradients, optimizer state, the cache at most."""
         assert self.tuned is not None
         masters = 4 * self.tuned.num_elements
-        held = masters * self.queries_at_once if masters <= self.tuned.hold_bytes else masters
+        at_once = self.estimator.directions_at_once(self.num_queries, self.queries_at_once)
+        held = masters * at_once if masters <= self.tuned.hold_bytes else masters
         sizes = {
             "masters": masters,
             "directions and gradient": held,
@@ -608,12 +609,16 @@ class _GenerationLoss:
 
     def at(self, points: Sequence[Point]) -> Tensor:
         """See :class:`slzo.zo.estimators.base.Loss`."""
+        rows = self.batch.rows
+        check_shares(points, len(rows))
         sums = []
         for point in points:
+            number, parts = point.share
             self.tuned.write(point.direction, point.scale)
-            sums.append(self.evaluator.missing_f1(self.batch.rows))
-        totals = self.reduce(stack(sums))
-        return totals[0] / totals[1]
+            sums.append(
+                self.evaluator.missing_f1(rows[len(rows) * number // parts : len(rows) * (number + 1) // parts])
+            )
+        return mean_losses(self.reduce(stack(sums)), points)
 
     def gradient(self) -> tuple[float, Direction]:
         """A generated answer has no gradient."""

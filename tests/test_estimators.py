@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from slzo.evaluation.scoring import LossKind
 from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Request
+from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, Share
 from slzo.zo.objective import BatchLoss, Objective, Span
 from slzo.zo.scopes import AllParameters, ScopeContext
 from slzo.zo.tuned import TunedTensors
@@ -292,3 +294,71 @@ def test_an_op_without_forward_derivative_is_named(examples, monkeypatch):
 def test_bad_arguments(make, message):
     with pytest.raises(SlzoError, match=message):
         make()
+
+
+def shared_losses(tuned, loss, parts, eps=1e-2):
+    """Losses of each share at + eps z and - eps z of its own direction, shape (2, parts)."""
+    directions = [tuned.draw(0, 0, query) for query in range(parts)]
+    points = [Point(z, sign * eps, Share(n, parts)) for sign in (1, -1) for n, z in enumerate(directions)]
+    return loss.at(points).view(2, -1), directions
+
+
+@pytest.mark.parametrize("scope", [None, all_parameters], ids=["layer", "all"])
+@pytest.mark.parametrize("kind", [LossKind.CANDIDATES, LossKind.ANSWER, LossKind.ERRORS])
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("one_token", [True, False])
+def test_shares_are_the_losses_of_their_rows(scope, kind, paired, one_token, examples):
+    """Three shares of seven or four examples against batches of these examples alone, at the same weights."""
+    examples = examples[:4] if one_token else examples
+    if kind is LossKind.ANSWER:
+        examples = [replace(e, sequences=(e.sequences[e.gold[0]],), gold=(0,)) for e in examples]
+    _, tuned, loss = model_loss(examples, "llama", scope)
+    right = torch.arange(sum(len(e.sequences) for e in examples)) % 2 == 0 if kind is LossKind.ERRORS else None
+    loss.objective.paired = paired
+    loss = replace(loss, kind=kind, right=right)
+    found, directions = shared_losses(tuned, loss, 3)
+    bounds = [0, len(examples) // 3, len(examples) * 2 // 3, len(examples)]
+    sizes = [sum(len(e.sequences) for e in examples[a:b]) for a, b in pairwise(bounds)]
+    rights = [None] * 3 if right is None else right.split(sizes)
+    weights, expected = [], []
+    for direction, (first, stop), part_right in zip(directions, pairwise(bounds), rights, strict=True):
+        batch = pack(examples[first:stop])
+        hidden = loss.objective.prefix(batch)
+        for sign in (1, -1):
+            tuned.write(direction, sign * 1e-2)
+            total, weight = loss.objective.loss(batch, hidden, kind, part_right)
+            weights.append(weight)
+            expected.append(total)
+    weight = torch.stack(weights)[::2].sum()
+    torch.testing.assert_close(found, torch.stack(expected).view(3, 2).T * 3 / weight, rtol=1e-5, atol=1e-6)
+
+
+def test_split_rows_has_the_bias_and_the_variance_of_its_parts(examples):
+    """g = sum of h_i, what the i-th rows add to it; E|z z'h - h|^2 = (d + 1) |h|^2 for Gaussian z, and parts are independent."""
+    model, tuned, loss = model_loss(examples)
+    steps, parts = 200, [examples[0:1], examples[1:3], examples[3:5], examples[5:7]]
+
+    def gradient(rows):
+        found = autograd_gradient(model, rows, tuned.names)
+        return torch.cat([found[name].flatten() for name in tuned.names])
+
+    shares = [gradient(rows) * len(rows) / len(examples) for rows in parts]
+    true = gradient(examples)
+    torch.testing.assert_close(sum(shares), true, rtol=1e-4, atol=1e-6)
+    error, mean = 0.0, torch.zeros_like(true)
+    for step in range(steps):
+        result = SPSA(split_rows=True).estimate(Request(tuned, loss, 0, step, eps=1e-3, num_queries=4))
+        assert result.num_evaluations == 2
+        assert len(result.projected_grad) == 4
+        got = torch.cat([m.grad.flatten() for m in tuned.masters])
+        error += float((got - true).square().sum()) / steps
+        mean += got / steps
+    expected = (tuned.num_elements + 1) * sum(float(h.square().sum()) for h in shares)
+    assert error == pytest.approx(expected, rel=0.2)
+    assert float((mean - true).square().sum()) == pytest.approx(error / steps, rel=0.3)
+
+
+def test_more_queries_than_rows_are_refused(examples):
+    _, tuned, loss = model_loss(examples)
+    with pytest.raises(SlzoError, match=r"model\.num_queries 8: .*split_rows.* has 7 of the batch; lower it or raise"):
+        SPSA(split_rows=True).estimate(Request(tuned, loss, 0, 0, num_queries=8))

@@ -6,7 +6,7 @@ sequence of a group, ``B`` examples, ``C`` candidates, ``U`` positions whose log
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
@@ -139,6 +139,36 @@ class PackedBatch(TokenBatch):
                     sequences.append(positions[:real])
         layout = build_layout(sequences, len(kept), grouped=True).to(self.input_ids.device)
         return TokenBatch(self.input_ids[kept], self.position_ids[kept], layout)
+
+    def split(self, parts: int) -> tuple["PackedBatch", ...]:
+        """Cut the batch into parts of nearly the same number of examples, at least one, in order."""
+        if parts == 1:
+            return (self,)
+        bounds = [self.num_examples * part // parts for part in range(parts + 1)]
+        examples = [range(first, stop) for first, stop in pairwise(bounds)]
+        tokens = [0, *accumulate(sum(self.example_tokens[n] for n in numbers) for numbers in examples)]
+        # everything is in the order of the examples, so that a part of it is a slice
+        candidates = torch.searchsorted(self.candidate_example, torch.tensor(bounds, device=self.gold.device)).tolist()
+        answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates, device=self.gold.device)).tolist()
+        rows = torch.searchsorted(self.rows, torch.tensor(tokens, device=self.gold.device)).tolist()
+        return tuple(
+            replace(
+                self,
+                **vars(self.select(numbers)),
+                example_index=self.example_index[numbers.start : numbers.stop],
+                example_tokens=self.example_tokens[numbers.start : numbers.stop],
+                rows=self.rows[rows[n] : rows[n + 1]] - tokens[n],
+                token_row=self.token_row[answers[n] : answers[n + 1]] - rows[n],
+                token_id=self.token_id[answers[n] : answers[n + 1]],
+                token_candidate=self.token_candidate[answers[n] : answers[n + 1]] - candidates[n],
+                candidate_length=self.candidate_length[candidates[n] : candidates[n + 1]],
+                candidate_example=self.candidate_example[candidates[n] : candidates[n + 1]] - numbers.start,
+                candidate_slot=self.candidate_slot[candidates[n] : candidates[n + 1]],
+                gold=self.gold[numbers.start : numbers.stop],
+                token_choice=None if self.token_choice is None else self.token_choice[answers[n] : answers[n + 1]],
+            )
+            for n, numbers in enumerate(examples)
+        )
 
     @property
     def num_examples(self) -> int:

@@ -126,19 +126,28 @@ class Objective:
             batch: The batch.
             hidden: What :meth:`prefix` returned for it.
             tuned: Writes each point into the live weights; they stay at the last one.
-            points: Where to evaluate.
+            points: Where to evaluate, and on which shares of the batch (see :class:`slzo.zo.estimators.base.Loss`).
             kind: The loss.
             right: Whether each candidate is right, shape (C,), bool; needed for ``LossKind.ERRORS`` only.
 
         Returns:
-            Shape (2, P), float32: totals and what to divide them by.
+            Shape (2, P), float32: totals and what to divide them by, of each point's rows.
         """
-        if self._pairs(batch, len(points)):
-            return self._paired_losses(batch, hidden, tuned, points, kind, right)
+        parts = batch.split(points[0].share.of)
+        copies = [points[start : start + len(parts)] for start in range(0, len(points), len(parts))]
+        inner = self.span.inside and self.span.stop < self.split.num_layers
+        if inner and self._pairs(batch, len(copies)):
+            return self._joined_losses(batch, parts, hidden, tuned, copies, kind, right)
+        if inner and len(parts) > 1:
+            joined = [self._joined_losses(batch, parts, hidden, tuned, [copy], kind, right) for copy in copies]
+            return torch.cat(joined, dim=1)
+        inputs = _divide(hidden, [part.num_tokens for part in parts])
+        known = _divide(right, [part.candidate_length.numel() for part in parts])
         sums = []
         for point in points:
+            number = point.share.number
             tuned.write(point.direction, point.scale)
-            sums.append(self.loss(batch, hidden, kind, right))
+            sums.append(self.loss(parts[number], inputs[number], kind, known[number]))
         return stack(sums)
 
     def _states(self, batch: PackedBatch, hidden: Tensor | None) -> Tensor:
@@ -149,36 +158,70 @@ class Objective:
     def _selects(self, kind: LossKind, batch: PackedBatch) -> bool:
         return self.candidate_rows and not needs_full_logits(kind, batch)
 
-    def _pairs(self, batch: PackedBatch, num_points: int) -> bool:
-        if num_points == 1 or not self.span.inside or self.span.stop == self.split.num_layers:
+    def _pairs(self, batch: PackedBatch, num_copies: int) -> bool:
+        if num_copies == 1:
             return False
         if self.paired is not None:
             return self.paired
         return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
 
-    def _paired_losses(
+    def _joined_losses(
         self,
         batch: PackedBatch,
+        parts: Sequence[PackedBatch],
         hidden: Tensor | None,
         tuned: TunedTensors,
-        points: Sequence[Point],
+        copies: Sequence[Sequence[Point]],
         kind: LossKind,
         right: Tensor | None,
     ) -> Tensor:
-        """The same with one run of the layers above the tuned ones, over all points' copies of the batch."""
+        """The same with one run of the layers above the tuned ones.
+
+        It is over as many copies of the batch as there are points for each part of it.
+        """
+        inputs = _divide(hidden, [part.num_tokens for part in parts])
         outputs = []
-        for point in points:
+        for point in (point for copy in copies for point in copy):
+            number = point.share.number
             tuned.write(point.direction, point.scale)
-            outputs.append(self.split.run(batch, self.span.start, self.span.stop, hidden))
-        copies = batch.repeat(len(points))
-        final = self.split.run(copies, self.span.stop, self.split.num_layers, torch.cat(outputs))
+            outputs.append(self.split.run(parts[number], self.span.start, self.span.stop, inputs[number]))
+        repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
+        final = self.split.run(repeated, self.span.stop, self.split.num_layers, torch.cat(outputs))
         selected = self._selects(kind, batch)
         token_ids = batch.choice_ids if selected else None
+        known = _divide(right, [part.candidate_length.numel() for part in parts])
+        rows = [part.rows.numel() for part in parts]
         sums = []
         for states in final.split(batch.num_tokens):
-            logits = self.split.head(states.index_select(0, batch.rows), token_ids)
-            sums.append(training_loss(kind, logits, batch, selected, right))
+            logits = self.split.head(states.index_select(0, batch.rows), token_ids).split(rows)
+            for part, part_logits, part_right in zip(parts, logits, known, strict=True):
+                sums.append(training_loss(kind, part_logits, part, selected, part_right))
         return stack(sums)
+
+
+def _divide(tensor: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if tensor is None else tensor.split(list(sizes))
+
+
+def check_shares(points: Sequence[Point], num_rows: int) -> None:
+    """Refuse more shares than rows.
+
+    Raises:
+        SlzoError: There are more.
+    """
+    parts = points[0].share.of
+    if parts > num_rows:
+        raise SlzoError(
+            f"model.num_queries {parts}: with model.estimator.split_rows each query takes rows of its own, and this process has "
+            f"{num_rows} of the batch; lower it or raise data.batch_size"
+        )
+
+
+def mean_losses(sums: Tensor, points: Sequence[Point]) -> Tensor:
+    """Losses from what :meth:`Objective.losses` returns, shape (P,); those of shares as :class:`Loss` wants them."""
+    parts = points[0].share.of
+    weights = sums[1].view(-1, parts).sum(dim=1, keepdim=True).expand(-1, parts).reshape(-1)
+    return sums[0] * parts / weights
 
 
 def _over_one_process(sums: Tensor) -> Tensor:
@@ -208,8 +251,9 @@ class BatchLoss:
 
     def at(self, points: Sequence[Point]) -> Tensor:
         """See :class:`slzo.zo.estimators.base.Loss`."""
+        check_shares(points, self.batch.num_examples)
         sums = self.reduce(self.objective.losses(self.batch, self.hidden, self.tuned, points, self.kind, self.right))
-        return sums[0] / sums[1]
+        return mean_losses(sums, points)
 
     def gradient(self) -> tuple[float, Direction]:
         """See :class:`slzo.zo.estimators.base.Loss`."""

@@ -1,6 +1,6 @@
 """Gradient estimates from loss values; each kind is one file, and this list registers it."""
 
-from slzo.zo.estimators.base import Estimate, Estimator, Point, Request
+from slzo.zo.estimators.base import WHOLE, Estimate, Estimator, Point, Request, Share
 from slzo.zo.estimators.derivatives import Backprop, ForwardGradient
 from slzo.zo.estimators.one_sided import FZO, OneSided
 from slzo.zo.estimators.spsa import LOZO, SPSA
@@ -9,6 +9,7 @@ __all__ = [
     "FZO",
     "LOZO",
     "SPSA",
+    "WHOLE",
     "Backprop",
     "Estimate",
     "Estimator",
@@ -16,4 +17,5 @@ __all__ = [
     "OneSided",
     "Point",
     "Request",
+    "Share",
 ]

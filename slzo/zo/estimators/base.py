@@ -11,18 +11,33 @@ from slzo.errors import SlzoError
 from slzo.zo.tuned import Direction, TunedTensors
 
 
+class Share(NamedTuple):
+    """A part of a batch: the ``number``-th, counted from 0, of ``of`` parts of nearly the same number of rows."""
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+
+
 class Point(NamedTuple):
-    """A place to evaluate the loss: ``masters + scale * direction``."""
+    """A place to evaluate the loss, ``masters + scale * direction``, and the rows to evaluate it on."""
 
     direction: Direction
     scale: float
+    share: Share = WHOLE
 
 
 class Loss(Protocol):
     """The loss of one batch as a function of the masters, averaged over the rows of every process."""
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        """Losses at several points, shape (P,), float32; forward passes only."""
+        """Losses at several points, shape (P,), float32; forward passes only.
+
+        Shares have one ``of`` and come in turn, 0 to ``of - 1``, once or several times. The loss of a share is what it adds to
+        the batch's, times ``of``: the mean over the shares is the batch's loss, whatever their sizes.
+        """
 
     def gradient(self) -> tuple[float, Direction]:
         """Loss and gradient at the masters, by back-propagation; the live weights must be at the masters."""
@@ -93,6 +108,10 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:
         """Estimate the gradient at the masters."""
+
+    def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
+        """How many directions a step holds at the same time."""
+        return min(num_queries, queries_at_once)
 
     def describe(self) -> str:
         """In a few words, for the summary."""
