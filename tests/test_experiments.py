@@ -13,6 +13,7 @@ from test_cli import options, run_dir  # noqa: F401  # the fixture
 from slzo.__main__ import main
 from slzo.cli import build
 from slzo.errors import SlzoError
+from slzo.experiments import sweep
 from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep import SweepRow, plan_sweep, verdict
@@ -264,3 +265,19 @@ def test_plans():
     plan = plan_sweep(4, None, 10, [1, 1, 2], 20, 8)
     assert plan.layers == (0, 1, 2, 3)
     assert plan.seeds == (1, 2)
+
+
+def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
+    """5 s for 10 units: 45 s for the 90 left, and 40 s without 10 that another process has done."""
+    now = [100.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    clock = sweep._Clock({"sensitivity-0": 10.0, "sensitivity-1": 10.0, "train-0-seed-0": 80.0})
+    result = {"mean": 1.0, "standard_error": 0.5}
+    now[0] = 105.0
+    clock.tick("sensitivity-0", result)
+    clock.forget("sensitivity-1")
+    now[0] = 145.0
+    clock.tick("train-0-seed-0", result)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("(5 s; 2 cells left, about 45 s)")
+    assert lines[1].endswith("(40 s; done)")

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,12 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> None:
     """Work on every cell that is not finished and that no other process is at, layer by layer from below."""
     num_layers = bench.module.split.num_layers
     trainings = [(layer, seed) for layer in plan.layers for seed in plan.seeds] if plan.steps else []
-    names = [f"sensitivity-{n}" for n in range(num_layers)] + [_training(*cell) for cell in trainings]
-    clock = _Clock(sum(store.result(name) is None for name in names))
+    # what a cell costs: rows that are evaluated, times the layers that they go through
+    work = {f"sensitivity-{n}": 2 * plan.directions * plan.num_rows * (num_layers - n) for n in range(num_layers)}
+    data = bench.datamodule
+    rows = 2 * plan.steps * bench.module.num_queries * data.batch_size + len(data.rows("dev"))
+    work |= {_training(*cell): rows * (num_layers - cell[0]) for cell in trainings}
+    clock = _Clock({name: float(cost) for name, cost in work.items() if store.result(name) is None})
     for layer in range(num_layers):
         _work(store, f"sensitivity-{layer}", clock, lambda layer=layer: _measure(bench, plan, layer))  # type: ignore[misc]
     bench.module.prefix_cache.clear()  # the rows of the sensitivity are few; training begins at its own first layer
@@ -136,6 +140,7 @@ def _train(bench: Workbench, plan: SweepPlan, layer: int, seed: int) -> dict[str
 
 def _work(store: CellStore, name: str, clock: "_Clock", function: Callable[[], dict[str, Any]]) -> None:
     if store.result(name) is not None:
+        clock.forget(name)  # another process has done it
         return
     with store.claim(name) as mine:
         if mine:
@@ -145,23 +150,29 @@ def _work(store: CellStore, name: str, clock: "_Clock", function: Callable[[], d
 
 
 class _Clock:
-    """Says what was done and how long the rest will take, at the pace of this process."""
+    """Says what was done and how long the rest will take, at the pace of this process.
 
-    def __init__(self, left: int) -> None:
-        self.left = left
-        self.total = left
-        self._spent: dict[str, list[float]] = {}
-        self._last = time.monotonic()
+    Args:
+        work: What each cell that is left costs, in any unit.
+    """
+
+    def __init__(self, work: Mapping[str, float]) -> None:
+        self._left = dict(work)
+        self._done = 0.0
+        self._started = self._last = time.monotonic()
+
+    def forget(self, name: str) -> None:
+        """Leave a cell out that this process need not do."""
+        self._left.pop(name, None)
 
     def tick(self, name: str, result: dict[str, Any]) -> None:
         """Note a finished cell."""
         now = time.monotonic()
-        self._spent.setdefault(name.split("-")[0], []).append(now - self._last)
+        self._done += self._left.pop(name)
+        pace = (now - self._started) / self._done
+        words = f"{len(self._left)} cells left, about {_minutes(pace * sum(self._left.values()))}"
+        say(f"{name}: {_headline(result)} ({now - self._last:.0f} s; {words if self._left else 'done'})")
         self._last = now
-        self.left -= 1
-        spent = [seconds for kind in self._spent.values() for seconds in kind]
-        left = f"{self.left} cells left, about {_minutes(self.left * statistics.fmean(spent))}" if self.left else "done"
-        say(f"{name}: {_headline(result)} ({spent[-1]:.0f} s; {left})")
 
 
 def _headline(result: dict[str, Any]) -> str:
