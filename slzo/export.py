@@ -11,12 +11,13 @@ from slzo.models.load import load_model, load_tokenizer
 from slzo.zo.tuned import TunedTensors
 
 
-def export_checkpoint(ckpt_path: str, output: str) -> Path:
+def export_checkpoint(ckpt_path: str, output: str, trust_remote_code: bool = False) -> Path:
     """Merge a checkpoint's tuned tensors into its base model and save model and tokenizer.
 
     Args:
         ckpt_path: Checkpoint of a run.
         output: Folder to write; must not exist or be empty.
+        trust_remote_code: Run the model's own code, if its checkpoint needs that.
 
     Returns:
         The folder, loadable with ``AutoModelForCausalLM.from_pretrained`` (for a learned prefix where peft is installed).
@@ -29,6 +30,11 @@ def export_checkpoint(ckpt_path: str, output: str) -> Path:
         raise SlzoError(f"output {output!r}: exists and is not an empty folder; choose another one or remove it")
     checkpoint = read_checkpoint(ckpt_path)
     note = checkpoint["slzo"]
+    if note["trust_remote_code"] and not trust_remote_code:
+        raise SlzoError(
+            f"ckpt_path {ckpt_path!r}: model {note['model']!r} runs code of its own; if you trust it, give "
+            "--model.trust_remote_code true"
+        )
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
     adapter = None if note["adapter"] is None else adapter_from_dict(note["adapter"])
     if adapter is not None:

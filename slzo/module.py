@@ -27,10 +27,11 @@ from slzo.models.packing import PackedBatch
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel, split_model
 from slzo.runtime import peak_memory_gb
+from slzo.settings import constructor_settings, differences
 from slzo.tasks.base import Example
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Point, Request
 from slzo.zo.estimators.base import Loss, check_settings
-from slzo.zo.objective import BatchLoss, Objective, Span, check_shares, mean_losses
+from slzo.zo.objective import BatchLoss, Objective, Span, mean_losses
 from slzo.zo.optim import check_optimizer, state_copies
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
@@ -176,13 +177,16 @@ class ZOModule(LightningModule):
             self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code)
             # outside of the module tree: its views share the model's weights
             self.__dict__["_split"] = split_model(self.model, self.packed, self.onednn, self.compile_layers)
-            self._limit_length()
+            self._limit_length(self.scope.num_positions)
 
-    def _limit_length(self) -> None:
-        """Cut prompts to the positions that the model knows."""
+    def _limit_length(self, reserved: int) -> None:
+        """Cut prompts to the positions that the model knows, less those that come before every sequence."""
         datamodule = getattr(self._trainer, "datamodule", None)
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if isinstance(datamodule, TaskDataModule) and isinstance(limit, int) and limit < datamodule.encoder.max_length:
+        if not isinstance(datamodule, TaskDataModule) or not isinstance(limit, int):
+            return
+        limit -= reserved
+        if 0 < limit < datamodule.encoder.max_length:
             rank_zero_info(f"Prompts are cut to {limit} tokens, the longest that {self.model_name} takes.")
             datamodule.encoder.max_length = limit
 
@@ -231,10 +235,10 @@ class ZOModule(LightningModule):
         """
         self.configure_model()
         fit = self._trainer is not None and self.trainer.state.fn == "fit"
-        if fit and note["scope"] != self.scope.describe():
+        if fit and note["scope"] != (own := constructor_settings(self.scope)):
             raise SlzoError(
-                f"model.scope: this run tunes {self.scope.describe()}, the checkpoint {note['scope']}; resume with the "
-                "options that it was trained with"
+                f"model.scope: this run and the checkpoint differ ({differences(note['scope'], own)}); resume with the options "
+                "that it was trained with"
             )
         self.layer, self.layer_origin = note["layer"], note["layer_origin"]
         self._add_adapter(None if note["adapter"] is None else adapter_from_dict(note["adapter"]))
@@ -253,6 +257,8 @@ class ZOModule(LightningModule):
             prefix = adapter.inject(self.model)
             self._adapter = adapter
             self._split_again(prefix)
+            if prefix is not None:
+                self._limit_length(prefix.num_tokens)
 
     def remove_adapter(self) -> None:
         """Take the scope's extra modules out of the model; its own weights stay as they are."""
@@ -281,9 +287,13 @@ class ZOModule(LightningModule):
         self.prefix_cache.clear()  # its keys are those of one data module
         if self.noise_seed is None:
             self.noise_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        if stage != "fit":
+        if stage not in ("fit", "load"):
             return
-        self._datamodule().trains_on_metric = self.train_on == "metric"
+        datamodule = self._datamodule()
+        datamodule.trains_on_metric = self.train_on == "metric"
+        self.estimator.check(self.num_queries, datamodule.batch_size)
+        if stage == "load":
+            return
         checkpoint = resumed_from(self.trainer)
         if self.tuned is not None:
             return
@@ -358,12 +368,17 @@ class ZOModule(LightningModule):
         return cast("Tensor", self.trainer.strategy.reduce(values, reduce_op="sum"))
 
     def _update(self, estimate: Estimate) -> float | None:
-        """Step the optimizer, or skip a step without a finite loss. Returns the update's norm on steps that log it."""
+        """Step the optimizer, or skip a step without a finite loss.
+
+        Returns the update's norm on steps that log it, unless directions are too large to be held.
+        """
         assert self.tuned is not None
         optimizer = cast("Any", self.optimizers())
         every = getattr(self.trainer, "log_every_n_steps", 1)
         logged = every > 0 and (self.global_step + 1) % every == 0
-        before = [master.clone() for master in self.tuned.masters] if logged and estimate.finite else None
+        # a copy of a whole model's masters is not worth a figure
+        logged = logged and estimate.finite and 4 * self.tuned.num_elements <= self.tuned.hold_bytes
+        before = [master.clone() for master in self.tuned.masters] if logged else None
         # without gradients this only counts: global_step, and with it max_steps, moves with the optimizer's steps
         optimizer.step()
         self._count_nonfinite(estimate)
@@ -536,7 +551,7 @@ class ZOModule(LightningModule):
         assert self.tuned is not None
         checkpoint["slzo"] = {
             "format": CHECKPOINT_FORMAT,
-            "scope": self.scope.describe(),
+            "scope": constructor_settings(self.scope),
             "adapter": None if self._adapter is None else self._adapter.to_dict(),
             "tensors": self.tuned.description(),
             "num_evaluations": self.num_evaluations,
@@ -569,6 +584,11 @@ class ZOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Say what is tuned, how, and what memory it takes beside the model."""
         assert self.tuned is not None
+        if self.eps_end is not None and self.trainer.max_steps < 1:
+            raise SlzoError(
+                f"model.eps_end {self.eps_end}: eps moves over trainer.max_steps, which is {self.trainer.max_steps}; set it to "
+                "the number of steps, or leave model.eps_end out"
+            )
         total = sum(p.numel() for p in self.model.parameters())
         layer = (
             ""
@@ -588,7 +608,9 @@ class ZOModule(LightningModule):
         assert self.tuned is not None
         masters = 4 * self.tuned.num_elements
         at_once = self.estimator.directions_at_once(self.num_queries, self.queries_at_once)
-        held = masters * at_once if masters <= self.tuned.hold_bytes else masters
+        # the first direction becomes the gradient; later groups of queries are drawn beside it
+        copies = at_once + (1 if self.num_queries > at_once else 0)
+        held = masters * copies if masters <= self.tuned.hold_bytes else masters
         sizes = {
             "masters": masters,
             "directions and gradient": held,
@@ -610,7 +632,6 @@ class _GenerationLoss:
     def at(self, points: Sequence[Point]) -> Tensor:
         """See :class:`slzo.zo.estimators.base.Loss`."""
         rows = self.batch.rows
-        check_shares(points, len(rows))
         sums = []
         for point in points:
             number, parts = point.share

@@ -14,7 +14,7 @@ from slzo.checkpoint import newest_checkpoint, read_checkpoint
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.experiments.lr_search import as_yaml, loss_before, make_grid, recommend, search, write_search
+from slzo.experiments.lr_search import as_options, loss_before, make_grid, recommend, search, write_search
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep import (
     format_rows,
@@ -28,6 +28,7 @@ from slzo.experiments.sweep import (
 from slzo.experiments.trial import Workbench, experiment_settings, require_one_process
 from slzo.export import export_checkpoint
 from slzo.module import ZOModule
+from slzo.zo.selection import FirstOutlierLayer
 
 _FULL_PRECISION = (None, 32, "32", "32-true")
 
@@ -237,6 +238,7 @@ class ZOTrainer(Trainer):
             "directions": directions,
             "num_rows": num_rows,
             "steps": steps,
+            "seed_of_sensitivity": plan.seeds[0],
         }
         store = CellStore(output or _default_folder("sweeps", model, datamodule), settings)
         profile = self._profiler().measure(self, model)
@@ -244,7 +246,8 @@ class ZOTrainer(Trainer):
         run_cells(bench, store, plan)
         wait_for_others(store, plan, model.split.num_layers)
         rows = sweep_rows(store, plan, profile)
-        sentence = verdict(rows, datamodule.task.metric)
+        first = isinstance(self._profiler().rule, FirstOutlierLayer)
+        sentence = verdict(rows, datamodule.task.metric, "first outlier layer" if first else "chosen layer")
         write_sweep(store.folder, rows, plan, settings, sentence)
         say(format_rows(rows))
         say(f"\n{sentence}\nFiles      {store.folder}")
@@ -291,7 +294,7 @@ class ZOTrainer(Trainer):
         write_search(store.folder, tried, best, words, settings)
         say(f"\n{words}")
         if best is not None:
-            say(as_yaml(best, model.optimizer_class))
+            say(f"\nOptions    {as_options(best)}")
         say(f"Files      {store.folder}")
 
     def attach(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
@@ -322,7 +325,7 @@ class ZOTrainer(Trainer):
         """Write the model with the tuned layer merged, as a Hugging Face folder.
 
         Args:
-            model: Not used; the checkpoint names its base model.
+            model: Only its trust_remote_code is used; the checkpoint names its base model.
             output: Folder to write.
             datamodule: Not used.
             ckpt_path: Checkpoint whose tuned layer is merged, or ``last``.
@@ -331,7 +334,7 @@ class ZOTrainer(Trainer):
         found = self._find(ckpt_path)
         if found is None:
             raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
-        say(f"Wrote {export_checkpoint(found, output)}")
+        say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
 
     def _find(self, ckpt_path: str | Path | None) -> str | None:
         """A checked path; ``last`` becomes the newest run's last checkpoint."""

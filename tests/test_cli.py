@@ -509,3 +509,14 @@ def test_every_command_has_help(capsys):
         assert stop.value.code == 0
         text = capsys.readouterr().out
         assert "--model.eps" in text
+
+
+def test_export_runs_foreign_code_only_if_told_to(options, capsys):
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    path = run_dir() / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["slzo"]["trust_remote_code"] = True
+    torch.save(checkpoint, path)
+    assert main(["export", f"--ckpt_path={path}", "--output=out"]) == 2
+    assert "give --model.trust_remote_code true" in capsys.readouterr().err
+    assert main(["export", f"--ckpt_path={path}", "--output=out", "--model.trust_remote_code=true"]) == 0

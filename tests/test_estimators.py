@@ -18,7 +18,7 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
 from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, Share
 from slzo.zo.objective import BatchLoss, Objective, Span
-from slzo.zo.scopes import AllParameters, ScopeContext
+from slzo.zo.scopes import AllParameters, RandomLayers, ScopeContext
 from slzo.zo.tuned import TunedTensors
 
 LAYER = 2
@@ -229,7 +229,7 @@ def test_lozo_directions_have_low_rank_and_keep_their_subspace():
 @pytest.mark.parametrize("estimator", [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)], ids=lambda e: e.describe())
 @pytest.mark.parametrize("place", [0, 3])
 def test_a_loss_that_is_not_finite_sets_no_gradient(estimator, place):
-    tuned = TunedTensors({"w": torch.ones(3)})
+    tuned = TunedTensors({"w": torch.ones(3, 2)})
     calls = iter(range(100))
 
     def function(points):
@@ -358,7 +358,37 @@ def test_split_rows_has_the_bias_and_the_variance_of_its_parts(examples):
     assert float((mean - true).square().sum()) == pytest.approx(error / steps, rel=0.3)
 
 
-def test_more_queries_than_rows_are_refused(examples):
-    _, tuned, loss = model_loss(examples)
-    with pytest.raises(SlzoError, match=r"model\.num_queries 8: .*split_rows.* has 7 of the batch; lower it or raise"):
-        SPSA(split_rows=True).estimate(Request(tuned, loss, 0, 0, num_queries=8))
+@pytest.mark.parametrize("scope", [None, all_parameters], ids=["layer", "all"])
+def test_shares_without_rows_add_nothing(scope, examples):
+    """The last batch of an epoch may have fewer rows than there are queries."""
+    _, tuned, loss = model_loss(examples[:3], "llama", scope)
+    found, directions = shared_losses(tuned, loss, 5)
+    bounds = [3 * n // 5 for n in range(6)]
+    rows = [range(a, b) for a, b in pairwise(bounds)]
+    assert [bool(part) for part in rows] == [loss_ != 0 for loss_ in found[0].tolist()]
+    for number, part in enumerate(rows):
+        if part:
+            batch = pack([examples[part.start]])
+            tuned.write(directions[number], 1e-2)
+            total, _ = loss.objective.loss(batch, loss.objective.prefix(batch), LossKind.CANDIDATES)
+            assert float(found[0, number]) == pytest.approx(float(total) * 5 / 3, rel=1e-5)
+    result = SPSA(split_rows=True).estimate(Request(tuned, loss, 0, 0, num_queries=5))
+    assert [slope == 0 for slope in result.projected_grad] == [not part for part in rows]
+
+
+def test_lozo_without_a_matrix_is_refused():
+    with pytest.raises(SlzoError, match=r"LOZO: this scope tunes single elements"):
+        estimate(LOZO(), TunedTensors({"w": torch.ones(3)}), lambda points: torch.ones(len(points)))
+
+
+def test_backprop_moves_only_what_a_step_moves(examples):
+    """LeZO's layers of the step, as for other estimators."""
+    model = tiny_model("llama", scale=1.0)
+    split = SplitModel(model, onednn=False)
+    tuned = RandomLayers(0.5).tensors(ScopeContext(split, None, lambda _: ()))
+    objective = Objective(split, Span.of(split, tuned), PrefixCache(0))
+    loss = BatchLoss(objective, tuned, pack(examples), LossKind.CANDIDATES)
+    Backprop().estimate(Request(tuned, loss, seed=0, step=3))
+    moved = {name for name, master in tuned.named_masters().items() if master.grad is not None}
+    assert moved == set(tuned.draw(0, 3, 0))
+    assert 0 < len(moved) < len(tuned.names)

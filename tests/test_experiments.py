@@ -13,6 +13,7 @@ from test_cli import options, run_dir  # noqa: F401  # the fixture
 from slzo.__main__ import main
 from slzo.cli import build
 from slzo.errors import SlzoError
+from slzo.evaluation.scoring import LossKind
 from slzo.experiments import sweep
 from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore
@@ -87,6 +88,9 @@ def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, ca
     assert "swept" in error
     assert "eps: 0.001 -> 0.002" in error
     assert before == {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
+    rademacher = ["--model.estimator=SPSA", "--model.estimator.noise=rademacher"]
+    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true", *rademacher]) == 2
+    assert "estimator.noise: gaussian -> rademacher" in capsys.readouterr().err
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("precious")
     assert main(["sweep", *options, "--output=mine"]) == 2
@@ -281,3 +285,10 @@ def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("(5 s; 2 cells left, about 45 s)")
     assert lines[1].endswith("(40 s; done)")
+
+
+def test_trials_train_on_the_metric_that_fit_would(options):  # noqa: F811
+    cli = build([*options, "--model.train_on=metric"], run=False)
+    datamodule = cli.trainer.attach(cli.model, cli.datamodule)
+    bench = Workbench(cli.model, datamodule)
+    assert next(bench._batches(0, 4)).loss is LossKind.ERRORS

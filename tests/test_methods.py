@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_example, tiny_model
+from conftest import make_tokenizer, random_example, tiny_model
 from test_cli import options, run_dir, tuned  # noqa: F401  # the fixture
 from test_scopes import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +28,12 @@ METHODS = {
     "sparse": ["--model.scope=SmallestWeights"],
     "one-sided": ["--model.estimator=OneSided", "--model.num_queries=3"],
     "fzo": ["--model.estimator=FZO", "--model.num_queries=4", "--model.queries_at_once=4"],
+    "split-rows": [  # of 18 rows the third batch has 2, fewer than there are queries
+        "--model.estimator=SPSA",
+        "--model.estimator.split_rows=true",
+        "--model.num_queries=7",
+        "--data.num_train=18",
+    ],
     "lozo": ["--model.estimator=LOZO"],
     "forward": ["--model.estimator=ForwardGradient"],
     "adam": ["--model.optimizer=Adam", "--model.scope=ActivationSubspace", "--model.scope.rank=4"],
@@ -91,9 +97,10 @@ def test_a_resume_with_another_scope_is_refused(options, capsys):  # noqa: F811
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     assert main(["fit", *options, "--ckpt_path=last", "--model.scope=LoRA"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        "model.scope: this run tunes LoRA of rank 8 in the dominant layer, the checkpoint the dominant layer" in error
-    )
+    assert "model.scope: this run and the checkpoint differ (" in error
+    assert "class: LayerScope -> LoRA" in error
+    assert main(["fit", *options, "--ckpt_path=last", "--model.scope=LayerScope", "--model.scope.part=mlp"]) == 2
+    assert "part: layer -> mlp" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_full_tuning_needs_no_outlier_layer(options):  # noqa: F811
@@ -131,6 +138,14 @@ def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
         ),
         (["--model.estimator=Backprop", "--model.onednn=true"], r"model\.onednn true: has no derivative for Backprop"),
         (["--model.eps_end=0"], r"model\.eps_end 0"),
+        (
+            ["--model.eps_end=1e-4", "--trainer.max_steps=-1", "--trainer.max_time.seconds=9"],
+            r"model\.eps_end 0\.0001: eps moves over trainer\.max_steps, which is -1",
+        ),
+        (
+            ["--model.estimator=SPSA", "--model.estimator.split_rows=true", "--model.num_queries=9"],
+            r"model\.num_queries 9: .*data\.batch_size is 8",
+        ),
         (["--model.scope=PrefixTuning", "--model.packed=false"], r"model\.scope PrefixTuning: needs packed"),
         (
             ["--model.scope=PrefixTuning", "--model.scope.num_tokens=900"],
@@ -216,3 +231,14 @@ def test_sign_sgd_against_a_plain_loop():
 )
 def test_optimizer_state_is_counted(make_optimizer, copies):
     assert state_copies(check_optimizer(make_optimizer)) == copies
+
+
+def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):  # noqa: F811
+    """GPT-2 knows so many positions and no more."""
+    folder = tmp_path / "short"
+    tiny_model("gpt2", scale=1.0, n_positions=40, max_position_embeddings=None).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    rest = [o for o in options if "model.model" not in o]
+    extra = ["--model.scope=PrefixTuning", "--model.scope.num_tokens=6", "--trainer.max_steps=2", "--model.eps=1e-2"]
+    assert main(["fit", f"--model.model={folder}", *rest, *extra]) == 0
+    assert "Prompts are cut to 34 tokens" in capsys.readouterr().err

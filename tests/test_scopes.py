@@ -1,5 +1,7 @@
 """What each scope tunes, that the rest stays, and that checkpoints bring it back."""
 
+import inspect
+import json
 import random
 import sys
 
@@ -14,7 +16,8 @@ from slzo.models.adapters import _unload_lora, adapter_from_dict
 from slzo.models.packing import pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.split import SplitModel
-from slzo.zo.estimators import Point
+from slzo.settings import constructor_settings, differences
+from slzo.zo.estimators import SPSA, Point
 from slzo.zo.objective import Objective, Span
 from slzo.zo.scopes import (
     ActivationSubspace,
@@ -366,7 +369,10 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
             lambda: make(ActivationSubspace(4, target_modules=[]), tiny_model()),
             r"target_modules \[\]: give at least one",
         ),
-        (lambda: make(LoRA(4, target_modules=["nope"]), tiny_model()), r"model\.scope LoRA: .*nope.*target_modules"),
+        (
+            lambda: make(LoRA(4, target_modules=["q_proj", "nope"]), tiny_model()),
+            r"target_modules 'nope': layer 2 has no such linear map",
+        ),
         (lambda: make(LoRA(0), tiny_model()), r"model\.scope LoRA: .*model\.scope\.rank"),
     ],
 )
@@ -386,3 +392,45 @@ def test_a_layer_without_linear_maps_is_named():
     model.model.layers[LAYER].mlp = nn.Identity()
     with pytest.raises(SlzoError, match=r"model\.scope\.part 'mlp': the layer has no such tensors"):
         LayerScope("mlp").tensors(ScopeContext(SplitModel(model), LAYER, prompts))
+
+
+def test_settings_tell_scopes_and_estimators_apart():
+    pairs = [
+        (SPSA(), SPSA("rademacher")),
+        (LoRA(alpha=1.0), LoRA(alpha=64.0)),
+        (ActivationSubspace(num_sequences=1), ActivationSubspace(num_sequences=64)),
+        (RandomLayers(0.25), RandomLayers(0.254)),
+        (LayerScope(), ActivationSubspace()),
+    ]
+    for one, other in pairs:
+        assert constructor_settings(one) != constructor_settings(other)
+        assert differences(constructor_settings(one), constructor_settings(other))
+        assert json.loads(json.dumps(constructor_settings(one))) == constructor_settings(one)
+    assert constructor_settings(LoRA(4)) == {
+        "class": "LoRA", "rank": 4, "alpha": 16.0, "target_modules": None, "layers": None,
+    }  # fmt: skip
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == "b: 2 -> 3; c: None -> 4"
+
+
+def test_every_argument_of_a_scope_is_an_attribute():
+    """Settings are read from there."""
+    for scope in SCOPES:
+        assert set(constructor_settings(scope)) == {"class", *inspect.signature(type(scope)).parameters}
+
+
+def test_masked_checkpoints_of_another_shape_are_refused():
+    tuned, _ = make(SmallestWeights(0.25), tiny_model())
+    description = tuned.description()
+    name = tuned.names[0]
+    parameters = dict(tiny_model().named_parameters())
+    parameters[name] = torch.zeros(200, 200)
+    with pytest.raises(KeyError, match=rf"{name} of shape \[32, 32\]"):
+        TunedTensors.from_description(parameters, description)
+
+
+def test_compiled_layers_can_be_looked_into():
+    split = SplitModel(tiny_model(), onednn=False, compile=True)
+    tuned = ActivationSubspace(4, num_sequences=16).tensors(ScopeContext(split, LAYER, prompts))
+    assert tuned.num_elements > 0
+    with pytest.raises(SlzoError, match=r"PrefixTuning: .*model\.compile"):
+        PrefixTuning(2).adapter(ScopeContext(split, None, prompts))

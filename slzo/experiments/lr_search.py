@@ -175,6 +175,6 @@ def write_search(
     (folder / "tune.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def as_yaml(best: Tried, optimizer: str) -> str:
-    """The recommendation as it goes into a config."""
-    return f"model:\n  eps: {best.eps:.6g}\n  optimizer:\n    class_path: {optimizer}\n    init_args:\n      lr: {best.lr:.6g}"
+def as_options(best: Tried) -> str:
+    """The recommendation as options of the command line; the optimizer's others stay as they are configured."""
+    return f"--model.eps {best.eps:.6g} --model.optimizer.lr {best.lr:.6g}"

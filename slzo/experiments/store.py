@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
 from slzo.errors import SlzoError
+from slzo.settings import differences
 
 _SETTINGS_FILE = "settings.json"
+_PARTIAL = ".partial"
 
 
 class CellStore:
@@ -31,10 +34,18 @@ class CellStore:
         settings = json.loads(json.dumps(settings))
         if path.is_file():
             _compare(json.loads(path.read_text(encoding="utf-8")), settings, self.folder, option)
-        elif self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+        # a process that starts at the same time may be at writing its own
+        files = [file for file in _files(self.folder) if file.suffix != _PARTIAL]
+        if files and not path.is_file():
             raise SlzoError(f"{option} {str(self.folder)!r}: holds other files; give a new folder, or one to continue")
-        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        _write(path, settings)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, settings)
+            (self.folder / "cells").mkdir(exist_ok=True)
+        except OSError as error:
+            raise SlzoError(
+                f"{option} {str(self.folder)!r}: cannot be written ({error.strerror}); give another folder"
+            ) from error
 
     def result(self, name: str) -> Any:
         """A finished cell's result, or ``None``."""
@@ -66,16 +77,22 @@ class CellStore:
         return self.folder / "cells" / f"{name}.json"
 
 
+def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, option: str) -> None:
-    different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    if different:
-        changes = "; ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in different)
+    changes = differences(old, new)
+    if changes:
         raise SlzoError(
             f"{option} {str(folder)!r}: holds results of other settings ({changes}); give another folder or the same settings"
         )
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
+    # a name of its own: another process may write the same file
+    partial = path.with_name(f"{path.name}.{uuid4().hex}{_PARTIAL}")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -250,8 +250,14 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def verdict(rows: Iterable[SweepRow], metric: str) -> str:
-    """One sentence: does the first outlier layer win, and by how much?"""
+def verdict(rows: Iterable[SweepRow], metric: str, chosen: str = "first outlier layer") -> str:
+    """One sentence: does the chosen layer win, and by how much?
+
+    Args:
+        rows: The layers.
+        metric: Name of the task's metric.
+        chosen: What to call the layer that the profile chose.
+    """
     rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
@@ -263,19 +269,19 @@ def verdict(rows: Iterable[SweepRow], metric: str) -> str:
         most = "the most sensitive"
         if place > 1:
             most = f"number {place} of {len(rows)} in sensitivity (layer {order[0].layer} leads)"
-        return f"The first outlier layer, {dominant.layer}, is {most}, at {dominant.sensitivity:.4g}; no layer was trained."
+        return f"The {chosen}, {dominant.layer}, is {most}, at {dominant.sensitivity:.4g}; no layer was trained."
     best = trained[0]
     if dominant is None or dominant.gain is None:
         why = "diverged" if dominant is not None and dominant.diverged else "was not trained beside it"
-        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the first outlier layer {why}."
+        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
     if best is not dominant:
         behind = (best.gain or 0) - dominant.gain
         return (
-            f"The first outlier layer, {dominant.layer}, does not win: layer {best.layer} lowers the dev loss by "
+            f"The {chosen}, {dominant.layer}, does not win: layer {best.layer} lowers the dev loss by "
             f"{best.gain:.4f}, {behind:.4f} more ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
         )
     if len(trained) == 1:
-        return f"The first outlier layer, {dominant.layer}, lowers the dev loss by {dominant.gain:.4f}; no other was trained."
+        return f"The {chosen}, {dominant.layer}, lowers the dev loss by {dominant.gain:.4f}; no other was trained."
     second = trained[1]
     ahead = dominant.gain - (second.gain or 0)
     sure = ""
@@ -283,7 +289,7 @@ def verdict(rows: Iterable[SweepRow], metric: str) -> str:
         spread = math.hypot(dominant.loss_se, second.loss_se)
         sure = f", {ahead / spread:.1f} standard errors" if spread > 0 else ""
     return (
-        f"The first outlier layer, {dominant.layer}, wins: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
+        f"The {chosen}, {dominant.layer}, wins: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
         f"the next best, layer {second.layer}{sure} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
     )
 

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from slzo.errors import SlzoError
 from slzo.models.packing import PackedBatch, pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
+from slzo.settings import constructor_settings
 from slzo.zo.estimators import Estimate, Point
 
 # Dev loss this many times that before training, or no finite loss, is divergence.
@@ -116,7 +118,8 @@ class Workbench:
     ) -> Trial:
         """Tune for some steps, score the dev rows, and give the model its untuned weights back.
 
-        The steps are those that ``slzo fit`` takes with this seed.
+        With the module's own seed the steps are those of ``slzo fit``; other seeds give other directions and batches of the same
+        rows, from the same initial values of added matrices.
 
         Args:
             layer: Dominant layer; ``None`` for scopes that need none.
@@ -318,16 +321,41 @@ def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[st
     model = {name: getattr(module, name) for name in ("eps", "eps_end", "num_queries", "train_on")}
     data = {
         name: getattr(datamodule, name)
-        for name in ("num_train", "num_dev", "num_demonstrations", "batch_size", "max_length", "length_buckets", "seed")
+        for name in (
+            "hub_path",
+            "hub_config",
+            "num_train",
+            "num_dev",
+            "num_demonstrations",
+            "batch_size",
+            "max_length",
+            "length_buckets",
+            "seed",
+        )
     }
+    folder = datamodule.data_dir
     return {
         "model": module.model_name,
         "dtype": module.dtype_name,
         "task": datamodule.task.name,
-        "scope": module.scope.describe(),
-        "estimator": module.estimator.describe(),
+        **_flat("scope", constructor_settings(module.scope)),
+        **_flat("estimator", constructor_settings(module.estimator)),
         "optimizer": module.optimizer_class,
         "optimizer_options": module.optimizer_options,
+        "lr_scheduler": _scheduler_settings(module),
         **model,
         **data,
+        "data_dir": None if folder is None else str(Path(folder).expanduser().resolve()),
     }
+
+
+def _flat(option: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {option if name == "class" else f"{option}.{name}": value for name, value in settings.items()}
+
+
+def _scheduler_settings(module: ZOModule) -> dict[str, Any] | None:
+    if module.make_scheduler is None:
+        return None
+    scheduler = module.make_scheduler(module.make_optimizer([torch.nn.Parameter(torch.zeros(1))]))
+    state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
+    return {"class": type(scheduler).__qualname__, **state}

@@ -140,8 +140,8 @@ class PackedBatch(TokenBatch):
         layout = build_layout(sequences, len(kept), grouped=True).to(self.input_ids.device)
         return TokenBatch(self.input_ids[kept], self.position_ids[kept], layout)
 
-    def split(self, parts: int) -> tuple["PackedBatch", ...]:
-        """Cut the batch into parts of nearly the same number of examples, at least one, in order."""
+    def split(self, parts: int) -> tuple["PackedBatch | None", ...]:
+        """Cut the batch into parts of nearly the same number of examples, in order; ``None`` for a part without any."""
         if parts == 1:
             return (self,)
         bounds = [self.num_examples * part // parts for part in range(parts + 1)]
@@ -152,7 +152,9 @@ class PackedBatch(TokenBatch):
         answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates, device=self.gold.device)).tolist()
         rows = torch.searchsorted(self.rows, torch.tensor(tokens, device=self.gold.device)).tolist()
         return tuple(
-            replace(
+            None
+            if not numbers
+            else replace(
                 self,
                 **vars(self.select(numbers)),
                 example_index=self.example_index[numbers.start : numbers.stop],

@@ -141,13 +141,15 @@ class Objective:
         if inner and len(parts) > 1:
             joined = [self._joined_losses(batch, parts, hidden, tuned, [copy], kind, right) for copy in copies]
             return torch.cat(joined, dim=1)
-        inputs = _divide(hidden, [part.num_tokens for part in parts])
-        known = _divide(right, [part.candidate_length.numel() for part in parts])
+        inputs, known = _divide(hidden, parts, _tokens), _divide(right, parts, _candidates)
         sums = []
         for point in points:
-            number = point.share.number
+            part = parts[point.share.number]
+            if part is None:
+                sums.append(_nothing(batch))
+                continue
             tuned.write(point.direction, point.scale)
-            sums.append(self.loss(parts[number], inputs[number], kind, known[number]))
+            sums.append(self.loss(part, inputs[point.share.number], kind, known[point.share.number]))
         return stack(sums)
 
     def _states(self, batch: PackedBatch, hidden: Tensor | None) -> Tensor:
@@ -168,7 +170,7 @@ class Objective:
     def _joined_losses(
         self,
         batch: PackedBatch,
-        parts: Sequence[PackedBatch],
+        parts: Sequence[PackedBatch | None],
         hidden: Tensor | None,
         tuned: TunedTensors,
         copies: Sequence[Sequence[Point]],
@@ -179,42 +181,53 @@ class Objective:
 
         It is over as many copies of the batch as there are points for each part of it.
         """
-        inputs = _divide(hidden, [part.num_tokens for part in parts])
+        inputs, known = _divide(hidden, parts, _tokens), _divide(right, parts, _candidates)
         outputs = []
         for point in (point for copy in copies for point in copy):
-            number = point.share.number
-            tuned.write(point.direction, point.scale)
-            outputs.append(self.split.run(parts[number], self.span.start, self.span.stop, inputs[number]))
+            part = parts[point.share.number]
+            if part is not None:
+                tuned.write(point.direction, point.scale)
+                outputs.append(self.split.run(part, self.span.start, self.span.stop, inputs[point.share.number]))
         repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
         final = self.split.run(repeated, self.span.stop, self.split.num_layers, torch.cat(outputs))
         selected = self._selects(kind, batch)
         token_ids = batch.choice_ids if selected else None
-        known = _divide(right, [part.candidate_length.numel() for part in parts])
-        rows = [part.rows.numel() for part in parts]
         sums = []
         for states in final.split(batch.num_tokens):
-            logits = self.split.head(states.index_select(0, batch.rows), token_ids).split(rows)
+            logits = _divide(self.split.head(states.index_select(0, batch.rows), token_ids), parts, _rows)
             for part, part_logits, part_right in zip(parts, logits, known, strict=True):
-                sums.append(training_loss(kind, part_logits, part, selected, part_right))
+                if part is None or part_logits is None:
+                    sums.append(_nothing(batch))
+                else:
+                    sums.append(training_loss(kind, part_logits, part, selected, part_right))
         return stack(sums)
 
 
-def _divide(tensor: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    return [None] * len(sizes) if tensor is None else tensor.split(list(sizes))
+def _divide(
+    tensor: Tensor | None, parts: Sequence[PackedBatch | None], size: Callable[[PackedBatch], int]
+) -> Sequence[Tensor | None]:
+    """Each part's piece of a tensor."""
+    if tensor is None:
+        return [None] * len(parts)
+    return tensor.split([0 if part is None else size(part) for part in parts])
 
 
-def check_shares(points: Sequence[Point], num_rows: int) -> None:
-    """Refuse more shares than rows.
+def _tokens(part: PackedBatch) -> int:
+    return part.num_tokens
 
-    Raises:
-        SlzoError: There are more.
-    """
-    parts = points[0].share.of
-    if parts > num_rows:
-        raise SlzoError(
-            f"model.num_queries {parts}: with model.estimator.split_rows each query takes rows of its own, and this process has "
-            f"{num_rows} of the batch; lower it or raise data.batch_size"
-        )
+
+def _candidates(part: PackedBatch) -> int:
+    return part.candidate_length.numel()
+
+
+def _rows(part: PackedBatch) -> int:
+    return part.rows.numel()
+
+
+def _nothing(batch: PackedBatch) -> LossSum:
+    """The loss of no rows."""
+    zero = torch.zeros((), device=batch.input_ids.device)
+    return LossSum(zero, zero)
 
 
 def mean_losses(sums: Tensor, points: Sequence[Point]) -> Tensor:
@@ -251,7 +264,6 @@ class BatchLoss:
 
     def at(self, points: Sequence[Point]) -> Tensor:
         """See :class:`slzo.zo.estimators.base.Loss`."""
-        check_shares(points, self.batch.num_examples)
         sums = self.reduce(self.objective.losses(self.batch, self.hidden, self.tuned, points, self.kind, self.right))
         return mean_losses(sums, points)
 

@@ -1,6 +1,6 @@
 """The tensors being tuned: float32 masters beside the live weights of the model."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -84,6 +84,10 @@ class TunedTensors(nn.Module):
         """Masters by name."""
         return dict(zip(self.names, self.masters, strict=True))
 
+    def names_of_step(self, seed: int, step: int) -> Sequence[str]:
+        """The tensors that move in a step of a run with this seed."""
+        return self.names if self.subset is None else tuple(self.subset(seed, step))
+
     def draw(self, seed: int, step: int, query: int, noise: Noise = gaussian) -> Direction:
         """The direction of one query, on the masters' device.
 
@@ -94,7 +98,7 @@ class TunedTensors(nn.Module):
             noise: Distribution of its entries.
         """
         masters = self.named_masters()
-        names = self.names if self.subset is None else tuple(self.subset(seed, step))
+        names = self.names_of_step(seed, step)
 
         def one(name: str) -> Tensor:
             return noise(masters[name], seed, step, query, name)
@@ -161,8 +165,11 @@ class TunedTensors(nn.Module):
         self.restore()
 
     def description(self) -> dict[str, dict[str, Any]]:
-        """How each tensor is tuned, besides the values of its master: tensors and strings only, for checkpoints."""
-        return {name: {"kind": tensor.kind, **tensor.constants()} for name, tensor in self.items()}
+        """How each tensor is tuned, besides the values of its master: tensors, strings and numbers only, for checkpoints."""
+        return {
+            name: {"kind": tensor.kind, "shape": list(tensor.live.shape), **tensor.constants()}
+            for name, tensor in self.items()
+        }
 
     @classmethod
     def from_description(
@@ -179,8 +186,11 @@ class TunedTensors(nn.Module):
             subset: See :class:`TunedTensors`.
 
         Raises:
-            KeyError: The model has no such tensor.
+            KeyError: The model has no such tensor, or one of another shape.
         """
+        for name, entry in description.items():
+            if list(parameters[name].shape) != list(entry["shape"]):
+                raise KeyError(f"{name} of shape {list(entry['shape'])}")
         return cls(
             {name: from_constants(entry["kind"], parameters[name], entry) for name, entry in description.items()},
             subset,

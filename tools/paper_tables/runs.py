@@ -168,12 +168,7 @@ class Work:
         self, table: Table, output: str | Path, runner: Runner = run_process, keep_checkpoints: bool = False
     ) -> None:
         self.table = table
-        try:
-            self.store = CellStore(output, table.settings())
-        except OSError as error:
-            raise SlzoError(
-                f"output {str(output)!r}: cannot be written ({error.strerror}); give another folder"
-            ) from error
+        self.store = CellStore(output, table.settings())
         self.folder = self.store.folder
         self.runner = runner
         self.keep_checkpoints = keep_checkpoints

@@ -109,6 +109,18 @@ class Estimator(ABC):
     def estimate(self, request: Request) -> Estimate:
         """Estimate the gradient at the masters."""
 
+    def check(self, num_queries: int, batch_size: int | None = None) -> None:
+        """Refuse settings that this kind cannot work with.
+
+        Args:
+            num_queries: Directions a step.
+            batch_size: Rows a step, if known.
+
+        Raises:
+            SlzoError: It cannot.
+        """
+        return  # most kinds work with any
+
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
         """How many directions a step holds at the same time."""
         return min(num_queries, queries_at_once)

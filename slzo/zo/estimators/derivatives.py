@@ -49,6 +49,8 @@ class Backprop(Estimator):
         """See :class:`Estimator`."""
         request.tuned.zero_grad()
         loss, gradient = request.loss.gradient()
+        names = request.tuned.names_of_step(request.seed, request.step)
+        gradient = {name: part for name, part in gradient.items() if name in names}
         norm = math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:

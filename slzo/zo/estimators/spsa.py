@@ -66,6 +66,14 @@ class SPSA(Estimator):
         """See :class:`Estimator`."""
         return two_point(request, _NOISE[self.noise], self.split_rows)
 
+    def check(self, num_queries: int, batch_size: int | None = None) -> None:
+        """See :class:`Estimator`."""
+        if self.split_rows and batch_size is not None and num_queries > batch_size:
+            raise SlzoError(
+                f"model.num_queries {num_queries}: with model.estimator.split_rows each query takes rows of its own, and "
+                f"data.batch_size is {batch_size}; lower the one or raise the other"
+            )
+
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
         """See :class:`Estimator`."""
         return num_queries if self.split_rows else super().directions_at_once(num_queries, queries_at_once)
@@ -95,7 +103,16 @@ class LOZO(Estimator):
         self.interval = interval
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`."""
+        """See :class:`Estimator`.
+
+        Raises:
+            SlzoError: Nothing that is tuned is a matrix.
+        """
+        if all(master.dim() != 2 for master in request.tuned.masters):
+            raise SlzoError(
+                "model.estimator LOZO: this scope tunes single elements and no whole matrix that could move along low-rank "
+                "directions; use SPSA"
+            )
         return two_point(request, low_rank(self.rank, self.interval))
 
     def describe(self) -> str:

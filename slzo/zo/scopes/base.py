@@ -52,6 +52,11 @@ class Scope(ABC):
         """Whether the dominant layer has to be known."""
         return True
 
+    @property
+    def num_positions(self) -> int:
+        """Positions that the scope puts before every sequence."""
+        return 0
+
     def adapter(self, context: ScopeContext) -> Adapter | None:
         """Modules to add to the model first; the model is split again after that."""
         return None

@@ -22,8 +22,8 @@ def record_inputs(split: SplitModel, modules: Sequence[nn.Module], batches: Sequ
     Returns:
         One tensor per module, shape (tokens, inputs), float32.
     """
-    # oneDNN's stand-ins would not call the hooks
-    plain = split if not split.onednn else SplitModel(split.model, split.packed, onednn=False)
+    # oneDNN's stand-ins and compiled layers would not call the hooks
+    plain = SplitModel(split.model, split.packed, onednn=False) if split.onednn or split.compile else split
     found: list[list[Tensor]] = [[] for _ in modules]
 
     def recorder(place: int, batch: PackedBatch) -> Any:

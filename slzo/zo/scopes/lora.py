@@ -2,6 +2,7 @@
 
 from slzo.models.adapters import LoRASettings, lora_parameters
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
+from slzo.zo.scopes.parts import targets
 from slzo.zo.tuned import TunedTensors
 
 
@@ -33,8 +34,10 @@ class LoRA(Scope):
     def adapter(self, context: ScopeContext) -> LoRASettings:
         """See :class:`Scope`."""
         layers = tuple(resolve_layers(self.layers, context))
-        targets = None if self.target_modules is None else tuple(self.target_modules)
-        return LoRASettings(self.rank, self.alpha, targets, layers, context.seed)
+        for layer in layers:
+            targets(context.split, layer, self.target_modules)  # peft only looks for one that fits
+        names = None if self.target_modules is None else tuple(self.target_modules)
+        return LoRASettings(self.rank, self.alpha, names, layers, context.seed)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         """See :class:`Scope`."""
@@ -42,5 +45,5 @@ class LoRA(Scope):
 
     def describe(self) -> str:
         """See :class:`Scope`."""
-        targets = "" if self.target_modules is None else f" on {', '.join(self.target_modules)}"
-        return f"LoRA of rank {self.rank}{targets} in {describe_layers(self.layers)}"
+        modules = "" if self.target_modules is None else f" on {', '.join(self.target_modules)}"
+        return f"LoRA of rank {self.rank}{modules} in {describe_layers(self.layers)}"

@@ -1,10 +1,12 @@
 """Parts of a decoder layer, in any family: its attention, its MLP, the norms between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from slzo.errors import SlzoError
 from slzo.models.split import SplitModel
 
 ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
@@ -67,6 +69,26 @@ class Linear:
         """Outputs and inputs."""
         rows, columns = self.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
+
+
+def targets(split: SplitModel, layer: int, names: Sequence[str] | None) -> list[Linear]:
+    """The linear maps of one decoder layer that go by some names; ``None`` for all.
+
+    Raises:
+        SlzoError: There are no names, or the layer has no linear map of one.
+    """
+    found = linears(split, layer)
+    if names is None:
+        return found
+    known = list(dict.fromkeys(linear.short_name for linear in found))
+    if not names:
+        raise SlzoError(f"model.scope.target_modules []: give at least one of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise SlzoError(
+                f"model.scope.target_modules {name!r}: layer {layer} has no such linear map; choose from {', '.join(known)}"
+            )
+    return [linear for linear in found if linear.short_name in names]
 
 
 def linears(split: SplitModel, layer: int) -> list[Linear]:

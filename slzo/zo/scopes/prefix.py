@@ -26,6 +26,11 @@ class PrefixTuning(Scope):
         """See :class:`Scope`."""
         return False
 
+    @property
+    def num_positions(self) -> int:
+        """See :class:`Scope`."""
+        return self.num_tokens
+
     def adapter(self, context: ScopeContext) -> PrefixSettings:
         """See :class:`Scope`.
 
@@ -35,6 +40,10 @@ class PrefixTuning(Scope):
         if not context.split.packed:
             raise SlzoError(
                 "model.scope PrefixTuning: needs packed batches, which this model or model.packed false rules out"
+            )
+        if context.split.compile:
+            raise SlzoError(
+                "model.scope PrefixTuning: generated answers would not see the prefix with model.compile true; leave that out"
             )
         ids = [token for batch in context.prompts(16) for token in batch.input_ids[: batch.example_tokens[0]].tolist()]
         if len(ids) < self.num_tokens:

@@ -6,7 +6,7 @@ from torch import Tensor
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.parts import Linear, linears
+from slzo.zo.scopes.parts import targets
 from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
 
@@ -39,8 +39,6 @@ class ActivationSubspace(Scope):
         for name, value in (("rank", rank), ("num_sequences", num_sequences)):
             if value < 1:
                 raise SlzoError(f"model.scope.{name} {value}: must be at least 1")
-        if target_modules is not None and not target_modules:
-            raise SlzoError("model.scope.target_modules []: give at least one name, like [down_proj]")
         self.rank = rank
         self.num_sequences = num_sequences
         self.target_modules = target_modules
@@ -53,7 +51,8 @@ class ActivationSubspace(Scope):
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         """See :class:`Scope`."""
-        maps = [linear for layer in resolve_layers(self.layers, context) for linear in self._maps(context, layer)]
+        layers = resolve_layers(self.layers, context)
+        maps = [linear for layer in layers for linear in targets(context.split, layer, self.target_modules)]
         inputs = record_inputs(context.split, [m.module for m in maps], context.prompts(self.num_sequences))
         return TunedTensors(
             {
@@ -61,16 +60,6 @@ class ActivationSubspace(Scope):
                 for m, x in zip(maps, inputs, strict=True)
             }
         )
-
-    def _maps(self, context: ScopeContext, layer: int) -> list[Linear]:
-        found = linears(context.split, layer)
-        known = list(dict.fromkeys(linear.short_name for linear in found))
-        for name in self.target_modules or ():
-            if name not in known:
-                raise SlzoError(
-                    f"model.scope.target_modules {name!r}: layer {layer} has no such linear map; choose from {', '.join(known)}"
-                )
-        return [linear for linear in found if self.target_modules is None or linear.short_name in self.target_modules]
 
     def _basis(self, name: str, inputs: Tensor) -> Tensor:
         """Top right singular vectors of inputs (tokens, in), shape (in, rank)."""
@@ -85,5 +74,5 @@ class ActivationSubspace(Scope):
 
     def describe(self) -> str:
         """See :class:`Scope`."""
-        targets = "" if self.target_modules is None else f" of {', '.join(self.target_modules)}"
-        return f"an activation subspace of rank {self.rank}{targets} in {describe_layers(self.layers)}"
+        modules = "" if self.target_modules is None else f" of {', '.join(self.target_modules)}"
+        return f"an activation subspace of rank {self.rank}{modules} in {describe_layers(self.layers)}"
