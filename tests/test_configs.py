@@ -64,7 +64,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert 'eval "$test_command"' in script
 
 
-@pytest.mark.parametrize("line", re.findall(r"^slzo \w+ --.*$", README, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^slzo \w+ --(?:.*\\\n)*.*$", README, re.MULTILINE))
 def test_readme_options_exist(line):
     words = shlex.split(line, comments=True)
     assert words[1] in COMMANDS

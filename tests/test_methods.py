@@ -43,7 +43,11 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+# their parts are tested on their own; what is specific to a run is covered by the others
+SLOW = ("mlp", "one-sided", "fzo", "lozo", "forward", "eps", "sign")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS])
 def test_every_method_trains_resumes_and_is_scored_again(name, options):  # noqa: F811
     options = [*options, *METHODS[name], "--trainer.enable_progress_bar=false", "--model.optimizer.lr=1e-3"]
     assert main(["fit", *options, "--trainer.max_steps=6"]) == 0

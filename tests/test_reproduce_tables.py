@@ -410,7 +410,8 @@ def test_real_runs_of_a_tiny_model(model_dir, data_dir):
 def test_a_run_has_a_process_of_its_own(tmp_path, monkeypatch):
     ended = runs_module.run_process(["--version"], tmp_path / "log.txt")
     assert ended.status == 0
-    assert 0 < ended.peak_memory_gb < 1
+    # no upper bound: the kernel also counts what this process had when it started the other
+    assert ended.peak_memory_gb > 0.01
     assert (tmp_path / "log.txt").read_text().startswith("slzo ")
     assert runs_module.run_process(["nope"], tmp_path / "log.txt").status == 2
     assert runs_module.failure(2, tmp_path / "log.txt").startswith("command 'nope': unknown")
