@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from slzo.__main__ import COMMANDS
@@ -13,6 +14,7 @@ from slzo.cli import build
 from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
+from slzo.zo import scopes
 
 ROOT = Path(__file__).parents[1]
 # a table config has methods and is no config of slzo; see test_reproduce_tables.py
@@ -71,6 +73,10 @@ def test_readme_options_exist(line):
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     text = build(["--config", str(ROOT / "configs" / "quickstart.yaml")], run=False).parser.format_help()
     own = {f"--{name}" for name in inspect.signature(getattr(ZOTrainer, words[1])).parameters}
+    chosen = {"optimizer": torch.optim.SGD}  # the quickstart's
+    if "--model.scope" in words:
+        chosen["scope"] = getattr(scopes, words[words.index("--model.scope") + 1])
+    own |= {f"--model.{part}.{name}" for part, cls in chosen.items() for name in inspect.signature(cls).parameters}
     for option in options:
         assert option in own or option in text, option
 
