@@ -131,7 +131,9 @@ def test_same_seed_same_weights_other_seed_other_weights(options):
     assert not any(torch.equal(first[name], third[name]) for name in first if first[name].ndim == 2)
 
 
-@pytest.mark.parametrize("stop", [3, 5, 7, 10])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow), 10]
+)
 def test_a_run_resumed_at_any_step_equals_one_that_was_not_stopped(options, stop):
     """Stops inside an epoch of 5 batches, at its end and in the next one, between validations and on one."""
     options = [*options, "--trainer.enable_progress_bar=false", "--data.length_buckets=true"]
@@ -221,7 +223,7 @@ def test_prompts_are_cut_to_what_the_model_takes(tmp_path, options, capsys):
     assert main(["fit", *options, f"--model.model={tmp_path / 'short'}", f"--data.data_dir={long.parent}"]) == 0
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("SGD", marks=pytest.mark.slow), "Adam"])
 def test_resume_equals_an_uninterrupted_run_and_does_not_profile_again(options, optimizer, monkeypatch, capsys):
     options = [*options, f"--model.optimizer={optimizer}", "--model.optimizer.lr=1e-3"]
     options += ["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=8"]

@@ -132,7 +132,7 @@ def test_fifty_steps_with_everything_on_equal_the_plain_run():
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_compiled_model_gives_the_same_losses_or_falls_back(family, examples):
     split = SplitModel(tiny_model(family, scale=1.5), compile=True)
     tuned = tune_layer(split, LAYER)
