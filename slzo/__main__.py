@@ -17,6 +17,9 @@ COMMANDS = {
     "export": "write the tuned model as a Hugging Face folder",
 }
 
+_RESUMABLE = ("sweep", "tune")
+_INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
+
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
 
 slzo {__version__}: fine-tune a language model with forward passes only, by tuning its one dominant decoder layer.
@@ -39,7 +42,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after a mistake that the user can mend."""
+    """Run the command line and return its exit status: 0, 2 after a mistake that the user can mend, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_HELP)
@@ -56,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SlzoError as error:
         sys.stderr.write(f"slzo: error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on where it stopped" if args[0] in _RESUMABLE else ""
+        sys.stderr.write(f"slzo: interrupted{goes_on}\n")
+        return _INTERRUPTED
     return 0
 
 

@@ -42,10 +42,13 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     key, detail = found[1], found[2]
     if missing := re.search(r"the following arguments are required: ([\w, ]+?)(?: -|$)", detail):
         return f"{key}: the chosen class needs {missing[1]}; set {key}.{missing[1].split(',')[0]}"
+    action = next((action for action in parser._actions if action.dest == key), None)
+    nested = re.search(r"Given value: NestedArg\(key='(\w+)'", detail)
+    if nested and nested[1] != "class_path":
+        return _option_of_class(key, nested[1], detail, action)
     value = _given_value(detail)
     if key == "config" and value is None:
         return f"--config: {detail[0].lower() + detail[1:]}; check the path"
-    action = next((action for action in parser._actions if action.dest == key), None)
     if action is None or value is None:
         return f"{key}: {detail}"
     return f"{key} {value!r}: {_allowed(action, value)}"
@@ -66,19 +69,29 @@ def _actions(parser: ArgumentParser) -> Iterator[Action]:
                 yield from command._actions
 
 
+def _option_of_class(key: str, name: str, detail: str, action: Action | None) -> str:
+    """A wrong option of the class that another option chooses; its own message stands among the parser's errors."""
+    if "Expected an instantiatable class" in detail:
+        names = [] if action is None else _choices(action)
+        which = f", one of {', '.join(names)}" if names else ""
+        return f"{key}.{name}: the class comes before its options{which}: --{key} CLASS --{key}.{name} VALUE"
+    inner = re.search(r"Errors: - (.*?)(?: - Expected a <class 'NoneType'>| Given value type:)", detail)
+    told = inner[1] if inner else detail
+    if not re.match(rf"{name}\b", told):
+        return f"{key}.{name}: {told}"
+    return f"{key}.{told}".replace("--OPTION.help", f"--{key}.help")
+
+
 def _given_value(detail: str) -> str | None:
-    found = re.search(r"(?:Got|Given) value: (.*?)(?: - |$)", detail)
-    if not found:
-        return None
-    nested = re.search(r"NestedArg\(.*val='?([^')]*)", found[1])
-    return nested[1] if nested else found[1].strip()
+    nested = re.search(r"NestedArg\(.*val='?([^')]*)", detail)
+    found = [nested[1]] if nested else re.findall(r"(?:Got|Given) value: (.*?)(?= - | Given value|$)", detail)
+    return found[-1].strip() if found else None
 
 
 def _allowed(action: Action, value: str) -> str:
-    hint = getattr(action, "_typehint", None) or action.type
-    classes = list(_classes(hint))
-    if classes:
-        names = sorted({name for base in classes for name in _subclass_names(base)})
+    hint = _hint(action)
+    names = _choices(action)
+    if names:
         given = value.rpartition(".")[2]
         near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
         if given in names and given in _UNUSABLE:
@@ -87,9 +100,18 @@ def _allowed(action: Action, value: str) -> str:
         advice = f"did you mean {near[0]}? " if near else ""
         return f"no such class; {advice}choose one of {shown}, or give the full path of your own class"
     literals = [str(item) for item in _literals(hint)]
-    if literals:
+    if literals and not any(typing.get_origin(item) is list for item in _arguments(hint)):
         return f"choose one of {', '.join(literals)}"
     return f"expected {_type_name(hint)}"
+
+
+def _hint(action: Action) -> Any:
+    return getattr(action, "_typehint", None) or action.type
+
+
+def _choices(action: Action) -> list[str]:
+    """Names of the classes that an option takes, if it takes classes."""
+    return sorted({name for base in _classes(_hint(action)) for name in _subclass_names(base)})
 
 
 def _arguments(hint: Any) -> Iterator[Any]:
@@ -129,7 +151,20 @@ def _subclass_names(base: type) -> Iterator[str]:
         yield from _subclass_names(child)
 
 
+_PLAIN = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
+_LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
+
+
 def _type_name(hint: Any) -> str:
-    names = [getattr(item, "__name__", str(item)) for item in _arguments(hint) if not typing.get_args(item)]
-    plain = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
-    return " or ".join(dict.fromkeys(plain.get(name, name) for name in names))
+    inner = typing.get_args(hint)
+    if not inner:
+        name = getattr(hint, "__name__", str(hint))
+        return _PLAIN.get(name, name)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return " or ".join(str(item) for item in inner)
+    if origin is list:
+        return _LISTS.get(getattr(inner[0], "__name__", ""), "a list")
+    if origin is dict:
+        return "a mapping"
+    return " or ".join(dict.fromkeys(_type_name(item) for item in inner if item is not Tensor))

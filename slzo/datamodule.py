@@ -19,6 +19,7 @@ from slzo.evaluation.metrics import TaskMetrics, make_metrics
 from slzo.evaluation.scoring import LossKind
 from slzo.models.load import load_tokenizer
 from slzo.models.packing import PackedBatch, pack
+from slzo.settings import constructor_settings, flat_settings
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
 
@@ -146,7 +147,11 @@ class TaskDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What the order of training rows depends on, kept in checkpoints."""
         options = ("seed", "batch_size", "num_train", "length_buckets")
-        return {"task": self.task.name, **{name: getattr(self, name) for name in options}}
+        return {**self.task_settings(), **{name: getattr(self, name) for name in options}}
+
+    def task_settings(self) -> dict[str, Any]:
+        """The task's name and, of a task made from a config, its arguments: primitives and sequences of them."""
+        return flat_settings("task", constructor_settings(self.task) | {"class": self.task.name})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn where a resumed run's rows would not be those it began with."""

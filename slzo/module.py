@@ -32,7 +32,7 @@ from slzo.tasks.base import Example
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Point, Request
 from slzo.zo.estimators.base import Loss, check_settings
 from slzo.zo.objective import BatchLoss, Objective, Span, mean_losses
-from slzo.zo.optim import check_optimizer, state_copies
+from slzo.zo.optim import check_optimizer, check_scheduler, state_copies
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.tuned import Direction, TunedTensors
@@ -59,7 +59,7 @@ class ZOModule(LightningModule):
             first-order reference), or your own Estimator.
         eps: Size of the perturbation, absolute, > 0.
         eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
-        num_queries: Directions per step; each costs two evaluations of the suffix.
+        num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
         optimizer: Any torch optimizer that takes a dense gradient.
@@ -130,6 +130,8 @@ class ZOModule(LightningModule):
             "estimator": self.estimator.describe(),
         }
         self.save_hyperparameters({**names, "lr": trial.param_groups[0]["lr"]})
+        if lr_scheduler is not None:
+            check_scheduler(lr_scheduler, trial)
         self._optimizer_copies = state_copies(trial)
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
@@ -604,7 +606,7 @@ class ZOModule(LightningModule):
         )
 
     def memory_mib(self) -> dict[str, float]:
-        """What tuning takes beside the model, in MiB: masters, directions and gradients, optimizer state, the cache at most."""
+        """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
         assert self.tuned is not None
         masters = 4 * self.tuned.num_elements
         at_once = self.estimator.directions_at_once(self.num_queries, self.queries_at_once)
@@ -614,10 +616,11 @@ class ZOModule(LightningModule):
         sizes = {
             "masters": masters,
             "directions and gradient": held,
+            "base weights, bases and masks": sum(b.numel() * b.element_size() for b in self.tuned.buffers()),
             f"{self.hparams['optimizer']} state": masters * self._optimizer_copies,
             "prefix cache up to": self.prefix_cache.budget if self.objective.span.start > 0 else 0,
         }
-        return {name: size / 2**20 for name, size in sizes.items()}
+        return {name: size / 2**20 for name, size in sizes.items() if size > 0}
 
 
 @dataclass(frozen=True)

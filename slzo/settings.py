@@ -6,9 +6,14 @@ from typing import Any
 
 
 def constructor_settings(thing: object) -> dict[str, Any]:
-    """Class and constructor arguments, which scopes, estimators and rules keep as attributes of the same names."""
+    """Class and constructor arguments, which scopes, estimators, rules and tasks keep as attributes of the same names."""
     names = [name for name in inspect.signature(type(thing)).parameters if hasattr(thing, name)]
     return {"class": type(thing).__qualname__, **{name: getattr(thing, name) for name in names}}
+
+
+def flat_settings(option: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of one object as ``option``, its class, and ``option.NAME`` for each argument."""
+    return {option if name == "class" else f"{option}.{name}": value for name, value in settings.items()}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -237,10 +237,11 @@ class ZOTrainer(Trainer):
         settings = experiment_settings(model, datamodule) | {
             "directions": directions,
             "num_rows": num_rows,
-            "steps": steps,
+            "steps": plan.steps or None,
             "seed_of_sensitivity": plan.seeds[0],
         }
-        store = CellStore(output or _default_folder("sweeps", model, datamodule), settings)
+        # the sensitivity does not depend on the steps: a first look may be followed by trainings
+        store = CellStore(output or _default_folder("sweeps", model, datamodule), settings, open_settings=("steps",))
         profile = self._profiler().measure(self, model)
         bench = Workbench(model, datamodule)
         run_cells(bench, store, plan)

@@ -63,8 +63,8 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
         return original(self, layer, **kwargs)
 
     monkeypatch.setattr(Workbench, "trial", trial)
-    with pytest.raises(KeyboardInterrupt):
-        main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"])
+    assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 130
+    assert capsys.readouterr().err.endswith("slzo: interrupted; the same command goes on where it stopped\n")
     assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 0
     assert calls == [1, 2, 2, 3]
     first = sweep_csv()
@@ -78,6 +78,37 @@ def test_sensitivity_only_trains_nothing(options, monkeypatch, capsys):  # noqa:
     assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
     assert "no layer was trained" in capsys.readouterr().out
     assert all(row["loss"] == "" for row in sweep_csv())
+
+
+def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):  # noqa: F811
+    common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]"]
+    assert main([*common, "--sensitivity_only=true"]) == 0
+    assert main([*common, "--steps=2"]) == 0
+    assert sweep_csv()[1]["loss"] != ""
+    assert main([*common, "--steps=3"]) == 2
+    assert "steps: 2 -> 3" in capsys.readouterr().err
+    assert main([*common, "--sensitivity_only=true"]) == 0
+    assert main([*common, "--steps=3"]) == 2
+
+
+def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):  # noqa: F811
+    for name, word in (("train", "word"), ("test", "other")):
+        rows = [{"text": f"{word} {n}", "label": n % 2} for n in range(24)]
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = {"candidates": [" bad", " good"], "train_file": "train.jsonl", "test_file": "test.jsonl"}
+    command = ["sweep", *options, *SWEEP, "--sensitivity_only=true", "--data.data_dir=null"]
+    for prompt, status in (("{text} is", 0), ("{text} was", 2)):
+        given = json.dumps({"class_path": "slzo.tasks.template.TemplateTask", "init_args": task | {"prompt": prompt}})
+        assert main([*command, f"--data.task={given}"]) == status
+    assert "task.prompt: {text} is -> {text} was" in capsys.readouterr().err
+
+
+def test_a_folder_without_results_takes_other_settings(tmp_path):
+    CellStore(tmp_path / "s", {"eps": 1})
+    store = CellStore(tmp_path / "s", {"eps": 2})
+    store.save("x", {})
+    with pytest.raises(SlzoError, match="eps: 2 -> 3"):
+        CellStore(tmp_path / "s", {"eps": 3})
 
 
 def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, capsys):  # noqa: F811
@@ -100,7 +131,8 @@ def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, ca
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--layers=[9]"], r"layers 9: the model has 4 decoder layers"),
+        (["--layers=[9]"], r"layers 9: the model has 4 decoder layers.* let all be trained"),
+        (["--layers=1"], r"layers '1': expected a list like \[1, 2\] or null"),
         (["--layers=[]"], r"layers \[\]: give at least one layer"),
         (["--directions=3"], r"directions 3: .*at least 20"),
         (["--steps=-1"], r"steps -1"),
@@ -263,6 +295,11 @@ def test_verdicts():
     assert "diverged" in verdict([row(2, 0.5), row(11, None, dominant=True, diverged=1)], "accuracy")
     assert "number 2 of 2" in verdict([row(2, sensitivity=3.0), row(11, dominant=True)], "accuracy")
     assert "chooses no layer" in verdict([row(2), row(11)], "accuracy")
+    assert "chooses no layer" in verdict([row(2, 0.5), row(11, 0.1)], "accuracy")
+    assert "Every training diverged" in verdict([row(2, diverged=1), row(11, dominant=True, diverged=1)], "accuracy")
+    assert "No layer lowered the dev loss; the best, layer 11, raised it by 0.1000" in verdict(
+        [row(2, -0.2), row(11, -0.1, dominant=True)], "accuracy"
+    )
 
 
 def test_plans():

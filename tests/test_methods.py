@@ -124,6 +124,12 @@ def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
     masters, _, state = map(float, found.groups())
     assert masters == pytest.approx(9280 * 4 / 2**20, rel=1e-2)
     assert state == pytest.approx(2 * masters, rel=1e-2)
+    assert "masks" not in text
+    scope = ["--model.scope=ActivationSubspace", "--model.scope.rank=2", "--model.scope.target_modules=[down_proj]"]
+    assert main(["fit", *options, "--trainer.max_steps=2", *scope]) == 0
+    # the base weight, 32 x 64, and two directions of 64 inputs, in float32
+    held = re.search(r"base weights, bases and masks ([\d.]+) MiB", capsys.readouterr().err)
+    assert float(held[1]) == pytest.approx((32 * 64 + 64 * 2) * 4 / 2**20, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,21 @@ class Runs:
             if method == "zero-shot":
                 writer.add_scalar(f"test/{metric}", self.score(*cell), 0)
                 return runs_module.Ended(0, 1.5)
-            for step, loss in enumerate(self.dev(*cell)):
-                writer.add_scalar("val/loss", loss, step)
         (run / "checkpoints").mkdir()
         summary = {
             "score_after": self.score(*cell),
             "scores_after": {metric: self.score(*cell)},
             "steps": 4,
             "evaluations": 8,
+            "validations": [
+                {
+                    "step": n + 1,
+                    "evaluations": 2 * n + 2,
+                    "seconds": 2.0 * n,
+                    "loss": loss if math.isfinite(loss) else None,
+                }
+                for n, loss in enumerate(self.dev(*cell))
+            ],
             "skipped_steps": 0,
             "train_seconds": 10.0 + cell[2],
             "peak_memory_gb": 2.25,
@@ -149,7 +156,7 @@ def test_what_the_target_loss_takes():
     content = json.loads(Path("out/table.json").read_text(encoding="utf-8"))
     entries = {(entry["method"], entry["task"]): entry for entry in content["entries"]}
     assert entries["layer", "sst2"]["target_evaluations"] == (2 * 2 + 1 * 2) / 2
-    assert 10 <= entries["layer", "sst2"]["target_seconds"] <= 10.5  # the made-up curves take no time
+    assert entries["layer", "sst2"]["target_seconds"] == (2.0 + 0.0) / 2
     assert entries["lora", "sst2"]["target_evaluations"] is None
     assert entries["layer", "squad"]["target_evaluations"] is None
     assert "seconds to target" in text
@@ -292,6 +299,8 @@ def bad(capsys, *options):
     [
         ({"tasks": ["sst9"]}, "data.task 'sst9': unknown task"),
         ({"tasks": []}, "tasks []: give at least one"),
+        ({"tasks": [{"sst2": {"data.num_dev": 3}}]}, "tasks {'sst2': {'data.num_dev': 3}}: a list holds names only"),
+        ({"configs": ["broken.yaml"]}, "configs 'broken.yaml': not YAML"),
         ({"seeds": [-1]}, "seeds [-1]: give a list of whole numbers"),
         ({"seed": [1]}, "config 'seed': unknown key; did you mean seeds?"),
         ({"configs": ["nope.yaml"]}, "configs 'nope.yaml': no such file"),
@@ -313,8 +322,10 @@ def bad(capsys, *options):
     ],
 )  # fmt: skip
 def test_bad_table_configs_give_one_line(capsys, changes, expected):
+    Path("broken.yaml").write_text("a: [", encoding="utf-8")
     write(**changes)
     assert bad(capsys).startswith(expected)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -348,7 +359,7 @@ def test_results_of_another_table_are_refused(capsys):
     write()
     Path("base.yaml").write_text("model: {eps: 0.002}\n", encoding="utf-8")
     assert "holds results of other settings (configs base.yaml" in bad(capsys)
-    CellStore("sweep", {"kind": "sweep"})
+    CellStore("sweep", {"kind": "sweep"}).save("x", {})
     assert "output 'sweep': holds results of other settings" in bad(capsys, "--output", "sweep")
 
 
@@ -374,8 +385,8 @@ def test_real_runs_of_a_tiny_model(model_dir, data_dir):
         "data.batch_size": 4,
         "profiler.rule": "MaxRatioJump",
         "trainer.accelerator": "cpu",
-        "trainer.max_steps": 4,
-        "trainer.val_check_interval": 2,
+        "trainer.max_steps": 7,
+        "trainer.val_check_interval": 3,
     }
     methods = {"zero-shot": {"command": "test"}, "layer": {"lr": [1e-3, 1e38], "model.max_nonfinite": 2}}
     write(common=options, tasks=["sst2"], methods=methods)
@@ -399,8 +410,9 @@ def test_real_runs_of_a_tiny_model(model_dir, data_dir):
     curve = trained["dev_curve"]
     assert trained["dev_loss"] == min(point["loss"] for point in curve)
     assert len(curve) == 2
-    assert 0 < curve[0]["seconds"] < curve[1]["seconds"] == pytest.approx(trained["train_seconds"])
-    assert (trained["steps"], trained["evaluations"]) == (4, 8)
+    assert [(point["step"], point["evaluations"]) for point in curve] == [(3, 6), (6, 12)]
+    assert 0 < curve[0]["seconds"] < curve[1]["seconds"] < trained["train_seconds"]
+    assert (trained["steps"], trained["evaluations"]) == (7, 14)
     assert 0 <= trained["score"] <= 1
     assert content["entries"][1]["num_seeds"] == 2
     run(in_process)

@@ -154,15 +154,48 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
     return statistics.median(trials), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
 
 
+def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
+    """Seconds of one evaluation's attention products alone (scores and values), in a plain loop over the suffix layers.
+
+    Full squares are timed and the causal part of them, (L + 1) / 2L, is counted: no kernel can do with fewer operations.
+    """
+    config = step.split.model.config
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype, seconds = step.split.model.dtype, 0.0
+    for group in batch.layout.groups:
+        count, length = group.shape
+        query, key, value = (torch.randn(count, heads, length, size, dtype=dtype) for _ in range(3))
+        trials = []
+        for _ in range(3):
+            start = time.perf_counter()
+            scores = query @ key.transpose(-1, -2)
+            scores @ value
+            trials.append(time.perf_counter() - start)
+        seconds += statistics.median(trials) * (length + 1) / (2 * length)
+    return seconds * (step.split.num_layers - step.objective.span.start)
+
+
 def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[str, float]:
-    """Shares of a step's time, by torch's profiler: linear layers and head, fused attention (products and softmax), the rest."""
+    """Shares of a step's time, by torch's profiler: linear layers and head, fused attention (products and softmax), the rest.
+
+    ``outside products`` is what neither the linear layers nor attention's two products, timed alone, account for.
+    """
+    batch = step.pack(examples)
+    products = 2 * attention_product_seconds(step, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(examples)
-    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
     whole = sum(spent.values())
     linear = sum(spent.get(name, 0) for name in _PRODUCTS) / whole
     attention = sum(seconds for name, seconds in spent.items() if name.startswith(_ATTENTION)) / whole
-    return {"linear": linear, "attention": attention, "rest": 1 - linear - attention}
+    rest = 1 - linear - attention
+    return {
+        "linear": linear,
+        "attention": attention,
+        "rest": rest,
+        "outside products": rest + max(0.0, attention - products / whole),
+    }
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
     output = Path(options.output or Path("tables") / table.path.stem)
     if options.report and not (output / "cells").is_dir():
         raise SlzoError(f"output {str(output)!r}: holds no results to report; run without --report first")
+    if not options.report:
+        check_options(table, methods)
     work = Work(table, output, runner, options.keep_checkpoints)
     command = (
         f"python tools/reproduce_tables.py --config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
@@ -110,7 +112,6 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
     status = 0
     if not options.report:
         try:
-            check_options(table, methods)
             status = 0 if work.run(methods) else 1
         except KeyboardInterrupt:
             print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)

@@ -162,4 +162,6 @@ def format_profile(profile: OutlierProfile) -> str:
             f"Dominant layer {profile.dominant_layer}: {profile.rule} ({profile.num_sequences} sequences, "
             f"{profile.num_forward_passes} batched forward passes)"
         )
+    else:
+        lines.append(f"No dominant layer: {profile.rule}")
     return "\n".join(lines)

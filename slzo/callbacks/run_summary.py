@@ -1,6 +1,7 @@
 """Scores held-out rows before and after training and writes the summary of a run."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,28 @@ class RunSummary(Callback):
         self._started = time.monotonic()
         self._train_started = self._started
         self._before: dict[str, float] | None = None
+        self._validations: list[dict[str, float | None]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
         if self.test_before and not is_fast_dev_run(trainer) and self._before is None and resumed_from(trainer) is None:
             self._before = _score(trainer, pl_module, "before training")
+        self._validations = []
         self._train_started = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the dev rows' score took."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
+            return
+        loss = float(trainer.callback_metrics.get("val/loss", math.nan))
+        self._validations.append(
+            {
+                "step": trainer.global_step,
+                "evaluations": pl_module.num_evaluations,
+                "seconds": round(time.monotonic() - self._train_started, 2),
+                "loss": loss if math.isfinite(loss) else None,
+            }
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the best checkpoint, show and write the summary."""
@@ -73,6 +90,7 @@ class RunSummary(Callback):
             "skipped_steps": pl_module.num_nonfinite,
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
+            "validations": self._validations,  # those of this process: a resumed run has only its own
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
             "tuned_parameters": pl_module.tuned.num_elements,
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),

@@ -1,7 +1,7 @@
 """A folder of results, one file a cell: interrupted work goes on, and several processes share it out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,27 @@ class CellStore:
         folder: Made if it does not exist.
         settings: What the results depend on, primitives only.
         option: The option that names the folder, for messages.
+        open_settings: Settings that some work does not depend on and leaves at ``None``; work that does sets them for the folder.
 
     Raises:
         SlzoError: The folder holds results of other settings, or other files.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], option: str = "output") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        option: str = "output",
+        open_settings: Collection[str] = (),
+    ) -> None:
         self.folder = Path(folder).expanduser()
         path = self.folder / _SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
-        if path.is_file():
-            _compare(json.loads(path.read_text(encoding="utf-8")), settings, self.folder, option)
+        if path.is_file() and any((self.folder / "cells").glob("*.json")):
+            old = json.loads(path.read_text(encoding="utf-8"))
+            settings |= {name: old[name] for name in open_settings if settings[name] is None}
+            old |= {name: settings[name] for name in open_settings if old[name] is None}
+            _compare(old, settings, self.folder, option)
         # a process that starts at the same time may be at writing its own
         files = [file for file in _files(self.folder) if file.suffix != _PARTIAL]
         if files and not path.is_file():

@@ -101,8 +101,12 @@ def plan_sweep(
         raise SlzoError("seeds []: give at least one seed")
     if layers is not None and not layers:
         raise SlzoError("layers []: give at least one layer, or leave it out for all")
-    chosen = range(num_layers) if layers is None else sorted({check_layer(n, num_layers, "layers") for n in layers})
+    chosen = range(num_layers) if layers is None else sorted({_layer(n, num_layers) for n in layers})
     return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows)
+
+
+def _layer(layer: int, num_layers: int) -> int:
+    return check_layer(layer, num_layers, "layers", left_out="all be trained")
 
 
 def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> None:
@@ -261,6 +265,8 @@ def verdict(rows: Iterable[SweepRow], metric: str, chosen: str = "first outlier 
     rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
+    if not trained and any(row.diverged for row in rows):
+        return "Every training diverged: lower the learning rate (slzo tune tries several)."
     if not trained:
         order = sorted(rows, key=lambda row: -row.sensitivity)
         if dominant is None:
@@ -271,8 +277,15 @@ def verdict(rows: Iterable[SweepRow], metric: str, chosen: str = "first outlier 
             most = f"number {place} of {len(rows)} in sensitivity (layer {order[0].layer} leads)"
         return f"The {chosen}, {dominant.layer}, is {most}, at {dominant.sensitivity:.4g}; no layer was trained."
     best = trained[0]
-    if dominant is None or dominant.gain is None:
-        why = "diverged" if dominant is not None and dominant.diverged else "was not trained beside it"
+    if (best.gain or 0) <= 0:
+        return (
+            f"No layer lowered the dev loss; the best, layer {best.layer}, raised it by {-(best.gain or 0):.4f}. Try other "
+            "learning rates (slzo tune) or more steps."
+        )
+    if dominant is None:
+        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the profile chooses no layer."
+    if dominant.gain is None:
+        why = "diverged" if dominant.diverged else "was not trained beside it"
         return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
     if best is not dominant:
         behind = (best.gain or 0) - dominant.gain

@@ -17,7 +17,7 @@ from slzo.errors import SlzoError
 from slzo.models.packing import PackedBatch, pack
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
-from slzo.settings import constructor_settings
+from slzo.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimate, Point
 
 # Dev loss this many times that before training, or no finite loss, is divergence.
@@ -337,20 +337,15 @@ def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[st
     return {
         "model": module.model_name,
         "dtype": module.dtype_name,
-        "task": datamodule.task.name,
-        **_flat("scope", constructor_settings(module.scope)),
-        **_flat("estimator", constructor_settings(module.estimator)),
-        "optimizer": module.optimizer_class,
-        "optimizer_options": module.optimizer_options,
+        **datamodule.task_settings(),
+        **flat_settings("scope", constructor_settings(module.scope)),
+        **flat_settings("estimator", constructor_settings(module.estimator)),
+        **flat_settings("optimizer", {"class": module.optimizer_class, **module.optimizer_options}),
         "lr_scheduler": _scheduler_settings(module),
         **model,
         **data,
         "data_dir": None if folder is None else str(Path(folder).expanduser().resolve()),
     }
-
-
-def _flat(option: str, settings: dict[str, Any]) -> dict[str, Any]:
-    return {option if name == "class" else f"{option}.{name}": value for name, value in settings.items()}
 
 
 def _scheduler_settings(module: ZOModule) -> dict[str, Any] | None:

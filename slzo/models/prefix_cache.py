@@ -1,11 +1,14 @@
 """Hidden states that enter the tuned layer, kept per example: the layers before it never change."""
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from slzo.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -20,12 +23,17 @@ class PrefixCache:
         dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
         directory: Keep the states in a memory-mapped file in this folder instead of in memory; the file has no name and
             vanishes with the process.
+
+    Raises:
+        SlzoError: The folder cannot be written.
     """
 
     def __init__(self, budget_gb: float, dtype: torch.dtype | None = None, directory: str | None = None) -> None:
         self.budget = int(budget_gb * 2**30)
         self.dtype = dtype
         self.directory = directory
+        if directory is not None:
+            _check_folder(Path(directory))
         self.num_bytes = 0
         self.start: int | None = None
         self._states: dict[int, Tensor] = {}
@@ -107,6 +115,16 @@ class PrefixCache:
     def _new_block(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
         if self.directory is None:
             return torch.empty(count, dtype=dtype, pin_memory=pinned)  # pinned: copies to the GPU need no wait
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.directory, prefix="prefix-cache-") as file:
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+
+
+def _check_folder(folder: Path) -> None:
+    reason = "no write permission"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        writable, reason = False, error.strerror or str(error)
+    if not writable:
+        raise SlzoError(f"model.prefix_cache_dir {str(folder)!r}: cannot be written ({reason}); give another folder")

@@ -47,7 +47,9 @@ class TemplateTask(Task):
         self.prompt = prompt
         self.candidates = tuple(candidates or ())
         self.label_field = label_field
+        self.labels = None if labels is None else tuple(labels)
         self.answer_field = answer_field
+        self.train_file, self.test_file = train_file, test_file
         prompt_fields = _fields_of(prompt)
         if answer_field is not None:
             if self.candidates or labels:

@@ -83,6 +83,22 @@ def check_optimizer(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Opti
     return trial
 
 
+def check_scheduler(make: Callable[[Optimizer], object], trial: Optimizer) -> None:
+    """Refuse a scheduler with unusable arguments, before anything expensive is done.
+
+    Args:
+        make: Builds the scheduler for an optimizer.
+        trial: From :func:`check_optimizer`; its rate may be changed.
+
+    Raises:
+        SlzoError: With the reason.
+    """
+    try:
+        make(trial)
+    except (ValueError, TypeError, KeyError) as error:
+        raise SlzoError(f"model.lr_scheduler: {error}; correct its init_args") from error
+
+
 def state_copies(trial: Optimizer) -> float:
     """Elements of state that an optimizer keeps per parameter element (2 for Adam), seen on a made-up matrix.
 

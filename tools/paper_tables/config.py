@@ -131,12 +131,7 @@ def read_table(path: str | Path) -> Table:
         SlzoError: It is missing or wrong.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SlzoError(f"config {str(path)!r}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SlzoError(f"config {str(path)!r}: not YAML ({' '.join(str(error).split())[:200]})") from error
+    content = _load(path, "config")
     if not isinstance(content, dict) or "methods" not in content:
         raise SlzoError(
             f"config {str(path)!r}: not a table config, it has no methods; see configs/tables for an example"
@@ -173,11 +168,16 @@ def _configs(value: Any, table: Path) -> tuple[Path, ...]:
     for name, path in zip(value, paths, strict=True):
         if not path.is_file():
             raise SlzoError(f"configs {name!r}: no such file; paths are relative to the table config's folder")
+        _load(path, "configs")
     return paths
 
 
 def _named(value: Any, option: str) -> dict[str, Any]:
     """A mapping by name; a list of names stands for names without options."""
+    if isinstance(value, list) and (wrong := [name for name in value if not isinstance(name, str)]):
+        raise SlzoError(
+            f"{option} {wrong[0]!r}: a list holds names only; write options as a mapping, like name: {{...}}"
+        )
     found = dict.fromkeys(value) if isinstance(value, list) else value
     if not isinstance(found, dict) or not found:
         raise SlzoError(f"{option} {value!r}: give at least one, by name")
@@ -241,9 +241,19 @@ def check_name(name: str, known: Iterable[str], option: str, what: str) -> None:
         raise SlzoError(f"{option} {name!r}: unknown {what}; {hint}choose from {', '.join(known)}")
 
 
+def _load(path: Path, option: str) -> Any:
+    """What a YAML file holds."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SlzoError(f"{option} {str(path)!r}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SlzoError(f"{option} {str(path)!r}: not YAML ({' '.join(str(error).split())[:200]})") from error
+
+
 def _digest(path: Path) -> str:
     """Of a YAML file's content; comments do not count."""
-    content = json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), sort_keys=True, default=str)
+    content = json.dumps(_load(path, "configs"), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 

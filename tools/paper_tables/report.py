@@ -117,7 +117,7 @@ def _reached(result: Mapping[str, Any], target: float | None) -> tuple[float | N
     """Evaluations and seconds until the first validation with a loss of at most the target."""
     for point in result.get("dev_curve", []):
         if target is not None and point["loss"] is not None and point["loss"] <= target:
-            return point["step"] * result["evaluations"] / result["steps"], point["seconds"]
+            return point["evaluations"], point["seconds"]
     return None, None
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import os
 import shlex
 import shutil
@@ -94,10 +93,10 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise SlzoError("the run wrote no summary.json") from error
-    events = _events(folder).get("val/loss", [])
-    if not events:
+    curve = summary["validations"]
+    if not curve:
         raise SlzoError("no validation took place before the end; lower trainer.val_check_interval")
-    finite = [event.value for event in events if math.isfinite(event.value)]
+    finite = [point["loss"] for point in curve if point["loss"] is not None]
     same = ("steps", "evaluations", "skipped_steps", "train_seconds", "peak_memory_gb", "tuned_parameters")
     return {
         "state": FINISHED if finite else DIVERGED,
@@ -105,7 +104,7 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
         "score": summary["score_after"],
         "scores": summary["scores_after"],
         "dev_loss": min(finite) if finite else None,
-        "dev_curve": _curve(events, summary["train_seconds"]),
+        "dev_curve": curve,
         **{name: summary[name] for name in same},
         "layer": summary["dominant_layer"],
         "scope": summary["scope"],
@@ -123,19 +122,6 @@ def _events(folder: Path) -> dict[str, list[Any]]:
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-
-
-def _curve(events: Sequence[Any], train_seconds: float) -> list[dict[str, float | None]]:
-    """Dev losses over steps and seconds; the last of them marks the end of the training."""
-    end = events[-1].wall_time
-    return [
-        {
-            "step": event.step + 1,  # Lightning counts the logged step from 0
-            "seconds": round(max(0.0, train_seconds - (end - event.wall_time)), 2),
-            "loss": event.value if math.isfinite(event.value) else None,
-        }
-        for event in events
-    ]
 
 
 def _uses_accelerator() -> bool:

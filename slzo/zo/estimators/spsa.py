@@ -80,7 +80,8 @@ class SPSA(Estimator):
 
     def describe(self) -> str:
         """See :class:`Estimator`."""
-        return "SPSA on split rows" if self.split_rows else "SPSA"
+        noise = "" if self.noise == "gaussian" else f" with {self.noise.capitalize()} noise"
+        return "SPSA" + noise + (" on split rows" if self.split_rows else "")
 
 
 class LOZO(Estimator):

@@ -66,8 +66,14 @@ class Scope(ABC):
         return None
 
 
-def check_layer(layer: int, num_layers: int, option: str = "model.layer") -> int:
+def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_out: str = "the profile choose") -> int:
     """Return ``layer`` if the model has it.
+
+    Args:
+        layer: Counted from 0.
+        num_layers: Of the model.
+        option: That gave it.
+        left_out: What leaving the option out lets happen.
 
     Raises:
         SlzoError: It does not.
@@ -75,7 +81,7 @@ def check_layer(layer: int, num_layers: int, option: str = "model.layer") -> int
     if not 0 <= layer < num_layers:
         raise SlzoError(
             f"{option} {layer}: the model has {num_layers} decoder layers, choose 0 to {num_layers - 1} "
-            "or leave it out to let the profile choose"
+            f"or leave it out to let {left_out}"
         )
     return layer
 

@@ -48,13 +48,13 @@ class OutlierChannels(Scope):
         count = round(self.percent / 100 * num_channels)
         chosen = torch.zeros(num_channels, dtype=torch.bool, device=inputs.device)
         chosen[inputs.abs().amax(dim=0).topk(count).indices] = True
+        if count == 0 or (self.complement and count == num_channels):
+            raise SlzoError(
+                f"model.scope.percent {self.percent}: {count} of the {num_channels} channels of the MLP are outliers, which "
+                + ("leaves none to tune; lower it" if count else "is none; raise it")
+            )
         if self.complement:
             chosen = ~chosen
-        if not chosen.any():
-            raise SlzoError(
-                f"model.scope.percent {self.percent}: selects none of the {num_channels} channels of the MLP; "
-                + ("lower it" if self.complement else "raise it")
-            )
         tensors = {down.name: Masked(down.weight, _places(down, chosen, of_inputs=True))}
         for up in ups:
             wide = chosen.repeat(up.sizes[0] // num_channels)  # Phi-3 has gate and up in one matrix

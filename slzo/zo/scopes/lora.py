@@ -1,5 +1,6 @@
 """Low-rank adapters, through peft."""
 
+from slzo.errors import SlzoError
 from slzo.models.adapters import LoRASettings, lora_parameters
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.parts import targets
@@ -13,7 +14,7 @@ class LoRA(Scope):
 
     Args:
         rank: Rank of the matrices, >= 1.
-        alpha: Their product is scaled by alpha / rank.
+        alpha: Their product is scaled by alpha / rank; above 0.
         target_modules: Names of the linear maps that get them; left out, peft's choice for the architecture (query and value).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
     """
@@ -21,6 +22,8 @@ class LoRA(Scope):
     def __init__(
         self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None, layers: Layers = None
     ) -> None:
+        if not 0 < alpha < float("inf"):
+            raise SlzoError(f"model.scope.alpha {alpha}: must be a number above 0, or nothing would be tuned")
         self.rank = rank
         self.alpha = alpha
         self.target_modules = target_modules
