@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -188,6 +189,20 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
 def test_the_subspace_of_some_modules_only():
     tuned, _ = make(ActivationSubspace(4, target_modules=["down_proj", "up_proj"]), tiny_model())
     assert [name.split(".")[-2] for name, _ in tuned.items()] == ["up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_of_the_mlp_by_role(family):
+    """One name for it in all families: the only map of the MLP that ends in the hidden size."""
+    model = tiny_model(family)
+    hidden, inner = 32, 128 if family == "gpt2" else 64
+    for scope in (ActivationSubspace(2, target_modules=["mlp_output"]), LoRA(2, target_modules=["mlp_output"])):
+        tuned, _ = make(scope, model)
+        (name,) = {re.sub(r"\.lora_.*|\.weight$", "", name) for name, _ in tuned.items()}
+        assert "attn" not in name
+        assert "attention" not in name
+        sizes = [tuple(tensor.shape) for _, tensor in tuned.named_masters().items()]
+        assert sizes in ([(hidden, 2)], [(2, inner), (hidden, 2)])  # C; LoRA's A and B
 
 
 def test_the_subspace_spans_the_inputs():

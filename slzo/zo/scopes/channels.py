@@ -6,7 +6,7 @@ from torch import Tensor
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.parts import MLP, Linear, linears
+from slzo.zo.scopes.parts import MLP, Linear, linears, mlp_output
 from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
 
@@ -37,7 +37,7 @@ class OutlierChannels(Scope):
         """See :class:`Scope`."""
         (layer,) = resolve_layers(None, context)
         maps = [linear for linear in linears(context.split, layer) if linear.part == MLP]
-        down = maps[-1] if maps else None
+        down = mlp_output(maps)
         ups = [] if down is None else [up for up in maps[:-1] if up.sizes[0] % down.sizes[1] == 0]
         if down is None or not ups:
             raise SlzoError(

@@ -15,7 +15,8 @@ class LoRA(Scope):
     Args:
         rank: Rank of the matrices, >= 1.
         alpha: Their product is scaled by alpha / rank; above 0.
-        target_modules: Names of the linear maps that get them; left out, peft's choice for the architecture (query and value).
+        target_modules: Names of the linear maps that get them, mlp_output for the MLP's last one; left out, peft's choice for the
+            architecture (query and value).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
     """
 
@@ -37,9 +38,9 @@ class LoRA(Scope):
     def adapter(self, context: ScopeContext) -> LoRASettings:
         """See :class:`Scope`."""
         layers = tuple(resolve_layers(self.layers, context))
-        for layer in layers:
-            targets(context.split, layer, self.target_modules)  # peft only looks for one that fits
-        names = None if self.target_modules is None else tuple(self.target_modules)
+        # peft only looks for one name that fits, and does not know mlp_output
+        found = [linear for layer in layers for linear in targets(context.split, layer, self.target_modules)]
+        names = None if self.target_modules is None else tuple(dict.fromkeys(linear.path for linear in found))
         return LoRASettings(self.rank, self.alpha, names, layers, context.seed)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:

@@ -10,6 +10,8 @@ from slzo.errors import SlzoError
 from slzo.models.split import SplitModel
 
 ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
+# stands for the map from the MLP back to the hidden states: down_proj, fc2, c_proj and so on, by family
+MLP_OUTPUT = "mlp_output"
 
 
 def layer_parameters(split: SplitModel, layer: int) -> dict[str, Tensor]:
@@ -41,11 +43,13 @@ class Linear:
 
     Attributes:
         name: The model's name of its weight.
+        path: Where it is in its layer, like ``mlp.down_proj``.
         module: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight is (in, out).
         part: ``attention`` or ``mlp``.
     """
 
     name: str
+    path: str
     module: nn.Module
     part: str
 
@@ -56,8 +60,8 @@ class Linear:
 
     @property
     def short_name(self) -> str:
-        """The last part of its module's path, like ``down_proj``."""
-        return self.name.split(".")[-2]
+        """The last part of its path, like ``down_proj``."""
+        return self.path.rpartition(".")[2]
 
     @property
     def weight(self) -> Tensor:
@@ -72,7 +76,7 @@ class Linear:
 
 
 def targets(split: SplitModel, layer: int, names: Sequence[str] | None) -> list[Linear]:
-    """The linear maps of one decoder layer that go by some names; ``None`` for all.
+    """The linear maps of one decoder layer that go by some names, ``mlp_output`` among them; ``None`` for all.
 
     Raises:
         SlzoError: There are no names, or the layer has no linear map of one.
@@ -80,7 +84,9 @@ def targets(split: SplitModel, layer: int, names: Sequence[str] | None) -> list[
     found = linears(split, layer)
     if names is None:
         return found
+    output = mlp_output(found)
     known = list(dict.fromkeys(linear.short_name for linear in found))
+    known += [] if output is None else [MLP_OUTPUT]
     if not names:
         raise SlzoError(f"model.scope.target_modules []: give at least one of {', '.join(known)}")
     for name in names:
@@ -88,14 +94,19 @@ def targets(split: SplitModel, layer: int, names: Sequence[str] | None) -> list[
             raise SlzoError(
                 f"model.scope.target_modules {name!r}: layer {layer} has no such linear map; choose from {', '.join(known)}"
             )
-    return [linear for linear in found if linear.short_name in names]
+    return [m for m in found if m.short_name in names or (m is output and MLP_OUTPUT in names)]
+
+
+def mlp_output(found: Sequence[Linear]) -> Linear | None:
+    """The last linear map of the MLP among those of a layer; ``None`` without an MLP."""
+    return next((linear for linear in reversed(found) if linear.part == MLP), None)
 
 
 def linears(split: SplitModel, layer: int) -> list[Linear]:
     """The linear maps of one decoder layer, in the order of its modules."""
     module = split.layers[layer]
     return [
-        Linear(f"{split.layers_path}.{layer}.{name}.weight", child, part_of(module, f"{name}.weight"))
+        Linear(f"{split.layers_path}.{layer}.{name}.weight", name, child, part_of(module, f"{name}.weight"))
         for name, child in module.named_modules()
         if type(child) in (nn.Linear, Conv1D)
     ]

@@ -25,7 +25,8 @@ class ActivationSubspace(Scope):
     Args:
         rank: Directions per linear map, >= 1.
         num_sequences: Prompts whose inputs are taken.
-        target_modules: Names of the linear maps to tune, like down_proj; left out, all of the layer's.
+        target_modules: Names of the linear maps to tune, like down_proj; mlp_output is the MLP's last one, however it is
+            called; left out, all of the layer's.
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
     """
 
