@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -18,8 +18,9 @@ from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
+from slzo.evaluation.generation_loss import GenerationLoss
 from slzo.evaluation.metrics import TaskMetrics
-from slzo.evaluation.scoring import LossKind, stack
+from slzo.evaluation.scoring import LossKind
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.attention import LearnedPrefix
 from slzo.models.load import DType, load_model
@@ -29,13 +30,13 @@ from slzo.models.split import SplitModel, split_model
 from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences
 from slzo.tasks.base import Example
-from slzo.zo.estimators import SPSA, Estimate, Estimator, Point, Request
+from slzo.zo.estimators import SPSA, Estimate, Estimator, Request
 from slzo.zo.estimators.base import Loss, check_settings
-from slzo.zo.objective import BatchLoss, Objective, Span, mean_losses
+from slzo.zo.objective import BatchLoss, Objective, Span
 from slzo.zo.optim import check_optimizer, check_scheduler, state_copies
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
-from slzo.zo.tuned import Direction, TunedTensors
+from slzo.zo.tuned import TunedTensors
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -358,7 +359,7 @@ class ZOModule(LightningModule):
         """The loss of a batch over the rows of every process, as a function of what is tuned."""
         assert self.tuned is not None
         if batch.loss is LossKind.GENERATION:
-            return _GenerationLoss(self.evaluator, self.tuned, batch, self._sum_over_processes)
+            return GenerationLoss(self.evaluator, self.tuned, batch, self._sum_over_processes)
         hidden = self.objective.prefix(batch.packed)
         reduce = self._sum_over_processes
         return BatchLoss(self.objective, self.tuned, batch.packed, batch.loss, batch.right, reduce, hidden)
@@ -621,36 +622,6 @@ class ZOModule(LightningModule):
             "prefix cache up to": self.prefix_cache.budget if self.objective.span.start > 0 else 0,
         }
         return {name: size / 2**20 for name, size in sizes.items() if size > 0}
-
-
-@dataclass(frozen=True)
-class _GenerationLoss:
-    """1 - F1 of generated answers, which run the whole model: they need keys and values of every layer."""
-
-    evaluator: Evaluator
-    tuned: TunedTensors
-    batch: TrainBatch
-    reduce: Callable[[Tensor], Tensor]
-
-    def at(self, points: Sequence[Point]) -> Tensor:
-        """See :class:`slzo.zo.estimators.base.Loss`."""
-        rows = self.batch.rows
-        sums = []
-        for point in points:
-            number, parts = point.share
-            self.tuned.write(point.direction, point.scale)
-            sums.append(
-                self.evaluator.missing_f1(rows[len(rows) * number // parts : len(rows) * (number + 1) // parts])
-            )
-        return mean_losses(self.reduce(stack(sums)), points)
-
-    def gradient(self) -> tuple[float, Direction]:
-        """A generated answer has no gradient."""
-        raise NotImplementedError
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        """A generated answer has no derivative."""
-        raise NotImplementedError
 
 
 def _gold(example: Example, generated: bool) -> int | list[int] | list[str] | None:
