@@ -150,8 +150,9 @@ class TaskDataModule(LightningDataModule):
         return {**self.task_settings(), **{name: getattr(self, name) for name in options}}
 
     def task_settings(self) -> dict[str, Any]:
-        """The task's name and, of a task made from a config, its arguments: primitives and sequences of them."""
-        return flat_settings("task", constructor_settings(self.task) | {"class": self.task.name})
+        """The task's name, version and, if it is made from a config, its arguments: primitives and sequences of them."""
+        settings = constructor_settings(self.task) | {"class": self.task.name, "version": self.task.version}
+        return flat_settings("task", settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn where a resumed run's rows would not be those it began with."""

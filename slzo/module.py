@@ -290,9 +290,10 @@ class ZOModule(LightningModule):
         self.prefix_cache.clear()  # its keys are those of one data module
         if self.noise_seed is None:
             self.noise_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        datamodule = self._datamodule()
+        self._check_tokenizer(datamodule)
         if stage not in ("fit", "load"):
             return
-        datamodule = self._datamodule()
         datamodule.trains_on_metric = self.train_on == "metric"
         self.estimator.check(self.num_queries, datamodule.batch_size)
         if stage == "load":
@@ -310,6 +311,18 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "model.layer is not set and no OutlierProfiler is among the callbacks: set one or the other"
             )
+
+    def _check_tokenizer(self, datamodule: TaskDataModule) -> None:
+        """The command line gives the rows the model's tokenizer; in Python the two may differ by mistake."""
+        name, rows = datamodule.tokenizer_name, self.model.get_input_embeddings().weight.shape[0]
+        advice = f"give TaskDataModule(tokenizer={self.model_name!r})"
+        tokens = len(datamodule.encoder.tokenizer)
+        if tokens > rows:
+            raise SlzoError(
+                f"data.tokenizer {name!r}: has {tokens} tokens, model {self.model_name!r} knows {rows}; {advice}"
+            )
+        if name != self.model_name:
+            rank_zero_warn(f"data.tokenizer {name!r} is not that of model.model {self.model_name!r}; {advice}")
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""

@@ -34,7 +34,7 @@ _FULL_PRECISION = (None, 32, "32", "32-true")
 
 
 class ZOTrainer(Trainer):
-    """Lightning's Trainer, with ``profile`` and ``export``, and ``predict`` to a file.
+    """Lightning's Trainer, with ``profile``, ``sweep``, ``tune`` and ``export``, and ``predict`` to a file.
 
     Takes every option of :class:`lightning.pytorch.Trainer`. Those that only make sense with back-propagation are refused.
     """

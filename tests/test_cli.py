@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import COMMANDS, main
+from slzo.datamodule import TaskDataModule
+from slzo.errors import SlzoError
+from slzo.module import ZOModule
+from slzo.trainer import ZOTrainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,7 +198,6 @@ def test_checkpoints_can_be_switched_off(options):
 
 
 def test_models_that_cannot_be_split_are_refused_in_one_line(options, tmp_path, capsys):
-    from conftest import make_tokenizer
     from transformers import AutoConfig, AutoModel
 
     bert = AutoConfig.for_model(
@@ -211,9 +216,9 @@ def test_fast_dev_run_writes_nothing(options):
 
 
 def test_prompts_are_cut_to_what_the_model_takes(tmp_path, options, capsys):
-    from conftest import make_tokenizer, tiny_model
+    from conftest import tiny_model
 
-    tiny_model("gpt2", n_positions=64, scale=1.0).save_pretrained(tmp_path / "short")
+    tiny_model("gpt2", n_positions=64, max_position_embeddings=None, scale=1.0).save_pretrained(tmp_path / "short")
     make_tokenizer().save_pretrained(tmp_path / "short")
     long = tmp_path / "long" / "sst2"
     long.mkdir(parents=True)
@@ -221,6 +226,7 @@ def test_prompts_are_cut_to_what_the_model_takes(tmp_path, options, capsys):
         rows = [{"idx": i, "sentence": f"{name} {i} " + "very " * 60 + "good", "label": i % 2} for i in range(60)]
         (long / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["fit", *options, f"--model.model={tmp_path / 'short'}", f"--data.data_dir={long.parent}"]) == 0
+    assert "Prompts are cut to 64 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param("SGD", marks=pytest.mark.slow), "Adam"])
@@ -256,11 +262,15 @@ def test_test_scores_the_checkpoint_and_says_when_there_is_none(options, capsys)
     assert main(["test", "--ckpt_path", summary["best_checkpoint"]]) == 0  # options from the run's config.yaml
     output = capsys.readouterr().out
     assert "untuned" not in output
-    assert f"{summary['score_after']:.4f}"[:6] in output.replace(" ", "") or str(summary["score_after"])[:6] in output
+    assert shown_accuracy(output) == pytest.approx(summary["score_after"], abs=1e-4)
     assert main(["test", *options]) == 0
     output = capsys.readouterr().out
     assert "No --ckpt_path given: scoring the untuned model." in output
-    assert str(summary["score_before"])[:6] in output
+    assert shown_accuracy(output) == pytest.approx(summary["score_before"], abs=1e-4)
+
+
+def shown_accuracy(output):
+    return float(re.search(r"test/accuracy\W+([\d.]+)", output)[1])
 
 
 def test_profile_writes_only_the_profile(options, capsys):
@@ -497,7 +507,7 @@ def test_a_checkpoint_that_is_not_ours_is_refused(options, capsys):
 
 
 def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):
-    from conftest import make_tokenizer, tiny_model
+    from conftest import tiny_model
 
     assert main(["fit", *options]) == 0
     tiny_model("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "other")
@@ -530,3 +540,30 @@ def test_export_runs_foreign_code_only_if_told_to(options, capsys):
     assert main(["export", f"--ckpt_path={path}", "--output=out"]) == 2
     assert "give --model.trust_remote_code true" in capsys.readouterr().err
     assert main(["export", f"--ckpt_path={path}", "--output=out", "--model.trust_remote_code=true"]) == 0
+
+
+def test_in_python_the_tokenizer_must_fit_the_model(model_dir, data_dir, tmp_path):
+    """On the command line it is the model's own."""
+    for name, more in (("other", []), ("larger", [f"<{n}>" for n in range(400)])):
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(more)
+        tokenizer.save_pretrained(tmp_path / name)
+        shutil.copy(model_dir / "config.json", tmp_path / name)
+    settings = {"max_steps": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
+    trainer = ZOTrainer(accelerator="cpu", default_root_dir=tmp_path, **settings)
+
+    def fit(name):
+        rows = TaskDataModule("sst2", str(tmp_path / name), str(data_dir), num_train=8, num_dev=4, batch_size=4)
+        trainer.fit(ZOModule(str(model_dir), 1), datamodule=rows)
+
+    with pytest.warns(UserWarning, match=r"data\.tokenizer '.*other' is not that of model\.model"):
+        fit("other")
+    with pytest.raises(SlzoError, match=r"data\.tokenizer '.*larger': has \d+ tokens, model '.*' knows \d+"):
+        fit("larger")
+
+
+def test_the_last_run_of_another_folder(options, capsys):
+    options = [*options, "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=elsewhere"]
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    assert main(["test", *options, "--ckpt_path=last"]) == 0
+    assert "Using the newest checkpoint, elsewhere" in capsys.readouterr().out

@@ -256,7 +256,7 @@ def test_recommendations():
     best, words = recommend([pair(1e-4, 0.9), pair(1e-3, 0.6), pair(1e-2, 0, diverged="up")], 1.0)
     assert best.lr == 1e-3
     assert "From lr 0.01 on training diverges" in words
-    assert "edge" not in words
+    assert "of the grid" not in words
     best, words = recommend([pair(1e-4, 0.9), pair(1e-3, 0.6)], 1.0)
     assert "largest rate of the grid" in words
     best, words = recommend([pair(1e-4, 0.5), pair(1e-3, 0.6)], 1.0)

@@ -84,6 +84,9 @@ def test_gold_loss_is_that_of_the_answer_tokens(packed):
         assert float(made.gold.weight) == count
         assert float(made.gold.total) == pytest.approx(total, rel=1e-5)
         assert made.answers == generate(SplitModel(model, packed), prompts, {2}).answers
+    unknown = [EncodedExample(row.index, row.sequences, ()) for row in gold]
+    made = generate(SplitModel(model, packed), prompts, {2}, gold=unknown)
+    assert (float(made.gold.total), float(made.gold.weight)) == (0, 0)
 
 
 @torch.no_grad()

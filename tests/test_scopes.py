@@ -366,9 +366,15 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
         (lambda: make(LayerScope(layers=[4]), tiny_model()), r"model\.scope\.layers 4: the model has 4 decoder layers"),
         (lambda: make(LayerScope(layers=[]), tiny_model()), r"model\.scope\.layers \[\]: give at least one layer"),
         (lambda: OutlierChannels(0), r"model\.scope\.percent 0: must be above 0"),
-        (lambda: make(OutlierChannels(0.1), tiny_model()), r"percent 0\.1: 0 of the 64 channels.*raise it"),
-        (lambda: make(OutlierChannels(0.1, complement=True), tiny_model()), r"percent 0\.1: 0 of the 64.*raise it"),
-        (lambda: make(OutlierChannels(100, complement=True), tiny_model()), r"percent 100: 64 of the 64.*lower it"),
+        (lambda: make(OutlierChannels(0.1), tiny_model()), r"percent 0\.1: selects none of the 64 channels.*raise it"),
+        (
+            lambda: make(OutlierChannels(0.1, complement=True), tiny_model()),
+            r"percent 0\.1: selects none of the 64.*raise it",
+        ),
+        (
+            lambda: make(OutlierChannels(100, complement=True), tiny_model()),
+            r"percent 100 with complement: selects all 64.*lower it",
+        ),
         (lambda: LoRA(alpha=0), r"model\.scope\.alpha 0: must be a number above 0"),
         (lambda: RandomLayers(0), r"model\.scope\.fraction 0"),
         (lambda: SmallestWeights(1.5), r"model\.scope\.fraction 1\.5"),

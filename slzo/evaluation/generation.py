@@ -323,6 +323,9 @@ def _positions(layout: PackedLayout, last: Tensor) -> list[Tensor]:
 def _separate_loss(split: SplitModel, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
     losses = []
     known = [example for example in gold if example.gold]
+    if not known:
+        nothing = torch.zeros((), device=split.model.device)
+        return LossSum(nothing, nothing)
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
         batch = pack([known[number] for number in chunk]).to(split.model.device)
         losses.append(answer_loss(split.logits(batch), batch))

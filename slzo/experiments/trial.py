@@ -318,7 +318,7 @@ def require_one_process(module: ZOModule, command: str) -> None:
 
 def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[str, Any]:
     """What the results of trials depend on, besides steps and seeds: primitives only."""
-    model = {name: getattr(module, name) for name in ("eps", "eps_end", "num_queries", "train_on")}
+    model = {name: getattr(module, name) for name in ("eps", "eps_end", "num_queries", "train_on", "noise_seed")}
     data = {
         name: getattr(datamodule, name)
         for name in (
@@ -334,6 +334,7 @@ def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[st
         )
     }
     folder = datamodule.data_dir
+    cache_dtype = module.prefix_cache.dtype
     return {
         "model": module.model_name,
         "dtype": module.dtype_name,
@@ -343,6 +344,7 @@ def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[st
         **flat_settings("optimizer", {"class": module.optimizer_class, **module.optimizer_options}),
         "lr_scheduler": _scheduler_settings(module),
         **model,
+        "prefix_cache_dtype": None if cache_dtype is None else str(cache_dtype).removeprefix("torch."),
         **data,
         "data_dir": None if folder is None else str(Path(folder).expanduser().resolve()),
     }

@@ -48,10 +48,14 @@ class OutlierChannels(Scope):
         count = round(self.percent / 100 * num_channels)
         chosen = torch.zeros(num_channels, dtype=torch.bool, device=inputs.device)
         chosen[inputs.abs().amax(dim=0).topk(count).indices] = True
-        if count == 0 or (self.complement and count == num_channels):
+        if count == 0:
             raise SlzoError(
-                f"model.scope.percent {self.percent}: {count} of the {num_channels} channels of the MLP are outliers, which "
-                + ("leaves none to tune; lower it" if count else "is none; raise it")
+                f"model.scope.percent {self.percent}: selects none of the {num_channels} channels of the MLP; raise it"
+            )
+        if self.complement and count == num_channels:
+            raise SlzoError(
+                f"model.scope.percent {self.percent} with complement: selects all {num_channels} channels of the MLP and leaves "
+                "none to tune; lower it"
             )
         if self.complement:
             chosen = ~chosen
