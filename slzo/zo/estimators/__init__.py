@@ -1,9 +1,12 @@
 """Gradient estimates from loss values; each kind is one file, and this list registers it."""
 
+from slzo.zo.estimators.backprop import Backprop
 from slzo.zo.estimators.base import WHOLE, Estimate, Estimator, Point, Request, Share
-from slzo.zo.estimators.derivatives import Backprop, ForwardGradient
-from slzo.zo.estimators.one_sided import FZO, OneSided
-from slzo.zo.estimators.spsa import LOZO, SPSA
+from slzo.zo.estimators.forward_gradient import ForwardGradient
+from slzo.zo.estimators.fzo import FZO
+from slzo.zo.estimators.lozo import LOZO
+from slzo.zo.estimators.one_sided import OneSided
+from slzo.zo.estimators.spsa import SPSA
 
 __all__ = [
     "FZO",

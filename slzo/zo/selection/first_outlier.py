@@ -1,39 +1,11 @@
-"""Rules that read a profile and name the dominant layer."""
+"""The first layer with massive activations."""
 
-from abc import ABC, abstractmethod
 from typing import Literal
 
 from slzo.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
-
-
-class SelectionRule(ABC):
-    """Chooses a layer from the statistics of all layers, first layer first."""
-
-    @abstractmethod
-    def select(self, layers: list[LayerStatistics]) -> int:
-        """Index of the dominant layer."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The rule in a few words, for the table and the JSON file."""
-
-
-class MaxRatioJump(SelectionRule):
-    """The layer whose ratio of largest to median magnitude grows most over the layer before it.
-
-    Needs no threshold, so it always answers.
-    """
-
-    def select(self, layers: list[LayerStatistics]) -> int:
-        """See :class:`SelectionRule`; the first layer is compared with a ratio of 1."""
-        before = [1.0] + [layer.ratio for layer in layers[:-1]]
-        jumps = [layer.ratio / max(ratio, 1.0) for layer, ratio in zip(layers, before, strict=True)]
-        return max(range(len(layers)), key=jumps.__getitem__)
-
-    def describe(self) -> str:
-        """See :class:`SelectionRule`."""
-        return "largest growth of max/median over the layer before"
+from slzo.zo.selection.base import SelectionRule
+from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 
 
 class FirstOutlierLayer(SelectionRule):
@@ -77,28 +49,3 @@ class FirstOutlierLayer(SelectionRule):
         """See :class:`SelectionRule`."""
         rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
         return f"{rule}; none, so {MaxRatioJump().describe()}" if self._fell_back else rule
-
-
-class FixedLayer(SelectionRule):
-    """A layer chosen beforehand; the profile is still made and shown.
-
-    Args:
-        index: The layer, counted from 0.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def select(self, layers: list[LayerStatistics]) -> int:
-        """See :class:`SelectionRule`.
-
-        Raises:
-            SlzoError: The model has no such layer.
-        """
-        if not 0 <= self.index < len(layers):
-            raise SlzoError(f"profiler.rule.index {self.index}: the model has layers 0 to {len(layers) - 1}")
-        return self.index
-
-    def describe(self) -> str:
-        """See :class:`SelectionRule`."""
-        return f"fixed to layer {self.index}"

@@ -1,4 +1,4 @@
-"""All parameters of the model, and random layers anew in each step."""
+"""Random layers anew in each step."""
 
 import random
 from collections.abc import Sequence
@@ -10,24 +10,7 @@ from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import Subset, TunedTensors
 
 
-class AllParameters(Scope):
-    """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor."""
-
-    @property
-    def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
-        return False
-
-    def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
-        return TunedTensors(dict(context.split.model.named_parameters()))
-
-    def describe(self) -> str:
-        """See :class:`Scope`."""
-        return "all parameters"
-
-
-class RandomLayers(AllParameters):
+class RandomLayers(Scope):
     """All parameters, but each step perturbs and updates a random choice of decoder layers only (LeZO, arXiv 2410.09823).
 
     Embeddings, final norm and head take part in every step; whether the paper's do is not known to us.
@@ -42,6 +25,11 @@ class RandomLayers(AllParameters):
                 f"model.scope.fraction {fraction}: the share of layers in a step must be above 0 and at most 1"
             )
         self.fraction = fraction
+
+    @property
+    def needs_layer(self) -> bool:
+        """See :class:`Scope`."""
+        return False
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         """See :class:`Scope`."""

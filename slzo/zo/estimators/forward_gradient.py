@@ -1,4 +1,4 @@
-"""Exact derivatives, to compare with: forward mode along directions, and back-propagation."""
+"""Exact slopes by forward-mode differentiation, to compare with."""
 
 import math
 
@@ -34,25 +34,3 @@ class ForwardGradient(Estimator):
         mean = sum(losses) / len(losses)
         finite = all(map(math.isfinite, losses + slopes))
         return Estimate(mean, mean, mean, tuple(slopes), len(losses), finite)
-
-
-class Backprop(Estimator):
-    """The gradient itself by back-propagation: the first-order reference, with the same data, losses and metrics.
-
-    Combine it with model.optimizer AdamW and any scope. Keeps the activations of the layers above the first tuned one; eps and
-    the number of queries have no meaning here. A step counts as 3 evaluations: the backward pass costs about two forward passes.
-    """
-
-    differentiates = True
-
-    def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`."""
-        request.tuned.zero_grad()
-        loss, gradient = request.loss.gradient()
-        names = request.tuned.names_of_step(request.seed, request.step)
-        gradient = {name: part for name, part in gradient.items() if name in names}
-        norm = math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            request.tuned.accumulate_grad(gradient, 1.0)
-        return Estimate(loss, loss, loss, (norm,), 3, finite)
