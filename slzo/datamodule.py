@@ -1,7 +1,7 @@
 """The LightningDataModule: rows of a task as packed, tokenized batches."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -234,20 +234,29 @@ class TaskDataModule(LightningDataModule):
         """Shuffled batches of the training rows."""
         trainer = self.trainer
         rows = self.rows("train")
-        sampler = EpochBatchSampler(
-            len(rows),
+        sampler = self.train_sampler(
             self.batch_size,
             self.seed or 0,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
-            lengths=[len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None,
             # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
             batches_done=lambda: trainer.global_step if trainer else 0,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
-        collate = TrainCollator(self.training_loss, self.share_prompts)
-        return DataLoader(_Items(rows), batch_sampler=sampler, collate_fn=collate)
+        return DataLoader(_Items(rows), batch_sampler=sampler, collate_fn=self.train_collator())
+
+    def train_sampler(
+        self, batch_size: int, seed: int, batches_done: Callable[[], int], rank: int = 0, world_size: int = 1
+    ) -> EpochBatchSampler:
+        """Row numbers of the training batches; see :class:`slzo.data.sampler.EpochBatchSampler` for the arguments."""
+        rows = self.rows("train")
+        lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
+        return EpochBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, batches_done)
+
+    def train_collator(self) -> TrainCollator:
+        """Makes a training batch of rows."""
+        return TrainCollator(self.training_loss, self.share_prompts)
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Dev rows, in an order that is fast to score."""

@@ -20,8 +20,14 @@ from transformers.masking_utils import sdpa_mask
 
 from slzo.data.encoding import EncodedExample, EncodedSequence, newline_token
 from slzo.evaluation.scoring import LossSum, add_up, answer_loss
-from slzo.models.attention import LAYOUT_ARGUMENT, PREFIX_ARGUMENT, packed_attention_forward, with_prefix
-from slzo.models.packing import PackedLayout, TokenBatch, pack
+from slzo.models.attention import (
+    LAYOUT_ARGUMENT,
+    PREFIX_ARGUMENT,
+    packed_attention_forward,
+    softcap_attention,
+    with_prefix,
+)
+from slzo.models.packing import PackedLayout, TokenBatch, group_by_length, pack
 from slzo.models.sharing import chunk_by_tokens, share_prefixes
 from slzo.models.split import SplitModel
 
@@ -29,8 +35,6 @@ MAX_NEW_TOKENS = 50
 """Longest answer, in tokens (MeZO)."""
 
 _ATTENTION_NAME = "slzo_generate"
-# Rows share a buffer while the shortest prompt is at least this fraction of the longest.
-_GROUP_RATIO = 0.75
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,7 @@ class _Buffer:
 
 
 def _make_buffers(prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device) -> list[_Buffer]:
-    groups: list[list[int]] = []
-    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
-        if groups and len(prompts[row]) >= _GROUP_RATIO * len(prompts[groups[-1][0]]):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    groups = group_by_length(prompts)
     return [
         _Buffer(
             rows,
@@ -235,9 +234,7 @@ def _attention_of(
 ) -> Tensor:
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    return softcap_attention(query, key, value, mask, scaling, softcap)
 
 
 def _attention_forward(

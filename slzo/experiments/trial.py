@@ -3,15 +3,14 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slzo.data.batch import TrainBatch, TrainCollator
-from slzo.data.sampler import EpochBatchSampler
+from slzo.data.batch import TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.models.packing import PackedBatch, pack
@@ -113,8 +112,6 @@ class Workbench:
         seed: int,
         lr: float | None = None,
         eps: float | None = None,
-        score_every: int | None = None,
-        on_step: Callable[[int], None] = lambda step: None,
     ) -> Trial:
         """Tune for some steps, score the dev rows, and give the model its untuned weights back.
 
@@ -127,13 +124,11 @@ class Workbench:
             seed: Of directions and batches.
             lr: Learning rate in place of the optimizer's own.
             eps: In place of the module's.
-            score_every: Score the dev rows this often, besides before and after.
-            on_step: Called after each step with its number.
         """
         module = self.module
         initial = self._choose(layer)
         try:
-            return self._train(steps, seed, lr, module.eps if eps is None else eps, score_every, on_step)
+            return self._train(steps, seed, lr, module.eps if eps is None else eps)
         finally:
             self._release(initial)
 
@@ -219,8 +214,6 @@ class Workbench:
         seed: int,
         lr: float | None,
         eps: float,
-        score_every: int | None,
-        on_step: Callable[[int], None],
     ) -> Trial:
         module = self.module
         tuned = module.tuned
@@ -248,9 +241,8 @@ class Workbench:
                 return Trial(tuple(scores), tuple(losses), _mean(slopes), f"the loss was not finite at step {step}")
             losses.append(estimate.loss)
             slopes += [abs(slope) for slope in estimate.projected_grad]
-            on_step(step + 1)
-            if step + 1 == steps or (score_every and (step + 1) % score_every == 0):
-                scores.append(self.score(step + 1, evaluations, seconds))
+        if steps:
+            scores.append(self.score(steps, evaluations, seconds))
         return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores))
 
     def _step(
@@ -272,9 +264,8 @@ class Workbench:
         datamodule = self.datamodule
         rows = datamodule.rows("train")
         done = 0
-        lengths = [len(row.encoded.sequences[0].ids) for row in rows] if datamodule.length_buckets else None
-        sampler = EpochBatchSampler(len(rows), batch_size, seed, lengths=lengths, batches_done=lambda: done)
-        collate = TrainCollator(datamodule.training_loss, datamodule.share_prompts)
+        sampler = datamodule.train_sampler(batch_size, seed, batches_done=lambda: done)
+        collate = datamodule.train_collator()
         while True:
             for numbers in sampler:
                 done += 1

@@ -78,7 +78,7 @@ def packed_attention_forward(
             )
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
         causal = attention_mask if attention_mask is not None else _causal_mask(query, key, None)
-        return _softcap_attention(query, key, value, causal, scaling, softcap).transpose(1, 2).contiguous(), None
+        return softcap_attention(query, key, value, causal, scaling, softcap).transpose(1, 2).contiguous(), None
     flat = torch.cat([index.flatten() for index in packed_layout.groups])
     rows = [states[0].transpose(0, 1).index_select(0, flat) for states in (query, key, value)]
     outputs, start = [], 0
@@ -104,7 +104,7 @@ def _causal_attention(
     narrow = key.shape[-2] > query.shape[-2] or (window is not None and window < query.shape[-2])
     if softcap is not None:
         key, value = _repeat_heads(query, key), _repeat_heads(query, value)
-        return _softcap_attention(query, key, value, _causal_mask(query, key, window), scaling, softcap)
+        return softcap_attention(query, key, value, _causal_mask(query, key, window), scaling, softcap)
     mask = _causal_mask(query, key, window) if narrow else None
     shared_heads = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
@@ -135,10 +135,19 @@ def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return allowed & (distance < window) if window is not None else allowed
 
 
-def _softcap_attention(
+def softcap_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
 ) -> Tensor:
-    """Attention with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack."""
+    """Attention with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack.
+
+    Args:
+        query: Shape (..., queries, head_dim).
+        key: Shape (..., keys, head_dim), as many heads as the queries.
+        value: Like ``key``.
+        mask: Bool, broadcasts to (..., queries, keys), ``True`` where attention is allowed.
+        scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``.
+    """
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value

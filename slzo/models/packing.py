@@ -103,7 +103,6 @@ class PackedBatch(TokenBatch):
             same prompt tokens, else ``None``.
         token_choice: For each answer token its index in ``choice_ids``, shape (R,), int64, or ``None``.
         most_candidates: Largest number of candidates of an example.
-        num_sequence_tokens: Tokens that a candidate-at-a-time evaluation would process.
     """
 
     example_index: tuple[int, ...]
@@ -119,7 +118,6 @@ class PackedBatch(TokenBatch):
     choice_ids: Tensor | None
     token_choice: Tensor | None
     most_candidates: int
-    num_sequence_tokens: int
 
     def repeat(self, times: int) -> "TokenBatch":
         """Tokens and layout of ``times`` copies of the batch in one packed row."""
@@ -195,10 +193,8 @@ def _shared_prefix(example: EncodedExample, share: bool) -> int:
     return limit
 
 
-def _group_sequences(sequences: Sequence[Sequence[int]], grouped: bool) -> list[list[int]]:
-    """Sequence numbers, sorted by length and cut into groups of similar length (one group if not ``grouped``)."""
-    if not grouped:
-        return [list(range(len(sequences)))]
+def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Sequence numbers, sorted by falling length and cut into groups of similar length."""
     order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
     groups: list[list[int]] = []
     for number in order:
@@ -213,7 +209,8 @@ def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: b
     """The layout of sequences of packed positions; ``grouped`` puts only similar lengths together."""
     groups, valid, offset = [], [], 0
     inverse = torch.zeros(num_tokens, dtype=torch.int64)
-    for numbers in _group_sequences(sequences, grouped):
+    members = group_by_length(sequences) if grouped else [list(range(len(sequences)))]
+    for numbers in members:
         width = max(len(sequences[n]) for n in numbers)
         index = torch.zeros(len(numbers), width, dtype=torch.int64)
         mask = torch.zeros(len(numbers), width, dtype=torch.bool)
@@ -247,7 +244,6 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     owners: list[int] = []
     slots: list[int] = []
     example_tokens: list[int] = []
-    sequence_tokens = 0
     for number, example in enumerate(examples):
         start = len(ids)
         shared = _shared_prefix(example, share_prompts)
@@ -255,7 +251,6 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
         ids.extend(example.sequences[0].ids[:shared])
         positions.extend(range(shared))
         for slot, sequence in enumerate(example.sequences):
-            sequence_tokens += len(sequence.ids)
             branch = sequence.ids[shared:-1]
             places = common + tuple(range(len(ids), len(ids) + len(branch)))
             ids.extend(branch)
@@ -298,5 +293,4 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
         choice_ids=tensor(choices) if one_token else None,
         token_choice=tensor([place[token] for token in token_id]) if one_token else None,
         most_candidates=max(slots) + 1,
-        num_sequence_tokens=sequence_tokens,
     )

@@ -45,7 +45,8 @@ class PrefixTuning(Scope):
             raise SlzoError(
                 "model.scope PrefixTuning: generated answers would not see the prefix with model.compile true; leave that out"
             )
-        ids = [token for batch in context.prompts(16) for token in batch.input_ids[: batch.example_tokens[0]].tolist()]
+        batch = context.prompts(1)[0]
+        ids = batch.input_ids[: batch.example_tokens[0]].tolist()
         if len(ids) < self.num_tokens:
             raise SlzoError(
                 f"model.scope.num_tokens {self.num_tokens}: longer than the first prompt ({len(ids)} tokens)"
