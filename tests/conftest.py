@@ -166,3 +166,37 @@ def _clean_environment(monkeypatch):
     for name in set(os.environ) - set(before):
         if name.startswith(("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")):
             os.environ.pop(name)
+
+
+# ---- runs of the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(model_dir, data_dir, tmp_path, monkeypatch):
+    """Options of a run of a few seconds."""
+    monkeypatch.chdir(tmp_path)
+    return [
+        f"--model.model={model_dir}",
+        "--data.task=sst2",
+        f"--data.data_dir={data_dir}",
+        "--data.num_train=40",
+        "--data.num_dev=16",
+        "--data.batch_size=8",
+        "--profiler.rule=MaxRatioJump",
+        "--trainer.max_steps=8",
+        "--trainer.val_check_interval=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--model.optimizer=SGD",
+        "--model.optimizer.lr=1e-3",
+    ]
+
+
+def run_dir(number=0):
+    """The folder of a run, the first one is 0."""
+    return Path("runs") / f"version_{number}"
+
+
+def tuned(path):
+    """The tuned tensors in a checkpoint."""
+    return torch.load(path, weights_only=True)["state_dict"]

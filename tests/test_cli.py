@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer
+from conftest import make_tokenizer, run_dir, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import COMMANDS, main
@@ -22,35 +22,6 @@ from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def options(model_dir, data_dir, tmp_path, monkeypatch):
-    """Options of a run of a few seconds."""
-    monkeypatch.chdir(tmp_path)
-    return [
-        f"--model.model={model_dir}",
-        "--data.task=sst2",
-        f"--data.data_dir={data_dir}",
-        "--data.num_train=40",
-        "--data.num_dev=16",
-        "--data.batch_size=8",
-        "--profiler.rule=MaxRatioJump",
-        "--trainer.max_steps=8",
-        "--trainer.val_check_interval=2",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.accelerator=cpu",
-        "--model.optimizer=SGD",
-        "--model.optimizer.lr=1e-3",
-    ]
-
-
-def run_dir(number=0):
-    return Path("runs") / f"version_{number}"
-
-
-def tuned(path):
-    return torch.load(path, weights_only=True)["state_dict"]
 
 
 def test_version_and_help_are_quick_and_import_no_torch():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import options, run_dir  # noqa: F401  # the fixture
+from conftest import run_dir
 
 from slzo.__main__ import main
 from slzo.cli import build
@@ -28,13 +28,13 @@ def sweep_csv(folder="swept"):
         return list(csv.DictReader(file))
 
 
-def bench_of(options, *more):  # noqa: F811
+def bench_of(options, *more):
     cli = build([*options, "--trainer.logger=false", *more], run=False)
     cli.trainer.attach(cli.model, cli.datamodule)
     return Workbench(cli.model, cli.datamodule)
 
 
-def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):  # noqa: F811
+def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):
     assert main(["sweep", *options, *SWEEP, "--layers=[3,1]", "--seeds=[0,1]"]) == 0
     output = capsys.readouterr().out
     rows = sweep_csv()
@@ -52,7 +52,7 @@ def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):  # noqa:
     assert not Path("runs").exists()
 
 
-def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, monkeypatch):  # noqa: F811
+def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, monkeypatch):
     calls = []
     original = Workbench.trial
 
@@ -73,14 +73,14 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
     assert sweep_csv() == first
 
 
-def test_sensitivity_only_trains_nothing(options, monkeypatch, capsys):  # noqa: F811
+def test_sensitivity_only_trains_nothing(options, monkeypatch, capsys):
     monkeypatch.setattr(Workbench, "trial", None)
     assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
     assert "no layer was trained" in capsys.readouterr().out
     assert all(row["loss"] == "" for row in sweep_csv())
 
 
-def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):  # noqa: F811
+def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):
     common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]"]
     assert main([*common, "--sensitivity_only=true"]) == 0
     assert main([*common, "--steps=2"]) == 0
@@ -91,7 +91,7 @@ def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsy
     assert main([*common, "--steps=3"]) == 2
 
 
-def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):  # noqa: F811
+def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):
     for name, word in (("train", "word"), ("test", "other")):
         rows = [{"text": f"{word} {n}", "label": n % 2} for n in range(24)]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -111,7 +111,7 @@ def test_a_folder_without_results_takes_other_settings(tmp_path):
         CellStore(tmp_path / "s", {"eps": 3})
 
 
-def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, capsys):  # noqa: F811
+def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, capsys):
     assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
     before = {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
     assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true", "--model.eps=2e-3"]) == 2
@@ -140,7 +140,7 @@ def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, ca
         (["--model.scope=AllParameters"], r"model\.scope: a sweep goes over the dominant layer"),
     ],
 )
-def test_bad_sweep_options(options, capsys, extra, message):  # noqa: F811
+def test_bad_sweep_options(options, capsys, extra, message):
     assert main(["sweep", *options, "--output=swept", *extra]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(rf"slzo: error: {message}.*", error.splitlines()[-1])
@@ -160,7 +160,7 @@ def test_a_cell_is_worked_on_once(tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["LayerScope", "LoRA", "ActivationSubspace"])
-def test_a_trial_takes_the_steps_of_fit(options, scope):  # noqa: F811
+def test_a_trial_takes_the_steps_of_fit(options, scope):
     """The same losses as slzo fit with the same seed and layer, and the model is untuned again after it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -185,7 +185,7 @@ def test_a_trial_takes_the_steps_of_fit(options, scope):  # noqa: F811
     assert found.scores[-1].evaluations == 16
 
 
-def test_moved_prefix_states_are_those_of_the_next_layer(options):  # noqa: F811
+def test_moved_prefix_states_are_those_of_the_next_layer(options):
     bench = bench_of(options)
     bench.trial(1, steps=3, seed=0)
     cache = bench.module.prefix_cache
@@ -199,7 +199,7 @@ def test_moved_prefix_states_are_those_of_the_next_layer(options):  # noqa: F811
     torch.testing.assert_close(torch.tensor(moved.losses), torch.tensor(fresh.losses), rtol=1e-4, atol=1e-5)
 
 
-def test_sensitivity_is_the_mean_slope(options):  # noqa: F811
+def test_sensitivity_is_the_mean_slope(options):
     """Against a plain loop over the whole model, with the same directions."""
     bench = bench_of(options)
     found = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
@@ -224,14 +224,14 @@ def test_sensitivity_is_the_mean_slope(options):  # noqa: F811
     assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(20)), rel=2e-2)
 
 
-def test_divergence_is_named(options):  # noqa: F811
+def test_divergence_is_named(options):
     trial = bench_of(options).trial(2, steps=6, seed=0, lr=1e38)
     assert trial.diverged
     assert trial.gain == -math.inf
     assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
 
 
-def test_tune_recommends_and_goes_on(options, capsys, monkeypatch):  # noqa: F811
+def test_tune_recommends_and_goes_on(options, capsys, monkeypatch):
     command = ["tune", *options, "--steps=4", "--lrs=[1e-3,1e-2,1e38]", "--output=tuned"]
     assert main(command) == 0
     output = capsys.readouterr().out
@@ -324,7 +324,7 @@ def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
     assert lines[1].endswith("(40 s; done)")
 
 
-def test_trials_train_on_the_metric_that_fit_would(options):  # noqa: F811
+def test_trials_train_on_the_metric_that_fit_would(options):
     cli = build([*options, "--model.train_on=metric"], run=False)
     datamodule = cli.trainer.attach(cli.model, cli.datamodule)
     bench = Workbench(cli.model, datamodule)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, random_example, tiny_model
-from test_cli import options, run_dir, tuned  # noqa: F401  # the fixture
+from conftest import make_tokenizer, random_example, run_dir, tiny_model, tuned
 from test_scopes import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,7 +47,7 @@ SLOW = ("mlp", "one-sided", "fzo", "lozo", "forward", "eps", "sign")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS])
-def test_every_method_trains_resumes_and_is_scored_again(name, options):  # noqa: F811
+def test_every_method_trains_resumes_and_is_scored_again(name, options):
     options = [*options, *METHODS[name], "--trainer.enable_progress_bar=false", "--model.optimizer.lr=1e-3"]
     assert main(["fit", *options, "--trainer.max_steps=6"]) == 0
     assert main(["fit", *options, "--trainer.max_steps=3"]) == 0
@@ -75,12 +74,12 @@ def test_every_method_trains_resumes_and_is_scored_again(name, options):  # noqa
         assert float(score) == pytest.approx(scored["scores"][1], abs=2e-4)
 
 
-def predictions(options, checkpoint):  # noqa: F811
+def predictions(options, checkpoint):
     assert main(["predict", *options, f"--ckpt_path={checkpoint}", "--output=predicted.jsonl"]) == 0
     return Path("predicted.jsonl").read_text().splitlines()[0]
 
 
-def test_an_exported_prefix_is_an_adapter_of_peft(options, model_dir):  # noqa: F811
+def test_an_exported_prefix_is_an_adapter_of_peft(options, model_dir):
     from peft import PeftModel
 
     options = [*options, *METHODS["prefix"], "--trainer.max_steps=4", "--model.optimizer.lr=1e-1"]
@@ -97,7 +96,7 @@ def test_an_exported_prefix_is_an_adapter_of_peft(options, model_dir):  # noqa: 
     assert float(score) == pytest.approx(scored["scores"][1], abs=2e-4)
 
 
-def test_a_resume_with_another_scope_is_refused(options, capsys):  # noqa: F811
+def test_a_resume_with_another_scope_is_refused(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     assert main(["fit", *options, "--ckpt_path=last", "--model.scope=LoRA"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -107,7 +106,7 @@ def test_a_resume_with_another_scope_is_refused(options, capsys):  # noqa: F811
     assert "part: layer -> mlp" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_full_tuning_needs_no_outlier_layer(options):  # noqa: F811
+def test_full_tuning_needs_no_outlier_layer(options):
     """The strict rule finds none in this model, and nobody asked for one."""
     rest = [o for o in options if "profiler.rule" not in o]
     assert main(["fit", *rest, "--model.scope=AllParameters", "--trainer.max_steps=2"]) == 0
@@ -116,7 +115,7 @@ def test_full_tuning_needs_no_outlier_layer(options):  # noqa: F811
     assert summary["tuned_parameters"] == summary["total_parameters"]
 
 
-def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):  # noqa: F811
+def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--model.optimizer=Adam"]) == 0
     text = capsys.readouterr().err
     assert re.search(r"Tuning the dominant layer: 9,280 of 57,632 parameters by SPSA. Dominant layer: \d of 4", text)
@@ -163,14 +162,14 @@ def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
         ),
     ],
 )
-def test_bad_methods_end_in_one_line(extra, message, options, capsys):  # noqa: F811
+def test_bad_methods_end_in_one_line(extra, message, options, capsys):
     assert main(["fit", *options, *extra]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("slzo: error: ")
     assert re.search(message, error), error
 
 
-def test_eps_goes_from_one_value_to_the_other(options):  # noqa: F811
+def test_eps_goes_from_one_value_to_the_other(options):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     extra = ["--model.eps=1e-2", "--model.eps_end=1e-4", "--trainer.max_steps=5"]
@@ -243,7 +242,7 @@ def test_optimizer_state_is_counted(make_optimizer, copies):
     assert state_copies(check_optimizer(make_optimizer)) == copies
 
 
-def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):  # noqa: F811
+def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):
     """GPT-2 knows so many positions and no more."""
     folder = tmp_path / "short"
     tiny_model("gpt2", scale=1.0, n_positions=40, max_position_embeddings=None).save_pretrained(folder)
