@@ -109,7 +109,7 @@ def _run_config(args: Sequence[str]) -> list[str]:
         name, _, value = arg.partition("=")
         if name == "--ckpt_path":
             value = value or (args[position + 1] if position + 1 < len(args) else "")
-            if value == "last" and not list(Path().glob(_RUNS)):
+            if value == "last" and not Path(_RUNS).is_dir():
                 return []  # another save_dir; the trainer knows it
             path = Path(newest_checkpoint(_RUNS) if value == "last" else value)
             config = path.parent.parent / "config.yaml"

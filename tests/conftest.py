@@ -172,13 +172,22 @@ def _clean_environment(monkeypatch):
 
 
 @pytest.fixture
-def options(model_dir, data_dir, tmp_path, monkeypatch):
-    """Options of a run of a few seconds."""
+def sst2_options(model_dir, data_dir, tmp_path, monkeypatch):
+    """The tiny model on the made-up rows, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     return [
         f"--model.model={model_dir}",
         "--data.task=sst2",
         f"--data.data_dir={data_dir}",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+@pytest.fixture
+def options(sst2_options):
+    """Options of a run of a few seconds."""
+    return [
+        *sst2_options,
         "--data.num_train=40",
         "--data.num_dev=16",
         "--data.batch_size=8",
@@ -186,7 +195,6 @@ def options(model_dir, data_dir, tmp_path, monkeypatch):
         "--trainer.max_steps=8",
         "--trainer.val_check_interval=2",
         "--trainer.log_every_n_steps=1",
-        "--trainer.accelerator=cpu",
         "--model.optimizer=SGD",
         "--model.optimizer.lr=1e-3",
     ]

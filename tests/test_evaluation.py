@@ -47,14 +47,8 @@ def squad_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def options(model_dir, data_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return [
-        f"--model.model={model_dir}",
-        "--data.task=sst2",
-        f"--data.data_dir={data_dir}",
-        "--trainer.accelerator=cpu",
-    ]
+def options(sst2_options):
+    return sst2_options
 
 
 @pytest.fixture

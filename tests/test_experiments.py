@@ -103,6 +103,13 @@ def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):
     assert "task.prompt: {text} is -> {text} was" in capsys.readouterr().err
 
 
+def test_a_sweep_into_a_folder_of_another_kind_is_refused(options, capsys):
+    CellStore("swept", {"kind": "reproduce_tables"}).save("x", {})
+    for extra in ([], ["--sensitivity_only=true"]):
+        assert main(["sweep", *options, *SWEEP, *extra]) == 2
+        assert "holds results of other settings" in capsys.readouterr().err
+
+
 def test_a_folder_without_results_takes_other_settings(tmp_path):
     CellStore(tmp_path / "s", {"eps": 1})
     store = CellStore(tmp_path / "s", {"eps": 2})

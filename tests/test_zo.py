@@ -1,6 +1,10 @@
+import copy
+import math
+
 import pytest
 import torch
 from conftest import estimate, layer_objective, tiny_model, tune_layer
+from torch import nn
 
 from slzo.data.encoding import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
@@ -17,6 +21,32 @@ from slzo.zo.tuned import TunedTensors
 
 def gradient(tuned):
     return torch.cat([master.grad.flatten() for master in tuned.masters])
+
+
+def mean_estimate(estimator, tuned, evaluate, steps, **settings):
+    total = None
+    for step in range(steps):
+        estimate(estimator, tuned, evaluate, step=step, **settings)
+        total = gradient(tuned).clone() if total is None else total + gradient(tuned)
+    return total / steps
+
+
+def test_spsa_mean_is_the_gradient_of_a_quadratic():
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    curvature = torch.tensor([1.0, 2.0, 0.5, 0.1])
+    tuned = TunedTensors({"w": weight})
+
+    def evaluate(points):
+        losses = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            losses.append((curvature * weight.double().square()).sum() / 2)
+        return torch.stack(losses)
+
+    true = curvature * tuned.masters[0].detach()
+    mean = mean_estimate(SPSA(), tuned, evaluate, 4000, eps=1e-3)
+    # standard error of one coordinate: about |gradient| / sqrt(steps)
+    assert (mean - true).norm() < 4 * true.norm() * math.sqrt(len(true) / 4000)
 
 
 def test_more_queries_lower_the_variance():
@@ -39,6 +69,45 @@ def test_more_queries_lower_the_variance():
         return total / 40
 
     assert error(8) < error(1) / 4
+
+
+def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
+    model = tiny_model("llama", scale=1.0)
+    split = SplitModel(model)
+    tuned = tune_layer(split, 2)
+    objective = layer_objective(split, 2, PrefixCache(0))
+    batch = pack(examples)
+
+    # the gradient by back-propagation through an untouched copy, one candidate at a time
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    parameters = dict(reference.named_parameters())
+    for name in tuned.names:
+        parameters[name].requires_grad_(True)
+    losses = []
+    for example in examples:
+        scores = []
+        for sequence in example.sequences:
+            log_probs = reference(input_ids=torch.tensor([sequence.ids])).logits[0].float().log_softmax(-1)
+            start = len(sequence.ids) - sequence.num_answer
+            scores.append(
+                torch.stack([log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]).mean()
+            )
+        losses.append(nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.gold[0]])))
+    torch.stack(losses).mean().backward()
+    true = torch.cat([parameters[name].grad.flatten() for name in tuned.names])
+
+    def evaluate(points):
+        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        return sums[0] / sums[1]
+
+    # each projected gradient is the slope along z, exactly what autograd gives
+    slopes, expected = [], []
+    for step in range(20):
+        direction = tuned.draw(0, step, 0)
+        expected.append(float(torch.dot(torch.cat([direction[n].flatten() for n in tuned.names]), true)))
+        slopes.append(estimate(SPSA(), tuned, evaluate, step=step, eps=2e-3).projected_grad[0])
+    torch.testing.assert_close(torch.tensor(slopes), torch.tensor(expected), rtol=0.05, atol=0.02 * float(true.norm()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -101,6 +170,12 @@ def test_noise_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     gaussian(torch.zeros(10), 0, 0, 0, "w")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_is_not_finite_sets_no_gradient():
+    tuned = TunedTensors({"w": torch.ones(3)})
+    assert not estimate(SPSA(), tuned, lambda points: torch.tensor([float("nan"), 1.0])).finite
+    assert tuned.masters[0].grad is None
 
 
 @pytest.mark.parametrize(("eps", "queries"), [(0, 1), (-1e-3, 1), (float("inf"), 1), (float("nan"), 1), (1e-3, 0)])

@@ -41,8 +41,9 @@ class CellStore:
         settings = json.loads(json.dumps(settings))
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
             old = json.loads(path.read_text(encoding="utf-8"))
-            settings |= {name: old[name] for name in open_settings if settings[name] is None}
-            old |= {name: settings[name] for name in open_settings if old[name] is None}
+            # a folder of another kind may know nothing of them
+            settings |= {name: old.get(name) for name in open_settings if settings[name] is None}
+            old |= {name: settings[name] for name in open_settings if old.get(name) is None}
             _compare(old, settings, self.folder, option)
         # a process that starts at the same time may be at writing its own
         files = [file for file in _files(self.folder) if file.suffix != _PARTIAL]

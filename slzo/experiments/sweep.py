@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,11 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> None:
     work |= {_training(*cell): rows * (num_layers - cell[0]) for cell in trainings}
     clock = _Clock({name: float(cost) for name, cost in work.items() if store.result(name) is None})
     for layer in range(num_layers):
-        _work(store, f"sensitivity-{layer}", clock, lambda layer=layer: _measure(bench, plan, layer))  # type: ignore[misc]
+        _work(store, f"sensitivity-{layer}", clock, partial(_measure, bench, plan, layer))
     bench.module.prefix_cache.clear()  # the rows of the sensitivity are few; training begins at its own first layer
     for layer, seed in trainings:
         name = _training(layer, seed)
-        _work(store, name, clock, lambda layer=layer, seed=seed: _train(bench, plan, layer, seed))  # type: ignore[misc]
+        _work(store, name, clock, partial(_train, bench, plan, layer, seed))
 
 
 def _training(layer: int, seed: int) -> str:
