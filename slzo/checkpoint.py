@@ -1,18 +1,37 @@
 """Read checkpoints and find the newest one."""
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from slzo.errors import SlzoError
+from slzo.renames import translate_flat
 
 CHECKPOINT_FORMAT = 2
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: Of the file.
+        content: Tensors and primitives, on the CPU.
+    """
+
+    path: str
+    content: dict[str, Any]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What its tensors are and where they belong."""
+        return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Load a checkpoint on the CPU, tensors and primitives only.
 
     Raises:
@@ -23,27 +42,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"ckpt_path {str(path)!r}: no such file; give a .ckpt file from a run's checkpoints folder, or last"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         raise SlzoError(f"ckpt_path {str(path)!r}: not a readable checkpoint ({type(error).__name__})") from error
-    checkpoint_note(checkpoint, f"ckpt_path {str(path)!r}")
-    return checkpoint
+    checkpoint_note(content, f"ckpt_path {str(path)!r}")
+    return Checkpoint(str(path), content)
 
 
-def checkpoint_note(checkpoint: Any, option: str = "ckpt_path") -> dict[str, Any]:
+def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
     """What the module noted in a checkpoint: what its tensors are and where they belong.
 
     Raises:
         SlzoError: It was not written by slzo, or by a version with another format.
     """
-    if not isinstance(checkpoint, dict) or "slzo" not in checkpoint:
+    if not isinstance(content, dict) or "slzo" not in content:
         raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
-    note = checkpoint["slzo"]
+    note: dict[str, Any] = content["slzo"]
     if note["format"] != CHECKPOINT_FORMAT:
         raise SlzoError(
             f"{option}: has format {note['format']}, this slzo reads format {CHECKPOINT_FORMAT}; use the version that wrote it"
         )
     return note
+
+
+def model_options(content: dict[str, Any]) -> dict[str, Any]:
+    """The model options that a checkpoint was trained with, by their present names."""
+    return translate_flat(content.get("hyper_parameters", {}), "model")
 
 
 def newest_checkpoint(root: str | Path) -> Path:
@@ -58,17 +82,3 @@ def newest_checkpoint(root: str | Path) -> Path:
             f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or name a file"
         )
     return found[-1]
-
-
-def resumed_from(trainer: Trainer) -> str | None:
-    """The checkpoint that a run continues, known from the start of ``fit``.
-
-    Lightning fills ``trainer.ckpt_path`` only after the set-up hooks; :class:`slzo.trainer.ZOTrainer` notes it before.
-    """
-    path = getattr(trainer, "resume_path", None) or trainer.ckpt_path
-    return None if path is None else str(path)
-
-
-def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Whether the run only tries the code and must write nothing."""
-    return bool(getattr(trainer, "fast_dev_run", False))

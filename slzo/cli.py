@@ -1,24 +1,28 @@
 """The LightningCLI of slzo: YAML and options in, one clear line out when they are wrong."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import transformers
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.__main__ import COMMANDS
 from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
 from slzo.cli_errors import one_line
+from slzo.commands import COMMANDS
+from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
+from slzo.renames import translate
 from slzo.runtime import keep_freed_memory
 from slzo.trainer import ZOTrainer
 
@@ -35,7 +39,8 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,
 }
-_EVALUATE = {"model", "dataloaders", "datamodule"}
+# how Lightning begins the config that it saves in a run folder
+_SAVED_CONFIG = "# lightning.pytorch=="
 
 
 class SlzoParser(LightningArgumentParser):
@@ -75,16 +80,7 @@ class SlzoCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands and the arguments that the command line provides itself."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": _EVALUATE,
-            "test": _EVALUATE,
-            "predict": _EVALUATE | {"return_predictions"},
-            "profile": {"model", "datamodule"},
-            "sweep": {"model", "datamodule"},
-            "tune": {"model", "datamodule"},
-            "export": {"model", "datamodule"},
-        }
+        return {command.name: set(command.filled) for command in COMMANDS.values()}
 
     def _set_seed(self) -> None:
         """Seed everything.
@@ -101,20 +97,56 @@ class SlzoCLI(LightningCLI):
         """Keep the options that were given: a checkpoint's own would silently win otherwise."""
 
 
-def _run_config(args: Sequence[str]) -> list[str]:
-    """The config that fit saved beside a checkpoint, for commands on that checkpoint without a config of their own."""
-    if args[0] == "fit" or any(arg.split("=")[0] in ("-c", "--config") for arg in args):
-        return []
+def _option(args: Sequence[str], *names: str) -> str | None:
+    """The last value that one of some options has on the command line."""
+    found = None
     for position, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name == "--ckpt_path":
-            value = value or (args[position + 1] if position + 1 < len(args) else "")
-            if value == "last" and not Path(_RUNS).is_dir():
-                return []  # another save_dir; the trainer knows it
-            path = Path(newest_checkpoint(_RUNS) if value == "last" else value)
-            config = path.parent.parent / "config.yaml"
-            return ["--config", str(config)] if path.is_file() and config.is_file() else []
-    return []
+        name, given, value = arg.partition("=")
+        if name in names:
+            found = value if given else next(iter(args[position + 1 : position + 2]), None)
+    return found
+
+
+def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
+    """Options in which ``last`` is the newest run's checkpoint, and its config is taken up where that is wanted.
+
+    Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
+    """
+    checkpoint = _option(args, "--ckpt_path")
+    if checkpoint is None or _option(args, "-c", "--config") is not None:
+        return list(args)
+    folder = _option(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir") or _RUNS
+    if checkpoint == "last" and Path(folder).is_dir():
+        checkpoint = str(newest_checkpoint(folder))
+        say(f"Using the newest checkpoint, {checkpoint}")
+        args = [*args, f"--ckpt_path={checkpoint}"]
+    config = Path(checkpoint).parent.parent / "config.yaml"
+    if COMMANDS[args[0]].takes_run_config and Path(checkpoint).is_file() and config.is_file():
+        return [args[0], f"--config={config}", *args[1:]]
+    return list(args)
+
+
+def _translate_saved_configs(args: Sequence[str]) -> list[str]:
+    """Options in which configs saved by former versions are handed over with the present names."""
+    translated = list(args)
+    for position, arg in enumerate(args):
+        name, given, value = arg.partition("=")
+        if name not in ("-c", "--config"):
+            continue
+        place = position if given else position + 1
+        path = Path(value if given else args[place]) if given or place < len(args) else None
+        if path is None or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not text.startswith(_SAVED_CONFIG):
+            continue
+        config = yaml.safe_load(text)
+        renamed = translate(config)
+        if renamed:
+            say(f"{path}: saved by a former version; read {', '.join(renamed)}")
+            content = yaml.safe_dump(config)
+            translated[place] = f"{name}={content}" if given else content
+    return translated
 
 
 def run(args: Sequence[str]) -> None:
@@ -125,7 +157,9 @@ def run(args: Sequence[str]) -> None:
     """
     _filter_warnings()
     keep_freed_memory()
-    build([args[0], *_run_config(args), *args[1:]])
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # class paths of the user's own files
+    build(_translate_saved_configs(_resolve_checkpoint(args)))
 
 
 def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
@@ -142,7 +176,7 @@ def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
         trainer_defaults=_TRAINER_DEFAULTS,
         seed_everything_default=0,
         parser_class=SlzoParser,
-        parser_kwargs={name: {"description": text} for name, text in COMMANDS.items()} if run else {},
+        parser_kwargs={command.name: {"description": command.help} for command in COMMANDS.values()} if run else {},
         auto_configure_optimizers=False,
         args=list(args),
         run=run,

@@ -11,6 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from slzo.renames import RENAMED
+
 _UNKNOWN = (
     r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected",
     r"[Uu]nrecognized arguments: --([\w.]+)",
@@ -45,7 +47,7 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     action = next((action for action in parser._actions if action.dest == key), None)
     nested = re.search(r"Given value: NestedArg\(key='(\w+)'", detail)
     if nested and nested[1] != "class_path":
-        return _option_of_class(key, nested[1], detail, action)
+        return _option_of_class(key, nested[1], detail, action, parser)
     value = _given_value(detail)
     if key == "config" and value is None:
         return f"--config: {detail[0].lower() + detail[1:]}; check the path"
@@ -55,6 +57,8 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 
 
 def _unknown_option(name: str, parser: ArgumentParser) -> str:
+    if name in RENAMED:
+        return f"{name}: is called {RENAMED[name]} now"
     known = sorted({action.dest for action in _actions(parser) if "." in action.dest})
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "see slzo COMMAND --help")
@@ -69,8 +73,10 @@ def _actions(parser: ArgumentParser) -> Iterator[Action]:
                 yield from command._actions
 
 
-def _option_of_class(key: str, name: str, detail: str, action: Action | None) -> str:
+def _option_of_class(key: str, name: str, detail: str, action: Action | None, parser: ArgumentParser) -> str:
     """A wrong option of the class that another option chooses; its own message stands among the parser's errors."""
+    if f"{key}.{name}" in RENAMED:
+        return _unknown_option(f"{key}.{name}", parser)
     if "Expected an instantiatable class" in detail:
         names = [] if action is None else _choices(action)
         which = f", one of {', '.join(names)}" if names else ""

@@ -2,43 +2,33 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from slzo.batches.losses import LogitLoss
+from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalCollator, Row, TrainBatch, TrainCollator, plan_batches
-from slzo.data.encoding import EncodedExample, EncodedSequence, Encoder
+from slzo.data.encoding import Encoder
 from slzo.data.sampler import EpochBatchSampler
 from slzo.data.sources import load_examples
 from slzo.data.splits import Splits, draw_splits
 from slzo.errors import SlzoError
+from slzo.evaluation.evaluator import Evaluator, Logits
 from slzo.evaluation.generation import MAX_NEW_TOKENS
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
-from slzo.evaluation.scoring import LossKind
 from slzo.models.load import load_tokenizer
-from slzo.models.packing import PackedBatch, pack
+from slzo.models.parts import ModelParts
 from slzo.settings import constructor_settings, flat_settings
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
+from slzo.zo.objectives import LOSSES, METRICS, Objective
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
-
-
-class _Items(Dataset):
-    """A list as a data set."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
 
 
 class TaskDataModule(LightningDataModule):
@@ -63,6 +53,10 @@ class TaskDataModule(LightningDataModule):
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
+        objective: What training minimizes: "loss" is the task's (cross-entropy over candidates, or the answer's likelihood),
+            "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of generated answers: no gradient exists, and
+            zeroth-order steps need none), or CandidateCrossEntropy, AnswerLikelihood, CandidateErrors, AnswerF1, or your own
+            Objective.
         seed: Seed of the draws; left out, that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
     """
@@ -84,6 +78,7 @@ class TaskDataModule(LightningDataModule):
         max_length: int = 2048,
         share_prompts: bool = True,
         length_buckets: bool = False,
+        objective: Literal["loss", "metric"] | Objective = "loss",
         seed: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -100,6 +95,14 @@ class TaskDataModule(LightningDataModule):
             raise SlzoError(f"data.num_demonstrations {num_demonstrations}: must be 0 (zero-shot) or more")
         self.task = get_task(task) if isinstance(task, str) else task
         self.tokenizer_name = tokenizer
+        # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
+        settings = constructor_settings(self.task, "data.task") | {
+            "class": self.task.name,
+            "version": self.task.version,
+        }
+        self.task_settings = flat_settings("task", settings)
+        self.loss: LogitLoss = LOSSES[self.task.kind]()
+        self.objective = _objective(objective, self.task)
         self.data_dir = data_dir
         self.hub_path = hub_path
         self.hub_config = hub_config
@@ -110,7 +113,6 @@ class TaskDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.eval_batch_tokens = eval_batch_tokens
         self.num_demonstrations = num_demonstrations
-        self.trains_on_metric = False
         self.max_length = max_length
         self.share_prompts = share_prompts
         self.length_buckets = length_buckets
@@ -118,19 +120,7 @@ class TaskDataModule(LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self.splits: Splits | None = None
         self._encoder: Encoder | None = None
-        self._rows: dict[tuple[str, LossKind], list[Row]] = {}
-
-    @property
-    def loss(self) -> LossKind:
-        """The task's loss, which evaluation reports."""
-        return LossKind.CANDIDATES if self.task.kind is Kind.CLASSIFICATION else LossKind.ANSWER
-
-    @property
-    def training_loss(self) -> LossKind:
-        """What training minimizes: the task's loss, or what is left to win in its metric."""
-        if not self.trains_on_metric:
-            return self.loss
-        return LossKind.GENERATION if self.task.kind is Kind.GENERATION else LossKind.ERRORS
+        self._rows: dict[str, list[Row]] = {}
 
     @property
     def encoder(self) -> Encoder:
@@ -140,26 +130,34 @@ class TaskDataModule(LightningDataModule):
             self._encoder = Encoder(tokenizer, self.max_length)
         return self._encoder
 
+    def limit_length(self, limit: int, why: str) -> None:
+        """Cut prompts to what the model takes, if that is less than ``max_length``; before rows are used.
+
+        Args:
+            limit: Tokens.
+            why: For the log.
+        """
+        if 0 < limit < self.encoder.max_length:
+            rank_zero_info(f"Prompts are cut to {limit} tokens, {why}.")
+            self._encoder = Encoder(self.encoder.tokenizer, limit)
+            self._rows.clear()
+
     def make_metrics(self) -> TaskMetrics:
         """Fresh counters of the task's metrics."""
         return make_metrics(self.task)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of training rows depends on, kept in checkpoints."""
+        """What a step's loss depends on, kept in checkpoints."""
         options = ("seed", "batch_size", "num_train", "length_buckets")
-        return {**self.task_settings(), **{name: getattr(self, name) for name in options}}
-
-    def task_settings(self) -> dict[str, Any]:
-        """The task's name, version and, if it is made from a config, its arguments: primitives and sequences of them."""
-        settings = constructor_settings(self.task) | {"class": self.task.name, "version": self.task.version}
-        return flat_settings("task", settings)
+        own = {name: getattr(self, name) for name in options}
+        return {**self.task_settings, **own, "objective": self.objective.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn where a resumed run's rows would not be those it began with."""
+        """Warn where a resumed run's rows or objective are not those it began with."""
         mine = self.state_dict()
         different = [f"data.{k}: {v} -> {mine[k]}" for k, v in state_dict.items() if mine.get(k) != v]
         if different and self.trainer is not None and self.trainer.state.fn == "fit":
-            rank_zero_warn("the resumed run gets other rows than the checkpoint's: " + "; ".join(different))
+            rank_zero_warn("these data options differ from the checkpoint's: " + "; ".join(different))
 
     def prepare_data(self) -> None:
         """Fetch what several processes would fetch at once: once per machine."""
@@ -208,27 +206,36 @@ class TaskDataModule(LightningDataModule):
         return self.splits.train[: self.num_demonstrations]
 
     def rows(self, split: str) -> list[Row]:
-        """Tokenized rows of ``train``, ``dev`` or ``test``, in the order of the split."""
+        """Tokenized rows of ``train``, ``dev`` or ``test``, in the order of the split.
+
+        Raises:
+            SlzoError: No training row has a label, and the objective needs one.
+        """
+        if split not in self._rows:
+            self._rows[split] = self._encode(split)
+        return self._rows[split]
+
+    def _encode(self, split: str) -> list[Row]:
         assert self.splits is not None
-        kind = self.training_loss if split == "train" else self.loss
-        key = split, kind
-        if key not in self._rows:
-            examples: Sequence[Example] = getattr(self.splits, split)
-            # unique over the splits, whichever of them are loaded
-            start = ("train", "dev", "test").index(split) << 40
-            before = () if split == "train" else self.demonstrations
-            only_gold = split == "train" and kind is not LossKind.CANDIDATES and kind is not LossKind.ERRORS
-            generates = self.task.kind is Kind.GENERATION and (split != "train" or kind is LossKind.GENERATION)
-            self._rows[key] = [
-                Row(
-                    example,
-                    self.encoder.encode(example, start + number, before, only_gold),
-                    number,
-                    self.encoder.encode_prompt(example, before, MAX_NEW_TOKENS) if generates else (),
-                )
-                for number, example in enumerate(examples)
-            ]
-        return self._rows[key]
+        examples: Sequence[Example] = getattr(self.splits, split)
+        numbered = list(enumerate(examples))
+        before = () if split == "train" else self.demonstrations
+        generates, only_gold = self.task.kind is Kind.GENERATION, False
+        if split == "train":
+            generates, only_gold = self.objective.generates, self.objective.only_gold
+            if self.objective.needs_label:
+                numbered = _labelled(numbered)
+        # unique over the splits, whichever of them are loaded
+        start = ("train", "dev", "test").index(split) << 40
+        return [
+            Row(
+                example,
+                self.encoder.encode(example, start + number, before, only_gold),
+                number,
+                self.encoder.encode_prompt(example, before, MAX_NEW_TOKENS) if generates else (),
+            )
+            for number, example in numbered
+        ]
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Shuffled batches of the training rows."""
@@ -244,7 +251,7 @@ class TaskDataModule(LightningDataModule):
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
-        return DataLoader(_Items(rows), batch_sampler=sampler, collate_fn=self.train_collator())
+        return DataLoader(cast("Dataset[TrainBatch]", rows), batch_sampler=sampler, collate_fn=self.train_collator())
 
     def train_sampler(
         self, batch_size: int, seed: int, batches_done: Callable[[], int], rank: int = 0, world_size: int = 1
@@ -256,7 +263,7 @@ class TaskDataModule(LightningDataModule):
 
     def train_collator(self) -> TrainCollator:
         """Makes a training batch of rows."""
-        return TrainCollator(self.training_loss, self.share_prompts)
+        return TrainCollator(self.share_prompts)
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Dev rows, in an order that is fast to score."""
@@ -290,9 +297,9 @@ class TaskDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-        collate = EvalCollator(self.loss, self.share_prompts, plan.share)
+        collate = EvalCollator(self.share_prompts, plan.share)
         # an item is a whole batch: Lightning would take a batch sampler apart for predict
-        return DataLoader(_Items(plan.batches), batch_size=None, collate_fn=collate)
+        return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
 
     @property
     def tokens_per_pass(self) -> int:
@@ -302,6 +309,10 @@ class TaskDataModule(LightningDataModule):
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         return _CPU_TOKENS if on_cpu else _ACCELERATOR_TOKENS
 
+    def evaluator(self, parts: ModelParts, logits: Logits | None = None) -> Evaluator:
+        """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
+        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.tokens_per_pass, logits)
+
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""
         assert self.splits is not None
@@ -310,9 +321,25 @@ class TaskDataModule(LightningDataModule):
 
     def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
         """Prompts without answers, packed."""
-        encoded = []
-        for number, example in enumerate(examples):
-            ids = self.encoder.encode_prompt(example, max_new_tokens=1)
-            # the last id of a sequence predicts nothing and is dropped; this one stands for the first answer token
-            encoded.append(EncodedExample(number, (EncodedSequence((*ids, ids[-1]), 1),), ()))
+        encoded = [self.encoder.encode_alone(example, number) for number, example in enumerate(examples)]
         return [pack(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
+
+
+def _objective(given: str | Objective, task: Task) -> Objective:
+    if isinstance(given, Objective):
+        return given
+    named = {"loss": LOSSES, "metric": METRICS}
+    if given not in named:
+        raise SlzoError(f"data.objective {given!r}: choose loss, metric, or an Objective")
+    return named[given][task.kind]()
+
+
+def _labelled(numbered: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
+    kept = [(number, example) for number, example in numbered if example.gold]
+    if not kept:
+        raise SlzoError(
+            f"data.task: none of the {len(numbered)} training rows has a label, and training needs one; give labelled rows"
+        )
+    if len(kept) < len(numbered):
+        rank_zero_info(f"Left out {len(numbered) - len(kept)} training rows without a label.")
+    return kept

@@ -4,23 +4,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoint import Checkpoint
 from slzo.errors import SlzoError
-from slzo.models.adapters import adapter_from_dict
 from slzo.models.load import load_model, load_tokenizer
-from slzo.zo.tuned import TunedTensors
+from slzo.models.parts import ModelParts
+from slzo.zo.tuned_model import TunedModel
 
 
-def export_checkpoint(ckpt_path: str, output: str, trust_remote_code: bool = False) -> Path:
+def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bool = False) -> Path:
     """Merge a checkpoint's tuned tensors into its base model and save model and tokenizer.
 
     Args:
-        ckpt_path: Checkpoint of a run.
+        checkpoint: Of a run.
         output: Folder to write; must not exist or be empty.
         trust_remote_code: Run the model's own code, if its checkpoint needs that.
 
     Returns:
-        The folder, loadable with ``AutoModelForCausalLM.from_pretrained`` (for a learned prefix where peft is installed).
+        The folder, loadable with ``AutoModelForCausalLM.from_pretrained`` (for prefix tuning where peft is installed).
 
     Raises:
         SlzoError: The checkpoint cannot be used or the folder is not empty.
@@ -28,30 +28,24 @@ def export_checkpoint(ckpt_path: str, output: str, trust_remote_code: bool = Fal
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SlzoError(f"output {output!r}: exists and is not an empty folder; choose another one or remove it")
-    checkpoint = read_checkpoint(ckpt_path)
-    note = checkpoint["slzo"]
+    note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
-            f"ckpt_path {ckpt_path!r}: model {note['model']!r} runs code of its own; if you trust it, give "
+            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs code of its own; if you trust it, give "
             "--model.trust_remote_code true"
         )
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
-    adapter = None if note["adapter"] is None else adapter_from_dict(note["adapter"])
-    if adapter is not None:
-        adapter.inject(model)
     try:
-        tuned = TunedTensors.from_description(dict(model.named_parameters()), note["tensors"])
-        tuned.load(checkpoint["state_dict"])
+        # padded and without oneDNN: nothing is run, and the model keeps its own attention
+        tuned = TunedModel.of_description(ModelParts(model, packed=False, onednn=False), note)
+        tuned.tensors.load(checkpoint.content["state_dict"])
     except (KeyError, RuntimeError) as error:
-        raise SlzoError(f"ckpt_path {ckpt_path!r}: does not fit model {note['model']!r} ({error})") from error
+        raise SlzoError(f"ckpt_path {checkpoint.path!r}: does not fit model {note['model']!r} ({error})") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     # written beside the target and moved, so that an interrupted export leaves no half folder
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        if adapter is None:
-            model.save_pretrained(partial)
-        else:
-            adapter.save_merged(model, str(partial))
+        tuned.save_merged(str(partial))
         load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(partial)
         partial.chmod(0o755)
         if target.exists():

@@ -2,13 +2,47 @@
 
 import inspect
 from collections.abc import Mapping
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
+from slzo.errors import SlzoError
 
-def constructor_settings(thing: object) -> dict[str, Any]:
-    """Class and constructor arguments, which scopes, estimators, rules and tasks keep as attributes of the same names."""
+
+def constructor_settings(thing: object, option: str) -> dict[str, Any]:
+    """Class and constructor arguments, which scopes, estimators, rules and tasks keep as attributes of the same names.
+
+    Args:
+        thing: The object.
+        option: That chose it, for the message.
+
+    Returns:
+        Primitives, lists and dictionaries of them; a path as its text, an enum's member as its name.
+
+    Raises:
+        SlzoError: An argument is of another type, which no checkpoint could hold.
+    """
     names = [name for name in inspect.signature(type(thing)).parameters if hasattr(thing, name)]
-    return {"class": type(thing).__qualname__, **{name: getattr(thing, name) for name in names}}
+    values = {name: _primitive(getattr(thing, name), f"{option}.{name}") for name in names}
+    return {"class": type(thing).__qualname__, **values}
+
+
+def _primitive(value: object, option: str) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _primitive(item, option) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | range):
+        items = [_primitive(item, option) for item in value]
+        return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
+    raise SlzoError(
+        f"{option}: a {type(value).__name__} cannot be kept in a checkpoint; use numbers, texts, paths, enums, or lists and "
+        "mappings of them"
+    )
 
 
 def flat_settings(option: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,40 +1,35 @@
 """The Trainer of Lightning with the checks and extra commands that slzo needs."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
-from slzo.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.experiments.lr_search import as_options, loss_before, make_grid, recommend, search, write_search
-from slzo.experiments.store import CellStore
-from slzo.experiments.sweep import (
-    format_rows,
-    plan_sweep,
-    run_cells,
-    sweep_rows,
-    verdict,
-    wait_for_others,
-    write_sweep,
-)
-from slzo.experiments.trial import Workbench, experiment_settings, require_one_process
+from slzo.experiments.lr_search import lr_search
+from slzo.experiments.sweep import sweep
+from slzo.experiments.trial import Workbench, require_one_process
 from slzo.export import export_checkpoint
 from slzo.module import ZOModule
-from slzo.zo.selection import FirstOutlierLayer
 
 _FULL_PRECISION = (None, 32, "32", "32-true")
 
 
 class ZOTrainer(Trainer):
-    """Lightning's Trainer, with ``profile``, ``sweep``, ``tune`` and ``export``, and ``predict`` to a file.
+    """Lightning's Trainer, with ``profile``, ``sweep``, ``lr_search`` and ``export``, and ``predict`` to a file.
 
     Takes every option of :class:`lightning.pytorch.Trainer`. Those that only make sense with back-propagation are refused.
     """
@@ -60,13 +55,12 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 "trainer.val_check_interval 0: give the number of steps between two validations, at least 1"
             )
-        self.resume_path: str | None = None
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
             callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
         if kwargs.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, CheckpointCallback)]
         kwargs["callbacks"] = callbacks
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
@@ -74,6 +68,8 @@ class ZOTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except (ValueError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+        self._files = _ReadOnce(self.strategy.checkpoint_io)
+        self.strategy.checkpoint_io = self._files
 
     def fit(
         self,
@@ -94,8 +90,26 @@ class ZOTrainer(Trainer):
             ckpt_path: Checkpoint to continue from, or ``last`` for the newest run's.
             weights_only: Passed to torch.load.
         """
-        self.resume_path = self._find(ckpt_path)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, self.resume_path, weights_only)
+        if isinstance(model, ZOModule) and isinstance(datamodule, TaskDataModule):
+            model.check_training(datamodule)
+        checkpoint = self._find(ckpt_path)
+        if isinstance(model, ZOModule):
+            model.start_from(checkpoint)
+        path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
+        with self._without_empty_folder(begun):
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
+
+    @contextmanager
+    def _without_empty_folder(self, begun: int) -> Iterator[None]:
+        """Remove the run folder of a fit that was refused before it went beyond step ``begun``."""
+        folder = None if self.logger is None or self.logger.log_dir is None else Path(self.logger.log_dir)
+        is_new = folder is not None and not folder.exists()
+        try:
+            yield
+        except SlzoError:
+            if folder is not None and is_new and self.is_global_zero and self.global_step <= begun:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def test(
         self,
@@ -117,7 +131,7 @@ class ZOTrainer(Trainer):
             weights_only: Passed to torch.load.
         """
         self._announce(model, ckpt_path)
-        return super().test(model, dataloaders, self._find(ckpt_path), verbose, datamodule, weights_only)
+        return super().test(model, dataloaders, self._path(ckpt_path), verbose, datamodule, weights_only)
 
     def validate(
         self,
@@ -139,7 +153,7 @@ class ZOTrainer(Trainer):
             weights_only: Passed to torch.load.
         """
         self._announce(model, ckpt_path)
-        return super().validate(model, dataloaders, self._find(ckpt_path), verbose, datamodule, weights_only)
+        return super().validate(model, dataloaders, self._path(ckpt_path), verbose, datamodule, weights_only)
 
     def predict(
         self,
@@ -168,7 +182,7 @@ class ZOTrainer(Trainer):
         callbacks.append(writer)
         try:
             return super().predict(
-                model, dataloaders, datamodule, bool(return_predictions), self._find(ckpt_path), weights_only
+                model, dataloaders, datamodule, bool(return_predictions), self._path(ckpt_path), weights_only
             )
         finally:
             callbacks.remove(writer)
@@ -228,32 +242,18 @@ class ZOTrainer(Trainer):
             ckpt_path: Not used; accepted so that a config saved by fit can be given.
             weights_only: Not used, as ckpt_path.
         """
-        datamodule = self.attach(model, datamodule)
-        require_one_process(model, "sweep")
-        if not model.scope.needs_layer:
-            raise SlzoError(f"model.scope: a sweep goes over the dominant layer, and {model.scope.describe()} has none")
-        seeds = [model.noise_seed or 0] if seeds is None else seeds
-        plan = plan_sweep(model.split.num_layers, layers, 0 if sensitivity_only else steps, seeds, directions, num_rows)
-        settings = experiment_settings(model, datamodule) | {
-            "directions": directions,
-            "num_rows": num_rows,
-            "steps": plan.steps or None,
-            "seed_of_sensitivity": plan.seeds[0],
-        }
-        # the sensitivity does not depend on the steps: a first look may be followed by trainings
-        store = CellStore(output or _default_folder("sweeps", model, datamodule), settings, open_settings=("steps",))
-        profile = self._profiler().measure(self, model)
-        bench = Workbench(model, datamodule)
-        run_cells(bench, store, plan)
-        wait_for_others(store, plan, model.split.num_layers)
-        rows = sweep_rows(store, plan, profile)
-        first = isinstance(self._profiler().rule, FirstOutlierLayer)
-        sentence = verdict(rows, datamodule.task.metric, "first outlier layer" if first else "chosen layer")
-        write_sweep(store.folder, rows, plan, settings, sentence)
-        say(format_rows(rows))
-        say(f"\n{sentence}\nFiles      {store.folder}")
+        sweep(
+            self._bench(model, datamodule, "sweep"),
+            lambda: self._profiler().measure(self, model),
+            layers=layers,
+            steps=0 if sensitivity_only else steps,
+            seeds=seeds,
+            directions=directions,
+            num_rows=num_rows,
+            output=output,
+        )
 
-    def tune(
+    def lr_search(
         self,
         model: ZOModule,
         datamodule: LightningDataModule | None = None,
@@ -265,7 +265,7 @@ class ZOTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Try learning rates (and eps) for a few steps each and recommend one: tune.json.
+        """Try learning rates (and eps) for a few steps each and recommend one: lr_search.json.
 
         All trials start from the same weights and see the same rows and directions. Interrupted, it goes on where it stopped.
 
@@ -276,27 +276,25 @@ class ZOTrainer(Trainer):
             eps: Sizes of the perturbation to try; left out, the configured one.
             steps: Steps of each trial.
             seeds: Each pair is tried with each; left out, that of seed_everything.
-            output: Folder of the results; left out, tunes/MODEL-TASK.
+            output: Folder of the results; left out, lr_searches/MODEL-TASK.
             ckpt_path: Not used; accepted so that a config saved by fit can be given.
             weights_only: Not used, as ckpt_path.
         """
-        datamodule = self.attach(model, datamodule)
-        require_one_process(model, "tune")
-        seeds = [model.noise_seed or 0] if seeds is None else seeds
-        grid = make_grid(lrs, eps, steps, seeds, float(model.hparams["lr"]), model.eps)
-        if model.scope.needs_layer and model.layer is None:
-            model.layer = self._profiler().run(self, model).dominant_layer
-        settings = experiment_settings(model, datamodule) | {"steps": steps, "layer": model.layer}
-        store = CellStore(output or _default_folder("tunes", model, datamodule), settings)
-        bench = Workbench(model, datamodule)
-        tried = search(bench, store, grid, model.layer)
-        before = loss_before(store, grid)
-        best, words = recommend(tried, before)
-        write_search(store.folder, tried, best, words, settings)
-        say(f"\n{words}")
-        if best is not None:
-            say(f"\nOptions    {as_options(best)}")
-        say(f"Files      {store.folder}")
+        lr_search(
+            self._bench(model, datamodule, "lr_search"),
+            lambda: self._profiler().run(self, model).dominant_layer,
+            lrs=lrs,
+            eps=eps,
+            steps=steps,
+            seeds=seeds,
+            output=output,
+        )
+
+    def _bench(self, model: ZOModule, datamodule: LightningDataModule | None, command: str) -> Workbench:
+        rows = self.attach(model, datamodule)
+        model.check_training(rows)
+        require_one_process(model, command)
+        return Workbench(model, rows)
 
     def attach(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
         """Give model and rows to each other and load them, for work outside of Lightning's loops."""
@@ -304,7 +302,7 @@ class ZOTrainer(Trainer):
             raise SlzoError("this command needs a TaskDataModule: pass datamodule=...")
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
-        model.setup("load")
+        model.load(datamodule)
         datamodule.setup("fit")
         model.model.to(self.strategy.root_device)
         return datamodule
@@ -337,16 +335,20 @@ class ZOTrainer(Trainer):
             raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
         say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
 
-    def _find(self, ckpt_path: str | Path | None) -> str | None:
-        """A checked path; ``last`` becomes the newest run's last checkpoint."""
+    def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
+        """A checkpoint, read; ``last`` is the newest run's."""
         if ckpt_path is None:
             return None
         if str(ckpt_path) == "last":
             root = self.logger.save_dir if self.logger is not None else self.default_root_dir
             ckpt_path = newest_checkpoint(root or self.default_root_dir)
             say(f"Using the newest checkpoint, {ckpt_path}")
-        read_checkpoint(ckpt_path)
-        return str(ckpt_path)
+        self._files.known = read_checkpoint(ckpt_path)
+        return self._files.known
+
+    def _path(self, ckpt_path: str | Path | None) -> str | None:
+        checkpoint = self._find(ckpt_path)
+        return None if checkpoint is None else checkpoint.path
 
     def _announce(self, model: LightningModule | None, ckpt_path: str | Path | None) -> None:
         # a module that was just fitted is not untuned
@@ -354,5 +356,28 @@ class ZOTrainer(Trainer):
             say("No --ckpt_path given: scoring the untuned model.")
 
 
-def _default_folder(kind: str, model: ZOModule, datamodule: TaskDataModule) -> Path:
-    return Path(kind) / f"{Path(model.model_name).name}-{datamodule.task.name}"
+class _ReadOnce(CheckpointIO):
+    """Hands out a checkpoint that was read already, once, in the place of reading its file again.
+
+    Args:
+        files: Does all the rest.
+    """
+
+    def __init__(self, files: CheckpointIO) -> None:
+        self.files = files
+        self.known: Checkpoint | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.files.save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        known, self.known = self.known, None
+        if known is not None and known.path == str(path):
+            return known.content
+        return self.files.load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.files.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        self.files.teardown()

@@ -7,15 +7,21 @@ import random
 import sys
 from pathlib import Path
 
+# one thread a worker, and in what it starts: several share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from slzo.data.encoding import EncodedExample, EncodedSequence
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators import Request
-from slzo.zo.objective import Objective, Span
+from slzo.zo.forward import SuffixForward
 from slzo.zo.scopes import LayerScope, ScopeContext
+from slzo.zo.span import Span
+from slzo.zo.tuned_model import TunedModel
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 320
@@ -69,14 +75,19 @@ def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
     return EncodedExample(index, sequences, (gold,))
 
 
-def tune_layer(split, layer):
+def tune_layer(parts, layer):
     """Masters of a whole decoder layer."""
-    return LayerScope().tensors(ScopeContext(split, layer, lambda _: ()))
+    return LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
 
 
-def layer_objective(split, layer, cache, **options):
+def tuned_layer(parts, layer, **options):
+    """A whole decoder layer is tuned."""
+    return TunedModel.of_scope(parts, LayerScope(), layer, **options)
+
+
+def layer_forward(parts, layer, cache_gb=1.0, **options):
     """The loss as a function of one decoder layer."""
-    return Objective(split, Span(layer, layer + 1), cache, **options)
+    return SuffixForward(parts, Span(layer, layer + 1), PrefixCache(layer, cache_gb), **options)
 
 
 class LossAt:
@@ -89,6 +100,11 @@ class LossAt:
 def estimate(estimator, tuned, function, seed=0, step=0, **settings):
     """One estimate from a function of the points."""
     return estimator.estimate(Request(tuned, LossAt(function), seed, step, **settings))
+
+
+def flat(gradient):
+    """The gradient of an estimate as one vector."""
+    return torch.cat([part.flatten() for part in gradient.values()])
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import layer_objective, random_example, tiny_model, tune_layer
+from conftest import layer_forward, random_example, tiny_model, tune_layer
 
-from slzo.evaluation.scoring import LossKind
-from slzo.models.packing import pack
-from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel
+from slzo.batches.packing import pack
+from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 
 TOOLS = Path(__file__).parents[1] / "tools"
 LAYER = 1
@@ -36,24 +35,25 @@ def tool():
         sys.path.remove(str(TOOLS))
 
 
-@pytest.mark.parametrize("kind", [LossKind.CANDIDATES, LossKind.ANSWER])
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])
 @pytest.mark.parametrize("answers", [(1, 1), (3, 2)])
-def test_published_losses_equal_ours(tool, kind, answers):
+def test_published_losses_equal_ours(tool, objective, answers):
     generator = random.Random(4)
     rows = [random_example(generator, i, 4 + 3 * i, answers, i % 2) for i in range(5)]
     plain = tiny_model("llama", scale=1.5, attn_implementation="eager")
     parameters = dict(plain.named_parameters())
-    split = SplitModel(tiny_model("llama", scale=1.5))
-    tuned = tune_layer(split, LAYER)
+    parts = ModelParts(tiny_model("llama", scale=1.5))
+    tuned = tune_layer(parts, LAYER)
     of_layer = [parameters[name] for name in tuned.names]
     with torch.no_grad():
-        got = tool.published_step(plain, of_layer, tool.pad_left(rows, kind), kind, seed=11)
+        padded = tool.pad_left(rows, objective.only_gold)
+        got = tool.published_step(plain, of_layer, padded, objective.only_gold, seed=11)
     torch.manual_seed(11)
     direction = {name: torch.normal(mean=0, std=1, size=master.shape) for name, master in tuned.named_masters().items()}
-    objective = layer_objective(split, LAYER, PrefixCache(0))
+    forward = layer_forward(parts, LAYER, cache_gb=0)
     batch = pack(rows)
     points = [Point(direction, tool.EPS), Point(direction, -tool.EPS)]
-    sums = objective.losses(batch, objective.prefix(batch), tuned, points, kind)
+    sums = forward.losses(batch, forward.prefix(batch), tuned, points, objective)
     torch.testing.assert_close(torch.tensor(got), sums[0] / sums[1], rtol=1e-5, atol=1e-6)
     # and the published update is ours: w - lr * g * z
     gradient = (got[0] - got[1]) / (2 * tool.EPS)

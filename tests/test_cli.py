@@ -15,9 +15,11 @@ import yaml
 from conftest import make_tokenizer, run_dir, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slzo.__main__ import COMMANDS, main
+from slzo.__main__ import main
+from slzo.commands import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.models import parts as parts_of_models
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 
@@ -125,6 +127,74 @@ def test_a_run_resumed_at_any_step_equals_one_that_was_not_stopped(options, stop
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
 
 
+def test_a_resume_keeps_the_choice_of_kernels(options, monkeypatch):
+    """The trial of oneDNN may end otherwise on a busy machine; the steps must not."""
+    kernels = []
+    fastest = {"onednn": True}
+    monkeypatch.setattr(parts_of_models, "onednn_is_faster", lambda layer: fastest["onednn"])
+    monkeypatch.setattr(parts_of_models, "with_onednn", lambda layer: kernels.append("onednn") or layer)
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    assert kernels
+    assert torch.load(run_dir() / "checkpoints" / "last.ckpt", weights_only=True)["slzo"]["onednn"] is True
+    kernels.clear()
+    fastest["onednn"] = False
+    assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
+    assert kernels
+    kernels.clear()
+    assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last", "--model.engine.onednn=false"]) == 0
+    assert not kernels
+
+
+def test_a_resume_reads_the_checkpoint_once(options, monkeypatch):
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    read = []
+    original = torch.load
+
+    def load(file, *args, **kwargs):
+        read.append(str(file))
+        return original(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
+    assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last", "--trainer.val_check_interval=9"]) == 0
+    resumed = [path for path in read if "version_0" in path and path.endswith("last.ckpt")]
+    assert len(resumed) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--model.layer=9"],
+        ["--profiler.rule=FirstOutlierLayer"],
+        ["--model.eps_end=1e-4", "--trainer.max_steps=-1", "--trainer.max_epochs=1"],
+        ["--model.estimator=SPSA", "--model.estimator.divide_rows=true", "--model.num_queries=9"],
+        ["--model.scope=ActivationSubspace", "--model.scope.rank=1000"],
+    ],
+)
+def test_a_fit_that_is_refused_leaves_no_run_folder(options, wrong):
+    assert main(["fit", *options, *wrong]) == 2
+    assert not list(Path("runs").glob("*"))
+
+
+def test_rows_without_a_label_do_not_train(options, data_dir, tmp_path, capsys):
+    def write(change):
+        folder = tmp_path / "rows" / "sst2"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("train", "validation"):
+            rows = [json.loads(line) for line in (data_dir / "sst2" / f"{name}.jsonl").read_text().splitlines()]
+            rows = [change(row) if name == "train" else row for row in rows]
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return f"--data.data_dir={folder.parent}"
+
+    nothing = write(lambda row: {**row, "label": -1})
+    assert main(["fit", *options, nothing]) == 2
+    assert "none of the 40 training rows has a label" in capsys.readouterr().err
+    some = write(lambda row: {**row, "label": row["label"] if row["idx"] % 4 else -1})
+    assert main(["fit", *options, some, "--trainer.max_steps=20"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"Left out \d+ training rows without a label", printed.out + printed.err)
+    assert json.loads((run_dir() / "summary.json").read_text())["skipped_steps"] == 0
+
+
 def test_epochs_can_be_resumed(options):
     options = [*options, "--trainer.max_steps=-1", "--trainer.enable_progress_bar=false"]
     assert main(["fit", *options, "--trainer.max_epochs=2"]) == 0
@@ -149,10 +219,10 @@ def test_an_interrupt_while_scoring_keeps_the_last_weights(options, monkeypatch)
 
     original = run_summary._score
 
-    def score(trainer, module, when):
+    def score(module, when):
         if when.startswith("after"):
             raise KeyboardInterrupt
-        return original(trainer, module, when)
+        return original(module, when)
 
     assert main(["fit", *options]) == 0
     monkeypatch.setattr(run_summary, "_score", score)
@@ -397,7 +467,7 @@ def bad(capsys, *args):
         (["--model.eps=-1"], r"model\.eps -1"),
         (["--model.eps=abc"], r"model\.eps 'abc': expected a number"),
         (["--model.num_queries=0"], r"model\.num_queries 0"),
-        (["--model.queries_at_once=0"], r"model\.queries_at_once 0"),
+        (["--model.engine.queries_at_once=0"], r"model\.engine\.queries_at_once 0"),
         (["--model.epz=1"], r"model\.epz: unknown option; did you mean model\.eps\?"),
         (["--model.dtype=float64"], r"model\.dtype 'float64': choose one of float32, bfloat16, float16"),
         (["--ckpt_path=nope.ckpt"], r"ckpt_path 'nope\.ckpt': no such file"),
@@ -415,7 +485,7 @@ def bad(capsys, *args):
         (["--model.scope.rank=4", "--model.scope=LoRA"], r"model\.scope\.rank: the class comes before its options, one of A"),
         (["--model.scope=LoRA", "--model.scope.layer=3"], r"model\.scope\.layer: unknown option of .*--model\.scope\.help"),
         (["--model.estimator=SPSA", "--model.estimator.noise=x"], r"model\.estimator\.noise 'x': choose one of gaussian, r"),
-        (["--model.prefix_cache_dir=/proc/nope"], r"model\.prefix_cache_dir '/proc/nope': cannot be written"),
+        (["--model.engine.cache_dir=/proc/nope"], r"model\.engine\.cache_dir '/proc/nope': cannot be written"),
         (["--model.optimizer.lrr=1"], r"lrr: unknown option of the chosen class"),
         (["--seed_everything=-1"], r"seed_everything: -1 is not in bounds"),
         (["--ckpt_path=best"], r"ckpt_path 'best': no such file; .* or last"),

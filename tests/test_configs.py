@@ -9,12 +9,14 @@ import pytest
 import torch
 import yaml
 
-from slzo.__main__ import COMMANDS
+from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.cli import build
+from slzo.commands import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
+from slzo.tasks.registry import TASKS
 from slzo.trainer import ZOTrainer
-from slzo.zo import scopes
+from slzo.zo import estimators, objectives, scopes, selection
 
 ROOT = Path(__file__).parents[1]
 # a table config has methods and is no config of slzo; see test_reproduce_tables.py
@@ -79,6 +81,51 @@ def test_readme_options_exist(line):
     own |= {f"--model.{part}.{name}" for part, cls in chosen.items() for name in inspect.signature(cls).parameters}
     for option in options:
         assert option in own or re.search(rf"{re.escape(option)}(?![\w.])", text), option
+
+
+KINDS = {
+    "scope": (scopes, scopes.Scope, ZOModule),
+    "estimator": (estimators, estimators.Estimator, ZOModule),
+    "objective": (objectives, objectives.Objective, TaskDataModule),
+    "rule": (selection, selection.SelectionRule, OutlierProfiler),
+}
+
+
+def registered(kind):
+    """Names in a registry that stand for a class to choose."""
+    package, base, _ = KINDS[kind]
+    classes = {name: getattr(package, name) for name in package.__all__}
+    return {
+        name for name, c in classes.items() if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_and_readme_name_what_is_registered(kind):
+    _, _, owner = KINDS[kind]
+    assert registered(kind)
+    for text in (inspect.getdoc(owner), README):
+        assert not {name for name in registered(kind) if not re.search(rf"\b{name}\b", text)}
+
+
+@pytest.mark.parametrize("kind", ["scope", "estimator"])
+def test_readme_tables_have_a_row_for_each_and_no_other(kind):
+    table = README.partition(f"\n| {kind} |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == registered(kind)
+
+
+def test_help_and_readme_name_every_task():
+    for text in (inspect.getdoc(TaskDataModule), README):
+        assert not {name for name in TASKS if not re.search(rf"\b{name}\b", text)}
+
+
+def test_readme_tree_names_every_file_and_folder_of_the_package():
+    tree = README.partition("## Code")[2].partition("```\n\n")[0]
+    for path in (ROOT / "slzo").rglob("*"):
+        if path.is_dir() and path.name != "__pycache__":
+            assert f" {path.name}/" in tree, path
+    for path in (ROOT / "slzo").glob("*.py"):
+        assert path.name in tree or path.name == "__init__.py"
 
 
 def test_readme_names_every_folder_and_tool():

@@ -1,27 +1,36 @@
 """Bias and variance of each estimator against autograd on a tiny model, in float64-like settings where it matters."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import LossAt, estimate, layer_objective, tiny_model, tune_layer
+from conftest import LossAt, estimate, flat, tiny_model
 from test_exactness import plain_loss
 from torch import nn
 
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
 from slzo.errors import SlzoError
-from slzo.evaluation.scoring import LossKind
-from slzo.models.packing import pack
-from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, Share
-from slzo.zo.objective import BatchLoss, Objective, Span
-from slzo.zo.scopes import AllParameters, RandomLayers, ScopeContext
+from slzo.models.engine import Engine
+from slzo.models.parts import ModelParts
+from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, RowPart
+from slzo.zo.forward import SuffixForward
+from slzo.zo.noise import rademacher
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy, CandidateErrors
+from slzo.zo.scopes import AllParameters, LayerScope, RandomLayers
 from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_model import TunedModel
 
 LAYER = 2
+BY_DIFFERENCES = [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)]
+
+
+def described(thing):
+    return thing.describe()
 
 
 def autograd_gradient(model, examples, names):
@@ -44,57 +53,55 @@ def autograd_gradient(model, examples, names):
     return {name: parameters[name].grad for name in names}
 
 
-def model_loss(examples, family="llama", tuned=None, **options):
-    model = tiny_model(family, scale=1.0)
-    split = SplitModel(model, onednn=False, **options)
-    tuned = tune_layer(split, LAYER) if tuned is None else tuned(split)
-    objective = Objective(split, Span.of(split, tuned), PrefixCache(0))
-    batch = pack(examples)
-    return model, tuned, BatchLoss(objective, tuned, batch, LossKind.CANDIDATES, hidden=objective.prefix(batch))
-
-
-def all_parameters(split):
-    return AllParameters().tensors(ScopeContext(split, None, lambda _: ()))
+def model_loss(examples, family="llama", scope=None, objective=None, paired=None):
+    """The model with what is tuned, and the loss of a batch."""
+    parts = ModelParts(tiny_model(family, scale=1.0), onednn=False)
+    scope = LayerScope() if scope is None else scope
+    model = TunedModel.of_scope(parts, scope, LAYER, engine=Engine(cache_gb=0, paired=paired))
+    objective = CandidateCrossEntropy() if objective is None else objective
+    return model, model.loss(TrainBatch(pack(examples), ()), objective)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
-@pytest.mark.parametrize("scope", [None, all_parameters])
+@pytest.mark.parametrize("scope", [LayerScope(), AllParameters()], ids=described)
 def test_backprop_is_the_gradient(family, scope, examples):
-    model, tuned, loss = model_loss(examples, family, scope)
-    expected = autograd_gradient(model, examples, tuned.names)
-    result = Backprop().estimate(Request(tuned, loss, 0, 0))
-    assert result.loss == pytest.approx(plain_loss(model, examples, LossKind.CANDIDATES), rel=1e-5)
-    for name, master in tuned.named_masters().items():
-        torch.testing.assert_close(master.grad, expected[name], rtol=1e-3, atol=1e-5)
+    model, loss = model_loss(examples, family, scope)
+    expected = autograd_gradient(model.parts.model, examples, model.tensors.names)
+    result = Backprop().estimate(Request(model.tensors, loss, 0, 0))
+    assert result.loss == pytest.approx(plain_loss(model.parts.model, examples, CandidateCrossEntropy()), rel=1e-5)
+    for name in model.tensors.names:
+        torch.testing.assert_close(result.gradient[name], expected[name], rtol=1e-3, atol=1e-5)
     norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
     assert result.projected_grad[0] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
 def test_forward_slopes_are_exact(family, examples):
-    model, tuned, loss = model_loss(examples, family)
-    true = autograd_gradient(model, examples, tuned.names)
+    model, loss = model_loss(examples, family)
+    tuned = model.tensors
+    true = autograd_gradient(model.parts.model, examples, tuned.names)
     for step in range(3):
         direction = tuned.draw(0, step, 0)
         expected = sum(float((direction[name] * true[name]).sum()) for name in tuned.names)
         result = ForwardGradient().estimate(Request(tuned, loss, 0, step))
         assert result.projected_grad[0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-        assert result.loss == pytest.approx(plain_loss(model, examples, LossKind.CANDIDATES), rel=1e-5)
-        for name, master in tuned.named_masters().items():
-            torch.testing.assert_close(master.grad, direction[name] * result.projected_grad[0])
+        assert result.loss == pytest.approx(plain_loss(model.parts.model, examples, CandidateCrossEntropy()), rel=1e-5)
+        for name in tuned.names:
+            torch.testing.assert_close(result.gradient[name], direction[name] * result.projected_grad[0])
 
 
 @pytest.mark.parametrize("estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(2, 5)])
 def test_slopes_on_a_model_follow_autograd(estimator, examples):
-    model, tuned, loss = model_loss(examples)
-    true = autograd_gradient(model, examples, tuned.names)
+    model, loss = model_loss(examples)
+    tuned = model.tensors
+    true = autograd_gradient(model.parts.model, examples, tuned.names)
     norm = math.sqrt(sum(float(g.square().sum()) for g in true.values()))
     for step in range(10):
         result = estimator.estimate(Request(tuned, loss, 0, step, eps=5e-4))
         tuned.restore()
         slope = result.projected_grad[0]
-        # the gradient set is slope * z, so its product with the true gradient is slope * (z . g), about slope squared
-        product = sum(float((m.grad * true[n]).sum()) for n, m in tuned.named_masters().items())
+        # the gradient is slope * z, so its product with the true gradient is slope * (z . g), about slope squared
+        product = sum(float((result.gradient[name] * true[name]).sum()) for name in tuned.names)
         tolerance = 0.15 if isinstance(estimator, OneSided) else 0.05
         assert product / slope == pytest.approx(slope, abs=tolerance * norm, rel=tolerance)
 
@@ -130,15 +137,12 @@ class Quadratic:
         rows = []
         for step in range(steps):
             self.tuned.restore()
-            estimate(estimator, self.tuned, self.at, step=step, **settings)
-            rows.append(torch.cat([m.grad.flatten() for m in self.tuned.masters]))
+            rows.append(flat(estimate(estimator, self.tuned, self.at, step=step, **settings).gradient))
         self.tuned.restore()
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
-    "estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(1, 1), LOZO(2, 1)], ids=lambda e: e.describe()
-)
+@pytest.mark.parametrize("estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(1, 1), LOZO(2, 1)], ids=described)
 @pytest.mark.parametrize("curvature", [0.0, 1.0])
 def test_the_mean_is_the_gradient(estimator, curvature):
     problem = Quadratic(curvature)
@@ -182,11 +186,8 @@ def test_fzo_is_the_estimate_over_the_spread(antithetic):
     problem = Quadratic()
     queries, eps = 8, 1e-3
     result = estimate(FZO(antithetic), problem.tuned, problem.at, num_queries=queries, eps=eps)
-    found = torch.cat([m.grad.flatten() for m in problem.tuned.masters])
+    found = flat(result.gradient)
     problem.tuned.restore()
-    rows = []
-    from slzo.zo.noise import rademacher
-
     signs = [
         torch.cat([rademacher(m, 0, 0, q, n).flatten() for n, m in problem.tuned.named_masters().items()])
         for q in range(queries)
@@ -208,8 +209,8 @@ def test_fzo_does_not_depend_on_the_scale_of_the_loss():
 
 def test_fzo_takes_no_step_when_all_losses_are_equal():
     tuned = TunedTensors({"w": torch.ones(3)})
-    estimate(FZO(), tuned, lambda points: torch.ones(len(points)), num_queries=4)
-    assert torch.equal(tuned.masters[0].grad, torch.zeros(3))
+    result = estimate(FZO(), tuned, lambda points: torch.ones(len(points)), num_queries=4)
+    assert torch.equal(result.gradient["w"], torch.zeros(3))
 
 
 def test_fzo_needs_several_queries():
@@ -226,31 +227,51 @@ def test_lozo_directions_have_low_rank_and_keep_their_subspace():
     assert int(torch.linalg.matrix_rank(torch.cat(stacked), atol=1e-3)) == 4
 
 
-@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)], ids=lambda e: e.describe())
+@pytest.mark.parametrize("estimator", BY_DIFFERENCES, ids=described)
 @pytest.mark.parametrize("place", [0, 3])
-def test_a_loss_that_is_not_finite_sets_no_gradient(estimator, place):
+def test_a_loss_that_is_not_finite_has_no_gradient(estimator, place):
     tuned = TunedTensors({"w": torch.ones(3, 2)})
     calls = iter(range(100))
 
     def function(points):
         return torch.tensor([float("nan") if next(calls) == place else 1.0 for _ in points])
 
-    assert not estimate(estimator, tuned, function, num_queries=4, queries_at_once=2).finite
+    result = estimate(estimator, tuned, function, num_queries=4, queries_at_once=2)
+    assert not result.finite
+    assert result.gradient == {}
     assert tuned.masters[0].grad is None
 
 
-@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)], ids=lambda e: e.describe())
+@pytest.mark.parametrize(
+    "estimator", [*BY_DIFFERENCES, SPSA(divide_rows=True), ForwardGradient(), Backprop()], ids=described
+)
+def test_an_estimate_leaves_nothing_behind(estimator, examples):
+    """The gradient is in what it returns, and writing the masters brings the live weights back."""
+    model, loss = model_loss(examples)
+    weights = {name: tensor.clone() for name, tensor in model.parts.model.named_parameters()}
+    masters = model.tensors.copy_of_masters()
+    results = []
+    for step in (0, 1, 0):
+        results.append(estimator.estimate(Request(model.tensors, loss, 0, step, 1e-2, 4)))
+        model.tensors.restore()
+    assert all(set(result.gradient) == set(model.tensors.names) for result in results)
+    assert all(part.dtype == torch.float32 for result in results for part in result.gradient.values())
+    torch.testing.assert_close(results[2].gradient, results[0].gradient, rtol=0, atol=0)
+    assert all(master.grad is None for master in model.tensors.masters)
+    torch.testing.assert_close(model.tensors.copy_of_masters(), masters, rtol=0, atol=0)
+    for name, tensor in model.parts.model.named_parameters():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("estimator", BY_DIFFERENCES, ids=described)
 def test_queries_together_or_one_by_one_are_the_same(estimator, examples):
-    split = SplitModel(tiny_model("llama"))
-    tuned = tune_layer(split, LAYER)
-    objective = layer_objective(split, LAYER, PrefixCache(0), paired=True)
-    batch = pack(examples)
+    parts = ModelParts(tiny_model("llama"))
+    model = TunedModel.of_scope(parts, LayerScope(), LAYER, engine=Engine(cache_gb=0, paired=True))
+    loss = model.loss(TrainBatch(pack(examples), ()), CandidateCrossEntropy())
     gradients = []
     for at_once in (1, 2, 4):
-        loss = BatchLoss(objective, tuned, batch, LossKind.CANDIDATES, hidden=objective.prefix(batch))
-        estimator.estimate(Request(tuned, loss, 0, 0, 1e-2, 4, at_once))
-        gradients.append(torch.cat([m.grad.flatten() for m in tuned.masters]))
-        tuned.restore()
+        gradients.append(flat(estimator.estimate(Request(model.tensors, loss, 0, 0, 1e-2, 4, at_once)).gradient))
+        model.tensors.restore()
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-2, atol=1e-2)
 
@@ -269,18 +290,18 @@ def test_one_sided_estimates_in_bfloat16_use_what_rounding_left():
     result = OneSided().estimate(Request(tuned, LossAt(at), 0, 0, eps=4e-3))
     z = tuned.draw(0, 0, 0)["w"]
     left = ((1 + 4e-3 * z).bfloat16().float() - 1) / 4e-3
-    torch.testing.assert_close(tuned.masters[0].grad, left * result.projected_grad[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(result.gradient["w"], left * result.projected_grad[0], rtol=1e-4, atol=1e-3)
 
 
 def test_an_op_without_forward_derivative_is_named(examples, monkeypatch):
-    _, tuned, loss = model_loss(examples)
+    model, loss = model_loss(examples)
 
     def broken(self, *args):
         raise NotImplementedError("Trying to use forward AD with some_op that does not support it")
 
-    monkeypatch.setattr(Objective, "loss", broken)
+    monkeypatch.setattr(SuffixForward, "loss", broken)
     with pytest.raises(SlzoError, match=r"model\.estimator ForwardGradient.*some_op.*use SPSA"):
-        ForwardGradient().estimate(Request(tuned, loss, 0, 0))
+        ForwardGradient().estimate(Request(model.tensors, loss, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -296,83 +317,89 @@ def test_bad_arguments(make, message):
         make()
 
 
-def shared_losses(tuned, loss, parts, eps=1e-2):
-    """Losses of each share at + eps z and - eps z of its own direction, shape (2, parts)."""
+def divided_losses(tuned, loss, parts, eps=1e-2):
+    """Losses of each part of the rows at + eps z and - eps z of its own direction, shape (2, parts)."""
     directions = [tuned.draw(0, 0, query) for query in range(parts)]
-    points = [Point(z, sign * eps, Share(n, parts)) for sign in (1, -1) for n, z in enumerate(directions)]
+    points = [Point(z, sign * eps, RowPart(n, parts)) for sign in (1, -1) for n, z in enumerate(directions)]
     return loss.at(points).view(2, -1), directions
 
 
-@pytest.mark.parametrize("scope", [None, all_parameters], ids=["layer", "all"])
-@pytest.mark.parametrize("kind", [LossKind.CANDIDATES, LossKind.ANSWER, LossKind.ERRORS])
+def with_every_second_candidate_right(examples):
+    numbers = itertools.count()
+    right = [[next(numbers) % 2 == 0 for _ in example.sequences] for example in examples]
+    return [
+        replace(example, gold=tuple(slot for slot, is_right in enumerate(own) if is_right))
+        for example, own in zip(examples, right, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("scope", [LayerScope(), AllParameters()], ids=described)
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood(), CandidateErrors()], ids=described)
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("one_token", [True, False])
-def test_shares_are_the_losses_of_their_rows(scope, kind, paired, one_token, examples):
-    """Three shares of seven or four examples against batches of these examples alone, at the same weights."""
+def test_parts_of_the_rows_have_the_losses_of_their_rows(scope, objective, paired, one_token, examples):
+    """Three parts of seven or four examples against batches of these examples alone, at the same weights."""
     examples = examples[:4] if one_token else examples
-    if kind is LossKind.ANSWER:
+    if objective.only_gold:
         examples = [replace(e, sequences=(e.sequences[e.gold[0]],), gold=(0,)) for e in examples]
-    _, tuned, loss = model_loss(examples, "llama", scope)
-    right = torch.arange(sum(len(e.sequences) for e in examples)) % 2 == 0 if kind is LossKind.ERRORS else None
-    loss.objective.paired = paired
-    loss = replace(loss, kind=kind, right=right)
-    found, directions = shared_losses(tuned, loss, 3)
+    if isinstance(objective, CandidateErrors):
+        examples = with_every_second_candidate_right(examples)
+    model, loss = model_loss(examples, "llama", scope, objective, paired)
+    found, directions = divided_losses(model.tensors, loss, 3)
     bounds = [0, len(examples) // 3, len(examples) * 2 // 3, len(examples)]
-    sizes = [sum(len(e.sequences) for e in examples[a:b]) for a, b in pairwise(bounds)]
-    rights = [None] * 3 if right is None else right.split(sizes)
     weights, expected = [], []
-    for direction, (first, stop), part_right in zip(directions, pairwise(bounds), rights, strict=True):
+    for direction, (first, stop) in zip(directions, pairwise(bounds), strict=True):
         batch = pack(examples[first:stop])
-        hidden = loss.objective.prefix(batch)
+        hidden = model.forward.prefix(batch)
         for sign in (1, -1):
-            tuned.write(direction, sign * 1e-2)
-            total, weight = loss.objective.loss(batch, hidden, kind, part_right)
+            model.tensors.write(direction, sign * 1e-2)
+            total, weight = model.forward.loss(batch, hidden, objective)
             weights.append(weight)
             expected.append(total)
     weight = torch.stack(weights)[::2].sum()
     torch.testing.assert_close(found, torch.stack(expected).view(3, 2).T * 3 / weight, rtol=1e-5, atol=1e-6)
 
 
-def test_split_rows_has_the_bias_and_the_variance_of_its_parts(examples):
+def test_divide_rows_has_the_bias_and_the_variance_of_its_parts(examples):
     """g = sum of h_i, what the i-th rows add to it; E|z z'h - h|^2 = (d + 1) |h|^2 for Gaussian z, and parts are independent."""
-    model, tuned, loss = model_loss(examples)
+    model, loss = model_loss(examples)
+    tuned = model.tensors
     steps, parts = 200, [examples[0:1], examples[1:3], examples[3:5], examples[5:7]]
 
     def gradient(rows):
-        found = autograd_gradient(model, rows, tuned.names)
-        return torch.cat([found[name].flatten() for name in tuned.names])
+        return flat(autograd_gradient(model.parts.model, rows, tuned.names))
 
-    shares = [gradient(rows) * len(rows) / len(examples) for rows in parts]
+    added = [gradient(rows) * len(rows) / len(examples) for rows in parts]
     true = gradient(examples)
-    torch.testing.assert_close(sum(shares), true, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(added), true, rtol=1e-4, atol=1e-6)
     error, mean = 0.0, torch.zeros_like(true)
     for step in range(steps):
-        result = SPSA(split_rows=True).estimate(Request(tuned, loss, 0, step, eps=1e-3, num_queries=4))
+        result = SPSA(divide_rows=True).estimate(Request(tuned, loss, 0, step, eps=1e-3, num_queries=4))
         assert result.num_evaluations == 2
         assert len(result.projected_grad) == 4
-        got = torch.cat([m.grad.flatten() for m in tuned.masters])
+        got = flat(result.gradient)
         error += float((got - true).square().sum()) / steps
         mean += got / steps
-    expected = (tuned.num_elements + 1) * sum(float(h.square().sum()) for h in shares)
+    expected = (tuned.num_elements + 1) * sum(float(h.square().sum()) for h in added)
     assert error == pytest.approx(expected, rel=0.2)
     assert float((mean - true).square().sum()) == pytest.approx(error / steps, rel=0.3)
 
 
-@pytest.mark.parametrize("scope", [None, all_parameters], ids=["layer", "all"])
-def test_shares_without_rows_add_nothing(scope, examples):
+@pytest.mark.parametrize("scope", [LayerScope(), AllParameters()], ids=described)
+def test_parts_without_rows_add_nothing(scope, examples):
     """The last batch of an epoch may have fewer rows than there are queries."""
-    _, tuned, loss = model_loss(examples[:3], "llama", scope)
-    found, directions = shared_losses(tuned, loss, 5)
+    model, loss = model_loss(examples[:3], "llama", scope)
+    found, directions = divided_losses(model.tensors, loss, 5)
     bounds = [3 * n // 5 for n in range(6)]
     rows = [range(a, b) for a, b in pairwise(bounds)]
     assert [bool(part) for part in rows] == [loss_ != 0 for loss_ in found[0].tolist()]
     for number, part in enumerate(rows):
         if part:
             batch = pack([examples[part.start]])
-            tuned.write(directions[number], 1e-2)
-            total, _ = loss.objective.loss(batch, loss.objective.prefix(batch), LossKind.CANDIDATES)
+            model.tensors.write(directions[number], 1e-2)
+            total, _ = model.forward.loss(batch, model.forward.prefix(batch), CandidateCrossEntropy())
             assert float(found[0, number]) == pytest.approx(float(total) * 5 / 3, rel=1e-5)
-    result = SPSA(split_rows=True).estimate(Request(tuned, loss, 0, 0, num_queries=5))
+    result = SPSA(divide_rows=True).estimate(Request(model.tensors, loss, 0, 0, num_queries=5))
     assert [slope == 0 for slope in result.projected_grad] == [not part for part in rows]
 
 
@@ -383,12 +410,7 @@ def test_lozo_without_a_matrix_is_refused():
 
 def test_backprop_moves_only_what_a_step_moves(examples):
     """LeZO's layers of the step, as for other estimators."""
-    model = tiny_model("llama", scale=1.0)
-    split = SplitModel(model, onednn=False)
-    tuned = RandomLayers(0.5).tensors(ScopeContext(split, None, lambda _: ()))
-    objective = Objective(split, Span.of(split, tuned), PrefixCache(0))
-    loss = BatchLoss(objective, tuned, pack(examples), LossKind.CANDIDATES)
-    Backprop().estimate(Request(tuned, loss, seed=0, step=3))
-    moved = {name for name, master in tuned.named_masters().items() if master.grad is not None}
-    assert moved == set(tuned.draw(0, 3, 0))
-    assert 0 < len(moved) < len(tuned.names)
+    model, loss = model_loss(examples, scope=RandomLayers(0.5))
+    moved = set(Backprop().estimate(Request(model.tensors, loss, seed=0, step=3)).gradient)
+    assert moved == set(model.tensors.draw(0, 3, 0))
+    assert 0 < len(moved) < len(model.tensors.names)

@@ -11,18 +11,19 @@ import torch
 from conftest import LossAt, make_tokenizer, tiny_model
 
 from slzo.__main__ import main
+from slzo.batches.losses import candidate_errors, candidate_scores
+from slzo.batches.packing import pack
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.metrics import token_f1
-from slzo.evaluation.scoring import LossKind, candidate_errors, candidate_scores
-from slzo.models.packing import pack
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.tasks.base import Example
 from slzo.trainer import ZOTrainer
+from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
     for name, value in metrics.compute().items():
         assert result[0][f"test/{name}"] == pytest.approx(float(value))
     packed = pack([row.encoded for row in datamodule.rows("test")])
-    tokens = module.split.logits(packed).log_softmax(-1)[packed.token_row, packed.token_id]
+    tokens = module.parts.logits(packed).log_softmax(-1)[packed.token_needed, packed.token_id]
     assert result[0]["test/loss"] == pytest.approx(-float(tokens.mean()), rel=1e-4)
 
 
@@ -224,6 +225,10 @@ def test_a_data_module_used_for_test_can_train_after(model_dir, data_dir):
     assert len(set(keys)) == len(keys)
 
 
+def make_evaluator(parts):
+    return Evaluator(parts, make_tokenizer(), CandidateCrossEntropy())
+
+
 def make_rows(texts):
     encoder = Encoder(make_tokenizer(), 200)
     examples = [Example(str(i), text, (" great", " bad"), (i % 2,)) for i, text in enumerate(texts)]
@@ -252,14 +257,14 @@ def test_rows_with_one_beginning_are_shared_and_scored_alike():
     rows = make_rows([f"{paragraph * (1 + i // 4)}{i} It was" for i in range(12)])
     plan = plan_batches(rows, max_rows=8, max_tokens=10_000)
     assert plan.share
-    split = SplitModel(tiny_model())
-    evaluator = Evaluator(split, make_tokenizer())
+    parts = ModelParts(tiny_model())
+    evaluator = make_evaluator(parts)
     tokens = 0
     for members in plan.batches:
-        batch = EvalCollator(LossKind.CANDIDATES, share_rows=True)(members)
+        batch = EvalCollator(share_rows=True)(members)
         outcome = evaluator(batch)
         tokens += batch.packed.num_tokens
-        alone = [evaluator(EvalCollator(LossKind.CANDIDATES)([row])) for row in members]
+        alone = [evaluator(EvalCollator()([row])) for row in members]
         for scores, one in zip(outcome.scores, alone, strict=True):
             assert scores == pytest.approx(one.scores[0], abs=1e-4)
         assert float(outcome.loss.total) == pytest.approx(sum(float(one.loss.total) for one in alone), abs=1e-3)
@@ -270,8 +275,8 @@ def test_unlabelled_rows_do_not_count_in_the_loss():
     rows = make_rows(["one It was", "two It was"])
     blank = Example("x", "three It was", (" great", " bad"))
     mixed = [*rows, Row(blank, Encoder(make_tokenizer()).encode(blank, 2), 2)]
-    evaluator = Evaluator(SplitModel(tiny_model()), make_tokenizer())
-    labelled, all_rows = (evaluator(EvalCollator(LossKind.CANDIDATES)(part)) for part in (rows, mixed))
+    evaluator = make_evaluator(ModelParts(tiny_model()))
+    labelled, all_rows = (evaluator(EvalCollator()(part)) for part in (rows, mixed))
     assert float(all_rows.loss.weight) == 2
     assert float(all_rows.loss.total) == pytest.approx(float(labelled.loss.total), abs=1e-4)
     assert len(all_rows.predictions) == 3
@@ -279,14 +284,14 @@ def test_unlabelled_rows_do_not_count_in_the_loss():
 
 def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     tokenizer = make_tokenizer()
-    split = SplitModel(tiny_model())
+    parts = ModelParts(tiny_model())
     golds = [(0,), (1,), (0, 2), (1, 2), (2,), ()]
     examples = [Example(str(i), f"film {i} It was", (" a", " good", " movie"), gold) for i, gold in enumerate(golds)]
     rows = [Row(e, Encoder(tokenizer).encode(e, i), i) for i, e in enumerate(examples)]
-    batch = TrainCollator(LossKind.ERRORS)(rows)
-    best = Evaluator(split, tokenizer)(EvalCollator(LossKind.CANDIDATES)(rows)).predictions
+    batch = TrainCollator()(rows)
+    best = make_evaluator(parts)(EvalCollator()(rows)).predictions
     wrong = sum(index not in gold for index, gold in zip(best, golds, strict=True) if gold)
-    errors = candidate_errors(candidate_scores(split.logits(batch.packed), batch.packed), batch.packed, batch.right)
+    errors = candidate_errors(candidate_scores(parts.logits(batch.packed), batch.packed), batch.packed)
     assert (float(errors.total), float(errors.weight)) == (wrong, 5)
 
 
@@ -302,17 +307,18 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
             def at(points):
                 losses = loss.at(points)
                 for point, value in zip(points, losses.tolist(), strict=True):
-                    self.tuned.write(point.direction, point.scale)
-                    metrics = self._datamodule().make_metrics()
-                    found = self.evaluator(EvalCollator(self._datamodule().loss)(batch.rows)).predictions
+                    self.masters.write(point.direction, point.scale)
+                    metrics = self.datamodule.make_metrics()
+                    found = self.evaluator(EvalCollator()(batch.rows)).predictions
                     metrics.update([row.example for row in batch.rows], found)
-                    seen.append((value, 1 - float(metrics.compute()[self._datamodule().task.metric])))
+                    seen.append((value, 1 - float(metrics.compute()[self.datamodule.task.metric])))
                 return losses
 
             return LossAt(at)
 
-    datamodule = TaskDataModule(task, str(model_dir), data_dir=str(folder), num_train=16, num_dev=4, batch_size=8)
-    module = Recording(str(model_dir), layer=1, train_on="metric", eps=0.1)
+    options = {"data_dir": str(folder), "num_train": 16, "num_dev": 4, "batch_size": 8}
+    datamodule = TaskDataModule(task, str(model_dir), objective="metric", **options)
+    module = Recording(str(model_dir), layer=1, eps=0.1)
     trainer = ZOTrainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, max_steps=3,
         enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
@@ -329,26 +335,26 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
 def test_missing_f1_is_that_of_the_generated_answers():
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer, 200)
-    evaluator = Evaluator(SplitModel(tiny_model()), tokenizer)
+    evaluator = make_evaluator(ModelParts(tiny_model()))
 
     def rows(references):
         examples = [Example(str(i), f"film {i}:", (" x\n",), (0,), references[i]) for i in range(6)]
         return tuple(Row(e, encoder.encode(e, i), i, encoder.encode_prompt(e)) for i, e in enumerate(examples))
 
-    texts, _ = evaluator.answers(rows([("x",)] * 6))
+    texts = evaluator.answers(rows([("x",)] * 6))
     assert sum(bool(text) for text in texts) >= 4
     references = [(text, "y") if i < 3 else ("nothing like it",) for i, text in enumerate(texts)]
     expected = [1 - token_f1(text, wanted) for text, wanted in zip(texts, references, strict=True)]
     assert 0 < sum(expected) < 6
-    missing = evaluator.missing_f1(rows(references))
-    assert (float(missing.total), float(missing.weight)) == (pytest.approx(sum(expected)), 6)
+    labelled = rows(references)
+    assert AnswerF1().of_answers(evaluator.answers(labelled), [row.example for row in labelled]) == expected
 
 
-def test_train_on_must_be_known(options, capsys):
-    assert main(["fit", *options, "--model.train_on=accuracy"]) == 2
-    assert "model.train_on" in capsys.readouterr().err
-    with pytest.raises(SlzoError, match=r"model\.train_on 'accuracy': choose one of loss, metric"):
-        ZOModule(train_on="accuracy")
+def test_objective_must_be_known(options, capsys):
+    assert main(["fit", *options, "--data.objective=accuracy"]) == 2
+    assert "data.objective" in capsys.readouterr().err
+    with pytest.raises(SlzoError, match=r"data\.objective 'accuracy': choose loss, metric"):
+        TaskDataModule("sst2", objective="accuracy")
 
 
 def test_scores_of_a_batch_equal_those_of_the_whole_model(model_dir, data_dir, tmp_path):
@@ -356,5 +362,5 @@ def test_scores_of_a_batch_equal_those_of_the_whole_model(model_dir, data_dir, t
     with torch.no_grad():
         for batch in datamodule.test_dataloader():
             ours = [score for scores in module.evaluator(batch).scores for score in scores]
-            plain = candidate_scores(module.split.logits(batch.packed), batch.packed).tolist()
+            plain = candidate_scores(module.parts.logits(batch.packed), batch.packed).tolist()
             assert ours == pytest.approx(plain, abs=1e-5)

@@ -6,20 +6,25 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, estimate, layer_objective, random_example, tiny_model, tune_layer
+from conftest import FAMILIES, estimate, layer_forward, random_example, tiny_model, tune_layer, tuned_layer
 from torch.nn import functional as F
 
-from slzo.evaluation.scoring import LossKind
-from slzo.models.packing import pack
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
+from slzo.models.engine import Engine
+from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel
 from slzo.zo.estimators import SPSA, Point
+from slzo.zo.forward import SuffixForward
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
+from slzo.zo.span import Span
+from slzo.zo.step import StepOptions
 
 EPS = 1e-3
 LAYER = 2
 
 
-def plain_loss(model, examples, kind):
+def plain_loss(model, examples, objective):
     """The loss by one forward pass per candidate, full logits, nothing shared, float64 at the end."""
     losses, weights = [], []
     for example in examples:
@@ -32,7 +37,7 @@ def plain_loss(model, examples, kind):
             tokens = torch.stack([log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))])
             scores.append(tokens)
         gold = example.gold[0]
-        if kind is LossKind.ANSWER:
+        if isinstance(objective, AnswerLikelihood):
             losses.append(-scores[gold].sum())
             weights.append(len(scores[gold]))
         else:
@@ -42,7 +47,7 @@ def plain_loss(model, examples, kind):
     return float(torch.stack(losses).sum() / sum(weights))
 
 
-def plain_two_passes(family, examples, direction, kind):
+def plain_two_passes(family, examples, direction, objective):
     model = tiny_model(family, scale=1.5, attn_implementation="eager")
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].clone() for name in direction}
@@ -50,43 +55,42 @@ def plain_two_passes(family, examples, direction, kind):
     for sign in (1, -1):
         for name, z in direction.items():
             parameters[name].copy_(before[name] + sign * EPS * z)
-        losses.append(plain_loss(model, examples, kind))
+        losses.append(plain_loss(model, examples, objective))
     return torch.tensor(losses)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [LossKind.CANDIDATES, LossKind.ANSWER])
-def test_losses_equal_the_plain_computation(family, kind, examples, one_token_examples):
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=lambda o: o.describe())
+def test_losses_equal_the_plain_computation(family, objective, examples, one_token_examples):
     for rows in (one_token_examples, examples):
-        direction = tune_layer(SplitModel(tiny_model(family, scale=1.5)), LAYER).draw(0, 0, 0)
-        expected = plain_two_passes(family, rows, direction, kind)
+        direction = tune_layer(ModelParts(tiny_model(family, scale=1.5)), LAYER).draw(0, 0, 0)
+        expected = plain_two_passes(family, rows, direction, objective)
         for packed, onednn in itertools.product((True, False), (True, False)):
-            split = SplitModel(
+            parts = ModelParts(
                 tiny_model(family, scale=1.5), packed, onednn=onednn and torch.backends.mkldnn.is_available()
             )
-            tuned = tune_layer(split, LAYER)
+            tuned = tune_layer(parts, LAYER)
             for shared, grouped, paired, warm in itertools.product((True, False), repeat=4):
-                cache = PrefixCache(1.0)
-                objective = layer_objective(split, LAYER, cache, candidate_rows=paired, paired=paired)
+                forward = layer_forward(parts, LAYER, candidate_logits=paired, paired=paired)
                 batch = pack(rows, share_prompts=shared, group_lengths=grouped)
                 if warm:  # states from other batches, in another order
                     for example in reversed(rows):
-                        objective.prefix(pack([example], share_prompts=shared))
+                        forward.prefix(pack([example], share_prompts=shared))
                 points = [Point(direction, EPS), Point(direction, -EPS)]
-                sums = objective.losses(batch, objective.prefix(batch), tuned, points, kind)
+                sums = forward.losses(batch, forward.prefix(batch), tuned, points, objective)
                 torch.testing.assert_close((sums[0] / sums[1]).double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_queries_evaluated_together_give_the_same_gradient(paired, examples):
-    split = SplitModel(tiny_model("llama", scale=1.5))
-    tuned = tune_layer(split, LAYER)
-    objective = layer_objective(split, LAYER, PrefixCache(0), paired=paired)
+    parts = ModelParts(tiny_model("llama", scale=1.5))
+    tuned = tune_layer(parts, LAYER)
+    forward = layer_forward(parts, LAYER, cache_gb=0, paired=paired)
     batch = pack(examples)
 
     def evaluate(points):
         calls.append(len(points))
-        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        sums = forward.losses(batch, forward.prefix(batch), tuned, points, CandidateCrossEntropy())
         return sums[0] / sums[1]
 
     found = []
@@ -94,35 +98,27 @@ def test_queries_evaluated_together_give_the_same_gradient(paired, examples):
         calls = []
         found_here = estimate(SPSA(), tuned, evaluate, eps=EPS, num_queries=5, queries_at_once=at_once)
         assert calls == expected_calls
-        found.append((torch.tensor(found_here.projected_grad), [master.grad.clone() for master in tuned.masters]))
-    for slopes, gradients in found[1:]:
+        found.append((torch.tensor(found_here.projected_grad), found_here.gradient))
+    for slopes, gradient in found[1:]:
         torch.testing.assert_close(slopes, found[0][0], rtol=1e-2, atol=1e-2)
-        for mine, one_by_one in zip(gradients, found[0][1], strict=True):
-            torch.testing.assert_close(mine, one_by_one, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-2, atol=1e-2)
 
 
 def train(plain, steps=50):
     """Loss curve of ``steps`` steps with every optimization off or on."""
     generator = random.Random(7)
     rows = [random_example(generator, i, 4 + i % 9, (1, 1), i % 2) for i in range(40)]
-    split = SplitModel(tiny_model("llama", scale=1.5), packed=not plain, onednn=False if plain else None)
-    tuned = tune_layer(split, LAYER)
-    cache = PrefixCache(0 if plain else 1)
-    objective = layer_objective(split, LAYER, cache, candidate_rows=not plain, paired=not plain)
-    optimizer = torch.optim.SGD(tuned.masters, lr=3e-4)
+    parts = ModelParts(tiny_model("llama", scale=1.5), packed=not plain, onednn=False if plain else None)
+    engine = Engine(candidate_logits=not plain, paired=not plain, cache_gb=0 if plain else 1)
+    model = tuned_layer(parts, LAYER, engine=engine)
+    optimizer = torch.optim.SGD(model.tensors.masters, lr=3e-4)
     curve = []
     for step in range(steps):
         picked = [rows[(8 * step + i) % len(rows)] for i in range(8)]
-        batch = pack(picked, share_prompts=not plain, group_lengths=not plain)
-
-        def evaluate(points, batch=batch):
-            sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
-            return sums[0] / sums[1]
-
-        result = estimate(SPSA(), tuned, evaluate, step=step, eps=EPS)
-        optimizer.step()
-        tuned.restore()
-        curve.append(result.loss)
+        batch = TrainBatch(pack(picked, share_prompts=not plain, group_lengths=not plain), ())
+        loss = model.loss(batch, CandidateCrossEntropy())
+        result = model.step(loss, SPSA(), optimizer, StepOptions(EPS), seed=0, step=step)
+        curve.append(result.estimate.loss)
     return torch.tensor(curve)
 
 
@@ -134,14 +130,14 @@ def test_fifty_steps_with_everything_on_equal_the_plain_run():
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_compiled_model_gives_the_same_losses_or_falls_back(family, examples):
-    split = SplitModel(tiny_model(family, scale=1.5), compile=True)
-    tuned = tune_layer(split, LAYER)
+    parts = ModelParts(tiny_model(family, scale=1.5), compile=True)
+    tuned = tune_layer(parts, LAYER)
     direction = tuned.draw(0, 0, 0)
-    expected = plain_two_passes(family, examples, direction, LossKind.CANDIDATES)
-    objective = layer_objective(split, LAYER, PrefixCache(0))
+    expected = plain_two_passes(family, examples, direction, CandidateCrossEntropy())
+    forward = layer_forward(parts, LAYER, cache_gb=0)
     batch = pack(examples)
     points = [Point(direction, EPS), Point(direction, -EPS)]
-    sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+    sums = forward.losses(batch, forward.prefix(batch), tuned, points, CandidateCrossEntropy())
     torch.testing.assert_close((sums[0] / sums[1]).double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
@@ -153,26 +149,26 @@ def test_a_failing_compiler_falls_back_with_a_warning(monkeypatch, examples):
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    split = SplitModel(tiny_model("llama"), compile=True)
-    plain = SplitModel(tiny_model("llama"), onednn=False)
+    parts = ModelParts(tiny_model("llama"), compile=True)
+    plain = ModelParts(tiny_model("llama"), onednn=False)
     batch = pack(examples)
     with pytest.warns(UserWarning, match="no compiler here; running uncompiled"):
-        split.logits(batch)
+        parts.logits(batch)
     with warnings.catch_warnings():  # said once, then it just runs
         warnings.simplefilter("error")
-        logits = split.logits(batch)
+        logits = parts.logits(batch)
     torch.testing.assert_close(logits, plain.logits(batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prefix_cache_in_a_mapped_file_and_in_another_dtype(tmp_path, dtype, examples):
-    split = SplitModel(tiny_model("llama"))
+    parts = ModelParts(tiny_model("llama"))
     batch = pack(examples)
-    expected = layer_objective(split, LAYER, PrefixCache(0)).prefix(batch)
-    cache = PrefixCache(1e-3, dtype, str(tmp_path / "cache"))
-    objective = layer_objective(split, LAYER, cache)
-    cold = objective.prefix(batch)
-    cached = objective.prefix(batch)
+    expected = layer_forward(parts, LAYER, cache_gb=0).prefix(batch)
+    cache = PrefixCache(LAYER, 1e-3, dtype, str(tmp_path / "cache"))
+    forward = SuffixForward(parts, Span(LAYER, LAYER + 1), cache)
+    cold = forward.prefix(batch)
+    cached = forward.prefix(batch)
     assert torch.equal(cold, cached)  # the loss must not depend on what is cached
     assert cached.dtype == expected.dtype
     assert cache.num_bytes == expected.numel() * dtype.itemsize

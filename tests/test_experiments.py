@@ -11,14 +11,17 @@ import torch
 from conftest import run_dir
 
 from slzo.__main__ import main
+from slzo.batches.losses import candidate_cross_entropy, candidate_scores
 from slzo.cli import build
+from slzo.data.batch import EvalCollator
 from slzo.errors import SlzoError
-from slzo.evaluation.scoring import LossKind
 from slzo.experiments import sweep
 from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep import SweepRow, plan_sweep, verdict
+from slzo.experiments.sweep_plan import plan_sweep
+from slzo.experiments.sweep_report import LayerResult, verdict
 from slzo.experiments.trial import Trial, Workbench
+from slzo.zo.estimators import Point
 
 SWEEP = ["--steps=3", "--output=swept", "--directions=20", "--num_rows=8"]
 
@@ -195,15 +198,27 @@ def test_a_trial_takes_the_steps_of_fit(options, scope):
 def test_moved_prefix_states_are_those_of_the_next_layer(options):
     bench = bench_of(options)
     bench.trial(1, steps=3, seed=0)
-    cache = bench.module.prefix_cache
-    held = set(cache._states)
+    held = set(bench._cache._states)
     assert held
     bench.move_prefix(3)
-    assert cache.start == 3
-    assert set(cache._states) == held
+    assert bench._cache.start == 3
+    assert set(bench._cache._states) == held
     moved = bench.trial(3, steps=4, seed=0)
     fresh = bench_of(options).trial(3, steps=4, seed=0)
     torch.testing.assert_close(torch.tensor(moved.losses), torch.tensor(fresh.losses), rtol=1e-4, atol=1e-5)
+
+
+def test_states_that_are_kept_rounded_are_not_rounded_again_at_the_next_layer(options):
+    """Moved from layer to layer they would be; a trial after others equals one that is the first."""
+    small = [*options, "--model.engine.cache_dtype=bfloat16"]
+    bench = bench_of(small)
+    for layer in (1, 2):
+        bench.move_prefix(layer)
+        bench.trial(layer, steps=3, seed=0)
+    bench.move_prefix(3)
+    moved = bench.trial(3, steps=4, seed=0)
+    fresh = bench_of(small).trial(3, steps=4, seed=0)
+    assert moved.losses == fresh.losses
 
 
 def test_sensitivity_is_the_mean_slope(options):
@@ -212,20 +227,18 @@ def test_sensitivity_is_the_mean_slope(options):
     found = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
     module = bench.module
     rows = next(bench._batches(5, 8))
-    module.choose_layer(2, "")
+    tuned, eps = module.tune(2).tensors, module.step_options.eps
     slopes = []
     with torch.no_grad():
         for query in range(20):
             losses = []
             for sign in (1, -1):
-                module.tuned.write(module.tuned.draw(5, 0, query), sign * module.eps)
-                logits = module.split.logits(rows.packed)
-                from slzo.evaluation.scoring import LossKind, training_loss
-
-                total, weight = training_loss(LossKind.CANDIDATES, logits, rows.packed, selected=False)
+                tuned.write(tuned.draw(5, 0, query), sign * eps)
+                scores = candidate_scores(module.parts.logits(rows.packed), rows.packed)
+                total, weight = candidate_cross_entropy(scores, rows.packed)
                 losses.append(float(total / weight))
-            slopes.append(abs(losses[0] - losses[1]) / (2 * module.eps))
-    module.tuned.restore()
+            slopes.append(abs(losses[0] - losses[1]) / (2 * eps))
+    tuned.restore()
     slopes = torch.tensor(slopes)
     assert found.mean == pytest.approx(float(slopes.mean()), rel=1e-2)
     assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(20)), rel=2e-2)
@@ -239,11 +252,11 @@ def test_divergence_is_named(options):
 
 
 def test_tune_recommends_and_goes_on(options, capsys, monkeypatch):
-    command = ["tune", *options, "--steps=4", "--lrs=[1e-3,1e-2,1e38]", "--output=tuned"]
+    command = ["lr_search", *options, "--steps=4", "--lrs=[1e-3,1e-2,1e38]", "--output=tuned"]
     assert main(command) == 0
     output = capsys.readouterr().out
     assert "lr 1e+38, eps 0.001: diverged" in output
-    content = json.loads(Path("tuned/tune.json").read_text())
+    content = json.loads(Path("tuned/lr_search.json").read_text())
     assert [pair["lr"] for pair in content["tried"]] == [1e-3, 1e-2, 1e38]
     assert content["tried"][2]["loss"] is None
     assert content["why"] in output
@@ -290,7 +303,7 @@ def test_the_grid_spreads_around_the_configured_rate():
 
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
     loss = None if gain is None else 1 - gain
-    return SweepRow(layer, sensitivity, 0.1, 10.0, 1, 1.0, loss, se, gain, 0.5, 0.1, 1.0, 1.0, diverged, dominant)
+    return LayerResult(layer, sensitivity, 0.1, 10.0, 1, 1.0, loss, se, gain, 0.5, 0.1, 1.0, 1.0, diverged, dominant)
 
 
 def test_verdicts():
@@ -332,7 +345,12 @@ def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
 
 
 def test_trials_train_on_the_metric_that_fit_would(options):
-    cli = build([*options, "--model.train_on=metric"], run=False)
-    datamodule = cli.trainer.attach(cli.model, cli.datamodule)
-    bench = Workbench(cli.model, datamodule)
-    assert next(bench._batches(0, 4)).loss is LossKind.ERRORS
+    cli = build([*options, "--data.objective=metric"], run=False)
+    bench = Workbench(cli.model, cli.trainer.attach(cli.model, cli.datamodule))
+    batch = next(bench._batches(0, 4))
+    cli.model.tune(1)
+    with torch.no_grad():
+        found = cli.model.evaluator(EvalCollator()(batch.rows)).predictions
+    right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
+    (loss,) = cli.model.loss_of(batch).at([Point({}, 0.0)]).tolist()
+    assert loss == pytest.approx(1 - sum(right) / 4)

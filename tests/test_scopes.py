@@ -8,18 +8,19 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, layer_objective, random_example, tiny_model, tune_layer
+from conftest import FAMILIES, layer_forward, random_example, tiny_model, tune_layer
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from slzo.batches.packing import pack
 from slzo.errors import SlzoError
-from slzo.evaluation.scoring import LossKind
-from slzo.models.adapters import _unload_lora, adapter_from_dict
-from slzo.models.packing import pack
+from slzo.models.engine import Engine
+from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel
 from slzo.settings import constructor_settings, differences
 from slzo.zo.estimators import SPSA, Point
-from slzo.zo.objective import Objective, Span
+from slzo.zo.forward import SuffixForward
+from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import (
     ActivationSubspace,
     AllParameters,
@@ -32,8 +33,10 @@ from slzo.zo.scopes import (
     SmallestWeights,
 )
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.parts import linears
+from slzo.zo.scopes.linear_maps import linears
+from slzo.zo.span import Span
 from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_model import TunedModel
 
 LAYER = 2
 SCOPES = [
@@ -61,14 +64,15 @@ def prompts(count):
     return [pack([random_example(generator, i, 12, (1,)) for i in range(count)])]
 
 
+def tune(scope, model, layer=LAYER, engine=None, **options):
+    """The tuned model as the module makes it."""
+    return TunedModel.of_scope(ModelParts(model, **options), scope, layer, prompts=prompts, engine=engine)
+
+
 def make(scope, model, layer=LAYER, **options):
-    """Tuned tensors and split as the module makes them."""
-    split = SplitModel(model, **options)
-    context = ScopeContext(split, layer, prompts)
-    adapter = scope.adapter(context)
-    if adapter is not None:
-        split = SplitModel(model, **options, prefix=adapter.inject(model))
-    return scope.tensors(ScopeContext(split, layer, prompts)), split
+    """Its tuned tensors and its parts."""
+    tuned_model = tune(scope, model, layer, **options)
+    return tuned_model.tensors, tuned_model.parts
 
 
 def snapshot(model):
@@ -132,15 +136,15 @@ def test_tied_embeddings_are_tuned_once():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_outlier_channels_and_their_complement_are_the_mlp(family):
     model = tiny_model(family)
-    top, split = make(OutlierChannels(5.0), model)
+    top, parts = make(OutlierChannels(5.0), model)
     rest, _ = make(OutlierChannels(5.0, complement=True), model)
-    weights = [linear for linear in linears(split, LAYER) if linear.part == "mlp"]
+    weights = [linear for linear in linears(parts, LAYER) if linear.part == "mlp"]
     for linear in weights:
         places = torch.cat([dict(t.items())[linear.name].index for t in (top, rest)])
         assert torch.equal(places.sort().values.long(), torch.arange(linear.weight.numel()))
     # the channel with the largest activation is among them: its column of the down projection moves
     down = weights[-1]
-    inputs = record_inputs(split, [down.module], prompts(16))[0]
+    inputs = record_inputs(parts, [down.module], prompts(16))[0]
     channel = int(inputs.abs().amax(dim=0).argmax())
     before = down.weight.clone()
     top.write(top.draw(0, 0, 0), 1.0)
@@ -161,12 +165,12 @@ def test_the_smallest_weights_are_the_smallest():
 
 
 def test_random_layers_change_from_step_to_step_and_are_the_same_again():
-    tuned, split = make(RandomLayers(0.5), tiny_model("llama"))
+    tuned, parts = make(RandomLayers(0.5), tiny_model("llama"))
     chosen = []
     for step in range(20):
         names = set(tuned.draw(0, step, 0))
         assert names == set(tuned.draw(0, step, 1)) == set(tuned.draw(0, step, 0))
-        layers = {int(n.split(".")[2]) for n in names if n.startswith(split.layers_path)}
+        layers = {int(n.split(".")[2]) for n in names if n.startswith(parts.layers_path)}
         assert len(layers) == 2
         assert "model.embed_tokens.weight" in names
         chosen.append(tuple(sorted(layers)))
@@ -179,8 +183,8 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     """V V^T is the identity then, so that moving C is moving W."""
     model = tiny_model(family)
     rank = 32
-    tuned, split = make(ActivationSubspace(rank, num_sequences=16), model)
-    narrow = next(linear for linear in linears(split, LAYER) if linear.sizes[1] == rank)
+    tuned, parts = make(ActivationSubspace(rank, num_sequences=16), model)
+    narrow = next(linear for linear in linears(parts, LAYER) if linear.sizes[1] == rank)
     part = dict(tuned.items())[narrow.name]
     gradient = torch.randn(narrow.weight.shape)
     torch.testing.assert_close(part.tangent(part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
@@ -231,22 +235,23 @@ def test_tangent_and_pull_back_are_transposes(scope, dtype):
 @pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
 def test_losses_of_a_scope_equal_those_of_the_whole_model(scope, examples):
     """Prefix, pairing and selected rows are right for tensors anywhere in the model."""
-    model = tiny_model("llama", scale=1.5)
-    tuned, split = make(scope, model)
-    span = Span.of(split, tuned)
+    tuned, parts = make(scope, tiny_model("llama", scale=1.5))
     batch = pack(examples)
     points = [Point(tuned.draw(0, 0, query), sign * 1e-2) for query in (0, 1) for sign in (1, -1)]
     expected = []
     for point in points:
         tuned.write(point.direction, point.scale)
-        whole = Objective(split, Span(0, split.num_layers, inside=False), PrefixCache(0), candidate_rows=False)
-        total, weight = whole.loss(batch, None, LossKind.CANDIDATES)
+        whole = SuffixForward(
+            parts, Span(0, parts.num_layers, inside=False), PrefixCache(0, budget_gb=0), candidate_logits=False
+        )
+        total, weight = whole.loss(batch, None, CandidateCrossEntropy())
         expected.append(total / weight)
     tuned.restore()
     assert len({round(float(e), 4) for e in expected}) > 1
+    span = Span.of(parts, tuned)
     for paired in (True, False):
-        objective = Objective(split, span, PrefixCache(1), paired=paired)
-        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        forward = SuffixForward(parts, span, PrefixCache(span.start, budget_gb=1), paired=paired)
+        sums = forward.losses(batch, forward.prefix(batch), tuned, points, CandidateCrossEntropy())
         torch.testing.assert_close(sums[0] / sums[1], torch.stack(expected), rtol=2e-5, atol=2e-6)
         tuned.restore()
 
@@ -258,31 +263,36 @@ def test_spans():
         (LoRA(2, layers="all"), Span(0, 4)),
         (AllParameters(), Span(0, 4, inside=False)),
     ):
-        tuned, split = make(scope, tiny_model("llama"))
-        assert Span.of(split, tuned) == expected
+        tuned_model = tune(scope, tiny_model("llama"))
+        assert Span.of(tuned_model.parts, tuned_model.tensors) == expected
+        assert tuned_model.forward.span == expected
+        assert tuned_model.forward.cache.start == expected.start
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
-def test_a_description_brings_the_tuned_model_back(scope):
+def test_a_description_brings_the_tuned_model_back(scope, tmp_path):
     model = tiny_model("llama")
-    tuned, _ = make(scope, model)
-    settings = scope.adapter(ScopeContext(SplitModel(tiny_model("llama")), LAYER, prompts))
+    tuned_model = tune(scope, model)
+    tuned = tuned_model.tensors
     for master in tuned.masters:
         master.data.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1)
     tuned.restore()
-    values = {name: master.detach().clone() for name, master in tuned.named_masters().items()}
+    values = tuned.copy_of_masters()
+    path = tmp_path / "description.pt"
+    torch.save(tuned_model.describe(), path)
+    description = torch.load(path, weights_only=True)
     fresh = tiny_model("llama")
-    if settings is not None:
-        adapter_from_dict(settings.to_dict()).inject(fresh)
-    again = TunedTensors.from_description(dict(fresh.named_parameters()), tuned.description())
-    again.load(values)
+    again = TunedModel.of_description(ModelParts(fresh), description)
+    again.tensors.load(values)
+    assert (again.scope, again.adapter, again.layer) == (tuned_model.scope, tuned_model.adapter, LAYER)
     for (name, tensor), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert torch.equal(tensor, other), name
 
 
-def test_merged_lora_computes_the_same():
+def test_merged_lora_computes_the_same(tmp_path):
     model = tiny_model("llama")
-    tuned, _ = make(LoRA(4), model)
+    tuned_model = tune(LoRA(4), model)
+    tuned = tuned_model.tensors
     assert {name.split(".")[2] for name in tuned.names} == {str(LAYER)}
     assert {name.split(".")[4] for name in tuned.names} == {"q_proj", "v_proj"}
     plain = tiny_model("llama")
@@ -291,9 +301,25 @@ def test_merged_lora_computes_the_same():
     tuned.write(tuned.draw(0, 0, 0), 0.3)
     expected = model(ids).logits
     assert not torch.allclose(expected, plain(ids).logits, atol=1e-3)
-    _unload_lora(model, merge=True)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    tuned_model.save_merged(str(tmp_path))
+    for merged in (model, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert [name for name, _ in merged.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+@pytest.mark.parametrize("scope", [LoRA(4), PrefixTuning(3), LayerScope()], ids=lambda scope: scope.describe())
+def test_removing_the_adapter_leaves_the_plain_model(scope):
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    tuned_model = tune(scope, model)
+    tuned_model.tensors.write(tuned_model.tensors.draw(0, 0, 0), 0.3)
+    tuned_model.tensors.restore()
+    tuned_model.remove_adapter()
+    tuned_model.remove_adapter()
+    for (name, tensor), (plain_name, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == plain_name
+        assert torch.equal(tensor, expected), name
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
 def test_lora_starts_the_same_for_a_seed_and_leaves_the_global_generator_alone():
@@ -317,11 +343,11 @@ def test_a_learned_prefix_computes_what_peft_does(family, examples):
     # peft believes a number of key-value heads that these families ignore
     plain_heads = {"num_key_value_heads": None} if family in ("opt", "gpt2", "gpt_neox") else {}
     model = tiny_model(family, scale=1.5, **plain_heads)
-    tuned, split = make(PrefixTuning(3), model)
+    tuned_model = tune(PrefixTuning(3), model, engine=Engine(cache_gb=0))
+    tuned = tuned_model.tensors
     tuned.write(tuned.draw(0, 0, 0), 0.3)
     (weight,) = (part.live for _, part in tuned.items())
-    objective = Objective(split, Span.of(split, tuned), PrefixCache(0))
-    total, count = objective.loss(pack(examples), None, LossKind.CANDIDATES)
+    total, count = tuned_model.forward.loss(pack(examples), None, CandidateCrossEntropy())
 
     plain = tiny_model(family, scale=1.5, attn_implementation="eager", **plain_heads)
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=4)
@@ -342,7 +368,7 @@ def test_a_learned_prefix_computes_what_peft_does(family, examples):
 
 def test_a_large_direction_is_drawn_again_instead_of_held():
     model = tiny_model("llama")
-    held = tune_layer(SplitModel(model), LAYER)
+    held = tune_layer(ModelParts(model), LAYER)
     drawn = TunedTensors({name: t.live for name, t in held.items()}, hold_bytes=100)
     first, second = held.draw(0, 3, 1), drawn.draw(0, 3, 1)
     assert isinstance(first, dict)
@@ -350,10 +376,10 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "no such tensor" not in second
-    objective = layer_objective(SplitModel(model), LAYER, PrefixCache(0))
+    forward = layer_forward(ModelParts(model), LAYER, cache_gb=0)
     batch = pack([random_example(random.Random(0))])
     sums = [
-        objective.losses(batch, objective.prefix(batch), t, [Point(z, 1e-2), Point(z, -1e-2)], LossKind.CANDIDATES)
+        forward.losses(batch, forward.prefix(batch), t, [Point(z, 1e-2), Point(z, -1e-2)], CandidateCrossEntropy())
         for t, z in ((held, first), (drawn, second))
     ]
     assert torch.equal(*sums)
@@ -414,7 +440,7 @@ def test_a_layer_without_linear_maps_is_named():
     model = tiny_model("llama")
     model.model.layers[LAYER].mlp = nn.Identity()
     with pytest.raises(SlzoError, match=r"model\.scope\.part 'mlp': the layer has no such tensors"):
-        LayerScope("mlp").tensors(ScopeContext(SplitModel(model), LAYER, prompts))
+        LayerScope("mlp").tensors(ScopeContext(ModelParts(model), LAYER, prompts))
 
 
 def test_settings_tell_scopes_and_estimators_apart():
@@ -426,10 +452,11 @@ def test_settings_tell_scopes_and_estimators_apart():
         (LayerScope(), ActivationSubspace()),
     ]
     for one, other in pairs:
-        assert constructor_settings(one) != constructor_settings(other)
-        assert differences(constructor_settings(one), constructor_settings(other))
-        assert json.loads(json.dumps(constructor_settings(one))) == constructor_settings(one)
-    assert constructor_settings(LoRA(4)) == {
+        own, others = (constructor_settings(thing, "model.scope") for thing in (one, other))
+        assert own != others
+        assert differences(own, others)
+        assert json.loads(json.dumps(own)) == own
+    assert constructor_settings(LoRA(4), "model.scope") == {
         "class": "LoRA", "rank": 4, "alpha": 16.0, "target_modules": None, "layers": None,
     }  # fmt: skip
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == "b: 2 -> 3; c: None -> 4"
@@ -438,7 +465,7 @@ def test_settings_tell_scopes_and_estimators_apart():
 def test_every_argument_of_a_scope_is_an_attribute():
     """Settings are read from there."""
     for scope in SCOPES:
-        assert set(constructor_settings(scope)) == {"class", *inspect.signature(type(scope)).parameters}
+        assert set(constructor_settings(scope, "model.scope")) == {"class", *inspect.signature(type(scope)).parameters}
 
 
 def test_masked_checkpoints_of_another_shape_are_refused():
@@ -452,8 +479,8 @@ def test_masked_checkpoints_of_another_shape_are_refused():
 
 
 def test_compiled_layers_can_be_looked_into():
-    split = SplitModel(tiny_model(), onednn=False, compile=True)
-    tuned = ActivationSubspace(4, num_sequences=16).tensors(ScopeContext(split, LAYER, prompts))
+    parts = ModelParts(tiny_model(), onednn=False, compile=True)
+    tuned = ActivationSubspace(4, num_sequences=16).tensors(ScopeContext(parts, LAYER, prompts))
     assert tuned.num_elements > 0
-    with pytest.raises(SlzoError, match=r"PrefixTuning: .*model\.compile"):
-        PrefixTuning(2).adapter(ScopeContext(split, None, prompts))
+    with pytest.raises(SlzoError, match=r"PrefixTuning: .*model\.engine\.compile"):
+        PrefixTuning(2).adapter(ScopeContext(parts, None, prompts))

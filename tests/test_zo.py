@@ -1,34 +1,28 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
-from conftest import estimate, layer_objective, tiny_model, tune_layer
+from conftest import LossAt, estimate, flat, layer_forward, tiny_model, tune_layer
 from torch import nn
 
-from slzo.data.encoding import EncodedExample, EncodedSequence
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.packing import pack
 from slzo.errors import SlzoError
-from slzo.evaluation.scoring import LossKind
-from slzo.models.packing import pack
-from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel
-from slzo.zo.estimators import SPSA, Point
-from slzo.zo.estimators.base import check_settings
+from slzo.models.engine import Engine
+from slzo.models.parts import ModelParts
+from slzo.zo.estimators import SPSA, Point, Request
 from slzo.zo.noise import gaussian
-from slzo.zo.optim import check_optimizer
+from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.optim import OptimizerChoice
+from slzo.zo.step import StepOptions, take_step
 from slzo.zo.tuned import TunedTensors
 
 
-def gradient(tuned):
-    return torch.cat([master.grad.flatten() for master in tuned.masters])
-
-
 def mean_estimate(estimator, tuned, evaluate, steps, **settings):
-    total = None
-    for step in range(steps):
-        estimate(estimator, tuned, evaluate, step=step, **settings)
-        total = gradient(tuned).clone() if total is None else total + gradient(tuned)
-    return total / steps
+    rows = [flat(estimate(estimator, tuned, evaluate, step=step, **settings).gradient) for step in range(steps)]
+    return torch.stack(rows).mean(dim=0)
 
 
 def test_spsa_mean_is_the_gradient_of_a_quadratic():
@@ -64,8 +58,8 @@ def test_more_queries_lower_the_variance():
     def error(queries):
         total = 0.0
         for step in range(40):
-            estimate(SPSA(), tuned, evaluate, 1, step, num_queries=queries)
-            total += float((gradient(tuned) - true).square().sum())
+            result = estimate(SPSA(), tuned, evaluate, 1, step, num_queries=queries)
+            total += float((flat(result.gradient) - true).square().sum())
         return total / 40
 
     assert error(8) < error(1) / 4
@@ -73,9 +67,9 @@ def test_more_queries_lower_the_variance():
 
 def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
     model = tiny_model("llama", scale=1.0)
-    split = SplitModel(model)
-    tuned = tune_layer(split, 2)
-    objective = layer_objective(split, 2, PrefixCache(0))
+    parts = ModelParts(model)
+    tuned = tune_layer(parts, 2)
+    forward = layer_forward(parts, 2, cache_gb=0)
     batch = pack(examples)
 
     # the gradient by back-propagation through an untouched copy, one candidate at a time
@@ -98,7 +92,7 @@ def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
     true = torch.cat([parameters[name].grad.flatten() for name in tuned.names])
 
     def evaluate(points):
-        sums = objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES)
+        sums = forward.losses(batch, forward.prefix(batch), tuned, points, CandidateCrossEntropy())
         return sums[0] / sums[1]
 
     # each projected gradient is the slope along z, exactly what autograd gives
@@ -114,7 +108,7 @@ def test_spsa_follows_the_autograd_gradient_of_a_model(examples):
 def test_perturb_and_restore_is_exact(dtype):
     model = tiny_model("llama").to(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tuned = tune_layer(SplitModel(model), 1)
+    tuned = tune_layer(ModelParts(model), 1)
     for step in range(50):
         direction = tuned.draw(0, step, 0)
         tuned.write(direction, 1e-3)
@@ -131,8 +125,9 @@ def test_the_applied_direction_is_what_rounding_left():
     live = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     tuned = TunedTensors({"w": live})
     direction = tuned.draw(0, 0, 0)
-    tuned.accumulate_grad(dict(direction), 1.0, (1e-3, -1e-3))
-    applied = tuned.masters[0].grad
+    gradient = {}
+    tuned.accumulate(gradient, dict(direction), 1.0, (1e-3, -1e-3))
+    applied = gradient["w"]
     tuned.write(direction, 1e-3)
     plus = live.float().clone()
     tuned.write(direction, -1e-3)
@@ -172,16 +167,47 @@ def test_noise_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_loss_that_is_not_finite_sets_no_gradient():
+def test_a_loss_that_is_not_finite_has_no_gradient():
     tuned = TunedTensors({"w": torch.ones(3)})
-    assert not estimate(SPSA(), tuned, lambda points: torch.tensor([float("nan"), 1.0])).finite
+    result = estimate(SPSA(), tuned, lambda points: torch.tensor([float("nan"), 1.0]))
+    assert not result.finite
+    assert result.gradient == {}
     assert tuned.masters[0].grad is None
 
 
+def test_a_step_that_is_not_finite_moves_nothing():
+    """Not even by momentum, and what a step before it left behind does not come back."""
+    live = torch.ones(3)
+    tuned = TunedTensors({"w": live})
+    optimizer = torch.optim.SGD(tuned.masters, lr=0.1, momentum=0.9)
+
+    def function(points, factor):
+        losses = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            losses.append(factor * live.sum())
+        return torch.stack(losses)
+
+    for factor, moves in ((1.0, True), (float("nan"), False), (float("inf"), False)):
+        before = live.clone()
+        loss = LossAt(partial(function, factor=factor))
+        result = take_step(Request(tuned, loss, 0, 0), SPSA(), optimizer, measure_update=True)
+        assert result.estimate.finite == moves
+        assert (result.update_norm is not None) == moves
+        assert torch.equal(live, before) != moves
+        assert torch.equal(live, tuned.masters[0])
+        assert tuned.masters[0].grad is None
+
+
 @pytest.mark.parametrize(("eps", "queries"), [(0, 1), (-1e-3, 1), (float("inf"), 1), (float("nan"), 1), (1e-3, 0)])
-def test_estimator_arguments_are_checked(eps, queries):
+def test_step_options_are_checked(eps, queries):
     with pytest.raises(SlzoError, match=r"model\.(eps|num_queries)"):
-        check_settings(eps, queries, 1)
+        StepOptions(eps, num_queries=queries)
+
+
+def test_the_number_of_queries_at_once_is_checked():
+    with pytest.raises(SlzoError, match=r"model\.engine\.queries_at_once 0"):
+        Engine(queries_at_once=0)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Muon"])
@@ -189,32 +215,33 @@ def test_optimizers_that_cannot_take_the_gradient_are_refused(name):
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
     with pytest.raises(SlzoError, match=rf"model\.optimizer {name}"):
-        check_optimizer(lambda params: getattr(torch.optim, name)(params, lr=0.1))
+        OptimizerChoice.of(lambda params: getattr(torch.optim, name)(params, lr=0.1))
 
 
 def test_other_optimizers_are_taken_and_wrong_arguments_named():
-    check_optimizer(torch.optim.AdamW)
+    OptimizerChoice.of(torch.optim.AdamW)
     with pytest.raises(SlzoError, match=r"model\.optimizer: Invalid learning rate: -1"):
-        check_optimizer(lambda params: torch.optim.SGD(params, lr=-1))
+        OptimizerChoice.of(lambda params: torch.optim.SGD(params, lr=-1))
 
 
-def test_one_token_losses_need_only_the_candidates_rows(one_token_examples):
-    split = SplitModel(tiny_model("gemma2"))
-    tuned = tune_layer(split, 1)
+def test_one_token_losses_need_only_the_candidates_logits(one_token_examples):
+    parts = ModelParts(tiny_model("gemma2"))
+    tuned = tune_layer(parts, 1)
     batch = pack(one_token_examples)
     direction = tuned.draw(0, 0, 0)
     results = []
-    for rows in (True, False):
-        objective = layer_objective(split, 1, PrefixCache(0), candidate_rows=rows)
+    for selected in (True, False):
+        forward = layer_forward(parts, 1, cache_gb=0, candidate_logits=selected)
+        assert forward.selects(CandidateCrossEntropy(), batch) == selected
         points = [Point(direction, 1e-3), Point(direction, -1e-3)]
-        results.append(objective.losses(batch, objective.prefix(batch), tuned, points, LossKind.CANDIDATES))
+        results.append(forward.losses(batch, forward.prefix(batch), tuned, points, CandidateCrossEntropy()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 def test_prefix_cache_gives_the_same_losses_in_any_batch(examples):
-    split = SplitModel(tiny_model("qwen3"))
-    cold = layer_objective(split, 2, PrefixCache(0))
-    warm = layer_objective(split, 2, PrefixCache(1))
+    parts = ModelParts(tiny_model("qwen3"))
+    cold = layer_forward(parts, 2, cache_gb=0)
+    warm = layer_forward(parts, 2)
     warm.prefix(pack(examples[:3]))
     warm.prefix(pack(examples[3:]))
     mixed = [examples[i] for i in (5, 0, 3, 6)]
@@ -224,30 +251,30 @@ def test_prefix_cache_gives_the_same_losses_in_any_batch(examples):
 
 
 def test_only_missing_examples_are_run(examples, monkeypatch):
-    split = SplitModel(tiny_model("gemma2"))
-    objective = layer_objective(split, 2, PrefixCache(1))
+    parts = ModelParts(tiny_model("gemma2"))
+    forward = layer_forward(parts, 2)
     batch = pack(examples)
-    expected = layer_objective(split, 2, PrefixCache(0)).prefix(batch)
-    objective.prefix(pack([examples[1], examples[4]]))
+    expected = layer_forward(parts, 2, cache_gb=0).prefix(batch)
+    forward.prefix(pack([examples[1], examples[4]]))
     sizes = []
-    original = SplitModel.run
+    original = ModelParts.run
 
     def run(self, part, *args):
         sizes.append(part.input_ids.numel())
         return original(self, part, *args)
 
-    monkeypatch.setattr(SplitModel, "run", run)
-    torch.testing.assert_close(objective.prefix(batch), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(ModelParts, "run", run)
+    torch.testing.assert_close(forward.prefix(batch), expected, rtol=1e-5, atol=1e-6)
     known = batch.example_tokens[1] + batch.example_tokens[4]
     assert sizes == [batch.num_tokens - known]
-    objective.prefix(batch)
+    forward.prefix(batch)
     assert len(sizes) == 1
 
 
 def test_scoring_may_read_the_cache_without_filling_it(examples):
-    objective = layer_objective(SplitModel(tiny_model("llama")), 2, PrefixCache(1))
-    objective.prefix(pack(examples), keep=False)
-    assert objective.cache.num_bytes == 0
+    forward = layer_forward(ModelParts(tiny_model("llama")), 2)
+    forward.prefix(pack(examples), keep=False)
+    assert forward.cache.num_bytes == 0
 
 
 def test_one_token_answers_after_different_tokens_keep_their_normalizers():
@@ -257,12 +284,12 @@ def test_one_token_answers_after_different_tokens_keep_their_normalizers():
 
 
 def test_prefix_cache_keeps_to_its_budget(examples):
-    split = SplitModel(tiny_model("llama"))
     per_token = 32 * 4
     tokens = [pack([example]).num_tokens for example in examples]
-    cache = PrefixCache((tokens[0] + tokens[1]) * per_token / 2**30)
-    objective = layer_objective(split, 1, cache)
-    expected = objective.prefix(pack(examples))
+    budget_gb = (tokens[0] + tokens[1]) * per_token / 2**30
+    forward = layer_forward(ModelParts(tiny_model("llama")), 1, budget_gb)
+    expected = forward.prefix(pack(examples))
+    cache = forward.cache
     assert cache.num_bytes <= cache.budget
     assert [key in cache for key in (0, 1, 2)] == [True, True, False]
-    torch.testing.assert_close(objective.prefix(pack(examples)), expected)
+    torch.testing.assert_close(forward.prefix(pack(examples)), expected)

@@ -22,10 +22,9 @@ from transformers import PreTrainedModel
 from slzo.data.batch import Row
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, stop_tokens
 from slzo.models.load import load_model
-from slzo.models.split import split_model
+from slzo.models.parts import ModelParts, take_apart
 
 TIE = 1e-4
 
@@ -86,7 +85,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def compare(
-    task: str, num_rows: int, options: argparse.Namespace, evaluator: Evaluator, plain: PreTrainedModel
+    task: str, num_rows: int, options: argparse.Namespace, parts: ModelParts, plain: PreTrainedModel
 ) -> Comparison:
     """Measure one task."""
     data = TaskDataModule(
@@ -96,7 +95,7 @@ def compare(
     data.setup("test")
     rows = data.rows("test")[:num_rows]
     generates = bool(rows[0].prompt)
-    evaluator.tokens_per_pass = data.tokens_per_pass
+    evaluator = data.evaluator(parts)
 
     def run_fast() -> dict[int, Any]:
         found: dict[int, Any] = {}
@@ -151,18 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     results = []
     try:
-        split = split_model(load_model(options.model))
+        parts = take_apart(load_model(options.model))
         plain = load_model(options.model)
-        data = TaskDataModule(tokenizer=options.model)
-        evaluator = Evaluator(split, data.encoder.tokenizer)
         threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
-        print(f"{options.model}, float32, {threads}, oneDNN {'on' if split.onednn else 'off'}")
+        print(f"{options.model}, float32, {threads}, oneDNN {'on' if parts.onednn else 'off'}")
         print(
             f"{'task':8s} {'rows':>5s} {'slzo rows/s':>12s} {'plain rows/s':>13s} {'speedup':>8s}  different predictions"
         )
         for item in options.tasks:
             task, _, count = item.partition(":")
-            result = compare(task, int(count or 100), options, evaluator, plain)
+            result = compare(task, int(count or 100), options, parts, plain)
             results.append(result)
             ties = sum(difference["gap"] <= TIE for difference in result.disagreements)
             note = f"{len(result.disagreements)} ({ties} ties within {TIE:g})" if result.disagreements else "0"
@@ -176,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        document = {"model": options.model, "threads": torch.get_num_threads(), "onednn": split.onednn}
+        document = {"model": options.model, "threads": torch.get_num_threads(), "onednn": parts.onednn}
         text = json.dumps({**document, "tasks": [asdict(result) for result in results]}, indent=1)
         Path(options.json).write_text(text + "\n", encoding="utf-8")
     return 0

@@ -30,21 +30,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from published_step import EPS, LEARNING_RATE, pad_left, published_step
-from slzo.data.encoding import EncodedExample, Encoder
+from slzo.batches.encoded import EncodedExample
+from slzo.batches.packing import PackedBatch, pack
+from slzo.data.batch import TrainBatch
+from slzo.data.encoding import Encoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits
 from slzo.errors import SlzoError
-from slzo.evaluation.scoring import LossKind, needs_full_logits, training_loss
+from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
-from slzo.models.packing import PackedBatch, pack
-from slzo.models.prefix_cache import PrefixCache
-from slzo.models.split import SplitModel, split_model
+from slzo.models.parts import ModelParts, take_apart
 from slzo.runtime import keep_freed_memory
-from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
-from slzo.zo.estimators import SPSA, Request
-from slzo.zo.objective import BatchLoss, Objective, Span
-from slzo.zo.scopes import LayerScope, ScopeContext
+from slzo.zo.estimators import SPSA
+from slzo.zo.objectives import LOSSES, LogitObjective
+from slzo.zo.scopes import LayerScope
+from slzo.zo.step import StepOptions
+from slzo.zo.tuned_model import TunedModel
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 _ATTENTION = "aten::_scaled_dot_product"
@@ -57,32 +59,32 @@ PUBLISHED = ("mezo", "mezo-layer", "forward2")
 class SlzoStep:
     """What ``ZOModule.training_step`` does, without Lightning around it."""
 
-    def __init__(self, split: SplitModel, layer: int, kind: LossKind, cache_gb: float, **options: Any) -> None:
-        self.share_prompts = options.pop("share_prompts", True)
-        self.kind = kind
-        self.split = split
-        self.tuned = LayerScope().tensors(ScopeContext(split, layer, lambda _: ()))
-        self.objective = Objective(split, Span.of(split, self.tuned), PrefixCache(cache_gb), **options)
+    def __init__(
+        self, parts: ModelParts, layer: int, objective: LogitObjective, share_prompts: bool = True, **engine: Any
+    ) -> None:
+        self.objective = objective
+        self.share_prompts = share_prompts
+        self.model = TunedModel.of_scope(parts, LayerScope(), layer, engine=Engine(**engine))
+        self.parts, self.forward, self.tuned = parts, self.model.forward, self.model.tensors
         self.optimizer = torch.optim.SGD(self.tuned.masters, lr=LEARNING_RATE)
-        self.estimator = SPSA()
         self.step = 0
 
     def pack(self, examples: Sequence[EncodedExample]) -> PackedBatch:
         """What the data loader's collator does; generation and choice tasks train on the gold answer only."""
-        if self.kind is LossKind.ANSWER:
+        if self.objective.only_gold:
             examples = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
         return pack(examples, share_prompts=self.share_prompts)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
         """One step; returns both losses."""
-        batch = self.pack(examples)
-        loss = BatchLoss(self.objective, self.tuned, batch, self.kind, hidden=self.objective.prefix(batch))
-        estimate = self.estimator.estimate(Request(self.tuned, loss, seed=0, step=self.step, eps=EPS))
-        self.optimizer.step()
-        self.tuned.zero_grad()
-        self.tuned.restore()
+        loss = self.model.loss(TrainBatch(self.pack(examples), ()), self.objective)
+        estimate = self.model.step(loss, SPSA(), self.optimizer, StepOptions(EPS), seed=0, step=self.step).estimate
         self.step += 1
         return estimate.loss_plus, estimate.loss_minus
+
+    def head_ids(self, batch: PackedBatch) -> Tensor | None:
+        """Tokens whose logits are needed; ``None`` for the whole vocabulary."""
+        return batch.choice_ids if self.forward.selects(self.objective, batch) else None
 
     def breakdown(self, examples: Sequence[EncodedExample]) -> dict[str, float]:
         """Seconds of each part of a step, run one by one."""
@@ -95,20 +97,20 @@ class SlzoStep:
             return result
 
         batch = timed("data", lambda: self.pack(examples))
-        hidden = timed("prefix", lambda: self.objective.prefix(batch))
+        hidden = timed("prefix", lambda: self.forward.prefix(batch))
         direction = timed("perturb", lambda: self.tuned.draw(0, self.step, 0))
-        selected = self.objective.candidate_rows and not needs_full_logits(self.kind, batch)
-        ids = batch.choice_ids if selected else None
         losses = []
         for scale in (EPS, -EPS):
             timed("perturb", partial(self.tuned.write, direction, scale))
             final = timed(
-                "suffix", lambda: self.split.run(batch, self.objective.span.start, self.split.num_layers, hidden)
+                "suffix", lambda: self.parts.run(batch, self.forward.span.start, self.parts.num_layers, hidden)
             )
-            losses.append(timed("head", partial(self._loss, batch, final, ids, selected)))
+            losses.append(timed("head", partial(self._loss, batch, final)))
 
         def update() -> None:
-            self.tuned.accumulate_grad(direction, (losses[0] - losses[1]) / (2 * EPS), (EPS, -EPS))
+            gradient: dict[str, Tensor] = {}
+            self.tuned.accumulate(gradient, direction, (losses[0] - losses[1]) / (2 * EPS), (EPS, -EPS))
+            self.tuned.set_grad(gradient)
             self.optimizer.step()
             self.tuned.zero_grad()
             self.tuned.restore()
@@ -116,9 +118,10 @@ class SlzoStep:
         timed("update", update)
         return spent
 
-    def _loss(self, batch: PackedBatch, final: Tensor, token_ids: Tensor | None, selected: bool) -> float:
-        logits = self.split.head(final.index_select(0, batch.rows), token_ids)
-        total, weight = training_loss(self.kind, logits, batch, selected)
+    def _loss(self, batch: PackedBatch, final: Tensor) -> float:
+        ids = self.head_ids(batch)
+        logits = self.parts.head(final.index_select(0, batch.needed), ids)
+        total, weight = self.objective.of_logits(logits, batch, selected=ids is not None)
         return float(total / weight)
 
 
@@ -127,15 +130,14 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
 
     A plain loop over the weights in the order of the suffix, with inputs of the same shapes.
     """
-    split, dtype = step.split, step.split.model.dtype
-    modules = [
-        m for layer in split.layers[step.objective.span.start :] for m in layer.modules() if isinstance(m, nn.Linear)
-    ]
+    parts, dtype = step.parts, step.parts.model.dtype
+    suffix = parts.layers[step.forward.span.start :]
+    modules = [m for layer in suffix for m in layer.modules() if isinstance(m, nn.Linear)]
     inputs = {m.in_features: torch.randn(batch.num_tokens, m.in_features, dtype=dtype) for m in modules}
-    head = split.model.get_output_embeddings()
-    selected = step.objective.candidate_rows and not needs_full_logits(step.kind, batch)
-    head_weight = head.weight[: len(batch.choice_ids)] if selected and batch.choice_ids is not None else head.weight
-    head_inputs = torch.randn(batch.rows.numel(), head.in_features, dtype=dtype)
+    head = parts.model.get_output_embeddings()
+    ids = step.head_ids(batch)
+    head_weight = head.weight if ids is None else head.weight[: len(ids)]
+    head_inputs = torch.randn(batch.needed.numel(), head.in_features, dtype=dtype)
 
     def products() -> None:
         for module in modules:
@@ -159,10 +161,10 @@ def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
 
     Full squares are timed and the causal part of them, (L + 1) / 2L, is counted: no kernel can do with fewer operations.
     """
-    config = step.split.model.config
+    config = step.parts.model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    dtype, seconds = step.split.model.dtype, 0.0
+    dtype, seconds = step.parts.model.dtype, 0.0
     for group in batch.layout.groups:
         count, length = group.shape
         query, key, value = (torch.randn(count, heads, length, size, dtype=dtype) for _ in range(3))
@@ -173,7 +175,7 @@ def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
             scores @ value
             trials.append(time.perf_counter() - start)
         seconds += statistics.median(trials) * (length + 1) / (2 * length)
-    return seconds * (step.split.num_layers - step.objective.span.start)
+    return seconds * (step.parts.num_layers - step.forward.span.start)
 
 
 def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[str, float]:
@@ -220,14 +222,13 @@ class Timings:
         return result
 
 
-def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LossKind]:
+def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObjective]:
     """Training rows of the task, tokenized, and the loss that the task is trained with."""
     task = get_task(args.task)
     pool = load_examples(task, "train", data_dir=args.data_dir)
     rows = draw_splits(pool, pool[:1], num_train=1000, num_dev=0, num_test=1, seed=0).train
     encoder = Encoder(load_tokenizer(args.model))
-    kind = LossKind.CANDIDATES if task.kind is Kind.CLASSIFICATION else LossKind.ANSWER
-    return [encoder.encode(row, index) for index, row in enumerate(rows)], kind
+    return [encoder.encode(row, index) for index, row in enumerate(rows)], LOSSES[task.kind]()
 
 
 def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[list[EncodedExample]]:
@@ -239,15 +240,17 @@ def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[l
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "without shared prompts": {"share_prompts": False},
-    "without candidate rows": {"candidate_rows": False},
+    "without candidate rows": {"candidate_logits": False},
     "paired always": {"paired": True},
     "paired never": {"paired": False},
+    "without oneDNN": {"onednn": False},
+    "without packing": {"packed": False},
 }
 
 
 def compare(args: argparse.Namespace) -> Timings:
     """Run all variants in alternation."""
-    rows, kind = load_rows(args)
+    rows, objective = load_rows(args)
     batches = draw_batches(rows, args)
     dtype = args.dtype
     plain = None
@@ -255,30 +258,27 @@ def compare(args: argparse.Namespace) -> Timings:
         plain = load_model(args.model, dtype)
         for parameter in plain.parameters():
             parameter.data = parameter.data.clone()
-    model = load_model(args.model, dtype)
-    split = split_model(model)
-    warm = SlzoStep(split, args.layer, kind, cache_gb=8.0)
-    cold = SlzoStep(split, args.layer, kind, cache_gb=0.0)
+    parts = take_apart(load_model(args.model, dtype))
+    warm = SlzoStep(parts, args.layer, objective, cache_gb=8.0)
+    cold = SlzoStep(parts, args.layer, objective, cache_gb=0.0)
     switched = {}
-    if args.ablations:
-        switched = {name: SlzoStep(split, args.layer, kind, 8.0, **options) for name, options in SWITCHES.items()}
-        default = split_model(load_model(args.model, dtype), onednn=False)
-        switched["without oneDNN"] = SlzoStep(default, args.layer, kind, 8.0)
-        padded = split_model(load_model(args.model, dtype), packed=False)
-        switched["without packing"] = SlzoStep(padded, args.layer, kind, 8.0)
+    for name, options in (SWITCHES if args.ablations else {}).items():
+        of_parts = {option: value for option, value in options.items() if option in ("packed", "onednn")}
+        own = take_apart(load_model(args.model, dtype), **of_parts) if of_parts else parts
+        switched[name] = SlzoStep(own, args.layer, objective, cache_gb=8.0, **options)
     timings = Timings()
     for number, examples in enumerate(batches):
         for step in (warm, *switched.values()):
-            step.objective.prefix(step.pack(examples))
+            step.forward.prefix(step.pack(examples))
         if plain is not None:
-            run_published(args, plain, split, examples, kind, number, timings)
+            run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
         for name, step in {"slzo": warm, "slzo-cold": cold, **switched}.items():
             timings.add(name, partial(step, examples))
         timings.parts.append(warm.breakdown(examples))
         batch = warm.pack(examples)
         timings.tokens.append(batch.num_tokens)
         for name in timings.product:
-            if name == "onednn" and not split.onednn:
+            if name == "onednn" and not parts.onednn:
                 continue
             seconds, operations = product_seconds(warm, batch, onednn=name == "onednn")
             timings.product[name].append(seconds)
@@ -294,26 +294,25 @@ def compare(args: argparse.Namespace) -> Timings:
 def run_published(
     args: argparse.Namespace,
     plain: nn.Module,
-    split: SplitModel,
+    layers_path: str,
     examples: list[EncodedExample],
-    kind: LossKind,
+    only_gold: bool,
     number: int,
     timings: Timings,
 ) -> None:
     """The three variants that know nothing of slzo."""
     everything = list(plain.parameters())
-    of_layer = list(plain.get_submodule(f"{split.layers_path}.{args.layer}").parameters())
-    padded = pad_left(examples, kind)
-    gold = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
-    single = pad_left(gold, LossKind.ANSWER)
+    of_layer = list(plain.get_submodule(f"{layers_path}.{args.layer}").parameters())
+    padded = pad_left(examples, only_gold)
+    single = pad_left(examples, only_gold=True)
 
     def forward_twice() -> None:
         for _ in range(2):
             plain(input_ids=single.input_ids, attention_mask=single.attention_mask)
 
     steps: dict[str, Callable[[], Any]] = {
-        "mezo": lambda: published_step(plain, everything, padded, kind, number),
-        "mezo-layer": lambda: published_step(plain, of_layer, padded, kind, number),
+        "mezo": lambda: published_step(plain, everything, padded, only_gold, number),
+        "mezo-layer": lambda: published_step(plain, of_layer, padded, only_gold, number),
         "forward2": forward_twice,
     }
     for name, step in steps.items():
@@ -333,15 +332,15 @@ def measure_memory(args: argparse.Namespace) -> dict[str, float]:
 
 def memory_of(args: argparse.Namespace) -> float:
     """Peak resident memory of this process after some steps, GiB."""
-    rows, kind = load_rows(args)
+    rows, objective = load_rows(args)
     examples = draw_batches(rows, args)[0]
     model = load_model(args.model, args.dtype)
     if args.memory_of == "inference":
-        batch = pad_left([EncodedExample(e.index, (e.sequences[0],), (0,)) for e in examples], LossKind.ANSWER)
+        batch = pad_left([EncodedExample(e.index, (e.sequences[0],), (0,)) for e in examples], only_gold=True)
         for _ in range(3):
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     else:
-        step = SlzoStep(split_model(model), args.layer, kind, cache_gb=1.0)
+        step = SlzoStep(take_apart(model), args.layer, objective, cache_gb=1.0)
         for _ in range(3):
             step(examples)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

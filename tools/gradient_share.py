@@ -10,25 +10,24 @@ import argparse
 import torch
 from torch import Tensor
 
+from slzo.batches.packing import PackedBatch
 from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
-from slzo.zo.estimators import Backprop
+from slzo.zo.estimators import Backprop, Request
 from slzo.zo.scopes import ActivationSubspace, LayerScope, ScopeContext
-from slzo.zo.scopes.parts import linears
+from slzo.zo.scopes.linear_maps import linears
+from slzo.zo.tuned_model import TunedModel
 
 
-def mean_gradients(module: ZOModule, datamodule: TaskDataModule, batches: int) -> dict[str, Tensor]:
-    """Mean gradient of each of the layer's tensors over the first training batches, float32."""
-    assert module.tuned is not None
-    masters = module.tuned.named_masters()
-    total = {name: torch.zeros_like(master) for name, master in masters.items()}
+def mean_gradients(tuned: TunedModel, datamodule: TaskDataModule, batches: int) -> dict[str, Tensor]:
+    """Mean gradient of each of the tuned tensors over the first training batches, float32."""
+    total = {name: torch.zeros_like(master) for name, master in tuned.tensors.named_masters().items()}
     for _, batch in zip(range(batches), datamodule.train_dataloader(), strict=False):
-        module.estimate(batch, 0, 0, module.eps)
-        for name, master in masters.items():
-            assert master.grad is not None
-            total[name] += master.grad / batches
-    module.tuned.zero_grad()
+        loss = tuned.loss(batch.to(tuned.parts.model.device), datamodule.objective)
+        gradient = Backprop().estimate(Request(tuned.tensors, loss, seed=0, step=0)).gradient
+        for name in total:
+            total[name] += gradient[name] / batches
     return total
 
 
@@ -42,21 +41,25 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="of 16 training rows")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="of the subspaces")
     args = parser.parse_args()
-    module = ZOModule(args.model, layer=args.layer, scope=LayerScope(), estimator=Backprop(), seed=0)
+    module = ZOModule(args.model, estimator=Backprop(), seed=0)
     rows = TaskDataModule(args.task, tokenizer=args.model, data_dir=args.data_dir, num_dev=200, seed=0)
     datamodule = ZOTrainer(logger=False, enable_checkpointing=False).attach(module, rows)
-    module.choose_layer(args.layer, "")
-    gradients = mean_gradients(module, datamodule, args.batches)
+    parts = module.parts
+    gradients = mean_gradients(TunedModel.of_scope(parts, LayerScope(), args.layer), datamodule, args.batches)
     squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
-    context = ScopeContext(module.split, args.layer, module._prompts, 0)
+
+    def prompts(num_sequences: int) -> list[PackedBatch]:
+        return [batch.to(parts.model.device) for batch in datamodule.profile_batches(num_sequences, batch_size=16)]
+
+    context = ScopeContext(parts, args.layer, prompts)
     kept = {rank: dict(ActivationSubspace(rank).tensors(context).items()) for rank in args.ranks}
     print("| map | share | " + " | ".join(f"in rank {rank}" for rank in args.ranks) + " |")
     print("|---|" + "---:|" * (1 + len(args.ranks)))
-    for linear in linears(module.split, args.layer):
+    for linear in linears(parts, args.layer):
         gradient = gradients[linear.name]
         own = float(gradient.square().sum())
-        parts = [float(kept[rank][linear.name].pull_back(gradient).square().sum()) / own for rank in args.ranks]
-        print(f"| {linear.short_name} | {own / squares:.3f} | " + " | ".join(f"{part:.3f}" for part in parts) + " |")
+        shares = [float(kept[rank][linear.name].pull_back(gradient).square().sum()) / own for rank in args.ranks]
+        print(f"| {linear.short_name} | {own / squares:.3f} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slzo.data.encoding import EncodedExample
-from slzo.evaluation.scoring import LossKind
+from slzo.batches.encoded import EncodedExample
 
 EPS = 1e-3
 LEARNING_RATE = 3e-4
@@ -25,12 +24,12 @@ class PaddedBatch:
     gold: Tensor
 
 
-def pad_left(examples: Sequence[EncodedExample], kind: LossKind) -> PaddedBatch:
+def pad_left(examples: Sequence[EncodedExample], only_gold: bool) -> PaddedBatch:
     """Sequences as MeZO's collator makes them: candidates apart, padded on the left to a multiple of 8."""
     chosen = [
         sequence
         for example in examples
-        for sequence in (example.sequences if kind is LossKind.CANDIDATES else [example.sequences[example.gold[0]]])
+        for sequence in ([example.sequences[example.gold[0]]] if only_gold else example.sequences)
     ]
     width = -(-max(len(sequence.ids) for sequence in chosen) // 8) * 8
     ids = torch.zeros(len(chosen), width, dtype=torch.int64)
@@ -44,7 +43,7 @@ def pad_left(examples: Sequence[EncodedExample], kind: LossKind) -> PaddedBatch:
     return PaddedBatch(ids, mask, answer, len(chosen) // len(examples), gold)
 
 
-def published_loss(model: nn.Module, batch: PaddedBatch, kind: LossKind) -> Tensor:
+def published_loss(model: nn.Module, batch: PaddedBatch, only_gold: bool) -> Tensor:
     """MeZO's loss: log-softmax over the vocabulary at every position, then the answers are picked."""
     # positions count real tokens, so that padding on the left does not shift them
     positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
@@ -52,14 +51,14 @@ def published_loss(model: nn.Module, batch: PaddedBatch, kind: LossKind) -> Tens
     log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
     picked = log_probs.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     mask = batch.is_answer[:, 1:]
-    if kind is LossKind.ANSWER:
+    if only_gold:
         return -(picked * mask).sum() / mask.sum()
     scores = (picked * mask).sum(dim=1) / mask.sum(dim=1)
     return F.cross_entropy(scores.view(-1, batch.num_candidates), batch.gold)
 
 
 def published_step(
-    model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, kind: LossKind, seed: int
+    model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, only_gold: bool, seed: int
 ) -> tuple[float, float]:
     """One MeZO step on the given parameters; returns both losses."""
 
@@ -70,9 +69,9 @@ def published_step(
             parameter.data = parameter.data + scale * z * EPS
 
     perturb(1)
-    loss_plus = float(published_loss(model, batch, kind))
+    loss_plus = float(published_loss(model, batch, only_gold))
     perturb(-2)
-    loss_minus = float(published_loss(model, batch, kind))
+    loss_minus = float(published_loss(model, batch, only_gold))
     perturb(1)
     projected_grad = (loss_plus - loss_minus) / (2 * EPS)
     torch.manual_seed(seed)

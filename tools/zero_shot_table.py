@@ -17,7 +17,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.load import load_model
-from slzo.models.split import split_model
+from slzo.models.parts import take_apart
 from slzo.tasks.registry import TASKS
 
 NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")
@@ -31,7 +31,7 @@ def score_task(data: TaskDataModule, evaluator: Evaluator, num_rows: int | None 
         evaluator: The model.
         num_rows: Only the first rows; ``None`` for all.
     """
-    device = evaluator.split.model.device
+    device = evaluator.parts.model.device
     metrics = data.make_metrics()
     predictions: dict[int, int | str] = {}
     for batch in data.eval_loader("test", num_rows):
@@ -94,13 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     results: dict[str, Any] = {}
     try:
-        split = split_model(load_model(options.model))
+        parts = take_apart(load_model(options.model))
         for task in options.tasks:
             started = time.perf_counter()
             data = TaskDataModule(task, options.model, data_dir=options.data_dir, num_test=None)
             data.setup("test")
-            evaluator = Evaluator(split, data.encoder.tokenizer, tokens_per_pass=data.tokens_per_pass)
-            results[task] = score_task(data, evaluator, options.num_rows)
+            results[task] = score_task(data, data.evaluator(parts), options.num_rows)
             figures = ", ".join(f"{k} {v:.4f}" for k, v in results[task].items() if k not in ("n", "predictions"))
             print(f"{task}: {results[task]['n']} rows, {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
             # after each task, so that a long run that is stopped leaves something

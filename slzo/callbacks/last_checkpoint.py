@@ -6,7 +6,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from slzo.checkpoint import is_fast_dev_run
 from slzo.console import say
 from slzo.errors import SlzoError
 
@@ -51,7 +50,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> Path | None:
         log_dir = trainer.log_dir  # a collective call: every process must make it
-        if log_dir is None or is_fast_dev_run(trainer):
+        if log_dir is None or getattr(trainer, "fast_dev_run", False):
             return None
         path = Path(log_dir) / "checkpoints" / LAST_FILE
         if self._saved_step != trainer.global_step:

@@ -8,15 +8,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.checkpoint import is_fast_dev_run, resumed_from
+from slzo.callbacks.profile_report import format_profile, profile_figure
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
-from slzo.plots import profile_figure
 from slzo.tasks.base import Example
 from slzo.zo.profile import OutlierProfile, profile_layers
-from slzo.zo.selection import FirstOutlierLayer, SelectionRule
+from slzo.zo.selection import Choice, FirstOutlierLayer, SelectionRule
 
 PROFILE_FILE = "outlier_profile.json"
 _MIN_SEQUENCES = 10
@@ -61,8 +60,9 @@ class OutlierProfiler(Callback):
         """Choose the layer, unless it is known already."""
         if stage != "fit" or not isinstance(pl_module, ZOModule) or pl_module.layer is not None:
             return
-        if resumed_from(trainer) is None and pl_module.scope.needs_layer:
-            pl_module.choose_layer(self.run(trainer, pl_module).dominant_layer, self.rule.describe())
+        if not pl_module.resumed and pl_module.scope.needs_layer:
+            profile = self.run(trainer, pl_module)
+            pl_module.choose_layer(profile.dominant_layer, profile.rule)
 
     def run(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
         """Profile, show and save.
@@ -85,10 +85,8 @@ class OutlierProfiler(Callback):
         Raises:
             SlzoError: There are too few sequences.
         """
-        datamodule = getattr(trainer, "datamodule", None)
-        if not isinstance(datamodule, TaskDataModule):
-            raise SlzoError("the OutlierProfiler needs a TaskDataModule: pass datamodule=... to the trainer")
-        module.configure_model()
+        datamodule = module.datamodule
+        module.load(datamodule)
         device = trainer.strategy.root_device
         module.model.to(device)
         batches = [batch.to(device) for batch in self._batches(datamodule)]
@@ -97,14 +95,14 @@ class OutlierProfiler(Callback):
             raise SlzoError(
                 f"profiler: only {num_sequences} sequences to profile, at least {_MIN_SEQUENCES} are needed; use more rows"
             )
-        layers, passes = profile_layers(module.split, batches)
+        layers, passes = profile_layers(module.parts, batches)
         tokenizer = datamodule.encoder.tokenizer
         layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
         try:
-            chosen, rule = self.rule.select(layers), self.rule.describe()
+            choice = self.rule.select(layers)
         except SlzoError as error:  # the figures help to choose thresholds
-            chosen, rule = -1, str(error)
-        profile = OutlierProfile(chosen, rule, num_sequences, passes, tuple(layers))
+            choice = Choice(-1, str(error))
+        profile = OutlierProfile(choice.layer, choice.reason, num_sequences, passes, tuple(layers), choice.title)
         # every process must tune the same layer, whatever rounding did on its device
         self.profile = OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
         say(format_profile(self.profile))
@@ -125,7 +123,12 @@ class OutlierProfiler(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         log_dir = trainer.log_dir  # a collective call: every process must make it
-        if log_dir is None or not trainer.is_global_zero or is_fast_dev_run(trainer) or self.profile is None:
+        if (
+            log_dir is None
+            or not trainer.is_global_zero
+            or getattr(trainer, "fast_dev_run", False)
+            or self.profile is None
+        ):
             return
         folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,24 +147,5 @@ class OutlierProfiler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has a folder of its own and gets the profile too."""
-        if resumed_from(trainer) is not None:
+        if isinstance(pl_module, ZOModule) and pl_module.resumed:
             self._save(trainer)
-
-
-def format_profile(profile: OutlierProfile) -> str:
-    """The profile as a table, the chosen layer marked."""
-    lines = ["layer    max |h|  median |h|     max/median   kurtosis  channel  token"]
-    for layer in profile.layers:
-        mark = "  <- dominant" if layer.index == profile.dominant_layer else ""
-        lines.append(
-            f"{layer.index:5d} {layer.max_abs:10.4g} {layer.median_abs:11.4g} {layer.ratio:14.5g} {layer.kurtosis:10.4g} "
-            f"{layer.channel:8d}  {layer.token!r} at {layer.position}{mark}"
-        )
-    if profile.dominant_layer >= 0:
-        lines.append(
-            f"Dominant layer {profile.dominant_layer}: {profile.rule} ({profile.num_sequences} sequences, "
-            f"{profile.num_forward_passes} batched forward passes)"
-        )
-    else:
-        lines.append(f"No dominant layer: {profile.rule}")
-    return "\n".join(lines)

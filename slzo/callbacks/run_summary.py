@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.checkpoint import is_fast_dev_run, read_checkpoint, resumed_from
+from slzo.checkpoint import read_checkpoint
 from slzo.console import say
-from slzo.datamodule import TaskDataModule
+from slzo.evaluation.evaluator import score_rows
 from slzo.module import ZOModule
 from slzo.runtime import peak_memory_gb
 
@@ -34,8 +34,9 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
-        if self.test_before and not is_fast_dev_run(trainer) and self._before is None and resumed_from(trainer) is None:
-            self._before = _score(trainer, pl_module, "before training")
+        wanted = self.test_before and self._before is None and not getattr(trainer, "fast_dev_run", False)
+        if wanted and isinstance(pl_module, ZOModule) and not pl_module.resumed:
+            self._before = _score(pl_module, "before training")
         self._validations = []
         self._train_started = time.monotonic()
 
@@ -58,14 +59,14 @@ class RunSummary(Callback):
         if (
             not isinstance(pl_module, ZOModule)
             or pl_module.tuned is None
-            or is_fast_dev_run(trainer)
+            or getattr(trainer, "fast_dev_run", False)
             or trainer.interrupted
         ):
             return
         train_seconds = time.monotonic() - self._train_started
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
-        after = _score_checkpoint(trainer, pl_module, best)
-        datamodule: TaskDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        after = _score_checkpoint(pl_module, best)
+        datamodule = pl_module.datamodule
         metric = datamodule.task.metric
         before = self._before or {}
         summary = {
@@ -73,12 +74,12 @@ class RunSummary(Callback):
             "task": datamodule.task.name,
             "dominant_layer": pl_module.layer,
             "layer_chosen_by": pl_module.layer_origin,
-            "num_layers": pl_module.split.num_layers,
+            "num_layers": pl_module.parts.num_layers,
             "scope": pl_module.scope.describe(),
             "estimator": pl_module.estimator.describe(),
-            "optimizer": pl_module.hparams["optimizer"],
-            "lr": pl_module.hparams["lr"],
-            "eps": pl_module.eps,
+            "optimizer": pl_module.optimizer_choice.name,
+            "lr": pl_module.optimizer_choice.lr,
+            "eps": pl_module.step_options.eps,
             "metric": metric,
             "score_before": before.get(metric),
             "score_after": after[metric],
@@ -92,7 +93,7 @@ class RunSummary(Callback):
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
-            "tuned_parameters": pl_module.tuned.num_elements,
+            "tuned_parameters": pl_module.tuned.tensors.num_elements,
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
@@ -111,23 +112,25 @@ class RunSummary(Callback):
         self._before = state_dict["before"]
 
 
-def _score_checkpoint(trainer: Trainer, module: ZOModule, best: str) -> dict[str, float]:
+def _score_checkpoint(module: ZOModule, best: str) -> dict[str, float]:
     """Score the best checkpoint, or the last weights if there is none, and leave the module with its last weights."""
     if not best or not Path(best).is_file():
-        return _score(trainer, module, "after training, last weights")
+        return _score(module, "after training, last weights")
     last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
-        module.load_state_dict(read_checkpoint(best)["state_dict"])
-        return _score(trainer, module, f"after training, {Path(best).name}")
+        module.load_state_dict(read_checkpoint(best).content["state_dict"])
+        return _score(module, f"after training, {Path(best).name}")
     finally:
         module.load_state_dict(last)
 
 
-def _score(trainer: Trainer, module: LightningModule, when: str) -> dict[str, float]:
-    datamodule = getattr(trainer, "datamodule", None)
-    assert isinstance(module, ZOModule) and isinstance(datamodule, TaskDataModule) and datamodule.splits is not None
+def _score(module: ZOModule, when: str) -> dict[str, float]:
+    """The task's metrics on the held-out rows."""
+    datamodule = module.datamodule
+    assert datamodule.splits is not None
     say(f"Scoring {len(datamodule.splits.test)} held-out rows {when} ...")
-    return module.evaluate(datamodule.test_dataloader(), datamodule.make_metrics())
+    found = score_rows(module.evaluator, datamodule.test_dataloader(), datamodule.make_metrics())
+    return {name: value for name, value in found.items() if name != "loss"}
 
 
 def _write(trainer: Trainer, summary: dict[str, Any]) -> None:

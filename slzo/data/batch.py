@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from torch import Tensor
 
-from slzo.data.encoding import EncodedExample
-from slzo.evaluation.scoring import LossKind
-from slzo.models.packing import PackedBatch, pack
-from slzo.models.sharing import chunk_by_tokens, num_distinct_tokens, share_prefixes
+from slzo.batches.encoded import EncodedExample
+from slzo.batches.packing import PackedBatch, pack
+from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.tasks.base import Example
 
 # Common beginnings are looked for across rows where that saves at least this share of the tokens.
@@ -40,34 +38,27 @@ class TrainBatch:
 
     Attributes:
         packed: The rows' candidates, or their gold answers only, in the order of ``rows``.
-        loss: What to take of it.
         rows: The rows.
-        right: Whether each candidate is right, shape (C,), bool; set for ``LossKind.ERRORS`` only.
     """
 
     packed: PackedBatch
-    loss: LossKind
     rows: tuple[Row, ...]
-    right: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy on another device."""
-        right = None if self.right is None else self.right.to(device, non_blocking=non_blocking)
-        return replace(self, packed=self.packed.to(device, non_blocking=non_blocking), right=right)
+        return replace(self, packed=self.packed.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Rows to score and the loss to report.
+    """Rows to score.
 
     Attributes:
         rows: The rows.
-        loss: What is reported as the loss.
         packed: The rows' candidates, in the order of ``rows``; ``None`` where answers are generated.
     """
 
     rows: tuple[Row, ...]
-    loss: LossKind
     packed: PackedBatch | None
 
     @property
@@ -87,22 +78,14 @@ class TrainCollator:
     """Packs rows for training.
 
     Args:
-        loss: What is minimized.
         share_prompts: Store a prompt once for all of its candidates.
     """
 
-    loss: LossKind
     share_prompts: bool = True
 
     def __call__(self, rows: Sequence[Row]) -> TrainBatch:
         """Pack in the given order."""
-        packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
-        right = None
-        if self.loss is LossKind.ERRORS:
-            right = torch.tensor(
-                [slot in row.encoded.gold for row in rows for slot in range(len(row.encoded.sequences))]
-            )
-        return TrainBatch(packed, self.loss, tuple(rows), right)
+        return TrainBatch(pack([row.encoded for row in rows], share_prompts=self.share_prompts), tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -110,21 +93,19 @@ class EvalCollator:
     """Packs rows for scoring.
 
     Args:
-        loss: What is reported as the loss.
         share_prompts: Store a prompt once for all of its candidates.
         share_rows: Store common beginnings of different rows once.
     """
 
-    loss: LossKind
     share_prompts: bool = True
     share_rows: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> EvalBatch:
         """Pack in the given order."""
         if rows[0].prompt:
-            return EvalBatch(tuple(rows), self.loss, None)
+            return EvalBatch(tuple(rows), None)
         packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
-        return EvalBatch(tuple(rows), self.loss, share_prefixes(packed) if self.share_rows else packed)
+        return EvalBatch(tuple(rows), share_beginnings(packed) if self.share_rows else packed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,38 +6,11 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
+from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_alone
 from slzo.errors import SlzoError
 from slzo.tasks.base import Example
 
 DEMONSTRATION_SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedSequence:
-    """One prompt + candidate.
-
-    Attributes:
-        ids: Token ids of prompt + candidate, special tokens as the tokenizer adds them in front.
-        num_answer: How many of the last ids belong to the candidate (>= 1).
-    """
-
-    ids: tuple[int, ...]
-    num_answer: int
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """All candidates of one example.
-
-    Attributes:
-        index: Number of the example, unique over the splits of a data set; the key of the prefix cache.
-        sequences: One per candidate, in the task's order.
-        gold: As in :class:`slzo.tasks.base.Example`.
-    """
-
-    index: int
-    sequences: tuple[EncodedSequence, ...]
-    gold: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +83,14 @@ class Encoder:
                 " raise it"
             )
         return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
+
+    def encode_alone(self, example: Example, index: int) -> EncodedExample:
+        """The prompt without an answer, at most ``max_length`` tokens, to look at activations.
+
+        Raises:
+            SlzoError: It is empty.
+        """
+        return prompt_alone(index, self.encode_prompt(example, max_new_tokens=1))
 
     def _check_prompt(self, example: Example) -> None:
         if not example.prompt.strip():

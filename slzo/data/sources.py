@@ -20,7 +20,7 @@ _NUMBERS = re.compile(r"-?\d+(-\d+)*")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """A row with the Hub's fields.
 
     Attributes:
@@ -48,7 +48,7 @@ def load_examples(
 
 def load_rows(
     task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
-) -> list[Row]:
+) -> list[SourceRow]:
     """All rows of a split with the Hub's fields, from the first source that applies.
 
     These are a custom task's own file; ``data_dir``; the rows that come with the task; the Hub.
@@ -65,7 +65,7 @@ def load_rows(
         SlzoError: The source is missing, broken or empty, a row lacks a field, or two rows have one id.
     """
     origin, placed = _open(task, split, data_dir, hub_path, hub_config)
-    rows: list[Row] = []
+    rows: list[SourceRow] = []
     places: dict[str, str] = {}
     for place, values in placed:
         missing = [field for field in task.fields if values.get(field) is None]
@@ -75,7 +75,7 @@ def load_rows(
                 f"{place}: field {missing[0]!r} is missing; task {task.name!r} needs it, the row has {present}"
             )
         try:
-            row = Row(values, row_id(values, len(rows), split), place)
+            row = SourceRow(values, row_id(values, len(rows), split), place)
         except ValueError as error:
             raise SlzoError(f"{place}: {error}") from None
         if row.id in places:
@@ -111,7 +111,7 @@ def row_id(values: Mapping[str, Any], position: int, split: Split) -> str:
     return f"train-{id}" if split == "train" and _NUMBERS.fullmatch(id) else id
 
 
-def _example(task: Task, row: Row) -> Example:
+def _example(task: Task, row: SourceRow) -> Example:
     try:
         example = task.example(row.values, row.id)
     except ValueError as error:

@@ -1,18 +1,22 @@
 """One way from a batch to predictions, scores and loss, for every command and every kind of task."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
+from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
 from slzo.evaluation.generation import answer_text, generate, stop_tokens
-from slzo.evaluation.metrics import token_f1
-from slzo.evaluation.scoring import LossSum, by_example, candidate_scores, training_loss
-from slzo.models.packing import PackedBatch
-from slzo.models.split import SplitModel
-from slzo.zo.objective import Objective
+from slzo.evaluation.metrics import TaskMetrics
+from slzo.models.parts import ModelParts
+
+Logits = Callable[[PackedBatch, bool], Tensor]
+"""Full-vocabulary logits at the needed positions, shape (U, vocabulary), float32; the flag keeps hidden states for next time."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,26 @@ class Evaluator:
     """Scores candidates or generates answers with the live weights.
 
     Args:
-        split: The model.
+        parts: The model.
         tokenizer: The model's.
-        objective: Keeps the hidden states that enter the tuned layer; ``None`` runs the whole model each time.
+        loss: What is reported as the loss where candidates are scored.
         tokens_per_pass: Prompt tokens per forward pass where answers are generated.
+        logits: Evaluates a packed batch; ``None`` runs the whole model each time.
     """
 
     def __init__(
         self,
-        split: SplitModel,
+        parts: ModelParts,
         tokenizer: PreTrainedTokenizerBase,
-        objective: Objective | None = None,
+        loss: LogitLoss,
         tokens_per_pass: int = 1024,
+        logits: Logits | None = None,
     ) -> None:
-        self.split = split
+        self.parts = parts
         self.tokenizer = tokenizer
-        self.objective = objective
+        self.loss = loss
         self.tokens_per_pass = tokens_per_pass
+        self.logits = logits
 
     @torch.no_grad()
     def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
@@ -61,40 +68,77 @@ class Evaluator:
             keep_prefix: Keep hidden states for the next time these rows are scored; else the cache is only read.
         """
         if batch.packed is None:
-            texts, loss = self.answers(batch.rows)
-            return Outcome(texts, [], loss)
-        logits = self._logits(batch.packed, keep_prefix)
-        scores = candidate_scores(logits, batch.packed)
-        loss = training_loss(batch.loss, logits, batch.packed, selected=False)
-        table = by_example(scores, batch.packed)
+            return self._generate(batch.rows)
+        # without tokens per example the batch shares beginnings over examples, so there is nothing to keep for one of them
+        if self.logits is None or not batch.packed.example_tokens:
+            logits = self.parts.logits(batch.packed)
+        else:
+            logits = self.logits(batch.packed, keep_prefix)
+        loss = self.loss.of_logits(logits, batch.packed, selected=False)
+        table = by_example(candidate_scores(logits, batch.packed), batch.packed)
         lists = [values[: len(row.encoded.sequences)] for values, row in zip(table.tolist(), batch.rows, strict=True)]
         return Outcome(table.argmax(dim=1).tolist(), lists, loss)
 
-    def answers(self, rows: tuple[Row, ...]) -> tuple[list[str], LossSum]:
-        """Generated answers, and the summed loss of the gold ones."""
+    def answers(self, rows: Sequence[Row]) -> list[str]:
+        """Generated answers."""
+        stops = stop_tokens(self.tokenizer)
+        made = generate(self.parts, [row.prompt for row in rows], stops, prefill_tokens=self.tokens_per_pass)
+        return [answer_text(self.tokenizer, ids) for ids in made.answers]
+
+    def _generate(self, rows: Sequence[Row]) -> Outcome:
+        """Generated answers, and the loss of the gold ones from the same passes."""
         made = generate(
-            self.split,
+            self.parts,
             [row.prompt for row in rows],
             stop_tokens(self.tokenizer),
             prefill_tokens=self.tokens_per_pass,
             gold=[row.encoded for row in rows],
         )
         assert made.gold is not None
-        return [answer_text(self.tokenizer, ids) for ids in made.answers], made.gold
+        return Outcome([answer_text(self.tokenizer, ids) for ids in made.answers], [], made.gold)
 
-    def missing_f1(self, rows: tuple[Row, ...]) -> LossSum:
-        """1 - F1 of generated answers, summed over the rows, 0-dimensional on the model's device."""
-        made = generate(
-            self.split, [row.prompt for row in rows], stop_tokens(self.tokenizer), prefill_tokens=self.tokens_per_pass
-        )
-        pairs = zip(made.answers, rows, strict=True)
-        missing = [1 - token_f1(answer_text(self.tokenizer, ids), row.example.references) for ids, row in pairs]
-        device = self.split.model.device
-        return LossSum(torch.tensor(sum(missing), device=device), torch.tensor(float(len(rows)), device=device))
 
-    def _logits(self, batch: PackedBatch, keep_prefix: bool) -> Tensor:
-        """Full-vocabulary logits at the needed positions, shape (U, vocabulary), float32."""
-        # without tokens per example the batch shares beginnings over examples, so there is nothing to keep for one of them
-        if self.objective is None or not batch.example_tokens:
-            return self.split.logits(batch)
-        return self.objective.logits(batch, self.objective.prefix(batch, keep_prefix))
+class RunningScore:
+    """Metrics and loss over the rows seen so far; they add up over processes.
+
+    Args:
+        metrics: Fresh counters of the task's metrics.
+        device: Where they count.
+    """
+
+    def __init__(self, metrics: TaskMetrics, device: torch.device) -> None:
+        self._metrics = metrics.to(device)
+        self._loss = MeanMetric().to(device)
+
+    def update(self, batch: EvalBatch, outcome: Outcome) -> None:
+        """Count a batch."""
+        self._metrics.update(batch.examples, outcome.predictions)
+        total, weight = outcome.loss
+        if weight > 0:
+            self._loss.update(total / weight, weight=weight)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Each metric by name, and ``loss``; 0-dimensional."""
+        return {**self._metrics.compute(), "loss": self._loss.compute()}
+
+
+def score_rows(
+    evaluator: Evaluator,
+    batches: Iterable[EvalBatch],
+    metrics: TaskMetrics,
+    keep_prefix: bool = False,
+) -> dict[str, float]:
+    """Metrics and loss of the live weights over some rows.
+
+    Args:
+        evaluator: Scores them.
+        batches: The rows of this process.
+        metrics: Fresh counters.
+        keep_prefix: Keep hidden states for the next time these rows are scored.
+    """
+    device = evaluator.parts.model.device
+    score = RunningScore(metrics, device)
+    for batch in batches:
+        moved = batch.to(device)
+        score.update(moved, evaluator(moved, keep_prefix))
+    return {name: float(value) for name, value in score.compute().items()}

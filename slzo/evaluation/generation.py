@@ -18,18 +18,20 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 from transformers.masking_utils import sdpa_mask
 
-from slzo.data.encoding import EncodedExample, EncodedSequence, newline_token
-from slzo.evaluation.scoring import LossSum, add_up, answer_loss
+from slzo.batches.encoded import EncodedExample, prompt_alone
+from slzo.batches.layout import PackedLayout, group_by_length
+from slzo.batches.losses import LossSum, add_up, answer_loss
+from slzo.batches.packing import TokenBatch, pack
+from slzo.batches.sharing import chunk_by_tokens, share_beginnings
+from slzo.data.encoding import newline_token
 from slzo.models.attention import (
     LAYOUT_ARGUMENT,
-    PREFIX_ARGUMENT,
+    VIRTUAL_ARGUMENT,
     packed_attention_forward,
     softcap_attention,
-    with_prefix,
+    with_virtual_tokens,
 )
-from slzo.models.packing import PackedLayout, TokenBatch, group_by_length, pack
-from slzo.models.sharing import chunk_by_tokens, share_prefixes
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 
 MAX_NEW_TOKENS = 50
 """Longest answer, in tokens (MeZO)."""
@@ -63,7 +65,7 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 @torch.no_grad()
 def generate(
-    split: SplitModel,
+    parts: ModelParts,
     prompts: Sequence[Sequence[int]],
     stops: set[int],
     *,
@@ -74,21 +76,21 @@ def generate(
     """Greedy continuations.
 
     Args:
-        split: The model with its live weights.
+        parts: The model with its live weights.
         prompts: Token ids, at least one each.
         stops: Tokens that end an answer, see :func:`stop_tokens`.
         max_new_tokens: Longest answer, >= 1.
         prefill_tokens: Prompt tokens per forward pass.
         gold: Gold answers after their prompts, one example per prompt; their loss is taken in the same passes.
     """
-    if not split.packed or split.compile:
-        loss = None if gold is None else _separate_loss(split, gold, prefill_tokens)
-        return Generation(_generate_padded(split, prompts, stops, max_new_tokens), loss)
-    device = split.model.device
+    if not parts.packed or parts.compile:
+        loss = None if gold is None else _separate_loss(parts, gold, prefill_tokens)
+        return Generation(_generate_padded(parts, prompts, stops, max_new_tokens), loss)
+    device = parts.model.device
     answers: list[list[int]] = [[] for _ in prompts]
     buffers = _make_buffers(prompts, max_new_tokens, device)
-    with _attention(split):
-        tokens, loss = _prefill(split, prompts, buffers, prefill_tokens, gold)
+    with _attention(parts):
+        tokens, loss = _prefill(parts, prompts, buffers, prefill_tokens, gold)
         for step in range(max_new_tokens):
             finished = {row for row, token in tokens.items() if token in stops}
             for row in tokens.keys() - finished:
@@ -101,8 +103,8 @@ def generate(
                 break
             newest = torch.tensor([answers[row][-1] for row in rows], device=device)
             decoding = _Decoding(buffers)
-            hidden = _run(split, newest, decoding.positions, decoding)
-            tokens = dict(zip(rows, split.head(hidden).argmax(dim=-1).tolist(), strict=True))
+            hidden = _run(parts, newest, decoding.positions, decoding)
+            tokens = dict(zip(rows, parts.head(hidden).argmax(dim=-1).tolist(), strict=True))
             for buffer in buffers:
                 buffer.lengths += 1
     return Generation(answers, loss)
@@ -200,18 +202,18 @@ class _Decoding:
     ) -> tuple[Tensor, None]:
         sizes = [len(buffer.rows) for buffer in self.buffers]
         outputs = []
-        parts = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
-        prefix = options[PREFIX_ARGUMENT]
-        masks = self._window_masks(options.get("sliding_window"), 0 if prefix is None else prefix.num_tokens)
-        for buffer, used, slots, mask, q, k, v in zip(self.buffers, self.used, self.slots, masks, *parts, strict=True):
+        own = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
+        virtual = options[VIRTUAL_ARGUMENT]
+        masks = self._window_masks(options.get("sliding_window"), 0 if virtual is None else virtual.num_tokens)
+        for buffer, used, slots, mask, q, k, v in zip(self.buffers, self.used, self.slots, masks, *own, strict=True):
             keys, values = buffer.keys[layer], buffer.values[layer]
             keys[slots, :, buffer.lengths] = k
             values[slots, :, buffer.lengths] = v
             # the heads that share keys become queries of one head: nothing has to be repeated
             grouped = q.reshape(len(slots), k.shape[1], -1, q.shape[-1])
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
-            if prefix is not None:
-                seen = with_prefix(prefix, layer, *seen)
+            if virtual is not None:
+                seen = with_virtual_tokens(virtual, layer, *seen)
             output = _attention_of(grouped, *seen, mask, options.get("scaling"), options.get("softcap"))
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
@@ -242,31 +244,31 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Hands over to the state that came in with the inputs; the mask is a stand-in."""
     state: _Attends = kwargs[LAYOUT_ARGUMENT]
-    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", PREFIX_ARGUMENT)}
+    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", VIRTUAL_ARGUMENT)}
     return state.attend(module, query, key, value, options)
 
 
 @contextmanager
-def _attention(split: SplitModel) -> Iterator[None]:
+def _attention(parts: ModelParts) -> Iterator[None]:
     """The model's layers use this module's attention."""
     AttentionInterface.register(_ATTENTION_NAME, _attention_forward)
     AttentionMaskInterface.register(_ATTENTION_NAME, sdpa_mask)
-    before = split.model.config.get_text_config(decoder=True)._attn_implementation
-    split.model.set_attn_implementation(_ATTENTION_NAME)
+    before = parts.model.config.get_text_config(decoder=True)._attn_implementation
+    parts.model.set_attn_implementation(_ATTENTION_NAME)
     try:
         yield
     finally:
-        split.model.set_attn_implementation(before)
+        parts.model.set_attn_implementation(before)
 
 
-def _run(split: SplitModel, ids: Tensor, positions: Tensor, state: _Attends) -> Tensor:
+def _run(parts: ModelParts, ids: Tensor, positions: Tensor, state: _Attends) -> Tensor:
     """Final hidden states of tokens in one row, shape (tokens, hidden)."""
     # the layout only travels through the model, from here to _attention_forward
-    return split.run(TokenBatch(ids, positions, cast("PackedLayout", state)), 0, split.num_layers)
+    return parts.run(TokenBatch(ids, positions, cast("PackedLayout", state)), 0, parts.num_layers)
 
 
 def _prefill(
-    split: SplitModel,
+    parts: ModelParts,
     prompts: Sequence[Sequence[int]],
     buffers: list[_Buffer],
     max_tokens: int,
@@ -280,15 +282,15 @@ def _prefill(
     for chunk in chunk_by_tokens([prompts[row] for row in order], max_tokens):
         rows = [order[number] for number in chunk]
         encoded = [_with_gold(row, prompts[row], None if gold is None else gold[row]) for row in rows]
-        batch = share_prefixes(pack(encoded)).to(split.model.device)
+        batch = share_beginnings(pack(encoded)).to(parts.model.device)
         recording = _Recording(batch.layout)
-        hidden = _run(split, batch.input_ids, batch.position_ids, recording)
-        logits = split.head(hidden.index_select(0, batch.rows))
+        hidden = _run(parts, batch.input_ids, batch.position_ids, recording)
+        logits = parts.head(hidden.index_select(0, batch.needed))
         if gold is not None:
             losses.append(answer_loss(logits, batch))
-        last = batch.token_row[batch.candidate_slot[batch.token_candidate] == 0]
+        last = batch.token_needed[batch.candidate_slot[batch.token_candidate] == 0]
         tokens.update(zip(rows, logits.argmax(dim=-1)[last].tolist(), strict=True))
-        for row, positions in zip(rows, _positions(batch.layout, batch.rows[last]), strict=True):
+        for row, positions in zip(rows, batch.layout.sequences_up_to(batch.needed[last]), strict=True):
             buffer, slot = place[row]
             for layer, (key, value) in recording.states.items():
                 buffer.fill(layer, slot, key.index_select(1, positions), value.index_select(1, positions))
@@ -297,48 +299,34 @@ def _prefill(
 
 def _with_gold(row: int, prompt: Sequence[int], gold: EncodedExample | None) -> EncodedExample:
     """The prompt as candidate 0, the gold answer after its prompt as candidate 1."""
-    # the last id of a sequence predicts nothing and is dropped; a copy stands for the first new token
-    sequences = [EncodedSequence((*prompt, prompt[-1]), 1)]
+    alone = prompt_alone(row, tuple(prompt))
     if gold is None or not gold.gold:
-        return EncodedExample(row, tuple(sequences), ())
-    return EncodedExample(row, (*sequences, gold.sequences[gold.gold[0]]), (1,))
+        return alone
+    return EncodedExample(row, (*alone.sequences, gold.sequences[gold.gold[0]]), (1,))
 
 
-def _positions(layout: PackedLayout, last: Tensor) -> list[Tensor]:
-    """Packed positions of the sequence that ends at each packed position in ``last``."""
-    found = []
-    for place in layout.inverse[last].tolist():
-        for group in layout.groups:
-            if place < group.numel():
-                row, column = divmod(place, group.shape[1])
-                found.append(group[row, : column + 1])
-                break
-            place -= group.numel()
-    return found
-
-
-def _separate_loss(split: SplitModel, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
+def _separate_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
     losses = []
     known = [example for example in gold if example.gold]
     if not known:
-        nothing = torch.zeros((), device=split.model.device)
+        nothing = torch.zeros((), device=parts.model.device)
         return LossSum(nothing, nothing)
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
-        batch = pack([known[number] for number in chunk]).to(split.model.device)
-        losses.append(answer_loss(split.logits(batch), batch))
+        batch = pack([known[number] for number in chunk]).to(parts.model.device)
+        losses.append(answer_loss(parts.logits(batch), batch))
     return add_up(losses)
 
 
 def _generate_padded(
-    split: SplitModel, prompts: Sequence[Sequence[int]], stops: set[int], max_new_tokens: int
+    parts: ModelParts, prompts: Sequence[Sequence[int]], stops: set[int], max_new_tokens: int
 ) -> list[list[int]]:
     """For models whose attention cannot be exchanged: transformers' own generation, padded on the left."""
     if not prompts:
         return []
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=split.model.device)
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=parts.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
-    output = split.model.generate(  # type: ignore[operator]
+    output = parts.model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,

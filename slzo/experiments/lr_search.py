@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
-from slzo.experiments.trial import Trial, Workbench
+from slzo.experiments.trial import Trial, Workbench, default_folder, experiment_settings
 
 # A change of the dev loss below this share of it is no progress.
 _MIN_PROGRESS = 0.005
@@ -51,6 +51,47 @@ class Tried:
     loss: float
     metric: float
     diverged: str
+
+
+def lr_search(
+    bench: Workbench,
+    find_layer: Callable[[], int],
+    *,
+    lrs: Sequence[float] | None,
+    eps: Sequence[float] | None,
+    steps: int,
+    seeds: Sequence[int] | None,
+    output: str | None,
+) -> None:
+    """Do what is not done yet, recommend a pair and write it; see ``slzo lr_search --help`` for the arguments.
+
+    Args:
+        bench: Trains.
+        find_layer: Makes the outlier profile and returns the dominant layer.
+        lrs: Learning rates to try; ``None`` for seven around the configured one.
+        eps: Sizes of the perturbation to try; ``None`` for the configured one.
+        steps: Of each trial.
+        seeds: Each pair is tried with each; ``None`` for that of the module.
+        output: Folder of the results.
+
+    Raises:
+        SlzoError: An option is out of range, or the folder holds other results.
+    """
+    module = bench.module
+    seeds = [module.noise_seed or 0] if seeds is None else seeds
+    grid = make_grid(lrs, eps, steps, seeds, module.optimizer_choice.lr, module.step_options.eps)
+    layer = module.layer
+    if module.scope.needs_layer and layer is None:
+        layer = find_layer()
+    settings = experiment_settings(module, bench.datamodule) | {"steps": steps, "layer": layer}
+    store = CellStore(output or default_folder("lr_searches", bench), settings)
+    tried = search(bench, store, grid, layer)
+    best, words = recommend(tried, loss_before(store, grid))
+    write_search(store.folder, tried, best, words, settings)
+    say(f"\n{words}")
+    if best is not None:
+        say(f"\nOptions    {as_options(best)}")
+    say(f"Files      {store.folder}")
 
 
 def make_grid(
@@ -168,11 +209,11 @@ def recommend(tried: Sequence[Tried], before: float) -> tuple[Tried | None, str]
 def write_search(
     folder: Path, tried: Sequence[Tried], best: Tried | None, words: str, settings: dict[str, Any]
 ) -> None:
-    """Write tune.json."""
+    """Write lr_search.json."""
     pairs = [{**vars(pair), "loss": None if pair.diverged else pair.loss} for pair in tried]
     chosen = None if best is None else {"lr": best.lr, "eps": best.eps}
     content = {"recommendation": chosen, "why": words, "settings": settings, "tried": pairs}
-    (folder / "tune.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "lr_search.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def as_options(best: Tried) -> str:

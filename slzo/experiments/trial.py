@@ -4,20 +4,24 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.models.packing import PackedBatch, pack
+from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.settings import constructor_settings, flat_settings
-from slzo.zo.estimators import Estimate, Point
+from slzo.zo.estimators import Point
+from slzo.zo.step import StepOptions
+from slzo.zo.tuned_model import TunedModel
 
 # Dev loss this many times that before training, or no finite loss, is divergence.
 _DIVERGED = 1.5
@@ -103,6 +107,7 @@ class Workbench:
         self.module = module
         self.datamodule = datamodule
         self.before: Score | None = None
+        self._cache: PrefixCache | None = None
 
     def trial(
         self,
@@ -125,12 +130,9 @@ class Workbench:
             lr: Learning rate in place of the optimizer's own.
             eps: In place of the module's.
         """
-        module = self.module
-        initial = self._choose(layer)
-        try:
-            return self._train(steps, seed, lr, module.eps if eps is None else eps)
-        finally:
-            self._release(initial)
+        options = self.module.step_options
+        with self._tuned(layer) as tuned:
+            return self._train(tuned, steps, seed, lr, options if eps is None else replace(options, eps=eps))
 
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
         """Measure one layer on the first rows of a run.
@@ -141,23 +143,21 @@ class Workbench:
             seed: Of directions and rows.
             num_rows: Training rows to take the loss of.
         """
-        module = self.module
+        eps = self.module.step_options.eps
         rows = next(iter(self._batches(seed, num_rows)))
-        initial = self._choose(layer)
-        try:
-            tuned = module.tuned
-            assert tuned is not None
-            loss = module.loss_of(rows)
-            slopes = []
-            with torch.no_grad():
-                for query in range(directions):
-                    z = tuned.draw(seed, 0, query)
-                    high, low = loss.at([Point(z, module.eps), Point(z, -module.eps)]).tolist()
-                    slopes.append(abs(high - low) / (2 * module.eps))
-        finally:
-            self._release(initial)
+        slopes = []
+        with self._tuned(layer) as tuned, torch.no_grad():
+            loss = self.module.loss_of(rows)
+            for query in range(directions):
+                z = tuned.tensors.draw(seed, 0, query)
+                high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
+                slopes.append(abs(high - low) / (2 * eps))
         error = statistics.stdev(slopes) / math.sqrt(directions) if directions > 1 else math.nan
         return Sensitivity(statistics.fmean(slopes), error, directions)
+
+    def forget_prefix(self) -> None:
+        """Drop all cached states."""
+        self._cache = None
 
     def move_prefix(self, layer: int) -> None:
         """Run cached hidden states up to another layer, so that earlier layers are not run again.
@@ -165,64 +165,45 @@ class Workbench:
         Args:
             layer: The next layer to be tuned, at or above the present one.
         """
-        cache = self.module.prefix_cache
-        if cache.start is None or not 0 < cache.start < layer:
+        cache, parts = self._cache, self.module.parts
+        if cache is None or not 0 < cache.start < layer:
             return
-        split, device = self.module.split, self.module.device
-        moved = PrefixCache(cache.budget / 2**30, cache.dtype, cache.directory)
+        if cache.rounds(parts.model.dtype):  # rounding again at each layer would add up
+            self._cache = None
+            return
+        moved = cache.empty_for(layer)
         with torch.no_grad():
-            for batch in self._cached_rows():
-                hidden = cache.gather(batch.example_index, {}, device, split.model.dtype)
-                states = split.run(batch.to(device), cache.start, layer, hidden)
-                moved.put(batch.example_index, batch.example_tokens, moved.round(states))
-        cache.replace_by(moved, layer)
+            for batch in self._cached_rows(cache):
+                hidden = cache.gather(batch.example_index, {}, parts.model.device, parts.model.dtype)
+                states = parts.run(batch.to(parts.model.device), cache.start, layer, hidden)
+                moved.put(batch.example_index, batch.example_tokens, states)
+        self._cache = moved
 
     def score(self, step: int = 0, evaluations: int = 0, seconds: float = 0.0) -> Score:
         """Score the dev rows with the live weights."""
-        module = self.module
-        metrics = self.datamodule.make_metrics().to(module.device)
-        evaluator = module.evaluator
-        total = weight = 0.0
-        for batch in self.datamodule.val_dataloader():
-            outcome = evaluator(batch.to(module.device), keep_prefix=True)
-            metrics.update(batch.examples, outcome.predictions)
-            total += float(outcome.loss.total)
-            weight += float(outcome.loss.weight)
-        found = metrics.compute()
-        metric = float(found[self.datamodule.task.metric])
-        return Score(step, evaluations, seconds, total / weight if weight else math.nan, metric)
+        data = self.datamodule
+        found = score_rows(self.module.evaluator, data.val_dataloader(), data.make_metrics(), keep_prefix=True)
+        return Score(step, evaluations, seconds, found["loss"], found[data.task.metric])
 
-    def _choose(self, layer: int | None) -> dict[str, torch.Tensor]:
-        """Make the masters; returns their initial values."""
-        module = self.module
-        if module.scope.needs_layer:
-            assert layer is not None
-            module.choose_layer(layer, "")
-        else:
-            module.tune_scope()
-        assert module.tuned is not None
-        return {name: master.detach().clone() for name, master in module.tuned.named_masters().items()}
+    @contextmanager
+    def _tuned(self, layer: int | None) -> Iterator[TunedModel]:
+        """Tune the scope for a while; the model gets its untuned weights back."""
+        tuned = self.module.tune(layer, self._cache)
+        self._cache = tuned.forward.cache
+        initial = tuned.tensors.copy_of_masters()
+        try:
+            yield tuned
+        finally:
+            tuned.tensors.load(initial)
+            self.module.stop_tuning()
 
-    def _release(self, initial: dict[str, torch.Tensor]) -> None:
-        assert self.module.tuned is not None
-        self.module.tuned.load(initial)
-        self.module.remove_adapter()
-
-    def _train(
-        self,
-        steps: int,
-        seed: int,
-        lr: float | None,
-        eps: float,
-    ) -> Trial:
-        module = self.module
-        tuned = module.tuned
-        assert tuned is not None
-        optimizer = module.make_optimizer(list(tuned.masters))
+    def _train(self, tuned: TunedModel, steps: int, seed: int, lr: float | None, options: StepOptions) -> Trial:
+        module, choice = self.module, self.module.optimizer_choice
+        optimizer = choice.make(tuned.tensors.masters)
         if lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        scheduler = None if module.make_scheduler is None else module.make_scheduler(optimizer)
+        scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
         if self.before is None:  # the same for every trial
             self.before = self.score()
         scores = [self.before]
@@ -232,7 +213,10 @@ class Workbench:
         batches = self._batches(seed, self.datamodule.batch_size)
         for step in range(steps):
             started = time.perf_counter()
-            estimate = self._step(next(batches), seed, step, steps, eps, optimizer)
+            loss = module.loss_of(next(batches))
+            estimate = tuned.step(
+                loss, module.estimator, optimizer, options, seed=seed, step=step, max_steps=steps
+            ).estimate
             if scheduler is not None:
                 scheduler.step()
             seconds += time.perf_counter() - started
@@ -245,20 +229,6 @@ class Workbench:
             scores.append(self.score(steps, evaluations, seconds))
         return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores))
 
-    def _step(
-        self, batch: TrainBatch, seed: int, step: int, steps: int, eps: float, optimizer: torch.optim.Optimizer
-    ) -> Estimate:
-        module = self.module
-        assert module.tuned is not None
-        with torch.no_grad():
-            try:
-                estimate = module.estimate(batch, seed, step, module.eps_at(step, steps, eps))
-                optimizer.step()
-            finally:
-                module.tuned.zero_grad()
-                module.tuned.restore()
-        return estimate
-
     def _batches(self, seed: int, batch_size: int) -> Iterator[TrainBatch]:
         """The training batches of a run with this seed, without end."""
         datamodule = self.datamodule
@@ -269,11 +239,11 @@ class Workbench:
         while True:
             for numbers in sampler:
                 done += 1
-                yield collate([rows[number] for number in numbers]).to(self.module.device)
+                yield collate([rows[number] for number in numbers]).to(self.module.parts.model.device)
 
-    def _cached_rows(self) -> Iterator[PackedBatch]:
+    def _cached_rows(self, cache: PrefixCache) -> Iterator[PackedBatch]:
         """Every training and dev row that the cache holds, packed as it was when it came there."""
-        datamodule, cache = self.datamodule, self.module.prefix_cache
+        datamodule = self.datamodule
         rows = [
             row.encoded for split in ("train", "dev") for row in datamodule.rows(split) if row.encoded.index in cache
         ]
@@ -309,41 +279,34 @@ def require_one_process(module: ZOModule, command: str) -> None:
 
 def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[str, Any]:
     """What the results of trials depend on, besides steps and seeds: primitives only."""
-    model = {name: getattr(module, name) for name in ("eps", "eps_end", "num_queries", "train_on", "noise_seed")}
-    data = {
-        name: getattr(datamodule, name)
-        for name in (
-            "hub_path",
-            "hub_config",
-            "num_train",
-            "num_dev",
-            "num_demonstrations",
-            "batch_size",
-            "max_length",
-            "length_buckets",
-            "seed",
-        )
-    }
+    data = [
+        "hub_path",
+        "hub_config",
+        "num_train",
+        "num_dev",
+        "num_demonstrations",
+        "batch_size",
+        "max_length",
+        "length_buckets",
+        "seed",
+    ]
     folder = datamodule.data_dir
-    cache_dtype = module.prefix_cache.dtype
     return {
         "model": module.model_name,
         "dtype": module.dtype_name,
-        **datamodule.task_settings(),
-        **flat_settings("scope", constructor_settings(module.scope)),
-        **flat_settings("estimator", constructor_settings(module.estimator)),
-        **flat_settings("optimizer", {"class": module.optimizer_class, **module.optimizer_options}),
-        "lr_scheduler": _scheduler_settings(module),
-        **model,
-        "prefix_cache_dtype": None if cache_dtype is None else str(cache_dtype).removeprefix("torch."),
-        **data,
+        **datamodule.task_settings,
+        **flat_settings("objective", constructor_settings(datamodule.objective, "data.objective")),
+        **flat_settings("scope", module.scope_settings),
+        **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
+        **flat_settings("optimizer", module.optimizer_choice.settings),
+        **asdict(module.step_options),
+        "noise_seed": module.noise_seed,
+        "cache_dtype": module.engine.cache_dtype,
+        **{name: getattr(datamodule, name) for name in data},
         "data_dir": None if folder is None else str(Path(folder).expanduser().resolve()),
     }
 
 
-def _scheduler_settings(module: ZOModule) -> dict[str, Any] | None:
-    if module.make_scheduler is None:
-        return None
-    scheduler = module.make_scheduler(module.make_optimizer([torch.nn.Parameter(torch.zeros(1))]))
-    state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
-    return {"class": type(scheduler).__qualname__, **state}
+def default_folder(kind: str, bench: Workbench) -> Path:
+    """Where results go if no folder is given."""
+    return Path(kind) / f"{Path(bench.module.model_name).name}-{bench.datamodule.task.name}"

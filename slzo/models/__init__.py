@@ -1,1 +1,1 @@
-"""Loading models and splitting them at a layer."""
+"""Loading models and running them in parts."""

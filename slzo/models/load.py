@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from slzo.errors import SlzoError
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path, gguf_to_folder
-
-DType = Literal["float32", "bfloat16", "float16"]
+from slzo.models.engine import DType
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -19,6 +19,7 @@ class PrefixCache:
     Packed hidden states of an example do not depend on the batch, so they fit any later batch.
 
     Args:
+        start: The layer that the states enter.
         budget_gb: Space to use, in GiB; 0 keeps nothing.
         dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
         directory: Keep the states in a memory-mapped file in this folder instead of in memory; the file has no name and
@@ -28,14 +29,16 @@ class PrefixCache:
         SlzoError: The folder cannot be written.
     """
 
-    def __init__(self, budget_gb: float, dtype: torch.dtype | None = None, directory: str | None = None) -> None:
+    def __init__(
+        self, start: int, budget_gb: float, dtype: torch.dtype | None = None, directory: str | None = None
+    ) -> None:
+        self.start = start
         self.budget = int(budget_gb * 2**30)
         self.dtype = dtype
         self.directory = directory
         if directory is not None:
-            _check_folder(Path(directory))
+            check_cache_folder(directory)
         self.num_bytes = 0
-        self.start: int | None = None
         self._states: dict[int, Tensor] = {}
         self._block: Tensor | None = None
         self._used = 0
@@ -48,6 +51,10 @@ class PrefixCache:
         if self.dtype is None or not self.budget:
             return hidden
         return hidden.to(self.dtype).to(hidden.dtype)
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether states of a type lose something in the cache."""
+        return self.dtype is not None and torch.promote_types(self.dtype, dtype) != self.dtype
 
     def gather(
         self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device, dtype: torch.dtype
@@ -83,21 +90,9 @@ class PrefixCache:
             self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
 
-    def begin(self, start: int) -> None:
-        """Say which layer the states enter; those of another layer are forgotten."""
-        if self.start != start:
-            self.clear()
-        self.start = start
-
-    def replace_by(self, other: "PrefixCache", start: int) -> None:
-        """Take over the states of another cache, which enter the layer ``start``."""
-        self._states, self._block, self._used, self.num_bytes = (
-            other._states,
-            other._block,
-            other._used,
-            other.num_bytes,
-        )
-        self.start = start
+    def empty_for(self, start: int) -> "PrefixCache":
+        """A cache of the same settings for states that enter another layer."""
+        return PrefixCache(start, self.budget / 2**30, self.dtype, self.directory)
 
     def clear(self) -> None:
         """Forget everything; needed when the layers before the tuned one change."""
@@ -119,7 +114,13 @@ class PrefixCache:
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
 
 
-def _check_folder(folder: Path) -> None:
+def check_cache_folder(directory: str) -> None:
+    """Make the folder.
+
+    Raises:
+        SlzoError: It cannot be written.
+    """
+    folder = Path(directory)
     reason = "no write permission"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,4 +128,4 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         writable, reason = False, error.strerror or str(error)
     if not writable:
-        raise SlzoError(f"model.prefix_cache_dir {str(folder)!r}: cannot be written ({reason}); give another folder")
+        raise SlzoError(f"model.engine.cache_dir {str(folder)!r}: cannot be written ({reason}); give another folder")

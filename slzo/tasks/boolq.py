@@ -24,7 +24,6 @@ class BoolQ(Task):
     candidates = ("No", "Yes")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         question = text_field(row, "question").strip()
         question = question[0].upper() + question[1:]
         if not question.endswith("?"):

@@ -25,7 +25,6 @@ class Cb(Task):
     candidates = ("Yes", "No", "Maybe")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         premise, hypothesis = text_field(row, "premise"), text_field(row, "hypothesis")
         prompt = f'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
         return Example(id, prompt.strip(" "), self.candidates, label_field(row, 3))

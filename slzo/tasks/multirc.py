@@ -25,7 +25,6 @@ class MultiRc(Task):
     candidates = ("No", "Yes")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         paragraph, question = text_field(row, "paragraph"), text_field(row, "question")
         answer = text_field(row, "answer", allow_empty=True)
         prompt = f'{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'

@@ -23,7 +23,6 @@ class Record(Task):
     fields = ("passage", "query", "entities", "answers")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         passage = text_field(row, "passage").replace("@highlight\n", "- ")
         query = text_field(row, "query")
         if "@placeholder" not in query:

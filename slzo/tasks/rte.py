@@ -24,7 +24,6 @@ class Rte(Task):
     candidates = ("Yes", "No")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         premise, hypothesis = text_field(row, "premise"), text_field(row, "hypothesis")
         prompt = f'{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n'
         return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

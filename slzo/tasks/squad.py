@@ -25,7 +25,6 @@ class Squad(Task):
     metric = "f1"
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         title, context = text_field(row, "title"), text_field(row, "context")
         question = text_field(row, "question").strip()
         prompt = f"Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"

@@ -24,6 +24,5 @@ class Sst2(Task):
     candidates = (" terrible", " great")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         prompt = f"{text_field(row, 'sentence').strip()} It was"
         return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

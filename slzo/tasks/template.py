@@ -67,7 +67,6 @@ class TemplateTask(Task):
         self.files = {split: file for split, file in files.items() if file is not None}
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         missing = [field for field in self.fields if field not in row]
         if missing:
             raise ValueError(f"field {missing[0]!r} is missing; the row has {', '.join(map(str, row))}")

@@ -24,7 +24,6 @@ class Wic(Task):
     candidates = ("No", "Yes")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         word = text_field(row, "word")
         first, second = text_field(row, "sentence1"), text_field(row, "sentence2")
         question = f'Does the word "{word}" have the same meaning in these two sentences? Yes, No?'

@@ -24,7 +24,6 @@ class Wsc(Task):
     candidates = ("No", "Yes")
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
-        """See :meth:`slzo.tasks.base.Task.example`."""
         text, noun = text_field(row, "text"), text_field(row, "span1_text")
         pronoun = text_field(row, "span2_text").lower()
         prompt = f'{text}\nIn the previous sentence, does the pronoun "{pronoun}" refer to {noun}? Yes or No?\n'

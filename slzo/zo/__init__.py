@@ -1,1 +1,8 @@
-"""Zeroth-order optimization without Lightning: noise, tuned tensors, estimators, layer selection."""
+"""Zeroth-order steps without Lightning; the names below work on any ``torch.nn.Module``."""
+
+from slzo.zo.closure import ClosureLoss
+from slzo.zo.estimators.base import Request
+from slzo.zo.step import take_step
+from slzo.zo.tuned import TunedTensors
+
+__all__ = ["ClosureLoss", "Request", "TunedTensors", "take_step"]

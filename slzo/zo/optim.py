@@ -1,13 +1,17 @@
 """Optimizers: which can take a zeroth-order gradient, what they cost, and one that torch lacks."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
+
+MakeOptimizer = Callable[[Iterable], Optimizer]
+MakeScheduler = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 _REASONS = {
     "LBFGS": "it evaluates a closure several times per step",
@@ -58,18 +62,43 @@ class SignSGD(Optimizer):
         return loss
 
 
-def check_optimizer(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Optimizer:
-    """Refuse optimizers that cannot work here, before anything expensive is done.
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """A kind of optimizer and its scheduler, and what is known of them before there is anything to optimize.
 
-    Args:
+    Attributes:
         make: Builds the optimizer for given parameters.
-
-    Returns:
-        An optimizer of one made-up parameter, to read its settings from.
-
-    Raises:
-        SlzoError: With the reason.
+        make_scheduler: Builds its scheduler; ``None`` for a constant rate.
+        name: Of the optimizer's class.
+        lr: Its learning rate.
+        settings: Its class and options, and the scheduler's, primitives only.
+        state_copies: Elements of state that it keeps per parameter element (2 for Adam).
     """
+
+    make: MakeOptimizer
+    make_scheduler: MakeScheduler | None
+    name: str
+    lr: float
+    settings: dict[str, Any]
+    state_copies: float
+
+    @classmethod
+    def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
+        """Try both on a made-up matrix: what cannot work is refused before anything expensive is done.
+
+        Raises:
+            SlzoError: With the reason.
+        """
+        trial = _try_optimizer(make)
+        options = {k: v for k, v in trial.defaults.items() if isinstance(v, int | float | str | tuple | None)}
+        settings: dict[str, Any] = {"class": f"{type(trial).__module__}.{type(trial).__qualname__}", **options}
+        lr = float(trial.param_groups[0]["lr"])
+        settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, trial)
+        return cls(make, make_scheduler, type(trial).__name__, lr, settings, _state_copies(trial))
+
+
+def _try_optimizer(make: MakeOptimizer) -> Optimizer:
+    """An optimizer of one made-up parameter."""
     try:
         trial = make([nn.Parameter(torch.zeros(_TRIAL_SIZE, _TRIAL_SIZE))])
     except (ValueError, TypeError) as error:
@@ -83,28 +112,18 @@ def check_optimizer(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Opti
     return trial
 
 
-def check_scheduler(make: Callable[[Optimizer], object], trial: Optimizer) -> None:
-    """Refuse a scheduler with unusable arguments, before anything expensive is done.
-
-    Args:
-        make: Builds the scheduler for an optimizer.
-        trial: From :func:`check_optimizer`; its rate may be changed.
-
-    Raises:
-        SlzoError: With the reason.
-    """
+def _try_scheduler(make: MakeScheduler, trial: Optimizer) -> dict[str, Any]:
+    """Class and state of a scheduler; the optimizer's rate may be changed."""
     try:
-        make(trial)
+        scheduler = make(trial)
     except (ValueError, TypeError, KeyError) as error:
         raise SlzoError(f"model.lr_scheduler: {error}; correct its init_args") from error
+    state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
+    return {"class": type(scheduler).__qualname__, **state}
 
 
-def state_copies(trial: Optimizer) -> float:
-    """Elements of state that an optimizer keeps per parameter element (2 for Adam), seen on a made-up matrix.
-
-    Args:
-        trial: From :func:`check_optimizer`; it is stepped.
-    """
+def _state_copies(trial: Optimizer) -> float:
+    """Elements of state per parameter element; the optimizer is stepped."""
     (parameter,) = trial.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
     trial.step()

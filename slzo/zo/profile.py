@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slzo.models.packing import PackedBatch
-from slzo.models.split import SplitModel
+from slzo.batches.packing import PackedBatch
+from slzo.models.parts import ModelParts
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class OutlierProfile:
         num_sequences: Sequences averaged over.
         num_forward_passes: Forward passes spent, in whole batches.
         layers: One entry per layer.
+        title: What to call the chosen layer.
     """
 
     dominant_layer: int
@@ -59,6 +60,7 @@ class OutlierProfile:
     num_sequences: int
     num_forward_passes: int
     layers: tuple[LayerStatistics, ...]
+    title: str = "chosen layer"
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for JSON and checkpoints."""
@@ -116,11 +118,11 @@ def _average(index: int, sequences: list[_Sequence]) -> LayerStatistics:
 
 
 @torch.no_grad()
-def profile_layers(split: SplitModel, batches: Iterable[PackedBatch]) -> tuple[list[LayerStatistics], int]:
+def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[list[LayerStatistics], int]:
     """Statistics of each layer's output, read by forward hooks.
 
     Args:
-        split: The model.
+        parts: The model.
         batches: Prompts, one sequence per example, on the model's device.
 
     Returns:
@@ -129,15 +131,15 @@ def profile_layers(split: SplitModel, batches: Iterable[PackedBatch]) -> tuple[l
     Note:
         The last entry of Hugging Face's ``hidden_states`` is taken after the final norm, hence the hooks.
     """
-    found: list[list[_Sequence]] = [[] for _ in range(split.num_layers)]
+    found: list[list[_Sequence]] = [[] for _ in range(parts.num_layers)]
     passes = 0
     for batch in batches:
         handles = [
-            layer.register_forward_hook(_recorder(found[index], split, batch))
-            for index, layer in enumerate(split.layers)
+            layer.register_forward_hook(_recorder(found[index], parts, batch))
+            for index, layer in enumerate(parts.layers)
         ]
         try:
-            split.run(batch, 0, split.num_layers)
+            parts.run(batch, 0, parts.num_layers)
         finally:
             for handle in handles:
                 handle.remove()
@@ -145,9 +147,9 @@ def profile_layers(split: SplitModel, batches: Iterable[PackedBatch]) -> tuple[l
     return [_average(index, sequences) for index, sequences in enumerate(found)], passes
 
 
-def _recorder(found: list[_Sequence], split: SplitModel, batch: PackedBatch) -> Any:
+def _recorder(found: list[_Sequence], parts: ModelParts, batch: PackedBatch) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = split.to_packed(output[0] if isinstance(output, tuple) else output, batch)
+        hidden = parts.to_packed(output[0] if isinstance(output, tuple) else output, batch)
         for states, ids in zip(
             hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True
         ):

@@ -73,22 +73,18 @@ class Whole(TunedTensor):
         super().__init__(live, live.detach().to(torch.float32, copy=True))
 
     def write(self, direction: Tensor | None, scale: float) -> None:
-        """See :class:`TunedTensor`."""
         if direction is not None and self.live.dtype == torch.float32:
             torch.add(self.master, direction, alpha=scale, out=self.live)
         else:
             self.live.copy_(self.moved(direction, scale))
 
     def tangent(self, direction: Tensor) -> Tensor:
-        """See :class:`TunedTensor`."""
         return direction.to(self.live.dtype)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """See :class:`TunedTensor`."""
         return gradient.float()
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
-        """See :class:`TunedTensor`."""
         return _rounded_difference(self, direction, high, low)
 
 
@@ -110,21 +106,17 @@ class Masked(TunedTensor):
         self.register_buffer("index", index, persistent=False)
 
     def write(self, direction: Tensor | None, scale: float) -> None:
-        """See :class:`TunedTensor`."""
         self.live.view(-1)[self.index] = self.moved(direction, scale).to(self.live.dtype)
 
     def tangent(self, direction: Tensor) -> Tensor:
-        """See :class:`TunedTensor`."""
         moved = torch.zeros_like(self.live)
         moved.view(-1)[self.index] = direction.to(moved.dtype)
         return moved
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """See :class:`TunedTensor`."""
         return gradient.reshape(-1)[self.index].float()
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
-        """See :class:`TunedTensor`."""
         return _rounded_difference(self, direction, high, low)
 
     def constants(self) -> dict[str, Tensor]:
@@ -153,7 +145,6 @@ class Subspace(TunedTensor):
         self.register_buffer("base", live.detach().clone(), persistent=False)
 
     def write(self, direction: Tensor | None, scale: float) -> None:
-        """See :class:`TunedTensor`."""
         moved = self._full(self.moved(direction, scale))
         self.live.copy_(moved.add_(self.base))
 
@@ -162,11 +153,9 @@ class Subspace(TunedTensor):
         return full.T if self.transposed else full
 
     def tangent(self, direction: Tensor) -> Tensor:
-        """See :class:`TunedTensor`."""
         return self._full(direction).to(self.live.dtype).contiguous()
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """See :class:`TunedTensor`."""
         return (gradient.float().T if self.transposed else gradient.float()) @ self.basis
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:

@@ -27,6 +27,9 @@ class _DrawnAgain(Mapping[str, Tensor]):
         self._names = names
         self._draw = draw
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would draw
+        return name in self._names
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
@@ -121,10 +124,17 @@ class TunedTensors(nn.Module):
             tensor.write(None, 0.0)
 
     @torch.no_grad()
-    def accumulate_grad(self, direction: Direction, factor: float, ends: tuple[float, float] | None = None) -> None:
-        """Add ``factor * direction`` to the masters' gradients.
+    def accumulate(
+        self,
+        gradient: dict[str, Tensor],
+        direction: Direction,
+        factor: float,
+        ends: tuple[float, float] | None = None,
+    ) -> None:
+        """Add ``factor * direction`` to a gradient.
 
         Args:
+            gradient: By name; it is extended in place.
             direction: May be consumed.
             factor: What to multiply it by.
             ends: The two scales at which the loss was taken along it; what rounding left of the direction is then used.
@@ -133,22 +143,24 @@ class TunedTensors(nn.Module):
             if name not in direction:
                 continue
             moved = direction[name] if ends is None else tensor.applied(direction[name], *ends)
-            if tensor.master.grad is None:
-                tensor.master.grad = moved.mul_(factor)
+            if name in gradient:
+                gradient[name].add_(moved, alpha=factor)
             else:
-                tensor.master.grad.add_(moved, alpha=factor)
+                gradient[name] = moved.mul_(factor)
 
-    @torch.no_grad()
-    def scale_grad(self, factor: float) -> None:
-        """Multiply the gradients."""
-        for master in self.masters:
-            if master.grad is not None:
-                master.grad.mul_(factor)
+    def set_grad(self, gradient: Mapping[str, Tensor]) -> None:
+        """Give the masters their gradients; those without one get none."""
+        for name, master in self.named_masters().items():
+            master.grad = gradient.get(name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
         for master in self.masters:
             master.grad = None
+
+    def copy_of_masters(self) -> dict[str, Tensor]:
+        """What :meth:`load` takes."""
+        return {name: master.detach().clone() for name, master in self.named_masters().items()}
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,9 @@ class Backprop(Estimator):
     differentiates = True
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`."""
-        request.tuned.zero_grad()
         loss, gradient = request.loss.gradient()
         names = request.tuned.names_of_step(request.seed, request.step)
         gradient = {name: part for name, part in gradient.items() if name in names}
         norm = math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            request.tuned.accumulate_grad(gradient, 1.0)
-        return Estimate(loss, loss, loss, (norm,), 3, finite)
+        return Estimate(loss, loss, loss, (norm,), 3, gradient if finite else {})

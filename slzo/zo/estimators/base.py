@@ -1,24 +1,24 @@
 """What an estimator is given and what it returns."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from slzo.errors import SlzoError
 from slzo.zo.tuned import Direction, TunedTensors
 
 
-class Share(NamedTuple):
-    """A part of a batch: the ``number``-th, counted from 0, of ``of`` parts of nearly the same number of rows."""
+class RowPart(NamedTuple):
+    """A part of a batch's rows: the ``number``-th, counted from 0, of ``of`` parts of nearly the same size."""
 
     number: int = 0
     of: int = 1
 
 
-WHOLE = Share()
+ALL_ROWS = RowPart()
 
 
 class Point(NamedTuple):
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
     direction: Direction
     scale: float
-    share: Share = WHOLE
+    rows: RowPart = ALL_ROWS
 
 
 class Loss(Protocol):
@@ -35,8 +35,8 @@ class Loss(Protocol):
     def at(self, points: Sequence[Point]) -> Tensor:
         """Losses at several points, shape (P,), float32; forward passes only.
 
-        Shares have one ``of`` and come in turn, 0 to ``of - 1``, once or several times. The loss of a share is what it adds to
-        the batch's, times ``of``: the mean over the shares is the batch's loss, whatever their sizes.
+        The points' row parts have one ``of`` and come in turn, 0 to ``of - 1``, once or several times. The loss of a part is what
+        it adds to the batch's, times ``of``: the mean over the parts is the batch's loss, whatever their sizes.
         """
 
     def gradient(self) -> tuple[float, Direction]:
@@ -51,7 +51,7 @@ class Request:
     """One step's question.
 
     Attributes:
-        tuned: Draws directions and takes the gradients.
+        tuned: Draws directions.
         loss: Evaluates the batch.
         seed: The run's seed.
         step: Training step; directions are drawn from (seed, step, query).
@@ -85,7 +85,7 @@ class Estimate:
         loss_minus: Loss at ``w - eps z``, mean over queries; that at ``w`` where an estimator evaluates one side only.
         projected_grad: Slope of the loss along each direction.
         num_evaluations: Times that the batch was evaluated.
-        finite: ``False`` if any loss was infinite or NaN; the gradients are then not set.
+        gradient: By name of the tuned tensor, float32; empty if the estimate is not finite.
     """
 
     loss: float
@@ -93,11 +93,16 @@ class Estimate:
     loss_minus: float
     projected_grad: tuple[float, ...]
     num_evaluations: int
-    finite: bool
+    gradient: Mapping[str, Tensor]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss was a number: neither infinite nor NaN."""
+        return all(map(math.isfinite, (self.loss, self.loss_plus, self.loss_minus, *self.projected_grad)))
 
 
 class Estimator(ABC):
-    """Fills the masters' gradients and leaves the live weights wherever the last evaluation put them.
+    """Estimates the gradient at the masters; who calls it restores the live weights, which evaluations move.
 
     Attributes:
         differentiates: Whether it needs operations with derivatives; the model then runs without oneDNN.
@@ -107,7 +112,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:
-        """Estimate the gradient at the masters."""
+        """One estimate; nothing of it stays behind in the estimator, nor in the masters."""
 
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
         """Refuse settings that this kind cannot work with.
@@ -128,17 +133,3 @@ class Estimator(ABC):
     def describe(self) -> str:
         """In a few words, for the summary."""
         return type(self).__name__
-
-
-def check_settings(eps: float, num_queries: int, queries_at_once: int) -> None:
-    """Refuse settings that no estimator can work with.
-
-    Raises:
-        SlzoError: One is out of range.
-    """
-    if not 0 < eps < float("inf"):
-        raise SlzoError(f"model.eps {eps}: the perturbation must be a number above 0; 1e-3 is a good start")
-    if num_queries < 1:
-        raise SlzoError(f"model.num_queries {num_queries}: at least 1 direction per step is needed")
-    if queries_at_once < 1:
-        raise SlzoError(f"model.queries_at_once {queries_at_once}: must be at least 1")

@@ -2,46 +2,48 @@
 
 import math
 
-from slzo.zo.estimators.base import WHOLE, Estimate, Point, Request, Share
+from torch import Tensor
+
+from slzo.zo.estimators.base import ALL_ROWS, Estimate, Point, Request, RowPart
 from slzo.zo.noise import Noise
 from slzo.zo.tuned import Direction
 
 _NOWHERE: Direction = {}
 
 
-def two_point(request: Request, noise: Noise, split_rows: bool = False) -> Estimate:
-    """The mean over the queries of ``(L(w + eps z) - L(w - eps z)) / (2 eps) z``; with ``split_rows`` each L is of other rows."""
+def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Estimate:
+    """The mean over the queries of ``(L(w + eps z) - L(w - eps z)) / (2 eps) z``; with ``divide_rows`` each of other rows."""
     tuned, eps, count = request.tuned, request.eps, request.num_queries
     plus: list[float] = []
     minus: list[float] = []
-    tuned.zero_grad()
-    for queries in [range(count)] if split_rows else request.query_groups():
+    gradient: dict[str, Tensor] = {}
+    for queries in [range(count)] if divide_rows else request.query_groups():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
-        shares = [Share(query, count) if split_rows else WHOLE for query in queries]
-        points = [Point(z, sign * eps, share) for sign in (1, -1) for z, share in zip(directions, shares, strict=True)]
+        rows = [RowPart(query, count) if divide_rows else ALL_ROWS for query in queries]
+        points = [Point(z, sign * eps, part) for sign in (1, -1) for z, part in zip(directions, rows, strict=True)]
         highs, lows = request.loss.at(points).view(2, -1).tolist()
         plus += highs
         minus += lows
         if not all(map(math.isfinite, highs + lows)):
-            tuned.zero_grad()
+            gradient = {}
             break
         for z, high, low in zip(directions, highs, lows, strict=True):
-            tuned.accumulate_grad(z, (high - low) / (2 * eps) / count, (eps, -eps))
+            tuned.accumulate(gradient, z, (high - low) / (2 * eps) / count, (eps, -eps))
     mean_plus, mean_minus = sum(plus) / len(plus), sum(minus) / len(minus)
     return Estimate(
         loss=(mean_plus + mean_minus) / 2,
         loss_plus=mean_plus,
         loss_minus=mean_minus,
         projected_grad=tuple((high - low) / (2 * eps) for high, low in zip(plus, minus, strict=True)),
-        num_evaluations=2 if split_rows else 2 * len(plus),
-        finite=all(map(math.isfinite, plus + minus)),
+        num_evaluations=2 if divide_rows else 2 * len(plus),
+        gradient=gradient,
     )
 
 
 def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
     """The mean over the queries of ``(L(w + eps z) - L(w)) / eps z``, and the losses at ``w + eps z``."""
     tuned, eps = request.tuned, request.eps
-    tuned.zero_grad()
+    gradient: dict[str, Tensor] = {}
     base: float | None = None
     losses: list[float] = []
     for queries in request.query_groups():
@@ -53,10 +55,10 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
             found = request.loss.at(points).tolist()
         losses += found
         if not all(map(math.isfinite, [base, *found])):
-            tuned.zero_grad()
+            gradient = {}
             break
         for z, loss in zip(directions, found, strict=True):
-            tuned.accumulate_grad(z, (loss - base) / eps / request.num_queries, (eps, 0.0))
+            tuned.accumulate(gradient, z, (loss - base) / eps / request.num_queries, (eps, 0.0))
     assert base is not None
     estimate = Estimate(
         loss=base,
@@ -64,6 +66,6 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
         loss_minus=base,
         projected_grad=tuple((loss - base) / eps for loss in losses),
         num_evaluations=1 + len(losses),
-        finite=all(map(math.isfinite, [base, *losses])),
+        gradient=gradient,
     )
     return estimate, losses

@@ -2,6 +2,8 @@
 
 import math
 
+from torch import Tensor
+
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 
 
@@ -17,9 +19,8 @@ class ForwardGradient(Estimator):
     differentiates = True
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`."""
         tuned = request.tuned
-        tuned.zero_grad()
+        gradient: dict[str, Tensor] = {}
         losses: list[float] = []
         slopes: list[float] = []
         for query in range(request.num_queries):
@@ -28,9 +29,8 @@ class ForwardGradient(Estimator):
             losses.append(loss)
             slopes.append(slope)
             if not (math.isfinite(loss) and math.isfinite(slope)):
-                tuned.zero_grad()
+                gradient = {}
                 break
-            tuned.accumulate_grad(direction, slope / request.num_queries)
+            tuned.accumulate(gradient, direction, slope / request.num_queries)
         mean = sum(losses) / len(losses)
-        finite = all(map(math.isfinite, losses + slopes))
-        return Estimate(mean, mean, mean, tuple(slopes), len(losses), finite)
+        return Estimate(mean, mean, mean, tuple(slopes), len(losses), gradient)

@@ -17,7 +17,7 @@ class FZO(Estimator):
     with :math:`\sigma` the standard deviation of the q losses. Taken from FZO: random signs in one batch, one base loss, division
     by the losses' spread. Here :math:`\sigma` stands in the place of :math:`\epsilon`, so that the learning rate does not depend
     on :math:`\epsilon`: it is about the length of a step per coordinate times :math:`\sqrt q`, as in normalized descent.
-    Needs model.num_queries >= 2; 8 is usual. model.queries_at_once of the same size puts them in one batch.
+    Needs model.num_queries >= 2; 8 is usual. model.engine.queries_at_once of the same size puts them in one batch.
 
     Args:
         antithetic: Evaluate at w + eps u and w - eps u, without a base: twice the evaluations, no curvature in the slopes.
@@ -49,9 +49,9 @@ class FZO(Estimator):
         if estimate.finite:
             spread = statistics.stdev(losses)
             # equal losses say nothing, as with a metric that no direction changes: no step then
-            request.tuned.scale_grad(request.eps / spread if spread > 0 else 0.0)
+            for part in estimate.gradient.values():
+                part.mul_(request.eps / spread if spread > 0 else 0.0)
         return estimate
 
     def describe(self) -> str:
-        """See :class:`Estimator`."""
         return "FZO(antithetic)" if self.antithetic else "FZO"

@@ -39,5 +39,4 @@ class LOZO(Estimator):
         return two_point(request, low_rank(self.rank, self.interval))
 
     def describe(self) -> str:
-        """See :class:`Estimator`."""
         return f"LOZO(rank={self.rank}, interval={self.interval})"

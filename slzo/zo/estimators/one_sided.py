@@ -15,5 +15,4 @@ class OneSided(Estimator):
     """
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`."""
         return one_sided(request, gaussian)[0]

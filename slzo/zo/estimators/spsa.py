@@ -17,39 +17,35 @@ class SPSA(Estimator):
 
     Its mean is the gradient, up to a term of order :math:`\epsilon^2`. Each query costs two evaluations, an antithetic pair.
 
-    With ``split_rows`` the q queries share the rows out: query i takes its losses on the i-th of q parts of the batch, so that
+    With ``divide_rows`` the q queries share the rows out: query i takes its losses on the i-th of q parts of the batch, so that
     a step costs two evaluations in all. The mean is the same. With :math:`g = \sum_i h_i`, :math:`h_i` what the i-th part adds,
     the squared error falls from :math:`(d + 1) |g|^2` to :math:`(d + 1) \sum_i |h_i|^2`: to 1/q of it where all rows pull the
     same way, to nothing less where each pulls another way.
 
     Args:
         noise: Entries of the directions: standard normal as in MeZO, or random signs as in Spall's SPSA.
-        split_rows: Each query takes its own part of the batch; all directions of a step are held at once.
+        divide_rows: Each query takes its own part of the batch; all directions of a step are held at once.
     """
 
-    def __init__(self, noise: Literal["gaussian", "rademacher"] = "gaussian", split_rows: bool = False) -> None:
+    def __init__(self, noise: Literal["gaussian", "rademacher"] = "gaussian", divide_rows: bool = False) -> None:
         if noise not in _NOISE:
             raise SlzoError(f"model.estimator.noise {noise!r}: choose one of {', '.join(_NOISE)}")
         self.noise = noise
-        self.split_rows = split_rows
+        self.divide_rows = divide_rows
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`."""
-        return two_point(request, _NOISE[self.noise], self.split_rows)
+        return two_point(request, _NOISE[self.noise], self.divide_rows)
 
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
-        """See :class:`Estimator`."""
-        if self.split_rows and batch_size is not None and num_queries > batch_size:
+        if self.divide_rows and batch_size is not None and num_queries > batch_size:
             raise SlzoError(
-                f"model.num_queries {num_queries}: with model.estimator.split_rows each query takes rows of its own, and "
+                f"model.num_queries {num_queries}: with model.estimator.divide_rows each query takes rows of its own, and "
                 f"data.batch_size is {batch_size}; lower the one or raise the other"
             )
 
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
-        """See :class:`Estimator`."""
-        return num_queries if self.split_rows else super().directions_at_once(num_queries, queries_at_once)
+        return num_queries if self.divide_rows else super().directions_at_once(num_queries, queries_at_once)
 
     def describe(self) -> str:
-        """See :class:`Estimator`."""
         noise = "" if self.noise == "gaussian" else f" with {self.noise.capitalize()} noise"
-        return "SPSA" + noise + (" on split rows" if self.split_rows else "")
+        return "SPSA" + noise + (" on divided rows" if self.divide_rows else "")

@@ -6,7 +6,7 @@ from slzo.zo.scopes.channels import OutlierChannels
 from slzo.zo.scopes.layer import LayerScope
 from slzo.zo.scopes.lora import LoRA
 from slzo.zo.scopes.magnitude import SmallestWeights
-from slzo.zo.scopes.prefix import PrefixTuning
+from slzo.zo.scopes.prefix_tuning import PrefixTuning
 from slzo.zo.scopes.random_layers import RandomLayers
 from slzo.zo.scopes.subspace import ActivationSubspace
 

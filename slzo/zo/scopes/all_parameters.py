@@ -9,13 +9,10 @@ class AllParameters(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return False
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
-        return TunedTensors(dict(context.split.model.named_parameters()))
+        return TunedTensors(dict(context.parts.model.named_parameters()))
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         return "all parameters"

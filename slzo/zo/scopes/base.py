@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from slzo.batches.packing import PackedBatch
 from slzo.errors import SlzoError
 from slzo.models.adapters import Adapter
-from slzo.models.packing import PackedBatch
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 from slzo.zo.tuned import Subset, TunedTensors
 
 Layers = list[int] | Literal["all"] | None
@@ -20,13 +20,13 @@ class ScopeContext:
     """What a scope may look at.
 
     Attributes:
-        split: The model.
+        parts: The model.
         layer: The dominant layer, unless the scope does not need one.
         prompts: Packed prompts of so many training rows, on the model's device.
         seed: The run's seed.
     """
 
-    split: SplitModel
+    parts: ModelParts
     layer: int | None
     prompts: Callable[[int], Sequence[PackedBatch]]
     seed: int = 0
@@ -58,10 +58,10 @@ class Scope(ABC):
         return 0
 
     def adapter(self, context: ScopeContext) -> Adapter | None:
-        """Modules to add to the model first; the model is split again after that."""
+        """Modules to add to the model first; the model's parts are made again after that."""
         return None
 
-    def subset(self, names: Sequence[str], split: SplitModel) -> Subset | None:
+    def subset(self, names: Sequence[str], parts: ModelParts) -> Subset | None:
         """Which of the tuned tensors are perturbed in a step; ``None`` for all in each step."""
         return None
 
@@ -92,7 +92,7 @@ def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
     Raises:
         SlzoError: The model lacks one of them, or the list is empty.
     """
-    num_layers = context.split.num_layers
+    num_layers = context.parts.num_layers
     if layers is None:
         if context.layer is None:
             raise SlzoError("model.scope.layers: no dominant layer is known; set model.layer or give a list of layers")

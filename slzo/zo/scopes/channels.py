@@ -6,7 +6,7 @@ from torch import Tensor
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.parts import MLP, Linear, linears, mlp_output
+from slzo.zo.scopes.linear_maps import MLP, Linear, linears, mlp_output
 from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
 
@@ -34,16 +34,15 @@ class OutlierChannels(Scope):
         self.num_sequences = num_sequences
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
         (layer,) = resolve_layers(None, context)
-        maps = [linear for linear in linears(context.split, layer) if linear.part == MLP]
+        maps = [linear for linear in linears(context.parts, layer) if linear.part == MLP]
         down = mlp_output(maps)
         ups = [] if down is None else [up for up in maps[:-1] if up.sizes[0] % down.sizes[1] == 0]
         if down is None or not ups:
             raise SlzoError(
                 "model.scope OutlierChannels: the layer has no MLP with up and down projections; use LayerScope"
             )
-        inputs = record_inputs(context.split, [down.module], context.prompts(self.num_sequences))[0]
+        inputs = record_inputs(context.parts, [down.module], context.prompts(self.num_sequences))[0]
         num_channels = down.sizes[1]
         count = round(self.percent / 100 * num_channels)
         chosen = torch.zeros(num_channels, dtype=torch.bool, device=inputs.device)
@@ -69,7 +68,6 @@ class OutlierChannels(Scope):
         return TunedTensors(tensors)
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         which = "all but the top" if self.complement else "the top"
         return f"{which} {self.percent:g}% outlier channels of the dominant layer's MLP"
 

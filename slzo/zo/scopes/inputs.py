@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slzo.models.packing import PackedBatch
-from slzo.models.split import SplitModel
+from slzo.batches.packing import PackedBatch
+from slzo.models.parts import ModelParts
 
 
 @torch.no_grad()
-def record_inputs(split: SplitModel, modules: Sequence[nn.Module], batches: Sequence[PackedBatch]) -> list[Tensor]:
+def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Inputs of some modules over all tokens.
 
     Args:
-        split: The model.
+        parts: The model.
         modules: Linear maps of it.
         batches: Prompts.
 
@@ -23,7 +23,7 @@ def record_inputs(split: SplitModel, modules: Sequence[nn.Module], batches: Sequ
         One tensor per module, shape (tokens, inputs), float32.
     """
     # oneDNN's stand-ins and compiled layers would not call the hooks
-    plain = SplitModel(split.model, split.packed, onednn=False) if split.onednn or split.compile else split
+    plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn or parts.compile else parts
     found: list[list[Tensor]] = [[] for _ in modules]
 
     def recorder(place: int, batch: PackedBatch) -> Any:

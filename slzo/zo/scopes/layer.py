@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.parts import is_norm, layer_parameters, part_of
+from slzo.zo.scopes.linear_maps import is_norm, layer_parameters, part_of
 from slzo.zo.tuned import TunedTensors
 
 Part = Literal["layer", "attention", "mlp"]
@@ -28,19 +28,17 @@ class LayerScope(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return self.layers is None
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
-        split = context.split
+        parts = context.parts
         chosen = {}
         for layer in resolve_layers(self.layers, context):
-            prefix = f"{split.layers_path}.{layer}."
-            for name, tensor in layer_parameters(split, layer).items():
-                path = name.removeprefix(prefix)
-                inside = self.part == "layer" or part_of(split.layers[layer], path) == self.part
-                if inside and (self.norms or not is_norm(split.layers[layer], path)):
+            own = f"{parts.layers_path}.{layer}."
+            for name, tensor in layer_parameters(parts, layer).items():
+                path = name.removeprefix(own)
+                inside = self.part == "layer" or part_of(parts.layers[layer], path) == self.part
+                if inside and (self.norms or not is_norm(parts.layers[layer], path)):
                     chosen[name] = tensor
         if not chosen:
             raise SlzoError(
@@ -49,6 +47,5 @@ class LayerScope(Scope):
         return TunedTensors(chosen)
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         part = "" if self.part == "layer" else f"the {self.part} of "
         return part + describe_layers(self.layers) + ("" if self.norms else " without norms")

@@ -1,9 +1,9 @@
 """Low-rank adapters, through peft."""
 
 from slzo.errors import SlzoError
-from slzo.models.adapters import LoRASettings, lora_parameters
+from slzo.models.adapters.lora import LoRAMatrices, lora_parameters
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.parts import targets
+from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tuned import TunedTensors
 
 
@@ -32,22 +32,18 @@ class LoRA(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return self.layers is None
 
-    def adapter(self, context: ScopeContext) -> LoRASettings:
-        """See :class:`Scope`."""
+    def adapter(self, context: ScopeContext) -> LoRAMatrices:
         layers = tuple(resolve_layers(self.layers, context))
         # peft only looks for one name that fits, and does not know mlp_output
-        found = [linear for layer in layers for linear in targets(context.split, layer, self.target_modules)]
+        found = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
         names = None if self.target_modules is None else tuple(dict.fromkeys(linear.path for linear in found))
-        return LoRASettings(self.rank, self.alpha, names, layers, context.seed)
+        return LoRAMatrices(self.rank, self.alpha, names, layers, context.seed)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
-        return TunedTensors(lora_parameters(context.split.model))
+        return TunedTensors(lora_parameters(context.parts.model))
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         modules = "" if self.target_modules is None else f" on {', '.join(self.target_modules)}"
         return f"LoRA of rank {self.rank}{modules} in {describe_layers(self.layers)}"

@@ -4,7 +4,7 @@ import torch
 
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.parts import linears
+from slzo.zo.scopes.linear_maps import linears
 from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
 
@@ -27,14 +27,12 @@ class SmallestWeights(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return self.layers is None
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
         chosen = {}
         for layer in resolve_layers(self.layers, context):
-            for linear in linears(context.split, layer):
+            for linear in linears(context.parts, layer):
                 count = int(self.fraction * linear.weight.numel())
                 if count == 0:
                     raise SlzoError(
@@ -47,5 +45,4 @@ class SmallestWeights(Scope):
         return TunedTensors(chosen)
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         return f"the smallest {self.fraction:.0%} of the weights of {describe_layers(self.layers)}"

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from slzo.errors import SlzoError
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 from slzo.seeding import derive_seed
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import Subset, TunedTensors
@@ -28,26 +28,22 @@ class RandomLayers(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return False
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
-        parameters = dict(context.split.model.named_parameters())
-        return TunedTensors(parameters, self.subset(tuple(parameters), context.split))
+        parameters = dict(context.parts.model.named_parameters())
+        return TunedTensors(parameters, self.subset(tuple(parameters), context.parts))
 
-    def subset(self, names: Sequence[str], split: SplitModel) -> Subset:
-        """See :class:`Scope`."""
-        count = max(1, round(self.fraction * split.num_layers))
-        prefix = f"{split.layers_path}."
-        owner = {name: int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)}
+    def subset(self, names: Sequence[str], parts: ModelParts) -> Subset:
+        count = max(1, round(self.fraction * parts.num_layers))
+        layers = f"{parts.layers_path}."
+        owner = {name: int(name.removeprefix(layers).split(".")[0]) for name in names if name.startswith(layers)}
 
         def choose(seed: int, step: int) -> list[str]:
-            kept = set(random.Random(derive_seed(seed, step, "layers")).sample(range(split.num_layers), count))
+            kept = set(random.Random(derive_seed(seed, step, "layers")).sample(range(parts.num_layers), count))
             return [name for name in names if owner.get(name) is None or owner[name] in kept]
 
         return choose
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         return f"a random {self.fraction:.0%} of the layers in each step"

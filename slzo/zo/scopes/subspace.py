@@ -6,7 +6,7 @@ from torch import Tensor
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.parts import targets
+from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
 
@@ -47,14 +47,12 @@ class ActivationSubspace(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return self.layers is None
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
         layers = resolve_layers(self.layers, context)
-        maps = [linear for layer in layers for linear in targets(context.split, layer, self.target_modules)]
-        inputs = record_inputs(context.split, [m.module for m in maps], context.prompts(self.num_sequences))
+        maps = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
+        inputs = record_inputs(context.parts, [m.module for m in maps], context.prompts(self.num_sequences))
         return TunedTensors(
             {
                 m.name: Subspace(m.weight, self._basis(m.name, x), m.transposed)
@@ -74,6 +72,5 @@ class ActivationSubspace(Scope):
         return torch.linalg.svd(rows, full_matrices=False).Vh[: self.rank].T.contiguous()
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
         modules = "" if self.target_modules is None else f" of {', '.join(self.target_modules)}"
         return f"an activation subspace of rank {self.rank}{modules} in {describe_layers(self.layers)}"

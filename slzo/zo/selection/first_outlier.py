@@ -4,7 +4,7 @@ from typing import Literal
 
 from slzo.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import SelectionRule
+from slzo.zo.selection.base import Choice, SelectionRule
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 
 
@@ -23,29 +23,23 @@ class FirstOutlierLayer(SelectionRule):
         self.max_abs = max_abs
         self.ratio = ratio
         self.fallback = fallback
-        self._fell_back = False
 
-    def select(self, layers: list[LayerStatistics]) -> int:
+    def select(self, layers: list[LayerStatistics]) -> Choice:
         """See :class:`SelectionRule`.
 
         Raises:
             SlzoError: No layer qualifies and ``fallback`` is ``error``.
         """
-        self._fell_back = False
+        rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
         for layer in layers:
             if layer.max_abs > self.max_abs and layer.ratio > self.ratio:
-                return layer.index
+                return Choice(layer.index, rule, "first outlier layer")
         if self.fallback == "max_ratio_jump":
-            self._fell_back = True
-            return MaxRatioJump().select(layers)
+            choice = MaxRatioJump().select(layers)
+            return Choice(choice.layer, f"{rule}; none, so {choice.reason}")
         best = max(layers, key=lambda layer: layer.ratio)
         raise SlzoError(
             f"profiler.rule: no layer has max > {self.max_abs:g} and max/median > {self.ratio:g}; the closest is layer "
             f"{best.index} with max {best.max_abs:.4g} and ratio {best.ratio:.4g}; lower the thresholds, set "
             "profiler.rule.fallback to max_ratio_jump, or choose a layer with model.layer"
         )
-
-    def describe(self) -> str:
-        """See :class:`SelectionRule`."""
-        rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
-        return f"{rule}; none, so {MaxRatioJump().describe()}" if self._fell_back else rule

@@ -2,7 +2,7 @@
 
 from slzo.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import SelectionRule
+from slzo.zo.selection.base import Choice, SelectionRule
 
 
 class FixedLayer(SelectionRule):
@@ -15,7 +15,7 @@ class FixedLayer(SelectionRule):
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def select(self, layers: list[LayerStatistics]) -> int:
+    def select(self, layers: list[LayerStatistics]) -> Choice:
         """See :class:`SelectionRule`.
 
         Raises:
@@ -23,8 +23,4 @@ class FixedLayer(SelectionRule):
         """
         if not 0 <= self.index < len(layers):
             raise SlzoError(f"profiler.rule.index {self.index}: the model has layers 0 to {len(layers) - 1}")
-        return self.index
-
-    def describe(self) -> str:
-        """See :class:`SelectionRule`."""
-        return f"fixed to layer {self.index}"
+        return Choice(self.index, f"fixed to layer {self.index}")

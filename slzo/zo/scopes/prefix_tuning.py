@@ -1,7 +1,7 @@
-"""A learned prefix of keys and values, through peft."""
+"""Prefix tuning: learned keys and values before every sequence, through peft."""
 
 from slzo.errors import SlzoError
-from slzo.models.adapters import PrefixSettings, prefix_parameters
+from slzo.models.adapters.virtual_tokens import PrefixTokens, virtual_token_parameters
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import TunedTensors
 
@@ -10,10 +10,10 @@ class PrefixTuning(Scope):
     """Keys and values that every sequence sees before its tokens, in all layers (arXiv 2101.00190).
 
     As in MeZO their first values are those of real tokens, here the beginning of a training prompt. MeZO has 5 tokens, eps 1e-1
-    and learning rates of 1e-2 and 1e-3 at 13B parameters. Export writes an adapter that peft loads: no weight can hold a prefix.
+    and learning rates of 1e-2 and 1e-3 at 13B parameters. Export writes an adapter that peft loads: no weight can hold them.
 
     Args:
-        num_tokens: Length of the prefix, >= 1.
+        num_tokens: Positions that they take, >= 1.
     """
 
     def __init__(self, num_tokens: int = 5) -> None:
@@ -23,27 +23,25 @@ class PrefixTuning(Scope):
 
     @property
     def needs_layer(self) -> bool:
-        """See :class:`Scope`."""
         return False
 
     @property
     def num_positions(self) -> int:
-        """See :class:`Scope`."""
         return self.num_tokens
 
-    def adapter(self, context: ScopeContext) -> PrefixSettings:
+    def adapter(self, context: ScopeContext) -> PrefixTokens:
         """See :class:`Scope`.
 
         Raises:
             SlzoError: The model's attention cannot be extended.
         """
-        if not context.split.packed:
+        if not context.parts.packed:
             raise SlzoError(
-                "model.scope PrefixTuning: needs packed batches, which this model or model.packed false rules out"
+                "model.scope PrefixTuning: needs packed batches, which this model or model.engine.packed false rules out"
             )
-        if context.split.compile:
+        if context.parts.compile:
             raise SlzoError(
-                "model.scope PrefixTuning: generated answers would not see the prefix with model.compile true; leave that out"
+                "model.scope PrefixTuning: generated answers would not see it with model.engine.compile true; leave that out"
             )
         batch = context.prompts(1)[0]
         ids = batch.input_ids[: batch.example_tokens[0]].tolist()
@@ -51,12 +49,10 @@ class PrefixTuning(Scope):
             raise SlzoError(
                 f"model.scope.num_tokens {self.num_tokens}: longer than the first prompt ({len(ids)} tokens)"
             )
-        return PrefixSettings(tuple(ids[: self.num_tokens]), context.split.model.name_or_path or "")
+        return PrefixTokens(tuple(ids[: self.num_tokens]), context.parts.model.name_or_path or "")
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """See :class:`Scope`."""
-        return TunedTensors(prefix_parameters(context.split.model))
+        return TunedTensors(virtual_token_parameters(context.parts.model))
 
     def describe(self) -> str:
-        """See :class:`Scope`."""
-        return f"a prefix of {self.num_tokens} tokens in all layers"
+        return f"prefix tuning with {self.num_tokens} virtual tokens in all layers"

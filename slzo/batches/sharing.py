@@ -6,17 +6,18 @@ from itertools import pairwise, takewhile
 
 import torch
 
-from slzo.models.packing import PackedBatch, build_layout
+from slzo.batches.layout import build_layout
+from slzo.batches.packing import PackedBatch
 
 
-def share_prefixes(batch: PackedBatch) -> PackedBatch:
+def share_beginnings(batch: PackedBatch) -> PackedBatch:
     """The batch with every common beginning of its sequences stored, and thus evaluated, once.
 
     A token's hidden state depends on the tokens before it only, so the result is the same. The tokens no longer belong to
     single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
 
     Args:
-        batch: As :func:`slzo.models.packing.pack` makes it.
+        batch: As :func:`slzo.batches.packing.pack` makes it.
     """
     ids = batch.input_ids.tolist()
     merged = [-1] * len(ids)
@@ -24,18 +25,17 @@ def share_prefixes(batch: PackedBatch) -> PackedBatch:
     nodes: dict[tuple[int, int], int] = {}
     paths: dict[int, tuple[int, ...]] = {}
     inner: set[int] = set()
-    for group, valid in zip(batch.layout.groups, batch.layout.valid, strict=True):
-        for places, length in zip(group.tolist(), valid.sum(dim=1).tolist(), strict=True):
-            path: list[int] = []
-            for place in places[:length]:
-                parent = path[-1] if path else -1
-                if merged[place] < 0:
-                    merged[place] = nodes.setdefault((parent, ids[place]), len(kept))
-                    if merged[place] == len(kept):
-                        kept.append(place)
-                path.append(merged[place])
-            paths[path[-1]] = tuple(path)
-            inner.update(path[:-1])
+    for places in batch.layout.sequences():
+        path: list[int] = []
+        for place in places:
+            parent = path[-1] if path else -1
+            if merged[place] < 0:
+                merged[place] = nodes.setdefault((parent, ids[place]), len(kept))
+                if merged[place] == len(kept):
+                    kept.append(place)
+            path.append(merged[place])
+        paths[path[-1]] = tuple(path)
+        inner.update(path[:-1])
     # a sequence that another one begins with needs no attention of its own
     sequences = [path for last, path in paths.items() if last not in inner]
     source = torch.tensor(kept)
@@ -45,7 +45,7 @@ def share_prefixes(batch: PackedBatch) -> PackedBatch:
         position_ids=batch.position_ids[source],
         layout=build_layout(sequences, len(kept), grouped=True),
         example_tokens=(),
-        rows=torch.tensor(merged)[batch.rows],
+        needed=torch.tensor(merged)[batch.needed],
     )
 
 

@@ -1,27 +1,13 @@
 """Candidate scores and losses from logits at the answer positions."""
 
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slzo.models.packing import PackedBatch
-
-
-class LossKind(StrEnum):
-    """What training minimizes."""
-
-    CANDIDATES = "candidates"
-    """Cross-entropy over the candidates' scores."""
-    ANSWER = "answer"
-    """Negative log-likelihood of the gold answer's tokens."""
-    ERRORS = "errors"
-    """1 - accuracy of the best candidate: no gradient exists, zeroth-order steps need none."""
-    GENERATION = "generation"
-    """1 - F1 of the generated answers, likewise."""
+from slzo.batches.packing import PackedBatch
 
 
 class LossSum(NamedTuple):
@@ -31,10 +17,26 @@ class LossSum(NamedTuple):
     weight: Tensor
 
 
+class LogitLoss(Protocol):
+    """A loss as a function of logits; every :class:`slzo.zo.objectives.LogitObjective` is one."""
+
+    def needs_vocabulary(self, batch: PackedBatch) -> bool:
+        """Whether it needs the whole vocabulary's logits, or only those of ``batch.choice_ids``."""
+
+    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+        """The loss of a batch.
+
+        Args:
+            logits: Shape (U, K) of ``batch.choice_ids`` if ``selected``, else (U, vocabulary); float32.
+            batch: The batch.
+            selected: Whether the logits are those of the candidates only.
+        """
+
+
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
     """Log-probability of each answer token, shape (R,), from full-vocabulary logits (U, vocabulary) in float32."""
     normalizer = logits.logsumexp(dim=-1)
-    return logits[batch.token_row, batch.token_id] - normalizer[batch.token_row]
+    return logits[batch.token_needed, batch.token_id] - normalizer[batch.token_needed]
 
 
 def candidate_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
@@ -50,7 +52,7 @@ def choice_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
     The missing constant is the vocabulary's normalizer, which cancels in a softmax over the candidates of one prompt.
     """
     assert batch.token_choice is not None
-    return logits[batch.token_row, batch.token_choice]
+    return logits[batch.token_needed, batch.token_choice]
 
 
 def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
@@ -66,16 +68,10 @@ def candidate_cross_entropy(scores: Tensor, batch: PackedBatch) -> LossSum:
     return LossSum(total, (batch.gold >= 0).sum().to(total.dtype))
 
 
-def candidate_errors(scores: Tensor, batch: PackedBatch, right: Tensor) -> LossSum:
-    """How many examples' best candidate is not a right one, over the examples that have one: 1 - accuracy.
-
-    Args:
-        scores: Shape (C,).
-        batch: The batch.
-        right: Whether each candidate is right, shape (C,), bool.
-    """
+def candidate_errors(scores: Tensor, batch: PackedBatch) -> LossSum:
+    """How many examples' best candidate, by scores (C,), is not a right one, over the examples that have one: 1 - accuracy."""
     best = by_example(scores, batch).argmax(dim=1)
-    hits = by_example(right.to(scores.dtype), batch).clamp(min=0)
+    hits = by_example(batch.right.to(scores.dtype), batch).clamp(min=0)
     labelled = (hits.sum(dim=1) > 0).to(scores.dtype)
     hit = hits.gather(1, best[:, None])[:, 0]
     return LossSum((labelled - hit).sum(), labelled.sum())
@@ -87,32 +83,6 @@ def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
     is_gold = batch.candidate_slot == batch.gold[batch.candidate_example]
     mask = is_gold[batch.token_candidate].to(tokens.dtype)
     return LossSum(-(tokens * mask).sum(), mask.sum())
-
-
-def needs_full_logits(kind: LossKind, batch: PackedBatch) -> bool:
-    """Whether a loss needs the whole vocabulary or only the candidates' rows of the head."""
-    return kind is LossKind.ANSWER or batch.choice_ids is None
-
-
-def training_loss(
-    kind: LossKind, logits: Tensor, batch: PackedBatch, selected: bool, right: Tensor | None = None
-) -> LossSum:
-    """The loss of a batch.
-
-    Args:
-        kind: What is minimized.
-        logits: Shape (U, K) of ``batch.choice_ids`` if ``selected``, else (U, vocabulary).
-        batch: The batch.
-        selected: Whether the logits are those of the candidates only.
-        right: Whether each candidate is right, shape (C,), bool; needed for ``ERRORS`` only.
-    """
-    if kind is LossKind.ANSWER:
-        return answer_loss(logits, batch)
-    scores = choice_scores(logits, batch) if selected else candidate_scores(logits, batch)
-    if kind is LossKind.ERRORS:
-        assert right is not None
-        return candidate_errors(scores, batch, right)
-    return candidate_cross_entropy(scores, batch)
 
 
 def add_up(sums: Sequence[LossSum]) -> LossSum:

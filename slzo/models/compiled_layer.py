@@ -26,8 +26,14 @@ class CompiledLayer(nn.Module):
         if self._compiled is not None:
             try:
                 return self._compiled(*args, **kwargs)
+            except (torch.OutOfMemoryError, MemoryError):  # not the compiler's: running again would take more
+                raise
             except Exception as error:  # compilers fail in many ways, the layer itself has none to fear
+                if "alloc" in str(error) and "memory" in str(error):  # what torch raises on a CPU
+                    raise
                 self._compiled = None
                 reason = " ".join(str(error).split())[:200]
-                warnings.warn(f"model.compile: {type(error).__name__}: {reason}; running uncompiled", stacklevel=2)
+                warnings.warn(
+                    f"model.engine.compile: {type(error).__name__}: {reason}; running uncompiled", stacklevel=2
+                )
         return self._layer[0](*args, **kwargs)

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slzo.errors import SlzoError
-from slzo.models.split import SplitModel
+from slzo.models.parts import ModelParts
 
 ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
 # stands for the map from the MLP back to the hidden states: down_proj, fc2, c_proj and so on, by family
 MLP_OUTPUT = "mlp_output"
 
 
-def layer_parameters(split: SplitModel, layer: int) -> dict[str, Tensor]:
+def layer_parameters(parts: ModelParts, layer: int) -> dict[str, Tensor]:
     """Parameters of one decoder layer by the model's names."""
-    prefix = f"{split.layers_path}.{layer}"
-    return {f"{prefix}.{name}": tensor for name, tensor in split.layers[layer].named_parameters()}
+    own = f"{parts.layers_path}.{layer}"
+    return {f"{own}.{name}": tensor for name, tensor in parts.layers[layer].named_parameters()}
 
 
 def is_norm(layer: nn.Module, name: str) -> bool:
@@ -75,13 +75,13 @@ class Linear:
         return (columns, rows) if self.transposed else (rows, columns)
 
 
-def targets(split: SplitModel, layer: int, names: Sequence[str] | None) -> list[Linear]:
+def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[Linear]:
     """The linear maps of one decoder layer that go by some names, ``mlp_output`` among them; ``None`` for all.
 
     Raises:
         SlzoError: There are no names, or the layer has no linear map of one.
     """
-    found = linears(split, layer)
+    found = linears(parts, layer)
     if names is None:
         return found
     output = mlp_output(found)
@@ -102,11 +102,11 @@ def mlp_output(found: Sequence[Linear]) -> Linear | None:
     return next((linear for linear in reversed(found) if linear.part == MLP), None)
 
 
-def linears(split: SplitModel, layer: int) -> list[Linear]:
+def linears(parts: ModelParts, layer: int) -> list[Linear]:
     """The linear maps of one decoder layer, in the order of its modules."""
-    module = split.layers[layer]
+    module = parts.layers[layer]
     return [
-        Linear(f"{split.layers_path}.{layer}.{name}.weight", name, child, part_of(module, f"{name}.weight"))
+        Linear(f"{parts.layers_path}.{layer}.{name}.weight", name, child, part_of(module, f"{name}.weight"))
         for name, child in module.named_modules()
         if type(child) in (nn.Linear, Conv1D)
     ]

@@ -1,13 +1,14 @@
 import random
+import warnings
 
 import pytest
 import torch
 from conftest import FAMILIES, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from slzo.batches.packing import pack
 from slzo.errors import SlzoError
-from slzo.models.packing import pack
-from slzo.models.split import SplitModel, find_decoder_layers, split_model
+from slzo.models.parts import ModelParts, find_decoder_layers, take_apart
 
 
 def plain_logits(model, example):
@@ -23,30 +24,30 @@ def plain_logits(model, example):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", [True, False])
 def test_prefix_and_suffix_equal_the_whole_model(family, packed, examples):
-    # eager attention in the reference: an implementation that the split model does not use
+    # eager attention in the reference: an implementation that the parts do not use
     reference = tiny_model(family, attn_implementation="eager")
     assert reference.config._attn_implementation == "eager"
     expected = torch.cat([plain_logits(reference, example) for example in examples])
-    split = SplitModel(tiny_model(family), packed)
-    assert split.packed == packed
+    parts = ModelParts(tiny_model(family), packed)
+    assert parts.packed == packed
     batch = pack(examples)
     for layer in (0, 1, 3):
         with torch.no_grad():
-            hidden = split.run(batch, 0, layer) if layer else None
-            final = split.run(batch, layer, split.num_layers, hidden)
-            logits = split.head(final.index_select(0, batch.rows))[batch.token_row]
+            hidden = parts.run(batch, 0, layer) if layer else None
+            final = parts.run(batch, layer, parts.num_layers, hidden)
+            logits = parts.head(final.index_select(0, batch.needed))[batch.token_needed]
         scale = expected.abs().max()
         assert (logits - expected).abs().max() / scale < 1e-5, (family, layer)
 
 
 def test_selected_head_rows_equal_the_full_head(one_token_examples):
     for family in ("llama", "gemma2", "opt"):
-        split = SplitModel(tiny_model(family))
+        parts = ModelParts(tiny_model(family))
         batch = pack(one_token_examples)
         with torch.no_grad():
-            final = split.run(batch, 0, split.num_layers).index_select(0, batch.rows)
-            full = split.head(final)
-            few = split.head(final, batch.choice_ids)
+            final = parts.run(batch, 0, parts.num_layers).index_select(0, batch.needed)
+            full = parts.head(final)
+            few = parts.head(final, batch.choice_ids)
         torch.testing.assert_close(few, full[:, batch.choice_ids], rtol=1e-5, atol=1e-6)
 
 
@@ -54,11 +55,12 @@ def test_families_without_the_attention_interface_run_padded(examples):
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("bloom", hidden_size=32, n_layer=3, n_head=4, vocab_size=320)
     ).eval()
-    split = SplitModel(model, packed=True)
-    assert not split.packed
+    parts = ModelParts(model, packed=True)
+    assert not parts.packed
     batch = pack(examples)
     with torch.no_grad():
-        logits = split.head(split.run(batch, 1, 3, split.run(batch, 0, 1)).index_select(0, batch.rows))[batch.token_row]
+        final = parts.run(batch, 1, 3, parts.run(batch, 0, 1))
+        logits = parts.head(final.index_select(0, batch.needed))[batch.token_needed]
     expected = torch.cat([plain_logits(model, example) for example in examples])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -67,8 +69,8 @@ def test_the_model_is_not_changed_by_its_views(examples):
     model = tiny_model("llama")
     modules = {name: id(module) for name, module in model.named_modules()}
     forwards = {name for name, module in model.named_modules() if "forward" in vars(module)}
-    split = SplitModel(model)
-    split.run(pack(examples), 1, 3, split.run(pack(examples), 0, 1))
+    parts = ModelParts(model)
+    parts.run(pack(examples), 1, 3, parts.run(pack(examples), 0, 1))
     assert {name: id(module) for name, module in model.named_modules()} == modules
     assert {name for name, module in model.named_modules() if "forward" in vars(module)} == forwards
     assert not any(module._forward_hooks for module in model.modules())
@@ -77,30 +79,33 @@ def test_the_model_is_not_changed_by_its_views(examples):
 def test_shared_prompts_are_stored_once(examples):
     shared, separate = pack(examples), pack(examples, share_prompts=False)
     assert separate.num_tokens > shared.num_tokens
-    split = SplitModel(tiny_model("llama"))
+    parts = ModelParts(tiny_model("llama"))
     with torch.no_grad():
         torch.testing.assert_close(
-            split.logits(shared)[shared.token_row], split.logits(separate)[separate.token_row], rtol=1e-4, atol=1e-5
+            parts.logits(shared)[shared.token_needed],
+            parts.logits(separate)[separate.token_needed],
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
 def test_a_repeated_layout_is_the_batch_twice(examples):
     batch = pack(examples)
-    split = SplitModel(tiny_model("llama"))
+    parts = ModelParts(tiny_model("llama"))
     twice = batch.repeat(2)
     with torch.no_grad():
-        once = split.run(batch, 0, 4)
-        torch.testing.assert_close(split.run(twice, 0, 4), torch.cat([once, once]))
+        once = parts.run(batch, 0, 4)
+        torch.testing.assert_close(parts.run(twice, 0, 4), torch.cat([once, once]))
 
 
 def test_an_example_does_not_see_its_neighbours():
     generator = random.Random(3)
-    split = SplitModel(tiny_model("mistral"))
+    parts = ModelParts(tiny_model("mistral"))
     first, second = random_example(generator, 0, 9, (2, 2)), random_example(generator, 1, 4, (1, 3))
     with torch.no_grad():
-        alone = split.logits(pack([first]))
-        together = split.logits(pack([first, second]))[: len(alone)]
-        behind = split.logits(pack([second, first]))[-len(alone) :]
+        alone = parts.logits(pack([first]))
+        together = parts.logits(pack([first, second]))[: len(alone)]
+        behind = parts.logits(pack([second, first]))[-len(alone) :]
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone, behind, rtol=1e-4, atol=1e-5)
 
@@ -115,24 +120,37 @@ def test_an_encoder_decoder_is_refused():
 
 def test_attention_that_cannot_be_packed_falls_back_to_padding(examples):
     model = tiny_model("stablelm", num_key_value_heads=4)
+    attention = model.config._attn_implementation
     with pytest.warns(UserWarning, match="padding is used"):
-        split = split_model(model)
-    assert not split.packed
+        parts = take_apart(model)
+    assert not parts.packed
+    assert model.config._attn_implementation == attention
     batch = pack(examples)
     with torch.no_grad():
-        logits = split.logits(batch)[batch.token_row]
+        logits = parts.logits(batch)[batch.token_needed]
     expected = torch.cat([plain_logits(model, example) for example in examples])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_cannot_be_split_is_refused():
+def test_a_model_that_cannot_be_taken_apart_is_refused(monkeypatch):
     model = tiny_model("llama")
+    attention = model.config._attn_implementation
     # a layer that mixes tokens of all sequences: neither packing nor padding can be right
     model.model.layers[3].register_forward_pre_hook(
         lambda module, inputs: (inputs[0] + 5 * inputs[0].mean(dim=(0, 1), keepdim=True), *inputs[1:])
     )
+    tried = []
+    original = ModelParts.__init__
+
+    def noting(self, model, packed=True, *args):
+        tried.append(packed)
+        original(self, model, packed, *args)
+
+    monkeypatch.setattr(ModelParts, "__init__", noting)
     with (
-        pytest.warns(UserWarning, match="padding is used"),
-        pytest.raises(SlzoError, match="LlamaForCausalLM is not supported"),
+        warnings.catch_warnings(action="error"),  # nobody is told that padding is used
+        pytest.raises(SlzoError, match=r"LlamaForCausalLM is not supported: .* relative error \d"),
     ):
-        split_model(model)
+        take_apart(model)
+    assert tried == [True, False]
+    assert model.config._attn_implementation == attention

@@ -1,4 +1,4 @@
-"""Split any Hugging Face decoder into prefix, tuned layer and suffix without code for single families.
+"""Run any Hugging Face decoder in parts, prefix and suffix, without code for single families.
 
 A view is a shallow copy of the module that owns the decoder layers: it shares every weight, but some layers are replaced by
 stand-ins that pass, inject or record hidden states. The model's own forward then prepares masks, positions and rotary
@@ -16,18 +16,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from slzo.data.encoding import EncodedExample, EncodedSequence
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.errors import SlzoError
 from slzo.models.attention import (
     ATTENTION_NAME,
     LAYOUT_ARGUMENT,
-    PREFIX_ARGUMENT,
-    LearnedPrefix,
+    VIRTUAL_ARGUMENT,
+    VirtualTokens,
     register_packed_attention,
 )
-from slzo.models.compiled import CompiledLayer
+from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
-from slzo.models.packing import PackedBatch, PackedLayout, TokenBatch, pack
 
 
 class _Pass(nn.Module):
@@ -124,7 +124,7 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-class SplitModel:
+class ModelParts:
     """Runs parts of a decoder-only model on packed batches.
 
     Args:
@@ -132,8 +132,8 @@ class SplitModel:
         packed: Run without padding. ``False`` pads each sequence on the right and uses the model's own attention; models
             that do not use transformers' attention interface always run this way.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by a trial.
-        compile: Compile the decoder layers (see :mod:`slzo.models.compiled`); they do not use oneDNN then.
-        prefix: Keys and values that every sequence sees before its tokens; needs ``packed``.
+        compile: Compile the decoder layers (see :mod:`slzo.models.compiled_layer`); they do not use oneDNN then.
+        virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
@@ -144,10 +144,10 @@ class SplitModel:
         packed: bool = True,
         onednn: bool | None = None,
         compile: bool = False,
-        prefix: LearnedPrefix | None = None,
+        virtual_tokens: VirtualTokens | None = None,
     ) -> None:
         self.model = model
-        self.prefix = prefix
+        self.virtual_tokens = virtual_tokens
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
@@ -215,8 +215,8 @@ class SplitModel:
             precomputed.value = None
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """Full-vocabulary logits at ``batch.rows`` from a whole forward pass, shape (U, vocabulary), float32."""
-        return self.head(self.run(batch, 0, self.num_layers).index_select(0, batch.rows))
+        """Full-vocabulary logits at ``batch.needed`` from a whole forward pass, shape (U, vocabulary), float32."""
+        return self.head(self.run(batch, 0, self.num_layers).index_select(0, batch.needed))
 
     def _view(self, start: int, stop: int) -> tuple[nn.Module, _Inject | None, _Capture | None]:
         if not 0 <= start <= stop <= self.num_layers:
@@ -251,10 +251,9 @@ class SplitModel:
         if self.packed:
             layout = batch.layout
             if self.compile:  # compiled code is made for one number of groups
-                index, valid, inverse = _padded(layout)
-                layout = PackedLayout((index,), (valid,), inverse)
-            before = {} if self.prefix is None else {PREFIX_ARGUMENT: self.prefix}
-            shift = 0 if self.prefix is None else self.prefix.num_tokens
+                layout = layout.in_one_group()
+            before = {} if self.virtual_tokens is None else {VIRTUAL_ARGUMENT: self.virtual_tokens}
+            shift = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
             return {
                 **before,
                 "input_ids": batch.input_ids.unsqueeze(0),
@@ -263,37 +262,19 @@ class SplitModel:
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
                 LAYOUT_ARGUMENT: layout,
             }
-        index, valid, _ = _padded(batch.layout)
+        layout = batch.layout.in_one_group()
         return {
-            "input_ids": batch.input_ids[index],
-            "position_ids": batch.position_ids[index],
-            "attention_mask": valid.long(),
+            "input_ids": batch.input_ids[layout.groups[0]],
+            "position_ids": batch.position_ids[layout.groups[0]],
+            "attention_mask": layout.valid[0].long(),
         }
 
     def _spread(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        return hidden.unsqueeze(0) if self.packed else hidden[_padded(batch.layout)[0]]
+        return hidden.unsqueeze(0) if self.packed else hidden[batch.layout.in_one_group().groups[0]]
 
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Hidden states as the model shapes them, in packed form (T, hidden)."""
-        return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, _padded(batch.layout)[2])
-
-
-def _padded(layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """The layout with all sequences in one group: packed positions (N, L), which are real (N, L), and the inverse (T,)."""
-    if len(layout.groups) == 1:
-        return layout.groups[0], layout.valid[0], layout.inverse
-    width = max(group.shape[1] for group in layout.groups)
-    inverse = torch.empty_like(layout.inverse)
-    start = rows = 0
-    for group in layout.groups:
-        inside = (layout.inverse >= start) & (layout.inverse < start + group.numel())
-        place = layout.inverse[inside] - start
-        inverse[inside] = (rows + place // group.shape[1]) * width + place % group.shape[1]
-        start += group.numel()
-        rows += group.shape[0]
-    index = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in layout.groups])
-    valid = torch.cat([F.pad(valid, (0, width - valid.shape[1])) for valid in layout.valid])
-    return index, valid, inverse
+        return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, batch.layout.in_one_group().inverse)
 
 
 def _use_packed_attention(model: PreTrainedModel) -> bool:
@@ -301,7 +282,7 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
     if not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(register_packed_attention())
-    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+    return _attention_of(model) == ATTENTION_NAME
 
 
 @torch.no_grad()
@@ -316,46 +297,64 @@ def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
     return isinstance(seen[0], tuple)
 
 
-def split_model(
+def take_apart(
     model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
-) -> SplitModel:
-    """Split a model and make sure that its parts compute what the whole does.
+) -> ModelParts:
+    """The parts of a model, checked to compute together what the whole does.
 
     Args:
         model: In evaluation mode.
-        packed: Prefer packed attention; a model whose attention does not take it falls back to padding, with a warning.
-        onednn: See :class:`SplitModel`.
-        compile: See :class:`SplitModel`.
+        packed: Prefer packed attention; a model that does not run right with it keeps its own and is padded, with a warning.
+        onednn: See :class:`ModelParts`.
+        compile: See :class:`ModelParts`.
 
     Raises:
-        SlzoError: The architecture cannot be split.
+        SlzoError: The architecture cannot be run in parts; the model is as it was.
     """
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    name = type(model).__name__
+    name, own_attention = type(model).__name__, _attention_of(model)
+    packed = packed and model._can_set_attn_implementation()
+    cause, reason = None, ""
     try:
         # before any attention is exchanged, so that a feature that ours lacks shows as a difference
         expected = _plain_logits(model, _trial_examples(model))
-        split = SplitModel(model, packed, onednn, compile)
-        error = largest_difference(split, expected)
-        if not error <= tolerance and split.packed:
-            warnings.warn(
-                f"{name} does not run right without padding (relative error {error:.2g}): padding is used", stacklevel=2
-            )
-            split = SplitModel(model, False, onednn, compile)
-            error = largest_difference(split, expected)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as failure:
-        reason = " ".join(str(failure).split())[:200]
-        raise SlzoError(
-            f"model.model: architecture {name} is not supported: running its layers in parts failed ({reason}); use a causal "
-            "language model such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
-        ) from failure
-    # written so that NaN is refused too
-    if not error <= tolerance:
-        raise SlzoError(
-            f"model.model: architecture {name} is not supported: split at a layer, its logits differ from the whole model's "
-            f"(relative error {error:.2g})"
-        )
-    return split
+    except _FAILURES as failure:
+        raise _refusal(name, f"a plain forward pass failed ({_first_words(failure)})") from failure
+    for without_padding in (True, False) if packed else (False,):
+        try:
+            parts = ModelParts(model, without_padding, onednn, compile)
+            error = largest_difference(parts, expected)
+            if error <= tolerance:
+                if packed and not without_padding:
+                    warnings.warn(
+                        f"{name} does not run right without padding ({reason}): padding is used", stacklevel=2
+                    )
+                return parts
+            # written so that NaN is refused too
+            cause, reason = None, f"its logits differ from the whole model's, relative error {error:.2g}"
+        except _FAILURES as failure:
+            cause, reason = failure, f"running its layers failed: {_first_words(failure)}"
+        if own_attention != _attention_of(model):
+            model.set_attn_implementation(own_attention)
+    raise _refusal(name, f"run in parts, {reason}") from cause
+
+
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _first_words(failure: Exception) -> str:
+    return " ".join(str(failure).split())[:200]
+
+
+def _refusal(name: str, reason: str) -> SlzoError:
+    return SlzoError(
+        f"model.model: architecture {name} is not supported: {reason}; use a causal language model such as Llama, Qwen, "
+        "Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
+    )
+
+
+def _attention_of(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 def _trial_examples(model: PreTrainedModel) -> list[EncodedExample]:
@@ -380,10 +379,10 @@ def _plain_logits(model: PreTrainedModel, examples: Sequence[EncodedExample]) ->
 
 
 @torch.no_grad()
-def largest_difference(split: SplitModel, expected: Tensor) -> float:
-    """Largest difference between the split model's logits on the trial tokens and ``expected``, relative to the largest."""
-    batch = pack(_trial_examples(split.model)).to(split.model.device)
-    layer = split.num_layers // 2
-    hidden = split.run(batch, 0, layer) if layer else None
-    ours = split.head(split.run(batch, layer, split.num_layers, hidden).index_select(0, batch.rows))
-    return float((ours[batch.token_row] - expected).abs().max() / expected.abs().max())
+def largest_difference(parts: ModelParts, expected: Tensor) -> float:
+    """Largest difference between the parts' logits on the trial tokens and ``expected``, relative to the largest."""
+    batch = pack(_trial_examples(parts.model)).to(parts.model.device)
+    layer = parts.num_layers // 2
+    hidden = parts.run(batch, 0, layer) if layer else None
+    ours = parts.head(parts.run(batch, layer, parts.num_layers, hidden).index_select(0, batch.needed))
+    return float((ours[batch.token_needed] - expected).abs().max() / expected.abs().max())

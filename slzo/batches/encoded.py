@@ -1,0 +1,37 @@
+"""Token ids of prompts with their answers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSequence:
+    """One prompt + candidate.
+
+    Attributes:
+        ids: Token ids of prompt + candidate, special tokens as the tokenizer adds them in front.
+        num_answer: How many of the last ids belong to the candidate (>= 1).
+    """
+
+    ids: tuple[int, ...]
+    num_answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """All candidates of one example.
+
+    Attributes:
+        index: Number of the example, unique over the splits of a data set; the key of the prefix cache.
+        sequences: One per candidate, in the task's order.
+        gold: As in :class:`slzo.tasks.base.Example`.
+    """
+
+    index: int
+    sequences: tuple[EncodedSequence, ...]
+    gold: tuple[int, ...]
+
+
+def prompt_alone(index: int, ids: tuple[int, ...]) -> EncodedExample:
+    """A prompt without an answer."""
+    # the last id of a sequence predicts nothing and is dropped; a copy stands for the first answer token
+    return EncodedExample(index, (EncodedSequence((*ids, ids[-1]), 1),), ())

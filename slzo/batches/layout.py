@@ -1,0 +1,137 @@
+"""Which packed tokens form which sequence: all index arithmetic between packed rows and padded groups.
+
+Shapes used here: ``T`` packed tokens, ``N`` sequences, ``L`` the longest sequence of a group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# A sequence joins a group of longer ones while it is at least this fraction of the longest: each group is one
+# attention call, and attention over padding costs more than a few calls.
+_GROUP_RATIO = 0.75
+
+
+@dataclass(frozen=True)
+class Movable:
+    """Moves every tensor field of a dataclass to a device."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Copy on another device."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor | Movable):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, tuple):
+                return tuple(move(item) for item in value)
+            return value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class PackedLayout(Movable):
+    """Which packed tokens form which sequence.
+
+    Attributes:
+        groups: Per group of similar lengths, packed token positions, shape (N_g, L_g), int64. A shared prompt appears in
+            every sequence that contains it. Padding, always on the right, repeats position 0.
+        valid: Per group, shape (N_g, L_g), bool, ``False`` on padding.
+        inverse: For each packed token its place in the concatenation of the flattened groups, shape (T,), int64.
+    """
+
+    groups: tuple[Tensor, ...]
+    valid: tuple[Tensor, ...]
+    inverse: Tensor
+
+    def sequences(self) -> list[list[int]]:
+        """Packed positions of each sequence, group by group."""
+        return [
+            positions[:length]
+            for group, valid in zip(self.groups, self.valid, strict=True)
+            for positions, length in zip(group.tolist(), valid.sum(dim=1).tolist(), strict=True)
+        ]
+
+    def sequences_up_to(self, last: Tensor) -> list[Tensor]:
+        """For each packed position in ``last`` the packed positions of its sequence up to it."""
+        found = []
+        for place in self.inverse[last].tolist():
+            for group in self.groups:
+                if place < group.numel():
+                    row, column = divmod(place, group.shape[1])
+                    found.append(group[row, : column + 1])
+                    break
+                place -= group.numel()
+        return found
+
+    def repeat(self, times: int) -> "PackedLayout":
+        """The layout of ``times`` copies of the batch, one after the other in the packed row."""
+        num_tokens = self.inverse.numel()
+        offsets = [copy * num_tokens for copy in range(times)]
+        inverse, start = [torch.empty_like(self.inverse) for _ in offsets], 0
+        group_start = 0
+        for group in self.groups:
+            inside = (self.inverse >= start) & (self.inverse < start + group.numel())
+            for copy in range(times):
+                moved = self.inverse - start + group_start + copy * group.numel()
+                inverse[copy] = torch.where(inside, moved, inverse[copy])  # no host sync, unlike a masked write
+            start += group.numel()
+            group_start += group.numel() * times
+        return PackedLayout(
+            groups=tuple(torch.cat([group + offset for offset in offsets]) for group in self.groups),
+            valid=tuple(valid.repeat(times, 1) for valid in self.valid),
+            inverse=torch.cat(inverse),
+        )
+
+    def in_one_group(self) -> "PackedLayout":
+        """The layout with all sequences padded to the longest."""
+        if len(self.groups) == 1:
+            return self
+        width = max(group.shape[1] for group in self.groups)
+        inverse = torch.empty_like(self.inverse)
+        start = rows = 0
+        for group in self.groups:
+            inside = (self.inverse >= start) & (self.inverse < start + group.numel())
+            place = self.inverse[inside] - start
+            inverse[inside] = (rows + place // group.shape[1]) * width + place % group.shape[1]
+            start += group.numel()
+            rows += group.shape[0]
+        index = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in self.groups])
+        valid = torch.cat([F.pad(valid, (0, width - valid.shape[1])) for valid in self.valid])
+        return PackedLayout((index,), (valid,), inverse)
+
+
+def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Sequence numbers, sorted by falling length and cut into groups of similar length."""
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+    groups: list[list[int]] = []
+    for number in order:
+        if groups and len(sequences[number]) >= _GROUP_RATIO * len(sequences[groups[-1][0]]):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: bool) -> PackedLayout:
+    """The layout of sequences of packed positions; ``grouped`` puts only similar lengths together."""
+    groups, valid, offset = [], [], 0
+    inverse = torch.zeros(num_tokens, dtype=torch.int64)
+    members = group_by_length(sequences) if grouped else [list(range(len(sequences)))]
+    for numbers in members:
+        width = max(len(sequences[n]) for n in numbers)
+        index = torch.zeros(len(numbers), width, dtype=torch.int64)
+        mask = torch.zeros(len(numbers), width, dtype=torch.bool)
+        for row, n in enumerate(numbers):
+            positions = torch.tensor(sequences[n], dtype=torch.int64)
+            index[row, : len(positions)] = positions
+            mask[row, : len(positions)] = True
+            inverse[positions] = offset + row * width + torch.arange(len(positions))
+        groups.append(index)
+        valid.append(mask)
+        offset += index.numel()
+    return PackedLayout(tuple(groups), tuple(valid), inverse)

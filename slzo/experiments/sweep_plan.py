@@ -1,0 +1,65 @@
+"""What a sweep does: which cells it works on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slzo.errors import SlzoError
+from slzo.zo.scopes.base import check_layer
+
+MIN_DIRECTIONS = 20
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep does.
+
+    Attributes:
+        layers: Layers to train, rising; the sensitivity is measured in all layers of the model.
+        steps: Steps of each training; 0 measures the sensitivity only.
+        seeds: One training a layer for each.
+        directions: Random directions for the sensitivity.
+        num_rows: Training rows that the sensitivity is measured on.
+    """
+
+    layers: tuple[int, ...]
+    steps: int
+    seeds: tuple[int, ...]
+    directions: int
+    num_rows: int
+
+
+def plan_sweep(
+    num_layers: int, layers: Sequence[int] | None, steps: int, seeds: Sequence[int], directions: int, num_rows: int
+) -> SweepPlan:
+    """Check the options of a sweep.
+
+    Raises:
+        SlzoError: One is out of range.
+    """
+    if directions < MIN_DIRECTIONS:
+        raise SlzoError(
+            f"directions {directions}: a mean over so few says little, give at least {MIN_DIRECTIONS} random directions"
+        )
+    for name, value, least in (("steps", steps, 0), ("num_rows", num_rows, 1)):
+        if value < least:
+            raise SlzoError(f"{name} {value}: must be at least {least}")
+    if not seeds:
+        raise SlzoError("seeds []: give at least one seed")
+    if layers is not None and not layers:
+        raise SlzoError("layers []: give at least one layer, or leave it out for all")
+    chosen = range(num_layers) if layers is None else sorted({_layer(n, num_layers) for n in layers})
+    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows)
+
+
+def _layer(layer: int, num_layers: int) -> int:
+    return check_layer(layer, num_layers, "layers", left_out="all be trained")
+
+
+def sensitivity_cell(layer: int) -> str:
+    """Name of the cell that measures a layer."""
+    return f"sensitivity-{layer}"
+
+
+def training_cell(layer: int, seed: int) -> str:
+    """Name of the cell that trains a layer."""
+    return f"train-{layer}-seed-{seed}"

@@ -1,0 +1,219 @@
+"""What a sweep found: the figures of each layer, in words, as a table and as a picture."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from slzo.experiments.store import CellStore
+from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
+from slzo.experiments.trial import Sensitivity, Trial
+from slzo.zo.profile import OutlierProfile
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's figures; means over seeds, empty where the layer was not trained.
+
+    Attributes:
+        layer: Counted from 0.
+        sensitivity: Mean of |L+ - L-| / (2 eps) before training.
+        sensitivity_se: Its standard error.
+        outlier_ratio: Largest over median magnitude of the layer's output.
+        seeds: Trainings that were finished.
+        loss_before: Dev loss before training.
+        loss: Dev loss after it.
+        loss_se: Its standard error over seeds.
+        gain: ``loss_before - loss``.
+        metric: Dev metric after it.
+        metric_se: Its standard error over seeds.
+        mean_abs_projected_grad: Mean magnitude of the projected gradients in training.
+        seconds: Training seconds, the scoring left out.
+        diverged: Trainings that diverged.
+        dominant: Whether the profile's rule chose it.
+    """
+
+    layer: int
+    sensitivity: float
+    sensitivity_se: float
+    outlier_ratio: float
+    seeds: int
+    loss_before: float | None
+    loss: float | None
+    loss_se: float | None
+    gain: float | None
+    metric: float | None
+    metric_se: float | None
+    mean_abs_projected_grad: float | None
+    seconds: float | None
+    diverged: int
+    dominant: bool
+
+
+def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) -> list[LayerResult]:
+    """The figures of each layer, from finished cells."""
+    rows = []
+    for statistics_ in profile.layers:
+        layer = statistics_.index
+        found = store.result(sensitivity_cell(layer))
+        sensitivity = Sensitivity(**found)
+        cells = (
+            [store.result(training_cell(layer, seed)) for seed in plan.seeds]
+            if layer in plan.layers and plan.steps
+            else []
+        )
+        trials = [Trial.from_dict(cell) for cell in cells if cell is not None]
+        good = [trial for trial in trials if not trial.diverged]
+        loss = [trial.scores[-1].loss for trial in good]
+        metric = [trial.scores[-1].metric for trial in good]
+        rows.append(
+            LayerResult(
+                layer=layer,
+                sensitivity=sensitivity.mean,
+                sensitivity_se=sensitivity.standard_error,
+                outlier_ratio=statistics_.ratio,
+                seeds=len(trials),
+                loss_before=trials[0].scores[0].loss if trials else None,
+                loss=_mean(loss),
+                loss_se=standard_error(loss),
+                gain=_mean([trial.gain for trial in good]),
+                metric=_mean(metric),
+                metric_se=standard_error(metric),
+                mean_abs_projected_grad=_mean([trial.mean_abs_slope for trial in good]),
+                seconds=_mean([trial.scores[-1].seconds for trial in good]),
+                diverged=len(trials) - len(good),
+                dominant=layer == profile.dominant_layer,
+            )
+        )
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; ``None`` for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "first outlier layer") -> str:
+    """One sentence: does the chosen layer win, and by how much?
+
+    Args:
+        rows: The layers.
+        metric: Name of the task's metric.
+        chosen: What to call the layer that the profile chose.
+    """
+    rows = list(rows)
+    dominant = next((row for row in rows if row.dominant), None)
+    trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
+    if not trained and any(row.diverged for row in rows):
+        return "Every training diverged: lower the learning rate (slzo lr_search tries several)."
+    if not trained:
+        order = sorted(rows, key=lambda row: -row.sensitivity)
+        if dominant is None:
+            return f"The profile chooses no layer; the most sensitive one is layer {order[0].layer}."
+        place = order.index(dominant) + 1
+        most = "the most sensitive"
+        if place > 1:
+            most = f"number {place} of {len(rows)} in sensitivity (layer {order[0].layer} leads)"
+        return f"The {chosen}, {dominant.layer}, is {most}, at {dominant.sensitivity:.4g}; no layer was trained."
+    best = trained[0]
+    if (best.gain or 0) <= 0:
+        return (
+            f"No layer lowered the dev loss; the best, layer {best.layer}, raised it by {-(best.gain or 0):.4f}. Try other "
+            "learning rates (slzo lr_search) or more steps."
+        )
+    if dominant is None:
+        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the profile chooses no layer."
+    if dominant.gain is None:
+        why = "diverged" if dominant.diverged else "was not trained beside it"
+        return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
+    if best is not dominant:
+        behind = (best.gain or 0) - dominant.gain
+        return (
+            f"The {chosen}, {dominant.layer}, does not win: layer {best.layer} lowers the dev loss by "
+            f"{best.gain:.4f}, {behind:.4f} more ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
+        )
+    if len(trained) == 1:
+        return f"The {chosen}, {dominant.layer}, lowers the dev loss by {dominant.gain:.4f}; no other was trained."
+    second = trained[1]
+    ahead = dominant.gain - (second.gain or 0)
+    sure = ""
+    if dominant.loss_se is not None and second.loss_se is not None:
+        spread = math.hypot(dominant.loss_se, second.loss_se)
+        sure = f", {ahead / spread:.1f} standard errors" if spread > 0 else ""
+    return (
+        f"The {chosen}, {dominant.layer}, wins: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
+        f"the next best, layer {second.layer}{sure} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
+    )
+
+
+def format_rows(rows: Sequence[LayerResult]) -> str:
+    """The rows as a table."""
+    lines = ["layer  sensitivity (se)      outlier ratio    dev loss    metric  |proj. grad|"]
+    for row in rows:
+        trained = "         -         -             -"
+        if row.loss is not None:
+            trained = f"{row.loss:10.4f}{row.metric:10.4f}{row.mean_abs_projected_grad:14.4g}"
+        elif row.diverged:
+            trained = "  diverged         -             -"
+        mark = "  <- dominant" if row.dominant else ""
+        lines.append(
+            f"{row.layer:5d}{row.sensitivity:11.4g} ({row.sensitivity_se:.2g}){row.outlier_ratio:17.4g}  {trained}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def write_sweep(
+    folder: Path, rows: Sequence[LayerResult], plan: SweepPlan, settings: dict[str, Any], sentence: str
+) -> None:
+    """Write sweep.csv, sweep.json and sweep.png."""
+    names = [field.name for field in fields(LayerResult)]
+    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
+    content = {
+        "verdict": sentence,
+        "plan": asdict(plan),
+        "settings": settings,
+        "torch": torch.__version__,
+        "layers": [asdict(row) for row in rows],
+    }
+    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sweep_figure(rows).savefig(folder / "sweep.png", dpi=120)
+
+
+def sweep_figure(rows: Sequence[LayerResult]) -> Figure:
+    """Sensitivity, outlier ratio and gain by layer, one above the other, the chosen layer marked."""
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots(3, sharex=True)
+    layers = [row.layer for row in rows]
+    axes[0].errorbar(
+        layers, [row.sensitivity for row in rows], [row.sensitivity_se for row in rows], fmt="o-", capsize=3
+    )
+    axes[0].set_ylabel("sensitivity |L+ - L-| / (2 eps)")
+    axes[1].semilogy(layers, [row.outlier_ratio for row in rows], "s-", color="tab:orange")
+    axes[1].set_ylabel("outlier ratio max / median")
+    trained = [row for row in rows if row.gain is not None]
+    errors = [row.loss_se or 0.0 for row in trained]
+    axes[2].bar([row.layer for row in trained], [row.gain or 0.0 for row in trained], yerr=errors, color="tab:green")
+    axes[2].set_ylabel("gain: dev loss before - after")
+    axes[2].set_xlabel("decoder layer (from 0)")
+    for axis in axes:
+        axis.grid(visible=True, alpha=0.3)
+        for row in rows:
+            if row.dominant:
+                axis.axvline(row.layer, color="tab:red", linestyle="--", label=f"chosen layer {row.layer}")
+    if any(row.dominant for row in rows):
+        axes[0].legend()
+    return figure

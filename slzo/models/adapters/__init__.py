@@ -1,0 +1,26 @@
+"""Modules that a scope adds to a model, through peft; each kind is one file, and this list registers it."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from slzo.models.adapters.base import Adapter
+from slzo.models.adapters.lora import LoRAMatrices
+from slzo.models.adapters.virtual_tokens import PrefixTokens
+
+ADAPTERS: Mapping[str, type[Adapter]] = MappingProxyType(
+    {adapter.kind: adapter for adapter in (LoRAMatrices, PrefixTokens)}
+)
+
+
+def adapter_from_dict(data: Mapping[str, Any]) -> Adapter:
+    """Inverse of :meth:`Adapter.to_dict`.
+
+    Raises:
+        KeyError: There is no such kind.
+    """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
+    return ADAPTERS[data["kind"]](**values)
+
+
+__all__ = ["ADAPTERS", "Adapter", "LoRAMatrices", "PrefixTokens", "adapter_from_dict"]

@@ -1,0 +1,54 @@
+"""What an adapter is: modules that a scope adds to a model."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from slzo.errors import SlzoError
+from slzo.models.attention import VirtualTokens
+
+ADAPTER_NAME = "slzo"
+
+
+class Adapter(ABC):
+    """Settings of extra modules: a dataclass of primitives and tuples of them, so that a checkpoint can hold them.
+
+    Attributes:
+        kind: Name in checkpoints.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def inject(self, model: PreTrainedModel) -> VirtualTokens | None:
+        """Add the modules to a model, in place; returns virtual tokens that its attention has to see."""
+
+    @abstractmethod
+    def remove(self, model: PreTrainedModel) -> None:
+        """Take them out again; the model's own weights stay as they are."""
+
+    @abstractmethod
+    def save_merged(self, model: PreTrainedModel, folder: str) -> None:
+        """Write the tuned model to a folder, as a plain one where its weights can hold what the modules do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Kind and settings."""
+        settings = asdict(self)  # type: ignore[call-overload]
+        return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
+
+
+def import_peft(scope: str) -> Any:
+    """The peft package.
+
+    Raises:
+        SlzoError: It is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise SlzoError(
+            f"model.scope {scope}: needs peft, which is not installed; run: pip install 'slzo[peft]'"
+        ) from error
+    return peft

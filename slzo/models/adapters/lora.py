@@ -1,0 +1,84 @@
+"""LoRA matrices, through peft."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slzo.errors import SlzoError
+from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
+
+
+@dataclass(frozen=True)
+class LoRAMatrices(Adapter):
+    """Where LoRA matrices go.
+
+    Attributes:
+        rank: Their rank.
+        alpha: Their product is scaled by alpha / rank.
+        target_modules: Names of linear maps; ``None`` for peft's choice.
+        layers: Decoder layers.
+        seed: Of their first values: A random, B zero, so that the model is unchanged.
+    """
+
+    kind = "lora"
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] | None
+    layers: tuple[int, ...]
+    seed: int = 0
+
+    def inject(self, model: PreTrainedModel) -> None:
+        """See :class:`Adapter`.
+
+        Raises:
+            SlzoError: peft is missing or finds nothing to adapt.
+        """
+        peft = import_peft("LoRA")
+        try:
+            config = peft.LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,
+                target_modules=None if self.target_modules is None else list(self.target_modules),
+                layers_to_transform=list(self.layers),
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SlzoError(
+                f"model.scope LoRA: {reason}; check model.scope.rank and set model.scope.target_modules to names of linear maps "
+                "of the layers, like [q_proj, v_proj]"
+            ) from error
+        model.requires_grad_(False).eval()
+
+    def remove(self, model: PreTrainedModel) -> None:
+        _unload_lora(model, merge=False)
+
+    def save_merged(self, model: PreTrainedModel, folder: str) -> None:
+        """See :class:`Adapter`: the matrices' products are added to the weights."""
+        _unload_lora(model, merge=True)
+        model.save_pretrained(folder)
+
+
+def lora_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The matrices by the model's names."""
+    return {
+        name: tensor for name, tensor in model.named_parameters() if f".{ADAPTER_NAME}." in name and ".lora_" in name
+    }
+
+
+def _unload_lora(model: PreTrainedModel, merge: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config

@@ -1,0 +1,97 @@
+"""Learned keys and values before every sequence, through peft."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slzo.errors import SlzoError
+from slzo.models.adapters.base import Adapter, import_peft
+from slzo.models.attention import VirtualTokens
+
+_MODULE = "slzo_prefix"
+
+
+@dataclass(frozen=True)
+class PrefixTokens(Adapter):
+    """Learned keys and values before every sequence, in every layer (prefix tuning).
+
+    Attributes:
+        first_tokens: Its first values are the keys and values of these tokens, one position each.
+        model_name: The base model, which an exported adapter names.
+    """
+
+    kind = "prefix"
+
+    first_tokens: tuple[int, ...]
+    model_name: str
+
+    @torch.no_grad()
+    def inject(self, model: PreTrainedModel) -> VirtualTokens:
+        """See :class:`Adapter`.
+
+        Raises:
+            SlzoError: peft is missing, or the layers' keys differ in shape.
+        """
+        peft = import_peft("PrefixTuning")
+        ids = torch.tensor([self.first_tokens], device=model.device)
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        states = [part[0] for layer in layers for part in (layer.keys, layer.values)]  # each (heads, tokens, head_dim)
+        shape = states[0].shape
+        if any(part.shape != shape for part in states):
+            raise SlzoError("model.scope PrefixTuning: the layers' keys and values differ in shape; use LoRA")
+        config = peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=shape[1],
+            num_layers=len(layers),
+            num_attention_heads=shape[0],
+            token_dim=shape[0] * shape[2],
+            encoder_hidden_size=shape[0] * shape[2],
+            base_model_name_or_path=self.model_name,
+        )
+        encoder = peft.PrefixEncoder(config).to(model.device, model.dtype)
+        # peft's order: one row a token, in it keys and values of each layer
+        encoder.embedding.weight.copy_(torch.stack(states).permute(2, 0, 1, 3).flatten(1))
+        virtual_tokens = _Encoded(encoder, config).requires_grad_(False)
+        model.add_module(_MODULE, virtual_tokens)
+        return virtual_tokens
+
+    def remove(self, model: PreTrainedModel) -> None:
+        delattr(model, _MODULE)
+
+    def save_merged(self, model: PreTrainedModel, folder: str) -> None:
+        """See :class:`Adapter`: no weight can hold them, so this writes an adapter that peft loads."""
+        peft = import_peft("PrefixTuning")
+        learned = model.get_submodule(_MODULE)
+        assert isinstance(learned, _Encoded)
+        self.remove(model)
+        wrapped = peft.get_peft_model(model, learned.config)
+        wrapped.prompt_encoder["default"].load_state_dict(learned.encoder.state_dict())
+        wrapped.save_pretrained(folder)
+
+
+class _Encoded(nn.Module):
+    """Reads keys and values out of peft's encoder."""
+
+    def __init__(self, encoder: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.config.num_virtual_tokens)
+
+    def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
+        weight: Tensor = self.encoder.embedding.weight  # type: ignore[union-attr, assignment]
+        shape: Sequence[int] = (self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
+        keys, values = weight.view(shape)[:, index].permute(1, 2, 0, 3)
+        return keys, values
+
+
+def virtual_token_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The learned keys and values by their name in the model."""
+    return {n: tensor for n, tensor in model.named_parameters() if n.startswith(f"{_MODULE}.")}

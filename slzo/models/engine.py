@@ -1,0 +1,45 @@
+"""How the loss of a batch is computed: switches of speed and memory."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slzo.errors import SlzoError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the loss is computed; except for a smaller cache_dtype, which rounds, nothing here changes it.
+
+    Args:
+        packed: Run batches without padding.
+        candidate_logits: Compute only the candidates' logits where the objective allows it.
+        paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
+        queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
+            of the tuned tensors for each.
+        onednn: Run float32 linear layers on the CPU through oneDNN; left out, a trial decides.
+        compile: Compile the decoder layers with torch.compile; falls back with a warning.
+        cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
+        cache_dtype: Type in which they are kept; left out, that of the model.
+        cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
+
+    Raises:
+        SlzoError: A number is out of range.
+    """
+
+    packed: bool = True
+    candidate_logits: bool = True
+    paired: bool | None = None
+    queries_at_once: int = 1
+    onednn: bool | None = None
+    compile: bool = False
+    cache_gb: float = 2.0
+    cache_dtype: DType | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.queries_at_once < 1:
+            raise SlzoError(f"model.engine.queries_at_once {self.queries_at_once}: must be at least 1")
+        if self.cache_gb < 0:
+            raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: give 0 to switch the cache off, or more")

@@ -1,0 +1,122 @@
+"""The loss of one batch of rows, as estimators ask for it."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slzo.batches.losses import LogitLoss, LossSum, stack
+from slzo.data.batch import Row, TrainBatch
+from slzo.zo.derivatives import back_propagate, forward_derivative
+from slzo.zo.estimators.base import Loss, Point
+from slzo.zo.forward import SuffixForward
+from slzo.zo.tuned import Direction, TunedTensors
+
+RowLosses = Callable[[Sequence[str], Sequence[Row]], Sequence[float]]
+"""The loss of each row from its generated answer."""
+
+
+def _over_one_process(sums: Tensor) -> Tensor:
+    return sums
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an objective can make a loss of.
+
+    Attributes:
+        forward: Evaluates logits.
+        tuned: What the loss is a function of.
+        answers: Generates an answer to each row's prompt with the live weights.
+        reduce: Adds tensors up over processes.
+    """
+
+    forward: SuffixForward
+    tuned: TunedTensors
+    answers: Callable[[Sequence[Row]], list[str]]
+    reduce: Callable[[Tensor], Tensor] = _over_one_process
+
+
+class _SummedLoss(Loss):
+    """Sums and what to divide them by travel together: averages of processes with other counts would be another loss."""
+
+    around: Surroundings
+
+    @abstractmethod
+    def sums(self, points: Sequence[Point]) -> Tensor:
+        """Totals and weights of the rows of this process, shape (2, P)."""
+
+    def at(self, points: Sequence[Point]) -> Tensor:
+        sums = self.around.reduce(self.sums(points))
+        parts = points[0].rows.of
+        weights = sums[1].view(-1, parts).sum(dim=1, keepdim=True).expand(-1, parts).reshape(-1)
+        return sums[0] * parts / weights
+
+
+@dataclass(frozen=True)
+class LogitsLoss(_SummedLoss):
+    """A loss of the logits at the answers' positions.
+
+    Attributes:
+        around: See :class:`Surroundings`.
+        batch: The rows of this process.
+        kind: The loss.
+        hidden: The states that enter the first tuned layer, the same at all points.
+    """
+
+    around: Surroundings
+    batch: TrainBatch
+    kind: LogitLoss
+    hidden: Tensor | None
+
+    def sums(self, points: Sequence[Point]) -> Tensor:
+        return self.around.forward.losses(self.batch.packed, self.hidden, self.around.tuned, points, self.kind)
+
+    def gradient(self) -> tuple[float, Direction]:
+        around = self.around
+        (total, weight), gradient = back_propagate(around.forward.parts.model, around.tuned, self._here)
+        sums = around.reduce(torch.stack([total, weight]))
+        return float(sums[0] / sums[1]), {name: around.reduce(part) / sums[1] for name, part in gradient.items()}
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        around = self.around
+        parts = forward_derivative(around.forward.parts.model, around.tuned, direction, self._here)
+        sums = around.reduce(torch.stack(parts))
+        return float(sums[0] / sums[2]), float(sums[1] / sums[2])
+
+    def _here(self) -> LossSum:
+        return self.around.forward.loss(self.batch.packed, self.hidden, self.kind)
+
+
+@dataclass(frozen=True)
+class AnswersLoss(_SummedLoss):
+    """A loss of generated answers. They run the whole model: they need keys and values of every layer.
+
+    Attributes:
+        around: See :class:`Surroundings`.
+        batch: The rows of this process.
+        row_losses: The loss of each row.
+    """
+
+    around: Surroundings
+    batch: TrainBatch
+    row_losses: RowLosses
+
+    def sums(self, points: Sequence[Point]) -> Tensor:
+        rows, device = self.batch.rows, self.batch.packed.input_ids.device
+        found = []
+        for point in points:
+            number, parts = point.rows
+            chosen = rows[len(rows) * number // parts : len(rows) * (number + 1) // parts]
+            self.around.tuned.write(point.direction, point.scale)
+            losses = self.row_losses(self.around.answers(chosen), chosen) if chosen else []
+            found.append(LossSum(*torch.tensor([sum(losses), float(len(chosen))], device=device)))
+        return stack(found)
+
+    def gradient(self) -> tuple[float, Direction]:
+        raise NotImplementedError("a generated answer has no gradient")
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        raise NotImplementedError("a generated answer has no derivative")

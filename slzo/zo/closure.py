@@ -1,0 +1,54 @@
+"""A loss for the estimators from any torch module and a function that evaluates it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slzo.errors import SlzoError
+from slzo.zo.derivatives import Sums, back_propagate, forward_derivative
+from slzo.zo.estimators.base import Loss, Point
+from slzo.zo.tuned import Direction, TunedTensors
+
+
+@dataclass(frozen=True)
+class ClosureLoss(Loss):
+    """The loss of one batch on any ``torch.nn.Module``: no language model and no tokens needed.
+
+    Attributes:
+        module: Holds the tuned tensors. It must compute the same function at each call: no dropout, no running statistics.
+        tuned: Masters of some of its parameters.
+        closure: Evaluates the batch with the module's present weights; the mean loss, 0-dimensional.
+    """
+
+    module: nn.Module
+    tuned: TunedTensors
+    closure: Callable[[], Tensor]
+
+    @torch.no_grad()
+    def at(self, points: Sequence[Point]) -> Tensor:
+        """See :class:`slzo.zo.estimators.base.Loss`.
+
+        Raises:
+            SlzoError: A point asks for a part of the rows, which a closure cannot give.
+        """
+        losses = []
+        for point in points:
+            if point.rows.of != 1:
+                raise SlzoError("estimator: a closure evaluates its whole batch; leave divide_rows out")
+            self.tuned.write(point.direction, point.scale)
+            losses.append(self.closure().float())
+        return torch.stack(losses)
+
+    def gradient(self) -> tuple[float, Direction]:
+        (loss, _), gradient = back_propagate(self.module, self.tuned, self._sums)
+        return float(loss), gradient
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        loss, slope, _ = forward_derivative(self.module, self.tuned, direction, self._sums)
+        return float(loss), float(slope)
+
+    def _sums(self) -> Sums:
+        loss = self.closure()
+        return loss, torch.ones_like(loss)

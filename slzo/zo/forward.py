@@ -1,0 +1,191 @@
+"""The loss of a batch with the prefix computed once and only the needed logits."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from slzo.batches.losses import LogitLoss, LossSum, stack
+from slzo.batches.packing import PackedBatch
+from slzo.models.parts import ModelParts
+from slzo.models.prefix_cache import PrefixCache
+from slzo.zo.estimators.base import Point
+from slzo.zo.span import Span
+from slzo.zo.tuned import TunedTensors
+
+# Up to this many tokens both evaluations in one batch take less time than two batches: weights are read, and by oneDNN packed,
+# once. Above, the matrix products fill the processor either way. CPU: measured on one Zen 5 core with SmolLM2-135M (38 tokens
+# 0.75 of the time, 112 tokens 0.89, 220 tokens 0.97, 600 tokens 1.0). Accelerators take far more tokens to fill; not measured.
+_PAIR_TOKENS = {"cpu": 320}
+_PAIR_TOKENS_ACCELERATOR = 8192
+
+
+class SuffixForward:
+    """Runs the layers from the first tuned one up.
+
+    Args:
+        parts: The model.
+        span: The layers that hold tuned tensors.
+        cache: Where the states that enter the first of them are kept between steps.
+        candidate_logits: Compute only the candidates' logits where the loss allows it.
+        paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        span: Span,
+        cache: PrefixCache,
+        candidate_logits: bool = True,
+        paired: bool | None = None,
+    ) -> None:
+        self.parts = parts
+        self.span = span
+        self.cache = cache
+        self.candidate_logits = candidate_logits
+        self.paired = paired
+
+    @torch.no_grad()
+    def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
+        """Hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if there is no layer before it.
+
+        Only examples that the cache does not hold are run.
+
+        Args:
+            batch: The batch.
+            keep: Offer new states to the cache; ``False`` only reads it.
+        """
+        if self.span.start == 0:
+            return None
+        missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
+        if missing:
+            part = batch if len(missing) == batch.num_examples else batch.select(missing)
+            fresh = self.cache.round(self.parts.run(part, 0, self.span.start))
+            lengths = [batch.example_tokens[number] for number in missing]
+            if keep:
+                self.cache.put([batch.example_index[number] for number in missing], lengths, fresh)
+            if part is batch:
+                return fresh
+            new = dict(zip(missing, fresh.split(lengths), strict=True))
+        else:
+            new = {}
+        return self.cache.gather(batch.example_index, new, batch.input_ids.device, self.parts.model.dtype)
+
+    def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
+        """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
+        final = self.parts.run(batch, self.span.start, self.parts.num_layers, hidden)
+        return self.parts.head(final.index_select(0, batch.needed), token_ids)
+
+    def loss(self, batch: PackedBatch, hidden: Tensor | None, kind: LogitLoss) -> LossSum:
+        """The loss with the live weights, summed; arguments as for :meth:`losses`. Gradients may flow."""
+        selected = self.selects(kind, batch)
+        logits = self.logits(batch, hidden, batch.choice_ids if selected else None)
+        return kind.of_logits(logits, batch, selected)
+
+    @torch.no_grad()
+    def losses(
+        self,
+        batch: PackedBatch,
+        hidden: Tensor | None,
+        tuned: TunedTensors,
+        points: Sequence[Point],
+        kind: LogitLoss,
+    ) -> Tensor:
+        """Loss sums and weights at several points.
+
+        Args:
+            batch: The batch.
+            hidden: What :meth:`prefix` returned for it.
+            tuned: Writes each point into the live weights; they stay at the last one.
+            points: Where to evaluate, and on which rows (see :class:`slzo.zo.estimators.base.Loss`).
+            kind: The loss.
+
+        Returns:
+            Shape (2, P), float32: totals and what to divide them by, of each point's rows.
+        """
+        divided = batch.divide(points[0].rows.of)
+        copies = [points[start : start + len(divided)] for start in range(0, len(points), len(divided))]
+        inner = self.span.inside and self.span.stop < self.parts.num_layers
+        if inner and self._pairs(batch, len(copies)):
+            return self._joined_losses(batch, divided, hidden, tuned, copies, kind)
+        if inner and len(divided) > 1:
+            joined = [self._joined_losses(batch, divided, hidden, tuned, [copy], kind) for copy in copies]
+            return torch.cat(joined, dim=1)
+        inputs = _pieces(hidden, divided, _tokens)
+        sums = []
+        for point in points:
+            rows = divided[point.rows.number]
+            if rows is None:
+                sums.append(_nothing(batch))
+                continue
+            tuned.write(point.direction, point.scale)
+            sums.append(self.loss(rows, inputs[point.rows.number], kind))
+        return stack(sums)
+
+    def selects(self, kind: LogitLoss, batch: PackedBatch) -> bool:
+        """Whether only the candidates' logits are computed."""
+        return self.candidate_logits and not kind.needs_vocabulary(batch)
+
+    def _pairs(self, batch: PackedBatch, num_copies: int) -> bool:
+        if num_copies == 1:
+            return False
+        if self.paired is not None:
+            return self.paired
+        return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
+
+    def _joined_losses(
+        self,
+        batch: PackedBatch,
+        divided: Sequence[PackedBatch | None],
+        hidden: Tensor | None,
+        tuned: TunedTensors,
+        copies: Sequence[Sequence[Point]],
+        kind: LogitLoss,
+    ) -> Tensor:
+        """The same with one run of the layers above the tuned ones.
+
+        It is over as many copies of the batch as there are points for each part of its rows.
+        """
+        inputs = _pieces(hidden, divided, _tokens)
+        outputs = []
+        for point in (point for copy in copies for point in copy):
+            rows = divided[point.rows.number]
+            if rows is not None:
+                tuned.write(point.direction, point.scale)
+                outputs.append(self.parts.run(rows, self.span.start, self.span.stop, inputs[point.rows.number]))
+        repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
+        final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, torch.cat(outputs))
+        selected = self.selects(kind, batch)
+        token_ids = batch.choice_ids if selected else None
+        sums = []
+        for states in final.split(batch.num_tokens):
+            logits = _pieces(self.parts.head(states.index_select(0, batch.needed), token_ids), divided, _needed)
+            for rows, of_rows in zip(divided, logits, strict=True):
+                if rows is None or of_rows is None:
+                    sums.append(_nothing(batch))
+                else:
+                    sums.append(kind.of_logits(of_rows, rows, selected))
+        return stack(sums)
+
+
+def _pieces(
+    tensor: Tensor | None, divided: Sequence[PackedBatch | None], size: Callable[[PackedBatch], int]
+) -> Sequence[Tensor | None]:
+    """What of a tensor belongs to each part of a batch's rows."""
+    if tensor is None:
+        return [None] * len(divided)
+    return tensor.split([0 if rows is None else size(rows) for rows in divided])
+
+
+def _tokens(rows: PackedBatch) -> int:
+    return rows.num_tokens
+
+
+def _needed(rows: PackedBatch) -> int:
+    return rows.needed.numel()
+
+
+def _nothing(batch: PackedBatch) -> LossSum:
+    """The loss of no rows."""
+    zero = torch.zeros((), device=batch.input_ids.device)
+    return LossSum(zero, zero)

@@ -1,0 +1,42 @@
+"""What training minimizes; each objective is one small class, and this list registers it."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from slzo.tasks.base import Kind
+from slzo.zo.objectives.answer_f1 import AnswerF1
+from slzo.zo.objectives.answer_likelihood import AnswerLikelihood
+from slzo.zo.objectives.base import AnswerObjective, CandidateObjective, LogitObjective, Objective
+from slzo.zo.objectives.candidate_errors import CandidateErrors
+from slzo.zo.objectives.cross_entropy import CandidateCrossEntropy
+
+__all__ = [
+    "LOSSES",
+    "METRICS",
+    "AnswerF1",
+    "AnswerLikelihood",
+    "AnswerObjective",
+    "CandidateCrossEntropy",
+    "CandidateErrors",
+    "CandidateObjective",
+    "LogitObjective",
+    "Objective",
+]
+
+LOSSES: Mapping[Kind, type[LogitObjective]] = MappingProxyType(
+    {
+        Kind.CLASSIFICATION: CandidateCrossEntropy,
+        Kind.MULTIPLE_CHOICE: AnswerLikelihood,
+        Kind.GENERATION: AnswerLikelihood,
+    }
+)
+"""The loss of each kind of task, which evaluation reports."""
+
+METRICS: Mapping[Kind, type[Objective]] = MappingProxyType(
+    {
+        Kind.CLASSIFICATION: CandidateErrors,
+        Kind.MULTIPLE_CHOICE: CandidateErrors,
+        Kind.GENERATION: AnswerF1,
+    }
+)
+"""What is left to win in each kind of task's metric."""

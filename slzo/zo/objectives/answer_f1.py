@@ -1,0 +1,14 @@
+"""1 - F1 of generated answers."""
+
+from collections.abc import Sequence
+
+from slzo.evaluation.metrics import token_f1
+from slzo.tasks.base import Example
+from slzo.zo.objectives.base import AnswerObjective
+
+
+class AnswerF1(AnswerObjective):
+    """1 - token F1 of the generated answer, the best over the references."""
+
+    def of_answers(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
+        return [1 - token_f1(answer, example.references) for answer, example in zip(answers, examples, strict=True)]

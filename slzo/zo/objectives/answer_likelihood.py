@@ -1,0 +1,16 @@
+"""The gold answer's likelihood."""
+
+from torch import Tensor
+
+from slzo.batches.losses import LossSum, answer_loss
+from slzo.batches.packing import PackedBatch
+from slzo.zo.objectives.base import LogitObjective
+
+
+class AnswerLikelihood(LogitObjective):
+    """Negative log-likelihood of the gold answer's tokens, averaged over all of the batch: COPA, SQuAD, DROP (MeZO)."""
+
+    only_gold = True
+
+    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+        return answer_loss(logits, batch)

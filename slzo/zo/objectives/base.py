@@ -1,0 +1,91 @@
+"""What an objective is: the loss of training rows as a function of logits or of generated answers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from slzo.batches.losses import LossSum, candidate_scores, choice_scores
+from slzo.batches.packing import PackedBatch
+from slzo.data.batch import Row, TrainBatch
+from slzo.tasks.base import Example
+from slzo.zo.batch_loss import AnswersLoss, LogitsLoss, Surroundings
+from slzo.zo.estimators.base import Loss
+
+
+class Objective(ABC):
+    """What training minimizes. Most are a :class:`LogitObjective`, a :class:`CandidateObjective` or an :class:`AnswerObjective`.
+
+    Attributes:
+        only_gold: Training rows hold the gold answer only, not the other candidates.
+        generates: Training rows hold a prompt to generate an answer from.
+        differentiable: Whether it has a derivative by the logits; estimators that differentiate need one.
+        needs_label: Whether rows without a label are of no use; they are left out then.
+    """
+
+    only_gold: bool = False
+    generates: bool = False
+    differentiable: bool = True
+    needs_label: bool = True
+
+    @abstractmethod
+    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
+        """The loss of a batch as a function of what is tuned."""
+
+    def describe(self) -> str:
+        """In a few words; equal for equal objectives."""
+        return type(self).__name__
+
+
+class LogitObjective(Objective):
+    """A loss of the logits at the answers' positions; it runs with the prefix cached."""
+
+    def needs_vocabulary(self, batch: PackedBatch) -> bool:
+        """Whether it needs the whole vocabulary's logits, or only those of ``batch.choice_ids``."""
+        return True
+
+    @abstractmethod
+    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+        """The loss of a batch, see :class:`slzo.batches.losses.LogitLoss` for the arguments."""
+
+    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
+        return LogitsLoss(around, batch, self, around.forward.prefix(batch.packed))
+
+
+class CandidateObjective(LogitObjective):
+    """A loss of the candidates' scores."""
+
+    def needs_vocabulary(self, batch: PackedBatch) -> bool:
+        # between candidates of one token after one prompt the vocabulary's normalizer cancels
+        return batch.choice_ids is None
+
+    @abstractmethod
+    def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:
+        """The loss of a batch from the scores of its candidates.
+
+        Args:
+            scores: Mean log-likelihood of each candidate's tokens, up to a constant per example; shape (C,), float32.
+            batch: Says which candidates belong together and which are right.
+        """
+
+    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+        scores = choice_scores(logits, batch) if selected else candidate_scores(logits, batch)
+        return self.of_scores(scores, batch)
+
+
+class AnswerObjective(Objective):
+    """A loss of generated answers: anything that can be computed from texts."""
+
+    only_gold = True
+    generates = True
+    differentiable = False
+
+    @abstractmethod
+    def of_answers(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
+        """The loss of each answer to its example's prompt."""
+
+    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
+        def row_losses(answers: Sequence[str], rows: Sequence[Row]) -> Sequence[float]:
+            return self.of_answers(answers, [row.example for row in rows])
+
+        return AnswersLoss(around, batch, row_losses)

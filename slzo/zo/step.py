@@ -1,0 +1,88 @@
+"""One zeroth-order step: estimate, update, restore. Every training loop of slzo calls :func:`take_step`."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slzo.errors import SlzoError
+from slzo.zo.estimators.base import Estimate, Estimator, Request
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Size and number of the perturbations.
+
+    Attributes:
+        eps: Size of the perturbation, absolute, > 0.
+        eps_end: Where it goes over the run, by the same factor each step; ``None`` to stay.
+        num_queries: Directions per step.
+
+    Raises:
+        SlzoError: One is out of range.
+    """
+
+    eps: float = 1e-3
+    eps_end: float | None = None
+    num_queries: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < float("inf"):
+            raise SlzoError(f"model.eps {self.eps}: the perturbation must be a number above 0; 1e-3 is a good start")
+        if self.eps_end is not None and not 0 < self.eps_end < float("inf"):
+            raise SlzoError(f"model.eps_end {self.eps_end}: must be a number above 0; leave it out to keep eps")
+        if self.num_queries < 1:
+            raise SlzoError(f"model.num_queries {self.num_queries}: at least 1 direction per step is needed")
+
+    def eps_at(self, step: int, max_steps: int) -> float:
+        """Size of the perturbation at a step of a run of ``max_steps``."""
+        if self.eps_end is None:
+            return self.eps
+        return self.eps * (self.eps_end / self.eps) ** min(1.0, step / max(1, max_steps - 1))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        estimate: What it learned; the gradient is dropped, it is as large as what is tuned.
+        update_norm: Length of the masters' move; ``None`` if it was not asked for, or the loss was not finite.
+    """
+
+    estimate: Estimate
+    update_norm: float | None = None
+
+
+@torch.no_grad()
+def take_step(
+    request: Request, estimator: Estimator, optimizer: Optimizer, *, measure_update: bool = False
+) -> StepResult:
+    """Estimate the gradient, let the optimizer move the masters, and write them to the live weights.
+
+    An estimate that is not finite moves nothing: the optimizer is called without gradients, so that whoever counts its steps
+    counts this one.
+
+    Args:
+        request: The batch's loss, what is tuned, and where the directions come from.
+        estimator: Estimates the gradient.
+        optimizer: Of the masters.
+        measure_update: Also measure the update; takes a copy of the masters while the step lasts.
+    """
+    tuned = request.tuned
+    before = [master.clone() for master in tuned.masters] if measure_update else None
+    try:
+        estimate = estimator.estimate(request)
+        tuned.set_grad(estimate.gradient)
+        optimizer.step()
+    finally:
+        tuned.zero_grad()
+        tuned.restore()
+    norm = None if before is None or not estimate.finite else _distance(tuned.masters, before)
+    return StepResult(replace(estimate, gradient={}), norm)
+
+
+def _distance(after: list[torch.nn.Parameter], before: list[Tensor]) -> float:
+    changes = [(new - old).norm() for new, old in zip(after, before, strict=True)]
+    return float(torch.stack(changes).norm())

@@ -1,0 +1,261 @@
+"""A language model of which a small part is tuned: everything that training it needs, without Lightning."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slzo.batches.packing import PackedBatch
+from slzo.data.batch import TrainBatch
+from slzo.errors import SlzoError
+from slzo.evaluation.evaluator import Evaluator
+from slzo.models.adapters import Adapter, adapter_from_dict
+from slzo.models.engine import Engine
+from slzo.models.parts import ModelParts
+from slzo.models.prefix_cache import PrefixCache
+from slzo.settings import constructor_settings
+from slzo.zo.batch_loss import Surroundings
+from slzo.zo.estimators import Estimator, Request
+from slzo.zo.estimators.base import Loss
+from slzo.zo.forward import SuffixForward
+from slzo.zo.objectives import Objective
+from slzo.zo.optim import OptimizerChoice
+from slzo.zo.scopes import Scope, ScopeContext
+from slzo.zo.scopes.base import check_layer
+from slzo.zo.span import Span
+from slzo.zo.step import StepOptions, StepResult, take_step
+from slzo.zo.tuned import Subset, TunedTensors
+
+
+def _no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
+    raise SlzoError("model.scope: it looks at prompts, and none are given")
+
+
+class TunedModel:
+    """The model's parts, the masters of what is tuned, and the cached states that enter it; ready when made.
+
+    Make one with :meth:`of_scope` or :meth:`of_description`.
+
+    Args:
+        parts: The model, with the adapter's modules in it.
+        tensors: Masters of what is tuned.
+        scope: What the scope was made with, primitives only.
+        adapter: Modules that the scope added.
+        layer: The dominant layer; ``None`` where the scope has none.
+        engine: How losses are computed; ``packed``, ``onednn`` and ``compile`` are those of the parts.
+        cache: Prefix states of an earlier tuned model on the same rows; taken over if they enter the same layer.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        tensors: TunedTensors,
+        scope: Mapping[str, Any],
+        adapter: Adapter | None = None,
+        layer: int | None = None,
+        engine: Engine | None = None,
+        cache: PrefixCache | None = None,
+    ) -> None:
+        engine = Engine() if engine is None else engine
+        self.parts = parts
+        self.tensors = tensors.to(parts.model.device)
+        self.scope = dict(scope)
+        self.adapter = adapter
+        self.layer = layer
+        self.engine = engine
+        span = Span.of(parts, self.tensors)
+        if cache is None or cache.start != span.start:
+            cache = make_cache(span.start, engine)
+        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
+
+    @classmethod
+    def of_scope(
+        cls,
+        parts: ModelParts,
+        scope: Scope,
+        layer: int | None = None,
+        *,
+        prompts: Callable[[int], Sequence[PackedBatch]] = _no_prompts,
+        seed: int = 0,
+        engine: Engine | None = None,
+        cache: PrefixCache | None = None,
+    ) -> Self:
+        """What a scope names is tuned, from the model's present weights.
+
+        Args:
+            parts: The model, without an adapter.
+            scope: What is tuned.
+            layer: The dominant layer; not needed by some scopes.
+            prompts: Packed prompts of so many training rows, on the model's device, for scopes that look at activations.
+            seed: Of first values that are random.
+            engine: See :class:`TunedModel`.
+            cache: See :class:`TunedModel`.
+
+        Raises:
+            SlzoError: The model has no such layer, or the scope finds nothing to tune; the model is as it was.
+        """
+        if layer is not None:
+            check_layer(layer, parts.num_layers)
+        context = ScopeContext(parts, layer, prompts, seed)
+        adapter = scope.adapter(context)
+        own = _with_adapter(parts, adapter)
+        try:
+            tensors = scope.tensors(replace(context, parts=own))
+        except BaseException:
+            if adapter is not None:
+                adapter.remove(parts.model)
+            raise
+        return cls(own, tensors, constructor_settings(scope, "model.scope"), adapter, layer, engine, cache)
+
+    @classmethod
+    def of_description(
+        cls,
+        parts: ModelParts,
+        description: Mapping[str, Any],
+        engine: Engine | None = None,
+        subset: Callable[[Sequence[str]], Subset | None] = lambda _: None,
+    ) -> Self:
+        """What a checkpoint holds is tuned; :meth:`slzo.zo.tuned.TunedTensors.load` then sets the values.
+
+        Args:
+            parts: The model, untuned and without an adapter.
+            description: See :meth:`describe`.
+            engine: See :class:`TunedModel`.
+            subset: Which of the named tensors a training step moves.
+
+        Raises:
+            KeyError: It does not fit the model, which is as it was.
+        """
+        settings = description["adapter"]
+        adapter = None if settings is None else adapter_from_dict(settings)
+        own = _with_adapter(parts, adapter)
+        try:
+            names = dict(parts.model.named_parameters())
+            tensors = TunedTensors.from_description(
+                names, description["tensors"], subset(tuple(description["tensors"]))
+            )
+        except BaseException:
+            if adapter is not None:
+                adapter.remove(parts.model)
+            raise
+        return cls(own, tensors, description["scope"], adapter, description["layer"], engine)
+
+    def describe(self) -> dict[str, Any]:
+        """What :meth:`of_description` takes: tensors and primitives only."""
+        return {
+            "scope": self.scope,
+            "adapter": None if self.adapter is None else self.adapter.to_dict(),
+            "tensors": self.tensors.description(),
+            "layer": self.layer,
+        }
+
+    def remove_adapter(self) -> None:
+        """Take the scope's extra modules out of the model; its own weights stay as they are. This object is of no use then."""
+        if self.adapter is not None:
+            self.adapter.remove(self.parts.model)
+            self.adapter = None
+
+    def save_merged(self, folder: str) -> None:
+        """Write the tuned model to a folder, as a plain one where its weights can hold what is tuned."""
+        if self.adapter is None:
+            self.parts.model.save_pretrained(folder)
+        else:
+            self.adapter.save_merged(self.parts.model, folder)
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------------
+
+    def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
+        """See :data:`slzo.evaluation.evaluator.Logits`."""
+        return self.forward.logits(batch, self.forward.prefix(batch, keep_prefix))
+
+    # ---- training -----------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        batch: TrainBatch,
+        objective: Objective,
+        evaluator: Evaluator | None = None,
+        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> Loss:
+        """The loss of a batch as a function of what is tuned.
+
+        Args:
+            batch: The rows of this process, on the model's device.
+            objective: What is minimized.
+            evaluator: Generates answers, for objectives that look at them.
+            reduce: Adds tensors up over processes.
+        """
+
+        def answers(rows: Sequence[Any]) -> list[str]:
+            if evaluator is None:
+                raise SlzoError(f"data.objective {objective.describe()}: generates answers, and no evaluator is given")
+            return evaluator.answers(rows)
+
+        return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce))
+
+    def step(
+        self,
+        loss: Loss,
+        estimator: Estimator,
+        optimizer: Optimizer,
+        options: StepOptions,
+        *,
+        seed: int,
+        step: int,
+        max_steps: int = 1,
+        measure_update: bool = False,
+    ) -> StepResult:
+        """Take one step.
+
+        Args:
+            loss: See :meth:`loss`.
+            estimator: Estimates the gradient.
+            optimizer: Of the masters.
+            options: Size and number of perturbations.
+            seed: The run's; directions are drawn from (seed, step, query).
+            step: Training step.
+            max_steps: Of the run, over which eps moves.
+            measure_update: Also measure the update, unless that would copy a whole model.
+        """
+        eps = options.eps_at(step, max_steps)
+        request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
+        measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
+        return take_step(request, estimator, optimizer, measure_update=measure_update)
+
+    def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
+        """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out.
+
+        Args:
+            estimator: Holds directions.
+            num_queries: Directions a step.
+            optimizer: Keeps state.
+        """
+        masters = 4 * self.tensors.num_elements
+        at_once = estimator.directions_at_once(num_queries, self.engine.queries_at_once)
+        # the first direction becomes the gradient; later groups of queries are drawn beside it
+        copies = at_once + (1 if num_queries > at_once else 0)
+        held = masters * copies if masters <= self.tensors.hold_bytes else masters
+        sizes = {
+            "masters": masters,
+            "directions and gradient": held,
+            "base weights, bases and masks": sum(b.numel() * b.element_size() for b in self.tensors.buffers()),
+            f"{optimizer.name} state": masters * optimizer.state_copies,
+            "prefix cache up to": self.forward.cache.budget if self.forward.span.start > 0 else 0,
+        }
+        return {name: size / 2**20 for name, size in sizes.items() if size > 0}
+
+
+def make_cache(start: int, engine: Engine) -> PrefixCache:
+    """An empty cache for the states that enter a layer."""
+    dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
+    return PrefixCache(start, engine.cache_gb, dtype, engine.cache_dir)
+
+
+def _with_adapter(parts: ModelParts, adapter: Adapter | None) -> ModelParts:
+    if adapter is None:
+        return parts
+    virtual_tokens = adapter.inject(parts.model)
+    return ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, virtual_tokens)

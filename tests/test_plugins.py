@@ -1,0 +1,179 @@
+"""A task, a scope, an estimator, a rule and an objective of the user's own: one file outside of the package, named in YAML."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import run_dir, tuned
+from transformers import AutoModelForCausalLM
+
+from slzo.__main__ import main
+
+OWN = '''
+from enum import Enum
+from pathlib import Path
+
+from slzo.batches.losses import LossSum, by_example
+from slzo.tasks.base import Example, Kind, Task
+from slzo.zo.estimators import Estimate, Estimator, Point
+from slzo.zo.noise import rademacher
+from slzo.zo.objectives import CandidateObjective
+from slzo.zo.scopes import Scope
+from slzo.zo.selection import Choice, SelectionRule
+from slzo.zo.tuned import TunedTensors
+
+
+class Reviews(Task):
+    """Good or bad?"""
+
+    name = "own_reviews"
+    kind = Kind.CLASSIFICATION
+    fields = ("text", "good")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+
+    def example(self, row, id):
+        return Example(id, f"{row['text']} It was", (" bad", " good"), (int(row["good"]),))
+
+
+class Weights(Enum):
+    MATRICES = 2
+    VECTORS = 1
+
+
+class OneKind(Scope):
+    """The matrices, or the vectors, of the dominant layer."""
+
+    def __init__(self, which: Weights = Weights.MATRICES, notes: Path | None = None) -> None:
+        self.which = which
+        self.notes = notes
+
+    def tensors(self, context):
+        prefix = f"{context.parts.layers_path}.{context.layer}."
+        own = context.parts.model.named_parameters()
+        chosen = {k: v for k, v in own if k.startswith(prefix) and v.dim() == self.which.value}
+        return TunedTensors(chosen)
+
+    def describe(self):
+        return f"the {self.which.name.lower()} of the dominant layer"
+
+
+class Callback(Scope):
+    """Holds what no checkpoint could."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = lambda: size
+
+    def tensors(self, context):
+        raise AssertionError
+
+    def describe(self):
+        return "nothing"
+
+
+class Signs(Estimator):
+    """Central differences along random signs."""
+
+    def estimate(self, request):
+        z = request.tuned.draw(request.seed, request.step, 0, rademacher)
+        high, low = request.loss.at([Point(z, request.eps), Point(z, -request.eps)]).tolist()
+        slope = (high - low) / (2 * request.eps)
+        gradient = {}
+        request.tuned.accumulate(gradient, z, slope)
+        return Estimate((high + low) / 2, high, low, (slope,), 2, gradient)
+
+
+class Last(SelectionRule):
+    """The last layer but ``back``."""
+
+    def __init__(self, back: int = 0) -> None:
+        self.back = back
+
+    def select(self, layers):
+        return Choice(layers[-1 - self.back].index, "the last layers")
+
+
+class Margin(CandidateObjective):
+    """How far the best wrong candidate is ahead, at least ``-width``."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        self.width = width
+
+    def of_scores(self, scores, batch):
+        gold = by_example(scores, batch).gather(1, batch.gold[:, None])[:, 0]
+        wrong = by_example(scores.masked_fill(batch.right, -1e9), batch).amax(dim=1)
+        return LossSum((wrong - gold + self.width).clamp(min=0).sum(), gold.new_tensor(float(len(gold))))
+'''
+
+
+@pytest.fixture
+def config(tmp_path, model_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own_parts.py").write_text(OWN)
+    for name, count in (("train", 40), ("test", 12)):
+        rows = [{"text": f"a {('dull', 'fine')[i % 2]} film {name} {i}", "good": i % 2} for i in range(count)]
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    content = {
+        "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "enable_progress_bar": False},
+        "model": {
+            "model": str(model_dir),
+            "scope": {"class_path": "own_parts.OneKind", "init_args": {"which": "MATRICES", "notes": "why.txt"}},
+            "estimator": "own_parts.Signs",
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-2}},
+            "eps": 1e-2,
+        },
+        "data": {
+            "task": {"class_path": "own_parts.Reviews", "init_args": {"folder": "."}},
+            "objective": {"class_path": "own_parts.Margin", "init_args": {"width": 2.0}},
+            "num_train": 24,
+            "num_dev": 8,
+            "batch_size": 8,
+        },
+        "profiler": {"rule": {"class_path": "own_parts.Last", "init_args": {"back": 1}}},
+    }
+    Path("own.yaml").write_text(yaml.safe_dump(content))
+    return "--config=own.yaml"
+
+
+def test_everything_of_ones_own_through_fit_resume_test_and_export(config, model_dir):
+    assert main(["fit", config]) == 0
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert (summary["task"], summary["dominant_layer"]) == ("own_reviews", 2)
+    assert (summary["scope"], summary["estimator"]) == ("the matrices of the dominant layer", "Signs")
+    assert summary["layer_chosen_by"] == "the last layers"
+    whole = Path("whole.ckpt")
+    assert main(["fit", config, "--trainer.max_steps=6"]) == 0
+    (run_dir(1) / "checkpoints" / "last.ckpt").rename(whole)
+    assert main(["fit", config, "--trainer.max_steps=6", f"--ckpt_path={run_dir()}/checkpoints/last.ckpt"]) == 0
+    first, resumed = tuned(whole), tuned(run_dir(2) / "checkpoints" / "last.ckpt")
+    assert first.keys() == resumed.keys()
+    assert all(torch.equal(first[name], resumed[name]) for name in first)
+    assert main(["test", "--ckpt_path=last"]) == 0
+    assert main(["export", "--ckpt_path=last", "--output=out"]) == 0
+    before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    after = AutoModelForCausalLM.from_pretrained("out").state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == set(resumed)
+
+
+def test_the_objective_is_what_is_minimized(config, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = []
+    for number, objective in enumerate(("own_parts.Margin", "CandidateCrossEntropy")):
+        assert main(["fit", config, f"--data.objective={objective}", "--trainer.log_every_n_steps=1"]) == 0
+        events = EventAccumulator(str(run_dir(number)))
+        events.Reload()
+        losses.append(events.Scalars("train/loss_plus")[0].value)
+    assert losses[0] != pytest.approx(losses[1], rel=0.05)
+
+
+def test_an_argument_that_no_checkpoint_can_hold_is_refused_before_training(config, capsys):
+    assert main(["fit", config, "--model.scope=own_parts.Callback"]) == 2
+    error = capsys.readouterr().err
+    assert "model.scope.size: a function cannot be kept in a checkpoint" in error
+    assert not Path("runs").exists()

@@ -1,0 +1,184 @@
+"""The core without Lightning: choose, evaluate, step, describe, restore."""
+
+import random
+
+import pytest
+import torch
+from conftest import random_example, tiny_model, tuned_layer
+
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
+from slzo.errors import SlzoError
+from slzo.models import parts as parts_of_models
+from slzo.models.compiled_layer import CompiledLayer
+from slzo.models.parts import ModelParts, take_apart
+from slzo.zo.estimators import SPSA
+from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
+from slzo.zo.step import StepOptions
+from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_model import TunedModel
+
+
+def make_batch(count=6):
+    generator = random.Random(0)
+    return TrainBatch(pack([random_example(generator, i, 6 + i, (1, 1), i % 2) for i in range(count)]), ())
+
+
+def prompts(_):
+    generator = random.Random(1)
+    return [pack([random_example(generator, i, 9, (1,)) for i in range(8)])]
+
+
+def take_steps(tuned, count=3, lr=1e-2):
+    optimizer = torch.optim.SGD(tuned.tensors.masters, lr=lr)
+    loss = tuned.loss(make_batch(), CandidateCrossEntropy())
+    steps = [tuned.step(loss, SPSA(), optimizer, StepOptions(eps=1e-2), seed=0, step=n) for n in range(count)]
+    return [step.estimate.loss for step in steps]
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [LayerScope(), LoRA(), ActivationSubspace(rank=2), OutlierChannels(percent=25)],
+    ids=lambda scope: scope.describe(),
+)
+def test_a_description_and_the_masters_restore_it_on_another_copy_of_the_model(scope):
+    tuned = TunedModel.of_scope(ModelParts(tiny_model()), scope, 2, prompts=prompts)
+    take_steps(tuned)
+    batch = make_batch().packed
+    again = TunedModel.of_description(ModelParts(tiny_model()), tuned.describe())
+    assert not torch.equal(again.logits(batch), tuned.logits(batch))
+    again.tensors.load(tuned.tensors.copy_of_masters())
+    assert torch.equal(again.logits(batch), tuned.logits(batch))
+    assert take_steps(again) == take_steps(tuned)
+
+
+def test_another_layer_with_lora_leaves_no_adapter_of_the_first():
+    parts = ModelParts(tiny_model())
+    expected = parts.logits(make_batch().packed)
+    for layer in (1, 2):
+        tuned = TunedModel.of_scope(parts, LoRA(), layer)
+        assert all(f".layers.{layer}." in name for name in tuned.tensors.names)
+        adapted = [name for name, _ in parts.model.named_parameters() if "lora_" in name]
+        assert adapted
+        assert all(f".layers.{layer}." in name for name in adapted)
+        tuned.remove_adapter()
+    assert torch.equal(parts.logits(make_batch().packed), expected)
+
+
+def test_a_scope_that_fails_leaves_the_model_as_it_was():
+    class Broken(LoRA):
+        def tensors(self, context):
+            raise SlzoError("nothing fits")
+
+    parts = ModelParts(tiny_model())
+    names = [name for name, _ in parts.model.named_parameters()]
+    with pytest.raises(SlzoError, match="nothing fits"):
+        TunedModel.of_scope(parts, Broken(), 1)
+    assert [name for name, _ in parts.model.named_parameters()] == names
+
+
+def test_states_of_another_layer_are_not_taken_over():
+    parts = ModelParts(tiny_model())
+    batch = make_batch().packed
+    first = tuned_layer(parts, 1)
+    first.forward.prefix(batch)
+    same = tuned_layer(parts, 1, cache=first.forward.cache)
+    assert same.forward.cache is first.forward.cache
+    other = tuned_layer(parts, 2, cache=first.forward.cache)
+    assert batch.example_index[0] not in other.forward.cache
+    assert batch.example_index[0] in first.forward.cache
+
+
+def test_a_direction_that_is_not_held_is_drawn_once_for_each_use(monkeypatch):
+    tuned = TunedTensors({name: torch.ones(3, 3) for name in "ab"}, hold_bytes=0)
+    drawn = []
+
+    def noise(like, seed, step, query, name):
+        drawn.append(name)
+        return torch.ones_like(like)
+
+    direction = tuned.draw(0, 0, 0, noise)
+    assert "a" in direction
+    assert "c" not in direction
+    assert drawn == []
+    tuned.write(direction, 1.0)
+    assert drawn == ["a", "b"]
+    tuned.accumulate({}, direction, 1.0)
+    assert drawn == ["a", "b"] * 2
+
+
+def test_a_model_that_ours_does_not_fit_keeps_its_own_attention_and_is_padded(monkeypatch):
+    """Its own attention is eager; left at ours, which falls back to sdpa, such a model was refused."""
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    plain = parts_of_models.largest_difference
+
+    def differs(parts, expected):
+        attention = parts.model.config._attn_implementation
+        return plain(parts, expected) if attention == "eager" else 0.5
+
+    monkeypatch.setattr(parts_of_models, "largest_difference", differs)
+    with pytest.warns(UserWarning, match="does not run right without padding"):
+        parts = take_apart(model)
+    assert not parts.packed
+    assert model.config._attn_implementation == "eager"
+    monkeypatch.setattr(parts_of_models, "largest_difference", lambda *_: 0.5)
+    with pytest.raises(SlzoError, match=r"logits differ from the whole model's, relative error 0\.5"):
+        take_apart(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_whose_packed_run_fails_is_padded(monkeypatch):
+    model = tiny_model()
+
+    def fails(self, batch, start, stop, hidden=None, run=ModelParts.run):
+        if self.packed:
+            raise TypeError("unexpected keyword argument 's_aux'")
+        return run(self, batch, start, stop, hidden)
+
+    monkeypatch.setattr(ModelParts, "run", fails)
+    with pytest.warns(UserWarning, match="running its layers failed: unexpected keyword argument 's_aux'"):
+        assert not take_apart(model).packed
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_a_compiled_layer_that_runs_out_of_memory_does_not_run_again(error):
+    calls = []
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            return x
+
+    class Full(torch.nn.Module):
+        def forward(self, x):
+            raise error
+
+    layer = CompiledLayer(Layer())
+    layer._compiled = Full()
+    with pytest.raises(type(error)):
+        layer(torch.ones(1))
+    assert not calls
+
+
+def test_a_layer_that_the_model_lacks():
+    with pytest.raises(SlzoError, match=r"model\.layer 4: the model has 4 decoder layers"):
+        tuned_layer(ModelParts(tiny_model()), 4)
+
+
+def test_a_scope_that_looks_at_prompts_says_that_there_are_none():
+    with pytest.raises(SlzoError, match="none are given"):
+        TunedModel.of_scope(ModelParts(tiny_model()), ActivationSubspace(rank=2), 1)
+
+
+def test_a_scope_has_few_things_to_say():
+    """What the contract asks of a new scope: two methods."""
+    assert Scope.__abstractmethods__ == {"tensors", "describe"}
