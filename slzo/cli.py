@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import transformers
 import yaml
@@ -17,7 +17,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
 from slzo.cli_errors import one_line
-from slzo.commands import COMMANDS
+from slzo.commands import COMMANDS, Command
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -56,7 +56,17 @@ class SlzoParser(LightningArgumentParser):
 
 
 class SlzoCLI(LightningCLI):
-    """Adds the profiler, the checkpoint and the summary, each with options of its own."""
+    """Adds the profiler, the checkpoint and the summary, each with options of its own.
+
+    Args:
+        command: The command that is run; the others' options are not looked up, which would take most of a short run.
+        args: Passed on.
+        kwargs: Passed on.
+    """
+
+    def __init__(self, *args: Any, command: Command | None, **kwargs: Any) -> None:
+        self._command = command
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beyond trainer, model and data."""
@@ -77,10 +87,9 @@ class SlzoCLI(LightningCLI):
         parser.link_arguments("model.model", "data.tokenizer")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Commands and the arguments that the command line provides itself."""
-        return {command.name: set(command.filled) for command in COMMANDS.values()}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command and the arguments that the command line provides itself."""
+        return {} if self._command is None else {self._command.name: set(self._command.filled)}
 
     def _set_seed(self) -> None:
         """Seed everything.
@@ -169,6 +178,7 @@ def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
         args: Command and options.
         run: Run the command; ``False`` takes options without a command and only builds trainer, model and data.
     """
+    command = COMMANDS[args[0]] if run else None
     return SlzoCLI(
         ZOModule,
         TaskDataModule,
@@ -176,10 +186,11 @@ def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
         trainer_defaults=_TRAINER_DEFAULTS,
         seed_everything_default=0,
         parser_class=SlzoParser,
-        parser_kwargs={command.name: {"description": command.help} for command in COMMANDS.values()} if run else {},
+        parser_kwargs={} if command is None else {command.name: {"description": command.help}},
         auto_configure_optimizers=False,
         args=list(args),
         run=run,
+        command=command,
     )
 
 
