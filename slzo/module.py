@@ -25,7 +25,7 @@ from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences
 from slzo.tasks.base import Example
-from slzo.zo.estimators import SPSA, Estimate, Estimator
+from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss
 from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice
 from slzo.zo.scopes import LayerScope, Scope
 from slzo.zo.step import StepOptions, StepResult
@@ -353,7 +353,7 @@ class ZOModule(LightningModule):
             scheduler.step()
         self._log_step(batch, result, self.step_options.eps_at(step, self.trainer.max_steps), started)
 
-    def loss_of(self, batch: TrainBatch) -> Any:
+    def loss_of(self, batch: TrainBatch) -> Loss:
         """The loss of a batch over the rows of every process, as a function of what is tuned."""
         assert self.tuned is not None
         return self.tuned.loss(batch, self.datamodule.objective, self.evaluator, self._sum_over_processes)

@@ -63,16 +63,7 @@ def lr_search(
     seeds: Sequence[int] | None,
     output: str | None,
 ) -> None:
-    """Do what is not done yet, recommend a pair and write it; see ``slzo lr_search --help`` for the arguments.
-
-    Args:
-        bench: Trains.
-        find_layer: Makes the outlier profile and returns the dominant layer.
-        lrs: Learning rates to try; ``None`` for seven around the configured one.
-        eps: Sizes of the perturbation to try; ``None`` for the configured one.
-        steps: Of each trial.
-        seeds: Each pair is tried with each; ``None`` for that of the module.
-        output: Folder of the results.
+    """Do what is not done yet, recommend a pair and write it; arguments as :meth:`slzo.trainer.ZOTrainer.lr_search`.
 
     Raises:
         SlzoError: An option is out of range, or the folder holds other results.

@@ -28,17 +28,7 @@ def sweep(
     num_rows: int,
     output: str | None,
 ) -> None:
-    """Do what is not done yet and write the results; see ``slzo sweep --help`` for the arguments.
-
-    Args:
-        bench: Trains and measures.
-        measure: Makes the outlier profile.
-        layers: Layers to train; ``None`` for all.
-        steps: Of each training; 0 measures the sensitivity only.
-        seeds: One training a layer for each; ``None`` for that of the module.
-        directions: Random directions for the sensitivity.
-        num_rows: Rows that it is measured on.
-        output: Folder of the results.
+    """Do what is not done yet and write the results; arguments as :meth:`slzo.trainer.ZOTrainer.sweep`, 0 steps to train nothing.
 
     Raises:
         SlzoError: An option is out of range, or the folder holds other results.

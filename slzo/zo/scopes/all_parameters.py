@@ -7,9 +7,7 @@ from slzo.zo.tuned import TunedTensors
 class AllParameters(Scope):
     """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor."""
 
-    @property
-    def needs_layer(self) -> bool:
-        return False
+    layers = "all"
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         return TunedTensors(dict(context.parts.model.named_parameters()))

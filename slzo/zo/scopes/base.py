@@ -33,7 +33,13 @@ class ScopeContext:
 
 
 class Scope(ABC):
-    """Names the tensors, or parts of them, that are tuned."""
+    """Names the tensors, or parts of them, that are tuned.
+
+    Attributes:
+        layers: The decoder layers that it is about; those that are about the whole model say ``"all"``.
+    """
+
+    layers: Layers = None
 
     @abstractmethod
     def tensors(self, context: ScopeContext) -> TunedTensors:
@@ -50,7 +56,7 @@ class Scope(ABC):
     @property
     def needs_layer(self) -> bool:
         """Whether the dominant layer has to be known."""
-        return True
+        return self.layers is None
 
     @property
     def num_positions(self) -> int:

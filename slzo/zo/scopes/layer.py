@@ -26,10 +26,6 @@ class LayerScope(Scope):
         self.norms = norms
         self.layers = layers
 
-    @property
-    def needs_layer(self) -> bool:
-        return self.layers is None
-
     def tensors(self, context: ScopeContext) -> TunedTensors:
         parts = context.parts
         chosen = {}

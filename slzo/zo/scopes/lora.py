@@ -30,10 +30,6 @@ class LoRA(Scope):
         self.target_modules = target_modules
         self.layers = layers
 
-    @property
-    def needs_layer(self) -> bool:
-        return self.layers is None
-
     def adapter(self, context: ScopeContext) -> LoRAMatrices:
         layers = tuple(resolve_layers(self.layers, context))
         # peft only looks for one name that fits, and does not know mlp_output

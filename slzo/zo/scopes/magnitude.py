@@ -25,10 +25,6 @@ class SmallestWeights(Scope):
         self.fraction = fraction
         self.layers = layers
 
-    @property
-    def needs_layer(self) -> bool:
-        return self.layers is None
-
     def tensors(self, context: ScopeContext) -> TunedTensors:
         chosen = {}
         for layer in resolve_layers(self.layers, context):

@@ -16,14 +16,12 @@ class PrefixTuning(Scope):
         num_tokens: Positions that they take, >= 1.
     """
 
+    layers = "all"
+
     def __init__(self, num_tokens: int = 5) -> None:
         if num_tokens < 1:
             raise SlzoError(f"model.scope.num_tokens {num_tokens}: must be at least 1; MeZO has 5")
         self.num_tokens = num_tokens
-
-    @property
-    def needs_layer(self) -> bool:
-        return False
 
     @property
     def num_positions(self) -> int:

@@ -19,16 +19,14 @@ class RandomLayers(Scope):
         fraction: Decoder layers that a step keeps, in (0, 1]; the paper drops typically 75% of them.
     """
 
+    layers = "all"
+
     def __init__(self, fraction: float = 0.25) -> None:
         if not 0 < fraction <= 1:
             raise SlzoError(
                 f"model.scope.fraction {fraction}: the share of layers in a step must be above 0 and at most 1"
             )
         self.fraction = fraction
-
-    @property
-    def needs_layer(self) -> bool:
-        return False
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         parameters = dict(context.parts.model.named_parameters())

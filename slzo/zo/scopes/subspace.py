@@ -45,10 +45,6 @@ class ActivationSubspace(Scope):
         self.target_modules = target_modules
         self.layers = layers
 
-    @property
-    def needs_layer(self) -> bool:
-        return self.layers is None
-
     def tensors(self, context: ScopeContext) -> TunedTensors:
         layers = resolve_layers(self.layers, context)
         maps = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
