@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
@@ -130,16 +131,29 @@ class TaskDataModule(LightningDataModule):
             self._encoder = Encoder(tokenizer, self.max_length)
         return self._encoder
 
-    def limit_length(self, limit: int, why: str) -> None:
-        """Cut prompts to what the model takes, if that is less than ``max_length``; before rows are used.
+    def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0) -> None:
+        """Check that the tokenizer is a model's, and cut prompts to the positions that it knows; before rows are used.
 
         Args:
-            limit: Tokens.
-            why: For the log.
+            model: The model.
+            name: Of the model, as in model.model.
+            reserved: Positions that come before every sequence.
+
+        Raises:
+            SlzoError: The tokenizer has tokens that the model does not know.
         """
-        if 0 < limit < self.encoder.max_length:
-            rank_zero_info(f"Prompts are cut to {limit} tokens, {why}.")
-            self._encoder = Encoder(self.encoder.tokenizer, limit)
+        # the command line gives the rows the model's tokenizer; in Python the two may differ by mistake
+        own, tokens = self.tokenizer_name, len(self.encoder.tokenizer)
+        known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+        advice = f"give TaskDataModule(tokenizer={name!r})"
+        if tokens > known:
+            raise SlzoError(f"data.tokenizer {own!r}: has {tokens} tokens, model {name!r} knows {known}; {advice}")
+        if own != name:
+            rank_zero_warn(f"data.tokenizer {own!r} is not that of model.model {name!r}; {advice}")
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
+            rank_zero_info(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
+            self._encoder = Encoder(self.encoder.tokenizer, positions - reserved)
             self._rows.clear()
 
     def make_metrics(self) -> TaskMetrics:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -17,14 +17,13 @@ from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, checkpoint_note, mode
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.evaluation.evaluator import Evaluator, RunningScore
+from slzo.evaluation.evaluator import Evaluator, RunningScore, records
 from slzo.models.engine import DType, Engine
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts, take_apart
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences
-from slzo.tasks.base import Example
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss
 from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice
 from slzo.zo.scopes import LayerScope, Scope
@@ -160,8 +159,7 @@ class ZOModule(LightningModule):
         if self.noise_seed is None:
             self.noise_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self.configure_model()
-        self._check_tokenizer(datamodule)
-        self._limit_length(datamodule, self.scope.num_positions)
+        datamodule.fit_to(self.model, self.model_name, reserved=self.scope.num_positions)
 
     def check_training(self, datamodule: TaskDataModule) -> None:
         """Refuse options of model and rows that cannot train together.
@@ -174,24 +172,6 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 f"data.objective {datamodule.objective.describe()}: has no derivative for {self.estimator.describe()}; use SPSA"
             )
-
-    def _limit_length(self, datamodule: TaskDataModule, reserved: int) -> None:
-        """Cut prompts to the positions that the model knows, less those that come before every sequence."""
-        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if isinstance(known, int):
-            datamodule.limit_length(known - reserved, f"the longest that {self.model_name} takes")
-
-    def _check_tokenizer(self, datamodule: TaskDataModule) -> None:
-        """The command line gives the rows the model's tokenizer; in Python the two may differ by mistake."""
-        name, rows = datamodule.tokenizer_name, self.model.get_input_embeddings().weight.shape[0]
-        advice = f"give TaskDataModule(tokenizer={self.model_name!r})"
-        tokens = len(datamodule.encoder.tokenizer)
-        if tokens > rows:
-            raise SlzoError(
-                f"data.tokenizer {name!r}: has {tokens} tokens, model {self.model_name!r} knows {rows}; {advice}"
-            )
-        if name != self.model_name:
-            rank_zero_warn(f"data.tokenizer {name!r} is not that of model.model {self.model_name!r}; {advice}")
 
     def choose_layer(self, layer: int, origin: str) -> None:
         """Make ``layer`` the dominant one and begin to tune it.
@@ -267,7 +247,7 @@ class ZOModule(LightningModule):
         self.layer, self.layer_origin = note["layer"], note["layer_origin"]
         virtual_tokens = tuned.parts.virtual_tokens
         if virtual_tokens is not None and self._trainer is not None:
-            self._limit_length(self.datamodule, virtual_tokens.num_tokens)
+            self.datamodule.fit_to(self.model, self.model_name, reserved=virtual_tokens.num_tokens)
 
     def _prompts(self, num_sequences: int) -> list[PackedBatch]:
         """Prompts of training rows, for scopes that look at activations."""
@@ -439,17 +419,10 @@ class ZOModule(LightningModule):
         """Predict one batch of held-out rows.
 
         Returns:
-            For each row its position in the split and what is written of it: id, prompt, prediction (candidate index or
-            generated text), prediction_text, scores (log-likelihoods of the candidates, ``None`` for a generated answer) and gold
-            (candidate index, a list of them if there are several right ones, accepted answers, or ``None`` without a label).
+            For each row its position in the split and what is written of it, see :func:`slzo.evaluation.evaluator.records`.
         """
-        outcome = self.evaluator(batch)
-        predictions: Sequence[int | str] = outcome.predictions
-        scores: Sequence[list[float] | None] = outcome.scores or [None] * len(batch.rows)
-        return [
-            (row.position, _record(row.example, prediction, own))
-            for row, prediction, own in zip(batch.rows, predictions, scores, strict=True)
-        ]
+        written = records(batch, self.evaluator(batch))
+        return [(row.position, record) for row, record in zip(batch.rows, written, strict=True)]
 
     # ---- checkpoints: what is tuned only ------------------------------------------------------------------------------
 
@@ -520,18 +493,3 @@ def _engine_for(estimator: Estimator, engine: Engine) -> Engine:
         if getattr(engine, name):
             raise SlzoError(f"model.engine.{name} true: has no derivative for {estimator.describe()}; leave it out")
     return replace(engine, onednn=False)
-
-
-def _record(example: Example, prediction: int | str, scores: list[float] | None) -> dict[str, Any]:
-    """What is written of a prediction."""
-    gold: Any = list(example.references) or None
-    if isinstance(prediction, int):
-        gold = example.gold[0] if len(example.gold) == 1 else list(example.gold) or None
-    return {
-        "id": example.id,
-        "prompt": example.prompt,
-        "prediction": prediction,
-        "prediction_text": example.candidates[prediction] if isinstance(prediction, int) else prediction,
-        "scores": scores,
-        "gold": gold,
-    }

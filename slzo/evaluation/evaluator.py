@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,28 @@ class Evaluator:
         )
         assert made.gold is not None
         return Outcome([answer_text(self.tokenizer, ids) for ids in made.answers], [], made.gold)
+
+
+def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
+    """What is written of each row's prediction.
+
+    Returns:
+        id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the candidates,
+        ``None`` for a generated answer) and gold (candidate index, a list of them if there are several right ones, accepted
+        answers, or ``None`` without a label).
+    """
+    predictions: Sequence[int | str] = outcome.predictions
+    scores: Sequence[list[float] | None] = outcome.scores or [None] * len(batch.rows)
+    found = []
+    for example, prediction, own in zip(batch.examples, predictions, scores, strict=True):
+        text = str(prediction)
+        gold: Any = list(example.references) or None
+        if isinstance(prediction, int):
+            text = example.candidates[prediction]
+            gold = example.gold[0] if len(example.gold) == 1 else list(example.gold) or None
+        shown = {"id": example.id, "prompt": example.prompt, "prediction": prediction, "prediction_text": text}
+        found.append({**shown, "scores": own, "gold": gold})
+    return found
 
 
 class RunningScore:
