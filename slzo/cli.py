@@ -149,8 +149,11 @@ def _translate_saved_configs(args: Sequence[str]) -> list[str]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if not text.startswith(_SAVED_CONFIG):
             continue
-        config = yaml.safe_load(text)
-        renamed = translate(config)
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError:  # the parser says what is wrong with it
+            continue
+        renamed = translate(config) if isinstance(config, dict) else []
         if renamed:
             say(f"{path}: saved by a former version; read {', '.join(renamed)}")
             content = yaml.safe_dump(config)
@@ -203,6 +206,7 @@ def _filter_warnings() -> None:
         ".*module\\(s\\) in eval mode.*",  # both evaluations of a step must see the same function: no dropout
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*your dataloader is not resumable.*",  # its batches follow from the step
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)

@@ -1,6 +1,7 @@
 """One clear line for a mistake in a config or on the command line."""
 
 import difflib
+import importlib
 import inspect
 import re
 import typing
@@ -97,6 +98,8 @@ def _given_value(detail: str) -> str | None:
 def _allowed(action: Action, value: str) -> str:
     hint = _hint(action)
     names = _choices(action)
+    if names and "." in value and (reason := _why_not_imported(value)):
+        return reason
     if names:
         given = value.rpartition(".")[2]
         near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
@@ -109,6 +112,17 @@ def _allowed(action: Action, value: str) -> str:
     if literals and not any(typing.get_origin(item) is list for item in _arguments(hint)):
         return f"choose one of {', '.join(literals)}"
     return f"expected {_type_name(hint)}"
+
+
+def _why_not_imported(path: str) -> str:
+    """What is wrong with a class path of the user's own; empty if it can be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = hasattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's file raises
+        return f"{module} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+    known = found or module.split(".")[0] in ("lightning", "slzo", "torch")  # their classes are listed instead
+    return "" if known else f"{module} has no {name}"
 
 
 def _hint(action: Action) -> Any:

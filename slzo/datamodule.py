@@ -104,6 +104,7 @@ class TaskDataModule(LightningDataModule):
         self.task_settings = flat_settings("task", settings)
         self.loss: LogitLoss = LOSSES[self.task.kind]()
         self.objective = _objective(objective, self.task)
+        self.task_settings |= flat_settings("objective", constructor_settings(self.objective, "data.objective"))
         self.data_dir = data_dir
         self.hub_path = hub_path
         self.hub_config = hub_config
@@ -164,7 +165,7 @@ class TaskDataModule(LightningDataModule):
         """What a step's loss depends on, kept in checkpoints."""
         options = ("seed", "batch_size", "num_train", "length_buckets")
         own = {name: getattr(self, name) for name in options}
-        return {**self.task_settings, **own, "objective": self.objective.describe()}
+        return {**self.task_settings, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn where a resumed run's rows or objective are not those it began with."""

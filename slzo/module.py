@@ -233,11 +233,9 @@ class ZOModule(LightningModule):
                 f"model.scope: this run and the checkpoint differ ({differences(note['scope'], self.scope_settings)}); resume "
                 "with the options that it was trained with"
             )
-        parts = self.parts
+        subset = self.scope.subset(tuple(note["tensors"]), self.parts) if training else None
         try:
-            tuned = TunedModel.of_description(
-                parts, note, self.engine, lambda names: self.scope.subset(names, parts) if training else None
-            )
+            tuned = TunedModel.of_description(self.parts, note, self.engine, subset)
         except KeyError as error:
             raise SlzoError(
                 f"ckpt_path: tensor {error} of the checkpoint does not fit model {self.model_name!r}; use the model it was "
@@ -456,7 +454,7 @@ class ZOModule(LightningModule):
         assert self.tuned is not None
         checkpoint["slzo"] = {
             "format": CHECKPOINT_FORMAT,
-            **self.tuned.describe(),
+            **self.tuned.description(),
             "num_evaluations": self.num_evaluations,
             "model": self.model_name,
             "layer_origin": self.layer_origin,
@@ -472,6 +470,10 @@ class ZOModule(LightningModule):
         note = checkpoint_note(checkpoint)
         if self.tuned is None:
             self._tune_as(note)
+        elif not self.tuned.fits(note):
+            raise SlzoError(
+                "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"
+            )
         self.num_nonfinite = note["num_nonfinite"]
         self.num_evaluations = note["num_evaluations"]
         self.noise_seed = note["noise_seed"]  # the directions go on as they began

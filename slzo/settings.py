@@ -20,9 +20,16 @@ def constructor_settings(thing: object, option: str) -> dict[str, Any]:
         Primitives, lists and dictionaries of them; a path as its text, an enum's member as its name.
 
     Raises:
-        SlzoError: An argument is of another type, which no checkpoint could hold.
+        SlzoError: An argument is not kept, or of another type, which no checkpoint could hold.
     """
-    names = [name for name in inspect.signature(type(thing)).parameters if hasattr(thing, name)]
+    parameters = inspect.signature(type(thing)).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for name in names:
+        if not hasattr(thing, name):
+            raise SlzoError(
+                f"{option}: {type(thing).__qualname__} must keep its argument {name} as an attribute of that name, so that runs "
+                "with another value can be told apart"
+            )
     values = {name: _primitive(getattr(thing, name), f"{option}.{name}") for name in names}
     return {"class": type(thing).__qualname__, **values}
 

@@ -12,6 +12,8 @@ from test_scopes import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
+from slzo.cli import build
+from slzo.errors import SlzoError
 from slzo.evaluation.generation import generate
 from slzo.zo.optim import OptimizerChoice, SignSGD
 from slzo.zo.scopes import PrefixTuning
@@ -254,3 +256,13 @@ def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):
     extra = ["--model.scope=PrefixTuning", "--model.scope.num_tokens=6", "--trainer.max_steps=2", "--model.eps=1e-2"]
     assert main(["fit", f"--model.model={folder}", *rest, *extra]) == 0
     assert "Prompts are cut to 34 tokens" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_basis_is_not_loaded_into_a_module_that_tunes_already(options):
+    """Names and shapes are the same, and the score would be of neither."""
+    subspace = ["--model.scope=ActivationSubspace", "--model.scope.rank=2", "--model.layer=1"]
+    assert main(["fit", *options, *subspace, "--data.num_train=16", "--trainer.max_steps=2"]) == 0
+    cli = build([*options, *subspace, "--trainer.max_steps=2", "--trainer.logger=false"], run=False)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    with pytest.raises(SlzoError, match="load it into a new ZOModule"):
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=str(run_dir() / "checkpoints" / "last.ckpt"))

@@ -1,6 +1,7 @@
 """A task, a scope, an estimator, a rule and an objective of the user's own: one file outside of the package, named in YAML."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
 
+README = Path(__file__).parents[1] / "README.md"
 OWN = '''
 from enum import Enum
 from pathlib import Path
@@ -170,6 +172,50 @@ def test_the_objective_is_what_is_minimized(config, capsys):
         events.Reload()
         losses.append(events.Scalars("train/loss_plus")[0].value)
     assert losses[0] != pytest.approx(losses[1], rel=0.05)
+
+
+def test_the_scope_of_the_readme(config, model_dir):
+    code = re.search(r"<!-- tested: scope -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    Path("my_scope.py").write_text(code)
+    assert main(["fit", config, "--model.scope=my_scope.Matrices"]) == 0
+    assert {tensor.dim() for tensor in tuned(run_dir() / "checkpoints" / "last.ckpt").values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            "import nonexistent_package",
+            "broken0 cannot be imported (ModuleNotFoundError: No module named 'nonexistent_package')",
+        ),
+        ("class Other: pass", "broken1 has no Mine"),
+        (None, "broken2 cannot be imported (ModuleNotFoundError: No module named 'broken2')"),
+    ],
+)
+def test_what_is_wrong_with_a_class_path_is_told(config, capsys, code, reason):
+    module = reason.split()[0]
+    if code is not None:
+        Path(f"{module}.py").write_text(code)
+    assert main(["fit", config, f"--model.scope={module}.Mine"]) == 2
+    assert capsys.readouterr().err == f"slzo: error: model.scope '{module}.Mine': {reason}\n"
+
+
+def test_a_step_without_a_finite_loss_moves_nothing_whatever_the_estimator_returns(config):
+    assert main(["fit", config, "--model.eps=1e30", "--trainer.max_steps=2"]) == 0
+    assert json.loads((run_dir() / "summary.json").read_text())["skipped_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in tuned(run_dir() / "checkpoints" / "last.ckpt").values())
+
+
+def test_an_argument_that_is_not_kept_is_refused(config, capsys):
+    Path("forgets.py").write_text(OWN.replace("self.notes = notes", "pass"))
+    assert main(["fit", config, "--model.scope=forgets.OneKind"]) == 2
+    assert "OneKind must keep its argument notes as an attribute of that name" in capsys.readouterr().err
+
+
+def test_another_argument_of_the_objective_is_told_on_resume(config):
+    assert main(["fit", config]) == 0
+    with pytest.warns(UserWarning, match=r"objective\.width: 2\.0 -> 3\.0"):
+        assert main(["fit", config, "--data.objective.width=3", "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
 
 
 def test_an_argument_that_no_checkpoint_can_hold_is_refused_before_training(config, capsys):

@@ -279,7 +279,7 @@ def test_a_description_brings_the_tuned_model_back(scope, tmp_path):
     tuned.restore()
     values = tuned.copy_of_masters()
     path = tmp_path / "description.pt"
-    torch.save(tuned_model.describe(), path)
+    torch.save(tuned_model.description(), path)
     description = torch.load(path, weights_only=True)
     fresh = tiny_model("llama")
     again = TunedModel.of_description(ModelParts(fresh), description)

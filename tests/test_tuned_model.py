@@ -46,11 +46,21 @@ def test_a_description_and_the_masters_restore_it_on_another_copy_of_the_model(s
     tuned = TunedModel.of_scope(ModelParts(tiny_model()), scope, 2, prompts=prompts)
     take_steps(tuned)
     batch = make_batch().packed
-    again = TunedModel.of_description(ModelParts(tiny_model()), tuned.describe())
+    again = TunedModel.of_description(ModelParts(tiny_model()), tuned.description())
     assert not torch.equal(again.logits(batch), tuned.logits(batch))
     again.tensors.load(tuned.tensors.copy_of_masters())
     assert torch.equal(again.logits(batch), tuned.logits(batch))
     assert take_steps(again) == take_steps(tuned)
+
+
+def test_what_is_tuned_can_be_told_from_a_description_of_something_else():
+    one, other = (
+        TunedModel.of_scope(ModelParts(tiny_model()), ActivationSubspace(rank=2), 2, prompts=looks)
+        for looks in (prompts, lambda _: [make_batch().packed])
+    )
+    assert one.tensors.names == other.tensors.names
+    assert one.fits(one.description())
+    assert not one.fits(other.description())
 
 
 def test_another_layer_with_lora_leaves_no_adapter_of_the_first():

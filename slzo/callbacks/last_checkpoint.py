@@ -46,7 +46,7 @@ class LastCheckpoint(Checkpoint):
             return
         path = self._save(trainer)
         if path is not None:
-            say(f"\nInterrupted at step {trainer.global_step}; continue with --ckpt_path {path}")
+            say(f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {path}")
 
     def _save(self, trainer: Trainer) -> Path | None:
         log_dir = trainer.log_dir  # a collective call: every process must make it

@@ -295,7 +295,6 @@ def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[st
         "model": module.model_name,
         "dtype": module.dtype_name,
         **datamodule.task_settings,
-        **flat_settings("objective", constructor_settings(datamodule.objective, "data.objective")),
         **flat_settings("scope", module.scope_settings),
         **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
         **flat_settings("optimizer", module.optimizer_choice.settings),

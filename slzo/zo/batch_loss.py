@@ -56,23 +56,23 @@ class _SummedLoss(Loss):
 
 
 @dataclass(frozen=True)
-class LogitsLoss(_SummedLoss):
+class BatchLogitLoss(_SummedLoss):
     """A loss of the logits at the answers' positions.
 
     Attributes:
         around: See :class:`Surroundings`.
         batch: The rows of this process.
-        kind: The loss.
+        objective: The loss.
         hidden: The states that enter the first tuned layer, the same at all points.
     """
 
     around: Surroundings
     batch: TrainBatch
-    kind: LogitLoss
+    objective: LogitLoss
     hidden: Tensor | None
 
     def sums(self, points: Sequence[Point]) -> Tensor:
-        return self.around.forward.losses(self.batch.packed, self.hidden, self.around.tuned, points, self.kind)
+        return self.around.forward.losses(self.batch.packed, self.hidden, self.around.tuned, points, self.objective)
 
     def gradient(self) -> tuple[float, Direction]:
         around = self.around
@@ -87,11 +87,11 @@ class LogitsLoss(_SummedLoss):
         return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 
     def _here(self) -> LossSum:
-        return self.around.forward.loss(self.batch.packed, self.hidden, self.kind)
+        return self.around.forward.loss(self.batch.packed, self.hidden, self.objective)
 
 
 @dataclass(frozen=True)
-class AnswersLoss(_SummedLoss):
+class BatchAnswerLoss(_SummedLoss):
     """A loss of generated answers. They run the whole model: they need keys and values of every layer.
 
     Attributes:

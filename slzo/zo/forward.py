@@ -76,11 +76,11 @@ class SuffixForward:
         final = self.parts.run(batch, self.span.start, self.parts.num_layers, hidden)
         return self.parts.head(final.index_select(0, batch.needed), token_ids)
 
-    def loss(self, batch: PackedBatch, hidden: Tensor | None, kind: LogitLoss) -> LossSum:
+    def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> LossSum:
         """The loss with the live weights, summed; arguments as for :meth:`losses`. Gradients may flow."""
-        selected = self.selects(kind, batch)
+        selected = self.selects(objective, batch)
         logits = self.logits(batch, hidden, batch.choice_ids if selected else None)
-        return kind.of_logits(logits, batch, selected)
+        return objective.of_logits(logits, batch, selected)
 
     @torch.no_grad()
     def losses(
@@ -89,7 +89,7 @@ class SuffixForward:
         hidden: Tensor | None,
         tuned: TunedTensors,
         points: Sequence[Point],
-        kind: LogitLoss,
+        objective: LogitLoss,
     ) -> Tensor:
         """Loss sums and weights at several points.
 
@@ -98,7 +98,7 @@ class SuffixForward:
             hidden: What :meth:`prefix` returned for it.
             tuned: Writes each point into the live weights; they stay at the last one.
             points: Where to evaluate, and on which rows (see :class:`slzo.zo.estimators.base.Loss`).
-            kind: The loss.
+            objective: The loss.
 
         Returns:
             Shape (2, P), float32: totals and what to divide them by, of each point's rows.
@@ -107,9 +107,9 @@ class SuffixForward:
         copies = [points[start : start + len(divided)] for start in range(0, len(points), len(divided))]
         inner = self.span.inside and self.span.stop < self.parts.num_layers
         if inner and self._pairs(batch, len(copies)):
-            return self._joined_losses(batch, divided, hidden, tuned, copies, kind)
+            return self._joined_losses(batch, divided, hidden, tuned, copies, objective)
         if inner and len(divided) > 1:
-            joined = [self._joined_losses(batch, divided, hidden, tuned, [copy], kind) for copy in copies]
+            joined = [self._joined_losses(batch, divided, hidden, tuned, [copy], objective) for copy in copies]
             return torch.cat(joined, dim=1)
         inputs = _pieces(hidden, divided, _tokens)
         sums = []
@@ -119,12 +119,12 @@ class SuffixForward:
                 sums.append(_nothing(batch))
                 continue
             tuned.write(point.direction, point.scale)
-            sums.append(self.loss(rows, inputs[point.rows.number], kind))
+            sums.append(self.loss(rows, inputs[point.rows.number], objective))
         return stack(sums)
 
-    def selects(self, kind: LogitLoss, batch: PackedBatch) -> bool:
+    def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Whether only the candidates' logits are computed."""
-        return self.candidate_logits and not kind.needs_vocabulary(batch)
+        return self.candidate_logits and not objective.needs_vocabulary(batch)
 
     def _pairs(self, batch: PackedBatch, num_copies: int) -> bool:
         if num_copies == 1:
@@ -140,7 +140,7 @@ class SuffixForward:
         hidden: Tensor | None,
         tuned: TunedTensors,
         copies: Sequence[Sequence[Point]],
-        kind: LogitLoss,
+        objective: LogitLoss,
     ) -> Tensor:
         """The same with one run of the layers above the tuned ones.
 
@@ -155,7 +155,7 @@ class SuffixForward:
                 outputs.append(self.parts.run(rows, self.span.start, self.span.stop, inputs[point.rows.number]))
         repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
         final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, torch.cat(outputs))
-        selected = self.selects(kind, batch)
+        selected = self.selects(objective, batch)
         token_ids = batch.choice_ids if selected else None
         sums = []
         for states in final.split(batch.num_tokens):
@@ -164,7 +164,7 @@ class SuffixForward:
                 if rows is None or of_rows is None:
                     sums.append(_nothing(batch))
                 else:
-                    sums.append(kind.of_logits(of_rows, rows, selected))
+                    sums.append(objective.of_logits(of_rows, rows, selected))
         return stack(sums)
 
 

@@ -74,7 +74,7 @@ def take_step(
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
         estimate = estimator.estimate(request)
-        tuned.set_grad(estimate.gradient)
+        tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
     finally:
         tuned.zero_grad()

@@ -1,6 +1,7 @@
 """A language model of which a small part is tuned: everything that training it needs, without Lightning."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -100,15 +101,10 @@ class TunedModel:
         if layer is not None:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
-        adapter = scope.adapter(context)
-        own = _with_adapter(parts, adapter)
-        try:
+        settings, adapter = constructor_settings(scope, "model.scope"), scope.adapter(context)
+        with _adapter_in(parts, adapter) as own:
             tensors = scope.tensors(replace(context, parts=own))
-        except BaseException:
-            if adapter is not None:
-                adapter.remove(parts.model)
-            raise
-        return cls(own, tensors, constructor_settings(scope, "model.scope"), adapter, layer, engine, cache)
+            return cls(own, tensors, settings, adapter, layer, engine, cache)
 
     @classmethod
     def of_description(
@@ -116,34 +112,26 @@ class TunedModel:
         parts: ModelParts,
         description: Mapping[str, Any],
         engine: Engine | None = None,
-        subset: Callable[[Sequence[str]], Subset | None] = lambda _: None,
+        subset: Subset | None = None,
     ) -> Self:
         """What a checkpoint holds is tuned; :meth:`slzo.zo.tuned.TunedTensors.load` then sets the values.
 
         Args:
             parts: The model, untuned and without an adapter.
-            description: See :meth:`describe`.
+            description: See :meth:`description`.
             engine: See :class:`TunedModel`.
-            subset: Which of the named tensors a training step moves.
+            subset: Which of the tensors a training step moves; ``None`` for all.
 
         Raises:
             KeyError: It does not fit the model, which is as it was.
         """
         settings = description["adapter"]
         adapter = None if settings is None else adapter_from_dict(settings)
-        own = _with_adapter(parts, adapter)
-        try:
-            names = dict(parts.model.named_parameters())
-            tensors = TunedTensors.from_description(
-                names, description["tensors"], subset(tuple(description["tensors"]))
-            )
-        except BaseException:
-            if adapter is not None:
-                adapter.remove(parts.model)
-            raise
-        return cls(own, tensors, description["scope"], adapter, description["layer"], engine)
+        with _adapter_in(parts, adapter) as own:
+            tuned = TunedTensors.from_description(dict(parts.model.named_parameters()), description["tensors"], subset)
+            return cls(own, tuned, description["scope"], adapter, description["layer"], engine)
 
-    def describe(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What :meth:`of_description` takes: tensors and primitives only."""
         return {
             "scope": self.scope,
@@ -151,6 +139,11 @@ class TunedModel:
             "tensors": self.tensors.description(),
             "layer": self.layer,
         }
+
+    def fits(self, description: Mapping[str, Any]) -> bool:
+        """Whether a description is that of what is tuned here, bases and masks included."""
+        own = self.description()
+        return all(_same(own[name], description[name]) for name in own)
 
     def remove_adapter(self) -> None:
         """Take the scope's extra modules out of the model; its own weights stay as they are. This object is of no use then."""
@@ -254,8 +247,23 @@ def make_cache(start: int, engine: Engine) -> PrefixCache:
     return PrefixCache(start, engine.cache_gb, dtype, engine.cache_dir)
 
 
-def _with_adapter(parts: ModelParts, adapter: Adapter | None) -> ModelParts:
+@contextmanager
+def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelParts]:
+    """The parts with an adapter's modules, which are taken out again if anything fails."""
     if adapter is None:
-        return parts
+        yield parts
+        return
     virtual_tokens = adapter.inject(parts.model)
-    return ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, virtual_tokens)
+    try:
+        yield ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, virtual_tokens)
+    except BaseException:
+        adapter.remove(parts.model)
+        raise
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    return bool(one == other)

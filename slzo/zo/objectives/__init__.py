@@ -7,8 +7,8 @@ from slzo.tasks.base import Kind
 from slzo.zo.objectives.answer_f1 import AnswerF1
 from slzo.zo.objectives.answer_likelihood import AnswerLikelihood
 from slzo.zo.objectives.base import AnswerObjective, CandidateObjective, LogitObjective, Objective
+from slzo.zo.objectives.candidate_cross_entropy import CandidateCrossEntropy
 from slzo.zo.objectives.candidate_errors import CandidateErrors
-from slzo.zo.objectives.cross_entropy import CandidateCrossEntropy
 
 __all__ = [
     "LOSSES",

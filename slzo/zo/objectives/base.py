@@ -9,7 +9,7 @@ from slzo.batches.losses import LossSum, candidate_scores, choice_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.tasks.base import Example
-from slzo.zo.batch_loss import AnswersLoss, LogitsLoss, Surroundings
+from slzo.zo.batch_loss import BatchAnswerLoss, BatchLogitLoss, Surroundings
 from slzo.zo.estimators.base import Loss
 
 
@@ -49,7 +49,7 @@ class LogitObjective(Objective):
         """The loss of a batch, see :class:`slzo.batches.losses.LogitLoss` for the arguments."""
 
     def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
-        return LogitsLoss(around, batch, self, around.forward.prefix(batch.packed))
+        return BatchLogitLoss(around, batch, self, around.forward.prefix(batch.packed))
 
 
 class CandidateObjective(LogitObjective):
@@ -88,4 +88,4 @@ class AnswerObjective(Objective):
         def row_losses(answers: Sequence[str], rows: Sequence[Row]) -> Sequence[float]:
             return self.of_answers(answers, [row.example for row in rows])
 
-        return AnswersLoss(around, batch, row_losses)
+        return BatchAnswerLoss(around, batch, row_losses)
