@@ -25,7 +25,7 @@ from slzo.models.parts import ModelParts
 from slzo.settings import constructor_settings, flat_settings
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
-from slzo.zo.objectives import LOSSES, METRICS, Objective
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
 _CPU_TOKENS = 768
@@ -102,7 +102,7 @@ class TaskDataModule(LightningDataModule):
             "version": self.task.version,
         }
         self.task_settings = flat_settings("task", settings)
-        self.loss: LogitLoss = LOSSES[self.task.kind]()
+        self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
         self.objective = _objective(objective, self.task)
         self.task_settings |= flat_settings("objective", constructor_settings(self.objective, "data.objective"))
         self.data_dir = data_dir
@@ -343,7 +343,7 @@ class TaskDataModule(LightningDataModule):
 def _objective(given: str | Objective, task: Task) -> Objective:
     if isinstance(given, Objective):
         return given
-    named = {"loss": LOSSES, "metric": METRICS}
+    named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
     if given not in named:
         raise SlzoError(f"data.objective {given!r}: choose loss, metric, or an Objective")
     return named[given][task.kind]()

@@ -37,15 +37,15 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
     try:
         # padded and without oneDNN: nothing is run, and the model keeps its own attention
-        tuned = TunedModel.of_description(ModelParts(model, packed=False, onednn=False), note)
-        tuned.tensors.load(checkpoint.content["state_dict"])
+        tuned_model = TunedModel.of_description(ModelParts(model, packed=False, onednn=False), note)
+        tuned_model.tensors.load(checkpoint.content["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise SlzoError(f"ckpt_path {checkpoint.path!r}: does not fit model {note['model']!r} ({error})") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     # written beside the target and moved, so that an interrupted export leaves no half folder
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        tuned.save_merged(str(partial))
+        tuned_model.save_merged(str(partial))
         load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(partial)
         partial.chmod(0o755)
         if target.exists():

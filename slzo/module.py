@@ -96,8 +96,8 @@ class ZOModule(LightningModule):
         # before training: a checkpoint could not hold it
         self.scope_settings = constructor_settings(self.scope, "model.scope")
         self.model: Any = None
-        self.tuned: TunedModel | None = None
-        self.masters: TunedTensors | None = None
+        self.tuned_model: TunedModel | None = None
+        self.tuned_tensors: TunedTensors | None = None
         self.resumed = False
         self._start: Mapping[str, Any] | None = None
         self.num_nonfinite = self.num_evaluations = 0
@@ -136,7 +136,7 @@ class ZOModule(LightningModule):
         """The model's parts, with what the scope added."""
         self.configure_model()
         assert self._untuned is not None
-        return self._untuned if self.tuned is None else self.tuned.parts
+        return self._untuned if self.tuned_model is None else self.tuned_model.parts
 
     def start_from(self, checkpoint: Checkpoint | None) -> None:
         """The next fit continues a checkpoint (or, with ``None``, begins anew)."""
@@ -146,7 +146,7 @@ class ZOModule(LightningModule):
         if decided is not None and self.engine.onednn is None and self.model is None:
             self.engine = replace(
                 self.engine, onednn=decided
-            )  # a new trial might end otherwise, and so would the steps
+            )  # a new timing might end otherwise, and so would the steps
 
     def load(self, datamodule: TaskDataModule) -> None:
         """Load the model and fit rows to it.
@@ -197,7 +197,7 @@ class ZOModule(LightningModule):
             SlzoError: The scope finds nothing to tune.
         """
         self.stop_tuning()
-        tuned = TunedModel.of_scope(
+        tuned_model = TunedModel.of_scope(
             self.parts,
             self.scope,
             layer,
@@ -206,20 +206,20 @@ class ZOModule(LightningModule):
             engine=self.engine,
             cache=cache,
         )
-        return self._hold(tuned)
+        return self._hold(tuned_model)
 
-    def _hold(self, tuned: TunedModel) -> TunedModel:
-        self.tuned = tuned
-        self.masters = (
-            tuned.tensors
+    def _hold(self, tuned_model: TunedModel) -> TunedModel:
+        self.tuned_model = tuned_model
+        self.tuned_tensors = (
+            tuned_model.tensors
         )  # a submodule: strategies move it to their device and find what requires a gradient
-        return tuned
+        return tuned_model
 
     def stop_tuning(self) -> None:
         """Forget what is tuned and take the scope's extra modules out of the model; its own weights stay as they are."""
-        if self.tuned is not None:
-            self.tuned.remove_adapter()
-            self.tuned = self.masters = None
+        if self.tuned_model is not None:
+            self.tuned_model.remove_adapter()
+            self.tuned_model = self.tuned_tensors = None
 
     def _tune_as(self, note: Mapping[str, Any]) -> None:
         """Make masters of what a checkpoint holds.
@@ -235,15 +235,15 @@ class ZOModule(LightningModule):
             )
         subset = self.scope.subset(tuple(note["tensors"]), self.parts) if training else None
         try:
-            tuned = TunedModel.of_description(self.parts, note, self.engine, subset)
+            tuned_model = TunedModel.of_description(self.parts, note, self.engine, subset)
         except KeyError as error:
             raise SlzoError(
                 f"ckpt_path: tensor {error} of the checkpoint does not fit model {self.model_name!r}; use the model it was "
                 "trained with"
             ) from error
-        self._hold(tuned)
+        self._hold(tuned_model)
         self.layer, self.layer_origin = note["layer"], note["layer_origin"]
-        virtual_tokens = tuned.parts.virtual_tokens
+        virtual_tokens = tuned_model.parts.virtual_tokens
         if virtual_tokens is not None and self._trainer is not None:
             self.datamodule.fit_to(self.model, self.model_name, reserved=virtual_tokens.num_tokens)
 
@@ -265,8 +265,8 @@ class ZOModule(LightningModule):
         if stage == "fit":
             self.check_training(self.datamodule)
         self.load(self.datamodule)
-        if self.tuned is not None:
-            self.tuned.forward.cache.clear()  # its keys are those of one data module
+        if self.tuned_model is not None:
+            self.tuned_model.forward.cache.clear()  # its keys are those of one data module
         elif stage == "fit" and self._start is not None:
             note, self._start = self._start, None
             self._tune_as(note)
@@ -279,9 +279,9 @@ class ZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
-        assert self.tuned is not None
+        assert self.tuned_model is not None
         choice = self.optimizer_choice
-        optimizer = choice.make(self.tuned.tensors.masters)
+        optimizer = choice.make(self.tuned_model.tensors.masters)
         if choice.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
@@ -290,7 +290,7 @@ class ZOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Say what is tuned, how, and what memory it takes beside the model."""
-        assert self.tuned is not None
+        assert self.tuned_model is not None
         if self.step_options.eps_end is not None and self.trainer.max_steps < 1:
             raise SlzoError(
                 f"model.eps_end {self.step_options.eps_end}: eps moves over trainer.max_steps, which is "
@@ -303,19 +303,19 @@ class ZOModule(LightningModule):
             else f" Dominant layer: {self.layer} of {self.parts.num_layers} ({self.layer_origin})."
         )
         rank_zero_info(
-            f"Tuning {self.scope.describe()}: {self.tuned.tensors.num_elements:,} of {total:,} parameters by "
+            f"Tuning {self.scope.describe()}: {self.tuned_model.tensors.num_elements:,} of {total:,} parameters by "
             f"{self.estimator.describe()}.{layer}"
         )
-        memory = self.tuned.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
+        memory = self.tuned_model.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
         rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in memory.items()))
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """One zeroth-order step."""
-        assert self.tuned is not None and self.noise_seed is not None
+        assert self.tuned_model is not None and self.noise_seed is not None
         started = time.perf_counter()
         every = getattr(self.trainer, "log_every_n_steps", 1)
         step = self.global_step
-        result = self.tuned.step(
+        result = self.tuned_model.step(
             self.loss_of(batch),
             self.estimator,
             cast("Optimizer", self.optimizers()),
@@ -333,8 +333,8 @@ class ZOModule(LightningModule):
 
     def loss_of(self, batch: TrainBatch) -> Loss:
         """The loss of a batch over the rows of every process, as a function of what is tuned."""
-        assert self.tuned is not None
-        return self.tuned.loss(batch, self.datamodule.objective, self.evaluator, self._sum_over_processes)
+        assert self.tuned_model is not None
+        return self.tuned_model.loss(batch, self.datamodule.objective, self.evaluator, self._sum_over_processes)
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -381,7 +381,7 @@ class ZOModule(LightningModule):
     @property
     def evaluator(self) -> Evaluator:
         """Scores rows with the live weights."""
-        return self.datamodule.evaluator(self.parts, None if self.tuned is None else self.tuned.logits)
+        return self.datamodule.evaluator(self.parts, None if self.tuned_model is None else self.tuned_model.logits)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -426,7 +426,11 @@ class ZOModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The tuned tensors by the model's names, float32; the frozen model is not part of a checkpoint."""
-        return {} if self.tuned is None else {k: v.detach() for k, v in self.tuned.tensors.named_masters().items()}
+        return (
+            {}
+            if self.tuned_model is None
+            else {k: v.detach() for k, v in self.tuned_model.tensors.named_masters().items()}
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tuned tensors into the masters and the model.
@@ -434,11 +438,11 @@ class ZOModule(LightningModule):
         Raises:
             SlzoError: They do not fit the model or the tuned layer.
         """
-        if self.tuned is None:
+        if self.tuned_model is None:
             raise SlzoError(
                 "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
             )
-        expected = self.tuned.tensors.named_masters()
+        expected = self.tuned_model.tensors.named_masters()
         wrong = [name for name, t in state_dict.items() if name not in expected or expected[name].shape != t.shape]
         missing = [name for name in expected if name not in state_dict]
         if wrong or missing:
@@ -446,15 +450,15 @@ class ZOModule(LightningModule):
                 f"ckpt_path: tensor {(wrong + missing)[0]!r} of the checkpoint does not fit model {self.model_name!r} "
                 f"with dominant layer {self.layer} and scope {self.scope.describe()!r}; use the options it was trained with"
             )
-        self.tuned.tensors.load(state_dict)
+        self.tuned_model.tensors.load(state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what is needed to use the tensors elsewhere."""
-        assert self.tuned is not None
+        assert self.tuned_model is not None
         checkpoint["slzo"] = {
             "format": CHECKPOINT_FORMAT,
-            **self.tuned.description(),
+            **self.tuned_model.description(),
             "num_evaluations": self.num_evaluations,
             "model": self.model_name,
             "layer_origin": self.layer_origin,
@@ -468,9 +472,9 @@ class ZOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue the counters and say where this run's options differ from those of the checkpoint."""
         note = checkpoint_note(checkpoint)
-        if self.tuned is None:
+        if self.tuned_model is None:
             self._tune_as(note)
-        elif not self.tuned.fits(note):
+        elif not self.tuned_model.fits(note):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"
             )

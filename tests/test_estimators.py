@@ -17,7 +17,7 @@ from slzo.data.batch import TrainBatch
 from slzo.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, RowPart
+from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, RowShare
 from slzo.zo.forward import SuffixForward
 from slzo.zo.noise import rademacher
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy, CandidateErrors
@@ -317,7 +317,7 @@ def test_bad_arguments(make, message):
 def divided_losses(tuned, loss, parts, eps=1e-2):
     """Losses of each part of the rows at + eps z and - eps z of its own direction, shape (2, parts)."""
     directions = [tuned.draw(0, 0, query) for query in range(parts)]
-    points = [Point(z, sign * eps, RowPart(n, parts)) for sign in (1, -1) for n, z in enumerate(directions)]
+    points = [Point(z, sign * eps, RowShare(n, parts)) for sign in (1, -1) for n, z in enumerate(directions)]
     return loss.at(points).view(2, -1), directions
 
 

@@ -20,12 +20,12 @@ from slzo.zo.scopes.linear_maps import linears
 from slzo.zo.tuned_model import TunedModel
 
 
-def mean_gradients(tuned: TunedModel, datamodule: TaskDataModule, batches: int) -> dict[str, Tensor]:
+def mean_gradients(tuned_model: TunedModel, datamodule: TaskDataModule, batches: int) -> dict[str, Tensor]:
     """Mean gradient of each of the tuned tensors over the first training batches, float32."""
-    total = {name: torch.zeros_like(master) for name, master in tuned.tensors.named_masters().items()}
+    total = {name: torch.zeros_like(master) for name, master in tuned_model.tensors.named_masters().items()}
     for _, batch in zip(range(batches), datamodule.train_dataloader(), strict=False):
-        loss = tuned.loss(batch.to(tuned.parts.model.device), datamodule.objective)
-        gradient = Backprop().estimate(Request(tuned.tensors, loss, seed=0, step=0)).gradient
+        loss = tuned_model.loss(batch.to(tuned_model.parts.model.device), datamodule.objective)
+        gradient = Backprop().estimate(Request(tuned_model.tensors, loss, seed=0, step=0)).gradient
         for name in total:
             total[name] += gradient[name] / batches
     return total

@@ -58,7 +58,7 @@ class RunSummary(Callback):
         """Score the best checkpoint, show and write the summary."""
         if (
             not isinstance(pl_module, ZOModule)
-            or pl_module.tuned is None
+            or pl_module.tuned_model is None
             or getattr(trainer, "fast_dev_run", False)
             or trainer.interrupted
         ):
@@ -93,7 +93,7 @@ class RunSummary(Callback):
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
-            "tuned_parameters": pl_module.tuned.tensors.num_elements,
+            "tuned_parameters": pl_module.tuned_model.tensors.num_elements,
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,

@@ -131,8 +131,8 @@ class Workbench:
             eps: In place of the module's.
         """
         options = self.module.step_options
-        with self._tuned(layer) as tuned:
-            return self._train(tuned, steps, seed, lr, options if eps is None else replace(options, eps=eps))
+        with self._tuned(layer) as tuned_model:
+            return self._train(tuned_model, steps, seed, lr, options if eps is None else replace(options, eps=eps))
 
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
         """Measure one layer on the first rows of a run.
@@ -146,10 +146,10 @@ class Workbench:
         eps = self.module.step_options.eps
         rows = next(iter(self._batches(seed, num_rows)))
         slopes = []
-        with self._tuned(layer) as tuned, torch.no_grad():
+        with self._tuned(layer) as tuned_model, torch.no_grad():
             loss = self.module.loss_of(rows)
             for query in range(directions):
-                z = tuned.tensors.draw(seed, 0, query)
+                z = tuned_model.tensors.draw(seed, 0, query)
                 high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
                 slopes.append(abs(high - low) / (2 * eps))
         error = statistics.stdev(slopes) / math.sqrt(directions) if directions > 1 else math.nan
@@ -188,18 +188,18 @@ class Workbench:
     @contextmanager
     def _tuned(self, layer: int | None) -> Iterator[TunedModel]:
         """Tune the scope for a while; the model gets its untuned weights back."""
-        tuned = self.module.tune(layer, self._cache)
-        self._cache = tuned.forward.cache
-        initial = tuned.tensors.copy_of_masters()
+        tuned_model = self.module.tune(layer, self._cache)
+        self._cache = tuned_model.forward.cache
+        initial = tuned_model.tensors.copy_of_masters()
         try:
-            yield tuned
+            yield tuned_model
         finally:
-            tuned.tensors.load(initial)
+            tuned_model.tensors.load(initial)
             self.module.stop_tuning()
 
-    def _train(self, tuned: TunedModel, steps: int, seed: int, lr: float | None, options: StepOptions) -> Trial:
+    def _train(self, tuned_model: TunedModel, steps: int, seed: int, lr: float | None, options: StepOptions) -> Trial:
         module, choice = self.module, self.module.optimizer_choice
-        optimizer = choice.make(tuned.tensors.masters)
+        optimizer = choice.make(tuned_model.tensors.masters)
         if lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -214,7 +214,7 @@ class Workbench:
         for step in range(steps):
             started = time.perf_counter()
             loss = module.loss_of(next(batches))
-            estimate = tuned.step(
+            estimate = tuned_model.step(
                 loss, module.estimator, optimizer, options, seed=seed, step=step, max_steps=steps
             ).estimate
             if scheduler is not None:

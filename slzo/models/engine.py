@@ -18,7 +18,7 @@ class Engine:
         paired: Run the layers above the tuned one once for both evaluations; left out, for small batches only.
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
-        onednn: Run float32 linear layers on the CPU through oneDNN; left out, a trial decides.
+        onednn: Run float32 linear layers on the CPU through oneDNN; left out, a short timing decides.
         compile: Compile the decoder layers with torch.compile; falls back with a warning.
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
         cache_dtype: Type in which they are kept; left out, that of the model.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows of the trial product: about the tokens of a small batch.
+# Rows of the probe product: about the tokens of a small batch.
 _TRIAL_ROWS = 128
 # Near one both are as good, and the choice should not depend on noise.
 _CLEAR_GAIN = 1.25
@@ -42,7 +42,7 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The product, shape (..., out_features)."""
-        if inputs.device.type != "cpu":  # the model was moved after the trial
+        if inputs.device.type != "cpu":  # the model was moved after the timing
             return F.linear(inputs, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
@@ -58,7 +58,7 @@ def with_onednn(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def onednn_is_faster(module: nn.Module) -> bool:
-    """Whether oneDNN clearly wins for the largest linear of a module, by a trial of a few milliseconds.
+    """Whether oneDNN clearly wins for the largest linear of a module, by timing them for a few milliseconds.
 
     ``False`` unless the module is in float32 on a CPU: elsewhere torch already takes the best there is.
     """
@@ -69,11 +69,11 @@ def onednn_is_faster(module: nn.Module) -> bool:
     if largest.weight.dtype != torch.float32 or largest.weight.device.type != "cpu":
         return False
     inputs = torch.ones(_TRIAL_ROWS, largest.in_features)
-    trial = OneDNNLinear(largest)
+    probe = OneDNNLinear(largest)
     try:
         ours, plain = [], []
         for _ in range(8):
-            ours.append(_seconds(lambda: trial(inputs)))
+            ours.append(_seconds(lambda: probe(inputs)))
             plain.append(_seconds(lambda: F.linear(inputs, largest.weight, largest.bias)))
     except RuntimeError:  # a build of torch without the kernel
         return False

@@ -131,7 +131,7 @@ class ModelParts:
         model: In evaluation mode; its weights are shared, not copied.
         packed: Run without padding. ``False`` pads each sequence on the right and uses the model's own attention; models
             that do not use transformers' attention interface always run this way.
-        onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by a trial.
+        onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by timing both.
         compile: Compile the decoder layers (see :mod:`slzo.models.compiled_layer`); they do not use oneDNN then.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
@@ -317,7 +317,7 @@ def take_apart(
     cause, reason = None, ""
     try:
         # before any attention is exchanged, so that a feature that ours lacks shows as a difference
-        expected = _plain_logits(model, _trial_examples(model))
+        expected = _plain_logits(model, _probe_examples(model))
     except _FAILURES as failure:
         raise _refusal(name, f"a plain forward pass failed ({_first_words(failure)})") from failure
     for without_padding in (True, False) if packed else (False,):
@@ -357,7 +357,7 @@ def _attention_of(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
-def _trial_examples(model: PreTrainedModel) -> list[EncodedExample]:
+def _probe_examples(model: PreTrainedModel) -> list[EncodedExample]:
     """Made-up tokens: a prompt with two answers, and a shorter sequence."""
     generator = torch.Generator().manual_seed(0)
     size = min(model.config.get_text_config(decoder=True).vocab_size, 1000)
@@ -380,8 +380,8 @@ def _plain_logits(model: PreTrainedModel, examples: Sequence[EncodedExample]) ->
 
 @torch.no_grad()
 def largest_difference(parts: ModelParts, expected: Tensor) -> float:
-    """Largest difference between the parts' logits on the trial tokens and ``expected``, relative to the largest."""
-    batch = pack(_trial_examples(parts.model)).to(parts.model.device)
+    """Largest difference between the parts' logits on the probe tokens and ``expected``, relative to the largest."""
+    batch = pack(_probe_examples(parts.model)).to(parts.model.device)
     layer = parts.num_layers // 2
     hidden = parts.run(batch, 0, layer) if layer else None
     ours = parts.head(parts.run(batch, layer, parts.num_layers, hidden).index_select(0, batch.needed))

@@ -50,9 +50,9 @@ class _SummedLoss(Loss):
 
     def at(self, points: Sequence[Point]) -> Tensor:
         sums = self.around.reduce(self.sums(points))
-        parts = points[0].rows.of
-        weights = sums[1].view(-1, parts).sum(dim=1, keepdim=True).expand(-1, parts).reshape(-1)
-        return sums[0] * parts / weights
+        shares = points[0].rows.of
+        weights = sums[1].view(-1, shares).sum(dim=1, keepdim=True).expand(-1, shares).reshape(-1)
+        return sums[0] * shares / weights
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class BatchLogitLoss(_SummedLoss):
         around = self.around
         (total, weight), gradient = back_propagate(around.forward.parts.model, around.tuned, self._here)
         sums = around.reduce(torch.stack([total, weight]))
-        return float(sums[0] / sums[1]), {name: around.reduce(part) / sums[1] for name, part in gradient.items()}
+        return float(sums[0] / sums[1]), {name: around.reduce(own) / sums[1] for name, own in gradient.items()}
 
     def slope(self, direction: Direction) -> tuple[float, float]:
         around = self.around
-        parts = forward_derivative(around.forward.parts.model, around.tuned, direction, self._here)
-        sums = around.reduce(torch.stack(parts))
+        here = forward_derivative(around.forward.parts.model, around.tuned, direction, self._here)
+        sums = around.reduce(torch.stack(here))
         return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 
     def _here(self) -> LossSum:
@@ -108,8 +108,8 @@ class BatchAnswerLoss(_SummedLoss):
         rows, device = self.batch.rows, self.batch.packed.input_ids.device
         found = []
         for point in points:
-            number, parts = point.rows
-            chosen = rows[len(rows) * number // parts : len(rows) * (number + 1) // parts]
+            number, shares = point.rows
+            chosen = rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
             self.around.tuned.write(point.direction, point.scale)
             losses = self.row_losses(self.around.answers(chosen), chosen) if chosen else []
             found.append(LossSum(*torch.tensor([sum(losses), float(len(chosen))], device=device)))

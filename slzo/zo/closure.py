@@ -31,7 +31,7 @@ class ClosureLoss(Loss):
         """See :class:`slzo.zo.estimators.base.Loss`.
 
         Raises:
-            SlzoError: A point asks for a part of the rows, which a closure cannot give.
+            SlzoError: A point asks for a share of the rows, which a closure cannot give.
         """
         losses = []
         for point in points:

@@ -18,7 +18,7 @@ _REASONS = {
     "SparseAdam": "it takes sparse gradients only",
     "Muon": "it updates matrices only, and a decoder layer has vectors too",
 }
-_TRIAL_SIZE = 64
+_PROBE_SIZE = 64
 
 
 class SignSGD(Optimizer):
@@ -89,44 +89,44 @@ class OptimizerChoice:
         Raises:
             SlzoError: With the reason.
         """
-        trial = _try_optimizer(make)
-        options = {k: v for k, v in trial.defaults.items() if isinstance(v, int | float | str | tuple | None)}
-        settings: dict[str, Any] = {"class": f"{type(trial).__module__}.{type(trial).__qualname__}", **options}
-        lr = float(trial.param_groups[0]["lr"])
-        settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, trial)
-        return cls(make, make_scheduler, type(trial).__name__, lr, settings, _state_copies(trial))
+        probe = _try_optimizer(make)
+        options = {k: v for k, v in probe.defaults.items() if isinstance(v, int | float | str | tuple | None)}
+        settings: dict[str, Any] = {"class": f"{type(probe).__module__}.{type(probe).__qualname__}", **options}
+        lr = float(probe.param_groups[0]["lr"])
+        settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
+        return cls(make, make_scheduler, type(probe).__name__, lr, settings, _state_copies(probe))
 
 
 def _try_optimizer(make: MakeOptimizer) -> Optimizer:
     """An optimizer of one made-up parameter."""
     try:
-        trial = make([nn.Parameter(torch.zeros(_TRIAL_SIZE, _TRIAL_SIZE))])
+        probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
     except (ValueError, TypeError) as error:
         raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
-    name = type(trial).__name__
+    name = type(probe).__name__
     if name in _REASONS:
         raise SlzoError(
             f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
             "another torch.optim class"
         )
-    return trial
+    return probe
 
 
-def _try_scheduler(make: MakeScheduler, trial: Optimizer) -> dict[str, Any]:
+def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
     """Class and state of a scheduler; the optimizer's rate may be changed."""
     try:
-        scheduler = make(trial)
+        scheduler = make(probe)
     except (ValueError, TypeError, KeyError) as error:
         raise SlzoError(f"model.lr_scheduler: {error}; correct its init_args") from error
     state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
     return {"class": type(scheduler).__qualname__, **state}
 
 
-def _state_copies(trial: Optimizer) -> float:
+def _state_copies(probe: Optimizer) -> float:
     """Elements of state per parameter element; the optimizer is stepped."""
-    (parameter,) = trial.param_groups[0]["params"]
+    (parameter,) = probe.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
-    trial.step()
-    state: dict[str, Any] = trial.state[parameter]
+    probe.step()
+    state: dict[str, Any] = probe.state[parameter]
     held = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
     return held / parameter.numel()

@@ -128,8 +128,10 @@ class TunedModel:
         settings = description["adapter"]
         adapter = None if settings is None else adapter_from_dict(settings)
         with _adapter_in(parts, adapter) as own:
-            tuned = TunedTensors.from_description(dict(parts.model.named_parameters()), description["tensors"], subset)
-            return cls(own, tuned, description["scope"], adapter, description["layer"], engine)
+            tensors = TunedTensors.from_description(
+                dict(parts.model.named_parameters()), description["tensors"], subset
+            )
+            return cls(own, tensors, description["scope"], adapter, description["layer"], engine)
 
     def description(self) -> dict[str, Any]:
         """What :meth:`of_description` takes: tensors and primitives only."""
@@ -228,7 +230,7 @@ class TunedModel:
         """
         masters = 4 * self.tensors.num_elements
         at_once = estimator.directions_at_once(num_queries, self.engine.queries_at_once)
-        # the first direction becomes the gradient; later groups of queries are drawn beside it
+        # the first direction becomes the gradient; later queries are drawn beside it
         copies = at_once + (1 if num_queries > at_once else 0)
         held = masters * copies if masters <= self.tensors.hold_bytes else masters
         sizes = {

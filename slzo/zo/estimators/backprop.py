@@ -17,7 +17,7 @@ class Backprop(Estimator):
     def estimate(self, request: Request) -> Estimate:
         loss, gradient = request.loss.gradient()
         names = request.tuned.names_of_step(request.seed, request.step)
-        gradient = {name: part for name, part in gradient.items() if name in names}
-        norm = math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
+        gradient = {name: own for name, own in gradient.items() if name in names}
+        norm = math.sqrt(sum(float(own.square().sum()) for own in gradient.values()))
         finite = math.isfinite(loss) and math.isfinite(norm)
         return Estimate(loss, loss, loss, (norm,), 3, gradient if finite else {})

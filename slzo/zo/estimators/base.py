@@ -11,14 +11,14 @@ from torch import Tensor
 from slzo.zo.tuned import Direction, TunedTensors
 
 
-class RowPart(NamedTuple):
-    """A part of a batch's rows: the ``number``-th, counted from 0, of ``of`` parts of nearly the same size."""
+class RowShare(NamedTuple):
+    """A share of a batch's rows: the ``number``-th, counted from 0, of ``of`` shares of nearly the same size."""
 
     number: int = 0
     of: int = 1
 
 
-ALL_ROWS = RowPart()
+ALL_ROWS = RowShare()
 
 
 class Point(NamedTuple):
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
     direction: Direction
     scale: float
-    rows: RowPart = ALL_ROWS
+    rows: RowShare = ALL_ROWS
 
 
 class Loss(Protocol):
@@ -35,8 +35,8 @@ class Loss(Protocol):
     def at(self, points: Sequence[Point]) -> Tensor:
         """Losses at several points, shape (P,), float32; forward passes only.
 
-        The points' row parts have one ``of`` and come in turn, 0 to ``of - 1``, once or several times. The loss of a part is what
-        it adds to the batch's, times ``of``: the mean over the parts is the batch's loss, whatever their sizes.
+        The points' row shares have one ``of`` and come in turn, 0 to ``of - 1``, once or several times. The loss of a share is
+        what it adds to the batch's, times ``of``: the mean over the shares is the batch's loss, whatever their sizes.
         """
 
     def gradient(self) -> tuple[float, Direction]:
@@ -69,7 +69,7 @@ class Request:
     num_queries: int = 1
     queries_at_once: int = 1
 
-    def query_groups(self) -> Iterator[range]:
+    def queries_in_turn(self) -> Iterator[range]:
         """The queries, as many together as are evaluated together."""
         for start in range(0, self.num_queries, self.queries_at_once):
             yield range(start, min(start + self.queries_at_once, self.num_queries))

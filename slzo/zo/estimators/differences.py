@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from slzo.zo.estimators.base import ALL_ROWS, Estimate, Point, Request, RowPart
+from slzo.zo.estimators.base import ALL_ROWS, Estimate, Point, Request, RowShare
 from slzo.zo.noise import Noise
 from slzo.zo.tuned import Direction
 
@@ -17,10 +17,10 @@ def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Esti
     plus: list[float] = []
     minus: list[float] = []
     gradient: dict[str, Tensor] = {}
-    for queries in [range(count)] if divide_rows else request.query_groups():
+    for queries in [range(count)] if divide_rows else request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
-        rows = [RowPart(query, count) if divide_rows else ALL_ROWS for query in queries]
-        points = [Point(z, sign * eps, part) for sign in (1, -1) for z, part in zip(directions, rows, strict=True)]
+        rows = [RowShare(query, count) if divide_rows else ALL_ROWS for query in queries]
+        points = [Point(z, sign * eps, share) for sign in (1, -1) for z, share in zip(directions, rows, strict=True)]
         highs, lows = request.loss.at(points).view(2, -1).tolist()
         plus += highs
         minus += lows
@@ -46,7 +46,7 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
     gradient: dict[str, Tensor] = {}
     base: float | None = None
     losses: list[float] = []
-    for queries in request.query_groups():
+    for queries in request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         points = [Point(z, eps) for z in directions]
         if base is None:  # first, with the live weights at the masters: an empty direction moves nothing

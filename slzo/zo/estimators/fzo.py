@@ -49,8 +49,8 @@ class FZO(Estimator):
         if estimate.finite:
             spread = statistics.stdev(losses)
             # equal losses say nothing, as with a metric that no direction changes: no step then
-            for part in estimate.gradient.values():
-                part.mul_(request.eps / spread if spread > 0 else 0.0)
+            for own in estimate.gradient.values():
+                own.mul_(request.eps / spread if spread > 0 else 0.0)
         return estimate
 
     def describe(self) -> str:

@@ -17,14 +17,14 @@ class SPSA(Estimator):
 
     Its mean is the gradient, up to a term of order :math:`\epsilon^2`. Each query costs two evaluations, an antithetic pair.
 
-    With ``divide_rows`` the q queries share the rows out: query i takes its losses on the i-th of q parts of the batch, so that
-    a step costs two evaluations in all. The mean is the same. With :math:`g = \sum_i h_i`, :math:`h_i` what the i-th part adds,
+    With ``divide_rows`` the q queries share the rows out: query i takes its losses on the i-th of q shares of the batch, so that
+    a step costs two evaluations in all. The mean is the same. With :math:`g = \sum_i h_i`, :math:`h_i` what the i-th share adds,
     the squared error falls from :math:`(d + 1) |g|^2` to :math:`(d + 1) \sum_i |h_i|^2`: to 1/q of it where all rows pull the
     same way, to nothing less where each pulls another way.
 
     Args:
         noise: Entries of the directions: standard normal as in MeZO, or random signs as in Spall's SPSA.
-        divide_rows: Each query takes its own part of the batch; all directions of a step are held at once.
+        divide_rows: Each query takes its own share of the batch; all directions of a step are held at once.
     """
 
     def __init__(self, noise: Literal["gaussian", "rademacher"] = "gaussian", divide_rows: bool = False) -> None:

@@ -11,8 +11,8 @@ from slzo.zo.objectives.candidate_cross_entropy import CandidateCrossEntropy
 from slzo.zo.objectives.candidate_errors import CandidateErrors
 
 __all__ = [
-    "LOSSES",
-    "METRICS",
+    "LOSS_OBJECTIVES",
+    "METRIC_OBJECTIVES",
     "AnswerF1",
     "AnswerLikelihood",
     "AnswerObjective",
@@ -23,7 +23,7 @@ __all__ = [
     "Objective",
 ]
 
-LOSSES: Mapping[Kind, type[LogitObjective]] = MappingProxyType(
+LOSS_OBJECTIVES: Mapping[Kind, type[LogitObjective]] = MappingProxyType(
     {
         Kind.CLASSIFICATION: CandidateCrossEntropy,
         Kind.MULTIPLE_CHOICE: AnswerLikelihood,
@@ -32,7 +32,7 @@ LOSSES: Mapping[Kind, type[LogitObjective]] = MappingProxyType(
 )
 """The loss of each kind of task, which evaluation reports."""
 
-METRICS: Mapping[Kind, type[Objective]] = MappingProxyType(
+METRIC_OBJECTIVES: Mapping[Kind, type[Objective]] = MappingProxyType(
     {
         Kind.CLASSIFICATION: CandidateErrors,
         Kind.MULTIPLE_CHOICE: CandidateErrors,

@@ -33,7 +33,7 @@ class ScopeContext:
 
 
 class Scope(ABC):
-    """Names the tensors, or parts of them, that are tuned.
+    """Names the tensors, or elements of them, that are tuned.
 
     Attributes:
         layers: The decoder layers that it is about; those that are about the whole model say ``"all"``.

@@ -43,4 +43,4 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
         finally:
             for handle in handles:
                 handle.remove()
-    return [torch.cat(parts) for parts in found]
+    return [torch.cat(pieces) for pieces in found]
