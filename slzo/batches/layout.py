@@ -71,18 +71,15 @@ class PackedLayout(Movable):
     def repeat(self, times: int) -> "PackedLayout":
         """The layout of ``times`` copies of the batch, one after the other in the packed row."""
         num_tokens = self.inverse.numel()
-        offsets = [copy * num_tokens for copy in range(times)]
-        inverse, start = [torch.empty_like(self.inverse) for _ in offsets], 0
-        group_start = 0
+        inverse, start = [self.inverse] * times, 0
         for group in self.groups:
             inside = (self.inverse >= start) & (self.inverse < start + group.numel())
             for copy in range(times):
-                moved = self.inverse - start + group_start + copy * group.numel()
+                moved = self.inverse + (times - 1) * start + copy * group.numel()
                 inverse[copy] = torch.where(inside, moved, inverse[copy])  # no host sync, unlike a masked write
             start += group.numel()
-            group_start += group.numel() * times
         return PackedLayout(
-            groups=tuple(torch.cat([group + offset for offset in offsets]) for group in self.groups),
+            groups=tuple(torch.cat([group + copy * num_tokens for copy in range(times)]) for group in self.groups),
             valid=tuple(valid.repeat(times, 1) for valid in self.valid),
             inverse=torch.cat(inverse),
         )
@@ -107,9 +104,8 @@ class PackedLayout(Movable):
 
 def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     """Sequence numbers, sorted by falling length and cut into groups of similar length."""
-    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
     groups: list[list[int]] = []
-    for number in order:
+    for number in sorted(range(len(sequences)), key=lambda n: -len(sequences[n])):
         if groups and len(sequences[number]) >= _GROUP_RATIO * len(sequences[groups[-1][0]]):
             groups[-1].append(number)
         else:

@@ -35,8 +35,7 @@ class LogitLoss(Protocol):
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
     """Log-probability of each answer token, shape (R,), from full-vocabulary logits (U, vocabulary) in float32."""
-    normalizer = logits.logsumexp(dim=-1)
-    return logits[batch.token_needed, batch.token_id] - normalizer[batch.token_needed]
+    return logits[batch.token_needed, batch.token_id] - logits.logsumexp(dim=-1)[batch.token_needed]
 
 
 def candidate_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
@@ -90,6 +89,12 @@ def add_up(sums: Sequence[LossSum]) -> LossSum:
     return LossSum(*(torch.stack(parts).sum() for parts in zip(*sums, strict=True)))
 
 
-def stack(sums: list[LossSum]) -> Tensor:
-    """Totals and counts of several evaluations, shape (2, P)."""
-    return torch.stack([torch.stack([item.total for item in sums]), torch.stack([item.weight for item in sums])])
+def stack(sums: Sequence[LossSum]) -> Tensor:
+    """Totals and weights of at least one evaluation, shape (2, P)."""
+    return torch.stack([torch.stack(parts) for parts in zip(*sums, strict=True)])
+
+
+def no_loss(device: torch.device) -> LossSum:
+    """The loss of no rows."""
+    zero = torch.zeros((), device=device)
+    return LossSum(zero, zero)

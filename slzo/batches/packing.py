@@ -46,8 +46,7 @@ class PackedBatch(TokenBatch):
         candidate_slot: Place of each candidate within its example, shape (C,), int64.
         gold: Slot of the training target of each example, shape (B,), int64; -1 without a label.
         right: Whether each candidate is a right one, shape (C,), bool.
-        choice_ids: Distinct candidate tokens, shape (K,), int64, if every candidate is one token after the
-            same prompt tokens, else ``None``.
+        choice_ids: Distinct candidate tokens, shape (K,), int64, if each is one token after the same prompt, else ``None``.
         token_choice: For each answer token its index in ``choice_ids``, shape (R,), int64, or ``None``.
         most_candidates: Largest number of candidates of an example.
     """
@@ -67,11 +66,11 @@ class PackedBatch(TokenBatch):
     token_choice: Tensor | None
     most_candidates: int
 
-    def repeat(self, times: int) -> "TokenBatch":
+    def repeat(self, times: int) -> TokenBatch:
         """Tokens and layout of ``times`` copies of the batch in one packed row."""
         return TokenBatch(self.input_ids.repeat(times), self.position_ids.repeat(times), self.layout.repeat(times))
 
-    def select(self, numbers: Sequence[int]) -> "TokenBatch":
+    def select(self, numbers: Sequence[int]) -> TokenBatch:
         """Tokens and layout of some examples, given by their place in the batch, in rising order."""
         starts = [0, *accumulate(self.example_tokens)]
         spans = [range(starts[number], starts[number + 1]) for number in numbers]

@@ -11,13 +11,10 @@ from slzo.batches.packing import PackedBatch
 
 
 def share_beginnings(batch: PackedBatch) -> PackedBatch:
-    """The batch with every common beginning of its sequences stored, and thus evaluated, once.
+    """A packed batch with every common beginning of its sequences stored, and thus evaluated, once.
 
     A token's hidden state depends on the tokens before it only, so the result is the same. The tokens no longer belong to
     single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
-
-    Args:
-        batch: As :func:`slzo.batches.packing.pack` makes it.
     """
     ids = batch.input_ids.tolist()
     merged = [-1] * len(ids)

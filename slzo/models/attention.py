@@ -57,16 +57,16 @@ def packed_attention_forward(
     Args:
         module: The attention layer.
         query: Shape (1, heads, T, head_dim) when packed.
-        key: Shape (1, key_value_heads, T, head_dim).
-        value: Shape (1, key_value_heads, T, head_dim).
-        attention_mask: Used only without a layout.
-        scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
+        key: Like ``query``, with as many heads or fewer.
+        value: Like ``key``.
+        attention_mask: Used only without a layout, as are ``kwargs``.
+        scaling: See :func:`softcap_attention`.
         dropout: Must be 0, both evaluations of a step have to see the same function.
         sliding_window: A token attends to this many last tokens, itself included.
-        softcap: Scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        softcap: See :func:`softcap_attention`; ``None`` for no bound.
         packed_layout: The packed sequences.
         virtual_tokens: Keys and values before those of every sequence; needs a layout.
-        kwargs: Passed on when there is no layout.
+        kwargs: Of transformers.
 
     Returns:
         The output, shape (1, T, heads, head_dim), and no attention weights.
@@ -76,7 +76,6 @@ def packed_attention_forward(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
         causal = attention_mask if attention_mask is not None else _causal_mask(query, key, None)
         return softcap_attention(query, key, value, causal, scaling, softcap).transpose(1, 2).contiguous(), None
     flat = torch.cat([index.flatten() for index in packed_layout.groups])
@@ -101,10 +100,9 @@ def _causal_attention(
 
     Keys that outnumber the queries come before them.
     """
-    narrow = key.shape[-2] > query.shape[-2] or (window is not None and window < query.shape[-2])
     if softcap is not None:
-        key, value = _repeat_heads(query, key), _repeat_heads(query, value)
         return softcap_attention(query, key, value, _causal_mask(query, key, window), scaling, softcap)
+    narrow = key.shape[-2] > query.shape[-2] or (window is not None and window < query.shape[-2])
     mask = _causal_mask(query, key, window) if narrow else None
     shared_heads = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
@@ -114,25 +112,18 @@ def _causal_attention(
 
 def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (N, heads, L, head_dim) of a layer with the learned ones before them."""
-    before = virtual.of_layer(layer.layer_idx)  # type: ignore[arg-type]
-    extended = [
+    keys, values = (
         torch.cat([learned.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
-        for learned, own in zip(before, (key, value), strict=True)
-    ]
-    return extended[0], extended[1]
-
-
-def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:
-    return states.repeat_interleave(query.shape[1] // states.shape[1], dim=1)
+        for learned, own in zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True)  # type: ignore[arg-type]
+    )
+    return keys, values
 
 
 def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Boolean mask, shape (queries, keys), ``True`` where attention is allowed; the last query sees the last key."""
     keys = torch.arange(key.shape[-2], device=key.device)
-    queries = torch.arange(query.shape[-2], device=key.device) + key.shape[-2] - query.shape[-2]
-    distance = queries[:, None] - keys[None, :]
-    allowed = distance >= 0
-    return allowed & (distance < window) if window is not None else allowed
+    distance = keys[-query.shape[-2] :, None] - keys
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def softcap_attention(
@@ -141,13 +132,16 @@ def softcap_attention(
     """Attention with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack.
 
     Args:
-        query: Shape (..., queries, head_dim).
-        key: Shape (..., keys, head_dim), as many heads as the queries.
+        query: Shape (N, heads, queries, head_dim).
+        key: Shape (N, key_value_heads, keys, head_dim); their number divides that of the heads.
         value: Like ``key``.
-        mask: Bool, broadcasts to (..., queries, keys), ``True`` where attention is allowed.
+        mask: Bool, broadcasts to (N, heads, queries, keys), ``True`` where attention is allowed.
         scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
         softcap: Scores become ``softcap * tanh(scores / softcap)``.
     """
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value

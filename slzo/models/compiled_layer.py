@@ -10,10 +10,8 @@ from torch import nn
 class CompiledLayer(nn.Module):
     """A decoder layer that runs compiled; if compiling fails it runs as it is, with one warning.
 
-    All layers of one class share the compiled code. Shapes are dynamic, so a new batch shape does not compile again.
-
-    Args:
-        layer: The layer; its weights are shared and may change between calls.
+    All layers of one class share the compiled code. Shapes are dynamic, so a new batch shape does not compile again. The
+    layer's weights are shared and may change between calls.
     """
 
     def __init__(self, layer: nn.Module) -> None:

@@ -86,18 +86,11 @@ class _SelectedHead(nn.Module):
         return F.linear(hidden_states, head.weight.index_select(0, self.token_ids), bias)
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A module that shares everything but the dictionary of its children."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
 def _replace(root: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
-    """Shallow copy of ``root`` in which the module at ``path`` is another one."""
-    twin = _shallow_copy(root)
+    """Copy of ``root`` in which the module at ``path`` is another one; all else is shared."""
+    twin = copy.copy(root)
     head, _, rest = path.partition(".")
-    twin._modules[head] = _replace(getattr(root, head), rest, stand_in) if rest else stand_in
+    twin._modules = {**root._modules, head: _replace(getattr(root, head), rest, stand_in) if rest else stand_in}
     return twin
 
 
@@ -116,10 +109,10 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     # an inner list (experts, adapters) can have the same length by chance; the outermost one holds the layers
     found = [(name, module) for name, module in found if not any(name.startswith(f"{other}.") for other, _ in found)]
     if getattr(config, "is_encoder_decoder", False) or len(found) != 1 or model.get_output_embeddings() is None:
-        raise SlzoError(
-            f"model.model: architecture {type(model).__name__} is not supported: expected a decoder-only language model "
-            f"with one list of decoder layers and a head, found {len(found)} such lists; use a causal language model "
-            "such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
+        raise _refusal(
+            model,
+            "expected a decoder-only language model with one list of decoder layers and a head, "
+            f"found {len(found)} such lists",
         )
     return found[0]
 
@@ -129,8 +122,8 @@ class ModelParts:
 
     Args:
         model: In evaluation mode; its weights are shared, not copied.
-        packed: Run without padding. ``False`` pads each sequence on the right and uses the model's own attention; models
-            that do not use transformers' attention interface always run this way.
+        packed: Run without padding. ``False`` pads on the right and uses the model's own attention; models that do not use
+            transformers' attention interface always run this way.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by timing both.
         compile: Compile the decoder layers (see :mod:`slzo.models.compiled_layer`); they do not use oneDNN then.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
@@ -153,17 +146,13 @@ class ModelParts:
         self.packed = packed and _use_packed_attention(model)
         self.compile = compile
         self.onednn = not compile and (onednn_is_faster(self.layers[0]) if onednn is None else onednn)
-        self._runnable = [self._make_runnable(layer) for layer in self.layers]
+        stand_in = CompiledLayer if compile else with_onednn
+        self._runnable = [stand_in(layer) for layer in self.layers] if compile or self.onednn else list(self.layers)
         self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
         self._stack = model.get_submodule(self._stack_path)
         self._as_tuple = _layer_returns_tuple(model, self.layers[0])
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
-
-    def _make_runnable(self, layer: nn.Module) -> nn.Module:
-        if self.compile:
-            return CompiledLayer(layer)
-        return with_onednn(layer) if self.onednn else layer
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
@@ -181,7 +170,7 @@ class ModelParts:
         if inject is not None:
             if hidden is None:
                 raise ValueError(f"running from layer {start} needs the hidden states that enter it")
-            inject.value = self._spread(hidden, batch)
+            inject.value = hidden[None] if self.packed else hidden[batch.layout.in_one_group().groups[0]]
         try:
             output = view(**self._inputs(batch), use_cache=False)
             final = output.last_hidden_state if capture is None else capture.value
@@ -249,18 +238,16 @@ class ModelParts:
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
         if self.packed:
-            layout = batch.layout
-            if self.compile:  # compiled code is made for one number of groups
-                layout = layout.in_one_group()
-            before = {} if self.virtual_tokens is None else {VIRTUAL_ARGUMENT: self.virtual_tokens}
-            shift = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
+            virtual = self.virtual_tokens
+            before, shift = ({}, 0) if virtual is None else ({VIRTUAL_ARGUMENT: virtual}, virtual.num_tokens)
             return {
                 **before,
                 "input_ids": batch.input_ids.unsqueeze(0),
                 "position_ids": batch.position_ids.unsqueeze(0) + shift,
                 # a four-dimensional mask is passed on untouched: no (T, T) mask is built
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
-                LAYOUT_ARGUMENT: layout,
+                # compiled code is made for one number of groups
+                LAYOUT_ARGUMENT: batch.layout.in_one_group() if self.compile else batch.layout,
             }
         layout = batch.layout.in_one_group()
         return {
@@ -268,9 +255,6 @@ class ModelParts:
             "position_ids": batch.position_ids[layout.groups[0]],
             "attention_mask": layout.valid[0].long(),
         }
-
-    def _spread(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        return hidden.unsqueeze(0) if self.packed else hidden[batch.layout.in_one_group().groups[0]]
 
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Hidden states as the model shapes them, in packed form (T, hidden)."""
@@ -302,30 +286,28 @@ def take_apart(
 ) -> ModelParts:
     """The parts of a model, checked to compute together what the whole does.
 
-    Args:
-        model: In evaluation mode.
-        packed: Prefer packed attention; a model that does not run right with it keeps its own and is padded, with a warning.
-        onednn: See :class:`ModelParts`.
-        compile: See :class:`ModelParts`.
+    Arguments are those of :class:`ModelParts`, but a model that does not run right with packed attention keeps its own and is
+    padded, with a warning.
 
     Raises:
         SlzoError: The architecture cannot be run in parts; the model is as it was.
     """
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    name, own_attention = type(model).__name__, _attention_of(model)
+    own_attention = _attention_of(model)
     packed = packed and model._can_set_attn_implementation()
     cause, reason = None, ""
     try:
         # before any attention is exchanged, so that a feature that ours lacks shows as a difference
         expected = _plain_logits(model, _probe_examples(model))
     except _FAILURES as failure:
-        raise _refusal(name, f"a plain forward pass failed ({_first_words(failure)})") from failure
+        raise _refusal(model, f"a plain forward pass failed ({_first_words(failure)})") from failure
     for without_padding in (True, False) if packed else (False,):
         try:
             parts = ModelParts(model, without_padding, onednn, compile)
             error = largest_difference(parts, expected)
             if error <= tolerance:
                 if packed and not without_padding:
+                    name = type(model).__name__
                     warnings.warn(
                         f"{name} does not run right without padding ({reason}): padding is used", stacklevel=2
                     )
@@ -336,7 +318,7 @@ def take_apart(
             cause, reason = failure, f"running its layers failed: {_first_words(failure)}"
         if own_attention != _attention_of(model):
             model.set_attn_implementation(own_attention)
-    raise _refusal(name, f"run in parts, {reason}") from cause
+    raise _refusal(model, f"run in parts, {reason}") from cause
 
 
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -346,10 +328,10 @@ def _first_words(failure: Exception) -> str:
     return " ".join(str(failure).split())[:200]
 
 
-def _refusal(name: str, reason: str) -> SlzoError:
+def _refusal(model: PreTrainedModel, reason: str) -> SlzoError:
     return SlzoError(
-        f"model.model: architecture {name} is not supported: {reason}; use a causal language model such as Llama, Qwen, "
-        "Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
+        f"model.model: architecture {type(model).__name__} is not supported: {reason}; use a causal language model such as "
+        "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
     )
 
 

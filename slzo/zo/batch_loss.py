@@ -9,17 +9,11 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, stack
 from slzo.data.batch import Row, TrainBatch
+from slzo.tasks.base import Example
 from slzo.zo.derivatives import back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.forward import SuffixForward
 from slzo.zo.tuned import Direction, TunedTensors
-
-RowLosses = Callable[[Sequence[str], Sequence[Row]], Sequence[float]]
-"""The loss of each row from its generated answer."""
-
-
-def _over_one_process(sums: Tensor) -> Tensor:
-    return sums
 
 
 @dataclass(frozen=True)
@@ -36,13 +30,20 @@ class Surroundings:
     forward: SuffixForward
     tuned: TunedTensors
     answers: Callable[[Sequence[Row]], list[str]]
-    reduce: Callable[[Tensor], Tensor] = _over_one_process
+    reduce: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
 class _SummedLoss(Loss):
-    """Sums and what to divide them by travel together: averages of processes with other counts would be another loss."""
+    """Sums and what to divide them by travel together: averages of processes with other counts would be another loss.
+
+    Attributes:
+        around: What the loss is made of.
+        batch: The rows of this process.
+    """
 
     around: Surroundings
+    batch: TrainBatch
 
     @abstractmethod
     def sums(self, points: Sequence[Point]) -> Tensor:
@@ -60,14 +61,10 @@ class BatchLogitLoss(_SummedLoss):
     """A loss of the logits at the answers' positions.
 
     Attributes:
-        around: See :class:`Surroundings`.
-        batch: The rows of this process.
         objective: The loss.
         hidden: The states that enter the first tuned layer, the same at all points.
     """
 
-    around: Surroundings
-    batch: TrainBatch
     objective: LogitLoss
     hidden: Tensor | None
 
@@ -95,14 +92,10 @@ class BatchAnswerLoss(_SummedLoss):
     """A loss of generated answers. They run the whole model: they need keys and values of every layer.
 
     Attributes:
-        around: See :class:`Surroundings`.
-        batch: The rows of this process.
-        row_losses: The loss of each row.
+        of_answers: The loss of each example from its generated answer.
     """
 
-    around: Surroundings
-    batch: TrainBatch
-    row_losses: RowLosses
+    of_answers: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         rows, device = self.batch.rows, self.batch.packed.input_ids.device
@@ -111,7 +104,8 @@ class BatchAnswerLoss(_SummedLoss):
             number, shares = point.rows
             chosen = rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
             self.around.tuned.write(point.direction, point.scale)
-            losses = self.row_losses(self.around.answers(chosen), chosen) if chosen else []
+            answers = self.around.answers(chosen) if chosen else []
+            losses = self.of_answers(answers, [row.example for row in chosen]) if chosen else []
             found.append(LossSum(*torch.tensor([sum(losses), float(len(chosen))], device=device)))
         return stack(found)
 

@@ -28,11 +28,6 @@ class ClosureLoss(Loss):
 
     @torch.no_grad()
     def at(self, points: Sequence[Point]) -> Tensor:
-        """See :class:`slzo.zo.estimators.base.Loss`.
-
-        Raises:
-            SlzoError: A point asks for a share of the rows, which a closure cannot give.
-        """
         losses = []
         for point in points:
             if point.rows.of != 1:

@@ -18,15 +18,9 @@ Sums = tuple[Tensor, Tensor]
 def back_propagate(
     module: nn.Module, tuned: TunedTensors, function: Callable[[], Sums]
 ) -> tuple[Sums, dict[str, Tensor]]:
-    """Value and gradient of a function of the masters.
+    """The value, without a graph, of a function that runs a module, and the gradient of its first part by each master, float32.
 
-    Args:
-        module: Holds the live tensors, which must be at the masters.
-        tuned: By what to differentiate.
-        function: Runs the module.
-
-    Returns:
-        The function's value without a graph, and the gradient of its first part by each master, float32.
+    The module's live tensors must be at the masters.
     """
     live = {name: tensor.live.detach().requires_grad_() for name, tensor in tuned.items()}
     with torch.enable_grad():
@@ -43,16 +37,9 @@ def back_propagate(
 def forward_derivative(
     module: nn.Module, tuned: TunedTensors, direction: Direction, function: Callable[[], Sums]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value of a function of the masters and its derivative along a direction.
+    """First part of the value of a function that runs a module, its derivative along a direction, and the second part.
 
-    Args:
-        module: Holds the live tensors, which must be at the masters.
-        tuned: What moves.
-        direction: Along which.
-        function: Runs the module.
-
-    Returns:
-        The function's first part, its derivative, and the second part.
+    The module's live tensors must be at the masters.
 
     Raises:
         SlzoError: The module has an operation without a forward derivative.

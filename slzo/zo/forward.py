@@ -1,11 +1,12 @@
 """The loss of a batch with the prefix computed once and only the needed logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum, stack
+from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -20,10 +21,11 @@ _PAIR_TOKENS = {"cpu": 320}
 _PAIR_TOKENS_ACCELERATOR = 8192
 
 
+@dataclass(eq=False)
 class SuffixForward:
     """Runs the layers from the first tuned one up.
 
-    Args:
+    Attributes:
         parts: The model.
         span: The layers that hold tuned tensors.
         cache: Where the states that enter the first of them are kept between steps.
@@ -31,32 +33,21 @@ class SuffixForward:
         paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
     """
 
-    def __init__(
-        self,
-        parts: ModelParts,
-        span: Span,
-        cache: PrefixCache,
-        candidate_logits: bool = True,
-        paired: bool | None = None,
-    ) -> None:
-        self.parts = parts
-        self.span = span
-        self.cache = cache
-        self.candidate_logits = candidate_logits
-        self.paired = paired
+    parts: ModelParts
+    span: Span
+    cache: PrefixCache
+    candidate_logits: bool = True
+    paired: bool | None = None
 
     @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
         """Hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if there is no layer before it.
 
-        Only examples that the cache does not hold are run.
-
-        Args:
-            batch: The batch.
-            keep: Offer new states to the cache; ``False`` only reads it.
+        Only examples that the cache does not hold are run; their states are offered to it with ``keep``.
         """
         if self.span.start == 0:
             return None
+        new: dict[int, Tensor] = {}
         missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
         if missing:
             part = batch if len(missing) == batch.num_examples else batch.select(missing)
@@ -106,17 +97,18 @@ class SuffixForward:
         divided = batch.divide(points[0].rows.of)
         copies = [points[start : start + len(divided)] for start in range(0, len(points), len(divided))]
         inner = self.span.inside and self.span.stop < self.parts.num_layers
-        if inner and self._pairs(batch, len(copies)):
-            return self._joined_losses(batch, divided, hidden, tuned, copies, objective)
-        if inner and len(divided) > 1:
-            joined = [self._joined_losses(batch, divided, hidden, tuned, [copy], objective) for copy in copies]
-            return torch.cat(joined, dim=1)
-        inputs = _pieces(hidden, divided, _tokens)
+        paired = self._pairs(batch, len(copies))
+        if inner and (paired or len(divided) > 1):
+            runs = [copies] if paired else [[copy] for copy in copies]
+            return torch.cat(
+                [self._joined_losses(batch, divided, hidden, tuned, run, objective) for run in runs], dim=1
+            )
+        inputs = _pieces(hidden, [0 if rows is None else rows.num_tokens for rows in divided])
         sums = []
         for point in points:
             rows = divided[point.rows.number]
             if rows is None:
-                sums.append(_nothing(batch))
+                sums.append(no_loss(batch.input_ids.device))
                 continue
             tuned.write(point.direction, point.scale)
             sums.append(self.loss(rows, inputs[point.rows.number], objective))
@@ -127,10 +119,8 @@ class SuffixForward:
         return self.candidate_logits and not objective.needs_vocabulary(batch)
 
     def _pairs(self, batch: PackedBatch, num_copies: int) -> bool:
-        if num_copies == 1:
-            return False
-        if self.paired is not None:
-            return self.paired
+        if num_copies == 1 or self.paired is not None:
+            return num_copies > 1 and bool(self.paired)
         return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
 
     def _joined_losses(
@@ -142,11 +132,8 @@ class SuffixForward:
         copies: Sequence[Sequence[Point]],
         objective: LogitLoss,
     ) -> Tensor:
-        """The same with one run of the layers above the tuned ones.
-
-        It is over as many copies of the batch as there are points for each part of its rows.
-        """
-        inputs = _pieces(hidden, divided, _tokens)
+        """The same with one run of the layers above the tuned ones, over as many copies of the batch as each part has points."""
+        inputs = _pieces(hidden, [0 if rows is None else rows.num_tokens for rows in divided])
         outputs = []
         for point in (point for copy in copies for point in copy):
             rows = divided[point.rows.number]
@@ -157,35 +144,15 @@ class SuffixForward:
         final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, torch.cat(outputs))
         selected = self.selects(objective, batch)
         token_ids = batch.choice_ids if selected else None
+        num_needed = [0 if rows is None else rows.needed.numel() for rows in divided]
         sums = []
         for states in final.split(batch.num_tokens):
-            logits = _pieces(self.parts.head(states.index_select(0, batch.needed), token_ids), divided, _needed)
-            for rows, of_rows in zip(divided, logits, strict=True):
-                if rows is None or of_rows is None:
-                    sums.append(_nothing(batch))
-                else:
-                    sums.append(objective.of_logits(of_rows, rows, selected))
+            logits = self.parts.head(states.index_select(0, batch.needed), token_ids).split(num_needed)
+            for rows, own in zip(divided, logits, strict=True):
+                sums.append(no_loss(own.device) if rows is None else objective.of_logits(own, rows, selected))
         return stack(sums)
 
 
-def _pieces(
-    tensor: Tensor | None, divided: Sequence[PackedBatch | None], size: Callable[[PackedBatch], int]
-) -> Sequence[Tensor | None]:
-    """What of a tensor belongs to each part of a batch's rows."""
-    if tensor is None:
-        return [None] * len(divided)
-    return tensor.split([0 if rows is None else size(rows) for rows in divided])
-
-
-def _tokens(rows: PackedBatch) -> int:
-    return rows.num_tokens
-
-
-def _needed(rows: PackedBatch) -> int:
-    return rows.needed.numel()
-
-
-def _nothing(batch: PackedBatch) -> LossSum:
-    """The loss of no rows."""
-    zero = torch.zeros((), device=batch.input_ids.device)
-    return LossSum(zero, zero)
+def _pieces(hidden: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    """The states of each part of a batch's rows."""
+    return [None] * len(sizes) if hidden is None else hidden.split(sizes)

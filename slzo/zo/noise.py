@@ -8,7 +8,7 @@ from torch import Tensor
 from slzo.seeding import derive_seed
 
 Noise = Callable[[Tensor, int, int, int, str], Tensor]
-"""Draws float32 noise of unit variance: like (gives shape and device), seed, step, query, name of the tensor."""
+"""Draws float32 noise of unit variance: like (gives shape and device), seed of the run, step, query in it, tensor's name."""
 
 
 def _generator(like: Tensor, *key: int | str) -> torch.Generator:
@@ -18,40 +18,26 @@ def _generator(like: Tensor, *key: int | str) -> torch.Generator:
 
 
 def gaussian(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
-    """Standard normal noise of one tensor in one query of one step.
+    """Standard normal noise, see :data:`Noise`.
 
     It does not depend on the global generator, on which other tensors are tuned, on the data order, or on resumes.
-
-    Args:
-        like: Gives shape and device.
-        seed: The run's seed.
-        step: Training step.
-        query: Direction within the step.
-        name: The tensor's name.
-
-    Returns:
-        Float32 tensor.
     """
     generator = _generator(like, seed, step, query, name)
     return torch.empty(like.shape, dtype=torch.float32, device=like.device).normal_(generator=generator)
 
 
 def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
-    """Independent signs, -1 or 1 with equal chance; arguments as :func:`gaussian`."""
+    """Independent signs, -1 or 1 with equal chance, see :data:`Noise`."""
     generator = _generator(like, seed, step, query, name)
     bits = torch.empty(like.shape, dtype=torch.float32, device=like.device).random_(0, 2, generator=generator)
     return bits.mul_(2).sub_(1)
 
 
 def low_rank(rank: int, interval: int) -> Noise:
-    r"""Noise of matrices as :math:`U V^T / \sqrt{r}`; other tensors get :func:`gaussian` noise.
+    r"""Noise of matrices as :math:`U V^T / \sqrt{r}` with r the rank, >= 1; other tensors get :func:`gaussian` noise.
 
-    U (rows, r) is drawn anew for each query, V (columns, r) stays for ``interval`` steps, both standard normal, so that every
-    entry has unit variance (LOZO, arXiv 2410.07698, whose lazily sampled V this takes; the scale is ours).
-
-    Args:
-        rank: r, >= 1.
-        interval: Steps between two draws of V, >= 1.
+    U (rows, r) is drawn anew for each query, V (columns, r) stays for ``interval`` steps, >= 1; both are standard normal, so
+    that every entry has unit variance (LOZO, arXiv 2410.07698, whose lazily sampled V this takes; the scale is ours).
     """
 
     def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:

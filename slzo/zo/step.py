@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
@@ -62,13 +61,7 @@ def take_step(
     """Estimate the gradient, let the optimizer move the masters, and write them to the live weights.
 
     An estimate that is not finite moves nothing: the optimizer is called without gradients, so that whoever counts its steps
-    counts this one.
-
-    Args:
-        request: The batch's loss, what is tuned, and where the directions come from.
-        estimator: Estimates the gradient.
-        optimizer: Of the masters.
-        measure_update: Also measure the update; takes a copy of the masters while the step lasts.
+    counts this one. ``optimizer`` is that of the masters; ``measure_update`` takes a copy of them while the step lasts.
     """
     tuned = request.tuned
     before = [master.clone() for master in tuned.masters] if measure_update else None
@@ -79,10 +72,8 @@ def take_step(
     finally:
         tuned.zero_grad()
         tuned.restore()
-    norm = None if before is None or not estimate.finite else _distance(tuned.masters, before)
+    norm = None
+    if before is not None and estimate.finite:
+        moves = [(new - old).norm() for new, old in zip(tuned.masters, before, strict=True)]
+        norm = float(torch.stack(moves).norm())
     return StepResult(replace(estimate, gradient={}), norm)
-
-
-def _distance(after: list[torch.nn.Parameter], before: list[Tensor]) -> float:
-    changes = [(new - old).norm() for new, old in zip(after, before, strict=True)]
-    return float(torch.stack(changes).norm())

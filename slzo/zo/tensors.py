@@ -5,7 +5,7 @@ master; ``tangent`` and ``pull_back`` translate to and from the space of the liv
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -49,7 +49,6 @@ class TunedTensor(nn.Module, ABC):
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient by the master from that by the live tensor, float32: the transpose of :meth:`tangent`."""
 
-    @abstractmethod
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
         """What rounding leaves of a direction.
 
@@ -58,9 +57,21 @@ class TunedTensor(nn.Module, ABC):
             the master. In float32 it differs from ``direction`` by less than the noise of an estimate, and ``direction``
             itself is returned.
         """
+        if self.live.dtype == torch.float32:
+            return direction
+        ends = [self._unrounded(self.moved(direction, s)).to(self.live.dtype).float() for s in (high, low)]
+        return self._coordinates((ends[0] - ends[1]) / (high - low))
+
+    def _unrounded(self, master: Tensor) -> Tensor:
+        """The elements of the live tensor that a master stands for, before they are rounded."""
+        return master
+
+    def _coordinates(self, difference: Tensor) -> Tensor:
+        """A difference of what :meth:`_unrounded` returns, in the space of the master."""
+        return difference
 
     def constants(self) -> dict[str, Tensor]:
-        """Tensors besides the master that are needed to write the live tensor from a checkpoint."""
+        """Tensors besides the master that the constructor takes, by argument; a checkpoint holds them."""
         return {}
 
 
@@ -83,9 +94,6 @@ class Whole(TunedTensor):
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         return gradient.float()
-
-    def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
-        return _rounded_difference(self, direction, high, low)
 
 
 class Masked(TunedTensor):
@@ -116,11 +124,7 @@ class Masked(TunedTensor):
     def pull_back(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1)[self.index].float()
 
-    def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
-        return _rounded_difference(self, direction, high, low)
-
     def constants(self) -> dict[str, Tensor]:
-        """The places."""
         return {"index": self.index}
 
 
@@ -137,16 +141,20 @@ class Subspace(TunedTensor):
     basis: Tensor
     base: Tensor
 
-    def __init__(self, live: Tensor, basis: Tensor, transposed: bool = False) -> None:
-        outputs = live.shape[1] if transposed else live.shape[0]
-        super().__init__(live, torch.zeros(outputs, basis.shape[1], device=live.device))
-        self.transposed = transposed
+    def __init__(self, live: Tensor, basis: Tensor, transposed: bool | Tensor = False) -> None:
+        self.transposed = bool(transposed)
+        super().__init__(live, torch.zeros(live.shape[int(self.transposed)], basis.shape[1], device=live.device))
         self.register_buffer("basis", basis.to(live.device, torch.float32), persistent=False)
         self.register_buffer("base", live.detach().clone(), persistent=False)
 
     def write(self, direction: Tensor | None, scale: float) -> None:
-        moved = self._full(self.moved(direction, scale))
-        self.live.copy_(moved.add_(self.base))
+        self.live.copy_(self._unrounded(self.moved(direction, scale)))
+
+    def _unrounded(self, master: Tensor) -> Tensor:
+        return self._full(master).add_(self.base)
+
+    def _coordinates(self, difference: Tensor) -> Tensor:
+        return self.pull_back(difference)  # what rounding adds outside of the subspace is left out
 
     def _full(self, coordinates: Tensor) -> Tensor:
         full = coordinates @ self.basis.T
@@ -158,41 +166,9 @@ class Subspace(TunedTensor):
     def pull_back(self, gradient: Tensor) -> Tensor:
         return (gradient.float().T if self.transposed else gradient.float()) @ self.basis
 
-    def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
-        """See :class:`TunedTensor`; what rounding adds outside of the subspace is left out."""
-        if self.live.dtype == torch.float32:
-            return direction
-        ends = [(self._full(self.moved(direction, s)) + self.base).to(self.live.dtype).float() for s in (high, low)]
-        return self.pull_back((ends[0] - ends[1]) / (high - low))
-
     def constants(self) -> dict[str, Tensor]:
-        """The basis, and whether the weight is transposed."""
         return {"basis": self.basis, "transposed": torch.tensor(self.transposed)}
 
 
-def _rounded_difference(tensor: TunedTensor, direction: Tensor, high: float, low: float) -> Tensor:
-    dtype = tensor.live.dtype
-    if dtype == torch.float32:
-        return direction
-    ends = [tensor.moved(direction, scale).to(dtype).float() for scale in (high, low)]
-    return (ends[0] - ends[1]) / (high - low)
-
-
-def from_constants(kind: str, live: Tensor, constants: Mapping[str, Tensor]) -> TunedTensor:
-    """A tuned tensor as a checkpoint describes it; its master is still that of the untuned model.
-
-    Args:
-        kind: ``whole``, ``masked`` or ``subspace``.
-        live: The model's tensor, untuned.
-        constants: What :meth:`TunedTensor.constants` returned.
-
-    Raises:
-        KeyError: There is no such kind.
-    """
-    if kind == Whole.kind:
-        return Whole(live)
-    if kind == Masked.kind:
-        return Masked(live, constants["index"])
-    if kind == Subspace.kind:
-        return Subspace(live, constants["basis"], bool(constants["transposed"]))
-    raise KeyError(kind)
+KINDS: Mapping[str, Callable[..., TunedTensor]] = {each.kind: each for each in (Whole, Masked, Subspace)}
+"""Makes a tuned tensor of each kind from the model's tensor and :meth:`TunedTensor.constants`."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slzo.zo.noise import Noise, gaussian
-from slzo.zo.tensors import TunedTensor, Whole, from_constants
+from slzo.zo.tensors import KINDS, TunedTensor, Whole
 
 Direction = Mapping[str, Tensor]
 """One float32 tensor per tuned tensor that moves, by name."""
@@ -92,14 +92,7 @@ class TunedTensors(nn.Module):
         return self.names if self.subset is None else tuple(self.subset(seed, step))
 
     def draw(self, seed: int, step: int, query: int, noise: Noise = gaussian) -> Direction:
-        """The direction of one query, on the masters' device.
-
-        Args:
-            seed: The run's seed.
-            step: Training step.
-            query: Direction within the step.
-            noise: Distribution of its entries.
-        """
+        """The direction of one query of a step, on the masters' device."""
         masters = self.named_masters()
         names = self.names_of_step(seed, step)
 
@@ -131,13 +124,9 @@ class TunedTensors(nn.Module):
         factor: float,
         ends: tuple[float, float] | None = None,
     ) -> None:
-        """Add ``factor * direction`` to a gradient.
+        """Add ``factor * direction`` to a gradient, in place; the direction may be consumed.
 
-        Args:
-            gradient: By name; it is extended in place.
-            direction: May be consumed.
-            factor: What to multiply it by.
-            ends: The two scales at which the loss was taken along it; what rounding left of the direction is then used.
+        With ``ends``, the two scales at which the loss was taken along it, what rounding left of the direction is used.
         """
         for name, tensor in self.items():
             if name not in direction:
@@ -153,21 +142,13 @@ class TunedTensors(nn.Module):
         for name, master in self.named_masters().items():
             master.grad = gradient.get(name)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        for master in self.masters:
-            master.grad = None
-
     def copy_of_masters(self) -> dict[str, Tensor]:
         """What :meth:`load` takes."""
         return {name: master.detach().clone() for name, master in self.named_masters().items()}
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:
-        """Set masters and live weights.
-
-        Args:
-            masters: Every master by name.
+        """Set masters, each given by name, and live weights.
 
         Raises:
             KeyError: A master is missing.
@@ -190,20 +171,16 @@ class TunedTensors(nn.Module):
         description: Mapping[str, Mapping[str, Any]],
         subset: Subset | None = None,
     ) -> Self:
-        """Tuned tensors as a checkpoint describes them; :meth:`load` then sets their values.
-
-        Args:
-            parameters: The untuned model's.
-            description: See :meth:`description`.
-            subset: See :class:`TunedTensors`.
+        """Tuned tensors as :meth:`description` says, of an untuned model's parameters; :meth:`load` then sets their values.
 
         Raises:
             KeyError: The model has no such tensor, or one of another shape.
         """
+        tensors = {}
         for name, entry in description.items():
-            if list(parameters[name].shape) != list(entry["shape"]):
-                raise KeyError(f"{name} of shape {list(entry['shape'])}")
-        return cls(
-            {name: from_constants(entry["kind"], parameters[name], entry) for name, entry in description.items()},
-            subset,
-        )
+            constants = dict(entry)
+            kind, shape = constants.pop("kind"), list(constants.pop("shape"))
+            if list(parameters[name].shape) != shape:
+                raise KeyError(f"{name} of shape {shape}")
+            tensors[name] = KINDS[kind](parameters[name], **constants)
+        return cls(tensors, subset)

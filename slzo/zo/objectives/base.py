@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slzo.batches.losses import LossSum, candidate_scores, choice_scores
 from slzo.batches.packing import PackedBatch
-from slzo.data.batch import Row, TrainBatch
+from slzo.data.batch import TrainBatch
 from slzo.tasks.base import Example
 from slzo.zo.batch_loss import BatchAnswerLoss, BatchLogitLoss, Surroundings
 from slzo.zo.estimators.base import Loss
@@ -85,7 +85,4 @@ class AnswerObjective(Objective):
         """The loss of each answer to its example's prompt."""
 
     def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
-        def row_losses(answers: Sequence[str], rows: Sequence[Row]) -> Sequence[float]:
-            return self.of_answers(answers, [row.example for row in rows])
-
-        return BatchAnswerLoss(around, batch, row_losses)
+        return BatchAnswerLoss(around, batch, self.of_answers)
