@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
@@ -35,10 +36,11 @@ class Outcome:
     loss: LossSum
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Scores candidates or generates answers with the live weights.
 
-    Args:
+    Attributes:
         parts: The model.
         tokenizer: The model's.
         loss: What is reported as the loss where candidates are scored.
@@ -46,30 +48,19 @@ class Evaluator:
         logits: Evaluates a packed batch; ``None`` runs the whole model each time.
     """
 
-    def __init__(
-        self,
-        parts: ModelParts,
-        tokenizer: PreTrainedTokenizerBase,
-        loss: LogitLoss,
-        tokens_per_pass: int = 1024,
-        logits: Logits | None = None,
-    ) -> None:
-        self.parts = parts
-        self.tokenizer = tokenizer
-        self.loss = loss
-        self.tokens_per_pass = tokens_per_pass
-        self.logits = logits
+    parts: ModelParts
+    tokenizer: PreTrainedTokenizerBase
+    loss: LogitLoss
+    tokens_per_pass: int = 1024
+    logits: Logits | None = None
 
     @torch.no_grad()
     def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
-        """Evaluate one batch.
-
-        Args:
-            batch: The rows.
-            keep_prefix: Keep hidden states for the next time these rows are scored; else the cache is only read.
-        """
+        """Evaluate one batch; ``keep_prefix`` keeps hidden states for the next time it is scored, else the cache is only read."""
         if batch.packed is None:
-            return self._generate(batch.rows)
+            answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows])
+            assert gold_loss is not None
+            return Outcome(answers, [], gold_loss)
         # without tokens per example the batch shares beginnings over examples, so there is nothing to keep for one of them
         if self.logits is None or not batch.packed.example_tokens:
             logits = self.parts.logits(batch.packed)
@@ -82,21 +73,12 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row]) -> list[str]:
         """Generated answers."""
-        stops = stop_tokens(self.tokenizer)
-        made = generate(self.parts, [row.prompt for row in rows], stops, prefill_tokens=self.tokens_per_pass)
-        return [answer_text(self.tokenizer, ids) for ids in made.answers]
+        return self._generate(rows, None)[0]
 
-    def _generate(self, rows: Sequence[Row]) -> Outcome:
-        """Generated answers, and the loss of the gold ones from the same passes."""
-        made = generate(
-            self.parts,
-            [row.prompt for row in rows],
-            stop_tokens(self.tokenizer),
-            prefill_tokens=self.tokens_per_pass,
-            gold=[row.encoded for row in rows],
-        )
-        assert made.gold is not None
-        return Outcome([answer_text(self.tokenizer, ids) for ids in made.answers], [], made.gold)
+    def _generate(self, rows: Sequence[Row], gold: list[EncodedExample] | None) -> tuple[list[str], LossSum | None]:
+        prompts, stops = [row.prompt for row in rows], stop_tokens(self.tokenizer)
+        made = generate(self.parts, prompts, stops, prefill_tokens=self.tokens_per_pass, gold=gold)
+        return [answer_text(self.tokenizer, ids) for ids in made.answers], made.gold
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
@@ -122,12 +104,7 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 
 
 class RunningScore:
-    """Metrics and loss over the rows seen so far; they add up over processes.
-
-    Args:
-        metrics: Fresh counters of the task's metrics.
-        device: Where they count.
-    """
+    """Metrics, from fresh counters, and loss over the rows seen so far; they add up over processes."""
 
     def __init__(self, metrics: TaskMetrics, device: torch.device) -> None:
         self._metrics = metrics.to(device)
@@ -151,14 +128,7 @@ def score_rows(
     metrics: TaskMetrics,
     keep_prefix: bool = False,
 ) -> dict[str, float]:
-    """Metrics and loss of the live weights over some rows.
-
-    Args:
-        evaluator: Scores them.
-        batches: The rows of this process.
-        metrics: Fresh counters.
-        keep_prefix: Keep hidden states for the next time these rows are scored.
-    """
+    """Metrics and loss of the live weights over the rows of this process; ``metrics`` are fresh counters."""
     device = evaluator.parts.model.device
     score = RunningScore(metrics, device)
     for batch in batches:

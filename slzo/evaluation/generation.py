@@ -10,7 +10,8 @@ Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` pro
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from itertools import takewhile
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from slzo.batches.encoded import EncodedExample, prompt_alone
 from slzo.batches.layout import PackedLayout, group_by_length
-from slzo.batches.losses import LossSum, add_up, answer_loss
+from slzo.batches.losses import LossSum, add_up, answer_loss, no_loss
 from slzo.batches.packing import TokenBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, share_beginnings
 from slzo.data.encoding import newline_token
@@ -88,7 +89,7 @@ def generate(
         return Generation(_generate_padded(parts, prompts, stops, max_new_tokens), loss)
     device = parts.model.device
     answers: list[list[int]] = [[] for _ in prompts]
-    buffers = _make_buffers(prompts, max_new_tokens, device)
+    buffers = [_Buffer.of(rows, prompts, max_new_tokens, device) for rows in group_by_length(prompts)]
     with _attention(parts):
         tokens, loss = _prefill(parts, prompts, buffers, prefill_tokens, gold)
         for step in range(max_new_tokens):
@@ -128,6 +129,12 @@ class _Buffer:
     keys: dict[nn.Module, Tensor] = field(default_factory=dict)
     values: dict[nn.Module, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, rows: list[int], prompts: Sequence[Sequence[int]], num_new: int, device: torch.device) -> Self:
+        """An empty buffer for some of the prompts, the longest first, and as many new tokens each."""
+        lengths = [len(prompts[row]) for row in rows]
+        return cls(rows, torch.tensor(lengths, device=device), lengths[0] + num_new)
+
     def fill(self, layer: nn.Module, slot: int, key: Tensor, value: Tensor) -> None:
         """Put a prompt's keys and values, shape (G, length, D), into a slot."""
         for store, states in ((self.keys, key), (self.values, value)):
@@ -150,18 +157,6 @@ class _Buffer:
                 self.lengths[slot] = self.lengths[last]
             self.rows.pop()
             self.lengths = self.lengths[:last]
-
-
-def _make_buffers(prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device) -> list[_Buffer]:
-    groups = group_by_length(prompts)
-    return [
-        _Buffer(
-            rows,
-            torch.tensor([len(prompts[row]) for row in rows], device=device),
-            len(prompts[rows[0]]) + max_new_tokens,
-        )
-        for rows in groups
-    ]
 
 
 class _Attends(Protocol):
@@ -204,7 +199,7 @@ class _Decoding:
         outputs = []
         own = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
         virtual = options[VIRTUAL_ARGUMENT]
-        masks = self._window_masks(options.get("sliding_window"), 0 if virtual is None else virtual.num_tokens)
+        masks = self._window_masks(options["sliding_window"], 0 if virtual is None else virtual.num_tokens)
         for buffer, used, slots, mask, q, k, v in zip(self.buffers, self.used, self.slots, masks, *own, strict=True):
             keys, values = buffer.keys[layer], buffer.values[layer]
             keys[slots, :, buffer.lengths] = k
@@ -214,7 +209,11 @@ class _Decoding:
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
             if virtual is not None:
                 seen = with_virtual_tokens(virtual, layer, *seen)
-            output = _attention_of(grouped, *seen, mask, options.get("scaling"), options.get("softcap"))
+            scaling, softcap = options["scaling"], options["softcap"]
+            if softcap is None:
+                output = F.scaled_dot_product_attention(grouped, *seen, attn_mask=mask, scale=scaling)
+            else:
+                output = softcap_attention(grouped, *seen, mask, scaling, softcap)
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 
@@ -229,14 +228,6 @@ class _Decoding:
                 masks.append(seen[:, None, None])
             self._masks[window] = masks
         return self._masks[window]
-
-
-def _attention_of(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
-) -> Tensor:
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return softcap_attention(query, key, value, mask, scaling, softcap)
 
 
 def _attention_forward(
@@ -308,13 +299,10 @@ def _with_gold(row: int, prompt: Sequence[int], gold: EncodedExample | None) -> 
 def _separate_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
     losses = []
     known = [example for example in gold if example.gold]
-    if not known:
-        nothing = torch.zeros((), device=parts.model.device)
-        return LossSum(nothing, nothing)
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
         batch = pack([known[number] for number in chunk]).to(parts.model.device)
         losses.append(answer_loss(parts.logits(batch), batch))
-    return add_up(losses)
+    return add_up(losses) if losses else no_loss(parts.model.device)
 
 
 def _generate_padded(
@@ -334,8 +322,4 @@ def _generate_padded(
         eos_token_id=sorted(stops) or None,
         pad_token_id=0,
     )
-    answers = []
-    for new in output[:, width:].tolist():
-        end = next((i for i, token in enumerate(new) if token in stops), len(new))
-        answers.append(new[:end])
-    return answers
+    return [list(takewhile(lambda token: token not in stops, new)) for new in output[:, width:].tolist()]

@@ -28,14 +28,12 @@ def normalize_answer(text: str) -> str:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction equals a reference after normalization; an empty prediction matches empty texts only."""
-    return max(
-        (float(_equal(prediction, reference)) for reference in references), default=float(not prediction.strip())
-    )
+    return max((float(_equal(prediction, text)) for text in references), default=float(not prediction.strip()))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of word precision and recall in 0..1, the best over the references."""
-    return max((_pair_f1(prediction, reference) for reference in references), default=float(not prediction.strip()))
+    return max((_pair_f1(prediction, text) for text in references), default=float(not prediction.strip()))
 
 
 def _equal(prediction: str, reference: str) -> bool:
@@ -73,19 +71,15 @@ class TaskMetrics(Metric):
     def __init__(self, kind: Kind, grouped: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kind = kind
-        self.grouped = grouped
+        self.grouped = grouped and kind is not Kind.GENERATION
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
-        if kind is Kind.GENERATION:
-            self.add_state("f1_sum", torch.tensor(0.0), dist_reduce_fx="sum")
-            self.add_state("exact_sum", torch.tensor(0.0), dist_reduce_fx="sum")
-            return
-        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
-        if grouped:
-            self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
-            self.add_state("misses", torch.tensor(0), dist_reduce_fx="sum")
+        sums = {"f1_sum": 0.0, "exact_sum": 0.0} if kind is Kind.GENERATION else {"correct": 0, "hits": 0, "misses": 0}
+        for name, start in sums.items():
+            self.add_state(name, torch.tensor(start), dist_reduce_fx="sum")
+        if self.grouped:
             self.add_state("group_keys", [], dist_reduce_fx="cat")
             self.add_state("group_correct", [], dist_reduce_fx="cat")
-            self._start_lists()
+            self._add_to_groups([], [])
 
     def update(self, examples: Sequence[Example], predictions: Sequence[int] | Sequence[str] | Tensor) -> None:
         """Add labelled examples, each with a predicted candidate index or a generated text; the others do not count."""
@@ -102,9 +96,8 @@ class TaskMetrics(Metric):
             # Label 1 is "this answer is right".
             self.hits = self.hits + sum(index == 1 and 1 in example.gold for example, index in pairs)
             self.misses = self.misses + sum((index == 1) != (1 in example.gold) for example, index in pairs)
-            keys = [_stable_hash(example.id if example.group is None else example.group) for example, _ in pairs]
-            self.group_keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
-            self.group_correct.append(torch.tensor(right, dtype=torch.int64, device=self.device))
+            groups = [example.id if example.group is None else example.group for example, _ in pairs]
+            self._add_to_groups([_stable_hash(group) for group in groups], right)
 
     def compute(self) -> dict[str, Tensor]:
         """Each metric by name, 0-dimensional, in 0..1; not a number if there was no labelled row."""
@@ -113,32 +106,25 @@ class TaskMetrics(Metric):
         scores = {"accuracy": self.correct / self.rows}
         if self.grouped:
             scores["answer_f1"] = 2 * self.hits / (2 * self.hits + self.misses).clamp(min=1)
-            scores["question_em"] = _share_of_right_groups(
-                dim_zero_cat(self.group_keys), dim_zero_cat(self.group_correct)
-            )
+            groups, member = dim_zero_cat(self.group_keys).unique(return_inverse=True)
+            wrong = torch.zeros_like(groups).index_add_(0, member, 1 - dim_zero_cat(self.group_correct))
+            scores["question_em"] = (wrong == 0).float().mean()
         return scores
 
     def reset(self) -> None:
         """Forget all rows."""
         super().reset()
-        if self.grouped and self.kind is not Kind.GENERATION:
-            self._start_lists()
+        if self.grouped:
+            self._add_to_groups([], [])  # a process without rows must still gather integers like the others
 
-    def _start_lists(self) -> None:
-        # A process without rows must still gather integers like the others.
-        self.group_keys.append(torch.zeros(0, dtype=torch.int64, device=self.device))
-        self.group_correct.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+    def _add_to_groups(self, keys: Sequence[int], right: Sequence[bool]) -> None:
+        self.group_keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
+        self.group_correct.append(torch.tensor(right, dtype=torch.int64, device=self.device))
 
 
 def make_metrics(task: Task) -> TaskMetrics:
     """The metrics of a task; :attr:`Task.metric` is one of their names."""
     return TaskMetrics(task.kind, task.grouped)
-
-
-def _share_of_right_groups(keys: Tensor, correct: Tensor) -> Tensor:
-    groups, member = keys.unique(return_inverse=True)
-    wrong = torch.zeros(len(groups), dtype=torch.int64, device=keys.device).index_add_(0, member, 1 - correct)
-    return (wrong == 0).float().mean()
 
 
 def _stable_hash(text: str) -> int:

@@ -16,10 +16,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
-    """Where transformers finds a model: a local folder, or a Hub id.
-
-    Args:
-        name: Built-in name, folder, ``.gguf`` file or Hub id.
+    """Where transformers finds a model given by built-in name, folder, ``.gguf`` file or Hub id: a local folder, or a Hub id.
 
     Raises:
         SlzoError: There is no such file or folder, and it cannot be a Hub id.
@@ -53,25 +50,17 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
         return loader.from_pretrained(where, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set model.trust_remote_code to true"
         elif where == name and not Path(name).is_dir():
-            advice = (
-                "check the name and the connection, or use a local folder, or a built-in name "
-                f"({', '.join(BUILTIN_MODELS)})"
-            )
-        else:
-            advice = "the folder must hold a complete causal language model and its tokenizer"
+            known = ", ".join(BUILTIN_MODELS)
+            advice = f"check the name and the connection, or use a local folder, or a built-in name ({known})"
         raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
 
 
 def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
-    """A frozen causal language model in evaluation mode on the CPU.
-
-    Args:
-        name: See :func:`resolve_model`.
-        dtype: Type of its weights.
-        trust_remote_code: Run model code that comes with a Hub repository.
+    """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
 
     Raises:
         SlzoError: It cannot be loaded or is not a decoder-only language model.

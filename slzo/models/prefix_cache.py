@@ -59,14 +59,7 @@ class PrefixCache:
     def gather(
         self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Concatenated hidden states, shape (T, hidden).
-
-        Args:
-            keys: One per example; those not in ``new`` must be known.
-            new: States that are not cached, by place in ``keys``.
-            device: Device of the result.
-            dtype: Type of the result.
-        """
+        """Concatenated hidden states of examples, shape (T, hidden); those not cached are in ``new``, by place in ``keys``."""
         pieces = [
             new[place] if place in new else self._states[key].to(device, dtype, non_blocking=True)
             for place, key in enumerate(keys)
@@ -74,13 +67,7 @@ class PrefixCache:
         return torch.cat(pieces)
 
     def put(self, keys: Sequence[int], lengths: Sequence[int], hidden: Tensor) -> None:
-        """Keep what fits.
-
-        Args:
-            keys: One per example.
-            lengths: Packed tokens of each example.
-            hidden: Shape (T, hidden).
-        """
+        """Keep what fits of the hidden states (T, hidden) of examples, given by key and number of packed tokens."""
         dtype = self.dtype or hidden.dtype
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
             size = states.numel() * dtype.itemsize

@@ -16,6 +16,8 @@ from slzo.zo.tuned import Direction, TunedTensors
 class ClosureLoss(Loss):
     """The loss of one batch on any ``torch.nn.Module``: no language model and no tokens needed.
 
+    It cannot take the loss of a share of the rows (SlzoError).
+
     Attributes:
         module: Holds the tuned tensors. It must compute the same function at each call: no dropout, no running statistics.
         tuned: Masters of some of its parameters.

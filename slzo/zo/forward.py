@@ -58,8 +58,6 @@ class SuffixForward:
             if part is batch:
                 return fresh
             new = dict(zip(missing, fresh.split(lengths), strict=True))
-        else:
-            new = {}
         return self.cache.gather(batch.example_index, new, batch.input_ids.device, self.parts.model.dtype)
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
@@ -119,8 +117,10 @@ class SuffixForward:
         return self.candidate_logits and not objective.needs_vocabulary(batch)
 
     def _pairs(self, batch: PackedBatch, num_copies: int) -> bool:
-        if num_copies == 1 or self.paired is not None:
-            return num_copies > 1 and bool(self.paired)
+        if num_copies == 1:
+            return False
+        if self.paired is not None:
+            return self.paired
         return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
 
     def _joined_losses(

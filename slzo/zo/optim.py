@@ -64,7 +64,7 @@ class SignSGD(Optimizer):
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """A kind of optimizer and its scheduler, and what is known of them before there is anything to optimize.
+    """An optimizer and its scheduler, and what is known of them before there is anything to optimize.
 
     Attributes:
         make: Builds the optimizer for given parameters.
@@ -89,27 +89,21 @@ class OptimizerChoice:
         Raises:
             SlzoError: With the reason.
         """
-        probe = _try_optimizer(make)
+        try:
+            probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
+        except (ValueError, TypeError) as error:
+            raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
+        name = type(probe).__name__
+        if name in _REASONS:
+            raise SlzoError(
+                f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
+                "another torch.optim class"
+            )
         options = {k: v for k, v in probe.defaults.items() if isinstance(v, int | float | str | tuple | None)}
         settings: dict[str, Any] = {"class": f"{type(probe).__module__}.{type(probe).__qualname__}", **options}
         lr = float(probe.param_groups[0]["lr"])
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
-        return cls(make, make_scheduler, type(probe).__name__, lr, settings, _state_copies(probe))
-
-
-def _try_optimizer(make: MakeOptimizer) -> Optimizer:
-    """An optimizer of one made-up parameter."""
-    try:
-        probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
-    except (ValueError, TypeError) as error:
-        raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
-    name = type(probe).__name__
-    if name in _REASONS:
-        raise SlzoError(
-            f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
-            "another torch.optim class"
-        )
-    return probe
+        return cls(make, make_scheduler, name, lr, settings, _state_copies(probe))
 
 
 def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class TunedModel:
         self.engine = engine
         span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
-            cache = make_cache(span.start, engine)
+            dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
+            cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
 
     @classmethod
@@ -90,10 +91,10 @@ class TunedModel:
             parts: The model, without an adapter.
             scope: What is tuned.
             layer: The dominant layer; not needed by some scopes.
-            prompts: Packed prompts of so many training rows, on the model's device, for scopes that look at activations.
+            prompts: See :class:`slzo.zo.scopes.base.ScopeContext`.
             seed: Of first values that are random.
-            engine: See :class:`TunedModel`.
-            cache: See :class:`TunedModel`.
+            engine: See :class:`TunedModel`, as for ``cache``.
+            cache: Of an earlier tuned model.
 
         Raises:
             SlzoError: The model has no such layer, or the scope finds nothing to tune; the model is as it was.
@@ -125,8 +126,7 @@ class TunedModel:
         Raises:
             KeyError: It does not fit the model, which is as it was.
         """
-        settings = description["adapter"]
-        adapter = None if settings is None else adapter_from_dict(settings)
+        adapter = None if description["adapter"] is None else adapter_from_dict(description["adapter"])
         with _adapter_in(parts, adapter) as own:
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
@@ -175,13 +175,9 @@ class TunedModel:
         evaluator: Evaluator | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Loss:
-        """The loss of a batch as a function of what is tuned.
+        """The loss of a batch, the rows of this process on the model's device, as a function of what is tuned.
 
-        Args:
-            batch: The rows of this process, on the model's device.
-            objective: What is minimized.
-            evaluator: Generates answers, for objectives that look at them.
-            reduce: Adds tensors up over processes.
+        ``evaluator`` generates answers for objectives that look at them; ``reduce`` adds tensors up over processes.
         """
 
         def answers(rows: Sequence[Any]) -> list[str]:
@@ -203,17 +199,10 @@ class TunedModel:
         max_steps: int = 1,
         measure_update: bool = False,
     ) -> StepResult:
-        """Take one step.
+        """Take one step, see :func:`slzo.zo.step.take_step`.
 
-        Args:
-            loss: See :meth:`loss`.
-            estimator: Estimates the gradient.
-            optimizer: Of the masters.
-            options: Size and number of perturbations.
-            seed: The run's; directions are drawn from (seed, step, query).
-            step: Training step.
-            max_steps: Of the run, over which eps moves.
-            measure_update: Also measure the update, unless that would copy a whole model.
+        Directions are drawn from (``seed``, ``step``, query), eps moves over ``max_steps``; the update is not measured where that
+        would copy a whole model.
         """
         eps = options.eps_at(step, max_steps)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
@@ -221,18 +210,11 @@ class TunedModel:
         return take_step(request, estimator, optimizer, measure_update=measure_update)
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
-        """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out.
-
-        Args:
-            estimator: Holds directions.
-            num_queries: Directions a step.
-            optimizer: Keeps state.
-        """
+        """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
         masters = 4 * self.tensors.num_elements
         at_once = estimator.directions_at_once(num_queries, self.engine.queries_at_once)
         # the first direction becomes the gradient; later queries are drawn beside it
-        copies = at_once + (1 if num_queries > at_once else 0)
-        held = masters * copies if masters <= self.tensors.hold_bytes else masters
+        held = masters * (at_once + (num_queries > at_once)) if masters <= self.tensors.hold_bytes else masters
         sizes = {
             "masters": masters,
             "directions and gradient": held,
@@ -241,12 +223,6 @@ class TunedModel:
             "prefix cache up to": self.forward.cache.budget if self.forward.span.start > 0 else 0,
         }
         return {name: size / 2**20 for name, size in sizes.items() if size > 0}
-
-
-def make_cache(start: int, engine: Engine) -> PrefixCache:
-    """An empty cache for the states that enter a layer."""
-    dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
-    return PrefixCache(start, engine.cache_gb, dtype, engine.cache_dir)
 
 
 @contextmanager
@@ -264,8 +240,6 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one.cpu(), other.cpu())
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    return bool(one == other)
+    return torch.equal(one.cpu(), other.cpu()) if isinstance(one, Tensor) else bool(one == other)

@@ -1,16 +1,13 @@
 """Modules that a scope adds to a model, through peft; each kind is one file, and this list registers it."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from slzo.models.adapters.base import Adapter
 from slzo.models.adapters.lora import LoRAMatrices
 from slzo.models.adapters.virtual_tokens import PrefixTokens
 
-ADAPTERS: Mapping[str, type[Adapter]] = MappingProxyType(
-    {adapter.kind: adapter for adapter in (LoRAMatrices, PrefixTokens)}
-)
+ADAPTERS: Mapping[str, type[Adapter]] = {adapter.kind: adapter for adapter in (LoRAMatrices, PrefixTokens)}
 
 
 def adapter_from_dict(data: Mapping[str, Any]) -> Adapter:

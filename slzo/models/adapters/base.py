@@ -23,7 +23,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def inject(self, model: PreTrainedModel) -> VirtualTokens | None:
-        """Add the modules to a model, in place; returns virtual tokens that its attention has to see."""
+        """Add the modules to a model, in place; returns virtual tokens that its attention has to see.
+
+        Raises:
+            SlzoError: peft is missing, or the model has no place for them.
+        """
 
     @abstractmethod
     def remove(self, model: PreTrainedModel) -> None:
@@ -40,11 +44,7 @@ class Adapter(ABC):
 
 
 def import_peft(scope: str) -> Any:
-    """The peft package.
-
-    Raises:
-        SlzoError: It is not installed.
-    """
+    """The peft package, or an SlzoError that says how to install it."""
     try:
         import peft
     except ImportError as error:

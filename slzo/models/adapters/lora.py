@@ -31,11 +31,6 @@ class LoRAMatrices(Adapter):
     seed: int = 0
 
     def inject(self, model: PreTrainedModel) -> None:
-        """See :class:`Adapter`.
-
-        Raises:
-            SlzoError: peft is missing or finds nothing to adapt.
-        """
         peft = import_peft("LoRA")
         try:
             config = peft.LoraConfig(
@@ -59,7 +54,6 @@ class LoRAMatrices(Adapter):
         _unload_lora(model, merge=False)
 
     def save_merged(self, model: PreTrainedModel, folder: str) -> None:
-        """See :class:`Adapter`: the matrices' products are added to the weights."""
         _unload_lora(model, merge=True)
         model.save_pretrained(folder)
 

@@ -31,11 +31,6 @@ class PrefixTokens(Adapter):
 
     @torch.no_grad()
     def inject(self, model: PreTrainedModel) -> VirtualTokens:
-        """See :class:`Adapter`.
-
-        Raises:
-            SlzoError: peft is missing, or the layers' keys differ in shape.
-        """
         peft = import_peft("PrefixTuning")
         ids = torch.tensor([self.first_tokens], device=model.device)
         layers = model(input_ids=ids, use_cache=True).past_key_values.layers
@@ -43,13 +38,14 @@ class PrefixTokens(Adapter):
         shape = states[0].shape
         if any(part.shape != shape for part in states):
             raise SlzoError("model.scope PrefixTuning: the layers' keys and values differ in shape; use LoRA")
+        heads, num_tokens, head_dim = shape
         config = peft.PrefixTuningConfig(
             task_type="CAUSAL_LM",
-            num_virtual_tokens=shape[1],
+            num_virtual_tokens=num_tokens,
             num_layers=len(layers),
-            num_attention_heads=shape[0],
-            token_dim=shape[0] * shape[2],
-            encoder_hidden_size=shape[0] * shape[2],
+            num_attention_heads=heads,
+            token_dim=heads * head_dim,
+            encoder_hidden_size=heads * head_dim,
             base_model_name_or_path=self.model_name,
         )
         encoder = peft.PrefixEncoder(config).to(model.device, model.dtype)
@@ -63,8 +59,7 @@ class PrefixTokens(Adapter):
         delattr(model, _MODULE)
 
     def save_merged(self, model: PreTrainedModel, folder: str) -> None:
-        """See :class:`Adapter`: no weight can hold them, so this writes an adapter that peft loads."""
-        peft = import_peft("PrefixTuning")
+        peft = import_peft("PrefixTuning")  # no weight can hold them, so an adapter that peft loads is written
         learned = model.get_submodule(_MODULE)
         assert isinstance(learned, _Encoded)
         self.remove(model)

@@ -1,7 +1,7 @@
 """Gradient estimates from loss values; each kind is one file, and this list registers it."""
 
 from slzo.zo.estimators.backprop import Backprop
-from slzo.zo.estimators.base import ALL_ROWS, Estimate, Estimator, Loss, Point, Request, RowShare
+from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point, Request
 from slzo.zo.estimators.forward_gradient import ForwardGradient
 from slzo.zo.estimators.fzo import FZO
 from slzo.zo.estimators.lozo import LOZO
@@ -9,7 +9,6 @@ from slzo.zo.estimators.one_sided import OneSided
 from slzo.zo.estimators.spsa import SPSA
 
 __all__ = [
-    "ALL_ROWS",
     "FZO",
     "LOZO",
     "SPSA",
@@ -21,5 +20,4 @@ __all__ = [
     "OneSided",
     "Point",
     "Request",
-    "RowShare",
 ]

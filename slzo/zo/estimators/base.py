@@ -115,16 +115,12 @@ class Estimator(ABC):
         """One estimate; nothing of it stays behind in the estimator, nor in the masters."""
 
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
-        """Refuse settings that this kind cannot work with.
-
-        Args:
-            num_queries: Directions a step.
-            batch_size: Rows a step, if known.
+        """Refuse settings that this kind cannot work with: directions and, if known, rows a step; most work with any.
 
         Raises:
             SlzoError: It cannot.
         """
-        return  # most kinds work with any
+        return
 
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
         """How many directions a step holds at the same time."""

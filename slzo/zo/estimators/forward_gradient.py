@@ -19,18 +19,17 @@ class ForwardGradient(Estimator):
     differentiates = True
 
     def estimate(self, request: Request) -> Estimate:
-        tuned = request.tuned
         gradient: dict[str, Tensor] = {}
         losses: list[float] = []
         slopes: list[float] = []
         for query in range(request.num_queries):
-            direction = tuned.draw(request.seed, request.step, query)
+            direction = request.tuned.draw(request.seed, request.step, query)
             loss, slope = request.loss.slope(direction)
             losses.append(loss)
             slopes.append(slope)
             if not (math.isfinite(loss) and math.isfinite(slope)):
                 gradient = {}
                 break
-            tuned.accumulate(gradient, direction, slope / request.num_queries)
+            request.tuned.accumulate(gradient, direction, slope / request.num_queries)
         mean = sum(losses) / len(losses)
         return Estimate(mean, mean, mean, tuple(slopes), len(losses), gradient)

@@ -27,18 +27,12 @@ class FZO(Estimator):
         self.antithetic = antithetic
 
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
-        """See :class:`Estimator`: one query has no spread."""
         if num_queries < 2:
             raise SlzoError(
                 f"model.num_queries {num_queries}: FZO divides by the spread of several losses, give at least 2, 8 is usual"
             )
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`.
-
-        Raises:
-            SlzoError: There is one query only.
-        """
         self.check(request.num_queries)
         if self.antithetic:
             estimate = two_point(request, rademacher)

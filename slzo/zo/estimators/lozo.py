@@ -11,7 +11,8 @@ class LOZO(Estimator):
 
     U is drawn for each query, V stays for some steps, so that these steps explore one subspace. What is taken from the paper is
     this sampling; the scale keeps entries at unit variance, so that eps and learning rates mean what they mean for SPSA.
-    Averaged over V too, its mean is the gradient. The optimizer here sees the full matrix, not its factors.
+    Averaged over V too, its mean is the gradient. The optimizer here sees the full matrix, not its factors. Refuses scopes that
+    tune no whole matrix.
 
     Args:
         rank: r, >= 1.
@@ -26,11 +27,6 @@ class LOZO(Estimator):
         self.interval = interval
 
     def estimate(self, request: Request) -> Estimate:
-        """See :class:`Estimator`.
-
-        Raises:
-            SlzoError: Nothing that is tuned is a matrix.
-        """
         if all(master.dim() != 2 for master in request.tuned.masters):
             raise SlzoError(
                 "model.estimator LOZO: this scope tunes single elements and no whole matrix that could move along low-rank "

@@ -1,7 +1,6 @@
 """What training minimizes; each objective is one small class, and this list registers it."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from slzo.tasks.base import Kind
 from slzo.zo.objectives.answer_f1 import AnswerF1
@@ -23,20 +22,16 @@ __all__ = [
     "Objective",
 ]
 
-LOSS_OBJECTIVES: Mapping[Kind, type[LogitObjective]] = MappingProxyType(
-    {
-        Kind.CLASSIFICATION: CandidateCrossEntropy,
-        Kind.MULTIPLE_CHOICE: AnswerLikelihood,
-        Kind.GENERATION: AnswerLikelihood,
-    }
-)
+LOSS_OBJECTIVES: Mapping[Kind, type[LogitObjective]] = {
+    Kind.CLASSIFICATION: CandidateCrossEntropy,
+    Kind.MULTIPLE_CHOICE: AnswerLikelihood,
+    Kind.GENERATION: AnswerLikelihood,
+}
 """The loss of each kind of task, which evaluation reports."""
 
-METRIC_OBJECTIVES: Mapping[Kind, type[Objective]] = MappingProxyType(
-    {
-        Kind.CLASSIFICATION: CandidateErrors,
-        Kind.MULTIPLE_CHOICE: CandidateErrors,
-        Kind.GENERATION: AnswerF1,
-    }
-)
+METRIC_OBJECTIVES: Mapping[Kind, type[Objective]] = {
+    Kind.CLASSIFICATION: CandidateErrors,
+    Kind.MULTIPLE_CHOICE: CandidateErrors,
+    Kind.GENERATION: AnswerF1,
+}
 """What is left to win in each kind of task's metric."""

@@ -73,16 +73,10 @@ class Scope(ABC):
 
 
 def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_out: str = "the profile choose") -> int:
-    """Return ``layer`` if the model has it.
-
-    Args:
-        layer: Counted from 0.
-        num_layers: Of the model.
-        option: That gave it.
-        left_out: What leaving the option out lets happen.
+    """Return ``layer``, which ``option`` gave, if the model has it; ``left_out`` says what happens without the option.
 
     Raises:
-        SlzoError: It does not.
+        SlzoError: The model has no such layer.
     """
     if not 0 <= layer < num_layers:
         raise SlzoError(

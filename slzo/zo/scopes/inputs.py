@@ -12,16 +12,7 @@ from slzo.models.parts import ModelParts
 
 @torch.no_grad()
 def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """Inputs of some modules over all tokens.
-
-    Args:
-        parts: The model.
-        modules: Linear maps of it.
-        batches: Prompts.
-
-    Returns:
-        One tensor per module, shape (tokens, inputs), float32.
-    """
+    """Inputs of some linear maps over all tokens of some batches, one tensor per module, shape (tokens, inputs), float32."""
     # oneDNN's stand-ins and compiled layers would not call the hooks
     plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn or parts.compile else parts
     found: list[list[Tensor]] = [[] for _ in modules]

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.linear_maps import is_norm, layer_parameters, part_of
+from slzo.zo.scopes.linear_maps import is_norm, part_of
 from slzo.zo.tuned import TunedTensors
 
 Part = Literal["layer", "attention", "mlp"]
@@ -30,12 +30,11 @@ class LayerScope(Scope):
         parts = context.parts
         chosen = {}
         for layer in resolve_layers(self.layers, context):
-            own = f"{parts.layers_path}.{layer}."
-            for name, tensor in layer_parameters(parts, layer).items():
-                path = name.removeprefix(own)
-                inside = self.part == "layer" or part_of(parts.layers[layer], path) == self.part
-                if inside and (self.norms or not is_norm(parts.layers[layer], path)):
-                    chosen[name] = tensor
+            module = parts.layers[layer]
+            for path, tensor in module.named_parameters():
+                inside = self.part == "layer" or part_of(module, path) == self.part
+                if inside and (self.norms or not is_norm(module, path)):
+                    chosen[f"{parts.layers_path}.{layer}.{path}"] = tensor
         if not chosen:
             raise SlzoError(
                 f"model.scope.part {self.part!r}: the layer has no such tensors; choose layer, attention or mlp"

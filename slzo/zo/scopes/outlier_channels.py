@@ -42,11 +42,8 @@ class OutlierChannels(Scope):
             raise SlzoError(
                 "model.scope OutlierChannels: the layer has no MLP with up and down projections; use LayerScope"
             )
-        inputs = record_inputs(context.parts, [down.module], context.prompts(self.num_sequences))[0]
         num_channels = down.sizes[1]
         count = round(self.percent / 100 * num_channels)
-        chosen = torch.zeros(num_channels, dtype=torch.bool, device=inputs.device)
-        chosen[inputs.abs().amax(dim=0).topk(count).indices] = True
         if count == 0:
             raise SlzoError(
                 f"model.scope.percent {self.percent}: selects none of the {num_channels} channels of the MLP; raise it"
@@ -56,8 +53,9 @@ class OutlierChannels(Scope):
                 f"model.scope.percent {self.percent} with complement: selects all {num_channels} channels of the MLP and leaves "
                 "none to tune; lower it"
             )
-        if self.complement:
-            chosen = ~chosen
+        (inputs,) = record_inputs(context.parts, [down.module], context.prompts(self.num_sequences))
+        chosen = torch.full((num_channels,), self.complement, device=inputs.device)
+        chosen[inputs.abs().amax(dim=0).topk(count).indices] = not self.complement
         tensors = {down.name: Masked(down.weight, _places(down, chosen, of_inputs=True))}
         for up in ups:
             wide = chosen.repeat(up.sizes[0] // num_channels)  # Phi-3 has gate and up in one matrix

@@ -11,6 +11,7 @@ class PrefixTuning(Scope):
 
     As in MeZO their first values are those of real tokens, here the beginning of a training prompt. MeZO has 5 tokens, eps 1e-1
     and learning rates of 1e-2 and 1e-3 at 13B parameters. Export writes an adapter that peft loads: no weight can hold them.
+    Refuses models whose attention cannot be extended: it needs packed batches.
 
     Args:
         num_tokens: Positions that they take, >= 1.
@@ -28,11 +29,6 @@ class PrefixTuning(Scope):
         return self.num_tokens
 
     def adapter(self, context: ScopeContext) -> PrefixTokens:
-        """See :class:`Scope`.
-
-        Raises:
-            SlzoError: The model's attention cannot be extended.
-        """
         if not context.parts.packed:
             raise SlzoError(
                 "model.scope PrefixTuning: needs packed batches, which this model or model.engine.packed false rules out"

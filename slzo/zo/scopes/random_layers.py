@@ -39,7 +39,7 @@ class RandomLayers(Scope):
 
         def choose(seed: int, step: int) -> list[str]:
             kept = set(random.Random(derive_seed(seed, step, "layers")).sample(range(parts.num_layers), count))
-            return [name for name in names if owner.get(name) is None or owner[name] in kept]
+            return [name for name in names if name not in owner or owner[name] in kept]
 
         return choose
 
