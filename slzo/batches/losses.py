@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from slzo.batches.packing import PackedBatch
 
@@ -45,26 +44,11 @@ def candidate_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
     return total / batch.candidate_length
 
 
-def choice_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Scores of one-token candidates up to a constant per example, shape (C,), from logits (U, K) of ``choice_ids``.
-
-    The missing constant is the vocabulary's normalizer, which cancels in a softmax over the candidates of one prompt.
-    """
-    assert batch.token_choice is not None
-    return logits[batch.token_needed, batch.token_choice]
-
-
 def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
     """Scores (C,) as a matrix, one example a row, shape (B, most candidates), filled up with minus infinity."""
     table = scores.new_full((batch.num_examples, batch.most_candidates), float("-inf"))
     table[batch.candidate_example, batch.candidate_slot] = scores
     return table
-
-
-def candidate_cross_entropy(scores: Tensor, batch: PackedBatch) -> LossSum:
-    """Cross-entropy over the candidates' scores (C,), summed over the labelled examples."""
-    total = F.cross_entropy(by_example(scores, batch), batch.gold, reduction="sum", ignore_index=-1)
-    return LossSum(total, (batch.gold >= 0).sum().to(total.dtype))
 
 
 def candidate_errors(scores: Tensor, batch: PackedBatch) -> LossSum:

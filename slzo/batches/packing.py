@@ -151,13 +151,8 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     sequences: list[tuple[int, ...]] = []
     needed: dict[int, int] = {}
     token_needed: list[int] = []
-    token_id: list[int] = []
-    token_candidate: list[int] = []
-    lengths: list[int] = []
-    owners: list[int] = []
-    slots: list[int] = []
     example_tokens: list[int] = []
-    for number, example in enumerate(examples):
+    for example in examples:
         start = len(ids)
         shared = _num_shared(example, share_prompts)
         common = tuple(range(start, start + shared))
@@ -170,15 +165,14 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
             positions.extend(range(shared, shared + len(branch)))
             if branch or slot == 0:
                 sequences.append(places)
-            candidate = len(lengths)
-            for offset in range(len(sequence.ids) - sequence.num_answer, len(sequence.ids)):
-                token_needed.append(needed.setdefault(places[offset - 1], len(needed)))
-                token_id.append(sequence.ids[offset])
-                token_candidate.append(candidate)
-            lengths.append(sequence.num_answer)
-            owners.append(number)
-            slots.append(slot)
+            # the logits before a token predict it
+            token_needed += [needed.setdefault(place, len(needed)) for place in places[-sequence.num_answer :]]
         example_tokens.append(len(ids) - start)
+    candidates = [candidate for example in examples for candidate in example.sequences]
+    token_id = [token for candidate in candidates for token in candidate.ids[-candidate.num_answer :]]
+    lengths = [candidate.num_answer for candidate in candidates]
+    owners = [number for number, example in enumerate(examples) for _ in example.sequences]
+    slots = [slot for example in examples for slot in range(len(example.sequences))]
     # the normalizer cancels only between candidates that follow the very same tokens
     one_token = all(length == 1 for length in lengths) and all(
         sequence.ids[:-1] == example.sequences[0].ids[:-1] for example in examples for sequence in example.sequences
@@ -198,7 +192,7 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
         needed=tensor(list(needed)),
         token_needed=tensor(token_needed),
         token_id=tensor(token_id),
-        token_candidate=tensor(token_candidate),
+        token_candidate=tensor([number for number, length in enumerate(lengths) for _ in range(length)]),
         candidate_length=tensor(lengths),
         candidate_example=tensor(owners),
         candidate_slot=tensor(slots),

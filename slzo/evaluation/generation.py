@@ -7,17 +7,16 @@ Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` pro
 ``m`` of them in one buffer of width ``W``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, prompt_alone
 from slzo.batches.layout import PackedLayout, group_by_length
@@ -30,14 +29,13 @@ from slzo.models.attention import (
     VIRTUAL_ARGUMENT,
     packed_attention_forward,
     softcap_attention,
+    use_attention,
     with_virtual_tokens,
 )
 from slzo.models.parts import ModelParts
 
 MAX_NEW_TOKENS = 50
 """Longest answer, in tokens (MeZO)."""
-
-_ATTENTION_NAME = "slzo_generate"
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def generate(
                 break
             newest = torch.tensor([answers[row][-1] for row in rows], device=device)
             decoding = _Decoding(buffers)
-            hidden = _run(parts, newest, decoding.positions, decoding)
+            hidden = _run(parts, newest, decoding.positions, decoding.attend)
             tokens = dict(zip(rows, parts.head(hidden).argmax(dim=-1).tolist(), strict=True))
             for buffer in buffers:
                 buffer.lengths += 1
@@ -159,13 +157,8 @@ class _Buffer:
             self.lengths = self.lengths[:last]
 
 
-class _Attends(Protocol):
-    """What the attention layers find in place of a packed layout."""
-
-    def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, None]:
-        """Output of attention, shape (1, tokens, H, D)."""
+_Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
+"""What attention layers find in place of a packed layout: layer, query, key, value and options to output (1, tokens, H, D)."""
 
 
 @dataclass
@@ -233,29 +226,27 @@ class _Decoding:
 def _attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Hands over to the state that came in with the inputs; the mask is a stand-in."""
-    state: _Attends = kwargs[LAYOUT_ARGUMENT]
+    """Hands over to what came in with the inputs; the mask is a stand-in."""
+    attend: _Attend = kwargs[LAYOUT_ARGUMENT]
     options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", VIRTUAL_ARGUMENT)}
-    return state.attend(module, query, key, value, options)
+    return attend(module, query, key, value, options)
 
 
 @contextmanager
 def _attention(parts: ModelParts) -> Iterator[None]:
     """The model's layers use this module's attention."""
-    AttentionInterface.register(_ATTENTION_NAME, _attention_forward)
-    AttentionMaskInterface.register(_ATTENTION_NAME, sdpa_mask)
     before = parts.model.config.get_text_config(decoder=True)._attn_implementation
-    parts.model.set_attn_implementation(_ATTENTION_NAME)
+    use_attention(parts.model, "slzo_generate", _attention_forward)
     try:
         yield
     finally:
         parts.model.set_attn_implementation(before)
 
 
-def _run(parts: ModelParts, ids: Tensor, positions: Tensor, state: _Attends) -> Tensor:
+def _run(parts: ModelParts, ids: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
     """Final hidden states of tokens in one row, shape (tokens, hidden)."""
     # the layout only travels through the model, from here to _attention_forward
-    return parts.run(TokenBatch(ids, positions, cast("PackedLayout", state)), 0, parts.num_layers)
+    return parts.run(TokenBatch(ids, positions, cast("PackedLayout", attend)), 0, parts.num_layers)
 
 
 def _prefill(
@@ -275,7 +266,7 @@ def _prefill(
         encoded = [_with_gold(row, prompts[row], None if gold is None else gold[row]) for row in rows]
         batch = share_beginnings(pack(encoded)).to(parts.model.device)
         recording = _Recording(batch.layout)
-        hidden = _run(parts, batch.input_ids, batch.position_ids, recording)
+        hidden = _run(parts, batch.input_ids, batch.position_ids, recording.attend)
         logits = parts.head(hidden.index_select(0, batch.needed))
         if gold is not None:
             losses.append(answer_loss(logits, batch))

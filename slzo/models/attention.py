@@ -4,18 +4,18 @@ Every layer between two attention calls works token by token, so a packed row ne
 gathered into right-padded sequences; causality keeps the padding from touching a real token, so no mask is needed.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from slzo.batches.layout import PackedLayout
 
-ATTENTION_NAME = "slzo_packed"
 LAYOUT_ARGUMENT = "packed_layout"
 VIRTUAL_ARGUMENT = "virtual_tokens"
 
@@ -31,11 +31,11 @@ class VirtualTokens(Protocol):
         """Keys and values of one layer, each of shape (key_value_heads, tokens, head_dim)."""
 
 
-def register_packed_attention() -> str:
-    """Make the implementation known to transformers and return its name; calling it again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    return ATTENTION_NAME
+def use_attention(model: PreTrainedModel, name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
+    """Make an implementation known to transformers by a name, and have the model's layers call it."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def packed_attention_forward(

@@ -20,14 +20,16 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.errors import SlzoError
 from slzo.models.attention import (
-    ATTENTION_NAME,
     LAYOUT_ARGUMENT,
     VIRTUAL_ARGUMENT,
     VirtualTokens,
-    register_packed_attention,
+    packed_attention_forward,
+    use_attention,
 )
 from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
+
+_PACKED = "slzo_packed"
 
 
 class _Pass(nn.Module):
@@ -203,9 +205,12 @@ class ModelParts:
         finally:
             precomputed.value = None
 
-    def logits(self, batch: PackedBatch) -> Tensor:
-        """Full-vocabulary logits at ``batch.needed`` from a whole forward pass, shape (U, vocabulary), float32."""
-        return self.head(self.run(batch, 0, self.num_layers).index_select(0, batch.needed))
+    def logits(
+        self, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits at ``batch.needed`` from layer ``start`` up; see :meth:`run` and :meth:`head`."""
+        final = self.run(batch, start, self.num_layers, hidden)
+        return self.head(final.index_select(0, batch.needed), token_ids)
 
     def _view(self, start: int, stop: int) -> tuple[nn.Module, _Inject | None, _Capture | None]:
         if not 0 <= start <= stop <= self.num_layers:
@@ -265,8 +270,8 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
     """Switch the model to packed attention; ``False`` where its attention is not exchangeable."""
     if not model._can_set_attn_implementation():
         return False
-    model.set_attn_implementation(register_packed_attention())
-    return _attention_of(model) == ATTENTION_NAME
+    use_attention(model, _PACKED, packed_attention_forward)
+    return _attention_of(model) == _PACKED
 
 
 @torch.no_grad()
@@ -365,6 +370,5 @@ def largest_difference(parts: ModelParts, expected: Tensor) -> float:
     """Largest difference between the parts' logits on the probe tokens and ``expected``, relative to the largest."""
     batch = pack(_probe_examples(parts.model)).to(parts.model.device)
     layer = parts.num_layers // 2
-    hidden = parts.run(batch, 0, layer) if layer else None
-    ours = parts.head(parts.run(batch, layer, parts.num_layers, hidden).index_select(0, batch.needed))
+    ours = parts.logits(batch, layer, parts.run(batch, 0, layer) if layer else None)
     return float((ours[batch.token_needed] - expected).abs().max() / expected.abs().max())

@@ -22,8 +22,7 @@ class PrefixCache:
         start: The layer that the states enter.
         budget_gb: Space to use, in GiB; 0 keeps nothing.
         dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
-        directory: Keep the states in a memory-mapped file in this folder instead of in memory; the file has no name and
-            vanishes with the process.
+        directory: Use a memory-mapped file in this folder instead of memory; it has no name and vanishes with the process.
 
     Raises:
         SlzoError: The folder cannot be written.
@@ -90,29 +89,23 @@ class PrefixCache:
         """Room for ``count`` values in the present block, or in a new one."""
         if self._block is None or self._used + count > self._block.numel():
             size = max(count, min(_BLOCK_BYTES, self.budget) // dtype.itemsize)
-            self._block, self._used = self._new_block(size, dtype, pinned), 0
+            if self.directory is None:  # pinned: copies to the GPU need no wait
+                self._block = torch.empty(size, dtype=dtype, pin_memory=pinned)
+            else:
+                with tempfile.NamedTemporaryFile(dir=self.directory, prefix="prefix-cache-") as file:
+                    self._block = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+            self._used = 0
         self._used += count
         return self._block[self._used - count : self._used]
 
-    def _new_block(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-        if self.directory is None:
-            return torch.empty(count, dtype=dtype, pin_memory=pinned)  # pinned: copies to the GPU need no wait
-        with tempfile.NamedTemporaryFile(dir=self.directory, prefix="prefix-cache-") as file:
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
-
 
 def check_cache_folder(directory: str) -> None:
-    """Make the folder.
-
-    Raises:
-        SlzoError: It cannot be written.
-    """
+    """Make the folder; SlzoError if it cannot be written."""
     folder = Path(directory)
-    reason = "no write permission"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        reason = "" if os.access(folder, os.W_OK) else "no write permission"
     except OSError as error:
-        writable, reason = False, error.strerror or str(error)
-    if not writable:
+        reason = error.strerror or str(error)
+    if reason:
         raise SlzoError(f"model.engine.cache_dir {str(folder)!r}: cannot be written ({reason}); give another folder")

@@ -62,8 +62,7 @@ class SuffixForward:
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
-        final = self.parts.run(batch, self.span.start, self.parts.num_layers, hidden)
-        return self.parts.head(final.index_select(0, batch.needed), token_ids)
+        return self.parts.logits(batch, self.span.start, hidden, token_ids)
 
     def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> LossSum:
         """The loss with the live weights, summed; arguments as for :meth:`losses`. Gradients may flow."""

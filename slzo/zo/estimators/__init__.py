@@ -1,7 +1,7 @@
 """Gradient estimates from loss values; each kind is one file, and this list registers it."""
 
 from slzo.zo.estimators.backprop import Backprop
-from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point, Request
+from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point, Request, RowShare
 from slzo.zo.estimators.forward_gradient import ForwardGradient
 from slzo.zo.estimators.fzo import FZO
 from slzo.zo.estimators.lozo import LOZO
@@ -20,4 +20,5 @@ __all__ = [
     "OneSided",
     "Point",
     "Request",
+    "RowShare",
 ]

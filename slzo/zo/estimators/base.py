@@ -18,15 +18,12 @@ class RowShare(NamedTuple):
     of: int = 1
 
 
-ALL_ROWS = RowShare()
-
-
 class Point(NamedTuple):
     """A place to evaluate the loss, ``masters + scale * direction``, and the rows to evaluate it on."""
 
     direction: Direction
     scale: float
-    rows: RowShare = ALL_ROWS
+    rows: RowShare = RowShare()
 
 
 class Loss(Protocol):

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from slzo.zo.estimators.base import ALL_ROWS, Estimate, Point, Request, RowShare
+from slzo.zo.estimators.base import Estimate, Point, Request, RowShare
 from slzo.zo.noise import Noise
 from slzo.zo.tuned import Direction
 
@@ -19,7 +19,7 @@ def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Esti
     gradient: dict[str, Tensor] = {}
     for queries in [range(count)] if divide_rows else request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
-        rows = [RowShare(query, count) if divide_rows else ALL_ROWS for query in queries]
+        rows = [RowShare(query, count) if divide_rows else RowShare() for query in queries]
         points = [Point(z, sign * eps, share) for sign in (1, -1) for z, share in zip(directions, rows, strict=True)]
         highs, lows = request.loss.at(points).view(2, -1).tolist()
         plus += highs

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from slzo.batches.losses import LossSum, candidate_scores, choice_scores
+from slzo.batches.losses import LossSum, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import TrainBatch
 from slzo.tasks.base import Example
@@ -69,7 +69,7 @@ class CandidateObjective(LogitObjective):
         """
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        scores = choice_scores(logits, batch) if selected else candidate_scores(logits, batch)
+        scores = logits[batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
         return self.of_scores(scores, batch)
 
 
