@@ -49,13 +49,9 @@ def share_beginnings(batch: PackedBatch) -> PackedBatch:
 def chunk_by_tokens(
     sequences: Sequence[Sequence[int]], max_tokens: int | None, max_rows: int | None = None, *, share: bool = True
 ) -> list[list[int]]:
-    """Places of consecutive sequences, cut into chunks.
+    """Places of consecutive sequences of token ids, cut into chunks of at most so many tokens and rows; ``None`` for no limit.
 
-    Args:
-        sequences: Token ids, in the order to keep.
-        max_tokens: Tokens of a chunk; a longer sequence is a chunk of its own. ``None`` for no limit.
-        max_rows: Sequences of a chunk. ``None`` for no limit.
-        share: Count what a sequence has in common with the one before it once.
+    A longer sequence is a chunk of its own. ``share`` counts what a sequence has in common with the one before it once.
     """
     chunks: list[list[int]] = []
     used = 0

@@ -15,7 +15,6 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, prompt_alone
@@ -27,8 +26,8 @@ from slzo.data.encoding import newline_token
 from slzo.models.attention import (
     LAYOUT_ARGUMENT,
     VIRTUAL_ARGUMENT,
+    masked_attention,
     packed_attention_forward,
-    softcap_attention,
     use_attention,
     with_virtual_tokens,
 )
@@ -202,11 +201,7 @@ class _Decoding:
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
             if virtual is not None:
                 seen = with_virtual_tokens(virtual, layer, *seen)
-            scaling, softcap = options["scaling"], options["softcap"]
-            if softcap is None:
-                output = F.scaled_dot_product_attention(grouped, *seen, attn_mask=mask, scale=scaling)
-            else:
-                output = softcap_attention(grouped, *seen, mask, scaling, softcap)
+            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"])
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 

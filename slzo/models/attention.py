@@ -60,10 +60,10 @@ def packed_attention_forward(
         key: Like ``query``, with as many heads or fewer.
         value: Like ``key``.
         attention_mask: Used only without a layout, as are ``kwargs``.
-        scaling: See :func:`softcap_attention`.
+        scaling: See :func:`masked_attention`.
         dropout: Must be 0, both evaluations of a step have to see the same function.
         sliding_window: A token attends to this many last tokens, itself included.
-        softcap: See :func:`softcap_attention`; ``None`` for no bound.
+        softcap: See :func:`masked_attention`.
         packed_layout: The packed sequences.
         virtual_tokens: Keys and values before those of every sequence; needs a layout.
         kwargs: Of transformers.
@@ -76,8 +76,8 @@ def packed_attention_forward(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        causal = attention_mask if attention_mask is not None else _causal_mask(query, key, None)
-        return softcap_attention(query, key, value, causal, scaling, softcap).transpose(1, 2).contiguous(), None
+        output = masked_attention(query, key, value, attention_mask, scaling, softcap)
+        return output.transpose(1, 2).contiguous(), None
     flat = torch.cat([index.flatten() for index in packed_layout.groups])
     rows = [states[0].transpose(0, 1).index_select(0, flat) for states in (query, key, value)]
     outputs, start = [], 0
@@ -86,28 +86,14 @@ def packed_attention_forward(
         q, k, v = (states[start:stop].unflatten(0, index.shape).transpose(1, 2) for states in rows)
         if virtual_tokens is not None:
             k, v = with_virtual_tokens(virtual_tokens, module, k, v)
-        output = _causal_attention(q, k, v, scaling, sliding_window, softcap)
+        # learned keys come before the queries
+        narrow = virtual_tokens is not None or (sliding_window is not None and sliding_window < index.shape[1])
+        mask = _causal_mask(q, k, sliding_window) if narrow else None
+        output = masked_attention(q, k, v, mask, scaling, softcap)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, packed_layout.inverse).unsqueeze(0), None
-
-
-def _causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
-) -> Tensor:
-    """Causal attention over right-padded sequences, shapes (N, heads, L, head_dim), keys and values with fewer heads.
-
-    Keys that outnumber the queries come before them.
-    """
-    if softcap is not None:
-        return softcap_attention(query, key, value, _causal_mask(query, key, window), scaling, softcap)
-    narrow = key.shape[-2] > query.shape[-2] or (window is not None and window < query.shape[-2])
-    mask = _causal_mask(query, key, window) if narrow else None
-    shared_heads = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared_heads
-    )
 
 
 def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,20 +112,25 @@ def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def softcap_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """Attention with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack.
+    """Attention, also with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack.
 
     Args:
         query: Shape (N, heads, queries, head_dim).
         key: Shape (N, key_value_heads, keys, head_dim); their number divides that of the heads.
         value: Like ``key``.
-        mask: Bool, broadcasts to (N, heads, queries, keys), ``True`` where attention is allowed.
+        mask: Bool, broadcasts to (N, heads, queries, keys), ``True`` where attention is allowed; ``None`` for causal attention.
         scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
-        softcap: Scores become ``softcap * tanh(scores / softcap)``.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
     """
     repeats = query.shape[1] // key.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
+        )
+    mask = _causal_mask(query, key, None) if mask is None else mask
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)

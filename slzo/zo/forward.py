@@ -79,28 +79,20 @@ class SuffixForward:
         points: Sequence[Point],
         objective: LogitLoss,
     ) -> Tensor:
-        """Loss sums and weights at several points.
+        """Totals and what to divide them by of each point's rows, shape (2, P), float32; the live weights stay at the last point.
 
-        Args:
-            batch: The batch.
-            hidden: What :meth:`prefix` returned for it.
-            tuned: Writes each point into the live weights; they stay at the last one.
-            points: Where to evaluate, and on which rows (see :class:`slzo.zo.estimators.base.Loss`).
-            objective: The loss.
-
-        Returns:
-            Shape (2, P), float32: totals and what to divide them by, of each point's rows.
+        ``hidden`` is what :meth:`prefix` returned for the batch; for the points see :class:`slzo.zo.estimators.base.Loss`.
         """
         divided = batch.divide(points[0].rows.of)
         copies = [points[start : start + len(divided)] for start in range(0, len(points), len(divided))]
+        num_tokens = [0 if rows is None else rows.num_tokens for rows in divided]
+        inputs = [None] * len(divided) if hidden is None else hidden.split(num_tokens)
         inner = self.span.inside and self.span.stop < self.parts.num_layers
         paired = self._pairs(batch, len(copies))
         if inner and (paired or len(divided) > 1):
             runs = [copies] if paired else [[copy] for copy in copies]
-            return torch.cat(
-                [self._joined_losses(batch, divided, hidden, tuned, run, objective) for run in runs], dim=1
-            )
-        inputs = _pieces(hidden, [0 if rows is None else rows.num_tokens for rows in divided])
+            found = [self._joined_losses(batch, divided, inputs, tuned, run, objective) for run in runs]
+            return torch.cat(found, dim=1)
         sums = []
         for point in points:
             rows = divided[point.rows.number]
@@ -126,13 +118,12 @@ class SuffixForward:
         self,
         batch: PackedBatch,
         divided: Sequence[PackedBatch | None],
-        hidden: Tensor | None,
+        inputs: Sequence[Tensor | None],
         tuned: TunedTensors,
         copies: Sequence[Sequence[Point]],
         objective: LogitLoss,
     ) -> Tensor:
         """The same with one run of the layers above the tuned ones, over as many copies of the batch as each part has points."""
-        inputs = _pieces(hidden, [0 if rows is None else rows.num_tokens for rows in divided])
         outputs = []
         for point in (point for copy in copies for point in copy):
             rows = divided[point.rows.number]
@@ -150,8 +141,3 @@ class SuffixForward:
             for rows, own in zip(divided, logits, strict=True):
                 sums.append(no_loss(own.device) if rows is None else objective.of_logits(own, rows, selected))
         return stack(sums)
-
-
-def _pieces(hidden: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
-    """The states of each part of a batch's rows."""
-    return [None] * len(sizes) if hidden is None else hidden.split(sizes)

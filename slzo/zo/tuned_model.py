@@ -19,8 +19,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
-from slzo.zo.estimators import Estimator, Request
-from slzo.zo.estimators.base import Loss
+from slzo.zo.estimators import Estimator, Loss, Request
 from slzo.zo.forward import SuffixForward
 from slzo.zo.objectives import Objective
 from slzo.zo.optim import OptimizerChoice
@@ -85,16 +84,9 @@ class TunedModel:
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
     ) -> Self:
-        """What a scope names is tuned, from the model's present weights.
+        """What a scope names is tuned, from the model's present weights; it has no adapter yet.
 
-        Args:
-            parts: The model, without an adapter.
-            scope: What is tuned.
-            layer: The dominant layer; not needed by some scopes.
-            prompts: See :class:`slzo.zo.scopes.base.ScopeContext`.
-            seed: Of first values that are random.
-            engine: See :class:`TunedModel`, as for ``cache``.
-            cache: Of an earlier tuned model.
+        ``prompts`` and ``seed`` are those of :class:`slzo.zo.scopes.base.ScopeContext`.
 
         Raises:
             SlzoError: The model has no such layer, or the scope finds nothing to tune; the model is as it was.
@@ -115,13 +107,9 @@ class TunedModel:
         engine: Engine | None = None,
         subset: Subset | None = None,
     ) -> Self:
-        """What a checkpoint holds is tuned; :meth:`slzo.zo.tuned.TunedTensors.load` then sets the values.
+        """What a checkpoint's :meth:`description` says is tuned; :meth:`slzo.zo.tuned.TunedTensors.load` then sets the values.
 
-        Args:
-            parts: The model, untuned and without an adapter.
-            description: See :meth:`description`.
-            engine: See :class:`TunedModel`.
-            subset: Which of the tensors a training step moves; ``None`` for all.
+        The parts are untuned and without an adapter; ``subset`` says what a training step moves, ``None`` for all.
 
         Raises:
             KeyError: It does not fit the model, which is as it was.

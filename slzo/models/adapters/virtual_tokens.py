@@ -1,6 +1,5 @@
 """Learned keys and values before every sequence, through peft."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +81,8 @@ class _Encoded(nn.Module):
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
         weight: Tensor = self.encoder.embedding.weight  # type: ignore[union-attr, assignment]
-        shape: Sequence[int] = (self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
-        keys, values = weight.view(shape)[:, index].permute(1, 2, 0, 3)
+        states = weight.view(self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
+        keys, values = states[:, index].permute(1, 2, 0, 3)
         return keys, values
 
 

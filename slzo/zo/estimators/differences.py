@@ -6,9 +6,6 @@ from torch import Tensor
 
 from slzo.zo.estimators.base import Estimate, Point, Request, RowShare
 from slzo.zo.noise import Noise
-from slzo.zo.tuned import Direction
-
-_NOWHERE: Direction = {}
 
 
 def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Estimate:
@@ -50,7 +47,7 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         points = [Point(z, eps) for z in directions]
         if base is None:  # first, with the live weights at the masters: an empty direction moves nothing
-            base, *found = request.loss.at([Point(_NOWHERE, 0.0), *points]).tolist()
+            base, *found = request.loss.at([Point({}, 0.0), *points]).tolist()
         else:
             found = request.loss.at(points).tolist()
         losses += found

@@ -61,11 +61,9 @@ class CandidateObjective(LogitObjective):
 
     @abstractmethod
     def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:
-        """The loss of a batch from the scores of its candidates.
+        """The loss of a batch from the mean log-likelihood of each candidate's tokens, shape (C,), float32.
 
-        Args:
-            scores: Mean log-likelihood of each candidate's tokens, up to a constant per example; shape (C,), float32.
-            batch: Says which candidates belong together and which are right.
+        The scores of an example are up to a constant; the batch says which candidates belong together and which are right.
         """
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:

@@ -49,12 +49,8 @@ class ActivationSubspace(Scope):
         layers = resolve_layers(self.layers, context)
         maps = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
         inputs = record_inputs(context.parts, [m.module for m in maps], context.prompts(self.num_sequences))
-        return TunedTensors(
-            {
-                m.name: Subspace(m.weight, self._basis(m.name, x), m.transposed)
-                for m, x in zip(maps, inputs, strict=True)
-            }
-        )
+        bases = [self._basis(m.name, x) for m, x in zip(maps, inputs, strict=True)]
+        return TunedTensors({m.name: Subspace(m.weight, v, m.transposed) for m, v in zip(maps, bases, strict=True)})
 
     def _basis(self, name: str, inputs: Tensor) -> Tensor:
         """Top right singular vectors of inputs (tokens, in), shape (in, rank)."""

@@ -65,7 +65,6 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        """The weight."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
