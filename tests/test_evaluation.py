@@ -11,7 +11,7 @@ import torch
 from conftest import LossAt, make_tokenizer, tiny_model
 
 from slzo.__main__ import main
-from slzo.batches.losses import candidate_errors, candidate_scores
+from slzo.batches.losses import candidate_scores
 from slzo.batches.packing import pack
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
@@ -23,7 +23,7 @@ from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.tasks.base import Example
 from slzo.trainer import ZOTrainer
-from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy
+from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy, CandidateErrors
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     batch = TrainCollator()(rows)
     best = make_evaluator(parts)(EvalCollator()(rows)).predictions
     wrong = sum(index not in gold for index, gold in zip(best, golds, strict=True) if gold)
-    errors = candidate_errors(candidate_scores(parts.logits(batch.packed), batch.packed), batch.packed)
+    errors = CandidateErrors().of_scores(candidate_scores(parts.logits(batch.packed), batch.packed), batch.packed)
     assert (float(errors.total), float(errors.weight)) == (wrong, 5)
 
 

@@ -23,13 +23,7 @@ class LogitLoss(Protocol):
         """Whether it needs the whole vocabulary's logits, or only those of ``batch.choice_ids``."""
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        """The loss of a batch.
-
-        Args:
-            logits: Shape (U, K) of ``batch.choice_ids`` if ``selected``, else (U, vocabulary); float32.
-            batch: The batch.
-            selected: Whether the logits are those of the candidates only.
-        """
+        """The loss of a batch from float32 logits, shape (U, K) of ``batch.choice_ids`` if ``selected``, else (U, vocabulary)."""
 
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
@@ -49,15 +43,6 @@ def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
     table = scores.new_full((batch.num_examples, batch.most_candidates), float("-inf"))
     table[batch.candidate_example, batch.candidate_slot] = scores
     return table
-
-
-def candidate_errors(scores: Tensor, batch: PackedBatch) -> LossSum:
-    """How many examples' best candidate, by scores (C,), is not a right one, over the examples that have one: 1 - accuracy."""
-    best = by_example(scores, batch).argmax(dim=1)
-    hits = by_example(batch.right.to(scores.dtype), batch).clamp(min=0)
-    labelled = (hits.sum(dim=1) > 0).to(scores.dtype)
-    hit = hits.gather(1, best[:, None])[:, 0]
-    return LossSum((labelled - hit).sum(), labelled.sum())
 
 
 def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:

@@ -123,10 +123,7 @@ class RunningScore:
 
 
 def score_rows(
-    evaluator: Evaluator,
-    batches: Iterable[EvalBatch],
-    metrics: TaskMetrics,
-    keep_prefix: bool = False,
+    evaluator: Evaluator, batches: Iterable[EvalBatch], metrics: TaskMetrics, keep_prefix: bool = False
 ) -> dict[str, float]:
     """Metrics and loss of the live weights over the rows of this process; ``metrics`` are fresh counters."""
     device = evaluator.parts.model.device

@@ -78,9 +78,5 @@ def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = Fa
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
-
-    Raises:
-        SlzoError: It cannot be loaded.
-    """
+    """The model's own tokenizer; SlzoError if it cannot be loaded."""
     return _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)

@@ -58,10 +58,7 @@ class TunedTensors(nn.Module):
     """
 
     def __init__(
-        self,
-        tensors: Mapping[str, TunedTensor | Tensor],
-        subset: Subset | None = None,
-        hold_bytes: int = _HOLD_BYTES,
+        self, tensors: Mapping[str, TunedTensor | Tensor], subset: Subset | None = None, hold_bytes: int = _HOLD_BYTES
     ) -> None:
         super().__init__()
         self.names = tuple(tensors)
@@ -118,24 +115,16 @@ class TunedTensors(nn.Module):
 
     @torch.no_grad()
     def accumulate(
-        self,
-        gradient: dict[str, Tensor],
-        direction: Direction,
-        factor: float,
-        ends: tuple[float, float] | None = None,
+        self, gradient: dict[str, Tensor], direction: Direction, factor: float, ends: tuple[float, float] | None = None
     ) -> None:
         """Add ``factor * direction`` to a gradient, in place; the direction may be consumed.
 
         With ``ends``, the two scales at which the loss was taken along it, what rounding left of the direction is used.
         """
         for name, tensor in self.items():
-            if name not in direction:
-                continue
-            moved = direction[name] if ends is None else tensor.applied(direction[name], *ends)
-            if name in gradient:
-                gradient[name].add_(moved, alpha=factor)
-            else:
-                gradient[name] = moved.mul_(factor)
+            if name in direction:
+                moved = direction[name] if ends is None else tensor.applied(direction[name], *ends)
+                gradient[name] = gradient[name].add_(moved, alpha=factor) if name in gradient else moved.mul_(factor)
 
     def set_grad(self, gradient: Mapping[str, Tensor]) -> None:
         """Give the masters their gradients; those without one get none."""
@@ -148,11 +137,7 @@ class TunedTensors(nn.Module):
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:
-        """Set masters, each given by name, and live weights.
-
-        Raises:
-            KeyError: A master is missing.
-        """
+        """Set all masters, given by name, and the live weights; KeyError if one is missing."""
         for name, master in self.named_masters().items():
             master.copy_(masters[name])
         self.restore()

@@ -148,13 +148,9 @@ class TunedModel:
         else:
             self.adapter.save_merged(self.parts.model, folder)
 
-    # ---- evaluation ---------------------------------------------------------------------------------------------------
-
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """See :data:`slzo.evaluation.evaluator.Logits`."""
         return self.forward.logits(batch, self.forward.prefix(batch, keep_prefix))
-
-    # ---- training -----------------------------------------------------------------------------------------------------
 
     def loss(
         self,

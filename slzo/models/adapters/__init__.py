@@ -11,11 +11,7 @@ ADAPTERS: Mapping[str, type[Adapter]] = {adapter.kind: adapter for adapter in (L
 
 
 def adapter_from_dict(data: Mapping[str, Any]) -> Adapter:
-    """Inverse of :meth:`Adapter.to_dict`.
-
-    Raises:
-        KeyError: There is no such kind.
-    """
+    """Inverse of :meth:`Adapter.to_dict`; KeyError if there is no such kind."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     return ADAPTERS[data["kind"]](**values)
 

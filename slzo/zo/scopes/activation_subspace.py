@@ -31,11 +31,7 @@ class ActivationSubspace(Scope):
     """
 
     def __init__(
-        self,
-        rank: int = 16,
-        num_sequences: int = 64,
-        target_modules: list[str] | None = None,
-        layers: Layers = None,
+        self, rank: int = 16, num_sequences: int = 64, target_modules: list[str] | None = None, layers: Layers = None
     ) -> None:
         for name, value in (("rank", rank), ("num_sequences", num_sequences)):
             if value < 1:

@@ -87,11 +87,7 @@ def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_o
 
 
 def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
-    """The layers as sorted numbers.
-
-    Raises:
-        SlzoError: The model lacks one of them, or the list is empty.
-    """
+    """The layers as sorted numbers; SlzoError if the model lacks one of them, or the list is empty."""
     num_layers = context.parts.num_layers
     if layers is None:
         if context.layer is None:
