@@ -11,7 +11,7 @@ import torch
 from conftest import run_dir
 
 from slzo.__main__ import main
-from slzo.batches.losses import candidate_cross_entropy, candidate_scores
+from slzo.batches.losses import candidate_scores
 from slzo.cli import build
 from slzo.data.batch import EvalCollator
 from slzo.errors import SlzoError
@@ -22,6 +22,7 @@ from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.sweep_report import LayerResult, verdict
 from slzo.experiments.trial import Trial, Workbench
 from slzo.zo.estimators import Point
+from slzo.zo.objectives import CandidateCrossEntropy
 
 SWEEP = ["--steps=3", "--output=swept", "--directions=20", "--num_rows=8"]
 
@@ -235,7 +236,7 @@ def test_sensitivity_is_the_mean_slope(options):
             for sign in (1, -1):
                 tuned.write(tuned.draw(5, 0, query), sign * eps)
                 scores = candidate_scores(module.parts.logits(rows.packed), rows.packed)
-                total, weight = candidate_cross_entropy(scores, rows.packed)
+                total, weight = CandidateCrossEntropy().of_scores(scores, rows.packed)
                 losses.append(float(total / weight))
             slopes.append(abs(losses[0] - losses[1]) / (2 * eps))
     tuned.restore()

@@ -59,14 +59,14 @@ def packed_attention_forward(
         query: Shape (1, heads, T, head_dim) when packed.
         key: Like ``query``, with as many heads or fewer.
         value: Like ``key``.
-        attention_mask: Used only without a layout, as are ``kwargs``.
+        attention_mask: Used only without a layout.
         scaling: See :func:`masked_attention`.
         dropout: Must be 0, both evaluations of a step have to see the same function.
         sliding_window: A token attends to this many last tokens, itself included.
         softcap: See :func:`masked_attention`.
         packed_layout: The packed sequences.
         virtual_tokens: Keys and values before those of every sequence; needs a layout.
-        kwargs: Of transformers.
+        kwargs: Passed on when there is no layout.
 
     Returns:
         The output, shape (1, T, heads, head_dim), and no attention weights.

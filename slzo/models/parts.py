@@ -208,7 +208,7 @@ class ModelParts:
     def logits(
         self, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None, token_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits at ``batch.needed`` from layer ``start`` up; see :meth:`run` and :meth:`head`."""
+        """Logits at ``batch.needed`` from layer ``start`` up, (U, K or vocabulary), float32; see :meth:`run` and :meth:`head`."""
         final = self.run(batch, start, self.num_layers, hidden)
         return self.head(final.index_select(0, batch.needed), token_ids)
 
