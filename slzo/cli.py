@@ -17,7 +17,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
 from slzo.cli_errors import one_line
-from slzo.commands import COMMANDS, Command
+from slzo.commands import COMMANDS, FILLED, Command
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -88,8 +88,16 @@ class SlzoCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command and the arguments that the command line provides itself."""
-        return {} if self._command is None else {self._command.name: set(self._command.filled)}
+        """The command and the arguments of its method that are no options."""
+        return {} if self._command is None else {self._command.name: set(FILLED)}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name, kind in (("ckpt_path", str | None), ("weights_only", bool | None)):
+            if name not in self._subcommand_method_arguments[subcommand]:
+                note = "Not used; accepted so that a config saved by fit can be given."
+                parser.add_argument(f"--{name}", type=kind, default=None, help=note)
+        return parser
 
     def _set_seed(self) -> None:
         """Seed everything.

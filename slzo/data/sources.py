@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,13 @@ class SourceRow:
     place: str
 
 
-def load_examples(
-    task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
-) -> list[Example]:
+def load_examples(task: Task, split: Split, **source: str | None) -> list[Example]:
     """All examples of a split, in the order of the file. Arguments and errors as :func:`load_rows`.
 
     Raises:
         SlzoError: Also for a field of the wrong type, a label outside the candidates, and an empty candidate.
     """
-    rows = load_rows(task, split, data_dir=data_dir, hub_path=hub_path, hub_config=hub_config)
-    return [_example(task, row) for row in rows]
+    return [_example(task, row) for row in load_rows(task, split, **source)]
 
 
 def load_rows(
@@ -96,12 +94,8 @@ def row_id(values: Mapping[str, Any], position: int, split: Split) -> str:
     Raises:
         ValueError: The id is neither text nor a whole number.
     """
-    for name in ("id", "query_id", "idx"):
-        value = values.get(name)
-        if value is not None:
-            break
-    else:
-        value = position
+    name = next((name for name in ("id", "query_id", "idx") if values.get(name) is not None), None)
+    value = position if name is None else values[name]
     parts = [value[part] for part in _IDX_PARTS if part in value] if isinstance(value, Mapping) else [value]
     if not parts or not all(
         isinstance(part, str | int) and not isinstance(part, bool) and part != "" for part in parts
@@ -141,27 +135,25 @@ def _open(
         if shipped is not None:
             origin = f"the rows of {task.name!r}"
             return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1))
-    source = _hub_source(task, hub_path, hub_config)
+    source = task.hub
+    if hub_path is not None:
+        source = HubSource(hub_path) if source is None else replace(source, path=hub_path)
     if source is None:
         raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give it a file")
-    return _read_hub(task, source, split)
+    return _read_hub(task, source if hub_config is None else replace(source, config=hub_config), split)
 
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:
     if not root.is_dir():
         raise SlzoError(f"data.data_dir {str(root)!r}: no such folder; give one with {task.name}/train.jsonl and so on")
     folders = [root / task.name, *([root / FOLDERS[task.name]] if task.name in FOLDERS else []), root]
-    for folder in folders:
-        for stem in FILE_STEMS[split]:
-            for ending in READERS:
-                path = folder / f"{stem}{ending}"
-                if path.is_file():
-                    return path
-    looked = " or ".join(FILE_STEMS[split])
-    endings = ", ".join(READERS)
+    for folder, stem, ending in product(folders, FILE_STEMS[split], READERS):
+        path = folder / f"{stem}{ending}"
+        if path.is_file():
+            return path
     raise SlzoError(
-        f"data.data_dir {str(root)!r}: the {split} split of task {task.name!r} is missing; looked for {looked} with"
-        f" {endings} in {', '.join(str(folder) for folder in folders)}"
+        f"data.data_dir {str(root)!r}: the {split} split of task {task.name!r} is missing; looked for "
+        f"{' or '.join(FILE_STEMS[split])} with {', '.join(READERS)} in {', '.join(map(str, folders))}"
     )
 
 
@@ -172,13 +164,6 @@ def _hub_fields(task: Task, placed: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
                 yield place, row
         except ValueError as error:
             raise SlzoError(f"{place}: {error}") from None
-
-
-def _hub_source(task: Task, path: str | None, config: str | None) -> HubSource | None:
-    source = task.hub
-    if path is not None:
-        source = HubSource(path) if source is None else replace(source, path=path)
-    return source if source is None or config is None else replace(source, config=config)
 
 
 def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterator[PlacedRow]]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
+
+from slzo.tasks.fields import Fields
 
 Split = Literal["train", "test"]
 """The two pools that rows are read from; dev examples are drawn from the first."""
@@ -80,13 +82,13 @@ class Task(ABC):
     files: Mapping[Split, str] = MappingProxyType({})
 
     @abstractmethod
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         """Turn one row (the Hub's fields) into an example.
 
         Raises:
             ValueError: A field has a wrong type or a label lies outside the candidates; the caller adds file and row.
         """
 
-    def shipped_rows(self, split: Split) -> Sequence[Mapping[str, Any]] | None:
+    def shipped_rows(self, split: Split) -> Sequence[Fields] | None:
         """Rows of a data set that comes as a package; ``None`` if they must be read from files or the Hub."""
         return None
