@@ -47,11 +47,7 @@ class SlzoParser(LightningArgumentParser):
     """Reports a mistake in one line instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Turn the parser's message into one line.
-
-        Raises:
-            SlzoError: Always.
-        """
+        """Raise a SlzoError with the parser's message on one line."""
         raise SlzoError(one_line(message, self)) from ex
 
 
@@ -100,11 +96,7 @@ class SlzoCLI(LightningCLI):
         return parser
 
     def _set_seed(self) -> None:
-        """Seed everything.
-
-        Raises:
-            SlzoError: The seed is out of range.
-        """
+        """Seed everything; a seed out of range is a SlzoError."""
         try:
             super()._set_seed()
         except ValueError as error:
@@ -114,13 +106,15 @@ class SlzoCLI(LightningCLI):
         """Keep the options that were given: a checkpoint's own would silently win otherwise."""
 
 
-def _option(args: Sequence[str], *names: str) -> str | None:
-    """The last value that one of some options has on the command line."""
-    found = None
+def _options(args: Sequence[str], *names: str) -> list[tuple[int, str, str]]:
+    """Where some options have their values on the command line, what stands before each in its place, and the value."""
+    found = []
     for position, arg in enumerate(args):
         name, given, value = arg.partition("=")
-        if name in names:
-            found = value if given else next(iter(args[position + 1 : position + 2]), None)
+        if name in names and given:
+            found.append((position, f"{name}=", value))
+        elif name in names and position + 1 < len(args):
+            found.append((position + 1, "", args[position + 1]))
     return found
 
 
@@ -129,10 +123,12 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
 
     Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
     """
-    checkpoint = _option(args, "--ckpt_path")
-    if checkpoint is None or _option(args, "-c", "--config") is not None:
+    checkpoints = _options(args, "--ckpt_path")
+    if not checkpoints or _options(args, "-c", "--config"):
         return list(args)
-    folder = _option(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir") or _RUNS
+    checkpoint = checkpoints[-1][2]
+    folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
+    folder = folders[-1][2] if folders else _RUNS
     if checkpoint == "last" and Path(folder).is_dir():
         checkpoint = str(newest_checkpoint(folder))
         say(f"Using the newest checkpoint, {checkpoint}")
@@ -146,15 +142,8 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
 def _translate_saved_configs(args: Sequence[str]) -> list[str]:
     """Options in which configs saved by former versions are handed over with the present names."""
     translated = list(args)
-    for position, arg in enumerate(args):
-        name, given, value = arg.partition("=")
-        if name not in ("-c", "--config"):
-            continue
-        place = position if given else position + 1
-        path = Path(value if given else args[place]) if given or place < len(args) else None
-        if path is None or not path.is_file():
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
+    for place, before, value in _options(args, "-c", "--config"):
+        text = Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else ""
         if not text.startswith(_SAVED_CONFIG):
             continue
         try:
@@ -163,9 +152,8 @@ def _translate_saved_configs(args: Sequence[str]) -> list[str]:
             continue
         renamed = translate(config) if isinstance(config, dict) else []
         if renamed:
-            say(f"{path}: saved by a former version; read {', '.join(renamed)}")
-            content = yaml.safe_dump(config)
-            translated[place] = f"{name}={content}" if given else content
+            say(f"{value}: saved by a former version; read {', '.join(renamed)}")
+            translated[place] = before + yaml.safe_dump(config)
     return translated
 
 
@@ -217,9 +205,7 @@ def _filter_warnings() -> None:
         ".*your dataloader is not resumable.*",  # its batches follow from the step
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()  # an advertisement
+    )
     transformers.utils.logging.disable_progress_bar()
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()

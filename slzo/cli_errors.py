@@ -108,8 +108,9 @@ def _allowed(action: Action, value: str) -> str:
         shown = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
         advice = f"did you mean {near[0]}? " if near else ""
         return f"no such class; {advice}choose one of {shown}, or give the full path of your own class"
-    literals = [str(item) for item in _literals(hint)]
-    if literals and not any(typing.get_origin(item) is list for item in _arguments(hint)):
+    inner = list(_arguments(hint))
+    literals = [str(v) for item in inner if typing.get_origin(item) is typing.Literal for v in typing.get_args(item)]
+    if literals and not any(typing.get_origin(item) is list for item in inner):
         return f"choose one of {', '.join(literals)}"
     return f"expected {_type_name(hint)}"
 
@@ -131,7 +132,12 @@ def _hint(action: Action) -> Any:
 
 def _choices(action: Action) -> list[str]:
     """Names of the classes that an option takes, if it takes classes."""
-    return sorted({name for base in _classes(_hint(action)) for name in _subclass_names(base)})
+    names: set[str] = set()
+    for item in _arguments(_hint(action)):
+        is_class = inspect.isclass(item) and not typing.get_origin(item) and not issubclass(item, Tensor)
+        if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
+            names.update(_subclass_names(item))
+    return sorted(names)
 
 
 def _arguments(hint: Any) -> Iterator[Any]:
@@ -144,23 +150,6 @@ def _arguments(hint: Any) -> Iterator[Any]:
     if origin is not typing.Literal:
         for item in inner:
             yield from _arguments(item)
-
-
-def _classes(hint: Any) -> Iterator[type]:
-    for item in _arguments(hint):
-        if (
-            inspect.isclass(item)
-            and not issubclass(item, Tensor)
-            and item.__module__ not in ("builtins", "pathlib", "datetime")
-            and not typing.get_origin(item)
-        ):
-            yield item
-
-
-def _literals(hint: Any) -> Iterator[Any]:
-    for item in _arguments(hint):
-        if typing.get_origin(item) is typing.Literal:
-            yield from typing.get_args(item)
 
 
 def _subclass_names(base: type) -> Iterator[str]:

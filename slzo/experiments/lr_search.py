@@ -53,13 +53,9 @@ class Tried:
 
 
 def lr_search(bench: Workbench, grid: Grid, find_layer: Callable[[], int], output: str | None) -> None:
-    """Do what is not done yet, recommend a pair and write it to lr_search.json.
+    """Do what is not done yet, recommend a pair and write it to ``output``, or lr_searches/MODEL-TASK.
 
-    Args:
-        bench: Makes the trials.
-        grid: What is tried.
-        find_layer: Finds the dominant layer, should one be needed and not be known.
-        output: Folder of the results; ``None`` for lr_searches/MODEL-TASK.
+    ``find_layer`` is called for the dominant layer where one is needed and not known.
 
     Raises:
         SlzoError: The folder holds other results.
@@ -136,11 +132,7 @@ def recommend(tried: Sequence[Tried], before: float) -> tuple[Tried | None, str]
     """The pair to use, and why, in words.
 
     The lowest dev loss wins. A rate that wins at the edge of the grid says that the grid should reach further; if nothing
-    made progress there is no recommendation.
-
-    Args:
-        tried: All pairs.
-        before: Dev loss before training.
+    made progress on the dev loss ``before`` training there is no recommendation.
     """
     good = [pair for pair in tried if not pair.diverged]
     if not good:

@@ -17,13 +17,7 @@ _WAIT_SECONDS = 2.0
 
 
 def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfile], output: str | None) -> None:
-    """Do what is not done yet and write the results.
-
-    Args:
-        bench: Trains and measures.
-        plan: What to do.
-        measure: Profiles the model.
-        output: Folder of the results; ``None`` for sweeps/MODEL-TASK.
+    """Do what is not done yet and write the results to ``output``, or sweeps/MODEL-TASK; ``measure`` profiles the model.
 
     Raises:
         SlzoError: The scope has no dominant layer, or the folder holds other results.
@@ -102,21 +96,16 @@ class _Clock:
         """Note a finished cell."""
         now = time.monotonic()
         self._done += self._left.pop(name)
-        pace = (now - self._started) / self._done
-        words = f"{len(self._left)} cells left, about {_minutes(pace * sum(self._left.values()))}"
-        say(f"{name}: {_headline(result)} ({now - self._last:.0f} s; {words if self._left else 'done'})")
+        if "scores" in result:
+            last = result["scores"][-1]
+            found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
+        else:
+            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}"
+        seconds = (now - self._started) / self._done * sum(self._left.values())
+        rest = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        left = f"{len(self._left)} cells left, about {rest}" if self._left else "done"
+        say(f"{name}: {found} ({now - self._last:.0f} s; {left})")
         self._last = now
-
-
-def _headline(result: dict[str, Any]) -> str:
-    if "scores" in result:
-        last = result["scores"][-1]
-        return result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
-    return f"{result['mean']:.4g} +- {result['standard_error']:.2g}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def wait_for_others(store: CellStore, names: Iterable[str]) -> None:

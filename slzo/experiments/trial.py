@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slzo.batches.packing import pack
-from slzo.data.batch import TrainBatch
+from slzo.data.batch import TrainBatch, TrainCollator
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
@@ -253,7 +253,7 @@ class Workbench:
         rows = datamodule.rows("train")
         done = 0
         sampler = datamodule.train_sampler(batch_size, seed, batches_done=lambda: done)
-        collate = datamodule.train_collator()
+        collate = TrainCollator(datamodule.share_prompts)
         while True:
             for numbers in sampler:
                 done += 1

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Self
 
 from slzo.tasks.fields import Fields
 
@@ -44,6 +44,13 @@ class Example:
     gold: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     group: str | None = None
+
+    @classmethod
+    def of_answers(cls, id: str, prompt: str, answers: Sequence[str]) -> Self:
+        """For generation: trained on the first answer, closed by a newline, scored against all of them; none: no label."""
+        references = tuple(answer.strip() for answer in answers)
+        target = (f" {references[0]}\n",) if references else ()
+        return cls(id, prompt.strip(" "), target, gold=(0,) if references else (), references=references)
 
 
 @dataclass(frozen=True, slots=True)

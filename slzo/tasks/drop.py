@@ -6,7 +6,6 @@ Trained on: a space, the first answer, a newline.
 Metric: token F1, best over the answers; exact match beside it.
 """
 
-from slzo.tasks.answers import answer_example
 from slzo.tasks.base import Example, HubSource, Kind, Task
 from slzo.tasks.fields import Fields, text_field, texts_field
 
@@ -23,4 +22,4 @@ class Drop(Task):
     def example(self, row: Fields, id: str) -> Example:
         passage, question = text_field(row, "passage"), text_field(row, "question").strip()
         prompt = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
-        return answer_example(id, prompt, texts_field(row, "answers_spans", "spans"))
+        return Example.of_answers(id, prompt, texts_field(row, "answers_spans", "spans"))

@@ -6,7 +6,6 @@ Trained on: a space, the first answer, a newline.
 Metric: token F1, best over the answers; exact match beside it.
 """
 
-from slzo.tasks.answers import answer_example
 from slzo.tasks.base import Example, HubSource, Kind, Task
 from slzo.tasks.fields import Fields, text_field, texts_field
 
@@ -24,4 +23,4 @@ class Squad(Task):
         title, context = text_field(row, "title"), text_field(row, "context")
         question = text_field(row, "question").strip()
         prompt = f"Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
-        return answer_example(id, prompt, texts_field(row, "answers", "text"))
+        return Example.of_answers(id, prompt, texts_field(row, "answers", "text"))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from string import Formatter
 
 from slzo.errors import SlzoError
-from slzo.tasks.answers import answer_example
 from slzo.tasks.base import Example, Kind, Split, Task
 from slzo.tasks.fields import Fields, shown
 
@@ -72,7 +71,7 @@ class TemplateTask(Task):
         values = {field: _as_text(row[field], field) for field in self.fields[:-1]}
         prompt = self.prompt.format_map(values).strip(" ")
         if self.answer_field is not None:
-            return answer_example(id, prompt, _answers(row[self.answer_field], self.answer_field))
+            return Example.of_answers(id, prompt, _answers(row[self.answer_field], self.answer_field))
         return Example(id, prompt, self.candidates, self._gold(row[self.label_field]))
 
     def _gold(self, label: object) -> tuple[int, ...]:
