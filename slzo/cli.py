@@ -52,16 +52,10 @@ class SlzoParser(LightningArgumentParser):
 
 
 class SlzoCLI(LightningCLI):
-    """Adds the profiler, the checkpoint and the summary, each with options of its own.
-
-    Args:
-        command: The command that is run; the others' options are not looked up, which would take most of a short run.
-        args: Passed on.
-        kwargs: Passed on.
-    """
+    """Adds the profiler, the checkpoint and the summary, each with options of its own."""
 
     def __init__(self, *args: Any, command: Command | None, **kwargs: Any) -> None:
-        self._command = command
+        self._command = command  # the other commands' options are not looked up: that would take most of a short run
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -171,12 +165,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
-    """The command line with the defaults of slzo.
-
-    Args:
-        args: Command and options.
-        run: Run the command; ``False`` takes options without a command and only builds trainer, model and data.
-    """
+    """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built."""
     command = COMMANDS[args[0]] if run else None
     return SlzoCLI(
         ZOModule,

@@ -27,12 +27,7 @@ _UNUSABLE = {
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:
-    """The parser's message on one line, with the value, what is allowed and the nearest known name.
-
-    Args:
-        message: As jsonargparse has it, often many lines.
-        parser: Knows the options.
-    """
+    """The parser's message, often many lines, on one: with the value, what is allowed and the nearest known name."""
     text = " ".join(message.split())
     for pattern in _UNKNOWN:
         if found := re.search(pattern, text):
@@ -60,18 +55,12 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 def _unknown_option(name: str, parser: ArgumentParser) -> str:
     if name in RENAMED:
         return f"{name}: is called {RENAMED[name]} now"
-    known = sorted({action.dest for action in _actions(parser) if "." in action.dest})
+    parsers = [parser]
+    for action in parser._actions:
+        parsers += action.choices.values() if isinstance(action.choices, dict) else []
+    known = sorted({action.dest for each in parsers for action in each._actions if "." in action.dest})
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "see slzo COMMAND --help")
-
-
-def _actions(parser: ArgumentParser) -> Iterator[Action]:
-    """Options of a parser and of its commands."""
-    yield from parser._actions
-    for action in parser._actions:
-        if isinstance(action.choices, dict):
-            for command in action.choices.values():
-                yield from command._actions
 
 
 def _option_of_class(key: str, name: str, detail: str, action: Action | None, parser: ArgumentParser) -> str:

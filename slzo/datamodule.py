@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalCollator, Row, TrainBatch, TrainCollator, plan_batches
@@ -250,15 +251,11 @@ class TaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Shuffled batches of the training rows."""
-        trainer = self.trainer
-        rows = self.rows("train")
+        rows, trainer = self.rows("train"), self.trainer
+        process = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
         sampler = self.train_sampler(
-            self.batch_size,
-            self.seed or 0,
-            # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
-            batches_done=lambda: trainer.global_step if trainer else 0,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0, *process
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
@@ -285,12 +282,7 @@ class TaskDataModule(LightningDataModule):
     predict_dataloader = test_dataloader
 
     def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
-        """Rows of ``dev`` or ``test`` for scoring, those of this process.
-
-        Args:
-            split: The split.
-            num_rows: Only the first rows; ``None`` for all.
-        """
+        """Rows of ``dev`` or ``test`` for scoring, those of this process; all, or of the first ``num_rows``."""
         rows = self.rows(split)[:num_rows]
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if 0 < len(rows) < processes:
@@ -317,10 +309,10 @@ class TaskDataModule(LightningDataModule):
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""
         assert self.splits is not None
-        rows = self.splits.train or self.splits.test
-        return self.prompt_batches(rows[:num_sequences], batch_size)
+        return self.prompt_batches((self.splits.train or self.splits.test)[:num_sequences], batch_size)
 
     def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
         """Prompts without answers, packed."""
-        encoded = [self.encoder.encode_alone(example, number) for number, example in enumerate(examples)]
+        prompts = [self.encoder.encode_prompt(example, max_new_tokens=1) for example in examples]
+        encoded = [prompt_alone(number, prompt) for number, prompt in enumerate(prompts)]
         return [pack(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]

@@ -172,11 +172,7 @@ class ZOModule(LightningModule):
             )
 
     def choose_layer(self, layer: int, origin: str) -> None:
-        """Make ``layer`` the dominant one and begin to tune it.
-
-        Args:
-            layer: Counted from 0.
-            origin: Who chose it, for the summary.
+        """Make ``layer``, counted from 0, the dominant one and begin to tune it; ``origin`` says who chose it.
 
         Raises:
             SlzoError: The model has no such layer, or the scope finds nothing to tune.
@@ -185,11 +181,7 @@ class ZOModule(LightningModule):
         self.layer, self.layer_origin = layer, origin
 
     def tune(self, layer: int | None, cache: PrefixCache | None = None) -> TunedModel:
-        """Make masters of what the scope names, from the model's present weights.
-
-        Args:
-            layer: The dominant layer, if the scope needs one.
-            cache: See :class:`slzo.zo.tuned_model.TunedModel`.
+        """Make masters of what the scope names, from the model's present weights; see :class:`slzo.zo.tuned_model.TunedModel`.
 
         Raises:
             SlzoError: The scope finds nothing to tune.
@@ -390,11 +382,7 @@ class ZOModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[tuple[int, dict[str, Any]]]:
-        """Predict one batch of held-out rows.
-
-        Returns:
-            For each row its position in the split and what is written of it, see :func:`slzo.evaluation.evaluator.records`.
-        """
+        """For each held-out row its position in the split and its record, see :func:`slzo.evaluation.evaluator.records`."""
         written = records(batch, self.evaluator(batch))
         return [(row.position, record) for row, record in zip(batch.rows, written, strict=True)]
 

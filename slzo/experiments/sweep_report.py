@@ -100,13 +100,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "first outlier layer") -> str:
-    """One sentence: does the chosen layer win, and by how much?
-
-    Args:
-        rows: The layers.
-        metric: Name of the task's metric.
-        chosen: What to call the layer that the profile chose.
-    """
+    """One sentence: does the layer that the profile chose, called ``chosen``, win, and by how much?"""
     rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))

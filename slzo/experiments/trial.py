@@ -182,14 +182,7 @@ class Workbench:
         return Trial(scores, tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
-        """Measure one layer on the first rows of a run.
-
-        Args:
-            layer: The layer.
-            directions: Random directions.
-            seed: Of directions and rows.
-            num_rows: Training rows to take the loss of.
-        """
+        """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run."""
         eps = self.module.step_options.eps
         rows = next(iter(self._batches(seed, num_rows)))
         slopes = []
@@ -207,11 +200,7 @@ class Workbench:
         self._cache = None
 
     def move_prefix(self, layer: int) -> None:
-        """Run cached hidden states up to another layer, so that earlier layers are not run again.
-
-        Args:
-            layer: The next layer to be tuned, at or above the present one.
-        """
+        """Run cached hidden states up to the next layer to be tuned, so that earlier layers are not run again."""
         cache, parts = self._cache, self.module.parts
         if cache is None or not 0 < cache.start < layer:
             return
