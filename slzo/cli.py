@@ -17,7 +17,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
 from slzo.cli_errors import one_line
-from slzo.commands import COMMANDS, Command
+from slzo.commands import COMMANDS, FILLED, Command
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -47,25 +47,15 @@ class SlzoParser(LightningArgumentParser):
     """Reports a mistake in one line instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Turn the parser's message into one line.
-
-        Raises:
-            SlzoError: Always.
-        """
+        """Raise a SlzoError with the parser's message on one line."""
         raise SlzoError(one_line(message, self)) from ex
 
 
 class SlzoCLI(LightningCLI):
-    """Adds the profiler, the checkpoint and the summary, each with options of its own.
-
-    Args:
-        command: The command that is run; the others' options are not looked up, which would take most of a short run.
-        args: Passed on.
-        kwargs: Passed on.
-    """
+    """Adds the profiler, the checkpoint and the summary, each with options of its own."""
 
     def __init__(self, *args: Any, command: Command | None, **kwargs: Any) -> None:
-        self._command = command
+        self._command = command  # the other commands' options are not looked up: that would take most of a short run
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -88,15 +78,19 @@ class SlzoCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command and the arguments that the command line provides itself."""
-        return {} if self._command is None else {self._command.name: set(self._command.filled)}
+        """The command and the arguments of its method that are no options."""
+        return {} if self._command is None else {self._command.name: set(FILLED)}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name, kind in (("ckpt_path", str | None), ("weights_only", bool | None)):
+            if name not in self._subcommand_method_arguments[subcommand]:
+                note = "Not used; accepted so that a config saved by fit can be given."
+                parser.add_argument(f"--{name}", type=kind, default=None, help=note)
+        return parser
 
     def _set_seed(self) -> None:
-        """Seed everything.
-
-        Raises:
-            SlzoError: The seed is out of range.
-        """
+        """Seed everything; a seed out of range is a SlzoError."""
         try:
             super()._set_seed()
         except ValueError as error:
@@ -106,13 +100,15 @@ class SlzoCLI(LightningCLI):
         """Keep the options that were given: a checkpoint's own would silently win otherwise."""
 
 
-def _option(args: Sequence[str], *names: str) -> str | None:
-    """The last value that one of some options has on the command line."""
-    found = None
+def _options(args: Sequence[str], *names: str) -> list[tuple[int, str, str]]:
+    """Where some options have their values on the command line, what stands before each in its place, and the value."""
+    found = []
     for position, arg in enumerate(args):
         name, given, value = arg.partition("=")
-        if name in names:
-            found = value if given else next(iter(args[position + 1 : position + 2]), None)
+        if name in names and given:
+            found.append((position, f"{name}=", value))
+        elif name in names and position + 1 < len(args):
+            found.append((position + 1, "", args[position + 1]))
     return found
 
 
@@ -121,10 +117,12 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
 
     Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
     """
-    checkpoint = _option(args, "--ckpt_path")
-    if checkpoint is None or _option(args, "-c", "--config") is not None:
+    checkpoints = _options(args, "--ckpt_path")
+    if not checkpoints or _options(args, "-c", "--config"):
         return list(args)
-    folder = _option(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir") or _RUNS
+    checkpoint = checkpoints[-1][2]
+    folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
+    folder = folders[-1][2] if folders else _RUNS
     if checkpoint == "last" and Path(folder).is_dir():
         checkpoint = str(newest_checkpoint(folder))
         say(f"Using the newest checkpoint, {checkpoint}")
@@ -138,15 +136,8 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
 def _translate_saved_configs(args: Sequence[str]) -> list[str]:
     """Options in which configs saved by former versions are handed over with the present names."""
     translated = list(args)
-    for position, arg in enumerate(args):
-        name, given, value = arg.partition("=")
-        if name not in ("-c", "--config"):
-            continue
-        place = position if given else position + 1
-        path = Path(value if given else args[place]) if given or place < len(args) else None
-        if path is None or not path.is_file():
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
+    for place, before, value in _options(args, "-c", "--config"):
+        text = Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else ""
         if not text.startswith(_SAVED_CONFIG):
             continue
         try:
@@ -155,9 +146,8 @@ def _translate_saved_configs(args: Sequence[str]) -> list[str]:
             continue
         renamed = translate(config) if isinstance(config, dict) else []
         if renamed:
-            say(f"{path}: saved by a former version; read {', '.join(renamed)}")
-            content = yaml.safe_dump(config)
-            translated[place] = f"{name}={content}" if given else content
+            say(f"{value}: saved by a former version; read {', '.join(renamed)}")
+            translated[place] = before + yaml.safe_dump(config)
     return translated
 
 
@@ -175,12 +165,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
-    """The command line with the defaults of slzo.
-
-    Args:
-        args: Command and options.
-        run: Run the command; ``False`` takes options without a command and only builds trainer, model and data.
-    """
+    """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built."""
     command = COMMANDS[args[0]] if run else None
     return SlzoCLI(
         ZOModule,
@@ -209,9 +194,7 @@ def _filter_warnings() -> None:
         ".*your dataloader is not resumable.*",  # its batches follow from the step
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()  # an advertisement
+    )
     transformers.utils.logging.disable_progress_bar()
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()

@@ -27,12 +27,7 @@ _UNUSABLE = {
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:
-    """The parser's message on one line, with the value, what is allowed and the nearest known name.
-
-    Args:
-        message: As jsonargparse has it, often many lines.
-        parser: Knows the options.
-    """
+    """The parser's message, often many lines, on one: with the value, what is allowed and the nearest known name."""
     text = " ".join(message.split())
     for pattern in _UNKNOWN:
         if found := re.search(pattern, text):
@@ -60,18 +55,12 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 def _unknown_option(name: str, parser: ArgumentParser) -> str:
     if name in RENAMED:
         return f"{name}: is called {RENAMED[name]} now"
-    known = sorted({action.dest for action in _actions(parser) if "." in action.dest})
+    parsers = [parser]
+    for action in parser._actions:
+        parsers += action.choices.values() if isinstance(action.choices, dict) else []
+    known = sorted({action.dest for each in parsers for action in each._actions if "." in action.dest})
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "see slzo COMMAND --help")
-
-
-def _actions(parser: ArgumentParser) -> Iterator[Action]:
-    """Options of a parser and of its commands."""
-    yield from parser._actions
-    for action in parser._actions:
-        if isinstance(action.choices, dict):
-            for command in action.choices.values():
-                yield from command._actions
 
 
 def _option_of_class(key: str, name: str, detail: str, action: Action | None, parser: ArgumentParser) -> str:
@@ -108,8 +97,9 @@ def _allowed(action: Action, value: str) -> str:
         shown = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
         advice = f"did you mean {near[0]}? " if near else ""
         return f"no such class; {advice}choose one of {shown}, or give the full path of your own class"
-    literals = [str(item) for item in _literals(hint)]
-    if literals and not any(typing.get_origin(item) is list for item in _arguments(hint)):
+    inner = list(_arguments(hint))
+    literals = [str(v) for item in inner if typing.get_origin(item) is typing.Literal for v in typing.get_args(item)]
+    if literals and not any(typing.get_origin(item) is list for item in inner):
         return f"choose one of {', '.join(literals)}"
     return f"expected {_type_name(hint)}"
 
@@ -131,7 +121,12 @@ def _hint(action: Action) -> Any:
 
 def _choices(action: Action) -> list[str]:
     """Names of the classes that an option takes, if it takes classes."""
-    return sorted({name for base in _classes(_hint(action)) for name in _subclass_names(base)})
+    names: set[str] = set()
+    for item in _arguments(_hint(action)):
+        is_class = inspect.isclass(item) and not typing.get_origin(item) and not issubclass(item, Tensor)
+        if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
+            names.update(_subclass_names(item))
+    return sorted(names)
 
 
 def _arguments(hint: Any) -> Iterator[Any]:
@@ -144,23 +139,6 @@ def _arguments(hint: Any) -> Iterator[Any]:
     if origin is not typing.Literal:
         for item in inner:
             yield from _arguments(item)
-
-
-def _classes(hint: Any) -> Iterator[type]:
-    for item in _arguments(hint):
-        if (
-            inspect.isclass(item)
-            and not issubclass(item, Tensor)
-            and item.__module__ not in ("builtins", "pathlib", "datetime")
-            and not typing.get_origin(item)
-        ):
-            yield item
-
-
-def _literals(hint: Any) -> Iterator[Any]:
-    for item in _arguments(hint):
-        if typing.get_origin(item) is typing.Literal:
-            yield from typing.get_args(item)
 
 
 def _subclass_names(base: type) -> Iterator[str]:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-_MODEL_AND_DATA = frozenset({"model", "datamodule"})
-_EVALUATE = _MODEL_AND_DATA | {"dataloaders"}
+FILLED = frozenset(
+    {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "return_predictions", "weights_only"}
+)
+"""Arguments of the trainer's methods that are no options: the command line provides them, or nothing depends on them."""
 
 
 @dataclass(frozen=True)
@@ -15,43 +17,26 @@ class Command:
     Attributes:
         name: Of the command, and of the trainer's method that runs it.
         help: One line.
-        filled: Arguments of that method that the command line provides itself.
         takes_run_config: With a checkpoint and no config, the config of the checkpoint's run is taken up.
         goes_on: Given again after an interrupt, it goes on where it stopped.
     """
 
     name: str
     help: str
-    filled: frozenset[str] = _MODEL_AND_DATA
     takes_run_config: bool = True
     goes_on: bool = False
 
 
-COMMANDS: Mapping[str, Command] = MappingProxyType(
-    {
-        command.name: command
-        for command in (
-            Command(
-                "fit",
-                "find the dominant layer and tune it with forward passes only",
-                filled=_MODEL_AND_DATA | {"train_dataloaders", "val_dataloaders"},
-                takes_run_config=False,
-            ),
-            Command("validate", "score dev rows", filled=_EVALUATE),
-            Command("test", "score held-out rows", filled=_EVALUATE),
-            Command(
-                "predict",
-                "write predictions of held-out rows as JSON Lines",
-                filled=_EVALUATE | {"return_predictions"},
-            ),
-            Command("profile", "only find the dominant layer: print, draw and save the outlier profile"),
-            Command(
-                "sweep",
-                "tune every layer for the same steps and compare: does the first outlier layer win?",
-                goes_on=True,
-            ),
-            Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
-            Command("export", "write the tuned model as a Hugging Face folder"),
-        )
-    }
+_ALL = (
+    Command("fit", "find the dominant layer and tune it with forward passes only", takes_run_config=False),
+    Command("validate", "score dev rows"),
+    Command("test", "score held-out rows"),
+    Command("predict", "write predictions of held-out rows as JSON Lines"),
+    Command("profile", "only find the dominant layer: print, draw and save the outlier profile"),
+    Command(
+        "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
+    ),
+    Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
+    Command("export", "write the tuned model as a Hugging Face folder"),
 )
+COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

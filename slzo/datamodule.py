@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalCollator, Row, TrainBatch, TrainCollator, plan_batches
@@ -84,27 +86,21 @@ class TaskDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("eval_batch_tokens", 1 if eval_batch_tokens is None else eval_batch_tokens),
-            ("max_length", max_length),
-        ):
-            if value < 1:
-                raise SlzoError(f"data.{name} {value}: must be at least 1")
-        if num_demonstrations < 0:
-            raise SlzoError(f"data.num_demonstrations {num_demonstrations}: must be 0 (zero-shot) or more")
         self.task = get_task(task) if isinstance(task, str) else task
         self.tokenizer_name = tokenizer
-        # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
-        settings = constructor_settings(self.task, "data.task") | {
-            "class": self.task.name,
-            "version": self.task.version,
-        }
-        self.task_settings = flat_settings("task", settings)
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
-        self.objective = _objective(objective, self.task)
-        self.task_settings |= flat_settings("objective", constructor_settings(self.objective, "data.objective"))
+        if not isinstance(objective, Objective):
+            named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
+            if objective not in named:
+                raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
+            objective = named[objective][self.task.kind]()
+        self.objective = objective
+        # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
+        own = {"class": self.task.name, "version": self.task.version}
+        self.task_settings = {
+            **flat_settings("task", constructor_settings(self.task, "data.task") | own),
+            **flat_settings("objective", constructor_settings(objective, "data.objective")),
+        }
         self.data_dir = data_dir
         self.hub_path = hub_path
         self.hub_config = hub_config
@@ -120,17 +116,19 @@ class TaskDataModule(LightningDataModule):
         self.length_buckets = length_buckets
         self.seed = seed
         self.trust_remote_code = trust_remote_code
+        for name in ("batch_size", "eval_batch_size", "eval_batch_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SlzoError(f"data.{name} {value}: must be at least 1")
+        if num_demonstrations < 0:
+            raise SlzoError(f"data.num_demonstrations {num_demonstrations}: must be 0 (zero-shot) or more")
         self.splits: Splits | None = None
-        self._encoder: Encoder | None = None
         self._rows: dict[str, list[Row]] = {}
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """Turns text into tokens."""
-        if self._encoder is None:
-            tokenizer = load_tokenizer(self.tokenizer_name, self.trust_remote_code)
-            self._encoder = Encoder(tokenizer, self.max_length)
-        return self._encoder
+        return Encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
 
     def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0) -> None:
         """Check that the tokenizer is a model's, and cut prompts to the positions that it knows; before rows are used.
@@ -154,7 +152,7 @@ class TaskDataModule(LightningDataModule):
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
             rank_zero_info(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
-            self._encoder = Encoder(self.encoder.tokenizer, positions - reserved)
+            self.encoder = Encoder(self.encoder.tokenizer, positions - reserved)
             self._rows.clear()
 
     def make_metrics(self) -> TaskMetrics:
@@ -163,8 +161,7 @@ class TaskDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a step's loss depends on, kept in checkpoints."""
-        options = ("seed", "batch_size", "num_train", "length_buckets")
-        own = {name: getattr(self, name) for name in options}
+        own = {name: getattr(self, name) for name in ("seed", "batch_size", "num_train", "length_buckets")}
         return {**self.task_settings, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,12 +204,8 @@ class TaskDataModule(LightningDataModule):
                 f"data.num_demonstrations {self.num_demonstrations}: only {len(self.splits.train)} training rows to take "
                 "them from; lower it, or raise data.num_train"
             )
-        rank_zero_info(self._description())
-
-    def _description(self) -> str:
-        assert self.splits is not None
-        train = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
-        return f"Task {self.task.name}: {train}{len(self.splits.test)} held-out rows."
+        counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
+        rank_zero_info(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows.")
 
     @property
     def demonstrations(self) -> tuple[Example, ...]:
@@ -233,40 +226,42 @@ class TaskDataModule(LightningDataModule):
     def _encode(self, split: str) -> list[Row]:
         assert self.splits is not None
         examples: Sequence[Example] = getattr(self.splits, split)
-        numbered = list(enumerate(examples))
-        before = () if split == "train" else self.demonstrations
-        generates, only_gold = self.task.kind is Kind.GENERATION, False
-        if split == "train":
-            generates, only_gold = self.objective.generates, self.objective.only_gold
-            if self.objective.needs_label:
-                numbered = _labelled(numbered)
+        is_train, objective = split == "train", self.objective
+        before = () if is_train else self.demonstrations
+        generates = objective.generates if is_train else self.task.kind is Kind.GENERATION
+        needs_label = is_train and objective.needs_label
+        kept = [i for i, example in enumerate(examples) if example.gold or not needs_label]
+        if needs_label and not kept:
+            raise SlzoError(
+                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; give labelled rows"
+            )
+        if len(kept) < len(examples):
+            rank_zero_info(f"Left out {len(examples) - len(kept)} training rows without a label.")
         # unique over the splits, whichever of them are loaded
         start = ("train", "dev", "test").index(split) << 40
         return [
             Row(
-                example,
-                self.encoder.encode(example, start + number, before, only_gold),
-                number,
-                self.encoder.encode_prompt(example, before, MAX_NEW_TOKENS) if generates else (),
+                examples[i],
+                self.encoder.encode(examples[i], start + i, before, only_gold=is_train and objective.only_gold),
+                i,
+                self.encoder.encode_prompt(examples[i], before, MAX_NEW_TOKENS) if generates else (),
             )
-            for number, example in numbered
+            for i in kept
         ]
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Shuffled batches of the training rows."""
-        trainer = self.trainer
-        rows = self.rows("train")
+        rows, trainer = self.rows("train"), self.trainer
+        process = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
         sampler = self.train_sampler(
-            self.batch_size,
-            self.seed or 0,
-            # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
-            batches_done=lambda: trainer.global_step if trainer else 0,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0, *process
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
-        return DataLoader(cast("Dataset[TrainBatch]", rows), batch_sampler=sampler, collate_fn=self.train_collator())
+        return DataLoader(
+            cast("Dataset[TrainBatch]", rows), batch_sampler=sampler, collate_fn=TrainCollator(self.share_prompts)
+        )
 
     def train_sampler(
         self, batch_size: int, seed: int, batches_done: Callable[[], int], rank: int = 0, world_size: int = 1
@@ -276,42 +271,25 @@ class TaskDataModule(LightningDataModule):
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         return EpochBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, batches_done)
 
-    def train_collator(self) -> TrainCollator:
-        """Makes a training batch of rows."""
-        return TrainCollator(self.share_prompts)
-
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Dev rows, in an order that is fast to score."""
         return self.eval_loader("dev")
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
-        """Held-out rows, in an order that is fast to score."""
-        return self.eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[EvalBatch]:
         """Held-out rows, in an order that is fast to score; :attr:`slzo.data.batch.Row.position` is that of the file."""
         return self.eval_loader("test")
 
-    def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
-        """Rows of ``dev`` or ``test`` for scoring, those of this process.
+    predict_dataloader = test_dataloader
 
-        Args:
-            split: The split.
-            num_rows: Only the first rows; ``None`` for all.
-        """
-        trainer = self.trainer
-        count = len(self.rows(split)[:num_rows])
-        if trainer is not None and 0 < count < trainer.world_size:
+    def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
+        """Rows of ``dev`` or ``test`` for scoring, those of this process; all, or of the first ``num_rows``."""
+        rows = self.rows(split)[:num_rows]
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if 0 < len(rows) < processes:
             raise SlzoError(
-                f"data.num_{split} {count}: fewer rows than the {trainer.world_size} processes; use more rows or fewer devices"
+                f"data.num_{split} {len(rows)}: fewer rows than the {processes} processes; use more rows or fewer devices"
             )
-        plan = plan_batches(
-            self.rows(split)[:num_rows],
-            max_rows=self.eval_batch_size,
-            max_tokens=self.tokens_per_pass,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
-        )
+        plan = plan_batches(rows, self.eval_batch_size, self.tokens_per_pass, rank, processes)
         collate = EvalCollator(self.share_prompts, plan.share)
         # an item is a whole batch: Lightning would take a batch sampler apart for predict
         return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
@@ -331,30 +309,10 @@ class TaskDataModule(LightningDataModule):
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""
         assert self.splits is not None
-        rows = self.splits.train or self.splits.test
-        return self.prompt_batches(rows[:num_sequences], batch_size)
+        return self.prompt_batches((self.splits.train or self.splits.test)[:num_sequences], batch_size)
 
     def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
         """Prompts without answers, packed."""
-        encoded = [self.encoder.encode_alone(example, number) for number, example in enumerate(examples)]
+        prompts = [self.encoder.encode_prompt(example, max_new_tokens=1) for example in examples]
+        encoded = [prompt_alone(number, prompt) for number, prompt in enumerate(prompts)]
         return [pack(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
-
-
-def _objective(given: str | Objective, task: Task) -> Objective:
-    if isinstance(given, Objective):
-        return given
-    named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
-    if given not in named:
-        raise SlzoError(f"data.objective {given!r}: choose loss, metric, or an Objective")
-    return named[given][task.kind]()
-
-
-def _labelled(numbered: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
-    kept = [(number, example) for number, example in numbered if example.gold]
-    if not kept:
-        raise SlzoError(
-            f"data.task: none of the {len(numbered)} training rows has a label, and training needs one; give labelled rows"
-        )
-    if len(kept) < len(numbered):
-        rank_zero_info(f"Left out {len(numbered) - len(kept)} training rows without a label.")
-    return kept

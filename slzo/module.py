@@ -105,22 +105,22 @@ class ZOModule(LightningModule):
         self._untuned: ModelParts | None = None
         self._score: RunningScore | None = None
         # what loggers and checkpoints show of the options; nothing reads them from there
-        self.save_hyperparameters(self._settings())
-
-    def _settings(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("layer", "max_nonfinite", "trust_remote_code")}
-        return {
-            "model": self.model_name,
-            "dtype": self.dtype_name,
-            "scope": self.scope.describe(),
-            "estimator": self.estimator.describe(),
-            "optimizer": self.optimizer_choice.name,
-            "lr": self.optimizer_choice.lr,
-            **asdict(self.step_options),
-            "seed": self.noise_seed,
-            **own,
-            **{f"engine.{name}": value for name, value in asdict(self.engine).items()},
-        }
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "dtype": dtype,
+                "scope": self.scope.describe(),
+                "estimator": self.estimator.describe(),
+                "optimizer": self.optimizer_choice.name,
+                "lr": self.optimizer_choice.lr,
+                **asdict(self.step_options),
+                "seed": seed,
+                "layer": layer,
+                "max_nonfinite": max_nonfinite,
+                "trust_remote_code": trust_remote_code,
+                **{f"engine.{name}": value for name, value in asdict(self.engine).items()},
+            }
+        )
 
     # ---- construction -------------------------------------------------------------------------------------------------
 
@@ -128,8 +128,7 @@ class ZOModule(LightningModule):
         """Load the model; calling it again changes nothing."""
         if self.model is None:
             self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code)
-            engine = self.engine
-            self._untuned = take_apart(self.model, engine.packed, engine.onednn, engine.compile)
+            self._untuned = take_apart(self.model, self.engine.packed, self.engine.onednn, self.engine.compile)
 
     @property
     def parts(self) -> ModelParts:
@@ -144,9 +143,8 @@ class ZOModule(LightningModule):
         self._start = None if checkpoint is None else checkpoint.note
         decided = None if self._start is None else self._start.get("onednn")
         if decided is not None and self.engine.onednn is None and self.model is None:
-            self.engine = replace(
-                self.engine, onednn=decided
-            )  # a new timing might end otherwise, and so would the steps
+            # a new timing might end otherwise, and so would the steps
+            self.engine = replace(self.engine, onednn=decided)
 
     def load(self, datamodule: TaskDataModule) -> None:
         """Load the model and fit rows to it.
@@ -174,11 +172,7 @@ class ZOModule(LightningModule):
             )
 
     def choose_layer(self, layer: int, origin: str) -> None:
-        """Make ``layer`` the dominant one and begin to tune it.
-
-        Args:
-            layer: Counted from 0.
-            origin: Who chose it, for the summary.
+        """Make ``layer``, counted from 0, the dominant one and begin to tune it; ``origin`` says who chose it.
 
         Raises:
             SlzoError: The model has no such layer, or the scope finds nothing to tune.
@@ -187,32 +181,23 @@ class ZOModule(LightningModule):
         self.layer, self.layer_origin = layer, origin
 
     def tune(self, layer: int | None, cache: PrefixCache | None = None) -> TunedModel:
-        """Make masters of what the scope names, from the model's present weights.
-
-        Args:
-            layer: The dominant layer, if the scope needs one.
-            cache: See :class:`slzo.zo.tuned_model.TunedModel`.
+        """Make masters of what the scope names, from the model's present weights; see :class:`slzo.zo.tuned_model.TunedModel`.
 
         Raises:
             SlzoError: The scope finds nothing to tune.
         """
         self.stop_tuning()
-        tuned_model = TunedModel.of_scope(
-            self.parts,
-            self.scope,
-            layer,
-            prompts=self._prompts,
-            seed=self.noise_seed or 0,
-            engine=self.engine,
-            cache=cache,
+        seed, engine = self.noise_seed or 0, self.engine
+        return self._hold(
+            TunedModel.of_scope(
+                self.parts, self.scope, layer, prompts=self._prompts, seed=seed, engine=engine, cache=cache
+            )
         )
-        return self._hold(tuned_model)
 
     def _hold(self, tuned_model: TunedModel) -> TunedModel:
         self.tuned_model = tuned_model
-        self.tuned_tensors = (
-            tuned_model.tensors
-        )  # a submodule: strategies move it to their device and find what requires a gradient
+        # a submodule: strategies move it to their device and find what requires a gradient
+        self.tuned_tensors = tuned_model.tensors
         return tuned_model
 
     def stop_tuning(self) -> None:
@@ -222,11 +207,7 @@ class ZOModule(LightningModule):
             self.tuned_model = self.tuned_tensors = None
 
     def _tune_as(self, note: Mapping[str, Any]) -> None:
-        """Make masters of what a checkpoint holds.
-
-        Raises:
-            SlzoError: The checkpoint is of another scope or model.
-        """
+        """Make masters of what a checkpoint holds, which may be of another scope or model by mistake."""
         training = self._trainer is not None and self.trainer.state.fn == "fit"
         if training and note["scope"] != self.scope_settings:
             raise SlzoError(
@@ -249,8 +230,7 @@ class ZOModule(LightningModule):
 
     def _prompts(self, num_sequences: int) -> list[PackedBatch]:
         """Prompts of training rows, for scopes that look at activations."""
-        batches = self.datamodule.profile_batches(num_sequences, batch_size=16)
-        return [batch.to(self.model.device) for batch in batches]
+        return [batch.to(self.model.device) for batch in self.datamodule.profile_batches(num_sequences, batch_size=16)]
 
     @property
     def datamodule(self) -> TaskDataModule:
@@ -296,15 +276,11 @@ class ZOModule(LightningModule):
                 f"model.eps_end {self.step_options.eps_end}: eps moves over trainer.max_steps, which is "
                 f"{self.trainer.max_steps}; set it to the number of steps, or leave model.eps_end out"
             )
-        total = sum(p.numel() for p in self.model.parameters())
-        layer = (
-            ""
-            if self.layer is None
-            else f" Dominant layer: {self.layer} of {self.parts.num_layers} ({self.layer_origin})."
-        )
+        layer, total = self.layer, sum(p.numel() for p in self.model.parameters())
+        chosen = "" if layer is None else f" Dominant layer: {layer} of {self.parts.num_layers} ({self.layer_origin})."
         rank_zero_info(
             f"Tuning {self.scope.describe()}: {self.tuned_model.tensors.num_elements:,} of {total:,} parameters by "
-            f"{self.estimator.describe()}.{layer}"
+            f"{self.estimator.describe()}.{chosen}"
         )
         memory = self.tuned_model.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
         rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in memory.items()))
@@ -312,9 +288,8 @@ class ZOModule(LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """One zeroth-order step."""
         assert self.tuned_model is not None and self.noise_seed is not None
-        started = time.perf_counter()
+        started, step = time.perf_counter(), self.global_step
         every = getattr(self.trainer, "log_every_n_steps", 1)
-        step = self.global_step
         result = self.tuned_model.step(
             self.loss_of(batch),
             self.estimator,
@@ -390,35 +365,24 @@ class ZOModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """Score one batch of dev rows."""
+        """Score one batch of dev or held-out rows."""
         assert self._score is not None
         # dev rows are scored again and again, and their prefix is worth keeping
-        self._score.update(batch, self.evaluator(batch, keep_prefix=True))
+        self._score.update(batch, self.evaluator(batch, keep_prefix=not self.trainer.testing))
 
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """Score one batch of held-out rows."""
-        assert self._score is not None
-        self._score.update(batch, self.evaluator(batch))
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log the dev metrics."""
-        self._log_score("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the held-out metrics."""
-        self._log_score("test")
-
-    def _log_score(self, stage: str) -> None:
+        """Log the metrics."""
         assert self._score is not None
+        stage = "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in self._score.compute().items()}
         self.log_dict(values, prog_bar=stage == "val")
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[tuple[int, dict[str, Any]]]:
-        """Predict one batch of held-out rows.
+    on_test_epoch_end = on_validation_epoch_end
 
-        Returns:
-            For each row its position in the split and what is written of it, see :func:`slzo.evaluation.evaluator.records`.
-        """
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[tuple[int, dict[str, Any]]]:
+        """For each held-out row its position in the split and its record, see :func:`slzo.evaluation.evaluator.records`."""
         written = records(batch, self.evaluator(batch))
         return [(row.position, record) for row, record in zip(batch.rows, written, strict=True)]
 
@@ -426,11 +390,8 @@ class ZOModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The tuned tensors by the model's names, float32; the frozen model is not part of a checkpoint."""
-        return (
-            {}
-            if self.tuned_model is None
-            else {k: v.detach() for k, v in self.tuned_model.tensors.named_masters().items()}
-        )
+        masters = {} if self.tuned_model is None else self.tuned_model.tensors.named_masters()
+        return {name: master.detach() for name, master in masters.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tuned tensors into the masters and the model.

@@ -23,14 +23,9 @@ RENAMED: Mapping[str, str] = MappingProxyType(
 RENAMED_COMMANDS: Mapping[str, str] = MappingProxyType({"tune": "lr_search"})
 
 
-def former_names(config: Mapping[str, Any]) -> list[str]:
-    """The former names that a config holds."""
-    return [name for name in _paths(config) if name in RENAMED]
-
-
 def translate(config: dict[str, Any]) -> list[str]:
     """Give the options of a nested config their present names, in place; returns what was renamed, as ``old -> new``."""
-    found = former_names(config)
+    found = [name for name in _paths(config) if name in RENAMED]
     for name in found:
         *parents, last = name.split(".")
         value = _at(config, parents).pop(last)

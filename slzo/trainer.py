@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
@@ -19,9 +19,10 @@ from slzo.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.experiments.lr_search import lr_search
+from slzo.experiments.lr_search import lr_search, make_grid
 from slzo.experiments.sweep import sweep
-from slzo.experiments.trial import Workbench, require_one_process
+from slzo.experiments.sweep_plan import plan_sweep
+from slzo.experiments.trial import Workbench
 from slzo.export import export_checkpoint
 from slzo.module import ZOModule
 
@@ -78,7 +79,8 @@ class ZOTrainer(Trainer):
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Find the dominant layer and tune it.
 
@@ -88,7 +90,8 @@ class ZOTrainer(Trainer):
             val_dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             ckpt_path: Checkpoint to continue from, or ``last`` for the newest run's.
-            weights_only: Passed to torch.load.
+            args: Passed on.
+            kwargs: Passed on.
         """
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskDataModule):
             model.check_training(datamodule)
@@ -97,7 +100,7 @@ class ZOTrainer(Trainer):
             model.start_from(checkpoint)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
         with self._without_empty_folder(begun):
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, *args, **kwargs)
 
     @contextmanager
     def _without_empty_folder(self, begun: int) -> Iterator[None]:
@@ -116,9 +119,8 @@ class ZOTrainer(Trainer):
         model: LightningModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        weights_only: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Score held-out rows.
 
@@ -126,21 +128,18 @@ class ZOTrainer(Trainer):
             model: A ZOModule.
             dataloaders: Not needed with a data module.
             ckpt_path: Checkpoint whose tuned layer is scored, or ``last``; without it the untuned model is scored.
-            verbose: Print the result.
-            datamodule: A TaskDataModule.
-            weights_only: Passed to torch.load.
+            args: Passed on.
+            kwargs: Passed on.
         """
-        self._announce(model, ckpt_path)
-        return super().test(model, dataloaders, self._path(ckpt_path), verbose, datamodule, weights_only)
+        return super().test(model, dataloaders, self._path(ckpt_path, model), *args, **kwargs)
 
     def validate(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        weights_only: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Score dev rows.
 
@@ -148,12 +147,10 @@ class ZOTrainer(Trainer):
             model: A ZOModule.
             dataloaders: Not needed with a data module.
             ckpt_path: Checkpoint whose tuned layer is scored, or ``last``; without it the untuned model is scored.
-            verbose: Print the result.
-            datamodule: A TaskDataModule.
-            weights_only: Passed to torch.load.
+            args: Passed on.
+            kwargs: Passed on.
         """
-        self._announce(model, ckpt_path)
-        return super().validate(model, dataloaders, self._path(ckpt_path), verbose, datamodule, weights_only)
+        return super().validate(model, dataloaders, self._path(ckpt_path, model), *args, **kwargs)
 
     def predict(
         self,
@@ -173,34 +170,24 @@ class ZOTrainer(Trainer):
             datamodule: A TaskDataModule.
             return_predictions: Also return what predict_step returned, batch by batch.
             ckpt_path: Checkpoint whose tuned layer is used, or ``last``; without it the untuned model is used.
-            weights_only: Passed to torch.load.
+            weights_only: Passed on.
             output: File to write; left out, predictions.jsonl in the run's folder.
         """
         writer = PredictionWriter(output)
-        self._announce(model, ckpt_path)
+        path = self._path(ckpt_path, model)
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         callbacks.append(writer)
         try:
-            return super().predict(
-                model, dataloaders, datamodule, bool(return_predictions), self._path(ckpt_path), weights_only
-            )
+            return super().predict(model, dataloaders, datamodule, bool(return_predictions), path, weights_only)
         finally:
             callbacks.remove(writer)
 
-    def profile(
-        self,
-        model: ZOModule,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
+    def profile(self, model: ZOModule, datamodule: LightningDataModule | None = None) -> None:
         """Only find the dominant layer: print, draw and save the outlier profile.
 
         Args:
             model: A ZOModule.
             datamodule: A TaskDataModule, whose prompts are used.
-            ckpt_path: Not used; accepted so that a config saved by fit can be given.
-            weights_only: Not used, as ckpt_path.
         """
         profiler = self._profiler()
         self.attach(model, datamodule)
@@ -221,8 +208,6 @@ class ZOTrainer(Trainer):
         num_rows: int = 64,
         sensitivity_only: bool = False,
         output: str | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
     ) -> None:
         """Tune every decoder layer for the same steps and seeds and compare: sweep.csv, sweep.json, sweep.png.
 
@@ -239,19 +224,11 @@ class ZOTrainer(Trainer):
             num_rows: Training rows that the sensitivity is measured on.
             sensitivity_only: Train nothing.
             output: Folder of the results; left out, sweeps/MODEL-TASK.
-            ckpt_path: Not used; accepted so that a config saved by fit can be given.
-            weights_only: Not used, as ckpt_path.
         """
-        sweep(
-            self._bench(model, datamodule, "sweep"),
-            lambda: self._profiler().measure(self, model),
-            layers=layers,
-            steps=0 if sensitivity_only else steps,
-            seeds=seeds,
-            directions=directions,
-            num_rows=num_rows,
-            output=output,
-        )
+        bench = self._bench(model, datamodule, "sweep")
+        steps = 0 if sensitivity_only else steps
+        plan = plan_sweep(model.parts.num_layers, layers, steps, bench.seeds(seeds), directions, num_rows)
+        sweep(bench, plan, lambda: self._profiler().measure(self, model), output)
 
     def lr_search(
         self,
@@ -262,8 +239,6 @@ class ZOTrainer(Trainer):
         steps: int = 40,
         seeds: list[int] | None = None,
         output: str | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
     ) -> None:
         """Try learning rates (and eps) for a few steps each and recommend one: lr_search.json.
 
@@ -277,23 +252,19 @@ class ZOTrainer(Trainer):
             steps: Steps of each trial.
             seeds: Each pair is tried with each; left out, that of seed_everything.
             output: Folder of the results; left out, lr_searches/MODEL-TASK.
-            ckpt_path: Not used; accepted so that a config saved by fit can be given.
-            weights_only: Not used, as ckpt_path.
         """
-        lr_search(
-            self._bench(model, datamodule, "lr_search"),
-            lambda: self._profiler().run(self, model).dominant_layer,
-            lrs=lrs,
-            eps=eps,
-            steps=steps,
-            seeds=seeds,
-            output=output,
-        )
+        bench = self._bench(model, datamodule, "lr_search")
+        own_lr, own_eps = model.optimizer_choice.lr, model.step_options.eps
+        grid = make_grid(lrs, eps, steps, bench.seeds(seeds), own_lr, own_eps)
+        lr_search(bench, grid, lambda: self._profiler().run(self, model).dominant_layer, output)
 
     def _bench(self, model: ZOModule, datamodule: LightningDataModule | None, command: str) -> Workbench:
         rows = self.attach(model, datamodule)
         model.check_training(rows)
-        require_one_process(model, command)
+        if self.world_size > 1:
+            raise SlzoError(
+                f"trainer.devices {self.world_size}: {command} shares out whole trainings, not rows; set trainer.devices to 1"
+            )
         return Workbench(model, rows)
 
     def attach(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
@@ -314,12 +285,7 @@ class ZOTrainer(Trainer):
         return profiler
 
     def export(
-        self,
-        model: ZOModule,
-        output: str,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
+        self, model: ZOModule, output: str, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None
     ) -> None:
         """Write the model with the tuned layer merged, as a Hugging Face folder.
 
@@ -328,7 +294,6 @@ class ZOTrainer(Trainer):
             output: Folder to write.
             datamodule: Not used.
             ckpt_path: Checkpoint whose tuned layer is merged, or ``last``.
-            weights_only: Not used; accepted so that a config saved by fit can be given.
         """
         found = self._find(ckpt_path)
         if found is None:
@@ -346,38 +311,25 @@ class ZOTrainer(Trainer):
         self._files.known = read_checkpoint(ckpt_path)
         return self._files.known
 
-    def _path(self, ckpt_path: str | Path | None) -> str | None:
+    def _path(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
+        """Path of the checkpoint to score, which is found; says that there is none, unless the model was just fitted."""
         checkpoint = self._find(ckpt_path)
+        if checkpoint is None and getattr(model, "tuned_model", None) is None:
+            say("No --ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
 
-    def _announce(self, model: LightningModule | None, ckpt_path: str | Path | None) -> None:
-        # a module that was just fitted is not untuned
-        if ckpt_path is None and getattr(model, "tuned", None) is None:
-            say("No --ckpt_path given: scoring the untuned model.")
 
+class _ReadOnce(_WrappingCheckpointIO):
+    """Hands out a checkpoint that was read already, once, in the place of reading its file again."""
 
-class _ReadOnce(CheckpointIO):
-    """Hands out a checkpoint that was read already, once, in the place of reading its file again.
-
-    Args:
-        files: Does all the rest.
-    """
-
-    def __init__(self, files: CheckpointIO) -> None:
-        self.files = files
-        self.known: Checkpoint | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.files.save_checkpoint(checkpoint, path, storage_options)
+    known: Checkpoint | None = None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         known, self.known = self.known, None
         if known is not None and known.path == str(path):
             return known.content
-        return self.files.load_checkpoint(path, *args, **kwargs)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        self.files.remove_checkpoint(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
     def teardown(self) -> None:
-        self.files.teardown()
+        assert self.checkpoint_io is not None
+        self.checkpoint_io.teardown()

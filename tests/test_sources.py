@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from slzo.data.sources import load_examples, load_rows, row_id
+from slzo.data.sources import load_examples, row_id
 from slzo.data.superglue import hub_rows
 from slzo.errors import SlzoError
 from slzo.tasks.registry import get_task
@@ -288,11 +288,11 @@ def test_empty_candidates(tmp_path: Path) -> None:
 
 def test_missing_folders_and_splits(tmp_path: Path) -> None:
     with pytest.raises(SlzoError, match=r"^data.data_dir '.*nowhere': no such folder; give one with rte/train.jsonl"):
-        load_rows(get_task("rte"), "test", data_dir=str(tmp_path / "nowhere"))
+        load_examples(get_task("rte"), "test", data_dir=str(tmp_path / "nowhere"))
     write_lines(tmp_path / "RTE" / "val.jsonl", [{"premise": "a", "hypothesis": "b", "label": "entailment"}])
-    assert len(load_rows(get_task("rte"), "test", data_dir=str(tmp_path))) == 1
+    assert len(load_examples(get_task("rte"), "test", data_dir=str(tmp_path))) == 1
     with pytest.raises(SlzoError) as error:
-        load_rows(get_task("rte"), "train", data_dir=str(tmp_path))
+        load_examples(get_task("rte"), "train", data_dir=str(tmp_path))
     text = line_of(error)
     assert "the train split of task 'rte' is missing; looked for train with .jsonl, .parquet, .csv in" in text
     assert str(tmp_path / "rte") in text
@@ -302,9 +302,9 @@ def test_missing_folders_and_splits(tmp_path: Path) -> None:
 def test_hub_names_can_be_changed_and_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     fake_datasets(monkeypatch, lambda *args, split: calls.append((*args, split)) or SST2)
-    load_rows(get_task("sst2"), "train", hub_path="me/films")
-    load_rows(get_task("sst2"), "test", hub_path="me/films", hub_config="v2")
-    load_rows(TemplateTask("{sentence}", [" a", " b"]), "train", hub_path="me/films")
+    load_examples(get_task("sst2"), "train", hub_path="me/films")
+    load_examples(get_task("sst2"), "test", hub_path="me/films", hub_config="v2")
+    load_examples(TemplateTask("{sentence}", [" a", " b"]), "train", hub_path="me/films")
     assert calls == [("me/films", "sst2", "train"), ("me/films", "v2", "validation"), ("me/films", None, "train")]
 
     def offline(*args: Any, split: str) -> Any:
@@ -312,7 +312,7 @@ def test_hub_names_can_be_changed_and_errors_are_one_line(monkeypatch: pytest.Mo
 
     fake_datasets(monkeypatch, offline)
     with pytest.raises(SlzoError) as error:
-        load_rows(get_task("sst2"), "test")
+        load_examples(get_task("sst2"), "test")
     assert line_of(error).startswith(
         "data.task 'sst2': cannot load nyu-mll/glue (sst2) split 'validation' from the Hub (ConnectionError: Couldn't"
         " reach 'nyu-mll/glue' on the Hub (LocalEntryNotFoundError)); check the connection"

@@ -9,8 +9,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from slzo.console import say
 from slzo.errors import SlzoError
 
-LAST_FILE = "last.ckpt"
-
 
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; a resumed run remembers the best state although it writes to a folder of its own."""
@@ -52,7 +50,7 @@ class LastCheckpoint(Checkpoint):
         log_dir = trainer.log_dir  # a collective call: every process must make it
         if log_dir is None or getattr(trainer, "fast_dev_run", False):
             return None
-        path = Path(log_dir) / "checkpoints" / LAST_FILE
+        path = Path(log_dir) / "checkpoints" / "last.ckpt"
         if self._saved_step != trainer.global_step:
             partial = path.with_suffix(".partial")
             trainer.save_checkpoint(partial, weights_only=False)

@@ -10,8 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo.console import say
 from slzo.errors import SlzoError
 
-PREDICTIONS_FILE = "predictions.jsonl"
-
 
 class PredictionWriter(Callback):
     """Collects what predict_step returns, from every process, in one file.
@@ -30,13 +28,7 @@ class PredictionWriter(Callback):
             raise SlzoError(f"output {output!r}: not a file in an existing folder; give one such as predictions.jsonl")
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Keep the records of a batch."""
         self._records.extend(outputs)
@@ -48,8 +40,8 @@ class PredictionWriter(Callback):
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, records)
             records = [record for part in gathered for record in part]
-        folder = trainer.log_dir or trainer.default_root_dir
-        path = Path(self.output) if self.output is not None else Path(folder) / PREDICTIONS_FILE
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path = folder / "predictions.jsonl" if self.output is None else Path(self.output)
         if not trainer.is_global_zero:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

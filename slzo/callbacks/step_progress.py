@@ -19,10 +19,9 @@ class StepProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar at the step of a resumed run."""
-        total = trainer.max_steps if trainer.max_steps > 0 else None
         self.train_progress_bar = Tqdm(
             desc="Training",
-            total=total,
+            total=trainer.max_steps if trainer.max_steps > 0 else None,
             initial=trainer.global_step,
             disable=self.is_disabled,
             dynamic_ncols=True,

@@ -116,9 +116,7 @@ class EvalPlan:
     share: bool
 
 
-def plan_batches(
-    rows: Sequence[Row], *, max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1
-) -> EvalPlan:
+def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1) -> EvalPlan:
     """Put the rows of this process in batches: rows with one paragraph together, else rows of similar length.
 
     Args:

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_alone
+from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.errors import SlzoError
 from slzo.tasks.base import Example
 
@@ -83,14 +83,6 @@ class Encoder:
                 " raise it"
             )
         return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
-
-    def encode_alone(self, example: Example, index: int) -> EncodedExample:
-        """The prompt without an answer, at most ``max_length`` tokens, to look at activations.
-
-        Raises:
-            SlzoError: It is empty.
-        """
-        return prompt_alone(index, self.encode_prompt(example, max_new_tokens=1))
 
     def _check_prompt(self, example: Example) -> None:
         if not example.prompt.strip():

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from slzo.errors import SlzoError
+from slzo.tasks.fields import Fields
 
-PlacedRow = tuple[str, Mapping[str, Any]]
+PlacedRow = tuple[str, Fields]
 """Where a row is (``file:line``, or ``file row number`` counted from 1) and its fields."""
 
 

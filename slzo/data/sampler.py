@@ -1,6 +1,7 @@
 """Batches of an epoch as a function of (seed, epoch): the same after a resume and on any number of processes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import BatchSampler
@@ -10,6 +11,7 @@ from slzo.seeding import derive_seed
 _WINDOW_BATCHES = 16
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(BatchSampler):
     """Random batches without replacement.
 
@@ -29,23 +31,13 @@ class EpochBatchSampler(BatchSampler):
             or a new loader in the middle of a run, goes on from there.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        lengths: Sequence[int] | None = None,
-        batches_done: Callable[[], int] = lambda: 0,
-    ) -> None:
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.lengths = lengths
-        self.batches_done = batches_done
+    num_rows: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    lengths: Sequence[int] | None = None
+    batches_done: Callable[[], int] = lambda: 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_rows, self.batch_size * self.world_size)
@@ -58,15 +50,10 @@ class EpochBatchSampler(BatchSampler):
         order = torch.randperm(self.num_rows, generator=generator).tolist()
         size = self.batch_size * self.world_size
         places = list(range(len(self)))
-        if self.lengths is not None:
-            order = self._sort_windows(order, size * _WINDOW_BATCHES)
+        lengths, window = self.lengths, size * _WINDOW_BATCHES
+        if lengths is not None:
+            windows = (order[start : start + window] for start in range(0, len(order), window))
+            order = [row for part in windows for row in sorted(part, key=lambda row: lengths[row])]
             places = torch.randperm(len(self), generator=generator).tolist()
         for place in places[first:]:
             yield order[place * size : (place + 1) * size][self.rank :: self.world_size]
-
-    def _sort_windows(self, order: list[int], window: int) -> list[int]:
-        """The order with each run of ``window`` rows sorted by length."""
-        lengths = self.lengths
-        assert lengths is not None
-        windows = (order[start : start + window] for start in range(0, len(order), window))
-        return [row for part in windows for row in sorted(part, key=lambda row: lengths[row])]

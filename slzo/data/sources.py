@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from slzo.data.files import READERS, PlacedRow, read_file
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.errors import SlzoError
 from slzo.tasks.base import Example, HubSource, Split, Task
-from slzo.tasks.fields import shown
+from slzo.tasks.fields import Fields, shown
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("validation", "val")}
 """File names in a data folder, without ending. Test rows are those of the validation split, as in MeZO."""
@@ -19,37 +19,10 @@ _IDX_PARTS = ("paragraph", "passage", "question", "query", "answer")
 _NUMBERS = re.compile(r"-?\d+(-\d+)*")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """A row with the Hub's fields.
-
-    Attributes:
-        values: The fields.
-        id: The row's own number or id, see :func:`row_id`.
-        place: File and line, or Hub split and row, for messages.
-    """
-
-    values: Mapping[str, Any]
-    id: str
-    place: str
-
-
 def load_examples(
     task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
 ) -> list[Example]:
-    """All examples of a split, in the order of the file. Arguments and errors as :func:`load_rows`.
-
-    Raises:
-        SlzoError: Also for a field of the wrong type, a label outside the candidates, and an empty candidate.
-    """
-    rows = load_rows(task, split, data_dir=data_dir, hub_path=hub_path, hub_config=hub_config)
-    return [_example(task, row) for row in rows]
-
-
-def load_rows(
-    task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
-) -> list[SourceRow]:
-    """All rows of a split with the Hub's fields, from the first source that applies.
+    """All examples of a split, in the order of the file, from the first source that applies.
 
     These are a custom task's own file; ``data_dir``; the rows that come with the task; the Hub.
 
@@ -62,10 +35,11 @@ def load_rows(
         hub_config: Another configuration of the repository.
 
     Raises:
-        SlzoError: The source is missing, broken or empty, a row lacks a field, or two rows have one id.
+        SlzoError: The source is missing, broken or empty, a row lacks a field or has one of the wrong type, a label is
+            outside the candidates, a prompt or candidate is empty, or two rows have one id.
     """
     origin, placed = _open(task, split, data_dir, hub_path, hub_config)
-    rows: list[SourceRow] = []
+    examples: list[Example] = []
     places: dict[str, str] = {}
     for place, values in placed:
         missing = [field for field in task.fields if values.get(field) is None]
@@ -75,19 +49,25 @@ def load_rows(
                 f"{place}: field {missing[0]!r} is missing; task {task.name!r} needs it, the row has {present}"
             )
         try:
-            row = SourceRow(values, row_id(values, len(rows), split), place)
+            id = row_id(values, len(examples), split)
+            if id in places:
+                raise SlzoError(f"{place}: id {id!r} is also that of {places[id]}; give each row its own id")
+            example = task.example(values, id)
         except ValueError as error:
             raise SlzoError(f"{place}: {error}") from None
-        if row.id in places:
-            raise SlzoError(f"{place}: id {row.id!r} is also that of {places[row.id]}; give each row its own id")
-        places[row.id] = place
-        rows.append(row)
-    if not rows:
+        if not example.prompt.strip():
+            raise SlzoError(f"{place}: the prompt is empty; give its fields some text")
+        for candidate in example.candidates:
+            if not candidate.strip():
+                raise SlzoError(f"{place}: candidate {candidate!r} is empty; give it some text")
+        places[id] = place
+        examples.append(example)
+    if not examples:
         raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
-    return rows
+    return examples
 
 
-def row_id(values: Mapping[str, Any], position: int, split: Split) -> str:
+def row_id(values: Fields, position: int, split: Split) -> str:
     """Id of a row: its ``id``, ``query_id`` or ``idx`` (MultiRC: ``paragraph-question-answer``), else its position.
 
     Numbers start from 0 in every split, so those of training rows get ``train-`` in front: an id never stands for two
@@ -96,12 +76,8 @@ def row_id(values: Mapping[str, Any], position: int, split: Split) -> str:
     Raises:
         ValueError: The id is neither text nor a whole number.
     """
-    for name in ("id", "query_id", "idx"):
-        value = values.get(name)
-        if value is not None:
-            break
-    else:
-        value = position
+    name = next((name for name in ("id", "query_id", "idx") if values.get(name) is not None), None)
+    value = position if name is None else values[name]
     parts = [value[part] for part in _IDX_PARTS if part in value] if isinstance(value, Mapping) else [value]
     if not parts or not all(
         isinstance(part, str | int) and not isinstance(part, bool) and part != "" for part in parts
@@ -109,19 +85,6 @@ def row_id(values: Mapping[str, Any], position: int, split: Split) -> str:
         raise ValueError(f"field {name!r} is {shown(value)}; an id must be text or a whole number")
     id = "-".join(map(str, parts))
     return f"train-{id}" if split == "train" and _NUMBERS.fullmatch(id) else id
-
-
-def _example(task: Task, row: SourceRow) -> Example:
-    try:
-        example = task.example(row.values, row.id)
-    except ValueError as error:
-        raise SlzoError(f"{row.place}: {error}") from None
-    if not example.prompt.strip():
-        raise SlzoError(f"{row.place}: the prompt is empty; give its fields some text")
-    for candidate in example.candidates:
-        if not candidate.strip():
-            raise SlzoError(f"{row.place}: candidate {candidate!r} is empty; give it some text")
-    return example
 
 
 def _open(
@@ -141,27 +104,25 @@ def _open(
         if shipped is not None:
             origin = f"the rows of {task.name!r}"
             return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1))
-    source = _hub_source(task, hub_path, hub_config)
+    source = task.hub
+    if hub_path is not None:
+        source = HubSource(hub_path) if source is None else replace(source, path=hub_path)
     if source is None:
         raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give it a file")
-    return _read_hub(task, source, split)
+    return _read_hub(task, source if hub_config is None else replace(source, config=hub_config), split)
 
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:
     if not root.is_dir():
         raise SlzoError(f"data.data_dir {str(root)!r}: no such folder; give one with {task.name}/train.jsonl and so on")
     folders = [root / task.name, *([root / FOLDERS[task.name]] if task.name in FOLDERS else []), root]
-    for folder in folders:
-        for stem in FILE_STEMS[split]:
-            for ending in READERS:
-                path = folder / f"{stem}{ending}"
-                if path.is_file():
-                    return path
-    looked = " or ".join(FILE_STEMS[split])
-    endings = ", ".join(READERS)
+    for folder, stem, ending in product(folders, FILE_STEMS[split], READERS):
+        path = folder / f"{stem}{ending}"
+        if path.is_file():
+            return path
     raise SlzoError(
-        f"data.data_dir {str(root)!r}: the {split} split of task {task.name!r} is missing; looked for {looked} with"
-        f" {endings} in {', '.join(str(folder) for folder in folders)}"
+        f"data.data_dir {str(root)!r}: the {split} split of task {task.name!r} is missing; looked for "
+        f"{' or '.join(FILE_STEMS[split])} with {', '.join(READERS)} in {', '.join(map(str, folders))}"
     )
 
 
@@ -172,13 +133,6 @@ def _hub_fields(task: Task, placed: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
                 yield place, row
         except ValueError as error:
             raise SlzoError(f"{place}: {error}") from None
-
-
-def _hub_source(task: Task, path: str | None, config: str | None) -> HubSource | None:
-    source = task.hub
-    if path is not None:
-        source = HubSource(path) if source is None else replace(source, path=path)
-    return source if source is None or config is None else replace(source, config=config)
 
 
 def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterator[PlacedRow]]:

@@ -57,10 +57,9 @@ def draw_splits(
     Raises:
         SlzoError: A number is out of range, or no training example is left.
     """
-    _check("num_train", num_train, 1)
-    _check("num_dev", num_dev, 0)
-    if num_test is not None:
-        _check("num_test", num_test, 1)
+    for option, value, least in (("num_train", num_train, 1), ("num_dev", num_dev, 0), ("num_test", num_test, 1)):
+        if value is not None and value < least:
+            raise SlzoError(f"data.{option} {value}: must be a whole number of at least {least}; raise it")
     notes: list[str] = []
     test = _draw_test(test_pool, num_test, notes)
     if train_pool is None:
@@ -90,21 +89,15 @@ def divide(size: int, num_train: int, num_dev: int) -> tuple[int, int]:
     return min(num_train, size - dev), dev
 
 
-def _check(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise SlzoError(f"data.{option} {value}: must be a whole number of at least {least}; raise it")
-
-
 def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) -> tuple[Example, ...]:
-    if num_test is None:
-        return tuple(pool)
-    if len(pool) <= num_test:
-        if len(pool) < num_test:
+    if num_test is None or len(pool) <= num_test:
+        if num_test is not None and len(pool) < num_test:
             notes.append(f"The test split has {len(pool)} rows: took all, {num_test} were asked for.")
         return tuple(pool)
     groups: dict[str, list[int]] = {}
     for position, example in enumerate(pool):
-        groups.setdefault(_unit(example), []).append(position)
+        key = f"id:{example.id}" if example.group is None else f"group:{example.group}"
+        groups.setdefault(key, []).append(position)
     taken: list[int] = []
     for key in sorted(groups, key=lambda key: order_key(_TEST_ORDER, key)):
         if taken and len(taken) + len(groups[key]) > num_test:
@@ -113,10 +106,6 @@ def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) 
     if len(taken) != num_test:
         notes.append(f"Took {len(taken)} test rows, {num_test} were asked for: rows of one question stay together.")
     return tuple(pool[position] for position in sorted(taken))
-
-
-def _unit(example: Example) -> str:
-    return f"id:{example.id}" if example.group is None else f"group:{example.group}"
 
 
 def _without_repeats(pool: Sequence[Example], test_pool: Iterable[Example], notes: list[str]) -> list[Example]:

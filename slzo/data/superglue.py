@@ -9,19 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from slzo.tasks.fields import shown
+from slzo.tasks.fields import Fields, shown
 
 FOLDERS: Mapping[str, str] = MappingProxyType(
-    {
-        "boolq": "BoolQ",
-        "cb": "CB",
-        "copa": "COPA",
-        "multirc": "MultiRC",
-        "record": "ReCoRD",
-        "rte": "RTE",
-        "wic": "WiC",
-        "wsc": "WSC",
-    }
+    {name.lower(): name for name in ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")}
 )
 """Name of a task's folder in the download."""
 
@@ -30,10 +21,8 @@ _LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"rte": ("entailment", "not_entailment"), "cb": ("entailment", "contradiction", "neutral")}
 )
 
-JsonRow = Mapping[str, Any]
 
-
-def hub_rows(task: str, row: JsonRow) -> Iterator[JsonRow]:
+def hub_rows(task: str, row: Fields) -> Iterator[Fields]:
     """The rows that one line stands for, with the Hub's fields.
 
     Raises:
@@ -46,22 +35,18 @@ def hub_rows(task: str, row: JsonRow) -> Iterator[JsonRow]:
     else:
         if task == "wsc" and "target" in row:
             row = {**row, **_part(row, "target", Mapping)}
-        yield _with_number(task, row)
+        label = row.get("label")
+        if task in _BOOLEAN_TASKS and isinstance(label, bool):
+            row = {**row, "label": int(label)}
+        elif task in _LABELS and isinstance(label, str):
+            names = _LABELS[task]
+            if label not in names:
+                raise ValueError(f"field 'label' is {shown(label)}; it must be one of {', '.join(names)}")
+            row = {**row, "label": names.index(label)}
+        yield row
 
 
-def _with_number(task: str, row: JsonRow) -> JsonRow:
-    label = row.get("label")
-    if task in _BOOLEAN_TASKS and isinstance(label, bool):
-        return {**row, "label": int(label)}
-    if task in _LABELS and isinstance(label, str):
-        names = _LABELS[task]
-        if label not in names:
-            raise ValueError(f"field 'label' is {shown(label)}; it must be one of {', '.join(names)}")
-        return {**row, "label": names.index(label)}
-    return row
-
-
-def _multirc(row: JsonRow) -> Iterator[JsonRow]:
+def _multirc(row: Fields) -> Iterator[Fields]:
     passage = _part(row, "passage", Mapping)
     for question in _objects(passage, "questions"):
         for answer in _objects(question, "answers"):
@@ -74,7 +59,7 @@ def _multirc(row: JsonRow) -> Iterator[JsonRow]:
             }
 
 
-def _record(row: JsonRow) -> Iterator[JsonRow]:
+def _record(row: Fields) -> Iterator[Fields]:
     passage = _part(row, "passage", Mapping)
     text = _part(passage, "text", str)
     # An entity's end is the index of its last character.
@@ -89,7 +74,7 @@ def _record(row: JsonRow) -> Iterator[JsonRow]:
         }
 
 
-def _part(row: JsonRow, name: str, kind: type) -> Any:
+def _part(row: Fields, name: str, kind: type) -> Any:
     value = row.get(name)
     if not isinstance(value, kind):
         wanted = {str: "text", int: "a number", Mapping: "an object", Sequence: "a list"}[kind]
@@ -97,7 +82,7 @@ def _part(row: JsonRow, name: str, kind: type) -> Any:
     return value
 
 
-def _objects(row: JsonRow, name: str) -> Sequence[JsonRow]:
+def _objects(row: Fields, name: str) -> Sequence[Fields]:
     values = _part(row, name, Sequence)
     if not all(isinstance(value, Mapping) for value in values):
         raise ValueError(f"field {name!r} is {shown(values)}; it must be a list of objects")

@@ -22,20 +22,13 @@ class CellStore:
     Args:
         folder: Made if it does not exist.
         settings: What the results depend on, primitives only.
-        option: The option that names the folder, for messages.
         open_settings: Settings that some work does not depend on and leaves at ``None``; work that does sets them for the folder.
 
     Raises:
         SlzoError: The folder holds results of other settings, or other files.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        settings: dict[str, Any],
-        option: str = "output",
-        open_settings: Collection[str] = (),
-    ) -> None:
+    def __init__(self, folder: str | Path, settings: dict[str, Any], open_settings: Collection[str] = ()) -> None:
         self.folder = Path(folder).expanduser()
         path = self.folder / _SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
@@ -44,18 +37,23 @@ class CellStore:
             # a folder of another kind may know nothing of them
             settings |= {name: old.get(name) for name in open_settings if settings[name] is None}
             old |= {name: settings[name] for name in open_settings if old.get(name) is None}
-            _compare(old, settings, self.folder, option)
+            changes = differences(old, settings)
+            if changes:
+                raise SlzoError(
+                    f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder or the "
+                    "same settings"
+                )
         # a process that starts at the same time may be at writing its own
-        files = [file for file in _files(self.folder) if file.suffix != _PARTIAL]
-        if files and not path.is_file():
-            raise SlzoError(f"{option} {str(self.folder)!r}: holds other files; give a new folder, or one to continue")
+        files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
+        if any(file.suffix != _PARTIAL for file in files) and not path.is_file():
+            raise SlzoError(f"output {str(self.folder)!r}: holds other files; give a new folder, or one to continue")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, settings)
             (self.folder / "cells").mkdir(exist_ok=True)
         except OSError as error:
             raise SlzoError(
-                f"{option} {str(self.folder)!r}: cannot be written ({error.strerror}); give another folder"
+                f"output {str(self.folder)!r}: cannot be written ({error.strerror}); give another folder"
             ) from error
 
     def result(self, name: str) -> Any:
@@ -86,20 +84,6 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
-
-
-def _files(folder: Path) -> list[Path]:
-    if folder.is_file():
-        return [folder]
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, option: str) -> None:
-    changes = differences(old, new)
-    if changes:
-        raise SlzoError(
-            f"{option} {str(folder)!r}: holds results of other settings ({changes}); give another folder or the same settings"
-        )
 
 
 def _write(path: Path, content: Any) -> None:

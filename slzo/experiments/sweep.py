@@ -1,54 +1,41 @@
 """Tunes every decoder layer for the same steps and seeds: does the first outlier layer win?"""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import SweepPlan, plan_sweep, sensitivity_cell, training_cell
+from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.sweep_report import format_rows, layer_results, verdict, write_sweep
-from slzo.experiments.trial import Workbench, default_folder, experiment_settings
+from slzo.experiments.trial import Sensitivity, Trial, Workbench
 from slzo.zo.profile import OutlierProfile
 
 _WAIT_SECONDS = 2.0
 
 
-def sweep(
-    bench: Workbench,
-    measure: Callable[[], OutlierProfile],
-    *,
-    layers: Sequence[int] | None,
-    steps: int,
-    seeds: Sequence[int] | None,
-    directions: int,
-    num_rows: int,
-    output: str | None,
-) -> None:
-    """Do what is not done yet and write the results; arguments as :meth:`slzo.trainer.ZOTrainer.sweep`, 0 steps to train nothing.
+def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfile], output: str | None) -> None:
+    """Do what is not done yet and write the results to ``output``, or sweeps/MODEL-TASK; ``measure`` profiles the model.
 
     Raises:
-        SlzoError: An option is out of range, or the folder holds other results.
+        SlzoError: The scope has no dominant layer, or the folder holds other results.
     """
     module, datamodule = bench.module, bench.datamodule
     if not module.scope.needs_layer:
         raise SlzoError(f"model.scope: a sweep goes over the dominant layer, and {module.scope.describe()} has none")
-    seeds = [module.noise_seed or 0] if seeds is None else seeds
-    plan = plan_sweep(module.parts.num_layers, layers, steps, seeds, directions, num_rows)
-    settings = experiment_settings(module, datamodule) | {
-        "directions": directions,
-        "num_rows": num_rows,
+    settings = bench.settings() | {
+        "directions": plan.directions,
+        "num_rows": plan.num_rows,
         "steps": plan.steps or None,
         "seed_of_sensitivity": plan.seeds[0],
     }
     # the sensitivity does not depend on the steps: a first look may be followed by trainings
-    store = CellStore(output or default_folder("sweeps", bench), settings, open_settings=("steps",))
+    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps",))
     profile = measure()
-    run_cells(bench, store, plan)
-    wait_for_others(store, plan, module.parts.num_layers)
+    names = run_cells(bench, store, plan)
+    wait_for_others(store, names)
     rows = layer_results(store, plan, profile)
     sentence = verdict(rows, datamodule.task.metric, profile.title)
     write_sweep(store.folder, rows, plan, settings, sentence)
@@ -56,44 +43,37 @@ def sweep(
     say(f"\n{sentence}\nFiles      {store.folder}")
 
 
-def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> None:
-    """Work on every cell that is not finished and that no other process is at, layer by layer from below."""
-    num_layers = bench.module.parts.num_layers
-    trainings = [(layer, seed) for layer in plan.layers for seed in plan.seeds] if plan.steps else []
+def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
+    """Work on every cell that is not finished and that no other process is at, layer by layer from below.
+
+    Returns:
+        The names of all cells.
+    """
+    num_layers, data = bench.module.parts.num_layers, bench.datamodule
     # what a cell costs: rows that are evaluated, times the layers that they go through
-    work = {sensitivity_cell(n): 2 * plan.directions * plan.num_rows * (num_layers - n) for n in range(num_layers)}
-    data = bench.datamodule
+    work = {sensitivity_cell(n): 2.0 * plan.directions * plan.num_rows * (num_layers - n) for n in range(num_layers)}
     rows = 2 * plan.steps * bench.module.step_options.num_queries * data.batch_size + len(data.rows("dev"))
-    work |= {training_cell(*cell): rows * (num_layers - cell[0]) for cell in trainings}
-    clock = _Clock({name: float(cost) for name, cost in work.items() if store.result(name) is None})
+    work |= {training_cell(layer, seed): float(rows * (num_layers - layer)) for layer, seed in plan.trainings}
+    clock = _Clock({name: cost for name, cost in work.items() if store.result(name) is None})
+
+    def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: int) -> None:
+        if store.result(name) is not None:
+            clock.forget(name)  # another process has done it
+            return
+        with store.claim(name) as mine:
+            if mine:
+                bench.move_prefix(layer)
+                result = asdict(function(layer, **options))
+                store.save(name, result)
+                clock.tick(name, result)
+
+    measured = {"directions": plan.directions, "seed": plan.seeds[0], "num_rows": plan.num_rows}
     for layer in range(num_layers):
-        _work(store, sensitivity_cell(layer), clock, partial(_measure, bench, plan, layer))
+        run(sensitivity_cell(layer), layer, bench.sensitivity, **measured)
     bench.forget_prefix()  # the rows of the sensitivity are few; training begins at its own first layer
-    for layer, seed in trainings:
-        name = training_cell(layer, seed)
-        _work(store, name, clock, partial(_train, bench, plan, layer, seed))
-
-
-def _measure(bench: Workbench, plan: SweepPlan, layer: int) -> dict[str, Any]:
-    bench.move_prefix(layer)
-    seed, rows = plan.seeds[0], plan.num_rows
-    return asdict(bench.sensitivity(layer, directions=plan.directions, seed=seed, num_rows=rows))
-
-
-def _train(bench: Workbench, plan: SweepPlan, layer: int, seed: int) -> dict[str, Any]:
-    bench.move_prefix(layer)
-    return bench.trial(layer, steps=plan.steps, seed=seed).to_dict()
-
-
-def _work(store: CellStore, name: str, clock: "_Clock", function: Callable[[], dict[str, Any]]) -> None:
-    if store.result(name) is not None:
-        clock.forget(name)  # another process has done it
-        return
-    with store.claim(name) as mine:
-        if mine:
-            result = function()
-            store.save(name, result)
-            clock.tick(name, result)
+    for layer, seed in plan.trainings:
+        run(training_cell(layer, seed), layer, bench.trial, steps=plan.steps, seed=seed)
+    return list(work)
 
 
 class _Clock:
@@ -116,31 +96,24 @@ class _Clock:
         """Note a finished cell."""
         now = time.monotonic()
         self._done += self._left.pop(name)
-        pace = (now - self._started) / self._done
-        words = f"{len(self._left)} cells left, about {_minutes(pace * sum(self._left.values()))}"
-        say(f"{name}: {_headline(result)} ({now - self._last:.0f} s; {words if self._left else 'done'})")
+        if "scores" in result:
+            last = result["scores"][-1]
+            found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
+        else:
+            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}"
+        seconds = (now - self._started) / self._done * sum(self._left.values())
+        rest = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        left = f"{len(self._left)} cells left, about {rest}" if self._left else "done"
+        say(f"{name}: {found} ({now - self._last:.0f} s; {left})")
         self._last = now
 
 
-def _headline(result: dict[str, Any]) -> str:
-    if "scores" in result:
-        last = result["scores"][-1]
-        return result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
-    return f"{result['mean']:.4g} +- {result['standard_error']:.2g}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def wait_for_others(store: CellStore, plan: SweepPlan, num_layers: int) -> None:
+def wait_for_others(store: CellStore, names: Iterable[str]) -> None:
     """Wait until cells that other processes are at are finished or given up.
 
     Raises:
         SlzoError: Some were given up.
     """
-    names = [sensitivity_cell(n) for n in range(num_layers)]
-    names += [training_cell(layer, seed) for layer in plan.layers for seed in plan.seeds] if plan.steps else []
     for name in names:
         while store.result(name) is None:
             with store.claim(name) as free:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import check_layer
@@ -27,6 +28,11 @@ class SweepPlan:
     directions: int
     num_rows: int
 
+    @property
+    def trainings(self) -> list[tuple[int, int]]:
+        """Layer and seed of each training."""
+        return list(product(self.layers, self.seeds)) if self.steps else []
+
 
 def plan_sweep(
     num_layers: int, layers: Sequence[int] | None, steps: int, seeds: Sequence[int], directions: int, num_rows: int
@@ -47,12 +53,10 @@ def plan_sweep(
         raise SlzoError("seeds []: give at least one seed")
     if layers is not None and not layers:
         raise SlzoError("layers []: give at least one layer, or leave it out for all")
-    chosen = range(num_layers) if layers is None else sorted({_layer(n, num_layers) for n in layers})
+    chosen = range(num_layers) if layers is None else sorted(set(layers))
+    for layer in chosen:
+        check_layer(layer, num_layers, "layers", left_out="all be trained")
     return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows)
-
-
-def _layer(layer: int, num_layers: int) -> int:
-    return check_layer(layer, num_layers, "layers", left_out="all be trained")
 
 
 def sensitivity_cell(layer: int) -> str:

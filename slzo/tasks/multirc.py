@@ -7,24 +7,22 @@ Metric: accuracy over answers (as MeZO reports); F1 of the right answers and exa
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class MultiRc(Task):
     """See the module."""
 
     name = "multirc"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "multirc")
     fields = ("paragraph", "question", "answer", "label")
     grouped = True
     candidates = ("No", "Yes")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         paragraph, question = text_field(row, "paragraph"), text_field(row, "question")
         answer = text_field(row, "answer", allow_empty=True)
         prompt = f'{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'

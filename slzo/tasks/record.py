@@ -6,23 +6,19 @@ Candidates: a space and the query with ``@placeholder`` replaced by each entity,
 Metric: accuracy, any listed answer counts.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import shown, text_field, texts_field
+from slzo.tasks.fields import Fields, shown, text_field, texts_field
 
 
 class Record(Task):
     """See the module."""
 
     name = "record"
-    version = 1
     kind = Kind.MULTIPLE_CHOICE
     hub = HubSource("aps/super_glue", "record")
     fields = ("passage", "query", "entities", "answers")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         passage = text_field(row, "passage").replace("@highlight\n", "- ")
         query = text_field(row, "query")
         if "@placeholder" not in query:

@@ -19,25 +19,8 @@ from slzo.tasks.sst2 import Sst2
 from slzo.tasks.wic import Wic
 from slzo.tasks.wsc import Wsc
 
-TASKS: Mapping[str, type[Task]] = MappingProxyType(
-    {
-        task.name: task
-        for task in (
-            BoolQ,
-            Cb,
-            Copa,
-            Drop,
-            MovieReviews,
-            MultiRc,
-            Record,
-            Rte,
-            Squad,
-            Sst2,
-            Wic,
-            Wsc,
-        )
-    }
-)
+_ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
+TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _ALL})
 
 
 def get_task(name: str) -> Task:

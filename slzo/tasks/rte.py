@@ -6,24 +6,20 @@ Candidates: ``Yes``, ``No`` (label 0, 1).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Rte(Task):
     """See the module."""
 
     name = "rte"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "rte")
     fields = ("premise", "hypothesis", "label")
     candidates = ("Yes", "No")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         premise, hypothesis = text_field(row, "premise"), text_field(row, "hypothesis")
         prompt = f'{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n'
         return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

@@ -6,26 +6,21 @@ Trained on: a space, the first answer, a newline.
 Metric: token F1, best over the answers; exact match beside it.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from slzo.tasks.answers import answer_example
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import text_field, texts_field
+from slzo.tasks.fields import Fields, text_field, texts_field
 
 
 class Squad(Task):
     """See the module."""
 
     name = "squad"
-    version = 1
     kind = Kind.GENERATION
     hub = HubSource("rajpurkar/squad")
     fields = ("title", "context", "question", "answers")
     metric = "f1"
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         title, context = text_field(row, "title"), text_field(row, "context")
         question = text_field(row, "question").strip()
         prompt = f"Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
-        return answer_example(id, prompt, texts_field(row, "answers", "text"))
+        return Example.of_answers(id, prompt, texts_field(row, "answers", "text"))

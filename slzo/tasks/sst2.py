@@ -6,23 +6,19 @@ Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Sst2(Task):
     """See the module."""
 
     name = "sst2"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("nyu-mll/glue", "sst2")
     fields = ("sentence", "label")
     candidates = (" terrible", " great")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         prompt = f"{text_field(row, 'sentence').strip()} It was"
         return Example(id, prompt.strip(" "), self.candidates, label_field(row, 2))

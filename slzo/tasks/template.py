@@ -4,14 +4,12 @@ Source: ``train_file`` and ``test_file``. Prompt: a template with the row's fiel
 candidates, or token F1 of generated answers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import Formatter
-from typing import Any
 
 from slzo.errors import SlzoError
-from slzo.tasks.answers import answer_example
 from slzo.tasks.base import Example, Kind, Split, Task
-from slzo.tasks.fields import shown
+from slzo.tasks.fields import Fields, shown
 
 
 class TemplateTask(Task):
@@ -66,14 +64,14 @@ class TemplateTask(Task):
         files: dict[Split, str | None] = {"train": train_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         missing = [field for field in self.fields if field not in row]
         if missing:
             raise ValueError(f"field {missing[0]!r} is missing; the row has {', '.join(map(str, row))}")
         values = {field: _as_text(row[field], field) for field in self.fields[:-1]}
         prompt = self.prompt.format_map(values).strip(" ")
         if self.answer_field is not None:
-            return answer_example(id, prompt, _answers(row[self.answer_field], self.answer_field))
+            return Example.of_answers(id, prompt, _answers(row[self.answer_field], self.answer_field))
         return Example(id, prompt, self.candidates, self._gold(row[self.label_field]))
 
     def _gold(self, label: object) -> tuple[int, ...]:

@@ -6,24 +6,20 @@ Candidates: ``No``, ``Yes`` (label 0, 1).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Wic(Task):
     """See the module."""
 
     name = "wic"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "wic")
     fields = ("word", "sentence1", "sentence2", "label")
     candidates = ("No", "Yes")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         word = text_field(row, "word")
         first, second = text_field(row, "sentence1"), text_field(row, "sentence2")
         question = f'Does the word "{word}" have the same meaning in these two sentences? Yes, No?'

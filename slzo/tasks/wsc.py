@@ -6,24 +6,20 @@ Candidates: ``No``, ``Yes`` (label 0, 1).
 Metric: accuracy.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import label_field, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Wsc(Task):
     """See the module."""
 
     name = "wsc"
-    version = 1
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "wsc.fixed")
     fields = ("text", "span1_text", "span2_text", "label")
     candidates = ("No", "Yes")
 
-    def example(self, row: Mapping[str, Any], id: str) -> Example:
+    def example(self, row: Fields, id: str) -> Example:
         text, noun = text_field(row, "text"), text_field(row, "span1_text")
         pronoun = text_field(row, "span2_text").lower()
         prompt = f'{text}\nIn the previous sentence, does the pronoun "{pronoun}" refer to {noun}? Yes or No?\n'
