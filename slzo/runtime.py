@@ -20,10 +20,7 @@ def keep_freed_memory() -> bool:
 
     A forward pass on the CPU makes and drops tensors of some megabytes all the time; with glibc's defaults every one of them is
     mapped and zeroed anew, which takes about a quarter of a step. A setting of the whole process, so only programs should call
-    it, not libraries.
-
-    Returns:
-        Whether the C library took the settings; other libraries than glibc have none.
+    it, not libraries. Returns whether the C library took the settings; other libraries than glibc have none.
     """
     if not sys.platform.startswith("linux"):
         return False

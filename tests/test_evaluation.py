@@ -307,7 +307,7 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
             def at(points):
                 losses = loss.at(points)
                 for point, value in zip(points, losses.tolist(), strict=True):
-                    self.masters.write(point.direction, point.scale)
+                    self.tuned_tensors.write(point.direction, point.scale)
                     metrics = self.datamodule.make_metrics()
                     found = self.evaluator(EvalCollator()(batch.rows)).predictions
                     metrics.update([row.example for row in batch.rows], found)

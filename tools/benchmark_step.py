@@ -43,7 +43,7 @@ from slzo.models.parts import ModelParts, take_apart
 from slzo.runtime import keep_freed_memory
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import SPSA
-from slzo.zo.objectives import LOSSES, LogitObjective
+from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
 from slzo.zo.scopes import LayerScope
 from slzo.zo.step import StepOptions
 from slzo.zo.tuned_model import TunedModel
@@ -228,7 +228,7 @@ def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObje
     pool = load_examples(task, "train", data_dir=args.data_dir)
     rows = draw_splits(pool, pool[:1], num_train=1000, num_dev=0, num_test=1, seed=0).train
     encoder = Encoder(load_tokenizer(args.model))
-    return [encoder.encode(row, index) for index, row in enumerate(rows)], LOSSES[task.kind]()
+    return [encoder.encode(row, index) for index, row in enumerate(rows)], LOSS_OBJECTIVES[task.kind]()
 
 
 def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[list[EncodedExample]]:
