@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo import pip_download
 from slzo.errors import SlzoError
-from slzo.models import builtin
-from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path, gguf_to_folder
+from slzo.models import gguf_folder
+from slzo.models.builtin import builtin_model_path
+from slzo.models.gguf_folder import gguf_to_folder
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 64, 259, 2
 
@@ -105,7 +106,7 @@ def test_gguf_is_converted_once_until_it_changes(tiny_gguf: Path, cache: Path, m
         (folder / "model.safetensors").touch()
         return folder
 
-    monkeypatch.setattr(builtin, "_convert", convert)
+    monkeypatch.setattr(gguf_folder, "convert", convert)
     first = gguf_to_folder(tiny_gguf)
     assert gguf_to_folder(tiny_gguf) == first
     assert len(calls) == 1
@@ -161,8 +162,7 @@ def test_builtin_model_offline_with_nothing_cached(cache: Path, monkeypatch: pyt
 
 @pytest.mark.real_model
 def test_real_builtin_model() -> None:
-    (name,) = BUILTIN_MODELS
-    folder = builtin_model_path(name)
+    folder = builtin_model_path("smollm2-135m")
     assert dtype_of(folder) == "float32"
     assert not list(folder.parent.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
