@@ -6,10 +6,13 @@ from types import MappingProxyType
 
 from slzo.errors import SlzoError
 from slzo.models.builtin.base import BuiltinModel
+from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.builtin.licence import Licence
 from slzo.models.builtin.smollm2_135m import SMOLLM2_135M
 
-BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType({model.name: model for model in (SMOLLM2_135M,)})
+BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
+    {model.name: model for model in (SMOLLM2_135M, GEMMA3_270M)}
+)
 
 
 def builtin_model_path(name: str) -> Path:
