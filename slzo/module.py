@@ -43,7 +43,8 @@ class ZOModule(LightningModule):
     """Tunes the dominant decoder layer of a language model by zeroth-order optimization.
 
     Args:
-        model: Built-in name (smollm2-135m), local Hugging Face folder, .gguf file or Hub id.
+        model: Built-in name (smollm2-135m, or gemma3-270m, fetched only with SLZO_ACCEPT_LICENSE=gemma in the environment),
+            local Hugging Face folder, .gguf file or Hub id.
         layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
         scope: What is tuned: LayerScope (all of the dominant layer, when left out), OutlierChannels, ActivationSubspace, LoRA,
             PrefixTuning, AllParameters, RandomLayers, SmallestWeights, or your own Scope.

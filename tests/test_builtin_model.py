@@ -1,4 +1,4 @@
-"""The built-in model, and GGUF files turned into Hugging Face folders."""
+"""The built-in models, and GGUF files turned into Hugging Face folders."""
 
 import importlib.util
 import json
@@ -12,9 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo import pip_download
+from slzo.assets import cache_dir, sha256_of
 from slzo.errors import SlzoError
-from slzo.models import builtin
-from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path, gguf_to_folder
+from slzo.models import gguf_folder
+from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
+from slzo.models.gguf_folder import gguf_to_folder, is_model_folder
+from slzo.models.load import load_model
+from slzo.models.parts import take_apart
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 64, 259, 2
 
@@ -105,7 +109,7 @@ def test_gguf_is_converted_once_until_it_changes(tiny_gguf: Path, cache: Path, m
         (folder / "model.safetensors").touch()
         return folder
 
-    monkeypatch.setattr(builtin, "_convert", convert)
+    monkeypatch.setattr(gguf_folder, "convert", convert)
     first = gguf_to_folder(tiny_gguf)
     assert gguf_to_folder(tiny_gguf) == first
     assert len(calls) == 1
@@ -161,8 +165,7 @@ def test_builtin_model_offline_with_nothing_cached(cache: Path, monkeypatch: pyt
 
 @pytest.mark.real_model
 def test_real_builtin_model() -> None:
-    (name,) = BUILTIN_MODELS
-    folder = builtin_model_path(name)
+    folder = builtin_model_path("smollm2-135m")
     assert dtype_of(folder) == "float32"
     assert not list(folder.parent.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -178,3 +181,40 @@ def test_real_builtin_model() -> None:
     with torch.no_grad():
         best = model(**prompt).logits[0, -1].argmax()
     assert tokenizer.decode(best) == " Paris"
+
+
+@pytest.mark.real_model
+def test_real_gemma() -> None:
+    model = BUILTIN_MODELS["gemma3-270m"]
+    if not is_model_folder(cache_dir() / "models" / model.name):
+        try:
+            model.licence.require_consent(model.name)
+        except SlzoError as refusal:
+            pytest.skip(str(refusal))
+    folder = builtin_model_path(model.name)
+    assert dtype_of(folder) == "float32"
+    for document in model.licence.documents:
+        assert sha256_of(folder / document.name) == document.member_sha256
+    assert (folder / "SHA256SUMS").read_text().split() == [model.sha256, "gemma-3-270m-q4_k_m.gguf"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # what llama.cpp makes of the GGUF file itself
+    assert tokenizer("The capital of France is")["input_ids"] == [2, 818, 5279, 529, 7001, 563]
+    for text in ("  two\n\nlines\t", "In 2024: 12345.67", "élan 你好"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
+    language_model = load_model(model.name)
+    assert type(language_model).__name__ == "Gemma3ForCausalLM"
+    assert sum(weight.numel() for weight in language_model.parameters()) == 268_098_176
+    text = (
+        "She opened the window and looked out at the sea, which was calm and grey under a low sky. It had rained in the "
+        "night, and the road to the harbour was still wet."
+    )
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert language_model(input_ids=ids, labels=ids).loss.exp() < 25
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = language_model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == " the capital of the country of France. It is the largest"
+    prompt = tokenizer("The capital of France is the city of", return_tensors="pt")
+    with torch.no_grad():
+        assert tokenizer.decode(language_model(**prompt).logits[0, -1].argmax()) == " Paris"
+    assert take_apart(language_model).num_layers == 18

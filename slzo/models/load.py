@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.errors import SlzoError
-from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path, gguf_to_folder
+from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
+from slzo.models.gguf_folder import gguf_to_folder
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

