@@ -16,6 +16,7 @@ from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
+from slzo.cli_auto import with_numbers, with_words
 from slzo.cli_errors import one_line
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.console import say
@@ -25,6 +26,7 @@ from slzo.module import ZOModule
 from slzo.renames import translate
 from slzo.runtime import keep_freed_memory
 from slzo.trainer import ZOTrainer
+from slzo.zo.optim import AUTO_LR
 
 _RUNS = "runs"
 _TRAINER_DEFAULTS = {
@@ -50,6 +52,10 @@ class SlzoParser(LightningArgumentParser):
         """Raise a SlzoError with the parser's message on one line."""
         raise SlzoError(one_line(message, self)) from ex
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The config as YAML, as a user would write it."""
+        return with_words(super().dump(*args, **kwargs))
+
 
 class SlzoCLI(LightningCLI):
     """Adds the profiler, the checkpoint and the summary, each with options of its own."""
@@ -67,7 +73,7 @@ class SlzoCLI(LightningCLI):
         parser.set_defaults(
             {
                 "profiler.rule": {"class_path": "slzo.zo.selection.FirstOutlierLayer"},
-                "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3e-4}},
+                "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "step={step}",
@@ -161,7 +167,7 @@ def run(args: Sequence[str]) -> None:
     keep_freed_memory()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
-    build(_translate_saved_configs(_resolve_checkpoint(args)))
+    build(with_numbers(_translate_saved_configs(_resolve_checkpoint(args))))
 
 
 def build(args: Sequence[str], run: bool = True) -> SlzoCLI:

@@ -1,7 +1,7 @@
 """The LightningDataModule: rows of a task as packed, tokenized batches."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -270,6 +270,17 @@ class TaskDataModule(LightningDataModule):
         rows = self.rows("train")
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         return EpochBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, batches_done)
+
+    def training_batches(self, batch_size: int, seed: int) -> Iterator[TrainBatch]:
+        """The training batches of a run with this seed, those of this process, without end; for work outside of a fit."""
+        rows, done, trainer = self.rows("train"), 0, self.trainer
+        process = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        sampler = self.train_sampler(batch_size, seed, lambda: done, *process)
+        collate = TrainCollator(self.share_prompts)
+        while True:
+            for numbers in sampler:
+                done += 1
+                yield collate([rows[number] for number in numbers])
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Dev rows, in an order that is fast to score."""

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,9 +25,10 @@ from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss
-from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice
+from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice
 from slzo.zo.scopes import LayerScope, Scope
 from slzo.zo.step import StepOptions, StepResult
+from slzo.zo.step_size import StepSize
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
@@ -35,8 +36,8 @@ _ENGINE = Engine()
 
 
 def sgd(params: Iterable) -> Optimizer:
-    """The optimizer when none is given: plain SGD, learning rate 3e-4."""
-    return torch.optim.SGD(params, lr=3e-4)
+    """The optimizer when none is given: plain SGD, its learning rate measured."""
+    return torch.optim.SGD(params, lr=AUTO_LR)
 
 
 class ZOModule(LightningModule):
@@ -50,10 +51,10 @@ class ZOModule(LightningModule):
             PrefixTuning, AllParameters, RandomLayers, SmallestWeights, or your own Scope.
         estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, ForwardGradient, Backprop (the
             first-order reference), or your own Estimator.
-        eps: Size of the perturbation, absolute, > 0.
+        eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by a hundredth of it.
         eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
         num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
-        optimizer: Any torch optimizer that takes a dense gradient.
+        optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and lets it follow the loss.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
         seed: Seed of the directions; left out, that of seed_everything.
@@ -68,7 +69,7 @@ class ZOModule(LightningModule):
         layer: int | None = None,
         scope: Scope | None = None,
         estimator: Estimator | None = None,
-        eps: float = 1e-3,
+        eps: float | Literal["auto"] = "auto",
         eps_end: float | None = None,
         num_queries: int = 1,
         optimizer: MakeOptimizer = sgd,
@@ -86,7 +87,7 @@ class ZOModule(LightningModule):
         self.layer_origin = "set by model.layer" if layer is not None else ""
         self.scope = scope if scope is not None else LayerScope()
         self.estimator = estimator if estimator is not None else SPSA()
-        self.step_options = StepOptions(eps, eps_end, num_queries)
+        self.step_options = self._given_step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries)
         self.optimizer_choice = OptimizerChoice.of(optimizer, lr_scheduler)
         self.noise_seed = seed
         self.engine = _engine_for(self.estimator, engine)
@@ -101,6 +102,7 @@ class ZOModule(LightningModule):
         self.tuned_tensors: TunedTensors | None = None
         self.resumed = False
         self._start: Mapping[str, Any] | None = None
+        self.step_size: StepSize | None = None
         self.num_nonfinite = self.num_evaluations = 0
         self._nonfinite_in_row = 0
         self._untuned: ModelParts | None = None
@@ -113,8 +115,9 @@ class ZOModule(LightningModule):
                 "scope": self.scope.describe(),
                 "estimator": self.estimator.describe(),
                 "optimizer": self.optimizer_choice.name,
-                "lr": self.optimizer_choice.lr,
+                "lr": self.optimizer_choice.settings["lr"],
                 **asdict(self.step_options),
+                "eps": eps,
                 "seed": seed,
                 "layer": layer,
                 "max_nonfinite": max_nonfinite,
@@ -140,7 +143,7 @@ class ZOModule(LightningModule):
 
     def start_from(self, checkpoint: Checkpoint | None) -> None:
         """The next fit continues a checkpoint (or, with ``None``, begins anew)."""
-        self.resumed = checkpoint is not None
+        self.resumed, self.step_size = checkpoint is not None, None
         self._start = None if checkpoint is None else checkpoint.note
         decided = None if self._start is None else self._start.get("onednn")
         if decided is not None and self.engine.onednn is None and self.model is None:
@@ -224,10 +227,15 @@ class ZOModule(LightningModule):
                 "trained with"
             ) from error
         self._hold(tuned_model)
+        self._take_step_size(note)
         self.layer, self.layer_origin = note["layer"], note["layer_origin"]
         virtual_tokens = tuned_model.parts.virtual_tokens
         if virtual_tokens is not None and self._trainer is not None:
             self.datamodule.fit_to(self.model, self.model_name, reserved=virtual_tokens.num_tokens)
+
+    def _take_step_size(self, note: Mapping[str, Any]) -> None:
+        measured = note.get("step_size")  # older checkpoints have none: it is measured where they are
+        self.step_size = None if measured is None else StepSize(**measured)
 
     def _prompts(self, num_sequences: int) -> list[PackedBatch]:
         """Prompts of training rows, for scopes that look at activations."""
@@ -261,11 +269,26 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.tuned_model is not None
+        self._measure_step()
         choice = self.optimizer_choice
         optimizer = choice.make(self.tuned_model.tensors.masters)
         if choice.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
+
+    def _measure_step(self) -> None:
+        """Measure what is ``auto`` of the step on the run's first batch; a resumed run goes on with what it has."""
+        assert self.tuned_model is not None and self.noise_seed is not None
+        given = self._given_step
+        if self.step_size is None and (self.optimizer_choice.automatic or given.eps is None):
+            batch = next(self.datamodule.training_batches(self.datamodule.batch_size, self.datamodule.seed or 0))
+            self.step_size = self.tuned_model.measure_step(
+                self.loss_of(batch.to(self.model.device)), given.eps, self.noise_seed
+            )
+            self.num_evaluations += self.step_size.evaluations
+            rank_zero_info(self.step_size.describe())
+        if self.step_size is not None and given.eps is None:
+            self.step_options = replace(given, eps=self.step_size.eps)
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
@@ -299,6 +322,7 @@ class ZOModule(LightningModule):
             seed=self.noise_seed,
             step=step,
             max_steps=self.trainer.max_steps,
+            step_size=self.step_size if self.optimizer_choice.automatic else None,
             measure_update=every > 0 and (step + 1) % every == 0,
         )
         self._count(result.estimate)
@@ -429,6 +453,7 @@ class ZOModule(LightningModule):
             "noise_seed": self.noise_seed,
             "num_nonfinite": self.num_nonfinite,
             "onednn": self.parts.onednn,
+            "step_size": None if self.step_size is None else self.step_size.to_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -442,6 +467,7 @@ class ZOModule(LightningModule):
             )
         self.num_nonfinite = note["num_nonfinite"]
         self.num_evaluations = note["num_evaluations"]
+        self._take_step_size(note)
         self.noise_seed = note["noise_seed"]  # the directions go on as they began
         saved, mine = model_options(checkpoint), dict(self.hparams)
         different = [k for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"]

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -247,16 +248,21 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             datamodule: A TaskDataModule.
-            lrs: Learning rates to try; left out, seven around the configured one, from 1/30 to 30 times of it.
+            lrs: Learning rates to try; left out, seven around the configured or measured one, from 1/30 to 30 times of it.
             eps: Sizes of the perturbation to try; left out, the configured one.
             steps: Steps of each trial.
             seeds: Each pair is tried with each; left out, that of seed_everything.
             output: Folder of the results; left out, lr_searches/MODEL-TASK.
         """
         bench = self._bench(model, datamodule, "lr_search")
-        own_lr, own_eps = model.optimizer_choice.lr, model.step_options.eps
-        grid = make_grid(lrs, eps, steps, bench.seeds(seeds), own_lr, own_eps)
-        lr_search(bench, grid, lambda: self._profiler().run(self, model).dominant_layer, output)
+
+        @cache
+        def layer() -> int | None:
+            known = model.layer is not None or not model.scope.needs_layer
+            return model.layer if known else self._profiler().run(self, model).dominant_layer
+
+        grid = make_grid(lrs, eps, steps, bench.seeds(seeds), lambda: bench.own_step(layer()))
+        lr_search(bench, grid, layer(), output)
 
     def _bench(self, model: ZOModule, datamodule: LightningDataModule | None, command: str) -> Workbench:
         rows = self.attach(model, datamodule)

@@ -52,17 +52,12 @@ class Tried:
     diverged: str
 
 
-def lr_search(bench: Workbench, grid: Grid, find_layer: Callable[[], int], output: str | None) -> None:
+def lr_search(bench: Workbench, grid: Grid, layer: int | None, output: str | None) -> None:
     """Do what is not done yet, recommend a pair and write it to ``output``, or lr_searches/MODEL-TASK.
-
-    ``find_layer`` is called for the dominant layer where one is needed and not known.
 
     Raises:
         SlzoError: The folder holds other results.
     """
-    layer = bench.module.layer
-    if bench.module.scope.needs_layer and layer is None:
-        layer = find_layer()
     settings = bench.settings() | {"steps": grid.steps, "layer": layer}
     store = CellStore(output or bench.default_folder("lr_searches"), settings)
     tried, before = search(bench, store, grid, layer)
@@ -85,23 +80,23 @@ def make_grid(
     eps: Sequence[float] | None,
     steps: int,
     seeds: Sequence[int],
-    lr: float,
-    own_eps: float,
+    own: Callable[[], tuple[float, float]],
 ) -> Grid:
-    """Check the options; without rates, powers of the square root of ten around the configured ``lr``.
+    """Check the options; without rates, powers of the square root of ten around the run's ``own`` rate (and its own eps).
 
     Raises:
         SlzoError: One is out of range.
     """
-    rates = [lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
-    sizes = [own_eps] if eps is None else eps
-    for name, values in (("lrs", rates), ("eps", sizes)):
-        if not values or any(not 0 < value < math.inf for value in values):
+    for name, values in (("lrs", lrs), ("eps", eps)):
+        if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
             raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
     if steps < 1:
         raise SlzoError(f"steps {steps}: must be at least 1; 40 tells rates apart")
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")
+    own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
+    rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
+    sizes = [own_eps] if eps is None else eps
     return Grid(tuple(sorted(set(rates))), tuple(sorted(set(sizes))), steps, tuple(dict.fromkeys(seeds)))
 
 

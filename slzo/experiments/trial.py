@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from slzo.batches.packing import pack
-from slzo.data.batch import TrainBatch, TrainCollator
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Point
+from slzo.zo.step_size import StepSize
 from slzo.zo.tuned_model import TunedModel
 
 # Dev loss this many times that before training, or no finite loss, is divergence.
 _DIVERGED = 1.5
+# Where the slopes are taken if model.eps is auto: layers are compared at one distance.
+_SENSITIVITY_EPS = 1e-3
 # Rows per forward pass when cached states move to another layer.
 _ROWS_AT_ONCE = 16
 
@@ -155,18 +157,32 @@ class Workbench:
         evaluations, seconds = 0, 0.0
         with self._tuned(layer) as tuned_model:
             optimizer = choice.make(tuned_model.tensors.masters)
+            batches = self.datamodule.training_batches(self.datamodule.batch_size, seed)
+            step_size = None
+            if options.eps is None or (lr is None and choice.automatic):
+                started = time.perf_counter()
+                measured = self._measure_step(tuned_model, options.eps, seed)
+                options = replace(options, eps=measured.eps)
+                step_size = measured if lr is None and choice.automatic else None
+                evaluations, seconds = measured.evaluations, time.perf_counter() - started
             if lr is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
             scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
             if self.before is None:  # the same for every trial
                 self.before = self.score()
-            batches = self._batches(seed, self.datamodule.batch_size)
             for step in range(steps):
                 started = time.perf_counter()
-                loss = module.loss_of(next(batches))
+                loss = module.loss_of(next(batches).to(tuned_model.parts.model.device))
                 estimate = tuned_model.step(
-                    loss, module.estimator, optimizer, options, seed=seed, step=step, max_steps=steps
+                    loss,
+                    module.estimator,
+                    optimizer,
+                    options,
+                    seed=seed,
+                    step=step,
+                    max_steps=steps,
+                    step_size=step_size,
                 ).estimate
                 if scheduler is not None:
                     scheduler.step()
@@ -181,10 +197,26 @@ class Workbench:
         scores = (self.before, *after)
         return Trial(scores, tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
+    def own_step(self, layer: int | None) -> tuple[float, float]:
+        """The module's learning rate and eps, measured where they are auto; a measured rate has one significant digit."""
+        module, choice, seed = self.module, self.module.optimizer_choice, self.module.noise_seed or 0
+        lr, eps = choice.lr, module.step_options.eps
+        if choice.automatic or eps is None:
+            with self._tuned(layer) as tuned_model:
+                measured = self._measure_step(tuned_model, eps, seed)
+                optimizer = choice.make(tuned_model.tensors.masters)
+                lr = float(f"{measured.rate(optimizer, module.estimator):.1g}") if choice.automatic else lr
+                eps = measured.eps
+        return lr, eps
+
+    def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
+        first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
+        return tuned_model.measure_step(self.module.loss_of(first.to(tuned_model.parts.model.device)), eps, seed)
+
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
         """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run."""
-        eps = self.module.step_options.eps
-        rows = next(iter(self._batches(seed, num_rows)))
+        eps = self.module.step_options.eps or _SENSITIVITY_EPS
+        rows = next(self.datamodule.training_batches(num_rows, seed)).to(self.module.parts.model.device)
         slopes = []
         with self._tuned(layer) as tuned_model, torch.no_grad():
             loss = self.module.loss_of(rows)
@@ -235,18 +267,6 @@ class Workbench:
         finally:
             tuned_model.tensors.load(initial)
             self.module.stop_tuning()
-
-    def _batches(self, seed: int, batch_size: int) -> Iterator[TrainBatch]:
-        """The training batches of a run with this seed, without end."""
-        datamodule = self.datamodule
-        rows = datamodule.rows("train")
-        done = 0
-        sampler = datamodule.train_sampler(batch_size, seed, batches_done=lambda: done)
-        collate = TrainCollator(datamodule.share_prompts)
-        while True:
-            for numbers in sampler:
-                done += 1
-                yield collate([rows[number] for number in numbers]).to(self.module.parts.model.device)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """Optimizers: which can take a zeroth-order gradient, what they cost, and one that torch lacks."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,6 +20,19 @@ _REASONS = {
     "Muon": "it updates matrices only, and a decoder layer has vectors too",
 }
 _PROBE_SIZE = 64
+AUTO_LR = math.inf
+"""The learning rate that stands for ``auto`` (every torch optimizer takes it): :mod:`slzo.zo.step_size` sets one each step."""
+
+# Optimizers by what a step is made of: the gradient, or the gradient over its size.
+_PLAIN = (torch.optim.SGD, torch.optim.ASGD)
+_NORMALIZED = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+)
 
 
 class SignSGD(Optimizer):
@@ -62,6 +76,22 @@ class SignSGD(Optimizer):
         return loss
 
 
+def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
+    """How an optimizer's steps go with the gradient: 1 in proportion, 0 whatever its size; and the rate's share for momentum.
+
+    Raises:
+        SlzoError: It is not known.
+    """
+    if isinstance(optimizer, _PLAIN):
+        return 1, 1.0 - float(optimizer.param_groups[0].get("momentum", 0.0))
+    if isinstance(optimizer, (*_NORMALIZED, SignSGD)):
+        return 0, 1.0
+    names = ", ".join(kind.__name__ for kind in (*_PLAIN, *_NORMALIZED, SignSGD))
+    raise SlzoError(
+        f"model.optimizer.lr auto: not known for {type(optimizer).__name__}; give a number, or use one of {names}"
+    )
+
+
 @dataclass(frozen=True)
 class OptimizerChoice:
     """An optimizer and its scheduler, and what is known of them before there is anything to optimize.
@@ -70,7 +100,7 @@ class OptimizerChoice:
         make: Builds the optimizer for given parameters.
         make_scheduler: Builds its scheduler; ``None`` for a constant rate.
         name: Of the optimizer's class.
-        lr: Its learning rate.
+        lr: Its learning rate; ``AUTO_LR`` if it is measured.
         settings: Its class and options, and the scheduler's, primitives only.
         state_copies: Elements of state that it keeps per parameter element (2 for Adam).
     """
@@ -81,6 +111,11 @@ class OptimizerChoice:
     lr: float
     settings: dict[str, Any]
     state_copies: float
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the learning rate is measured."""
+        return self.lr == AUTO_LR
 
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
@@ -102,6 +137,13 @@ class OptimizerChoice:
         options = {k: v for k, v in probe.defaults.items() if isinstance(v, int | float | str | tuple | None)}
         settings: dict[str, Any] = {"class": f"{type(probe).__module__}.{type(probe).__qualname__}", **options}
         lr = float(probe.param_groups[0]["lr"])
+        if lr == AUTO_LR:
+            gradient_power(probe)
+            settings["lr"] = "auto"
+            if make_scheduler is not None:
+                raise SlzoError(
+                    "model.lr_scheduler: needs a number for model.optimizer.lr, which is auto; give one, or no scheduler"
+                )
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(make, make_scheduler, name, lr, settings, _state_copies(probe))
 

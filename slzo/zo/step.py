@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.step_size import StepSize
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class StepOptions:
     """Size and number of the perturbations.
 
     Attributes:
-        eps: Size of the perturbation, absolute, > 0.
+        eps: Size of the perturbation, absolute, > 0; ``None`` until it is measured.
         eps_end: Where it goes over the run, by the same factor each step; ``None`` to stay.
         num_queries: Directions per step.
 
@@ -22,13 +23,15 @@ class StepOptions:
         SlzoError: One is out of range.
     """
 
-    eps: float = 1e-3
+    eps: float | None = 1e-3
     eps_end: float | None = None
     num_queries: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.eps < float("inf"):
-            raise SlzoError(f"model.eps {self.eps}: the perturbation must be a number above 0; 1e-3 is a good start")
+        if self.eps is not None and not 0 < self.eps < float("inf"):
+            raise SlzoError(
+                f"model.eps {self.eps}: the perturbation must be a number above 0, or auto; 1e-3 is a good start"
+            )
         if self.eps_end is not None and not 0 < self.eps_end < float("inf"):
             raise SlzoError(f"model.eps_end {self.eps_end}: must be a number above 0; leave it out to keep eps")
         if self.num_queries < 1:
@@ -36,6 +39,8 @@ class StepOptions:
 
     def eps_at(self, step: int, max_steps: int) -> float:
         """Size of the perturbation at a step of a run of ``max_steps``."""
+        if self.eps is None:
+            raise SlzoError("model.eps auto: must be measured first, see slzo.zo.step_size; or give a number")
         if self.eps_end is None:
             return self.eps
         return self.eps * (self.eps_end / self.eps) ** min(1.0, step / max(1, max_steps - 1))
@@ -56,17 +61,26 @@ class StepResult:
 
 @torch.no_grad()
 def take_step(
-    request: Request, estimator: Estimator, optimizer: Optimizer, *, measure_update: bool = False
+    request: Request,
+    estimator: Estimator,
+    optimizer: Optimizer,
+    *,
+    step_size: StepSize | None = None,
+    measure_update: bool = False,
 ) -> StepResult:
     """Estimate the gradient, let the optimizer move the masters, and write them to the live weights.
 
     An estimate that is not finite moves nothing: the optimizer is called without gradients, so that whoever counts its steps
-    counts this one. ``optimizer`` is that of the masters; ``measure_update`` takes a copy of them while the step lasts.
+    counts this one. ``optimizer`` is that of the masters; ``step_size`` learns from the estimate and sets its learning rate;
+    ``measure_update`` takes a copy of the masters while the step lasts.
     """
     tuned = request.tuned
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
         estimate = estimator.estimate(request)
+        if step_size is not None:
+            step_size.update(estimate)
+            step_size.set_rate(optimizer, estimator)
         tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
     finally:

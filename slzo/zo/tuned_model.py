@@ -27,6 +27,7 @@ from slzo.zo.scopes import Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.span import Span
 from slzo.zo.step import StepOptions, StepResult, take_step
+from slzo.zo.step_size import StepSize
 from slzo.zo.tuned import Subset, TunedTensors
 
 
@@ -181,6 +182,7 @@ class TunedModel:
         seed: int,
         step: int,
         max_steps: int = 1,
+        step_size: StepSize | None = None,
         measure_update: bool = False,
     ) -> StepResult:
         """Take one step, see :func:`slzo.zo.step.take_step`.
@@ -191,7 +193,12 @@ class TunedModel:
         eps = options.eps_at(step, max_steps)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
-        return take_step(request, estimator, optimizer, measure_update=measure_update)
+        return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update)
+
+    def measure_step(self, loss: Loss, eps: float | None, seed: int) -> StepSize:
+        """Measure step sizes on a batch, see :meth:`slzo.zo.step_size.StepSize.measure`."""
+        half = self.parts.model.dtype in (torch.bfloat16, torch.float16)
+        return StepSize.measure(self.tensors, loss, seed, eps, half)
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""

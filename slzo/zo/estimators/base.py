@@ -103,9 +103,11 @@ class Estimator(ABC):
 
     Attributes:
         differentiates: Whether it needs operations with derivatives; the model then runs without oneDNN.
+        normalizes: Whether it divides the gradient by its size.
     """
 
     differentiates: bool = False
+    normalizes: bool = False
 
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:

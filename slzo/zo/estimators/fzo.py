@@ -23,6 +23,8 @@ class FZO(Estimator):
         antithetic: Evaluate at w + eps u and w - eps u, without a base: twice the evaluations, no curvature in the slopes.
     """
 
+    normalizes = True
+
     def __init__(self, antithetic: bool = False) -> None:
         self.antithetic = antithetic
 

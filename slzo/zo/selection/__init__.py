@@ -3,6 +3,7 @@
 from slzo.zo.selection.base import Choice, SelectionRule
 from slzo.zo.selection.first_outlier import FirstOutlierLayer
 from slzo.zo.selection.fixed import FixedLayer
+from slzo.zo.selection.largest_fall import LargestFall
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 
-__all__ = ["Choice", "FirstOutlierLayer", "FixedLayer", "MaxRatioJump", "SelectionRule"]
+__all__ = ["Choice", "FirstOutlierLayer", "FixedLayer", "LargestFall", "MaxRatioJump", "SelectionRule"]

@@ -1,0 +1,141 @@
+"""Holds ``lr: auto`` against a grid of constant learning rates: dev loss after the same steps of the same rows.
+
+    python tools/step_size_grid.py --data_dir DIR --output grids
+    python tools/step_size_grid.py --data_dir DIR --output grids --models gemma3-270m --tasks sst2 --scopes layer lora
+
+A cell is a model, a task and a scope: one training with measured step sizes, and five with constant rates a factor of three
+apart, around the one that was measured before the first step (--lrs sets others). eps is measured for all. Results are written
+as they come; given again, the command goes on where it stopped. --report prints the table of what there is.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from slzo.datamodule import TaskDataModule
+from slzo.experiments.store import CellStore
+from slzo.experiments.trial import Workbench
+from slzo.module import ZOModule
+from slzo.trainer import ZOTrainer
+from slzo.zo.profile import profile_layers
+from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
+from slzo.zo.selection import LargestFall
+
+SCOPES: dict[str, Callable[[], Scope]] = {
+    "layer": LayerScope,
+    "subspace": lambda: ActivationSubspace(rank=16),
+    "lora": LoRA,
+    "all": AllParameters,
+}
+# rows for training, dev and held-out; CB and COPA have few
+ROWS = {"cb": (200, 50, 50), "copa": (300, 100, 100)}
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+CLOSE = 0.05
+
+
+def bench_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | None) -> tuple[Workbench, int | None]:
+    """A workbench and the layer that is tuned: the given one, else the one that takes the outlier out."""
+    train, dev, test = ROWS.get(task, (1000, 200, 200))
+    module = ZOModule(model, scope=scope, seed=0)
+    rows = TaskDataModule(
+        task, tokenizer=model, data_dir=data_dir, num_train=train, num_dev=dev, num_test=test, batch_size=16, seed=0
+    )
+    ZOTrainer(logger=False, enable_checkpointing=False).attach(module, rows)
+    if scope.needs_layer and layer is None:
+        layers, _ = profile_layers(module.parts, rows.profile_batches(16, 8))
+        layer = LargestFall().select(layers).layer
+    return Workbench(module, rows), layer if scope.needs_layer else None
+
+
+def run_cell(store: CellStore, name: str, model: str, task: str, scope: str, args: argparse.Namespace) -> None:
+    """Do what is missing of a cell."""
+    tried = [store.result(f"{name}-auto"), *(store.result(f"{name}-{number}") for number in range(len(FACTORS)))]
+    if None not in tried:
+        return
+    bench, layer = bench_of(model, task, SCOPES[scope](), args.data_dir, args.layer)
+    lr, eps = bench.own_step(layer)
+    rates = [lr * factor for factor in FACTORS] if args.lrs is None else args.lrs
+    for number, rate in [(-1, None), *enumerate(rates)]:
+        key = f"{name}-auto" if rate is None else f"{name}-{number}"
+        if store.result(key) is not None:
+            continue
+        trial = bench.trial(layer, steps=args.steps, seed=0, lr=rate, eps=eps if rate is not None else None)
+        last = trial.scores[-1]
+        row = {
+            "model": model,
+            "task": task,
+            "scope": scope,
+            "layer": layer,
+            "lr": rate,
+            "eps": eps,
+            "before": trial.scores[0].loss,
+        }
+        loss = None if trial.diverged else last.loss
+        store.save(
+            key, row | {"loss": loss, "metric": last.metric, "seconds": last.seconds, "diverged": trial.diverged}
+        )
+        print(
+            f"{key}: lr {'auto' if rate is None else f'{rate:.3g}'}, dev loss {trial.scores[0].loss:.4f} -> {last.loss:.4f}",
+            flush=True,
+        )
+
+
+def report(store: CellStore, names: list[str]) -> str:
+    """The table of finished cells."""
+    lines = [
+        "| model | task | scope | layer | before | auto | best of the grid | at lr | auto / best |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    close = done = diverged = 0
+    for name in names:
+        auto, grid = store.result(f"{name}-auto"), [store.result(f"{name}-{number}") for number in range(len(FACTORS))]
+        if auto is None or None in grid:
+            continue
+        best = min(grid, key=lambda row: math.inf if row["loss"] is None else row["loss"])
+        edge = "" if best not in (grid[0], grid[-1]) else " (edge)"
+        ratio = math.inf if auto["loss"] is None else auto["loss"] / best["loss"]
+        done, close, diverged = done + 1, close + (ratio <= 1 + CLOSE), diverged + bool(auto["diverged"])
+        own = auto["diverged"] or f"{auto['loss']:.4f}"
+        lines.append(
+            f"| {auto['model']} | {auto['task']} | {auto['scope']} | {'' if auto['layer'] is None else auto['layer']} | "
+            f"{auto['before']:.4f} | {own} | {best['loss']:.4f} | {best['lr']:.2g}{edge} | {ratio:.3f} |"
+        )
+    return "\n".join(
+        [*lines, "", f"auto is within {CLOSE:.0%} of the best in {close} of {done} cells; it diverged in {diverged}."]
+    )
+
+
+def main() -> None:
+    """Run the cells that are missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m"], help="as model.model")
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "copa", "cb"], help="as data.task")
+    parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=list(SCOPES))
+    parser.add_argument("--data_dir", required=True, help="as data.data_dir")
+    parser.add_argument("--layer", type=int, help="left out, the layer that takes the outlier out")
+    parser.add_argument("--lrs", type=float, nargs=5, help="instead of five around the measured rate")
+    parser.add_argument("--steps", type=int, default=100, help="of each training")
+    parser.add_argument("--output", default="step_size_grid", help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--json", help="also write all results to this file")
+    args = parser.parse_args()
+    store = CellStore(args.output, {"steps": args.steps, "layer": args.layer, "lrs": args.lrs})
+    cells = [(m, t, s) for t in args.tasks for m in args.models for s in args.scopes]
+    names = {cell: "-".join([Path(cell[0]).name, *cell[1:]]) for cell in cells}
+    for cell in cells:
+        with store.claim(names[cell]) as mine:
+            if mine and not args.report:
+                run_cell(store, names[cell], *cell, args)
+    print(report(store, list(names.values())))
+    if args.json:
+        keys = ["auto", *range(len(FACTORS))]
+        found = [store.result(f"{name}-{key}") for name in names.values() for key in keys]
+        Path(args.json).write_text(
+            json.dumps([row for row in found if row is not None], indent=2) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
