@@ -25,11 +25,13 @@ PROFILE_FILE = "outlier_profile.json"
 class OutlierProfiler(Callback):
     """Measures activation outliers of every decoder layer and lets a rule choose the layer to tune.
 
+    Says how clear the choice is, in standard errors over the sequences, and what was wrong with the prompts.
+
     Does nothing when model.layer is set or model.scope needs no layer. A resumed run takes layer and profile from its checkpoint.
 
     Args:
         rule: How the layer is chosen: FirstOutlierLayer, MaxRatioJump, FixedLayer, or your own SelectionRule.
-        num_sequences: Prompts to average over, at least 10.
+        num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one a line, instead of the task's prompts.
     """

@@ -219,11 +219,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The summary in a few lines, what should not be missed first."""
     frozen = summary["total_parameters"] - summary["tuned_parameters"]
     before = summary["score_before"]
-    start = "" if before is None else f"{before:.4f} -> "
-    change, error = "", summary["score_change_standard_error"]
-    if error is not None:
-        kind = "paired" if summary["score_change_paired"] else "unpaired"
-        change = f" ({summary['score_change']:+.4f}, {kind} standard error {error:.4f})"
+    change = "" if before is None else f"{before:.4f} -> "
     layer = summary["dominant_layer"]
     lines = [""]
     if summary["next"] is not None:
@@ -233,7 +229,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"Layer      {layer} of {summary['num_layers']}: {summary['layer_chosen_by']}")
     lines += [
         f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
-        f"Score      {summary['metric']} {start}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows{change}",
+        f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
     ]
     if summary["skipped_steps"]:
