@@ -3,8 +3,12 @@
 import ctypes
 import resource
 import sys
+from typing import TypeVar
 
 import torch
+import torch.distributed
+
+_Item = TypeVar("_Item")
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -13,6 +17,15 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def of_all_processes(items: list[_Item]) -> list[_Item]:
+    """The items of every process, in the order of the processes; a collective call where there are several."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return items
+    gathered: list[list[_Item]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
 
 
 def keep_freed_memory() -> bool:

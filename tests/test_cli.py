@@ -337,6 +337,45 @@ def test_profile_of_a_text_file(options, tmp_path):
     assert json.loads((run_dir() / "outlier_profile.json").read_text())["num_sequences"] == 12
 
 
+def profile_of_lines(options, capsys, lines):
+    """The printed lines after the table, and the file, of a profile of some text."""
+    Path("text.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert main(["profile", *options, "--profiler.text_file=text.txt"]) == 0
+    printed = capsys.readouterr().out
+    return printed.partition("Dominant layer ")[2], json.loads((run_dir() / "outlier_profile.json").read_text())
+
+
+def test_a_profile_of_fewer_sequences_than_asked_for_says_so(options, capsys):
+    printed, profile = profile_of_lines(options, capsys, [f"Sentence number {i} of a text." for i in range(11)] + ["x"])
+    assert "Asked for 16 sequences (profiler.num_sequences), there were 12: averaged over those." in printed
+    assert "1 of 12 sequences have one token only: they are left out." in printed
+    assert profile["num_sequences"] == 11
+    assert re.search(r"^(Clear for prompts like these|Not clear): layer \d's growth", printed, re.MULTILINE)
+    assert profile["margin"] > 0
+    assert len(profile["notes"]) == 2
+
+
+def test_equal_prompts_have_no_standard_error(options, capsys):
+    printed, profile = profile_of_lines(options, capsys, ["The very same text."] * 20)
+    assert "All 16 prompts are equal: standard errors would mean nothing and are left out" in printed
+    assert profile["margin"] is None
+    assert profile["layers"][0]["ratio_se"] is None
+
+
+def test_too_few_sequences_of_two_tokens_are_an_error(options, capsys):
+    Path("text.txt").write_text("x\n" * 12 + "two tokens and more\n", encoding="utf-8")
+    line = bad(capsys, "profile", *options, "--profiler.text_file=text.txt")
+    assert "only 1 sequences of two tokens or more to profile, at least 10 are needed" in line
+
+
+def test_every_layer_over_the_thresholds_is_told(options, capsys):
+    rule = ["--profiler.rule=FirstOutlierLayer", "--profiler.rule.max_abs=0", "--profiler.rule.ratio=0"]
+    assert main(["profile", *options, *rule]) == 0
+    assert (
+        "All 4 layers are over the thresholds: the rule's answer carries no information here" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_models_train(options, dtype):
     assert main(["fit", *options, f"--model.dtype={dtype}", "--model.eps=1e-2", "--model.num_queries=2"]) == 0
@@ -368,6 +407,7 @@ def test_two_ranks_hold_identical_weights_and_match_one_process(options):
     assert all(torch.equal(first[name], second[name]) for name in first)
     summary = json.loads((run_dir() / "summary.json").read_text())
     assert summary["num_rows"] == 24
+    assert summary["score_change_paired"]  # over the rows of both
     assert main(["fit", *options]) == 0
     single = tuned(run_dir(1) / "checkpoints" / "last.ckpt")
     for name, tensor in first.items():

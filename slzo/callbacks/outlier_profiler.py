@@ -1,6 +1,7 @@
 """Finds the dominant layer before training, by forward passes only."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,27 +9,29 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slzo.callbacks.profile_notes import MIN_SEQUENCES, bos_note, sequence_notes, too_alike
 from slzo.callbacks.profile_report import format_profile, profile_figure
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
 from slzo.tasks.base import Example
-from slzo.zo.profile import OutlierProfile, profile_layers
+from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, FirstOutlierLayer, SelectionRule
 
 PROFILE_FILE = "outlier_profile.json"
-_MIN_SEQUENCES = 10
 
 
 class OutlierProfiler(Callback):
     """Measures activation outliers of every decoder layer and lets a rule choose the layer to tune.
 
+    Says how clear the choice is, in standard errors over the sequences, and what was wrong with the prompts.
+
     Does nothing when model.layer is set or model.scope needs no layer. A resumed run takes layer and profile from its checkpoint.
 
     Args:
         rule: How the layer is chosen: FirstOutlierLayer, MaxRatioJump, FixedLayer, or your own SelectionRule.
-        num_sequences: Prompts to average over, at least 10.
+        num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one a line, instead of the task's prompts.
     """
@@ -40,9 +43,9 @@ class OutlierProfiler(Callback):
         batch_size: int = 16,
         text_file: str | None = None,
     ) -> None:
-        if num_sequences < _MIN_SEQUENCES:
+        if num_sequences < MIN_SEQUENCES:
             raise SlzoError(
-                f"profiler.num_sequences {num_sequences}: single sequences mislead, average over at least {_MIN_SEQUENCES}"
+                f"profiler.num_sequences {num_sequences}: single sequences mislead, average over at least {MIN_SEQUENCES}"
             )
         if batch_size < 1:
             raise SlzoError(f"profiler.batch_size {batch_size}: must be at least 1")
@@ -83,30 +86,45 @@ class OutlierProfiler(Callback):
             The profile; where the rule finds no layer, that is -1 and ``rule`` says why.
 
         Raises:
-            SlzoError: There are too few sequences.
+            SlzoError: There are too few sequences, or the output of a layer is not finite.
         """
         datamodule = module.datamodule
         module.load(datamodule)
         device = trainer.strategy.root_device
         module.model.to(device)
         batches = [batch.to(device) for batch in self._batches(datamodule)]
-        num_sequences = sum(batch.num_examples for batch in batches)
-        if num_sequences < _MIN_SEQUENCES:
+        given, sequences = sum(batch.num_examples for batch in batches), usable_sequences(batches)
+        if len(sequences) < MIN_SEQUENCES:
+            longer = " of two tokens or more" if len(sequences) < given else ""
             raise SlzoError(
-                f"profiler: only {num_sequences} sequences to profile, at least {_MIN_SEQUENCES} are needed; use more rows"
+                f"profiler: only {len(sequences)} sequences{longer} to profile, at least {MIN_SEQUENCES} are needed; use more "
+                "rows, or give text with --profiler.text_file"
             )
         layers, passes = profile_layers(module.parts, batches)
         tokenizer = datamodule.encoder.tokenizer
         layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
-        try:
-            choice = self.rule.select(layers)
-        except SlzoError as error:  # the figures help to choose thresholds
-            choice = Choice(-1, str(error))
-        profile = OutlierProfile(choice.layer, choice.reason, num_sequences, passes, tuple(layers), choice.title)
+        if too_alike(sequences):
+            layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
+        choice = self._choose(layers)
+        notes = sequence_notes(self.num_sequences, given, sequences)
+        of_bos = None if choice.layer < 0 else bos_note(layers[choice.layer], tokenizer.bos_token_id)
+        notes += [note for note in (choice.note, of_bos) if note]
+        profile = OutlierProfile(
+            choice.layer, choice.reason, len(sequences), passes, tuple(layers), choice.title, notes=tuple(notes)
+        )
+        if choice.margin is not None and math.isfinite(choice.margin.errors):
+            profile = replace(profile, margin=choice.margin.errors, margin_reason=choice.margin.words)
         # every process must tune the same layer, whatever rounding did on its device
         self.profile = OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
         say(format_profile(self.profile))
         return self.profile
+
+    def _choose(self, layers: list[LayerStatistics]) -> Choice:
+        """The rule's choice; layer -1 and why where it finds none, since the figures help to choose thresholds."""
+        try:
+            return self.rule.select(layers)
+        except SlzoError as error:
+            return Choice(-1, str(error))
 
     def _batches(self, datamodule: TaskDataModule) -> list[Any]:
         if self.text_file is None:

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.console import say
 from slzo.errors import SlzoError
+from slzo.runtime import of_all_processes
 
 
 class PredictionWriter(Callback):
@@ -35,11 +35,7 @@ class PredictionWriter(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather and write."""
-        records, self._records = self._records, []
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, records)
-            records = [record for part in gathered for record in part]
+        records, self._records = of_all_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else Path(self.output)
         if not trainer.is_global_zero:

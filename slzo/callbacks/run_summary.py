@@ -3,23 +3,46 @@
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slzo.callbacks.last_checkpoint import LastCheckpoint
+from slzo.callbacks.next_command import RunFacts, next_command
+from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.checkpoint import read_checkpoint
 from slzo.console import say
-from slzo.evaluation.evaluator import score_rows
+from slzo.data.batch import EvalBatch
+from slzo.evaluation.evaluator import Outcome, score_rows
+from slzo.evaluation.metrics import row_score
 from slzo.module import ZOModule
-from slzo.runtime import peak_memory_gb
+from slzo.runtime import of_all_processes, peak_memory_gb
 
 SUMMARY_FILE = "summary.json"
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Held-out rows scored once.
+
+    Attributes:
+        metrics: Each metric of the task, by name.
+        rows: What each row scores in the task's own metric, by its id; empty where that is no mean over rows.
+    """
+
+    metrics: dict[str, float]
+    rows: dict[str, float]
+
+
 class RunSummary(Callback):
     """Ends a run with what was tuned, what it brought, how long it took and where the files are.
+
+    Where the held-out score fell, or moved by no more than its standard error, or the dev loss rose, that comes first, with the
+    command to try next.
 
     Args:
         test_before: Score the held-out rows before training too.
@@ -29,7 +52,7 @@ class RunSummary(Callback):
         self.test_before = test_before
         self._started = time.monotonic()
         self._train_started = self._started
-        self._before: dict[str, float] | None = None
+        self._before: Scores | None = None
         self._validations: list[dict[str, float | None]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +91,12 @@ class RunSummary(Callback):
         after = _score_checkpoint(pl_module, best)
         datamodule = pl_module.datamodule
         metric = datamodule.task.metric
-        before = self._before or {}
+        before = self._before.metrics if self._before is not None else {}
+        num_rows = len(datamodule.splits.test) if datamodule.splits else 0
+        change = _change(metric, self._before, after, num_rows)
+        losses = dev_loss(self._validations)
+        run_dir = trainer.log_dir  # a collective call: every process must make it
+        doubtful = is_doubtful(change, losses)
         summary = {
             "model": pl_module.model_name,
             "task": datamodule.task.name,
@@ -82,10 +110,15 @@ class RunSummary(Callback):
             "eps": pl_module.step_options.eps,
             "metric": metric,
             "score_before": before.get(metric),
-            "score_after": after[metric],
+            "score_after": after.metrics[metric],
+            "score_change": None if change is None else change.change,
+            "score_change_standard_error": None if change is None else change.standard_error,
+            "score_change_paired": None if change is None else change.paired,
+            "verdict": verdict(change, losses),
+            "next": next_command(change, losses, _facts(trainer, pl_module, run_dir, best)) if doubtful else None,
             "scores_before": before,
-            "scores_after": after,
-            "num_rows": len(datamodule.splits.test) if datamodule.splits else 0,
+            "scores_after": after.metrics,
+            "num_rows": num_rows,
             "steps": trainer.global_step,
             "evaluations": pl_module.num_evaluations,
             "skipped_steps": pl_module.num_nonfinite,
@@ -97,22 +130,50 @@ class RunSummary(Callback):
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
-            "run_dir": trainer.log_dir,  # a collective call: every process must make it
+            "run_dir": run_dir,
         }
         if trainer.is_global_zero:
             _write(trainer, summary)
             say(format_summary(summary))
 
     def state_dict(self) -> dict[str, Any]:
-        """The score before training."""
-        return {"before": self._before}
+        """The score before training, and that of each row."""
+        before = self._before
+        return {"before": before and before.metrics, "rows_before": before and before.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the score before training from a checkpoint."""
-        self._before = state_dict["before"]
+        """Take the score before training from a checkpoint; those of former versions have none of each row."""
+        metrics = state_dict["before"]
+        self._before = None if metrics is None else Scores(metrics, state_dict.get("rows_before") or {})
 
 
-def _score_checkpoint(module: ZOModule, best: str) -> dict[str, float]:
+def _change(metric: str, before: Scores | None, after: Scores, num_rows: int) -> ScoreChange | None:
+    """What became of the task's metric; ``None`` if it is not known before, or not a number."""
+    if before is None or not math.isfinite(before.metrics.get(metric, math.nan) + after.metrics[metric]):
+        return None
+    return score_change(metric, (before.metrics[metric], after.metrics[metric]), (before.rows, after.rows), num_rows)
+
+
+def _facts(trainer: Trainer, module: ZOModule, run_dir: str | None, best: str) -> RunFacts:
+    """What the advice depends on."""
+    folder = None if run_dir is None else Path(run_dir)
+    config = None if folder is None else folder / "config.yaml"
+    keeps_last = any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    limit = "max_steps" if trainer.max_steps > 0 else "max_epochs"
+    data = module.datamodule
+    num_rows = len(data.splits.test) if data.splits else 0
+    return RunFacts(
+        config=str(config) if config is not None and config.is_file() else None,
+        last=str(folder / "checkpoints" / "last.ckpt") if folder is not None and keeps_last else None,
+        best=best or None,
+        limit=limit,
+        limit_value=int(getattr(trainer, limit) or 0),
+        layer=module.layer if module.scope.needs_layer else None,
+        more_rows=4 * num_rows if num_rows == data.num_test else None,  # half of the standard error
+    )
+
+
+def _score_checkpoint(module: ZOModule, best: str) -> Scores:
     """Score the best checkpoint, or the last weights if there is none, and leave the module with its last weights."""
     if not best or not Path(best).is_file():
         return _score(module, "after training, last weights")
@@ -124,13 +185,23 @@ def _score_checkpoint(module: ZOModule, best: str) -> dict[str, float]:
         module.load_state_dict(last)
 
 
-def _score(module: ZOModule, when: str) -> dict[str, float]:
+def _score(module: ZOModule, when: str) -> Scores:
     """The task's metrics on the held-out rows."""
     datamodule = module.datamodule
     assert datamodule.splits is not None
     say(f"Scoring {len(datamodule.splits.test)} held-out rows {when} ...")
-    found = score_rows(module.evaluator, datamodule.test_dataloader(), datamodule.make_metrics())
-    return {name: value for name, value in found.items() if name != "loss"}
+    rows: list[tuple[str, float]] = []
+
+    def keep(batch: EvalBatch, outcome: Outcome) -> None:
+        predictions: Sequence[int | str] = outcome.predictions
+        for example, prediction in zip(batch.examples, predictions, strict=True):
+            score = row_score(datamodule.task.metric, example, prediction)
+            if score is not None:
+                rows.append((example.id, score))
+
+    found = score_rows(module.evaluator, datamodule.test_dataloader(), datamodule.make_metrics(), seen=keep)
+    metrics = {name: value for name, value in found.items() if name != "loss"}
+    return Scores(metrics, dict(of_all_processes(rows)))
 
 
 def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
@@ -145,12 +216,15 @@ def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary in a few lines."""
+    """The summary in a few lines, what should not be missed first."""
     frozen = summary["total_parameters"] - summary["tuned_parameters"]
     before = summary["score_before"]
     change = "" if before is None else f"{before:.4f} -> "
     layer = summary["dominant_layer"]
-    lines = ["", f"Scope      {summary['scope']}, {summary['estimator']}, {summary['optimizer']}"]
+    lines = [""]
+    if summary["next"] is not None:
+        lines += [summary["verdict"] or "", f"Next       {summary['next']}", ""]
+    lines.append(f"Scope      {summary['scope']}, {summary['estimator']}, {summary['optimizer']}")
     if layer is not None:
         lines.append(f"Layer      {layer} of {summary['num_layers']}: {summary['layer_chosen_by']}")
     lines += [

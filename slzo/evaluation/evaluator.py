@@ -123,12 +123,27 @@ class RunningScore:
 
 
 def score_rows(
-    evaluator: Evaluator, batches: Iterable[EvalBatch], metrics: TaskMetrics, keep_prefix: bool = False
+    evaluator: Evaluator,
+    batches: Iterable[EvalBatch],
+    metrics: TaskMetrics,
+    keep_prefix: bool = False,
+    seen: Callable[[EvalBatch, Outcome], None] | None = None,
 ) -> dict[str, float]:
-    """Metrics and loss of the live weights over the rows of this process; ``metrics`` are fresh counters."""
+    """Metrics and loss of the live weights over the rows of this process.
+
+    Args:
+        evaluator: Scores a batch.
+        batches: The rows.
+        metrics: Fresh counters.
+        keep_prefix: As in :class:`Evaluator`.
+        seen: Called with each batch and what was found for its rows.
+    """
     device = evaluator.parts.model.device
     score = RunningScore(metrics, device)
     for batch in batches:
         moved = batch.to(device)
-        score.update(moved, evaluator(moved, keep_prefix))
+        outcome = evaluator(moved, keep_prefix)
+        score.update(moved, outcome)
+        if seen is not None:
+            seen(moved, outcome)
     return {name: float(value) for name, value in score.compute().items()}

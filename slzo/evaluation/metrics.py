@@ -50,6 +50,19 @@ def _pair_f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(found) + len(wanted))
 
 
+def row_score(metric: str, example: Example, prediction: int | str) -> float | None:
+    """What one row scores, 0 to 1, in a metric that is the mean over rows.
+
+    ``None`` for a row without a label, and for metrics that are no such mean (MultiRC's answer_f1 and question_em).
+    """
+    if not (example.gold or example.references):
+        return None
+    if metric == "accuracy":
+        return float(prediction in example.gold)
+    per_answer = {"f1": token_f1, "exact_match": exact_match}.get(metric)
+    return None if per_answer is None else per_answer(str(prediction), example.references)
+
+
 class TaskMetrics(Metric):
     """All metrics of a task; states add up over processes.
 

@@ -1,7 +1,9 @@
 """Activation statistics of every decoder layer from a few forward passes."""
 
+import math
+import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.packing import PackedBatch
+from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
 
 
@@ -17,7 +20,8 @@ class LayerStatistics:
     """What a layer outputs into the residual stream.
 
     Every figure is taken per sequence, without padding, and averaged over the sequences; ``token`` and ``channel`` are where
-    the largest magnitude lies in most sequences.
+    the largest magnitude lies in most sequences. A standard error is that of the average: the sample standard deviation over
+    the sequences by the root of their number. Profiles of former versions lack the fields with a default.
 
     Attributes:
         index: Layer, counted from 0.
@@ -29,6 +33,12 @@ class LayerStatistics:
         position: Position of the token that has it.
         token_id: That token.
         token: Its text, filled in by whoever has the tokenizer.
+        max_abs_se: Standard error of ``max_abs``; ``None`` where it is not known.
+        ratio_se: Standard error of ``ratio``; ``None`` where it is not known.
+        same_channel: Share of the sequences, 0 to 1, whose largest magnitude is in ``channel``.
+        same_position: Share of the sequences, 0 to 1, whose largest magnitude is at ``position``.
+        rest_max_abs: As ``max_abs``, without each sequence's first token, which may hold outliers of its own.
+        rest_ratio: As ``ratio``, without each sequence's first token.
     """
 
     index: int
@@ -40,6 +50,12 @@ class LayerStatistics:
     position: int
     token_id: int
     token: str = ""
+    max_abs_se: float | None = None
+    ratio_se: float | None = None
+    same_channel: float | None = None
+    same_position: float | None = None
+    rest_max_abs: float | None = None
+    rest_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,9 @@ class OutlierProfile:
         num_forward_passes: Forward passes spent, in whole batches.
         layers: One entry per layer.
         title: What to call the chosen layer.
+        margin: How far the nearest deciding figure is from deciding otherwise, in its standard errors; ``None``: not known.
+        margin_reason: Which figure that is, in words.
+        notes: What is to be known of the figures and the choice, a line each.
     """
 
     dominant_layer: int
@@ -61,6 +80,9 @@ class OutlierProfile:
     num_forward_passes: int
     layers: tuple[LayerStatistics, ...]
     title: str = "chosen layer"
+    margin: float | None = None
+    margin_reason: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for JSON and checkpoints."""
@@ -68,8 +90,9 @@ class OutlierProfile:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":
-        """Inverse of :meth:`to_dict`."""
-        return cls(**{**data, "layers": tuple(LayerStatistics(**layer) for layer in data["layers"])})
+        """Inverse of :meth:`to_dict`; takes profiles of former versions too."""
+        layers = tuple(LayerStatistics(**layer) for layer in data["layers"])
+        return cls(**{**data, "layers": layers, "notes": tuple(data.get("notes", ()))})
 
 
 @dataclass(frozen=True)
@@ -80,10 +103,20 @@ class _Sequence:
     channel: int
     position: int
     token_id: int
+    rest_max_abs: float
+    rest_median_abs: float
+
+    @property
+    def ratio(self) -> float:
+        return self.max_abs / max(self.median_abs, 1e-30)
+
+    @property
+    def rest_ratio(self) -> float:
+        return self.rest_max_abs / max(self.rest_median_abs, 1e-30)
 
 
 def _sequence_statistics(hidden: Tensor, ids: Tensor) -> _Sequence:
-    """Statistics of one sequence; hidden (L, hidden), ids (L,)."""
+    """Statistics of one sequence of at least two tokens; hidden (L, hidden), ids (L,)."""
     hidden = hidden.float()
     magnitude = hidden.abs()
     place = int(magnitude.argmax())
@@ -97,6 +130,8 @@ def _sequence_statistics(hidden: Tensor, ids: Tensor) -> _Sequence:
         channel=channel,
         position=position,
         token_id=int(ids[position]),
+        rest_max_abs=float(magnitude[1:].max()),
+        rest_median_abs=float(magnitude[1:].median()),
     )
 
 
@@ -105,21 +140,38 @@ def _average(index: int, sequences: list[_Sequence]) -> LayerStatistics:
     channel = Counter(sequence.channel for sequence in sequences).most_common(1)[0][0]
     inside = [sequence for sequence in sequences if sequence.channel == channel]
     (position, token_id), _ = Counter((sequence.position, sequence.token_id) for sequence in inside).most_common(1)[0]
+
+    def mean(figure: Callable[[_Sequence], float]) -> float:
+        return sum(map(figure, sequences)) / count
+
     return LayerStatistics(
         index=index,
-        max_abs=sum(sequence.max_abs for sequence in sequences) / count,
-        median_abs=sum(sequence.median_abs for sequence in sequences) / count,
-        ratio=sum(sequence.max_abs / max(sequence.median_abs, 1e-30) for sequence in sequences) / count,
-        kurtosis=sum(sequence.kurtosis for sequence in sequences) / count,
+        max_abs=mean(lambda sequence: sequence.max_abs),
+        median_abs=mean(lambda sequence: sequence.median_abs),
+        ratio=mean(lambda sequence: sequence.ratio),
+        kurtosis=mean(lambda sequence: sequence.kurtosis),
         channel=channel,
         position=position,
         token_id=token_id,
+        max_abs_se=_standard_error([sequence.max_abs for sequence in sequences]),
+        ratio_se=_standard_error([sequence.ratio for sequence in sequences]),
+        same_channel=len(inside) / count,
+        same_position=mean(lambda sequence: sequence.position == position),
+        rest_max_abs=mean(lambda sequence: sequence.rest_max_abs),
+        rest_ratio=mean(lambda sequence: sequence.rest_ratio),
     )
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 @torch.no_grad()
 def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[list[LayerStatistics], int]:
-    """Statistics of each layer's output, read by forward hooks.
+    """Statistics of each layer's output, read by forward hooks; sequences of one token are left out.
+
+    In a single token largest and median magnitude are those of its own vector, and often it is the first token, whose vector
+    has outliers in any prompt.
 
     Args:
         parts: The model.
@@ -128,6 +180,9 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
     Returns:
         Statistics by layer, and the number of forward passes (batches) spent.
 
+    Raises:
+        SlzoError: The output of a layer is not finite.
+
     Note:
         The last entry of Hugging Face's ``hidden_states`` is taken after the final norm, hence the hooks.
     """
@@ -135,7 +190,7 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
     passes = 0
     for batch in batches:
         handles = [
-            layer.register_forward_hook(_recorder(found[index], parts, batch))
+            layer.register_forward_hook(_recorder(index, found[index], parts, batch))
             for index, layer in enumerate(parts.layers)
         ]
         try:
@@ -147,12 +202,27 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
     return [_average(index, sequences) for index, sequences in enumerate(found)], passes
 
 
-def _recorder(found: list[_Sequence], parts: ModelParts, batch: PackedBatch) -> Any:
+def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
+    """Tokens of the sequences that :func:`profile_layers` averages over, those of two tokens or more."""
+    split = (ids for batch in batches for ids in batch.input_ids.split(batch.example_tokens))
+    return [tuple(ids.tolist()) for ids in split if len(ids) > 1]
+
+
+def _recorder(index: int, found: list[_Sequence], parts: ModelParts, batch: PackedBatch) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden = parts.to_packed(output[0] if isinstance(output, tuple) else output, batch)
+        if not hidden.isfinite().all():
+            kind = str(hidden.dtype).removeprefix("torch.")
+            advice = "use model.dtype bfloat16 or float32, whose range is larger"
+            if kind != "float16":
+                advice = "its weights are broken or the model is not computed rightly; try model.dtype float32 and another copy"
+            raise SlzoError(
+                f"model.dtype {kind}: what layer {index} puts out is not finite, so no layer can be chosen; {advice}"
+            )
         for states, ids in zip(
             hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True
         ):
-            found.append(_sequence_statistics(states, ids))
+            if len(ids) > 1:
+                found.append(_sequence_statistics(states, ids))
 
     return hook

@@ -6,6 +6,18 @@ from typing import NamedTuple
 from slzo.zo.profile import LayerStatistics
 
 
+class Margin(NamedTuple):
+    """How far one figure is from deciding otherwise.
+
+    Attributes:
+        errors: Distance in standard errors of the figure, at least 0.
+        words: Which layer and figure, how far from what: a clause.
+    """
+
+    errors: float
+    words: str
+
+
 class Choice(NamedTuple):
     """The dominant layer.
 
@@ -13,11 +25,16 @@ class Choice(NamedTuple):
         layer: Counted from 0.
         reason: Why, in a few words, for the table, the summary and the JSON file.
         title: What to call it.
+        margin: How clear the choice is: the smallest distance by which it would be another one, over the chosen layer and those
+            that nearly won. ``None``: nothing is said of it, for want of standard errors or because nothing measured decides.
+        note: What else is to be known of the choice, a line; empty: nothing.
     """
 
     layer: int
     reason: str
     title: str = "chosen layer"
+    margin: Margin | None = None
+    note: str = ""
 
 
 class SelectionRule(ABC):

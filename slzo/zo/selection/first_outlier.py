@@ -4,7 +4,8 @@ from typing import Literal
 
 from slzo.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, SelectionRule
+from slzo.zo.selection.base import Choice, Margin, SelectionRule
+from slzo.zo.selection.margin import in_words, largest, smallest, threshold_margin
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 
 
@@ -25,21 +26,52 @@ class FirstOutlierLayer(SelectionRule):
         self.fallback = fallback
 
     def select(self, layers: list[LayerStatistics]) -> Choice:
-        """See :class:`SelectionRule`.
+        """See :class:`SelectionRule`; the margin is over the chosen layer and those before it.
 
         Raises:
             SlzoError: No layer qualifies and ``fallback`` is ``error``.
         """
         rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
-        for layer in layers:
-            if layer.max_abs > self.max_abs and layer.ratio > self.ratio:
-                return Choice(layer.index, rule, "first outlier layer")
+        over = [layer for layer in layers if self._qualifies(layer)]
+        if over:
+            first = over[0]
+            margin = smallest(self._margin(layer) for layer in layers if layer.index <= first.index)
+            return Choice(first.index, rule, "first outlier layer", margin, self._note(over, layers))
         if self.fallback == "max_ratio_jump":
             choice = MaxRatioJump().select(layers)
-            return Choice(choice.layer, f"{rule}; none, so {choice.reason}")
+            margin = smallest([*(self._margin(layer) for layer in layers), choice.margin])
+            return Choice(choice.layer, f"{rule}; none, so {choice.reason}", choice.title, margin)
         best = max(layers, key=lambda layer: layer.ratio)
         raise SlzoError(
             f"profiler.rule: no layer has max > {self.max_abs:g} and max/median > {self.ratio:g}; the closest is layer "
-            f"{best.index} with max {best.max_abs:.4g} and ratio {best.ratio:.4g}; lower the thresholds, set "
-            "profiler.rule.fallback to max_ratio_jump, or choose a layer with model.layer"
+            f"{best.index} with max {best.max_abs:.4g} and ratio {_with_error(best.ratio, best.ratio_se)}; lower the thresholds "
+            "(profiler.rule.max_abs, profiler.rule.ratio), set profiler.rule.fallback to max_ratio_jump, or choose a layer with "
+            "model.layer"
         )
+
+    def _qualifies(self, layer: LayerStatistics) -> bool:
+        return layer.max_abs > self.max_abs and layer.ratio > self.ratio
+
+    def _margin(self, layer: LayerStatistics) -> Margin | None:
+        """How far the layer is from changing sides: one figure must fall, or all that are too low must rise."""
+        figures = [("max_abs", self.max_abs), ("ratio", self.ratio)]
+        if self._qualifies(layer):
+            return smallest(threshold_margin(layer, *figure) for figure in figures)
+        low = [figure for figure in figures if getattr(layer, figure[0]) <= figure[1]]
+        return largest(threshold_margin(layer, *figure) for figure in low)
+
+    def _note(self, over: list[LayerStatistics], layers: list[LayerStatistics]) -> str:
+        """What to say where the thresholds tell hardly any layer from another; outliers may fade in the last layers."""
+        if over[0].index > 0 or len(over) <= len(layers) / 2:
+            return ""
+        count, worth = f"{len(over)} of {len(layers)} layers are over the thresholds, from the first on", "little"
+        if len(over) == len(layers):
+            count, worth = f"All {len(layers)} layers are over the thresholds", "no"
+        return (
+            f"{count}: the rule's answer carries {worth} information here; try another rule (--profiler.rule), let slzo sweep "
+            "train the layers, or set --model.layer."
+        )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4g}" + ("" if error is None else f" +- {in_words(error)}")

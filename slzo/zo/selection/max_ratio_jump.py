@@ -1,7 +1,10 @@
 """The layer where outliers grow most."""
 
+import math
+
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, SelectionRule
+from slzo.zo.selection.base import Choice, Margin, SelectionRule
+from slzo.zo.selection.margin import smallest
 
 
 class MaxRatioJump(SelectionRule):
@@ -11,9 +14,37 @@ class MaxRatioJump(SelectionRule):
     """
 
     def select(self, layers: list[LayerStatistics]) -> Choice:
-        """See :class:`SelectionRule`; the first layer is compared with a ratio of 1."""
+        """See :class:`SelectionRule`; the first layer is compared with a ratio of 1.
+
+        The margin is the distance between the logarithms of the largest growth and of another one, whose standard errors are
+        taken as independent: the layers share their sequences, so this is a rough one.
+        """
         before = [1.0] + [layer.ratio for layer in layers[:-1]]
         jumps = [layer.ratio / max(ratio, 1.0) for layer, ratio in zip(layers, before, strict=True)]
-        return Choice(
-            max(range(len(layers)), key=jumps.__getitem__), "largest growth of max/median over the layer before"
-        )
+        best = max(range(len(layers)), key=jumps.__getitem__)
+        margin = smallest(_margin(layers, jumps, best, other) for other in range(len(layers)) if other != best)
+        return Choice(best, "largest growth of max/median over the layer before", margin=margin)
+
+
+def _margin(layers: list[LayerStatistics], jumps: list[float], best: int, other: int) -> Margin | None:
+    variances = [_log_variance(layers, layer) for layer in (best, other)]
+    known = [variance for variance in variances if variance is not None]
+    if len(known) < len(variances) or jumps[other] <= 0:
+        return None
+    spread, ahead = math.sqrt(sum(known)), math.log(jumps[best] / jumps[other])
+    errors = ahead / spread if spread > 0 else math.inf
+    return Margin(
+        errors,
+        f"layer {best}'s growth of {jumps[best]:.3g} times is {errors:.1f} standard errors above layer {other}'s of "
+        f"{jumps[other]:.3g}",
+    )
+
+
+def _log_variance(layers: list[LayerStatistics], layer: int) -> float | None:
+    """Of the logarithm of a layer's growth, to first order."""
+    total = 0.0
+    for one in layers[max(layer - 1, 0) : layer + 1]:
+        if one.ratio_se is None or one.ratio <= 0:
+            return None
+        total += (one.ratio_se / one.ratio) ** 2
+    return total
