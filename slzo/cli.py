@@ -54,7 +54,7 @@ class SlzoParser(LightningArgumentParser):
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """The config as YAML, as a user would write it."""
-        return with_words(super().dump(*args, **kwargs))
+        return with_words(str(super().dump(*args, **kwargs)))
 
 
 class SlzoCLI(LightningCLI):

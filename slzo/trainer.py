@@ -207,6 +207,7 @@ class ZOTrainer(Trainer):
         seeds: list[int] | None = None,
         directions: int = 20,
         num_rows: int = 64,
+        seconds: float | None = None,
         sensitivity_only: bool = False,
         output: str | None = None,
     ) -> None:
@@ -223,12 +224,14 @@ class ZOTrainer(Trainer):
             seeds: One training a layer for each; left out, that of seed_everything.
             directions: Random directions for the sensitivity, at least 20.
             num_rows: Training rows that the sensitivity is measured on.
+            seconds: Train each layer for this time instead (but no more than steps), and score the dev rows at steps 10, 20,
+                40 and so on: sweep_curves.png shows the loss over steps and over seconds.
             sensitivity_only: Train nothing.
             output: Folder of the results; left out, sweeps/MODEL-TASK.
         """
         bench = self._bench(model, datamodule, "sweep")
         steps = 0 if sensitivity_only else steps
-        plan = plan_sweep(model.parts.num_layers, layers, steps, bench.seeds(seeds), directions, num_rows)
+        plan = plan_sweep(model.parts.num_layers, layers, steps, bench.seeds(seeds), directions, num_rows, seconds)
         sweep(bench, plan, lambda: self._profiler().measure(self, model), output)
 
     def lr_search(

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "slzo"
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["cli_errors", "trainer"],
+    ["cli_auto", "cli_errors", "trainer"],
     ["callbacks", "experiments"],
     ["module"],
     ["datamodule"],

@@ -1,4 +1,4 @@
-"""Tunes every decoder layer for the same steps and seeds: does the first outlier layer win?"""
+"""Tunes every decoder layer for the same steps, or the same time, and seeds: does the first outlier layer win?"""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,14 @@ from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
-from slzo.experiments.sweep_report import format_rows, layer_results, verdict, write_sweep
+from slzo.experiments.sweep_report import (
+    format_rows,
+    layer_curves,
+    layer_results,
+    same_steps_verdict,
+    verdict,
+    write_sweep,
+)
 from slzo.experiments.trial import Sensitivity, Trial, Workbench
 from slzo.zo.profile import OutlierProfile
 
@@ -29,16 +36,20 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
         "directions": plan.directions,
         "num_rows": plan.num_rows,
         "steps": plan.steps or None,
+        "seconds": plan.seconds,
         "seed_of_sensitivity": plan.seeds[0],
     }
     # the sensitivity does not depend on the steps: a first look may be followed by trainings
-    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps",))
+    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
     profile = measure()
     names = run_cells(bench, store, plan)
     wait_for_others(store, names)
     rows = layer_results(store, plan, profile)
     sentence = verdict(rows, datamodule.task.metric, profile.title)
-    write_sweep(store.folder, rows, plan, settings, sentence)
+    curves = layer_curves(store, plan)
+    if plan.seconds is not None and curves:
+        sentence = f"In the same {plan.seconds:g} s: {sentence} {same_steps_verdict(curves, profile.dominant_layer)}"
+    write_sweep(store.folder, rows, plan, settings, sentence, curves)
     say(format_rows(rows))
     say(f"\n{sentence}\nFiles      {store.folder}")
 
@@ -53,10 +64,11 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
     # what a cell costs: rows that are evaluated, times the layers that they go through
     work = {sensitivity_cell(n): 2.0 * plan.directions * plan.num_rows * (num_layers - n) for n in range(num_layers)}
     rows = 2 * plan.steps * bench.module.step_options.num_queries * data.batch_size + len(data.rows("dev"))
-    work |= {training_cell(layer, seed): float(rows * (num_layers - layer)) for layer, seed in plan.trainings}
+    cost = {layer: float(rows * (num_layers - layer if plan.seconds is None else num_layers)) for layer in plan.layers}
+    work |= {training_cell(layer, seed): cost[layer] for layer, seed in plan.trainings}
     clock = _Clock({name: cost for name, cost in work.items() if store.result(name) is None})
 
-    def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: int) -> None:
+    def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: Any) -> None:
         if store.result(name) is not None:
             clock.forget(name)  # another process has done it
             return
@@ -72,7 +84,7 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
         run(sensitivity_cell(layer), layer, bench.sensitivity, **measured)
     bench.forget_prefix()  # the rows of the sensitivity are few; training begins at its own first layer
     for layer, seed in plan.trainings:
-        run(training_cell(layer, seed), layer, bench.trial, steps=plan.steps, seed=seed)
+        run(training_cell(layer, seed), layer, bench.trial, steps=plan.steps, seed=seed, seconds=plan.seconds)
     return list(work)
 
 

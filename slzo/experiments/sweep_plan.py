@@ -1,5 +1,6 @@
 """What a sweep does: which cells it works on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,10 +17,11 @@ class SweepPlan:
 
     Attributes:
         layers: Layers to train, rising; the sensitivity is measured in all layers of the model.
-        steps: Steps of each training; 0 measures the sensitivity only.
+        steps: Steps of each training, at most; 0 measures the sensitivity only.
         seeds: One training a layer for each.
         directions: Random directions for the sensitivity.
         num_rows: Training rows that the sensitivity is measured on.
+        seconds: Training time of each, scoring left out; ``None`` for no limit.
     """
 
     layers: tuple[int, ...]
@@ -27,6 +29,7 @@ class SweepPlan:
     seeds: tuple[int, ...]
     directions: int
     num_rows: int
+    seconds: float | None = None
 
     @property
     def trainings(self) -> list[tuple[int, int]]:
@@ -35,7 +38,13 @@ class SweepPlan:
 
 
 def plan_sweep(
-    num_layers: int, layers: Sequence[int] | None, steps: int, seeds: Sequence[int], directions: int, num_rows: int
+    num_layers: int,
+    layers: Sequence[int] | None,
+    steps: int,
+    seeds: Sequence[int],
+    directions: int,
+    num_rows: int,
+    seconds: float | None = None,
 ) -> SweepPlan:
     """Check the options of a sweep.
 
@@ -49,6 +58,8 @@ def plan_sweep(
     for name, value, least in (("steps", steps, 0), ("num_rows", num_rows, 1)):
         if value < least:
             raise SlzoError(f"{name} {value}: must be at least {least}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise SlzoError(f"seconds {seconds}: give a number above 0, or leave it out to train each layer for steps")
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")
     if layers is not None and not layers:
@@ -56,7 +67,7 @@ def plan_sweep(
     chosen = range(num_layers) if layers is None else sorted(set(layers))
     for layer in chosen:
         check_layer(layer, num_layers, "layers", left_out="all be trained")
-    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows)
+    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows, seconds)
 
 
 def sensitivity_cell(layer: int) -> str:

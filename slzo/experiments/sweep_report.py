@@ -4,17 +4,18 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
-from slzo.experiments.trial import Sensitivity, Trial
+from slzo.experiments.trial import Score, Sensitivity, Trial
 from slzo.zo.profile import OutlierProfile
 
 
@@ -163,7 +164,12 @@ def format_rows(rows: Sequence[LayerResult]) -> str:
 
 
 def write_sweep(
-    folder: Path, rows: Sequence[LayerResult], plan: SweepPlan, settings: dict[str, Any], sentence: str
+    folder: Path,
+    rows: Sequence[LayerResult],
+    plan: SweepPlan,
+    settings: dict[str, Any],
+    sentence: str,
+    curves: Mapping[int, Sequence[Score]],
 ) -> None:
     """Write sweep.csv, sweep.json and sweep.png."""
     names = [field.name for field in fields(LayerResult)]
@@ -177,9 +183,71 @@ def write_sweep(
         "settings": settings,
         "torch": torch.__version__,
         "layers": [asdict(row) for row in rows],
+        "curves": {layer: [asdict(score) for score in scores] for layer, scores in curves.items()},
     }
     (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sweep_figure(rows).savefig(folder / "sweep.png", dpi=120)
+    if plan.seconds is not None:
+        curves_figure(curves).savefig(folder / "sweep_curves.png", dpi=120)
+
+
+def layer_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Score]]:
+    """Dev scores on the way of each layer that was trained without diverging; means over seeds at the steps that all reached."""
+    curves = {}
+    for layer in plan.layers if plan.steps else ():
+        names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
+        good = [trial.scores for trial in (Trial.from_dict(store.result(name)) for name in names) if not trial.diverged]
+        if good:
+            shortest = min(map(len, good))
+            shared = zip(*(scores[:shortest] for scores in good), strict=True)
+            curves[layer] = [_mean_score(scores) for scores in shared]
+    return curves
+
+
+def _mean_score(scores: Sequence[Score]) -> Score:
+    step, evaluations, seconds, loss, metric = (
+        statistics.fmean(values) for values in zip(*map(astuple, scores), strict=True)
+    )
+    return Score(round(step), round(evaluations), seconds, loss, metric)
+
+
+def loss_at_step(curve: Sequence[Score], step: int) -> float | None:
+    """The dev loss of a curve at a step where it was scored."""
+    return next((score.loss for score in curve if score.step == step), None)
+
+
+def same_steps_verdict(curves: Mapping[int, Sequence[Score]], chosen: int | None) -> str:
+    """One sentence: which layer is ahead after the most steps that every layer has taken?"""
+    common = set.intersection(*({score.step for score in curve} for curve in curves.values())) if curves else set()
+    if not common or max(common) == 0:
+        return "No layer was scored on the way."
+    step = int(max(common))
+    losses = {layer: loss_at_step(curve, step) or math.inf for layer, curve in curves.items()}
+    best = min(losses, key=losses.__getitem__)
+    own = "" if chosen not in losses or chosen == best else f"; the chosen layer {chosen} is at {losses[chosen]:.4f}"
+    return f"After the same {step} steps layer {best} is ahead, at a dev loss of {losses[best]:.4f}{own}."
+
+
+def curves_figure(curves: Mapping[int, Sequence[Score]]) -> Figure:
+    """Dev loss of each trained layer over steps and over seconds."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    shades = colormaps["viridis"]
+    for number, (layer, curve) in enumerate(sorted(curves.items())):
+        color = shades(number / max(1, len(curves) - 1))
+        losses = [score.loss for score in curve]
+        axes[0].plot(
+            [max(1, score.step) for score in curve], losses, "o-", color=color, label=f"layer {layer}", markersize=3
+        )
+        axes[1].plot([score.seconds for score in curve], losses, "o-", color=color, markersize=3)
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("steps")
+    axes[1].set_xlabel("training seconds")
+    axes[0].set_ylabel("dev loss")
+    for axis in axes:
+        axis.grid(visible=True, alpha=0.3)
+    axes[0].legend(fontsize=8, ncols=2)
+    return figure
 
 
 def sweep_figure(rows: Sequence[LayerResult]) -> Figure:

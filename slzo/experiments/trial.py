@@ -23,6 +23,8 @@ from slzo.zo.tuned_model import TunedModel
 
 # Dev loss this many times that before training, or no finite loss, is divergence.
 _DIVERGED = 1.5
+# Steps at which a curve is scored.
+_CURVE = tuple(10 * 2**power for power in range(16))
 # Where the slopes are taken if model.eps is auto: layers are compared at one distance.
 _SENSITIVITY_EPS = 1e-3
 # Rows per forward pass when cached states move to another layer.
@@ -53,7 +55,7 @@ class Trial:
     """What a short training did.
 
     Attributes:
-        scores: Dev scores, the first before training, the last after it.
+        scores: Dev scores, the first before training, the last after it; with a curve also at steps 10, 20, 40 and so on.
         losses: Training loss of each step.
         mean_abs_slope: Mean of the magnitudes of all projected gradients.
         diverged: In words how it diverged, or empty.
@@ -125,6 +127,7 @@ class Workbench:
             **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
             **flat_settings("optimizer", module.optimizer_choice.settings),
             **asdict(module.step_options),
+            "eps": module.step_options.eps or "auto",
             "noise_seed": module.noise_seed,
             "cache_dtype": module.engine.cache_dtype,
             **{name: getattr(data, name) for name in own.split()},
@@ -136,7 +139,14 @@ class Workbench:
         return Path(kind) / f"{Path(self.module.model_name).name}-{self.datamodule.task.name}"
 
     def trial(
-        self, layer: int | None, *, steps: int, seed: int, lr: float | None = None, eps: float | None = None
+        self,
+        layer: int | None,
+        *,
+        steps: int,
+        seed: int,
+        lr: float | None = None,
+        eps: float | None = None,
+        seconds: float | None = None,
     ) -> Trial:
         """Tune for some steps, score the dev rows, and give the model its untuned weights back.
 
@@ -149,12 +159,14 @@ class Workbench:
             seed: Of directions and batches.
             lr: Learning rate in place of the optimizer's own.
             eps: In place of the module's.
+            seconds: Stop after this much training time, and score the dev rows on the way too.
         """
         module, choice = self.module, self.module.optimizer_choice
         options = module.step_options if eps is None else replace(module.step_options, eps=eps)
         losses: list[float] = []
         slopes: list[float] = []
-        evaluations, seconds = 0, 0.0
+        evaluations, used = 0, 0.0
+        scores: list[Score] = []
         with self._tuned(layer) as tuned_model:
             optimizer = choice.make(tuned_model.tensors.masters)
             batches = self.datamodule.training_batches(self.datamodule.batch_size, seed)
@@ -164,14 +176,19 @@ class Workbench:
                 measured = self._measure_step(tuned_model, options.eps, seed)
                 options = replace(options, eps=measured.eps)
                 step_size = measured if lr is None and choice.automatic else None
-                evaluations, seconds = measured.evaluations, time.perf_counter() - started
+                evaluations, used = measured.evaluations, time.perf_counter() - started
             if lr is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
             scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
             if self.before is None:  # the same for every trial
                 self.before = self.score()
+            scores.append(self.before)
             for step in range(steps):
+                if seconds is not None and used >= seconds:
+                    break
+                if seconds is not None and step in _CURVE:
+                    scores.append(self.score(step, evaluations, used))
                 started = time.perf_counter()
                 loss = module.loss_of(next(batches).to(tuned_model.parts.model.device))
                 estimate = tuned_model.step(
@@ -186,16 +203,16 @@ class Workbench:
                 ).estimate
                 if scheduler is not None:
                     scheduler.step()
-                seconds += time.perf_counter() - started
+                used += time.perf_counter() - started
                 evaluations += estimate.num_evaluations
                 if not estimate.finite:
                     why = f"the loss was not finite at step {step}"
-                    return Trial((self.before,), tuple(losses), _mean(slopes), why)
+                    return Trial(tuple(scores), tuple(losses), _mean(slopes), why)
                 losses.append(estimate.loss)
                 slopes += [abs(slope) for slope in estimate.projected_grad]
-            after = (self.score(steps, evaluations, seconds),) if steps else ()
-        scores = (self.before, *after)
-        return Trial(scores, tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
+            if losses:
+                scores.append(self.score(len(losses), evaluations, used))
+        return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
     def own_step(self, layer: int | None) -> tuple[float, float]:
         """The module's learning rate and eps, measured where they are auto; a measured rate has one significant digit."""
