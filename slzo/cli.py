@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
+from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
@@ -67,12 +68,13 @@ class SlzoCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beyond trainer, model and data."""
         parser.add_lightning_class_args(OutlierProfiler, "profiler")
+        parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
-                "profiler.rule": {"class_path": "slzo.zo.selection.FirstOutlierLayer"},
+                "profiler.rule": {"class_path": "slzo.zo.selection.LargestFall"},
                 "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.mode": "min",

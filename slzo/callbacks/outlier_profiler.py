@@ -17,7 +17,7 @@ from slzo.errors import SlzoError
 from slzo.module import ZOModule
 from slzo.tasks.base import Example
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
-from slzo.zo.selection import Choice, FirstOutlierLayer, SelectionRule
+from slzo.zo.selection import Choice, LargestFall, SelectionRule
 
 PROFILE_FILE = "outlier_profile.json"
 
@@ -30,7 +30,8 @@ class OutlierProfiler(Callback):
     Does nothing when model.layer is set or model.scope needs no layer. A resumed run takes layer and profile from its checkpoint.
 
     Args:
-        rule: How the layer is chosen: FirstOutlierLayer, MaxRatioJump, FixedLayer, or your own SelectionRule.
+        rule: How the layer is chosen: LargestFall (when left out), FirstOutlierLayer (the paper's), MaxRatioJump, FixedLayer, or
+            your own SelectionRule.
         num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one a line, instead of the task's prompts.
@@ -53,7 +54,7 @@ class OutlierProfiler(Callback):
             raise SlzoError(
                 f"profiler.text_file {text_file!r}: no such file; give a text file with one sequence a line"
             )
-        self.rule = rule if rule is not None else FirstOutlierLayer()
+        self.rule = rule if rule is not None else LargestFall()
         self.num_sequences = num_sequences
         self.batch_size = batch_size
         self.text_file = text_file

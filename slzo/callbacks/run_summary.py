@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.last_checkpoint import LastCheckpoint
+from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.checkpoint import read_checkpoint
@@ -106,7 +107,8 @@ class RunSummary(Callback):
             "scope": pl_module.scope.describe(),
             "estimator": pl_module.estimator.describe(),
             "optimizer": pl_module.optimizer_choice.name,
-            "lr": pl_module.optimizer_choice.lr,
+            "lr": pl_module.optimizer_choice.settings["lr"],
+            "lr_at_end": trainer.optimizers[0].param_groups[0]["lr"],
             "eps": pl_module.step_options.eps,
             "metric": metric,
             "score_before": before.get(metric),
@@ -122,6 +124,7 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "evaluations": pl_module.num_evaluations,
             "skipped_steps": pl_module.num_nonfinite,
+            "times_taken_back": _times_taken_back(trainer),
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
@@ -145,6 +148,11 @@ class RunSummary(Callback):
         """Take the score before training from a checkpoint; those of former versions have none of each row."""
         metrics = state_dict["before"]
         self._before = None if metrics is None else Scores(metrics, state_dict.get("rows_before") or {})
+
+
+def _times_taken_back(trainer: Trainer) -> int:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return sum(callback.times for callback in callbacks if isinstance(callback, LossGuard))
 
 
 def _change(metric: str, before: Scores | None, after: Scores, num_rows: int) -> ScoreChange | None:
@@ -232,6 +240,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
     ]
+    if summary["times_taken_back"]:
+        lines.append(
+            f"Taken back {summary['times_taken_back']} times, after jumps of the dev loss; the rate was halved each time"
+        )
     if summary["skipped_steps"]:
         lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
     if summary["run_dir"]:

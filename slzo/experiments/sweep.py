@@ -64,8 +64,10 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
     # what a cell costs: rows that are evaluated, times the layers that they go through
     work = {sensitivity_cell(n): 2.0 * plan.directions * plan.num_rows * (num_layers - n) for n in range(num_layers)}
     rows = 2 * plan.steps * bench.module.step_options.num_queries * data.batch_size + len(data.rows("dev"))
-    cost = {layer: float(rows * (num_layers - layer if plan.seconds is None else num_layers)) for layer in plan.layers}
-    work |= {training_cell(layer, seed): cost[layer] for layer, seed in plan.trainings}
+    if plan.seconds is not None:  # all cost the same, about as much as the sensitivity of the first layers
+        work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), 2 * work[sensitivity_cell(0)])
+    else:
+        work |= {training_cell(layer, seed): float(rows * (num_layers - layer)) for layer, seed in plan.trainings}
     clock = _Clock({name: cost for name, cost in work.items() if store.result(name) is None})
 
     def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: Any) -> None:

@@ -1,0 +1,100 @@
+"""Takes a run back when the dev loss jumps: smaller steps from the last good weights."""
+
+import math
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slzo.console import say
+from slzo.errors import SlzoError
+from slzo.evaluation.evaluator import score_rows
+from slzo.module import ZOModule
+
+
+class LossGuard(Callback):
+    """Halves the learning rate and goes back to the last good weights when the dev loss rises too far above its lowest.
+
+    It keeps one more float32 copy of what is tuned; where that is more than 2 GiB it only halves the rate.
+
+    Args:
+        factor: Dev loss over the lowest so far that is too much, > 1; null to let a run go on whatever it does.
+    """
+
+    def __init__(self, factor: float | None = 1.2) -> None:
+        if factor is not None and not 1 < factor < math.inf:
+            raise SlzoError(f"guard.factor {factor}: must be above 1, or null to guard nothing; 1.2 is usual")
+        self.factor = factor
+        self.times = 0
+        self._lowest = math.inf
+        self._good: dict[str, Tensor] | None = None
+        self._good_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the dev rows before training; their prefix states are needed later anyway."""
+        if self.factor is None or not isinstance(pl_module, ZOModule) or getattr(trainer, "fast_dev_run", False):
+            return
+        if not pl_module.resumed:
+            self.times, self._lowest = 0, math.inf
+            datamodule = pl_module.datamodule
+            if trainer.val_check_batch not in (0, math.inf) and datamodule.rows("dev"):
+                found = score_rows(
+                    pl_module.evaluator, datamodule.val_dataloader(), datamodule.make_metrics(), keep_prefix=True
+                )
+                self._note(trainer, pl_module, found["loss"])
+        elif self._good is None:
+            self._keep(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the dev loss with the lowest so far."""
+        if (
+            self.factor is None
+            or trainer.state.fn != "fit"
+            or trainer.sanity_checking
+            or not isinstance(pl_module, ZOModule)
+        ):
+            return
+        loss = float(trainer.callback_metrics.get("val/loss", math.nan))
+        if loss <= self.factor * self._lowest:
+            self._note(trainer, pl_module, loss)
+        elif self._lowest < math.inf:
+            self._take_back(pl_module, cast("Optimizer", pl_module.optimizers()), loss)
+
+    def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
+        if loss < self._lowest:
+            self._lowest = loss
+            self._keep(trainer, module)
+
+    def _keep(self, trainer: Trainer, module: ZOModule) -> None:
+        assert module.tuned_model is not None
+        tensors = module.tuned_model.tensors
+        self._good_step = trainer.global_step
+        self._good = tensors.copy_of_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
+
+    def _take_back(self, module: ZOModule, optimizer: Optimizer, loss: float) -> None:
+        assert module.tuned_model is not None
+        self.times += 1
+        if self._good is not None:
+            module.tuned_model.tensors.load(self._good)
+        if module.step_size is not None and module.optimizer_choice.automatic:
+            module.step_size.factor /= 2
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] /= 2
+            for config in module.trainer.lr_scheduler_configs:  # most follow the rate that they began with
+                config.scheduler.base_lrs = [lr / 2 for lr in config.scheduler.base_lrs]
+        back = f", weights back at those of step {self._good_step}" if self._good is not None else ""
+        say(
+            f"\nThe dev loss rose to {loss:.4g}, over {self.factor:g} times its lowest, {self._lowest:.4g}: learning rate halved"
+            f"{back} (time {self.times})."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest dev loss and the weights that had it."""
+        return {"times": self.times, "lowest": self._lowest, "good": self._good, "good_step": self._good_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.times, self._lowest = state_dict["times"], state_dict["lowest"]
+        self._good, self._good_step = state_dict["good"], state_dict["good_step"]
