@@ -3,6 +3,7 @@
 from slzo.zo.closure import ClosureLoss
 from slzo.zo.estimators.base import Request
 from slzo.zo.step import take_step
+from slzo.zo.step_size import StepSize
 from slzo.zo.tuned import TunedTensors
 
-__all__ = ["ClosureLoss", "Request", "TunedTensors", "take_step"]
+__all__ = ["ClosureLoss", "Request", "StepSize", "TunedTensors", "take_step"]
