@@ -17,7 +17,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.checkpoint import newest_checkpoint
-from slzo.cli_auto import with_numbers, with_words
+from slzo.cli_auto import read_config, with_numbers, with_words
 from slzo.cli_errors import one_line
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.console import say
@@ -145,7 +145,7 @@ def _translate_saved_configs(args: Sequence[str]) -> list[str]:
     """Options in which configs saved by former versions are handed over with the present names."""
     translated = list(args)
     for place, before, value in _options(args, "-c", "--config"):
-        text = Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else ""
+        text = read_config(value) or ""
         if not text.startswith(_SAVED_CONFIG):
             continue
         try:
