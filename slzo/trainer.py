@@ -224,8 +224,9 @@ class ZOTrainer(Trainer):
             seeds: One training a layer for each; left out, that of seed_everything.
             directions: Random directions for the sensitivity, at least 20.
             num_rows: Training rows that the sensitivity is measured on.
-            seconds: Train each layer for this time instead (but no more than steps), and score the dev rows at steps 10, 20,
-                40 and so on: sweep_curves.png shows the loss over steps and over seconds.
+            seconds: Layers that are done with their steps earlier go on until this much training time is used, the states that
+                enter them being there already. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
+                and over seconds, and the verdict is about both.
             sensitivity_only: Train nothing.
             output: Folder of the results; left out, sweeps/MODEL-TASK.
         """
