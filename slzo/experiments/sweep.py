@@ -48,7 +48,7 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
     sentence = verdict(rows, datamodule.task.metric, profile.title)
     curves = layer_curves(store, plan)
     if plan.seconds is not None and curves:
-        sentence = f"In the same {plan.seconds:g} s: {sentence} {curves_verdict(curves, profile.dominant_layer)}"
+        sentence = curves_verdict(curves, plan, profile.dominant_layer)
     write_sweep(store.folder, rows, plan, settings, sentence, curves)
     say(format_rows(rows))
     say(f"\n{sentence}\nFiles      {store.folder}")
