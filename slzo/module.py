@@ -141,6 +141,8 @@ class ZOModule(LightningModule):
     def start_from(self, checkpoint: Checkpoint | None) -> None:
         """The next fit continues a checkpoint (or, with ``None``, begins anew)."""
         self.resumed = checkpoint is not None
+        if checkpoint is not None:
+            checkpoint.check_resumable(self.optimizer_choice.classes)
         self._start = None if checkpoint is None else checkpoint.note
         decided = None if self._start is None else self._start.get("onednn")
         if decided is not None and self.engine.onednn is None and self.model is None:
@@ -429,6 +431,7 @@ class ZOModule(LightningModule):
             "noise_seed": self.noise_seed,
             "num_nonfinite": self.num_nonfinite,
             "onednn": self.parts.onednn,
+            "optimizer": self.optimizer_choice.classes,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -440,6 +443,8 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"
             )
+        else:
+            self.tuned_model.check_base(note)
         self.num_nonfinite = note["num_nonfinite"]
         self.num_evaluations = note["num_evaluations"]
         self.noise_seed = note["noise_seed"]  # the directions go on as they began

@@ -52,9 +52,6 @@ class LastCheckpoint(Checkpoint):
             return None
         path = Path(log_dir) / "checkpoints" / "last.ckpt"
         if self._saved_step != trainer.global_step:
-            partial = path.with_suffix(".partial")
-            trainer.save_checkpoint(partial, weights_only=False)
-            if trainer.is_global_zero:
-                partial.replace(path)
+            trainer.save_checkpoint(path, weights_only=False)
             self._saved_step = trainer.global_step
         return path

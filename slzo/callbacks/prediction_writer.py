@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.console import say
 from slzo.errors import SlzoError
+from slzo.files import replacing
 
 
 class PredictionWriter(Callback):
@@ -44,8 +45,7 @@ class PredictionWriter(Callback):
         path = folder / "predictions.jsonl" if self.output is None else Path(self.output)
         if not trainer.is_global_zero:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
             for _, record in sorted(records, key=lambda item: item[0]):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         say(f"Predictions {path} ({len(records)} rows)")

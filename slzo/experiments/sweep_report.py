@@ -1,7 +1,6 @@
 """What a sweep found: the figures of each layer, in words, as a table and as a picture."""
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.trial import Sensitivity, Trial
+from slzo.files import replacing, write_json
 from slzo.zo.profile import OutlierProfile
 
 
@@ -167,7 +167,7 @@ def write_sweep(
 ) -> None:
     """Write sweep.csv, sweep.json and sweep.png."""
     names = [field.name for field in fields(LayerResult)]
-    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
@@ -178,8 +178,9 @@ def write_sweep(
         "torch": torch.__version__,
         "layers": [asdict(row) for row in rows],
     }
-    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sweep_figure(rows).savefig(folder / "sweep.png", dpi=120)
+    write_json(folder / "sweep.json", content)
+    with replacing(folder / "sweep.png") as partial:
+        sweep_figure(rows).savefig(partial, dpi=120)
 
 
 def sweep_figure(rows: Sequence[LayerResult]) -> Figure:
