@@ -96,10 +96,13 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
         SlzoError: It cannot be written, or its weights are not finite.
     """
     _check_finite(content["state_dict"], f"training diverged: at step {content.get('global_step')} the checkpoint's")
-    buffer = io.BytesIO()  # torch's own writer aborts the process on some full disks
+    buffer = io.BytesIO()  # a full disk is an OSError then, not one of torch's writer
     torch.save(dict(content), buffer)
-    with replacing(path) as partial:
-        partial.write_bytes(buffer.getbuffer())
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
+    except SlzoError as error:
+        raise SlzoError(f"{error}; then go on from the checkpoint before it with --ckpt_path last") from error
 
 
 def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:

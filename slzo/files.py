@@ -31,19 +31,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         SlzoError: It cannot be written; what was at ``path`` is as it was.
     """
-    path = Path(path).resolve()  # a link stays one
+    target = Path(path).resolve()  # a link stays one
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or a device
-            yield path
+        if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or a device
+            yield target
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(path) as folder:
-            yield folder / path.name
-            _flush(folder / path.name)
-            (folder / path.name).replace(path)
-            _flush_names(path.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _hidden_folder(target) as folder:
+            partial = folder / target.name
+            yield partial
+            _flush(partial)
+            partial.replace(target)
+            _flush_names(target.parent)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise SlzoError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}): what was there before is whole; make room or rights, or "
+            "choose another folder"
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -63,14 +67,6 @@ def remove_leftovers(folder: str | Path) -> None:
         with contextlib.suppress(OSError), _locked(hidden) as mine:
             if mine:
                 shutil.rmtree(hidden)
-
-
-def cannot_write(path: str | Path, error: OSError) -> SlzoError:
-    """The one line for a file or folder that cannot be written."""
-    return SlzoError(
-        f"{str(path)!r} cannot be written ({error.strerror or error}); nothing half-written is left there: make room or rights, "
-        "or choose another folder, and give the command again"
-    )
 
 
 @contextlib.contextmanager
