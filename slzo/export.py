@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 
 from slzo.checkpoint import Checkpoint
 from slzo.errors import SlzoError
-from slzo.files import replacing
+from slzo.files import check_writable, replacing
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.zo.tuned_model import TunedModel
@@ -29,6 +29,7 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SlzoError(f"output {output!r}: exists and is not an empty folder; choose another one or remove it")
+    check_writable(target)
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(

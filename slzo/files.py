@@ -44,10 +44,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
             partial.replace(target)
             _flush_names(target.parent)
     except OSError as error:
-        raise SlzoError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}): what was there before is whole; make room or rights, or "
-            "choose another folder"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before long work whether :func:`replacing` can write something at ``path``.
+
+    Raises:
+        SlzoError: It cannot.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file() and not target.is_dir():
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _hidden_folder(target):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -67,6 +81,13 @@ def remove_leftovers(folder: str | Path) -> None:
         with contextlib.suppress(OSError), _locked(hidden) as mine:
             if mine:
                 shutil.rmtree(hidden)
+
+
+def _cannot_write(path: str | Path, error: OSError) -> SlzoError:
+    return SlzoError(
+        f"{str(path)!r} cannot be written ({error.strerror or error}): what was there before is whole; make room or rights, "
+        "or choose another folder"
+    )
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
@@ -25,19 +27,19 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
     Raises:
         SlzoError: The folder, or another file that the command needs, cannot be read or written.
     """
-    with disk_faults_in_one_line():
-        claimed = [folder for logger in trainer.loggers if (folder := _claim(trainer, logger)) is not None]
-        try:
+    claimed = [folder for logger in trainer.loggers if (folder := _claim(trainer, logger)) is not None]
+    try:
+        with disk_faults_in_one_line():
             yield
-        except SlzoError:
-            if trainer.global_step <= begun:
-                for folder in claimed:
-                    shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
+    except SlzoError:
+        if trainer.global_step <= begun:
             for folder in claimed:
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        for folder in claimed:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 @contextmanager
@@ -47,6 +49,8 @@ def disk_faults_in_one_line() -> Iterator[None]:
     Raises:
         SlzoError: In the place of an OSError.
     """
+    if threading.excepthook is threading.__excepthook__:  # it stays: the thread may come to it when all is over
+        threading.excepthook = _tell_bugs
     try:
         yield
     except OSError as error:
@@ -57,6 +61,12 @@ def disk_faults_in_one_line() -> Iterator[None]:
             f"{where} cannot be used ({error.strerror}): make room or rights there, or choose another folder "
             "(trainer.logger.init_args.save_dir, output, SLZO_CACHE); --ckpt_path last goes on from the last checkpoint"
         ) from error
+
+
+def _tell_bugs(args: Any) -> None:
+    """Report what ended a thread, but not errors of files: TensorBoard's thread hands them to the main one, which tells them."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _claim(trainer: Trainer, logger: object) -> Path | None:

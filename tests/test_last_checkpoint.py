@@ -9,7 +9,6 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
-from slzo.callbacks import last_checkpoint
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 
 COPIES = "copies"

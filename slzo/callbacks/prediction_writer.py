@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.console import say
 from slzo.errors import SlzoError
-from slzo.files import replacing
+from slzo.files import check_writable, replacing
 
 
 class PredictionWriter(Callback):
@@ -27,6 +27,8 @@ class PredictionWriter(Callback):
         self._records: list[tuple[int, dict[str, Any]]] = []
         if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
             raise SlzoError(f"output {output!r}: not a file in an existing folder; give one such as predictions.jsonl")
+        if output is not None:
+            check_writable(output)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
