@@ -111,7 +111,11 @@ def _locked(folder: Path) -> Iterator[bool | None]:
     if fcntl is None:
         yield None
         return
-    number = os.open(folder, os.O_RDONLY)
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # another process has just removed it
+        yield False
+        return
     try:
         mine: bool | None = True
         try:

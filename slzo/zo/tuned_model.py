@@ -124,7 +124,11 @@ class TunedModel:
         """
         base = Fingerprint.of(parts.model)
         base.check(description.get("base", {}))
-        adapter = None if description["adapter"] is None else adapter_from_dict(description["adapter"])
+        settings = description["adapter"]
+        try:
+            adapter = None if settings is None else adapter_from_dict(settings)
+        except TypeError as error:
+            raise KeyError(f"{settings} as adapter ({error})") from error
         with _adapter_in(parts, adapter) as own:
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
