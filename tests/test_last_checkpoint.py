@@ -5,38 +5,26 @@ import shutil
 import pytest
 import torch
 from conftest import run_dir, tuned
-from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 
-COPIES = "copies"
-
-
-class KeepEach(Callback):
-    """Copies last.ckpt after each step's start, by the step it is of."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """See Lightning."""
-        last = run_dir() / "checkpoints" / "last.ckpt"
-        if last.is_file():
-            step = torch.load(last, weights_only=True)["global_step"]
-            shutil.copy(last, f"{COPIES}/{step}.ckpt")
-
 
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
-    """Copies of all checkpoints of the first run."""
-    original = LastCheckpoint.on_train_batch_start
+    """Copies of all checkpoints of the first run, by step."""
+    original, folder = LastCheckpoint.on_train_batch_start, tmp_path / "copies"
+    folder.mkdir()
 
     def keep(self, trainer, *args):
         original(self, trainer, *args)
-        KeepEach().on_train_batch_start(trainer, *args)
+        last = run_dir() / "checkpoints" / "last.ckpt"
+        if last.is_file() and not trainer.ckpt_path:
+            shutil.copy(last, folder / f"{trainer.global_step}.ckpt")
 
     monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", keep)
-    (tmp_path / COPIES).mkdir()
-    return tmp_path / COPIES
+    return folder
 
 
 def events_of(number):
@@ -66,10 +54,53 @@ def test_a_run_resumed_between_validations_logs_and_validates_as_if_never_stoppe
     whole, logged = tuned(run_dir() / "checkpoints" / "last.ckpt"), events_of(0)
     steps = sorted(int(path.stem) for path in kept.glob("*.ckpt"))
     assert len(steps) >= 11
-    for number, step in enumerate((1, 3, 5, 7, 10), start=1):
+    for number, step in enumerate((3, 5, 10), start=1):
         assert main(["fit", *options, f"--ckpt_path={kept / f'{step}.ckpt'}"]) == 0
         resumed = tuned(run_dir(number) / "checkpoints" / "last.ckpt")
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), step
         # Lightning counts logged steps from 0
         later = {name: [entry for entry in values if entry[0] >= step] for name, values in logged.items()}
         assert events_of(number) == {name: values for name, values in later.items() if values}, step
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1, [2, 4, 6]), (1.5, [3, 6]), (0, [])])
+def test_by_minutes_at_most_so_much_is_lost(options, monkeypatch, minutes, saved):
+    """A step takes half a minute on this clock."""
+    now = iter(range(0, 10**6, 30))
+    steps = []
+
+    class Clock:
+        @staticmethod
+        def monotonic():
+            return float(Clock.now)
+
+    original = LastCheckpoint.on_train_batch_start
+
+    def step(self, trainer, *args):
+        Clock.now = next(now)
+        before = self._saved_step
+        original(self, trainer, *args)
+        if self._saved_step != before:
+            steps.append(self._saved_step)
+
+    Clock.now = 0
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", step)
+    monkeypatch.setattr("slzo.callbacks.last_checkpoint.time", Clock)
+    args = ["--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    assert main(["fit", *options, *args, f"--last_checkpoint.every_minutes={minutes}"]) == 0
+    assert steps == saved
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("every_n_steps=0", "must be at least 1"),
+        ("every_minutes=-1", "must be 0 or more"),
+        ("every_minutes=nan", "expected a number"),
+    ],
+)
+def test_wrong_intervals_are_one_line(options, capsys, option, told):
+    assert main(["fit", *options, f"--last_checkpoint.{option}"]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
