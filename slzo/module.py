@@ -144,6 +144,8 @@ class ZOModule(LightningModule):
     def start_from(self, checkpoint: Checkpoint | None) -> None:
         """The next fit continues a checkpoint (or, with ``None``, begins anew)."""
         self.resumed, self.step_size = checkpoint is not None, None
+        if checkpoint is not None:
+            checkpoint.check_resumable(self.optimizer_choice.classes)
         self._start = None if checkpoint is None else checkpoint.note
         decided = None if self._start is None else self._start.get("onednn")
         if decided is not None and self.engine.onednn is None and self.model is None:
@@ -454,6 +456,7 @@ class ZOModule(LightningModule):
             "num_nonfinite": self.num_nonfinite,
             "onednn": self.parts.onednn,
             "step_size": None if self.step_size is None else self.step_size.to_dict(),
+            "optimizer": self.optimizer_choice.classes,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -465,6 +468,8 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"
             )
+        else:
+            self.tuned_model.check_base(note)
         self.num_nonfinite = note["num_nonfinite"]
         self.num_evaluations = note["num_evaluations"]
         self._take_step_size(note)

@@ -13,7 +13,7 @@ FLOORS = [
     ["__main__"],
     ["cli"],
     ["cli_auto", "cli_errors", "trainer"],
-    ["callbacks", "experiments"],
+    ["callbacks", "experiments", "checkpoint_io", "run_folder"],
     ["module"],
     ["datamodule"],
     ["console"],
@@ -25,7 +25,7 @@ FLOORS = [
     ["batches"],
     ["tasks"],
     ["assets"],
-    ["pip_download", "renames", "settings", "seeding", "runtime", "commands"],
+    ["pip_download", "renames", "settings", "seeding", "runtime", "commands", "files", "checkpoint_note"],
     ["errors", "__init__"],
 ]
 LIGHTNING_ENDS = FLOORS.index(["console"])

@@ -1,6 +1,5 @@
 """Finds the dominant layer before training, by forward passes only."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from slzo.callbacks.profile_report import format_profile, profile_figure
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.files import write_json
 from slzo.module import ZOModule
 from slzo.tasks.base import Example
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
@@ -149,9 +149,7 @@ class OutlierProfiler(Callback):
             or self.profile is None
         ):
             return
-        folder = Path(log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PROFILE_FILE).write_text(json.dumps(self.profile.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(log_dir) / PROFILE_FILE, self.profile.to_dict())
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_figure("outlier_profile", profile_figure(self.profile))
 

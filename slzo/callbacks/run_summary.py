@@ -1,6 +1,5 @@
 """Scores held-out rows before and after training and writes the summary of a run."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from slzo.console import say
 from slzo.data.batch import EvalBatch
 from slzo.evaluation.evaluator import Outcome, score_rows
 from slzo.evaluation.metrics import row_score
+from slzo.files import write_json
 from slzo.module import ZOModule
 from slzo.runtime import of_all_processes, peak_memory_gb
 
@@ -215,9 +215,7 @@ def _score(module: ZOModule, when: str) -> Scores:
 def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
     if summary["run_dir"] is None:
         return
-    folder = Path(summary["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(summary["run_dir"]) / SUMMARY_FILE, summary)
     if isinstance(trainer.logger, TensorBoardLogger):
         metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
         trainer.logger.log_hyperparams(dict(trainer.lightning_module.hparams), metrics=metrics)

@@ -1,7 +1,6 @@
 """What a sweep found: the figures of each layer, in words, as a table and as a picture."""
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.trial import Score, Sensitivity, Trial
+from slzo.files import replacing, write_json
 from slzo.zo.profile import OutlierProfile
 
 
@@ -174,7 +174,7 @@ def write_sweep(
 ) -> None:
     """Write sweep.csv, sweep.json and sweep.png."""
     names = [field.name for field in fields(LayerResult)]
-    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
@@ -186,10 +186,12 @@ def write_sweep(
         "layers": [asdict(row) for row in rows],
         "curves": {layer: [asdict(score) for score in scores] for layer, scores in curves.items()},
     }
-    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sweep_figure(rows).savefig(folder / "sweep.png", dpi=120)
+    write_json(folder / "sweep.json", content)
+    with replacing(folder / "sweep.png") as partial:
+        sweep_figure(rows).savefig(partial, dpi=120)
     if plan.seconds is not None:
-        curves_figure(curves).savefig(folder / "sweep_curves.png", dpi=120)
+        with replacing(folder / "sweep_curves.png") as partial:
+            curves_figure(curves).savefig(partial, dpi=120)
 
 
 def layer_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Score]]:

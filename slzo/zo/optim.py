@@ -117,6 +117,12 @@ class OptimizerChoice:
         """Whether the learning rate is measured."""
         return self.lr == AUTO_LR
 
+    @property
+    def classes(self) -> dict[str, str | None]:
+        """What a state fits to: the class of the optimizer, and that of the scheduler."""
+        scheduler = self.settings["scheduler"]
+        return {"class": self.settings["class"], "scheduler": None if scheduler is None else scheduler["class"]}
+
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
         """Try both on a made-up matrix: what cannot work is refused before anything expensive is done.
