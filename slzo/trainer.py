@@ -9,12 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
+from slzo.callbacks.stop_on_signal import StopOnSignal
 from slzo.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
@@ -62,13 +65,17 @@ class ZOTrainer(Trainer):
             callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
         if kwargs.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, CheckpointCallback)]
-        kwargs["callbacks"] = callbacks
+        self._signals = StopOnSignal()
+        kwargs["callbacks"] = [ExactResume(), self._signals, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
             super().__init__(*args, **kwargs)
         except (ValueError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+        epochs, steps = self.fit_loop, self.fit_loop.epoch_loop
+        self.fit_loop = FinishingFitLoop(self, epochs.min_epochs, epochs.max_epochs)
+        self.fit_loop.epoch_loop = _TrainingEpochLoop(self, steps.min_steps, steps.max_steps)
         self._files = _ReadOnce(self.strategy.checkpoint_io)
         self.strategy.checkpoint_io = self._files
 
@@ -99,7 +106,7 @@ class ZOTrainer(Trainer):
         if isinstance(model, ZOModule):
             model.start_from(checkpoint)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        with self._without_empty_folder(begun):
+        with self._without_empty_folder(begun), self._signals.handling(self.world_size):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, *args, **kwargs)
 
     @contextmanager
