@@ -37,6 +37,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         SlzoError: The file is missing, broken, or not written by slzo.
     """
+    if Path(path).is_dir():
+        raise SlzoError(
+            f"ckpt_path {str(path)!r}: is a folder; give a .ckpt file from a run's checkpoints folder, or last"
+        )
     if not Path(path).is_file():
         raise SlzoError(
             f"ckpt_path {str(path)!r}: no such file; give a .ckpt file from a run's checkpoints folder, or last"

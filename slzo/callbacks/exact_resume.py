@@ -6,6 +6,9 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.progress import _Progress
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from slzo.errors import SlzoError
 
 
 class ExactResume(Callback):
@@ -47,6 +50,13 @@ class FinishingFitLoop(_FitLoop):
     def done(self) -> bool:
         """Whether nothing is left to do."""
         return not self.epoch_loop.val_loop.restarted_mid_evaluation and super().done
+
+    def setup_data(self) -> None:
+        """Fetch the rows; options that do not go with their number are told."""
+        try:
+            super().setup_data()
+        except (ValueError, MisconfigurationException) as error:
+            raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
     @property
     def skip(self) -> bool:

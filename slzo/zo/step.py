@@ -8,6 +8,9 @@ from torch.optim import Optimizer
 from slzo.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 
+_MOST_EPS = 1e30  # far beyond use, and a direction times it is a float32 still
+_MOST_QUERIES = 1_000_000
+
 
 @dataclass(frozen=True)
 class StepOptions:
@@ -27,12 +30,18 @@ class StepOptions:
     num_queries: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.eps < float("inf"):
-            raise SlzoError(f"model.eps {self.eps}: the perturbation must be a number above 0; 1e-3 is a good start")
-        if self.eps_end is not None and not 0 < self.eps_end < float("inf"):
-            raise SlzoError(f"model.eps_end {self.eps_end}: must be a number above 0; leave it out to keep eps")
-        if self.num_queries < 1:
-            raise SlzoError(f"model.num_queries {self.num_queries}: at least 1 direction per step is needed")
+        if not 0 < self.eps < _MOST_EPS:
+            raise SlzoError(
+                f"model.eps {self.eps}: the perturbation must be a number above 0 and below {_MOST_EPS}; 1e-3 is a good start"
+            )
+        if self.eps_end is not None and not 0 < self.eps_end < _MOST_EPS:
+            raise SlzoError(
+                f"model.eps_end {self.eps_end}: must be a number above 0 and below {_MOST_EPS}; leave it out to keep eps"
+            )
+        if not 1 <= self.num_queries <= _MOST_QUERIES:
+            raise SlzoError(
+                f"model.num_queries {self.num_queries}: at least 1 direction per step is needed, at most {_MOST_QUERIES}"
+            )
 
     def eps_at(self, step: int, max_steps: int) -> float:
         """Size of the perturbation at a step of a run of ``max_steps``."""
