@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
+from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import newest_checkpoint
 from slzo.cli_errors import one_line, with_option
 from slzo.commands import COMMANDS, FILLED, Command
@@ -67,6 +68,7 @@ class SlzoCLI(LightningCLI):
         parser.add_lightning_class_args(OutlierProfiler, "profiler")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(StepWatch, "watch")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {

@@ -18,6 +18,7 @@ from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
+from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import StopOnSignal
 from slzo.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.console import say
@@ -73,6 +74,7 @@ class ZOTrainer(Trainer):
         if not self._writes and kwargs.get("enable_checkpointing") is not False:
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
+        callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
         self._signals = StopOnSignal()
         kwargs["callbacks"] = [ExactResume(), self._signals, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes

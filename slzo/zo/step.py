@@ -1,5 +1,6 @@
 """One zeroth-order step: estimate, update, restore. Every training loop of slzo calls :func:`take_step`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ class StepOptions:
         eps: Size of the perturbation, absolute, > 0.
         eps_end: Where it goes over the run, by the same factor each step; ``None`` to stay.
         num_queries: Directions per step.
+        clip_projected_grad: Limit of a step's projected gradient, in medians of those before it; ``None`` for none.
 
     Raises:
         SlzoError: One is out of range.
@@ -28,6 +30,7 @@ class StepOptions:
     eps: float = 1e-3
     eps_end: float | None = None
     num_queries: int = 1
+    clip_projected_grad: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < _MOST_EPS:
@@ -41,6 +44,12 @@ class StepOptions:
         if not 1 <= self.num_queries <= _MOST_QUERIES:
             raise SlzoError(
                 f"model.num_queries {self.num_queries}: at least 1 direction per step is needed, at most {_MOST_QUERIES}"
+            )
+
+        if self.clip_projected_grad is not None and not 1 <= self.clip_projected_grad < float("inf"):
+            raise SlzoError(
+                f"model.clip_projected_grad {self.clip_projected_grad}: a multiple of the usual size, at least 1; 10 is a good "
+                "start, or leave it out"
             )
 
     def eps_at(self, step: int, max_steps: int) -> float:
@@ -65,17 +74,25 @@ class StepResult:
 
 @torch.no_grad()
 def take_step(
-    request: Request, estimator: Estimator, optimizer: Optimizer, *, measure_update: bool = False
+    request: Request,
+    estimator: Estimator,
+    optimizer: Optimizer,
+    *,
+    measure_update: bool = False,
+    clip: Callable[[Estimate], None] | None = None,
 ) -> StepResult:
     """Estimate the gradient, let the optimizer move the masters, and write them to the live weights.
 
     An estimate that is not finite moves nothing: the optimizer is called without gradients, so that whoever counts its steps
-    counts this one. ``optimizer`` is that of the masters; ``measure_update`` takes a copy of them while the step lasts.
+    counts this one. ``optimizer`` is that of the masters; ``measure_update`` takes a copy of them while the step lasts;
+    ``clip`` may scale the gradient.
     """
     tuned = request.tuned
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
         estimate = estimator.estimate(request)
+        if clip is not None:
+            clip(estimate)
         tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
     finally:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -19,6 +20,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
+from slzo.zo.clipping import ProjectedGradHistory
 from slzo.zo.estimators import Estimator, Loss, Request
 from slzo.zo.forward import SuffixForward
 from slzo.zo.objectives import Objective
@@ -70,6 +72,7 @@ class TunedModel:
         if cache is None or cache.start != span.start:
             dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
             cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
+        self.history = ProjectedGradHistory()
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
 
     @classmethod
@@ -191,7 +194,9 @@ class TunedModel:
         eps = options.eps_at(step, max_steps)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
-        return take_step(request, estimator, optimizer, measure_update=measure_update)
+        factor = options.clip_projected_grad
+        clip = None if factor is None else partial(self.history.clip, factor=factor)
+        return take_step(request, estimator, optimizer, measure_update=measure_update, clip=clip)
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
