@@ -79,6 +79,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         SlzoError: The file is missing, broken, not written by slzo, or holds weights that are not finite.
     """
     option = f"ckpt_path {str(path)!r}"
+    if Path(path).is_dir():
+        raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, or last")
     if not Path(path).is_file():
         raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, or last")
     with _one_line(option):

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.errors import SlzoError
 from slzo.files import remove_leftovers
@@ -31,7 +32,7 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
     try:
         with disk_faults_in_one_line():
             yield
-    except SlzoError:
+    except (SlzoError, MisconfigurationException):
         if trainer.global_step <= begun:
             for folder in claimed:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -7,11 +7,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
+from slzo.callbacks.step_watch import StepWatch
+from slzo.callbacks.stop_on_signal import StopOnSignal
 from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.checkpoint_io import CheckpointFiles
 from slzo.console import say
@@ -24,6 +29,7 @@ from slzo.experiments.trial import Workbench
 from slzo.export import export_checkpoint
 from slzo.module import ZOModule
 from slzo.run_folder import disk_faults_in_one_line, run_folder
+from slzo.trainer_checks import check_callbacks, check_trainer_options
 
 _FULL_PRECISION = (None, 32, "32", "32-true")
 
@@ -55,19 +61,34 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 "trainer.val_check_interval 0: give the number of steps between two validations, at least 1"
             )
+        check_trainer_options(kwargs)
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
             callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
         if kwargs.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, CheckpointCallback)]
-        kwargs["callbacks"] = callbacks
+        # then there is no run folder, and Lightning would write into the current one
+        self._writes = kwargs.get("logger") is not False or kwargs.get("default_root_dir") is not None
+        if not self._writes and kwargs.get("enable_checkpointing") is not False:
+            callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
+            kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
+        callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
+        self._signals = StopOnSignal()
+        kwargs["callbacks"] = [ExactResume(), self._signals, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
             super().__init__(*args, **kwargs)
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+        if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
+            raise SlzoError(
+                f"trainer.strategy {kwargs.get('strategy')!r}: copies this process, which slzo cannot work with; use ddp"
+            )
+        epochs, steps = self.fit_loop, self.fit_loop.epoch_loop
+        self.fit_loop = FinishingFitLoop(self, epochs.min_epochs, epochs.max_epochs)
+        self.fit_loop.epoch_loop = _TrainingEpochLoop(self, steps.min_steps, steps.max_steps)
         self._files = CheckpointFiles(self.strategy.checkpoint_io)
         self.strategy.checkpoint_io = self._files
 
@@ -94,12 +115,20 @@ class ZOTrainer(Trainer):
         """
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskDataModule):
             model.check_training(datamodule)
+            check_callbacks(self.callbacks, datamodule.metric_names("val"))  # type: ignore[attr-defined]
+            model.optimizer_choice.check_schedule(self.max_steps or -1)
         checkpoint = self._find(ckpt_path)
         if isinstance(model, ZOModule):
+            _check_layer(model, checkpoint)
             model.start_from(checkpoint)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        with run_folder(self, begun):
+        with run_folder(self, begun), self._signals.handling(self.world_size):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, *args, **kwargs)
+
+    @property
+    def log_dir(self) -> str | None:
+        """Lightning's; without a logger none, unless ``default_root_dir`` is given."""
+        return super().log_dir if self._writes else None
 
     def test(
         self,
@@ -324,3 +353,13 @@ class ZOTrainer(Trainer):
         if checkpoint is None and getattr(model, "tuned_model", None) is None:
             say("No --ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
+
+
+def _check_layer(model: ZOModule, checkpoint: Checkpoint | None) -> None:
+    """Refuse to continue a checkpoint with another layer than its own."""
+    tuned = None if checkpoint is None else checkpoint.note["layer"]
+    if tuned is not None and model.layer not in (None, tuned):
+        raise SlzoError(
+            f"model.layer {model.layer}: the checkpoint tunes layer {tuned}; leave model.layer out to continue it, or "
+            "start without --ckpt_path"
+        )

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.console import say
-from slzo.errors import SlzoError
+from slzo.errors import Interrupted, SlzoError
 
 # With several processes all must agree that it is time; asking costs a message.
 _STEPS_BETWEEN_QUESTIONS = 10
@@ -75,6 +75,8 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what an interrupt or a crash would lose; not the weights of a diverged run."""
         if isinstance(exception, SlzoError) or trainer.global_step == 0 or trainer.world_size > 1:
+            return
+        if isinstance(exception, Interrupted) and not exception.saves:  # within a step
             return
         path = self._save(trainer)
         if path is not None:

@@ -51,9 +51,8 @@ class OutlierProfiler(Callback):
         if batch_size < 1:
             raise SlzoError(f"profiler.batch_size {batch_size}: must be at least 1")
         if text_file is not None and not Path(text_file).is_file():
-            raise SlzoError(
-                f"profiler.text_file {text_file!r}: no such file; give a text file with one sequence a line"
-            )
+            found = "is a folder" if Path(text_file).is_dir() else "no such file"
+            raise SlzoError(f"profiler.text_file {text_file!r}: {found}; give a text file with one sequence a line")
         self.rule = rule if rule is not None else LargestFall()
         self.num_sequences = num_sequences
         self.batch_size = batch_size

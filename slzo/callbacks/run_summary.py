@@ -14,6 +14,7 @@ from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
+from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import read_checkpoint
 from slzo.console import say
 from slzo.data.batch import EvalBatch
@@ -125,6 +126,7 @@ class RunSummary(Callback):
             "evaluations": pl_module.num_evaluations,
             "skipped_steps": pl_module.num_nonfinite,
             "times_taken_back": _times_taken_back(trainer),
+            "loss_spikes": next((c.spikes for c in trainer.callbacks if isinstance(c, StepWatch)), {"number": 0}),  # type: ignore[attr-defined]
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
@@ -244,6 +246,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         )
     if summary["skipped_steps"]:
         lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
+    spikes = summary["loss_spikes"]
+    if spikes["number"]:
+        lines.append(
+            f"Spikes     {spikes['number']} steps with a loss far above the usual, the largest {spikes['loss']:.4g} at step "
+            f"{spikes['step']}, usual {spikes['usual']:.4g}"
+        )
     if summary["run_dir"]:
         lines.append(f"Files      {summary['run_dir']}")
     if summary["best_checkpoint"]:

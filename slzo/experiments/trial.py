@@ -126,7 +126,7 @@ class Workbench:
             **flat_settings("scope", module.scope_settings),
             **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
             **flat_settings("optimizer", module.optimizer_choice.settings),
-            **asdict(module.step_options),
+            **{k: v for k, v in asdict(module.step_options).items() if (k, v) != ("clip_projected_grad", None)},
             "eps": module.step_options.eps or "auto",
             "noise_seed": module.noise_seed,
             "cache_dtype": module.engine.cache_dtype,

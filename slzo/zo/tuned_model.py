@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
+from slzo.zo.clipping import ProjectedGradHistory
 from slzo.zo.estimators import Estimator, Loss, Request
 from slzo.zo.forward import SuffixForward
 from slzo.zo.objectives import Objective
@@ -77,6 +79,7 @@ class TunedModel:
         if cache is None or cache.start != span.start:
             dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
             cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
+        self.history = ProjectedGradHistory()
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
 
     @classmethod
@@ -220,7 +223,9 @@ class TunedModel:
         eps = options.eps_at(step, max_steps)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
-        return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update)
+        factor = options.clip_projected_grad
+        clip = None if factor is None else partial(self.history.clip, factor=factor)
+        return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update, clip=clip)
 
     def measure_step(self, loss: Loss, eps: float | None, seed: int) -> StepSize:
         """Measure step sizes on a batch, see :meth:`slzo.zo.step_size.StepSize.measure`."""
