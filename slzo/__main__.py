@@ -1,14 +1,16 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from slzo import __version__
 from slzo.commands import COMMANDS
-from slzo.errors import SlzoError
+from slzo.errors import Interrupted, SlzoError
 from slzo.renames import RENAMED_COMMANDS
-
-_INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
 
@@ -21,6 +23,10 @@ options:
   -h, --help     this text; `slzo COMMAND --help` lists the options of a command
   --version      the version
 
+exit status:
+  0 done   2 a mistake in options or files, told in one line   1 any other error: a bug, please report it
+  130 ended by Ctrl-C   143 ended by SIGTERM; fit stops after its present step, saves it and says how to go on
+
 examples:
   slzo fit --config configs/quickstart.yaml
   slzo fit --config configs/quickstart.yaml --data.task sst2 --data.data_dir DIR --model.eps 1e-3
@@ -32,7 +38,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 after a mistake that the user can mend, 130 after Ctrl-C."""
+    """Run the command line and return its exit status, see ``slzo --help``."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_HELP)
@@ -47,15 +53,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         from slzo.cli import run  # takes seconds: torch, Lightning and transformers
 
-        run(args)
+        with _sigterm_raises():
+            run(args)
     except SlzoError as error:
         sys.stderr.write(f"slzo: error: {error}\n")
         return 2
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
+        status = _interrupt_status(stop)
+        if status is None:
+            raise
         goes_on = "; the same command goes on where it stopped" if COMMANDS[args[0]].goes_on else ""
         sys.stderr.write(f"slzo: interrupted{goes_on}\n")
-        return _INTERRUPTED
+        return status
     return 0
+
+
+def _interrupt_status(stop: BaseException) -> int | None:
+    """The exit status of a run that a signal ended; ``None`` if none did."""
+    if isinstance(stop, Interrupted):
+        return stop.status
+    # Lightning makes an exit of Ctrl-C, and of SIGTERM an exit of its own kind
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if type(stop).__name__ == "SIGTERMException" else None
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Unwind at SIGTERM, as at Ctrl-C, where nothing else is to happen."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

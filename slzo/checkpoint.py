@@ -1,16 +1,30 @@
-"""Read checkpoints and find the newest one."""
+"""Read and write checkpoints and find the newest one.
 
-import pickle
+A checkpoint is a file that ``torch.load(weights_only=True)`` reads: Lightning's own flow, and no code in it is run. It is a zip
+archive with a CRC-32 of every tensor and of the rest, which torch writes and does not look at; here it is verified.
+"""
+
+import io
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from slzo.checkpoint_note import FORMATS, check_note
 from slzo.errors import SlzoError
+from slzo.files import replacing
 from slzo.renames import translate_flat
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = max(FORMATS)
+_ADVICE = "give another one of the run, or last for the newest that is whole"
+# what a state to go on from has besides the tuned tensors
+_TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 
 
 @dataclass(frozen=True)
@@ -30,38 +44,79 @@ class Checkpoint:
         """What its tensors are and where they belong."""
         return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it."""
+        return all(name in self.content for name in _TRAINING_STATE)
+
+    def check_resumable(self, optimizer: Mapping[str, Any]) -> None:
+        """Refuse to go on from weights alone, or with an optimizer or scheduler of another class.
+
+        Raises:
+            SlzoError: With the reason.
+        """
+        if not self.is_resumable:
+            raise SlzoError(
+                f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only), and training cannot go on from "
+                "them; give the run's last.ckpt, or use it with test, predict or export"
+            )
+        saved = self.note.get("optimizer")
+        if saved is None:  # format 2
+            saved = {"class": self.content.get("hyper_parameters", {}).get("optimizer")}
+        for option, name in (("model.optimizer", "class"), ("model.lr_scheduler", "scheduler")):
+            old, new = (str(each.get(name) or "").rpartition(".")[2] for each in (saved, optimizer))
+            if old and new and old != new:
+                raise SlzoError(
+                    f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot take over; resume with {old}, "
+                    "or begin anew without --ckpt_path"
+                )
+
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Load a checkpoint on the CPU, tensors and primitives only.
+    """Load a checkpoint on the CPU, tensors and primitives only, and verify it.
 
     Raises:
-        SlzoError: The file is missing, broken, or not written by slzo.
+        SlzoError: The file is missing, broken, not written by slzo, or holds weights that are not finite.
     """
+    option = f"ckpt_path {str(path)!r}"
+    if Path(path).is_dir():
+        raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, or last")
     if not Path(path).is_file():
-        raise SlzoError(
-            f"ckpt_path {str(path)!r}: no such file; give a .ckpt file from a run's checkpoints folder, or last"
-        )
-    try:
+        raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, or last")
+    with _one_line(option):
+        _verify(path, option)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise SlzoError(f"ckpt_path {str(path)!r}: not a readable checkpoint ({type(error).__name__})") from error
-    checkpoint_note(content, f"ckpt_path {str(path)!r}")
+    checkpoint_note(content, option)
+    _check_state(content, option)
     return Checkpoint(str(path), content)
+
+
+def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        SlzoError: It cannot be written, or its weights are not finite.
+    """
+    _check_finite(content["state_dict"], f"training diverged: at step {content.get('global_step')} the checkpoint's")
+    buffer = io.BytesIO()  # a full disk is an OSError then, not one of torch's writer
+    torch.save(dict(content), buffer)
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
+    except SlzoError as error:
+        raise SlzoError(f"{error}; then go on from the checkpoint before it with --ckpt_path last") from error
 
 
 def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
     """What the module noted in a checkpoint: what its tensors are and where they belong.
 
     Raises:
-        SlzoError: It was not written by slzo, or by a version with another format.
+        SlzoError: It was not written by slzo, by a version with another format, or was changed by hand.
     """
     if not isinstance(content, dict) or "slzo" not in content:
         raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
     note: dict[str, Any] = content["slzo"]
-    if note["format"] != CHECKPOINT_FORMAT:
-        raise SlzoError(
-            f"{option}: has format {note['format']}, this slzo reads format {CHECKPOINT_FORMAT}; use the version that wrote it"
-        )
+    check_note(note, option)
     return note
 
 
@@ -71,14 +126,70 @@ def model_options(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def newest_checkpoint(root: str | Path) -> Path:
-    """The last checkpoint of the newest run below ``root``.
+    """The last checkpoint of the newest run below ``root``; where it is damaged, the newest one of all that is whole, and why.
 
     Raises:
         SlzoError: There is none.
     """
-    found = sorted(Path(root).glob("**/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = _by_age(root, "last*.ckpt")
     if not found:
         raise SlzoError(
             f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or name a file"
         )
-    return found[-1]
+    option = f"ckpt_path {str(found[0])!r}"
+    try:
+        with _one_line(option):
+            _verify(found[0], option)
+        return found[0]
+    except SlzoError as error:
+        sys.stderr.write(f"slzo: {error}\n")
+    for path in _by_age(root, "*.ckpt"):
+        with suppress(SlzoError):
+            if read_checkpoint(path).is_resumable:
+                sys.stderr.write(f"slzo: {path} is the newest checkpoint that is whole\n")
+                return path
+    raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is whole; start without --ckpt_path")
+
+
+@contextmanager
+def _one_line(option: str) -> Iterator[None]:
+    """Errors of reading a file as SlzoErrors."""
+    try:
+        yield
+    except SlzoError:
+        raise
+    except OSError as error:
+        raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # zip archives and pickles fail in many ways
+        raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
+
+
+def _verify(path: str | Path, option: str) -> None:
+    """Compare everything in a file with its checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise SlzoError(f"{option}: damaged, {damaged} in it is not what was written; {_ADVICE}")
+
+
+def _by_age(root: str | Path, name: str) -> list[Path]:
+    found = Path(root).glob(f"**/checkpoints/{name}")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _check_state(content: Mapping[str, Any], option: str) -> None:
+    state = content.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise SlzoError(f"{option}: has no tensors under state_dict; it was not written by slzo like this")
+    if not isinstance(content.get("global_step"), int):
+        raise SlzoError(f"{option}: has no step under global_step; it was not written by slzo like this")
+    _check_finite(state, f"{option}: its")
+
+
+def _check_finite(state: Mapping[str, Tensor], whose: str) -> None:
+    bad = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise SlzoError(
+            f"{whose} tensor {bad!r} holds values that are infinite or not a number; use an earlier checkpoint, with a lower "
+            "model.optimizer.init_args.lr"
+        )

@@ -9,18 +9,23 @@ from typing import Any, NoReturn
 
 import transformers
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
+from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import newest_checkpoint
-from slzo.cli_auto import read_config, with_numbers, with_words
-from slzo.cli_errors import one_line
+from slzo.cli_auto import with_numbers, with_words
+from slzo.cli_errors import one_line, with_option
 from slzo.commands import COMMANDS, FILLED, Command
+from slzo.config_files import check_config_file
 from slzo.console import say
+from slzo.constructor_errors import constructors_told
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.module import ZOModule
@@ -71,6 +76,7 @@ class SlzoCLI(LightningCLI):
         parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(StepWatch, "watch")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
@@ -96,6 +102,17 @@ class SlzoCLI(LightningCLI):
                 note = "Not used; accepted so that a config saved by fit can be given."
                 parser.add_argument(f"--{name}", type=kind, default=None, help=note)
         return parser
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data; what a class says of its arguments is one line."""
+        with constructors_told():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; without a logger there is no run folder that a config could be saved in."""
+        if self._get(self.config_init, "trainer.logger") is False:
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
 
     def _set_seed(self) -> None:
         """Seed everything; a seed out of range is a SlzoError."""
@@ -141,22 +158,27 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
     return list(args)
 
 
-def _translate_saved_configs(args: Sequence[str]) -> list[str]:
-    """Options in which configs saved by former versions are handed over with the present names."""
+def _read_configs(args: Sequence[str]) -> list[str]:
+    """Options in which configs saved by former versions are handed over with the present names; others are only looked at."""
     translated = list(args)
     for place, before, value in _options(args, "-c", "--config"):
-        text = read_config(value) or ""
-        if not text.startswith(_SAVED_CONFIG):
+        path = Path(value)
+        if not _exists(path):  # options themselves, or nothing: the parser says so
             continue
-        try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError:  # the parser says what is wrong with it
-            continue
-        renamed = translate(config) if isinstance(config, dict) else []
+        config = check_config_file(path)
+        saved = path.read_text(encoding="utf-8").startswith(_SAVED_CONFIG)
+        renamed = translate(config) if saved else []
         if renamed:
             say(f"{value}: saved by a former version; read {', '.join(renamed)}")
             translated[place] = before + yaml.safe_dump(config)
     return translated
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # options in the place of a path may be too long for one
+        return False
 
 
 def run(args: Sequence[str]) -> None:
@@ -169,7 +191,12 @@ def run(args: Sequence[str]) -> None:
     keep_freed_memory()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
-    build(with_numbers(_translate_saved_configs(_resolve_checkpoint(args))))
+    try:
+        build(with_numbers(_read_configs(_resolve_checkpoint(args))))
+    except SlzoError as error:
+        raise SlzoError(with_option(str(error), args)) from error
+    except MisconfigurationException as error:  # Lightning's word for a user's mistake that only shows in the run
+        raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def build(args: Sequence[str], run: bool = True) -> SlzoCLI:

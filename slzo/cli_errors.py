@@ -6,7 +6,7 @@ import inspect
 import re
 import typing
 from argparse import Action
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -52,6 +52,14 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     return f"{key} {value!r}: {_allowed(action, value)}"
 
 
+def with_option(message: str, args: Sequence[str]) -> str:
+    """A message about an argument of an optimizer or scheduler, which its parser does not know the option of."""
+    found = re.match(r"(\w+) '.*': expected ", message)
+    names = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
+    option = next((name for name in names if found and name.endswith(f".{found[1]}")), None)
+    return message if found is None or option is None else option + message.removeprefix(found[1])
+
+
 def _unknown_option(name: str, parser: ArgumentParser) -> str:
     if name in RENAMED:
         return f"{name}: is called {RENAMED[name]} now"
@@ -72,7 +80,10 @@ def _option_of_class(key: str, name: str, detail: str, action: Action | None, pa
         which = f", one of {', '.join(names)}" if names else ""
         return f"{key}.{name}: the class comes before its options{which}: --{key} CLASS --{key}.{name} VALUE"
     inner = re.search(r"Errors: - (.*?)(?: - Expected a <class 'NoneType'>| Given value type:)", detail)
-    told = inner[1] if inner else detail
+    # of the other types that the option may have
+    told = re.sub(r"^(Expected an? <class '[\w.]+'> - )+", "", inner[1] if inner else detail)
+    if re.search(r"'\[?(True|False)\b.*expected (a list|a text)", told):
+        told += "; YAML reads yes, no, on and off without quotes as true or false"
     if not re.match(rf"{name}\b", told):
         return f"{key}.{name}: {told}"
     return f"{key}.{told}".replace("--OPTION.help", f"--{key}.help")
@@ -80,7 +91,7 @@ def _option_of_class(key: str, name: str, detail: str, action: Action | None, pa
 
 def _given_value(detail: str) -> str | None:
     nested = re.search(r"NestedArg\(.*val='?([^')]*)", detail)
-    found = [nested[1]] if nested else re.findall(r"(?:Got|Given) value: (.*?)(?= - | Given value|$)", detail)
+    found = [nested[1]] if nested else re.findall(r"(?:Got|Given) value:(.*?)(?= - | Given value|$)", detail)
     return found[-1].strip() if found else None
 
 

@@ -1,6 +1,7 @@
 """The LightningDataModule: rows of a task as packed, tokenized batches."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -158,6 +159,13 @@ class TaskDataModule(LightningDataModule):
     def make_metrics(self) -> TaskMetrics:
         """Fresh counters of the task's metrics."""
         return make_metrics(self.task)
+
+    def metric_names(self, stage: str) -> list[str]:
+        """What is logged of scored rows: ``val/loss`` and so on."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there are no rows
+            names = self.make_metrics().compute()
+        return [f"{stage}/{name}" for name in ("loss", *names)]
 
     def state_dict(self) -> dict[str, Any]:
         """What a step's loss depends on, kept in checkpoints."""

@@ -1,4 +1,6 @@
-"""The one exception that stands for a mistake a user can mend."""
+"""The exception that stands for a mistake a user can mend, and the one of a signal."""
+
+import signal
 
 
 class SlzoError(Exception):
@@ -7,3 +9,22 @@ class SlzoError(Exception):
     The message is one line: the option, the value it had, what is allowed and what to do next. The command line prints
     it without a traceback and exits with status 2.
     """
+
+
+class Interrupted(BaseException):  # nothing that handles errors may swallow it
+    """A signal ended the run; the command line exits with status 128 and its number, as shells report it.
+
+    Args:
+        number: Of the signal.
+        saves: Whether the run is between two steps, where its state is whole and can be saved.
+    """
+
+    def __init__(self, number: int, saves: bool = True) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.saves = saves
+
+    @property
+    def status(self) -> int:
+        """The exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number

@@ -1,11 +1,12 @@
 """Write the tuned model as a plain Hugging Face folder."""
 
-import shutil
-import tempfile
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from slzo.checkpoint import Checkpoint
 from slzo.errors import SlzoError
+from slzo.files import check_writable, replacing
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.zo.tuned_model import TunedModel
@@ -28,6 +29,7 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SlzoError(f"output {output!r}: exists and is not an empty folder; choose another one or remove it")
+    check_writable(target)
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
@@ -41,16 +43,11 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
         tuned_model.tensors.load(checkpoint.content["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise SlzoError(f"ckpt_path {checkpoint.path!r}: does not fit model {note['model']!r} ({error})") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # written beside the target and moved, so that an interrupted export leaves no half folder
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        tuned_model.save_merged(str(partial))
+    with replacing(target) as partial:
+        partial.mkdir()
+        try:
+            tuned_model.save_merged(str(partial))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
         load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(partial)
-        partial.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target

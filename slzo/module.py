@@ -54,6 +54,7 @@ class ZOModule(LightningModule):
         eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by a hundredth of it.
         eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
         num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
+        clip_projected_grad: Scale a step down whose projected gradient is above this multiple of the median of the last 100.
         optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and lets it follow the loss.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
@@ -72,6 +73,7 @@ class ZOModule(LightningModule):
         eps: float | Literal["auto"] = "auto",
         eps_end: float | None = None,
         num_queries: int = 1,
+        clip_projected_grad: float | None = None,
         optimizer: MakeOptimizer = sgd,
         lr_scheduler: MakeScheduler | None = None,
         dtype: DType = "float32",
@@ -87,7 +89,9 @@ class ZOModule(LightningModule):
         self.layer_origin = "set by model.layer" if layer is not None else ""
         self.scope = scope if scope is not None else LayerScope()
         self.estimator = estimator if estimator is not None else SPSA()
-        self.step_options = self._given_step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries)
+        self.step_options = self._given_step = StepOptions(
+            None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad
+        )
         self.optimizer_choice = OptimizerChoice.of(optimizer, lr_scheduler)
         self.noise_seed = seed
         self.engine = _engine_for(self.estimator, engine)
@@ -144,6 +148,8 @@ class ZOModule(LightningModule):
     def start_from(self, checkpoint: Checkpoint | None) -> None:
         """The next fit continues a checkpoint (or, with ``None``, begins anew)."""
         self.resumed, self.step_size = checkpoint is not None, None
+        if checkpoint is not None:
+            checkpoint.check_resumable(self.optimizer_choice.classes)
         self._start = None if checkpoint is None else checkpoint.note
         decided = None if self._start is None else self._start.get("onednn")
         if decided is not None and self.engine.onednn is None and self.model is None:
@@ -309,8 +315,8 @@ class ZOModule(LightningModule):
         memory = self.tuned_model.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
         rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in memory.items()))
 
-    def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
-        """One zeroth-order step."""
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Estimate]:
+        """One zeroth-order step; callbacks are given what it learned."""
         assert self.tuned_model is not None and self.noise_seed is not None
         started, step = time.perf_counter(), self.global_step
         every = getattr(self.trainer, "log_every_n_steps", 1)
@@ -330,6 +336,7 @@ class ZOModule(LightningModule):
         if scheduler is not None:
             scheduler.step()
         self._log_step(batch, result, self.step_options.eps_at(step, self.trainer.max_steps), started)
+        return {"estimate": result.estimate}
 
     def loss_of(self, batch: TrainBatch) -> Loss:
         """The loss of a batch over the rows of every process, as a function of what is tuned."""
@@ -454,6 +461,8 @@ class ZOModule(LightningModule):
             "num_nonfinite": self.num_nonfinite,
             "onednn": self.parts.onednn,
             "step_size": None if self.step_size is None else self.step_size.to_dict(),
+            "optimizer": self.optimizer_choice.classes,
+            "projected_grads": list(self.tuned_model.history.sizes),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -465,9 +474,13 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"
             )
+        else:
+            self.tuned_model.check_base(note)
         self.num_nonfinite = note["num_nonfinite"]
         self.num_evaluations = note["num_evaluations"]
         self._take_step_size(note)
+        if self.tuned_model is not None:
+            self.tuned_model.history.sizes.extend(note.get("projected_grads", ()))
         self.noise_seed = note["noise_seed"]  # the directions go on as they began
         saved, mine = model_options(checkpoint), dict(self.hparams)
         different = [k for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"]

@@ -1,8 +1,5 @@
 """The Trainer of Lightning with the checks and extra commands that slzo needs."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,13 +7,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
-from slzo.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from slzo.callbacks.step_watch import StepWatch
+from slzo.callbacks.stop_on_signal import StopOnSignal
+from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
+from slzo.checkpoint_io import CheckpointFiles
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -26,6 +28,8 @@ from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.trial import Workbench
 from slzo.export import export_checkpoint
 from slzo.module import ZOModule
+from slzo.run_folder import disk_faults_in_one_line, run_folder
+from slzo.trainer_checks import check_callbacks, check_trainer_options
 
 _FULL_PRECISION = (None, 32, "32", "32-true")
 
@@ -57,20 +61,35 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 "trainer.val_check_interval 0: give the number of steps between two validations, at least 1"
             )
+        check_trainer_options(kwargs)
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
             callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
         if kwargs.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, CheckpointCallback)]
-        kwargs["callbacks"] = callbacks
+        # then there is no run folder, and Lightning would write into the current one
+        self._writes = kwargs.get("logger") is not False or kwargs.get("default_root_dir") is not None
+        if not self._writes and kwargs.get("enable_checkpointing") is not False:
+            callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
+            kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
+        callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
+        self._signals = StopOnSignal()
+        kwargs["callbacks"] = [ExactResume(), self._signals, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
             super().__init__(*args, **kwargs)
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
-        self._files = _ReadOnce(self.strategy.checkpoint_io)
+        if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
+            raise SlzoError(
+                f"trainer.strategy {kwargs.get('strategy')!r}: copies this process, which slzo cannot work with; use ddp"
+            )
+        epochs, steps = self.fit_loop, self.fit_loop.epoch_loop
+        self.fit_loop = FinishingFitLoop(self, epochs.min_epochs, epochs.max_epochs)
+        self.fit_loop.epoch_loop = _TrainingEpochLoop(self, steps.min_steps, steps.max_steps)
+        self._files = CheckpointFiles(self.strategy.checkpoint_io)
         self.strategy.checkpoint_io = self._files
 
     def fit(
@@ -96,24 +115,20 @@ class ZOTrainer(Trainer):
         """
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskDataModule):
             model.check_training(datamodule)
+            check_callbacks(self.callbacks, datamodule.metric_names("val"))  # type: ignore[attr-defined]
+            model.optimizer_choice.check_schedule(self.max_steps or -1)
         checkpoint = self._find(ckpt_path)
         if isinstance(model, ZOModule):
+            _check_layer(model, checkpoint)
             model.start_from(checkpoint)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        with self._without_empty_folder(begun):
+        with run_folder(self, begun), self._signals.handling(self.world_size):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, *args, **kwargs)
 
-    @contextmanager
-    def _without_empty_folder(self, begun: int) -> Iterator[None]:
-        """Remove the run folder of a fit that was refused before it went beyond step ``begun``."""
-        folder = None if self.logger is None or self.logger.log_dir is None else Path(self.logger.log_dir)
-        is_new = folder is not None and not folder.exists()
-        try:
-            yield
-        except SlzoError:
-            if folder is not None and is_new and self.is_global_zero and self.global_step <= begun:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+    @property
+    def log_dir(self) -> str | None:
+        """Lightning's; without a logger none, unless ``default_root_dir`` is given."""
+        return super().log_dir if self._writes else None
 
     def test(
         self,
@@ -132,7 +147,8 @@ class ZOTrainer(Trainer):
             args: Passed on.
             kwargs: Passed on.
         """
-        return super().test(model, dataloaders, self._path(ckpt_path, model), *args, **kwargs)
+        with run_folder(self):
+            return super().test(model, dataloaders, self._path(ckpt_path, model), *args, **kwargs)
 
     def validate(
         self,
@@ -151,7 +167,8 @@ class ZOTrainer(Trainer):
             args: Passed on.
             kwargs: Passed on.
         """
-        return super().validate(model, dataloaders, self._path(ckpt_path, model), *args, **kwargs)
+        with run_folder(self):
+            return super().validate(model, dataloaders, self._path(ckpt_path, model), *args, **kwargs)
 
     def predict(
         self,
@@ -179,7 +196,8 @@ class ZOTrainer(Trainer):
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         callbacks.append(writer)
         try:
-            return super().predict(model, dataloaders, datamodule, bool(return_predictions), path, weights_only)
+            with run_folder(self):
+                return super().predict(model, dataloaders, datamodule, bool(return_predictions), path, weights_only)
         finally:
             callbacks.remove(writer)
 
@@ -191,10 +209,11 @@ class ZOTrainer(Trainer):
             datamodule: A TaskDataModule, whose prompts are used.
         """
         profiler = self._profiler()
-        self.attach(model, datamodule)
-        profiler.run(self, model)
-        if self.logger is not None:
-            self.logger.finalize("success")
+        with run_folder(self):
+            self.attach(model, datamodule)
+            profiler.run(self, model)
+            if self.logger is not None:
+                self.logger.finalize("success")
         if self.log_dir is not None:
             say(f"Files      {self.log_dir}")
 
@@ -224,15 +243,17 @@ class ZOTrainer(Trainer):
             seeds: One training a layer for each; left out, that of seed_everything.
             directions: Random directions for the sensitivity, at least 20.
             num_rows: Training rows that the sensitivity is measured on.
-            seconds: Train each layer for this time instead (but no more than steps), and score the dev rows at steps 10, 20,
-                40 and so on: sweep_curves.png shows the loss over steps and over seconds.
+            seconds: Layers that are done with their steps earlier go on until this much training time is used, the states that
+                enter them being there already. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
+                and over seconds, and the verdict is about both.
             sensitivity_only: Train nothing.
             output: Folder of the results; left out, sweeps/MODEL-TASK.
         """
-        bench = self._bench(model, datamodule, "sweep")
-        steps = 0 if sensitivity_only else steps
-        plan = plan_sweep(model.parts.num_layers, layers, steps, bench.seeds(seeds), directions, num_rows, seconds)
-        sweep(bench, plan, lambda: self._profiler().measure(self, model), output)
+        with disk_faults_in_one_line():
+            bench = self._bench(model, datamodule, "sweep")
+            steps = 0 if sensitivity_only else steps
+            plan = plan_sweep(model.parts.num_layers, layers, steps, bench.seeds(seeds), directions, num_rows, seconds)
+            sweep(bench, plan, lambda: self._profiler().measure(self, model), output)
 
     def lr_search(
         self,
@@ -257,15 +278,16 @@ class ZOTrainer(Trainer):
             seeds: Each pair is tried with each; left out, that of seed_everything.
             output: Folder of the results; left out, lr_searches/MODEL-TASK.
         """
-        bench = self._bench(model, datamodule, "lr_search")
+        with run_folder(self):
+            bench = self._bench(model, datamodule, "lr_search")
 
-        @cache
-        def layer() -> int | None:
-            known = model.layer is not None or not model.scope.needs_layer
-            return model.layer if known else self._profiler().run(self, model).dominant_layer
+            @cache
+            def layer() -> int | None:
+                known = model.layer is not None or not model.scope.needs_layer
+                return model.layer if known else self._profiler().run(self, model).dominant_layer
 
-        grid = make_grid(lrs, eps, steps, bench.seeds(seeds), lambda: bench.own_step(layer()))
-        lr_search(bench, grid, layer(), output)
+            grid = make_grid(lrs, eps, steps, bench.seeds(seeds), lambda: bench.own_step(layer()))
+            lr_search(bench, grid, layer(), output)
 
     def _bench(self, model: ZOModule, datamodule: LightningDataModule | None, command: str) -> Workbench:
         rows = self.attach(model, datamodule)
@@ -307,7 +329,8 @@ class ZOTrainer(Trainer):
         found = self._find(ckpt_path)
         if found is None:
             raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
-        say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
+        with disk_faults_in_one_line():
+            say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
         """A checkpoint, read; ``last`` is the newest run's."""
@@ -317,8 +340,12 @@ class ZOTrainer(Trainer):
             root = self.logger.save_dir if self.logger is not None else self.default_root_dir
             ckpt_path = newest_checkpoint(root or self.default_root_dir)
             say(f"Using the newest checkpoint, {ckpt_path}")
-        self._files.known = read_checkpoint(ckpt_path)
-        return self._files.known
+        self._files.known = found = read_checkpoint(ckpt_path)
+        if found.note["format"] < CHECKPOINT_FORMAT:
+            say(
+                f"{found.path} is of a former format, without a fingerprint: whether the base model is the same is not checked"
+            )
+        return found
 
     def _path(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
         """Path of the checkpoint to score, which is found; says that there is none, unless the model was just fitted."""
@@ -328,17 +355,11 @@ class ZOTrainer(Trainer):
         return None if checkpoint is None else checkpoint.path
 
 
-class _ReadOnce(_WrappingCheckpointIO):
-    """Hands out a checkpoint that was read already, once, in the place of reading its file again."""
-
-    known: Checkpoint | None = None
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        known, self.known = self.known, None
-        if known is not None and known.path == str(path):
-            return known.content
-        return super().load_checkpoint(path, *args, **kwargs)
-
-    def teardown(self) -> None:
-        assert self.checkpoint_io is not None
-        self.checkpoint_io.teardown()
+def _check_layer(model: ZOModule, checkpoint: Checkpoint | None) -> None:
+    """Refuse to continue a checkpoint with another layer than its own."""
+    tuned = None if checkpoint is None else checkpoint.note["layer"]
+    if tuned is not None and model.layer not in (None, tuned):
+        raise SlzoError(
+            f"model.layer {model.layer}: the checkpoint tunes layer {tuned}; leave model.layer out to continue it, or "
+            "start without --ckpt_path"
+        )

@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "slzo"
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["cli_auto", "cli_errors", "trainer"],
-    ["callbacks", "experiments"],
+    ["cli_auto", "cli_errors", "config_files", "constructor_errors", "trainer"],
+    ["callbacks", "experiments", "checkpoint_io", "run_folder"],
     ["module"],
     ["datamodule"],
-    ["console"],
+    ["console", "trainer_checks"],
     # no Lightning from here on
     ["export"],
     ["zo"],
@@ -25,10 +25,10 @@ FLOORS = [
     ["batches"],
     ["tasks"],
     ["assets"],
-    ["pip_download", "renames", "settings", "seeding", "runtime", "commands"],
+    ["pip_download", "renames", "settings", "seeding", "runtime", "commands", "files", "checkpoint_note"],
     ["errors", "__init__"],
 ]
-LIGHTNING_ENDS = FLOORS.index(["console"])
+LIGHTNING_ENDS = FLOORS.index(["console", "trainer_checks"])
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_utilities")
 
 

@@ -1,6 +1,5 @@
 """Finds the dominant layer before training, by forward passes only."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from slzo.callbacks.profile_report import format_profile, profile_figure
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.files import write_json
 from slzo.module import ZOModule
 from slzo.tasks.base import Example
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
@@ -51,9 +51,8 @@ class OutlierProfiler(Callback):
         if batch_size < 1:
             raise SlzoError(f"profiler.batch_size {batch_size}: must be at least 1")
         if text_file is not None and not Path(text_file).is_file():
-            raise SlzoError(
-                f"profiler.text_file {text_file!r}: no such file; give a text file with one sequence a line"
-            )
+            found = "is a folder" if Path(text_file).is_dir() else "no such file"
+            raise SlzoError(f"profiler.text_file {text_file!r}: {found}; give a text file with one sequence a line")
         self.rule = rule if rule is not None else LargestFall()
         self.num_sequences = num_sequences
         self.batch_size = batch_size
@@ -149,9 +148,7 @@ class OutlierProfiler(Callback):
             or self.profile is None
         ):
             return
-        folder = Path(log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PROFILE_FILE).write_text(json.dumps(self.profile.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(log_dir) / PROFILE_FILE, self.profile.to_dict())
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_figure("outlier_profile", profile_figure(self.profile))
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.console import say
 from slzo.errors import SlzoError
+from slzo.files import check_writable, replacing
 from slzo.runtime import of_all_processes
 
 
@@ -26,6 +27,8 @@ class PredictionWriter(Callback):
         self._records: list[tuple[int, dict[str, Any]]] = []
         if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
             raise SlzoError(f"output {output!r}: not a file in an existing folder; give one such as predictions.jsonl")
+        if output is not None:
+            check_writable(output)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
@@ -40,8 +43,7 @@ class PredictionWriter(Callback):
         path = folder / "predictions.jsonl" if self.output is None else Path(self.output)
         if not trainer.is_global_zero:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
             for _, record in sorted(records, key=lambda item: item[0]):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         say(f"Predictions {path} ({len(records)} rows)")

@@ -1,6 +1,5 @@
 """Scores held-out rows before and after training and writes the summary of a run."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -15,11 +14,13 @@ from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
+from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import read_checkpoint
 from slzo.console import say
 from slzo.data.batch import EvalBatch
 from slzo.evaluation.evaluator import Outcome, score_rows
 from slzo.evaluation.metrics import row_score
+from slzo.files import write_json
 from slzo.module import ZOModule
 from slzo.runtime import of_all_processes, peak_memory_gb
 
@@ -125,6 +126,7 @@ class RunSummary(Callback):
             "evaluations": pl_module.num_evaluations,
             "skipped_steps": pl_module.num_nonfinite,
             "times_taken_back": _times_taken_back(trainer),
+            "loss_spikes": next((c.spikes for c in trainer.callbacks if isinstance(c, StepWatch)), {"number": 0}),  # type: ignore[attr-defined]
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
@@ -215,9 +217,7 @@ def _score(module: ZOModule, when: str) -> Scores:
 def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
     if summary["run_dir"] is None:
         return
-    folder = Path(summary["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(summary["run_dir"]) / SUMMARY_FILE, summary)
     if isinstance(trainer.logger, TensorBoardLogger):
         metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
         trainer.logger.log_hyperparams(dict(trainer.lightning_module.hparams), metrics=metrics)
@@ -246,6 +246,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         )
     if summary["skipped_steps"]:
         lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
+    spikes = summary["loss_spikes"]
+    if spikes["number"]:
+        lines.append(
+            f"Spikes     {spikes['number']} steps with a loss far above the usual, the largest {spikes['loss']:.4g} at step "
+            f"{spikes['step']}, usual {spikes['usual']:.4g}"
+        )
     if summary["run_dir"]:
         lines.append(f"Files      {summary['run_dir']}")
     if summary["best_checkpoint"]:

@@ -94,7 +94,8 @@ def _open(
     if split in task.files:
         path = Path(task.files[split]).expanduser()
         if not path.is_file():
-            raise SlzoError(f"data.task.{split}_file {str(path)!r}: no such file; give an existing one")
+            found = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
+            raise SlzoError(f"data.task.{split}_file {str(path)!r}: {found}")
         return str(path), read_file(path)
     if data_dir is not None:
         path = _find_file(task, split, Path(data_dir).expanduser())
@@ -114,7 +115,8 @@ def _open(
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:
     if not root.is_dir():
-        raise SlzoError(f"data.data_dir {str(root)!r}: no such folder; give one with {task.name}/train.jsonl and so on")
+        found = "is a file" if root.exists() else "no such folder"
+        raise SlzoError(f"data.data_dir {str(root)!r}: {found}; give one with {task.name}/train.jsonl and so on")
     folders = [root / task.name, *([root / FOLDERS[task.name]] if task.name in FOLDERS else []), root]
     for folder, stem, ending in product(folders, FILE_STEMS[split], READERS):
         path = folder / f"{stem}{ending}"

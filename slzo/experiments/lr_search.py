@@ -1,6 +1,5 @@
 """Tries learning rates (and eps) for a few steps each, from the same weights with the same rows and directions."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
 from slzo.experiments.trial import Trial, Workbench
+from slzo.files import write_json
 
 # A change of the dev loss below this share of it is no progress.
 _MIN_PROGRESS = 0.005
@@ -68,7 +68,7 @@ def lr_search(bench: Workbench, grid: Grid, layer: int | None, output: str | Non
         "settings": settings,
         "tried": [{**vars(pair), "loss": None if pair.diverged else pair.loss} for pair in tried],
     }
-    (store.folder / "lr_search.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(store.folder / "lr_search.json", content)
     say(f"\n{words}")
     if best is not None:  # the optimizer's other options stay as they are configured
         say(f"\nOptions    --model.eps {best.eps:.6g} --model.optimizer.lr {best.lr:.6g}")

@@ -5,15 +5,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
 from slzo.errors import SlzoError
+from slzo.files import PARTIAL, write_json
 from slzo.settings import differences
 
 _SETTINGS_FILE = "settings.json"
-_PARTIAL = ".partial"
 
 
 class CellStore:
@@ -34,9 +33,11 @@ class CellStore:
         settings = json.loads(json.dumps(settings))
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
             old = json.loads(path.read_text(encoding="utf-8"))
-            # a folder of another kind may know nothing of them
-            settings |= {name: old.get(name) for name in open_settings if settings[name] is None}
-            old |= {name: settings[name] for name in open_settings if old.get(name) is None}
+            opened = {name: old.get(name) for name in open_settings}  # a folder of another kind may know nothing of them
+            if all(settings[name] is None for name in open_settings):
+                settings |= opened
+            elif all(value is None for value in opened.values()):
+                old |= {name: settings[name] for name in open_settings}
             changes = differences(old, settings)
             if changes:
                 raise SlzoError(
@@ -45,11 +46,11 @@ class CellStore:
                 )
         # a process that starts at the same time may be at writing its own
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
-        if any(file.suffix != _PARTIAL for file in files) and not path.is_file():
+        if any(file.suffix != PARTIAL for file in files) and not path.is_file():
             raise SlzoError(f"output {str(self.folder)!r}: holds other files; give a new folder, or one to continue")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, settings)
+            write_json(path, settings)
             (self.folder / "cells").mkdir(exist_ok=True)
         except OSError as error:
             raise SlzoError(
@@ -63,7 +64,7 @@ class CellStore:
 
     def save(self, name: str, result: Any) -> None:
         """Keep a cell's result."""
-        _write(self._path(name), result)
+        write_json(self._path(name), result)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -84,10 +85,3 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
-
-
-def _write(path: Path, content: Any) -> None:
-    # a name of its own: another process may write the same file
-    partial = path.with_name(f"{path.name}.{uuid4().hex}{_PARTIAL}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

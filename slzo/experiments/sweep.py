@@ -10,10 +10,10 @@ from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.sweep_report import (
+    curves_verdict,
     format_rows,
     layer_curves,
     layer_results,
-    same_steps_verdict,
     verdict,
     write_sweep,
 )
@@ -35,11 +35,12 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
     settings = bench.settings() | {
         "directions": plan.directions,
         "num_rows": plan.num_rows,
-        "steps": plan.length,
+        "steps": plan.steps or None,
+        "seconds": plan.seconds if plan.steps else None,
         "seed_of_sensitivity": plan.seeds[0],
     }
     # the sensitivity does not depend on the steps: a first look may be followed by trainings
-    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps",))
+    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
     profile = measure()
     names = run_cells(bench, store, plan)
     wait_for_others(store, names)
@@ -47,7 +48,7 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
     sentence = verdict(rows, datamodule.task.metric, profile.title)
     curves = layer_curves(store, plan)
     if plan.seconds is not None and curves:
-        sentence = f"In the same {plan.seconds:g} s: {sentence} {same_steps_verdict(curves, profile.dominant_layer)}"
+        sentence = curves_verdict(curves, plan, profile.dominant_layer)
     write_sweep(store.folder, rows, plan, settings, sentence, curves)
     say(format_rows(rows))
     say(f"\n{sentence}\nFiles      {store.folder}")

@@ -17,11 +17,11 @@ class SweepPlan:
 
     Attributes:
         layers: Layers to train, rising; the sensitivity is measured in all layers of the model.
-        steps: Steps of each training, at most; 0 measures the sensitivity only.
+        steps: Steps of each training; 0 measures the sensitivity only.
         seeds: One training a layer for each.
         directions: Random directions for the sensitivity.
         num_rows: Training rows that the sensitivity is measured on.
-        seconds: Training time of each, scoring left out; ``None`` for no limit.
+        seconds: Training time of each, scoring left out: layers that are done with the steps earlier go on until then.
     """
 
     layers: tuple[int, ...]
@@ -30,13 +30,6 @@ class SweepPlan:
     directions: int
     num_rows: int
     seconds: float | None = None
-
-    @property
-    def length(self) -> int | str | None:
-        """How long each training is, which its result depends on; ``None`` if there are none."""
-        if not self.steps:
-            return None
-        return self.steps if self.seconds is None else f"{self.steps} at most in {self.seconds:g} s"
 
     @property
     def trainings(self) -> list[tuple[int, int]]:
@@ -66,7 +59,9 @@ def plan_sweep(
         if value < least:
             raise SlzoError(f"{name} {value}: must be at least {least}")
     if seconds is not None and not 0 < seconds < math.inf:
-        raise SlzoError(f"seconds {seconds}: give a number above 0, or leave it out to train each layer for steps")
+        raise SlzoError(
+            f"seconds {seconds}: give a number above 0, or leave it out to end each training after its steps"
+        )
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")
     if layers is not None and not layers:

@@ -1,11 +1,11 @@
 """What a sweep found: the figures of each layer, in words, as a table and as a picture."""
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.trial import Score, Sensitivity, Trial
+from slzo.files import replacing, write_json
 from slzo.zo.profile import OutlierProfile
 
 
@@ -173,7 +174,7 @@ def write_sweep(
 ) -> None:
     """Write sweep.csv, sweep.json and sweep.png."""
     names = [field.name for field in fields(LayerResult)]
-    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
@@ -185,10 +186,12 @@ def write_sweep(
         "layers": [asdict(row) for row in rows],
         "curves": {layer: [asdict(score) for score in scores] for layer, scores in curves.items()},
     }
-    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sweep_figure(rows).savefig(folder / "sweep.png", dpi=120)
-    if plan.seconds is not None:
-        curves_figure(curves).savefig(folder / "sweep_curves.png", dpi=120)
+    write_json(folder / "sweep.json", content)
+    with replacing(folder / "sweep.png") as partial:
+        sweep_figure(rows).savefig(partial, dpi=120)
+    if plan.seconds is not None and curves:
+        with replacing(folder / "sweep_curves.png") as partial:
+            curves_figure(curves).savefig(partial, dpi=120)
 
 
 def layer_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Score]]:
@@ -215,21 +218,32 @@ def _mean_score(scores: Sequence[Score]) -> Score:
     return Score(round(step), round(evaluations), seconds, loss, metric)
 
 
-def loss_at_step(curve: Sequence[Score], step: int) -> float | None:
-    """The dev loss of a curve at a step where it was scored."""
-    return next((score.loss for score in curve if score.step == step), None)
+def curves_verdict(curves: Mapping[int, Sequence[Score]], plan: SweepPlan, chosen: int) -> str:
+    """Two sentences: which layer is ahead after the same steps, and which after the same time?"""
+    assert plan.seconds is not None
+    at_steps = {
+        layer: _interpolated([(score.step, score.loss) for score in curve], plan.steps)
+        for layer, curve in curves.items()
+    }
+    at_time = {
+        layer: _interpolated([(score.seconds, score.loss) for score in curve], plan.seconds)
+        for layer, curve in curves.items()
+    }
+    return f"{_ahead(at_steps, f'{plan.steps} steps', chosen)} {_ahead(at_time, f'{plan.seconds:g} s', chosen)}"
 
 
-def same_steps_verdict(curves: Mapping[int, Sequence[Score]], chosen: int | None) -> str:
-    """One sentence: which layer is ahead after the most steps that every layer has taken?"""
-    common = set.intersection(*({score.step for score in curve} for curve in curves.values())) if curves else set()
-    if not common or max(common) == 0:
-        return "No layer was scored on the way."
-    step = int(max(common))
-    losses = {layer: loss_at_step(curve, step) or math.inf for layer, curve in curves.items()}
+def _ahead(losses: Mapping[int, float], after: str, chosen: int) -> str:
     best = min(losses, key=losses.__getitem__)
-    own = "" if chosen not in losses or chosen == best else f"; the chosen layer {chosen} is at {losses[chosen]:.4f}"
-    return f"After the same {step} steps layer {best} is ahead, at a dev loss of {losses[best]:.4f}{own}."
+    own = "" if chosen not in losses or chosen == best else f", the chosen layer {chosen} at {losses[chosen]:.4f}"
+    return f"After {after} layer {best} is ahead, at a dev loss of {losses[best]:.4f}{own}."
+
+
+def _interpolated(points: Sequence[tuple[float, float]], place: float) -> float:
+    """The loss between the scores before and after a place; the last one beyond it."""
+    for (left, low), (right, high) in pairwise(points):
+        if left <= place <= right:
+            return low + (high - low) * (place - left) / max(right - left, 1e-9)
+    return points[-1][1]
 
 
 def curves_figure(curves: Mapping[int, Sequence[Score]]) -> Figure:

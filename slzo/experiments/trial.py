@@ -126,7 +126,7 @@ class Workbench:
             **flat_settings("scope", module.scope_settings),
             **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),
             **flat_settings("optimizer", module.optimizer_choice.settings),
-            **asdict(module.step_options),
+            **{k: v for k, v in asdict(module.step_options).items() if (k, v) != ("clip_projected_grad", None)},
             "eps": module.step_options.eps or "auto",
             "noise_seed": module.noise_seed,
             "cache_dtype": module.engine.cache_dtype,
@@ -155,11 +155,12 @@ class Workbench:
 
         Args:
             layer: Dominant layer; ``None`` for scopes that need none.
-            steps: Steps to take; fewer are taken if the loss is not finite.
+            steps: Steps to take; fewer are taken if the loss is not finite, more if there is time left.
             seed: Of directions and batches.
             lr: Learning rate in place of the optimizer's own.
             eps: In place of the module's.
-            seconds: Stop after this much training time, and score the dev rows on the way too.
+            seconds: Go on until this much training time is used, and score the dev rows on the way too. The states that enter the
+                tuned layer are computed beforehand: their time depends on the layers tuned before.
         """
         module, choice = self.module, self.module.optimizer_choice
         options = module.step_options if eps is None else replace(module.step_options, eps=eps)
@@ -184,10 +185,11 @@ class Workbench:
             if self.before is None:  # the same for every trial
                 self.before = self.score()
             scores.append(self.before)
-            for step in range(steps):
-                if seconds is not None and used >= seconds:
-                    break
-                if seconds is not None and step in _CURVE:
+            if seconds is not None:
+                self._fill_prefix(tuned_model)
+            step = -1
+            while (step := step + 1) < steps or (seconds is not None and used < seconds):
+                if seconds is not None and (step in _CURVE or step == steps):
                     scores.append(self.score(step, evaluations, used))
                 started = time.perf_counter()
                 loss = module.loss_of(next(batches).to(tuned_model.parts.model.device))
@@ -229,6 +231,12 @@ class Workbench:
     def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
         first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
         return tuned_model.measure_step(self.module.loss_of(first.to(tuned_model.parts.model.device)), eps, seed)
+
+    def _fill_prefix(self, tuned_model: TunedModel) -> None:
+        """Compute the states of every training row, in the batches of the first epoch."""
+        batches = self.datamodule.training_batches(self.datamodule.batch_size, self.module.noise_seed or 0)
+        for _ in range(math.ceil(len(self.datamodule.rows("train")) / self.datamodule.batch_size)):
+            tuned_model.forward.prefix(next(batches).packed.to(tuned_model.parts.model.device))
 
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
         """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run."""

@@ -22,6 +22,11 @@ def resolve_model(name: str) -> str:
     Raises:
         SlzoError: There is no such file or folder, and it cannot be a Hub id.
     """
+    if not name.strip():
+        raise SlzoError(
+            f"model.model {name!r}: is empty; give a built-in name ({', '.join(BUILTIN_MODELS)}), a local Hugging Face folder, a "
+            ".gguf file or a Hub id"
+        )
     if name in BUILTIN_MODELS:
         return str(builtin_model_path(name))
     path = Path(name).expanduser()

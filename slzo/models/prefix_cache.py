@@ -92,11 +92,29 @@ class PrefixCache:
             if self.directory is None:  # pinned: copies to the GPU need no wait
                 self._block = torch.empty(size, dtype=dtype, pin_memory=pinned)
             else:
-                with tempfile.NamedTemporaryFile(dir=self.directory, prefix="prefix-cache-") as file:
-                    self._block = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+                self._block = _file_block(self.directory, size, dtype)
             self._used = 0
         self._used += count
         return self._block[self._used - count : self._used]
+
+
+def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
+    """Room for ``size`` values in a file without a name.
+
+    Raises:
+        SlzoError: The disk has not that much room.
+    """
+    num_bytes = size * dtype.itemsize
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix="prefix-cache-") as file:
+            if hasattr(os, "posix_fallocate"):  # a mapped file that outgrows its disk kills the process
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    except OSError as error:
+        raise SlzoError(
+            f"model.engine.cache_dir {directory!r}: no room for {num_bytes / 2**20:.0f} MiB more ({error.strerror}); lower "
+            "model.engine.cache_gb, or give another folder"
+        ) from error
 
 
 def check_cache_folder(directory: str) -> None:

@@ -32,5 +32,5 @@ def get_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]()
     close = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "; one on your own files is slzo.tasks.template.TemplateTask"
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")

@@ -1,6 +1,7 @@
 """Optimizers: which can take a zeroth-order gradient, what they cost, and one that torch lacks."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,6 +28,7 @@ AUTO_LR = math.inf
 # one and goes on with the other, and RMSprop, whose first steps are ten times as long as later ones.
 _PLAIN = (torch.optim.SGD, torch.optim.ASGD)
 _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)
+_TRIED_STEPS = 20_000
 
 
 class SignSGD(Optimizer):
@@ -112,6 +114,12 @@ class OptimizerChoice:
         """Whether the learning rate is measured."""
         return self.lr == AUTO_LR
 
+    @property
+    def classes(self) -> dict[str, str | None]:
+        """What a state fits to: the class of the optimizer, and that of the scheduler."""
+        scheduler = self.settings["scheduler"]
+        return {"class": self.settings["class"], "scheduler": None if scheduler is None else scheduler["class"]}
+
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
         """Try both on a made-up matrix: what cannot work is refused before anything expensive is done.
@@ -142,14 +150,40 @@ class OptimizerChoice:
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(make, make_scheduler, name, lr, settings, _state_copies(probe))
 
+    def check_schedule(self, num_steps: int) -> None:
+        """Try the scheduler for as many steps as a run takes, or as can be tried in a moment.
+
+        Raises:
+            SlzoError: It ends before them.
+        """
+        if self.make_scheduler is None:
+            return
+        try:
+            scheduler = self.make_scheduler(self.make([nn.Parameter(torch.zeros(1, 1))]))
+            _stepped(scheduler, min(num_steps, _TRIED_STEPS))
+        except (ValueError, ArithmeticError) as error:
+            raise SlzoError(
+                f"model.lr_scheduler: {error}, and trainer.max_steps is {num_steps}; make its init_args fit"
+            ) from error
+
+
+def _stepped(scheduler: Any, num_steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the probe takes no steps of its own
+        for _ in range(num_steps):
+            scheduler.step()
+
 
 def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
     """Class and state of a scheduler; the optimizer's rate may be changed."""
     try:
         scheduler = make(probe)
-    except (ValueError, TypeError, KeyError) as error:
+        state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
+        _stepped(scheduler, 2)
+    except ArithmeticError as error:
+        raise SlzoError(f"model.lr_scheduler: takes no step ({error}); an argument must not be 0") from error
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise SlzoError(f"model.lr_scheduler: {error}; correct its init_args") from error
-    state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
     return {"class": type(scheduler).__qualname__, **state}
 
 

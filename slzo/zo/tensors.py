@@ -108,6 +108,10 @@ class Masked(TunedTensor):
     index: Tensor
 
     def __init__(self, live: Tensor, index: Tensor) -> None:
+        if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not index.numel():
+            raise ValueError("its index is no list of places")
+        if int(index.min()) < 0 or int(index.max()) >= live.numel():
+            raise ValueError("its index points outside of the tensor")
         # 8 bytes an element would be more than the master itself takes
         index = index.to(live.device, torch.int32 if live.numel() < 2**31 else torch.int64)
         super().__init__(live, live.detach().view(-1)[index].to(torch.float32, copy=True))
@@ -143,6 +147,8 @@ class Subspace(TunedTensor):
 
     def __init__(self, live: Tensor, basis: Tensor, transposed: bool | Tensor = False) -> None:
         self.transposed = bool(transposed)
+        if live.dim() != 2 or basis.dim() != 2 or basis.shape[0] != live.shape[1 - int(self.transposed)]:
+            raise ValueError(f"its basis of shape {list(basis.shape)} does not fit")
         super().__init__(live, torch.zeros(live.shape[int(self.transposed)], basis.shape[1], device=live.device))
         self.register_buffer("basis", basis.to(live.device, torch.float32), persistent=False)
         self.register_buffer("base", live.detach().clone(), persistent=False)

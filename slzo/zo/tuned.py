@@ -137,8 +137,12 @@ class TunedTensors(nn.Module):
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:
-        """Set all masters, given by name, and the live weights; KeyError if one is missing."""
-        for name, master in self.named_masters().items():
+        """Set all masters, given by name, and the live weights; KeyError if one is missing or of another shape."""
+        own = self.named_masters()
+        for name, master in own.items():
+            if masters[name].shape != master.shape:
+                raise KeyError(f"{name} of shape {list(masters[name].shape)}")
+        for name, master in own.items():
             master.copy_(masters[name])
         self.restore()
 
@@ -159,7 +163,7 @@ class TunedTensors(nn.Module):
         """Tuned tensors as :meth:`description` says, of an untuned model's parameters; :meth:`load` then sets their values.
 
         Raises:
-            KeyError: The model has no such tensor, or one of another shape.
+            KeyError: The model has no such tensor, or one of another shape, or it cannot be tuned like this.
         """
         tensors = {}
         for name, entry in description.items():
@@ -167,5 +171,8 @@ class TunedTensors(nn.Module):
             kind, shape = constants.pop("kind"), list(constants.pop("shape"))
             if list(parameters[name].shape) != shape:
                 raise KeyError(f"{name} of shape {shape}")
-            tensors[name] = KINDS[kind](parameters[name], **constants)
+            try:
+                tensors[name] = KINDS[kind](parameters[name], **constants)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise KeyError(f"{name} as {kind} ({' '.join(str(error).split())})") from error
         return cls(tensors, subset)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,10 +16,12 @@ from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
+from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
+from slzo.zo.clipping import ProjectedGradHistory
 from slzo.zo.estimators import Estimator, Loss, Request
 from slzo.zo.forward import SuffixForward
 from slzo.zo.objectives import Objective
@@ -48,6 +51,7 @@ class TunedModel:
         layer: The dominant layer; ``None`` where the scope has none.
         engine: How losses are computed; ``packed``, ``onednn`` and ``compile`` are those of the parts.
         cache: Prefix states of an earlier tuned model on the same rows; taken over if they enter the same layer.
+        base: Of the model before any adapter; ``None`` where it is not known.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class TunedModel:
         layer: int | None = None,
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
+        base: Fingerprint | None = None,
     ) -> None:
         engine = Engine() if engine is None else engine
         self.parts = parts
@@ -67,10 +72,14 @@ class TunedModel:
         self.adapter = adapter
         self.layer = layer
         self.engine = engine
+        # an adapter's own tensors are none of the base model's
+        own = {} if adapter is not None else {name: tensor.live for name, tensor in self.tensors.items()}
+        self.base = None if base is None else base.with_tuned(own)
         span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
             dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
             cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
+        self.history = ProjectedGradHistory()
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
 
     @classmethod
@@ -96,9 +105,10 @@ class TunedModel:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
         settings, adapter = constructor_settings(scope, "model.scope"), scope.adapter(context)
+        base = Fingerprint.of(parts.model)
         with _adapter_in(parts, adapter) as own:
             tensors = scope.tensors(replace(context, parts=own))
-            return cls(own, tensors, settings, adapter, layer, engine, cache)
+            return cls(own, tensors, settings, adapter, layer, engine, cache, base)
 
     @classmethod
     def of_description(
@@ -113,14 +123,23 @@ class TunedModel:
         The parts are untuned and without an adapter; ``subset`` says what a training step moves, ``None`` for all.
 
         Raises:
+            SlzoError: It is of another base model.
             KeyError: It does not fit the model, which is as it was.
         """
-        adapter = None if description["adapter"] is None else adapter_from_dict(description["adapter"])
+        base = Fingerprint.of(parts.model)
+        base.check(description.get("base", {}))
+        settings = description["adapter"]
+        try:
+            adapter = None if settings is None else adapter_from_dict(settings)
+        except TypeError as error:
+            raise KeyError(f"{settings} as adapter ({error})") from error
         with _adapter_in(parts, adapter) as own:
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
-            return cls(own, tensors, description["scope"], adapter, description["layer"], engine)
+            made = cls(own, tensors, description["scope"], adapter, description["layer"], engine, base=base)
+            made.check_base(description)
+            return made
 
     def description(self) -> dict[str, Any]:
         """What :meth:`of_description` takes: tensors and primitives only."""
@@ -129,11 +148,22 @@ class TunedModel:
             "adapter": None if self.adapter is None else self.adapter.to_dict(),
             "tensors": self.tensors.description(),
             "layer": self.layer,
+            "base": {} if self.base is None else self.base.to_dict(),
         }
 
+    def check_base(self, description: Mapping[str, Any]) -> None:
+        """Refuse a description of another base model; one without a fingerprint passes.
+
+        Raises:
+            SlzoError: With what differs.
+        """
+        if self.base is not None:
+            self.base.check(description.get("base", {}))
+
     def fits(self, description: Mapping[str, Any]) -> bool:
-        """Whether a description is that of what is tuned here, bases and masks included."""
+        """Whether a description is that of what is tuned here, bases and masks included; for another base model, see above."""
         own = self.description()
+        own.pop("base")
         return all(_same(own[name], description[name]) for name in own)
 
     def remove_adapter(self) -> None:
@@ -193,7 +223,9 @@ class TunedModel:
         eps = options.eps_at(step, max_steps)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
-        return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update)
+        factor = options.clip_projected_grad
+        clip = None if factor is None else partial(self.history.clip, factor=factor)
+        return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update, clip=clip)
 
     def measure_step(self, loss: Loss, eps: float | None, seed: int) -> StepSize:
         """Measure step sizes on a batch, see :meth:`slzo.zo.step_size.StepSize.measure`."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from paper_tables.config import Table
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
+from slzo.files import replacing, write_json, write_text
 from slzo.tasks.registry import get_task
 
 
@@ -155,7 +156,7 @@ def write_tables(work: Work, command: str) -> None:
     entries = [make_entry(table, method, task, work.result) for method in table.methods for task in table.tasks]
     averages = [make_average([e for e in entries if e.method == method]) for method in table.methods]
     results, failures = work.results(), work.failures()
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "table.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Entry)])
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in asdict(entry).items()} for entry in entries)
@@ -168,10 +169,11 @@ def write_tables(work: Work, command: str) -> None:
         "cells": results,
         "failed": failures,
     }
-    (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "table.json", content)
     text = markdown(table, entries, averages, results, failures, command)
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    bar_chart(table, entries, averages).savefig(folder / "table.png", dpi=120)
+    write_text(folder / "table.md", text)
+    with replacing(folder / "table.png") as partial:
+        bar_chart(table, entries, averages).savefig(partial, dpi=120)
 
 
 def _distinct(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import slzo
 from paper_tables.config import Cell, Table
 from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
+from slzo.files import write_json
 from slzo.tasks.registry import get_task
 
 FINISHED, DIVERGED = "finished", "diverged"
@@ -244,10 +245,7 @@ class Work:
                 reason = str(error)
         if "state" not in figures:
             self._failed_now.add(cell.name)
-            failed.parent.mkdir(exist_ok=True)
-            failed.write_text(
-                json.dumps({**identity, "reason": reason, "log": str(log)}, indent=2) + "\n", encoding="utf-8"
-            )
+            write_json(failed, {**identity, "reason": reason, "log": str(log)})
             return f"failed: {reason}"
         if not self.keep_checkpoints:
             shutil.rmtree(folder / "version_0" / "checkpoints", ignore_errors=True)

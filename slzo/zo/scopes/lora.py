@@ -23,6 +23,8 @@ class LoRA(Scope):
     def __init__(
         self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None, layers: Layers = None
     ) -> None:
+        if rank < 1:
+            raise SlzoError(f"model.scope.rank {rank}: must be at least 1; MeZO has 8")
         if not 0 < alpha < float("inf"):
             raise SlzoError(f"model.scope.alpha {alpha}: must be a number above 0, or nothing would be tuned")
         self.rank = rank

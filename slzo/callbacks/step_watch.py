@@ -1,0 +1,123 @@
+"""Tells steps that mean nothing, and counts jumps of the loss."""
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from slzo.errors import SlzoError
+from slzo.module import ZOModule
+from slzo.zo.estimators import Estimate
+
+_REMEMBERED, _NEEDED = 50, 10
+_GREW = 100.0
+
+
+class StepWatch(Callback):
+    """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops after some of them.
+
+    Losses that are metrics often do not change; then it only warns. A loss is a spike if it is above twice the median of the last
+    50 steps and above it by ten times their usual distance from it; the summary has their number and the largest.
+
+    Args:
+        max_zero_steps: Stop after this many steps in a row whose projected gradients are exactly 0.
+    """
+
+    def __init__(self, max_zero_steps: int = 20) -> None:
+        if max_zero_steps < 1:
+            raise SlzoError(f"watch.max_zero_steps {max_zero_steps}: at least 1 step is needed before giving up")
+        self.max_zero_steps = max_zero_steps
+        self._losses: deque[float] = deque(maxlen=_REMEMBERED)
+        self._size_at_start: float | None = None
+        self._zeros = 0
+        self.spikes: dict[str, Any] = {"number": 0}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how large the tuned tensors are; a resumed run knows how large they were at first."""
+        if isinstance(pl_module, ZOModule) and not (pl_module.resumed and self._size_at_start is not None):
+            self._losses.clear()
+            self._zeros, self.spikes, self._size_at_start = 0, {"number": 0}, _size(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the step."""
+        estimate = outputs.get("estimate") if isinstance(outputs, dict) else None
+        if not isinstance(estimate, Estimate) or not isinstance(pl_module, ZOModule) or not estimate.finite:
+            return
+        self._look_for_spike(estimate.loss, trainer.global_step)
+        if any(estimate.projected_grad):
+            self._zeros = 0
+            return
+        self._zeros += 1
+        if estimate.loss == 0 or not pl_module.datamodule.objective.differentiable:
+            if self._zeros == self.max_zero_steps:
+                rank_zero_warn(f"the loss, {estimate.loss:.4g}, changed along no direction for {self._zeros} steps")
+            return
+        if self._zeros == 1:
+            rank_zero_warn(
+                f"the projected gradient is exactly 0 at step {trainer.global_step}, nothing is learned: "
+                f"{_reason(pl_module, self._size_at_start)}"
+            )
+        if self._zeros >= self.max_zero_steps:
+            raise SlzoError(
+                f"the projected gradient was exactly 0 for {self._zeros} steps in a row, the last at step {trainer.global_step}: "
+                f"{_reason(pl_module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
+            )
+
+    def _look_for_spike(self, loss: float, step: int) -> None:
+        known, usual = self._losses, 0.0
+        if len(known) >= _NEEDED:
+            usual = statistics.median(known)
+            distance = statistics.median(abs(other - usual) for other in known)
+            if loss > max(2 * usual, usual + 10 * distance):
+                self.spikes["number"] += 1
+                if loss > self.spikes.get("loss", -math.inf):
+                    self.spikes |= {"step": step, "loss": loss, "usual": usual}
+        known.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {
+            "losses": list(self._losses),
+            "size_at_start": self._size_at_start,
+            "zeros": self._zeros,
+            "spikes": dict(self.spikes),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._losses.extend(state_dict["losses"])
+        self._size_at_start, self._zeros = state_dict["size_at_start"], state_dict["zeros"]
+        self.spikes = dict(state_dict["spikes"])
+
+
+def _size(module: ZOModule) -> float:
+    """Root mean square of what is tuned."""
+    assert module.tuned_model is not None
+    norms = torch.stack([master.detach().float().norm() for master in module.tuned_model.tensors.masters])
+    return float(norms.norm()) / math.sqrt(module.tuned_model.tensors.num_elements)
+
+
+def _reason(module: ZOModule, at_start: float | None) -> str:
+    """Why no direction changes the loss, and what to do."""
+    now, eps = _size(module), module.step_options.eps_at(module.global_step, module.trainer.max_steps)
+    if at_start and not now < _GREW * at_start:
+        return (
+            f"the tuned tensors grew by a factor of {now / at_start:.3g}, the steps are far too large; lower the learning rate "
+            f"(model.optimizer.init_args.lr {module.optimizer_choice.lr:.3g})"
+        )
+    told_apart = now * torch.finfo(getattr(torch, module.dtype_name)).eps
+    if not module.estimator.differentiates and eps < told_apart:
+        return (
+            f"model.eps {eps:.3g} is lost in rounding: entries of size {now:.2g} in {module.dtype_name} change by steps of about "
+            f"{told_apart:.1g}; raise it, 1e-3 is a good start"
+        )
+    return (
+        f"no direction changes the loss (eps {eps:.3g}, entries of size {now:.2g}); raise model.eps, or lower the "
+        "learning rate if the loss jumped before"
+    )

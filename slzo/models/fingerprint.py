@@ -1,0 +1,112 @@
+"""Tells one base model from another, so that tuned weights never go into the wrong one."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slzo.errors import SlzoError
+from slzo.settings import differences
+
+# values of each tensor in the sample, evenly spread
+_VALUES = 1024
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what a config says besides the function that the model computes
+_OTHER_FIELDS = frozenset(
+    {
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a base model before anything of it is tuned.
+
+    Attributes:
+        config: What its config says of the function that it computes.
+        sample: Hash of some values of every tensor, for each type that they can be rounded to, so that a model that is loaded in
+            another type can be compared.
+        tuned: Hash of all values of the tensors that are tuned, by the type that they have.
+    """
+
+    config: Mapping[str, Any]
+    sample: Mapping[str, str]
+    tuned: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """That of a model, without anything tuned."""
+        tensors = dict(model.named_parameters())
+        types = [kind for kind in _TYPES if all(p.dtype in (torch.float32, kind) for p in tensors.values())]
+        sample = {_name(kind): _hash((name, _some(p).to(kind)) for name, p in tensors.items()) for kind in types}
+        config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_"}
+        config = {name: value for name, value in config.items() if name not in _OTHER_FIELDS}
+        return cls(json.loads(json.dumps(config, default=str)), sample, {})
+
+    def with_tuned(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same with those of the model's own tensors that are tuned, before they change."""
+        if not tensors:
+            return self
+        kinds = "+".join(sorted({_name(tensor.dtype) for tensor in tensors.values()}))
+        return replace(self, tuned={kinds: _hash(tensors.items())})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, for checkpoints."""
+        return {name: dict(value) for name, value in vars(self).items()}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Refuse a model whose fingerprint differs from a saved one, where both say something.
+
+        Raises:
+            SlzoError: With what differs.
+        """
+        both = saved.get("config", {}).keys() & self.config.keys()  # other versions of transformers know other fields
+        old, new = ({name: config[name] for name in both} for config in (saved.get("config", {}), self.config))
+        changes = differences(old, new)
+        if not changes and _differ(saved.get("sample", {}), self.sample):
+            changes = "the same shape, other weights"
+        if not changes and _differ(saved.get("tuned", {}), self.tuned):
+            changes = "other weights in what is tuned"
+        if changes:
+            raise SlzoError(
+                f"ckpt_path: does not fit model.model as it is now: not the one that it was trained on ({changes}); give that one"
+            )
+
+
+def _differ(saved: Mapping[str, str], own: Mapping[str, str]) -> bool:
+    return any(saved[name] != own[name] for name in saved.keys() & own.keys())
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _some(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _VALUES)]
+
+
+def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1).contiguous().cpu()
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,156 @@
+"""Full and read-only disks, files in the place of folders, runs that start at once: one line, nothing half-written."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_dir
+
+from slzo.__main__ import main
+from slzo.checkpoint import newest_checkpoint, read_checkpoint
+
+LOGGER = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.name="]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a small disk at ``disk``, where that is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def mount(size="1m", more=""):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}{more}", "tmpfs", str(folder)]
+        if (
+            os.name != "posix"
+            or shutil.which("mount") is None
+            or subprocess.run(command, capture_output=True).returncode
+        ):
+            pytest.skip("no disk can be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for _ in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def refused(capsys, *args):
+    """The one line of a refused command."""
+    capsys.readouterr()
+    assert main(list(args)) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("size", ["4k", "64k", "100k", "140k"])
+def test_a_disk_that_becomes_full_leaves_whole_checkpoints_only(options, disk, capsys, size):
+    folder = disk(size)
+    line = refused(capsys, "fit", *options, *LOGGER, "--trainer.logger.save_dir=disk")
+    assert "No space left on device" in line
+    left = [path for path in files(folder) if path.endswith(".ckpt")]
+    assert not [path for path in files(folder) if "partial" in path]
+    for path in left:
+        read_checkpoint(folder / path)
+    if size == "4k":
+        assert files(folder) == []
+    if size == "140k":
+        assert "go on from the checkpoint before it with --ckpt_path last" in line
+        step = read_checkpoint(newest_checkpoint(folder)).content["global_step"]
+        subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
+        assert main(["fit", *options, *LOGGER, "--trainer.logger.save_dir=disk", "--ckpt_path=last"]) == 0
+        assert 0 < step < read_checkpoint(newest_checkpoint(folder)).content["global_step"] == 8
+
+
+def test_no_command_writes_to_a_full_or_read_only_disk_or_in_the_temporary_folder(options, disk, capsys, monkeypatch):
+    assert main(["fit", *options]) == 0
+    checkpoint = "--ckpt_path=runs/version_0/checkpoints/last.ckpt"
+    folder = disk("4k")
+    assert "disk/out' cannot be written" in refused(capsys, "export", checkpoint, "--output=disk/out")
+    assert files(folder) == []
+    (folder / "fill").write_bytes(b"x" * 4096)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    assert main(["fit", *options]) == 0
+    assert main(["export", checkpoint, "--output=out"]) == 0
+    monkeypatch.delenv("TMPDIR")
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    for command in ("predict", "export", "sweep", "lr_search"):
+        more = [checkpoint] if command in ("predict", "export") else options
+        assert "Read-only file system" in refused(capsys, command, *more, "--output=disk/out"), command
+    for command in ("fit", "profile", "test"):
+        line = refused(capsys, command, *options, *LOGGER, "--trainer.logger.save_dir=disk")
+        assert "save_dir 'disk': no folder for the run can be made there (Read-only file system)" in line
+    assert files(folder) == ["fill"]
+
+
+def test_a_full_cache_folder_is_one_line(options, disk, capsys):
+    folder = disk("16k")
+    line = refused(capsys, "fit", *options, "--model.layer=2", "--model.engine.cache_dir=disk")
+    assert "model.engine.cache_dir 'disk': no room for 64 MiB more (No space left on device)" in line
+    assert files(folder) == []
+
+
+def test_a_file_in_the_place_of_the_runs_is_one_line(options, capsys):
+    Path("file").write_text("")
+    for folder in ("file", "file/runs"):
+        line = refused(capsys, "fit", *options, *LOGGER, f"--trainer.logger.save_dir={folder}")
+        assert f"trainer.logger.init_args.save_dir '{folder}': no folder for the run can be made there" in line
+    assert Path("file").read_text() == ""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("command", ["fit", "predict", "export"])
+def test_a_write_that_fails_is_one_line(options, capsys, monkeypatch, code, command):
+    """Whatever the disk says, wherever: permission bits prove nothing for root."""
+    checkpoint = []
+    if command != "fit":
+        assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+        checkpoint = ["--ckpt_path=last", *(["--output=out"] if command == "export" else [])]
+
+    def fail(number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert os.strerror(code) in refused(capsys, command, *options, *checkpoint)
+    assert not Path("out").exists()
+    assert not list(Path.cwd().rglob("*partial"))
+
+
+def test_a_failing_fault_of_the_logger_is_one_line(options, capsys, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/version_0/events")
+
+    monkeypatch.setattr(SummaryWriter, "__init__", fail)
+    line = refused(capsys, "fit", *options)
+    assert "'runs/version_0/events' cannot be used (Permission denied)" in line
+    assert not list(Path("runs").glob("*"))
+
+
+def test_runs_that_start_at_once_get_a_version_each(options):
+    command = [sys.executable, "-m", "slzo", "fit", *options, "--trainer.max_steps=2"]
+    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], errors
+    for number in range(3):
+        assert (run_dir(number) / "summary.json").is_file()
+        read_checkpoint(run_dir(number) / "checkpoints" / "last.ckpt")
+
+
+def test_the_next_run_removes_what_a_killed_one_left(options):
+    hidden = run_dir() / "checkpoints" / ".last.ckpt-abc.slzo-partial"
+    hidden.mkdir(parents=True)
+    (hidden / "last.ckpt").write_bytes(b"half")
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    assert not hidden.exists()
+    assert (run_dir(1) / "summary.json").is_file()

@@ -1,0 +1,143 @@
+"""What slzo writes is whole or not there, and lies beside its place while it is written."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slzo.errors import SlzoError
+from slzo.files import PARTIAL, check_writable, remove_leftovers, replacing, write_json, write_text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_replaces_the_former_one(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert path.read_text() == '{\n  "a": 2\n}\n'
+    assert names(path.parent) == ["result.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_after_an_error_the_former_file_is_whole_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "result.txt"
+    write_text(path, "before")
+
+    def write(failure):
+        with replacing(path) as partial:
+            partial.write_text("half")
+            assert partial.parent.parent == tmp_path  # on the same disk
+            raise failure
+
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt())
+    with pytest.raises(SlzoError, match=r"result\.txt' cannot be written \(No space left on device\)"):
+        write(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["result.txt"]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "result.txt", []
+
+    def fsync(number):
+        flushed.append((str(Path(f"/proc/self/fd/{number}").readlink()), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(path, "text")
+    (file, there_before), (folder, there_after) = flushed
+    assert file.endswith("/result.txt")
+    assert not there_before
+    assert folder == str(tmp_path.resolve())
+    assert there_after
+    monkeypatch.setattr(os, "fsync", full_disk)  # what cannot be flushed is not renamed
+    with pytest.raises(SlzoError, match="No space left"):
+        write_text(path, "other")
+    assert path.read_text() == "text"
+
+
+def test_a_folder_is_whole_too(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    with replacing(path) as partial:
+        partial.mkdir()
+        (partial / "weights").write_text("w")
+        assert not names(path)
+    assert names(path) == ["weights"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "after"
+    write_text("/dev/null", "nothing")
+    check_writable("/dev/null")
+    assert not Path("/dev/null").is_file()
+
+
+def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+    code = (
+        "import sys, time; from slzo.files import replacing\n"
+        "with replacing(sys.argv[1]) as partial:\n"
+        "    partial.write_text('half'); print('writing', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "result.txt")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
+        (hidden,) = names(tmp_path)
+        assert hidden.endswith(PARTIAL)
+        write_text(tmp_path / "other.txt", "whole")  # cleans up before
+        assert names(tmp_path) == sorted([hidden, "other.txt"])
+        process.kill()
+        process.wait()
+    assert names(tmp_path) == sorted([hidden, "other.txt"])
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["other.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SlzoError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "result.txt")
+    check_writable(tmp_path / "result.txt")
+    assert names(tmp_path) == ["file"]
+    monkeypatch.setattr("slzo.files.tempfile.mkdtemp", full_disk)
+    with pytest.raises(SlzoError, match="No space left"):
+        check_writable(tmp_path / "result.txt")
+
+
+def test_many_writers_of_one_file(tmp_path):
+    code = (
+        "import sys; from slzo.files import write_text\n"
+        "for _ in range(50): write_text(sys.argv[1], sys.argv[2] * 10000)"
+    )
+    started = time.monotonic()
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "result.txt"), letter]) for letter in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    text = (tmp_path / "result.txt").read_text()
+    assert len(set(text)) == 1
+    assert len(text) == 10000
+    assert names(tmp_path) == ["result.txt"]
+    assert time.monotonic() - started < 60

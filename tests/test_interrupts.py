@@ -1,0 +1,179 @@
+"""A run that a signal ended and that is resumed equals one that nobody stopped: events, validations, best checkpoint."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_dir, tuned
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from slzo.__main__ import main
+
+# two epochs of 5 batches and a bit
+STEPS = 12
+TIMES = ("step_seconds", "tokens_per_second", "peak_memory_gb")
+
+
+@pytest.fixture
+def run(options):
+    """Runs fit, with a signal or without."""
+    options = [*options, f"--trainer.max_steps={STEPS}", "--trainer.enable_progress_bar=false"]
+    options += ["--summary.test_before=false", "--data.eval_batch_size=4"]
+
+    def run(*more, **sent):
+        sender = [f"--trainer.callbacks.{name}={value}" for name, value in sent.items()]
+        chosen = ["--trainer.callbacks=signal_sender.SignalSender"] if sent else []
+        return main(["fit", *options, *more, *chosen, *sender])
+
+    return run
+
+
+def events(*numbers):
+    """Scalars of some runs by tag and step; a resumed run must not take a step again."""
+    found = {}
+    for number in numbers:
+        accumulator = EventAccumulator(str(run_dir(number)), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        own = {}
+        for tag in accumulator.Tags()["scalars"]:
+            for event in accumulator.Scalars(tag) if not tag.endswith(TIMES) else ():
+                # Lightning writes the epoch with every line of metrics
+                assert (tag, event.step) not in own or tag == "epoch", "twice in one run"
+                own[tag, event.step] = event.value
+        assert not [key for key in found.keys() & own.keys() if key[0].startswith("train/")], "a step taken twice"
+        found |= own
+    return found
+
+
+def outcome(*numbers):
+    """What some runs, each of which continues the one before, came to."""
+    summary = json.loads((run_dir(numbers[-1]) / "summary.json").read_text())
+    same = {name: summary[name] for name in ("score_after", "steps", "evaluations", "loss_spikes") if name in summary}
+    best = Path(summary["best_checkpoint"]).name
+    return events(*numbers), tuned(run_dir(numbers[-1]) / "checkpoints" / "last.ckpt"), {**same, "best": best}
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    assert one[2] == other[2]
+
+
+_WHOLE = {}
+
+
+@pytest.fixture
+def whole(run):
+    """What a run comes to that nobody stops, kept over tests; then the next run is the first again."""
+
+    def whole(*more):
+        if more not in _WHOLE:
+            assert run(*more) == 0
+            _WHOLE[more] = outcome(0)
+            run_dir(0).rename("whole")
+        return _WHOLE[more]
+
+    return whole
+
+
+# where Lightning's counters differ: in a step before and after its update, before and in a validation, at the end of an epoch
+# and of the run
+PLACES = [
+    ("on_train_batch_start", 3),
+    ("on_before_optimizer_step", 3),
+    ("on_train_batch_end", 4),
+    ("on_train_batch_end", 5),
+    ("on_validation_start", 5),
+    ("on_validation_batch_start", 6),
+    ("on_validation_batch_start", 10),
+    ("on_validation_end", 6),
+    ("on_train_epoch_end", 5),
+    ("on_train_batch_end", 12),
+    ("on_validation_batch_start", 12),
+    ("on_train_end", 12),
+]
+USUAL = {(2, *PLACES[1]), (5, *PLACES[3]), (5, *PLACES[4]), (2, *PLACES[5]), (2, *PLACES[9]), (2, *PLACES[10])}
+ALL = [(interval, *place) for interval in (1, 2, 5) for place in PLACES]
+
+
+@pytest.mark.parametrize(
+    ("interval", "place", "step"),
+    [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in ALL],
+)
+def test_a_resume_after_a_signal_leaves_no_trace(run, whole, interval, place, step):
+    more = (f"--trainer.val_check_interval={interval}",)
+    expected = whole(*more)
+    status = run(*more, place=place, step=step)
+    if status == 0:
+        assert place.startswith("on_validation")
+        assert step % interval
+        return
+    assert status == 130
+    assert run(*more, "--ckpt_path=last") == 0
+    assert_same(outcome(0, 1), expected)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--trainer.max_steps=-1", "--trainer.max_epochs=3"), id="epochs"),
+        pytest.param(("--trainer.limit_train_batches=3",), id="limited", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        ("on_validation_batch_start", 9),
+        *(
+            pytest.param(*place, marks=pytest.mark.slow)
+            for place in [*PLACES, ("on_before_optimizer_step", 8), ("on_validation_batch_start", 7)]
+        ),
+    ],
+)
+def test_validations_by_epochs(run, whole, more, place, step):
+    """In every second epoch: after steps 7 and 9 of epochs of 5 batches; each of which is cut into 3 and 2."""
+    more = (*more, "--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=0.5")
+    expected = whole(*more)
+    if run(*more, place=place, step=step):
+        assert run(*more, "--ckpt_path=last") == 0
+        assert_same(outcome(0, 1), expected)
+
+
+def test_a_run_can_be_stopped_in_each_validation_and_by_sigterm(run, whole):
+    more = ("--trainer.val_check_interval=4",)
+    expected = whole(*more)
+    assert run(*more, place="on_validation_batch_start", step=4, number="SIGTERM") == 143
+    assert run(*more, "--ckpt_path=last", place="on_validation_batch_start", step=8) == 130
+    assert run(*more, "--ckpt_path=last", place="on_validation_start", step=8, number="SIGTERM") == 143
+    assert run(*more, "--ckpt_path=last") == 0
+    assert_same(outcome(0, 1, 2, 3), expected)
+
+
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(run, whole, capfd):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    more = ("--trainer.val_check_interval=2",)
+    expected = whole(*more)
+    assert run(*more, place="on_before_optimizer_step", step=7, times=2) == 130
+    error = capfd.readouterr().err
+    assert "SIGINT: stops after this step; once more to stop at once" in error
+    assert "Traceback" not in error
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    # the step that was cut off is lost, and so is the one since the last validation
+    assert torch.load(run_dir() / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert run(*more, "--ckpt_path=last") == 0
+    weights = tuned(run_dir(1) / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(expected[1][name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_other_commands_end_with_the_status_of_the_signal(options, monkeypatch, capsys, number):
+    from slzo.module import ZOModule
+
+    def send(*args, **kwargs):
+        signal.raise_signal(getattr(signal, number))
+
+    monkeypatch.setattr(ZOModule, "test_step", send)
+    assert main(["test", *options]) == 128 + getattr(signal, number)
+    assert capsys.readouterr().err.endswith("slzo: interrupted\n")

@@ -1,0 +1,245 @@
+"""What a user may get wrong, through the real entry point: one line that names the option, status 2, nothing left behind."""
+# ruff: noqa: E501 - a line of the table is one case
+
+import json
+import random
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import run_dir
+
+from slzo.__main__ import main
+
+TEMPLATE = (
+    "--data.task=slzo.tasks.template.TemplateTask --data.task.train_file=rows.jsonl --data.task.test_file=rows.jsonl "
+    '--data.task.candidates=\'[" bad", " good"]\''
+)
+
+# options and what the line says
+WRONG = """
+--model.scope=ActivationSubspace --model.scope.rank=0 | model.scope.rank 0: must be at least 1
+--model.scope=PrefixTuning --model.scope.num_tokens=0 | model.scope.num_tokens 0: must be at least 1
+--model.scope=PrefixTuning --model.scope.tokens=3 | model.scope.tokens: unknown option of the chosen class
+--model.scope=OutlierChannels --model.scope.percent=0 | model.scope.percent 0.0: must be above 0
+--model.scope=OutlierChannels --model.scope.percent=101 | model.scope.percent 101.0: must be above 0 and at most 100
+--model.scope=LoRA --model.scope.rank=0 | model.scope.rank 0: must be at least 1
+--model.scope=LoRA --model.scope.alpha=-1 | model.scope.alpha -1.0: must be a number above 0
+--model.scope=LoRA --model.scope.target_modules=[nope] | model.scope.target_modules 'nope': layer 0 has no such linear map
+--model.scope=LoRA --model.scope.layers=[99] | model.scope.layers 99: the model has 4 decoder layers
+--model.scope=LayerScope --model.scope.layers=[] | model.scope.layers []: give at least one layer
+--model.scope=SmallestWeights --model.scope.fraction=2 | model.scope.fraction 2.0: the share of weights must be above 0
+--model.scope=nope.Nope | model.scope 'nope.Nope': nope cannot be imported
+--model.scope=torch.nn.Linear | model.scope 'torch.nn.Linear': no such class; choose one of
+--model.scope=3 | model.scope '3': no such class
+--model.scope='{"class_path": "LoRA", "init_args": {"rank": 0}}' | model.scope.rank 0: must be at least 1
+--model.estimator=LOZO --model.estimator.rank=0 | model.estimator.rank 0: must be at least 1
+--model.estimator=LOZO --model.estimator.interval=0 | model.estimator.interval 0: must be at least 1
+--model.estimator=FZO | model.num_queries 1: FZO divides by the spread of several losses
+--model.estimator=SPSA --model.estimator.divide_rows=3 | model.estimator.divide_rows '3': expected true or false
+--model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative for Backprop
+--model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop
+--model.eps=1e39 | model.eps 1e+39: the perturbation must be a number above 0 and below 1e+30
+--model.eps=inf | model.eps 'inf': expected a number
+--model.eps=nan | model.eps 'nan': expected a number
+--model.eps= | model.eps '': expected a number
+--model.eps_end=0 | model.eps_end 0.0: must be a number above 0
+--model.eps_end=1e39 | model.eps_end 1e+39: must be a number above 0 and below
+--model.num_queries=1.5 | model.num_queries '1.5': expected a whole number
+--model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: at least 1 direction
+--model.max_nonfinite=0 | model.max_nonfinite 0: at least 1 step
+--model.layer=1.5 | model.layer '1.5': expected a whole number or null
+--model.layer=4 | model.layer 4: the model has 4 decoder layers
+--model.model= | model.model '': is empty; give a built-in name
+--model.model=. | model.model '.': the folder has no config.json
+--model.model=/dev/null | model.model '/dev/null': no such folder
+--model.dtype=int8 | model.dtype 'int8': choose one of float32
+--model.seed=x | model.seed 'x': expected a whole number or null
+--model.optimizer=Adam --model.optimizer.lr=-1 | model.optimizer: Invalid learning rate: -1.0
+--model.optimizer=Adam --model.optimizer.betas=[2,3] | model.optimizer: Invalid beta parameter at index 0: 2.0
+--model.optimizer=Adam --model.optimizer.betas=x | model.optimizer.betas 'x': expected a number
+--model.optimizer=SGD --model.optimizer.nesterov=true | model.optimizer: Nesterov momentum requires a momentum
+--model.optimizer=SGD --model.optimizer.lr=nan | model.optimizer.lr 'nan': expected a number
+--model.optimizer=SparseAdam | model.optimizer SparseAdam: cannot take a zeroth-order gradient
+--model.optimizer=null | model.optimizer 'None': no such class
+--model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3, and trainer.max_steps is 8
+--model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=-1 | model.lr_scheduler: Expected positive integer total_steps
+--model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0 | model.lr_scheduler: takes no step (integer modulo by zero)
+--model.lr_scheduler=StepLR | model.lr_scheduler: the chosen class needs step_size
+--model.lr_scheduler=CosineAnnealingLR --model.lr_scheduler.T_max=0 | model.lr_scheduler: takes no step
+--model.lr_scheduler=LinearLR --model.lr_scheduler.start_factor=3 | model.lr_scheduler: Starting multiplicative factor
+--model.lr_scheduler=ChainedScheduler | model.lr_scheduler: object of type 'SGD' has no len()
+--model.lr_scheduler=Nope | model.lr_scheduler 'Nope': no such class
+--model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: give 0 to switch the cache off
+--model.engine.cache_dir=/dev/null/x | model.engine.cache_dir '/dev/null/x': cannot be written
+--model.engine.nope=1 | model.engine.nope: unknown option
+--model.engine=3 | model.engine: Unable to load config '3'
+--checkpoint.monitor=x | checkpoint.monitor 'x': no such metric; choose one of val/loss, val/accuracy
+--checkpoint.mode=x | checkpoint: `mode` can be min, max but got x
+--checkpoint.save_top_k=-2 | checkpoint: Invalid value for save_top_k=-2
+--checkpoint.filename=b{step | checkpoint.filename 'b{step': expected '}' before end of string
+--checkpoint.filename={step:zz} | checkpoint.filename '{step:zz}': Unknown format code
+--checkpoint.dirpath=rows.jsonl | rows.jsonl': is a file; give a folder
+--checkpoint.every_n_train_steps=-1 | checkpoint: Invalid value for every_n_train_steps=-1
+--checkpoint.every_n_train_steps=2 --checkpoint.every_n_epochs=2 | checkpoint: Combination of parameters every_n_train_steps=2
+--checkpoint.nope=1 | checkpoint.nope: unknown option; did you mean checkpoint.mode?
+--checkpoint.train_time_interval=x | checkpoint.train_time_interval 'x': expected timedelta or null
+--last_checkpoint.nope=1 | last_checkpoint.nope: unknown option
+--summary.test_before=maybe | summary.test_before 'maybe': expected true or false
+--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=nope | EarlyStopping.monitor 'nope': no such metric
+--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/loss --trainer.callbacks.mode=x | trainer.callbacks: `mode` can be min, max, got x
+--trainer.callbacks=EarlyStopping | trainer.callbacks: the chosen class needs monitor
+--trainer.callbacks=ModelCheckpoint --trainer.callbacks.monitor=nope | ModelCheckpoint.monitor 'nope': no such metric
+--trainer.callbacks=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1 | trainer: SWA with `swa_epoch_start` as a float
+--trainer.callbacks=Timer --trainer.callbacks.duration=x | trainer.callbacks: `Timer(duration='x')` is not a valid duration
+--trainer.callbacks=nope.Nope | trainer.callbacks 'nope.Nope': nope cannot be imported
+--trainer.callbacks=3 | trainer.callbacks '3': no such class
+--trainer.devices=-3 | trainer: `devices` selected with `CPUAccelerator` should be an int > 0
+--trainer.devices=0 | trainer: `Trainer(devices='0')` value is not a valid input
+--trainer.devices=x | trainer: `devices` selected with `CPUAccelerator` should be
+--trainer.devices=[0,0] | trainer: `devices` selected with `CPUAccelerator` should be
+--trainer.devices=1000000 | trainer.devices 1000000: each is a process of its own; give at most
+--trainer.accelerator=tpu | trainer: Requirement 'torch_xla>=1.13' not met
+--trainer.accelerator=nope | trainer: You selected an invalid accelerator name: `accelerator='nope'`
+--trainer.strategy=dp | trainer: You selected an invalid strategy name: `strategy='dp'`
+--trainer.strategy=ddp_notebook | trainer.strategy 'ddp_notebook': copies this process
+--trainer.num_nodes=0 | trainer: `num_nodes` must be a positive integer
+--trainer.precision=64 | trainer.precision 64: the masters of the tuned layer stay in float32
+--trainer.logger=CometLogger | trainer.logger: CometLogger: Requirement 'comet-ml
+--trainer.logger=Nope | trainer.logger 'Nope': no such class
+--trainer.check_val_every_n_epoch=0 | trainer.check_val_every_n_epoch 0: must be at least 1
+--trainer.check_val_every_n_epoch=-1 | trainer.check_val_every_n_epoch -1: must be at least 1
+--trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer: `val_check_interval` (99) must be less than or equal to the number of the training batches (5)
+--trainer.val_check_interval=-1 | trainer: You have passed invalid value -1 for val_check_interval
+--trainer.val_check_interval=0.5 | trainer: `val_check_interval` should be an integer
+--trainer.val_check_interval=x | trainer: Invalid time format for `val_check_interval`: 'x'
+--trainer.limit_train_batches=0 | trainer.limit_train_batches 0: nothing would be trained
+--trainer.limit_train_batches=0.0001 | trainer: You requested to check 0.0001 of the `train_dataloader`
+--trainer.limit_val_batches=1.5 | trainer: You have passed invalid value 1.5 for limit_val_batches
+--trainer.max_steps=0 | trainer.max_steps 0: nothing would be trained
+--trainer.max_steps=-2 | trainer: `max_steps` must be a non-negative integer or -1
+--trainer.max_epochs=0 | trainer.max_epochs 0: nothing would be trained
+--trainer.max_time=x | trainer: `Timer(duration='x')` is not a valid duration
+--trainer.log_every_n_steps=-1 | trainer.log_every_n_steps -1: must be at least 0
+--trainer.fast_dev_run=-1 | trainer: fast_dev_run=-1 is not a valid configuration
+--trainer.profiler=x | trainer: When passing string value for the `profiler`
+--trainer.barebones=true | trainer: `Trainer(barebones=True, logger=
+--trainer.nope=1 | trainer.nope: unknown option
+--trainer=3 | trainer: Unable to load config '3'
+--model=null | model: Unable to load config 'null'
+--seed_everything=x | seed_everything 'x': expected true or false or a whole number
+--seed_everything=99999999999 | seed_everything: 99999999999 is not in bounds
+--data.task= | data.task '': unknown task; choose one of boolq
+--data.task=TemplateTask | one on your own files is slzo.tasks.template.TemplateTask
+TEMPLATE --data.task.prompt={a | data.task.prompt '{a': expected '}' before end of string
+TEMPLATE --data.task.prompt={} | data.task.prompt '{}': expected a text
+TEMPLATE --data.task.prompt={sentence.__class__} | data.task.prompt '{sentence.__class__}': {sentence.__class__} is not a plain field name
+TEMPLATE --data.task.prompt={sentence:>99999999999} | data.task.prompt '{sentence:>99999999999}': {sentence} is not a plain field name
+TEMPLATE --data.task.prompt=x | data.task.prompt 'x': names no field of the row
+TEMPLATE --data.task.prompt={nope} | rows.jsonl:1: field 'nope' is missing
+TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[x,x] | data.task.candidates ['x', 'x']: a candidate is there twice
+TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[x] | data.task.candidates ['x']: give at least two answer texts
+TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[yes,no] | YAML reads yes, no, on and off without quotes as true or false
+TEMPLATE --data.task.prompt={sentence} --data.task.labels=[1] | data.task.labels [1]: give 2 different labels
+TEMPLATE --data.task.prompt={sentence} --data.task.labels=[a,b] | rows.jsonl:1: field 'label' is 0; it must be one of a, b
+TEMPLATE --data.task.prompt={sentence} --data.task.label_field=nope | rows.jsonl:1: field 'nope' is missing
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=. | data.task.test_file '.': is a folder; give a file
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=nope.jsonl | data.task.test_file 'nope.jsonl': no such file
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=text.txt | text.txt: unknown kind of file
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.parquet | noise.parquet: not a Parquet file
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.csv | noise.csv:1: not valid UTF-8
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise.jsonl:1: not valid UTF-8
+--data.data_dir=text.txt | data.data_dir 'text.txt': is a file
+--data.data_dir=/proc | data.data_dir '/proc': the test split of task 'sst2' is missing
+--data.num_train=-1 | data.num_train -1: must be a whole number of at least 1
+--data.num_test=0 | data.num_test 0: must be a whole number of at least 1
+--data.eval_batch_tokens=0 | data.eval_batch_tokens 0: must be at least 1
+--data.num_demonstrations=999 | data.num_demonstrations 999: only 40 training rows
+--data.max_length=1 | data.max_length 1: leaves no room for a prompt
+--data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
+--data.nope=1 | data.nope: unknown option
+--profiler.rule=FixedLayer --profiler.rule.index=99 | profiler.rule.index 99: the model has layers 0 to 3
+--profiler.num_sequences=0 | profiler.num_sequences 0: single sequences mislead
+--profiler.text_file=. | profiler.text_file '.': is a folder
+--profiler.text_file=noise.csv | profiler.text_file 'noise.csv': not UTF-8
+--ckpt_path=. | ckpt_path '.': is a folder; give a .ckpt file
+--ckpt_path=text.txt | ckpt_path 'text.txt': not a readable checkpoint
+--ckpt_path=noise.csv | ckpt_path 'noise.csv': not a readable checkpoint
+--config=. | --config '.': is a folder; give a YAML file
+--config=noise.csv | --config 'noise.csv': not a text in UTF-8
+--config=empty.yaml | --config 'empty.yaml': holds no options
+--config=text.txt | --config 'text.txt': holds a str instead of options
+--config=list.yaml | --config 'list.yaml': holds a list instead of options
+--config=null.yaml | --config 'null.yaml': model null: options must stand below it
+--config=twice.yaml | --config 'twice.yaml': not YAML (eps is there twice, line 2 on)
+--config=broken.yaml | --config 'broken.yaml': not YAML (while parsing a flow node
+--config=endless.yaml | --config 'endless.yaml': not YAML (*a stands inside &a)
+--config=bomb.yaml | --config 'bomb.yaml': not YAML (more than 30 aliases)
+--config=code.yaml | --config 'code.yaml': not YAML (could not determine a constructor for the tag
+--config=yes.yaml | --config 'yes.yaml': candidates: YAML reads yes, no, on, off, true and false without quotes
+--nope | nope: unknown option
+nope | unrecognized arguments: nope
+--model.eps | argument --model.eps: expected one argument
+"""
+FILES = {
+    "text.txt": "hello",
+    "empty.yaml": "",
+    "list.yaml": "- 1\n- 2\n",
+    "null.yaml": "model: null\n",
+    "twice.yaml": "model:\n  eps: 1\n  eps: 2\n",
+    "broken.yaml": "model: {eps: [\n",
+    "endless.yaml": "a: &a [*a]\n",
+    "bomb.yaml": "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)).replace("*a0", "x"),
+    "code.yaml": "model: !!python/object/apply:os.system [ls]\n",
+    "yes.yaml": "data:\n  task:\n    class_path: slzo.tasks.template.TemplateTask\n    init_args: {candidates: [yes, no]}\n",
+}
+CASES = [tuple(line.split(" | ", 1)) for line in WRONG.strip().splitlines()]
+
+
+def test_the_table_is_large():
+    assert len({arguments for arguments, _ in CASES}) == len(CASES) >= 120
+
+
+@pytest.fixture
+def wrong_files(options):
+    rows = [{"idx": i, "sentence": f"a film {i}", "label": i % 2} for i in range(60)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    for ending in ("csv", "jsonl", "parquet"):
+        Path(f"noise.{ending}").write_bytes(b"\xc5" + random.Random(0).randbytes(500))
+    return options
+
+
+@pytest.mark.parametrize(("arguments", "expected"), CASES, ids=[arguments for arguments, _ in CASES])
+def test_a_wrong_input_is_one_line(wrong_files, capsys, arguments, expected):
+    assert main(["fit", *wrong_files, *shlex.split(arguments.replace("TEMPLATE", TEMPLATE))]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("slzo: error:")]
+    assert len(lines) == 1
+    assert error.strip().endswith(lines[0])
+    assert expected in lines[0]
+    assert not list(Path("runs").glob("*"))
+
+
+def test_without_a_logger_nothing_is_written(options):
+    before = sorted(Path().rglob("*"))
+    assert main(["fit", *options, "--trainer.logger=false"]) == 0
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_another_layer_on_resume_is_refused(options, capsys):
+    assert main(["fit", *options, "--trainer.max_steps=2", "--model.layer=1"]) == 0
+    assert main(["fit", *options, "--ckpt_path=last", "--model.layer=2"]) == 2
+    assert "model.layer 2: the checkpoint tunes layer 1; leave model.layer out" in capsys.readouterr().err
+    assert main(["fit", *options, "--ckpt_path=last", "--model.layer=1"]) == 0
+    assert json.loads((run_dir(1) / "summary.json").read_text())["dominant_layer"] == 1
+
+
+def test_a_mistake_in_our_own_code_stays_a_traceback(options, monkeypatch):
+    """It must not look like the user's."""
+    from slzo.zo import step
+
+    monkeypatch.setattr(step, "_MOST_EPS", "a bug")
+    with pytest.raises(TypeError, match="not supported between"):
+        main(["fit", *options])
