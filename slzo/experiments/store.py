@@ -33,7 +33,8 @@ class CellStore:
         settings = json.loads(json.dumps(settings))
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
             old = json.loads(path.read_text(encoding="utf-8"))
-            opened = {name: old.get(name) for name in open_settings}  # a folder of another kind may know nothing of them
+            # a folder of another kind may know nothing of them
+            opened = {name: old.get(name) for name in open_settings}
             if all(settings[name] is None for name in open_settings):
                 settings |= opened
             elif all(value is None for value in opened.values()):
