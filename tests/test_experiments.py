@@ -19,8 +19,8 @@ from slzo.experiments import sweep
 from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import plan_sweep
-from slzo.experiments.sweep_report import LayerResult, verdict
-from slzo.experiments.trial import Trial, Workbench
+from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, verdict
+from slzo.experiments.trial import Score, Trial, Workbench
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
 
@@ -196,6 +196,151 @@ def test_a_trial_takes_the_steps_of_fit(options, scope):
     assert found.scores[-1].evaluations == 16
 
 
+def test_a_trial_measures_what_fit_measures(options):
+    """lr auto and eps auto: the same losses, rates and evaluations as slzo fit with the same seed and layer."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = ("--model.eps", "--model.optimizer")
+    auto = [option for option in options if not option.startswith(given)]
+    bench = bench_of(auto)
+    before = {name: tensor.clone() for name, tensor in bench.module.model.named_parameters()}
+    found = bench.trial(2, steps=6, seed=0)
+    lr, eps = bench.own_step(2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.module.model.named_parameters())
+    assert main(["fit", *auto, "--model.layer=2", "--trainer.max_steps=6", "--trainer.val_check_interval=6"]) == 0
+    events = EventAccumulator(str(run_dir()))
+    events.Reload()
+    plus, minus, rates, sizes = (
+        [event.value for event in events.Scalars(f"train/{name}")] for name in ("loss_plus", "loss_minus", "lr", "eps")
+    )
+    torch.testing.assert_close(
+        torch.tensor(found.losses), (torch.tensor(plus) + torch.tensor(minus)) / 2, rtol=1e-4, atol=1e-5
+    )
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert found.scores[-1].evaluations == summary["evaluations"] > 12
+    assert eps == summary["eps"] == pytest.approx(sizes[0])
+    assert lr == float(f"{lr:.1g}")
+    assert 0.5 < lr / rates[0] < 2
+
+
+def test_given_rates_are_not_measured(options):
+    bench = bench_of([option for option in options if not option.startswith("--model.eps")])
+    assert bench.trial(2, steps=2, seed=0, lr=1e-3, eps=1e-3).scores[-1].evaluations == 4
+    assert bench.trial(2, steps=2, seed=0).scores[-1].evaluations > 4  # eps is auto
+
+
+class _Clock:
+    """Seconds that pass with each look at the clock."""
+
+    def __init__(self, tick):
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self):
+        self.now += self.tick
+        return self.now
+
+
+def test_a_trial_for_a_time_is_scored_on_the_way(options, monkeypatch):
+    """A step takes two looks at the clock, 1 s: with 5 steps asked for it goes on until 23 s are used."""
+    from slzo.experiments import trial as trials
+
+    bench = bench_of(options)
+    plain = bench.trial(2, steps=23, seed=0)
+    assert [score.step for score in plain.scores] == [0, 23]
+    monkeypatch.setattr(trials.time, "perf_counter", _Clock(1.0))
+    found = bench.trial(2, steps=5, seed=0, seconds=22.5)
+    assert [score.step for score in found.scores] == [0, 5, 10, 20, 23]
+    assert [score.seconds for score in found.scores] == [0, 5, 10, 20, 23]
+    assert [score.evaluations for score in found.scores] == [0, 10, 20, 40, 46]
+    assert found.losses == plain.losses  # looking on the way changes nothing
+    assert found.scores[-1].loss == plain.scores[-1].loss
+    few = bench.trial(2, steps=12, seed=0, seconds=3)
+    assert [score.step for score in few.scores] == [0, 10, 12]  # the steps come first
+
+
+def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(options, capsys):
+    command = ["sweep", *options, *SWEEP, "--layers=[1,3]", "--steps=3", "--seconds=0.2"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    content = json.loads(Path("swept/sweep.json").read_text())
+    assert set(content["curves"]) == {"1", "3"}
+    for curve in content["curves"].values():
+        steps, seconds, losses = ([score[name] for score in curve] for name in ("step", "seconds", "loss"))
+        assert steps[0] == seconds[0] == 0
+        assert 3 in steps
+        assert steps == sorted(set(steps))
+        assert seconds == sorted(seconds)
+        assert seconds[-1] >= 0.2
+        assert all(math.isfinite(loss) for loss in losses)
+    assert Path("swept/sweep_curves.png").stat().st_size > 10_000
+    assert content["verdict"] in output
+    assert re.fullmatch(
+        r"After 3 steps layer [13] is ahead, at a dev loss of \d\.\d{4}.* After 0\.2 s layer [13] is ahead, .*",
+        content["verdict"],
+    )
+    assert content["settings"]["seconds"] == 0.2
+
+
+def test_a_sweep_for_a_time_and_one_for_steps_share_no_trainings(options, capsys):
+    common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]", "--steps=2"]
+    assert main([*common, "--sensitivity_only=true", "--seconds=1"]) == 0  # no training, no time
+    assert not Path("swept/sweep_curves.png").exists()
+    assert main(common) == 0
+    assert main([*common, "--seconds=0.05"]) == 2
+    assert "seconds: None -> 0.05" in capsys.readouterr().err
+    assert main([*common, "--sensitivity_only=true"]) == 0
+    timed = [*common, "--output=timed", "--seconds=0.05"]
+    assert main(timed) == 0
+    for other in (common, [*common, "--seconds=0.06"]):
+        assert main([*other, "--output=timed"]) == 2
+        assert "seconds: 0.05 -> " in capsys.readouterr().err
+    assert main(timed) == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", ".inf"])
+def test_bad_seconds(options, capsys, seconds):
+    assert main(["sweep", *options, "--output=swept", f"--seconds={seconds}"]) == 2
+    assert "give a number above 0, or leave it out" in capsys.readouterr().err
+    assert not Path("swept").exists()
+
+
+def curve(*points):
+    return [Score(step, 2 * step, seconds, loss, 0.5) for step, seconds, loss in points]
+
+
+def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
+    """Seeds end at other steps; those on the way are not mixed with the last ones."""
+    store, plan = CellStore(tmp_path / "s", {}), plan_sweep(4, [2, 3], 20, [0, 1], 20, 8, 30.0)
+    scores = {
+        (2, 0): curve((0, 0, 1.0), (10, 4, 0.8), (20, 8, 0.6), (71, 30, 0.5)),
+        (2, 1): curve((0, 0, 1.0), (10, 6, 0.6), (20, 12, 0.4), (40, 20, 0.3), (59, 31, 0.1)),
+        (3, 0): curve((0, 0, 1.0), (10, 4, 0.9), (20, 8, 0.7)),
+        (3, 1): curve((0, 0, 1.0), (10, 4, 9.0)),
+    }
+    for (layer, seed), own in scores.items():
+        diverged = "up" if (layer, seed) == (3, 1) else ""
+        store.save(f"train-{layer}-seed-{seed}", Trial(tuple(own), (1.0,), 1.0, diverged).to_dict())
+    found = layer_curves(store, plan)
+    assert [(score.step, score.evaluations) for score in found[2]] == [(0, 0), (10, 20), (20, 40), (65, 130)]
+    assert [score.seconds for score in found[2]] == pytest.approx([0, 5, 10, 30.5])
+    assert [score.loss for score in found[2]] == pytest.approx([1.0, 0.7, 0.5, 0.3])
+    assert found[3] == scores[3, 0]
+
+
+def test_the_verdict_reads_curves_where_they_were_not_scored():
+    """Halfway between two scores the loss is halfway too; after the last one it stays."""
+    plan = plan_sweep(4, None, 20, [0], 20, 8, 30.0)
+    curves = {
+        1: curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35)),
+        2: curve((0, 0, 1.0), (20, 28, 0.4), (24, 32, 0.44)),
+    }
+    assert curves_verdict(curves, plan, 2) == (
+        "After 20 steps layer 2 is ahead, at a dev loss of 0.4000. "
+        "After 30 s layer 1 is ahead, at a dev loss of 0.4000, the chosen layer 2 at 0.4200."
+    )
+    assert "chosen" not in curves_verdict(curves, plan, 3)
+
+
 def test_moved_prefix_states_are_those_of_the_next_layer(options):
     bench = bench_of(options)
     bench.trial(1, steps=3, seed=0)
@@ -300,6 +445,15 @@ def test_the_grid_spreads_around_the_configured_rate():
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):
             make_grid(**arguments, own=lambda: (1e-3, 1e-3))
+
+
+def test_the_grid_is_around_the_measured_rate_only_if_none_is_given():
+    def fails():
+        raise AssertionError
+
+    assert make_grid([1e-3], [1e-2], 4, [0], fails).eps == (1e-2,)
+    assert make_grid([1e-3], None, 4, [0], lambda: (1.0, 2e-2)).eps == (2e-2,)
+    assert make_grid(None, [1e-2], 4, [0], lambda: (5.0, 1.0)).lrs[3] == 5.0
 
 
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
