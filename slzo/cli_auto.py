@@ -1,5 +1,6 @@
 """``lr: auto`` in options and configs: optimizers of torch take numbers only, so the parser sees one that stands for it."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,25 @@ def with_numbers(args: Sequence[str]) -> list[str]:
         if name in _LR and value == _AUTO:
             found[place] = before + _NUMBER
         elif name in (*_CONFIGS, *_OPTIMIZER) and value:
-            is_file = name in _CONFIGS and "\n" not in value and Path(value).is_file()
-            text = Path(value).read_text(encoding="utf-8", errors="replace") if is_file else value
+            text = read_config(value) if name in _CONFIGS else None
+            text = value if text is None else text
             content = _loaded(text) if _AUTO in text else None
             if content is not None and _replace(content, name):
                 found[place] = before + yaml.safe_dump(content)
     return found
 
 
+def read_config(value: str) -> str | None:
+    """The text of a config file; ``None`` if there is no such file: the parser takes the text of a config too."""
+    try:
+        return Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else None
+    except OSError:  # too long for a name
+        return None
+
+
 def with_words(dumped: str) -> str:
     """A dumped config in which the number is ``auto`` again."""
-    return dumped.replace(f"lr: {_NUMBER}", f"lr: {_AUTO}")
+    return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
 
 
 def _loaded(text: str) -> dict[str, Any] | None:

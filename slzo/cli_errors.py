@@ -127,7 +127,7 @@ def _allowed(action: Action, value: str) -> str:
         return f"no such class; {advice}choose one of {shown}, or give the full path of your own class"
     inner = list(_arguments(hint))
     literals = [str(v) for item in inner if typing.get_origin(item) is typing.Literal for v in typing.get_args(item)]
-    if literals and not any(typing.get_origin(item) is list for item in inner):
+    if literals and not any(typing.get_origin(item) is list or item in (int, float) for item in inner):
         return f"choose one of {', '.join(literals)}"
     return f"expected {_type_name(hint)}"
 

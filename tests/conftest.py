@@ -201,7 +201,7 @@ def sst2_options(model_dir, data_dir, tmp_path, monkeypatch):
 
 @pytest.fixture
 def options(sst2_options):
-    """Options of a run of a few seconds."""
+    """Options of a run of a few seconds, with steps of a given size: measuring them is tested in test_step_size.py."""
     return [
         *sst2_options,
         "--data.num_train=40",
@@ -211,6 +211,7 @@ def options(sst2_options):
         "--trainer.max_steps=8",
         "--trainer.val_check_interval=2",
         "--trainer.log_every_n_steps=1",
+        "--model.eps=1e-3",
         "--model.optimizer=SGD",
         "--model.optimizer.lr=1e-3",
     ]

@@ -227,7 +227,7 @@ def test_sensitivity_is_the_mean_slope(options):
     bench = bench_of(options)
     found = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
     module = bench.module
-    rows = next(bench._batches(5, 8))
+    rows = next(bench.datamodule.training_batches(8, 5))
     tuned, eps = module.tune(2).tensors, module.step_options.eps
     slopes = []
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_recommendations():
 
 
 def test_the_grid_spreads_around_the_configured_rate():
-    grid = make_grid(None, None, 40, [0], 3e-4, 1e-3)
+    grid = make_grid(None, None, 40, [0], lambda: (3e-4, 1e-3))
     assert len(grid.lrs) == 7
     assert grid.lrs[3] == pytest.approx(3e-4)
     assert grid.lrs[-1] / grid.lrs[0] == pytest.approx(1000)
@@ -299,7 +299,7 @@ def test_the_grid_spreads_around_the_configured_rate():
     for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):
-            make_grid(**arguments, lr=1e-3, own_eps=1e-3)
+            make_grid(**arguments, own=lambda: (1e-3, 1e-3))
 
 
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
@@ -348,7 +348,7 @@ def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
 def test_trials_train_on_the_metric_that_fit_would(options):
     cli = build([*options, "--data.objective=metric"], run=False)
     bench = Workbench(cli.model, cli.trainer.attach(cli.model, cli.datamodule))
-    batch = next(bench._batches(0, 4))
+    batch = next(bench.datamodule.training_batches(4, 0))
     cli.model.tune(1)
     with torch.no_grad():
         found = cli.model.evaluator(EvalCollator()(batch.rows)).predictions

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from slzo.datamodule import TaskDataModule
 from slzo.experiments.store import CellStore
@@ -93,18 +94,24 @@ def report(store: CellStore, names: list[str]) -> str:
         auto, grid = store.result(f"{name}-auto"), [store.result(f"{name}-{number}") for number in range(len(FACTORS))]
         if auto is None or None in grid:
             continue
-        best = min(grid, key=lambda row: math.inf if row["loss"] is None else row["loss"])
+        best = min(grid, key=_loss)
         edge = "" if best not in (grid[0], grid[-1]) else " (edge)"
-        ratio = math.inf if auto["loss"] is None else auto["loss"] / best["loss"]
-        done, close, diverged = done + 1, close + (ratio <= 1 + CLOSE), diverged + bool(auto["diverged"])
+        found = "diverged | " if best["diverged"] else f"{best['loss']:.4f} | {best['lr']:.2g}{edge}"
+        ratio = _loss(auto) / _loss(best) if not auto["diverged"] and not best["diverged"] else math.nan
+        is_close = not auto["diverged"] and _loss(auto) <= (1 + CLOSE) * _loss(best)
+        done, close, diverged = done + 1, close + is_close, diverged + bool(auto["diverged"])
         own = auto["diverged"] or f"{auto['loss']:.4f}"
         lines.append(
             f"| {auto['model']} | {auto['task']} | {auto['scope']} | {'' if auto['layer'] is None else auto['layer']} | "
-            f"{auto['before']:.4f} | {own} | {best['loss']:.4f} | {best['lr']:.2g}{edge} | {ratio:.3f} |"
+            f"{auto['before']:.4f} | {own} | {found} | {'' if math.isnan(ratio) else f'{ratio:.3f}'} |"
         )
     return "\n".join(
         [*lines, "", f"auto is within {CLOSE:.0%} of the best in {close} of {done} cells; it diverged in {diverged}."]
     )
+
+
+def _loss(row: dict[str, Any]) -> float:
+    return math.inf if row["loss"] is None else float(row["loss"])
 
 
 def main() -> None:

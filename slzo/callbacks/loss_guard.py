@@ -1,7 +1,8 @@
 """Takes a run back when the dev loss jumps: smaller steps from the last good weights."""
 
 import math
-from typing import Any, cast
+from collections import defaultdict
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -16,7 +17,8 @@ from slzo.module import ZOModule
 class LossGuard(Callback):
     """Halves the learning rate and goes back to the last good weights when the dev loss rises too far above its lowest.
 
-    It keeps one more float32 copy of what is tuned; where that is more than 2 GiB it only halves the rate.
+    The optimizer forgets its momentum too, which came from what went wrong. The guard keeps one more float32 copy of what is
+    tuned; where that is more than 2 GiB it only halves the rate.
 
     Args:
         factor: Dev loss over the lowest so far that is too much, > 1; null to let a run go on whatever it does.
@@ -38,7 +40,7 @@ class LossGuard(Callback):
         if not pl_module.resumed:
             self.times, self._lowest = 0, math.inf
             datamodule = pl_module.datamodule
-            if trainer.val_check_batch not in (0, math.inf) and datamodule.rows("dev"):
+            if trainer.enable_validation and datamodule.rows("dev"):
                 found = score_rows(
                     pl_module.evaluator, datamodule.val_dataloader(), datamodule.make_metrics(), keep_prefix=True
                 )
@@ -59,7 +61,7 @@ class LossGuard(Callback):
         if loss <= self.factor * self._lowest:
             self._note(trainer, pl_module, loss)
         elif self._lowest < math.inf:
-            self._take_back(pl_module, cast("Optimizer", pl_module.optimizers()), loss)
+            self._take_back(pl_module, trainer.optimizers[0], loss)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
         if loss < self._lowest:
@@ -77,13 +79,11 @@ class LossGuard(Callback):
         self.times += 1
         if self._good is not None:
             module.tuned_model.tensors.load(self._good)
+            optimizer.state = defaultdict(dict)
         if module.step_size is not None and module.optimizer_choice.automatic:
             module.step_size.factor /= 2
         else:
-            for group in optimizer.param_groups:
-                group["lr"] /= 2
-            for config in module.trainer.lr_scheduler_configs:  # most follow the rate that they began with
-                config.scheduler.base_lrs = [lr / 2 for lr in config.scheduler.base_lrs]
+            halve_rate(optimizer, [config.scheduler for config in module.trainer.lr_scheduler_configs])
         back = f", weights back at those of step {self._good_step}" if self._good is not None else ""
         say(
             f"\nThe dev loss rose to {loss:.4g}, over {self.factor:g} times its lowest, {self._lowest:.4g}: learning rate halved"
@@ -98,3 +98,19 @@ class LossGuard(Callback):
         """Go on from a checkpoint."""
         self.times, self._lowest = state_dict["times"], state_dict["lowest"]
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
+
+
+def halve_rate(optimizer: Optimizer, schedulers: list[Any]) -> None:
+    """Halve a constant learning rate, and those between which schedulers (or schedulers of schedulers) move it."""
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if name in group:
+                group[name] /= 2
+    for scheduler in [inner for one in schedulers for inner in _with_inner(one)]:
+        for name in ("base_lrs", "max_lrs"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
+
+
+def _with_inner(scheduler: Any) -> list[Any]:
+    return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in _with_inner(inner))]

@@ -195,15 +195,19 @@ def write_sweep(
 
 
 def layer_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Score]]:
-    """Dev scores on the way of each layer that was trained without diverging; means over seeds at the steps that all reached."""
+    """Dev scores on the way of each layer that was trained without diverging, and at the end.
+
+    Means over seeds: at the steps at which all were scored, and of the last scores, which may be of different steps.
+    """
     curves = {}
     for layer in plan.layers if plan.steps else ():
         names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
         good = [trial.scores for trial in (Trial.from_dict(store.result(name)) for name in names) if not trial.diverged]
         if good:
-            shortest = min(map(len, good))
-            shared = zip(*(scores[:shortest] for scores in good), strict=True)
-            curves[layer] = [_mean_score(scores) for scores in shared]
+            by_step = [{score.step: score for score in scores} for scores in good]
+            shared = [[own[step] for own in by_step] for step in sorted(set(by_step[0]).intersection(*by_step))]
+            last = [scores[-1] for scores in good]
+            curves[layer] = [_mean_score(scores) for scores in ([*shared, last] if last not in shared else shared)]
     return curves
 
 

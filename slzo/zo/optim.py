@@ -24,16 +24,10 @@ _PROBE_SIZE = 64
 AUTO_LR = math.inf
 """The learning rate that stands for ``auto`` (every torch optimizer takes it): :mod:`slzo.zo.step_size` sets one each step."""
 
-# Optimizers by what a step is made of: the gradient, or the gradient over its size.
+# Optimizers by what a step is made of: the gradient, or the gradient over its size. Left out are RAdam, which begins with the
+# one and goes on with the other, and RMSprop, whose first steps are ten times as long as later ones.
 _PLAIN = (torch.optim.SGD, torch.optim.ASGD)
-_NORMALIZED = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-)
+_NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)
 _TRIED_STEPS = 20_000
 
 
@@ -85,7 +79,8 @@ def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
         SlzoError: It is not known.
     """
     if isinstance(optimizer, _PLAIN):
-        return 1, 1.0 - float(optimizer.param_groups[0].get("momentum", 0.0))
+        momentum, dampening = (float(optimizer.param_groups[0].get(name, 0.0)) for name in ("momentum", "dampening"))
+        return 1, (1.0 - momentum) / (1.0 - dampening) if momentum > 0 and dampening < 1 else 1.0
     if isinstance(optimizer, (*_NORMALIZED, SignSGD)):
         return 0, 1.0
     names = ", ".join(kind.__name__ for kind in (*_PLAIN, *_NORMALIZED, SignSGD))

@@ -170,10 +170,11 @@ def _find_eps(look: _Look, share: float) -> float:
 def _check(loss: float) -> None:
     if not math.isfinite(loss):
         raise SlzoError(
-            f"model.optimizer.lr auto: the loss is {loss} before training; use model.dtype bfloat16 or float32, or a smaller "
-            "model.eps"
+            f"model.eps or model.optimizer.lr auto: the loss is {loss} before training; use model.dtype bfloat16 or float32, or "
+            "a smaller model.eps"
         )
     if loss <= 0:
         raise SlzoError(
-            f"model.optimizer.lr auto: the loss is {loss:.4g}, and a share of it needs one above 0; give a number instead of auto"
+            f"model.eps or model.optimizer.lr auto: the loss is {loss:.4g}, and a share of it needs one above 0; give numbers "
+            "instead of auto"
         )
