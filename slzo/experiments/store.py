@@ -34,8 +34,11 @@ class CellStore:
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
             old = json.loads(path.read_text(encoding="utf-8"))
             # a folder of another kind may know nothing of them
-            settings |= {name: old.get(name) for name in open_settings if settings[name] is None}
-            old |= {name: settings[name] for name in open_settings if old.get(name) is None}
+            opened = {name: old.get(name) for name in open_settings}
+            if all(settings[name] is None for name in open_settings):
+                settings |= opened
+            elif all(value is None for value in opened.values()):
+                old |= {name: settings[name] for name in open_settings}
             changes = differences(old, settings)
             if changes:
                 raise SlzoError(

@@ -35,11 +35,12 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
     settings = bench.settings() | {
         "directions": plan.directions,
         "num_rows": plan.num_rows,
-        "steps": plan.length,
+        "steps": plan.steps or None,
+        "seconds": plan.seconds if plan.steps else None,
         "seed_of_sensitivity": plan.seeds[0],
     }
     # the sensitivity does not depend on the steps: a first look may be followed by trainings
-    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps",))
+    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
     profile = measure()
     names = run_cells(bench, store, plan)
     wait_for_others(store, names)

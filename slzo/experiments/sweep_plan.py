@@ -32,13 +32,6 @@ class SweepPlan:
     seconds: float | None = None
 
     @property
-    def length(self) -> int | str | None:
-        """How long each training is, which its result depends on; ``None`` if there are none."""
-        if not self.steps:
-            return None
-        return self.steps if self.seconds is None else f"{self.steps} at most in {self.seconds:g} s"
-
-    @property
     def trainings(self) -> list[tuple[int, int]]:
         """Layer and seed of each training."""
         return list(product(self.layers, self.seeds)) if self.steps else []

@@ -189,7 +189,7 @@ def write_sweep(
     write_json(folder / "sweep.json", content)
     with replacing(folder / "sweep.png") as partial:
         sweep_figure(rows).savefig(partial, dpi=120)
-    if plan.seconds is not None:
+    if plan.seconds is not None and curves:
         with replacing(folder / "sweep_curves.png") as partial:
             curves_figure(curves).savefig(partial, dpi=120)
 
