@@ -5,12 +5,13 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point
 from slzo.zo.optim import gradient_power
-from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned import Direction, TunedTensors
 
 # A step is to lower the loss by this share of it, if the slope held: 0.02 to 0.04 came within 3% of the best of five constant
 # rates on SmolLM2-135M (layers 28 and 29) and Gemma 3 270M (layer 17), whose best rates differ by a factor of 100.
@@ -21,6 +22,10 @@ _FIRST_EPS, _LARGEST_EPS = 1e-3, 1.0
 _LOOKS = 3
 _LOOK_DIRECTIONS, _DIRECTIONS = 2, 8
 _MEMORY = 20.0
+# Distances that are tried along the mean gradient, in Polyak's full steps.
+_REACHES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+# Steps after which the rate falls with the root of their number, for noise to average out.
+_CONSTANT_STEPS = 100
 # Directions of the measurement are drawn as of this step, which no training reaches: those of training stay as they are.
 _PROBE_STEP = 2**40
 
@@ -30,18 +35,22 @@ class StepSize:
     r"""A learning rate that follows the loss and its slopes (Polyak's step, 1987, for directional derivatives).
 
     A step :math:`-\eta s z` along a direction z with slope s lowers the loss L by about :math:`\eta s^2`. That shall be a share
-    :math:`\kappa` of L, whatever the model's scale, so
+    :math:`\kappa` of what can be won of L, whatever the model's scale, so
 
-    .. math:: \eta_t = \kappa \, \bar L_t / \overline{s^2}_t
+    .. math:: \eta_t = \kappa \, \rho \, \bar L_t \, / \, (\overline{s^2}_t \sqrt{1 + t / 100})
 
     with running means over about 20 steps. Slopes that shrink as the loss flattens out make the rate grow, batches that disagree
-    make it smaller.
+    make it smaller. The reach :math:`\rho \le 1` is how far the loss falls along a first mean gradient, in steps of
+    :math:`L / \overline{s^2}`, the length at which a straight line would reach zero: about 1 for the loss over candidates, which
+    can come near zero, much less for the loss of whole answers, which cannot.
 
     Attributes:
         eps: Size of the perturbation.
         loss: Running mean of the loss.
         square: Running mean of the squared slopes.
+        reach: Share of a full step that lowers the loss most.
         weight: Steps that the means stand for.
+        steps: Steps taken.
         factor: What the rate is multiplied by; halved when training goes wrong.
         evaluations: Batch evaluations that the measurement took.
     """
@@ -49,13 +58,23 @@ class StepSize:
     eps: float
     loss: float
     square: float
+    reach: float = 1.0
     weight: float = float(_DIRECTIONS)
+    steps: int = 0
     factor: float = 1.0
     evaluations: int = 0
 
     @classmethod
-    def measure(cls, tuned: TunedTensors, loss: Loss, seed: int, eps: float | None = None, half: bool = False) -> Self:
-        """Look along some random directions from where the masters are; 16 to 28 evaluations of the batch.
+    def measure(
+        cls,
+        tuned: TunedTensors,
+        loss: Loss,
+        seed: int,
+        eps: float | None = None,
+        half: bool = False,
+        other: Loss | None = None,
+    ) -> Self:
+        """Look along some random directions from where the masters are; 19 to 35 evaluations of a batch.
 
         Args:
             tuned: What is tuned; its live weights are at the masters, before and after.
@@ -63,6 +82,7 @@ class StepSize:
             seed: Of the directions.
             eps: Size of the perturbation; ``None`` to find one that changes the loss by a hundredth of it.
             half: The model computes in half precision: three hundredths then.
+            other: Of another batch, on which the reach is tried; ``None`` for the same.
 
         Raises:
             SlzoError: The loss is not finite or not above zero, or does not change at any distance.
@@ -71,16 +91,19 @@ class StepSize:
         try:
             if eps is None:
                 eps = _find_eps(look, _EPS_SHARE["half" if half else "float32"])
-            mean, square = look.at(eps, _DIRECTIONS)
+            gradient: dict[str, Tensor] = {}
+            mean, square = look.at(eps, _DIRECTIONS, gradient)
+            _check(mean)
+            if square == 0:
+                raise SlzoError(
+                    f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or "
+                    "leave it out"
+                )
+            tuned.restore()
+            reach, tried = _reach(loss if other is None else other, gradient, mean / square)
         finally:
             tuned.restore()
-        _check(mean)
-        if square == 0:
-            raise SlzoError(
-                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or "
-                "leave it out"
-            )
-        return cls(eps, mean, square, evaluations=look.evaluations)
+        return cls(eps, mean, square, reach, evaluations=look.evaluations + tried)
 
     @property
     def slope(self) -> float:
@@ -91,6 +114,7 @@ class StepSize:
         """Take a step's losses and slopes into the means; one that is not finite says nothing."""
         if not estimate.finite:
             return
+        self.steps += 1
         self.weight = min(self.weight + 1, _MEMORY)
         self.loss += (estimate.loss - self.loss) / self.weight
         self.square += (statistics.fmean(s * s for s in estimate.projected_grad) - self.square) / self.weight
@@ -110,7 +134,8 @@ class StepSize:
         """
         power, share = gradient_power(optimizer)
         power = 0 if estimator.normalizes else power
-        rate = self.factor * _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
+        share = share * self.factor * _SHARE * self.reach / math.sqrt(1 + self.steps / _CONSTANT_STEPS)
+        rate = max(self.loss, 0.0) / max(self.square, 1e-30)
         return share * rate * (self.slope if power == 0 else 1.0)
 
     def set_rate(self, optimizer: Optimizer, estimator: Estimator) -> None:
@@ -122,7 +147,8 @@ class StepSize:
         """What was measured, in a line."""
         return (
             f"Step size: eps {self.eps:.2g}, loss {self.loss:.4g}, slopes {self.slope:.3g} (root mean square), "
-            f"{self.evaluations} evaluations; each step is to lower the loss by {_SHARE:.0%}"
+            f"reach {self.reach:g}, "
+            f"{self.evaluations} evaluations; the first steps are to lower the loss by {_SHARE * self.reach:.2g} of it"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,16 +163,32 @@ class _Look:
     seed: int
     evaluations: int = 0
 
-    def at(self, eps: float, directions: int) -> tuple[float, float]:
-        """Mean loss and mean squared slope at a distance along some directions."""
+    def at(self, eps: float, directions: int, gradient: dict[str, Tensor] | None = None) -> tuple[float, float]:
+        """Mean loss and mean squared slope at a distance along some directions; the mean gradient goes to ``gradient``."""
         losses, squares = [], []
         for query in range(directions):
             z = self.tuned.draw(self.seed, _PROBE_STEP, query)
             high, low = self.loss.at([Point(z, eps), Point(z, -eps)]).tolist()
             losses.append((high + low) / 2)
-            squares.append(((high - low) / (2 * eps)) ** 2)
+            slope = (high - low) / (2 * eps)
+            squares.append(slope**2)
+            if gradient is not None and math.isfinite(slope):
+                self.tuned.accumulate(gradient, z, slope / directions)
         self.evaluations += 2 * directions
         return statistics.fmean(losses), statistics.fmean(squares)
+
+
+def _reach(loss: Loss, gradient: Direction, full: float) -> tuple[float, int]:
+    """The share of a full step against a gradient that lowers the loss most, and the evaluations that finding it took."""
+    best, lowest, tried = _REACHES[-1], float(loss.at([Point({}, 0.0)])[0]), 1
+    for share in _REACHES:
+        tried += 1
+        found = float(loss.at([Point(gradient, -share * full)])[0])
+        if found < lowest:
+            best, lowest = share, found
+        elif best > _REACHES[-1]:
+            break
+    return best, tried
 
 
 def _find_eps(look: _Look, share: float) -> float:
