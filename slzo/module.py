@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -284,13 +283,13 @@ class ZOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
 
     def _measure_step(self) -> None:
-        """Measure what is ``auto`` of the step on the run's first batches; a resumed run goes on with what it has."""
+        """Measure what is ``auto`` of the step on the run's first batch; a resumed run goes on with what it has."""
         assert self.tuned_model is not None and self.noise_seed is not None
         given = self._given_step
         if self.step_size is None and (self.optimizer_choice.automatic or given.eps is None):
-            batches = islice(self.datamodule.training_batches(self.datamodule.batch_size, self.datamodule.seed or 0), 2)
-            losses = [self.loss_of(batch.to(self.model.device)) for batch in batches]
-            self.step_size = self.tuned_model.measure_step(losses, given.eps, self.noise_seed)
+            batch = next(self.datamodule.training_batches(self.datamodule.batch_size, self.datamodule.seed or 0))
+            loss = self.loss_of(batch.to(self.model.device))
+            self.step_size = self.tuned_model.measure_step(loss, given.eps, self.noise_seed)
             self.num_evaluations += self.step_size.evaluations
             rank_zero_info(self.step_size.describe())
         if self.step_size is not None and given.eps is None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +229,8 @@ class Workbench:
         return lr, eps
 
     def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
-        batches = islice(self.datamodule.training_batches(self.datamodule.batch_size, seed), 2)
-        losses = [self.module.loss_of(batch.to(tuned_model.parts.model.device)) for batch in batches]
-        return tuned_model.measure_step(losses, eps, seed)
+        first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
+        return tuned_model.measure_step(self.module.loss_of(first.to(tuned_model.parts.model.device)), eps, seed)
 
     def _fill_prefix(self, tuned_model: TunedModel) -> None:
         """Compute the states of every training row, in the batches of the first epoch."""

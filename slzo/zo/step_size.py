@@ -5,13 +5,12 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point
 from slzo.zo.optim import gradient_power
-from slzo.zo.tuned import Direction, TunedTensors
+from slzo.zo.tuned import TunedTensors
 
 # A step is to lower the loss by this share of it, if the slope held: 0.02 to 0.04 came within 3% of the best of five constant
 # rates on SmolLM2-135M (layers 28 and 29) and Gemma 3 270M (layer 17), whose best rates differ by a factor of 100.
@@ -24,8 +23,8 @@ _LOOKS = 3
 _TOO_FAR = 2.0
 _LOOK_DIRECTIONS, _DIRECTIONS = 2, 8
 _MEMORY = 20.0
-# Distances that are tried along the mean gradient, in Polyak's full steps.
-_REACHES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+# Share of the rate at which the curvature along random directions eats up what a step wins.
+_CURVATURE_SHARE = 0.3
 # Steps after which the rate falls with the root of their number, for noise to average out.
 _CONSTANT_STEPS = 100
 # Directions of the measurement are drawn as of this step, which no training reaches: those of training stay as they are.
@@ -37,20 +36,19 @@ class StepSize:
     r"""A learning rate that follows the loss and its slopes (Polyak's step, 1987, for directional derivatives).
 
     A step :math:`-\eta s z` along a direction z with slope s lowers the loss L by about :math:`\eta s^2`. That shall be a share
-    :math:`\kappa` of what can be won of L, whatever the model's scale, so
+    :math:`\kappa` of L, whatever the model's scale. Along random directions of mean curvature c it also raises the loss, by
+    :math:`\eta^2 s^2 c / 2`, so the rate stays well below :math:`1 / c`:
 
-    .. math:: \eta_t = \kappa \, \rho \, \bar L_t \, / \, (\overline{s^2}_t \sqrt{1 + t / 100})
+    .. math:: \eta_t = \min(\kappa \, \bar L_t \, / \, \overline{s^2}_t, \; 0.3 / c) \, / \sqrt{1 + t / 100}
 
-    with running means over about 20 steps. Slopes that shrink as the loss flattens out make the rate grow, batches that disagree
-    make it smaller. The reach :math:`\rho \le 1` is how far the loss falls along a first mean gradient, in steps of
-    :math:`L / \overline{s^2}`, the length at which a straight line would reach zero: about 1 for the loss over candidates, which
-    can come near zero, much less for the loss of whole answers, which cannot.
+    with running means over about 20 steps; c is that of the beginning. Slopes that shrink as the loss flattens out make the rate
+    grow, batches that disagree make it smaller, and it falls with the root of the steps for noise to average out.
 
     Attributes:
         eps: Size of the perturbation.
         loss: Running mean of the loss.
         square: Running mean of the squared slopes.
-        reach: Share of a full step that lowers the loss most.
+        curvature: Mean second derivative of the loss along random directions, before training.
         weight: Steps that the means stand for.
         steps: Steps taken.
         factor: What the rate is multiplied by; halved when training goes wrong.
@@ -60,7 +58,7 @@ class StepSize:
     eps: float
     loss: float
     square: float
-    reach: float = 1.0
+    curvature: float = 0.0
     weight: float = float(_DIRECTIONS)
     steps: int = 0
     factor: float = 1.0
@@ -74,9 +72,8 @@ class StepSize:
         seed: int,
         eps: float | None = None,
         half: bool = False,
-        other: Loss | None = None,
     ) -> Self:
-        """Look along some random directions from where the masters are; 19 to 36 evaluations of a batch.
+        """Look along some random directions from where the masters are; 17 to 29 evaluations of the batch.
 
         Args:
             tuned: What is tuned; its live weights are at the masters, before and after.
@@ -84,28 +81,26 @@ class StepSize:
             seed: Of the directions.
             eps: Size of the perturbation; ``None`` to find one that changes the loss by a hundredth of it.
             half: The model computes in half precision: three hundredths then.
-            other: Of another batch, on which the reach is tried; ``None`` for the same.
 
         Raises:
             SlzoError: The loss is not finite or not above zero, or does not change at any distance.
         """
         look = _Look(tuned, loss, seed)
         try:
+            here = look.here()
+            _check(here)
             if eps is None:
-                eps = _find_eps(look, _EPS_SHARE["half" if half else "float32"])
-            gradient: dict[str, Tensor] = {}
-            mean, square = look.at(eps, _DIRECTIONS, gradient)
-            _check(mean)
-            if square == 0:
-                raise SlzoError(
-                    f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or "
-                    "leave it out"
-                )
-            tuned.restore()
-            reach, tried = _reach(loss if other is None else other, gradient, mean / square)
+                eps = _find_eps(look, here, _EPS_SHARE["half" if half else "float32"])
+            mean, square = look.at(eps, _DIRECTIONS)
         finally:
             tuned.restore()
-        return cls(eps, mean, square, reach, evaluations=look.evaluations + tried)
+        _check(mean)
+        if square == 0:
+            raise SlzoError(
+                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or leave "
+                "it out"
+            )
+        return cls(eps, mean, square, 2 * (mean - here) / eps**2, evaluations=look.evaluations)
 
     @property
     def slope(self) -> float:
@@ -136,8 +131,10 @@ class StepSize:
         """
         power, share = gradient_power(optimizer)
         power = 0 if estimator.normalizes else power
-        share = share * self.factor * _SHARE * self.reach / math.sqrt(1 + self.steps / _CONSTANT_STEPS)
-        rate = max(self.loss, 0.0) / max(self.square, 1e-30)
+        share = share * self.factor / math.sqrt(1 + self.steps / _CONSTANT_STEPS)
+        rate = _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
+        if self.curvature > 0:
+            rate = min(rate, _CURVATURE_SHARE / self.curvature)
         return share * rate * (self.slope if power == 0 else 1.0)
 
     def set_rate(self, optimizer: Optimizer, estimator: Estimator) -> None:
@@ -149,8 +146,8 @@ class StepSize:
         """What was measured, in a line."""
         return (
             f"Step size: eps {self.eps:.2g}, loss {self.loss:.4g}, slopes {self.slope:.3g} (root mean square), "
-            f"reach {self.reach:g}, "
-            f"{self.evaluations} evaluations; the first steps are to lower the loss by {_SHARE * self.reach:.2g} of it"
+            f"curvature {self.curvature:.3g}, "
+            f"{self.evaluations} evaluations; each step is to lower the loss by {_SHARE:.0%} of it at most"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,38 +167,21 @@ class _Look:
         self.evaluations += 1
         return float(self.loss.at([Point({}, 0.0)])[0])
 
-    def at(self, eps: float, directions: int, gradient: dict[str, Tensor] | None = None) -> tuple[float, float]:
-        """Mean loss and mean squared slope at a distance along some directions; the mean gradient goes to ``gradient``."""
+    def at(self, eps: float, directions: int) -> tuple[float, float]:
+        """Mean loss and mean squared slope at a distance along some directions."""
         losses, squares = [], []
         for query in range(directions):
             z = self.tuned.draw(self.seed, _PROBE_STEP, query)
             high, low = self.loss.at([Point(z, eps), Point(z, -eps)]).tolist()
             losses.append((high + low) / 2)
-            slope = (high - low) / (2 * eps)
-            squares.append(slope**2)
-            if gradient is not None and math.isfinite(slope):
-                self.tuned.accumulate(gradient, z, slope / directions)
+            squares.append(((high - low) / (2 * eps)) ** 2)
         self.evaluations += 2 * directions
         return statistics.fmean(losses), statistics.fmean(squares)
 
 
-def _reach(loss: Loss, gradient: Direction, full: float) -> tuple[float, int]:
-    """The share of a full step against a gradient that lowers the loss most, and the evaluations that finding it took."""
-    best, lowest, tried = _REACHES[-1], float(loss.at([Point({}, 0.0)])[0]), 1
-    for share in _REACHES:
-        tried += 1
-        found = float(loss.at([Point(gradient, -share * full)])[0])
-        if found < lowest:
-            best, lowest = share, found
-        elif best > _REACHES[-1]:
-            break
-    return best, tried
-
-
-def _find_eps(look: _Look, share: float) -> float:
+def _find_eps(look: _Look, here: float, share: float) -> float:
     """The distance that changes the loss by a share of it; two significant digits."""
-    here, eps = look.here(), _FIRST_EPS
-    _check(here)
+    eps = _FIRST_EPS
     for _ in range(_LOOKS):
         loss, square = look.at(eps, _LOOK_DIRECTIONS)
         change = eps * math.sqrt(square) if math.isfinite(square) else math.inf
