@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_dir, tuned
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import bad
 
 from slzo.__main__ import main
@@ -25,6 +26,7 @@ LEARNS = [
     "--data.batch_size=16",
     "--model.layer=2",
     "--model.num_queries=4",
+    "--trainer.log_every_n_steps=1",
 ]
 
 
@@ -41,6 +43,13 @@ def summary(number=0):
 
 def note(path):
     return torch.load(path, weights_only=True)["slzo"]["step_size"]
+
+
+def scalars(name, number=0):
+    """What TensorBoard has of a training figure."""
+    events = EventAccumulator(str(run_dir(number)))
+    events.Reload()
+    return [event.value for event in events.Scalars(f"train/{name}")]
 
 
 def last(number=0):
@@ -123,15 +132,8 @@ def test_a_run_with_measured_steps_learns_and_its_config_can_be_used_again(auto,
 
 def test_the_logged_rate_follows_the_loss_and_its_slopes(auto):
     """The rates in TensorBoard are those of a plain recomputation from the logged losses and slopes."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     assert main(["fit", *auto, "--trainer.log_every_n_steps=1", "--trainer.max_steps=6"]) == 0
-    events = EventAccumulator(str(run_dir()))
-    events.Reload()
-    plus, minus, slopes, rates = (
-        [event.value for event in events.Scalars(f"train/{name}")]
-        for name in ("loss_plus", "loss_minus", "projected_grad", "lr")
-    )
+    plus, minus, slopes, rates = map(scalars, ("loss_plus", "loss_minus", "projected_grad", "lr"))
     end = note(last())
     loss, square = end["loss"], end["square"]
     most = 0.3 / end["curvature"] if end["curvature"] > 0 else math.inf
@@ -168,13 +170,9 @@ def test_the_step_is_measured_on_the_first_batch_of_the_run(auto, monkeypatch):
 
 
 def test_eps_end_begins_at_the_measured_eps(auto):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     extra = ["--model.eps_end=1e-4", "--trainer.log_every_n_steps=1", "--trainer.max_steps=3"]
     assert main(["fit", *auto, *extra]) == 0
-    events = EventAccumulator(str(run_dir()))
-    events.Reload()
-    first, middle, end = (event.value for event in events.Scalars("train/eps"))
+    first, middle, end = scalars("eps")
     assert first == pytest.approx(summary()["eps"])
     assert middle == pytest.approx(math.sqrt(first * end), rel=1e-4)
     assert end == pytest.approx(1e-4)
