@@ -1,5 +1,6 @@
 """The main job on the real model and real rows."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -22,29 +23,34 @@ def test_a_few_steps_of_the_quickstart(capsys):
     options = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--data.num_test=32", "--data.num_dev=16"]
     assert main(["fit", "--config", QUICKSTART, *options]) == 0
     summary = json.loads(Path("runs/version_0/summary.json").read_text())
-    assert summary["dominant_layer"] == 28
+    assert summary["dominant_layer"] == 11
     assert summary["num_layers"] == 30
     assert summary["tuned_parameters"] == 3_540_096
     assert summary["total_parameters"] == 134_515_008
     assert summary["num_rows"] == 32
     assert summary["steps"] == 3
-    assert "28 of 30" in capsys.readouterr().out
+    assert "11 of 30" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ["movie_reviews", "sst2", "rte"])
-def test_layer_11_is_found_with_the_prompts_of_several_tasks(task):
+@pytest.mark.parametrize(
+    ("task", "rule", "layer"), [("movie_reviews", "FirstOutlierLayer", 11), ("rte", "LargestFall", 28)]
+)
+def test_the_profile_of_a_task_finds_the_layer_of_each_rule(task, rule, layer):
+    """More prompts in test_largest_fall.py."""
     options = [f"--data.task={task}", "--data.num_train=32", "--data.num_dev=8", "--data.num_test=32"]
     if task != "movie_reviews":
         if not SHARED_DATA.is_dir():
             pytest.skip(f"no real rows at {SHARED_DATA}")
         options.append(f"--data.data_dir={SHARED_DATA / 'hf'}")
-    assert main(["profile", "--config", QUICKSTART, "--profiler.rule=FirstOutlierLayer", *options]) == 0
+    assert main(["profile", "--config", QUICKSTART, *options, f"--profiler.rule={rule}"]) == 0
     profile = json.loads(Path("runs/version_0/outlier_profile.json").read_text())
-    assert profile["dominant_layer"] == 11
+    assert profile["dominant_layer"] == layer
     assert profile["num_sequences"] >= 10
     assert profile["num_forward_passes"] <= 15
     assert profile["layers"][11]["channel"] == 507
     assert profile["layers"][2]["ratio"] < 1000 < profile["layers"][11]["ratio"]
+    falls = [below["max_abs"] - above["max_abs"] for below, above in itertools.pairwise(profile["layers"])]
+    assert falls.index(max(falls)) + 1 == 28
 
 
 @pytest.mark.slow
