@@ -113,9 +113,9 @@ def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
     Raises:
         SlzoError: It was not written by slzo, by a version with another format, or was changed by hand.
     """
-    if not isinstance(content, dict) or "slzo" not in content:
+    note: Any = content.get("slzo") if isinstance(content, dict) else None
+    if not isinstance(note, dict) or "format" not in note:
         raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
-    note: dict[str, Any] = content["slzo"]
     check_note(note, option)
     return note
 

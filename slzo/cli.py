@@ -21,7 +21,7 @@ from slzo.callbacks.run_summary import RunSummary
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import newest_checkpoint
 from slzo.cli_auto import with_numbers, with_words
-from slzo.cli_errors import one_line, with_option
+from slzo.cli_errors import check_nulls, one_line, with_option
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.config_files import check_config_file
 from slzo.console import say
@@ -102,6 +102,10 @@ class SlzoCLI(LightningCLI):
                 note = "Not used; accepted so that a config saved by fit can be given."
                 parser.add_argument(f"--{name}", type=kind, default=None, help=note)
         return parser
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what the parser lets pass."""
+        check_nulls(self._parser(self.subcommand), self.config.get(str(self.subcommand), self.config))
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data; what a class says of its arguments is one line."""

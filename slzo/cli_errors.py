@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from slzo.errors import SlzoError
 from slzo.renames import RENAMED
 
 _UNKNOWN = (
@@ -50,6 +51,22 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     if action is None or value is None:
         return f"{key}: {detail}"
     return f"{key} {value!r}: {_allowed(action, value)}"
+
+
+def check_nulls(parser: ArgumentParser, options: Any) -> None:
+    """Refuse null in a config for an option that must have a value; the parser lets it pass.
+
+    Raises:
+        SlzoError: With the option.
+    """
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is None or action.default is None or type(None) in _arguments(hint):
+            continue
+        if options.get(action.dest, action.default) is None:
+            raise SlzoError(
+                f"{action.dest} null: expected {_type_name(hint)}; leave it out for its default, {action.default}"
+            )
 
 
 def with_option(message: str, args: Sequence[str]) -> str:

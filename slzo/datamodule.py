@@ -87,7 +87,9 @@ class TaskDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.task = get_task(task) if isinstance(task, str) else task
+        if not isinstance(task, Task):
+            task = get_task(str(task))
+        self.task = task
         self.tokenizer_name = tokenizer
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
         if not isinstance(objective, Objective):

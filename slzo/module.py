@@ -288,9 +288,8 @@ class ZOModule(LightningModule):
         given = self._given_step
         if self.step_size is None and (self.optimizer_choice.automatic or given.eps is None):
             batch = next(self.datamodule.training_batches(self.datamodule.batch_size, self.datamodule.seed or 0))
-            self.step_size = self.tuned_model.measure_step(
-                self.loss_of(batch.to(self.model.device)), given.eps, self.noise_seed
-            )
+            loss = self.loss_of(batch.to(self.model.device))
+            self.step_size = self.tuned_model.measure_step(loss, given.eps, self.noise_seed)
             self.num_evaluations += self.step_size.evaluations
             rank_zero_info(self.step_size.describe())
         if self.step_size is not None and given.eps is None:

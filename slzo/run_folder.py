@@ -36,6 +36,8 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
         if trainer.global_step <= begun:
             for folder in claimed:
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # other runs are in it
+                    folder.parent.rmdir()
         raise
     finally:
         for folder in claimed:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -122,8 +121,8 @@ def test_a_run_with_measured_steps_learns_and_its_config_can_be_used_again(auto,
     assert found["lr"] == "auto"
     assert 0 < found["lr_at_end"] < math.inf
     assert found["evaluations"] == 60 * 8 + int(measured[2])
-    losses = scalars("loss_plus")
-    assert statistics.fmean(losses[-8:]) < 0.97 * statistics.fmean(losses[:8])
+    losses = [validation["loss"] for validation in found["validations"]]
+    assert losses[-1] < 0.95 * math.log(2)  # it begins at about that
     config = yaml.safe_load((run_dir() / "config.yaml").read_text())["model"]
     assert (config["optimizer"]["init_args"]["lr"], config["eps"]) == ("auto", "auto")
     assert main(["fit", f"--config={run_dir() / 'config.yaml'}"]) == 0
@@ -137,8 +136,9 @@ def test_the_logged_rate_follows_the_loss_and_its_slopes(auto):
     plus, minus, slopes, rates = map(scalars, ("loss_plus", "loss_minus", "projected_grad", "lr"))
     end = note(last())
     loss, square = end["loss"], end["square"]
+    most = 0.3 / end["curvature"] if end["curvature"] > 0 else math.inf
     for step in range(5, -1, -1):  # the means are taken back step by step, from those of the checkpoint
-        assert rates[step] == pytest.approx(0.03 * loss / square, rel=1e-4)
+        assert rates[step] == pytest.approx(min(0.03 * loss / square, most) / math.sqrt(1 + (step + 1) / 100), rel=1e-4)
         weight = 8 + step + 1
         loss = (weight * loss - (plus[step] + minus[step]) / 2) / (weight - 1)
         square = (weight * square - slopes[step] ** 2) / (weight - 1)
@@ -150,7 +150,7 @@ def test_eps_alone_may_be_measured_and_lr_alone(auto):
     assert (summary()["lr"], summary()["lr_at_end"]) == (1e-3, 1e-3)
     assert note(last())["weight"] == 8  # nothing follows it
     assert main(["fit", *auto, "--model.eps=1e-2", "--trainer.max_steps=2"]) == 0
-    assert (summary(1)["eps"], summary(1)["evaluations"]) == (1e-2, 16 + 4)
+    assert (summary(1)["eps"], summary(1)["evaluations"]) == (1e-2, 17 + 4)
     assert main(["fit", *auto, "--model.eps=1e-2", "--model.optimizer=SGD", "--model.optimizer.lr=1e-3"]) == 0
     assert note(last(2)) is None
 

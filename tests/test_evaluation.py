@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -318,7 +319,7 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
 
     options = {"data_dir": str(folder), "num_train": 16, "num_dev": 4, "batch_size": 8}
     datamodule = TaskDataModule(task, str(model_dir), objective="metric", **options)
-    module = Recording(str(model_dir), layer=1, eps=0.1)
+    module = Recording(str(model_dir), layer=1, eps=0.1, optimizer=partial(torch.optim.SGD, lr=3e-4))
     trainer = ZOTrainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, max_steps=3,
         enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,

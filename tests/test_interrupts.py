@@ -16,6 +16,14 @@ STEPS = 12
 TIMES = ("step_seconds", "tokens_per_second", "peak_memory_gb")
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """Ctrl-C counts, also where the tests run in the background of a shell, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def run(options):
     """Runs fit, with a signal or without."""

@@ -266,7 +266,10 @@ def test_unknown_task() -> None:
         SlzoError, match=r"^data.task 'sst9': unknown task; choose one of boolq, .*wsc; did you mean 'sst2'"
     ):
         get_task("sst9")
-    with pytest.raises(SlzoError, match=r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*$"):
+    with pytest.raises(
+        SlzoError,
+        match=r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; one on your own files is [a-zA-Z.]*$",
+    ):
         get_task("!!")
 
 

@@ -39,12 +39,12 @@ WRONG = """
 --model.estimator=SPSA --model.estimator.divide_rows=3 | model.estimator.divide_rows '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative for Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop
---model.eps=1e39 | model.eps 1e+39: the perturbation must be a number above 0 and below 1e+30
+--model.eps=1e39 | model.eps 1e+39: the perturbation must be a number above 0 and at most 1e+30
 --model.eps=inf | model.eps 'inf': expected a number
 --model.eps=nan | model.eps 'nan': expected a number
 --model.eps= | model.eps '': expected a number
 --model.eps_end=0 | model.eps_end 0.0: must be a number above 0
---model.eps_end=1e39 | model.eps_end 1e+39: must be a number above 0 and below
+--model.eps_end=1e39 | model.eps_end 1e+39: must be a number above 0 and at most
 --model.num_queries=1.5 | model.num_queries '1.5': expected a whole number
 --model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: at least 1 direction
 --model.max_nonfinite=0 | model.max_nonfinite 0: at least 1 step

@@ -34,14 +34,14 @@ class StepOptions:
     clip_projected_grad: float | None = None
 
     def __post_init__(self) -> None:
-        if self.eps is not None and not 0 < self.eps < _MOST_EPS:
+        if self.eps is not None and not 0 < self.eps <= _MOST_EPS:
             raise SlzoError(
-                f"model.eps {self.eps}: the perturbation must be a number above 0 and below {_MOST_EPS}, or auto; 1e-3 is a good "
-                "start"
+                f"model.eps {self.eps}: the perturbation must be a number above 0 and at most {_MOST_EPS}, or auto; 1e-3 is a "
+                "good start"
             )
-        if self.eps_end is not None and not 0 < self.eps_end < _MOST_EPS:
+        if self.eps_end is not None and not 0 < self.eps_end <= _MOST_EPS:
             raise SlzoError(
-                f"model.eps_end {self.eps_end}: must be a number above 0 and below {_MOST_EPS}; leave it out to keep eps"
+                f"model.eps_end {self.eps_end}: must be a number above 0 and at most {_MOST_EPS}; leave it out to keep eps"
             )
         if not 1 <= self.num_queries <= _MOST_QUERIES:
             raise SlzoError(

@@ -23,6 +23,10 @@ _LOOKS = 3
 _TOO_FAR = 2.0
 _LOOK_DIRECTIONS, _DIRECTIONS = 2, 8
 _MEMORY = 20.0
+# Share of the rate at which the curvature along random directions eats up what a step wins.
+_CURVATURE_SHARE = 0.3
+# Steps after which the rate falls with the root of their number, for noise to average out.
+_CONSTANT_STEPS = 100
 # Directions of the measurement are drawn as of this step, which no training reaches: those of training stay as they are.
 _PROBE_STEP = 2**40
 
@@ -32,18 +36,21 @@ class StepSize:
     r"""A learning rate that follows the loss and its slopes (Polyak's step, 1987, for directional derivatives).
 
     A step :math:`-\eta s z` along a direction z with slope s lowers the loss L by about :math:`\eta s^2`. That shall be a share
-    :math:`\kappa` of L, whatever the model's scale, so
+    :math:`\kappa` of L, whatever the model's scale. Along random directions of mean curvature c it also raises the loss, by
+    :math:`\eta^2 s^2 c / 2`, so the rate stays well below :math:`1 / c`:
 
-    .. math:: \eta_t = \kappa \, \bar L_t / \overline{s^2}_t
+    .. math:: \eta_t = \min(\kappa \, \bar L_t \, / \, \overline{s^2}_t, \; 0.3 / c) \, / \sqrt{1 + t / 100}
 
-    with running means over about 20 steps. Slopes that shrink as the loss flattens out make the rate grow, batches that disagree
-    make it smaller.
+    with running means over about 20 steps; c is that of the beginning. Slopes that shrink as the loss flattens out make the rate
+    grow, batches that disagree make it smaller, and it falls with the root of the steps for noise to average out.
 
     Attributes:
         eps: Size of the perturbation.
         loss: Running mean of the loss.
         square: Running mean of the squared slopes.
+        curvature: Mean second derivative of the loss along random directions, before training.
         weight: Steps that the means stand for.
+        steps: Steps taken.
         factor: What the rate is multiplied by; halved when training goes wrong.
         evaluations: Batch evaluations that the measurement took.
     """
@@ -51,13 +58,22 @@ class StepSize:
     eps: float
     loss: float
     square: float
+    curvature: float = 0.0
     weight: float = float(_DIRECTIONS)
+    steps: int = 0
     factor: float = 1.0
     evaluations: int = 0
 
     @classmethod
-    def measure(cls, tuned: TunedTensors, loss: Loss, seed: int, eps: float | None = None, half: bool = False) -> Self:
-        """Look along some random directions from where the masters are; 16 to 29 evaluations of the batch.
+    def measure(
+        cls,
+        tuned: TunedTensors,
+        loss: Loss,
+        seed: int,
+        eps: float | None = None,
+        half: bool = False,
+    ) -> Self:
+        """Look along some random directions from where the masters are; 17 to 29 evaluations of the batch.
 
         Args:
             tuned: What is tuned; its live weights are at the masters, before and after.
@@ -71,18 +87,20 @@ class StepSize:
         """
         look = _Look(tuned, loss, seed)
         try:
+            here = look.here()
+            _check(here)
             if eps is None:
-                eps = _find_eps(look, _EPS_SHARE["half" if half else "float32"])
+                eps = _find_eps(look, here, _EPS_SHARE["half" if half else "float32"])
             mean, square = look.at(eps, _DIRECTIONS)
         finally:
             tuned.restore()
         _check(mean)
         if square == 0:
             raise SlzoError(
-                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or "
-                "leave it out"
+                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or leave "
+                "it out"
             )
-        return cls(eps, mean, square, evaluations=look.evaluations)
+        return cls(eps, mean, square, 2 * (mean - here) / eps**2, evaluations=look.evaluations)
 
     @property
     def slope(self) -> float:
@@ -93,6 +111,7 @@ class StepSize:
         """Take a step's losses and slopes into the means; one that is not finite says nothing."""
         if not estimate.finite:
             return
+        self.steps += 1
         self.weight = min(self.weight + 1, _MEMORY)
         self.loss += (estimate.loss - self.loss) / self.weight
         self.square += (statistics.fmean(s * s for s in estimate.projected_grad) - self.square) / self.weight
@@ -112,7 +131,10 @@ class StepSize:
         """
         power, share = gradient_power(optimizer)
         power = 0 if estimator.normalizes else power
-        rate = self.factor * _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
+        share = share * self.factor / math.sqrt(1 + self.steps / _CONSTANT_STEPS)
+        rate = _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
+        if self.curvature > 0:
+            rate = min(rate, _CURVATURE_SHARE / self.curvature)
         return share * rate * (self.slope if power == 0 else 1.0)
 
     def set_rate(self, optimizer: Optimizer, estimator: Estimator) -> None:
@@ -124,7 +146,8 @@ class StepSize:
         """What was measured, in a line."""
         return (
             f"Step size: eps {self.eps:.2g}, loss {self.loss:.4g}, slopes {self.slope:.3g} (root mean square), "
-            f"{self.evaluations} evaluations; each step is to lower the loss by {_SHARE:.0%}"
+            f"curvature {self.curvature:.3g}, "
+            f"{self.evaluations} evaluations; each step is to lower the loss by {_SHARE:.0%} of it at most"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +163,7 @@ class _Look:
     evaluations: int = 0
 
     def here(self) -> float:
-        """Loss without a perturbation."""
+        """Loss without a perturbation; the live weights must be at the masters."""
         self.evaluations += 1
         return float(self.loss.at([Point({}, 0.0)])[0])
 
@@ -156,10 +179,9 @@ class _Look:
         return statistics.fmean(losses), statistics.fmean(squares)
 
 
-def _find_eps(look: _Look, share: float) -> float:
+def _find_eps(look: _Look, here: float, share: float) -> float:
     """The distance that changes the loss by a share of it; two significant digits."""
-    here, eps = look.here(), _FIRST_EPS
-    _check(here)
+    eps = _FIRST_EPS
     for _ in range(_LOOKS):
         loss, square = look.at(eps, _LOOK_DIRECTIONS)
         change = eps * math.sqrt(square) if math.isfinite(square) else math.inf

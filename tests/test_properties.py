@@ -1,0 +1,187 @@
+"""Whatever a file or an option holds: it is read, or refused in one line; never another error, never a hang."""
+
+import json
+import string
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from slzo.__main__ import main
+from slzo.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
+from slzo.config_files import check_config_file
+from slzo.data.files import READERS, read_file
+from slzo.data.sources import load_examples
+from slzo.errors import SlzoError
+from slzo.tasks.template import TemplateTask
+from slzo.trainer import ZOTrainer
+
+# the same examples in every run; a file in the test's folder is written anew for each
+common = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+NAMES = st.sampled_from(["sentence", "label", "idx", "id", "a b", "", "0", "\u2028"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def one_line(error, names=""):
+    assert str(error)
+    assert names in str(error)
+    assert "\n" not in str(error)
+
+
+@common
+@given(ending=st.sampled_from(sorted(READERS)), content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@example(ending=".csv", content=b'a,b\n"\n')
+@example(ending=".csv", content=b"a,a,,\n1,2,3,4\n")
+@example(ending=".csv", content=b"a\n" + b"x" * 200_000)
+@example(ending=".jsonl", content=b"[" * 100_000)
+@example(ending=".jsonl", content=b'{"a": ' + b"9" * 5000 + b"}")
+@example(ending=".parquet", content=b"PAR1" + b"\xff" * 50 + b"PAR1")
+def test_files_of_rows(tmp_path, ending, content):
+    path = tmp_path / f"rows{ending}"
+    path.write_bytes(content)
+    try:
+        rows = list(read_file(path))
+    except SlzoError as error:
+        one_line(error, str(path))
+    else:
+        assert all(isinstance(row, dict) for _, row in rows)
+
+
+@common
+@given(rows=st.lists(st.dictionaries(NAMES, VALUES, max_size=4), min_size=1, max_size=4))
+@example(rows=[{"sentence": "x", "label": 0, "idx": {"paragraph": []}}])
+@example(rows=[{"sentence": 10**5000, "label": 1}])
+def test_rows_of_any_fields(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    try:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    except ValueError:  # not even JSON can be made of it
+        return
+    task = TemplateTask("{sentence}", ["good", "bad"], train_file=str(path), test_file=str(path))
+    try:
+        examples = load_examples(task, "test")
+    except SlzoError as error:
+        one_line(error)
+    else:
+        assert len(examples) == len(rows)
+
+
+@common
+@given(
+    prompt=st.text(alphabet=string.printable, max_size=20) | st.text(alphabet="{}!:.[]a0 ", max_size=12),
+    candidates=st.none() | st.lists(st.text(max_size=4), max_size=3),
+    labels=st.none() | st.lists(st.text(max_size=3) | st.integers(), max_size=3),
+    answer_field=st.none() | st.text(max_size=4),
+    row=st.dictionaries(st.sampled_from(["a", "a0", "label", " ", "0"]), VALUES, max_size=4),
+)
+@example(prompt="{a:{a}}", candidates=["x", "y"], labels=None, answer_field=None, row={"a": "1", "label": 0})
+def test_templates(prompt, candidates, labels, answer_field, row):
+    try:
+        task = TemplateTask(prompt, candidates, labels=labels, answer_field=answer_field)
+    except SlzoError as error:
+        one_line(error)
+        return
+    try:
+        made = task.example(row, "1")
+    except ValueError as error:
+        one_line(error)
+    else:
+        assert isinstance(made.prompt, str)
+
+
+@common
+@given(note=VALUES | st.fixed_dictionaries({"format": st.just(CHECKPOINT_FORMAT) | VALUES}))
+def test_notes_of_checkpoints(note):
+    try:
+        found = checkpoint_note({"slzo": note})
+    except SlzoError as error:
+        one_line(error)
+    else:
+        assert found["format"] == CHECKPOINT_FORMAT
+
+
+@pytest.fixture(scope="module")
+def checkpoint_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+    content = {"state_dict": {"w": torch.arange(6.0)}, "slzo": {"format": CHECKPOINT_FORMAT, "layer": 1, "tensors": {}}}
+    torch.save(content, path)
+    return path.read_bytes()
+
+
+@common
+@given(cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=5))
+def test_damaged_checkpoints(tmp_path, checkpoint_bytes, cut, flips):
+    damaged = bytearray(checkpoint_bytes[: round(cut * len(checkpoint_bytes))] if cut < 0.5 else checkpoint_bytes)
+    for place, flip in flips:
+        if damaged:
+            damaged[round(place * (len(damaged) - 1))] ^= flip
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(bytes(damaged))
+    try:
+        read_checkpoint(path)
+    except SlzoError as error:
+        one_line(error)
+
+
+@common
+@given(content=st.binary(max_size=100) | st.text(alphabet="ab:{}[]&*!-?|>,#%@'\" \n\t<", max_size=60).map(str.encode))
+@example(content=b"? {a: b}\n: c\n")
+@example(content=b"? [a]\n: c\n")
+@example(content=b"2020-99-99: x\n")
+@example(content=b"a: 2020-99-99\n")
+@example(content=b"<<: 3\n")
+@example(content=b"[" * 5000)
+def test_any_yaml(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    try:
+        assert isinstance(check_config_file(path), dict)
+    except SlzoError as error:
+        one_line(error)
+
+
+GROUPS = {
+    "model": ["model", "layer", "scope", "estimator", "eps", "num_queries", "optimizer", "lr_scheduler", "engine"],
+    "data": ["task", "num_train", "batch_size", "objective", "data_dir"],
+    "trainer": ["max_steps", "devices", "accelerator", "logger", "callbacks", "val_check_interval", "strategy"],
+    "checkpoint": ["monitor", "mode", "filename", "save_top_k", "dirpath"],
+    "profiler": ["rule", "num_sequences", "text_file"],
+}
+CHOSEN = st.fixed_dictionaries(
+    {"class_path": st.sampled_from(["LoRA", "SGD", "LayerScope", "EarlyStopping", "nope.Nope", "", "json", "."])},
+    optional={"init_args": st.dictionaries(st.sampled_from(["lr", "rank", "monitor", "x"]), VALUES, max_size=2)},
+)
+OPTIONS = st.sampled_from(sorted(GROUPS)).flatmap(
+    lambda group: st.tuples(
+        st.just(group), st.dictionaries(st.sampled_from(GROUPS[group]), VALUES | CHOSEN, max_size=3) | VALUES
+    )
+)
+
+
+@settings(common, max_examples=60)
+@example(options={"data": {"task": None}})
+@example(options={"model": {"eps": None}})
+@example(options={"trainer": {"max_steps": None}, "checkpoint": {"mode": None}})
+@given(options=st.lists(OPTIONS, min_size=1, max_size=3).map(dict))
+def test_configs_of_any_values(tmp_path, monkeypatch, capsys, options):
+    """Parsed and built, but not run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ZOTrainer, "fit", lambda self, *args, **kwargs: None)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    capsys.readouterr()
+    status = main(["fit", "--config=config.yaml", "--trainer.accelerator=cpu"])
+    assert status in (0, 2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("slzo: error: ")]
+    assert len(error) == (status == 2)
