@@ -231,6 +231,32 @@ def test_an_estimate_that_is_not_finite_says_nothing(broken):
     assert step_size.to_dict() != before
 
 
+def test_the_curvature_is_that_along_the_same_directions():
+    """Of a quadratic it is scale^2 |z|^2, at any distance; in half precision rounding would hide it."""
+    _, tuned, loss = quadratic(scale=3.0)
+    bend = sum(float(tuned.draw(4, _PROBE_STEP, query)["weight"].square().sum()) for query in range(8)) / 8
+    for eps in (None, 3e-2, 0.1):
+        assert StepSize.measure(tuned, loss, 4, eps).curvature == pytest.approx(9 * bend, rel=2e-2)
+    assert StepSize.measure(tuned, loss, 4, half=True).curvature == 0
+
+
+@pytest.mark.parametrize(
+    ("curvature", "rate"), [(0.0, PLAIN_RATE), (-50.0, PLAIN_RATE), (1.0, PLAIN_RATE), (300.0, 1e-3)]
+)
+def test_the_rate_stays_below_what_the_curvature_allows(curvature, rate):
+    """0.3 / c where that is less."""
+    step_size = StepSize(**MEASURED, curvature=curvature)
+    assert step_size.rate(made(torch.optim.SGD), SPSA()) == pytest.approx(rate)
+    assert step_size.rate(made(torch.optim.Adam), SPSA()) == pytest.approx(5 * rate)
+
+
+def test_the_rate_falls_with_the_root_of_the_steps():
+    step_size = StepSize(**MEASURED)
+    for step in range(300):
+        assert step_size.rate(made(torch.optim.SGD), SPSA()) == pytest.approx(PLAIN_RATE / math.sqrt(1 + step / 100))
+        step_size.update(estimate(2.0, 5.0))
+
+
 def test_a_loss_that_went_below_zero_stops_the_steps():
     assert StepSize(eps=1e-3, loss=-1.0, square=4.0).rate(made(torch.optim.SGD), SPSA()) == 0
 

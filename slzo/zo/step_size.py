@@ -48,7 +48,7 @@ class StepSize:
         eps: Size of the perturbation.
         loss: Running mean of the loss.
         square: Running mean of the squared slopes.
-        curvature: Mean second derivative of the loss along random directions, before training.
+        curvature: Mean second derivative of the loss along random directions, before training; 0 where it is not known.
         weight: Steps that the means stand for.
         steps: Steps taken.
         factor: What the rate is multiplied by; halved when training goes wrong.
@@ -80,7 +80,7 @@ class StepSize:
             loss: Of a batch.
             seed: Of the directions.
             eps: Size of the perturbation; ``None`` to find one that changes the loss by a hundredth of it.
-            half: The model computes in half precision: three hundredths then.
+            half: The model computes in half precision: three hundredths then, and no curvature.
 
         Raises:
             SlzoError: The loss is not finite or not above zero, or does not change at any distance.
@@ -100,7 +100,8 @@ class StepSize:
                 f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or leave "
                 "it out"
             )
-        return cls(eps, mean, square, 2 * (mean - here) / eps**2, evaluations=look.evaluations)
+        curvature = 0.0 if half else 2 * (mean - here) / eps**2  # in half precision it drowns in rounding
+        return cls(eps, mean, square, curvature, evaluations=look.evaluations)
 
     @property
     def slope(self) -> float:
