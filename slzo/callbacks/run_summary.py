@@ -132,7 +132,7 @@ class RunSummary(Callback):
             "validations": self._validations,  # those of this process: a resumed run has only its own
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
             "tuned_parameters": pl_module.tuned_model.tensors.num_elements,
-            "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
+            "total_parameters": pl_module.model.num_parameters(),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
             "run_dir": run_dir,

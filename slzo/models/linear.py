@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slzo.models.quantization import is_plain
+
 # Rows of the probe product: about the tokens of a small batch.
 _TRIAL_ROWS = 128
 # Near one both are as good, and the choice should not depend on noise.
@@ -43,8 +45,8 @@ class OneDNNLinear(nn.Module):
 
 
 def with_onednn(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module tree in which every ``nn.Linear`` is a :class:`OneDNNLinear`; the original stays untouched."""
-    if type(module) is nn.Linear:
+    """A shallow copy of a module tree with a :class:`OneDNNLinear` for each plain ``nn.Linear``; the original stays untouched."""
+    if _is_plain_linear(module):
         return OneDNNLinear(module)
     twin = copy.copy(module)
     twin._modules = {name: None if child is None else with_onednn(child) for name, child in module._modules.items()}
@@ -57,10 +59,11 @@ def onednn_is_faster(module: nn.Module) -> bool:
 
     ``False`` unless the module is in float32 on a CPU: elsewhere torch already takes the best there is.
     """
-    linears = [child for child in module.modules() if type(child) is nn.Linear]
+    linears = [child for child in module.modules() if _is_plain_linear(child)]
     if not linears or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
+    assert isinstance(largest, nn.Linear)
     if largest.weight.dtype != torch.float32 or largest.weight.device.type != "cpu":
         return False
     inputs = torch.ones(_TRIAL_ROWS, largest.in_features)
@@ -73,3 +76,8 @@ def onednn_is_faster(module: nn.Module) -> bool:
     except RuntimeError:  # a build of torch without the kernel
         return False
     return min(plain) > _CLEAR_GAIN * min(ours)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is an ``nn.Linear`` that no quantization has changed."""
+    return type(module) is nn.Linear and is_plain(module.weight)

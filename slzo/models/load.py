@@ -7,11 +7,19 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slzo.errors import SlzoError
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
+from slzo.models.quantization import (
+    Quantization,
+    describe_quantization,
+    method_of_config,
+    missing_package,
+    quantization_config,
+)
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -65,8 +73,15 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
         raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
 
 
-def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    name: str,
+    dtype: DType = "float32",
+    trust_remote_code: bool = False,
+    quantization: Quantization | QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
+
+    A model that is quantized already is loaded as it is; ``quantization`` quantizes another one, layer by layer while it is read.
 
     Raises:
         SlzoError: It cannot be loaded or is not a decoder-only language model.
@@ -79,8 +94,27 @@ def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = Fa
             f"model.model {name!r}: {config.model_type} is an encoder-decoder model; slzo tunes decoder-only language "
             "models such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma and Phi-3"
         )
-    model = _load(name, AutoModelForCausalLM, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    return model.eval().requires_grad_(False)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        _check_quantized(name, method_of_config(own), quantization)
+    elif quantization is not None:
+        kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
+    if own is not None or quantization is not None:
+        kwargs["device_map"] = "cpu"  # quantized weights are made where they stay
+    return _load(name, AutoModelForCausalLM, **kwargs).eval().requires_grad_(False)
+
+
+def _check_quantized(name: str, method: str, quantization: Any) -> None:
+    """Refuse to quantize a quantized model again, or to load it without its package."""
+    if quantization is not None:
+        raise SlzoError(
+            f"model.quantization {describe_quantization(quantization)!r}: model {name!r} is quantized already ({method}); leave "
+            "the option out"
+        )
+    missing = missing_package(method)
+    if missing is not None:
+        raise SlzoError(f"model.model {name!r}: is quantized and {missing}")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -28,6 +28,7 @@ from slzo.models.attention import (
 )
 from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
+from slzo.models.quantization import is_plain
 
 _PACKED = "slzo_packed"
 
@@ -194,6 +195,8 @@ class ModelParts:
         Returns:
             Shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
         """
+        if token_ids is not None and not is_plain(self.model.get_output_embeddings().weight):
+            return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be taken out
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)
         if selected is not None:

@@ -1,6 +1,6 @@
 """A language model of which a small part is tuned: everything that training it needs, without Lightning."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,8 +17,10 @@ from slzo.evaluation.evaluator import Evaluator
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
+from slzo.models.full_precision import FullPrecision
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
+from slzo.models.quantization import is_plain, method_of
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
 from slzo.zo.clipping import ProjectedGradHistory
@@ -52,6 +54,7 @@ class TunedModel:
         engine: How losses are computed; ``packed``, ``onednn`` and ``compile`` are those of the parts.
         cache: Prefix states of an earlier tuned model on the same rows; taken over if they enter the same layer.
         base: Of the model before any adapter; ``None`` where it is not known.
+        exchanged: Quantized linear maps of the layers that the scope changes.
     """
 
     def __init__(
@@ -64,12 +67,14 @@ class TunedModel:
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
         base: Fingerprint | None = None,
+        exchanged: FullPrecision | None = None,
     ) -> None:
         engine = Engine() if engine is None else engine
         self.parts = parts
         self.tensors = tensors.to(parts.model.device)
         self.scope = dict(scope)
         self.adapter = adapter
+        self.exchanged = exchanged
         self.layer = layer
         self.engine = engine
         # an adapter's own tensors are none of the base model's
@@ -106,9 +111,11 @@ class TunedModel:
         context = ScopeContext(parts, layer, prompts, seed)
         settings, adapter = constructor_settings(scope, "model.scope"), scope.adapter(context)
         base = Fingerprint.of(parts.model)
-        with _adapter_in(parts, adapter) as own:
-            tensors = scope.tensors(replace(context, parts=own))
-            return cls(own, tensors, settings, adapter, layer, engine, cache, base)
+        with _full_precision_in(parts, lambda: _changed_layers(scope, context)) as (whole, exchanged):
+            with _adapter_in(whole, adapter) as own:
+                tensors = scope.tensors(replace(context, parts=own))
+                _check_plain(tensors)
+                return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged)
 
     @classmethod
     def of_description(
@@ -133,11 +140,13 @@ class TunedModel:
             adapter = None if settings is None else adapter_from_dict(settings)
         except TypeError as error:
             raise KeyError(f"{settings} as adapter ({error})") from error
-        with _adapter_in(parts, adapter) as own:
+        layers = _layers_of(parts, description["tensors"])
+        with _full_precision_in(parts, lambda: layers) as (whole, exchanged), _adapter_in(whole, adapter) as own:
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
-            made = cls(own, tensors, description["scope"], adapter, description["layer"], engine, base=base)
+            scope, layer = description["scope"], description["layer"]
+            made = cls(own, tensors, scope, adapter, layer, engine, base=base, exchanged=exchanged)
             made.check_base(description)
             return made
 
@@ -166,11 +175,17 @@ class TunedModel:
         own.pop("base")
         return all(_same(own[name], description[name]) for name in own)
 
-    def remove_adapter(self) -> None:
-        """Take the scope's extra modules out of the model; its own weights stay as they are. This object is of no use then."""
+    def release(self) -> None:
+        """Take the scope's extra modules out of the model, and put quantized ones back; other weights stay as they are.
+
+        This object is of no use then.
+        """
         if self.adapter is not None:
             self.adapter.remove(self.parts.model)
             self.adapter = None
+        if self.exchanged is not None:
+            self.exchanged.undo(self.parts.model)
+            self.exchanged = None
 
     def save_merged(self, folder: str) -> None:
         """Write the tuned model to a folder, as a plain one where its weights can hold what is tuned."""
@@ -260,6 +275,49 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
     except BaseException:
         adapter.remove(parts.model)
         raise
+
+
+@contextmanager
+def _full_precision_in(
+    parts: ModelParts, layers: Callable[[], Sequence[int]]
+) -> Iterator[tuple[ModelParts, FullPrecision | None]]:
+    """The parts of a quantized model with some layers in full precision, which are put back if anything fails."""
+    if method_of(parts.model) is None:
+        yield parts, None
+        return
+    exchanged = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
+    try:
+        yield ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, parts.virtual_tokens), exchanged
+    except BaseException:
+        exchanged.undo(parts.model)
+        raise
+
+
+def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
+    """The layers that a scope changes in a quantized model; SlzoError if that is all of them."""
+    changed = scope.changed_layers(context)
+    if scope.layers == "all" and changed:
+        raise SlzoError(
+            f"model.scope: tunes {scope.describe()}, and model.quantization is for frozen layers; tune some layers "
+            "(LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the quantization out"
+        )
+    return changed
+
+
+def _layers_of(parts: ModelParts, names: Iterable[str]) -> list[int]:
+    """The decoder layers that tensors belong to, by the model's names."""
+    start = f"{parts.layers_path}."
+    found = {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
+    return sorted(int(layer) for layer in found if layer.isdecimal() and int(layer) < parts.num_layers)
+
+
+def _check_plain(tensors: TunedTensors) -> None:
+    """Refuse to tune a quantized tensor."""
+    for name, tensor in tensors.items():
+        if not is_plain(tensor.live):
+            raise SlzoError(
+                f"model.scope: tensor {name!r} is quantized and cannot be tuned; let the scope's changed_layers name its layer"
+            )
 
 
 def _same(one: Any, other: Any) -> bool:
