@@ -330,7 +330,8 @@ class ZOTrainer(Trainer):
         if found is None:
             raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
         with disk_faults_in_one_line():
-            say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
+            done = export_checkpoint(found, output, model.trust_remote_code)
+            say(f"Wrote {done.folder}, merged into {done.base}")
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
         """A checkpoint, read; ``last`` is the newest run's."""

@@ -106,7 +106,9 @@ def _name(kind: torch.dtype) -> str:
 
 
 def _packed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors that a quantized one consists of."""
+    """The plain tensors that a quantized one consists of; none where their order depends on the processor."""
+    if type(tensor).__name__ == "Params4bit":  # bitsandbytes packs it anew when it is first used
+        return
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return

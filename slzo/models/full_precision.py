@@ -21,6 +21,7 @@ _ROWS_COMPARED = 8
 _SAME_WEIGHT = 0.5
 
 
+
 @dataclass(frozen=True)
 class FullPrecision:
     """What was exchanged.
@@ -28,10 +29,12 @@ class FullPrecision:
     Attributes:
         quantized: The quantized modules by path; empty if there were none.
         source: Where the values are from, in words.
+        dequantized: Whether the model's own files did not hold some of them.
     """
 
     quantized: Mapping[str, nn.Module]
     source: str
+    dequantized: bool = False
 
     @classmethod
     @torch.no_grad()
@@ -59,7 +62,7 @@ class FullPrecision:
         for path, own in plain.items():
             model.set_submodule(path, own)
         source = "dequantized" if dequantized else f"its original weights in {originals.source}"
-        return cls(replaced, source)
+        return cls(replaced, source, dequantized)
 
     def undo(self, model: PreTrainedModel) -> None:
         """Put the quantized modules back."""

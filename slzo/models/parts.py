@@ -28,7 +28,7 @@ from slzo.models.attention import (
 )
 from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
-from slzo.models.quantization import is_plain
+from slzo.models.quantization import is_plain, method_of
 
 _PACKED = "slzo_packed"
 
@@ -153,9 +153,22 @@ class ModelParts:
         self._runnable = [stand_in(layer) for layer in self.layers] if compile or self.onednn else list(self.layers)
         self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
         self._stack = model.get_submodule(self._stack_path)
-        self._as_tuple = _layer_returns_tuple(model, self.layers[0])
+        self._layers_return_tuple: bool | None = None
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
+
+    def renewed(self, virtual_tokens: VirtualTokens | None = None) -> "ModelParts":
+        """The parts again, for when modules inside of the layers have been exchanged."""
+        made = ModelParts(self.model, self.packed, self.onednn, self.compile, virtual_tokens)
+        made._layers_return_tuple = self._layers_return_tuple
+        return made
+
+    @property
+    def _as_tuple(self) -> bool:
+        """Whether the layers return a tuple; found when a layer is first run."""
+        if self._layers_return_tuple is None:
+            self._layers_return_tuple = _layer_returns_tuple(self.model, self.layers[0])
+        return self._layers_return_tuple
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
@@ -300,7 +313,9 @@ def take_apart(
     Raises:
         SlzoError: The architecture cannot be run in parts; the model is as it was.
     """
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    # quantizations that round activations too see other batches
+    exact = model.dtype == torch.float32 and method_of(model) is None
+    tolerance = 1e-3 if exact else 0.1
     own_attention = _attention_of(model)
     packed = packed and model._can_set_attn_implementation()
     cause, reason = None, ""

@@ -21,6 +21,7 @@ from slzo.models.full_precision import FullPrecision
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.quantization import is_plain, method_of
+from slzo.models.save import save_model
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
 from slzo.zo.clipping import ProjectedGradHistory
@@ -77,8 +78,9 @@ class TunedModel:
         self.exchanged = exchanged
         self.layer = layer
         self.engine = engine
-        # an adapter's own tensors are none of the base model's
-        own = {} if adapter is not None else {name: tensor.live for name, tensor in self.tensors.items()}
+        # an adapter's own tensors are none of the base model's, and dequantized ones depend on the processor
+        foreign = adapter is not None or (exchanged is not None and exchanged.dequantized)
+        own = {} if foreign else {name: tensor.live for name, tensor in self.tensors.items()}
         self.base = None if base is None else base.with_tuned(own)
         span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
@@ -190,7 +192,7 @@ class TunedModel:
     def save_merged(self, folder: str) -> None:
         """Write the tuned model to a folder, as a plain one where its weights can hold what is tuned."""
         if self.adapter is None:
-            self.parts.model.save_pretrained(folder)
+            save_model(self.parts.model, folder)
         else:
             self.adapter.save_merged(self.parts.model, folder)
 
@@ -271,7 +273,7 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
         return
     virtual_tokens = adapter.inject(parts.model)
     try:
-        yield ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, virtual_tokens)
+        yield parts.renewed(virtual_tokens)
     except BaseException:
         adapter.remove(parts.model)
         raise
@@ -287,7 +289,7 @@ def _full_precision_in(
         return
     exchanged = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
     try:
-        yield ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, parts.virtual_tokens), exchanged
+        yield parts.renewed(), exchanged
     except BaseException:
         exchanged.undo(parts.model)
         raise
