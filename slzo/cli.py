@@ -20,7 +20,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import newest_checkpoint
-from slzo.cli_auto import with_numbers, with_words
+from slzo.cli_auto import spelled_out, with_words
 from slzo.cli_errors import check_nulls, one_line, with_option
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.config_files import check_config_file
@@ -196,7 +196,7 @@ def run(args: Sequence[str]) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
     try:
-        build(with_numbers(_read_configs(_resolve_checkpoint(args))))
+        build(_read_configs(_resolve_checkpoint(args)))
     except SlzoError as error:
         raise SlzoError(with_option(str(error), args)) from error
     except MisconfigurationException as error:  # Lightning's word for a user's mistake that only shows in the run
@@ -215,7 +215,7 @@ def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
         parser_class=SlzoParser,
         parser_kwargs={} if command is None else {command.name: {"description": command.help}},
         auto_configure_optimizers=False,
-        args=list(args),
+        args=spelled_out(args),
         run=run,
         command=command,
     )

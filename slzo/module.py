@@ -282,6 +282,7 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.tuned_model is not None
+        self.tuned_model.plan_prefix(self.datamodule.prefix_blocks())
         self._measure_step()
         choice = self.optimizer_choice
         optimizer = choice.make(self.tuned_model.tensors.masters)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from slzo.batches.blocks import Block
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import TrainBatch
 from slzo.errors import SlzoError
@@ -195,6 +196,12 @@ class TunedModel:
             save_model(self.parts.model, folder)
         else:
             self.adapter.save_merged(self.parts.model, folder)
+
+    def plan_prefix(self, blocks: Iterable[Block]) -> None:
+        """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`."""
+        cache, model = self.forward.cache, self.parts.model
+        width = model.config.get_text_config(decoder=True).hidden_size
+        cache.plan(blocks, width * (cache.dtype or model.dtype).itemsize)
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """See :data:`slzo.evaluation.evaluator.Logits`."""
