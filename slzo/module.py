@@ -321,7 +321,9 @@ class ZOModule(LightningModule):
         )
         exchanged = self.tuned_model.exchanged
         if exchanged is not None and exchanged.quantized:
-            rank_zero_info(f"Frozen layers are quantized ({method_of(self.model)}); what is tuned is {exchanged.source}.")
+            rank_zero_info(
+                f"Frozen layers are quantized ({method_of(self.model)}); what is tuned is {exchanged.source}."
+            )
         memory = self.tuned_model.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
         rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in memory.items()))
 

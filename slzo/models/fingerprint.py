@@ -55,7 +55,8 @@ class Fingerprint:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """That of a model, without anything tuned."""
-        tensors, method = dict(model.named_parameters()), method_of(model)
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        method = method_of(model)
         if method is None:
             types = [kind for kind in _TYPES if all(p.dtype in (torch.float32, kind) for p in tensors.values())]
             sample = {_name(kind): _hash((name, _some(p).to(kind)) for name, p in tensors.items()) for kind in types}

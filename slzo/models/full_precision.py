@@ -21,7 +21,6 @@ _ROWS_COMPARED = 8
 _SAME_WEIGHT = 0.5
 
 
-
 @dataclass(frozen=True)
 class FullPrecision:
     """What was exchanged.

@@ -7,6 +7,7 @@ packs them on the fly, so perturbed weights and memory are no concern.
 
 import copy
 from timeit import timeit
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,6 @@ def onednn_is_faster(module: nn.Module) -> bool:
     if not linears or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
-    assert isinstance(largest, nn.Linear)
     if largest.weight.dtype != torch.float32 or largest.weight.device.type != "cpu":
         return False
     inputs = torch.ones(_TRIAL_ROWS, largest.in_features)
@@ -78,6 +78,6 @@ def onednn_is_faster(module: nn.Module) -> bool:
     return min(plain) > _CLEAR_GAIN * min(ours)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is an ``nn.Linear`` that no quantization has changed."""
     return type(module) is nn.Linear and is_plain(module.weight)

@@ -30,7 +30,7 @@ class OriginalWeights:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "OriginalWeights":
         """Those of a model that ``from_pretrained`` made."""
-        return cls(model.name_or_path, model.base_model_prefix)
+        return cls(model.name_or_path or "", model.base_model_prefix)
 
     def read(self, name: str, shape: torch.Size) -> Tensor | None:
         """A parameter by the model's name; ``None`` if the files hold none of this shape in full precision."""

@@ -1,11 +1,12 @@
 """How a model's frozen layers are quantized: the configs of transformers, by a short name or by class path."""
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,7 @@ Quantization = str | dict[str, Any]
 
 
 def _bitsandbytes(kind: str) -> Callable[[torch.dtype], QuantizationConfigMixin]:
-    return lambda dtype: BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype
-    )
+    return lambda dtype: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
 
 
 def _torchao(name: str) -> Callable[[torch.dtype], QuantizationConfigMixin]:
@@ -100,7 +99,7 @@ def missing_package(method: str) -> str | None:
     return f"needs {method}, which is not installed; run: pip install 'slzo[quant-{method}]'"
 
 
-def is_plain(tensor: Tensor | None) -> bool:
+def is_plain(tensor: Any) -> TypeGuard[Tensor]:
     """Whether a tensor holds its values as they are: floating-point numbers, not those that a quantization packed."""
     return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and tensor.element_size() > 1
 

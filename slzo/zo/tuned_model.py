@@ -1,7 +1,7 @@
 """A language model of which a small part is tuned: everything that training it needs, without Lightning."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -112,13 +112,14 @@ class TunedModel:
         if layer is not None:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
-        settings, adapter = constructor_settings(scope, "model.scope"), scope.adapter(context)
-        base = Fingerprint.of(parts.model)
-        with _full_precision_in(parts, lambda: _changed_layers(scope, context)) as (whole, exchanged):
-            with _adapter_in(whole, adapter) as own:
-                tensors = scope.tensors(replace(context, parts=own))
-                _check_plain(tensors)
-                return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged)
+        settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
+        with ExitStack() as stack:
+            whole, exchanged = stack.enter_context(_full_precision_in(parts, partial(_changed_layers, scope, context)))
+            adapter = scope.adapter(replace(context, parts=whole))
+            own = stack.enter_context(_adapter_in(whole, adapter))
+            tensors = scope.tensors(replace(context, parts=own))
+            _check_plain(tensors)
+            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged)
 
     @classmethod
     def of_description(
