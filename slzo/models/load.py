@@ -6,7 +6,14 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slzo.errors import SlzoError
@@ -67,10 +74,17 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
         advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set model.trust_remote_code to true"
+        elif "quantization_config" in kwargs:
+            advice = "model.quantization may need another package or an accelerator; int8 and nf4 run on CPUs"
         elif where == name and not Path(name).is_dir():
             known = ", ".join(BUILTIN_MODELS)
             advice = f"check the name and the connection, or use a local folder, or a built-in name ({known})"
         raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model; SlzoError if it cannot be read."""
+    return _load(name, AutoConfig, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -88,7 +102,7 @@ def load_model(
     """
     if dtype not in get_args(DType):
         raise SlzoError(f"model.dtype {dtype!r}: choose one of {', '.join(get_args(DType))}")
-    config = _load(name, AutoConfig, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise SlzoError(
             f"model.model {name!r}: {config.model_type} is an encoder-decoder model; slzo tunes decoder-only language "

@@ -1,6 +1,7 @@
 """Tensors of a model's own files, read one by one: what they were before the model was quantized."""
 
 import json
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_BY_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FULL = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,6 +45,23 @@ class OriginalWeights:
             if tensor.shape == shape and tensor.dtype in _FULL:
                 return tensor
         return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files; 0 where there are none."""
+        return sum(Path(path).stat().st_size for path in set(self._files.values()))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the largest tensor, from its file's header; ``None`` where there are no files."""
+        largest, kind = 0, None
+        for name, path in self._files.items():
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice(name)
+                size = math.prod(part.get_shape())
+                if size > largest:
+                    largest, kind = size, _BY_NAME.get(part.get_dtype())
+        return kind
 
     def _names(self, name: str) -> Iterator[str]:
         yield name

@@ -28,6 +28,7 @@ from slzo.zo.batch_loss import Surroundings
 from slzo.zo.clipping import ProjectedGradHistory
 from slzo.zo.estimators import Estimator, Loss, Request
 from slzo.zo.forward import SuffixForward
+from slzo.zo.memory import tuning_bytes
 from slzo.zo.objectives import Objective
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import Scope, ScopeContext
@@ -259,15 +260,8 @@ class TunedModel:
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
-        masters = 4 * self.tensors.num_elements
-        at_once = estimator.directions_at_once(num_queries, self.engine.queries_at_once)
-        # the first direction becomes the gradient; later queries are drawn beside it
-        held = masters * (at_once + (num_queries > at_once)) if masters <= self.tensors.hold_bytes else masters
         sizes = {
-            "masters": masters,
-            "directions and gradient": held,
-            "base weights, bases and masks": sum(b.numel() * b.element_size() for b in self.tensors.buffers()),
-            f"{optimizer.name} state": masters * optimizer.state_copies,
+            **tuning_bytes(self.tensors, estimator, num_queries, self.engine.queries_at_once, optimizer),
             "prefix cache up to": self.forward.cache.budget if self.forward.span.start > 0 else 0,
         }
         return {name: size / 2**20 for name, size in sizes.items() if size > 0}
