@@ -57,6 +57,8 @@ class MemoryPlanner(Callback):
 def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, device: torch.device) -> Setup:
     """What a module's options come to, on rows that are set up; the model is not loaded."""
     shape, skeleton = model_shape(module.model_name, module.trust_remote_code)
+    dtype = getattr(torch, module.dtype_name)
+    skeleton.to(dtype)
     parts = ModelParts(skeleton, packed=False, onednn=False)
     layer = module.layer
     if layer is None and module.scope.needs_layer:
@@ -71,7 +73,7 @@ def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, devic
         module.engine.queries_at_once,
         module.optimizer_choice,
     )
-    dtype = getattr(torch, module.dtype_name)
+    kept = module.engine.weights_gb
     cache_dtype = None if module.engine.cache_dtype is None else getattr(torch, module.engine.cache_dtype)
     return Setup(
         shape,
@@ -84,6 +86,7 @@ def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, devic
         int(module.engine.cache_gb * _GB) if module.engine.cache_dir is None else 0,
         cache_dtype,
         device.type == "cpu",
+        None if kept is None else int(kept * _GB),
     )
 
 

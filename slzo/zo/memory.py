@@ -16,6 +16,8 @@ PROGRAM_BYTES = 620 * 2**20
 # Live tensors of a layer's width per token at the widest place: gate, its activation, up, their product; and those of the
 # hidden width: what enters and leaves, the normed states, queries, keys and values, gathered and not.
 _INNER_COPIES, _HIDDEN_COPIES = 4, 8
+# float32 copies of the largest tuned tensor while it is found out what rounding left of a direction
+_ROUNDING_COPIES = 3
 # float32 logits, their exponentials, and what they were before
 _LOGIT_COPIES = 3
 
@@ -75,6 +77,7 @@ class Setup:
         cache_bytes: Budget of the prefix cache.
         cache_dtype: Type of the states in it.
         on_cpu: Whether program, weights and cache share one memory.
+        kept_bytes: Of frozen layers that stay, where the others are read from their files each time; ``None`` where all stay.
     """
 
     shape: ModelShape
@@ -87,6 +90,7 @@ class Setup:
     cache_bytes: int
     cache_dtype: torch.dtype | None = None
     on_cpu: bool = True
+    kept_bytes: int | None = None
 
     def plan(self) -> Plan:
         """The estimate."""
@@ -95,6 +99,12 @@ class Setup:
         same = shape.stored_dtype == self.dtype and shape.stored_method is None
         stored = shape.stored_bytes or 0
         mapped = weights if same and self.quantization is None and self.on_cpu else 0
+        if mapped and self.kept_bytes is not None:
+            layer = (shape.linear + shape.layer_rest) * self.dtype.itemsize
+            frozen = layer * (shape.num_layers - self.full_layers)
+            # one layer computes, the next one is fetched
+            weights += min(frozen, self.kept_bytes + 2 * layer) - frozen
+            mapped = 0
         parts = {"program": PROGRAM_BYTES if self.on_cpu else 0, "weights": weights, **self.tuned}
         if self.start > 0 and self.on_cpu:
             size = (self.cache_dtype or self.dtype).itemsize
@@ -103,7 +113,7 @@ class Setup:
         parts["activations"] = work.tokens * width * self.dtype.itemsize
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
         loading = 0
-        if self.on_cpu and not mapped:  # the files are read through a mapping, beside what is made of them
+        if self.on_cpu and not (same and self.quantization is None):  # the files are read beside what is made of them
             loading = PROGRAM_BYTES + stored + shape.weight_bytes(self.dtype, self.quantization)
         return Plan({name: int(size) for name, size in parts.items() if size > 0}, loading, mapped)
 
@@ -129,10 +139,14 @@ def tuning_bytes(
     masters = 4 * tensors.num_elements
     at_once = estimator.directions_at_once(num_queries, queries_at_once)
     # the first direction becomes the gradient; later queries are drawn beside it
-    held = masters * (at_once + (num_queries > at_once)) if masters <= tensors.hold_bytes else masters
+    # of a rounded direction what was applied is the gradient, and the direction stays beside it
+    rounded = any(tensor.live.dtype != torch.float32 for _, tensor in tensors.items())
+    held = masters * (at_once + (num_queries > at_once or rounded)) if masters <= tensors.hold_bytes else masters
+    largest = max(master.numel() for master in tensors.masters)
     return {
         "masters": masters,
         "directions and gradient": held,
         "base weights, bases and masks": sum(b.numel() * b.element_size() for b in tensors.buffers()),
         f"{optimizer.name} state": int(masters * optimizer.state_copies),
+        "rounding": _ROUNDING_COPIES * 4 * largest if rounded else 0,
     }

@@ -23,6 +23,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.quantization import is_plain, method_of
 from slzo.models.save import save_model
+from slzo.models.weight_stream import WeightStream
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
 from slzo.zo.clipping import ProjectedGradHistory
@@ -89,7 +90,11 @@ class TunedModel:
             dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
             cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
         self.history = ProjectedGradHistory()
-        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
+        self._stream = None
+        if engine.weights_gb is not None:
+            self._stream = WeightStream(parts.layers, span.start, span.stop, int(engine.weights_gb * 2**30))
+        paired = True if self._stream is not None else engine.paired
+        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, paired)
 
     @classmethod
     def of_scope(
@@ -185,6 +190,9 @@ class TunedModel:
 
         This object is of no use then.
         """
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         if self.adapter is not None:
             self.adapter.remove(self.parts.model)
             self.adapter = None
@@ -247,7 +255,8 @@ class TunedModel:
         would copy a whole model.
         """
         eps = options.eps_at(step, max_steps)
-        request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
+        at_once = options.num_queries if self._stream is not None else self.engine.queries_at_once
+        request = Request(self.tensors, loss, seed, step, eps, options.num_queries, at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
         factor = options.clip_projected_grad
         clip = None if factor is None else partial(self.history.clip, factor=factor)

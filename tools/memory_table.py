@@ -1,0 +1,106 @@
+"""What tuning one layer takes on cards and CPUs, by model and quantization; writes the table of docs/memory.md.
+
+    python tools/memory_table.py --output docs/memory_table.md
+
+The models' sizes are in this file, nothing is downloaded.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
+
+from slzo.models.shape import ModelShape, shape_of, skeleton_of
+from slzo.zo.memory import Setup, Workload
+
+_GB = 2**30
+_CARDS = (16, 24, 80)
+_RESERVED = 0.5  # GiB of a card that its driver and libraries take
+_TOKENS = 4096
+
+# sizes as their authors published them
+MODELS: dict[str, PretrainedConfig] = {
+    "Llama-2-7B": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "Qwen3-8B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "OPT-13B": OPTConfig(
+        vocab_size=50272,
+        hidden_size=5120,
+        ffn_dim=20480,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        word_embed_proj_dim=5120,
+    ),
+    "Llama-2-70B": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+QUANTIZATIONS: dict[str, str | None] = {"float16": None, "int8": "int8", "nf4": "nf4"}
+
+
+def setup(shape: ModelShape, quantization: str | None, on_cpu: bool) -> Setup:
+    """One layer in the middle, SPSA with one query and SGD, 16 rows of 256 tokens, candidates' logits only."""
+    layer = 4 * (shape.linear + shape.layer_rest)
+    return Setup(
+        shape=shape,
+        dtype=torch.bfloat16 if on_cpu else torch.float16,
+        quantization=quantization,
+        tuned={"masters": layer, "directions and gradient": layer},
+        full_layers=1,
+        start=shape.num_layers // 3,
+        workload=Workload(_TOKENS, 0, 1000 * 256),
+        cache_bytes=2 * _GB,
+        on_cpu=on_cpu,
+    )
+
+
+def table() -> str:
+    """Markdown."""
+    cards = " | ".join(f"{card} GB card" for card in _CARDS)
+    lines = [
+        f"| model | frozen layers | on a card, GiB | {cards} | on a CPU, GiB | of it in files |",
+        "|---|---|---:|" + "---|" * len(_CARDS) + "---:|---:|",
+    ]
+    for name, config in MODELS.items():
+        shape = shape_of(skeleton_of(config))
+        for word, quantization in QUANTIZATIONS.items():
+            card = setup(shape, quantization, on_cpu=False).plan().total / _GB
+            own = ModelShape(**{**vars(shape), "stored_dtype": torch.bfloat16})
+            cpu = setup(own, quantization, on_cpu=True).plan()
+            fits = ["yes" if card + _RESERVED <= size * 1e9 / _GB else "no" for size in _CARDS]
+            kind = word if quantization else "float16 (CPU: bfloat16)"
+            lines.append(
+                f"| {name} | {kind} | {card:.1f} | {' | '.join(fits)} | {cpu.total / _GB:.1f} | {cpu.mapped / _GB:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write or print the table."""
+    parser = argparse.ArgumentParser(description="Write the table of memory.")
+    parser.add_argument("--output", type=Path, default=None, help="file; left out, it is printed")
+    output = parser.parse_args(arguments).output
+    if output is None:
+        print(table(), end="")
+    else:
+        output.write_text(table(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
