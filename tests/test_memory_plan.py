@@ -1,7 +1,9 @@
 """Memory is estimated before the model is loaded."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,11 @@ from slzo.callbacks import memory_planner
 from slzo.models import load
 from slzo.models.shape import model_shape, shape_of, skeleton_of
 from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from memory_table import table as memory_table
+from write_shape import parse, write_shape
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,3 +106,18 @@ def test_layers_that_are_read_each_time_take_the_room_of_two(llama):
     assert plan.parts["weights"] == 2 * llama.outside + layer + (3 + 2) * layer
     assert plan.total == plan.needed == sum(plan.parts.values())
     assert replace(setup, kept_bytes=100 * layer).plan().parts["weights"] == 2 * llama.num_parameters
+
+
+def test_the_table_in_the_documents_is_that_of_the_code():
+    documented = (Path(__file__).parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert memory_table() in documented
+
+
+def test_a_written_shape_loads(tmp_path):
+    sizes = "--layers 3 --hidden 64 --inner 96 --heads 4 --kv_heads 2 --vocabulary 300 --positions 128"
+    count = write_shape(parse([f"--output={tmp_path}", *sizes.split()]))
+    model = load.load_model(str(tmp_path), "bfloat16")
+    assert model.num_parameters() == count == model_shape(str(tmp_path))[0].num_parameters
+    assert 0.01 < float(model.model.layers[1].mlp.up_proj.weight.float().std()) < 0.03
+    tokenizer = load.load_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer("A bad film: 1").input_ids, skip_special_tokens=True) == "A bad film: 1"

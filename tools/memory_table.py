@@ -1,19 +1,23 @@
-"""What tuning one layer takes on cards and CPUs, by model and quantization; writes the table of docs/memory.md.
+"""What tuning one layer takes on cards and CPUs, by model and quantization; prints the table of docs/memory.md.
 
-    python tools/memory_table.py --output docs/memory_table.md
+    python tools/memory_table.py
 
 The models' sizes are in this file, nothing is downloaded.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
-from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
+from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
+from slzo.models.parts import ModelParts
 from slzo.models.shape import ModelShape, shape_of, skeleton_of
-from slzo.zo.memory import Setup, Workload
+from slzo.zo.estimators import SPSA
+from slzo.zo.memory import Setup, Workload, tuning_bytes
+from slzo.zo.optim import OptimizerChoice
+from slzo.zo.scopes import LayerScope, ScopeContext
 
 _GB = 2**30
 _CARDS = (16, 24, 80)
@@ -54,16 +58,18 @@ MODELS: dict[str, PretrainedConfig] = {
 QUANTIZATIONS: dict[str, str | None] = {"float16": None, "int8": "int8", "nf4": "nf4"}
 
 
-def setup(shape: ModelShape, quantization: str | None, on_cpu: bool) -> Setup:
-    """One layer in the middle, SPSA with one query and SGD, 16 rows of 256 tokens, candidates' logits only."""
-    layer = 4 * (shape.linear + shape.layer_rest)
+def setup(model: PreTrainedModel, shape: ModelShape, quantization: str | None, on_cpu: bool) -> Setup:
+    """A third of the way up one layer, SPSA with one query and SGD, 16 rows of 256 tokens, candidates' logits only."""
+    parts, layer = ModelParts(model, packed=False, onednn=False), shape.num_layers // 3
+    tensors = LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
+    optimizer = OptimizerChoice.of(partial(torch.optim.SGD, lr=1e-3))
     return Setup(
         shape=shape,
         dtype=torch.bfloat16 if on_cpu else torch.float16,
         quantization=quantization,
-        tuned={"masters": layer, "directions and gradient": layer},
+        tuned=tuning_bytes(tensors, SPSA(), 1, 1, optimizer),
         full_layers=1,
-        start=shape.num_layers // 3,
+        start=layer,
         workload=Workload(_TOKENS, 0, 1000 * 256),
         cache_bytes=2 * _GB,
         on_cpu=on_cpu,
@@ -78,11 +84,12 @@ def table() -> str:
         "|---|---|---:|" + "---|" * len(_CARDS) + "---:|---:|",
     ]
     for name, config in MODELS.items():
-        shape = shape_of(skeleton_of(config))
+        model = skeleton_of(config).to(torch.bfloat16)  # type: ignore[arg-type]
+        shape = shape_of(model)
         for word, quantization in QUANTIZATIONS.items():
-            card = setup(shape, quantization, on_cpu=False).plan().total / _GB
+            card = setup(model, shape, quantization, on_cpu=False).plan().total / _GB
             own = ModelShape(**{**vars(shape), "stored_dtype": torch.bfloat16})
-            cpu = setup(own, quantization, on_cpu=True).plan()
+            cpu = setup(model, own, quantization, on_cpu=True).plan()
             fits = ["yes" if card + _RESERVED <= size * 1e9 / _GB else "no" for size in _CARDS]
             kind = word if quantization else "float16 (CPU: bfloat16)"
             lines.append(
@@ -92,14 +99,9 @@ def table() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write or print the table."""
-    parser = argparse.ArgumentParser(description="Write the table of memory.")
-    parser.add_argument("--output", type=Path, default=None, help="file; left out, it is printed")
-    output = parser.parse_args(arguments).output
-    if output is None:
-        print(table(), end="")
-    else:
-        output.write_text(table(), encoding="utf-8")
+    """Print the table."""
+    argparse.ArgumentParser(description="Print the table of memory in docs/memory.md.").parse_args(arguments)
+    print(table(), end="")
 
 
 if __name__ == "__main__":
