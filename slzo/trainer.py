@@ -16,7 +16,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
-from slzo.callbacks.stop_on_signal import StopOnSignal
+from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
 from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.checkpoint_io import CheckpointFiles
 from slzo.console import say
@@ -86,6 +86,7 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 f"trainer.strategy {kwargs.get('strategy')!r}: copies this process, which slzo cannot work with; use ddp"
             )
+        self._signal_connector = FitSignals(self, self._signals)
         epochs, steps = self.fit_loop, self.fit_loop.epoch_loop
         self.fit_loop = FinishingFitLoop(self, epochs.min_epochs, epochs.max_epochs)
         self.fit_loop.epoch_loop = _TrainingEpochLoop(self, steps.min_steps, steps.max_steps)
