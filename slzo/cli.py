@@ -146,8 +146,13 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
 
     Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
     """
+    if _options(args, "-c", "--config"):
+        return list(args)
+    runs = _options(args, "--run") if args[0] == "replay" else []
+    if runs and (config := Path(runs[-1][2]) / "config.yaml").is_file():
+        return [args[0], f"--config={config}", *args[1:]]
     checkpoints = _options(args, "--ckpt_path")
-    if not checkpoints or _options(args, "-c", "--config"):
+    if not checkpoints:
         return list(args)
     checkpoint = checkpoints[-1][2]
     folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
