@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
@@ -64,12 +64,19 @@ class _Capture(_Pass):
 
 
 class _Precomputed(nn.Module):
-    """Stands for the whole decoder and returns final hidden states that are already known."""
+    """Stands for the whole decoder and returns final hidden states that are already known.
+
+    Its output is of the decoder's own class, as heads read other fields of it (a mixture of experts' ``router_logits``).
+    """
 
     value: Tensor | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.value)
+    def __init__(self, output_class: type[ModelOutput]) -> None:
+        super().__init__()
+        self.output_class = output_class
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        return self.output_class(last_hidden_state=self.value)  # type: ignore[call-arg]
 
 
 class _SelectedHead(nn.Module):
@@ -81,11 +88,21 @@ class _SelectedHead(nn.Module):
         super().__init__()
         self._head = (head,)  # in a tuple, so that the head is not registered as a submodule a second time
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        head = self._head[0]
+    @property
+    def weight(self) -> Tensor:
+        """Rows of the head's weight; some models ask for their type."""
         assert self.token_ids is not None
-        bias = None if head.bias is None else head.bias.index_select(0, self.token_ids)
-        return F.linear(hidden_states, head.weight.index_select(0, self.token_ids), bias)
+        return self._head[0].weight.index_select(0, self.token_ids)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The same of its bias."""
+        bias = self._head[0].bias
+        assert self.token_ids is not None
+        return None if bias is None else bias.index_select(0, self.token_ids)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight, self.bias)
 
 
 def _replace(root: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
@@ -152,7 +169,7 @@ class ModelParts:
         self._runnable = [stand_in(layer) for layer in self.layers] if compile or self.onednn else list(self.layers)
         self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
         self._stack = model.get_submodule(self._stack_path)
-        self._as_tuple = _layer_returns_tuple(model, self.layers[0])
+        self._as_tuple, self._output_class = _seen_outputs(model, self.layers[0], self._stack)
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
 
@@ -230,7 +247,7 @@ class ModelParts:
 
     def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
         if selected not in self._head_views:
-            precomputed = _Precomputed()
+            precomputed = _Precomputed(self._output_class)
             view = _replace(self.model, self._stack_path, precomputed)
             head = None
             if selected:
@@ -275,15 +292,21 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Whether the decoder layers return a tuple, seen on two tokens."""
-    seen: list[Any] = []
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+def _seen_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) -> tuple[bool, type[ModelOutput]]:
+    """Whether the decoder layers return a tuple, and the class of what the decoder returns, seen on two tokens."""
+    seen: dict[nn.Module, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda module, _inputs, output: seen.update({module: output}))
+        for module in (layer, stack)
+    ]
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
     finally:
-        handle.remove()
-    return isinstance(seen[0], tuple)
+        for handle in handles:
+            handle.remove()
+    output = seen[stack]
+    kind = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
+    return isinstance(seen[layer], tuple), kind
 
 
 def take_apart(
