@@ -20,8 +20,9 @@ from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator, RunningScore, records
 from slzo.models.engine import DType, Engine
 from slzo.models.load import load_model
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
+from slzo.models.startup_check import take_apart
 from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss

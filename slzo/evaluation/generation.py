@@ -201,7 +201,10 @@ class _Decoding:
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
             if virtual is not None:
                 seen = with_virtual_tokens(virtual, layer, *seen)
-            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"])
+            sinks = options["s_aux"]
+            if sinks is not None:  # one for each query, as they are grouped
+                sinks = sinks.view(1, k.shape[1], -1, 1)
+            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"], sinks)
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 
@@ -223,7 +226,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Hands over to what came in with the inputs; the mask is a stand-in."""
     attend: _Attend = kwargs[LAYOUT_ARGUMENT]
-    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", VIRTUAL_ARGUMENT)}
+    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux", VIRTUAL_ARGUMENT)}
     return attend(module, query, key, value, options)
 
 
