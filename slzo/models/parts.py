@@ -139,6 +139,10 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     # an inner list (experts, adapters) can have the same length by chance; the outermost one holds the layers
     found = [(name, module) for name, module in found if not any(name.startswith(f"{other}.") for other, _ in found)]
+    if len(found) > 1:  # beside the text decoder one for images, as deep
+        decoder = model.get_decoder()
+        inside = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
+        found = [(name, module) for name, module in found if name.startswith(inside)]
     if getattr(config, "is_encoder_decoder", False) or len(found) != 1 or model.get_output_embeddings() is None:
         raise refusal(
             model,
@@ -223,7 +227,8 @@ class ModelParts:
         Raises:
             SlzoError: A sequence is longer than :attr:`longest`.
         """
-        if self.longest is not None and int(batch.position_ids.max()) >= self.longest:
+        before = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
+        if self.longest is not None and int(batch.position_ids.max()) + before >= self.longest:
             raise SlzoError(
                 f"data.max_length: with a sequence of more than {self.longest} tokens {type(self.model).__name__} computes the "
                 f"others of its batch differently; set it to {self.longest} or less"
