@@ -143,12 +143,13 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         decoder = model.get_decoder()
         inside = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
         found = [(name, module) for name, module in found if name.startswith(inside)]
-    if getattr(config, "is_encoder_decoder", False) or len(found) != 1 or model.get_output_embeddings() is None:
+    if getattr(config, "is_encoder_decoder", False) or len(found) != 1:
         raise refusal(
             model,
-            "expected a decoder-only language model with one list of decoder layers and a head, "
-            f"found {len(found)} such lists",
+            f"expected a decoder-only language model with one list of decoder layers, found {len(found)} such lists",
         )
+    if model.get_output_embeddings() is None:
+        raise refusal(model, "it has no language-model head")
     return found[0]
 
 
@@ -355,6 +356,11 @@ def _seen_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) ->
         for handle in handles:
             handle.remove()
     returned, output = seen[layer], seen[stack]
+    hidden = returned[0] if isinstance(returned, tuple | list) else returned
+    if hidden.shape[:2] != (1, 2):
+        raise refusal(
+            model, f"its layers pass on more than one state for each token, of shape {tuple(hidden.shape)} for two"
+        )
     kind = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
     return len(returned) if isinstance(returned, tuple | list) else 0, kind
 

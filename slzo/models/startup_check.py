@@ -104,7 +104,7 @@ class _Twin:
         except _FAILURES as failure:
             self.model, self.reason = (
                 None,
-                f"no small model of its kind can be made to try it on: {_first_words(failure)}",
+                f"no tiny model of its kind can be made to try it on: {_first_words(failure)}",
             )
 
     def longest(self, packed: bool) -> int | None:
@@ -138,7 +138,7 @@ class _Twin:
             error = largest_difference(parts, self.expected[rows], rows, layer)
             if not error <= _TWIN_TOLERANCE:  # NaN is refused too
                 raise _WrongError(
-                    f"in a small model of its kind logits differ from the whole one's, relative error {error:.2g}"
+                    f"a tiny model of its kind gives other logits than the whole, relative error {error:.2g}"
                 )
         _check_leaks(parts)
 
@@ -180,7 +180,7 @@ def _check_leaks(parts: ModelParts) -> None:
 
 
 def _first_words(failure: Exception) -> str:
-    return " ".join(str(failure).split())[:200]
+    return " ".join(str(failure).split())[:200] or type(failure).__name__
 
 
 def _original_length(model: PreTrainedModel) -> int | None:

@@ -154,7 +154,7 @@ def _shrink(config: PretrainedConfig) -> None:
         config.per_layer_config = None
     num_layers = _shrink_layers(config, before)
     for name, value in before.items():
-        if _resized(name, value) != value:
+        if name in _SIZES or name in _MOST:
             setattr(config, name, _resized(name, value))
     for queries, keys in _SHARED:
         if isinstance(before.get(keys), int) and isinstance(before.get(queries), int):
@@ -244,4 +244,4 @@ def _shrink_rope(config: PretrainedConfig, before: Mapping[str, Any]) -> None:
         if isinstance(sections, list) or "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
             part = kind.get("partial_rotary_factor") or before.get("partial_rotary_factor") or 1
             total = sum(sections) * new // old if isinstance(sections, list) else int(new * part) // 2
-            kind["mrope_section"] = [total - total // 3 * 2, total // 3, total // 3]
+            kind["mrope_section"] = [total // 3, total // 3, total - total // 3 * 2]
