@@ -300,7 +300,15 @@ def _generate_padded(
     """For models whose attention cannot be exchanged: transformers' own generation, padded on the left."""
     if not prompts:
         return []
-    width = max(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    if not parts.pads_left and len(set(lengths)) > 1:  # padding would be seen: equal lengths together
+        answers: dict[int, list[int]] = {}
+        for length in set(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens)
+            answers.update(zip(rows, found, strict=True))
+        return [answers[row] for row in range(len(prompts))]
+    width = max(lengths)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=parts.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
     output = parts.model.generate(  # type: ignore[operator]

@@ -177,12 +177,14 @@ class ModelParts:
     Attributes:
         longest: Longest sequence in tokens that is computed alike whatever it is batched with; ``None`` for no limit.
         selects: Whether the head can be run for some tokens of the vocabulary only; else it is run for all of them.
+        pads_left: Whether padding before a sequence is as good as none, where sequences are padded for generation.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
     longest: int | None = None
     selects: bool = True
+    pads_left: bool = True
 
     def __init__(
         self,
@@ -210,7 +212,7 @@ class ModelParts:
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> "ModelParts":
         """Parts of the same model with the same switches, made again: modules were added to it."""
         twin = ModelParts(self.model, self.packed, self.onednn, self.compile, virtual_tokens)
-        twin.longest, twin.selects = self.longest, self.selects
+        twin.longest, twin.selects, twin.pads_left = self.longest, self.selects, self.pads_left
         return twin
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:

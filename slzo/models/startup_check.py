@@ -4,6 +4,7 @@ The twin (:mod:`slzo.models.twin`) shows within a few dozen tokens what rows of 
 rotary embeddings were made for. It is in float32, where rounding hides nothing.
 """
 
+import inspect
 import warnings
 
 import torch
@@ -72,6 +73,7 @@ def take_apart(
             parts = ModelParts(model, without_padding, onednn, compile)
             _check_model(parts, expected)
             parts.longest = longest
+            parts.pads_left = parts.packed or twin.pads_left()
         except _WrongError as wrong:
             cause, reason = None, str(wrong)
         except _FAILURES as failure:
@@ -132,6 +134,26 @@ class _Twin:
         finally:
             if self.attention != attention_of(self.model):
                 self.model.set_attn_implementation(self.attention)
+
+    @torch.no_grad()
+    def pads_left(self) -> bool:
+        """Whether padding before a sequence is as good as none with the model's own attention; no if it cannot be said."""
+        if self.model is None:
+            return False
+        alone, beside = (example.sequences[0].ids for example in _examples(self.model, ((5, (1,)), (20, (1,)))))
+        filled = len(beside) - len(alone)
+        ids = torch.tensor([[0] * filled + list(alone), list(beside)], device=self.model.device)
+        mask = torch.ones_like(ids)
+        mask[0, :filled] = 0
+        places = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            places = {}
+        try:
+            plain = self.model(input_ids=ids[:1, filled:], use_cache=False).logits[0, -1]
+            padded = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits[0, -1]
+        except _FAILURES:
+            return False
+        return bool((padded - plain).abs().max() <= _TWIN_TOLERANCE * plain.abs().max())
 
     def _check(self, parts: ModelParts, rows: "_Rows") -> None:
         for layer in range(parts.num_layers):

@@ -153,8 +153,8 @@ def _shrink(config: PretrainedConfig) -> None:
     if single:
         config.per_layer_config = None
     num_layers = _shrink_layers(config, before)
-    for name, value in before.items():
-        if name in _SIZES or name in _MOST:
+    for name, value in vars(config).copy().items():
+        if (name in _SIZES or name in _MOST) and name not in _LAYERS:
             setattr(config, name, _resized(name, value))
     for queries, keys in _SHARED:
         if isinstance(before.get(keys), int) and isinstance(before.get(queries), int):
@@ -175,6 +175,8 @@ def _shrink(config: PretrainedConfig) -> None:
 
 
 def _resized(name: str, value: Any) -> Any:
+    if isinstance(value, list):  # one for each layer
+        return [_resized(name, item) for item in value]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return value
     return _SIZES.get(name, min(value, _MOST.get(name, value)))
