@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, random_example, tiny_model, tuned_layer
+from conftest import make_tokenizer, random_example, tiny_model, tuned, tuned_layer
 from transformers import AutoConfig
 
 from slzo.__main__ import main
@@ -288,3 +288,11 @@ def test_the_text_decoder_of_a_model_that_looks_at_images_is_loaded(tool, tmp_pa
     parts = take_apart(loaded)
     assert parts.layers is loaded.model.language_model.layers
     assert tool.largest_error(parts, model) < 1e-5
+
+
+def test_a_mixture_of_experts_is_fitted_from_a_folder(tmp_path, options):
+    tiny_model("mixtral", scale=1.0, **EXPERTS).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    steps = ["--trainer.max_steps=2", "--model.scope=LayerScope", "--model.scope.routers=true"]
+    assert main(["fit", *options, f"--model.model={tmp_path / 'model'}", *steps]) == 0
+    assert any("mlp.gate" in name for name in tuned("runs/version_0/checkpoints/last.ckpt"))
