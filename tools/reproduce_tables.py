@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int
     except SlzoError as error:
         print(f"reproduce_tables: error: {error}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)
+        return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
 
 
 def _main(options: argparse.Namespace, runner: Runner) -> int:
@@ -115,9 +118,9 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
     if not options.report:
         try:
             status = 0 if work.run(methods) else 1
-        except (KeyboardInterrupt, Interrupted) as stop:
-            print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)
-            status = stop.status if isinstance(stop, Interrupted) else INTERRUPTED
+        except (KeyboardInterrupt, Interrupted):
+            write_tables(work, command)
+            raise
     write_tables(work, command)
     print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
     print(f"Files      {work.folder}/table.md, .csv, .json, .png")
