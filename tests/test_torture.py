@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tools"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from torture import Outcome, report
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
