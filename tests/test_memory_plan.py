@@ -1,7 +1,6 @@
 """Memory is estimated before the model is loaded."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +10,12 @@ from conftest import FAMILIES, run_dir, tiny_model
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
+from memory_table import table as memory_table
 from slzo.__main__ import main
 from slzo.callbacks import memory_planner
 from slzo.models import load
 from slzo.models.shape import model_shape, shape_of, skeleton_of
 from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-from memory_table import table as memory_table
 from write_shape import parse, write_shape
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_tokenizer, random_example, run_dir, tiny_model, tuned, tuned_layer
+from conftest import random_example, run_dir, tiny_model, tuned, tuned_layer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -17,12 +17,14 @@ from slzo.errors import SlzoError
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
 from slzo.models.load import load_model
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
 from slzo.models.quantization import quantization_config
+from slzo.models.startup_check import take_apart
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import AllParameters, LoRA, PrefixTuning
 from slzo.zo.tuned_model import TunedModel
+from tiny import make_tokenizer
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 LAYER = 2

@@ -13,7 +13,8 @@ from slzo.data.batch import TrainBatch
 from slzo.errors import SlzoError
 from slzo.models import weight_stream
 from slzo.models.engine import Engine
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
+from slzo.models.startup_check import take_apart
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.step import StepOptions

@@ -1,5 +1,6 @@
 """Says before a model is loaded what memory the run will take, and refuses one that cannot fit."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,7 +42,10 @@ class MemoryPlanner(Callback):
         ):
             return
         device = trainer.strategy.root_device
-        setup = setup_of(pl_module, pl_module.datamodule, trainer.max_steps, device)
+        try:
+            setup = setup_of(pl_module, pl_module.datamodule, trainer.max_steps, device)
+        except SlzoError:  # about the model or the rows: said where they are used
+            return
         self.plan, free = setup.plan(), free_bytes(device)
         say(
             f"Memory     about {_gb(self.plan.total)}: {_listed(self.plan)}"
@@ -96,10 +100,11 @@ def _no_prompts(num_sequences: int) -> list[PackedBatch]:
 
 def _tensors(module: ZOModule, context: ScopeContext, layers: list[int]) -> TunedTensors:
     """What is tuned, without values; where that depends on values, the layers as a whole: no less."""
-    try:
-        return module.scope.tensors(context)
-    except (SlzoError, RuntimeError, NotImplementedError, ValueError):
-        return LayerScope(layers=layers or [0]).tensors(context)
+    with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError):
+        tensors = module.scope.tensors(context)
+        if tensors.masters:  # an adapter's are not there yet
+            return tensors
+    return LayerScope(layers=layers or [0]).tensors(context)
 
 
 def _workload(datamodule: TaskDataModule, max_steps: int) -> Workload:

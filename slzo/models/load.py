@@ -7,8 +7,11 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -96,6 +99,7 @@ def load_model(
     """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
 
     A model that is quantized already is loaded as it is; ``quantization`` quantizes another one, layer by layer while it is read.
+    A model that looks at images too is loaded whole; its text decoder is what :mod:`slzo.models.parts` finds.
 
     Raises:
         SlzoError: It cannot be loaded or is not a decoder-only language model.
@@ -116,7 +120,7 @@ def load_model(
         kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
     if own is not None or quantization is not None:
         kwargs["device_map"] = "cpu"  # quantized weights are made where they stay
-    return _load(name, AutoModelForCausalLM, **kwargs).eval().requires_grad_(False)
+    return _load(name, auto_class(config), **kwargs).eval().requires_grad_(False)
 
 
 def _check_quantized(name: str, method: str, quantization: Any) -> None:
@@ -129,6 +133,13 @@ def _check_quantized(name: str, method: str, quantization: Any) -> None:
     missing = missing_package(method)
     if missing is not None:
         raise SlzoError(f"model.model {name!r}: is quantized and {missing}")
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model: of causal ones, or of those that look at images too, whole."""
+    kind = type(config)
+    only_with_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from slzo.errors import SlzoError
-from slzo.models.load import load_config, resolve_model
+from slzo.models.load import auto_class, load_config, resolve_model
 from slzo.models.original_weights import OriginalWeights
 from slzo.models.parts import find_decoder_layers
 from slzo.models.quantization import PRESETS, Quantization, method_of_config
@@ -92,7 +92,7 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
     """
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
         model.tie_weights()
         return model
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -284,7 +284,7 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
         return
     virtual_tokens = adapter.inject(parts.model)
     try:
-        yield parts.renewed(virtual_tokens)
+        yield parts.with_virtual_tokens(virtual_tokens)
     except BaseException:
         adapter.remove(parts.model)
         raise
@@ -300,7 +300,7 @@ def _full_precision_in(
         return
     exchanged = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
     try:
-        yield parts.renewed(), exchanged
+        yield parts.with_virtual_tokens(parts.virtual_tokens), exchanged
     except BaseException:
         exchanged.undo(parts.model)
         raise
