@@ -1,6 +1,7 @@
 """The LightningCLI of slzo: YAML and options in, one clear line out when they are wrong."""
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -66,8 +67,9 @@ class SlzoParser(LightningArgumentParser):
 class SlzoCLI(LightningCLI):
     """Adds the profiler, the checkpoint and the summary, each with options of its own."""
 
-    def __init__(self, *args: Any, command: Command | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: Command | None, typed: str | None, **kwargs: Any) -> None:
         self._command = command  # the other commands' options are not looked up: that would take most of a short run
+        self._typed = typed
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -116,7 +118,10 @@ class SlzoCLI(LightningCLI):
         """Make the trainer; without a logger there is no run folder that a config could be saved in."""
         if self._get(self.config_init, "trainer.logger") is False:
             self.save_config_callback = None
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer, ZOTrainer):
+            trainer.command_line = self._typed
+        return trainer
 
     def _set_seed(self) -> None:
         """Seed everything; a seed out of range is a SlzoError."""
@@ -196,15 +201,18 @@ def run(args: Sequence[str]) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
     try:
-        build(with_numbers(_read_configs(_resolve_checkpoint(args))))
+        build(with_numbers(_read_configs(_resolve_checkpoint(args))), typed=shlex.join(["slzo", *args]))
     except SlzoError as error:
         raise SlzoError(with_option(str(error), args)) from error
     except MisconfigurationException as error:  # Lightning's word for a user's mistake that only shows in the run
         raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
-    """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built."""
+def build(args: Sequence[str], run: bool = True, typed: str | None = None) -> SlzoCLI:
+    """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built.
+
+    ``typed`` is the command as the user gave it, for the run's summary.
+    """
     command = COMMANDS[args[0]] if run else None
     return SlzoCLI(
         ZOModule,
@@ -218,6 +226,7 @@ def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
         args=list(args),
         run=run,
         command=command,
+        typed=typed,
     )
 
 

@@ -1,6 +1,6 @@
 """The Trainer of Lightning with the checks and extra commands that slzo needs."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from slzo.base_scores import scores_on
 from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
@@ -26,7 +27,8 @@ from slzo.experiments.lr_search import lr_search, make_grid
 from slzo.experiments.sweep import sweep
 from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.trial import Workbench
-from slzo.export import export_checkpoint
+from slzo.export import ExportOptions, export_checkpoint
+from slzo.export.facts import Format
 from slzo.module import ZOModule
 from slzo.run_folder import disk_faults_in_one_line, run_folder
 from slzo.trainer_checks import check_callbacks, check_trainer_options
@@ -62,6 +64,7 @@ class ZOTrainer(Trainer):
                 "trainer.val_check_interval 0: give the number of steps between two validations, at least 1"
             )
         check_trainer_options(kwargs)
+        self.command_line: str | None = None  # that started it, if one did
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
@@ -316,21 +319,38 @@ class ZOTrainer(Trainer):
         return profiler
 
     def export(
-        self, model: ZOModule, output: str, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None
+        self,
+        model: ZOModule,
+        output: str,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        format: Format | None = None,
+        base_model: str | None = None,
+        base: str | None = None,
+        push_to_hub: str | None = None,
     ) -> None:
-        """Write the model with the tuned layer merged, as a Hugging Face folder.
+        """Write what was tuned to a folder that others can use, with a model card.
 
         Args:
             model: Only its trust_remote_code is used; the checkpoint names its base model.
             output: Folder to write.
-            datamodule: Not used.
-            ckpt_path: Checkpoint whose tuned layer is merged, or ``last``.
+            datamodule: Its rows are scored with base.
+            ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
+            format: adapter (peft and, for LoRA and ActivationSubspace, vLLM; kilobytes), merged (a Hugging Face folder), or delta
+                (the tuned tensors alone); left out, an adapter where what was tuned is of low rank, else merged.
+            base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
+            base: Another copy of the base model (folder, GGUF file or Hub id); the adapter is scored on it, for the card.
+            push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.
         """
         found = self._find(ckpt_path)
         if found is None:
-            raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
+            raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path best")
+        options = ExportOptions(output, format, base_model, push_to_hub, model.trust_remote_code)
+        score = None
+        if base is not None and isinstance(datamodule, TaskDataModule):
+            score = partial(scores_on, base, found, datamodule)
         with disk_faults_in_one_line():
-            say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
+            say(f"Wrote {export_checkpoint(found, options, score)}")
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
         """A checkpoint, read; ``last`` is the newest run's."""

@@ -212,7 +212,7 @@ def options(sst2_options):
         "--trainer.val_check_interval=2",
         "--trainer.log_every_n_steps=1",
         "--model.eps=1e-3",
-        "--model.optimizer=SGD",
+        "--model.optimizer=torch.optim.SGD",
         "--model.optimizer.lr=1e-3",
     ]
 

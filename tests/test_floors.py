@@ -13,7 +13,7 @@ FLOORS = [
     ["__main__"],
     ["cli"],
     ["cli_auto", "cli_errors", "config_files", "constructor_errors", "trainer"],
-    ["callbacks", "experiments", "checkpoint_io", "run_folder"],
+    ["base_scores", "callbacks", "experiments", "checkpoint_io", "run_folder"],
     ["module"],
     ["datamodule"],
     ["console", "trainer_checks"],

@@ -135,6 +135,7 @@ class RunSummary(Callback):
             "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
+            "command": getattr(trainer, "command_line", None),
             "run_dir": run_dir,
         }
         if trainer.is_global_zero:

@@ -13,7 +13,7 @@ from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
@@ -41,7 +41,7 @@ def resolve_model(name: str) -> str:
             )
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
-    if looks_local or not _HUB_ID.fullmatch(name):
+    if looks_local or not HUB_ID.fullmatch(name):
         raise SlzoError(
             f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
             f"'Qwen/Qwen3-8B', or a built-in name ({', '.join(BUILTIN_MODELS)})"

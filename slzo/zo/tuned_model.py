@@ -18,6 +18,7 @@ from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
+from slzo.models.peft_files import PeftFiles, lora_files
 from slzo.models.prefix_cache import PrefixCache
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
@@ -172,12 +173,23 @@ class TunedModel:
             self.adapter.remove(self.parts.model)
             self.adapter = None
 
-    def save_merged(self, folder: str) -> None:
-        """Write the tuned model to a folder, as a plain one where its weights can hold what is tuned."""
-        if self.adapter is None:
-            self.parts.model.save_pretrained(folder)
-        else:
-            self.adapter.save_merged(self.parts.model, folder)
+    def merge(self) -> None:
+        """Have the model's own weights hold what is tuned, without an adapter's modules. This object is of no use then.
+
+        Raises:
+            SlzoError: No weight can hold it.
+        """
+        if self.adapter is not None:
+            self.adapter.merge(self.parts.model)
+            self.adapter = None
+
+    def peft_files(self) -> PeftFiles | None:
+        """What is tuned as an adapter of peft; ``None`` where that is of no low rank."""
+        if self.adapter is not None:
+            return self.adapter.peft_files(self.parts.model)
+        maps = {name.removesuffix(".weight"): tensor.low_rank() for name, tensor in self.tensors.items()}
+        low_rank = {path: moved for path, moved in maps.items() if moved is not None}
+        return lora_files(low_rank) if len(low_rank) == len(maps) else None
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """See :data:`slzo.evaluation.evaluator.Logits`."""
