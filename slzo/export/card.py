@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -26,7 +27,9 @@ def write_card(facts: Facts, folder: Path, title: str) -> None:
 
 def _metadata(facts: Facts, title: str) -> ModelCardData:
     licence, hub = facts.origin.licence, _data_set(facts)
-    known = {} if licence is None else {"license": licence.name, "license_link": licence.address or None}
+    known: dict[str, Any] = (
+        {} if licence is None else {"license": licence.name, "license_link": licence.address or None}
+    )
     if licence is not None and licence.name == "other":
         known["license_name"] = licence.title
     if facts.origin.public:  # the Hub looks it up
@@ -178,8 +181,7 @@ def _licence(facts: Facts) -> str:
         return f"That of the base model, which is not known here; see `{facts.origin.name}`."
     link = f"[{licence.title}]({licence.address})" if licence.address else licence.title
     files = ", ".join(f"`{document.name}`" for document in facts.origin.documents)
-    lines = [
-        f"That of the base model holds for this too: {link}."
-        + (f" Its texts lie beside this card: {files}." if files else "")
-    ]
-    return "\n\n".join([*lines, *([f"{licence.notice}."] if licence.notice else [])])
+    text = f"That of the base model holds for this too: {link}."
+    if files:
+        text += f" Its texts lie beside this card: {files}."
+    return f"{text}\n\n{licence.notice}." if licence.notice else text

@@ -78,22 +78,27 @@ def origin_of(model: str, given: str | None = None) -> Origin:
             f"base_model {given!r}: must be a name that others can load, a Hub id like 'Qwen/Qwen3-8B'; leave it out for what "
             "is known"
         )
+    name: str | None
+    own: KnownLicence | None = None
+    gguf: tuple[str, str] | None = None
+    path = Path(model).expanduser()
     if model in BUILTIN_MODELS:
         builtin = BUILTIN_MODELS[model]
-        name, gguf = hub_id(builtin), (builtin.gguf_name, builtin.sha256)
-        folder, public, own = builtin_model_path(model), True, _of_builtin(builtin)
-    elif (path := Path(model).expanduser()).suffix == ".gguf":
-        folder, gguf = Path(resolve_model(model)), (path.name, sha256_of(path))
+        folder = builtin_model_path(model)
+        name, own, gguf = hub_id(builtin), _of_builtin(builtin), (builtin.gguf_name, builtin.sha256)
+    elif path.suffix == ".gguf":
+        folder = Path(resolve_model(model))
         name, own = _named_by_gguf(path)
-        name, public = (path.stem, False) if name is None else (name, True)
+        gguf = (path.name, sha256_of(path))
     else:
-        folder, gguf, own = Path(resolve_model(model)), None, None
-        found = model if not folder.is_dir() else _named_by_folder(folder)
-        name, public = (folder.resolve().name, False) if found is None else (found, True)
+        folder = Path(resolve_model(model))
+        name = _named_by_folder(folder) if folder.is_dir() else model
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     documents = tuple(file for file in files if file.is_file() and _DOCUMENTS.fullmatch(file.name))
     licence = own or _of_card(folder) or _of_type(folder)
-    return Origin(given or name, public or given is not None, gguf, licence, documents)
+    public = given or name
+    local = path.stem if gguf is not None else folder.resolve().name
+    return Origin(public or local, public is not None, gguf, licence, documents)
 
 
 def hub_id(builtin: BuiltinModel) -> str:

@@ -1,7 +1,7 @@
 """Adapters as peft keeps them on disk: settings and tensors; made without peft, which needs not be there to write them.
 
-The layout is that of ``adapter_config.json`` and ``adapter_model.safetensors``, which ``PeftModel.from_pretrained`` loads and, for
-LoRA, vLLM's ``--enable-lora`` and others take.
+``PeftModel.from_pretrained`` loads the layout, ``adapter_config.json`` and ``adapter_model.safetensors``; that of LoRA is taken by
+vLLM's ``--enable-lora`` too.
 """
 
 from collections.abc import Mapping
