@@ -20,7 +20,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.callbacks.step_watch import StepWatch
-from slzo.checkpoint import newest_checkpoint
+from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.cli_auto import with_numbers, with_words
 from slzo.cli_errors import check_nulls, one_line, with_option
 from slzo.commands import COMMANDS, FILLED, Command
@@ -147,9 +147,9 @@ def _options(args: Sequence[str], *names: str) -> list[tuple[int, str, str]]:
 
 
 def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
-    """Options in which ``last`` is the newest run's checkpoint, and its config is taken up where that is wanted.
+    """Options in which ``last`` or ``best`` is the newest run's checkpoint, and its config is taken up where that is wanted.
 
-    Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
+    Where the logger's folder is known only from a config, the trainer looks for it there.
     """
     checkpoints = _options(args, "--ckpt_path")
     if not checkpoints or _options(args, "-c", "--config"):
@@ -157,9 +157,9 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
     checkpoint = checkpoints[-1][2]
     folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
     folder = folders[-1][2] if folders else _RUNS
-    if checkpoint == "last" and Path(folder).is_dir():
-        checkpoint = str(newest_checkpoint(folder))
-        say(f"Using the newest checkpoint, {checkpoint}")
+    if checkpoint in NAMES and Path(folder).is_dir():
+        name, checkpoint = checkpoint, str(named_checkpoint(checkpoint, folder))
+        say(f"Using the {name} checkpoint of the newest run, {checkpoint}")
         args = [*args, f"--ckpt_path={checkpoint}"]
     config = Path(checkpoint).parent.parent / "config.yaml"
     if COMMANDS[args[0]].takes_run_config and Path(checkpoint).is_file() and config.is_file():

@@ -18,8 +18,9 @@ from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import StopOnSignal
-from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
+from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, read_checkpoint
 from slzo.checkpoint_io import CheckpointFiles
+from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -112,7 +113,7 @@ class ZOTrainer(Trainer):
             train_dataloaders: Not needed with a data module.
             val_dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
-            ckpt_path: Checkpoint to continue from, or ``last`` for the newest run's.
+            ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` for the newest run's.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -146,7 +147,7 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last``; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best`` of the newest run; without it the untuned model is scored.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -166,7 +167,7 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last``; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best`` of the newest run; without it the untuned model is scored.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -190,7 +191,7 @@ class ZOTrainer(Trainer):
             dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             return_predictions: Also return what predict_step returned, batch by batch.
-            ckpt_path: Checkpoint whose tuned layer is used, or ``last``; without it the untuned model is used.
+            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best`` of the newest run; without it the untuned model is used.
             weights_only: Passed on.
             output: File to write; left out, predictions.jsonl in the run's folder.
         """
@@ -353,13 +354,13 @@ class ZOTrainer(Trainer):
             say(f"Wrote {export_checkpoint(found, options, score)}")
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
-        """A checkpoint, read; ``last`` is the newest run's."""
+        """A checkpoint, read; ``last`` and ``best`` are the newest run's."""
         if ckpt_path is None:
             return None
-        if str(ckpt_path) == "last":
+        if str(ckpt_path) in NAMES:
             root = self.logger.save_dir if self.logger is not None else self.default_root_dir
-            ckpt_path = newest_checkpoint(root or self.default_root_dir)
-            say(f"Using the newest checkpoint, {ckpt_path}")
+            name, ckpt_path = ckpt_path, named_checkpoint(str(ckpt_path), root or self.default_root_dir)
+            say(f"Using the {name} checkpoint of the newest run, {ckpt_path}")
         self._files.known = found = read_checkpoint(ckpt_path)
         if found.note["format"] < CHECKPOINT_FORMAT:
             say(

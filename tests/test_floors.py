@@ -20,7 +20,7 @@ FLOORS = [
     # no Lightning from here on
     ["export"],
     ["zo"],
-    ["evaluation"],
+    ["checkpoint_names", "evaluation"],
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],

@@ -15,6 +15,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.callbacks.step_watch import StepWatch
+from slzo.callbacks.use_commands import use_commands
 from slzo.checkpoint import read_checkpoint
 from slzo.console import say
 from slzo.data.batch import EvalBatch
@@ -99,6 +100,7 @@ class RunSummary(Callback):
         losses = dev_loss(self._validations)
         run_dir = trainer.log_dir  # a collective call: every process must make it
         doubtful = is_doubtful(change, losses)
+        facts = _facts(trainer, pl_module, run_dir, best)
         summary = {
             "model": pl_module.model_name,
             "task": datamodule.task.name,
@@ -118,7 +120,8 @@ class RunSummary(Callback):
             "score_change_standard_error": None if change is None else change.standard_error,
             "score_change_paired": None if change is None else change.paired,
             "verdict": verdict(change, losses),
-            "next": next_command(change, losses, _facts(trainer, pl_module, run_dir, best)) if doubtful else None,
+            "next": next_command(change, losses, facts) if doubtful else None,
+            "use": use_commands(facts.best, facts.config is not None),
             "scores_before": before,
             "scores_after": after.metrics,
             "num_rows": num_rows,
@@ -257,4 +260,5 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"Files      {summary['run_dir']}")
     if summary["best_checkpoint"]:
         lines.append(f"Checkpoint {summary['best_checkpoint']}")
+    lines += [f"{'' if number else 'Use it':10s} {command}" for number, command in enumerate(summary["use"])]
     return "\n".join(lines)

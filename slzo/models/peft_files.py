@@ -1,7 +1,7 @@
 """Adapters as peft keeps them on disk: settings and tensors; made without peft, which needs not be there to write them.
 
-``PeftModel.from_pretrained`` loads the layout, ``adapter_config.json`` and ``adapter_model.safetensors``; that of LoRA is taken by
-vLLM's ``--enable-lora`` too.
+``PeftModel.from_pretrained`` loads the layout, ``adapter_config.json`` and ``adapter_model.safetensors``; vLLM's
+``--enable-lora`` takes that of LoRA too.
 """
 
 from collections.abc import Mapping
