@@ -18,6 +18,19 @@ def named_checkpoint(name: str, root: str | Path) -> Path:
     return last if name == "last" else _best_of(last)
 
 
+def checkpoint_of_run(folder: str | Path) -> Path:
+    """The best checkpoint of a run, given by its folder, or the last one of a run that was not validated.
+
+    Raises:
+        SlzoError: It has none.
+    """
+    last = newest_checkpoint(folder)
+    try:
+        return _best_of(last)
+    except SlzoError:
+        return last
+
+
 def _best_of(last: Path) -> Path:
     """The best checkpoint that a run's last one remembers; a resumed run's may be in the folder of the run before."""
     callbacks = read_checkpoint(last).content.get("callbacks", {})

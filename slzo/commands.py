@@ -19,14 +19,17 @@ class Command:
         help: One line.
         takes_run_config: With a checkpoint and no config, the config of the checkpoint's run is taken up.
         goes_on: Given again after an interrupt, it goes on where it stopped.
+        module: Whose function ``run`` runs it.
     """
 
     name: str
     help: str
     takes_run_config: bool = True
     goes_on: bool = False
+    module: str = "slzo.cli"
 
 
+_PROMPTING = "slzo.prompting.commands"
 _ALL = (
     Command("fit", "find the dominant layer and tune it with forward passes only", takes_run_config=False),
     Command("validate", "score dev rows"),
@@ -37,6 +40,8 @@ _ALL = (
         "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
     ),
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
-    Command("export", "write the tuned model as a Hugging Face folder"),
+    Command("export", "write what was tuned as an adapter, a delta or a Hugging Face folder, with a model card"),
+    Command("generate", "continue prompts with the untuned and the tuned model", False, module=_PROMPTING),
+    Command("chat", "talk to the untuned and the tuned model", False, module=_PROMPTING),
 )
 COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

@@ -147,7 +147,7 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best`` of the newest run; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -167,7 +167,7 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best`` of the newest run; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -191,7 +191,7 @@ class ZOTrainer(Trainer):
             dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             return_predictions: Also return what predict_step returned, batch by batch.
-            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best`` of the newest run; without it the untuned model is used.
+            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
             weights_only: Passed on.
             output: File to write; left out, predictions.jsonl in the run's folder.
         """

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "slzo"
 # from the top; a room may import from the rooms below it, never from its own floor's others or above
 FLOORS = [
     ["__main__"],
-    ["cli"],
+    ["cli", "prompting"],
     ["cli_auto", "cli_errors", "config_files", "constructor_errors", "trainer"],
     ["base_scores", "callbacks", "experiments", "checkpoint_io", "run_folder"],
     ["module"],

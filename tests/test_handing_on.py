@@ -5,7 +5,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import pytest
 from conftest import run_dir
 
 from slzo.__main__ import main
