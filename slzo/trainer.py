@@ -15,6 +15,7 @@ from slzo.base_scores import scores_on
 from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
+from slzo.callbacks.run_forecast import RunForecast
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import StopOnSignal
@@ -78,6 +79,7 @@ class ZOTrainer(Trainer):
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
+        callbacks += [] if kwargs.get("fast_dev_run") or kwargs.get("barebones") else [RunForecast()]
         self._signals = StopOnSignal()
         kwargs["callbacks"] = [ExactResume(), self._signals, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes

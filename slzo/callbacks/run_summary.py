@@ -56,13 +56,17 @@ class RunSummary(Callback):
         self._started = time.monotonic()
         self._train_started = self._started
         self._before: Scores | None = None
+        self.row_seconds: float | None = None  # that scoring a held-out row took
         self._validations: list[dict[str, float | None]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
         wanted = self.test_before and self._before is None and not getattr(trainer, "fast_dev_run", False)
         if wanted and isinstance(pl_module, ZOModule) and not pl_module.resumed:
+            begun = time.monotonic()
             self._before = _score(pl_module, "before training")
+            splits = pl_module.datamodule.splits
+            self.row_seconds = (time.monotonic() - begun) / max(1, len(splits.test) if splits else 0)
         self._validations = []
         self._train_started = time.monotonic()
 
