@@ -5,6 +5,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.cli_auto import with_numbers, with_words
 from slzo.cli_errors import check_nulls, one_line, with_option
+from slzo.cli_help import add_help_all, in_order, short_help
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.config_files import check_config_file
 from slzo.console import say
@@ -32,6 +34,7 @@ from slzo.errors import SlzoError
 from slzo.module import ZOModule
 from slzo.renames import translate
 from slzo.runtime import keep_freed_memory
+from slzo.tasks.template import TemplateTask  # noqa: F401  --data.task.help knows it by its name then
 from slzo.trainer import ZOTrainer
 from slzo.zo.optim import AUTO_LR
 
@@ -58,6 +61,21 @@ class SlzoParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a SlzoError with the parser's message on one line."""
         raise SlzoError(one_line(message, self)) from ex
+
+    command: Command | None = None
+    """That its options are of; a parser of a class has none."""
+
+    def format_help(self) -> str:  # type: ignore[override]
+        """The short help of a command; of a class all there is."""
+        if self.command is None:
+            return str(super().format_help())
+        return short_help(self, self.command.name, self.command.own_help)
+
+    def format_all(self) -> str:
+        """Every option: the command's own first, Lightning's last."""
+        self._action_groups[:] = in_order(self._action_groups)  # type: ignore[index]
+        self.usage = f"slzo {self.command.name if self.command else ''} [--config FILE] [--OPTION VALUE ...]"
+        return str(super().format_help())
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """The config as YAML, as a user would write it."""
@@ -99,6 +117,8 @@ class SlzoCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        add_help_all(parser)
+        parser.command = COMMANDS[subcommand]  # type: ignore[attr-defined]
         for name, kind in (("ckpt_path", str | None), ("weights_only", bool | None)):
             if name not in self._subcommand_method_arguments[subcommand]:
                 note = "Not used; accepted so that a config saved by fit can be given."
@@ -208,26 +228,51 @@ def run(args: Sequence[str]) -> None:
         raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
 
+class _ParserOnly(SlzoCLI):
+    """Builds the parser and ends there."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with suppress(_Built):
+            super().__init__(**kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> NoReturn:
+        """There are none."""
+        raise _Built
+
+
+class _Built(Exception):  # noqa: N818
+    """The parser is there."""
+
+
+def command_parser(command: str) -> Any:
+    """The parser of a command's options."""
+    commands: Any = _ParserOnly(**_cli_arguments(COMMANDS[command], None, [], True)).parser._subcommands_action
+    return commands._name_parser_map[command]
+
+
 def build(args: Sequence[str], run: bool = True, typed: str | None = None) -> SlzoCLI:
     """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built.
 
     ``typed`` is the command as the user gave it, for the run's summary.
     """
-    command = COMMANDS[args[0]] if run else None
-    return SlzoCLI(
-        ZOModule,
-        TaskDataModule,
-        trainer_class=ZOTrainer,
-        trainer_defaults=_TRAINER_DEFAULTS,
-        seed_everything_default=0,
-        parser_class=SlzoParser,
-        parser_kwargs={} if command is None else {command.name: {"description": command.help}},
-        auto_configure_optimizers=False,
-        args=list(args),
-        run=run,
-        command=command,
-        typed=typed,
-    )
+    return SlzoCLI(**_cli_arguments(COMMANDS[args[0]] if run else None, typed, args, run))
+
+
+def _cli_arguments(command: Command | None, typed: str | None, args: Sequence[str], run: bool) -> dict[str, Any]:
+    return {
+        "model_class": ZOModule,
+        "datamodule_class": TaskDataModule,
+        "trainer_class": ZOTrainer,
+        "trainer_defaults": _TRAINER_DEFAULTS,
+        "seed_everything_default": 0,
+        "parser_class": SlzoParser,
+        "parser_kwargs": {} if command is None else {command.name: {"description": command.help}},
+        "auto_configure_optimizers": False,
+        "args": list(args),
+        "run": run,
+        "command": command,
+        "typed": typed,
+    }
 
 
 def _filter_warnings() -> None:

@@ -16,7 +16,6 @@ from conftest import make_tokenizer, run_dir, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
-from slzo.commands import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.models import parts as parts_of_models
@@ -601,15 +600,6 @@ def test_divergence_stops_the_run_and_says_so(options, capsys):
     options = [*options, "--guard.factor=null"]  # it would take the run back
     line = bad(capsys, "fit", *options, "--model.optimizer.lr=1e38", "--model.max_nonfinite=2")
     assert "training diverged" in line
-
-
-def test_every_command_has_help(capsys):
-    for command in COMMANDS:
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
-        assert "--model.eps" in text
 
 
 def test_export_runs_foreign_code_only_if_told_to(options, capsys):

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "slzo"
 # from the top; a room may import from the rooms below it, never from its own floor's others or above
 FLOORS = [
     ["__main__"],
+    ["cli_completion"],
     ["cli", "prompting"],
-    ["cli_auto", "cli_errors", "config_files", "constructor_errors", "trainer"],
+    ["cli_auto", "cli_errors", "cli_help", "config_files", "constructor_errors", "trainer"],
     ["base_scores", "callbacks", "experiments", "checkpoint_io", "run_folder"],
     ["module"],
     ["datamodule"],
