@@ -1,6 +1,7 @@
 """The LightningCLI of slzo: YAML and options in, one clear line out when they are wrong."""
 
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -31,6 +32,7 @@ from slzo.console import say
 from slzo.constructor_errors import constructors_told
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.folder_logger import FolderLogger
 from slzo.module import ZOModule
 from slzo.renames import translate
 from slzo.runtime import keep_freed_memory
@@ -135,9 +137,12 @@ class SlzoCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; without a logger there is no run folder that a config could be saved in."""
+        """Make the trainer; a run without a logger has a folder of its own too."""
         if self._get(self.config_init, "trainer.logger") is False:
-            self.save_config_callback = None
+            if self._command is None or self._get(self.config_init, "trainer.default_root_dir") is not None:
+                self.save_config_callback = None
+            else:
+                kwargs["logger"] = FolderLogger(_RUNS)
         trainer = super().instantiate_trainer(**kwargs)
         if isinstance(trainer, ZOTrainer):
             trainer.command_line = self._typed
@@ -288,6 +293,7 @@ def _filter_warnings() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()  # an advertisement
+        # an advertisement; and what the summary says too, behind the bar
+        lambda record: not re.search("litlogger|stopped: `max_(steps|epochs)", record.getMessage())
     )
     transformers.utils.logging.disable_progress_bar()

@@ -70,7 +70,11 @@ class ZOTrainer(Trainer):
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
-            callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
+            # first, so that its line is finished before others say something at the end
+            callbacks = [
+                *([] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]),
+                *callbacks,
+            ]
         if kwargs.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, CheckpointCallback)]
         # then there is no run folder, and Lightning would write into the current one

@@ -14,7 +14,7 @@ FLOORS = [
     ["cli_completion"],
     ["cli", "prompting"],
     ["cli_auto", "cli_errors", "cli_help", "config_files", "constructor_errors", "trainer"],
-    ["base_scores", "callbacks", "experiments", "checkpoint_io", "run_folder"],
+    ["base_scores", "callbacks", "experiments", "checkpoint_io", "folder_logger", "run_folder"],
     ["module"],
     ["datamodule"],
     ["console", "trainer_checks"],

@@ -66,6 +66,7 @@ class RunSummary(Callback):
             begun = time.monotonic()
             self._before = _score(pl_module, "before training")
             splits = pl_module.datamodule.splits
+            _log_scores(trainer, self._before)
             self.row_seconds = (time.monotonic() - begun) / max(1, len(splits.test) if splits else 0)
         self._validations = []
         self._train_started = time.monotonic()
@@ -96,6 +97,7 @@ class RunSummary(Callback):
         train_seconds = time.monotonic() - self._train_started
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
         after = _score_checkpoint(pl_module, best)
+        _log_scores(trainer, after)
         datamodule = pl_module.datamodule
         metric = datamodule.task.metric
         before = self._before.metrics if self._before is not None else {}
@@ -158,6 +160,13 @@ class RunSummary(Callback):
         """Take the score before training from a checkpoint; those of former versions have none of each row."""
         metrics = state_dict["before"]
         self._before = None if metrics is None else Scores(metrics, state_dict.get("rows_before") or {})
+
+
+def _log_scores(trainer: Trainer, scores: Scores) -> None:
+    """Give every logger the held-out scores, at the step that the run is at."""
+    for logger in trainer.loggers:
+        logger.log_metrics({f"test/{name}": value for name, value in scores.metrics.items()}, step=trainer.global_step)
+        logger.save()
 
 
 def _times_taken_back(trainer: Trainer) -> int:
