@@ -43,6 +43,7 @@ _ALL = (
         "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
     ),
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
+    Command("replay", "rebuild the tuned weights of a run at any step from its log"),
     Command(
         "export",
         "write what was tuned as an adapter, a delta or a Hugging Face folder, with a model card",
