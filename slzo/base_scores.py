@@ -8,7 +8,7 @@ from slzo.evaluation.evaluator import score_rows
 from slzo.export import BaseScores
 from slzo.models.load import load_model
 from slzo.models.origin import origin_of
-from slzo.models.parts import take_apart
+from slzo.models.startup_check import take_apart
 from slzo.zo.tuned_model import TunedModel
 
 
