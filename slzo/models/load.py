@@ -31,7 +31,7 @@ from slzo.models.quantization import (
     quantization_config,
 )
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
@@ -59,7 +59,7 @@ def resolve_model(name: str) -> str:
             )
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
-    if looks_local or not _HUB_ID.fullmatch(name):
+    if looks_local or not HUB_ID.fullmatch(name):
         raise SlzoError(
             f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
             f"'Qwen/Qwen3-8B', or a built-in name ({', '.join(BUILTIN_MODELS)})"
