@@ -89,7 +89,8 @@ class ZOTrainer(Trainer):
         callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
         callbacks += [] if kwargs.get("fast_dev_run") or kwargs.get("barebones") else [RunForecast()]
         self._signals = StopOnSignal()
-        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), MemoryPlanner(), *callbacks]
+        log = [] if kwargs.get("enable_checkpointing") is False else [ReplayLog()]
+        kwargs["callbacks"] = [ExactResume(), self._signals, *log, RunRecord(), MemoryPlanner(), *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
