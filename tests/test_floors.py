@@ -24,6 +24,7 @@ FLOORS = [
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],
+    ["rewards"],
     ["assets"],
     ["pip_download", "renames", "settings", "seeding", "runtime", "commands", "files", "checkpoint_note"],
     ["errors", "__init__"],

@@ -268,7 +268,7 @@ def test_unknown_task() -> None:
         get_task("sst9")
     with pytest.raises(
         SlzoError,
-        match=r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; one on your own files is [a-zA-Z.]*$",
+        match=r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; one on your own files is [a-zA-Z. ]*$",
     ):
         get_task("!!")
 
