@@ -222,6 +222,12 @@ class TaskDataModule(LightningDataModule):
             self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
             self._rows.clear()
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations where it is not the tokenizer's own, else ``None``; an exported folder gets it."""
+        encoder = self.encoder
+        return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
+
     def make_metrics(self) -> TaskMetrics:
         """Fresh counters of the task's metrics."""
         return make_metrics(self.task)

@@ -49,5 +49,7 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
             tuned_model.save_merged(str(partial))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
-        load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(partial)
+        tokenizer = load_tokenizer(note["model"], note["trust_remote_code"])
+        tokenizer.chat_template = note.get("chat_template") or tokenizer.chat_template  # the one it was trained with
+        tokenizer.save_pretrained(partial)
     return target

@@ -470,6 +470,7 @@ class ZOModule(LightningModule):
             "step_size": None if self.step_size is None else self.step_size.to_dict(),
             "optimizer": self.optimizer_choice.classes,
             "projected_grads": list(self.tuned_model.history.sizes),
+            "chat_template": self.datamodule.chat_template,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from conftest import LossAt, make_tokenizer, tiny_model
 
 from slzo.__main__ import main
+from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.losses import candidate_scores
 from slzo.batches.packing import pack
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
@@ -302,8 +304,8 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
     seen = []
 
     class Recording(ZOModule):
-        def loss_of(self, batch):
-            loss = super().loss_of(batch)
+        def loss_of(self, batch, *args):
+            loss = super().loss_of(batch, *args)
 
             def at(points):
                 losses = loss.at(points)
@@ -365,3 +367,18 @@ def test_scores_of_a_batch_equal_those_of_the_whole_model(model_dir, data_dir, t
             ours = [score for scores in module.evaluator(batch).scores for score in scores]
             plain = candidate_scores(module.parts.logits(batch.packed), batch.packed).tolist()
             assert ours == pytest.approx(plain, abs=1e-5)
+
+
+def test_class_weights_are_those_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(8, generator=generator)
+    gold = torch.tensor([0, 1, -1, 1])
+    examples = [EncodedExample(i, tuple(EncodedSequence((5, 6 + slot), 1) for slot in range(2)), ()) for i in range(4)]
+    batch = replace(pack(examples), gold=gold)
+    total, weight = CandidateCrossEntropy([1.0, 3.0]).of_scores(scores, batch)
+    expected = torch.nn.functional.cross_entropy(scores.view(4, 2), gold, torch.tensor([1.0, 3.0]), ignore_index=-1)
+    assert float(total / weight) == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: the task has 2 candidates; give a weight for each"):
+        CandidateCrossEntropy([1.0]).of_scores(scores, batch)
+    with pytest.raises(SlzoError, match=r"class_weights \[0.0, 1.0\]: give a number above 0 for each candidate"):
+        CandidateCrossEntropy([0.0, 1.0])

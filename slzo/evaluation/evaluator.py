@@ -1,6 +1,7 @@
 """One way from a batch to predictions, scores and loss, for every command and every kind of task."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,11 @@ class RunningScore:
 
     def compute(self) -> dict[str, Tensor]:
         """Each metric by name, and ``loss``; 0-dimensional."""
-        found = {**self._metrics.compute(), "loss": self._loss.compute()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*was called before the ``update`` method.*"
+            )  # no labels, or no rows
+            found = {**self._metrics.compute(), "loss": self._loss.compute()}
         if "perplexity" in self._also:
             found["perplexity"] = found["loss"].exp()
         if self._means:

@@ -8,6 +8,7 @@ Metric: perplexity of the answers, or of generated ones what ``metrics`` names.
 from slzo.errors import SlzoError
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task
+from slzo.tasks.checks import check_max_new_tokens, check_stop
 from slzo.tasks.fields import Fields, shown
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
 
@@ -82,20 +83,6 @@ class ChatTask(Task):
         shown_as = turns[0].content if len(turns) == 1 else "\n".join(f"{t.role}: {t.content}" for t in turns)
         references = tuple(text.strip() for text in known)
         return Example(id, shown_as.strip(" "), known, tuple(range(len(known))), references, messages=turns)
-
-
-def check_max_new_tokens(value: int) -> int:
-    """A number of tokens that an answer may have; SlzoError if it is none."""
-    if value < 1:
-        raise SlzoError(f"data.task.max_new_tokens {value}: must be at least 1")
-    return value
-
-
-def check_stop(texts: list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """Texts that may end an answer; SlzoError if one is empty."""
-    if not all(texts):
-        raise SlzoError(f"data.task.stop {list(texts)}: one is empty and would end every answer at once; leave it out")
-    return tuple(texts)
 
 
 def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
