@@ -20,7 +20,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint import newest_checkpoint
-from slzo.cli_auto import with_numbers, with_words
+from slzo.cli_auto import spelled_out, with_words
 from slzo.cli_errors import check_nulls, one_line, with_option
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.config_files import check_config_file
@@ -146,8 +146,13 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
 
     Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
     """
+    if _options(args, "-c", "--config"):
+        return list(args)
+    runs = _options(args, "--run") if args[0] == "replay" else []
+    if runs and (config := Path(runs[-1][2]) / "config.yaml").is_file():
+        return [args[0], f"--config={config}", *args[1:]]
     checkpoints = _options(args, "--ckpt_path")
-    if not checkpoints or _options(args, "-c", "--config"):
+    if not checkpoints:
         return list(args)
     checkpoint = checkpoints[-1][2]
     folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
@@ -196,7 +201,7 @@ def run(args: Sequence[str]) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
     try:
-        build(with_numbers(_read_configs(_resolve_checkpoint(args))))
+        build(_read_configs(_resolve_checkpoint(args)))
     except SlzoError as error:
         raise SlzoError(with_option(str(error), args)) from error
     except MisconfigurationException as error:  # Lightning's word for a user's mistake that only shows in the run
@@ -215,7 +220,7 @@ def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
         parser_class=SlzoParser,
         parser_kwargs={} if command is None else {command.name: {"description": command.help}},
         auto_configure_optimizers=False,
-        args=list(args),
+        args=spelled_out(args),
         run=run,
         command=command,
     )

@@ -1,10 +1,15 @@
-"""``lr: auto`` in options and configs: optimizers of torch take numbers only, so the parser sees one that stands for it."""
+"""Words in options and configs that the parser would not take as they are meant.
+
+``lr: auto``: optimizers of torch take numbers only, so the parser sees one that stands for it. ``SGD`` and other names of torch's
+optimizers: another package may have one of the same name, which makes it ambiguous once that package is loaded.
+"""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from slzo.zo.optim import AUTO_LR
@@ -16,8 +21,8 @@ _OPTIMIZER = ("--model.optimizer", "--model")
 _NUMBER = ".inf"
 
 
-def with_numbers(args: Sequence[str]) -> list[str]:
-    """Options in which ``auto`` as an optimizer's learning rate is a number, in the text of configs too."""
+def spelled_out(args: Sequence[str]) -> list[str]:
+    """Options with a number for ``auto`` as learning rate and full names of torch's optimizers; in the text of configs too."""
     found = list(args)
     for place, arg in enumerate(args):
         name, given, value = arg.partition("=")
@@ -28,10 +33,11 @@ def with_numbers(args: Sequence[str]) -> list[str]:
             found[place] = before + _NUMBER
         elif name in (*_CONFIGS, *_OPTIMIZER) and value:
             text = read_config(value) if name in _CONFIGS else None
-            text = value if text is None else text
-            content = _loaded(text) if _AUTO in text else None
+            content = _loaded(value if text is None else text)
             if content is not None and _replace(content, name):
                 found[place] = before + yaml.safe_dump(content)
+            elif name == "--model.optimizer":
+                found[place] = before + _full_name(value)
     return found
 
 
@@ -57,15 +63,27 @@ def _loaded(text: str) -> dict[str, Any] | None:
 
 
 def _replace(content: dict[str, Any], name: str) -> bool:
-    """Put the number in the place of ``auto``; whether there was one."""
+    """Spell out a config, or what is given for ``model`` or ``model.optimizer``; whether anything changed."""
     path: list[str] = {"--model.optimizer": [], "--model": ["optimizer"]}.get(name, ["model", "optimizer"])
+    changed = False
     for key in path:
         inner = content.get(key)
+        if key == "optimizer" and isinstance(inner, str) and inner != _full_name(inner):
+            content[key], changed = _full_name(inner), True
         if not isinstance(inner, dict):
-            return False
+            return changed
         content = inner
+    kind = content.get("class_path")
+    if isinstance(kind, str) and kind != _full_name(kind):
+        content["class_path"], changed = _full_name(kind), True
     for place in (content, content.get("init_args")):
         if isinstance(place, dict) and place.get("lr") == _AUTO:
-            place["lr"] = AUTO_LR
-            return True
-    return False
+            place["lr"], changed = AUTO_LR, True
+    return changed
+
+
+def _full_name(name: str) -> str:
+    """The class path of an optimizer of torch, given by its name alone."""
+    kind = getattr(torch.optim, name, None)
+    known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    return f"torch.optim.{name}" if known else name

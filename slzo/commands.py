@@ -37,6 +37,7 @@ _ALL = (
         "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
     ),
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
+    Command("replay", "rebuild the tuned weights of a run at any step from its log"),
     Command("export", "write the tuned model as a Hugging Face folder"),
 )
 COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

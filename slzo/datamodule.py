@@ -14,10 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slzo.batches.blocks import Block
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
-from slzo.data.batch import EvalBatch, EvalCollator, Row, TrainBatch, TrainCollator, plan_batches
+from slzo.data.batch import EvalBatch, EvalCollator, EvalPlan, Row, TrainBatch, TrainCollator, plan_batches
+from slzo.data.blocks import evaluation_blocks, training_blocks
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.data.sampler import EpochBatchSampler
@@ -375,10 +377,9 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Shuffled batches of the training rows."""
         rows, trainer = self.rows("train"), self.trainer
-        process = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
         sampler = self.train_sampler(
-            self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0, *process
+            self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0, *self._process
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
@@ -396,9 +397,8 @@ class TaskDataModule(LightningDataModule):
 
     def training_batches(self, batch_size: int, seed: int) -> Iterator[TrainBatch]:
         """The training batches of a run with this seed, those of this process, without end; for work outside of a fit."""
-        rows, done, trainer = self.rows("train"), 0, self.trainer
-        process = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sampler = self.train_sampler(batch_size, seed, lambda: done, *process)
+        rows, done = self.rows("train"), 0
+        sampler = self.train_sampler(batch_size, seed, lambda: done, *self._process)
         collate = TrainCollator(self.share_prompts)
         while True:
             for numbers in sampler:
@@ -419,17 +419,36 @@ class TaskDataModule(LightningDataModule):
 
     def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
         """Rows of ``dev`` or ``test`` for scoring, those of this process; all, or of the first ``num_rows``."""
-        rows = self.rows(split)[:num_rows]
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        plan = self._eval_plan(split, num_rows)
+        collate = EvalCollator(self.share_prompts, plan.share)
+        # an item is a whole batch: Lightning would take a batch sampler apart for predict
+        return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
+
+    def _eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
+        rows, (rank, processes) = self.rows(split)[:num_rows], self._process
         if 0 < len(rows) < processes:
             name = "test" if split == "predict" else split
             raise SlzoError(
                 f"data.num_{name} {len(rows)}: fewer rows than the {processes} processes; use more rows or fewer devices"
             )
-        plan = plan_batches(rows, self.eval_batch_size, self.tokens_per_pass, rank, processes)
-        collate = EvalCollator(self.share_prompts, plan.share)
-        # an item is a whole batch: Lightning would take a batch sampler apart for predict
-        return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
+        return plan_batches(rows, self.eval_batch_size, self.tokens_per_pass, rank, processes)
+
+    def prefix_blocks(self) -> Iterator[Block]:
+        """With which others the prefix of each dev and training row is computed, those that are asked for most first.
+
+        The same after a resume; the training rows of all processes, since each sees others in later epochs.
+        """
+        yield from evaluation_blocks(self._eval_plan("dev"), self.share_prompts)
+        _, processes = self._process
+        samplers = (
+            self.train_sampler(self.batch_size, self.seed or 0, lambda: 0, rank, processes) for rank in range(processes)
+        )
+        yield from training_blocks(self.rows("train"), samplers, self.share_prompts)
+
+    @property
+    def _process(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     @property
     def tokens_per_pass(self) -> int:

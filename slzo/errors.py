@@ -16,7 +16,7 @@ class Interrupted(BaseException):  # nothing that handles errors may swallow it
 
     Args:
         number: Of the signal.
-        saves: Whether the run is between two steps, where its state is whole and can be saved.
+        saves: Whether every process is between the same two steps, where the state is whole and can be saved.
     """
 
     def __init__(self, number: int, saves: bool = True) -> None:

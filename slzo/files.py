@@ -75,6 +75,12 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """Copy a file; see :func:`replacing`."""
+    with replacing(path) as partial:
+        shutil.copyfile(source, partial)
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what killed processes left in a folder; what a living one is at stays."""
     for hidden in Path(folder).glob(f".*{PARTIAL}"):

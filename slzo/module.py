@@ -26,6 +26,7 @@ from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice
+from slzo.zo.recorder import StepRecorder
 from slzo.zo.scopes import LayerScope, Scope
 from slzo.zo.step import StepOptions, StepResult
 from slzo.zo.step_size import StepSize
@@ -107,6 +108,7 @@ class ZOModule(LightningModule):
         self.resumed = False
         self._start: Mapping[str, Any] | None = None
         self.step_size: StepSize | None = None
+        self.recorder: StepRecorder | None = None
         self.num_nonfinite = self.num_evaluations = 0
         self._nonfinite_in_row = 0
         self._untuned: ModelParts | None = None
@@ -275,6 +277,7 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.tuned_model is not None
+        self.tuned_model.plan_prefix(self.datamodule.prefix_blocks())
         self._measure_step()
         choice = self.optimizer_choice
         optimizer = choice.make(self.tuned_model.tensors.masters)
@@ -320,8 +323,9 @@ class ZOModule(LightningModule):
         assert self.tuned_model is not None and self.noise_seed is not None
         started, step = time.perf_counter(), self.global_step
         every = getattr(self.trainer, "log_every_n_steps", 1)
+        recorder = self.recorder
         result = self.tuned_model.step(
-            self.loss_of(batch, step),
+            self.loss_of(batch, step) if recorder is None else recorder.loss(step, lambda: self.loss_of(batch, step)),
             self.estimator,
             cast("Optimizer", self.optimizers()),
             self.step_options,

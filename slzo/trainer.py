@@ -16,15 +16,18 @@ from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.last_checkpoint import BestCheckpoint
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
+from slzo.callbacks.replay_log import ReplayLog
+from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
-from slzo.callbacks.stop_on_signal import StopOnSignal
+from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
 from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
 from slzo.checkpoint_io import CheckpointFiles
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.experiments.lr_search import lr_search, make_grid
+from slzo.experiments.replay import replay_run
 from slzo.experiments.sweep import sweep
 from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.trial import Workbench
@@ -78,7 +81,7 @@ class ZOTrainer(Trainer):
         for kind in (StepWatch, AnswerLog):
             callbacks += [] if any(isinstance(c, kind) for c in callbacks) else [kind()]
         self._signals = StopOnSignal()
-        kwargs["callbacks"] = [ExactResume(), self._signals, *callbacks]
+        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
@@ -89,6 +92,7 @@ class ZOTrainer(Trainer):
             raise SlzoError(
                 f"trainer.strategy {kwargs.get('strategy')!r}: copies this process, which slzo cannot work with; use ddp"
             )
+        self._signal_connector = FitSignals(self, self._signals)
         epochs, steps = self.fit_loop, self.fit_loop.epoch_loop
         self.fit_loop = FinishingFitLoop(self, epochs.min_epochs, epochs.max_epochs)
         self.fit_loop.epoch_loop = _TrainingEpochLoop(self, steps.min_steps, steps.max_steps)
@@ -222,6 +226,27 @@ class ZOTrainer(Trainer):
                 self.logger.finalize("success")
         if self.log_dir is not None:
             say(f"Files      {self.log_dir}")
+
+    def replay(
+        self,
+        model: ZOModule,
+        datamodule: LightningDataModule | None = None,
+        run: str = "",
+        step: int | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Rebuild the tuned weights of a run at any step from its log, without data and forward passes.
+
+        Args:
+            model: A ZOModule with the options of the run; the command line takes them from it.
+            datamodule: Not needed.
+            run: Folder of the run.
+            step: How many steps; left out, all of the log.
+            output: Checkpoint to write, for validate, test, predict and export; left out, checkpoints/replay-step=STEP.ckpt in
+                the run's folder.
+        """
+        with disk_faults_in_one_line():
+            replay_run(model, Path(run), step, self.max_steps, None if output is None else Path(output))
 
     def sweep(
         self,

@@ -26,7 +26,18 @@ FLOORS = [
     ["tasks"],
     ["rewards"],
     ["assets"],
-    ["pip_download", "renames", "settings", "seeding", "runtime", "commands", "files", "checkpoint_note"],
+    [
+        "pip_download",
+        "renames",
+        "settings",
+        "seeding",
+        "runtime",
+        "environment",
+        "commands",
+        "files",
+        "checkpoint_note",
+        "step_log",
+    ],
     ["errors", "__init__"],
 ]
 LIGHTNING_ENDS = FLOORS.index(["console", "trainer_checks"])

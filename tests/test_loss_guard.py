@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from slzo.__main__ import main
-from slzo.callbacks.loss_guard import LossGuard, halve_rate
+from slzo.callbacks.loss_guard import LossGuard
+from slzo.zo.go_back import halve_rate
 
 JUMPS = ["--model.optimizer.lr=0.1", "--trainer.enable_progress_bar=false", "--model.scope=AllParameters"]
 

@@ -138,6 +138,12 @@ def _num_shared(example: EncodedExample, share: bool) -> int:
     return limit
 
 
+def packed_length(example: EncodedExample, share_prompts: bool = True) -> int:
+    """Packed tokens of an example: those that its candidates share, and what each adds, without its last."""
+    shared = _num_shared(example, share_prompts)
+    return shared + sum(len(sequence.ids) - 1 - shared for sequence in example.sequences)
+
+
 def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, group_lengths: bool = True) -> PackedBatch:
     """Build a batch without padding.
 

@@ -86,9 +86,12 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what an interrupt or a crash would lose; not the weights of a diverged run."""
-        if isinstance(exception, SlzoError) or trainer.global_step == 0 or trainer.world_size > 1:
+        if isinstance(exception, SlzoError) or trainer.global_step == 0:
             return
-        if isinstance(exception, Interrupted) and not exception.saves:  # within a step
+        agreed = isinstance(exception, Interrupted) and exception.saves
+        if isinstance(exception, Interrupted) and not agreed:  # within a step
+            return
+        if trainer.world_size > 1 and not agreed:  # the other processes do not know of it
             return
         path = self._save(trainer)
         if path is not None:

@@ -1,7 +1,6 @@
 """Takes a run back when the dev loss jumps: smaller steps from the last good weights."""
 
 import math
-from collections import defaultdict
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +11,7 @@ from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import score_rows
 from slzo.module import ZOModule
+from slzo.zo.go_back import go_back
 
 
 class LossGuard(Callback):
@@ -83,13 +83,11 @@ class LossGuard(Callback):
     def _take_back(self, module: ZOModule, optimizer: Optimizer, loss: float) -> None:
         assert module.tuned_model is not None
         self.times += 1
-        if self._good is not None:
-            module.tuned_model.tensors.load(self._good)
-            optimizer.state = defaultdict(dict)
-        if module.step_size is not None and module.optimizer_choice.automatic:
-            module.step_size.factor /= 2
-        else:
-            halve_rate(optimizer, [config.scheduler for config in module.trainer.lr_scheduler_configs])
+        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        step_size = module.step_size if module.optimizer_choice.automatic else None
+        go_back(module.tuned_model.tensors, self._good, optimizer, schedulers, step_size)
+        if module.recorder is not None:
+            module.recorder.went_back(module.global_step, -1 if self._good is None else self._good_step)
         back = f", weights back at those of step {self._good_step}" if self._good is not None else ""
         words = module.datamodule.judge.words
         say(
@@ -105,19 +103,3 @@ class LossGuard(Callback):
         """Go on from a checkpoint."""
         self.times, self._lowest = state_dict["times"], state_dict["lowest"]
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
-
-
-def halve_rate(optimizer: Optimizer, schedulers: list[Any]) -> None:
-    """Halve a constant learning rate, and those between which schedulers (or schedulers of schedulers) move it."""
-    for group in optimizer.param_groups:
-        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if name in group:
-                group[name] /= 2
-    for scheduler in [inner for one in schedulers for inner in _with_inner(one)]:
-        for name in ("base_lrs", "max_lrs"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
-
-
-def _with_inner(scheduler: Any) -> list[Any]:
-    return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in _with_inner(inner))]

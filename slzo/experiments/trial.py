@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from slzo.batches.packing import pack
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
@@ -27,8 +26,6 @@ _DIVERGED = 1.5
 _CURVE = tuple(10 * 2**power for power in range(16))
 # Where the slopes are taken if model.eps is auto: layers are compared at one distance.
 _SENSITIVITY_EPS = 1e-3
-# Rows per forward pass when cached states move to another layer.
-_ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -234,10 +231,9 @@ class Workbench:
         return tuned_model.measure_step(loss, eps, seed, self.datamodule.objective.lowest)
 
     def _fill_prefix(self, tuned_model: TunedModel) -> None:
-        """Compute the states of every training row, in the batches of the first epoch."""
-        batches = self.datamodule.training_batches(self.datamodule.batch_size, self.module.noise_seed or 0)
-        for _ in range(math.ceil(len(self.datamodule.rows("train")) / self.datamodule.batch_size)):
-            tuned_model.forward.prefix(next(batches).packed.to(tuned_model.parts.model.device))
+        """Compute the states of every row that the cache has room for."""
+        for block in self.datamodule.prefix_blocks():
+            tuned_model.forward.prefix(block.pack().to(tuned_model.parts.model.device))
 
     def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
         """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run."""
@@ -266,11 +262,11 @@ class Workbench:
             self._cache = None
             return
         data, moved = self.datamodule, cache.empty_for(layer)
-        # packed as they were when they came there
-        rows = [row.encoded for split in ("train", "dev") for row in data.rows(split) if row.encoded.index in cache]
         with torch.no_grad():
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                batch = pack(rows[start : start + _ROWS_AT_ONCE], share_prompts=data.share_prompts)
+            for block in data.prefix_blocks():  # as they came there
+                if not all(key in cache for key in block.keys):
+                    continue
+                batch = block.pack()
                 hidden = cache.gather(batch.example_index, {}, parts.model.device, parts.model.dtype)
                 states = parts.run(batch.to(parts.model.device), cache.start, layer, hidden)
                 moved.put(batch.example_index, batch.example_tokens, states)
@@ -288,6 +284,7 @@ class Workbench:
     def _tuned(self, layer: int | None) -> Iterator[TunedModel]:
         """Tune the scope for a while; the model gets its untuned weights back."""
         tuned_model = self.module.tune(layer, self._cache)
+        tuned_model.plan_prefix(self.datamodule.prefix_blocks())
         self._cache = tuned_model.forward.cache
         initial = tuned_model.tensors.copy_of_masters()
         try:

@@ -2,12 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from slzo.batches.blocks import Block
 from slzo.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -16,7 +17,8 @@ _BLOCK_BYTES = 64 * 2**20
 class PrefixCache:
     """Keeps hidden states by example until a budget is spent; the rest is recomputed each time.
 
-    Packed hidden states of an example do not depend on the batch, so they fit any later batch.
+    Packed hidden states of an example do not depend on the batch but for rounding, so they fit any later batch. With a
+    :meth:`plan` they do not depend on it at all.
 
     Args:
         start: The layer that the states enter.
@@ -39,11 +41,36 @@ class PrefixCache:
             check_cache_folder(directory)
         self.num_bytes = 0
         self._states: dict[int, Tensor] = {}
+        self._plan: dict[int, Block] | None = None
         self._block: Tensor | None = None
         self._used = 0
 
     def __contains__(self, key: int) -> bool:
         return key in self._states
+
+    def plan(self, blocks: Iterable[Block], token_bytes: int) -> None:
+        """Fix what is kept, and with which others each example is computed: whole blocks, in this order, as long as they fit.
+
+        The states then are those of any other run with the same blocks and budget, whatever was asked for before. Kept states of
+        examples that are in no block are forgotten.
+
+        Args:
+            blocks: Each example is in one of them at most.
+            token_bytes: Space that a packed token's states take.
+        """
+        self._plan, planned = {}, 0
+        for block in blocks:
+            size = block.num_tokens * token_bytes
+            if planned + size <= self.budget:
+                planned += size
+                self._plan |= dict.fromkeys(block.keys, block)
+        if not self._states.keys() <= self._plan.keys():
+            self.clear()
+
+    def blocks_of(self, keys: Iterable[int]) -> list[Block]:
+        """The planned blocks of some examples."""
+        plan = self._plan or {}
+        return list({id(plan[key]): plan[key] for key in keys if key in plan}.values())
 
     def round(self, hidden: Tensor) -> Tensor:
         """The states as they come back from the cache, so that a loss does not depend on what is cached."""
@@ -70,7 +97,8 @@ class PrefixCache:
         dtype = self.dtype or hidden.dtype
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
             size = states.numel() * dtype.itemsize
-            if key in self._states or self.num_bytes + size > self.budget:
+            planned = self._plan is None or key in self._plan
+            if not planned or key in self._states or self.num_bytes + size > self.budget:
                 continue
             place = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
             self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
-from slzo.batches.packing import PackedBatch
+from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point
@@ -43,15 +43,21 @@ class SuffixForward:
     def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
         """Hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if there is no layer before it.
 
-        Only examples that the cache does not hold are run; their states are offered to it with ``keep``.
+        Only examples that the cache does not hold are run; their states are offered to it with ``keep``. Those that it plans to
+        keep are run with the others of their block.
         """
         if self.span.start == 0:
             return None
+        if keep:
+            for block in self.cache.blocks_of(key for key in batch.example_index if key not in self.cache):
+                if block.keys != batch.example_index:  # else the batch is the block, and is run below
+                    whole = block.pack().to(batch.input_ids.device)
+                    self.cache.put(whole.example_index, whole.example_tokens, self._run_prefix(whole))
         new: dict[int, Tensor] = {}
         missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
         if missing:
             part = batch if len(missing) == batch.num_examples else batch.select(missing)
-            fresh = self.cache.round(self.parts.run(part, 0, self.span.start))
+            fresh = self._run_prefix(part)
             lengths = [batch.example_tokens[number] for number in missing]
             if keep:
                 self.cache.put([batch.example_index[number] for number in missing], lengths, fresh)
@@ -59,6 +65,9 @@ class SuffixForward:
                 return fresh
             new = dict(zip(missing, fresh.split(lengths), strict=True))
         return self.cache.gather(batch.example_index, new, batch.input_ids.device, self.parts.model.dtype)
+
+    def _run_prefix(self, batch: TokenBatch) -> Tensor:
+        return self.cache.round(self.parts.run(batch, 0, self.span.start))
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""

@@ -1,6 +1,6 @@
 """A language model of which a small part is tuned: everything that training it needs, without Lightning."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from slzo.batches.blocks import Block
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.errors import SlzoError
@@ -180,6 +181,12 @@ class TunedModel:
             self.parts.model.save_pretrained(folder)
         else:
             self.adapter.save_merged(self.parts.model, folder)
+
+    def plan_prefix(self, blocks: Iterable[Block]) -> None:
+        """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`."""
+        cache, model = self.forward.cache, self.parts.model
+        width = model.config.get_text_config(decoder=True).hidden_size
+        cache.plan(blocks, width * (cache.dtype or model.dtype).itemsize)
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """See :data:`slzo.evaluation.evaluator.Logits`."""

@@ -1,0 +1,135 @@
+"""A resumed run ends with the same bytes as one that nobody stopped: any scope, any estimator, after any number of epochs.
+
+The prefix cache is on: which rows' states it keeps, and with which others each is computed, must not depend on the stop.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_dir, tuned
+
+from slzo.__main__ import main
+from slzo.models.parts import ModelParts
+
+# batches of 8 of 40 rows: an epoch is 5 steps
+STEPS = 13
+SCOPES = {
+    "LayerScope": [],
+    "mlp": ["--model.scope=LayerScope", "--model.scope.part=mlp"],
+    "OutlierChannels": ["--model.scope=OutlierChannels", "--model.scope.percent=20"],
+    "ActivationSubspace": ["--model.scope=ActivationSubspace", "--model.scope.rank=4", "--model.scope.num_sequences=8"],
+    "LoRA": ["--model.scope=LoRA", "--model.scope.rank=2"],
+    "PrefixTuning": ["--model.scope=PrefixTuning"],
+    "AllParameters": ["--model.scope=AllParameters"],
+    "RandomLayers": ["--model.scope=RandomLayers"],
+    "SmallestWeights": ["--model.scope=SmallestWeights"],
+}
+ESTIMATORS = {
+    "SPSA": [],
+    "two queries": ["--model.num_queries=2"],
+    "divided": ["--model.estimator=SPSA", "--model.estimator.divide_rows=true", "--model.num_queries=2"],
+    "OneSided": ["--model.estimator=OneSided", "--model.num_queries=2"],
+    "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
+    "LOZO": ["--model.estimator=LOZO"],
+    "Adam": ["--model.optimizer=Adam", "--model.optimizer.lr=1e-3"],
+    "Backprop": ["--model.estimator=Backprop"],
+}
+EPOCHS = {"epoch 1": 3, "epoch 3": 11}
+STOPS = ("max_steps", "SIGINT", "SIGTERM", "SIGKILL")
+ALL = list(product(SCOPES, ESTIMATORS, EPOCHS, STOPS))
+FIRST = ("LayerScope", "SPSA", "epoch 3", "SIGINT")
+USUAL = {
+    FIRST,
+    ("LayerScope", "divided", "epoch 3", "SIGTERM"),
+    ("ActivationSubspace", "Adam", "epoch 3", "max_steps"),
+}
+# every scope, estimator, epoch and stop with the others of the first; the rest by tools/torture.py
+CHOSEN = [case for case in ALL if case in USUAL or sum(a != b for a, b in zip(case, FIRST, strict=True)) <= 1]
+# room for 24 of the 56 rows or so
+SMALL_CACHE = "--model.engine.cache_gb=1e-4"
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    """Ctrl-C counts, also where the tests run in the background of a shell, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch, request):
+    """Prefix states that depend on the size of the batch, as they do by rounding in models of real width."""
+    original = ModelParts.run
+
+    def run(self, batch, start, *args):
+        states = original(self, batch, start, *args)
+        return states * (1 + 1e-6 * batch.input_ids.numel()) if start == 0 else states
+
+    if "SIGKILL" not in request.node.name:  # that run is a process of its own
+        monkeypatch.setattr(ModelParts, "run", run)
+
+
+@pytest.fixture
+def fit(options):
+    """The command that is stopped and resumed."""
+    usual = [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=5", "--summary.test_before=false"]
+    return [
+        "fit",
+        *options,
+        "--model.layer=2",
+        *usual,
+        "--trainer.enable_progress_bar=false",
+        "--data.eval_batch_size=4",
+    ]
+
+
+def stopped(fit, step, how):
+    """Run until a step."""
+    if how == "max_steps":
+        assert main([*fit, f"--trainer.max_steps={step}"]) == 0
+        return
+    sender = ["--trainer.callbacks=signal_sender.SignalSender", "--trainer.callbacks.place=on_train_batch_end"]
+    command = [*fit, *sender, f"--trainer.callbacks.step={step}", f"--trainer.callbacks.number={how}"]
+    if how != "SIGKILL":
+        assert main(command) == 128 + getattr(signal, how)
+        return
+    command += ["--last_checkpoint.every_n_steps=1"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run([sys.executable, "-m", "slzo", *command], env={**os.environ, "PYTHONPATH": paths})
+    assert ended.returncode == -signal.SIGKILL
+
+
+def assert_resume_is_exact(fit, step, how):
+    assert main(fit) == 0
+    expected = tuned(run_dir() / "checkpoints" / "last.ckpt")
+    stopped(fit, step, how)
+    assert main([*fit, "--ckpt_path=last"]) == 0
+    found = tuned(run_dir(2) / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("scope", "estimator", "epoch", "how"),
+    [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in CHOSEN],
+)
+def test_a_resume_is_exact(fit, scope, estimator, epoch, how):
+    assert_resume_is_exact([*fit, *SCOPES[scope], *ESTIMATORS[estimator]], EPOCHS[epoch], how)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_resume_is_exact_where_some_rows_are_kept(fit, dtype):
+    assert_resume_is_exact([*fit, SMALL_CACHE, f"--model.dtype={dtype}"], 11, "SIGINT")
+
+
+def test_kept_on_disk_or_in_memory_is_the_same(fit, tmp_path):
+    assert main([*fit, SMALL_CACHE]) == 0
+    assert main([*fit, SMALL_CACHE, f"--model.engine.cache_dir={tmp_path / 'states'}"]) == 0
+    one, other = (tuned(run_dir(number) / "checkpoints" / "last.ckpt") for number in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)

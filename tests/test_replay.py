@@ -1,0 +1,188 @@
+"""The log of a run's steps rebuilds its weights, and gives back what a crash lost."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_dir, tuned
+
+from slzo.__main__ import main
+from slzo.module import ZOModule
+from slzo.step_log import StepLog, StepLogWriter, StepRecord, WentBack, read_step_log
+
+STEPS = 6
+METHODS = {
+    "SPSA": [],
+    "bfloat16": ["--model.dtype=bfloat16"],
+    "Adam, momentum of schedules": [
+        "--model.optimizer=Adam",
+        "--model.optimizer.lr=1e-3",
+        "--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR",
+        "--model.lr_scheduler.max_lr=1e-2",
+        f"--model.lr_scheduler.total_steps={STEPS}",
+        "--model.eps_end=1e-4",
+    ],
+    "auto": ["--model.eps=auto", "--model.optimizer.lr=auto", "--model.clip_projected_grad=1"],
+    "OneSided": ["--model.estimator=OneSided", "--model.num_queries=3"],
+    "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
+    "LOZO": ["--model.estimator=LOZO"],
+    "divided": ["--model.estimator=SPSA", "--model.estimator.divide_rows=true", "--model.num_queries=2"],
+    "queries at once": ["--model.num_queries=3", "--model.engine.queries_at_once=2"],
+    "LoRA": ["--model.scope=LoRA", "--model.scope.rank=2"],
+    "PrefixTuning": ["--model.scope=PrefixTuning"],
+    "ActivationSubspace": ["--model.scope=ActivationSubspace", "--model.scope.rank=4", "--model.scope.num_sequences=8"],
+    "RandomLayers": ["--model.scope=RandomLayers"],
+    "SmallestWeights": ["--model.scope=SmallestWeights"],
+}
+USUAL = ("auto", "LoRA", "divided")
+
+
+@pytest.fixture
+def fit(options):
+    """A run that keeps a checkpoint of each validation, every second step."""
+    usual = [f"--trainer.max_steps={STEPS}", "--summary.test_before=false", "--trainer.enable_progress_bar=false"]
+    return ["fit", *options, *usual, "--model.layer=2", "--checkpoint.save_top_k=-1"]
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    """Steps that looked at the model."""
+    seen = []
+    original = ZOModule.loss_of
+
+    def loss_of(self, batch):
+        seen.append(self.global_step)
+        return original(self, batch)
+
+    monkeypatch.setattr(ZOModule, "loss_of", loss_of)
+    return seen
+
+
+def assert_same(path, other):
+    one, two = tuned(path), tuned(other)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in USUAL else pytest.mark.slow) for m in METHODS])
+def test_every_step_can_be_rebuilt_without_data(fit, method, forward_passes, capsys):
+    assert main([*fit, *METHODS[method]]) == 0
+    forward_passes.clear()
+    for step in (4, STEPS):
+        output = Path(f"{step}.ckpt")
+        assert main(["replay", "--run=runs/version_0", f"--step={step}", f"--output={output}"]) == 0, (
+            capsys.readouterr().err
+        )
+        assert_same(output, run_dir() / "checkpoints" / f"step={step}.ckpt")
+    assert not forward_passes
+    assert main(["test", "--config=runs/version_0/config.yaml", "--ckpt_path=4.ckpt", "--data.num_test=4"]) == 0
+    assert [path.name for path in Path("runs").iterdir()].count("version_0") == 1
+
+
+@pytest.mark.parametrize("method", ["SPSA", *(pytest.param(m, marks=pytest.mark.slow) for m in ("auto", "LoRA"))])
+def test_a_resume_takes_lost_steps_from_the_log(fit, method, forward_passes, capsys):
+    fit = [*fit, *METHODS[method]]
+    assert main(fit) == 0
+    assert main(fit) == 0
+    log = run_dir(1) / "zo_log"
+    full = read_step_log(log)
+    # a crash in the sixth step, the last checkpoint is of the second
+    log.write_bytes(log.read_bytes()[:-3])
+    forward_passes.clear()
+    assert main([*fit, "--ckpt_path=runs/version_1/checkpoints/step=2.ckpt"]) == 0
+    assert "Steps 2 to 4 are in the log" in capsys.readouterr().out
+    assert forward_passes == [5]
+    assert_same(run_dir(0) / "checkpoints" / "last.ckpt", run_dir(2) / "checkpoints" / "last.ckpt")
+    assert read_step_log(run_dir(2) / "zo_log") == full
+    assert main(["replay", "--run=runs/version_2", "--step=3", "--output=3.ckpt"]) == 0
+
+
+def test_other_options_do_not_take_the_old_steps(fit, forward_passes, capsys):
+    assert main(fit) == 0
+    forward_passes.clear()
+    ckpt = "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"
+    assert main([*fit, "--model.eps=2e-3", ckpt]) == 0
+    assert "Options that steps depend on have changed" in capsys.readouterr().out
+    assert forward_passes == [2, 3, 4, 5]
+    # a longer run with a constant rate is the same run
+    forward_passes.clear()
+    assert main([*fit, f"--trainer.max_steps={STEPS + 1}", ckpt]) == 0
+    assert forward_passes == [STEPS]
+
+
+def test_a_run_that_went_back_is_rebuilt(fit):
+    wild = ["--model.optimizer.lr=0.1", "--model.optimizer.momentum=0.5", "--model.scope=AllParameters"]
+    assert main([*fit, *wild]) == 0
+    log = read_step_log(run_dir() / "zo_log")
+    assert log.went_back
+    assert main(["replay", "--run=runs/version_0", "--output=all.ckpt"]) == 0
+    assert_same("all.ckpt", run_dir() / "checkpoints" / "last.ckpt")
+
+
+def test_differentiating_estimators_have_no_log(fit, capsys):
+    assert main([*fit, "--model.estimator=Backprop", "--trainer.max_steps=2"]) == 0
+    assert not (run_dir() / "zo_log").exists()
+    assert main(["replay", "--run=runs/version_0"]) == 2
+    assert "differentiates, and has no replay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--run=nowhere"], "run 'nowhere': no such folder"),
+        ([], "run '': no such folder"),
+        (["--run=empty"], "its zo_log is missing"),
+        (["--run=foreign"], "was not written by slzo"),
+        (["--run=later"], "has format 2"),
+        (["--run=short", "--step=9"], "step 9: the log of 'short' has 0 steps"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(options, more, message, capsys):
+    for name, text in (("empty", None), ("foreign", "x\n"), ("later", '{"format": 2, "settings": {}}\n')):
+        Path(name).mkdir()
+        if text is not None:
+            (Path(name) / "zo_log").write_text(text)
+    Path("short").mkdir()
+    StepLogWriter(Path("short/zo_log"), StepLog({})).close()
+    assert main(["replay", *options, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_log_is_small_and_ends_where_a_crash_cut_it(tmp_path):
+    path = tmp_path / "zo_log"
+    records = [StepRecord(step, 1e-3, 1e-4, (0.5, 0.25)) for step in range(10_000)] + [WentBack(10_000, 7)]
+    writer = StepLogWriter(path, StepLog({"a": 1}))
+    for record in records:
+        writer.append(record)
+    writer.close()
+    writer.close()
+    assert path.stat().st_size < 1e6 / 2
+    log = read_step_log(path)
+    assert list(log.records) == records
+    assert log.settings == {"a": 1}
+    assert log.before(3) == records[:3]
+    content = path.read_bytes()
+    for end in (len(content) - 1, len(content) - 40):
+        path.write_bytes(content[:end])
+        assert len(read_step_log(path).records) == len(records) - (1 if end == len(content) - 1 else 2)
+    path.write_bytes(content[:5000] + b"x" + content[5001:])
+    assert 0 < len(read_step_log(path).records) < 5000 / 35
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_no_step_that_was_done(fit):
+    assert main(fit) == 0
+    sender = ["--trainer.callbacks=signal_sender.SignalSender", "--trainer.callbacks.place=on_train_batch_start"]
+    sender += ["--trainer.callbacks.step=5", "--trainer.callbacks.number=SIGKILL"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-m", "slzo", *fit, *sender], env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == -signal.SIGKILL
+    assert list(read_step_log(run_dir(1) / "zo_log").steps) == list(range(5))
+    assert main([*fit, "--ckpt_path=last"]) == 0
+    assert_same(run_dir(0) / "checkpoints" / "last.ckpt", run_dir(2) / "checkpoints" / "last.ckpt")

@@ -1,0 +1,97 @@
+"""Look for known vulnerabilities of the installed packages with pip-audit, and warn.
+
+Usage: ``python tools/audit.py``.
+
+A package is clean only if the database knew it. What was skipped is counted, and where nothing could be looked up the answer is
+"not audited". The exit status is 0 unless ``--strict`` is given: then it is 1 for findings, and for "not audited".
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+_COMMAND = (
+    sys.executable,
+    "-m",
+    "pip_audit",
+    "--format",
+    "json",
+    "--progress-spinner",
+    "off",
+    "--local",
+    "--skip-editable",
+)
+_TIMEOUT_S = 300
+
+
+class Report(NamedTuple):
+    """What was found.
+
+    Attributes:
+        lines: To print.
+        passed: Whether something was looked up, and nothing was found.
+    """
+
+    lines: tuple[str, ...]
+    passed: bool
+
+
+def summarize(found: Mapping[str, Any]) -> Report:
+    """Read what ``pip-audit --format json`` printed."""
+    packages = found["dependencies"]
+    skipped = [package for package in packages if "skip_reason" in package]
+    audited = [package for package in packages if "skip_reason" not in package]
+    if not audited:
+        return not_audited(f"none of {len(packages)} packages was found in the database; it may be out of reach")
+    lines = [
+        f"{package['name']} {package['version']}: {vulnerability['id']}, "
+        + (
+            f"mended in {', '.join(vulnerability['fix_versions'])}"
+            if vulnerability["fix_versions"]
+            else "not mended yet"
+        )
+        for package in audited
+        for vulnerability in package["vulns"]
+    ]
+    last = f"audit: {len(audited)} packages looked up, {len(lines)} known vulnerabilities, {len(skipped)} skipped"
+    if skipped:
+        last += (
+            f" ({', '.join(sorted(package['name'] for package in skipped)[:10])}{', ...' if len(skipped) > 10 else ''})"
+        )
+    return Report((*(f"warning: {line}" for line in lines), last), not lines)
+
+
+def not_audited(reason: str) -> Report:
+    """The answer where nothing could be looked up."""
+    return Report((f"warning: not audited: {reason}",), False)
+
+
+def audit() -> Report:
+    """Run pip-audit on this environment."""
+    try:
+        done = subprocess.run(_COMMAND, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        return summarize(json.loads(done.stdout))
+    except subprocess.TimeoutExpired:
+        return not_audited(f"pip-audit took more than {_TIMEOUT_S} s")
+    except (ValueError, KeyError, TypeError):
+        told = done.stderr.strip().splitlines()
+        return not_audited(f"pip-audit ended with status {done.returncode}: {told[-1] if told else 'no output'}")
+
+
+def main() -> int:
+    """Print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 unless packages were looked up and are clean"
+    )
+    strict = parser.parse_args().strict
+    report = audit()
+    print("\n".join(report.lines))
+    return int(strict and not report.passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
