@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +25,7 @@ from slzo.data.sampler import EpochBatchSampler
 from slzo.data.sources import load_examples
 from slzo.data.splits import Splits, draw_splits, part_test
 from slzo.errors import SlzoError
-from slzo.evaluation.evaluator import Evaluator, Logits, RunningScore
+from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits
 from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
 from slzo.models.load import load_tokenizer
@@ -155,6 +154,11 @@ class TaskDataModule(LightningDataModule):
                 "such as TemplateTask with an answer_field, or ChatTask"
             )
         self.objective = objective
+        if self.task.metric == "reward" and self.reward is None:
+            raise SlzoError(
+                f"data.reward: task {self.task.name!r} has no answers that held-out rows could be scored by; give a data.reward, "
+                "or the rows' answers in data.task.answer_field"
+            )
         # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
         own = {"class": self.task.name, "version": self.task.version}
         self.task_settings = {
@@ -238,8 +242,11 @@ class TaskDataModule(LightningDataModule):
         """What is logged of scored rows: ``val/loss`` and so on."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
-            names = RunningScore(self.make_metrics(), torch.device("cpu"), self.also).compute()
-        return [f"{stage}/{name}" for name in ("loss", *(name for name in names if name != "loss"))]
+            names = self.make_metrics().compute()
+        also = [name for name in self.also if name != "reward"] + (
+            list(REWARD_NAMES) if self.reward is not None else []
+        )
+        return [f"{stage}/{name}" for name in ("loss", *names, *also)]
 
     @property
     def also(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import TASKS, get_task
@@ -321,7 +322,11 @@ class TestTemplate:
         with pytest.raises(ValueError, match="an answer holds '\\\\n###', which ends an answer"):
             task.example({**row, "summary": "a\n### b"}, "3")
         reward_only = TemplateTask("{q}", max_new_tokens=5)
-        assert (reward_only.kind, reward_only.fields) == (Kind.GENERATION, ("q",))
+        assert (reward_only.kind, reward_only.fields, reward_only.metric) == (Kind.GENERATION, ("q",), "reward")
+        with pytest.raises(
+            SlzoError, match=r"^data.reward: task 'custom' has no answers that held-out rows could be scored by"
+        ):
+            TaskDataModule(reward_only)
         assert reward_only.example({"q": "x"}, "3").candidates == ()
         assert not TemplateTask("{q}", answer_field="a", metrics=["perplexity"]).generates
 

@@ -165,13 +165,15 @@ class RunningScore:
                     mean.update(values.to(mean.device, torch.float32))
 
     def compute(self) -> dict[str, Tensor]:
-        """Each metric by name, and ``loss``; 0-dimensional."""
+        """Each metric by name, and ``loss`` (not where rows are rewarded and none has a label); 0-dimensional."""
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message=".*was called before the ``update`` method.*"
             )  # no labels, or no rows
             found = {**self._metrics.compute(), "loss": self._loss.compute()}
-        if "perplexity" in self._also:
+        if self._means and found["loss"].isnan():  # rows that are rewarded need no answer of their own
+            del found["loss"]
+        elif "perplexity" in self._also:
             found["perplexity"] = found["loss"].exp()
         if self._means:
             reward, square, tokens = (mean.compute() for mean in self._means.values())
@@ -181,6 +183,8 @@ class RunningScore:
 
 
 _REWARD_MEANS = ("reward", "reward_square", "answer_tokens")
+REWARD_NAMES = ("reward", "reward_std", "answer_tokens")
+"""What is computed where rows are rewarded."""
 
 
 def score_rows(

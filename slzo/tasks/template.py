@@ -30,7 +30,8 @@ class TemplateTask(Task):
         stop: Generation: texts that end an answer; the first one ends those trained on. Left out, a newline.
         max_new_tokens: Generation: longest answer, in tokens; left out, 50.
         metrics: Generation: what held-out rows are scored by, the first sums a run up: perplexity, or of generated answers f1,
-            exact_match and other built-in rewards. Left out, f1 and exact_match.
+            exact_match and other built-in rewards. Left out, f1 and exact_match, or without answers in the rows the reward
+            alone.
         train_file: JSON Lines, CSV or Parquet.
         dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
@@ -83,8 +84,10 @@ class TemplateTask(Task):
             self.stop = check_stop(["\n"] if stop is None else stop)
             if not self.stop:
                 raise SlzoError("data.task.stop []: give at least one text that ends an answer, or leave it out")
-            self.metrics = check_metrics(("f1", "exact_match") if metrics is None else metrics)
-            self.metric = self.metrics[0]
+            answered = answer_field is not None or references_field is not None
+            usual = Task.metrics if answered else ()
+            self.metrics = usual if metrics is None else check_metrics(metrics)
+            self.metric = self.metrics[0] if self.metrics else "reward"
             self.fields = self._in_prompt if answer_field is None else (*self._in_prompt, answer_field)
         else:
             self.kind = Kind.CLASSIFICATION
