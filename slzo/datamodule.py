@@ -291,13 +291,12 @@ class TaskDataModule(LightningDataModule):
         source = {"data_dir": self.data_dir, "hub_path": self.hub_path, "hub_config": self.hub_config}
         files, columns = self.task.files, self.reward is not None
         own = "train" in files and "test" not in files
+        test = [] if own else load_examples(self.task, "test", **source, columns=columns)
         train = load_examples(self.task, "train", **source, columns=columns) if needs_train or own else None
         if own:
             assert train is not None
             train, test, note = part_test(train, self.num_test)
             rank_zero_info(note)
-        else:
-            test = load_examples(self.task, "test", **source, columns=columns)
         dev = load_examples(self.task, "dev", **source, columns=columns) if needs_train and "dev" in files else None
         self.splits = draw_splits(
             train if needs_train else None,

@@ -22,7 +22,7 @@ from slzo.tasks.wic import Wic
 from slzo.tasks.wsc import Wsc
 
 _ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
-_OF_ONES_OWN = (TemplateTask, ChatTask)
+_OF_ONES_OWN = (TemplateTask.__name__, ChatTask.__name__)
 TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _ALL})
 
 
@@ -34,7 +34,13 @@ def get_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]()
+    if name == ChatTask.__name__:  # a class without options arrives as its name
+        return ChatTask()
+    if name == TemplateTask.__name__:
+        raise SlzoError(
+            "data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask lists its options"
+        )
     close = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    own = " or ".join(task.__name__ for task in _OF_ONES_OWN)
+    own = " or ".join(_OF_ONES_OWN)
     hint = f"; did you mean {close[0]!r}?" if close else f"; one on your own files is {own}"
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")
