@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         from slzo.cli import run  # takes seconds: torch, Lightning and transformers
 
-        with _sigterm_raises():
+        with sigterm_raises():
             run(args)
     except SlzoError as error:
         sys.stderr.write(f"slzo: error: {error}\n")
@@ -79,7 +79,7 @@ def _interrupt_status(stop: BaseException) -> int | None:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """Unwind at SIGTERM, as at Ctrl-C, where nothing else is to happen."""
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -203,13 +203,14 @@ class TaskDataModule(LightningDataModule):
         chat = self.task.chat
         return Encoder(tokenizer, max_length) if chat is None else ChatEncoder(tokenizer, max_length, chat)
 
-    def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0) -> None:
+    def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
         """Check that the tokenizer is a model's, and cut prompts to the positions that it knows; before rows are used.
 
         Args:
             model: The model.
             name: Of the model, as in model.model.
             reserved: Positions that come before every sequence.
+            longest: Of its parts, see :class:`slzo.models.parts.ModelParts`.
 
         Raises:
             SlzoError: The tokenizer has tokens that the model does not know.
@@ -223,6 +224,8 @@ class TaskDataModule(LightningDataModule):
         if own != name:
             rank_zero_warn(f"data.tokenizer {own!r} is not that of model.model {name!r}; {advice}")
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if longest is not None:
+            positions = min(longest, positions or longest)
         if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
             rank_zero_info(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
             self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)

@@ -20,10 +20,11 @@ from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.models.engine import DType, Engine
 from slzo.models.load import load_model
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
+from slzo.models.startup_check import take_apart
 from slzo.runtime import peak_memory_gb
-from slzo.settings import constructor_settings, differences
+from slzo.settings import constructor_settings, differences, with_defaults
 from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice
 from slzo.zo.recorder import StepRecorder
@@ -169,7 +170,7 @@ class ZOModule(LightningModule):
         if self.noise_seed is None:
             self.noise_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self.configure_model()
-        datamodule.fit_to(self.model, self.model_name, reserved=self.scope.num_positions)
+        datamodule.fit_to(self.model, self.model_name, self.scope.num_positions, self.parts.longest)
 
     def check_training(self, datamodule: TaskDataModule) -> None:
         """Refuse options of model and rows that cannot train together.
@@ -221,10 +222,11 @@ class ZOModule(LightningModule):
     def _tune_as(self, note: Mapping[str, Any]) -> None:
         """Make masters of what a checkpoint holds, which may be of another scope or model by mistake."""
         training = self._trainer is not None and self.trainer.state.fn == "fit"
-        if training and note["scope"] != self.scope_settings:
+        scope = with_defaults(note["scope"], self.scope)
+        if training and scope != self.scope_settings:
             raise SlzoError(
-                f"model.scope: this run and the checkpoint differ ({differences(note['scope'], self.scope_settings)}); resume "
-                "with the options that it was trained with"
+                f"model.scope: this run and the checkpoint differ ({differences(scope, self.scope_settings)}); resume with the "
+                "options that it was trained with"
             )
         subset = self.scope.subset(tuple(note["tensors"]), self.parts) if training else None
         try:
@@ -239,7 +241,7 @@ class ZOModule(LightningModule):
         self.layer, self.layer_origin = note["layer"], note["layer_origin"]
         virtual_tokens = tuned_model.parts.virtual_tokens
         if virtual_tokens is not None and self._trainer is not None:
-            self.datamodule.fit_to(self.model, self.model_name, reserved=virtual_tokens.num_tokens)
+            self.datamodule.fit_to(self.model, self.model_name, virtual_tokens.num_tokens, self.parts.longest)
 
     def _take_step_size(self, note: Mapping[str, Any]) -> None:
         measured = note.get("step_size")  # older checkpoints have none: it is measured where they are

@@ -34,6 +34,13 @@ def constructor_settings(thing: object, option: str) -> dict[str, Any]:
     return {"class": type(thing).__qualname__, **values}
 
 
+def with_defaults(settings: Mapping[str, Any], thing: object) -> dict[str, Any]:
+    """Settings of a former version, with what it did not know as its present class has it when it is left out."""
+    own = type(thing)
+    parameters = inspect.signature(own).parameters.values() if settings.get("class") == own.__qualname__ else ()
+    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **settings}
+
+
 def _primitive(value: object, option: str) -> Any:
     if isinstance(value, Enum):
         return value.name

@@ -1,6 +1,5 @@
 """Tiny random models of every family, a tiny tokenizer and tiny data."""
 
-import json
 import logging
 import os
 import random
@@ -12,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import tiny
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators import Request
@@ -22,23 +21,9 @@ from slzo.zo.forward import SuffixForward
 from slzo.zo.scopes import LayerScope, ScopeContext
 from slzo.zo.span import Span
 from slzo.zo.tuned_model import TunedModel
+from tiny import VOCABULARY, make_tokenizer  # noqa: F401 - tests take it from here
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-VOCABULARY = 320
-
-_SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": VOCABULARY,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FAMILIES = {
     "llama": {},
     "qwen2": {},
@@ -55,13 +40,7 @@ FAMILIES = {
 
 def tiny_model(family="llama", seed=0, scale=3.0, **changes):
     """A random model whose logits differ enough between tokens to show a mistake."""
-    options = {**_SIZES, **FAMILIES.get(family, {}), **changes}
-    config = AutoConfig.for_model(family, **{k: v for k, v in options.items() if v is not None})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.mul_(scale)
-    return model
+    return tiny.tiny_model(family, seed, scale, **{**FAMILIES.get(family, {}), **changes})
 
 
 def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
@@ -121,44 +100,20 @@ def one_token_examples(examples):
     return examples[:4]
 
 
-def make_tokenizer():
-    """A byte-level BPE tokenizer without merges: every text has tokens, none is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["It was great. It was terrible. A good movie, a bad movie."] * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A tiny Llama with its tokenizer, saved as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_model("llama", scale=1.0).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tiny.write_model(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Made-up SST-2 rows in the Hub's fields."""
-    folder = tmp_path_factory.mktemp("data") / "sst2"
-    folder.mkdir()
-    generator = random.Random(1)
-    words = {0: ["bad", "dull", "poor", "weak"], 1: ["good", "fine", "warm", "sharp"]}
-    for name, count in (("train", 80), ("validation", 24)):
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for idx in range(count):
-                label = idx % 2
-                text = f"a {generator.choice(words[label])} film {name} {idx}" + " really" * generator.randrange(4)
-                file.write(json.dumps({"idx": idx, "sentence": text, "label": label}) + "\n")
-    return folder.parent
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_rows(folder)
+    return folder
 
 
 class _CurrentStderr:

@@ -18,7 +18,7 @@ from slzo.models import gguf_folder
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.gguf_folder import gguf_to_folder, is_model_folder
 from slzo.models.load import load_model
-from slzo.models.parts import take_apart
+from slzo.models.startup_check import take_apart
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 64, 259, 2
 

@@ -266,6 +266,8 @@ def test_an_answer_depends_on_its_key_alone():
     assert (
         whole == alone == generate(padded, prompts, {2}, max_new_tokens=6, sampling=Sampling(1.0, tuple(keys))).answers
     )
+    padded.pads_left = False  # rows of one length together
+    assert generate(padded, prompts, {2}, max_new_tokens=6, sampling=Sampling(1.0, tuple(keys))).answers == whole
     other = Sampling(1.0, tuple(sample_key(3, 2, f"r{number}", 0) for number in range(3)))
     assert generate(parts, prompts, {2}, max_new_tokens=6, sampling=other).answers != whole
 

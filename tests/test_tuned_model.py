@@ -9,9 +9,10 @@ from conftest import random_example, tiny_model, tuned_layer
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.errors import SlzoError
-from slzo.models import parts as parts_of_models
+from slzo.models import startup_check
 from slzo.models.compiled_layer import CompiledLayer
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
+from slzo.models.startup_check import take_apart
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
@@ -122,19 +123,19 @@ def test_a_model_that_ours_does_not_fit_keeps_its_own_attention_and_is_padded(mo
     """Its own attention is eager; left at ours, which falls back to sdpa, such a model was refused."""
     model = tiny_model()
     model.set_attn_implementation("eager")
-    plain = parts_of_models.largest_difference
+    plain = startup_check.largest_difference
 
-    def differs(parts, expected):
+    def differs(parts, *args):
         attention = parts.model.config._attn_implementation
-        return plain(parts, expected) if attention == "eager" else 0.5
+        return plain(parts, *args) if attention == "eager" else 0.5
 
-    monkeypatch.setattr(parts_of_models, "largest_difference", differs)
+    monkeypatch.setattr(startup_check, "largest_difference", differs)
     with pytest.warns(UserWarning, match="does not run right without padding"):
         parts = take_apart(model)
     assert not parts.packed
     assert model.config._attn_implementation == "eager"
-    monkeypatch.setattr(parts_of_models, "largest_difference", lambda *_: 0.5)
-    with pytest.raises(SlzoError, match=r"logits differ from the whole model's, relative error 0\.5"):
+    monkeypatch.setattr(startup_check, "largest_difference", lambda *_: 0.5)
+    with pytest.raises(SlzoError, match=r"other logits than the whole, relative error 0\.5"):
         take_apart(model)
     assert model.config._attn_implementation == "eager"
 

@@ -24,7 +24,8 @@ from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, stop_tokens
 from slzo.models.load import load_model
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
+from slzo.models.startup_check import take_apart
 
 TIE = 1e-4
 

@@ -39,7 +39,8 @@ from slzo.data.splits import draw_splits
 from slzo.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
-from slzo.models.parts import ModelParts, take_apart
+from slzo.models.parts import ModelParts
+from slzo.models.startup_check import take_apart
 from slzo.runtime import keep_freed_memory
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import SPSA

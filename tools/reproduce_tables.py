@@ -39,7 +39,8 @@ from typing import NoReturn
 from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
 from paper_tables.runs import Runner, Work, run_process
-from slzo.errors import SlzoError
+from slzo.__main__ import sigterm_raises
+from slzo.errors import Interrupted, SlzoError
 
 INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 
@@ -82,17 +83,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int:
-    """Run; 1 if runs failed, 2 after a mistake that the user can mend, 130 after Ctrl-C.
+    """Run; 1 if runs failed, 2 after a mistake that the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         argv: Options; left out, those of the process.
         runner: Calls slzo.
     """
     try:
-        return _main(parse(argv), runner)
+        with sigterm_raises():
+            return _main(parse(argv), runner)
     except SlzoError as error:
         print(f"reproduce_tables: error: {error}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)
+        return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
 
 
 def _main(options: argparse.Namespace, runner: Runner) -> int:
@@ -113,9 +118,9 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
     if not options.report:
         try:
             status = 0 if work.run(methods) else 1
-        except KeyboardInterrupt:
-            print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)
-            status = INTERRUPTED
+        except (KeyboardInterrupt, Interrupted):
+            write_tables(work, command)
+            raise
     write_tables(work, command)
     print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
     print(f"Files      {work.folder}/table.md, .csv, .json, .png")

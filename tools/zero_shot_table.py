@@ -17,7 +17,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.load import load_model
-from slzo.models.parts import take_apart
+from slzo.models.startup_check import take_apart
 from slzo.tasks.registry import TASKS
 
 NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")

@@ -255,7 +255,10 @@ class _Decoding:
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
             if virtual is not None:
                 seen = with_virtual_tokens(virtual, layer, *seen)
-            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"])
+            sinks = options["s_aux"]
+            if sinks is not None:  # one for each query, as they are grouped
+                sinks = sinks.view(1, k.shape[1], -1, 1)
+            output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"], sinks)
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 
@@ -277,7 +280,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Hands over to what came in with the inputs; the mask is a stand-in."""
     attend: _Attend = kwargs[LAYOUT_ARGUMENT]
-    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", VIRTUAL_ARGUMENT)}
+    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux", VIRTUAL_ARGUMENT)}
     return attend(module, query, key, value, options)
 
 
@@ -361,7 +364,16 @@ def _generate_padded(
     """For models whose attention cannot be exchanged: transformers' own generation, padded on the left."""
     if not prompts:
         return []
-    width = max(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    if not parts.pads_left and len(set(lengths)) > 1:  # padding would be seen: equal lengths together
+        answers: dict[int, list[int]] = {}
+        for length in set(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            own_sampling = None if sampling is None else sampling.of(rows)
+            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, own_sampling)
+            answers.update(zip(rows, found, strict=True))
+        return [answers[row] for row in range(len(prompts))]
+    width = max(lengths)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=parts.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
 

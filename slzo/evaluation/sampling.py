@@ -31,6 +31,10 @@ class Sampling:
         noise = np.stack([self._noise(self.keys[row], position, logits.shape[-1]) for row in rows])
         return logits.float() / self.temperature + torch.from_numpy(noise).to(logits.device)
 
+    def of(self, rows: Sequence[int]) -> "Sampling":
+        """That of some of the prompts."""
+        return Sampling(self.temperature, tuple(self.keys[row] for row in rows))
+
     @staticmethod
     def _noise(key: int, position: int, size: int) -> np.ndarray:
         generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))

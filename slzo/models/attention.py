@@ -48,6 +48,7 @@ def packed_attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed_layout: PackedLayout | None = None,
     virtual_tokens: VirtualTokens | None = None,
     **kwargs: Any,
@@ -64,6 +65,7 @@ def packed_attention_forward(
         dropout: Must be 0, both evaluations of a step have to see the same function.
         sliding_window: A token attends to this many last tokens, itself included.
         softcap: See :func:`masked_attention`.
+        s_aux: Attention sinks, shape (heads,); see :func:`masked_attention`.
         packed_layout: The packed sequences.
         virtual_tokens: Keys and values before those of every sequence; needs a layout.
         kwargs: Passed on when there is no layout.
@@ -71,12 +73,13 @@ def packed_attention_forward(
     Returns:
         The output, shape (1, T, heads, head_dim), and no attention weights.
     """
+    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
     if packed_layout is None:
-        if softcap is None:
+        if softcap is None and sinks is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        output = masked_attention(query, key, value, attention_mask, scaling, softcap)
+        output = masked_attention(query, key, value, attention_mask, scaling, softcap, sinks)
         return output.transpose(1, 2).contiguous(), None
     flat = torch.cat([index.flatten() for index in packed_layout.groups])
     rows = [states[0].transpose(0, 1).index_select(0, flat) for states in (query, key, value)]
@@ -89,7 +92,7 @@ def packed_attention_forward(
         # learned keys come before the queries
         narrow = virtual_tokens is not None or (sliding_window is not None and sliding_window < index.shape[1])
         mask = _causal_mask(q, k, sliding_window) if narrow else None
-        output = masked_attention(q, k, v, mask, scaling, softcap)
+        output = masked_attention(q, k, v, mask, scaling, softcap, sinks)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -113,20 +116,27 @@ def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention, also with bounded scores (Gemma 2, arXiv 2408.00118), which fused kernels lack.
+    """Attention, also with bounded scores (Gemma 2, arXiv 2408.00118) and sinks (GPT-OSS), which fused kernels lack.
 
     Args:
         query: Shape (N, heads, queries, head_dim).
         key: Shape (N, key_value_heads, keys, head_dim); their number divides that of the heads.
-        value: Like ``key``.
+        value: Like ``key``, or with a head_dim of its own.
         mask: Bool, broadcasts to (N, heads, queries, keys), ``True`` where attention is allowed; ``None`` for causal attention.
         scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
         softcap: Scores become ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
+        sinks: Scores of a key without a value that every query sees, broadcasts to (N, heads, queries, 1).
     """
     repeats = query.shape[1] // key.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
         )
@@ -134,5 +144,10 @@ def masked_attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights if sinks is None else weights[..., :-1]) @ value

@@ -6,7 +6,17 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slzo.errors import SlzoError
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
@@ -68,6 +78,8 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
 def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
 
+    A model that looks at images too is loaded whole; its text decoder is what :mod:`slzo.models.parts` finds.
+
     Raises:
         SlzoError: It cannot be loaded or is not a decoder-only language model.
     """
@@ -79,8 +91,15 @@ def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = Fa
             f"model.model {name!r}: {config.model_type} is an encoder-decoder model; slzo tunes decoder-only language "
             "models such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma and Phi-3"
         )
-    model = _load(name, AutoModelForCausalLM, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model = _load(name, auto_class(config), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model: of causal ones, or of those that look at images too, whole."""
+    kind = type(config)
+    only_with_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

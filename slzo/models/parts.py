@@ -6,18 +6,16 @@ embeddings for each layer as its authors meant, and the original model is never 
 """
 
 import copy
-import warnings
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
-from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.packing import PackedBatch, TokenBatch, pack
+from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.errors import SlzoError
 from slzo.models.attention import (
     LAYOUT_ARGUMENT,
@@ -32,15 +30,29 @@ from slzo.models.linear import onednn_is_faster, with_onednn
 _PACKED = "slzo_packed"
 
 
-class _Pass(nn.Module):
-    """Stands for a layer that is not run."""
+class _StandIn(nn.Module):
+    """In place of a module, whose other attributes the code around it may read."""
 
-    def __init__(self, as_tuple: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.as_tuple = as_tuple
+        self._module = (module,)  # in a tuple, so that it is not registered as a submodule a second time
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_module"][0], name)
+
+
+class _Pass(_StandIn):
+    """Stands for a layer that is not run; ``num_outputs`` are those of the layer, 0 if it does not return a tuple."""
+
+    def __init__(self, layer: nn.Module, num_outputs: int) -> None:
+        super().__init__(layer)
+        self.num_outputs = num_outputs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if self.as_tuple else hidden_states
+        return (hidden_states, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden_states
 
 
 class _Inject(_Pass):
@@ -63,13 +75,20 @@ class _Capture(_Pass):
         return super().forward(hidden_states)
 
 
-class _Precomputed(nn.Module):
-    """Stands for the whole decoder and returns final hidden states that are already known."""
+class _Precomputed(_StandIn):
+    """Stands for the whole decoder and returns final hidden states that are already known.
+
+    Its output is of the decoder's own class, as heads read other fields of it (a mixture of experts' ``router_logits``).
+    """
 
     value: Tensor | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.value)
+    def __init__(self, decoder: nn.Module, output_class: type[ModelOutput]) -> None:
+        super().__init__(decoder)
+        self.output_class = output_class
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        return self.output_class(last_hidden_state=self.value)
 
 
 class _SelectedHead(nn.Module):
@@ -79,13 +98,23 @@ class _SelectedHead(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self._head = (head,)  # in a tuple, so that the head is not registered as a submodule a second time
+        self._head = (head,)
+
+    @property
+    def weight(self) -> Tensor:
+        """Rows of the head's weight; some models ask for their type."""
+        assert self.token_ids is not None
+        return self._head[0].weight.index_select(0, self.token_ids)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The same of its bias."""
+        bias = self._head[0].bias
+        assert self.token_ids is not None
+        return None if bias is None else bias.index_select(0, self.token_ids)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        head = self._head[0]
-        assert self.token_ids is not None
-        bias = None if head.bias is None else head.bias.index_select(0, self.token_ids)
-        return F.linear(hidden_states, head.weight.index_select(0, self.token_ids), bias)
+        return F.linear(hidden_states, self.weight, self.bias)
 
 
 def _replace(root: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
@@ -110,13 +139,28 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     # an inner list (experts, adapters) can have the same length by chance; the outermost one holds the layers
     found = [(name, module) for name, module in found if not any(name.startswith(f"{other}.") for other, _ in found)]
-    if getattr(config, "is_encoder_decoder", False) or len(found) != 1 or model.get_output_embeddings() is None:
-        raise _refusal(
+    if len(found) > 1:  # beside the text decoder one for images, as deep
+        decoder = model.get_decoder()
+        inside = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
+        found = [(name, module) for name, module in found if name.startswith(inside)]
+    if getattr(config, "is_encoder_decoder", False) or len(found) != 1:
+        raise refusal(
             model,
-            "expected a decoder-only language model with one list of decoder layers and a head, "
-            f"found {len(found)} such lists",
+            f"expected a decoder-only language model with one list of decoder layers, found {len(found)} such lists",
         )
+    if model.get_output_embeddings() is None:
+        raise refusal(model, "it has no language-model head")
     return found[0]
+
+
+def _decoder_of(model: PreTrainedModel, layers_path: str) -> tuple[str, str]:
+    """Path of the innermost module around the decoder layers that takes token ids, and the layers' path in it."""
+    steps = layers_path.split(".")
+    for depth in range(len(steps) - 1, 0, -1):
+        path = ".".join(steps[:depth])
+        if "input_ids" in inspect.signature(model.get_submodule(path).forward).parameters:
+            return path, ".".join(steps[depth:])
+    raise refusal(model, "no module around the decoder layers, other than the whole model, takes token ids")
 
 
 class ModelParts:
@@ -130,8 +174,17 @@ class ModelParts:
         compile: Compile the decoder layers (see :mod:`slzo.models.compiled_layer`); they do not use oneDNN then.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
+    Attributes:
+        longest: Longest sequence in tokens that is computed alike whatever it is batched with; ``None`` for no limit.
+        selects: Whether the head can be run for some tokens of the vocabulary only; else it is run for all of them.
+        pads_left: Whether padding before a sequence is as good as none, where sequences are padded for generation.
+
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
+
+    longest: int | None = None
+    selects: bool = True
+    pads_left: bool = True
 
     def __init__(
         self,
@@ -150,11 +203,17 @@ class ModelParts:
         self.onednn = not compile and (onednn_is_faster(self.layers[0]) if onednn is None else onednn)
         stand_in = CompiledLayer if compile else with_onednn
         self._runnable = [stand_in(layer) for layer in self.layers] if compile or self.onednn else list(self.layers)
-        self._stack_path, _, self._layers_name = self.layers_path.rpartition(".")
+        self._stack_path, self._layers_name = _decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
-        self._as_tuple = _layer_returns_tuple(model, self.layers[0])
+        self._num_outputs, self._output_class = _seen_outputs(model, self.layers[0], self._stack)
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
+
+    def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> "ModelParts":
+        """Parts of the same model with the same switches, made again: modules were added to it."""
+        twin = ModelParts(self.model, self.packed, self.onednn, self.compile, virtual_tokens)
+        twin.longest, twin.selects, twin.pads_left = self.longest, self.selects, self.pads_left
+        return twin
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
@@ -167,7 +226,16 @@ class ModelParts:
 
         Returns:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
+
+        Raises:
+            SlzoError: A sequence is longer than :attr:`longest`.
         """
+        before = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
+        if self.longest is not None and int(batch.position_ids.max()) + before >= self.longest:
+            raise SlzoError(
+                f"data.max_length: with a sequence of more than {self.longest} tokens {type(self.model).__name__} computes the "
+                f"others of its batch differently; set it to {self.longest} or less"
+            )
         view, inject, capture = self._view(start, stop)
         if inject is not None:
             if hidden is None:
@@ -194,6 +262,8 @@ class ModelParts:
         Returns:
             Shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
         """
+        if token_ids is not None and not self.selects:
+            return self.head(hidden).index_select(1, token_ids)
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)
         if selected is not None:
@@ -216,9 +286,9 @@ class ModelParts:
         if not 0 <= start <= stop <= self.num_layers:
             raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
         if (start, stop) not in self._views:
-            inject = _Inject(self._as_tuple) if start > 0 else None
-            capture = _Capture(self._as_tuple) if stop < self.num_layers else None
-            layers: list[nn.Module] = [_Pass(self._as_tuple) for _ in range(self.num_layers)]
+            inject = _Inject(self.layers[start - 1], self._num_outputs) if start > 0 else None
+            capture = _Capture(self.layers[stop], self._num_outputs) if stop < self.num_layers else None
+            layers: list[nn.Module] = [_Pass(layer, self._num_outputs) for layer in self.layers]
             layers[start:stop] = self._runnable[start:stop]
             if inject is not None:
                 layers[start - 1] = inject
@@ -230,7 +300,7 @@ class ModelParts:
 
     def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
         if selected not in self._head_views:
-            precomputed = _Precomputed()
+            precomputed = _Precomputed(self._stack, self._output_class)
             view = _replace(self.model, self._stack_path, precomputed)
             head = None
             if selected:
@@ -271,104 +341,40 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
     if not model._can_set_attn_implementation():
         return False
     use_attention(model, _PACKED, packed_attention_forward)
-    return _attention_of(model) == _PACKED
+    return attention_of(model) == _PACKED
 
 
 @torch.no_grad()
-def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Whether the decoder layers return a tuple, seen on two tokens."""
-    seen: list[Any] = []
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+def _seen_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) -> tuple[int, type[ModelOutput]]:
+    """Length of the tuple that decoder layers return, 0 if it is none, and the class of what the decoder returns."""
+    seen: dict[nn.Module, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda module, _inputs, output: seen.update({module: output}))
+        for module in (layer, stack)
+    ]
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
     finally:
-        handle.remove()
-    return isinstance(seen[0], tuple)
+        for handle in handles:
+            handle.remove()
+    returned, output = seen[layer], seen[stack]
+    hidden = returned[0] if isinstance(returned, tuple | list) else returned
+    if hidden.shape[:2] != (1, 2):
+        raise refusal(
+            model, f"its layers pass on more than one state for each token, of shape {tuple(hidden.shape)} for two"
+        )
+    kind = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
+    return len(returned) if isinstance(returned, tuple | list) else 0, kind
 
 
-def take_apart(
-    model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
-) -> ModelParts:
-    """The parts of a model, checked to compute together what the whole does.
-
-    Arguments are those of :class:`ModelParts`, but a model that does not run right with packed attention keeps its own and is
-    padded, with a warning.
-
-    Raises:
-        SlzoError: The architecture cannot be run in parts; the model is as it was.
-    """
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    own_attention = _attention_of(model)
-    packed = packed and model._can_set_attn_implementation()
-    cause, reason = None, ""
-    try:
-        # before any attention is exchanged, so that a feature that ours lacks shows as a difference
-        expected = _plain_logits(model, _probe_examples(model))
-    except _FAILURES as failure:
-        raise _refusal(model, f"a plain forward pass failed ({_first_words(failure)})") from failure
-    for without_padding in (True, False) if packed else (False,):
-        try:
-            parts = ModelParts(model, without_padding, onednn, compile)
-            error = largest_difference(parts, expected)
-            if error <= tolerance:
-                if packed and not without_padding:
-                    name = type(model).__name__
-                    warnings.warn(
-                        f"{name} does not run right without padding ({reason}): padding is used", stacklevel=2
-                    )
-                return parts
-            # written so that NaN is refused too
-            cause, reason = None, f"its logits differ from the whole model's, relative error {error:.2g}"
-        except _FAILURES as failure:
-            cause, reason = failure, f"running its layers failed: {_first_words(failure)}"
-        if own_attention != _attention_of(model):
-            model.set_attn_implementation(own_attention)
-    raise _refusal(model, f"run in parts, {reason}") from cause
-
-
-_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-
-def _first_words(failure: Exception) -> str:
-    return " ".join(str(failure).split())[:200]
-
-
-def _refusal(model: PreTrainedModel, reason: str) -> SlzoError:
+def refusal(model: PreTrainedModel, reason: str) -> SlzoError:
+    """The error for a model that cannot be run in parts."""
     return SlzoError(
         f"model.model: architecture {type(model).__name__} is not supported: {reason}; use a causal language model such as "
-        "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3"
+        "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3 (docs/families.md lists those that work)"
     )
 
 
-def _attention_of(model: PreTrainedModel) -> str:
+def attention_of(model: PreTrainedModel) -> str:
+    """Name of the attention that the decoder uses."""
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
-
-
-def _probe_examples(model: PreTrainedModel) -> list[EncodedExample]:
-    """Made-up tokens: a prompt with two answers, and a shorter sequence."""
-    generator = torch.Generator().manual_seed(0)
-    size = min(model.config.get_text_config(decoder=True).vocab_size, 1000)
-    prompt, first, second, other = (
-        tuple(torch.randint(size, (length,), generator=generator).tolist()) for length in (12, 3, 2, 7)
-    )
-    pair = (EncodedSequence(prompt + first, 3), EncodedSequence(prompt + second, 2))
-    return [EncodedExample(0, pair, ()), EncodedExample(1, (EncodedSequence(other, 2),), ())]
-
-
-@torch.no_grad()
-def _plain_logits(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> Tensor:
-    """Logits that predict each answer token, one whole forward pass per sequence, shape (R, vocabulary), float32."""
-    rows = []
-    for sequence in (sequence for example in examples for sequence in example.sequences):
-        logits = model(input_ids=torch.tensor([sequence.ids], device=model.device), use_cache=False).logits[0]
-        rows.append(logits[-sequence.num_answer - 1 : -1].float())
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def largest_difference(parts: ModelParts, expected: Tensor) -> float:
-    """Largest difference between the parts' logits on the probe tokens and ``expected``, relative to the largest."""
-    batch = pack(_probe_examples(parts.model)).to(parts.model.device)
-    layer = parts.num_layers // 2
-    ours = parts.logits(batch, layer, parts.run(batch, 0, layer) if layer else None)
-    return float((ours[batch.token_needed] - expected).abs().max() / expected.abs().max())

@@ -210,7 +210,7 @@ def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
 
 def _recorder(index: int, found: list[_Sequence], parts: ModelParts, batch: PackedBatch) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = parts.to_packed(output[0] if isinstance(output, tuple) else output, batch)
+        hidden = parts.to_packed(output[0] if isinstance(output, tuple | list) else output, batch).flatten(1)
         if not hidden.isfinite().all():
             kind = str(hidden.dtype).removeprefix("torch.")
             advice = "use model.dtype bfloat16 or float32, whose range is larger"

@@ -268,7 +268,7 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
         return
     virtual_tokens = adapter.inject(parts.model)
     try:
-        yield ModelParts(parts.model, parts.packed, parts.onednn, parts.compile, virtual_tokens)
+        yield parts.with_virtual_tokens(virtual_tokens)
     except BaseException:
         adapter.remove(parts.model)
         raise

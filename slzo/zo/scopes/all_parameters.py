@@ -1,16 +1,24 @@
 """All parameters of the model."""
 
 from slzo.zo.scopes.base import Scope, ScopeContext
+from slzo.zo.scopes.linear_maps import all_parameters
 from slzo.zo.tuned import TunedTensors
 
 
 class AllParameters(Scope):
-    """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor."""
+    """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor.
+
+    Args:
+        routers: In a mixture of experts tune the routers too; left out they stay.
+    """
 
     layers = "all"
 
+    def __init__(self, routers: bool = False) -> None:
+        self.routers = routers
+
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        return TunedTensors(dict(context.parts.model.named_parameters()))
+        return TunedTensors(all_parameters(context.parts, self.routers))
 
     def describe(self) -> str:
-        return "all parameters"
+        return "all parameters" + (" with routers" if self.routers else "")

@@ -4,27 +4,30 @@ from typing import Literal, get_args
 
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.linear_maps import is_norm, part_of
+from slzo.zo.scopes.linear_maps import is_norm, is_router, part_of
 from slzo.zo.tuned import TunedTensors
 
 Part = Literal["layer", "attention", "mlp"]
 
 
 class LayerScope(Scope):
-    """Every parameter of a decoder layer (the paper's "FT"), or of its attention or MLP; biases included.
+    """Every parameter of a decoder layer (the paper's "FT"), or of its attention or MLP; biases included, and experts in an MLP.
 
     Args:
         part: The whole layer, its attention, or its MLP.
         norms: Tune norms too: with the whole layer all of its norms, else those inside of the part (Qwen3's attention has some).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
+        routers: In a mixture of experts tune the router too. Left out it stays: a moved one sends tokens to other experts, and
+            the loss jumps.
     """
 
-    def __init__(self, part: Part = "layer", norms: bool = True, layers: Layers = None) -> None:
+    def __init__(self, part: Part = "layer", norms: bool = True, layers: Layers = None, routers: bool = False) -> None:
         if part not in get_args(Part):
             raise SlzoError(f"model.scope.part {part!r}: choose one of {', '.join(get_args(Part))}")
         self.part = part
         self.norms = norms
         self.layers = layers
+        self.routers = routers
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         parts = context.parts
@@ -33,7 +36,8 @@ class LayerScope(Scope):
             module = parts.layers[layer]
             for path, tensor in module.named_parameters():
                 inside = self.part == "layer" or part_of(module, path) == self.part
-                if inside and (self.norms or not is_norm(module, path)):
+                kept = (self.norms or not is_norm(module, path)) and (self.routers or not is_router(module, path))
+                if inside and kept:
                     chosen[f"{parts.layers_path}.{layer}.{path}"] = tensor
         if not chosen:
             raise SlzoError(
@@ -43,4 +47,5 @@ class LayerScope(Scope):
 
     def describe(self) -> str:
         part = "" if self.part == "layer" else f"the {self.part} of "
-        return part + describe_layers(self.layers) + ("" if self.norms else " without norms")
+        without, routers = "" if self.norms else " without norms", " with routers" if self.routers else ""
+        return part + describe_layers(self.layers) + without + routers

@@ -1,4 +1,4 @@
-"""Parts of a decoder layer, in any family: its attention, its MLP, the norms between."""
+"""Parts of a decoder layer, in any family: its attention, its MLP, the norms between, experts and their router."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,17 @@ def layer_parameters(parts: ModelParts, layer: int) -> dict[str, Tensor]:
     return {f"{own}.{name}": tensor for name, tensor in parts.layers[layer].named_parameters()}
 
 
+def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
+    """Parameters of the model by name, with or without the routers of mixtures of experts."""
+    left_out = {
+        f"{parts.layers_path}.{number}.{name}"
+        for number, layer in enumerate(parts.layers)
+        for name, _ in layer.named_parameters()
+        if not routers and is_router(layer, name)
+    }
+    return {name: tensor for name, tensor in parts.model.named_parameters() if name not in left_out}
+
+
 def is_norm(layer: nn.Module, name: str) -> bool:
     """Whether a parameter of a layer, given by its path, belongs to a norm."""
     owner = layer.get_submodule(name.rpartition(".")[0])
@@ -35,6 +46,29 @@ def part_of(layer: nn.Module, name: str) -> str:
     if len(steps) == 2 and is_norm(layer, name):
         return BETWEEN
     return ATTENTION if any("attn" in step or "attention" in step for step in steps) else MLP
+
+
+def has_experts(layer: nn.Module) -> bool:
+    """Whether a layer is a mixture of experts."""
+    return any(_is_experts(name, module) for name, module in layer.named_modules())
+
+
+def is_router(layer: nn.Module, name: str) -> bool:
+    """Whether a parameter of a layer, given by its path, decides which experts a token goes to."""
+    steps = name.split(".")
+    if any("router" in step for step in steps) or steps[-1] in ("expert_bias", "e_score_correction_bias"):
+        return True
+    # many are just called gate; other things are too
+    return any(
+        step == "gate"
+        and any(_is_experts(*child) for child in layer.get_submodule(".".join(steps[:depth])).named_children())
+        for depth, step in enumerate(steps)
+    )
+
+
+def _is_experts(name: str, module: nn.Module) -> bool:
+    own = name.rpartition(".")[2].lower()
+    return ("experts" in own or "experts" in type(module).__name__.lower()) and "shared" not in own
 
 
 @dataclass(frozen=True)
@@ -78,12 +112,13 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
     """The linear maps of one decoder layer that go by some names, ``mlp_output`` among them; ``None`` for all.
 
     Raises:
-        SlzoError: There are no names, or the layer has no linear map of one.
+        SlzoError: There are no names, or the layer has no linear map of one, or all are asked for and some are experts.
     """
     found = linears(parts, layer)
     if names is None:
+        check_no_experts(parts, layer, "model.scope.target_modules")
         return found
-    output = mlp_output(found)
+    output = None if has_experts(parts.layers[layer]) else mlp_output(found)
     known = list(dict.fromkeys(linear.short_name for linear in found))
     known += [] if output is None else [MLP_OUTPUT]
     if not names:
@@ -96,16 +131,33 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
     return [m for m in found if m.short_name in names or (m is output and MLP_OUTPUT in names)]
 
 
+def check_no_experts(parts: ModelParts, layer: int, option: str) -> None:
+    """Refuse a layer whose MLP is a mixture of experts: their weights are not linear maps that all tokens go through.
+
+    Raises:
+        SlzoError: With the names that could be given.
+    """
+    if has_experts(parts.layers[layer]):
+        others = ", ".join(dict.fromkeys(linear.short_name for linear in linears(parts, layer))) or "none"
+        raise SlzoError(
+            f"{option}: layer {layer} is a mixture of experts, whose weights are no linear maps of all tokens; use LayerScope, "
+            f"or a scope with target_modules of its other maps ({others})"
+        )
+
+
 def mlp_output(found: Sequence[Linear]) -> Linear | None:
     """The last linear map of the MLP among those of a layer; ``None`` without an MLP."""
     return next((linear for linear in reversed(found) if linear.part == MLP), None)
 
 
 def linears(parts: ModelParts, layer: int) -> list[Linear]:
-    """The linear maps of one decoder layer, in the order of its modules."""
+    """The linear maps of one decoder layer, in the order of its modules; those of experts and routers are left out."""
     module = parts.layers[layer]
+    experts = tuple(f"{name}." for name, child in module.named_modules() if name and _is_experts(name, child))
     return [
         Linear(f"{parts.layers_path}.{layer}.{name}.weight", name, child, part_of(module, f"{name}.weight"))
         for name, child in module.named_modules()
         if type(child) in (nn.Linear, Conv1D)
+        and not name.startswith(experts)
+        and not is_router(module, f"{name}.weight")
     ]

@@ -34,9 +34,11 @@ class LoRA(Scope):
 
     def adapter(self, context: ScopeContext) -> LoRAMatrices:
         layers = tuple(resolve_layers(self.layers, context))
-        # peft only looks for one name that fits, and does not know mlp_output
-        found = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
-        names = None if self.target_modules is None else tuple(dict.fromkeys(linear.path for linear in found))
+        names = None
+        if self.target_modules is not None:
+            # peft only looks for one name that fits, and does not know mlp_output
+            found = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
+            names = tuple(dict.fromkeys(linear.path for linear in found))
         return LoRAMatrices(self.rank, self.alpha, names, layers, context.seed)
 
     def tensors(self, context: ScopeContext) -> TunedTensors:

@@ -6,7 +6,7 @@ from torch import Tensor
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
-from slzo.zo.scopes.linear_maps import MLP, Linear, linears, mlp_output
+from slzo.zo.scopes.linear_maps import MLP, Linear, check_no_experts, linears, mlp_output
 from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
 
@@ -35,6 +35,7 @@ class OutlierChannels(Scope):
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         (layer,) = resolve_layers(None, context)
+        check_no_experts(context.parts, layer, "model.scope OutlierChannels")
         maps = [linear for linear in linears(context.parts, layer) if linear.part == MLP]
         down = mlp_output(maps)
         ups = [] if down is None else [up for up in maps[:-1] if up.sizes[0] % down.sizes[1] == 0]

@@ -7,6 +7,7 @@ from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.seeding import derive_seed
 from slzo.zo.scopes.base import Scope, ScopeContext
+from slzo.zo.scopes.linear_maps import all_parameters
 from slzo.zo.tuned import Subset, TunedTensors
 
 
@@ -17,19 +18,21 @@ class RandomLayers(Scope):
 
     Args:
         fraction: Decoder layers that a step keeps, in (0, 1]; the paper drops typically 75% of them.
+        routers: In a mixture of experts tune the routers too; left out they stay.
     """
 
     layers = "all"
 
-    def __init__(self, fraction: float = 0.25) -> None:
+    def __init__(self, fraction: float = 0.25, routers: bool = False) -> None:
         if not 0 < fraction <= 1:
             raise SlzoError(
                 f"model.scope.fraction {fraction}: the share of layers in a step must be above 0 and at most 1"
             )
         self.fraction = fraction
+        self.routers = routers
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        parameters = dict(context.parts.model.named_parameters())
+        parameters = all_parameters(context.parts, self.routers)
         return TunedTensors(parameters, self.subset(tuple(parameters), context.parts))
 
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset:
@@ -44,4 +47,4 @@ class RandomLayers(Scope):
         return choose
 
     def describe(self) -> str:
-        return f"a random {self.fraction:.0%} of the layers in each step"
+        return f"a random {self.fraction:.0%} of the layers in each step" + (" with routers" if self.routers else "")

@@ -4,7 +4,7 @@ import torch
 
 from slzo.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.linear_maps import linears
+from slzo.zo.scopes.linear_maps import check_no_experts, linears
 from slzo.zo.tensors import Masked
 from slzo.zo.tuned import TunedTensors
 
@@ -28,6 +28,7 @@ class SmallestWeights(Scope):
     def tensors(self, context: ScopeContext) -> TunedTensors:
         chosen = {}
         for layer in resolve_layers(self.layers, context):
+            check_no_experts(context.parts, layer, "model.scope SmallestWeights")
             for linear in linears(context.parts, layer):
                 count = int(self.fraction * linear.weight.numel())
                 if count == 0:

@@ -1,0 +1,298 @@
+"""Model families: mixtures of experts, attention sinks, windows that only a twin shows, and the table of all types."""
+
+import importlib
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer, random_example, tiny_model, tuned, tuned_layer
+from transformers import AutoConfig
+
+from slzo.__main__ import main
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
+from slzo.errors import SlzoError
+from slzo.evaluation.generation import generate
+from slzo.models import parts as model_parts
+from slzo.models.load import load_model
+from slzo.models.parts import ModelParts
+from slzo.models.startup_check import take_apart
+from slzo.models.twin import ORIGINAL_LENGTH, WINDOW, tiny_config, tiny_twin
+from slzo.settings import with_defaults
+from slzo.zo.estimators import SPSA
+from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.profile import profile_layers
+from slzo.zo.scopes import (
+    ActivationSubspace,
+    AllParameters,
+    LayerScope,
+    LoRA,
+    OutlierChannels,
+    RandomLayers,
+    ScopeContext,
+    SmallestWeights,
+)
+from slzo.zo.step import StepOptions
+from slzo.zo.tuned_model import TunedModel
+
+TOOLS = Path(__file__).parents[1] / "tools"
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SELECTION = [
+    *("llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "phi3", "gemma3", "llava"),
+    *("qwen3_next", "jamba", "llama4_text", "lfm2", "recurrent_gemma", "mamba2", "bloom"),
+    *("gemma3n_text", "zaya", "hrm_text"),
+]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    sys.path.insert(0, str(TOOLS))  # as for a script that is run from there
+    try:
+        return importlib.import_module("family_table")
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+def names_of(tensors):
+    return {name for name, _ in tensors.items()}
+
+
+@pytest.mark.parametrize("model_type", SELECTION)
+def test_the_table_says_what_happens(tool, model_type):
+    """What is accepted is compared with plain forward passes there, split before every layer."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in TABLE.read_text(encoding="utf-8").splitlines()]
+    (row,) = [row for row in rows if len(row) > 5 and row[1].split(" ")[0] == model_type]
+    verdict = tool.verdict_of(model_type)
+    assert (verdict.kind, verdict.runs) == (row[2], row[3])
+    assert verdict.experts == ("(MoE)" in row[1])
+    if model_type in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"):
+        assert verdict.runs == "packed"
+        assert verdict.error < 1e-5
+
+
+def test_a_wrong_model_does_not_get_into_the_table(tool, monkeypatch):
+    monkeypatch.setattr(tool, "take_apart", lambda model, **_: ModelParts(model, onednn=False))
+    with pytest.raises(AssertionError, match=r"lfm2: accepted, and its logits are wrong by \d"):
+        tool.verdict_of("lfm2")
+
+
+# ---- the start-up check ----------------------------------------------------------------------------------------------------
+
+
+def test_a_twin_is_of_the_same_kind_with_all_kinds_of_layers():
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=26, sliding_window=4096)
+    twin = tiny_config(config)
+    assert (twin.sliding_window, twin.hidden_size, config.sliding_window) == (WINDOW, 32, 4096)
+    assert twin.layer_types == config.layer_types[:6]
+    assert set(twin.layer_types) == set(config.layer_types)
+    heads = tiny_config(AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=8))
+    assert (heads.num_attention_heads, heads.num_key_value_heads) == (4, 2)
+    model = tiny_model("mistral")
+    before = torch.random.get_rng_state()
+    assert type(tiny_twin(model)).__name__ == "MistralForCausalLM"
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_window_that_no_short_row_reaches_is_seen(monkeypatch):
+    plain = model_parts.packed_attention_forward
+
+    def without_window(*args, sliding_window=None, **kwargs):
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model_parts, "packed_attention_forward", without_window)
+    assert take_apart(tiny_model("llama")).packed
+    with pytest.warns(UserWarning, match="a tiny model of its kind gives other logits than the whole"):
+        assert not take_apart(tiny_model("mistral", sliding_window=4096)).packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_see_each_other_are_noticed_in_any_dtype(dtype):
+    model = tiny_model("llama")
+    # far less than rounding changes in half precision, and only forwards, from row to row
+    model.model.layers[2].register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0] + 1e-12 * inputs[0].roll(1, dims=1), *inputs[1:])
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        parts = take_apart(model.to(dtype))
+    assert not parts.packed
+    assert "rows of a batch see each other" in str(told[-1].message)
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+                "original_max_position_embeddings": 40,
+            },
+        ),
+    ],
+)
+def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family, rope):
+    options = {} if family == "llama" else {"original_max_position_embeddings": 40}
+    model = tiny_model(family, rope_parameters=rope, **options)
+    parts = take_apart(model)
+    longest = 256 if family == "llama" else 40
+    assert (parts.packed, parts.longest) == (True, longest)
+    generator = random.Random(0)
+    with torch.no_grad():
+        parts.logits(pack([random_example(generator, 0, longest - 1), random_example(generator, 1, 5)]))
+        with pytest.raises(SlzoError, match=rf"data\.max_length: .* set it to {longest} or less"):
+            parts.logits(pack([random_example(generator, 0, longest + 5), random_example(generator, 1, 5)]))
+    assert longest > ORIGINAL_LENGTH
+
+
+def test_a_head_that_cannot_be_selected_is_run_whole(monkeypatch):
+    def fails(self, hidden_states):
+        raise AttributeError("'_SelectedHead' object has no attribute 'other'")
+
+    monkeypatch.setattr(model_parts._SelectedHead, "forward", fails)
+    parts = take_apart(tiny_model("llama"))
+    assert not parts.selects
+    hidden, ids = torch.randn(3, 32), torch.tensor([5, 2])
+    torch.testing.assert_close(parts.head(hidden, ids), parts.head(hidden)[:, ids])
+
+
+def test_a_model_without_a_twin_is_padded(monkeypatch):
+    def fails(model):
+        raise KeyError("no such layer")
+
+    monkeypatch.setattr("slzo.models.startup_check.tiny_twin", fails)
+    with pytest.warns(UserWarning, match="no tiny model of its kind can be made to try it on: 'no such layer'"):
+        assert not take_apart(tiny_model("llama")).packed
+
+
+def test_a_refused_model_leaves_no_run_folder(tool, tmp_path, sst2_options, capsys):
+    tool.tiny_model("gemma3n_text").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["fit", *sst2_options, f"--model.model={tmp_path / 'model'}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is not supported" in line]
+    assert "Gemma3nForCausalLM is not supported: its layers pass on more than one state for each token" in line
+    assert not Path("runs").exists()
+
+
+# ---- experts and sinks -----------------------------------------------------------------------------------------------------
+
+
+def test_sinks_are_seen_while_answers_are_generated(tool):
+    model, generator = tool.tiny_model("gpt_oss"), random.Random(0)
+    prompts = [generator.choices(range(3, 300), k=k) for k in (3, 9, 14)]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    parts = take_apart(tool.tiny_model("gpt_oss"))
+    assert parts.packed
+    assert generate(parts, prompts, set(), max_new_tokens=6).answers == expected
+
+
+def test_a_model_that_sees_padding_generates_rows_of_equal_length_together(tool):
+    generator = random.Random(0)
+    prompts = [generator.choices(range(3, 300), k=k) for k in (3, 9, 9, 14)]
+    with pytest.warns(UserWarning, match="padding is used"):
+        parts = take_apart(tool.tiny_model("recurrent_gemma"))
+    assert not parts.pads_left
+    together = generate(parts, prompts, set(), max_new_tokens=5).answers
+    assert together == [generate(parts, [prompt], set(), max_new_tokens=5).answers[0] for prompt in prompts]
+
+
+def test_a_mixture_of_experts_is_tuned_and_its_router_stays(one_token_examples):
+    parts = ModelParts(tiny_model("mixtral", **EXPERTS))
+    model = tuned_layer(parts, 1)
+    before = {name: tensor.clone() for name, tensor in parts.model.named_parameters()}
+    optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-3)
+    loss = model.loss(TrainBatch(pack(one_token_examples), ()), CandidateCrossEntropy())
+    model.step(loss, SPSA(), optimizer, StepOptions(1e-3), seed=0, step=0)
+    model.tensors.restore()
+    moved = {name for name, tensor in parts.model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= moved
+    assert all(name.startswith("model.layers.1.") and "mlp.gate" not in name for name in moved)
+    statistics, _ = profile_layers(parts, [pack(one_token_examples)])
+    assert len(statistics) == parts.num_layers
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "jamba"])
+def test_routers_are_tuned_where_asked_for(tool, family):
+    model = tool.tiny_model(family)
+    parts = ModelParts(model, packed=False, onednn=False)
+    layer = 3
+    context = ScopeContext(parts, layer, lambda _: ())
+    for scope, with_routers in (
+        (LayerScope(), LayerScope(routers=True)),
+        (LayerScope("mlp"), LayerScope("mlp", routers=True)),
+        (AllParameters(), AllParameters(routers=True)),
+        (RandomLayers(), RandomLayers(routers=True)),
+    ):
+        plain, more = (names_of(chosen.tensors(context)) for chosen in (scope, with_routers))
+        extra = more - plain
+        assert plain < more
+        assert any("experts" in name for name in plain)
+        assert all("mlp.gate." in name or "router." in name for name in extra), extra
+        assert scope.describe() != with_routers.describe()
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        (OutlierChannels(), r"model\.scope OutlierChannels: layer 1 is a mixture of experts.*q_proj"),
+        (SmallestWeights(), r"model\.scope SmallestWeights: layer 0 is a mixture of experts"),
+        (ActivationSubspace(4), r"model\.scope\.target_modules: layer 1 is a mixture of experts.*\(q_proj, k_proj"),
+        (ActivationSubspace(4, target_modules=["mlp_output"]), "layer 1 has no such linear map; choose from q_proj"),
+    ],
+)
+def test_scopes_of_linear_maps_refuse_experts_in_one_line(scope, message):
+    parts = ModelParts(tiny_model("mixtral", **EXPERTS))
+    with pytest.raises(SlzoError, match=message):
+        TunedModel.of_scope(parts, scope, 1)
+
+
+@pytest.mark.parametrize(
+    "scope", [LoRA(2, target_modules=["q_proj"]), ActivationSubspace(2, target_modules=["q_proj", "v_proj"])]
+)
+def test_the_attention_beside_experts_is_tuned_as_in_others(scope, examples):
+    parts = ModelParts(tiny_model("mixtral", **EXPERTS))
+    model = TunedModel.of_scope(parts, scope, 1, prompts=lambda _: [pack(examples)])
+    assert all("self_attn" in name for name in names_of(model.tensors))
+
+
+def test_a_gate_is_a_router_only_beside_experts():
+    context = ScopeContext(ModelParts(tiny_model("llama")), 1, lambda _: ())
+    assert names_of(LayerScope().tensors(context)) == names_of(LayerScope(routers=True).tensors(context))
+
+
+def test_settings_of_a_former_version_get_the_default_of_what_it_did_not_know():
+    old = {"class": "LayerScope", "part": "mlp", "norms": True, "layers": None}
+    assert with_defaults(old, LayerScope()) == {**old, "routers": False}
+    assert with_defaults({"class": "Other", "part": "mlp"}, LayerScope()) == {"class": "Other", "part": "mlp"}
+
+
+def test_the_text_decoder_of_a_model_that_looks_at_images_is_loaded(tool, tmp_path):
+    model = tool.tiny_model("llava")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert isinstance(loaded, type(model))
+    parts = take_apart(loaded)
+    assert parts.layers is loaded.model.language_model.layers
+    assert tool.largest_error(parts, model) < 1e-5
+
+
+def test_a_mixture_of_experts_is_fitted_from_a_folder(tmp_path, options):
+    tiny_model("mixtral", scale=1.0, **EXPERTS).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    steps = ["--trainer.max_steps=2", "--model.scope=LayerScope", "--model.scope.routers=true"]
+    assert main(["fit", *options, f"--model.model={tmp_path / 'model'}", *steps]) == 0
+    assert any("mlp.gate" in name for name in tuned("runs/version_0/checkpoints/last.ckpt"))

@@ -1,0 +1,221 @@
+"""Which model types of transformers slzo can tune, found by trying each on a tiny random model.
+
+The tiny model of a type has the type's default configuration with widths, windows and lengths scaled down. What the start-up
+check accepts is held against plain forward passes of a second copy, with its own attention, on other rows and split before
+every layer; a wrong one ends the tool.
+
+    python tools/family_table.py --markdown docs/families.md
+    python tools/family_table.py --types llama mixtral
+"""
+
+import argparse
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.packing import pack
+from slzo.errors import SlzoError
+from slzo.models.parts import ModelParts
+from slzo.models.startup_check import take_apart
+from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
+
+# what a type's default configuration leaves out, and no model of it does
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 48},
+    "lfm2": {"num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2},
+    "lfm2_moe": {"num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
+}
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a model type.
+
+    Attributes:
+        model_type: As in ``config.json``.
+        kind: The model's class, or empty if no model was made.
+        runs: ``packed``, ``padded``, ``refused``, or ``not built``.
+        note: Why it is not packed, in a few words.
+        error: Largest relative difference of logits from plain forward passes.
+        experts: Whether it is a mixture of experts.
+    """
+
+    model_type: str
+    kind: str
+    runs: str
+    note: str = ""
+    error: float = 0.0
+    experts: bool = False
+
+
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """A tiny random model of a type; any exception may be raised where its default configuration does not make one."""
+    config = AutoConfig.for_model(model_type, **_LEFT_OUT.get(model_type, {}))
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
+    if kind.config_class is not type(config):
+        config = config.get_text_config(decoder=True)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    torch.manual_seed(1)
+    model = kind._from_config(tiny_config(config), dtype=torch.float32)
+    enlarge(model)
+    return model.eval().requires_grad_(False)
+
+
+def verdict_of(model_type: str) -> Verdict:
+    """Try one model type.
+
+    Raises:
+        AssertionError: The start-up check accepts a model that is computed wrongly.
+    """
+    try:
+        model = tiny_model(model_type)
+    except Exception as error:
+        return Verdict(model_type, "", "not built", _first_words(error))
+    kind = type(model).__name__
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            parts = take_apart(model, onednn=False)
+        except SlzoError as error:
+            reason = str(error).partition(" is not supported: ")[2].partition("; use a causal")[0]
+            # a plain pass that fails, unless for want of other inputs, is a fault of the tiny model
+            works = not reason.startswith("a plain forward pass failed") or "pixel_values" in reason
+            return Verdict(model_type, kind, "refused" if works else "not built", reason)
+    told_of_padding = [str(warning.message) for warning in told if "padding is used" in str(warning.message)]
+    reason = told_of_padding[0].partition("(")[2].rpartition(")")[0] if told_of_padding else ""
+    difference = largest_error(parts, tiny_model(model_type))
+    assert difference <= _TOLERANCE, f"{model_type}: accepted, and its logits are wrong by {difference:.2g}"
+    limit = "" if parts.longest is None else f"up to {parts.longest} tokens of {MAX_LENGTH}"
+    experts = any("expert" in name for name, _ in model.named_parameters())
+    if not parts.packed:
+        reason = reason or "its attention cannot be exchanged"
+    note = "; ".join(text for text in (reason, limit) if text)
+    return Verdict(model_type, kind, "packed" if parts.packed else "padded", note, difference, experts)
+
+
+@torch.no_grad()
+def largest_error(parts: ModelParts, whole: PreTrainedModel) -> float:
+    """Largest difference from one plain forward pass per sequence, over all splits, relative to the largest logit."""
+    generator, longest = random.Random(5), parts.longest or 44
+    examples = []
+    for number, (prompt, answers) in enumerate(((7, (1, 1)), (longest - 3, (3, 2)), (10, (2,)), (longest // 2, (1,)))):
+        start = generator.choices(range(3, 300), k=prompt)
+        sequences = [EncodedSequence((*start, *generator.choices(range(3, 300), k=k)), k) for k in answers]
+        examples.append(EncodedExample(number, tuple(sequences), ()))
+    expected = []
+    for sequence in (sequence for example in examples for sequence in example.sequences):
+        logits = whole(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0].float()
+        expected.append(logits[-sequence.num_answer - 1 : -1])
+    plain = torch.cat(expected)
+    batch, errors = pack(examples), []
+    for layer in range(parts.num_layers):
+        ours = parts.logits(batch, layer, parts.run(batch, 0, layer) if layer else None)[batch.token_needed]
+        errors.append(float((ours - plain).abs().max() / plain.abs().max()))
+    return max(errors)
+
+
+def _first_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:100]
+
+
+def all_types() -> list[str]:
+    """Model types with a causal model, and those of the models that look at images too; without encoder-decoders."""
+    names = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+    return [name for name in names if not _encodes(name)]
+
+
+def _encodes(model_type: str) -> bool:
+    try:
+        return bool(getattr(AutoConfig.for_model(model_type), "is_encoder_decoder", False))
+    except Exception:
+        return False
+
+
+def markdown_table(verdicts: Iterable[Verdict]) -> str:
+    """The table, types that run alike together."""
+    verdicts = list(verdicts)
+    counts = {runs: sum(v.runs == runs for v in verdicts) for runs in ("packed", "padded", "refused", "not built")}
+    lines = [
+        "# Model types",
+        "",
+        f"Every causal model type of transformers {transformers.__version__}, encoder-decoders left out, tried on a tiny random "
+        f"model: {counts['packed']} run packed, {counts['padded']} padded, {counts['refused']} are refused, and of "
+        f"{counts['not built']} no tiny model could be made from the default configuration. Made by",
+        "",
+        "    python tools/family_table.py --markdown docs/families.md",
+        "",
+        "*Packed* runs without padding; *padded* uses the model's own attention and masks and is as exact. *Error* is the "
+        "largest difference of logits from plain forward passes, one sequence at a time, relative to the largest logit, in "
+        "float32, over every layer that the model can be split before. (MoE) marks mixtures of experts, (images) models that "
+        "look at images too, of which the text decoder is tuned.",
+        "",
+        "| type | class | runs | error | note |",
+        "|---|---|---|---:|---|",
+    ]
+    order = ("packed", "padded", "refused", "not built")
+    for verdict in sorted(verdicts, key=lambda v: (order.index(v.runs), v.model_type)):
+        marks = [" (MoE)"] if verdict.experts else []
+        marks += [" (images)"] if verdict.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else []
+        error = f"{verdict.error:.0e}" if verdict.runs in ("packed", "padded") else ""
+        note = verdict.note.replace("|", "/").replace("\n", " ")
+        lines.append(f"| {verdict.model_type}{''.join(marks)} | {verdict.kind} | {verdict.runs} | {error} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Which model types of transformers slzo can tune.")
+    parser.add_argument("--markdown", help="file to write the table to; else it is printed")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="only these model types")
+    options = parser.parse_args(argv)
+    unknown = sorted(set(options.types or []) - set(all_types()))
+    if unknown:
+        parser.error(f"--types {' '.join(unknown)}: transformers has no causal model of this type")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run."""
+    options = parse(argv)
+    logging.disable(logging.WARNING)  # transformers' notes on each configuration
+    verdicts = []
+    for model_type in options.types or all_types():
+        verdicts.append(verdict_of(model_type))
+        print(f"{model_type}: {verdicts[-1].runs} {verdicts[-1].note}", file=sys.stderr, flush=True)
+    table = markdown_table(verdicts)
+    if options.markdown is None:
+        print(table)
+    else:
+        Path(options.markdown).write_text(table, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

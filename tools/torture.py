@@ -1,0 +1,471 @@
+"""Kills and interrupts runs of a tiny model, at random and while they write, and looks at what can be gone on with.
+
+    python tools/torture.py --trials 200 --json torture.json
+
+Each trial runs a command until a signal ends it, at a random time or at one of its writes, renames and deletes, then gives the
+command again (a training with ``--ckpt_path last``), sometimes interrupted once more, until it is done, and compares what
+it came to with a run that nobody stopped: tuned weights, best checkpoint and score of ``fit``, figures of ``sweep`` and
+``reproduce_tables``, the bytes of ``export``. After every signal each checkpoint there is read.
+
+Columns: trials; faults that hit; ``differ``: ends that are not those of the run that nobody stopped; ``unreadable``: checkpoints
+that cannot be read; ``status``: exit statuses that are not those of the signal; ``hung``; ``lost``: steps taken again beyond the
+one that was cut off, or, where no checkpoint was there yet, beyond the first ones. The last five must be 0.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: children are forked
+
+import torch
+
+import reproduce_tables
+from paper_tables.runs import Ended
+from slzo.__main__ import main as slzo
+from slzo.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.errors import Interrupted, SlzoError
+from slzo.files import write_json
+from slzo.module import ZOModule
+from tiny import write_model, write_rows
+
+_SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_PATIENCE_S = 300.0
+_MOST_FAULTS = 3  # in one trial
+# steps between two checkpoints of the training
+_EVERY = 2
+# times differ between runs
+_TIMES = ("second", "time", "memory", "path", "folder")
+
+
+class Fault(NamedTuple):
+    """A signal and when it comes.
+
+    Attributes:
+        number: Of the signal.
+        share: Of the time that the command takes; ``None``: at an event.
+        event: Number of the write, rename or delete.
+    """
+
+    number: signal.Signals
+    share: float | None
+    event: int = 0
+
+
+class Counters:
+    """What children count, in memory that they share: writes, renames and deletes, and steps that looked at the model."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 16)
+
+    def _at(self, place: int) -> int:
+        return int(struct.unpack_from("<q", self._memory, place)[0])
+
+    def add(self, place: int) -> int:
+        """Count one; returns how many."""
+        value = self._at(place) + 1
+        struct.pack_into("<q", self._memory, place, value)
+        return value
+
+    def clear(self) -> None:
+        """Begin anew."""
+        struct.pack_into("<qq", self._memory, 0, 0, 0)
+
+    @property
+    def events(self) -> int:
+        """Writes, renames and deletes."""
+        return self._at(0)
+
+    @property
+    def steps(self) -> int:
+        """Steps that looked at the model."""
+        return self._at(8)
+
+
+class Child(NamedTuple):
+    """How a process ended.
+
+    Attributes:
+        status: Exit status, negative for a signal; ``None`` if it hung.
+        seconds: How long it took.
+        hit: Whether the fault was there before it ended.
+    """
+
+    status: int | None
+    seconds: float
+    hit: bool
+
+
+def run_child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
+    """Call something in a forked process, in a folder, with a fault."""
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _child(call, folder, counters, fault)
+    sent = False
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        passed = time.monotonic() - started
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            hit = fault is not None and (sent or code == -fault.number or code == 128 + fault.number)
+            return Child(code, passed, hit)
+        if fault is not None and fault.share is not None and not sent and passed >= fault.share:
+            os.kill(pid, fault.number)
+            sent = True
+        if passed > _PATIENCE_S:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return Child(None, passed, True)
+        time.sleep(0.005)
+
+
+def _child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None) -> None:
+    """The forked process; never returns."""
+    status = 1
+    try:
+        os.chdir(folder)
+        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        original = ZOModule.loss_of
+
+        def loss_of(module: ZOModule, batch: Any) -> Any:
+            counters.add(8)
+            return original(module, batch)
+
+        ZOModule.loss_of = loss_of  # type: ignore
+        sys.addaudithook(lambda event, args: _at_event(event, args, str(folder), counters, fault))
+        status = call()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _at_event(event: str, args: tuple[Any, ...], folder: str, counters: Counters, fault: Fault | None) -> None:
+    if event not in _EVENTS or not isinstance(args[0], str | os.PathLike):
+        return
+    if event == "open" and not (isinstance(args[2], int) and args[2] & _WRITES):
+        return
+    if not os.path.abspath(args[0]).startswith(folder):  # noqa: PTH100
+        return
+    number = counters.add(0)
+    if fault is not None and fault.share is None and number == fault.event:
+        os.kill(os.getpid(), fault.number)
+
+
+class Scenario(ABC):
+    """A command that is tortured.
+
+    Args:
+        options: Of the tiny model and the made-up rows.
+    """
+
+    def __init__(self, options: Sequence[str]) -> None:
+        self.options = list(options)
+
+    @abstractmethod
+    def call(self, folder: Path) -> Callable[[], int]:
+        """What to call, first and again."""
+
+    @abstractmethod
+    def result(self, folder: Path) -> Any:
+        """What it came to; compared with ``==``."""
+
+    def prepare(self, folder: Path) -> None:
+        """Make what the command needs."""
+        return
+
+
+class Fit(Scenario):
+    """A training of two epochs and a bit, with the prefix cache."""
+
+    def call(self, folder: Path) -> Callable[[], int]:
+        args = ["fit", *self.options, f"--last_checkpoint.every_n_steps={_EVERY}"]
+        found = any(folder.glob("runs/**/checkpoints/last.ckpt"))
+        return lambda: slzo([*args, *(["--ckpt_path=last"] if found else [])])
+
+    def result(self, folder: Path) -> Any:
+        last = newest_checkpoint(folder / "runs")
+        summary = json.loads((last.parent.parent / "summary.json").read_text())
+        state = read_checkpoint(last).content["state_dict"]
+        weights = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+        return weights, Path(summary["best_checkpoint"]).name, summary["score_after"], summary["steps"]
+
+
+class Sweep(Scenario):
+    """A sweep over two layers."""
+
+    def call(self, folder: Path) -> Callable[[], int]:
+        more = ["--steps=3", "--layers=[1,2]", "--num_rows=8", "--output=sweep"]
+        return lambda: slzo(["sweep", *self.options, *more])
+
+    def result(self, folder: Path) -> Any:
+        return _figures(json.loads((folder / "sweep" / "sweep.json").read_text()))
+
+
+class Export(Scenario):
+    """An export of a trained layer."""
+
+    def prepare(self, folder: Path) -> None:
+        run_child(Fit(self.options).call(folder), folder, Counters())
+
+    def call(self, folder: Path) -> Callable[[], int]:
+        output = folder / "exported"
+        if output.is_dir():  # a whole one, or the command would be refused
+            return lambda: 0
+        return lambda: slzo(["export", "--ckpt_path=last", "--output=exported"])
+
+    def result(self, folder: Path) -> Any:
+        files = sorted((folder / "exported").iterdir())
+        return {file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".json")}
+
+
+class Tables(Scenario):
+    """A table of two methods; its runs are calls in the same process."""
+
+    def prepare(self, folder: Path) -> None:
+        pairs = [option.removeprefix("--").partition("=") for option in self.options]
+        common = {name: value for name, _, value in pairs if name not in ("data.task", "model.optimizer.lr")}
+        methods = {"zero-shot": {"command": "test"}, "layer": {"model.layer": 2, "lr": 1e-3}}
+        config = {"configs": ["base.yaml"], "seeds": [0], "common": common, "tasks": {"sst2": {}}, "methods": methods}
+        (folder / "base.yaml").write_text("seed_everything: 0\n")
+        (folder / "table.yaml").write_text(json.dumps(config))
+
+    def call(self, folder: Path) -> Callable[[], int]:
+        def runner(arguments: Sequence[str], log: Path) -> Ended:
+            status = slzo(list(arguments))
+            if status in (130, 143):  # a scheduler's signal, and that of a terminal, goes to the table's process too
+                raise Interrupted(status - 128)
+            return Ended(status)
+
+        return lambda: reproduce_tables.main(["--config=table.yaml", "--output=table"], runner)
+
+    def result(self, folder: Path) -> Any:
+        cells = sorted((folder / "table" / "cells").glob("*.json"))
+        return [_figures(json.loads(cell.read_text())) for cell in cells]
+
+
+SCENARIOS: dict[str, type[Scenario]] = {"fit": Fit, "sweep": Sweep, "export": Export, "tables": Tables}
+_SHARES = {"fit": 0.6, "sweep": 0.15, "export": 0.15, "tables": 0.1}
+
+
+def _figures(content: Any) -> Any:
+    """What does not depend on the time or the place."""
+    if isinstance(content, dict):
+        return {name: _figures(value) for name, value in content.items() if not any(word in name for word in _TIMES)}
+    return [_figures(value) for value in content] if isinstance(content, list) else content
+
+
+@dataclass
+class Outcome:
+    """What became of a trial.
+
+    Attributes:
+        scenario: The command.
+        faults: Signal and place of each that hit.
+        same: Whether the end is that of a run that nobody stopped.
+        unreadable: Checkpoints that could not be read, after any fault.
+        wrong_status: Exit statuses that are not those of the signal.
+        hung: Processes that did not end.
+        lost: Steps taken again beyond those that may be lost.
+        note: Why it is not the same.
+    """
+
+    scenario: str
+    faults: list[str]
+    same: bool = True
+    unreadable: int = 0
+    wrong_status: int = 0
+    hung: int = 0
+    lost: int = 0
+    note: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether anything was not as it should be."""
+        return not self.same or bool(self.unreadable or self.wrong_status or self.hung or self.lost)
+
+
+@dataclass
+class Reference:
+    """A run that nobody stopped.
+
+    Attributes:
+        result: What it came to.
+        seconds: How long it took.
+        events: Its writes, renames and deletes.
+        steps: Its steps that looked at the model.
+    """
+
+    result: Any
+    seconds: float
+    events: int
+    steps: int
+
+
+class Torture:
+    """Runs trials.
+
+    Args:
+        root: Folder for everything.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.counters = root, Counters()
+        write_model(root / "model")
+        write_rows(root / "data")
+        usual = (
+            f"--model.model={root / 'model'} --data.task=sst2 --data.data_dir={root / 'data'} --trainer.accelerator=cpu"
+        )
+        usual += " --data.num_train=40 --data.num_dev=16 --data.batch_size=8 --data.num_test=8 --trainer.max_steps=12"
+        usual += " --trainer.val_check_interval=5 --trainer.log_every_n_steps=1 --trainer.enable_progress_bar=false"
+        usual += " --model.eps=1e-3 --model.optimizer=SGD --model.optimizer.lr=1e-3 --profiler.rule=MaxRatioJump"
+        self.options = usual.split()
+        self._references: dict[str, Reference] = {}
+
+    def reference(self, name: str) -> Reference:
+        """The run of a scenario that nobody stops."""
+        if name not in self._references:
+            scenario, folder = self._scenario(name, f"whole-{name}")
+            self.counters.clear()
+            ended = run_child(scenario.call(folder), folder, self.counters)
+            if ended.status != 0:
+                raise RuntimeError(f"{name} failed: {(folder / 'output.txt').read_text()[-2000:]}")
+            found = scenario.result(folder)
+            self._references[name] = Reference(found, ended.seconds, self.counters.events, self.counters.steps)
+        return self._references[name]
+
+    def trial(self, number: int, name: str, draw: random.Random) -> Outcome:
+        """One trial."""
+        reference = self.reference(name)
+        scenario, folder = self._scenario(name, f"trial-{number}")
+        outcome, steps, allowed = Outcome(name, []), 0, 0
+        while True:
+            fault = _fault(reference, draw) if len(outcome.faults) < draw.randint(1, _MOST_FAULTS) else None
+            before = any(folder.glob("runs/**/checkpoints/last.ckpt"))
+            self.counters.clear()
+            ended = run_child(scenario.call(folder), folder, self.counters, fault)
+            steps += self.counters.steps
+            if ended.status == 0 or fault is None:
+                break
+            if ended.hit:
+                outcome.faults.append(fault.number.name + ("" if fault.share is None else " at a time"))
+            outcome.unreadable += _unreadable(folder)
+            outcome.hung += ended.status is None
+            expected = -fault.number if fault.number == signal.SIGKILL else 128 + fault.number
+            outcome.wrong_status += ended.status not in (None, expected)
+            allowed += 1 if before or any(folder.glob("runs/**/checkpoints/last.ckpt")) else _EVERY + 1
+            if outcome.wrong_status or outcome.hung:
+                break
+        self._judge(outcome, scenario, folder, ended, reference)
+        outcome.lost = max(0, steps - reference.steps - allowed) if name == "fit" else 0
+        return outcome
+
+    def _judge(self, outcome: Outcome, scenario: Scenario, folder: Path, ended: Child, reference: Reference) -> None:
+        try:
+            outcome.same = ended.status == 0 and scenario.result(folder) == reference.result
+        except (OSError, ValueError, KeyError, SlzoError) as error:
+            outcome.same, outcome.note = False, f"{type(error).__name__}: {error}"
+        if outcome.bad:
+            tail = (folder / "output.txt").read_text(errors="replace")[-600:]
+            outcome.note += f" status {ended.status}, {folder}: {tail}"
+
+    def _scenario(self, name: str, folder: str) -> tuple[Scenario, Path]:
+        scenario, path = SCENARIOS[name](self.options), self.root / folder
+        path.mkdir()
+        scenario.prepare(path)
+        return scenario, path
+
+
+def _fault(reference: Reference, draw: random.Random) -> Fault:
+    number = signal.Signals[draw.choice(_SIGNALS)]
+    if draw.random() < 0.5:
+        return Fault(number, draw.random() * reference.seconds)
+    return Fault(number, None, draw.randint(1, max(1, reference.events)))
+
+
+def _unreadable(folder: Path) -> int:
+    """Checkpoints under their names that cannot be read."""
+    bad = 0
+    for path in folder.rglob("*.ckpt"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            try:
+                read_checkpoint(path)
+            except SlzoError:
+                bad += 1
+    return bad
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table, one line a command."""
+    lines = [
+        "| command | trials | faults | differ | unreadable | status | hung | lost |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in [name for name in SCENARIOS if any(outcome.scenario == name for outcome in outcomes)]:
+        own = [outcome for outcome in outcomes if outcome.scenario == name]
+        faults, differ = sum(len(o.faults) for o in own), sum(not o.same for o in own)
+        rest = [sum(getattr(o, what) for o in own) for what in ("unreadable", "wrong_status", "hung", "lost")]
+        lines.append("| " + " | ".join(map(str, (name, len(own), faults, differ, *rest))) + " |")
+    return "\n".join(lines)
+
+
+def torture(
+    trials: int, seed: int, root: Path, only: Sequence[str], say: Callable[[str], None] = print
+) -> list[Outcome]:
+    """Run some trials, each command its share of them.
+
+    Args:
+        trials: How many.
+        seed: Of commands, signals and times.
+        root: Folder for everything.
+        only: Commands.
+        say: Told of each trial that is not as it should be.
+    """
+    torch.set_num_threads(1)
+    bench, outcomes = Torture(root), []
+    names = random.Random(seed).choices(list(only), [_SHARES[name] for name in only], k=trials)
+    for number, name in enumerate(names):
+        outcomes.append(bench.trial(number, name, random.Random(seed * 1_000_003 + number)))
+        if outcomes[-1].bad:
+            say(f"trial {number}: {outcomes[-1]}")
+    return outcomes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run trials and print their table; 1 if anything was not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=200, help="how many (200)")
+    parser.add_argument("--seed", type=int, default=0, help="of commands, signals and times (0)")
+    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="commands (all)")
+    parser.add_argument("--json", type=Path, help="file for the outcomes")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="torture-") as root:
+        outcomes = torture(options.trials, options.seed, Path(root), options.only)
+    print(report(outcomes))
+    if options.json is not None:
+        write_json(options.json, [asdict(outcome) for outcome in outcomes])
+    return int(any(outcome.bad for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
