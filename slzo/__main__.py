@@ -1,5 +1,6 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
+import logging
 import signal
 import sys
 import threading
@@ -36,6 +37,9 @@ examples:
   slzo export --ckpt_path last --output tuned-model
 """
 
+# warn of kernels for other machines when they are imported, and at each product
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, see ``slzo --help``."""
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: is called {RENAMED_COMMANDS[args[0]]} now")
         if args[0] not in COMMANDS:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         from slzo.cli import run  # takes seconds: torch, Lightning and transformers
 
         with sigterm_raises():

@@ -32,6 +32,7 @@ _ALL = (
     Command("validate", "score dev rows"),
     Command("test", "score held-out rows"),
     Command("predict", "write predictions of held-out rows as JSON Lines"),
+    Command("plan", "estimate the memory that fit would take, without loading the model"),
     Command("profile", "only find the dominant layer: print, draw and save the outlier profile"),
     Command(
         "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True

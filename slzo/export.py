@@ -1,5 +1,6 @@
-"""Write the tuned model as a plain Hugging Face folder."""
+"""Write the tuned model as a Hugging Face folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,10 +10,25 @@ from slzo.errors import SlzoError
 from slzo.files import check_writable, replacing
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
+from slzo.models.quantization import method_of
+from slzo.models.save import leave_unquantized
 from slzo.zo.tuned_model import TunedModel
 
 
-def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bool = False) -> Path:
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Loadable with ``AutoModelForCausalLM.from_pretrained``.
+        base: What it was merged into, in words.
+    """
+
+    folder: Path
+    base: str
+
+
+def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bool = False) -> Exported:
     """Merge a checkpoint's tuned tensors into its base model and save model and tokenizer.
 
     Args:
@@ -20,8 +36,11 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
         output: Folder to write; must not exist or be empty.
         trust_remote_code: Run the model's own code, if its checkpoint needs that.
 
+    A run with ``model.quantization`` is merged into the model as it was before: its frozen layers need not be rounded. A model
+    that was quantized already stays so, but for the layers that were tuned.
+
     Returns:
-        The folder, loadable with ``AutoModelForCausalLM.from_pretrained`` (for prefix tuning where peft is installed).
+        The folder (loadable for prefix tuning where peft is installed) and what it was merged into.
 
     Raises:
         SlzoError: The checkpoint cannot be used or the folder is not empty.
@@ -46,10 +65,18 @@ def export_checkpoint(checkpoint: Checkpoint, output: str, trust_remote_code: bo
     with replacing(target) as partial:
         partial.mkdir()
         try:
+            if tuned_model.exchanged is not None:
+                leave_unquantized(model, tuple(tuned_model.exchanged.quantized))
             tuned_model.save_merged(str(partial))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
         tokenizer = load_tokenizer(note["model"], note["trust_remote_code"])
         tokenizer.chat_template = note.get("chat_template") or tokenizer.chat_template  # the one it was trained with
         tokenizer.save_pretrained(partial)
-    return target
+    method, quantization = method_of(model), note.get("quantization")
+    base = f"{note['model']}"
+    if method is not None:
+        base = f"{note['model']}, quantized ({method}) as it is but for what was tuned, which is in {note['dtype']}"
+    elif quantization is not None:
+        base = f"the unquantized base {note['model']}; it was tuned beside frozen layers in {quantization}"
+    return Exported(target, base)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.answer_log import AnswerLog
 from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.last_checkpoint import BestCheckpoint
+from slzo.callbacks.memory_planner import MemoryPlanner, format_plan, free_bytes, setup_of
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.replay_log import ReplayLog
@@ -60,7 +61,7 @@ class ZOTrainer(Trainer):
         if kwargs.get("accumulate_grad_batches", 1) != 1:
             raise SlzoError(
                 f"trainer.accumulate_grad_batches {kwargs['accumulate_grad_batches']}: a forward-only step needs no "
-                "accumulation, raise data.batch_size or model.num_queries instead"
+                "accumulation, raise data.batch_size or model.num_queries; data.tokens_per_pass runs a large batch in parts"
             )
         if kwargs.get("val_check_interval") == 0:
             raise SlzoError(
@@ -81,7 +82,7 @@ class ZOTrainer(Trainer):
         for kind in (StepWatch, AnswerLog):
             callbacks += [] if any(isinstance(c, kind) for c in callbacks) else [kind()]
         self._signals = StopOnSignal()
-        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), *callbacks]
+        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), MemoryPlanner(), *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
@@ -211,6 +212,17 @@ class ZOTrainer(Trainer):
         finally:
             callbacks.remove(writer)
 
+    def plan(self, model: ZOModule, datamodule: LightningDataModule | None = None) -> None:
+        """Estimate what memory fit would take, from the model's config and the rows; the model is not loaded.
+
+        Args:
+            model: A ZOModule.
+            datamodule: A TaskDataModule.
+        """
+        rows = self._attach_rows(model, datamodule)
+        device = self.strategy.root_device
+        say(format_plan(setup_of(model, rows, self.max_steps, device), free_bytes(device)))
+
     def profile(self, model: ZOModule, datamodule: LightningDataModule | None = None) -> None:
         """Only find the dominant layer: print, draw and save the outlier profile.
 
@@ -331,13 +343,18 @@ class ZOTrainer(Trainer):
 
     def attach(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
         """Give model and rows to each other and load them, for work outside of Lightning's loops."""
+        rows = self._attach_rows(model, datamodule)
+        model.load(rows)
+        model.model.to(self.strategy.root_device)
+        return rows
+
+    def _attach_rows(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
+        """The same without the model."""
         if not isinstance(datamodule, TaskDataModule):
             raise SlzoError("this command needs a TaskDataModule: pass datamodule=...")
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
-        model.load(datamodule)
         datamodule.setup("fit")
-        model.model.to(self.strategy.root_device)
         return datamodule
 
     def _profiler(self) -> OutlierProfiler:
@@ -361,7 +378,8 @@ class ZOTrainer(Trainer):
         if found is None:
             raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
         with disk_faults_in_one_line():
-            say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
+            done = export_checkpoint(found, output, model.trust_remote_code)
+            say(f"Wrote {done.folder}, merged into {done.base}")
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
         """A checkpoint, read; ``last`` is the newest run's."""

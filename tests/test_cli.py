@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer, run_dir, tuned
+from conftest import run_dir, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
@@ -22,6 +22,7 @@ from slzo.errors import SlzoError
 from slzo.models import parts as parts_of_models
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
+from tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

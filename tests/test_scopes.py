@@ -313,8 +313,8 @@ def test_removing_the_adapter_leaves_the_plain_model(scope):
     tuned_model = tune(scope, model)
     tuned_model.tensors.write(tuned_model.tensors.draw(0, 0, 0), 0.3)
     tuned_model.tensors.restore()
-    tuned_model.remove_adapter()
-    tuned_model.remove_adapter()
+    tuned_model.release()
+    tuned_model.release()
     for (name, tensor), (plain_name, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert name == plain_name
         assert torch.equal(tensor, expected), name

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.memory_planner import MemoryPlanner
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.callbacks.step_watch import StepWatch
@@ -131,9 +132,10 @@ class RunSummary(Callback):
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
+            "planned_memory_gb": _planned(trainer),
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
             "tuned_parameters": pl_module.tuned_model.tensors.num_elements,
-            "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
+            "total_parameters": pl_module.model.num_parameters(),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
             "run_dir": run_dir,
@@ -151,6 +153,13 @@ class RunSummary(Callback):
         """Take the score before training from a checkpoint; those of former versions have none of each row."""
         metrics = state_dict["before"]
         self._before = None if metrics is None else Scores(metrics, state_dict.get("rows_before") or {})
+
+
+def _planned(trainer: Trainer) -> float | None:
+    """The estimate of the peak, GiB; ``None`` where the model had been loaded before."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    plan = next((callback.plan for callback in callbacks if isinstance(callback, MemoryPlanner)), None)
+    return None if plan is None else round(plan.total / 2**30, 3)
 
 
 def _times_taken_back(trainer: Trainer) -> int:
@@ -251,6 +260,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
     ]
+    if summary.get("planned_memory_gb") is not None:
+        lines.append(
+            f"Memory     {summary['peak_memory_gb']:.2f} GiB at most, {summary['planned_memory_gb']:.2f} planned"
+        )
     if summary["times_taken_back"]:
         lines.append(
             f"Taken back {summary['times_taken_back']} times, after jumps of the dev loss; the rate was halved each time"

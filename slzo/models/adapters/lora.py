@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from slzo.errors import SlzoError
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
+from slzo.models.save import save_model
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class LoRAMatrices(Adapter):
 
     def save_merged(self, model: PreTrainedModel, folder: str) -> None:
         _unload_lora(model, merge=True)
-        model.save_pretrained(folder)
+        save_model(model, folder)
 
 
 def lora_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
