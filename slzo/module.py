@@ -389,6 +389,7 @@ class ZOModule(LightningModule):
         estimate, seconds = result.estimate, time.perf_counter() - started
         projected = torch.tensor(estimate.projected_grad)
         values = {
+            "train/loss": estimate.loss,
             "train/loss_plus": estimate.loss_plus,
             "train/loss_minus": estimate.loss_minus,
             "train/projected_grad": float(projected.mean()),

@@ -301,7 +301,8 @@ def test_merged_lora_computes_the_same(tmp_path):
     tuned.write(tuned.draw(0, 0, 0), 0.3)
     expected = model(ids).logits
     assert not torch.allclose(expected, plain(ids).logits, atol=1e-3)
-    tuned_model.save_merged(str(tmp_path))
+    tuned_model.merge()
+    model.save_pretrained(tmp_path)
     for merged in (model, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert [name for name, _ in merged.named_parameters()] == [name for name, _ in plain.named_parameters()]

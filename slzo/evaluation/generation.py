@@ -287,6 +287,7 @@ def _attention_forward(
 @contextmanager
 def _attention(parts: ModelParts) -> Iterator[None]:
     """The model's layers use this module's attention."""
+    parts.prepare()
     before = parts.model.config.get_text_config(decoder=True)._attn_implementation
     use_attention(parts.model, "slzo_generate", _attention_forward)
     try:

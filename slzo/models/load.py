@@ -31,7 +31,7 @@ from slzo.models.quantization import (
     quantization_config,
 )
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
@@ -59,7 +59,7 @@ def resolve_model(name: str) -> str:
             )
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
-    if looks_local or not _HUB_ID.fullmatch(name):
+    if looks_local or not HUB_ID.fullmatch(name):
         raise SlzoError(
             f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
             f"'Qwen/Qwen3-8B', or a built-in name ({', '.join(BUILTIN_MODELS)})"
@@ -142,6 +142,11 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; SlzoError if it cannot be loaded."""
-    return _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with another chat template if one is given; SlzoError if it cannot be loaded."""
+    tokenizer: PreTrainedTokenizerBase = _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

@@ -22,9 +22,9 @@ from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
 from slzo.models.parts import ModelParts
+from slzo.models.peft_files import PeftFiles, lora_files
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.quantization import is_plain, method_of
-from slzo.models.save import save_model
 from slzo.models.weight_stream import WeightStream
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
@@ -202,12 +202,23 @@ class TunedModel:
             self.exchanged.undo(self.parts.model)
             self.exchanged = None
 
-    def save_merged(self, folder: str) -> None:
-        """Write the tuned model to a folder, as a plain one where its weights can hold what is tuned."""
-        if self.adapter is None:
-            save_model(self.parts.model, folder)
-        else:
-            self.adapter.save_merged(self.parts.model, folder)
+    def merge(self) -> None:
+        """Have the model's own weights hold what is tuned, without an adapter's modules. This object is of no use then.
+
+        Raises:
+            SlzoError: No weight can hold it.
+        """
+        if self.adapter is not None:
+            self.adapter.merge(self.parts.model)
+            self.adapter = None
+
+    def peft_files(self) -> PeftFiles | None:
+        """What is tuned as an adapter of peft; ``None`` where that is of no low rank."""
+        if self.adapter is not None:
+            return self.adapter.peft_files(self.parts.model)
+        maps = {name.removesuffix(".weight"): tensor.low_rank() for name, tensor in self.tensors.items()}
+        low_rank = {path: moved for path, moved in maps.items() if moved is not None}
+        return lora_files(low_rank) if len(low_rank) == len(maps) else None
 
     def plan_prefix(self, blocks: Iterable[Block]) -> None:
         """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`."""
