@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
+from slzo.callbacks.last_checkpoint import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
@@ -104,7 +104,7 @@ class SlzoCLI(LightningCLI):
             {
                 "profiler.rule": {"class_path": "slzo.zo.selection.LargestFall"},
                 "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
-                "checkpoint.monitor": "val/loss",
+                "checkpoint.monitor": AUTO_MONITOR,
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,

@@ -25,6 +25,7 @@ FLOORS = [
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],
+    ["rewards"],
     ["assets"],
     [
         "pip_download",
