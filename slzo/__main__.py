@@ -1,5 +1,6 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
+import importlib
 import signal
 import sys
 import threading
@@ -51,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: is called {RENAMED_COMMANDS[args[0]]} now")
         if args[0] not in COMMANDS:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
-        from slzo.cli import run  # takes seconds: torch, Lightning and transformers
-
+        run = importlib.import_module(COMMANDS[args[0]].module).run  # takes seconds: torch, Lightning and transformers
         with sigterm_raises():
             run(args)
     except SlzoError as error:

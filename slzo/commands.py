@@ -19,14 +19,17 @@ class Command:
         help: One line.
         takes_run_config: With a checkpoint and no config, the config of the checkpoint's run is taken up.
         goes_on: Given again after an interrupt, it goes on where it stopped.
+        module: Whose function ``run`` runs it.
     """
 
     name: str
     help: str
     takes_run_config: bool = True
     goes_on: bool = False
+    module: str = "slzo.cli"
 
 
+_REPORT = "slzo.report.command"
 _ALL = (
     Command("fit", "find the dominant layer and tune it with forward passes only", takes_run_config=False),
     Command("validate", "score dev rows"),
@@ -39,5 +42,6 @@ _ALL = (
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
     Command("replay", "rebuild the tuned weights of a run at any step from its log"),
     Command("export", "write the tuned model as a Hugging Face folder"),
+    Command("report", "write a page on a run, or on several side by side: slzo report RUN...", False, module=_REPORT),
 )
 COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

@@ -15,7 +15,10 @@ from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.replay_log import ReplayLog
+from slzo.callbacks.run_history import RunHistory
 from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.run_report import RunReport
+from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
@@ -78,7 +81,8 @@ class ZOTrainer(Trainer):
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
         self._signals = StopOnSignal()
-        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), *callbacks]
+        records = [ReplayLog(), RunRecord(), RunHistory(), SamplePredictions()]
+        kwargs["callbacks"] = [ExactResume(), self._signals, *records, *callbacks, RunReport()]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:

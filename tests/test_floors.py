@@ -18,13 +18,13 @@ FLOORS = [
     ["datamodule"],
     ["console", "trainer_checks"],
     # no Lightning from here on
-    ["export"],
+    ["export", "report"],
     ["zo"],
     ["evaluation"],
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],
-    ["assets"],
+    ["assets", "pictures"],
     [
         "pip_download",
         "renames",

@@ -1,0 +1,32 @@
+"""Ends a run with its pictures and its page."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo.console import say
+from slzo.module import ZOModule
+from slzo.pictures.curves import curves_picture
+from slzo.pictures.style import save
+from slzo.report.page import REPORT_FILE, write_report
+from slzo.report.run_files import read_run
+
+CURVES = "curves"
+"""Name of the picture, without .png and .svg."""
+
+
+class RunReport(Callback):
+    """Draws ``curves.png`` and ``curves.svg`` and writes ``report.html``; comes after the callbacks whose files it reads."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what is in the run folder, draw and write."""
+        if not isinstance(pl_module, ZOModule) or trainer.interrupted or getattr(trainer, "fast_dev_run", False):
+            return
+        log_dir = trainer.log_dir  # a collective call: every process must make it
+        if log_dir is None or not trainer.is_global_zero:
+            return
+        folder = Path(log_dir)
+        run = read_run(folder)
+        save(curves_picture([run.curves], f"{run.model} on {run.task}"), folder, CURVES)
+        write_report([run], folder / REPORT_FILE)
+        say(f"Report     {folder / REPORT_FILE}")
