@@ -36,9 +36,7 @@ _ALL = (
     Command("test", "score held-out rows"),
     Command("predict", "write predictions of held-out rows as JSON Lines"),
     Command("profile", "only find the dominant layer: print, draw and save the outlier profile"),
-    Command(
-        "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
-    ),
+    Command("sweep", "tune every layer for the same steps and compare: does the chosen layer win?", goes_on=True),
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
     Command("replay", "rebuild the tuned weights of a run at any step from its log"),
     Command("export", "write the tuned model as a Hugging Face folder"),

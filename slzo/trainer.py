@@ -81,8 +81,10 @@ class ZOTrainer(Trainer):
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
         self._signals = StopOnSignal()
-        records = [ReplayLog(), RunRecord(), RunHistory(), SamplePredictions()]
-        kwargs["callbacks"] = [ExactResume(), self._signals, *records, *callbacks, RunReport()]
+        callbacks += [] if any(isinstance(c, SamplePredictions) for c in callbacks) else [SamplePredictions()]
+        callbacks.sort(key=lambda callback: isinstance(callback, RunReport))  # it reads what the others write
+        records = [ReplayLog(), RunRecord(), RunHistory()]
+        kwargs["callbacks"] = [ExactResume(), self._signals, *records, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:

@@ -19,20 +19,25 @@ from slzo.report.run_files import RunFiles
 REPORT_FILE = "report.html"
 """Of a run in its folder."""
 
-_MISSING = "–"
+_MISSING = "-"
 
 
-def write_report(runs: Sequence[RunFiles], path: Path) -> None:
+def write_report(runs: Sequence[RunFiles], path: Path, curves: str | None = None) -> None:
     """Write the page: one file, which opens without a network.
+
+    Args:
+        runs: One, or several side by side.
+        path: Of the page.
+        curves: Their curves as SVG, where they are drawn already.
 
     Raises:
         SlzoError: It cannot be written.
     """
-    write_text(path, report_page(runs))
+    write_text(path, report_page(runs, curves))
 
 
-def report_page(runs: Sequence[RunFiles]) -> str:
-    """The page of one run, or of several side by side, as HTML."""
+def report_page(runs: Sequence[RunFiles], curves: str | None = None) -> str:
+    """The page as HTML; see :func:`write_report`."""
     template = Template((resources.files("slzo.report") / "template.html").read_text(encoding="utf-8"))
     title = _title(runs)
     sections = [
@@ -40,7 +45,7 @@ def report_page(runs: Sequence[RunFiles]) -> str:
         *(_opening(run, len(runs) > 1) for run in runs),
         _section("What differs", _differences(runs)) if len(runs) > 1 else "",
         _section("Scores", _table(runs, scores)),
-        _section("Curves", _curves(runs)),
+        _section("Curves", f"<figure>{curves}</figure>" if curves else _curves(runs)),
         _section("Which layer", _profiles(runs)),
         _section("Predictions before and after", "".join(_samples(run, len(runs) > 1) for run in runs)),
         _section("Method", _table(runs, method)),
@@ -167,4 +172,6 @@ def _options(run: RunFiles) -> str:
     if not run.config:
         return ""
     lines = "\n".join(f"{name}: {_value(value)}" for name, value in run.config.items())
-    return f"<details><summary>{escape(run.name)}: {len(run.config)} options</summary><pre>{escape(lines)}</pre></details>"
+    return (
+        f"<details><summary>{escape(run.name)}: {len(run.config)} options</summary><pre>{escape(lines)}</pre></details>"
+    )

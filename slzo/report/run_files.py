@@ -107,9 +107,7 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
         of_events, losses = _events(folder, str(summary.get("metric", "accuracy")))
         points, train = points or of_events, train or losses
     samples = _json(folder / SAMPLES_FILE).get("rows", ())
-    return RunFiles(
-        folder, name or folder.name, config, summary, environment, profile, points, train, tuple(samples)
-    )
+    return RunFiles(folder, name or folder.name, config, summary, environment, profile, points, train, tuple(samples))
 
 
 def _json(path: Path) -> dict[str, Any]:
