@@ -25,7 +25,7 @@ def picture(width: float, height: float, title: str = "", below: str = "") -> Fi
     figure = Figure(figsize=(width, height))
     head = 0.35 * bool(title) + 0.22 * bool(below)
     figure.subplots_adjust(
-        left=0.68 / width,
+        left=0.85 / width,
         right=1 - 0.15 / width,
         bottom=0.5 / height,
         top=1 - (head + 0.12) / height,
