@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_dir
+
 from slzo.__main__ import main
 from slzo.report.command import run as report
 from slzo.report.differences import differing
