@@ -20,7 +20,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.last_checkpoint import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
+from slzo.callbacks.run_report import RunReport
 from slzo.callbacks.run_summary import RunSummary
+from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.cli_auto import spelled_out, with_words
@@ -98,6 +100,8 @@ class SlzoCLI(LightningCLI):
         parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(SamplePredictions, "samples")
+        parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(StepWatch, "watch")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(

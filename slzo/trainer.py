@@ -20,7 +20,10 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.replay_log import ReplayLog
 from slzo.callbacks.run_forecast import RunForecast
+from slzo.callbacks.run_history import RunHistory
 from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.run_report import RunReport
+from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
@@ -92,8 +95,11 @@ class ZOTrainer(Trainer):
             callbacks += [] if any(isinstance(c, kind) for c in callbacks) else [kind()]
         callbacks += [] if kwargs.get("fast_dev_run") or kwargs.get("barebones") else [RunForecast()]
         self._signals = StopOnSignal()
-        log = [] if kwargs.get("enable_checkpointing") is False else [ReplayLog()]
-        kwargs["callbacks"] = [ExactResume(), self._signals, *log, RunRecord(), MemoryPlanner(), *callbacks]
+        callbacks += [] if any(isinstance(c, SamplePredictions) for c in callbacks) else [SamplePredictions()]
+        callbacks.sort(key=lambda callback: isinstance(callback, RunReport))  # it reads what the others write
+        records: list[Callback] = [] if kwargs.get("enable_checkpointing") is False else [ReplayLog()]
+        records += [RunRecord(), MemoryPlanner(), RunHistory()]
+        kwargs["callbacks"] = [ExactResume(), self._signals, *records, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:

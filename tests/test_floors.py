@@ -19,14 +19,14 @@ FLOORS = [
     ["datamodule"],
     ["console", "trainer_checks"],
     # no Lightning from here on
-    ["export"],
+    ["export", "report"],
     ["zo"],
     ["checkpoint_names", "evaluation"],
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],
     ["rewards"],
-    ["assets"],
+    ["assets", "pictures"],
     [
         "pip_download",
         "renames",

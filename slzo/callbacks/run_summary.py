@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slzo.callbacks.kept_weights import kept_weights
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.memory_planner import MemoryPlanner
@@ -17,7 +18,6 @@ from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.use_commands import use_commands
-from slzo.checkpoint import read_checkpoint
 from slzo.console import say
 from slzo.data.batch import EvalBatch
 from slzo.datamodule import Judge
@@ -214,14 +214,8 @@ def _facts(trainer: Trainer, module: ZOModule, run_dir: str | None, best: str) -
 
 def _score_checkpoint(module: ZOModule, best: str) -> Scores:
     """Score the best checkpoint, or the last weights if there is none, and leave the module with its last weights."""
-    if not best or not Path(best).is_file():
-        return _score(module, "after training, last weights")
-    last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    try:
-        module.load_state_dict(read_checkpoint(best).content["state_dict"])
-        return _score(module, f"after training, {Path(best).name}")
-    finally:
-        module.load_state_dict(last)
+    with kept_weights(module, best) as kept:
+        return _score(module, f"after training, {Path(best).name if kept else 'last weights'}")
 
 
 def _score(module: ZOModule, when: str) -> Scores:
