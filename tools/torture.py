@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -145,15 +146,17 @@ def _child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fau
         signal.signal(signal.SIGINT, signal.default_int_handler)
         original = ZOModule.loss_of
 
-        def loss_of(module: ZOModule, batch: Any) -> Any:
+        def loss_of(module: ZOModule, *args: Any) -> Any:
             counters.add(8)
-            return original(module, batch)
+            return original(module, *args)
 
         ZOModule.loss_of = loss_of  # type: ignore
         sys.addaudithook(lambda event, args: _at_event(event, args, str(folder), counters, fault))
         status = call()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
