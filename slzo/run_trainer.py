@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
+from slzo.callbacks.last_checkpoint import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_report import RunReport
@@ -28,7 +28,7 @@ TRAINER_DEFAULTS = MappingProxyType(
     }
 )
 CHECKPOINT_DEFAULTS = MappingProxyType(
-    {"monitor": "val/loss", "mode": "min", "filename": "step={step}", "auto_insert_metric_name": False}
+    {"monitor": AUTO_MONITOR, "mode": "min", "filename": "step={step}", "auto_insert_metric_name": False}
 )
 
 

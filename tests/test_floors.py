@@ -26,6 +26,7 @@ FLOORS = [
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],
+    ["rewards"],
     ["assets", "pictures"],
     [
         "pip_download",

@@ -49,7 +49,7 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
     names = run_cells(bench, store, plan)
     wait_for_others(store, names)
     rows = layer_results(store, plan, profile)
-    sentence = verdict(rows, datamodule.task.metric, profile.title)
+    sentence = verdict(rows, datamodule.judge.metric, profile.title)
     curves = seed_curves(store, plan)
     if plan.seconds is not None and curves:
         sentence = curves_verdict(curves, plan, profile.dominant_layer)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
     return figure
 
 
-def _line(axis: Axes, run: RunCurves, value: Callable[[CurvePoint], float | None], **style: object) -> None:
+def _line(axis: Axes, run: RunCurves, value: Callable[[CurvePoint], float | None], **style: Any) -> None:
     found = [(point.step, own) for point in run.points if (own := value(point)) is not None]
     if found:
         axis.plot(*zip(*found, strict=True), marker="o", markersize=3, linewidth=1.3, **style)

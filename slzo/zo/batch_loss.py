@@ -9,6 +9,8 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, stack
 from slzo.data.batch import Row, TrainBatch
+from slzo.evaluation.generation import Answer
+from slzo.evaluation.sampling import Sampling
 from slzo.tasks.base import Example
 from slzo.zo.derivatives import back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
@@ -23,14 +25,18 @@ class Surroundings:
     Attributes:
         forward: Evaluates logits.
         tuned: What the loss is a function of.
-        answers: Generates an answer to each row's prompt with the live weights.
+        answers: Generates an answer to each row's prompt with the live weights; the likeliest tokens, or sampled ones.
         reduce: Adds tensors up over processes.
+        seed: Of the run, for what is drawn at random.
+        step: Of the run.
     """
 
     forward: SuffixForward
     tuned: TunedTensors
-    answers: Callable[[Sequence[Row]], list[str]]
+    answers: Callable[[Sequence[Row], Sampling | None], list[Answer]]
     reduce: Callable[[Tensor], Tensor]
+    seed: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,24 @@ class BatchLogitLoss(_SummedLoss):
 
 
 @dataclass(frozen=True)
-class BatchAnswerLoss(_SummedLoss):
-    """A loss of generated answers. They run the whole model: they need keys and values of every layer.
+class RowsLoss(_SummedLoss):
+    """A loss of what is generated for rows. It runs the whole model: that needs keys and values of every layer."""
+
+    def rows_of(self, point: Point) -> tuple[Row, ...]:
+        """The rows that a point is evaluated on."""
+        rows, (number, shares) = self.batch.rows, point.rows
+        return rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
+
+    def gradient(self) -> tuple[float, Direction]:
+        raise NotImplementedError("a generated answer has no gradient")
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        raise NotImplementedError("a generated answer has no derivative")
+
+
+@dataclass(frozen=True)
+class BatchAnswerLoss(RowsLoss):
+    """A loss of each generated answer.
 
     Attributes:
         of_answers: The loss of each example from its generated answer.
@@ -101,19 +123,12 @@ class BatchAnswerLoss(_SummedLoss):
     of_answers: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
 
     def sums(self, points: Sequence[Point]) -> Tensor:
-        rows, device = self.batch.rows, self.batch.packed.input_ids.device
+        device = self.batch.packed.input_ids.device
         found = []
         for point in points:
-            number, shares = point.rows
-            chosen = rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
+            chosen = self.rows_of(point)
             self.around.tuned.write(point.direction, point.scale)
-            answers = self.around.answers(chosen) if chosen else []
+            answers = [answer.text for answer in self.around.answers(chosen, None)] if chosen else []
             losses = self.of_answers(answers, [row.example for row in chosen]) if chosen else []
             found.append(LossSum(*torch.tensor([sum(losses), float(len(chosen))], device=device)))
         return stack(found)
-
-    def gradient(self) -> tuple[float, Direction]:
-        raise NotImplementedError("a generated answer has no gradient")
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        raise NotImplementedError("a generated answer has no derivative")

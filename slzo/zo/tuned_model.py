@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 
 from slzo.batches.blocks import Block
 from slzo.batches.packing import PackedBatch
-from slzo.data.batch import TrainBatch
+from slzo.data.batch import Row, TrainBatch
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
+from slzo.evaluation.generation import Answer
+from slzo.evaluation.sampling import Sampling
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
@@ -234,18 +236,21 @@ class TunedModel:
         objective: Objective,
         evaluator: Evaluator | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+        seed: int = 0,
+        step: int = 0,
     ) -> Loss:
         """The loss of a batch, the rows of this process on the model's device, as a function of what is tuned.
 
-        ``evaluator`` generates answers for objectives that look at them; ``reduce`` adds tensors up over processes.
+        ``evaluator`` generates answers for objectives that look at them; ``reduce`` adds tensors up over processes; ``seed`` and
+        ``step`` are for objectives that sample.
         """
 
-        def answers(rows: Sequence[Any]) -> list[str]:
+        def answers(rows: Sequence[Row], sampling: Sampling | None) -> list[Answer]:
             if evaluator is None:
                 raise SlzoError(f"data.objective {objective.describe()}: generates answers, and no evaluator is given")
-            return evaluator.answers(rows)
+            return evaluator.answers(rows, sampling)
 
-        return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce))
+        return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce, seed, step))
 
     def step(
         self,
@@ -273,10 +278,10 @@ class TunedModel:
         clip = None if factor is None else partial(self.history.clip, factor=factor)
         return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update, clip=clip)
 
-    def measure_step(self, loss: Loss, eps: float | None, seed: int) -> StepSize:
+    def measure_step(self, loss: Loss, eps: float | None, seed: int, lowest: float = 0.0) -> StepSize:
         """Measure step sizes on a batch, see :meth:`slzo.zo.step_size.StepSize.measure`."""
         half = self.parts.model.dtype in (torch.bfloat16, torch.float16)
-        return StepSize.measure(self.tensors, loss, seed, eps, half)
+        return StepSize.measure(self.tensors, loss, seed, eps, half, lowest)
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
