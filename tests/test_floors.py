@@ -13,6 +13,7 @@ FLOORS = [
     ["__main__"],
     ["cli_completion"],
     ["cli", "prompting"],
+    ["run_trainer"],
     ["cli_auto", "cli_errors", "cli_help", "config_files", "constructor_errors", "trainer"],
     ["base_scores", "callbacks", "experiments", "checkpoint_io", "folder_logger", "run_folder"],
     ["module"],
