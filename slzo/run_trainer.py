@@ -1,5 +1,6 @@
 """A trainer from Python that runs as the command line does."""
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +17,8 @@ from slzo.trainer import ZOTrainer
 RUNS = "runs"
 """Folder above the runs."""
 
-LOGGER_DEFAULTS = MappingProxyType({"save_dir": RUNS, "name": "", "default_hp_metric": False})
-TRAINER_DEFAULTS = MappingProxyType(
+LOGGER_DEFAULTS: Mapping[str, Any] = MappingProxyType({"save_dir": RUNS, "name": "", "default_hp_metric": False})
+TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "max_steps": 1000,
         "val_check_interval": 100,
@@ -27,7 +28,7 @@ TRAINER_DEFAULTS = MappingProxyType(
         "enable_model_summary": False,
     }
 )
-CHECKPOINT_DEFAULTS = MappingProxyType(
+CHECKPOINT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"monitor": AUTO_MONITOR, "mode": "min", "filename": "step={step}", "auto_insert_metric_name": False}
 )
 
