@@ -21,7 +21,7 @@ from slzo.zo.forward import SuffixForward
 from slzo.zo.scopes import LayerScope, ScopeContext
 from slzo.zo.span import Span
 from slzo.zo.tuned_model import TunedModel
-from tiny import VOCABULARY
+from tiny import VOCABULARY, make_tokenizer  # noqa: F401, tests take both from here
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 FAMILIES = {

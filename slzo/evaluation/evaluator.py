@@ -9,12 +9,14 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample
+from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.generation import answer_text, generate, stop_tokens
+from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
+from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, generate, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
+from slzo.evaluation.prompt_states import PromptStates
 from slzo.models.parts import ModelParts
 
 Logits = Callable[[PackedBatch, bool], Tensor]
@@ -46,6 +48,7 @@ class Evaluator:
         loss: What is reported as the loss where candidates are scored.
         tokens_per_pass: Prompt tokens per forward pass where answers are generated.
         logits: Evaluates a packed batch; ``None`` runs the whole model each time.
+        prompt_states: What prompts leave below the tuned layers, kept; ``None`` runs the whole model each time.
     """
 
     parts: ModelParts
@@ -53,12 +56,13 @@ class Evaluator:
     loss: LogitLoss
     tokens_per_pass: int = 1024
     logits: Logits | None = None
+    prompt_states: PromptStates | None = None
 
     @torch.no_grad()
     def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
         """Evaluate one batch; ``keep_prefix`` keeps hidden states for the next time it is scored, else the cache is only read."""
         if batch.packed is None:
-            answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows])
+            answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows], keep_prefix)
             assert gold_loss is not None
             return Outcome(answers, [], gold_loss)
         # without tokens per example the batch shares beginnings over examples, so there is nothing to keep for one of them
@@ -73,12 +77,37 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row]) -> list[str]:
         """Generated answers."""
-        return self._generate(rows, None)[0]
+        return self._generate(rows, None, keep=False)[0]
 
-    def _generate(self, rows: Sequence[Row], gold: list[EncodedExample] | None) -> tuple[list[str], LossSum | None]:
+    def answers_at_points(self, rows: Sequence[Sequence[Row]], varied: VariedLayers) -> list[list[str]]:
+        """Generated answers to the rows of each of several points, made together."""
+        known = {row.encoded.index: row for own in rows for row in own}
+        place = {key: number for number, key in enumerate(known)}
+        wanted = [Wanted(place[row.encoded.index], point) for point, own in enumerate(rows) for row in own]
+        answers, _ = decode(
+            self.parts,
+            [row.prompt for row in known.values()],
+            wanted,
+            stop_tokens(self.tokenizer),
+            max_new_tokens=MAX_NEW_TOKENS,
+            prefill_tokens=self.tokens_per_pass,
+            varied=varied,
+            kept=self._kept([prompt_key(key) for key in known], keep=True),
+        )
+        texts = (answer_text(self.tokenizer, ids) for ids in answers)
+        return [[next(texts) for _ in own] for own in rows]
+
+    def _generate(
+        self, rows: Sequence[Row], gold: list[EncodedExample] | None, keep: bool
+    ) -> tuple[list[str], LossSum | None]:
         prompts, stops = [row.prompt for row in rows], stop_tokens(self.tokenizer)
-        made = generate(self.parts, prompts, stops, prefill_tokens=self.tokens_per_pass, gold=gold)
+        keys = [row.encoded.index if gold is not None else prompt_key(row.encoded.index) for row in rows]
+        kept = self._kept(keys, keep)
+        made = generate(self.parts, prompts, stops, prefill_tokens=self.tokens_per_pass, gold=gold, kept=kept)
         return [answer_text(self.tokenizer, ids) for ids in made.answers], made.gold
+
+    def _kept(self, keys: Sequence[int], keep: bool) -> Kept | None:
+        return None if self.prompt_states is None else Kept(self.prompt_states, keys, keep)
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slzo.batches.blocks import Block
+from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -25,13 +26,19 @@ class PrefixCache:
         budget_gb: Space to use, in GiB; 0 keeps nothing.
         dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
         directory: Use a memory-mapped file in this folder instead of memory; it has no name and vanishes with the process.
+        beside: Another cache that the budget is shared with, and that comes first.
 
     Raises:
         SlzoError: The folder cannot be written.
     """
 
     def __init__(
-        self, start: int, budget_gb: float, dtype: torch.dtype | None = None, directory: str | None = None
+        self,
+        start: int,
+        budget_gb: float,
+        dtype: torch.dtype | None = None,
+        directory: str | None = None,
+        beside: "PrefixCache | None" = None,
     ) -> None:
         self.start = start
         self.budget = int(budget_gb * 2**30)
@@ -39,7 +46,10 @@ class PrefixCache:
         self.directory = directory
         if directory is not None:
             check_cache_folder(directory)
+        self.beside = beside
         self.num_bytes = 0
+        self._planned = 0
+        self._full = False
         self._states: dict[int, Tensor] = {}
         self._plan: dict[int, Block] | None = None
         self._block: Tensor | None = None
@@ -58,14 +68,54 @@ class PrefixCache:
             blocks: Each example is in one of them at most.
             token_bytes: Space that a packed token's states take.
         """
-        self._plan, planned = {}, 0
+        self._plan, self._planned = {}, 0
         for block in blocks:
             size = block.num_tokens * token_bytes
-            if planned + size <= self.budget:
-                planned += size
+            if self._planned + size <= self._room:
+                self._planned += size
                 self._plan |= dict.fromkeys(block.keys, block)
         if not self._states.keys() <= self._plan.keys():
             self.clear()
+
+    def wants(self, key: int) -> bool:
+        """Whether an example's states are kept, or would be."""
+        return key in self or (not self._full and self._room > 0 if self._plan is None else key in self._plan)
+
+    @property
+    def _room(self) -> int:
+        """What the cache beside this one leaves of the budget."""
+        return self.budget - (0 if self.beside is None else max(self.beside.num_bytes, self.beside._planned))
+
+    def states_of(
+        self, batch: PackedBatch, run: Callable[[TokenBatch], Tensor], dtype: torch.dtype, keep: bool
+    ) -> Tensor:
+        """States of a batch, shape (T, hidden), rounded as they would come back; ``run`` computes those of tokens.
+
+        Only examples that are not held are run; their states are kept with ``keep``. Those that the plan has are run with the
+        others of their block.
+        """
+        device = batch.input_ids.device
+
+        def rounded(part: TokenBatch) -> Tensor:
+            return self.round(run(part))
+
+        if keep:
+            for block in self.blocks_of(key for key in batch.example_index if key not in self):
+                if block.keys != batch.example_index:  # else the batch is the block, and is run below
+                    whole = block.pack().to(device)
+                    self.put(whole.example_index, whole.example_tokens, rounded(whole))
+        new: dict[int, Tensor] = {}
+        missing = [number for number, key in enumerate(batch.example_index) if key not in self]
+        if missing:
+            part = batch if len(missing) == batch.num_examples else batch.select(missing)
+            fresh = rounded(part)
+            lengths = [batch.example_tokens[number] for number in missing]
+            if keep:
+                self.put([batch.example_index[number] for number in missing], lengths, fresh)
+            if part is batch:
+                return fresh
+            new = dict(zip(missing, fresh.split(lengths), strict=True))
+        return self.gather(batch.example_index, new, device, dtype)
 
     def blocks_of(self, keys: Iterable[int]) -> list[Block]:
         """The planned blocks of some examples."""
@@ -98,7 +148,10 @@ class PrefixCache:
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
             size = states.numel() * dtype.itemsize
             planned = self._plan is None or key in self._plan
-            if not planned or key in self._states or self.num_bytes + size > self.budget:
+            if not planned or key in self._states:
+                continue
+            if self.num_bytes + size > self._room:
+                self._full = True
                 continue
             place = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
             self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
@@ -111,7 +164,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything; needed when the layers before the tuned one change."""
         self._states.clear()
-        self._block, self._used, self.num_bytes = None, 0, 0
+        self._block, self._used, self.num_bytes, self._full = None, 0, 0, False
 
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
         """Room for ``count`` values in the present block, or in a new one."""

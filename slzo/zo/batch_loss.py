@@ -23,13 +23,13 @@ class Surroundings:
     Attributes:
         forward: Evaluates logits.
         tuned: What the loss is a function of.
-        answers: Generates an answer to each row's prompt with the live weights.
+        answers: Generates an answer to the prompt of each of some rows at each of some points; these have rows of their own.
         reduce: Adds tensors up over processes.
     """
 
     forward: SuffixForward
     tuned: TunedTensors
-    answers: Callable[[Sequence[Row]], list[str]]
+    answers: Callable[[Sequence[Point], Sequence[Sequence[Row]]], list[list[str]]]
     reduce: Callable[[Tensor], Tensor]
 
 
@@ -89,7 +89,7 @@ class BatchLogitLoss(_SummedLoss):
 
 @dataclass(frozen=True)
 class BatchAnswerLoss(_SummedLoss):
-    """A loss of generated answers. They run the whole model: they need keys and values of every layer.
+    """A loss of generated answers, those at all points together: see :mod:`slzo.evaluation.decoding`.
 
     Attributes:
         of_answers: The loss of each example from its generated answer.
@@ -98,16 +98,18 @@ class BatchAnswerLoss(_SummedLoss):
     of_answers: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
 
     def sums(self, points: Sequence[Point]) -> Tensor:
-        rows, device = self.batch.rows, self.batch.packed.input_ids.device
+        device = self.batch.packed.input_ids.device
+        chosen = [self.rows_of(point) for point in points]
         found = []
-        for point in points:
-            number, shares = point.rows
-            chosen = rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
-            self.around.tuned.write(point.direction, point.scale)
-            answers = self.around.answers(chosen) if chosen else []
-            losses = self.of_answers(answers, [row.example for row in chosen]) if chosen else []
-            found.append(LossSum(*torch.tensor([sum(losses), float(len(chosen))], device=device)))
+        for rows, answers in zip(chosen, self.around.answers(points, chosen), strict=True):
+            losses = self.of_answers(answers, [row.example for row in rows]) if rows else []
+            found.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
         return stack(found)
+
+    def rows_of(self, point: Point) -> tuple[Row, ...]:
+        """The rows that a point is evaluated on."""
+        rows, (number, shares) = self.batch.rows, point.rows
+        return rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
 
     def gradient(self) -> tuple[float, Direction]:
         raise NotImplementedError("a generated answer has no gradient")

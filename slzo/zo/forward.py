@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
-from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point
@@ -48,26 +48,9 @@ class SuffixForward:
         """
         if self.span.start == 0:
             return None
-        if keep:
-            for block in self.cache.blocks_of(key for key in batch.example_index if key not in self.cache):
-                if block.keys != batch.example_index:  # else the batch is the block, and is run below
-                    whole = block.pack().to(batch.input_ids.device)
-                    self.cache.put(whole.example_index, whole.example_tokens, self._run_prefix(whole))
-        new: dict[int, Tensor] = {}
-        missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
-        if missing:
-            part = batch if len(missing) == batch.num_examples else batch.select(missing)
-            fresh = self._run_prefix(part)
-            lengths = [batch.example_tokens[number] for number in missing]
-            if keep:
-                self.cache.put([batch.example_index[number] for number in missing], lengths, fresh)
-            if part is batch:
-                return fresh
-            new = dict(zip(missing, fresh.split(lengths), strict=True))
-        return self.cache.gather(batch.example_index, new, batch.input_ids.device, self.parts.model.dtype)
-
-    def _run_prefix(self, batch: TokenBatch) -> Tensor:
-        return self.cache.round(self.parts.run(batch, 0, self.span.start))
+        return self.cache.states_of(
+            batch, lambda part: self.parts.run(part, 0, self.span.start), self.parts.model.dtype, keep
+        )
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
