@@ -221,7 +221,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="prompts a step")
     parser.add_argument("--prompt_tokens", type=int, default=60, help="tokens of a prompt")
     parser.add_argument("--new_tokens", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--eps", type=float, default=1e-2, help="size of the perturbation")
+    parser.add_argument("--eps", type=float, default=1e-3, help="size of the perturbation")
     parser.add_argument("--rounds", type=int, default=5, help="batches, each timed once in each way")
     parser.add_argument(
         "--cpu_time", action="store_true", help="processor seconds, for a machine that does other work too"
