@@ -1,5 +1,7 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
+import importlib
+import logging
 import signal
 import sys
 import threading
@@ -33,8 +35,12 @@ examples:
   slzo sweep --config configs/quickstart.yaml --sensitivity_only true
   slzo lr_search --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
-  slzo export --ckpt_path last --output tuned-model
+  slzo export --ckpt_path best --output tuned-model
+  slzo generate --ckpt_path best --prompt "A warm and funny film. It was"
 """
+
+# warn of kernels for other machines when they are imported, and at each product
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: is called {RENAMED_COMMANDS[args[0]]} now")
         if args[0] not in COMMANDS:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
-        from slzo.cli import run  # takes seconds: torch, Lightning and transformers
-
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        run = importlib.import_module(COMMANDS[args[0]].module).run  # takes seconds: torch, Lightning and transformers
         with sigterm_raises():
             run(args)
     except SlzoError as error:

@@ -80,9 +80,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     option = f"ckpt_path {str(path)!r}"
     if Path(path).is_dir():
-        raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, or last")
+        raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, last or best")
     if not Path(path).is_file():
-        raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, or last")
+        raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
     with _one_line(option):
         _verify(path, option)
         content = torch.load(path, map_location="cpu", weights_only=True)

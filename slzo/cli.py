@@ -1,9 +1,12 @@
 """The LightningCLI of slzo: YAML and options in, one clear line out when they are wrong."""
 
 import logging
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,18 +22,21 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_summary import RunSummary
 from slzo.callbacks.step_watch import StepWatch
-from slzo.checkpoint import newest_checkpoint
+from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.cli_auto import spelled_out, with_words
 from slzo.cli_errors import check_nulls, one_line, with_option
+from slzo.cli_help import add_help_all, in_order, short_help
 from slzo.commands import COMMANDS, FILLED, Command
 from slzo.config_files import check_config_file
 from slzo.console import say
 from slzo.constructor_errors import constructors_told
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.folder_logger import FolderLogger
 from slzo.module import ZOModule
 from slzo.renames import translate
 from slzo.runtime import keep_freed_memory
+from slzo.tasks.template import TemplateTask  # noqa: F401  --data.task.help knows it by its name then
 from slzo.trainer import ZOTrainer
 from slzo.zo.optim import AUTO_LR
 
@@ -58,6 +64,21 @@ class SlzoParser(LightningArgumentParser):
         """Raise a SlzoError with the parser's message on one line."""
         raise SlzoError(one_line(message, self)) from ex
 
+    command: Command | None = None
+    """That its options are of; a parser of a class has none."""
+
+    def format_help(self) -> str:  # type: ignore[override]
+        """The short help of a command; of a class all there is."""
+        if self.command is None:
+            return str(super().format_help())
+        return short_help(self, self.command.name, self.command.own_help)
+
+    def format_all(self) -> str:
+        """Every option: the command's own first, Lightning's last."""
+        self._action_groups[:] = in_order(self._action_groups)  # type: ignore[index]
+        self.usage = f"slzo {self.command.name if self.command else ''} [--config FILE] [--OPTION VALUE ...]"
+        return str(super().format_help())
+
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """The config as YAML, as a user would write it."""
         return with_words(str(super().dump(*args, **kwargs)))
@@ -66,8 +87,9 @@ class SlzoParser(LightningArgumentParser):
 class SlzoCLI(LightningCLI):
     """Adds the profiler, the checkpoint and the summary, each with options of its own."""
 
-    def __init__(self, *args: Any, command: Command | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: Command | None, typed: str | None, **kwargs: Any) -> None:
         self._command = command  # the other commands' options are not looked up: that would take most of a short run
+        self._typed = typed
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -97,6 +119,8 @@ class SlzoCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        add_help_all(parser)
+        parser.command = COMMANDS[subcommand]  # type: ignore[attr-defined]
         for name, kind in (("ckpt_path", str | None), ("weights_only", bool | None)):
             if name not in self._subcommand_method_arguments[subcommand]:
                 note = "Not used; accepted so that a config saved by fit can be given."
@@ -113,10 +137,16 @@ class SlzoCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; without a logger there is no run folder that a config could be saved in."""
+        """Make the trainer; a run without a logger has a folder of its own too."""
         if self._get(self.config_init, "trainer.logger") is False:
-            self.save_config_callback = None
-        return super().instantiate_trainer(**kwargs)
+            if self._command is None or self._get(self.config_init, "trainer.default_root_dir") is not None:
+                self.save_config_callback = None
+            else:
+                kwargs["logger"] = FolderLogger(_RUNS)
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer, ZOTrainer):
+            trainer.command_line = self._typed
+        return trainer
 
     def _set_seed(self) -> None:
         """Seed everything; a seed out of range is a SlzoError."""
@@ -142,9 +172,9 @@ def _options(args: Sequence[str], *names: str) -> list[tuple[int, str, str]]:
 
 
 def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
-    """Options in which ``last`` is the newest run's checkpoint, and its config is taken up where that is wanted.
+    """Options in which ``last`` or ``best`` is the newest run's checkpoint, and its config is taken up where that is wanted.
 
-    Where the logger's folder is known only from a config, the trainer looks for ``last`` there.
+    Where the logger's folder is known only from a config, the trainer looks for it there.
     """
     if _options(args, "-c", "--config"):
         return list(args)
@@ -157,9 +187,9 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
     checkpoint = checkpoints[-1][2]
     folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
     folder = folders[-1][2] if folders else _RUNS
-    if checkpoint == "last" and Path(folder).is_dir():
-        checkpoint = str(newest_checkpoint(folder))
-        say(f"Using the newest checkpoint, {checkpoint}")
+    if checkpoint in NAMES and Path(folder).is_dir():
+        name, checkpoint = checkpoint, str(named_checkpoint(checkpoint, folder))
+        say(f"Using the {name} checkpoint of the newest run, {checkpoint}")
         args = [*args, f"--ckpt_path={checkpoint}"]
     config = Path(checkpoint).parent.parent / "config.yaml"
     if COMMANDS[args[0]].takes_run_config and Path(checkpoint).is_file() and config.is_file():
@@ -201,29 +231,58 @@ def run(args: Sequence[str]) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
     try:
-        build(_read_configs(_resolve_checkpoint(args)))
+        build(_read_configs(_resolve_checkpoint(args)), typed=shlex.join(["slzo", *args]))
     except SlzoError as error:
         raise SlzoError(with_option(str(error), args)) from error
     except MisconfigurationException as error:  # Lightning's word for a user's mistake that only shows in the run
         raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def build(args: Sequence[str], run: bool = True) -> SlzoCLI:
-    """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built."""
-    command = COMMANDS[args[0]] if run else None
-    return SlzoCLI(
-        ZOModule,
-        TaskDataModule,
-        trainer_class=ZOTrainer,
-        trainer_defaults=_TRAINER_DEFAULTS,
-        seed_everything_default=0,
-        parser_class=SlzoParser,
-        parser_kwargs={} if command is None else {command.name: {"description": command.help}},
-        auto_configure_optimizers=False,
-        args=spelled_out(args),
-        run=run,
-        command=command,
-    )
+class _ParserOnly(SlzoCLI):
+    """Builds the parser and ends there."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with suppress(_Built):
+            super().__init__(**kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> NoReturn:
+        """There are none."""
+        raise _Built
+
+
+class _Built(Exception):  # noqa: N818
+    """The parser is there."""
+
+
+def command_parser(command: str) -> Any:
+    """The parser of a command's options."""
+    commands: Any = _ParserOnly(**_cli_arguments(COMMANDS[command], None, [], True)).parser._subcommands_action
+    return commands._name_parser_map[command]
+
+
+def build(args: Sequence[str], run: bool = True, typed: str | None = None) -> SlzoCLI:
+    """Run a command with its options; with ``run=False`` there is none, and trainer, model and data are only built.
+
+    ``typed`` is the command as the user gave it, for the run's summary.
+    """
+    return SlzoCLI(**_cli_arguments(COMMANDS[args[0]] if run else None, typed, args, run))
+
+
+def _cli_arguments(command: Command | None, typed: str | None, args: Sequence[str], run: bool) -> dict[str, Any]:
+    return {
+        "model_class": ZOModule,
+        "datamodule_class": TaskDataModule,
+        "trainer_class": ZOTrainer,
+        "trainer_defaults": _TRAINER_DEFAULTS,
+        "seed_everything_default": 0,
+        "parser_class": SlzoParser,
+        "parser_kwargs": {} if command is None else {command.name: {"description": command.help}},
+        "auto_configure_optimizers": False,
+        "args": spelled_out(args),
+        "run": run,
+        "command": command,
+        "typed": typed,
+    }
 
 
 def _filter_warnings() -> None:
@@ -239,6 +298,7 @@ def _filter_warnings() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()  # an advertisement
+        # an advertisement; and what the summary says too, behind the bar
+        lambda record: not re.search("litlogger|stopped: `max_(steps|epochs)", record.getMessage())
     )
     transformers.utils.logging.disable_progress_bar()

@@ -148,9 +148,13 @@ def _hint(action: Action) -> Any:
 
 
 def _choices(action: Action) -> list[str]:
-    """Names of the classes that an option takes, if it takes classes."""
+    return class_names(_hint(action))
+
+
+def class_names(hint: Any) -> list[str]:
+    """Names of the classes that an option of a type takes, if it takes classes."""
     names: set[str] = set()
-    for item in _arguments(_hint(action)):
+    for item in _arguments(hint):
         is_class = inspect.isclass(item) and not typing.get_origin(item) and not issubclass(item, Tensor)
         if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
             names.update(_subclass_names(item))

@@ -19,25 +19,40 @@ class Command:
         help: One line.
         takes_run_config: With a checkpoint and no config, the config of the checkpoint's run is taken up.
         goes_on: Given again after an interrupt, it goes on where it stopped.
+        module: Whose function ``run`` runs it.
+        own_help: Its help shows its own options only: few others matter.
     """
 
     name: str
     help: str
     takes_run_config: bool = True
     goes_on: bool = False
+    module: str = "slzo.cli"
+    own_help: bool = False
 
 
+_PROMPTING = "slzo.prompting.commands"
+_WORDS = "slzo.cli_completion"
 _ALL = (
     Command("fit", "find the dominant layer and tune it with forward passes only", takes_run_config=False),
     Command("validate", "score dev rows"),
     Command("test", "score held-out rows"),
     Command("predict", "write predictions of held-out rows as JSON Lines"),
+    Command("plan", "estimate the memory that fit would take, without loading the model"),
     Command("profile", "only find the dominant layer: print, draw and save the outlier profile"),
     Command(
         "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
     ),
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
     Command("replay", "rebuild the tuned weights of a run at any step from its log"),
-    Command("export", "write the tuned model as a Hugging Face folder"),
+    Command(
+        "export",
+        "write what was tuned as an adapter, a delta or a Hugging Face folder, with a model card",
+        own_help=True,
+    ),
+    Command("generate", "continue prompts with the untuned and the tuned model", False, module=_PROMPTING),
+    Command("chat", "talk to the untuned and the tuned model", False, module=_PROMPTING),
+    Command("completion", "print a script that completes commands and options in bash or zsh", False, module=_WORDS),
+    Command("schema", "print the JSON schema of a command's YAML, for editors", False, module=_WORDS),
 )
 COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

@@ -53,6 +53,8 @@ class TaskDataModule(LightningDataModule):
         num_dev: Dev rows, taken from the training split; left out, the task's usual number.
         num_test: Held-out rows, taken from the validation split; left out, all of them.
         batch_size: Training rows per step and process.
+        tokens_per_pass: Tokens of a training batch that go through the model at once, at most; a larger batch is run in parts,
+            with the same result but for rounding. Left out, all of them.
         eval_batch_size: Rows per batch when scoring, at most; more rows make generation faster and take more memory.
         eval_batch_tokens: Tokens per forward pass when scoring, at most; left out, a number that suits the device.
         num_demonstrations: Solved training rows to put before each dev and held-out prompt (in-context learning; MeZO has
@@ -79,6 +81,7 @@ class TaskDataModule(LightningDataModule):
         num_dev: int | None = None,
         num_test: int | None = 1000,
         batch_size: int = 16,
+        tokens_per_pass: int | None = None,
         eval_batch_size: int = 64,
         eval_batch_tokens: int | None = None,
         num_demonstrations: int = 0,
@@ -114,6 +117,7 @@ class TaskDataModule(LightningDataModule):
         self.num_dev = num_dev
         self.num_test = num_test
         self.batch_size = batch_size
+        self.tokens_per_pass = tokens_per_pass
         self.eval_batch_size = eval_batch_size
         self.eval_batch_tokens = eval_batch_tokens
         self.num_demonstrations = num_demonstrations
@@ -122,7 +126,7 @@ class TaskDataModule(LightningDataModule):
         self.length_buckets = length_buckets
         self.seed = seed
         self.trust_remote_code = trust_remote_code
-        for name in ("batch_size", "eval_batch_size", "eval_batch_tokens", "max_length"):
+        for name in ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SlzoError(f"data.{name} {value}: must be at least 1")
@@ -274,9 +278,7 @@ class TaskDataModule(LightningDataModule):
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
-        return DataLoader(
-            cast("Dataset[TrainBatch]", rows), batch_sampler=sampler, collate_fn=TrainCollator(self.share_prompts)
-        )
+        return DataLoader(cast("Dataset[TrainBatch]", rows), batch_sampler=sampler, collate_fn=self._collator)
 
     def train_sampler(
         self, batch_size: int, seed: int, batches_done: Callable[[], int], rank: int = 0, world_size: int = 1
@@ -286,11 +288,15 @@ class TaskDataModule(LightningDataModule):
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         return EpochBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, batches_done)
 
+    @property
+    def _collator(self) -> TrainCollator:
+        return TrainCollator(self.share_prompts, self.tokens_per_pass)
+
     def training_batches(self, batch_size: int, seed: int) -> Iterator[TrainBatch]:
         """The training batches of a run with this seed, those of this process, without end; for work outside of a fit."""
         rows, done = self.rows("train"), 0
         sampler = self.train_sampler(batch_size, seed, lambda: done, *self._process)
-        collate = TrainCollator(self.share_prompts)
+        collate = self._collator
         while True:
             for numbers in sampler:
                 done += 1
@@ -308,33 +314,38 @@ class TaskDataModule(LightningDataModule):
 
     def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
         """Rows of ``dev`` or ``test`` for scoring, those of this process; all, or of the first ``num_rows``."""
-        plan = self._eval_plan(split, num_rows)
+        plan = self.eval_plan(split, num_rows)
         collate = EvalCollator(self.share_prompts, plan.share)
         # an item is a whole batch: Lightning would take a batch sampler apart for predict
         return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
 
-    def _eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
+    def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
+        """The batches that dev or held-out rows are scored in."""
         rows, (rank, processes) = self.rows(split)[:num_rows], self._process
         if 0 < len(rows) < processes:
             raise SlzoError(
                 f"data.num_{split} {len(rows)}: fewer rows than the {processes} processes; use more rows or fewer devices"
             )
-        return plan_batches(rows, self.eval_batch_size, self.tokens_per_pass, rank, processes)
+        return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, rank, processes)
 
     def prefix_blocks(self) -> Iterator[Block]:
         """With which others the prefix of each dev and training row is computed, those that are asked for most first.
 
         The same after a resume; the training rows of all processes, since each sees others in later epochs.
         """
-        yield from evaluation_blocks(self._eval_plan("dev"), self.share_prompts)
+        yield from evaluation_blocks(self.eval_plan("dev"), self.share_prompts)
         if not self.objective.generates:
-            yield from training_blocks(self.rows("train"), self._first_epoch(), self.share_prompts)
+            yield from self.training_blocks()
 
     def prompt_blocks(self) -> Iterator[Block]:
         """The same of rows whose answers are generated."""
-        yield from evaluation_prompts(self._eval_plan("dev"), self.tokens_per_pass)
+        yield from evaluation_prompts(self.eval_plan("dev"), self.scoring_tokens)
         if self.objective.generates:
             yield from training_prompts(self.rows("train"), self._first_epoch())
+
+    def training_blocks(self) -> Iterator[Block]:
+        """The training batches of the first epoch, those of all processes."""
+        yield from training_blocks(self.rows("train"), self._first_epoch(), self.share_prompts)
 
     def _first_epoch(self) -> Iterator[EpochBatchSampler]:
         _, processes = self._process
@@ -347,7 +358,7 @@ class TaskDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     @property
-    def tokens_per_pass(self) -> int:
+    def scoring_tokens(self) -> int:
         """Tokens per forward pass when scoring."""
         if self.eval_batch_tokens is not None:
             return self.eval_batch_tokens
@@ -358,7 +369,7 @@ class TaskDataModule(LightningDataModule):
         self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
     ) -> Evaluator:
         """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
-        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.tokens_per_pass, logits, prompt_states)
+        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.scoring_tokens, logits, prompt_states)
 
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""

@@ -22,6 +22,7 @@ from slzo.models.engine import DType, Engine
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
+from slzo.models.quantization import Quantization, describe_quantization, method_of
 from slzo.models.startup_check import take_apart
 from slzo.runtime import peak_memory_gb
 from slzo.settings import constructor_settings, differences, with_defaults
@@ -60,6 +61,9 @@ class ZOModule(LightningModule):
         optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and lets it follow the loss.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
+        quantization: Of the frozen layers: int8 or fp8 (torchao), nf4 or fp4 (bitsandbytes), or a quantization config of
+            transformers by its class path, with arguments as class_path and init_args; the tuned layer stays in full precision.
+            A model that is quantized already needs none.
         seed: Seed of the directions; left out, that of seed_everything.
         engine: How the loss is computed: switches of speed and memory.
         max_nonfinite: Stop after this many steps in a row whose loss is infinite or NaN.
@@ -79,6 +83,7 @@ class ZOModule(LightningModule):
         optimizer: MakeOptimizer = sgd,
         lr_scheduler: MakeScheduler | None = None,
         dtype: DType = "float32",
+        quantization: Quantization | None = None,
         seed: int | None = None,
         engine: Engine = _ENGINE,
         max_nonfinite: int = 10,
@@ -87,6 +92,7 @@ class ZOModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model_name, self.dtype_name, self.trust_remote_code = model, dtype, trust_remote_code
+        self.quantization = quantization
         self.layer = layer
         self.layer_origin = "set by model.layer" if layer is not None else ""
         self.scope = scope if scope is not None else LayerScope()
@@ -119,6 +125,7 @@ class ZOModule(LightningModule):
             {
                 "model": model,
                 "dtype": dtype,
+                "quantization": describe_quantization(quantization),
                 "scope": self.scope.describe(),
                 "estimator": self.estimator.describe(),
                 "optimizer": self.optimizer_choice.name,
@@ -138,7 +145,7 @@ class ZOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the model; calling it again changes nothing."""
         if self.model is None:
-            self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code)
+            self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code, self.quantization)
             self._untuned = take_apart(self.model, self.engine.packed, self.engine.onednn, self.engine.compile)
 
     @property
@@ -216,7 +223,7 @@ class ZOModule(LightningModule):
     def stop_tuning(self) -> None:
         """Forget what is tuned and take the scope's extra modules out of the model; its own weights stay as they are."""
         if self.tuned_model is not None:
-            self.tuned_model.remove_adapter()
+            self.tuned_model.release()
             self.tuned_model = self.tuned_tensors = None
 
     def _tune_as(self, note: Mapping[str, Any]) -> None:
@@ -310,12 +317,17 @@ class ZOModule(LightningModule):
                 f"model.eps_end {self.step_options.eps_end}: eps moves over trainer.max_steps, which is "
                 f"{self.trainer.max_steps}; set it to the number of steps, or leave model.eps_end out"
             )
-        layer, total = self.layer, sum(p.numel() for p in self.model.parameters())
+        layer, total = self.layer, self.model.num_parameters()
         chosen = "" if layer is None else f" Dominant layer: {layer} of {self.parts.num_layers} ({self.layer_origin})."
         rank_zero_info(
             f"Tuning {self.scope.describe()}: {self.tuned_model.tensors.num_elements:,} of {total:,} parameters by "
             f"{self.estimator.describe()}.{chosen}"
         )
+        exchanged = self.tuned_model.exchanged
+        if exchanged is not None and exchanged.quantized:
+            rank_zero_info(
+                f"Frozen layers are quantized ({method_of(self.model)}); what is tuned is {exchanged.source}."
+            )
         memory = self.tuned_model.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
         rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in memory.items()))
 
@@ -371,6 +383,7 @@ class ZOModule(LightningModule):
         estimate, seconds = result.estimate, time.perf_counter() - started
         projected = torch.tensor(estimate.projected_grad)
         values = {
+            "train/loss": estimate.loss,
             "train/loss_plus": estimate.loss_plus,
             "train/loss_minus": estimate.loss_minus,
             "train/projected_grad": float(projected.mean()),
@@ -464,6 +477,7 @@ class ZOModule(LightningModule):
             "model": self.model_name,
             "layer_origin": self.layer_origin,
             "dtype": self.dtype_name,
+            "quantization": describe_quantization(self.quantization),
             "trust_remote_code": self.trust_remote_code,
             "noise_seed": self.noise_seed,
             "num_nonfinite": self.num_nonfinite,

@@ -1,6 +1,6 @@
 """The Trainer of Lightning with the checks and extra commands that slzo needs."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from slzo.base_scores import scores_on
 from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
+from slzo.callbacks.memory_planner import MemoryPlanner, format_plan, free_bytes, setup_of
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.replay_log import ReplayLog
+from slzo.callbacks.run_forecast import RunForecast
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
-from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
+from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, read_checkpoint
 from slzo.checkpoint_io import CheckpointFiles
+from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -29,7 +33,8 @@ from slzo.experiments.replay import replay_run
 from slzo.experiments.sweep import sweep
 from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.trial import Workbench
-from slzo.export import export_checkpoint
+from slzo.export import ExportOptions, export_checkpoint
+from slzo.export.facts import Format
 from slzo.module import ZOModule
 from slzo.run_folder import disk_faults_in_one_line, run_folder
 from slzo.trainer_checks import check_callbacks, check_trainer_options
@@ -58,17 +63,22 @@ class ZOTrainer(Trainer):
         if kwargs.get("accumulate_grad_batches", 1) != 1:
             raise SlzoError(
                 f"trainer.accumulate_grad_batches {kwargs['accumulate_grad_batches']}: a forward-only step needs no "
-                "accumulation, raise data.batch_size or model.num_queries instead"
+                "accumulation, raise data.batch_size or model.num_queries; data.tokens_per_pass runs a large batch in parts"
             )
         if kwargs.get("val_check_interval") == 0:
             raise SlzoError(
                 "trainer.val_check_interval 0: give the number of steps between two validations, at least 1"
             )
         check_trainer_options(kwargs)
+        self.command_line: str | None = None  # that started it, if one did
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones"):
-            callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]
+            # first, so that its line is finished before others say something at the end
+            callbacks = [
+                *([] if any(isinstance(c, ProgressBar) for c in callbacks) else [StepProgressBar()]),
+                *callbacks,
+            ]
         if kwargs.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, CheckpointCallback)]
         # then there is no run folder, and Lightning would write into the current one
@@ -77,8 +87,9 @@ class ZOTrainer(Trainer):
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
+        callbacks += [] if kwargs.get("fast_dev_run") or kwargs.get("barebones") else [RunForecast()]
         self._signals = StopOnSignal()
-        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), *callbacks]
+        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), MemoryPlanner(), *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
@@ -113,7 +124,7 @@ class ZOTrainer(Trainer):
             train_dataloaders: Not needed with a data module.
             val_dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
-            ckpt_path: Checkpoint to continue from, or ``last`` for the newest run's.
+            ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` for the newest run's.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -147,7 +158,7 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last``; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -167,7 +178,7 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last``; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -191,7 +202,7 @@ class ZOTrainer(Trainer):
             dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             return_predictions: Also return what predict_step returned, batch by batch.
-            ckpt_path: Checkpoint whose tuned layer is used, or ``last``; without it the untuned model is used.
+            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
             weights_only: Passed on.
             output: File to write; left out, predictions.jsonl in the run's folder.
         """
@@ -204,6 +215,17 @@ class ZOTrainer(Trainer):
                 return super().predict(model, dataloaders, datamodule, bool(return_predictions), path, weights_only)
         finally:
             callbacks.remove(writer)
+
+    def plan(self, model: ZOModule, datamodule: LightningDataModule | None = None) -> None:
+        """Estimate what memory fit would take, from the model's config and the rows; the model is not loaded.
+
+        Args:
+            model: A ZOModule.
+            datamodule: A TaskDataModule.
+        """
+        rows = self._attach_rows(model, datamodule)
+        device = self.strategy.root_device
+        say(format_plan(setup_of(model, rows, self.max_steps, device), free_bytes(device)))
 
     def profile(self, model: ZOModule, datamodule: LightningDataModule | None = None) -> None:
         """Only find the dominant layer: print, draw and save the outlier profile.
@@ -325,13 +347,18 @@ class ZOTrainer(Trainer):
 
     def attach(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
         """Give model and rows to each other and load them, for work outside of Lightning's loops."""
+        rows = self._attach_rows(model, datamodule)
+        model.load(rows)
+        model.model.to(self.strategy.root_device)
+        return rows
+
+    def _attach_rows(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:
+        """The same without the model."""
         if not isinstance(datamodule, TaskDataModule):
             raise SlzoError("this command needs a TaskDataModule: pass datamodule=...")
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
-        model.load(datamodule)
         datamodule.setup("fit")
-        model.model.to(self.strategy.root_device)
         return datamodule
 
     def _profiler(self) -> OutlierProfiler:
@@ -341,30 +368,48 @@ class ZOTrainer(Trainer):
         return profiler
 
     def export(
-        self, model: ZOModule, output: str, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None
+        self,
+        model: ZOModule,
+        output: str,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        format: Format | None = None,
+        base_model: str | None = None,
+        base: str | None = None,
+        push_to_hub: str | None = None,
     ) -> None:
-        """Write the model with the tuned layer merged, as a Hugging Face folder.
+        """Write what was tuned to a folder that others can use, with a model card.
 
         Args:
             model: Only its trust_remote_code is used; the checkpoint names its base model.
             output: Folder to write.
-            datamodule: Not used.
-            ckpt_path: Checkpoint whose tuned layer is merged, or ``last``.
+            datamodule: Its rows are scored with base.
+            ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
+            format: adapter (peft and, for LoRA and ActivationSubspace, vLLM; kilobytes), merged (a Hugging Face folder), or delta
+                (the tuned tensors alone); left out, an adapter where what was tuned is of low rank, else merged.
+            base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
+            base: Another copy of the base model (folder, GGUF file or Hub id); the adapter is scored on it, for the card.
+            push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.
         """
         found = self._find(ckpt_path)
         if found is None:
-            raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path last")
+            raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path best")
+        options = ExportOptions(output, format, base_model, push_to_hub, model.trust_remote_code)
+        score = None
+        if base is not None and isinstance(datamodule, TaskDataModule):
+            score = partial(scores_on, base, found, datamodule)
         with disk_faults_in_one_line():
-            say(f"Wrote {export_checkpoint(found, output, model.trust_remote_code)}")
+            done = export_checkpoint(found, options, score)
+            say(f"Wrote {done.folder}, {done.base}")
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
-        """A checkpoint, read; ``last`` is the newest run's."""
+        """A checkpoint, read; ``last`` and ``best`` are the newest run's."""
         if ckpt_path is None:
             return None
-        if str(ckpt_path) == "last":
+        if str(ckpt_path) in NAMES:
             root = self.logger.save_dir if self.logger is not None else self.default_root_dir
-            ckpt_path = newest_checkpoint(root or self.default_root_dir)
-            say(f"Using the newest checkpoint, {ckpt_path}")
+            name, ckpt_path = ckpt_path, named_checkpoint(str(ckpt_path), root or self.default_root_dir)
+            say(f"Using the {name} checkpoint of the newest run, {ckpt_path}")
         self._files.known = found = read_checkpoint(ckpt_path)
         if found.note["format"] < CHECKPOINT_FORMAT:
             say(

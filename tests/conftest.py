@@ -21,7 +21,7 @@ from slzo.zo.forward import SuffixForward
 from slzo.zo.scopes import LayerScope, ScopeContext
 from slzo.zo.span import Span
 from slzo.zo.tuned_model import TunedModel
-from tiny import VOCABULARY, make_tokenizer  # noqa: F401, tests take both from here
+from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests take it from here
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 FAMILIES = {
@@ -167,7 +167,7 @@ def options(sst2_options):
         "--trainer.val_check_interval=2",
         "--trainer.log_every_n_steps=1",
         "--model.eps=1e-3",
-        "--model.optimizer=SGD",
+        "--model.optimizer=torch.optim.SGD",
         "--model.optimizer.lr=1e-3",
     ]
 

@@ -11,16 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "slzo"
 # from the top; a room may import from the rooms below it, never from its own floor's others or above
 FLOORS = [
     ["__main__"],
-    ["cli"],
-    ["cli_auto", "cli_errors", "config_files", "constructor_errors", "trainer"],
-    ["callbacks", "experiments", "checkpoint_io", "run_folder"],
+    ["cli_completion"],
+    ["cli", "prompting"],
+    ["cli_auto", "cli_errors", "cli_help", "config_files", "constructor_errors", "trainer"],
+    ["base_scores", "callbacks", "experiments", "checkpoint_io", "folder_logger", "run_folder"],
     ["module"],
     ["datamodule"],
     ["console", "trainer_checks"],
     # no Lightning from here on
     ["export"],
     ["zo"],
-    ["evaluation"],
+    ["checkpoint_names", "evaluation"],
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],

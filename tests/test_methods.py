@@ -64,7 +64,7 @@ def test_every_method_trains_resumes_and_is_scored_again(name, options):
     assert summary["steps"] == 6
     best = summary["best_checkpoint"]
     if name != "prefix":
-        assert main(["export", f"--ckpt_path={best}", "--output=exported"]) == 0
+        assert main(["export", f"--ckpt_path={best}", "--output=exported", "--format=merged"]) == 0
         model = AutoModelForCausalLM.from_pretrained("exported")
         scored = json.loads(predictions(options, best))
         row = AutoTokenizer.from_pretrained("exported")(scored["prompt"] + " great")
@@ -90,7 +90,7 @@ def test_an_exported_prefix_is_an_adapter_of_peft(options, model_dir):
     assert main(["export", f"--ckpt_path={last}", "--output=adapter"]) == 0
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), "adapter").eval()
     scored = json.loads(predictions(options, last))
-    tokenizer = AutoTokenizer.from_pretrained("adapter")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     prompt, ids = (tokenizer(text)["input_ids"] for text in (scored["prompt"], scored["prompt"] + " great"))
     with torch.no_grad():
         log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -170,7 +170,7 @@ OPTIONS = st.sampled_from(sorted(GROUPS)).flatmap(
 )
 
 
-@settings(common, max_examples=60)
+@settings(common, max_examples=25)
 @example(options={"data": {"task": None}})
 @example(options={"model": {"eps": None}})
 @example(options={"trainer": {"max_steps": None}, "checkpoint": {"mode": None}})

@@ -363,7 +363,14 @@ def test_results_of_another_table_are_refused(capsys):
     assert "output 'sweep': holds results of other settings" in bad(capsys, "--output", "sweep")
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # the usual run takes the smaller ones
+    [
+        pytest.param(p, marks=pytest.mark.slow if p.parent.name == "paper" and "qwen" in p.stem else (), id=p.stem)
+        for p in TABLES
+    ],
+)
 def test_shipped_table_configs_parse(path):
     table = tool.read_table(path)
     tool.check_options(table, list(table.methods))

@@ -301,7 +301,8 @@ def test_merged_lora_computes_the_same(tmp_path):
     tuned.write(tuned.draw(0, 0, 0), 0.3)
     expected = model(ids).logits
     assert not torch.allclose(expected, plain(ids).logits, atol=1e-3)
-    tuned_model.save_merged(str(tmp_path))
+    tuned_model.merge()
+    model.save_pretrained(tmp_path)
     for merged in (model, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert [name for name, _ in merged.named_parameters()] == [name for name, _ in plain.named_parameters()]
@@ -313,8 +314,8 @@ def test_removing_the_adapter_leaves_the_plain_model(scope):
     tuned_model = tune(scope, model)
     tuned_model.tensors.write(tuned_model.tensors.draw(0, 0, 0), 0.3)
     tuned_model.tensors.restore()
-    tuned_model.remove_adapter()
-    tuned_model.remove_adapter()
+    tuned_model.release()
+    tuned_model.release()
     for (name, tensor), (plain_name, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert name == plain_name
         assert torch.equal(tensor, expected), name

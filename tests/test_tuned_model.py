@@ -73,7 +73,7 @@ def test_another_layer_with_lora_leaves_no_adapter_of_the_first():
         adapted = [name for name, _ in parts.model.named_parameters() if "lora_" in name]
         assert adapted
         assert all(f".layers.{layer}." in name for name in adapted)
-        tuned.remove_adapter()
+        tuned.release()
     assert torch.equal(parts.logits(make_batch().packed), expected)
 
 

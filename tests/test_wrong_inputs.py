@@ -222,10 +222,13 @@ def test_a_wrong_input_is_one_line(wrong_files, capsys, arguments, expected):
     assert not list(Path("runs").glob("*"))
 
 
-def test_without_a_logger_nothing_is_written(options):
-    before = sorted(Path().rglob("*"))
-    assert main(["fit", *options, "--trainer.logger=false"]) == 0
-    assert sorted(Path().rglob("*")) == before
+def test_without_a_logger_a_run_still_has_its_folder(options):
+    for number in (0, 1):
+        assert main(["fit", *options, "--trainer.logger=false"]) == 0
+        files = {path.name for path in run_dir(number).iterdir()}
+        assert {"checkpoints", "config.yaml", "outlier_profile.json", "summary.json"} <= files
+        assert not any("metrics" in name or "events" in name for name in files)
+    assert main(["test", "--ckpt_path=best"]) == 0
 
 
 def test_another_layer_on_resume_is_refused(options, capsys):

@@ -3,10 +3,10 @@
     python tools/benchmark_answers.py --threads 1 --layers 11 29 --json FILE
 
 Both ways get the same prompts, real text of the movie reviews cut to a length, and generate a fixed number of tokens at w + eps z
-and at w - eps z; they take turns, and the figures are medians. The plain way is ``generate`` with a key-value cache on the padded batch,
-after writing the layer. ``allowed`` is what a count of the saved operations allows: multiplications of the linear layers and the
-head in the plain way over those in this one, as if both ran at the same rate; ``allowed, no layer shared`` counts as if no two
-answers had a token in common. Joint decoding also reads the weights once instead of twice, which the count leaves out.
+and at w - eps z; they take turns, and the figures are medians. The plain way is ``generate`` with a key-value cache on the
+padded batch, after writing the layer. ``allowed`` is what a count of the saved operations allows: multiplications of the linear
+layers and the head in the plain way over those in this one, as if both ran at the same rate; ``with nothing in common`` counts as
+if no two answers had a token in common. Joint decoding also reads the weights once instead of twice, which the count leaves out.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def operations(step: Step, answers: Sequence[Sequence[int]], batch_size: int) ->
     """Multiplications of the plain way, of this one, and of this one if no two answers had a token in common."""
     args, parts, span = step.args, step.parts, step.tuned_model.span
     layers = [sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)) for layer in parts.layers]
-    head = parts.model.get_output_embeddings().weight.numel()  # type: ignore[union-attr]
+    head = parts.model.get_output_embeddings().weight.numel()
     below, above = sum(layers[: span.start]), sum(layers[span.start :])
     prompt, decoded = 2 * batch_size * args.prompt_tokens, 2 * batch_size * (args.new_tokens - 1)
     heads = 2 * batch_size * args.new_tokens * head
@@ -201,7 +201,9 @@ def memory_of(args: argparse.Namespace) -> float:
     if args.memory_of == "plain":
         ids = torch.tensor(prompts)
         for _ in range(2):
-            model.generate(input_ids=ids, do_sample=False, max_new_tokens=args.new_tokens, pad_token_id=0)
+            model.generate(  # type: ignore[operator]
+                input_ids=ids, do_sample=False, max_new_tokens=args.new_tokens, pad_token_id=0
+            )
     else:
         step = Step(args, model, args.layers[0])
         for _ in range(2):
@@ -259,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         spent, memory = result["seconds"], result.get("memory_gib")
         print(
             f"layer {result['layer']}: plain {spent['plain']:.2f} s, joint {spent['joint']:.2f} s, faster by "
-            f"{result['faster']:.2f} (prompts not kept {result['faster_not_kept']:.2f}); allowed {result['allowed']:.2f}, with nothing in common "
-            f"{result['allowed_nothing_in_common']:.2f}; {result['different_answers']} of {result['answers']} answers differ"
+            f"{result['faster']:.2f} (prompts not kept {result['faster_not_kept']:.2f}); allowed {result['allowed']:.2f}, with "
+            f"nothing in common {result['allowed_nothing_in_common']:.2f}; {result['different_answers']} of "
+            f"{result['answers']} answers differ"
             + ("" if memory is None else f"; peak memory {memory['joint'] / memory['plain']:.2f} of plain generation's")
         )
     if args.json:

@@ -86,7 +86,22 @@ class PackedBatch(TokenBatch):
         """Cut the batch into parts of nearly the same number of examples, in order; ``None`` for a part without any."""
         if parts == 1:
             return (self,)
-        bounds = [self.num_examples * part // parts for part in range(parts + 1)]
+        return self._between([self.num_examples * part // parts for part in range(parts + 1)])
+
+    def cut(self, max_tokens: int | None) -> tuple["PackedBatch", ...]:
+        """Cut the batch, in order, into parts of so many tokens at most; a longer example is a part of its own."""
+        if max_tokens is None or self.num_tokens <= max_tokens or self.num_examples == 1:
+            return (self,)
+        bounds, used = [0], 0
+        for number, size in enumerate(self.example_tokens):
+            if used and used + size > max_tokens:
+                bounds.append(number)
+                used = 0
+            used += size
+        return tuple(part for part in self._between([*bounds, self.num_examples]) if part is not None)
+
+    def _between(self, bounds: Sequence[int]) -> tuple["PackedBatch | None", ...]:
+        """The examples from each bound to the next; ``None`` where there are none."""
         examples = [range(first, stop) for first, stop in pairwise(bounds)]
         tokens = [0, *accumulate(sum(self.example_tokens[n] for n in numbers) for numbers in examples)]
         # everything is in the order of the examples, so that a part of it is a slice

@@ -34,6 +34,11 @@ class ExactResume(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validated = trainer.global_step
 
+    @property
+    def validated(self) -> int:
+        """The step of the last whole validation."""
+        return self._validated
+
     def state_dict(self) -> dict[str, Any]:
         """The step of the last whole validation."""
         return {"validated": self._validated}
@@ -57,6 +62,24 @@ class FinishingFitLoop(_FitLoop):
             super().setup_data()
         except (ValueError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def on_run_end(self) -> None:
+        """Validate the last step, which may be the best one, and end."""
+        trainer = self.trainer
+        done = next((c.validated for c in trainer.callbacks if isinstance(c, ExactResume)), 0)  # type: ignore[attr-defined]
+        wanted = trainer.enable_validation and not trainer.interrupted
+        if wanted and trainer.global_step > max(done, self._begun_at):
+            self.epoch_loop._batches_that_stepped -= 1  # loggers get the step that others of the same step have
+            trainer.validating = True
+            self.epoch_loop.val_loop.run()
+            trainer.training = True
+            self.epoch_loop._batches_that_stepped += 1
+        super().on_run_end()
+
+    def on_run_start(self) -> None:
+        """Note where the run begins: a resumed one without steps left changes nothing."""
+        self._begun_at = self.trainer.global_step
+        super().on_run_start()
 
     @property
     def skip(self) -> bool:

@@ -12,9 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.memory_planner import MemoryPlanner
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.callbacks.step_watch import StepWatch
+from slzo.callbacks.use_commands import use_commands
 from slzo.checkpoint import read_checkpoint
 from slzo.console import say
 from slzo.data.batch import EvalBatch
@@ -55,13 +57,18 @@ class RunSummary(Callback):
         self._started = time.monotonic()
         self._train_started = self._started
         self._before: Scores | None = None
+        self.row_seconds: float | None = None  # that scoring a held-out row took
         self._validations: list[dict[str, float | None]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the untuned model, once; a resumed run has the figure from its checkpoint."""
         wanted = self.test_before and self._before is None and not getattr(trainer, "fast_dev_run", False)
         if wanted and isinstance(pl_module, ZOModule) and not pl_module.resumed:
+            begun = time.monotonic()
             self._before = _score(pl_module, "before training")
+            splits = pl_module.datamodule.splits
+            _log_scores(trainer, self._before)
+            self.row_seconds = (time.monotonic() - begun) / max(1, len(splits.test) if splits else 0)
         self._validations = []
         self._train_started = time.monotonic()
 
@@ -91,6 +98,7 @@ class RunSummary(Callback):
         train_seconds = time.monotonic() - self._train_started
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
         after = _score_checkpoint(pl_module, best)
+        _log_scores(trainer, after)
         datamodule = pl_module.datamodule
         metric = datamodule.task.metric
         before = self._before.metrics if self._before is not None else {}
@@ -99,6 +107,7 @@ class RunSummary(Callback):
         losses = dev_loss(self._validations)
         run_dir = trainer.log_dir  # a collective call: every process must make it
         doubtful = is_doubtful(change, losses)
+        facts = _facts(trainer, pl_module, run_dir, best)
         summary = {
             "model": pl_module.model_name,
             "task": datamodule.task.name,
@@ -118,7 +127,8 @@ class RunSummary(Callback):
             "score_change_standard_error": None if change is None else change.standard_error,
             "score_change_paired": None if change is None else change.paired,
             "verdict": verdict(change, losses),
-            "next": next_command(change, losses, _facts(trainer, pl_module, run_dir, best)) if doubtful else None,
+            "next": next_command(change, losses, facts) if doubtful else None,
+            "use": use_commands(facts.best, facts.config is not None),
             "scores_before": before,
             "scores_after": after.metrics,
             "num_rows": num_rows,
@@ -130,11 +140,13 @@ class RunSummary(Callback):
             "seconds": round(time.monotonic() - self._started, 2),
             "train_seconds": round(train_seconds, 2),
             "validations": self._validations,  # those of this process: a resumed run has only its own
+            "planned_memory_gb": _planned(trainer),
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
             "tuned_parameters": pl_module.tuned_model.tensors.num_elements,
-            "total_parameters": sum(p.numel() for p in pl_module.model.parameters()),
+            "total_parameters": pl_module.model.num_parameters(),
             "seed": pl_module.noise_seed,
             "best_checkpoint": best or None,
+            "command": getattr(trainer, "command_line", None),
             "run_dir": run_dir,
         }
         if trainer.is_global_zero:
@@ -150,6 +162,20 @@ class RunSummary(Callback):
         """Take the score before training from a checkpoint; those of former versions have none of each row."""
         metrics = state_dict["before"]
         self._before = None if metrics is None else Scores(metrics, state_dict.get("rows_before") or {})
+
+
+def _planned(trainer: Trainer) -> float | None:
+    """The estimate of the peak, GiB; ``None`` where the model had been loaded before."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    plan = next((callback.plan for callback in callbacks if isinstance(callback, MemoryPlanner)), None)
+    return None if plan is None else round(plan.total / 2**30, 3)
+
+
+def _log_scores(trainer: Trainer, scores: Scores) -> None:
+    """Give every logger the held-out scores, at the step that the run is at."""
+    for logger in trainer.loggers:
+        logger.log_metrics({f"test/{name}": value for name, value in scores.metrics.items()}, step=trainer.global_step)
+        logger.save()
 
 
 def _times_taken_back(trainer: Trainer) -> int:
@@ -240,6 +266,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
     ]
+    if summary.get("planned_memory_gb") is not None:
+        lines.append(
+            f"Memory     {summary['peak_memory_gb']:.2f} GiB at most, {summary['planned_memory_gb']:.2f} planned"
+        )
     if summary["times_taken_back"]:
         lines.append(
             f"Taken back {summary['times_taken_back']} times, after jumps of the dev loss; the rate was halved each time"
@@ -256,4 +286,5 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"Files      {summary['run_dir']}")
     if summary["best_checkpoint"]:
         lines.append(f"Checkpoint {summary['best_checkpoint']}")
+    lines += [f"{'' if number else 'Use it':10s} {command}" for number, command in enumerate(summary["use"])]
     return "\n".join(lines)

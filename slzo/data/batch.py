@@ -39,10 +39,12 @@ class TrainBatch:
     Attributes:
         packed: The rows' candidates, or their gold answers only, in the order of ``rows``.
         rows: The rows.
+        max_tokens: Tokens that go through the model at once, at most; ``None`` for all.
     """
 
     packed: PackedBatch
     rows: tuple[Row, ...]
+    max_tokens: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy on another device."""
@@ -79,13 +81,16 @@ class TrainCollator:
 
     Args:
         share_prompts: Store a prompt once for all of its candidates.
+        max_tokens: That of the batches.
     """
 
     share_prompts: bool = True
+    max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> TrainBatch:
         """Pack in the given order."""
-        return TrainBatch(pack([row.encoded for row in rows], share_prompts=self.share_prompts), tuple(rows))
+        packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
+        return TrainBatch(packed, tuple(rows), self.max_tokens)
 
 
 @dataclass(frozen=True)

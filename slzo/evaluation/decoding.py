@@ -156,6 +156,7 @@ class _Decoder:
     prompts: Sequence[Sequence[int]]
     wanted: Sequence[Wanted]
     num_new: int
+    max_tokens: int
     varied: VariedLayers | None
     kept: Kept | None
     below: _Histories | None = field(init=False, default=None)
@@ -177,7 +178,7 @@ class _Decoder:
         if stop < last:
             self.above = _Stage(parts, stop, last, lengths, self.num_new)
 
-    def chunks(self, max_tokens: int) -> Iterator[tuple[list[int], list[int], bool]]:
+    def chunks(self) -> Iterator[tuple[list[int], list[int], bool]]:
         """Prompts that run together, the points that ask for them, and whether their states are kept."""
         points: dict[int, set[int]] = {}
         for prompt, point in self.wanted:
@@ -190,7 +191,7 @@ class _Decoder:
         order = sorted(points, key=lambda prompt: (of(prompt), tuple(self.prompts[prompt])))
         for (own, held), group in groupby(order, key=of):
             rows = list(group)
-            for chunk in chunk_by_tokens([self.prompts[row] for row in rows], max(1, max_tokens // len(own))):
+            for chunk in chunk_by_tokens([self.prompts[row] for row in rows], max(1, self.max_tokens // len(own))):
                 yield [rows[number] for number in chunk], own, held
 
     def _is_kept(self, prompt: int) -> bool:
@@ -217,7 +218,7 @@ class _Decoder:
         if self.below is not None and held:
             assert self.kept is not None
             own = packed.to(device)
-            states, below = self.kept.states.of(own, self.kept.keep)
+            states, below = self.kept.states.of(own, self.kept.keep, self.max_tokens)
             hidden = states.index_select(0, source.to(device))
             self.below.stage.fill(below, dict(zip(rows, own.layout.sequences_up_to(own.needed[last]), strict=True)))
         elif self.below is not None:
@@ -323,8 +324,8 @@ def decode(
     losses: list[LossSum] = []
     tokens: dict[int, int] = {}
     with keeping_attention(parts):
-        decoder = _Decoder(parts, prompts, wanted, max_new_tokens, varied, kept)
-        for rows, points, held in decoder.chunks(prefill_tokens):
+        decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept)
+        for rows, points, held in decoder.chunks():
             logits, loss = decoder.prefill(rows, points, held, gold)
             tokens |= logits.tokens()
             losses += [] if loss is None else [loss]

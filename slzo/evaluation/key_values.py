@@ -174,7 +174,9 @@ class NewTokens:
 def _attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Hands over to what came in with the inputs; the mask is a stand-in."""
+    """Hands over to what came in with the inputs; the mask is a stand-in. Without, transformers' own attention."""
+    if LAYOUT_ARGUMENT not in kwargs:
+        return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     attend: Attend = kwargs[LAYOUT_ARGUMENT]
     options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux", VIRTUAL_ARGUMENT)}
     return attend(module, query, key, value, options)

@@ -58,12 +58,13 @@ class PromptStates:
         )
         return int(width) * (self.cache.dtype or model.dtype).itemsize
 
-    def of(self, batch: PackedBatch, keep: bool) -> tuple[Tensor, KeyValues]:
+    def of(self, batch: PackedBatch, keep: bool, max_tokens: int | None = None) -> tuple[Tensor, KeyValues]:
         """States (T, hidden) that enter the layer, and keys and values below it, of prompts with what follows them.
 
-        Those of rows that the cache does not hold are computed, and offered to it with ``keep``.
+        Those of rows that the cache does not hold are computed, and offered to it with ``keep``; ``max_tokens`` is
+        that of :meth:`slzo.models.prefix_cache.PrefixCache.states_of`.
         """
-        wide = self.cache.states_of(batch, self._run, self.parts.model.dtype, keep)
+        wide = self.cache.states_of(batch, self._run, self.parts.model.dtype, keep, max_tokens)
         states, start = {}, wide.shape[1]
         for layer, heads, sizes in reversed(self._columns):
             start -= sum(sizes)

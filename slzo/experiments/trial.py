@@ -14,6 +14,7 @@ import torch
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
+from slzo.models.quantization import describe_quantization
 from slzo.module import ZOModule
 from slzo.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Point
@@ -119,6 +120,7 @@ class Workbench:
         return {
             "model": module.model_name,
             "dtype": module.dtype_name,
+            **({} if module.quantization is None else {"quantization": describe_quantization(module.quantization)}),
             **data.task_settings,
             **flat_settings("scope", module.scope_settings),
             **flat_settings("estimator", constructor_settings(module.estimator, "model.estimator")),

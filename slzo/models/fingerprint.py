@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slzo.errors import SlzoError
+from slzo.models.quantization import method_of
 from slzo.settings import differences
 
 # values of each tensor in the sample, evenly spread
@@ -27,6 +28,7 @@ _OTHER_FIELDS = frozenset(
         "output_attentions",
         "output_hidden_states",
         "problem_type",
+        "quantization_config",
         "return_dict",
         "torch_dtype",
         "transformers_version",
@@ -42,7 +44,7 @@ class Fingerprint:
     Attributes:
         config: What its config says of the function that it computes.
         sample: Hash of some values of every tensor, for each type that they can be rounded to, so that a model that is loaded in
-            another type can be compared.
+            another type can be compared; of a quantized model by its quantization, as the quantized values are stored.
         tuned: Hash of all values of the tensors that are tuned, by the type that they have.
     """
 
@@ -53,9 +55,15 @@ class Fingerprint:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """That of a model, without anything tuned."""
-        tensors = dict(model.named_parameters())
-        types = [kind for kind in _TYPES if all(p.dtype in (torch.float32, kind) for p in tensors.values())]
-        sample = {_name(kind): _hash((name, _some(p).to(kind)) for name, p in tensors.items()) for kind in types}
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        method = method_of(model)
+        if method is None:
+            types = [kind for kind in _TYPES if all(p.dtype in (torch.float32, kind) for p in tensors.values())]
+            sample = {_name(kind): _hash((name, _some(p).to(kind)) for name, p in tensors.items()) for kind in types}
+        else:  # not to be compared with a plain model, whose values differ, nor rounded
+            tensors |= {name: b for name, b in model.named_buffers() if not b.is_floating_point()}
+            packed = (pair for name, tensor in tensors.items() for pair in _packed(name, tensor))
+            sample = {f"{method}, {_name(model.dtype)}": _hash((name, _some(part)) for name, part in packed)}
         config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_"}
         config = {name: value for name, value in config.items() if name not in _OTHER_FIELDS}
         return cls(json.loads(json.dumps(config, default=str)), sample, {})
@@ -96,6 +104,17 @@ def _differ(saved: Mapping[str, str], own: Mapping[str, str]) -> bool:
 
 def _name(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
+
+
+def _packed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a quantized one consists of; none where their order depends on the processor."""
+    if type(tensor).__name__ == "Params4bit":  # bitsandbytes packs it anew when it is first used
+        return
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _packed(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def _some(tensor: Tensor) -> Tensor:

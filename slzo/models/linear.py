@@ -7,10 +7,13 @@ packs them on the fly, so perturbed weights and memory are no concern.
 
 import copy
 from timeit import timeit
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from slzo.models.quantization import is_plain
 
 # Rows of the probe product: about the tokens of a small batch.
 _TRIAL_ROWS = 128
@@ -43,8 +46,8 @@ class OneDNNLinear(nn.Module):
 
 
 def with_onednn(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module tree in which every ``nn.Linear`` is a :class:`OneDNNLinear`; the original stays untouched."""
-    if type(module) is nn.Linear:
+    """A shallow copy of a module tree with a :class:`OneDNNLinear` for each plain ``nn.Linear``; the original stays untouched."""
+    if _is_plain_linear(module):
         return OneDNNLinear(module)
     twin = copy.copy(module)
     twin._modules = {name: None if child is None else with_onednn(child) for name, child in module._modules.items()}
@@ -57,7 +60,7 @@ def onednn_is_faster(module: nn.Module) -> bool:
 
     ``False`` unless the module is in float32 on a CPU: elsewhere torch already takes the best there is.
     """
-    linears = [child for child in module.modules() if type(child) is nn.Linear]
+    linears = [child for child in module.modules() if _is_plain_linear(child)]
     if not linears or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
@@ -73,3 +76,8 @@ def onednn_is_faster(module: nn.Module) -> bool:
     except RuntimeError:  # a build of torch without the kernel
         return False
     return min(plain) > _CLEAR_GAIN * min(ours)
+
+
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an ``nn.Linear`` that no quantization has changed."""
+    return type(module) is nn.Linear and is_plain(module.weight)

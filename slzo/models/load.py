@@ -17,13 +17,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slzo.errors import SlzoError
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
+from slzo.models.quantization import (
+    Quantization,
+    describe_quantization,
+    method_of_config,
+    missing_package,
+    quantization_config,
+)
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
@@ -51,7 +59,7 @@ def resolve_model(name: str) -> str:
             )
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
-    if looks_local or not _HUB_ID.fullmatch(name):
+    if looks_local or not HUB_ID.fullmatch(name):
         raise SlzoError(
             f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
             f"'Qwen/Qwen3-8B', or a built-in name ({', '.join(BUILTIN_MODELS)})"
@@ -69,15 +77,28 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
         advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set model.trust_remote_code to true"
+        elif "quantization_config" in kwargs:
+            advice = "model.quantization may need another package or an accelerator; int8 and nf4 run on CPUs"
         elif where == name and not Path(name).is_dir():
             known = ", ".join(BUILTIN_MODELS)
             advice = f"check the name and the connection, or use a local folder, or a built-in name ({known})"
         raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
 
 
-def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model; SlzoError if it cannot be read."""
+    return _load(name, AutoConfig, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    dtype: DType = "float32",
+    trust_remote_code: bool = False,
+    quantization: Quantization | QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
 
+    A model that is quantized already is loaded as it is; ``quantization`` quantizes another one, layer by layer while it is read.
     A model that looks at images too is loaded whole; its text decoder is what :mod:`slzo.models.parts` finds.
 
     Raises:
@@ -85,14 +106,33 @@ def load_model(name: str, dtype: DType = "float32", trust_remote_code: bool = Fa
     """
     if dtype not in get_args(DType):
         raise SlzoError(f"model.dtype {dtype!r}: choose one of {', '.join(get_args(DType))}")
-    config = _load(name, AutoConfig, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise SlzoError(
             f"model.model {name!r}: {config.model_type} is an encoder-decoder model; slzo tunes decoder-only language "
             "models such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma and Phi-3"
         )
-    model = _load(name, auto_class(config), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    return model.eval().requires_grad_(False)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        _check_quantized(name, method_of_config(own), quantization)
+    elif quantization is not None:
+        kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
+    if own is not None or quantization is not None:
+        kwargs["device_map"] = "cpu"  # quantized weights are made where they stay
+    return _load(name, auto_class(config), **kwargs).eval().requires_grad_(False)
+
+
+def _check_quantized(name: str, method: str, quantization: Any) -> None:
+    """Refuse to quantize a quantized model again, or to load it without its package."""
+    if quantization is not None:
+        raise SlzoError(
+            f"model.quantization {describe_quantization(quantization)!r}: model {name!r} is quantized already ({method}); leave "
+            "the option out"
+        )
+    missing = missing_package(method)
+    if missing is not None:
+        raise SlzoError(f"model.model {name!r}: is quantized and {missing}")
 
 
 def auto_class(config: PretrainedConfig) -> Any:

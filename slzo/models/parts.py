@@ -26,6 +26,7 @@ from slzo.models.attention import (
 )
 from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
+from slzo.models.quantization import is_plain
 
 _PACKED = "slzo_packed"
 
@@ -205,15 +206,23 @@ class ModelParts:
         self._runnable = [stand_in(layer) for layer in self.layers] if compile or self.onednn else list(self.layers)
         self._stack_path, self._layers_name = _decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
-        self._num_outputs, self._output_class = _seen_outputs(model, self.layers[0], self._stack)
+        self._seen: tuple[int, type[ModelOutput]] | None = None
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> "ModelParts":
-        """Parts of the same model with the same switches, made again: modules were added to it."""
+        """Parts of the same model with the same switches, made again: its modules were exchanged, or others added."""
         twin = ModelParts(self.model, self.packed, self.onednn, self.compile, virtual_tokens)
         twin.longest, twin.selects, twin.pads_left = self.longest, self.selects, self.pads_left
+        twin._seen = self._seen
         return twin
+
+    @property
+    def _outputs(self) -> tuple[int, type[ModelOutput]]:
+        """Of a layer and the decoder, found when one is first run: loading and saving need no forward pass."""
+        if self._seen is None:
+            self._seen = _seen_outputs(self.model, self.layers[0], self._stack)
+        return self._seen
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
@@ -262,8 +271,8 @@ class ModelParts:
         Returns:
             Shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
         """
-        if token_ids is not None and not self.selects:
-            return self.head(hidden).index_select(1, token_ids)
+        if token_ids is not None and not (self.selects and is_plain(self.model.get_output_embeddings().weight)):
+            return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be taken out
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)
         if selected is not None:
@@ -286,9 +295,9 @@ class ModelParts:
         if not 0 <= start <= stop <= self.num_layers:
             raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
         if (start, stop) not in self._views:
-            inject = _Inject(self.layers[start - 1], self._num_outputs) if start > 0 else None
-            capture = _Capture(self.layers[stop], self._num_outputs) if stop < self.num_layers else None
-            layers: list[nn.Module] = [_Pass(layer, self._num_outputs) for layer in self.layers]
+            inject = _Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
+            capture = _Capture(self.layers[stop], self._outputs[0]) if stop < self.num_layers else None
+            layers: list[nn.Module] = [_Pass(layer, self._outputs[0]) for layer in self.layers]
             layers[start:stop] = self._runnable[start:stop]
             if inject is not None:
                 layers[start - 1] = inject
@@ -300,7 +309,7 @@ class ModelParts:
 
     def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
         if selected not in self._head_views:
-            precomputed = _Precomputed(self._stack, self._output_class)
+            precomputed = _Precomputed(self._stack, self._outputs[1])
             view = _replace(self.model, self._stack_path, precomputed)
             head = None
             if selected:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slzo.batches.blocks import Block
 from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.batches.sharing import chunk_by_tokens
 from slzo.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -87,35 +88,54 @@ class PrefixCache:
         return self.budget - (0 if self.beside is None else max(self.beside.num_bytes, self.beside._planned))
 
     def states_of(
-        self, batch: PackedBatch, run: Callable[[TokenBatch], Tensor], dtype: torch.dtype, keep: bool
+        self,
+        batch: PackedBatch,
+        run: Callable[[TokenBatch], Tensor],
+        dtype: torch.dtype,
+        keep: bool,
+        max_tokens: int | None = None,
     ) -> Tensor:
-        """States of a batch, shape (T, hidden), rounded as they would come back; ``run`` computes those of tokens.
+        """States of a batch, shape (T, hidden), of a type, rounded as they would come back; ``run`` computes those of tokens.
 
         Only examples that are not held are run; their states are kept with ``keep``. Those that the plan has are run with the
-        others of their block.
+        others of their block. With ``max_tokens`` no more than these are run at once; the examples must not share tokens then.
         """
         device = batch.input_ids.device
-
-        def rounded(part: TokenBatch) -> Tensor:
-            return self.round(run(part))
-
         if keep:
             for block in self.blocks_of(key for key in batch.example_index if key not in self):
                 if block.keys != batch.example_index:  # else the batch is the block, and is run below
                     whole = block.pack().to(device)
-                    self.put(whole.example_index, whole.example_tokens, rounded(whole))
+                    states = self._run(run, whole, range(whole.num_examples), max_tokens)
+                    self.put(whole.example_index, whole.example_tokens, states)
         new: dict[int, Tensor] = {}
         missing = [number for number, key in enumerate(batch.example_index) if key not in self]
         if missing:
-            part = batch if len(missing) == batch.num_examples else batch.select(missing)
-            fresh = rounded(part)
+            fresh = self._run(run, batch, missing, max_tokens)
             lengths = [batch.example_tokens[number] for number in missing]
             if keep:
                 self.put([batch.example_index[number] for number in missing], lengths, fresh)
-            if part is batch:
+            if len(missing) == batch.num_examples:
                 return fresh
             new = dict(zip(missing, fresh.split(lengths), strict=True))
         return self.gather(batch.example_index, new, device, dtype)
+
+    def _run(
+        self,
+        run: Callable[[TokenBatch], Tensor],
+        batch: PackedBatch,
+        numbers: Sequence[int],
+        max_tokens: int | None,
+    ) -> Tensor:
+        """States of some of the batch's examples, shape (T, hidden)."""
+        chunks: Sequence[Sequence[int]] = [range(len(numbers))]
+        if max_tokens is not None:
+            sizes = [range(batch.example_tokens[number]) for number in numbers]
+            chunks = chunk_by_tokens(sizes, max_tokens, share=False)
+        states = []
+        for places in chunks:
+            whole = len(places) == batch.num_examples
+            states.append(run(batch if whole else batch.select([numbers[place] for place in places])))
+        return self.round(states[0] if len(states) == 1 else torch.cat(states))
 
     def blocks_of(self, keys: Iterable[int]) -> list[Block]:
         """The planned blocks of some examples."""

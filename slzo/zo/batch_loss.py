@@ -69,7 +69,10 @@ class BatchLogitLoss(_SummedLoss):
     hidden: Tensor | None
 
     def sums(self, points: Sequence[Point]) -> Tensor:
-        return self.around.forward.losses(self.batch.packed, self.hidden, self.around.tuned, points, self.objective)
+        batch, around = self.batch, self.around
+        return around.forward.losses(
+            batch.packed, self.hidden, around.tuned, points, self.objective, max_tokens=batch.max_tokens
+        )
 
     def gradient(self) -> tuple[float, Direction]:
         around = self.around

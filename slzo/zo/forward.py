@@ -10,7 +10,7 @@ from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.zo.estimators.base import Point
+from slzo.zo.estimators.base import Point, RowShare
 from slzo.zo.span import Span
 from slzo.zo.tuned import TunedTensors
 
@@ -40,16 +40,17 @@ class SuffixForward:
     paired: bool | None = None
 
     @torch.no_grad()
-    def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
+    def prefix(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> Tensor | None:
         """Hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if there is no layer before it.
 
         Only examples that the cache does not hold are run; their states are offered to it with ``keep``. Those that it plans to
-        keep are run with the others of their block.
+        keep are run with the others of their block. With ``max_tokens`` no more than these go through the layers at once; the
+        examples must not share tokens then.
         """
         if self.span.start == 0:
             return None
         return self.cache.states_of(
-            batch, lambda part: self.parts.run(part, 0, self.span.start), self.parts.model.dtype, keep
+            batch, lambda part: self.parts.run(part, 0, self.span.start), self.parts.model.dtype, keep, max_tokens
         )
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
@@ -70,17 +71,30 @@ class SuffixForward:
         tuned: TunedTensors,
         points: Sequence[Point],
         objective: LogitLoss,
+        max_tokens: int | None = None,
     ) -> Tensor:
         """Totals and what to divide them by of each point's rows, shape (2, P), float32; the live weights stay at the last point.
 
-        ``hidden`` is what :meth:`prefix` returned for the batch; for the points see :class:`slzo.zo.estimators.base.Loss`.
+        ``hidden`` is what :meth:`prefix` returned for the batch; for the points see :class:`slzo.zo.estimators.base.Loss`. A
+        batch of more than ``max_tokens`` is run in parts: losses are sums over rows.
         """
-        divided = batch.divide(points[0].rows.of)
+        shares, pieces = points[0].rows.of, batch.cut(max_tokens)
+        if len(pieces) > 1 and shares == 1:
+            given = zip(pieces, _split(hidden, pieces), strict=True)
+            return sum(self.losses(p, h, tuned, points, objective, max_tokens) for p, h in given)  # type: ignore[return-value]
+        if len(pieces) > 1:
+            divided = batch.divide(shares)
+            inputs = _split(hidden, divided)
+            found = []
+            for point in points:
+                rows, states = divided[point.rows.number], inputs[point.rows.number]
+                found.append(self._share_losses(rows, states, tuned, point, objective, max_tokens))
+            return torch.cat(found, dim=1)
+        divided = batch.divide(shares)
         copies = [points[start : start + len(divided)] for start in range(0, len(points), len(divided))]
-        num_tokens = [0 if rows is None else rows.num_tokens for rows in divided]
-        inputs = [None] * len(divided) if hidden is None else hidden.split(num_tokens)
+        inputs = _split(hidden, divided)
         inner = self.span.inside and self.span.stop < self.parts.num_layers
-        paired = self._pairs(batch, len(copies))
+        paired = self._pairs(batch, len(copies), max_tokens)
         if inner and (paired or len(divided) > 1):
             runs = [copies] if paired else [[copy] for copy in copies]
             found = [self._joined_losses(batch, divided, inputs, tuned, run, objective) for run in runs]
@@ -95,12 +109,28 @@ class SuffixForward:
             sums.append(self.loss(rows, inputs[point.rows.number], objective))
         return stack(sums)
 
+    def _share_losses(
+        self,
+        rows: PackedBatch | None,
+        hidden: Tensor | None,
+        tuned: TunedTensors,
+        point: Point,
+        objective: LogitLoss,
+        max_tokens: int | None,
+    ) -> Tensor:
+        """The same at one point, on the rows of its share alone; shape (2, 1)."""
+        if rows is None:
+            return stack([no_loss(tuned.masters[0].device)])
+        return self.losses(rows, hidden, tuned, [point._replace(rows=RowShare())], objective, max_tokens)
+
     def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Whether only the candidates' logits are computed."""
         return self.candidate_logits and not objective.needs_vocabulary(batch)
 
-    def _pairs(self, batch: PackedBatch, num_copies: int) -> bool:
+    def _pairs(self, batch: PackedBatch, num_copies: int, max_tokens: int | None) -> bool:
         if num_copies == 1:
+            return False
+        if max_tokens is not None and num_copies * batch.num_tokens > max_tokens:
             return False
         if self.paired is not None:
             return self.paired
@@ -133,3 +163,10 @@ class SuffixForward:
             for rows, own in zip(divided, logits, strict=True):
                 sums.append(no_loss(own.device) if rows is None else objective.of_logits(own, rows, selected))
         return stack(sums)
+
+
+def _split(hidden: Tensor | None, parts: Sequence[PackedBatch | None]) -> Sequence[Tensor | None]:
+    """The hidden states of each part of a batch."""
+    if hidden is None:
+        return [None] * len(parts)
+    return hidden.split([0 if part is None else part.num_tokens for part in parts])

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from slzo.models.peft_files import LowRank
+
 
 class TunedTensor(nn.Module, ABC):
     """One tensor of the model, and the master that it is written from.
@@ -73,6 +75,10 @@ class TunedTensor(nn.Module, ABC):
     def constants(self) -> dict[str, Tensor]:
         """Tensors besides the master that the constructor takes, by argument; a checkpoint holds them."""
         return {}
+
+    def low_rank(self) -> LowRank | None:
+        """How it moved from its first value, as LoRA has it; ``None`` where that is of no low rank."""
+        return None
 
 
 class Whole(TunedTensor):
@@ -174,6 +180,9 @@ class Subspace(TunedTensor):
 
     def constants(self) -> dict[str, Tensor]:
         return {"basis": self.basis, "transposed": torch.tensor(self.transposed)}
+
+    def low_rank(self) -> LowRank:
+        return LowRank(self.basis.T, self.master, transposed=self.transposed)
 
 
 KINDS: Mapping[str, Callable[..., TunedTensor]] = {each.kind: each for each in (Whole, Masked, Subspace)}

@@ -1,7 +1,7 @@
 """A language model of which a small part is tuned: everything that training it needs, without Lightning."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -20,14 +20,19 @@ from slzo.evaluation.prompt_states import PromptStates
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
+from slzo.models.full_precision import FullPrecision
 from slzo.models.parts import ModelParts
+from slzo.models.peft_files import PeftFiles, lora_files
 from slzo.models.prefix_cache import PrefixCache
+from slzo.models.quantization import is_plain, method_of
+from slzo.models.weight_stream import WeightStream
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
 from slzo.zo.clipping import ProjectedGradHistory
 from slzo.zo.estimators import Estimator, Loss, Point, Request
 from slzo.zo.forward import SuffixForward
 from slzo.zo.live_points import live_points
+from slzo.zo.memory import tuning_bytes
 from slzo.zo.objectives import Objective
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import Scope, ScopeContext
@@ -56,6 +61,7 @@ class TunedModel:
         engine: How losses are computed; ``packed``, ``onednn`` and ``compile`` are those of the parts.
         cache: Prefix states of an earlier tuned model on the same rows; taken over if they enter the same layer.
         base: Of the model before any adapter; ``None`` where it is not known.
+        exchanged: Quantized linear maps of the layers that the scope changes.
     """
 
     def __init__(
@@ -68,16 +74,19 @@ class TunedModel:
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
         base: Fingerprint | None = None,
+        exchanged: FullPrecision | None = None,
     ) -> None:
         engine = Engine() if engine is None else engine
         self.parts = parts
         self.tensors = tensors.to(parts.model.device)
         self.scope = dict(scope)
         self.adapter = adapter
+        self.exchanged = exchanged
         self.layer = layer
         self.engine = engine
-        # an adapter's own tensors are none of the base model's
-        own = {} if adapter is not None else {name: tensor.live for name, tensor in self.tensors.items()}
+        # an adapter's own tensors are none of the base model's, and dequantized ones depend on the processor
+        foreign = adapter is not None or (exchanged is not None and exchanged.dequantized)
+        own = {} if foreign else {name: tensor.live for name, tensor in self.tensors.items()}
         self.base = None if base is None else base.with_tuned(own)
         self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
@@ -88,7 +97,11 @@ class TunedModel:
         if span.start > 0 and self.decodes_together:
             beside = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
             self.prompt_states = PromptStates(parts, beside)
-        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, engine.paired)
+        self._stream = None
+        if engine.weights_gb is not None:
+            self._stream = WeightStream(parts.layers, span.start, span.stop, int(engine.weights_gb * 2**30))
+        paired = True if self._stream is not None else engine.paired
+        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, paired)
 
     @classmethod
     def of_scope(
@@ -112,11 +125,14 @@ class TunedModel:
         if layer is not None:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
-        settings, adapter = constructor_settings(scope, "model.scope"), scope.adapter(context)
-        base = Fingerprint.of(parts.model)
-        with _adapter_in(parts, adapter) as own:
+        settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
+        with ExitStack() as stack:
+            whole, exchanged = stack.enter_context(_full_precision_in(parts, partial(_changed_layers, scope, context)))
+            adapter = scope.adapter(replace(context, parts=whole))
+            own = stack.enter_context(_adapter_in(whole, adapter))
             tensors = scope.tensors(replace(context, parts=own))
-            return cls(own, tensors, settings, adapter, layer, engine, cache, base)
+            _check_plain(tensors)
+            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged)
 
     @classmethod
     def of_description(
@@ -141,11 +157,13 @@ class TunedModel:
             adapter = None if settings is None else adapter_from_dict(settings)
         except TypeError as error:
             raise KeyError(f"{settings} as adapter ({error})") from error
-        with _adapter_in(parts, adapter) as own:
+        layers = _layers_of(parts, description["tensors"])
+        with _full_precision_in(parts, lambda: layers) as (whole, exchanged), _adapter_in(whole, adapter) as own:
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
-            made = cls(own, tensors, description["scope"], adapter, description["layer"], engine, base=base)
+            scope, layer = description["scope"], description["layer"]
+            made = cls(own, tensors, scope, adapter, layer, engine, base=base, exchanged=exchanged)
             made.check_base(description)
             return made
 
@@ -174,18 +192,38 @@ class TunedModel:
         own.pop("base")
         return all(_same(own[name], description[name]) for name in own)
 
-    def remove_adapter(self) -> None:
-        """Take the scope's extra modules out of the model; its own weights stay as they are. This object is of no use then."""
+    def release(self) -> None:
+        """Take the scope's extra modules out of the model, and put quantized ones back; other weights stay as they are.
+
+        This object is of no use then.
+        """
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         if self.adapter is not None:
             self.adapter.remove(self.parts.model)
             self.adapter = None
+        if self.exchanged is not None:
+            self.exchanged.undo(self.parts.model)
+            self.exchanged = None
 
-    def save_merged(self, folder: str) -> None:
-        """Write the tuned model to a folder, as a plain one where its weights can hold what is tuned."""
-        if self.adapter is None:
-            self.parts.model.save_pretrained(folder)
-        else:
-            self.adapter.save_merged(self.parts.model, folder)
+    def merge(self) -> None:
+        """Have the model's own weights hold what is tuned, without an adapter's modules. This object is of no use then.
+
+        Raises:
+            SlzoError: No weight can hold it.
+        """
+        if self.adapter is not None:
+            self.adapter.merge(self.parts.model)
+            self.adapter = None
+
+    def peft_files(self) -> PeftFiles | None:
+        """What is tuned as an adapter of peft; ``None`` where that is of no low rank."""
+        if self.adapter is not None:
+            return self.adapter.peft_files(self.parts.model)
+        maps = {name.removesuffix(".weight"): tensor.low_rank() for name, tensor in self.tensors.items()}
+        low_rank = {path: moved for path, moved in maps.items() if moved is not None}
+        return lora_files(low_rank) if len(low_rank) == len(maps) else None
 
     @property
     def decodes_together(self) -> bool:
@@ -264,7 +302,8 @@ class TunedModel:
         would copy a whole model.
         """
         eps = options.eps_at(step, max_steps)
-        request = Request(self.tensors, loss, seed, step, eps, options.num_queries, self.engine.queries_at_once)
+        at_once = options.num_queries if self._stream is not None else self.engine.queries_at_once
+        request = Request(self.tensors, loss, seed, step, eps, options.num_queries, at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
         factor = options.clip_projected_grad
         clip = None if factor is None else partial(self.history.clip, factor=factor)
@@ -277,15 +316,8 @@ class TunedModel:
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
-        masters = 4 * self.tensors.num_elements
-        at_once = estimator.directions_at_once(num_queries, self.engine.queries_at_once)
-        # the first direction becomes the gradient; later queries are drawn beside it
-        held = masters * (at_once + (num_queries > at_once)) if masters <= self.tensors.hold_bytes else masters
         sizes = {
-            "masters": masters,
-            "directions and gradient": held,
-            "base weights, bases and masks": sum(b.numel() * b.element_size() for b in self.tensors.buffers()),
-            f"{optimizer.name} state": masters * optimizer.state_copies,
+            **tuning_bytes(self.tensors, estimator, num_queries, self.engine.queries_at_once, optimizer),
             "prefix cache up to": self.forward.cache.budget if self.forward.span.start > 0 else 0,
         }
         return {name: size / 2**20 for name, size in sizes.items() if size > 0}
@@ -303,6 +335,49 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
     except BaseException:
         adapter.remove(parts.model)
         raise
+
+
+@contextmanager
+def _full_precision_in(
+    parts: ModelParts, layers: Callable[[], Sequence[int]]
+) -> Iterator[tuple[ModelParts, FullPrecision | None]]:
+    """The parts of a quantized model with some layers in full precision, which are put back if anything fails."""
+    if method_of(parts.model) is None:
+        yield parts, None
+        return
+    exchanged = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
+    try:
+        yield parts.with_virtual_tokens(parts.virtual_tokens), exchanged
+    except BaseException:
+        exchanged.undo(parts.model)
+        raise
+
+
+def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
+    """The layers that a scope changes in a quantized model; SlzoError if that is all of them."""
+    changed = scope.changed_layers(context)
+    if scope.layers == "all" and changed:
+        raise SlzoError(
+            f"model.scope: tunes {scope.describe()}, and model.quantization is for frozen layers; tune some layers "
+            "(LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the quantization out"
+        )
+    return changed
+
+
+def _layers_of(parts: ModelParts, names: Iterable[str]) -> list[int]:
+    """The decoder layers that tensors belong to, by the model's names."""
+    start = f"{parts.layers_path}."
+    found = {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
+    return sorted(int(layer) for layer in found if layer.isdecimal() and int(layer) < parts.num_layers)
+
+
+def _check_plain(tensors: TunedTensors) -> None:
+    """Refuse to tune a quantized tensor."""
+    for name, tensor in tensors.items():
+        if not is_plain(tensor.live):
+            raise SlzoError(
+                f"model.scope: tensor {name!r} is quantized and cannot be tuned; let the scope's changed_layers name its layer"
+            )
 
 
 def _same(one: Any, other: Any) -> bool:

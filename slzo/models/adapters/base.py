@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from slzo.errors import SlzoError
 from slzo.models.attention import VirtualTokens
+from slzo.models.peft_files import PeftFiles
 
 ADAPTER_NAME = "slzo"
 
@@ -34,8 +35,16 @@ class Adapter(ABC):
         """Take them out again; the model's own weights stay as they are."""
 
     @abstractmethod
-    def save_merged(self, model: PreTrainedModel, folder: str) -> None:
-        """Write the tuned model to a folder, as a plain one where its weights can hold what the modules do."""
+    def merge(self, model: PreTrainedModel) -> None:
+        """Have the model's own weights do what the modules do, in place, and take the modules out.
+
+        Raises:
+            SlzoError: No weight can hold it.
+        """
+
+    @abstractmethod
+    def peft_files(self, model: PreTrainedModel) -> PeftFiles:
+        """The modules, which are in the model, as peft keeps them on disk."""
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and settings."""

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from slzo.errors import SlzoError
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
+from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,17 @@ class LoRAMatrices(Adapter):
     def remove(self, model: PreTrainedModel) -> None:
         _unload_lora(model, merge=False)
 
-    def save_merged(self, model: PreTrainedModel, folder: str) -> None:
+    def merge(self, model: PreTrainedModel) -> None:
         _unload_lora(model, merge=True)
-        model.save_pretrained(folder)
+
+    def peft_files(self, model: PreTrainedModel) -> PeftFiles:
+        matrices = lora_parameters(model)
+        first, second = f".lora_A.{ADAPTER_NAME}.weight", f".lora_B.{ADAPTER_NAME}.weight"
+        maps = {}
+        for path in (name.removesuffix(first) for name in matrices if name.endswith(first)):
+            transposed = isinstance(model.get_submodule(f"{path}.base_layer"), Conv1D)
+            maps[path] = LowRank(matrices[path + first], matrices[path + second], self.alpha / self.rank, transposed)
+        return lora_files(maps)
 
 
 def lora_parameters(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from slzo.errors import SlzoError
 from slzo.models.adapters.base import Adapter, import_peft
 from slzo.models.attention import VirtualTokens
+from slzo.models.peft_files import PeftFiles, prefix_files
 
 _MODULE = "slzo_prefix"
 
@@ -57,14 +58,15 @@ class PrefixTokens(Adapter):
     def remove(self, model: PreTrainedModel) -> None:
         delattr(model, _MODULE)
 
-    def save_merged(self, model: PreTrainedModel, folder: str) -> None:
-        peft = import_peft("PrefixTuning")  # no weight can hold them, so an adapter that peft loads is written
+    def merge(self, model: PreTrainedModel) -> None:
+        raise SlzoError(
+            "no weight can hold the keys and values of prefix tuning; use --format adapter, which peft loads"
+        )
+
+    def peft_files(self, model: PreTrainedModel) -> PeftFiles:
         learned = model.get_submodule(_MODULE)
         assert isinstance(learned, _Encoded)
-        self.remove(model)
-        wrapped = peft.get_peft_model(model, learned.config)
-        wrapped.prompt_encoder["default"].load_state_dict(learned.encoder.state_dict())
-        wrapped.save_pretrained(folder)
+        return prefix_files(learned.weight, learned.config.num_layers, learned.config.num_attention_heads)
 
 
 class _Encoded(nn.Module):
@@ -79,9 +81,13 @@ class _Encoded(nn.Module):
     def num_tokens(self) -> int:
         return int(self.config.num_virtual_tokens)
 
+    @property
+    def weight(self) -> Tensor:
+        """One row a token, in it keys and values of each layer."""
+        return self.encoder.embedding.weight  # type: ignore[union-attr, return-value]
+
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
-        weight: Tensor = self.encoder.embedding.weight  # type: ignore[union-attr, assignment]
-        states = weight.view(self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
+        states = self.weight.view(self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
         keys, values = states[:, index].permute(1, 2, 0, 3)
         return keys, values
 

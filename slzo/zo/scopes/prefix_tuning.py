@@ -28,6 +28,9 @@ class PrefixTuning(Scope):
     def num_positions(self) -> int:
         return self.num_tokens
 
+    def changed_layers(self, context: ScopeContext) -> list[int]:
+        return []
+
     def adapter(self, context: ScopeContext) -> PrefixTokens:
         if not context.parts.packed:
             raise SlzoError(

@@ -1,0 +1,34 @@
+"""An adapter that peft loads, and, for LoRA, vLLM and others: kilobytes that go on top of the base model."""
+
+from pathlib import Path
+
+from safetensors.torch import save
+
+from slzo.errors import SlzoError
+from slzo.export.facts import Facts
+from slzo.files import write_json
+from slzo.models.peft_files import PeftFiles
+from slzo.zo.tuned_model import TunedModel
+
+CONFIG_FILE = "adapter_config.json"
+
+
+def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        SlzoError: What was tuned is of no low rank.
+    """
+    files = tuned_model.peft_files()
+    if files is None:
+        raise SlzoError(
+            f"format adapter: {facts.scope} is of no low rank, and adapters are; use --format merged, or delta for the "
+            "tuned tensors alone"
+        )
+    write_peft_files(files, facts.origin.name, folder)
+
+
+def write_peft_files(files: PeftFiles, base_model: str, folder: Path) -> None:
+    """Write the two files that peft reads."""
+    write_json(folder / CONFIG_FILE, {"base_model_name_or_path": base_model, **files.config})
+    (folder / "adapter_model.safetensors").write_bytes(save(dict(files.tensors), {"format": "pt"}))

@@ -1,0 +1,50 @@
+"""A tuned model from a checkpoint, to be read, written and used as transformers does, not by slzo's own engine."""
+
+from slzo.checkpoint import Checkpoint
+from slzo.errors import SlzoError
+from slzo.models.load import load_model
+from slzo.models.parts import ModelParts
+from slzo.zo.tuned_model import TunedModel
+
+
+def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+    """The base model of a checkpoint with what was tuned in its live weights; it keeps its own attention.
+
+    Raises:
+        SlzoError: It runs code of its own that is not trusted, or the checkpoint does not fit it.
+    """
+    tuned_model = untuned(checkpoint, trust_remote_code)
+    load_values(tuned_model, checkpoint)
+    return tuned_model
+
+
+def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+    """The same before :func:`load_values`: the live weights are those of the base model."""
+    note = checkpoint.note
+    if note["trust_remote_code"] and not trust_remote_code:
+        raise SlzoError(
+            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs code of its own; if you trust it, give "
+            "--model.trust_remote_code true"
+        )
+    model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
+    try:
+        # padded and without oneDNN: the model stays as transformers made it
+        return TunedModel.of_description(ModelParts(model, packed=False, onednn=False), note)
+    except (KeyError, RuntimeError) as error:
+        raise _misfit(checkpoint, error) from error
+
+
+def load_values(tuned_model: TunedModel, checkpoint: Checkpoint) -> None:
+    """Write the values of a checkpoint into the masters and the live weights.
+
+    Raises:
+        SlzoError: They do not fit.
+    """
+    try:
+        tuned_model.tensors.load(checkpoint.content["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        raise _misfit(checkpoint, error) from error
+
+
+def _misfit(checkpoint: Checkpoint, error: Exception) -> SlzoError:
+    return SlzoError(f"ckpt_path {checkpoint.path!r}: does not fit model {checkpoint.note['model']!r} ({error})")

@@ -1,0 +1,180 @@
+"""A tuned model and what it was before, each at hand."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slzo.checkpoint import Checkpoint, read_checkpoint
+from slzo.checkpoint_names import NAMES, checkpoint_of_run, named_checkpoint
+from slzo.errors import SlzoError
+from slzo.export import FACTS_FILE
+from slzo.export.adapter import CONFIG_FILE, write_peft_files
+from slzo.export.delta import DELTA_FILE, read_delta, swap
+from slzo.export.restore import load_values, untuned
+from slzo.models.adapters.base import import_peft
+from slzo.models.fingerprint import Fingerprint
+from slzo.models.load import load_model, load_tokenizer
+from slzo.models.origin import loadable
+
+_RUNS = "runs"
+
+Use = Callable[[], AbstractContextManager[PreTrainedModel]]
+"""Within the context the model is the one meant; only one context at a time."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models of one tokenizer.
+
+    Attributes:
+        tokenizer: Of both.
+        tuned: The tuned model.
+        untuned: Its base model; ``None`` where it is not wanted.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tuned: Use
+    untuned: Use | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the pair comes from.
+
+    Attributes:
+        path: A run's folder, a checkpoint, an exported folder, or last or best for the newest run.
+        base: The base model of an exported folder; ``None``: the one that it names.
+        untuned: Whether the base model is wanted too.
+        trust_remote_code: Run the model's own code.
+    """
+
+    path: str
+    base: str | None = None
+    untuned: bool = True
+    trust_remote_code: bool = False
+
+
+def load_pair(source: Source) -> Pair:
+    """Load both models.
+
+    Raises:
+        SlzoError: There is nothing usable at the path, or its base model is not found or another one.
+    """
+    path = Path(source.path).expanduser()
+    if any((path / name).is_file() for name in (FACTS_FILE, CONFIG_FILE)):
+        return _of_export(path, source)
+    if source.base is not None:
+        raise SlzoError(
+            f"base {source.base!r}: {source.path!r} is no exported folder, and a checkpoint names its own base"
+        )
+    if source.path in NAMES:
+        path = named_checkpoint(source.path, _RUNS)
+    elif (path / "checkpoints").is_dir():
+        path = checkpoint_of_run(path)
+    return _of_checkpoint(read_checkpoint(path), source)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
+    tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
+    tokenizer = load_tokenizer(note["model"], note["trust_remote_code"])
+    model, tensors = tuned_model.parts.model, tuned_model.tensors
+    before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
+    load_values(tuned_model, checkpoint)
+    if tuned_model.adapter is None:
+        return _with_tensors(model, swap(model, before), tokenizer, source)
+    files = tuned_model.peft_files()
+    assert files is not None
+    tuned_model.release()
+    with tempfile.TemporaryDirectory() as folder:  # as one that was exported
+        write_peft_files(files, "", Path(folder))
+        return _with_adapter(model, Path(folder), tokenizer, source)
+
+
+def _of_export(folder: Path, source: Source) -> Pair:
+    facts = _read(folder / FACTS_FILE)
+    name = source.base or loadable(_base_name(folder, facts))
+    if (folder / "config.json").is_file():
+        model = _load(str(folder), facts, source)
+        base = _always(_base(name, facts, source)) if source.untuned else None
+        return Pair(load_tokenizer(str(folder), source.trust_remote_code), _always(model), base)
+    model = _base(name, facts, source)
+    tokenizer = load_tokenizer(name, source.trust_remote_code)
+    if (folder / DELTA_FILE).is_file():
+        return _with_tensors(model, read_delta(folder), tokenizer, source)
+    return _with_adapter(model, folder, tokenizer, source)
+
+
+def _base_name(folder: Path, facts: Mapping[str, Any]) -> str:
+    told = facts.get("base_model", {})
+    name = told.get("name") or _read(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not name or told.get("public") is False:  # a folder on the machine of whoever tuned it
+        which = f", a local folder called {name!r} when it was tuned" if name else ""
+        raise SlzoError(f"ckpt_path {str(folder)!r}: nobody else has its base model{which}; give a copy with --base")
+    return str(name)
+
+
+def _base(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedModel:
+    """The base model of an exported folder, which is the one that was trained on unless the user names another copy."""
+    try:
+        model = _load(name, facts, source)
+    except SlzoError as error:
+        raise SlzoError(f"{error}; or give the base model of {source.path!r} with --base") from error
+    if source.base is None:
+        Fingerprint.of(model).check(facts.get("fingerprint", {}))
+    return model
+
+
+def _load(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedModel:
+    return load_model(name, facts.get("dtype", "float32"), source.trust_remote_code)
+
+
+def _with_tensors(
+    model: PreTrainedModel, tuned: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Source
+) -> Pair:
+    """The model holds the untuned weights; the tuned ones are put in while they are used."""
+
+    @contextmanager
+    def swapped() -> Iterator[PreTrainedModel]:
+        before = swap(model, tuned)
+        try:
+            yield model
+        finally:
+            swap(model, before)
+
+    return Pair(tokenizer, swapped, _always(model) if source.untuned else None)
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, source: Source) -> Pair:
+    peft = import_peft("adapter")
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
+
+    @contextmanager
+    def plain() -> Iterator[PreTrainedModel]:
+        with adapted.disable_adapter():
+            yield adapted.get_base_model()
+
+    return Pair(tokenizer, _always(adapted), plain if source.untuned else None)
+
+
+def _always(model: PreTrainedModel) -> Use:
+    return lambda: nullcontext(model)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SlzoError(f"{str(path)!r}: cannot be read ({error}); export it again") from error

@@ -1,0 +1,31 @@
+"""Prompts from a file."""
+
+import json
+from pathlib import Path
+
+from slzo.errors import SlzoError
+
+
+def read_prompts(path: str) -> list[str]:
+    """One prompt a line; of a ``.jsonl`` file (what ``slzo predict`` writes, for one) the field ``prompt`` of each line.
+
+    Raises:
+        SlzoError: The file cannot be read, or has no prompts.
+    """
+    try:
+        lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlzoError(f"prompts {path!r}: cannot be read ({error}); give a text or JSON Lines file") from error
+    if not lines:
+        raise SlzoError(f"prompts {path!r}: is empty; write one prompt a line")
+    return [_field(line, f"{path}:{number}") for number, line in enumerate(lines, 1)] if path.endswith("l") else lines
+
+
+def _field(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise SlzoError(f"prompts {place}: is no JSON with a text under prompt")
+    return str(row["prompt"])

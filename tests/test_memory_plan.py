@@ -1,0 +1,119 @@
+"""Memory is estimated before the model is loaded."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, run_dir, tiny_model
+from transformers import LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+from memory_table import table as memory_table
+from slzo.__main__ import main
+from slzo.callbacks import memory_planner
+from slzo.models import load
+from slzo.models.shape import model_shape, shape_of, skeleton_of
+from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
+from write_shape import parse, write_shape
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shape_counts_the_parameters(family):
+    model = tiny_model(family)
+    shape = shape_of(skeleton_of(model.config))
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+    maps = sum(p.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear | Conv1D) for p in m.parameters())
+    assert shape.linear == maps
+    assert shape.weight_bytes(torch.float16, None) == 2 * shape.num_parameters
+
+
+def test_the_files_are_looked_at_and_not_read(model_dir):
+    shape, skeleton = model_shape(str(model_dir))
+    assert shape.stored_bytes == (model_dir / "model.safetensors").stat().st_size
+    assert shape.stored_dtype == torch.float32
+    assert all(p.device.type == "meta" for p in skeleton.parameters())
+
+
+@pytest.fixture
+def llama():
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    return shape_of(skeleton_of(LlamaConfig(vocab_size=32000, **sizes)))
+
+
+def test_the_arithmetic_of_llama_2_7b(llama):
+    assert llama.num_parameters == 6_738_415_616
+    layer, outside = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 32000 * 4096 + 4096 + 32 * 2 * 4096
+    assert llama.weight_bytes(torch.float16, "int8", full_layers=1) == 2 * outside + 31 * layer + 2 * layer
+    assert llama.weight_bytes(torch.float16, "nf4") == 2 * outside + 32 * layer * 4.5 / 8
+    tuned = {"masters": 4 * layer, "directions and gradient": 4 * layer}
+    setup = Setup(llama, torch.float16, "nf4", tuned, 1, 5, Workload(100, 10, 1000), 2**30, on_cpu=False)
+    plan = setup.plan()
+    assert plan.parts["weights"] == llama.weight_bytes(torch.float16, "nf4", 1)
+    assert plan.parts["logits"] == 10 * 32000 * 4 * 3
+    assert "prefix cache" not in plan.parts  # it is in the memory of the CPU
+    assert plan.total == plan.needed == sum(plan.parts.values())
+    stored = replace(llama, stored_bytes=13 * 10**9, stored_dtype=torch.bfloat16)
+    on_cpu = replace(setup, shape=stored, dtype=torch.bfloat16, quantization=None, on_cpu=True).plan()
+    assert on_cpu.parts["prefix cache"] == 1000 * 4096 * 2
+    assert on_cpu.mapped == 2 * llama.num_parameters
+    converted = replace(setup, shape=stored, quantization=None, on_cpu=True).plan()
+    assert converted.total == converted.loading == PROGRAM_BYTES + 13 * 10**9 + 2 * llama.num_parameters
+
+
+def test_a_plan_is_printed_without_loading(options, capsys, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", never)
+    assert main(["plan", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "masters" in shown
+    assert "peak" in shown
+    assert "model.quantization" in shown or "model.engine.cache_gb 0" in shown
+
+
+def test_the_summary_has_estimate_and_peak(options, capsys):
+    assert main(["fit", *options, "--trainer.max_steps=2", "--model.layer=2"]) == 0
+    shown = capsys.readouterr().out
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert f"Memory     about {summary['planned_memory_gb']:.3g} GiB" in shown
+    peak = summary["peak_memory_gb"]
+    assert f"Memory     {peak:.2f} GiB at most, {summary['planned_memory_gb']:.2f} planned" in shown
+
+
+def test_a_run_that_cannot_fit_is_refused_before_loading(options, capsys, monkeypatch):
+    monkeypatch.setattr(memory_planner, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    assert main(["fit", *options]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("slzo: error: model.model ")
+    assert "GiB of memory, 0.000977 GiB are free; use a smaller model" in last
+    assert not run_dir().exists()
+
+
+def test_layers_that_are_read_each_time_take_the_room_of_two(llama):
+    layer = 2 * (llama.linear + llama.layer_rest)
+    stored = replace(llama, stored_bytes=2 * llama.num_parameters, stored_dtype=torch.bfloat16)
+    setup = Setup(stored, torch.bfloat16, None, {}, 1, 4, Workload(100), 0, kept_bytes=3 * layer)
+    plan = setup.plan()
+    assert plan.parts["weights"] == 2 * llama.outside + layer + (3 + 2) * layer
+    assert plan.total == plan.needed == sum(plan.parts.values())
+    assert replace(setup, kept_bytes=100 * layer).plan().parts["weights"] == 2 * llama.num_parameters
+
+
+def test_the_table_in_the_documents_is_that_of_the_code():
+    documented = (Path(__file__).parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert memory_table() in documented
+
+
+def test_a_written_shape_loads(tmp_path):
+    sizes = "--layers 3 --hidden 64 --inner 96 --heads 4 --kv_heads 2 --vocabulary 300 --positions 128"
+    count = write_shape(parse([f"--output={tmp_path}", *sizes.split()]))
+    model = load.load_model(str(tmp_path), "bfloat16")
+    assert model.num_parameters() == count == model_shape(str(tmp_path))[0].num_parameters
+    assert 0.01 < float(model.model.layers[1].mlp.up_proj.weight.float().std()) < 0.03
+    tokenizer = load.load_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer("A bad film: 1").input_ids, skip_special_tokens=True) == "A bad film: 1"

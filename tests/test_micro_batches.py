@@ -1,0 +1,57 @@
+"""A step runs in parts with the same result."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import random_example, tiny_model, tuned_layer
+
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
+from slzo.models.parts import ModelParts
+from slzo.zo.estimators import Point, RowShare
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
+
+
+@pytest.fixture
+def packed():
+    generator = random.Random(0)
+    sizes = (9, 4, 30, 5, 12, 7)
+    return pack(
+        [random_example(generator, i, size, (2, 1) if i % 2 else (1, 3), i % 2) for i, size in enumerate(sizes)]
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 45])
+def test_a_batch_is_cut_where_it_is_full(packed, max_tokens):
+    parts = packed.cut(max_tokens)
+    assert sum((part.example_index for part in parts), ()) == packed.example_index
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), packed.input_ids)
+    assert all(part.num_tokens <= max_tokens or part.num_examples == 1 for part in parts)
+    for one, other in pairwise(parts):
+        assert one.num_tokens + other.example_tokens[0] > max_tokens
+    assert packed.cut(None) == packed.cut(10_000) == (packed,)
+
+
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, monkeypatch, objective, shares, layer):
+    model = tuned_layer(ModelParts(tiny_model(), onednn=False), layer)
+    z = model.tensors.draw(0, 0, 0)
+    points = [Point(z, sign * 0.01, RowShare(number, shares)) for sign in (1, -1) for number in range(shares)]
+    expected = model.loss(TrainBatch(packed, ()), objective).at(points)
+    model.forward.cache.clear()
+    seen, run = [], ModelParts.run
+
+    def recorded(self, batch, *args):
+        seen.append(batch.num_tokens if hasattr(batch, "num_tokens") else batch.input_ids.numel())
+        return run(self, batch, *args)
+
+    monkeypatch.setattr(ModelParts, "run", recorded)
+    found = model.loss(TrainBatch(packed, (), max_tokens=34), objective).at(points)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert max(seen) <= 34 < packed.num_tokens
+    model.loss(TrainBatch(packed, (), max_tokens=34), objective).at(points)  # the states are there now
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

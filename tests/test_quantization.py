@@ -1,0 +1,252 @@
+"""Quantized frozen layers: what is tuned is in full precision, the rest stays quantized, and nothing else changes."""
+
+import importlib.util
+import random
+
+import pytest
+import torch
+from conftest import random_example, run_dir, tiny_model, tuned, tuned_layer
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from slzo.__main__ import main
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
+from slzo.errors import SlzoError
+from slzo.models.fingerprint import Fingerprint
+from slzo.models.full_precision import FullPrecision
+from slzo.models.load import load_model
+from slzo.models.parts import ModelParts
+from slzo.models.quantization import quantization_config
+from slzo.models.startup_check import take_apart
+from slzo.zo.estimators import Point
+from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.scopes import AllParameters, LoRA, PrefixTuning
+from slzo.zo.tuned_model import TunedModel
+from tiny import make_tokenizer
+
+SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+LAYER = 2
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+BOTH = [pytest.param("int8", marks=needs("torchao")), pytest.param("nf4", marks=needs("bitsandbytes"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama whose layers are large enough to be quantized, with its tokenizer."""
+    path = tmp_path_factory.mktemp("plain")
+    tiny_model(scale=1.0, **SIZES).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def quantized_folder(folder, path, quantization):
+    """A folder as ``save_pretrained`` writes it of a model that was quantized when it was loaded."""
+    load_model(str(folder), quantization=quantization).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def one_layer(model, make=FullPrecision.make):
+    return make(model, [f"model.layers.{LAYER}"])
+
+
+@pytest.mark.parametrize("quantization", BOTH)
+def test_the_tuned_layer_has_its_original_weights_and_the_rest_stays_quantized(folder, quantization):
+    plain, model = load_model(str(folder)), load_model(str(folder), quantization=quantization)
+    before = dict(model.named_modules())
+    expected = dict(plain.model.layers[LAYER].named_parameters())
+    exchanged = one_layer(model)
+    assert len(exchanged.quantized) == 7
+    assert not exchanged.dequantized
+    found = dict(model.model.layers[LAYER].named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    others = [name for name, module in model.named_modules() if module is not before[name]]
+    assert sorted(others) == sorted(exchanged.quantized)
+    exchanged.undo(model)
+    assert all(module is before[name] for name, module in model.named_modules())
+
+
+@pytest.mark.parametrize("quantization", BOTH)
+def test_a_model_that_is_quantized_already_is_dequantized_in_the_tuned_layer(folder, tmp_path, quantization):
+    model = load_model(str(quantized_folder(folder, tmp_path / "quantized", quantization)))
+    exchanged = one_layer(model)
+    assert exchanged.dequantized
+    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    for path, module in exchanged.quantized.items():
+        own = model.get_submodule(path)
+        assert type(own) is nn.Linear
+        given = inputs if own.in_features == 64 else inputs.repeat(1, 2)
+        # bitsandbytes computes in bfloat16 on some processors
+        torch.testing.assert_close(own(given), module(given), rtol=0.02, atol=0.02)
+
+
+@needs("bitsandbytes")
+def test_a_map_that_stores_its_weight_transposed(tmp_path):
+    tiny_model("gpt2", scale=1.0, n_embd=64, hidden_size=64).save_pretrained(tmp_path)
+    plain, model = load_model(str(tmp_path)), load_model(str(tmp_path), quantization="nf4")
+    FullPrecision.make(model, ["transformer.h.1"])
+    assert type(model.transformer.h[1].mlp.c_fc) is Conv1D
+    for name, tensor in plain.transformer.h[1].named_parameters():
+        assert torch.equal(model.transformer.h[1].get_parameter(name), tensor), name
+
+
+@needs("torchao")
+def test_files_that_hold_other_weights_are_not_taken(folder, tmp_path):
+    """A fine-tuned copy may have been quantized while the folder holds its base."""
+    model = load_model(str(folder), quantization="int8")
+    tiny_model(scale=1.0, seed=1, **SIZES).save_pretrained(tmp_path)
+    model.name_or_path = model.config._name_or_path = str(tmp_path)
+    assert one_layer(model).dequantized
+
+
+@needs("torchao")
+def test_the_loss_is_that_of_a_plain_model_with_rounded_frozen_weights(folder):
+    generator = random.Random(0)
+    examples = [random_example(generator, i, 9 + i, (1, 1), i % 2) for i in range(4)]
+    batch = TrainBatch(pack(examples), ())
+    quantized = load_model(str(folder), quantization="int8")
+    reference = load_model(str(folder))
+    for name, module in quantized.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head" and f".{LAYER}." not in name:
+            reference.get_submodule(name).weight.copy_(module.weight.dequantize())
+    losses = []
+    for model in (quantized, reference):
+        own = tuned_layer(take_apart(model), LAYER)
+        direction = own.tensors.draw(0, 0, 0)
+        losses.append(own.loss(batch, CandidateCrossEntropy()).at([Point(direction, 0.01), Point(direction, -0.01)]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+    assert (losses[0][0] - losses[0][1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("quantization", BOTH)
+def test_a_run_is_continued_scored_and_exported_into_the_plain_base(folder, options, capsys, tmp_path, quantization):
+    options = [*options, f"--model.model={folder}", f"--model.quantization={quantization}", f"--model.layer={LAYER}"]
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    assert main(["fit", *options, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
+    assert main(["test", "--ckpt_path=last"]) == 0
+    capsys.readouterr()
+    assert main(["export", "--ckpt_path=last", f"--output={tmp_path / 'merged'}"]) == 0
+    assert f"merged into the unquantized base {folder}" in capsys.readouterr().out
+    merged = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").named_parameters())
+    masters = tuned(run_dir(1) / "checkpoints" / "last.ckpt")
+    for name, tensor in load_model(str(folder)).named_parameters():
+        assert torch.equal(merged[name], masters.get(name, tensor)), name
+        assert (name in masters) == (f"layers.{LAYER}." in name)
+
+
+@pytest.mark.parametrize("quantization", BOTH)
+def test_a_quantized_folder_is_tuned_and_exported_quantized(folder, options, tmp_path, quantization):
+    source = quantized_folder(folder, tmp_path / "quantized", quantization)
+    options = [*options, f"--model.model={source}", f"--model.layer={LAYER}", "--trainer.max_steps=2"]
+    assert main(["fit", *options]) == 0
+    assert main(["export", "--ckpt_path=last", f"--output={tmp_path / 'merged'}"]) == 0
+    merged = load_model(str(tmp_path / "merged"))
+    masters = tuned(run_dir() / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(merged.get_parameter(name), master) for name, master in masters.items())
+    expected = load_model(str(source))
+    one_layer(expected)
+    for name, master in masters.items():
+        expected.get_parameter(name).copy_(master)
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(merged(ids).logits, expected(ids).logits)
+
+
+@needs("torchao")
+def test_the_fingerprint_tells_quantized_models_apart(folder, tmp_path):
+    tiny_model(scale=1.0, seed=1, **SIZES).save_pretrained(tmp_path)
+    own, same, other = (
+        Fingerprint.of(load_model(str(path), quantization="int8")) for path in (folder, folder, tmp_path)
+    )
+    own.check(same.to_dict())
+    with pytest.raises(SlzoError, match="other weights"):
+        own.check(other.to_dict())
+    Fingerprint.of(load_model(str(folder))).check(own.to_dict())  # the base that export merges into
+
+
+@needs("bitsandbytes")
+def test_scopes_that_add_to_a_layer_and_those_that_tune_all(folder):
+    parts = take_apart(load_model(str(folder), quantization="nf4"))
+    modules = dict(parts.model.named_modules())
+    made = TunedModel.of_scope(parts, LoRA(rank=2, target_modules=["mlp_output"]), LAYER)
+    assert len(made.exchanged.quantized) == 7
+    made.release()
+    assert dict(parts.model.named_modules()) == modules
+    batch = pack([random_example(random.Random(0))])
+    made = TunedModel.of_scope(parts, PrefixTuning(2), prompts=lambda _: [batch])
+    assert not made.exchanged.quantized
+    made.release()
+    with pytest.raises(
+        SlzoError, match=r"model.scope: tunes all parameters, and model.quantization is for frozen layers"
+    ):
+        TunedModel.of_scope(parts, AllParameters())
+    assert dict(parts.model.named_modules()) == modules
+
+
+def test_wrong_quantizations(folder, monkeypatch, tmp_path):
+    def refused(quantization, words):
+        with pytest.raises(SlzoError, match=words):
+            load_model(str(folder), quantization=quantization)
+
+    refused("int9", "model.quantization 'int9': no such class; choose one of int8, fp8, nf4, fp4, or")
+    refused("torch.nn.Linear", "model.quantization 'torch.nn.Linear': .*required positional")
+    refused({"class_path": "torch.nn.ReLU"}, "ReLU is no quantization config of transformers")
+    refused({"path": "int8"}, "a mapping holds class_path and init_args")
+    wrong = {"class_path": "transformers.BitsAndBytesConfig", "init_args": {"load_in_8bit": 3}}
+    refused(wrong, "model.quantization 'transformers.BitsAndBytesConfig': load_in_8bit must be")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec(name) if name != "torchao" else None)
+    refused("int8", "model.quantization int8: needs torchao, which is not installed; run: pip install 'slzo")
+
+
+@needs("bitsandbytes")
+def test_a_quantized_model_is_not_quantized_again(folder, tmp_path, monkeypatch):
+    source = quantized_folder(folder, tmp_path / "quantized", "nf4")
+    with pytest.raises(SlzoError, match=r"model.quantization 'nf4': model .* is quantized already \(bitsandbytes\)"):
+        load_model(str(source), quantization="nf4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SlzoError, match="is quantized and needs bitsandbytes, which is not installed"):
+        load_model(str(source))
+
+
+@needs("bitsandbytes")
+def test_a_config_by_class_path():
+    made = quantization_config(
+        {"class_path": "transformers.BitsAndBytesConfig", "init_args": {"load_in_8bit": True}}, torch.float32
+    )
+    assert isinstance(made, BitsAndBytesConfig)
+    assert made.load_in_8bit
+
+
+def test_what_cannot_be_dequantized_is_refused(folder):
+    class Packed(nn.Module):
+        pass
+
+    model = load_model(str(folder))
+    model.model.layers[LAYER].input_layernorm = packed = Packed()
+    with pytest.raises(
+        SlzoError, match=f"model.layers.{LAYER}.input_layernorm is a quantized Packed, which cannot be tuned"
+    ):
+        one_layer(model)
+    assert model.model.layers[LAYER].input_layernorm is packed
+
+
+def test_a_quantized_head_gives_chosen_logits_too():
+    model = tiny_model()
+    batch = pack([random_example(random.Random(0))])
+    parts = ModelParts(model)
+    expected = parts.logits(batch, token_ids=torch.tensor([5, 7]))
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(_Packed), requires_grad=False)
+    torch.testing.assert_close(torch.Tensor(ModelParts(model).logits(batch, token_ids=torch.tensor([5, 7]))), expected)
+
+
+class _Packed(torch.Tensor):
+    """Stands for a quantized tensor."""

@@ -1,0 +1,108 @@
+"""What tuning one layer takes on cards and CPUs, by model and quantization; prints the table of docs/memory.md.
+
+    python tools/memory_table.py
+
+The models' sizes are in this file, nothing is downloaded.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+
+from slzo.models.parts import ModelParts
+from slzo.models.shape import ModelShape, shape_of, skeleton_of
+from slzo.zo.estimators import SPSA
+from slzo.zo.memory import Setup, Workload, tuning_bytes
+from slzo.zo.optim import OptimizerChoice
+from slzo.zo.scopes import LayerScope, ScopeContext
+
+_GB = 2**30
+_CARDS = (16, 24, 80)
+_RESERVED = 0.5  # GiB of a card that its driver and libraries take
+_TOKENS = 4096
+
+# sizes as their authors published them
+MODELS: dict[str, PretrainedConfig] = {
+    "Llama-2-7B": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "Qwen3-8B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "OPT-13B": OPTConfig(
+        vocab_size=50272,
+        hidden_size=5120,
+        ffn_dim=20480,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        word_embed_proj_dim=5120,
+    ),
+    "Llama-2-70B": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+QUANTIZATIONS: dict[str, str | None] = {"float16": None, "int8": "int8", "nf4": "nf4"}
+
+
+def setup(model: PreTrainedModel, shape: ModelShape, quantization: str | None, on_cpu: bool) -> Setup:
+    """A third of the way up one layer, SPSA with one query and SGD, 16 rows of 256 tokens, candidates' logits only."""
+    parts, layer = ModelParts(model, packed=False, onednn=False), shape.num_layers // 3
+    tensors = LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
+    optimizer = OptimizerChoice.of(partial(torch.optim.SGD, lr=1e-3))
+    return Setup(
+        shape=shape,
+        dtype=torch.bfloat16 if on_cpu else torch.float16,
+        quantization=quantization,
+        tuned=tuning_bytes(tensors, SPSA(), 1, 1, optimizer),
+        full_layers=1,
+        start=layer,
+        workload=Workload(_TOKENS, 0, 1000 * 256),
+        cache_bytes=2 * _GB,
+        on_cpu=on_cpu,
+    )
+
+
+def table() -> str:
+    """Markdown."""
+    cards = " | ".join(f"{card} GB card" for card in _CARDS)
+    lines = [
+        f"| model | frozen layers | on a card, GiB | {cards} | on a CPU, GiB | of it in files |",
+        "|---|---|---:|" + "---|" * len(_CARDS) + "---:|---:|",
+    ]
+    for name, config in MODELS.items():
+        model = skeleton_of(config).to(torch.bfloat16)  # type: ignore[arg-type]
+        shape = shape_of(model)
+        for word, quantization in QUANTIZATIONS.items():
+            card = setup(model, shape, quantization, on_cpu=False).plan().total / _GB
+            own = ModelShape(**{**vars(shape), "stored_dtype": torch.bfloat16})
+            cpu = setup(model, own, quantization, on_cpu=True).plan()
+            fits = ["yes" if card + _RESERVED <= size * 1e9 / _GB else "no" for size in _CARDS]
+            kind = word if quantization else "float16 (CPU: bfloat16)"
+            lines.append(
+                f"| {name} | {kind} | {card:.1f} | {' | '.join(fits)} | {cpu.total / _GB:.1f} | {cpu.mapped / _GB:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    argparse.ArgumentParser(description="Print the table of memory in docs/memory.md.").parse_args(arguments)
+    print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()
