@@ -29,11 +29,11 @@ def scores_on(base: str, checkpoint: Checkpoint, rows: TaskDataModule) -> BaseSc
     rows.prepare_data()
     rows.fit_to(model, rows.tokenizer_name)
     rows.setup("test")
-    metric = rows.task.metric
+    metric = rows.judge.metric
     assert rows.splits is not None
     num_rows = len(rows.splits.test)
     say(f"Scoring {num_rows} held-out rows on {base}, before and after ...")
-    found = [score_rows(rows.evaluator(parts), rows.test_dataloader(), rows.make_metrics())[metric]]
+    found = [score_rows(rows.evaluator(parts), rows.test_dataloader(), rows.make_metrics(), also=rows.also)[metric]]
     try:
         tuned_model = TunedModel.of_description(parts, note)
         if tuned_model.peft_files() is None:
@@ -46,5 +46,5 @@ def scores_on(base: str, checkpoint: Checkpoint, rows: TaskDataModule) -> BaseSc
     if tuned_model.parts.virtual_tokens is not None:
         rows.fit_to(model, rows.tokenizer_name, reserved=tuned_model.parts.virtual_tokens.num_tokens)
     evaluator = rows.evaluator(tuned_model.parts, tuned_model.logits)
-    found.append(score_rows(evaluator, rows.test_dataloader(), rows.make_metrics())[metric])
+    found.append(score_rows(evaluator, rows.test_dataloader(), rows.make_metrics(), also=rows.also)[metric])
     return BaseScores(origin_of(base).name, metric, found[0], found[1], num_rows)

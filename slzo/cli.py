@@ -17,10 +17,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
+from slzo.callbacks.last_checkpoint import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
+from slzo.callbacks.run_report import RunReport
 from slzo.callbacks.run_summary import RunSummary
+from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint_names import NAMES, named_checkpoint
 from slzo.cli_auto import spelled_out, with_words
@@ -98,13 +100,15 @@ class SlzoCLI(LightningCLI):
         parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(SamplePredictions, "samples")
+        parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(StepWatch, "watch")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "profiler.rule": {"class_path": "slzo.zo.selection.LargestFall"},
                 "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
-                "checkpoint.monitor": "val/loss",
+                "checkpoint.monitor": AUTO_MONITOR,
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,

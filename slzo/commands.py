@@ -33,6 +33,7 @@ class Command:
 
 _PROMPTING = "slzo.prompting.commands"
 _WORDS = "slzo.cli_completion"
+_REPORT = "slzo.report.command"
 _ALL = (
     Command("fit", "find the dominant layer and tune it with forward passes only", takes_run_config=False),
     Command("validate", "score dev rows"),
@@ -40,9 +41,7 @@ _ALL = (
     Command("predict", "write predictions of held-out rows as JSON Lines"),
     Command("plan", "estimate the memory that fit would take, without loading the model"),
     Command("profile", "only find the dominant layer: print, draw and save the outlier profile"),
-    Command(
-        "sweep", "tune every layer for the same steps and compare: does the first outlier layer win?", goes_on=True
-    ),
+    Command("sweep", "tune every layer for the same steps and compare: does the chosen layer win?", goes_on=True),
     Command("lr_search", "try learning rates for a few steps and recommend one", goes_on=True),
     Command("replay", "rebuild the tuned weights of a run at any step from its log"),
     Command(
@@ -54,5 +53,6 @@ _ALL = (
     Command("chat", "talk to the untuned and the tuned model", False, module=_PROMPTING),
     Command("completion", "print a script that completes commands and options in bash or zsh", False, module=_WORDS),
     Command("schema", "print the JSON schema of a command's YAML, for editors", False, module=_WORDS),
+    Command("report", "write a page on a run, or on several side by side: slzo report RUN...", False, module=_REPORT),
 )
 COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

@@ -1,15 +1,17 @@
 """The LightningDataModule: rows of a task as packed, tokenized batches."""
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.batches.blocks import Block
 from slzo.batches.encoded import prompt_alone
@@ -17,25 +19,62 @@ from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalCollator, EvalPlan, Row, TrainBatch, TrainCollator, plan_batches
 from slzo.data.blocks import evaluation_blocks, evaluation_prompts, training_blocks, training_prompts
+from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.data.sampler import EpochBatchSampler
 from slzo.data.sources import load_examples
-from slzo.data.splits import Splits, draw_splits
+from slzo.data.splits import Splits, draw_splits, part_test
 from slzo.errors import SlzoError
-from slzo.evaluation.evaluator import Evaluator, Logits
-from slzo.evaluation.generation import MAX_NEW_TOKENS
+from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits
+from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.models.load import load_tokenizer
 from slzo.models.parts import ModelParts
+from slzo.rewards.registry import PERPLEXITY
 from slzo.settings import constructor_settings, flat_settings
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a run is judged by.
+
+    Attributes:
+        name: Of the value by which dev rows choose a checkpoint: loss, or reward where that is what training maximizes.
+        metric: What sums a run up on held-out rows.
+        best: The largest reward there can be; ``None`` for a loss.
+    """
+
+    name: str
+    metric: str
+    best: float | None = None
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether less or more of it is better."""
+        return "min" if self.best is None else "max"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less of the metric is better."""
+        return self.metric == PERPLEXITY
+
+    @property
+    def words(self) -> str:
+        """What :meth:`distance` is, in words."""
+        return "dev loss" if self.best is None else f"dev distance to the best reward, {self.best:g},"
+
+    def distance(self, found: Mapping[str, Any], prefix: str = "") -> float:
+        """How far scored rows are from the best there can be: the loss, or how much of the reward is missing."""
+        value = float(found.get(f"{prefix}{self.name}", math.nan))
+        return value if self.best is None else self.best - value
 
 
 class TaskDataModule(LightningDataModule):
@@ -43,7 +82,7 @@ class TaskDataModule(LightningDataModule):
 
     Args:
         task: Task name (sst2, rte, cb, boolq, wsc, multirc, copa, squad, drop, wic, record, movie_reviews), or a task object
-            such as slzo.tasks.template.TemplateTask for your own file.
+            for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
         tokenizer: Where the tokenizer comes from; on the command line always model.model.
         data_dir: Folder with local files instead of the Hub: TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
@@ -64,8 +103,11 @@ class TaskDataModule(LightningDataModule):
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
         objective: What training minimizes: "loss" is the task's (cross-entropy over candidates, or the answer's likelihood),
             "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of generated answers: no gradient exists, and
-            zeroth-order steps need none), or CandidateCrossEntropy, AnswerLikelihood, CandidateErrors, AnswerF1, or your own
-            Objective.
+            zeroth-order steps need none), or CandidateCrossEntropy, AnswerLikelihood, CandidateErrors, AnswerF1, Reward, or
+            your own Objective; left out, Reward with data.reward, else "loss".
+        reward: Rewards of generated answers, one or several: built-in ones (accuracy, bleu, chrf, exact_match, json_valid,
+            number_match, regex, rouge, token_f1), package.module.function or file.py:function, or a mapping with function,
+            weight and arguments. Without an objective training maximizes their weighted sum, with one they are only reported.
         seed: Seed of the draws; left out, that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
     """
@@ -88,7 +130,8 @@ class TaskDataModule(LightningDataModule):
         max_length: int = 2048,
         share_prompts: bool = True,
         length_buckets: bool = False,
-        objective: Literal["loss", "metric"] | Objective = "loss",
+        objective: Literal["loss", "metric"] | Objective | None = None,
+        reward: str | list[str | dict[str, Any]] | None = None,
         seed: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -98,17 +141,38 @@ class TaskDataModule(LightningDataModule):
         self.task = task
         self.tokenizer_name = tokenizer
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
+        given = None if reward is None else Reward(reward)
+        if objective is None:
+            objective = given or "loss"
         if not isinstance(objective, Objective):
             named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
             if objective not in named:
                 raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
             objective = named[objective][self.task.kind]()
+        if isinstance(objective, Reward) and given not in (None, objective):
+            raise SlzoError("data.reward: the objective names its own functions; leave out one of the two")
+        self.reward = objective if isinstance(objective, Reward) else given
+        if self.reward is not None and self.task.kind is not Kind.GENERATION:
+            raise SlzoError(
+                f"data.reward: task {self.task.name!r} chooses among candidates; a reward needs a task that generates answers, "
+                "such as TemplateTask with an answer_field, or ChatTask"
+            )
         self.objective = objective
+        if self.task.metric == "reward" and self.reward is None:
+            raise SlzoError(
+                f"data.reward: task {self.task.name!r} has no answers that held-out rows could be scored by; give a data.reward, "
+                "or the rows' answers in data.task.answer_field"
+            )
         # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
         own = {"class": self.task.name, "version": self.task.version}
         self.task_settings = {
             **flat_settings("task", constructor_settings(self.task, "data.task") | own),
             **flat_settings("objective", constructor_settings(objective, "data.objective")),
+            **(
+                {}
+                if given in (None, objective)
+                else flat_settings("reward", constructor_settings(given, "data.reward"))
+            ),
         }
         self.data_dir = data_dir
         self.hub_path = hub_path
@@ -138,7 +202,11 @@ class TaskDataModule(LightningDataModule):
     @cached_property
     def encoder(self) -> Encoder:
         """Turns text into tokens."""
-        return Encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
+        return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
+
+    def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
+        chat = self.task.chat
+        return Encoder(tokenizer, max_length) if chat is None else ChatEncoder(tokenizer, max_length, chat)
 
     def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
         """Check that the tokenizer is a model's, and cut prompts to the positions that it knows; before rows are used.
@@ -165,8 +233,14 @@ class TaskDataModule(LightningDataModule):
             positions = min(longest, positions or longest)
         if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
             rank_zero_info(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
-            self.encoder = Encoder(self.encoder.tokenizer, positions - reserved)
+            self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
             self._rows.clear()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations where it is not the tokenizer's own, else ``None``; an exported folder gets it."""
+        encoder = self.encoder
+        return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
 
     def make_metrics(self) -> TaskMetrics:
         """Fresh counters of the task's metrics."""
@@ -177,7 +251,23 @@ class TaskDataModule(LightningDataModule):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
             names = self.make_metrics().compute()
-        return [f"{stage}/{name}" for name in ("loss", *names)]
+        also = [name for name in self.also if name != "reward"] + (
+            list(REWARD_NAMES) if self.reward is not None else []
+        )
+        return [f"{stage}/{name}" for name in ("loss", *names, *also)]
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What scored rows are reported by beside metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
+        perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
+        return (*((PERPLEXITY,) if perplexity else ()), *(("reward",) if self.reward is not None else ()))
+
+    @property
+    def judge(self) -> Judge:
+        """What validations judge a run by."""
+        if isinstance(self.objective, Reward):
+            return Judge("reward", "reward", -self.objective.lowest)
+        return Judge("loss", self.task.metric)
 
     def state_dict(self) -> dict[str, Any]:
         """What a step's loss depends on, kept in checkpoints."""
@@ -207,15 +297,23 @@ class TaskDataModule(LightningDataModule):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         source = {"data_dir": self.data_dir, "hub_path": self.hub_path, "hub_config": self.hub_config}
-        test = load_examples(self.task, "test", **source)
-        train = load_examples(self.task, "train", **source) if needs_train else None
+        files, columns = self.task.files, self.reward is not None
+        own = "train" in files and "test" not in files
+        test = [] if own else load_examples(self.task, "test", **source, columns=columns)
+        train = load_examples(self.task, "train", **source, columns=columns) if needs_train or own else None
+        if own:
+            assert train is not None
+            train, test, note = part_test(train, self.num_test)
+            rank_zero_info(note)
+        dev = load_examples(self.task, "dev", **source, columns=columns) if needs_train and "dev" in files else None
         self.splits = draw_splits(
-            train,
+            train if needs_train else None,
             test,
             num_train=self.num_train,
             num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
-            num_test=self.num_test,
+            num_test=None if own else self.num_test,
             seed=self.seed,
+            dev_pool=dev,
         )
         for note in self.splits.notes:
             rank_zero_info(note)
@@ -226,6 +324,10 @@ class TaskDataModule(LightningDataModule):
             )
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
         rank_zero_info(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows.")
+        if isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
+            rank_zero_info(self.encoder.note)
+        if self.reward is not None:
+            self.reward.rewards.load()
 
     @property
     def demonstrations(self) -> tuple[Example, ...]:
@@ -234,7 +336,7 @@ class TaskDataModule(LightningDataModule):
         return self.splits.train[: self.num_demonstrations]
 
     def rows(self, split: str) -> list[Row]:
-        """Tokenized rows of ``train``, ``dev`` or ``test``, in the order of the split.
+        """Tokenized rows of ``train``, ``dev`` or ``test``, or ``predict`` (those of ``test``), in the order of the split.
 
         Raises:
             SlzoError: No training row has a label, and the objective needs one.
@@ -245,10 +347,10 @@ class TaskDataModule(LightningDataModule):
 
     def _encode(self, split: str) -> list[Row]:
         assert self.splits is not None
-        examples: Sequence[Example] = getattr(self.splits, split)
+        examples: Sequence[Example] = getattr(self.splits, "test" if split == "predict" else split)
         is_train, objective = split == "train", self.objective
         before = () if is_train else self.demonstrations
-        generates = objective.generates if is_train else self.task.kind is Kind.GENERATION
+        generates = objective.generates if is_train else self._generates(split)
         needs_label = is_train and objective.needs_label
         kept = [i for i, example in enumerate(examples) if example.gold or not needs_label]
         if needs_label and not kept:
@@ -258,16 +360,33 @@ class TaskDataModule(LightningDataModule):
         if len(kept) < len(examples):
             rank_zero_info(f"Left out {len(examples) - len(kept)} training rows without a label.")
         # unique over the splits, whichever of them are loaded
-        start = ("train", "dev", "test").index(split) << 40
-        return [
-            Row(
-                examples[i],
-                self.encoder.encode(examples[i], start + i, before, only_gold=is_train and objective.only_gold),
-                i,
-                self.encoder.encode_prompt(examples[i], before, MAX_NEW_TOKENS) if generates else (),
+        start = {"train": 0, "dev": 1, "test": 2, "predict": 2}[split] << 40
+        rows = []
+        for i in kept:
+            example, answered = examples[i], bool(examples[i].candidates)
+            prompt: tuple[int, ...] = ()
+            if generates or not answered:
+                prompt = self.encoder.encode_prompt(example, before, self.task.max_new_tokens)
+            if answered:
+                encoded = self.encoder.encode(example, start + i, before, only_gold=is_train and objective.only_gold)
+            else:
+                encoded = prompt_alone(start + i, prompt)
+            rows.append(Row(example, encoded, i, prompt if generates else ()))
+        self._say_shortened(split)
+        return rows
+
+    def _generates(self, split: str) -> bool:
+        """Whether answers to the rows of a split are generated when it is scored."""
+        is_predicted = split == "predict" and self.task.kind is Kind.GENERATION
+        return self.task.generates or self.reward is not None or is_predicted
+
+    def _say_shortened(self, split: str) -> None:
+        if isinstance(self.encoder, ChatEncoder) and self.encoder.shortened:
+            rank_zero_info(
+                f"Shortened {self.encoder.shortened} sequences of {split} rows to {self.encoder.max_length} tokens: former turns "
+                "were left out first (data.max_length)."
             )
-            for i in kept
-        ]
+            self.encoder.shortened = 0
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Shuffled batches of the training rows."""
@@ -310,7 +429,9 @@ class TaskDataModule(LightningDataModule):
         """Held-out rows, in an order that is fast to score; :attr:`slzo.data.batch.Row.position` is that of the file."""
         return self.eval_loader("test")
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> DataLoader[EvalBatch]:
+        """As :meth:`test_dataloader`; answers are generated where the task is to generate them."""
+        return self.eval_loader("predict")
 
     def eval_loader(self, split: str, num_rows: int | None = None) -> DataLoader[EvalBatch]:
         """Rows of ``dev`` or ``test`` for scoring, those of this process; all, or of the first ``num_rows``."""
@@ -323,8 +444,9 @@ class TaskDataModule(LightningDataModule):
         """The batches that dev or held-out rows are scored in."""
         rows, (rank, processes) = self.rows(split)[:num_rows], self._process
         if 0 < len(rows) < processes:
+            name = "test" if split == "predict" else split
             raise SlzoError(
-                f"data.num_{split} {len(rows)}: fewer rows than the {processes} processes; use more rows or fewer devices"
+                f"data.num_{name} {len(rows)}: fewer rows than the {processes} processes; use more rows or fewer devices"
             )
         return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, rank, processes)
 
@@ -369,7 +491,15 @@ class TaskDataModule(LightningDataModule):
         self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
     ) -> Evaluator:
         """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
-        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.scoring_tokens, logits, prompt_states)
+        rewards = None if self.reward is None else self.reward.of_rows
+        own = {"logits": logits, "prompt_states": prompt_states, "decoding": self.decoding, "rewards": rewards}
+        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.scoring_tokens, **own)  # type: ignore[arg-type]
+
+    @property
+    def decoding(self) -> Decoding:
+        """Where generated answers end."""
+        own = self.encoder.stop if isinstance(self.encoder, ChatEncoder) else ()
+        return Decoding((*own, *self.task.stop), self.task.max_new_tokens)
 
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""

@@ -17,7 +17,7 @@ from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, checkpoint_note, mode
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
-from slzo.evaluation.evaluator import Evaluator, RunningScore, records
+from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.models.engine import DType, Engine
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -301,7 +301,8 @@ class ZOModule(LightningModule):
         if self.step_size is None and (self.optimizer_choice.automatic or given.eps is None):
             batch = next(self.datamodule.training_batches(self.datamodule.batch_size, self.datamodule.seed or 0))
             loss = self.loss_of(batch.to(self.model.device))
-            self.step_size = self.tuned_model.measure_step(loss, given.eps, self.noise_seed)
+            lowest = self.datamodule.objective.lowest
+            self.step_size = self.tuned_model.measure_step(loss, given.eps, self.noise_seed, lowest)
             self.num_evaluations += self.step_size.evaluations
             rank_zero_info(self.step_size.describe())
         if self.step_size is not None and given.eps is None:
@@ -338,7 +339,7 @@ class ZOModule(LightningModule):
         every = getattr(self.trainer, "log_every_n_steps", 1)
         recorder = self.recorder
         result = self.tuned_model.step(
-            self.loss_of(batch) if recorder is None else recorder.loss(step, lambda: self.loss_of(batch)),
+            self.loss_of(batch, step) if recorder is None else recorder.loss(step, lambda: self.loss_of(batch, step)),
             self.estimator,
             cast("Optimizer", self.optimizers()),
             self.step_options,
@@ -355,10 +356,11 @@ class ZOModule(LightningModule):
         self._log_step(batch, result, self.step_options.eps_at(step, self.trainer.max_steps), started)
         return {"estimate": result.estimate}
 
-    def loss_of(self, batch: TrainBatch) -> Loss:
-        """The loss of a batch over the rows of every process, as a function of what is tuned."""
+    def loss_of(self, batch: TrainBatch, step: int = 0, seed: int | None = None) -> Loss:
+        """The loss of a batch over the rows of every process, as a function of what is tuned; samples are those of a step."""
         assert self.tuned_model is not None
-        return self.tuned_model.loss(batch, self.datamodule.objective, self.evaluator, self._sum_over_processes)
+        seed, reduce = (self.noise_seed or 0) if seed is None else seed, self._sum_over_processes
+        return self.tuned_model.loss(batch, self.datamodule.objective, self.evaluator, reduce, seed, step)
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -373,6 +375,10 @@ class ZOModule(LightningModule):
         self.num_nonfinite += 1
         self._nonfinite_in_row += 1
         if self._nonfinite_in_row >= self.max_nonfinite:
+            if problem := self.datamodule.objective.problem():
+                raise SlzoError(
+                    f"{problem}; no step was taken {self._nonfinite_in_row} times in a row (model.max_nonfinite)"
+                )
             raise SlzoError(
                 f"training diverged: the loss was infinite or NaN {self._nonfinite_in_row} steps in a row, the last at step "
                 f"{self.global_step}; lower the learning rate (model.optimizer.init_args.lr) or model.eps, or use "
@@ -413,15 +419,17 @@ class ZOModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
-        self._score = RunningScore(self.datamodule.make_metrics(), self.device)
+        self._score = RunningScore(self.datamodule.make_metrics(), self.device, self.datamodule.also)
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """Score one batch of dev or held-out rows."""
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Outcome]:
+        """Score one batch of dev or held-out rows; callbacks are given what was found."""
         assert self._score is not None
         # dev rows are scored again and again, and their prefix is worth keeping
-        self._score.update(batch, self.evaluator(batch, keep_prefix=not self.trainer.testing))
+        outcome = self.evaluator(batch, keep_prefix=not self.trainer.testing)
+        self._score.update(batch, outcome)
+        return {"outcome": outcome}
 
     test_step = validation_step
 
@@ -485,6 +493,7 @@ class ZOModule(LightningModule):
             "step_size": None if self.step_size is None else self.step_size.to_dict(),
             "optimizer": self.optimizer_choice.classes,
             "projected_grads": list(self.tuned_model.history.sizes),
+            "chat_template": self.datamodule.chat_template,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -12,13 +12,18 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.base_scores import scores_on
+from slzo.callbacks.answer_log import AnswerLog
 from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
+from slzo.callbacks.last_checkpoint import BestCheckpoint
 from slzo.callbacks.memory_planner import MemoryPlanner, format_plan, free_bytes, setup_of
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
 from slzo.callbacks.replay_log import ReplayLog
 from slzo.callbacks.run_forecast import RunForecast
+from slzo.callbacks.run_history import RunHistory
 from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.run_report import RunReport
+from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
@@ -86,10 +91,15 @@ class ZOTrainer(Trainer):
         if not self._writes and kwargs.get("enable_checkpointing") is not False:
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
-        callbacks += [] if any(isinstance(c, StepWatch) for c in callbacks) else [StepWatch()]
+        for kind in (StepWatch, AnswerLog):
+            callbacks += [] if any(isinstance(c, kind) for c in callbacks) else [kind()]
         callbacks += [] if kwargs.get("fast_dev_run") or kwargs.get("barebones") else [RunForecast()]
         self._signals = StopOnSignal()
-        kwargs["callbacks"] = [ExactResume(), self._signals, ReplayLog(), RunRecord(), MemoryPlanner(), *callbacks]
+        callbacks += [] if any(isinstance(c, SamplePredictions) for c in callbacks) else [SamplePredictions()]
+        callbacks.sort(key=lambda callback: isinstance(callback, RunReport))  # it reads what the others write
+        records: list[Callback] = [] if kwargs.get("enable_checkpointing") is False else [ReplayLog()]
+        records += [RunRecord(), MemoryPlanner(), RunHistory()]
+        kwargs["callbacks"] = [ExactResume(), self._signals, *records, *callbacks]
         # the data module shards rows itself, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
@@ -130,6 +140,9 @@ class ZOTrainer(Trainer):
         """
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskDataModule):
             model.check_training(datamodule)
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, BestCheckpoint):
+                    callback.watch(f"val/{datamodule.judge.name}", datamodule.judge.mode)
             check_callbacks(self.callbacks, datamodule.metric_names("val"))  # type: ignore[attr-defined]
             model.optimizer_choice.check_schedule(self.max_steps or -1)
         checkpoint = self._find(ckpt_path)

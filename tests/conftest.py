@@ -169,6 +169,7 @@ def options(sst2_options):
         "--model.eps=1e-3",
         "--model.optimizer=torch.optim.SGD",
         "--model.optimizer.lr=1e-3",
+        "--report.write=false",  # pictures take as long as such a run
     ]
 
 

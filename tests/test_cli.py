@@ -320,12 +320,15 @@ def test_profile_writes_only_the_profile(options, capsys):
     assert not (run_dir() / "checkpoints").exists()
 
 
-def test_a_chosen_layer_is_not_profiled(options):
+def test_a_layer_that_is_set_is_drawn_in_the_profile(options, capsys):
     assert main(["fit", *options, "--model.layer=2"]) == 0
+    assert "<- dominant" not in capsys.readouterr().out
     summary = json.loads((run_dir() / "summary.json").read_text())
     assert summary["dominant_layer"] == 2
     assert summary["layer_chosen_by"] == "set by model.layer"
-    assert not (run_dir() / "outlier_profile.json").exists()
+    profile = json.loads((run_dir() / "outlier_profile.json").read_text())
+    assert (profile["dominant_layer"], profile["rule"]) == (2, "set by model.layer")
+    assert (run_dir() / "outlier_profile.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_profile_of_a_text_file(options, tmp_path):

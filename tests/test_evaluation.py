@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from conftest import LossAt, make_tokenizer, tiny_model
 
 from slzo.__main__ import main
+from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.losses import candidate_scores
 from slzo.batches.packing import pack
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
@@ -302,8 +304,8 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path):
     seen = []
 
     class Recording(ZOModule):
-        def loss_of(self, batch):
-            loss = super().loss_of(batch)
+        def loss_of(self, batch, *args):
+            loss = super().loss_of(batch, *args)
 
             def at(points):
                 losses = loss.at(points)
@@ -342,13 +344,14 @@ def test_missing_f1_is_that_of_the_generated_answers():
         examples = [Example(str(i), f"film {i}:", (" x\n",), (0,), references[i]) for i in range(6)]
         return tuple(Row(e, encoder.encode(e, i), i, encoder.encode_prompt(e)) for i, e in enumerate(examples))
 
-    texts = evaluator.answers(rows([("x",)] * 6))
+    texts = [answer.text for answer in evaluator.answers(rows([("x",)] * 6))]
     assert sum(bool(text) for text in texts) >= 4
     references = [(text, "y") if i < 3 else ("nothing like it",) for i, text in enumerate(texts)]
     expected = [1 - token_f1(text, wanted) for text, wanted in zip(texts, references, strict=True)]
     assert 0 < sum(expected) < 6
     labelled = rows(references)
-    assert AnswerF1().of_answers(evaluator.answers(labelled), [row.example for row in labelled]) == expected
+    again = [answer.text for answer in evaluator.answers(labelled)]
+    assert AnswerF1().of_answers(again, [row.example for row in labelled]) == expected
 
 
 def test_objective_must_be_known(options, capsys):
@@ -365,3 +368,18 @@ def test_scores_of_a_batch_equal_those_of_the_whole_model(model_dir, data_dir, t
             ours = [score for scores in module.evaluator(batch).scores for score in scores]
             plain = candidate_scores(module.parts.logits(batch.packed), batch.packed).tolist()
             assert ours == pytest.approx(plain, abs=1e-5)
+
+
+def test_class_weights_are_those_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(8, generator=generator)
+    gold = torch.tensor([0, 1, -1, 1])
+    examples = [EncodedExample(i, tuple(EncodedSequence((5, 6 + slot), 1) for slot in range(2)), ()) for i in range(4)]
+    batch = replace(pack(examples), gold=gold)
+    total, weight = CandidateCrossEntropy([1.0, 3.0]).of_scores(scores, batch)
+    expected = torch.nn.functional.cross_entropy(scores.view(4, 2), gold, torch.tensor([1.0, 3.0]), ignore_index=-1)
+    assert float(total / weight) == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: the task has 2 candidates; give a weight for each"):
+        CandidateCrossEntropy([1.0]).of_scores(scores, batch)
+    with pytest.raises(SlzoError, match=r"class_weights \[0.0, 1.0\]: give a number above 0 for each candidate"):
+        CandidateCrossEntropy([0.0, 1.0])

@@ -19,7 +19,7 @@ from slzo.experiments import sweep
 from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import plan_sweep
-from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, verdict
+from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
 from slzo.experiments.trial import Score, Trial, Workbench
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -52,6 +52,7 @@ def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):
     assert content["verdict"] in output
     assert content["plan"]["layers"] == [1, 3]
     assert Path("swept/sweep.png").stat().st_size > 10_000
+    assert "<svg" in Path("swept/sweep.svg").read_text(encoding="utf-8")
     assert "cells left" in output
     assert not Path("runs").exists()
 
@@ -320,7 +321,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     for (layer, seed), own in scores.items():
         diverged = "up" if (layer, seed) == (3, 1) else ""
         store.save(f"train-{layer}-seed-{seed}", Trial(tuple(own), (1.0,), 1.0, diverged).to_dict())
-    found = layer_curves(store, plan)
+    found = layer_curves(seed_curves(store, plan))
     assert [(score.step, score.evaluations) for score in found[2]] == [(0, 0), (10, 20), (20, 40), (65, 130)]
     assert [score.seconds for score in found[2]] == pytest.approx([0, 5, 10, 30.5])
     assert [score.loss for score in found[2]] == pytest.approx([1.0, 0.7, 0.5, 0.3])
@@ -331,13 +332,15 @@ def test_the_verdict_reads_curves_where_they_were_not_scored():
     """Halfway between two scores the loss is halfway too; after the last one it stays."""
     plan = plan_sweep(4, None, 20, [0], 20, 8, 30.0)
     curves = {
-        1: curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35)),
-        2: curve((0, 0, 1.0), (20, 28, 0.4), (24, 32, 0.44)),
+        1: [curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35))],
+        2: [curve((0, 0, 1.0), (20, 28, 0.4), (24, 32, 0.44))],
     }
     assert curves_verdict(curves, plan, 2) == (
-        "After 20 steps layer 2 is ahead, at a dev loss of 0.4000. "
-        "After 30 s layer 1 is ahead, at a dev loss of 0.4000, the chosen layer 2 at 0.4200."
+        "After 20 steps layer 2 is ahead, at a dev loss of 0.4000 (one seed). "
+        "After 30 s layer 1 is ahead, at a dev loss of 0.4000 (one seed), the chosen layer 2 at 0.4200 (one seed)."
     )
+    curves[2].append(curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46)))
+    assert "layer 2 is ahead, at a dev loss of 0.4100 +- 0.0100." in curves_verdict(curves, plan, 2)
     assert "chosen" not in curves_verdict(curves, plan, 3)
 
 
@@ -466,6 +469,13 @@ def test_verdicts():
         [row(2, 0.1), row(11, 0.4, dominant=True)], "accuracy"
     )
     assert "21.2 standard errors" in verdict([row(2, 0.1), row(11, 0.4, dominant=True)], "accuracy")
+    near = verdict([row(2, 0.39), row(11, 0.4, dominant=True)], "accuracy")
+    assert "The chosen layer, 11, leads, but not clearly" in near
+    assert "0.7 standard errors" in near
+    behind = verdict([row(2, 0.41), row(11, 0.4, dominant=True)], "accuracy")
+    assert "does not clearly lose: layer 2 lowers the dev loss by 0.4100, 0.0100 more, 0.7 standard errors" in behind
+    alone = verdict([row(2, 0.1, se=None), row(11, 0.4, dominant=True, se=None)], "accuracy")
+    assert "from one seed, so how sure is not known" in alone
     assert "does not win: layer 2" in verdict([row(2, 0.5), row(11, 0.4, dominant=True)], "accuracy")
     assert "diverged" in verdict([row(2, 0.5), row(11, None, dominant=True, diverged=1)], "accuracy")
     assert "number 2 of 2" in verdict([row(2, sensitivity=3.0), row(11, dominant=True)], "accuracy")

@@ -19,13 +19,14 @@ FLOORS = [
     ["datamodule"],
     ["console", "trainer_checks"],
     # no Lightning from here on
-    ["export"],
+    ["export", "report"],
     ["zo"],
     ["checkpoint_names", "evaluation"],
     ["data", "models", "checkpoint"],
     ["batches"],
     ["tasks"],
-    ["assets"],
+    ["rewards"],
+    ["assets", "pictures"],
     [
         "pip_download",
         "renames",

@@ -9,7 +9,7 @@ from conftest import random_example, tiny_model
 
 from slzo.batches.packing import pack
 from slzo.callbacks.profile_notes import bos_note, sequence_notes
-from slzo.callbacks.profile_report import format_profile, profile_figure
+from slzo.callbacks.profile_report import format_profile
 from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
@@ -214,7 +214,6 @@ def test_the_report_says_in_one_line_how_clear_the_choice_is():
     layers = statistics((800, 700), (23000, 13644))
     found = profile(layers, FirstOutlierLayer().select(layers))
     assert "lear" not in format_profile(found)
-    assert profile_figure(found)
 
 
 def test_outliers_at_bos_in_all_sequences_are_told():

@@ -1,3 +1,4 @@
+import csv
 import json
 import sys
 from pathlib import Path
@@ -174,6 +175,34 @@ def test_template_files(tmp_path: Path) -> None:
         load_examples(TemplateTask("{t} is", [" bad", " good"], test_file=str(odd)), "test")
 
 
+CSV = [
+    ("id", "text", "label"),
+    ("a", 'he said "no"\nand left; then', "good"),
+    ("b", "", "bad"),
+    ("c", "für 5€, ok", ""),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_csv_as_people_have_it(tmp_path: Path, delimiter: str, encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Quotes, newlines and empty cells, rows without anything, other delimiters and encodings."""
+    path = tmp_path / "my.csv"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([CSV[0], CSV[1], [], ["", " ", ""], *CSV[2:]])
+    task = TemplateTask("say {text}:", [" bad", " good"], labels=["bad", "good"], train_file=str(path))
+    found = load_examples(task, "train", columns=True)
+    assert [(e.id, e.prompt, e.gold) for e in found] == [
+        ("a", 'say he said "no"\nand left; then:', (1,)),
+        ("b", "say :", (0,)),
+        ("c", "say für 5€, ok:", ()),
+    ]
+    assert found[0].columns == dict(zip(*CSV[:2], strict=True))
+    told = f"{path}:7: not UTF-8, read as Windows-1252; save the file as UTF-8 if letters look wrong"
+    assert [record.message for record in caplog.records] == ([told] if encoding == "cp1252" else [])
+
+
 GOOD = json.dumps(SST2[0])
 
 
@@ -217,6 +246,17 @@ GOOD = json.dumps(SST2[0])
         ("validation.csv", "sentence,label\nx,1\ny,1,z\n", ":3: more columns than the first line names"),
         ("validation.csv", "sentence,label\nx,1\ny\n", ":3: field 'label' is missing"),
         ("validation.csv", 'sentence,label\n"x,1\n', ": not CSV (unexpected end of data)"),
+        (
+            "validation.csv",
+            'sentence,label\n"x\ny",1\n"a\nb",7\n',
+            ":4: field 'label' is 7; it must be one of the numbers",
+        ),
+        (
+            "validation.csv",
+            "label,sentence, label\n",
+            ":1: two columns are called 'label'; give each a name of its own",
+        ),
+        ("validation.csv", b"sentence,label\nx\x81,1\n", ":2: neither UTF-8 nor Windows-1252; save the file as UTF-8"),
         (
             "validation.csv",
             "sentence,label\nx,fine\n",

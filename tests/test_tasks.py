@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import TASKS, get_task
@@ -268,7 +269,7 @@ def test_unknown_task() -> None:
         get_task("sst9")
     with pytest.raises(
         SlzoError,
-        match=r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; one on your own files is [a-zA-Z.]*$",
+        match=r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; one on your own files is [a-zA-Z. ]*$",
     ):
         get_task("!!")
 
@@ -279,7 +280,7 @@ class TestTemplate:
         row: Mapping[str, Any] = {"title": "Up", "stars": 3, "label": 1}
         assert task.example(row, "3") == Example("3", "Up: {x} 3 It was", (" bad", " good"), (1,))
         assert (task.name, task.kind, task.fields) == ("custom", Kind.CLASSIFICATION, ("title", "stars", "label"))
-        labels = {0: (0,), "0": (0,), "good": (1,), 1.0: (1,), -1: (), "-1": ()}
+        labels = {0: (0,), "0": (0,), "good": (1,), 1.0: (1,), -1: (), "-1": (), "": ()}
         assert {label: task.example({**row, "label": label}, "3").gold for label in labels} == labels
 
     def test_labels(self) -> None:
@@ -297,6 +298,37 @@ class TestTemplate:
         assert (task.kind, task.metric, task.fields) == (Kind.GENERATION, "f1", ("q", "a"))
         with pytest.raises(ValueError, match="field 'a' is ' '; an answer must not be empty"):
             task.example({"q": "why?", "a": " "}, "3")
+
+    def test_generation_of_several_lines(self) -> None:
+        task = TemplateTask(
+            "{title}\n{body}\n###\n",
+            answer_field="summary",
+            references_field="others",
+            stop=["\n###"],
+            max_new_tokens=99,
+            metrics=["number_match", "perplexity", "number_match"],
+        )
+        row = {"title": "T", "body": "one\ntwo", "summary": "a\nb 3", "others": ["b 3"]}
+        example = task.example(row, "3")
+        assert (example.prompt, example.candidates) == ("T\none\ntwo\n###\n", (" a\nb 3\n###",))
+        assert example.references == ("a\nb 3", "b 3")
+        assert (task.metric, task.metrics, task.stop, task.max_new_tokens, task.generates) == (
+            "number_match",
+            ("number_match", "perplexity"),
+            ("\n###",),
+            99,
+            True,
+        )
+        with pytest.raises(ValueError, match="an answer holds '\\\\n###', which ends an answer"):
+            task.example({**row, "summary": "a\n### b"}, "3")
+        reward_only = TemplateTask("{q}", max_new_tokens=5)
+        assert (reward_only.kind, reward_only.fields, reward_only.metric) == (Kind.GENERATION, ("q",), "reward")
+        with pytest.raises(
+            SlzoError, match=r"^data.reward: task 'custom' has no answers that held-out rows could be scored by"
+        ):
+            TaskDataModule(reward_only)
+        assert reward_only.example({"q": "x"}, "3").candidates == ()
+        assert not TemplateTask("{q}", answer_field="a", metrics=["perplexity"]).generates
 
     def test_rows_that_do_not_fit(self) -> None:
         task = TemplateTask("{text}", [" bad", " good"])
@@ -322,6 +354,10 @@ class TestTemplate:
             ({"candidates": [" 1", " 2"]}, "give the rows' labels in data.task.labels"),
             ({"labels": ["a"]}, r"data.task.labels \['a'\]: give 2 different labels"),
             ({"labels": ["a", "a"]}, r"data.task.labels \['a', 'a'\]: give 2 different labels"),
+            ({"max_new_tokens": 5}, "data.task.max_new_tokens 5: a task generates answers or chooses candidates"),
+            ({"candidates": None, "max_new_tokens": 0}, "data.task.max_new_tokens 0: must be at least 1"),
+            ({"candidates": None, "stop": [""]}, "data.task.stop .*: one is empty and would end every answer at once"),
+            ({"candidates": None, "metrics": ["f3"]}, "data.task.metrics 'f3': no such metric"),
             (
                 {"answer_field": "a"},
                 "data.task.answer_field 'a': a task generates answers or chooses candidates, not both",

@@ -130,7 +130,7 @@ WRONG = """
 --seed_everything=x | seed_everything 'x': expected true or false or a whole number
 --seed_everything=99999999999 | seed_everything: 99999999999 is not in bounds
 --data.task= | data.task '': unknown task; choose one of boolq
---data.task=TemplateTask | one on your own files is slzo.tasks.template.TemplateTask
+--data.task=TemplateTask | data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask
 TEMPLATE --data.task.prompt={a | data.task.prompt '{a': expected '}' before end of string
 TEMPLATE --data.task.prompt={} | data.task.prompt '{}': expected a text
 TEMPLATE --data.task.prompt={sentence.__class__} | data.task.prompt '{sentence.__class__}': {sentence.__class__} is not a plain field name
@@ -147,7 +147,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=. | data.task.test_
 TEMPLATE --data.task.prompt={sentence} --data.task.test_file=nope.jsonl | data.task.test_file 'nope.jsonl': no such file
 TEMPLATE --data.task.prompt={sentence} --data.task.test_file=text.txt | text.txt: unknown kind of file
 TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.parquet | noise.parquet: not a Parquet file
-TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.csv | noise.csv:1: not valid UTF-8
+TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.csv | noise.csv:1: neither UTF-8 nor Windows-1252
 TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise.jsonl:1: not valid UTF-8
 --data.data_dir=text.txt | data.data_dir 'text.txt': is a file
 --data.data_dir=/proc | data.data_dir '/proc': the test split of task 'sst2' is missing

@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -145,15 +146,17 @@ def _child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fau
         signal.signal(signal.SIGINT, signal.default_int_handler)
         original = ZOModule.loss_of
 
-        def loss_of(module: ZOModule, batch: Any) -> Any:
+        def loss_of(module: ZOModule, *args: Any) -> Any:
             counters.add(8)
-            return original(module, batch)
+            return original(module, *args)
 
         ZOModule.loss_of = loss_of  # type: ignore
         sys.addaudithook(lambda event, args: _at_event(event, args, str(folder), counters, fault))
         status = call()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -371,8 +374,8 @@ class Torture:
                 outcome.faults.append(fault.number.name + ("" if fault.share is None else " at a time"))
             outcome.unreadable += _unreadable(folder)
             outcome.hung += ended.status is None
-            expected = -fault.number if fault.number == signal.SIGKILL else 128 + fault.number
-            outcome.wrong_status += ended.status not in (None, expected)
+            # a signal before the first line of slzo, or after its last one, ends the process itself: the same to a shell
+            outcome.wrong_status += ended.status not in (None, -fault.number, 128 + fault.number)
             allowed += 1 if before or any(folder.glob("runs/**/checkpoints/last.ckpt")) else _EVERY + 1
             if outcome.wrong_status or outcome.hung:
                 break

@@ -10,10 +10,19 @@ class EncodedSequence:
     Attributes:
         ids: Token ids of prompt + candidate, special tokens as the tokenizer adds them in front.
         num_answer: How many of the last ids belong to the candidate (>= 1).
+        counts: For each of these, whether it is scored and trained on, at least one is; ``None``: all are. In a conversation what
+            the user says between two answers is not.
     """
 
     ids: tuple[int, ...]
     num_answer: int
+    counts: tuple[bool, ...] | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where the scored ids are, counted from the end: -1 is the last one."""
+        last = range(-self.num_answer, 0)
+        return tuple(last) if self.counts is None else tuple(place for place in last if self.counts[place])
 
 
 @dataclass(frozen=True, slots=True)

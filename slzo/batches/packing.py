@@ -41,7 +41,7 @@ class PackedBatch(TokenBatch):
         token_needed: For each answer token its index in ``needed``, shape (R,), int64.
         token_id: The answer tokens, shape (R,), int64.
         token_candidate: For each answer token its candidate, shape (R,), int64.
-        candidate_length: Answer tokens of each candidate, shape (C,), int64.
+        candidate_length: Scored answer tokens of each candidate, shape (C,), int64.
         candidate_example: Example of each candidate, shape (C,), int64, not decreasing.
         candidate_slot: Place of each candidate within its example, shape (C,), int64.
         gold: Slot of the training target of each example, shape (B,), int64; -1 without a label.
@@ -187,11 +187,11 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
             if branch or slot == 0:
                 sequences.append(places)
             # the logits before a token predict it
-            token_needed += [needed.setdefault(place, len(needed)) for place in places[-sequence.num_answer :]]
+            token_needed += [needed.setdefault(places[own], len(needed)) for own in sequence.places]
         example_tokens.append(len(ids) - start)
     candidates = [candidate for example in examples for candidate in example.sequences]
-    token_id = [token for candidate in candidates for token in candidate.ids[-candidate.num_answer :]]
-    lengths = [candidate.num_answer for candidate in candidates]
+    token_id = [candidate.ids[own] for candidate in candidates for own in candidate.places]
+    lengths = [len(candidate.places) for candidate in candidates]
     owners = [number for number, example in enumerate(examples) for _ in example.sequences]
     slots = [slot for example in examples for slot in range(len(example.sequences))]
     # the normalizer cancels only between candidates that follow the very same tokens

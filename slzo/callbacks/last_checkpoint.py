@@ -1,23 +1,35 @@
 """Keeps the best state of a run, and the newest in ``checkpoints/last.ckpt``, whatever ends the run."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.console import say
 from slzo.errors import Interrupted, SlzoError
 
+AUTO_MONITOR = "auto"
 # With several processes all must agree that it is time; asking costs a message.
 _STEPS_BETWEEN_QUESTIONS = 10
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint; a resumed run remembers the best state although it writes to a folder of its own."""
+    """Lightning's ModelCheckpoint; a resumed run remembers the best state although it writes to a folder of its own.
+
+    With ``monitor`` auto it watches val/loss, or val/reward where training maximizes a reward.
+    """
+
+    def watch(self, name: str, mode: Literal["min", "max"]) -> None:
+        """What to watch where ``monitor`` is auto; before the run."""
+        if self.monitor == AUTO_MONITOR:
+            self.monitor, self.mode = name, mode
+            self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best score and path; the file of the former run is never deleted."""

@@ -17,6 +17,8 @@ from slzo.zo.go_back import go_back
 class LossGuard(Callback):
     """Halves the learning rate and goes back to the last good weights when the dev loss rises too far above its lowest.
 
+    Where training maximizes a reward, its distance to the best reward takes the place of the loss.
+
     The optimizer forgets its momentum too, which came from what went wrong. The guard keeps one more float32 copy of what is
     tuned; where that is more than 2 GiB it only halves the rate.
 
@@ -42,9 +44,13 @@ class LossGuard(Callback):
             datamodule = pl_module.datamodule
             if trainer.enable_validation and datamodule.rows("dev"):
                 found = score_rows(
-                    pl_module.evaluator, datamodule.val_dataloader(), datamodule.make_metrics(), keep_prefix=True
+                    pl_module.evaluator,
+                    datamodule.val_dataloader(),
+                    datamodule.make_metrics(),
+                    keep_prefix=True,
+                    also=datamodule.also,
                 )
-                self._note(trainer, pl_module, found["loss"])
+                self._note(trainer, pl_module, datamodule.judge.distance(found))
         elif self._good is None:
             self._keep(trainer, pl_module)
 
@@ -57,7 +63,7 @@ class LossGuard(Callback):
             or not isinstance(pl_module, ZOModule)
         ):
             return
-        loss = float(trainer.callback_metrics.get("val/loss", math.nan))
+        loss = pl_module.datamodule.judge.distance(trainer.callback_metrics, "val/")
         if loss <= self.factor * self._lowest:
             self._note(trainer, pl_module, loss)
         elif self._lowest < math.inf:
@@ -83,9 +89,10 @@ class LossGuard(Callback):
         if module.recorder is not None:
             module.recorder.went_back(module.global_step, -1 if self._good is None else self._good_step)
         back = f", weights back at those of step {self._good_step}" if self._good is not None else ""
+        words = module.datamodule.judge.words
         say(
-            f"\nThe dev loss rose to {loss:.4g}, over {self.factor:g} times its lowest, {self._lowest:.4g}: learning rate halved"
-            f"{back} (time {self.times})."
+            f"\nThe {words} rose to {loss:.4g}, over {self.factor:g} times its lowest, {self._lowest:.4g}: learning rate "
+            f"halved{back} (time {self.times})."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
         return f"{search}  # the learning rate may be too large"
     if not losses.fell:
         return f"{search}  # the dev loss hardly moved: the learning rate may be too small"
-    if change is not None and change.fell and change.shown:
+    if change is not None and change.worse and change.shown:
         if run.layer is None:
             return f"{search}  # the dev loss fell and the score too; compares learning rates"
         look = _command("sweep", run, "--sensitivity_only", "true")
@@ -51,7 +51,13 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if losses.best == losses.last and run.last is not None and run.limit_value > 0:
         options = ("--ckpt_path", run.last, f"--trainer.{run.limit}", str(2 * run.limit_value))
         return f"{_command('fit', run, *options)}  # the dev loss was still falling: more steps"
-    if change is not None and change.change > 0 and run.best is not None and run.more_rows is not None:
+    if (
+        change is not None
+        and not change.worse
+        and change.change != 0
+        and run.best is not None
+        and run.more_rows is not None
+    ):
         options = ("--data.num_test", str(run.more_rows), "--ckpt_path", run.best)
         return f"{_command('test', run, *options)}  # more held-out rows; and without --ckpt_path, to compare"
     return f"{search}  # compares learning rates"

@@ -1,25 +1,30 @@
 """Finds the dominant layer before training, by forward passes only."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
 
 from slzo.callbacks.profile_notes import MIN_SEQUENCES, bos_note, sequence_notes, too_alike
-from slzo.callbacks.profile_report import format_profile, profile_figure
+from slzo.callbacks.profile_report import format_profile
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.files import write_json
 from slzo.module import ZOModule
+from slzo.pictures.profile import profile_picture
+from slzo.pictures.style import save
 from slzo.tasks.base import Example
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, LargestFall, SelectionRule
 
 PROFILE_FILE = "outlier_profile.json"
+_PICTURE = "outlier_profile"
 
 
 class OutlierProfiler(Callback):
@@ -27,7 +32,8 @@ class OutlierProfiler(Callback):
 
     Says how clear the choice is, in standard errors over the sequences, and what was wrong with the prompts.
 
-    Does nothing when model.layer is set or model.scope needs no layer. A resumed run takes layer and profile from its checkpoint.
+    When model.layer is set the profile is only made for the picture, and when model.scope needs no layer there is none. A resumed
+    run takes layer and profile from its checkpoint.
 
     Args:
         rule: How the layer is chosen: LargestFall (when left out), FirstOutlierLayer (the paper's), MaxRatioJump, FixedLayer, or
@@ -60,12 +66,16 @@ class OutlierProfiler(Callback):
         self.profile: OutlierProfile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the layer, unless it is known already."""
-        if stage != "fit" or not isinstance(pl_module, ZOModule) or pl_module.layer is not None:
+        """Choose the layer; if it is set, profile for the picture."""
+        if stage != "fit" or not isinstance(pl_module, ZOModule):
             return
-        if not pl_module.resumed and pl_module.scope.needs_layer:
+        if pl_module.resumed or not pl_module.scope.needs_layer:
+            return
+        if pl_module.layer is None:
             profile = self.run(trainer, pl_module)
             pl_module.choose_layer(profile.dominant_layer, profile.rule)
+        elif not getattr(trainer, "fast_dev_run", False):
+            self._beside(trainer, pl_module, Choice(pl_module.layer, pl_module.layer_origin))
 
     def run(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
         """Profile, show and save.
@@ -76,8 +86,20 @@ class OutlierProfiler(Callback):
         profile = self.measure(trainer, module)
         if profile.dominant_layer < 0:
             raise SlzoError(profile.rule)
-        self._save(trainer)
+        self._save(trainer, module)
         return profile
+
+    def _beside(self, trainer: Trainer, module: ZOModule, set_layer: Choice) -> None:
+        """Profile for the picture; what is in the way of that is no reason to stop."""
+        module.load(module.datamodule)
+        if not 0 <= set_layer.layer < module.parts.num_layers:  # whoever tunes it says so
+            return
+        try:
+            self.profile = self._measured(trainer, module, lambda layers: set_layer)
+        except SlzoError as error:
+            say(f"No outlier profile: {error}")
+            return
+        self._save(trainer, module)
 
     def measure(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
         """Profile and show.
@@ -88,6 +110,13 @@ class OutlierProfiler(Callback):
         Raises:
             SlzoError: There are too few sequences, or the output of a layer is not finite.
         """
+        self.profile = self._measured(trainer, module, self._choose)
+        say(format_profile(self.profile))
+        return self.profile
+
+    def _measured(
+        self, trainer: Trainer, module: ZOModule, choose: Callable[[list[LayerStatistics]], Choice]
+    ) -> OutlierProfile:
         datamodule = module.datamodule
         module.load(datamodule)
         device = trainer.strategy.root_device
@@ -105,19 +134,24 @@ class OutlierProfiler(Callback):
         layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
         if too_alike(sequences):
             layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
-        choice = self._choose(layers)
+        choice = choose(layers)
         notes = sequence_notes(self.num_sequences, given, sequences)
         of_bos = None if choice.layer < 0 else bos_note(layers[choice.layer], tokenizer.bos_token_id)
         notes += [note for note in (choice.note, of_bos) if note]
         profile = OutlierProfile(
-            choice.layer, choice.reason, len(sequences), passes, tuple(layers), choice.title, notes=tuple(notes)
+            choice.layer,
+            choice.reason,
+            len(sequences),
+            passes,
+            tuple(layers),
+            choice.title,
+            notes=tuple(notes),
+            thresholds=choice.thresholds,
         )
         if choice.margin is not None and math.isfinite(choice.margin.errors):
             profile = replace(profile, margin=choice.margin.errors, margin_reason=choice.margin.words)
         # every process must tune the same layer, whatever rounding did on its device
-        self.profile = OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
-        say(format_profile(self.profile))
-        return self.profile
+        return OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
 
     def _choose(self, layers: list[LayerStatistics]) -> Choice:
         """The rule's choice; layer -1 and why where it finds none, since the figures help to choose thresholds."""
@@ -139,7 +173,7 @@ class OutlierProfiler(Callback):
         examples = [Example(str(i), line, ()) for i, line in enumerate(lines[: self.num_sequences])]
         return datamodule.prompt_batches(examples, self.batch_size)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, module: ZOModule) -> None:
         log_dir = trainer.log_dir  # a collective call: every process must make it
         if (
             log_dir is None
@@ -148,9 +182,12 @@ class OutlierProfiler(Callback):
             or self.profile is None
         ):
             return
-        write_json(Path(log_dir) / PROFILE_FILE, self.profile.to_dict())
+        folder, model = Path(log_dir), module.model_name.rstrip("/").rpartition("/")[2]
+        write_json(folder / PROFILE_FILE, self.profile.to_dict())
+        save(profile_picture(self.profile.to_dict(), model, module.datamodule.task.name), folder, _PICTURE)
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_figure("outlier_profile", profile_figure(self.profile))
+            pixels = imread(folder / f"{_PICTURE}.png")[..., :3]
+            trainer.logger.experiment.add_image(_PICTURE, pixels, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         """The profile, kept in checkpoints."""
@@ -164,4 +201,4 @@ class OutlierProfiler(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has a folder of its own and gets the profile too."""
         if isinstance(pl_module, ZOModule) and pl_module.resumed:
-            self._save(trainer)
+            self._save(trainer, pl_module)

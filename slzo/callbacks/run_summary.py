@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slzo.callbacks.kept_weights import kept_weights
 from slzo.callbacks.last_checkpoint import LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.memory_planner import MemoryPlanner
@@ -17,9 +18,9 @@ from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.use_commands import use_commands
-from slzo.checkpoint import read_checkpoint
 from slzo.console import say
 from slzo.data.batch import EvalBatch
+from slzo.datamodule import Judge
 from slzo.evaluation.evaluator import Outcome, score_rows
 from slzo.evaluation.metrics import row_score
 from slzo.files import write_json
@@ -35,7 +36,7 @@ class Scores:
 
     Attributes:
         metrics: Each metric of the task, by name.
-        rows: What each row scores in the task's own metric, by its id; empty where that is no mean over rows.
+        rows: What each row scores in the metric that sums the run up, by its id; empty where that is no mean over rows.
     """
 
     metrics: dict[str, float]
@@ -76,7 +77,7 @@ class RunSummary(Callback):
         """Note what the dev rows' score took."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
             return
-        loss = float(trainer.callback_metrics.get("val/loss", math.nan))
+        loss = pl_module.datamodule.judge.distance(trainer.callback_metrics, "val/")
         self._validations.append(
             {
                 "step": trainer.global_step,
@@ -100,11 +101,11 @@ class RunSummary(Callback):
         after = _score_checkpoint(pl_module, best)
         _log_scores(trainer, after)
         datamodule = pl_module.datamodule
-        metric = datamodule.task.metric
+        metric = datamodule.judge.metric
         before = self._before.metrics if self._before is not None else {}
         num_rows = len(datamodule.splits.test) if datamodule.splits else 0
-        change = _change(metric, self._before, after, num_rows)
-        losses = dev_loss(self._validations)
+        change = _change(datamodule.judge, self._before, after, num_rows)
+        losses = dev_loss(self._validations, datamodule.judge.words)
         run_dir = trainer.log_dir  # a collective call: every process must make it
         doubtful = is_doubtful(change, losses)
         facts = _facts(trainer, pl_module, run_dir, best)
@@ -183,11 +184,13 @@ def _times_taken_back(trainer: Trainer) -> int:
     return sum(callback.times for callback in callbacks if isinstance(callback, LossGuard))
 
 
-def _change(metric: str, before: Scores | None, after: Scores, num_rows: int) -> ScoreChange | None:
-    """What became of the task's metric; ``None`` if it is not known before, or not a number."""
+def _change(judge: Judge, before: Scores | None, after: Scores, num_rows: int) -> ScoreChange | None:
+    """What became of the metric that sums the run up; ``None`` if it is not known before, or not a number."""
+    metric = judge.metric
     if before is None or not math.isfinite(before.metrics.get(metric, math.nan) + after.metrics[metric]):
         return None
-    return score_change(metric, (before.metrics[metric], after.metrics[metric]), (before.rows, after.rows), num_rows)
+    scores, rows = (before.metrics[metric], after.metrics[metric]), (before.rows, after.rows)
+    return score_change(metric, scores, rows, num_rows, judge.lower_is_better)
 
 
 def _facts(trainer: Trainer, module: ZOModule, run_dir: str | None, best: str) -> RunFacts:
@@ -211,14 +214,8 @@ def _facts(trainer: Trainer, module: ZOModule, run_dir: str | None, best: str) -
 
 def _score_checkpoint(module: ZOModule, best: str) -> Scores:
     """Score the best checkpoint, or the last weights if there is none, and leave the module with its last weights."""
-    if not best or not Path(best).is_file():
-        return _score(module, "after training, last weights")
-    last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    try:
-        module.load_state_dict(read_checkpoint(best).content["state_dict"])
-        return _score(module, f"after training, {Path(best).name}")
-    finally:
-        module.load_state_dict(last)
+    with kept_weights(module, best) as kept:
+        return _score(module, f"after training, {Path(best).name if kept else 'last weights'}")
 
 
 def _score(module: ZOModule, when: str) -> Scores:
@@ -227,15 +224,23 @@ def _score(module: ZOModule, when: str) -> Scores:
     assert datamodule.splits is not None
     say(f"Scoring {len(datamodule.splits.test)} held-out rows {when} ...")
     rows: list[tuple[str, float]] = []
+    metric = datamodule.judge.metric
 
     def keep(batch: EvalBatch, outcome: Outcome) -> None:
         predictions: Sequence[int | str] = outcome.predictions
-        for example, prediction in zip(batch.examples, predictions, strict=True):
-            score = row_score(datamodule.task.metric, example, prediction)
-            if score is not None:
+        rewards = outcome.rewarded.totals if outcome.rewarded is not None and metric == "reward" else None
+        for place, (example, prediction) in enumerate(zip(batch.examples, predictions, strict=True)):
+            score = row_score(metric, example, prediction) if rewards is None else rewards[place]
+            if score is not None and math.isfinite(score):
                 rows.append((example.id, score))
 
-    found = score_rows(module.evaluator, datamodule.test_dataloader(), datamodule.make_metrics(), seen=keep)
+    found = score_rows(
+        module.evaluator,
+        datamodule.test_dataloader(),
+        datamodule.make_metrics(),
+        seen=keep,
+        also=datamodule.also,
+    )
     metrics = {name: value for name, value in found.items() if name != "loss"}
     return Scores(metrics, dict(of_all_processes(rows)))
 

@@ -17,10 +17,11 @@ class ScoreChange:
 
     Attributes:
         metric: Its name.
-        before: Score before, 0 to 1.
-        after: Score after, 0 to 1.
+        before: Score before.
+        after: Score after.
         standard_error: Of ``after - before``; ``None`` where it cannot be had (see :func:`score_change`).
         paired: Whether it is that of the mean difference of the same rows, else that of two independent shares.
+        lower_is_better: Whether less of the metric is better.
     """
 
     metric: str
@@ -28,6 +29,7 @@ class ScoreChange:
     after: float
     standard_error: float | None
     paired: bool
+    lower_is_better: bool = False
 
     @property
     def change(self) -> float:
@@ -35,9 +37,9 @@ class ScoreChange:
         return self.after - self.before
 
     @property
-    def fell(self) -> bool:
-        """Whether the score is lower than before."""
-        return self.change < 0
+    def worse(self) -> bool:
+        """Whether the score is worse than before."""
+        return self.change > 0 if self.lower_is_better else self.change < 0
 
     @property
     def shown(self) -> bool:
@@ -57,7 +59,7 @@ class ScoreChange:
         moved = f"from {self.before:.4f} to {self.after:.4f} ({self.figures()})"
         if self.change == 0:
             return f"The held-out {self.metric} did not change: {self.after:.4f} before and after"
-        verb = "fell" if self.fell else "rose"
+        verb = "fell" if self.change < 0 else "rose"
         noise = "" if self.shown else ", which is within its standard error"
         return f"The held-out {self.metric} {verb} {moved}{noise}"
 
@@ -67,6 +69,7 @@ def score_change(
     scores: tuple[float, float],
     rows: tuple[Mapping[str, float] | None, Mapping[str, float] | None],
     num_rows: int,
+    lower_is_better: bool = False,
 ) -> ScoreChange:
     """Compare the scores before and after.
 
@@ -79,6 +82,7 @@ def score_change(
         scores: Before and after.
         rows: What each row scored, by its id, before and after; see :func:`slzo.evaluation.metrics.row_score`.
         num_rows: Rows that were scored after training.
+        lower_is_better: Whether less of the metric is better.
     """
     before, after = scores
     first, second = rows
@@ -87,11 +91,11 @@ def score_change(
         # rows of which a metric is no mean, or with ids that are not unique, would give another change
         if math.isclose(statistics.fmean(differences), after - before, abs_tol=1e-4):
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-            return ScoreChange(metric, before, after, error, paired=True)
+            return ScoreChange(metric, before, after, error, True, lower_is_better)
     if metric in _SHARES and num_rows > 0:
         error = math.sqrt((before * (1 - before) + after * (1 - after)) / num_rows)
-        return ScoreChange(metric, before, after, error, paired=False)
-    return ScoreChange(metric, before, after, None, paired=False)
+        return ScoreChange(metric, before, after, error, False, lower_is_better)
+    return ScoreChange(metric, before, after, None, False, lower_is_better)
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,13 @@ class DevLoss:
         first: Step and loss.
         best: Step and loss.
         last: Step and loss.
+        words: What it is called; of a reward the distance to the best one takes its place.
     """
 
     first: tuple[int, float]
     best: tuple[int, float]
     last: tuple[int, float]
+    words: str = "dev loss"
 
     @property
     def rose(self) -> bool:
@@ -121,16 +127,17 @@ class DevLoss:
     def sentence(self) -> str:
         """Said where it rose."""
         if not math.isfinite(self.last[1]):
-            return f"The dev loss was not finite at step {self.last[0]}"
-        return f"The dev loss rose from {self.first[1]:.4f} at step {self.first[0]} to {self.last[1]:.4f} at step {self.last[0]}"
+            return f"The {self.words} was not finite at step {self.last[0]}"
+        (step, loss), (last_step, last_loss) = self.first, self.last
+        return f"The {self.words} rose from {loss:.4f} at step {step} to {last_loss:.4f} at step {last_step}"
 
 
-def dev_loss(validations: Sequence[Mapping[str, Any]]) -> DevLoss | None:
+def dev_loss(validations: Sequence[Mapping[str, Any]], words: str = "dev loss") -> DevLoss | None:
     """The dev loss of this process's validations, an infinite one being ``None`` there; ``None`` for fewer than two."""
     if len(validations) < 2:
         return None
     found = [(int(v["step"]), math.inf if v["loss"] is None else float(v["loss"])) for v in validations]
-    return DevLoss(found[0], min(found, key=lambda pair: pair[1]), found[-1])
+    return DevLoss(found[0], min(found, key=lambda pair: pair[1]), found[-1], words)
 
 
 def verdict(change: ScoreChange | None, losses: DevLoss | None) -> str | None:
@@ -143,4 +150,4 @@ def verdict(change: ScoreChange | None, losses: DevLoss | None) -> str | None:
 
 def is_doubtful(change: ScoreChange | None, losses: DevLoss | None) -> bool:
     """Whether the run did not do what it was for, as far as its figures show."""
-    return (change is not None and (change.fell or not change.shown)) or (losses is not None and losses.rose)
+    return (change is not None and (change.worse or not change.shown)) or (losses is not None and losses.rose)

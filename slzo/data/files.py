@@ -1,8 +1,10 @@
 """Rows of JSON Lines, CSV and Parquet files, each with the place it came from."""
 
+import codecs
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +12,9 @@ from types import MappingProxyType
 
 from slzo.errors import SlzoError
 from slzo.tasks.fields import Fields
+
+_log = logging.getLogger(__name__)
+_DELIMITERS = (",", ";", "\t", "|")
 
 PlacedRow = tuple[str, Fields]
 """Where a row is (``file:line``, or ``file row number`` counted from 1) and its fields."""
@@ -71,15 +76,60 @@ def _has_lone_surrogate(row: object) -> bool:
 
 
 def _read_csv(path: Path) -> Iterator[PlacedRow]:
-    lines = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    text = _read_csv_text(path)
+    delimiter = _delimiter(text)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    names: list[str] = []
     try:
-        for row in lines:
-            place = f"{path}:{lines.line_num}"
-            if None in row:
-                raise SlzoError(f"{place}: more columns than the first line names; quote texts that contain commas")
-            yield place, {name: _csv_value(name, value) for name, value in row.items() if value is not None}
+        while True:
+            begins = lines.line_num + 1  # a cell may hold newlines
+            cells = next(lines, None)
+            if cells is None:
+                return
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = _column_names(cells, f"{path}:{begins}")
+                continue
+            if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
+                raise SlzoError(
+                    f"{path}:{begins}: more columns than the first line names; quote texts that contain {delimiter!r}"
+                )
+            pairs = zip(names, cells, strict=False)
+            yield f"{path}:{begins}", {name: _csv_value(name, value) for name, value in pairs if name}
     except csv.Error as error:
-        raise SlzoError(f"{path}:{lines.line_num}: not CSV ({error}); check quotes and commas") from None
+        raise SlzoError(f"{path}:{max(1, lines.line_num)}: not CSV ({error}); check quotes and commas") from None
+
+
+def _read_csv_text(path: Path) -> str:
+    """The text of a CSV file: UTF-8, UTF-16 with its mark, or what Windows writes, which is told."""
+    data = _read_bytes(path)
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        raise SlzoError(f"{path}:{line}: neither UTF-8 nor Windows-1252; save the file as UTF-8") from None
+    _log.warning("%s:%d: not UTF-8, read as Windows-1252; save the file as UTF-8 if letters look wrong", path, line)
+    return text
+
+
+def _delimiter(text: str) -> str:
+    """What stands between columns: the most frequent of some in the first line, those in quotes left out."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    plain = re.sub(r'"[^"]*"', "", first)
+    return max(_DELIMITERS, key=plain.count)
+
+
+def _column_names(cells: list[str], place: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = next((name for number, name in enumerate(names) if name and name in names[:number]), None)
+    if twice is not None:
+        raise SlzoError(f"{place}: two columns are called {twice!r}; give each a name of its own")
+    return names
 
 
 def _csv_value(name: str, value: str) -> str | int:

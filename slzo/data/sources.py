@@ -12,7 +12,7 @@ from slzo.errors import SlzoError
 from slzo.tasks.base import Example, HubSource, Split, Task
 from slzo.tasks.fields import Fields, shown
 
-FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "test": ("validation", "val")}
+FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
 """File names in a data folder, without ending. Test rows are those of the validation split, as in MeZO."""
 
 _IDX_PARTS = ("paragraph", "passage", "question", "query", "answer")
@@ -20,7 +20,13 @@ _NUMBERS = re.compile(r"-?\d+(-\d+)*")
 
 
 def load_examples(
-    task: Task, split: Split, *, data_dir: str | None = None, hub_path: str | None = None, hub_config: str | None = None
+    task: Task,
+    split: Split,
+    *,
+    data_dir: str | None = None,
+    hub_path: str | None = None,
+    hub_config: str | None = None,
+    columns: bool = False,
 ) -> list[Example]:
     """All examples of a split, in the order of the file, from the first source that applies.
 
@@ -28,11 +34,12 @@ def load_examples(
 
     Args:
         task: What to load.
-        split: ``"train"``, or ``"test"`` (the Hub's validation split).
+        split: ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` of a task with a file for it.
         data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
             the task's own folder in one of these forms.
         hub_path: Another Hub repository with the same fields.
         hub_config: Another configuration of the repository.
+        columns: Keep the fields of each row in :attr:`Example.columns`.
 
     Raises:
         SlzoError: The source is missing, broken or empty, a row lacks a field or has one of the wrong type, a label is
@@ -61,7 +68,7 @@ def load_examples(
             if not candidate.strip():
                 raise SlzoError(f"{place}: candidate {candidate!r} is empty; give it some text")
         places[id] = place
-        examples.append(example)
+        examples.append(replace(example, columns=values) if columns else example)
     if not examples:
         raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
     return examples
@@ -70,8 +77,8 @@ def load_examples(
 def row_id(values: Fields, position: int, split: Split) -> str:
     """Id of a row: its ``id``, ``query_id`` or ``idx`` (MultiRC: ``paragraph-question-answer``), else its position.
 
-    Numbers start from 0 in every split, so those of training rows get ``train-`` in front: an id never stands for two
-    different rows.
+    Numbers start from 0 in every split, so those of training rows get ``train-`` in front (dev rows: ``dev-``): an id never
+    stands for two different rows.
 
     Raises:
         ValueError: The id is neither text nor a whole number.
@@ -84,7 +91,7 @@ def row_id(values: Fields, position: int, split: Split) -> str:
     ):
         raise ValueError(f"field {name!r} is {shown(value)}; an id must be text or a whole number")
     id = "-".join(map(str, parts))
-    return f"train-{id}" if split == "train" and _NUMBERS.fullmatch(id) else id
+    return f"{split}-{id}" if split != "test" and _NUMBERS.fullmatch(id) else id
 
 
 def _open(

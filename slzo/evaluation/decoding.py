@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts, at one or several points of the weights at once.
+"""Answers to many prompts, at one or several points of the weights at once.
 
 The points differ in some layers only. Below these, answers to one prompt are one computation as long as their tokens are the
 same: a *history* is a prompt with the tokens after it, and it forks where two answers part. In the layers that differ each point
@@ -19,6 +19,7 @@ from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, common_beginnings
 from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, keeping_attention
 from slzo.evaluation.prompt_states import PromptStates, recorded, run_with
+from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 
 
@@ -65,9 +66,10 @@ class _Logits(NamedTuple):
     answers: list[int]
     values: Tensor
 
-    def tokens(self) -> dict[int, int]:
-        """The likeliest token of each answer."""
-        return dict(zip(self.answers, self.values.argmax(dim=-1).tolist(), strict=True))
+    def tokens(self, position: int, sampling: Sampling | None) -> dict[int, int]:
+        """The token of each answer at a position of it: the likeliest, or a sampled one."""
+        values = self.values if sampling is None else sampling.disturbed(self.values, self.answers, position)
+        return dict(zip(self.answers, values.argmax(dim=-1).tolist(), strict=True))
 
 
 class _Stage:
@@ -301,6 +303,8 @@ def decode(
     *,
     max_new_tokens: int,
     prefill_tokens: int = 1024,
+    ended: Callable[[Sequence[int]], bool] | None = None,
+    sampling: Sampling | None = None,
     varied: VariedLayers | None = None,
     kept: Kept | None = None,
     gold: Sequence[EncodedExample] | None = None,
@@ -314,6 +318,8 @@ def decode(
         stops: Tokens that end an answer.
         max_new_tokens: Longest answer, >= 1.
         prefill_tokens: Prompt tokens per forward pass, over all points.
+        ended: Whether an answer's tokens so far end it.
+        sampling: Draws the tokens, one key per answer; ``None``: the likeliest are taken.
         varied: Where the points differ; without, all are at the live weights. These are at one of the points afterwards.
         kept: States of the prompts below the first varied layer, or below the layer that they enter.
         gold: Gold answers after their prompts, one example per prompt, for their loss; with one point only.
@@ -327,15 +333,17 @@ def decode(
         decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept)
         for rows, points, held in decoder.chunks():
             logits, loss = decoder.prefill(rows, points, held, gold)
-            tokens |= logits.tokens()
+            tokens |= logits.tokens(0, sampling)
             losses += [] if loss is None else [loss]
         for step in range(max_new_tokens):
             finished = {answer for answer, token in tokens.items() if token in stops}
             for answer in tokens.keys() - finished:
                 answers[answer].append(tokens[answer])
+            if ended is not None:
+                finished |= {answer for answer in tokens.keys() - finished if ended(answers[answer])}
             decoder.remove(finished)
             tokens = {answer: token for answer, token in tokens.items() if answer not in finished}
             if not tokens or step == max_new_tokens - 1:
                 break
-            tokens = decoder.advance(tokens).tokens()
+            tokens = decoder.advance(tokens).tokens(step + 1, sampling)
     return answers, add_up(losses) if losses else None

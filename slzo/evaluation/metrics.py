@@ -1,12 +1,6 @@
-"""Accuracy, MultiRC's answer F1 and exact match, and the F1 and exact match of generated answers.
-
-Answers are normalized and compared as in the SQuAD 1.1 evaluation: lower case, no punctuation, no articles.
-"""
+"""Accuracy, MultiRC's answer F1 and exact match, and what generated answers score."""
 
 import hashlib
-import re
-import string
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,52 +9,23 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from slzo.rewards.answers import exact_match, normalize_answer, token_f1
+from slzo.rewards.registry import PERPLEXITY, answer_metric
 from slzo.tasks.base import Example, Kind, Task
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, words one space apart."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals a reference after normalization; an empty prediction matches empty texts only."""
-    return max((float(_equal(prediction, text)) for text in references), default=float(not prediction.strip()))
-
-
-def token_f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of word precision and recall in 0..1, the best over the references."""
-    return max((_pair_f1(prediction, text) for text in references), default=float(not prediction.strip()))
-
-
-def _equal(prediction: str, reference: str) -> bool:
-    if not prediction.strip() or not reference.strip():
-        return not prediction.strip() and not reference.strip()
-    return normalize_answer(prediction) == normalize_answer(reference)
-
-
-def _pair_f1(prediction: str, reference: str) -> float:
-    found, wanted = normalize_answer(prediction).split(), normalize_answer(reference).split()
-    if not found or not wanted:
-        return float(_equal(prediction, reference))
-    common = (Counter(found) & Counter(wanted)).total()
-    return 2 * common / (len(found) + len(wanted))
+__all__ = ["TaskMetrics", "exact_match", "make_metrics", "normalize_answer", "row_score", "token_f1"]
 
 
 def row_score(metric: str, example: Example, prediction: int | str) -> float | None:
     """What one row scores, 0 to 1, in a metric that is the mean over rows.
 
-    ``None`` for a row without a label, and for metrics that are no such mean (MultiRC's answer_f1 and question_em).
+    ``None`` for a row without a label, and for metrics that are no such mean (MultiRC's answer_f1 and question_em, perplexity).
     """
     if not (example.gold or example.references):
         return None
     if metric == "accuracy":
         return float(prediction in example.gold)
-    per_answer = {"f1": token_f1, "exact_match": exact_match}.get(metric)
-    return None if per_answer is None else per_answer(str(prediction), example.references)
+    return answer_metric(metric, prediction, example.references) if isinstance(prediction, str) else None
 
 
 class TaskMetrics(Metric):
@@ -69,25 +34,25 @@ class TaskMetrics(Metric):
     Args:
         kind: Generation compares texts, the other kinds candidate indices.
         grouped: Also compute answer F1 and exact match per :attr:`Example.group` (MultiRC).
+        names: Generation: what answers are scored by; empty if none are generated.
     """
 
     full_state_update = False
     rows: Tensor
     correct: Tensor
-    f1_sum: Tensor
-    exact_sum: Tensor
     hits: Tensor
     misses: Tensor
     group_keys: list[Tensor]
     group_correct: list[Tensor]
 
-    def __init__(self, kind: Kind, grouped: bool = False, **kwargs: Any) -> None:
+    def __init__(self, kind: Kind, grouped: bool = False, names: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kind = kind
+        self.names = tuple(names) if kind is Kind.GENERATION else ()
         self.grouped = grouped and kind is not Kind.GENERATION
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
-        sums = {"f1_sum": 0.0, "exact_sum": 0.0} if kind is Kind.GENERATION else {"correct": 0, "hits": 0, "misses": 0}
-        for name, start in sums.items():
+        sums = {f"{name}_sum": 0.0 for name in self.names}
+        for name, start in (sums if kind is Kind.GENERATION else {"correct": 0, "hits": 0, "misses": 0}).items():
             self.add_state(name, torch.tensor(start), dist_reduce_fx="sum")
         if self.grouped:
             self.add_state("group_keys", [], dist_reduce_fx="cat")
@@ -100,8 +65,9 @@ class TaskMetrics(Metric):
         pairs = [pair for pair in zip(examples, values, strict=True) if pair[0].gold or pair[0].references]
         self.rows = self.rows + len(pairs)
         if self.kind is Kind.GENERATION:
-            self.f1_sum = self.f1_sum + sum(token_f1(text, example.references) for example, text in pairs)
-            self.exact_sum = self.exact_sum + sum(exact_match(text, example.references) for example, text in pairs)
+            for name in self.names:
+                found = sum(answer_metric(name, str(text), example.references) for example, text in pairs)
+                setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + found)
             return
         right = [index in example.gold for example, index in pairs]
         self.correct = self.correct + sum(right)
@@ -115,7 +81,7 @@ class TaskMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Each metric by name, 0-dimensional, in 0..1; not a number if there was no labelled row."""
         if self.kind is Kind.GENERATION:
-            return {"f1": self.f1_sum / self.rows, "exact_match": self.exact_sum / self.rows}
+            return {name: getattr(self, f"{name}_sum") / self.rows for name in self.names}
         scores = {"accuracy": self.correct / self.rows}
         if self.grouped:
             scores["answer_f1"] = 2 * self.hits / (2 * self.hits + self.misses).clamp(min=1)
@@ -137,7 +103,7 @@ class TaskMetrics(Metric):
 
 def make_metrics(task: Task) -> TaskMetrics:
     """The metrics of a task; :attr:`Task.metric` is one of their names."""
-    return TaskMetrics(task.kind, task.grouped)
+    return TaskMetrics(task.kind, task.grouped, [name for name in task.metrics if name != PERPLEXITY])
 
 
 def _stable_hash(text: str) -> int:

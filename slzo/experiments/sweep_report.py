@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.trial import Score, Sensitivity, Trial
 from slzo.files import replacing, write_json
+from slzo.pictures.style import save
+from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.zo.profile import OutlierProfile
+
+# Standard errors that a difference between two layers must have to be called one.
+_CLEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "first outlier layer") -> str:
-    """One sentence: does the layer that the profile chose, called ``chosen``, win, and by how much?"""
+def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen layer") -> str:
+    """One sentence: does the layer that the profile chose, called ``chosen``, win, by how much, and how sure is that?"""
     rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
@@ -130,22 +133,34 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "first outli
         return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
     if best is not dominant:
         behind = (best.gain or 0) - dominant.gain
+        sure = _errors(behind, best, dominant)
+        verb = "does not win" if sure is None or sure >= _CLEAR else "does not clearly lose"
         return (
-            f"The {chosen}, {dominant.layer}, does not win: layer {best.layer} lowers the dev loss by "
-            f"{best.gain:.4f}, {behind:.4f} more ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
+            f"The {chosen}, {dominant.layer}, {verb}: layer {best.layer} lowers the dev loss by "
+            f"{best.gain:.4f}, {behind:.4f} more, {_how_sure(sure)} ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
         )
     if len(trained) == 1:
         return f"The {chosen}, {dominant.layer}, lowers the dev loss by {dominant.gain:.4f}; no other was trained."
     second = trained[1]
     ahead = dominant.gain - (second.gain or 0)
-    sure = ""
-    if dominant.loss_se is not None and second.loss_se is not None:
-        spread = math.hypot(dominant.loss_se, second.loss_se)
-        sure = f", {ahead / spread:.1f} standard errors" if spread > 0 else ""
+    sure = _errors(ahead, dominant, second)
+    verb = "wins" if sure is None or sure >= _CLEAR else "leads, but not clearly"
     return (
-        f"The {chosen}, {dominant.layer}, wins: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
-        f"the next best, layer {second.layer}{sure} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
+        f"The {chosen}, {dominant.layer}, {verb}: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
+        f"the next best, layer {second.layer}, {_how_sure(sure)} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
     )
+
+
+def _errors(difference: float, one: LayerResult, other: LayerResult) -> float | None:
+    """A difference of two layers' losses in its standard errors over seeds; ``None``: not known."""
+    if one.loss_se is None or other.loss_se is None:
+        return None
+    spread = math.hypot(one.loss_se, other.loss_se)
+    return difference / spread if spread > 0 else math.inf
+
+
+def _how_sure(errors: float | None) -> str:
+    return "from one seed, so how sure is not known" if errors is None else f"{errors:.1f} standard errors over seeds"
 
 
 def format_rows(rows: Sequence[LayerResult]) -> str:
@@ -171,14 +186,15 @@ def write_sweep(
     settings: dict[str, Any],
     sentence: str,
     curves: Mapping[int, Sequence[Score]],
+    title: str = "",
 ) -> None:
-    """Write sweep.csv, sweep.json and sweep.png."""
+    """Write sweep.csv, sweep.json and the pictures, which have ``title``, as .png and .svg."""
     names = [field.name for field in fields(LayerResult)]
     with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
-    content = {
+    content: dict[str, Any] = {
         "verdict": sentence,
         "plan": asdict(plan),
         "settings": settings,
@@ -187,28 +203,36 @@ def write_sweep(
         "curves": {layer: [asdict(score) for score in scores] for layer, scores in curves.items()},
     }
     write_json(folder / "sweep.json", content)
-    with replacing(folder / "sweep.png") as partial:
-        sweep_figure(rows).savefig(partial, dpi=120)
+    chosen = next((row.layer for row in rows if row.dominant), None)
+    seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}, bars: standard errors"
+    below = f"{plan.steps} steps, {seeds}" if plan.trainings else "before training, bars: standard errors"
+    save(sweep_picture(content["layers"], title, below), folder, "sweep")
     if plan.seconds is not None and curves:
-        with replacing(folder / "sweep_curves.png") as partial:
-            curves_figure(curves).savefig(partial, dpi=120)
+        save(sweep_curves_picture(content["curves"], title, chosen), folder, "sweep_curves")
 
 
-def layer_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Score]]:
-    """Dev scores on the way of each layer that was trained without diverging, and at the end.
+def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Score]]]:
+    """Dev scores on the way of each training that did not diverge, by layer."""
+    found: dict[int, list[Sequence[Score]]] = {}
+    for layer, seed in plan.trainings:
+        trial = Trial.from_dict(store.result(training_cell(layer, seed)))
+        if not trial.diverged:
+            found.setdefault(layer, []).append(trial.scores)
+    return found
 
-    Means over seeds: at the steps at which all were scored, and of the last scores, which may be of different steps.
+
+def layer_curves(curves: Mapping[int, Sequence[Sequence[Score]]]) -> dict[int, list[Score]]:
+    """The mean curve of each layer over its seeds: at the steps at which all were scored, and of the last scores.
+
+    These may be of different steps.
     """
-    curves = {}
-    for layer in plan.layers if plan.steps else ():
-        names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
-        good = [trial.scores for trial in (Trial.from_dict(store.result(name)) for name in names) if not trial.diverged]
-        if good:
-            by_step = [{score.step: score for score in scores} for scores in good]
-            shared = [[own[step] for own in by_step] for step in sorted(set(by_step[0]).intersection(*by_step))]
-            last = [scores[-1] for scores in good]
-            curves[layer] = [_mean_score(scores) for scores in ([*shared, last] if last not in shared else shared)]
-    return curves
+    means = {}
+    for layer, good in curves.items():
+        by_step = [{score.step: score for score in scores} for scores in good]
+        shared = [[own[step] for own in by_step] for step in sorted(set(by_step[0]).intersection(*by_step))]
+        last = [scores[-1] for scores in good]
+        means[layer] = [_mean_score(scores) for scores in ([*shared, last] if last not in shared else shared)]
+    return means
 
 
 def _mean_score(scores: Sequence[Score]) -> Score:
@@ -218,24 +242,39 @@ def _mean_score(scores: Sequence[Score]) -> Score:
     return Score(round(step), round(evaluations), seconds, loss, metric)
 
 
-def curves_verdict(curves: Mapping[int, Sequence[Score]], plan: SweepPlan, chosen: int) -> str:
-    """Two sentences: which layer is ahead after the same steps, and which after the same time?"""
+def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, chosen: int) -> str:
+    """Two sentences: which layer is ahead after the same steps, which after the same time, and how sure is that?
+
+    Args:
+        curves: Of each layer, one a seed.
+        plan: What the sweep did.
+        chosen: The profile's layer.
+    """
     assert plan.seconds is not None
     at_steps = {
-        layer: _interpolated([(score.step, score.loss) for score in curve], plan.steps)
-        for layer, curve in curves.items()
+        layer: [_interpolated([(score.step, score.loss) for score in curve], plan.steps) for curve in own]
+        for layer, own in curves.items()
     }
     at_time = {
-        layer: _interpolated([(score.seconds, score.loss) for score in curve], plan.seconds)
-        for layer, curve in curves.items()
+        layer: [_interpolated([(score.seconds, score.loss) for score in curve], plan.seconds) for curve in own]
+        for layer, own in curves.items()
     }
     return f"{_ahead(at_steps, f'{plan.steps} steps', chosen)} {_ahead(at_time, f'{plan.seconds:g} s', chosen)}"
 
 
-def _ahead(losses: Mapping[int, float], after: str, chosen: int) -> str:
-    best = min(losses, key=losses.__getitem__)
-    own = "" if chosen not in losses or chosen == best else f", the chosen layer {chosen} at {losses[chosen]:.4f}"
-    return f"After {after} layer {best} is ahead, at a dev loss of {losses[best]:.4f}{own}."
+def _ahead(losses: Mapping[int, Sequence[float]], after: str, chosen: int) -> str:
+    means = {layer: statistics.fmean(own) for layer, own in losses.items()}
+    best = min(means, key=means.__getitem__)
+    own = (
+        "" if chosen not in means or chosen == best else f", the chosen layer {chosen} at {_with_error(losses[chosen])}"
+    )
+    return f"After {after} layer {best} is ahead, at a dev loss of {_with_error(losses[best])}{own}."
+
+
+def _with_error(losses: Sequence[float]) -> str:
+    """The mean, with its standard error where there are several seeds."""
+    error = standard_error(losses)
+    return f"{statistics.fmean(losses):.4f}" + (" (one seed)" if error is None else f" +- {error:.4f}")
 
 
 def _interpolated(points: Sequence[tuple[float, float]], place: float) -> float:
@@ -244,51 +283,3 @@ def _interpolated(points: Sequence[tuple[float, float]], place: float) -> float:
         if left <= place <= right:
             return low + (high - low) * (place - left) / max(right - left, 1e-9)
     return points[-1][1]
-
-
-def curves_figure(curves: Mapping[int, Sequence[Score]]) -> Figure:
-    """Dev loss of each trained layer over steps and over seconds."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    shades = colormaps["viridis"]
-    for number, (layer, curve) in enumerate(sorted(curves.items())):
-        color = shades(number / max(1, len(curves) - 1))
-        losses = [score.loss for score in curve]
-        axes[0].plot(
-            [max(1, score.step) for score in curve], losses, "o-", color=color, label=f"layer {layer}", markersize=3
-        )
-        axes[1].plot([score.seconds for score in curve], losses, "o-", color=color, markersize=3)
-    axes[0].set_xscale("log")
-    axes[0].set_xlabel("steps")
-    axes[1].set_xlabel("training seconds")
-    axes[0].set_ylabel("dev loss")
-    for axis in axes:
-        axis.grid(visible=True, alpha=0.3)
-    axes[0].legend(fontsize=8, ncols=2)
-    return figure
-
-
-def sweep_figure(rows: Sequence[LayerResult]) -> Figure:
-    """Sensitivity, outlier ratio and gain by layer, one above the other, the chosen layer marked."""
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.subplots(3, sharex=True)
-    layers = [row.layer for row in rows]
-    axes[0].errorbar(
-        layers, [row.sensitivity for row in rows], [row.sensitivity_se for row in rows], fmt="o-", capsize=3
-    )
-    axes[0].set_ylabel("sensitivity |L+ - L-| / (2 eps)")
-    axes[1].semilogy(layers, [row.outlier_ratio for row in rows], "s-", color="tab:orange")
-    axes[1].set_ylabel("outlier ratio max / median")
-    trained = [row for row in rows if row.gain is not None]
-    errors = [row.loss_se or 0.0 for row in trained]
-    axes[2].bar([row.layer for row in trained], [row.gain or 0.0 for row in trained], yerr=errors, color="tab:green")
-    axes[2].set_ylabel("gain: dev loss before - after")
-    axes[2].set_xlabel("decoder layer (from 0)")
-    for axis in axes:
-        axis.grid(visible=True, alpha=0.3)
-        for row in rows:
-            if row.dominant:
-                axis.axvline(row.layer, color="tab:red", linestyle="--", label=f"chosen layer {row.layer}")
-    if any(row.dominant for row in rows):
-        axes[0].legend()
-    return figure

@@ -191,7 +191,7 @@ class Workbench:
                 if seconds is not None and (step in _CURVE or step == steps):
                     scores.append(self.score(step, evaluations, used))
                 started = time.perf_counter()
-                loss = module.loss_of(next(batches).to(tuned_model.parts.model.device))
+                loss = module.loss_of(next(batches).to(tuned_model.parts.model.device), step, seed)
                 estimate = tuned_model.step(
                     loss,
                     module.estimator,
@@ -229,7 +229,8 @@ class Workbench:
 
     def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
         first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
-        return tuned_model.measure_step(self.module.loss_of(first.to(tuned_model.parts.model.device)), eps, seed)
+        loss = self.module.loss_of(first.to(tuned_model.parts.model.device), seed=seed)
+        return tuned_model.measure_step(loss, eps, seed, self.datamodule.objective.lowest)
 
     def _fill_prefix(self, tuned_model: TunedModel) -> None:
         """Compute the states of every row that the cache has room for."""
@@ -276,8 +277,10 @@ class Workbench:
     def score(self, step: int = 0, evaluations: int = 0, seconds: float = 0.0) -> Score:
         """Score the dev rows with the live weights."""
         data = self.datamodule
-        found = score_rows(self.module.evaluator, data.val_dataloader(), data.make_metrics(), keep_prefix=True)
-        return Score(step, evaluations, seconds, found["loss"], found[data.task.metric])
+        found = score_rows(
+            self.module.evaluator, data.val_dataloader(), data.make_metrics(), keep_prefix=True, also=data.also
+        )
+        return Score(step, evaluations, seconds, data.judge.distance(found), found[data.judge.metric])
 
     @contextmanager
     def _tuned(self, layer: int | None) -> Iterator[TunedModel]:

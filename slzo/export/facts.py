@@ -101,6 +101,7 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """What is kept beside the weights: enough to tell the base model, and to refuse another."""
+        template = self.note.get("chat_template")  # of conversations, where it is not the tokenizer's
         return {
             "slzo": __version__,
             "format": self.format,
@@ -111,6 +112,7 @@ class Facts:
             "dtype": self.note["dtype"],
             "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
             "fingerprint": self.note.get("base", {}),
+            **({} if template is None else {"chat_template": template}),
         }
 
 

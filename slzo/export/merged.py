@@ -39,4 +39,4 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
         raise OSError(str(error)) from error
     if original.is_file():
         (folder / _GENERATION).write_bytes(original.read_bytes())
-    load_tokenizer(note["model"], note["trust_remote_code"]).save_pretrained(folder)
+    load_tokenizer(note["model"], note["trust_remote_code"], note.get("chat_template")).save_pretrained(folder)

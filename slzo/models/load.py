@@ -142,6 +142,11 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; SlzoError if it cannot be loaded."""
-    return _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with another chat template if one is given; SlzoError if it cannot be loaded."""
+    tokenizer: PreTrainedTokenizerBase = _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

@@ -224,6 +224,10 @@ class ModelParts:
             self._seen = _seen_outputs(self.model, self.layers[0], self._stack)
         return self._seen
 
+    def prepare(self) -> None:
+        """Look at the model's outputs now; before another attention takes the place of the model's own."""
+        _ = self._outputs
+
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
 

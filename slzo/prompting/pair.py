@@ -83,7 +83,7 @@ def load_pair(source: Source) -> Pair:
 
 def _of_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
-    tokenizer = load_tokenizer(note["model"], note["trust_remote_code"])
+    tokenizer = load_tokenizer(note["model"], note["trust_remote_code"], note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     load_values(tuned_model, checkpoint)
@@ -105,7 +105,7 @@ def _of_export(folder: Path, source: Source) -> Pair:
         base = _always(_base(name, facts, source)) if source.untuned else None
         return Pair(load_tokenizer(str(folder), source.trust_remote_code), _always(model), base)
     model = _base(name, facts, source)
-    tokenizer = load_tokenizer(name, source.trust_remote_code)
+    tokenizer = load_tokenizer(name, source.trust_remote_code, facts.get("chat_template"))
     if (folder / DELTA_FILE).is_file():
         return _with_tensors(model, read_delta(folder), tokenizer, source)
     return _with_adapter(model, folder, tokenizer, source)

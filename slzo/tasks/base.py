@@ -2,15 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from slzo.tasks.fields import Fields
+from slzo.tasks.messages import ChatFormat, Message
 
-Split = Literal["train", "test"]
-"""The two pools that rows are read from; dev examples are drawn from the first."""
+Split = Literal["train", "dev", "test"]
+"""The pools that rows are read from; without a file of their own dev examples are drawn from the first."""
 
 
 class Kind(StrEnum):
@@ -36,6 +37,8 @@ class Example:
         gold: Indices of the right candidates, the first is the training target. Empty when the row has no label.
         references: Accepted answers of a generation task, without outer white space.
         group: Key that joins rows scored together (MultiRC: the question), else ``None``.
+        messages: A conversation's turns up to the answer; ``prompt`` is then only shown and compared.
+        columns: All fields of the row, for rewards; empty where nobody asks for them.
     """
 
     id: str
@@ -44,12 +47,14 @@ class Example:
     gold: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     group: str | None = None
+    messages: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of_answers(cls, id: str, prompt: str, answers: Sequence[str]) -> Self:
-        """For generation: trained on the first answer, closed by a newline, scored against all of them; none: no label."""
+    def of_answers(cls, id: str, prompt: str, answers: Sequence[str], stop: str = "\n") -> Self:
+        """For generation: trained on the first answer, closed by ``stop``, scored against all of them; none: no label."""
         references = tuple(answer.strip() for answer in answers)
-        target = (f" {references[0]}\n",) if references else ()
+        target = (f" {references[0]}{stop}",) if references else ()
         return cls(id, prompt.strip(" "), target, gold=(0,) if references else (), references=references)
 
 
@@ -72,7 +77,12 @@ class Task(ABC):
         kind: See :class:`Kind`.
         hub: Where the rows are on the Hub, ``None`` for a task without a Hub data set.
         fields: Row fields that :meth:`example` reads; a missing one is reported with file and row.
-        metric: Name of the metric that chooses the best checkpoint.
+        metric: Name of the metric that a run is summed up by.
+        metrics: Of a generation task: what held-out rows are scored by, ``metric`` among them. Each needs generated answers, but
+            for ``perplexity``.
+        stop: Texts that end a generated answer, beside the end-of-sequence token; they are no part of it.
+        max_new_tokens: Longest generated answer, in tokens.
+        chat: How conversations are written; ``None`` for a task of plain prompts.
         grouped: Rows of one :attr:`Example.group` are also scored together (MultiRC).
         default_num_dev: Dev rows drawn from the training split when the user gives no number.
         files: A custom task's own files, by split; empty for the others.
@@ -84,9 +94,18 @@ class Task(ABC):
     hub: HubSource | None = None
     fields: tuple[str, ...] = ()
     metric: str = "accuracy"
+    metrics: tuple[str, ...] = ("f1", "exact_match")
+    stop: tuple[str, ...] = ("\n",)
+    max_new_tokens: int = 50
+    chat: ChatFormat | None = None
     grouped: bool = False
     default_num_dev: int = 500
     files: Mapping[Split, str] = MappingProxyType({})
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated to score a row."""
+        return self.kind is Kind.GENERATION and any(name != "perplexity" for name in self.metrics)
 
     @abstractmethod
     def example(self, row: Fields, id: str) -> Example:

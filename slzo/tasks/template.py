@@ -1,29 +1,40 @@
 """A task on the user's own files, described in the config: no Python needed.
 
-Source: ``train_file`` and ``test_file``. Prompt: a template with the row's fields in braces. Metric: accuracy over the
-candidates, or token F1 of generated answers.
+Source: ``train_file`` (and ``dev_file``, ``test_file``). Prompt: a template with the row's fields in braces. Metric: accuracy
+over the candidates, or of generated answers token F1 or what else ``metrics`` names.
 """
 
 from collections.abc import Sequence
 from string import Formatter
 
 from slzo.errors import SlzoError
+from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task
+from slzo.tasks.checks import check_max_new_tokens, check_stop
 from slzo.tasks.fields import Fields, shown
 
 
 class TemplateTask(Task):
     """Candidates chosen by a label, or free answers, after a prompt made from a template.
 
+    Answers are generated where answer_field, references_field or max_new_tokens is given; a reward needs no answer in the row.
+
     Args:
-        prompt: Text with ``{field}`` for the row's fields; ``{{`` and ``}}`` are plain braces.
+        prompt: Text, of several lines if need be, with ``{field}`` for the row's fields; ``{{`` and ``}}`` are plain braces.
         candidates: Answer texts, with a leading space where they need one. Empty for generation.
         label_field: Field with the label.
         labels: The rows' labels in the order of the candidates. By default 0, 1, ... or a candidate's own text
-            without outer spaces. A row label of -1 means that the row has none.
+            without outer spaces. A row label of -1, or an empty cell, means that the row has none.
         answer_field: Generation: field with the answer, a text or a list of texts (the first is trained on).
+        references_field: Generation: field with further accepted answers, a text or a list of texts.
+        stop: Generation: texts that end an answer; the first one ends those trained on. Left out, a newline.
+        max_new_tokens: Generation: longest answer, in tokens; left out, 50.
+        metrics: Generation: what held-out rows are scored by, the first sums a run up: perplexity, or of generated answers f1,
+            exact_match and other built-in rewards. Left out, f1 and exact_match, or without answers in the rows the reward
+            alone.
         train_file: JSON Lines, CSV or Parquet.
-        test_file: As ``train_file``.
+        dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
+        test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
         name: Name of the task in logs and file names.
 
     Raises:
@@ -40,39 +51,71 @@ class TemplateTask(Task):
         train_file: str | None = None,
         test_file: str | None = None,
         name: str = "custom",
+        dev_file: str | None = None,
+        references_field: str | None = None,
+        stop: list[str] | None = None,
+        max_new_tokens: int | None = None,
+        metrics: list[str] | None = None,
     ) -> None:
         self.name = name
         self.prompt = prompt
         self.candidates = tuple(candidates or ())
         self.label_field = label_field
         self.labels = None if labels is None else tuple(labels)
-        self.answer_field = answer_field
-        self.train_file, self.test_file = train_file, test_file
-        prompt_fields = _fields_of(prompt)
-        if answer_field is not None:
-            if self.candidates or labels:
-                raise SlzoError(
-                    f"data.task.answer_field {answer_field!r}: a task generates answers or chooses candidates, not"
-                    " both; leave out data.task.candidates and data.task.labels, or data.task.answer_field"
-                )
+        self.answer_field, self.references_field = answer_field, references_field
+        self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
+        self._in_prompt = _fields_of(prompt)
+        generation = {
+            "answer_field": answer_field,
+            "references_field": references_field,
+            "max_new_tokens": max_new_tokens,
+            "stop": stop,
+            "metrics": metrics,
+        }
+        given = [name for name, value in generation.items() if value is not None]
+        if given and (self.candidates or labels):
+            raise SlzoError(
+                f"data.task.{given[0]} {generation[given[0]]!r}: a task generates answers or chooses candidates, not"
+                f" both; leave out data.task.candidates and data.task.labels, or data.task.{given[0]}"
+            )
+        if given:
             self.kind = Kind.GENERATION
-            self.metric = "f1"
+            self.max_new_tokens = check_max_new_tokens(50 if max_new_tokens is None else max_new_tokens)
+            self.stop = check_stop(["\n"] if stop is None else stop)
+            if not self.stop:
+                raise SlzoError("data.task.stop []: give at least one text that ends an answer, or leave it out")
+            answered = answer_field is not None or references_field is not None
+            usual = Task.metrics if answered else ()
+            self.metrics = usual if metrics is None else check_metrics(metrics)
+            self.metric = self.metrics[0] if self.metrics else "reward"
+            self.fields = self._in_prompt if answer_field is None else (*self._in_prompt, answer_field)
         else:
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
-        self.fields = (*prompt_fields, answer_field or label_field)
-        files: dict[Split, str | None] = {"train": train_file, "test": test_file}
+            self.fields = (*self._in_prompt, label_field)
+        files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
 
     def example(self, row: Fields, id: str) -> Example:
         missing = [field for field in self.fields if field not in row]
         if missing:
             raise ValueError(f"field {missing[0]!r} is missing; the row has {', '.join(map(str, row))}")
-        values = {field: _as_text(row[field], field) for field in self.fields[:-1]}
+        values = {field: _as_text(row[field], field) for field in self._in_prompt}
         prompt = self.prompt.format_map(values).strip(" ")
-        if self.answer_field is not None:
-            return Example.of_answers(id, prompt, _answers(row[self.answer_field], self.answer_field))
+        if self.kind is Kind.GENERATION:
+            return Example.of_answers(id, prompt, self._answers(row), self.stop[0])
         return Example(id, prompt, self.candidates, self._gold(row[self.label_field]))
+
+    def _answers(self, row: Fields) -> tuple[str, ...]:
+        """Accepted answers, the one that is trained on first; none if the row has no field for them."""
+        found: tuple[str, ...] = ()
+        for field in (self.answer_field, self.references_field):
+            if field is not None and row.get(field) is not None:
+                found += _answers(row[field], field)
+        for end in self.stop:
+            if any(end in answer.strip() for answer in found):
+                raise ValueError(f"an answer holds {end!r}, which ends an answer; give other texts in data.task.stop")
+        return tuple(dict.fromkeys(found))
 
     def _gold(self, label: object) -> tuple[int, ...]:
         if isinstance(label, float) and label.is_integer():  # Parquet files made with pandas
@@ -81,7 +124,7 @@ class TemplateTask(Task):
             key = str(label).strip()
             if key in self._index_of:
                 return (self._index_of[key],)
-            if key == "-1":
+            if key in ("-1", ""):
                 return ()
         raise ValueError(f"field {self.label_field!r} is {shown(label)}; it must be one of {', '.join(self._index_of)}")
 

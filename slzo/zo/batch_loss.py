@@ -9,6 +9,8 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, stack
 from slzo.data.batch import Row, TrainBatch
+from slzo.evaluation.generation import Answer
+from slzo.evaluation.sampling import Sampling
 from slzo.tasks.base import Example
 from slzo.zo.derivatives import back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
@@ -24,13 +26,18 @@ class Surroundings:
         forward: Evaluates logits.
         tuned: What the loss is a function of.
         answers: Generates an answer to the prompt of each of some rows at each of some points; these have rows of their own.
+            The likeliest tokens, or sampled ones with a key for each answer, the points one after the other.
         reduce: Adds tensors up over processes.
+        seed: Of the run, for what is drawn at random.
+        step: Of the run.
     """
 
     forward: SuffixForward
     tuned: TunedTensors
-    answers: Callable[[Sequence[Point], Sequence[Sequence[Row]]], list[list[str]]]
+    answers: Callable[[Sequence[Point], Sequence[Sequence[Row]], Sampling | None], list[list[Answer]]]
     reduce: Callable[[Tensor], Tensor]
+    seed: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,23 +98,8 @@ class BatchLogitLoss(_SummedLoss):
 
 
 @dataclass(frozen=True)
-class BatchAnswerLoss(_SummedLoss):
-    """A loss of generated answers, those at all points together: see :mod:`slzo.evaluation.decoding`.
-
-    Attributes:
-        of_answers: The loss of each example from its generated answer.
-    """
-
-    of_answers: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
-
-    def sums(self, points: Sequence[Point]) -> Tensor:
-        device = self.batch.packed.input_ids.device
-        chosen = [self.rows_of(point) for point in points]
-        found = []
-        for rows, answers in zip(chosen, self.around.answers(points, chosen), strict=True):
-            losses = self.of_answers(answers, [row.example for row in rows]) if rows else []
-            found.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
-        return stack(found)
+class RowsLoss(_SummedLoss):
+    """A loss of what is generated for rows. At all points together: see :mod:`slzo.evaluation.decoding`."""
 
     def rows_of(self, point: Point) -> tuple[Row, ...]:
         """The rows that a point is evaluated on."""
@@ -119,3 +111,23 @@ class BatchAnswerLoss(_SummedLoss):
 
     def slope(self, direction: Direction) -> tuple[float, float]:
         raise NotImplementedError("a generated answer has no derivative")
+
+
+@dataclass(frozen=True)
+class BatchAnswerLoss(RowsLoss):
+    """A loss of each generated answer.
+
+    Attributes:
+        of_answers: The loss of each example from its generated answer.
+    """
+
+    of_answers: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
+
+    def sums(self, points: Sequence[Point]) -> Tensor:
+        device = self.batch.packed.input_ids.device
+        chosen = [self.rows_of(point) for point in points]
+        found = []
+        for rows, answers in zip(chosen, self.around.answers(points, chosen, None), strict=True):
+            losses = self.of_answers([answer.text for answer in answers], [row.example for row in rows]) if rows else []
+            found.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
+        return stack(found)

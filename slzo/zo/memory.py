@@ -11,8 +11,8 @@ from slzo.zo.estimators import Estimator
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.tuned import TunedTensors
 
-# Python, torch, transformers and Lightning on a CPU, measured: 400 MiB after the imports, 620 with rows and a run.
-PROGRAM_BYTES = 620 * 2**20
+# Python, torch, transformers and Lightning on a CPU, measured: 400 MiB after the imports, about 500 with rows and a run.
+PROGRAM_BYTES = 512 * 2**20
 # Live tensors of a layer's width per token at the widest place: gate, its activation, up, their product; and those of the
 # hidden width: what enters and leaves, the normed states, queries, keys and values, gathered and not.
 _INNER_COPIES, _HIDDEN_COPIES = 4, 8

@@ -72,6 +72,7 @@ class OutlierProfile:
         margin: How far the nearest deciding figure is from deciding otherwise, in its standard errors; ``None``: not known.
         margin_reason: Which figure that is, in words.
         notes: What is to be known of the figures and the choice, a line each.
+        thresholds: Name and value of each figure's threshold that the rule has.
     """
 
     dominant_layer: int
@@ -83,6 +84,7 @@ class OutlierProfile:
     margin: float | None = None
     margin_reason: str = ""
     notes: tuple[str, ...] = ()
+    thresholds: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for JSON and checkpoints."""
@@ -92,7 +94,9 @@ class OutlierProfile:
     def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":
         """Inverse of :meth:`to_dict`; takes profiles of former versions too."""
         layers = tuple(LayerStatistics(**layer) for layer in data["layers"])
-        return cls(**{**data, "layers": layers, "notes": tuple(data.get("notes", ()))})
+        thresholds = tuple((name, value) for name, value in data.get("thresholds", ()))
+        notes = tuple(data.get("notes", ()))
+        return cls(**{**data, "layers": layers, "notes": notes, "thresholds": thresholds})
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class StepSize:
         steps: Steps taken.
         factor: What the rate is multiplied by; halved when training goes wrong.
         evaluations: Batch evaluations that the measurement took.
+        lowest: The lowest loss there can be; ``loss`` is the distance to it.
     """
 
     eps: float
@@ -63,6 +64,7 @@ class StepSize:
     steps: int = 0
     factor: float = 1.0
     evaluations: int = 0
+    lowest: float = 0.0
 
     @classmethod
     def measure(
@@ -72,6 +74,7 @@ class StepSize:
         seed: int,
         eps: float | None = None,
         half: bool = False,
+        lowest: float = 0.0,
     ) -> Self:
         """Look along some random directions from where the masters are; 17 to 29 evaluations of the batch.
 
@@ -81,11 +84,12 @@ class StepSize:
             seed: Of the directions.
             eps: Size of the perturbation; ``None`` to find one that changes the loss by a hundredth of it.
             half: The model computes in half precision: three hundredths then, and no curvature.
+            lowest: The lowest loss there can be.
 
         Raises:
-            SlzoError: The loss is not finite or not above zero, or does not change at any distance.
+            SlzoError: The loss is not finite or not above the lowest, or does not change at any distance.
         """
-        look = _Look(tuned, loss, seed)
+        look = _Look(tuned, loss, seed, lowest)
         try:
             here = look.here()
             _check(here)
@@ -101,7 +105,7 @@ class StepSize:
                 "it out"
             )
         curvature = 0.0 if half else 2 * (mean - here) / eps**2  # in half precision it drowns in rounding
-        return cls(eps, mean, square, curvature, evaluations=look.evaluations)
+        return cls(eps, mean, square, curvature, evaluations=look.evaluations, lowest=lowest)
 
     @property
     def slope(self) -> float:
@@ -114,7 +118,7 @@ class StepSize:
             return
         self.steps += 1
         self.weight = min(self.weight + 1, _MEMORY)
-        self.loss += (estimate.loss - self.loss) / self.weight
+        self.loss += (estimate.loss - self.lowest - self.loss) / self.weight
         self.square += (statistics.fmean(s * s for s in estimate.projected_grad) - self.square) / self.weight
 
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
@@ -161,12 +165,13 @@ class _Look:
     tuned: TunedTensors
     loss: Loss
     seed: int
+    lowest: float
     evaluations: int = 0
 
     def here(self) -> float:
         """Loss without a perturbation; the live weights must be at the masters."""
         self.evaluations += 1
-        return float(self.loss.at([Point({}, 0.0)])[0])
+        return float(self.loss.at([Point({}, 0.0)])[0]) - self.lowest
 
     def at(self, eps: float, directions: int) -> tuple[float, float]:
         """Mean loss and mean squared slope at a distance along some directions."""
@@ -174,7 +179,7 @@ class _Look:
         for query in range(directions):
             z = self.tuned.draw(self.seed, _PROBE_STEP, query)
             high, low = self.loss.at([Point(z, eps), Point(z, -eps)]).tolist()
-            losses.append((high + low) / 2)
+            losses.append((high + low) / 2 - self.lowest)
             squares.append(((high - low) / (2 * eps)) ** 2)
         self.evaluations += 2 * directions
         return statistics.fmean(losses), statistics.fmean(squares)

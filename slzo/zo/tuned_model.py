@@ -16,7 +16,9 @@ from slzo.data.batch import Row, TrainBatch
 from slzo.errors import SlzoError
 from slzo.evaluation.decoding import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
+from slzo.evaluation.generation import Answer
 from slzo.evaluation.prompt_states import PromptStates
+from slzo.evaluation.sampling import Sampling
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
@@ -259,28 +261,44 @@ class TunedModel:
         objective: Objective,
         evaluator: Evaluator | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+        seed: int = 0,
+        step: int = 0,
     ) -> Loss:
         """The loss of a batch, the rows of this process on the model's device, as a function of what is tuned.
 
-        ``evaluator`` generates answers for objectives that look at them; ``reduce`` adds tensors up over processes.
+        ``evaluator`` generates answers for objectives that look at them; ``reduce`` adds tensors up over processes; ``seed`` and
+        ``step`` are for objectives that sample.
         """
 
-        def answers(points: Sequence[Point], rows: Sequence[Sequence[Row]]) -> list[list[str]]:
+        def answers(
+            points: Sequence[Point], rows: Sequence[Sequence[Row]], sampling: Sampling | None
+        ) -> list[list[Answer]]:
             if evaluator is None:
                 raise SlzoError(f"data.objective {objective.describe()}: generates answers, and no evaluator is given")
-            return self.answers(evaluator, points, rows)
+            return self.answers(evaluator, points, rows, sampling)
 
-        return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce))
+        return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce, seed, step))
 
-    def answers(self, evaluator: Evaluator, points: Sequence[Point], rows: Sequence[Sequence[Row]]) -> list[list[str]]:
-        """Generated answers to the rows of each point; the live weights stay at one of the points."""
+    def answers(
+        self,
+        evaluator: Evaluator,
+        points: Sequence[Point],
+        rows: Sequence[Sequence[Row]],
+        sampling: Sampling | None = None,
+    ) -> list[list[Answer]]:
+        """Generated answers to the rows of each point; the live weights stay at one of the points.
+
+        ``sampling`` has a key for each answer, the points one after the other.
+        """
         if self.decodes_together:
             with live_points(self.tensors, points) as write:
-                return evaluator.answers_at_points(rows, VariedLayers(self.span.start, self.span.stop, write))
-        found = []
+                return evaluator.answers_at_points(rows, VariedLayers(self.span.start, self.span.stop, write), sampling)
+        found: list[list[Answer]] = []
         for point, own in zip(points, rows, strict=True):
             self.tensors.write(point.direction, point.scale)
-            found.append(evaluator.answers(own) if own else [])
+            done = sum(map(len, found))
+            keys = None if sampling is None else sampling.of(range(done, done + len(own)))
+            found.append(evaluator.answers(own, keys) if own else [])
         return found
 
     def step(
@@ -309,10 +327,10 @@ class TunedModel:
         clip = None if factor is None else partial(self.history.clip, factor=factor)
         return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update, clip=clip)
 
-    def measure_step(self, loss: Loss, eps: float | None, seed: int) -> StepSize:
+    def measure_step(self, loss: Loss, eps: float | None, seed: int, lowest: float = 0.0) -> StepSize:
         """Measure step sizes on a batch, see :meth:`slzo.zo.step_size.StepSize.measure`."""
         half = self.parts.model.dtype in (torch.bfloat16, torch.float16)
-        return StepSize.measure(self.tensors, loss, seed, eps, half)
+        return StepSize.measure(self.tensors, loss, seed, eps, half, lowest)
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""

@@ -118,7 +118,7 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
 
 def _events(folder: Path) -> dict[str, list[Any]]:
     """All curves of a run, from its TensorBoard events: each point has a value, a step and a wall time."""
-    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing import event_accumulator
 
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()

@@ -8,6 +8,7 @@ from slzo.zo.objectives.answer_likelihood import AnswerLikelihood
 from slzo.zo.objectives.base import AnswerObjective, CandidateObjective, LogitObjective, Objective
 from slzo.zo.objectives.candidate_cross_entropy import CandidateCrossEntropy
 from slzo.zo.objectives.candidate_errors import CandidateErrors
+from slzo.zo.objectives.reward import Reward
 
 __all__ = [
     "LOSS_OBJECTIVES",
@@ -20,6 +21,7 @@ __all__ = [
     "CandidateObjective",
     "LogitObjective",
     "Objective",
+    "Reward",
 ]
 
 LOSS_OBJECTIVES: Mapping[Kind, type[LogitObjective]] = {

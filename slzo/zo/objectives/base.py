@@ -21,16 +21,22 @@ class Objective(ABC):
         generates: Training rows hold a prompt to generate an answer from.
         differentiable: Whether it has a derivative by the logits; estimators that differentiate need one.
         needs_label: Whether rows without a label are of no use; they are left out then.
+        lowest: The lowest loss there can be, which step sizes measure the distance to.
     """
 
     only_gold: bool = False
     generates: bool = False
     differentiable: bool = True
     needs_label: bool = True
+    lowest: float = 0.0
 
     @abstractmethod
     def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
         """The loss of a batch as a function of what is tuned."""
+
+    def problem(self) -> str | None:
+        """Why the last loss is not finite, in words, where the objective knows."""
+        return None
 
     def describe(self) -> str:
         """In a few words; equal for equal objectives."""

@@ -28,6 +28,7 @@ class Choice(NamedTuple):
         margin: How clear the choice is: the smallest distance by which it would be another one, over the chosen layer and those
             that nearly won. ``None``: nothing is said of it, for want of standard errors or because nothing measured decides.
         note: What else is to be known of the choice, a line; empty: nothing.
+        thresholds: ``max_abs`` or ``ratio`` and the value that it was compared with, for the picture.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class Choice(NamedTuple):
     title: str = "chosen layer"
     margin: Margin | None = None
     note: str = ""
+    thresholds: tuple[tuple[str, float], ...] = ()
 
 
 class SelectionRule(ABC):

@@ -36,11 +36,12 @@ class FirstOutlierLayer(SelectionRule):
         if over:
             first = over[0]
             margin = smallest(self._margin(layer) for layer in layers if layer.index <= first.index)
-            return Choice(first.index, rule, "first outlier layer", margin, self._note(over, layers))
+            return Choice(first.index, rule, "first outlier layer", margin, self._note(over, layers), self._thresholds)
         if self.fallback == "max_ratio_jump":
             choice = MaxRatioJump().select(layers)
             margin = smallest([*(self._margin(layer) for layer in layers), choice.margin])
-            return Choice(choice.layer, f"{rule}; none, so {choice.reason}", choice.title, margin)
+            why = f"{rule}; none, so {choice.reason}"
+            return Choice(choice.layer, why, choice.title, margin, thresholds=self._thresholds)
         best = max(layers, key=lambda layer: layer.ratio)
         raise SlzoError(
             f"profiler.rule: no layer has max > {self.max_abs:g} and max/median > {self.ratio:g}; the closest is layer "
@@ -48,6 +49,10 @@ class FirstOutlierLayer(SelectionRule):
             "(profiler.rule.max_abs, profiler.rule.ratio), set profiler.rule.fallback to max_ratio_jump, or choose a layer with "
             "model.layer"
         )
+
+    @property
+    def _thresholds(self) -> tuple[tuple[str, float], ...]:
+        return (("max_abs", self.max_abs), ("ratio", self.ratio))
 
     def _qualifies(self, layer: LayerStatistics) -> bool:
         return layer.max_abs > self.max_abs and layer.ratio > self.ratio

@@ -1,0 +1,68 @@
+"""Logs what rewards say of a run's steps, and some generated answers as text."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from slzo.data.batch import EvalBatch
+from slzo.evaluation.evaluator import Outcome
+from slzo.module import ZOModule
+from slzo.zo.objectives import Reward
+
+_LONGEST = 1000
+
+
+class AnswerLog(Callback):
+    """Logs the reward of each step with its spread and the answers' length, and answers to dev rows as text in TensorBoard.
+
+    Args:
+        num_examples: Dev rows whose answers are shown after each validation, the same ones each time.
+    """
+
+    def __init__(self, num_examples: int = 4) -> None:
+        self.num_examples = num_examples
+        self._shown: dict[str, str] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the rewards."""
+        objective = pl_module.datamodule.objective if isinstance(pl_module, ZOModule) else None
+        if isinstance(objective, Reward) and objective.report is not None:
+            values = {f"train/{name}": value for name, value in objective.report.values.items()}
+            pl_module.log_dict(values, batch_size=1)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._shown.clear()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first answers."""
+        outcome = outputs.get("outcome") if isinstance(outputs, dict) else None
+        if not isinstance(outcome, Outcome) or not isinstance(batch, EvalBatch) or not outcome.num_tokens:
+            return
+        for place, row in enumerate(batch.rows[: max(0, self.num_examples - len(self._shown))]):
+            reward = "" if outcome.rewarded is None else f"\n\n**reward** {outcome.rewarded.totals[place]:.4g}"
+            prompt, answer = _shown(row.example.prompt), _shown(str(outcome.predictions[place]))
+            self._shown[row.example.id] = f"**prompt**\n\n{prompt}\n\n**answer**\n\n{answer}{reward}"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them."""
+        if isinstance(trainer.logger, TensorBoardLogger) and not trainer.sanity_checking:
+            for id, text in self._shown.items():
+                trainer.logger.experiment.add_text(f"answers/{id}", text, trainer.global_step)
+
+
+def _shown(text: str) -> str:
+    """A text as a block of Markdown, cut to what one reads."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return "\n".join(f"    {line}" for line in cut.split("\n"))

@@ -1,0 +1,219 @@
+"""From conversations to token ids: the chat template, which tokens are the assistant's, and what is cut of long ones."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.data.encoding import Encoder
+from slzo.errors import SlzoError
+from slzo.tasks.base import Example
+from slzo.tasks.messages import ChatFormat, Message
+
+DEFAULT_TEMPLATE = "plain"
+TEMPLATES: Mapping[str, str] = MappingProxyType(
+    {
+        "plain": (
+            "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
+            "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\n\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+        ),
+        "chatml": (
+            "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        ),
+    }
+)
+"""Templates by name, for tokenizers without one: speakers' names before what they say, and ChatML."""
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple[str, str | None]:
+    """The text of a template, and a sentence for the log where it is not the tokenizer's.
+
+    Raises:
+        SlzoError: It is no known name and no file.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict):  # several by name
+        own = own.get("default")
+    if name is None and isinstance(own, str):
+        return own, None
+    if name is None:
+        return TEMPLATES[DEFAULT_TEMPLATE], (
+            f"The tokenizer has no chat template: using the one called {DEFAULT_TEMPLATE} (data.task.template; there are "
+            f"{', '.join(TEMPLATES)}, or a file)."
+        )
+    if name in TEMPLATES:
+        return TEMPLATES[name], f"Using the chat template called {name}."
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8"), f"Using the chat template in {name}."
+    except (OSError, UnicodeDecodeError):
+        raise SlzoError(
+            f"data.task.template {name!r}: no such template and no readable file; choose one of {', '.join(TEMPLATES)}, give a "
+            "file with a Jinja template, or leave it out"
+        ) from None
+
+
+class ChatEncoder(Encoder):
+    """Token ids of conversations as a chat template writes them.
+
+    A prompt is what the template writes up to where the assistant speaks; an answer is what it writes from there to its end of
+    the turn. Both are tokenized on their own, as they are when the model answers.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        max_length: Longest sequence, in tokens.
+        chat: Template and turns to train on.
+
+    Attributes:
+        template: Text of the template.
+        note: A sentence for the log where the template is not the tokenizer's, else ``None``.
+        shortened: Sequences that were too long so far.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
+        super().__init__(tokenizer, max_length)
+        self.chat = chat
+        self.template, self.note = find_template(tokenizer, chat.template)
+        self.shortened = 0
+        self._end = self._end_of_turn()
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What the template writes after the assistant's answer."""
+        return (self._end,) if self._end else ()
+
+    def encode(
+        self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
+    ) -> EncodedExample:
+        if not example.candidates:
+            raise SlzoError(f"example {example.id!r}: has no answer; training and demonstrations need one")
+        turns = self._with_demonstrations(example, demonstrations)
+        ids, counts = self._fit(turns, example.candidates[0], self.max_length, example)
+        first = counts.index(True)
+        own = tuple(counts[first:])
+        return EncodedExample(index, (EncodedSequence(tuple(ids), len(own), None if all(own) else own),), example.gold)
+
+    def encode_prompt(
+        self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = 50
+    ) -> tuple[int, ...]:
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise SlzoError(
+                f"data.max_length {self.max_length}: leaves no room for a prompt beside {max_new_tokens} new tokens; raise it, "
+                "or lower data.task.max_new_tokens"
+            )
+        return tuple(self._fit(self._with_demonstrations(example, demonstrations), None, room, example)[0])
+
+    def _with_demonstrations(self, example: Example, demonstrations: Sequence[Example]) -> tuple[Message, ...]:
+        solved: list[Message] = []
+        for shown in demonstrations:
+            if not shown.candidates:
+                raise SlzoError(f"example {shown.id!r}: has no answer; training and demonstrations need one")
+            solved += [turn for turn in shown.messages if turn.role != "system"]
+            solved.append(Message("assistant", shown.candidates[0]))
+        front = sum(turn.role == "system" for turn in example.messages[:1])
+        return (*example.messages[:front], *solved, *example.messages[front:])
+
+    def _fit(
+        self, turns: tuple[Message, ...], answer: str | None, room: int, example: Example
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of the longest version of a conversation that fits, and which of them are trained on."""
+        ids, counts = self._tokens(turns, answer)
+        if len(ids) <= room:
+            return ids, counts
+        self.shortened += 1
+        for shorter in _shorter(turns):
+            ids, counts = self._tokens(shorter, answer)
+            if len(ids) <= room:
+                return ids, counts
+        # the last turn alone is too long: the most of its end that fits
+        last, low, high = shorter[-1], 0, len(shorter[-1].content)
+        best = None
+        while low <= high:
+            kept = (low + high) // 2
+            cut = Message(last.role, last.content[len(last.content) - kept :])
+            ids, counts = self._tokens((*shorter[:-1], cut), answer)
+            if len(ids) <= room:
+                best, low = (ids, counts), kept + 1
+            else:
+                high = kept - 1
+        if best is None:
+            what = "the template" if answer is None else "the answer with the template"
+            raise SlzoError(
+                f"data.max_length {self.max_length}: {what} of example {example.id!r} alone needs {len(ids)} tokens, {room} are "
+                "there; raise it, or leave out the example"
+            )
+        return best
+
+    def _tokens(self, turns: tuple[Message, ...], answer: str | None) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation; all of them if there is no answer, up to where it begins."""
+        prompt = self._render(turns, True)
+        if answer is None:
+            return self._ids(prompt), []
+        full = self._without_tail(self._render((*turns, Message("assistant", answer)), False))
+        spans = [(len(prompt), len(full))]
+        starts = [prompt]
+        if self.chat.turns == "all":
+            for number, turn in enumerate(turns):
+                if turn.role == "assistant" and number:
+                    before = self._render(turns[:number], True)
+                    after = self._without_tail(self._render(turns[: number + 1], False))
+                    starts += [before, after]
+                    spans.append((len(before), len(after)))
+        if not all(full.startswith(start) for start in starts):
+            advice = "" if self.chat.turns == "last" else "data.task.turns last, or "
+            raise SlzoError(
+                "data.task.template: this template writes former turns anew when others follow, so the tokens of an answer "
+                f"cannot be told; use {advice}data.task.template {', '.join(TEMPLATES)}"
+            )
+        spans.sort()
+        bounds = sorted({0, *(bound for span in spans for bound in span)})
+        trained = {start for start, _ in spans}
+        ids: list[int] = []
+        counts: list[bool] = []
+        for start, stop in pairwise(bounds):
+            piece = self._ids(full[start:stop])
+            ids += piece
+            counts += [start in trained] * len(piece)
+        return ids, counts
+
+    def _render(self, turns: Sequence[Message], asks: bool) -> str:
+        messages = [turn.to_dict() for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asks, chat_template=self.template
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise SlzoError(
+                f"data.task.template: cannot write a conversation of {', '.join(turn.role for turn in turns)} "
+                f"({' '.join(str(error).split())}); give rows that it knows, or another template"
+            ) from error
+        return str(text)
+
+    def _without_tail(self, text: str) -> str:
+        """A text up to the end of its last turn; white space after that is none of the answer."""
+        return text.rstrip() if self._end and text.rstrip().endswith(self._end) else text
+
+    def _end_of_turn(self) -> str:
+        turns = (Message("user", "a"),)
+        prompt = self._render(turns, True)
+        full = self._render((*turns, Message("assistant", "b")), False)
+        _, found, end = full[len(prompt) :].partition("b")
+        return end.strip() if found else ""
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _shorter(turns: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+    """A conversation without its oldest turns, more and more of them, and at last without its system prompt."""
+    front = turns[:1] if turns[0].role == "system" else ()
+    rest = turns[len(front) :]
+    begins = [number for number, turn in enumerate(rest) if turn.role == "user" and number] or []
+    last = rest[begins[-1] :] if begins else rest
+    return [*((*front, *rest[number:]) for number in begins), last]

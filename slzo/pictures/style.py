@@ -1,0 +1,83 @@
+"""What all pictures share: size, colours, whole layer ticks, and how they are saved."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from slzo.files import replacing, write_text
+
+BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#d9730d", "#2a8a3e", "#c62828", "#777777"
+LAYER = "decoder layer (from 0)"
+_DASHES = ("-", "--", ":", "-.")
+_DISTINCT = 10
+
+
+def picture(width: float, height: float, title: str = "", below: str = "") -> Figure:
+    """An empty figure, in inches, with a title and a smaller line below it.
+
+    Margins are set, not found: finding them would take as long again as drawing.
+    """
+    figure = Figure(figsize=(width, height))
+    head = 0.35 * bool(title) + 0.22 * bool(below)
+    figure.subplots_adjust(
+        left=0.85 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - (head + 0.12) / height,
+        hspace=0.25,
+        wspace=0.22,
+    )
+    figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", fontsize=11, weight="bold")
+    figure.text(0.5, 1 - 0.35 / height, below, ha="center", va="top", fontsize=9, color=GREY)
+    return figure
+
+
+def tidy(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:
+    """Name the axes and draw a light grid; ``whole``: the x axis counts, so that it has whole ticks."""
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(visible=True, alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if whole:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def lines(count: int) -> list[tuple[str, str]]:
+    """Colour and dashes for each of some lines: ten colours that are told apart, then the same ones with other dashes."""
+    tones = [str(tone) for tone in _hex(colormaps["tab10"].colors)]  # type: ignore[attr-defined]
+    return [(tones[n % _DISTINCT], _DASHES[n // _DISTINCT % len(_DASHES)]) for n in range(count)]
+
+
+def _hex(colours: Sequence[Sequence[float]]) -> list[str]:
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in colours]
+
+
+def svg_of(figure: Figure, name: str) -> str:
+    """The figure as SVG, its texts as texts; ``name`` keeps the ids of several on one page apart."""
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    found = text.getvalue()
+    return found[found.index("<svg") :]
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Write ``name.png`` and ``name.svg``.
+
+    Returns:
+        The SVG, for a page.
+
+    Raises:
+        SlzoError: They cannot be written.
+    """
+    with replacing(folder / f"{name}.png") as partial:
+        figure.savefig(partial, dpi=120)
+    svg = svg_of(figure, name)
+    write_text(folder / f"{name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg}')
+    return svg

@@ -1,0 +1,96 @@
+"""The figures of a run as a person reads them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.pictures.curves import HeldOut
+from slzo.report.run_files import RunFiles
+
+Rows = Mapping[str, str]
+"""Text by what it is called; empty where a run does not have it."""
+
+
+def scores(run: RunFiles) -> Rows:
+    """Held-out scores with their standard errors, and the dev loss."""
+    summary = run.summary
+    change, error = summary.get("score_change"), summary.get("score_change_standard_error")
+    kind = "paired" if summary.get("score_change_paired") else "unpaired"
+    losses = [point.loss for point in run.points if point.loss is not None]
+    return {
+        "metric": run.metric if summary else "",
+        "held-out rows": _number(summary.get("num_rows")),
+        "before": _held_out(run.held_out("before")),
+        "after": _held_out(run.held_out("after")),
+        "change": "" if change is None else f"{change:+.4f}" + ("" if error is None else f" ± {error:.4f} ({kind})"),
+        "dev loss, first to best": f"{losses[0]:.4f} → {min(losses):.4f}" if losses else "",
+    }
+
+
+def _held_out(score: HeldOut | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")
+
+
+def method(run: RunFiles) -> Rows:
+    """What was tuned and how."""
+    summary = run.summary
+    layer, total = summary.get("dominant_layer"), summary.get("num_layers")
+    tuned, parameters = summary.get("tuned_parameters"), summary.get("total_parameters")
+    return {
+        "model": str(summary.get("model") or run.config.get("model.model") or ""),
+        "task": run.task,
+        "scope": str(summary.get("scope", "")),
+        "layer": "" if layer is None else f"{layer} of {total}: {summary.get('layer_chosen_by', '')}",
+        "tuned parameters": f"{tuned:,} of {parameters:,}" if tuned is not None and parameters else "",
+        "estimator": str(summary.get("estimator", "")),
+        "optimizer": str(summary.get("optimizer", "")),
+        "learning rate": _rate(summary),
+        "eps": _number(summary.get("eps")),
+        "seed": _number(summary.get("seed")),
+    }
+
+
+def _rate(summary: Mapping[str, Any]) -> str:
+    given, end = summary.get("lr"), summary.get("lr_at_end")
+    return "" if given is None else f"{given}" + ("" if end is None or end == given else f", {end:.3g} at the end")
+
+
+def speed(run: RunFiles) -> Rows:
+    """Steps, time and memory."""
+    summary = run.summary
+    steps, training = summary.get("steps"), summary.get("train_seconds")
+    memory = summary.get("peak_memory_gb")
+    return {
+        "steps": _number(steps),
+        "evaluations of a batch": _number(summary.get("evaluations")),
+        "seconds in all": _number(summary.get("seconds")),
+        "seconds of training": _number(training),
+        "seconds a step, validations included": f"{training / steps:.3g}" if steps and training else "",
+        "peak memory": "" if memory is None else f"{memory:.3g} GiB",
+        "skipped steps": _number(summary.get("skipped_steps")),
+        "times taken back": _number(summary.get("times_taken_back")),
+    }
+
+
+def versions(run: RunFiles) -> Rows:
+    """What it ran on, and how it was called."""
+    found = run.environment
+    devices = ", ".join(found.get("devices") or [])
+    rows = {name: str(version) for name, version in (found.get("versions") or {}).items()}
+    rows |= {
+        "commit": str(found.get("commit") or ""),
+        "system": str(found.get("system", "")),
+        "processor": str(found.get("processor", "")),
+        "device": devices if str(found.get("device", "")).startswith("cuda") else str(found.get("device", "")),
+        "threads": _number(found.get("threads")),
+        "processes": _number(found.get("processes")),
+        "command": str(found.get("command", "")),
+    }
+    return rows
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)

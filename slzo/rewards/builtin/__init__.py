@@ -1,0 +1,1 @@
+"""Built-in rewards, one file each; :mod:`slzo.rewards.registry` lists them."""

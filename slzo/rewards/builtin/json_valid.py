@@ -1,0 +1,48 @@
+"""The answer is JSON, and of a schema."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from slzo.rewards.answers import text_of
+
+_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
+
+
+def json_valid(
+    completions: Sequence[Any], schema: Mapping[str, Any] | str | Sequence[Any] | None = None, partial: float = 0.0
+) -> list[float]:
+    """1 if the answer is JSON that follows the schema, ``partial`` if it is JSON that does not, else 0.
+
+    ``schema`` is a JSON schema or the path of a file with one, as an argument, or each row's own, as a field of that name;
+    without one any JSON will do. An answer may stand between ``` marks. Schemas need jsonschema (pip install
+    'slzo[rewards]').
+    """
+    alone = schema is None or isinstance(schema, str | Mapping)
+    schemas: list[Any] = [schema] * len(completions) if alone else list(schema or ())
+    return [_score(text_of(text), own, partial) for text, own in zip(completions, schemas, strict=True)]
+
+
+def _score(text: str, schema: Mapping[str, Any] | str | None, partial: float) -> float:
+    fenced = _FENCED.fullmatch(text)
+    try:
+        value = json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return 0.0
+    if schema is None:
+        return 1.0
+    return 1.0 if _validator(schema if isinstance(schema, str) else json.dumps(schema)).is_valid(value) else partial
+
+
+@cache
+def _validator(schema: str) -> Any:
+    from jsonschema.validators import validator_for
+
+    text = schema if schema.lstrip().startswith("{") else Path(schema).expanduser().read_text(encoding="utf-8")
+    content = json.loads(text)
+    kind = validator_for(content)
+    kind.check_schema(content)
+    return kind(content)

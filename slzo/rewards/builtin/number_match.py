@@ -1,0 +1,34 @@
+"""The last number of the answer is that of a reference."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from slzo.rewards.answers import text_of
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+
+
+def number_match(
+    completions: Sequence[Any], references: Sequence[Sequence[str]], tolerance: float = 1e-6
+) -> list[float]:
+    """1 if the last number in the answer is the last one of a reference, up to a relative ``tolerance``, else 0.
+
+    Commas within a number are taken for thousands: "The total is 1,250." matches "#### 1250".
+    """
+    pairs = zip(completions, references, strict=True)
+    return [float(_matches(last_number(text_of(completion)), own, tolerance)) for completion, own in pairs]
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text; ``None`` if there is none."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _matches(number: float | None, references: Sequence[str], tolerance: float) -> bool:
+    wanted = [last_number(text) for text in references]
+    return number is not None and any(
+        each is not None and math.isclose(number, each, rel_tol=tolerance, abs_tol=tolerance) for each in wanted
+    )

@@ -1,0 +1,17 @@
+"""The answer matches a regular expression."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from slzo.rewards.answers import text_of
+
+
+def regex(completions: Sequence[Any], pattern: str | Sequence[str], whole: bool = False) -> list[float]:
+    """1 if the pattern is found in the answer (``whole``: matches all of it), else 0.
+
+    ``pattern`` is one for all rows, as an argument, or each row's own, as a field of that name.
+    """
+    patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
+    pairs = zip(patterns, completions, strict=True)
+    return [float(bool((re.fullmatch if whole else re.search)(own, text_of(completion)))) for own, completion in pairs]

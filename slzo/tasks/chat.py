@@ -1,0 +1,114 @@
+"""Conversations of one's own, described in the config: written by the model's chat template, trained on what the assistant says.
+
+Source: ``train_file`` (and ``dev_file``, ``test_file``), a folder or the Hub. A row is ``messages`` (turns with role and
+content), or ``prompt`` and ``completion`` (texts or turns), or ``instruction``, ``input`` and ``output`` (Alpaca).
+Metric: perplexity of the answers, or of generated ones what ``metrics`` names.
+"""
+
+from slzo.errors import SlzoError
+from slzo.rewards.registry import check_metrics
+from slzo.tasks.base import Example, Kind, Split, Task
+from slzo.tasks.checks import check_max_new_tokens, check_stop
+from slzo.tasks.fields import Fields, shown
+from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
+
+
+class ChatTask(Task):
+    """Chat data: rows of ``messages``, of ``prompt`` and ``completion``, or of ``instruction``, ``input`` and ``output``.
+
+    The last turn is the answer where the assistant speaks it; a row without an answer can be answered and rewarded, but not
+    trained on by its likelihood. Where a conversation is too long, former turns are left out, then the system prompt, and then
+    the last user turn is cut at its beginning; the answer stays whole.
+
+    Args:
+        train_file: JSON Lines, CSV or Parquet.
+        dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
+        test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
+        system: System prompt of rows that have none of their own; left out, the template may add its own.
+        turns: Train on all of the assistant's turns, or on the last alone.
+        template: Chat template: chatml, plain, or a file with one; left out, the tokenizer's, or plain where it has none.
+        max_new_tokens: Longest generated answer, in tokens.
+        stop: Texts that end a generated answer, beside the template's end of a turn.
+        metrics: What held-out rows are scored by, the first sums a run up: perplexity, or of generated answers f1, exact_match
+            and other built-in rewards.
+        name: Name of the task in logs and file names.
+
+    Raises:
+        SlzoError: An argument is wrong.
+    """
+
+    kind = Kind.GENERATION
+
+    def __init__(
+        self,
+        train_file: str | None = None,
+        dev_file: str | None = None,
+        test_file: str | None = None,
+        system: str | None = None,
+        turns: Turns = "all",
+        template: str | None = None,
+        max_new_tokens: int = 256,
+        stop: list[str] | None = None,
+        metrics: list[str] | None = None,
+        name: str = "chat",
+    ) -> None:
+        self.name = name
+        self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
+        files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
+        self.files = {split: file for split, file in files.items() if file is not None}
+        if system is not None and not system.strip():
+            raise SlzoError("data.task.system: is empty; give it some text, or leave it out")
+        if turns not in ("all", "last"):
+            raise SlzoError(f"data.task.turns {turns!r}: choose all or last")
+        self.system, self.turns, self.template = system, turns, template
+        self.chat = ChatFormat(template, turns)
+        self.max_new_tokens = check_max_new_tokens(max_new_tokens)
+        self.stop = check_stop(stop or ())
+        self.metrics = check_metrics(("perplexity",) if metrics is None else metrics)
+        self.metric = self.metrics[0]
+
+    def example(self, row: Fields, id: str) -> Example:
+        turns, answer = _turns(row)
+        if not turns:
+            raise ValueError("the answer has no turn before it; begin with one of the user's")
+        if turns[-1].role in ("system", "assistant"):
+            raise ValueError(f"the turn before the answer is the {turns[-1].role}'s; it must be the user's")
+        if not any(turn.content.strip() for turn in turns if turn.role != "system"):
+            raise ValueError("what the user says is empty; give it some text")
+        if answer is not None and not answer.strip():
+            raise ValueError("the answer is empty; give it some text, or leave it out")
+        if self.system is not None and turns[0].role != "system":
+            turns = (Message("system", self.system), *turns)
+        known = () if answer is None else (answer,)
+        shown_as = turns[0].content if len(turns) == 1 else "\n".join(f"{t.role}: {t.content}" for t in turns)
+        references = tuple(text.strip() for text in known)
+        return Example(id, shown_as.strip(" "), known, tuple(range(len(known))), references, messages=turns)
+
+
+def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
+    """The turns up to the answer, and the answer if there is one."""
+    if row.get("messages") is not None:
+        return _split_off_answer(read_messages(row["messages"], "messages"))
+    if row.get("prompt") is not None:
+        prompt, answer = row["prompt"], row.get("completion")
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else read_messages(prompt, "prompt")
+        if answer is None or isinstance(answer, str):
+            return turns, answer
+        return _split_off_answer((*turns, *read_messages(answer, "completion")))
+    if row.get("instruction") is not None:
+        instruction, more, answer = (_text(row, name) for name in ("instruction", "input", "output"))
+        asked = instruction if not more.strip() else f"{instruction}\n\n{more}"
+        return (Message("user", asked),), answer if row.get("output") is not None else None
+    present = ", ".join(str(name) for name, value in row.items() if value is not None)
+    raise ValueError(f"field 'messages' is missing, and so are 'prompt' and 'instruction'; the row has {present}")
+
+
+def _split_off_answer(turns: tuple[Message, ...]) -> tuple[tuple[Message, ...], str | None]:
+    return (turns[:-1], turns[-1].content) if turns[-1].role == "assistant" else (turns, None)
+
+
+def _text(row: Fields, name: str) -> str:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {shown(value)}; it must be text")
+    return value or ""

@@ -1,0 +1,269 @@
+"""Conversations: rows, templates, which tokens are trained on, what is cut, splits, and the commands."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from transformers import AutoTokenizer
+
+from slzo.__main__ import main
+from slzo.batches.losses import answer_loss
+from slzo.batches.packing import pack
+from slzo.data.chat import TEMPLATES, ChatEncoder
+from slzo.data.sources import load_examples
+from slzo.data.splits import draw_splits, part_test
+from slzo.errors import SlzoError
+from slzo.models.parts import ModelParts
+from slzo.tasks.base import Example
+from slzo.tasks.chat import ChatTask
+from slzo.tasks.messages import ChatFormat, Message
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Hi there."},
+    {"role": "user", "content": "A film?"},
+    {"role": "assistant", "content": "It was great."},
+]
+
+
+def example_of(row, **options):
+    return ChatTask(**options).example(row, "7")
+
+
+def chatml(turns):
+    return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+
+
+def encoder(max_length=512, template="chatml", turns="all"):
+    return ChatEncoder(make_tokenizer(), max_length, ChatFormat(template, turns))
+
+
+def text_of(ids):
+    return make_tokenizer().decode(ids)
+
+
+def scored_text(sequence):
+    return text_of([sequence.ids[place] for place in sequence.places])
+
+
+def test_three_forms_of_rows():
+    talk = example_of({"messages": TALK})
+    assert [(turn.role, turn.content) for turn in talk.messages] == [(t["role"], t["content"]) for t in TALK[:-1]]
+    assert (talk.candidates, talk.gold, talk.references) == (("It was great.",), (0,), ("It was great.",))
+    plain = example_of({"prompt": "Why?", "completion": " So."}, system="Be kind.")
+    assert plain.messages == (Message("system", "Be kind."), Message("user", "Why?"))
+    assert (plain.candidates, plain.references) == ((" So.",), ("So.",))
+    turns = example_of({"prompt": TALK[:2], "completion": [TALK[2]]}, system="unused: the row has one")
+    assert turns.messages == (Message("system", "Be brief."), Message("user", "Hello?"))
+    alpaca = example_of({"instruction": "Translate", "input": "cat", "output": "chat"})
+    assert (alpaca.prompt, alpaca.candidates) == ("Translate\n\ncat", ("chat",))
+    assert example_of({"instruction": "Write", "input": "", "output": "x"}).prompt == "Write"
+    parts = example_of({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}]})
+    assert (parts.prompt, parts.candidates, parts.gold) == ("ab", (), ())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "x"}, "field 'messages' is 'x'; it must be a list of turns with role and content"),
+        ({"messages": [{"role": "user"}]}, "field 'messages', turn 1 is"),
+        ({"messages": TALK[2:3]}, "the answer has no turn before it"),
+        ({"messages": [*TALK[:3], TALK[2]]}, "the turn before the answer is the assistant's; it must be the user's"),
+        ({"prompt": "x", "completion": " "}, "the answer is empty"),
+        ({"prompt": " "}, "what the user says is empty"),
+        ({"instruction": "x", "input": 3}, "field 'input' is 3; it must be text"),
+        ({"text": "x"}, "field 'messages' is missing, and so are 'prompt' and 'instruction'; the row has text"),
+    ],
+)
+def test_rows_that_do_not_fit(row, message):
+    with pytest.raises(ValueError, match=message):
+        example_of(row)
+
+
+def test_the_assistants_tokens_are_scored_and_no_others():
+    example = example_of({"messages": TALK})
+    (every,) = encoder().encode(example, 0).sequences
+    assert text_of(every.ids) == chatml(TALK).rstrip("\n")
+    assert scored_text(every) == "Hi there.<|im_end|>It was great.<|im_end|>"
+    (last,) = encoder(turns="last").encode(example, 0).sequences
+    assert last.ids == every.ids
+    assert scored_text(last) == "It was great.<|im_end|>"
+    prompt = encoder().encode_prompt(example, max_new_tokens=5)
+    assert text_of(prompt) == chatml(TALK[:-1]) + "<|im_start|>assistant\n"
+    assert every.ids[: len(prompt)] == prompt
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_a_plain_pass():
+    model, made = tiny_model(), encoder()
+    generator, rows, total, count = random.Random(0), [], 0.0, 0
+    for number in range(4):
+        turns = [
+            {**turn, "content": turn["content"] * generator.randint(1, 3)} for turn in TALK[: 3 if number == 2 else 5]
+        ]
+        rows.append(made.encode(example_of({"messages": turns}), number))
+        ids, mask = [], []
+        for turn in turns:  # the template by hand
+            for text, counts in (
+                (f"<|im_start|>{turn['role']}\n", False),
+                (f"{turn['content']}<|im_end|>", turn["role"] == "assistant"),
+                ("\n", False),
+            ):
+                piece = made.tokenizer(text)["input_ids"]
+                ids += piece
+                mask += [counts] * len(piece)
+        logs = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        total -= sum(float(logs[at - 1, ids[at]]) for at in range(len(ids)) if mask[at])
+        count += sum(mask)
+    batch = pack(rows)
+    loss = answer_loss(ModelParts(model).logits(batch), batch)
+    assert float(loss.weight) == count
+    assert float(loss.total) == pytest.approx(total, rel=1e-4)
+    first, second = batch.divide(2)
+    halves = [answer_loss(ModelParts(model).logits(part), part) for part in (first, second)]
+    assert sum(float(half.total) for half in halves) == pytest.approx(total, rel=1e-4)
+
+
+def test_long_conversations_keep_the_last_user_turn_and_the_answer():
+    example = example_of({"messages": TALK})
+    whole = len(encoder().encode(example, 0).sequences[0].ids)
+    made = encoder(whole - 1)
+    (cut,) = made.encode(example, 0).sequences
+    assert text_of(cut.ids) == chatml([TALK[0], *TALK[3:]]).rstrip("\n")  # without the first exchange
+    assert made.shortened == 1
+    (cut,) = encoder(len(cut.ids) - 1).encode(example, 0).sequences
+    assert text_of(cut.ids) == chatml(TALK[3:]).rstrip("\n")  # without the system prompt
+    (short,) = encoder(len(cut.ids) - 3).encode(example, 0).sequences
+    assert text_of(short.ids) == chatml([{**TALK[3], "content": "ilm?"}, TALK[4]]).rstrip("\n")
+    assert scored_text(short) == scored_text(cut)
+    assert text_of(encoder(len(cut.ids) - 3).encode_prompt(example, max_new_tokens=2)).endswith("assistant\n")
+    with pytest.raises(
+        SlzoError, match=r"^data.max_length 40: the answer with the template of example '7' alone needs"
+    ):
+        encoder(40).encode(example, 0)
+
+
+def test_demonstrations_are_former_turns():
+    first, second = example_of({"prompt": "A?", "completion": "B."}), example_of({"messages": TALK})
+    text = text_of(encoder().encode_prompt(second, [first], 5))
+    shown = [TALK[0], {"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}, *TALK[1:-1]]
+    assert text == chatml(shown) + "<|im_start|>assistant\n"
+
+
+def test_templates(tmp_path):
+    plain = encoder(template=None)
+    assert plain.note.startswith("The tokenizer has no chat template: using the one called plain")
+    assert text_of(plain.encode(example_of({"messages": TALK}), 0).sequences[0].ids).endswith(
+        "Assistant: It was great.</s>"
+    )
+    assert plain.stop == ("</s>",)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    own = ChatEncoder(tokenizer, 512, ChatFormat())
+    assert (own.note, own.stop) == (None, ("<|im_end|>",))
+    forgets = tmp_path / "forgets.jinja"
+    forgets.write_text("{% for m in messages %}{{ '[' + m['role'] + m['content'] if loop.last else '?' }}{% endfor %}")
+    example = example_of({"messages": TALK[1:]})
+    with pytest.raises(SlzoError, match=r"writes former turns anew .* use data.task.turns last, or data.task.template"):
+        encoder(template=str(forgets)).encode(example, 0)
+    with pytest.raises(SlzoError, match=r"^data.task.template 'nope': no such template and no readable file"):
+        encoder(template="nope")
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for %}")
+    with pytest.raises(SlzoError, match=r"^data.task.template: cannot write a conversation of user \("):
+        encoder(template=str(broken))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"system": " "}, "data.task.system: is empty"),
+        ({"turns": "first"}, "data.task.turns 'first': choose all or last"),
+        ({"max_new_tokens": 0}, "data.task.max_new_tokens 0: must be at least 1"),
+        ({"stop": ["x", ""]}, "data.task.stop"),
+        ({"metrics": ["perplex"]}, "data.task.metrics 'perplex': no such metric; did you mean 'perplexity'"),
+        ({"metrics": []}, r"data.task.metrics \[\]: name at least one of perplexity"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(SlzoError, match=message):
+        ChatTask(**arguments)
+
+
+def rows_of(count, prefix="p"):
+    return [Example(f"{prefix}{i}", f"{prefix} says {i}", (" a",), (0,)) for i in range(count)]
+
+
+def test_held_out_rows_are_drawn_once_for_all_seeds_and_in_no_other_split():
+    pool = [*rows_of(50), Example("twin", "p says 3", (" b",), (0,))]
+    train, test, told = part_test(pool, None)
+    assert len(test) == 10
+    assert "drew 10 of the 51 training rows" in told
+    assert not {example.prompt for example in train} & {example.prompt for example in test}
+    again = part_test(pool[::-1], 4)
+    assert {example.prompt for example in again[1]} <= {example.prompt for example in test}
+    assert len(again[1]) == 4
+    splits = draw_splits(train, test, num_train=30, num_dev=5, num_test=None, seed=1)
+    prompts = [example.prompt for part in (splits.train, splits.dev, splits.test) for example in part]
+    assert len(prompts) == len(set(prompts)) == 45
+
+
+def test_a_dev_split_of_its_own():
+    train, dev, test = rows_of(20), [*rows_of(5, "d"), Example("x", "p says 1", (" a",), (0,))], rows_of(4, "t")
+    dev.append(Example("y", "t says 1", (" a",), (0,)))
+    splits = draw_splits(train, test, num_train=30, num_dev=10, num_test=None, seed=0, dev_pool=dev)
+    assert {example.id for example in splits.dev} == {"d0", "d1", "d2", "d3", "d4", "x"}
+    assert len(splits.train) == 19
+    assert splits.notes == (
+        "Left out 1 dev rows that are also in the test split.",
+        "Left out 1 training rows that are also in the dev split.",
+        "Took 19 of 30 training examples and 6 of 10 dev examples: there are no more usable rows.",
+    )
+
+
+def test_lines_of_bad_rows_are_told(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": TALK[2:3]}) + "\n")
+    with pytest.raises(SlzoError, match=r"talks.jsonl:2: the answer has no turn before it"):
+        load_examples(ChatTask(train_file=str(path)), "train")
+
+
+def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["great", "terrible", "good", "bad"]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": words[i % 4]}]}
+        for i in range(30)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    options = [
+        "--data.task=ChatTask",
+        "--data.task.train_file=talks.jsonl",
+        "--data.task.max_new_tokens=4",
+        "--data.batch_size=8",
+        f"--model.model={model_dir}",
+        "--model.layer=1",
+        "--model.eps=1e-3",
+        "--model.optimizer=SGD",
+        "--model.optimizer.lr=1e-2",
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=2",
+        "--trainer.accelerator=cpu",
+    ]
+    assert main(["fit", *options]) == 0
+    told = capfd.readouterr()
+    assert "No held-out rows are given: drew 6 of the 31 training rows" in told.err
+    assert "using the one called plain" in told.err
+    summary = json.loads((tmp_path / "runs" / "version_0" / "summary.json").read_text())
+    assert summary["metric"] == "perplexity"
+    assert summary["scores_after"].keys() == {"perplexity"}
+    checkpoint = "runs/version_0/checkpoints/last.ckpt"
+    assert main(["predict", "--ckpt_path", checkpoint, "--output", "found.jsonl"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert len(found) == 6
+    assert all(isinstance(record["prediction"], str) and record["gold"][0] in words for record in found)
+    assert main(["export", "--ckpt_path", checkpoint, "--output", "merged"]) == 0
+    assert AutoTokenizer.from_pretrained("merged").chat_template == TEMPLATES["plain"]

@@ -1,0 +1,233 @@
+"""The page on a run or on several: what it says, that it needs no network and no torch; and the files it reads."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import run_dir
+
+from slzo.__main__ import main
+from slzo.report.command import run as report
+from slzo.report.differences import differing
+from slzo.report.run_files import flat, read_run
+from slzo.step_log import StepLog, StepLogWriter, StepRecord
+
+
+class Page(HTMLParser):
+    """Texts, and what is not closed or comes from elsewhere."""
+
+    VOID = frozenset({"meta", "br", "path", "use", "rect", "line", "img"})
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.texts, self.foreign, self.tags = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.foreign += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data") and not v.startswith("#")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def write_run(folder, lr=0.1, score=0.75):
+    """A run folder as a fit leaves it, by hand."""
+    folder.mkdir(parents=True)
+    layers = [
+        {"index": n, "max_abs": 10.0**n, "ratio": 2 * 10.0**n, "max_abs_se": 0.1, "ratio_se": None} for n in range(4)
+    ]
+    files = {
+        "summary.json": {
+            "model": "me/some-model",
+            "task": "sst2",
+            "metric": "accuracy",
+            "score_before": 0.5,
+            "score_after": score,
+            "score_change": score - 0.5,
+            "score_change_standard_error": 0.0125,
+            "score_change_paired": True,
+            "num_rows": 100,
+            "steps": 20,
+            "train_seconds": 10.0,
+            "peak_memory_gb": 0.5,
+            "best_checkpoint": "x/step=10.ckpt",
+            "verdict": "It <rose>.",
+            "dominant_layer": 2,
+            "num_layers": 4,
+            "tuned_parameters": 1000,
+            "total_parameters": 4000,
+        },
+        "environment.json": {"versions": {"torch": "9.9"}, "devices": [], "device": "cpu", "command": "slzo fit"},
+        "outlier_profile.json": {"dominant_layer": 2, "rule": "a rule", "layers": layers, "thresholds": [["ratio", 7]]},
+        "history.json": {
+            "points": [
+                {"step": s, "seconds": s, "loss": 1 / s, "metrics": {"val/accuracy": 0.6}, "peak_memory_gb": 0.5}
+                for s in (10, 20)
+            ]
+        },
+        "samples.json": {
+            "rows": [{"id": "0", "prompt": "<b>good & warm", "gold": ["great"], "before": "bad", "after": "great"}]
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    lines = [
+        "model:",
+        "  optimizer:",
+        "    class_path: torch.optim.SGD",
+        f"    init_args: {{lr: {lr}}}",
+        "data: {seed: 1}",
+    ]
+    (folder / "config.yaml").write_text("\n".join(lines), encoding="utf-8")
+    log = StepLog({}, [StepRecord(n, lr, 1e-3, (1.0, 3.0)) for n in range(3)])
+    StepLogWriter(folder / "zo_log", log).close()
+    return folder
+
+
+def test_the_page_of_a_run(tmp_path, capsys):
+    folder = write_run(tmp_path / "runs" / "version_0")
+    report(["report", str(folder)])
+    assert capsys.readouterr().out == f"Report     {folder / 'report.html'}\n"
+    page = Page(folder / "report.html")
+    assert not page.foreign  # opens offline
+    assert page.tags.count("svg") == 2
+    assert "viewport" in (folder / "report.html").read_text(encoding="utf-8")
+    for said in (
+        "some-model on sst2: version_0",
+        "It <rose>.",
+        "0.5000 ± 0.0500",  # sqrt(0.5 * 0.5 / 100)
+        "0.7500 ± 0.0433",
+        "+0.2500 ± 0.0125 (paired)",
+        "0.1000 → 0.0500",
+        "<b>good & warm great bad ✗ great ✓",
+        "threshold 7",
+        "held-out rows after: 0.75",
+        "torch 9.9",
+        "model.optimizer.lr: 0.1",
+        "0.5 GiB",
+    ):
+        assert said in page.text, said
+
+
+def test_several_runs_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / name / "version_0", lr, 0.75) for name, lr in (("a", 0.1), ("b", 0.2))]
+    report(["report", *map(str, runs), "--output=both.html"])
+    page = Page(Path("both.html"))
+    assert not page.foreign
+    assert page.tags.count("svg") == 2  # one picture of all curves, and the profile that both share
+    assert "What differs a/version_0 b/version_0 model.optimizer.lr 0.1 0.2 Scores" in page.text
+    assert "a/version_0, b/version_0" in page.text
+
+
+def test_options_are_told_apart_by_their_names():
+    options = flat({"model": {"scope": {"class_path": "slzo.zo.scopes.LoRA", "init_args": {"rank": 4}}, "eps": None}})
+    assert options == {"model.scope": "LoRA", "model.scope.rank": 4, "model.eps": None}
+    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == [("b", [2, 3]), ("c", [None, 4])]
+    assert differing([{"a": 1}, {"a": 1}]) == []
+
+
+def test_training_losses_come_from_the_step_log(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert read_run(folder).train == ((1, 2.0), (2, 2.0), (3, 2.0))
+    (folder / "config.yaml").unlink()  # of a run in Python
+    (folder / "zo_log").unlink()
+    StepLogWriter(folder / "zo_log", StepLog({"model": {"eps": 0.5}}, [])).close()
+    assert read_run(folder).config == {"model.eps": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "report: give the folder of a run"),
+        (["nowhere"], "run 'nowhere': no such folder"),
+        (["runs"], "run 'runs': not the folder of a run; runs/version_0 is one"),
+        (["runs/version_0", "--output"], "output '': not a file"),
+        (["runs/version_0", "--model=x"], "option '--model': report knows --output FILE only"),
+        (["damaged"], "its summary.json cannot be read"),
+    ],
+)
+def test_mistakes_in_one_line(tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "version_0").mkdir(parents=True)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "summary.json").write_text("{", encoding="utf-8")
+    assert main(["report", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("slzo: error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_it_needs_no_torch(tmp_path):
+    folder = write_run(tmp_path / "run")
+    code = (
+        f"import sys; from slzo.__main__ import main; assert main(['report', {str(folder)!r}]) == 0; "
+        "assert not {'torch', 'lightning', 'transformers', 'tensorboard'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_run_ends_with_its_page_and_pictures(options, capsys):
+    assert main(["fit", *options, "--report.write=true", "--samples.number=3"]) == 0
+    output = capsys.readouterr().out
+    assert output.rstrip().endswith(f"Report     {run_dir() / 'report.html'}")
+    page = Page(run_dir() / "report.html")
+    assert page.tags.count("svg") == 2
+    for name in ("curves", "outlier_profile"):
+        assert (run_dir() / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (run_dir() / f"{name}.svg").read_text(encoding="utf-8")
+    points = json.loads((run_dir() / "history.json").read_text())["points"]
+    assert [point["step"] for point in points] == [2, 4, 6, 8]
+    summary = json.loads((run_dir() / "summary.json").read_text())
+    assert [point["loss"] for point in points] == [found["loss"] for found in summary["validations"]]
+    rows = json.loads((run_dir() / "samples.json").read_text())["rows"]
+    assert len(rows) == 3
+    assert {row["gold"][0] for row in rows} | {row["before"] for row in rows} <= {"great", "terrible"}
+    capsys.readouterr()
+    checkpoint = summary["best_checkpoint"]
+    assert main(["predict", "--ckpt_path", checkpoint, "--output=p.jsonl"]) == 0
+    predicted = [json.loads(line)["prediction_text"].strip() for line in Path("p.jsonl").read_text().splitlines()]
+    assert [row["after"] for row in rows] == predicted[:3]
+
+
+def test_a_resumed_run_goes_on_with_the_history(options):
+    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+    assert not (run_dir() / "report.html").exists()  # --report.write=false among the options
+    assert main(["fit", *options, "--trainer.max_steps=6", "--samples.number=0", "--ckpt_path=last"]) == 0
+    points = json.loads((run_dir(1) / "history.json").read_text())["points"]
+    assert [point["step"] for point in points] == [2, 4, 6]
+    assert points[:2] == json.loads((run_dir() / "history.json").read_text())["points"]
+    assert points[2]["seconds"] > points[1]["seconds"]
+    assert not (run_dir(1) / "samples.json").exists()
+
+
+def test_runs_of_former_versions_are_read_from_their_events(options):
+    assert main(["fit", *options]) == 0
+    new = read_run(run_dir())
+    (run_dir() / "history.json").unlink()
+    (run_dir() / "zo_log").unlink()
+    old = read_run(run_dir())
+    assert [point.step for point in old.points] == [point.step for point in new.points]
+    assert [point.loss for point in old.points] == pytest.approx([point.loss for point in new.points])
+    assert [point.score for point in old.points] == pytest.approx([point.score for point in new.points])
+    assert [step for step, _ in old.train] == [step for step, _ in new.train]

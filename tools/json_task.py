@@ -1,0 +1,74 @@
+"""A task with a rule for a reward: sentences about made-up people, whose jobs are to be written as JSON.
+
+    python tools/json_task.py --output json_task
+    slzo fit --config configs/json_reward.yaml
+
+Writes train.jsonl and test.jsonl; no sentence is in both. The config names :func:`right_fields` as the reward.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ines Jonas Karin Leo Mira Nils Olga Paul Rosa Simon Tilda Urs"
+_CITIES = "Bonn Bern Graz Oslo Lyon Porto Turin Ghent Malmo Cork Basel Riga Gdansk Split Seville Tartu"
+_JOBS = "baker teacher nurse pilot painter farmer lawyer singer plumber chemist"
+_SENTENCES = (
+    "{name} is {age} years old, works as a {job} and lives in {city}.",
+    "{name}, a {job} from {city}, is {age}.",
+    "In {city} there is a {job} called {name}, {age} years old.",
+    "The {job} {name} lives in {city}. Age: {age}.",
+)
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with ``text`` and the ``fields`` that an answer should hold; no text comes twice."""
+    generator = random.Random(seed)
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < count:
+        name, city, job = (generator.choice(words.split()) for words in (_NAMES, _CITIES, _JOBS))
+        sentence = generator.choice(_SENTENCES)
+        text = sentence.format(name=name, age=generator.randint(18, 80), job=job, city=city)
+        rows[text] = {"text": text, "fields": {"job": job}}
+    return list(rows.values())
+
+
+def right_fields(completions: Sequence[str], fields: Sequence[dict[str, Any]], **columns: Any) -> list[float]:
+    """0 if an answer is no JSON object, else 0.2, and 0.8 times the share of keys, wanted or there, with the right value."""
+    return [_score(answer, wanted) for answer, wanted in zip(completions, fields, strict=True)]
+
+
+def _score(answer: str, wanted: dict[str, Any]) -> float:
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        return 0.0
+    if not isinstance(found, dict):
+        return 0.0
+    right = sum(name in found and found[name] == value for name, value in wanted.items())
+    return 0.2 + 0.8 * right / len(wanted.keys() | found.keys())
+
+
+def main() -> None:
+    """Write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("json_task"), help="folder to write")
+    parser.add_argument("--train", type=int, default=600, help="training rows")
+    parser.add_argument("--test", type=int, default=200, help="held-out rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows")
+    options = parser.parse_args()
+    if options.train < 1 or options.test < 1 or options.train + options.test > 5000:
+        parser.error("--train and --test must be at least 1, and 5000 together at most")
+    rows = make_rows(options.train + options.test, options.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", rows[: options.train]), ("test", rows[options.train :])):
+        path = options.output / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        print(f"Wrote {path} ({len(part)} rows)")
+
+
+if __name__ == "__main__":
+    main()
