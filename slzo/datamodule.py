@@ -18,7 +18,7 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import EvalBatch, EvalCollator, EvalPlan, Row, TrainBatch, TrainCollator, plan_batches
-from slzo.data.blocks import evaluation_blocks, training_blocks
+from slzo.data.blocks import evaluation_blocks, evaluation_prompts, training_blocks, training_prompts
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.data.sampler import EpochBatchSampler
@@ -28,6 +28,7 @@ from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits
 from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
+from slzo.evaluation.prompt_states import PromptStates
 from slzo.models.load import load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.rewards.registry import PERPLEXITY
@@ -455,15 +456,23 @@ class TaskDataModule(LightningDataModule):
         The same after a resume; the training rows of all processes, since each sees others in later epochs.
         """
         yield from evaluation_blocks(self.eval_plan("dev"), self.share_prompts)
-        yield from self.training_blocks()
+        if not self.objective.generates:
+            yield from self.training_blocks()
+
+    def prompt_blocks(self) -> Iterator[Block]:
+        """The same of rows whose answers are generated."""
+        yield from evaluation_prompts(self.eval_plan("dev"), self.scoring_tokens)
+        if self.objective.generates:
+            yield from training_prompts(self.rows("train"), self._first_epoch())
 
     def training_blocks(self) -> Iterator[Block]:
         """The training batches of the first epoch, those of all processes."""
+        yield from training_blocks(self.rows("train"), self._first_epoch(), self.share_prompts)
+
+    def _first_epoch(self) -> Iterator[EpochBatchSampler]:
         _, processes = self._process
-        samplers = (
-            self.train_sampler(self.batch_size, self.seed or 0, lambda: 0, rank, processes) for rank in range(processes)
-        )
-        yield from training_blocks(self.rows("train"), samplers, self.share_prompts)
+        for rank in range(processes):
+            yield self.train_sampler(self.batch_size, self.seed or 0, lambda: 0, rank, processes)
 
     @property
     def _process(self) -> tuple[int, int]:
@@ -478,10 +487,13 @@ class TaskDataModule(LightningDataModule):
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         return _CPU_TOKENS if on_cpu else _ACCELERATOR_TOKENS
 
-    def evaluator(self, parts: ModelParts, logits: Logits | None = None) -> Evaluator:
+    def evaluator(
+        self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
+    ) -> Evaluator:
         """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
         rewards = None if self.reward is None else self.reward.of_rows
-        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.scoring_tokens, logits, self.decoding, rewards)
+        own = {"logits": logits, "prompt_states": prompt_states, "decoding": self.decoding, "rewards": rewards}
+        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.scoring_tokens, **own)  # type: ignore[arg-type]
 
     @property
     def decoding(self) -> Decoding:

@@ -272,7 +272,7 @@ class ZOModule(LightningModule):
             self.check_training(self.datamodule)
         self.load(self.datamodule)
         if self.tuned_model is not None:
-            self.tuned_model.forward.cache.clear()  # its keys are those of one data module
+            self.tuned_model.forget_prefix()  # its keys are those of one data module
         elif stage == "fit" and self._start is not None:
             note, self._start = self._start, None
             self._tune_as(note)
@@ -286,7 +286,7 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.tuned_model is not None
-        self.tuned_model.plan_prefix(self.datamodule.prefix_blocks())
+        self.tuned_model.plan_prefix(self.datamodule.prefix_blocks(), self.datamodule.prompt_blocks())
         self._measure_step()
         choice = self.optimizer_choice
         optimizer = choice.make(self.tuned_model.tensors.masters)
@@ -412,7 +412,10 @@ class ZOModule(LightningModule):
     @property
     def evaluator(self) -> Evaluator:
         """Scores rows with the live weights."""
-        return self.datamodule.evaluator(self.parts, None if self.tuned_model is None else self.tuned_model.logits)
+        tuned = self.tuned_model
+        if tuned is None:
+            return self.datamodule.evaluator(self.parts)
+        return self.datamodule.evaluator(self.parts, tuned.logits, tuned.prompt_states)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""

@@ -44,3 +44,16 @@ def prompt_alone(index: int, ids: tuple[int, ...]) -> EncodedExample:
     """A prompt without an answer."""
     # the last id of a sequence predicts nothing and is dropped; a copy stands for the first answer token
     return EncodedExample(index, (EncodedSequence((*ids, ids[-1]), 1),), ())
+
+
+def prompt_with_gold(index: int, prompt: tuple[int, ...], gold: EncodedExample | None) -> EncodedExample:
+    """A prompt as candidate 0 and its gold answer after it, where it is known, as candidate 1."""
+    alone = prompt_alone(index, prompt)
+    if gold is None or not gold.gold:
+        return alone
+    return EncodedExample(index, (*alone.sequences, gold.sequences[gold.gold[0]]), (1,))
+
+
+def prompt_key(index: int) -> int:
+    """Key under which an example's prompt alone is kept, beside that of the example with its answers."""
+    return -1 - index

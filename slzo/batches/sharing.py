@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise, takewhile
 
 import torch
+from torch import Tensor
 
 from slzo.batches.layout import build_layout
 from slzo.batches.packing import PackedBatch
@@ -16,6 +17,11 @@ def share_beginnings(batch: PackedBatch) -> PackedBatch:
     A token's hidden state depends on the tokens before it only, so the result is the same. The tokens no longer belong to
     single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
     """
+    return common_beginnings(batch)[0]
+
+
+def common_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    """The same, and where each of its tokens is in the given batch, shape (tokens,), int64; on the CPU."""
     ids = batch.input_ids.tolist()
     merged = [-1] * len(ids)
     kept: list[int] = []
@@ -36,7 +42,7 @@ def share_beginnings(batch: PackedBatch) -> PackedBatch:
     # a sequence that another one begins with needs no attention of its own
     sequences = [path for last, path in paths.items() if last not in inner]
     source = torch.tensor(kept)
-    return replace(
+    shared = replace(
         batch,
         input_ids=batch.input_ids[source],
         position_ids=batch.position_ids[source],
@@ -44,6 +50,7 @@ def share_beginnings(batch: PackedBatch) -> PackedBatch:
         example_tokens=(),
         needed=torch.tensor(merged)[batch.needed],
     )
+    return shared, source
 
 
 def chunk_by_tokens(

@@ -11,12 +11,14 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample
+from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
+from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, generate, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
+from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 from slzo.rewards.runner import Rewarded
@@ -60,6 +62,7 @@ class Evaluator:
         logits: Evaluates a packed batch; ``None`` runs the whole model each time.
         decoding: Where generated answers end.
         rewards: Scores generated answers to examples; ``None`` if nobody asks for it.
+        prompt_states: What prompts leave below the tuned layers, kept; ``None`` runs the whole model each time.
     """
 
     parts: ModelParts
@@ -69,12 +72,13 @@ class Evaluator:
     logits: Logits | None = None
     decoding: Decoding = _DECODING
     rewards: Callable[[Sequence[str], Sequence[Example]], Rewarded] | None = None
+    prompt_states: PromptStates | None = None
 
     @torch.no_grad()
     def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
         """Evaluate one batch; ``keep_prefix`` keeps hidden states for the next time it is scored, else the cache is only read."""
         if batch.packed is None:
-            answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows])
+            answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows], keep_prefix)
             assert gold_loss is not None
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
@@ -91,23 +95,53 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
         """Generated answers; ``sampling`` has a key for each row, the likeliest tokens are taken without."""
-        return self._generate(rows, None, sampling)[0]
+        return self._generate(rows, None, keep=False, sampling=sampling)[0]
+
+    def answers_at_points(
+        self, rows: Sequence[Sequence[Row]], varied: VariedLayers, sampling: Sampling | None = None
+    ) -> list[list[Answer]]:
+        """Generated answers to the rows of each of several points, made together.
+
+        ``sampling`` has a key for each of them, the points one after the other.
+        """
+        known = {row.encoded.index: row for own in rows for row in own}
+        place = {key: number for number, key in enumerate(known)}
+        answers, _ = decode(
+            self.parts,
+            [row.prompt for row in known.values()],
+            [Wanted(place[row.encoded.index], point) for point, own in enumerate(rows) for row in own],
+            stop_tokens(self.tokenizer, self.decoding.stop),
+            max_new_tokens=self.decoding.max_new_tokens,
+            prefill_tokens=self.tokens_per_pass,
+            ended=ends_with(self.tokenizer, self.decoding.stop),
+            sampling=sampling,
+            varied=varied,
+            kept=self._kept([prompt_key(key) for key in known], keep=True),
+        )
+        made = iter(answers)
+        return [[self._answer(next(made)) for _ in own] for own in rows]
 
     def _generate(
-        self, rows: Sequence[Row], gold: list[EncodedExample] | None, sampling: Sampling | None = None
+        self, rows: Sequence[Row], gold: list[EncodedExample] | None, keep: bool, sampling: Sampling | None = None
     ) -> tuple[list[Answer], LossSum | None]:
-        tokenizer, stop = self.tokenizer, self.decoding.stop
         made = generate(
             self.parts,
             [row.prompt for row in rows],
-            stop_tokens(tokenizer, stop),
+            stop_tokens(self.tokenizer, self.decoding.stop),
             max_new_tokens=self.decoding.max_new_tokens,
             prefill_tokens=self.tokens_per_pass,
             gold=gold,
-            ended=ends_with(tokenizer, stop),
+            ended=ends_with(self.tokenizer, self.decoding.stop),
             sampling=sampling,
+            kept=self._kept([prompt_key(n) if gold is None else n for n in (row.encoded.index for row in rows)], keep),
         )
-        return [Answer(answer_text(tokenizer, ids, stop), len(ids)) for ids in made.answers], made.gold
+        return [self._answer(ids) for ids in made.answers], made.gold
+
+    def _answer(self, ids: Sequence[int]) -> Answer:
+        return Answer(answer_text(self.tokenizer, ids, self.decoding.stop), len(ids))
+
+    def _kept(self, keys: Sequence[int], keep: bool) -> Kept | None:
+        return None if self.prompt_states is None else Kept(self.prompt_states, keys, keep)
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits, > 0.
-        keys: One per prompt, see :func:`sample_key`.
+        keys: One per answer, see :func:`sample_key`.
     """
 
     temperature: float
@@ -28,7 +28,9 @@ class Sampling:
 
     def disturbed(self, logits: Tensor, rows: Sequence[int], position: int) -> Tensor:
         """Logits over temperature, plus noise; shape as ``logits``, (rows, vocabulary), float32."""
-        noise = np.stack([self._noise(self.keys[row], position, logits.shape[-1]) for row in rows])
+        # answers at several points of the weights have one key
+        drawn = {key: self._noise(key, position, logits.shape[-1]) for key in {self.keys[row] for row in rows}}
+        noise = np.stack([drawn[self.keys[row]] for row in rows])
         return logits.float() / self.temperature + torch.from_numpy(noise).to(logits.device)
 
     def of(self, rows: Sequence[int]) -> "Sampling":

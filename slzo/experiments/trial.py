@@ -286,7 +286,7 @@ class Workbench:
     def _tuned(self, layer: int | None) -> Iterator[TunedModel]:
         """Tune the scope for a while; the model gets its untuned weights back."""
         tuned_model = self.module.tune(layer, self._cache)
-        tuned_model.plan_prefix(self.datamodule.prefix_blocks())
+        tuned_model.plan_prefix(self.datamodule.prefix_blocks(), self.datamodule.prompt_blocks())
         self._cache = tuned_model.forward.cache
         initial = tuned_model.tensors.copy_of_masters()
         try:

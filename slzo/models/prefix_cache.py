@@ -2,13 +2,15 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slzo.batches.blocks import Block
+from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.batches.sharing import chunk_by_tokens
 from slzo.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -25,13 +27,19 @@ class PrefixCache:
         budget_gb: Space to use, in GiB; 0 keeps nothing.
         dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
         directory: Use a memory-mapped file in this folder instead of memory; it has no name and vanishes with the process.
+        beside: Another cache that the budget is shared with, and that comes first.
 
     Raises:
         SlzoError: The folder cannot be written.
     """
 
     def __init__(
-        self, start: int, budget_gb: float, dtype: torch.dtype | None = None, directory: str | None = None
+        self,
+        start: int,
+        budget_gb: float,
+        dtype: torch.dtype | None = None,
+        directory: str | None = None,
+        beside: "PrefixCache | None" = None,
     ) -> None:
         self.start = start
         self.budget = int(budget_gb * 2**30)
@@ -39,7 +47,10 @@ class PrefixCache:
         self.directory = directory
         if directory is not None:
             check_cache_folder(directory)
+        self.beside = beside
         self.num_bytes = 0
+        self._planned = 0
+        self._full = False
         self._states: dict[int, Tensor] = {}
         self._plan: dict[int, Block] | None = None
         self._block: Tensor | None = None
@@ -58,14 +69,73 @@ class PrefixCache:
             blocks: Each example is in one of them at most.
             token_bytes: Space that a packed token's states take.
         """
-        self._plan, planned = {}, 0
+        self._plan, self._planned = {}, 0
         for block in blocks:
             size = block.num_tokens * token_bytes
-            if planned + size <= self.budget:
-                planned += size
+            if self._planned + size <= self._room:
+                self._planned += size
                 self._plan |= dict.fromkeys(block.keys, block)
         if not self._states.keys() <= self._plan.keys():
             self.clear()
+
+    def wants(self, key: int) -> bool:
+        """Whether an example's states are kept, or would be."""
+        return key in self or (not self._full and self._room > 0 if self._plan is None else key in self._plan)
+
+    @property
+    def _room(self) -> int:
+        """What the cache beside this one leaves of the budget."""
+        return self.budget - (0 if self.beside is None else max(self.beside.num_bytes, self.beside._planned))
+
+    def states_of(
+        self,
+        batch: PackedBatch,
+        run: Callable[[TokenBatch], Tensor],
+        dtype: torch.dtype,
+        keep: bool,
+        max_tokens: int | None = None,
+    ) -> Tensor:
+        """States of a batch, shape (T, hidden), of a type, rounded as they would come back; ``run`` computes those of tokens.
+
+        Only examples that are not held are run; their states are kept with ``keep``. Those that the plan has are run with the
+        others of their block. With ``max_tokens`` no more than these are run at once; the examples must not share tokens then.
+        """
+        device = batch.input_ids.device
+        if keep:
+            for block in self.blocks_of(key for key in batch.example_index if key not in self):
+                if block.keys != batch.example_index:  # else the batch is the block, and is run below
+                    whole = block.pack().to(device)
+                    states = self._run(run, whole, range(whole.num_examples), max_tokens)
+                    self.put(whole.example_index, whole.example_tokens, states)
+        new: dict[int, Tensor] = {}
+        missing = [number for number, key in enumerate(batch.example_index) if key not in self]
+        if missing:
+            fresh = self._run(run, batch, missing, max_tokens)
+            lengths = [batch.example_tokens[number] for number in missing]
+            if keep:
+                self.put([batch.example_index[number] for number in missing], lengths, fresh)
+            if len(missing) == batch.num_examples:
+                return fresh
+            new = dict(zip(missing, fresh.split(lengths), strict=True))
+        return self.gather(batch.example_index, new, device, dtype)
+
+    def _run(
+        self,
+        run: Callable[[TokenBatch], Tensor],
+        batch: PackedBatch,
+        numbers: Sequence[int],
+        max_tokens: int | None,
+    ) -> Tensor:
+        """States of some of the batch's examples, shape (T, hidden)."""
+        chunks: Sequence[Sequence[int]] = [range(len(numbers))]
+        if max_tokens is not None:
+            sizes = [range(batch.example_tokens[number]) for number in numbers]
+            chunks = chunk_by_tokens(sizes, max_tokens, share=False)
+        states = []
+        for places in chunks:
+            whole = len(places) == batch.num_examples
+            states.append(run(batch if whole else batch.select([numbers[place] for place in places])))
+        return self.round(states[0] if len(states) == 1 else torch.cat(states))
 
     def blocks_of(self, keys: Iterable[int]) -> list[Block]:
         """The planned blocks of some examples."""
@@ -98,7 +168,10 @@ class PrefixCache:
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
             size = states.numel() * dtype.itemsize
             planned = self._plan is None or key in self._plan
-            if not planned or key in self._states or self.num_bytes + size > self.budget:
+            if not planned or key in self._states:
+                continue
+            if self.num_bytes + size > self._room:
+                self._full = True
                 continue
             place = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
             self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
@@ -111,7 +184,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything; needed when the layers before the tuned one change."""
         self._states.clear()
-        self._block, self._used, self.num_bytes = None, 0, 0
+        self._block, self._used, self.num_bytes, self._full = None, 0, 0, False
 
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
         """Room for ``count`` values in the present block, or in a new one."""

@@ -25,7 +25,8 @@ class Surroundings:
     Attributes:
         forward: Evaluates logits.
         tuned: What the loss is a function of.
-        answers: Generates an answer to each row's prompt with the live weights; the likeliest tokens, or sampled ones.
+        answers: Generates an answer to the prompt of each of some rows at each of some points; these have rows of their own.
+            The likeliest tokens, or sampled ones with a key for each answer, the points one after the other.
         reduce: Adds tensors up over processes.
         seed: Of the run, for what is drawn at random.
         step: Of the run.
@@ -33,7 +34,7 @@ class Surroundings:
 
     forward: SuffixForward
     tuned: TunedTensors
-    answers: Callable[[Sequence[Row], Sampling | None], list[Answer]]
+    answers: Callable[[Sequence[Point], Sequence[Sequence[Row]], Sampling | None], list[list[Answer]]]
     reduce: Callable[[Tensor], Tensor]
     seed: int = 0
     step: int = 0
@@ -98,7 +99,7 @@ class BatchLogitLoss(_SummedLoss):
 
 @dataclass(frozen=True)
 class RowsLoss(_SummedLoss):
-    """A loss of what is generated for rows. It runs the whole model: that needs keys and values of every layer."""
+    """A loss of what is generated for rows. At all points together: see :mod:`slzo.evaluation.decoding`."""
 
     def rows_of(self, point: Point) -> tuple[Row, ...]:
         """The rows that a point is evaluated on."""
@@ -124,11 +125,9 @@ class BatchAnswerLoss(RowsLoss):
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         device = self.batch.packed.input_ids.device
+        chosen = [self.rows_of(point) for point in points]
         found = []
-        for point in points:
-            chosen = self.rows_of(point)
-            self.around.tuned.write(point.direction, point.scale)
-            answers = [answer.text for answer in self.around.answers(chosen, None)] if chosen else []
-            losses = self.of_answers(answers, [row.example for row in chosen]) if chosen else []
-            found.append(LossSum(*torch.tensor([sum(losses), float(len(chosen))], device=device)))
+        for rows, answers in zip(chosen, self.around.answers(points, chosen, None), strict=True):
+            losses = self.of_answers([answer.text for answer in answers], [row.example for row in rows]) if rows else []
+            found.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
         return stack(found)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
-from slzo.batches.packing import PackedBatch, TokenBatch
-from slzo.batches.sharing import chunk_by_tokens
+from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point, RowShare
@@ -50,36 +49,9 @@ class SuffixForward:
         """
         if self.span.start == 0:
             return None
-        if keep:
-            for block in self.cache.blocks_of(key for key in batch.example_index if key not in self.cache):
-                if block.keys != batch.example_index:  # else the batch is the block, and is run below
-                    whole = block.pack().to(batch.input_ids.device)
-                    states = self._run_prefix(whole, range(whole.num_examples), max_tokens)
-                    self.cache.put(whole.example_index, whole.example_tokens, states)
-        new: dict[int, Tensor] = {}
-        missing = [number for number, key in enumerate(batch.example_index) if key not in self.cache]
-        if missing:
-            fresh = self._run_prefix(batch, missing, max_tokens)
-            lengths = [batch.example_tokens[number] for number in missing]
-            if keep:
-                self.cache.put([batch.example_index[number] for number in missing], lengths, fresh)
-            if len(missing) == batch.num_examples:
-                return fresh
-            new = dict(zip(missing, fresh.split(lengths), strict=True))
-        return self.cache.gather(batch.example_index, new, batch.input_ids.device, self.parts.model.dtype)
-
-    def _run_prefix(self, batch: PackedBatch, numbers: Sequence[int], max_tokens: int | None) -> Tensor:
-        """States of some of the batch's examples, shape (T, hidden)."""
-        chunks: Sequence[Sequence[int]] = [range(len(numbers))]
-        if max_tokens is not None:
-            sizes = [range(batch.example_tokens[number]) for number in numbers]
-            chunks = chunk_by_tokens(sizes, max_tokens, share=False)
-        states = []
-        for places in chunks:
-            whole = len(places) == batch.num_examples
-            part: TokenBatch = batch if whole else batch.select([numbers[place] for place in places])
-            states.append(self.parts.run(part, 0, self.span.start))
-        return self.cache.round(states[0] if len(states) == 1 else torch.cat(states))
+        return self.cache.states_of(
+            batch, lambda part: self.parts.run(part, 0, self.span.start), self.parts.model.dtype, keep, max_tokens
+        )
 
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""

@@ -14,8 +14,10 @@ from slzo.batches.blocks import Block
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.errors import SlzoError
+from slzo.evaluation.decoding import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer
+from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
@@ -29,8 +31,9 @@ from slzo.models.weight_stream import WeightStream
 from slzo.settings import constructor_settings
 from slzo.zo.batch_loss import Surroundings
 from slzo.zo.clipping import ProjectedGradHistory
-from slzo.zo.estimators import Estimator, Loss, Request
+from slzo.zo.estimators import Estimator, Loss, Point, Request
 from slzo.zo.forward import SuffixForward
+from slzo.zo.live_points import live_points
 from slzo.zo.memory import tuning_bytes
 from slzo.zo.objectives import Objective
 from slzo.zo.optim import OptimizerChoice
@@ -87,11 +90,15 @@ class TunedModel:
         foreign = adapter is not None or (exchanged is not None and exchanged.dequantized)
         own = {} if foreign else {name: tensor.live for name, tensor in self.tensors.items()}
         self.base = None if base is None else base.with_tuned(own)
-        span = Span.of(parts, self.tensors)
+        self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
             dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
             cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
         self.history = ProjectedGradHistory()
+        self.prompt_states: PromptStates | None = None
+        if span.start > 0 and self.decodes_together:
+            beside = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
+            self.prompt_states = PromptStates(parts, beside)
         self._stream = None
         if engine.weights_gb is not None:
             self._stream = WeightStream(parts.layers, span.start, span.stop, int(engine.weights_gb * 2**30))
@@ -220,11 +227,29 @@ class TunedModel:
         low_rank = {path: moved for path, moved in maps.items() if moved is not None}
         return lora_files(low_rank) if len(low_rank) == len(maps) else None
 
-    def plan_prefix(self, blocks: Iterable[Block]) -> None:
-        """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`."""
+    @property
+    def decodes_together(self) -> bool:
+        """Whether answers at several points can be generated together: some layers are the same at all of them."""
+        span, parts = self.span, self.parts
+        some = span.inside and (span.start > 0 or span.stop < parts.num_layers)
+        return some and parts.packed and not parts.compile and parts.virtual_tokens is None
+
+    def plan_prefix(self, blocks: Iterable[Block], prompts: Iterable[Block] = ()) -> None:
+        """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`.
+
+        ``prompts`` are of rows whose answers are generated; they get what the others leave.
+        """
         cache, model = self.forward.cache, self.parts.model
         width = model.config.get_text_config(decoder=True).hidden_size
         cache.plan(blocks, width * (cache.dtype or model.dtype).itemsize)
+        if self.prompt_states is not None:
+            self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes)
+
+    def forget_prefix(self) -> None:
+        """Drop all kept states: their keys are those of one data module."""
+        self.forward.cache.clear()
+        if self.prompt_states is not None:
+            self.prompt_states.cache.clear()
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """See :data:`slzo.evaluation.evaluator.Logits`."""
@@ -245,12 +270,36 @@ class TunedModel:
         ``step`` are for objectives that sample.
         """
 
-        def answers(rows: Sequence[Row], sampling: Sampling | None) -> list[Answer]:
+        def answers(
+            points: Sequence[Point], rows: Sequence[Sequence[Row]], sampling: Sampling | None
+        ) -> list[list[Answer]]:
             if evaluator is None:
                 raise SlzoError(f"data.objective {objective.describe()}: generates answers, and no evaluator is given")
-            return evaluator.answers(rows, sampling)
+            return self.answers(evaluator, points, rows, sampling)
 
         return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce, seed, step))
+
+    def answers(
+        self,
+        evaluator: Evaluator,
+        points: Sequence[Point],
+        rows: Sequence[Sequence[Row]],
+        sampling: Sampling | None = None,
+    ) -> list[list[Answer]]:
+        """Generated answers to the rows of each point; the live weights stay at one of the points.
+
+        ``sampling`` has a key for each answer, the points one after the other.
+        """
+        if self.decodes_together:
+            with live_points(self.tensors, points) as write:
+                return evaluator.answers_at_points(rows, VariedLayers(self.span.start, self.span.stop, write), sampling)
+        found: list[list[Answer]] = []
+        for point, own in zip(points, rows, strict=True):
+            self.tensors.write(point.direction, point.scale)
+            done = sum(map(len, found))
+            keys = None if sampling is None else sampling.of(range(done, done + len(own)))
+            found.append(evaluator.answers(own, keys) if own else [])
+        return found
 
     def step(
         self,

@@ -128,7 +128,7 @@ class _RewardLoss(RowsLoss):
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         objective, asked = self.objective, _Asked()
-        made = [self._answers(point) for point in points]
+        made = self._answers(points)
         places = [[asked.place(answer, row.example) for answer, row in own] for own in made]
         rewarded = objective.rewards(to_reward(asked.answers, asked.examples), all_or_none=True)
         objective.report = _report(rewarded, [place for own in places for place in own], made)
@@ -139,20 +139,20 @@ class _RewardLoss(RowsLoss):
             found.append(LossSum(*torch.tensor([total, len(own) / objective.samples], device=device)))
         return stack(found)
 
-    def _answers(self, point: Point) -> list[tuple[Answer, Row]]:
+    def _answers(self, points: Sequence[Point]) -> list[list[tuple[Answer, Row]]]:
+        """Answers with their rows at each point, the samples of a row one after the other."""
         objective, around = self.objective, self.around
-        rows = [row for row in self.rows_of(point) for _ in range(objective.samples)]
-        if not rows:
-            return []
-        around.tuned.write(point.direction, point.scale)
+        rows = [[row for row in self.rows_of(point) for _ in range(objective.samples)] for point in points]
         sampling = None
         if objective.temperature > 0:
             keys = (
                 sample_key(around.seed, around.step, row.example.id, number % objective.samples)
-                for number, row in enumerate(rows)
+                for own in rows
+                for number, row in enumerate(own)
             )
             sampling = Sampling(objective.temperature, tuple(keys))
-        return list(zip(around.answers(rows, sampling), rows, strict=True))
+        made = around.answers(points, rows, sampling)
+        return [list(zip(answers, own, strict=True)) for answers, own in zip(made, rows, strict=True)]
 
 
 def _report(rewarded: Rewarded, places: Sequence[int], made: Sequence[Sequence[tuple[Answer, Row]]]) -> RewardReport:
