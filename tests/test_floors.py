@@ -34,6 +34,7 @@ FLOORS = [
         "settings",
         "seeding",
         "runtime",
+        "signals",
         "environment",
         "commands",
         "files",
