@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.callbacks.last_checkpoint import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
+from slzo.callbacks.last_checkpoint import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.run_report import RunReport
@@ -37,23 +37,18 @@ from slzo.errors import SlzoError
 from slzo.folder_logger import FolderLogger
 from slzo.module import ZOModule
 from slzo.renames import translate
+from slzo.run_trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, RUNS, TRAINER_DEFAULTS
 from slzo.runtime import keep_freed_memory
 from slzo.tasks.template import TemplateTask  # noqa: F401  --data.task.help knows it by its name then
 from slzo.trainer import ZOTrainer
 from slzo.zo.optim import AUTO_LR
 
-_RUNS = "runs"
 _TRAINER_DEFAULTS = {
     "logger": {
         "class_path": f"{TensorBoardLogger.__module__}.TensorBoardLogger",
-        "init_args": {"save_dir": _RUNS, "name": "", "default_hp_metric": False},
+        "init_args": dict(LOGGER_DEFAULTS),
     },
-    "max_steps": 1000,
-    "val_check_interval": 100,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,
+    **TRAINER_DEFAULTS,
 }
 # how Lightning begins the config that it saves in a run folder
 _SAVED_CONFIG = "# lightning.pytorch=="
@@ -108,10 +103,7 @@ class SlzoCLI(LightningCLI):
             {
                 "profiler.rule": {"class_path": "slzo.zo.selection.LargestFall"},
                 "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
-                "checkpoint.monitor": AUTO_MONITOR,
-                "checkpoint.mode": "min",
-                "checkpoint.filename": "step={step}",
-                "checkpoint.auto_insert_metric_name": False,
+                **{f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()},
             }
         )
         parser.link_arguments("model.model", "data.tokenizer")
@@ -146,7 +138,7 @@ class SlzoCLI(LightningCLI):
             if self._command is None or self._get(self.config_init, "trainer.default_root_dir") is not None:
                 self.save_config_callback = None
             else:
-                kwargs["logger"] = FolderLogger(_RUNS)
+                kwargs["logger"] = FolderLogger(RUNS)
         trainer = super().instantiate_trainer(**kwargs)
         if isinstance(trainer, ZOTrainer):
             trainer.command_line = self._typed
@@ -190,7 +182,7 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
         return list(args)
     checkpoint = checkpoints[-1][2]
     folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
-    folder = folders[-1][2] if folders else _RUNS
+    folder = folders[-1][2] if folders else RUNS
     if checkpoint in NAMES and Path(folder).is_dir():
         name, checkpoint = checkpoint, str(named_checkpoint(checkpoint, folder))
         say(f"Using the {name} checkpoint of the newest run, {checkpoint}")

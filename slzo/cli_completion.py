@@ -19,6 +19,7 @@ from slzo.errors import SlzoError
 from slzo.prompting.commands import parser_of
 
 SHELLS = ("bash", "zsh")
+_WORDS_ONLY = ("completion", "schema", "report")
 _PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object"}
 
 
@@ -47,9 +48,9 @@ def run(args: Sequence[str]) -> None:
 
 def completion_script(shell: str) -> str:
     """A script that a shell sources; files are completed where nothing else is known."""
-    parsers = {name: _parser(name) for name in COMMANDS if name not in ("completion", "schema")}
+    parsers = {name: _parser(name) for name in COMMANDS if name not in _WORDS_ONLY}
     words = {name: " ".join(sorted(_options(parser))) for name, parser in parsers.items()}
-    words |= {"completion": " ".join(SHELLS), "schema": " ".join(parsers)}
+    words |= {"completion": " ".join(SHELLS), "schema": " ".join(parsers), "report": "--output"}
     values = {
         option: " ".join(found)
         for parser in parsers.values()

@@ -24,6 +24,8 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "guard": "guard: goes back when the dev loss jumps",
         "watch": "watch: warns of steps that do nothing",
         "summary": "summary: scores before and after",
+        "samples": "samples: predictions before and after",
+        "report": "report: pictures and page at the end",
         "model.engine": "model.engine: speed and memory",
     }
 )

@@ -14,7 +14,7 @@ from slzo.errors import SlzoError
 from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
 from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 def images(count=64, seed=0):
@@ -48,10 +48,10 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("make", [cnn, Encoder])
-def test_a_classifier_learns_by_the_lines_of_the_readme(make):
+def test_a_classifier_learns_by_the_lines_of_the_page(make):
     model = make().eval()
     batch, (held_x, held_y) = images(), images(seed=1)
-    code = re.search(r"<!-- tested: step -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    code = re.search(r"<!-- tested: step -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
     exec(code, {"torch": torch, "F": F, "model": model, "loader": [batch] * 150})
     with torch.no_grad():
         assert F.cross_entropy(model(batch[0]), batch[1]) < 0.3

@@ -181,7 +181,7 @@ def test_the_step_is_measured_on_the_first_batch_of_the_run(auto, monkeypatch):
 
     monkeypatch.setattr(EpochBatchSampler, "__iter__", noting)
     assert main(["fit", *auto, "--trainer.max_steps=1", "--model.layer=1"]) == 0
-    assert rows.count(rows[0]) == 3  # planned for the cache, measured, trained on
+    assert rows.count(rows[0]) >= 3  # planned for the cache and the memory, measured, trained on
 
 
 def test_eps_end_begins_at_the_measured_eps(auto):

@@ -11,9 +11,11 @@ from slzo.commands import COMMANDS
 
 def printed(capsys, *args):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(args))
-    assert stop.value.code == 0
+    try:
+        status = main(list(args))
+    except SystemExit as stop:  # of the parser
+        status = stop.code
+    assert status == 0
     return capsys.readouterr().out
 
 
@@ -21,7 +23,7 @@ def printed(capsys, *args):
 def test_every_command_has_help(command, capsys):
     text = printed(capsys, command, "--help")
     assert text.startswith(f"usage: slzo {command}")
-    assert len(text.splitlines()) < 140
+    assert len(text.splitlines()) < 200
     assert ("--model.eps " in text) == (COMMANDS[command].module == "slzo.cli" and not COMMANDS[command].own_help)
 
 

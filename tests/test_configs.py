@@ -1,8 +1,10 @@
 """Every shipped config parses and its classes build; the README's commands are real."""
 
 import inspect
+import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,13 @@ CONFIGS = [
     path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "methods" not in yaml.safe_load(path.read_text())
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+GUIDE = README + "".join(
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ["index", "tutorial", "commands", "methods", "harness"]
+)
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Code")[2].partition("```\n\n")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +78,19 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert 'eval "$test_command"' in script
 
 
-@pytest.mark.parametrize("line", re.findall(r"^slzo \w+ --(?:.*\\\n)*.*$", README, re.MULTILINE))
-def test_readme_options_exist(line):
+@cache
+def known_options():
+    return build(["--config", str(ROOT / "configs" / "quickstart.yaml")], run=False).parser.format_help()
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(re.findall(r"^slzo \w+ --(?:.*\\\n)*.*$", GUIDE, re.MULTILINE)))
+def test_options_in_the_pages_exist(line):
     words = shlex.split(line, comments=True)
     assert words[1] in COMMANDS
+    if COMMANDS[words[1]].module != "slzo.cli":  # takes options of its own
+        return
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    text = build(["--config", str(ROOT / "configs" / "quickstart.yaml")], run=False).parser.format_help()
+    text = known_options()
     own = {f"--{name}" for name in inspect.signature(getattr(ZOTrainer, words[1])).parameters}
     chosen = {"optimizer": torch.optim.SGD}  # the quickstart's
     if "--model.scope" in words:
@@ -102,52 +118,92 @@ def registered(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_help_and_readme_name_what_is_registered(kind):
+def test_help_and_methods_name_what_is_registered(kind):
     _, _, owner = KINDS[kind]
     assert registered(kind)
-    for text in (inspect.getdoc(owner), README):
+    for text in (inspect.getdoc(owner), METHODS):
         assert not {name for name in registered(kind) if not re.search(rf"\b{name}\b", text)}
 
 
 @pytest.mark.parametrize("kind", ["scope", "estimator"])
-def test_readme_tables_have_a_row_for_each_and_no_other(kind):
-    table = README.partition(f"\n| {kind} |")[2].partition("\n\n")[0]
+def test_tables_of_methods_have_a_row_for_each_and_no_other(kind):
+    table = METHODS.partition(f"\n| {kind} |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == registered(kind)
 
 
-def test_help_and_readme_name_every_task():
-    for text in (inspect.getdoc(TaskDataModule), README):
+def test_help_and_pages_name_every_task():
+    for text in (inspect.getdoc(TaskDataModule), (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")):
         assert not {name for name in TASKS if not re.search(rf"\b{name}\b", text)}
 
 
-def test_help_and_readme_name_every_builtin_model():
-    for text in (inspect.getdoc(ZOModule), README, (ROOT / "docs" / "models.md").read_text(encoding="utf-8")):
+def test_help_and_pages_name_every_builtin_model():
+    for text in (inspect.getdoc(ZOModule), PAGES, (ROOT / "docs" / "models.md").read_text(encoding="utf-8")):
         assert not {name for name in BUILTIN_MODELS if name not in text}
 
 
-def test_readme_tree_names_every_file_and_folder_of_the_package():
-    tree = README.partition("## Code")[2].partition("```\n\n")[0]
+def test_the_tree_names_every_file_and_folder_of_the_package():
     for path in (ROOT / "slzo").rglob("*"):
         if path.is_dir() and path.name != "__pycache__":
-            assert f" {path.name}/" in tree, path
+            assert f" {path.name}/" in TREE, path
     for path in (ROOT / "slzo").glob("*.py"):
-        assert path.name in tree or path.name == "__init__.py"
+        assert path.name in TREE or path.name == "__init__.py"
 
 
-def test_readme_names_every_folder_and_tool():
-    tree = README.partition("## Code")[2].partition("```\n\n")[0]
+def test_the_tree_names_every_folder_and_tool():
     for path in (ROOT / "slzo").iterdir():
         if path.is_dir() and path.name != "__pycache__":
-            assert f"{path.name}/" in tree
+            assert f"{path.name}/" in TREE
     for path in (ROOT / "tools").glob("*.py"):
-        assert path.name in tree
+        assert path.name in TREE
 
 
 @pytest.mark.parametrize(
-    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem
+    "document",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda path: path.stem,
 )
 def test_documents_hold_figures_not_placeholders(document):
     text = document.read_text()
     for known in ("OMP_NUM_THREADS", "SLZO_CACHE", "SLZO_OFFLINE", "GEMMA_TERMS.html"):
         text = text.replace(known, "")
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b(?!=)", text)
+
+
+def code_block(path, name, language):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return re.search(rf"<!-- tested: {name} -->\n```{language}\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_python_of_the_readme_on_a_tiny_model(model_dir, data_dir):
+    code = code_block("README.md", "python", "python")
+    assert len(code.splitlines()) <= 11
+    rows = f'"sst2", data_dir={str(data_dir)!r}, tokenizer={str(model_dir)!r}, num_train=40, num_dev=16, num_test=12'
+    changes = {
+        '"movie_reviews", num_train=1000, num_dev=200, num_test=500': rows,
+        '"smollm2-135m"': repr(str(model_dir)),
+        "max_steps=320, val_check_interval=40": "max_steps=2, val_check_interval=2, accelerator='cpu'",
+    }
+    for old, new in changes.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    exec(code, {})
+    run = Path("runs/version_0")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert (run / "report.html").is_file()
+    assert len(Path("predictions.jsonl").read_text().splitlines()) == 12
+    assert (Path("tuned-model") / "config.json").is_file()
+
+
+def test_the_task_of_the_tutorial(tmp_path):
+    Path("my_task.yaml").write_text(code_block("docs/tutorial.md", "tutorial", "yaml"))
+    for name in ("my_train", "my_test"):
+        Path(f"{name}.jsonl").write_text('{"text": "A warm and funny film.", "label": "good"}\n')
+    cli = build(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config=my_task.yaml"], run=False)
+    assert cli.datamodule.task.name == "my_reviews"
+
+
+def test_the_notebook_is_the_python_of_the_readme():
+    cells = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    for line in code_block("README.md", "python", "python").splitlines():
+        assert line in source or "predict" in line

@@ -10,6 +10,7 @@ from conftest import run_dir, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
+from slzo.signals import signals_held
 
 # two epochs of 5 batches and a bit
 STEPS = 12
@@ -185,3 +186,17 @@ def test_other_commands_end_with_the_status_of_the_signal(options, monkeypatch, 
     monkeypatch.setattr(ZOModule, "test_step", send)
     assert main(["test", *options]) == 128 + getattr(signal, number)
     assert capsys.readouterr().err.endswith("slzo: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_a_picture(number):
+    seen, done = [], []
+    before = signal.signal(number, lambda *_: seen.append(list(done)))
+    try:
+        with signals_held():
+            signal.raise_signal(number)
+            assert not seen
+            done.append("drawn")
+    finally:
+        signal.signal(number, before)
+    assert seen == [["drawn"]]

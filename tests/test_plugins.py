@@ -12,34 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
 
-README = Path(__file__).parents[1] / "README.md"
-OWN = '''
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+SCOPES = '''
 from enum import Enum
 from pathlib import Path
 
-from slzo.batches.losses import LossSum, by_example
-from slzo.tasks.base import Example, Kind, Task
-from slzo.zo.estimators import Estimate, Estimator, Point
-from slzo.zo.noise import rademacher
-from slzo.zo.objectives import CandidateObjective
 from slzo.zo.scopes import Scope
-from slzo.zo.selection import Choice, SelectionRule
 from slzo.zo.tuned import TunedTensors
-
-
-class Reviews(Task):
-    """Good or bad?"""
-
-    name = "own_reviews"
-    kind = Kind.CLASSIFICATION
-    fields = ("text", "good")
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
-
-    def example(self, row, id):
-        return Example(id, f"{row['text']} It was", (" bad", " good"), (int(row["good"]),))
 
 
 class Weights(Enum):
@@ -77,46 +56,19 @@ class Callback(Scope):
         return "nothing"
 
 
-class Signs(Estimator):
-    """Central differences along random signs."""
-
-    def estimate(self, request):
-        z = request.tuned.draw(request.seed, request.step, 0, rademacher)
-        high, low = request.loss.at([Point(z, request.eps), Point(z, -request.eps)]).tolist()
-        slope = (high - low) / (2 * request.eps)
-        gradient = {}
-        request.tuned.accumulate(gradient, z, slope)
-        return Estimate((high + low) / 2, high, low, (slope,), 2, gradient)
-
-
-class Last(SelectionRule):
-    """The last layer but ``back``."""
-
-    def __init__(self, back: int = 0) -> None:
-        self.back = back
-
-    def select(self, layers):
-        return Choice(layers[-1 - self.back].index, "the last layers")
-
-
-class Margin(CandidateObjective):
-    """How far the best wrong candidate is ahead, at least ``-width``."""
-
-    def __init__(self, width: float = 1.0) -> None:
-        self.width = width
-
-    def of_scores(self, scores, batch):
-        gold = by_example(scores, batch).gather(1, batch.gold[:, None])[:, 0]
-        wrong = by_example(scores.masked_fill(batch.right, -1e9), batch).amax(dim=1)
-        return LossSum((wrong - gold + self.width).clamp(min=0).sum(), gold.new_tensor(float(len(gold))))
 '''
+
+
+def example(name):
+    """An example of the page on parts of one's own."""
+    return re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
 @pytest.fixture
 def config(tmp_path, model_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    Path("own_parts.py").write_text(OWN)
+    Path("own_parts.py").write_text("\n\n".join([SCOPES, *map(example, ("task", "estimator", "rule", "objective"))]))
     for name, count in (("train", 40), ("test", 12)):
         rows = [{"text": f"a {('dull', 'fine')[i % 2]} film {name} {i}", "good": i % 2} for i in range(count)]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -174,9 +126,8 @@ def test_the_objective_is_what_is_minimized(config, capsys):
     assert losses[0] != pytest.approx(losses[1], rel=0.05)
 
 
-def test_the_scope_of_the_readme(config, model_dir):
-    code = re.search(r"<!-- tested: scope -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
-    Path("my_scope.py").write_text(code)
+def test_the_scope_of_the_page(config, model_dir):
+    Path("my_scope.py").write_text(example("scope"))
     assert main(["fit", config, "--model.scope=my_scope.Matrices"]) == 0
     assert {tensor.dim() for tensor in tuned(run_dir() / "checkpoints" / "last.ckpt").values()} == {2}
 
@@ -207,7 +158,7 @@ def test_a_step_without_a_finite_loss_moves_nothing_whatever_the_estimator_retur
 
 
 def test_an_argument_that_is_not_kept_is_refused(config, capsys):
-    Path("forgets.py").write_text(OWN.replace("self.notes = notes", "pass"))
+    Path("forgets.py").write_text(SCOPES.replace("self.notes = notes", "pass"))
     assert main(["fit", config, "--model.scope=forgets.OneKind"]) == 2
     assert "OneKind must keep its argument notes as an attribute of that name" in capsys.readouterr().err
 

@@ -121,7 +121,8 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_layer():
 def test_both_thresholds_must_be_passed():
     layers = statistics((50, 5000), (5000, 500), (200, 2000), (9000, 9000))
     reason = "first layer with max > 100 and max/median > 1000"
-    assert FirstOutlierLayer().select(layers) == Choice(2, reason, "first outlier layer")
+    thresholds = (("max_abs", 100.0), ("ratio", 1000.0))
+    assert FirstOutlierLayer().select(layers) == Choice(2, reason, "first outlier layer", thresholds=thresholds)
     assert FirstOutlierLayer(max_abs=10).select(layers).layer == 0
     assert FirstOutlierLayer(ratio=100).select(layers).layer == 1
 

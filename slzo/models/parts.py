@@ -225,7 +225,7 @@ class ModelParts:
         return self._seen
 
     def prepare(self) -> None:
-        """Look at the model's outputs now; before another attention takes the place of the model's own."""
+        """Look at the model's outputs now: before hooks are set, or another attention takes the place of the model's own."""
         _ = self._outputs
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from slzo.files import replacing, write_text
+from slzo.signals import signals_held
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#d9730d", "#2a8a3e", "#c62828", "#777777"
 LAYER = "decoder layer (from 0)"
@@ -61,7 +62,7 @@ def _hex(colours: Sequence[Sequence[float]]) -> list[str]:
 def svg_of(figure: Figure, name: str) -> str:
     """The figure as SVG, its texts as texts; ``name`` keeps the ids of several on one page apart."""
     text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), signals_held():
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     found = text.getvalue()
     return found[found.index("<svg") :]
@@ -76,7 +77,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     Raises:
         SlzoError: They cannot be written.
     """
-    with replacing(folder / f"{name}.png") as partial:
+    with replacing(folder / f"{name}.png") as partial, signals_held():
         figure.savefig(partial, dpi=120)
     svg = svg_of(figure, name)
     write_text(folder / f"{name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg}')

@@ -192,6 +192,7 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
     """
     found: list[list[_Sequence]] = [[] for _ in range(parts.num_layers)]
     passes = 0
+    parts.prepare()  # what it runs must not be recorded
     for batch in batches:
         handles = [
             layer.register_forward_hook(_recorder(index, found[index], parts, batch))

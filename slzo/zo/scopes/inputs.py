@@ -15,6 +15,7 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
     """Inputs of some linear maps over all tokens of some batches, one tensor per module, shape (tokens, inputs), float32."""
     # oneDNN's stand-ins and compiled layers would not call the hooks
     plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn or parts.compile else parts
+    plain.prepare()  # what it runs must not be recorded
     found: list[list[Tensor]] = [[] for _ in modules]
 
     def recorder(place: int, batch: PackedBatch) -> Any:
