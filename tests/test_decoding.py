@@ -11,6 +11,7 @@ from slzo.batches.blocks import Block
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.evaluation.generation import generate
+from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point
@@ -45,12 +46,13 @@ def plain_answers(family, model, tuned, point, prompts, stops):
     return answers
 
 
-def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, kept=None):
+def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, kept=None, sampling=None):
     with live_points(tuned_model.tensors, points) as write:
         varied = VariedLayers(tuned_model.span.start, tuned_model.span.stop, write)
         return decode(
             tuned_model.parts, prompts, wanted, stops, max_new_tokens=NEW_TOKENS, prefill_tokens=budget, varied=varied,
             kept=kept,
+            sampling=sampling,
         )[0]  # fmt: skip
 
 
@@ -125,6 +127,33 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
     tuned_model.forward.cache.num_bytes = tuned_model.forward.cache.budget
     tuned_model.plan_prefix([], [block])
     assert not any(states.cache.wants(key) for key in keys)
+
+
+@torch.no_grad()
+def test_sampled_answers_are_those_of_one_point_after_the_other():
+    prompts, stops = make_prompts(), {4}
+    model = tiny_model()
+    tuned_model = tuned_layer(ModelParts(model), 2)
+    z = tuned_model.tensors.draw(0, 0, 0)
+    points = [Point(z, EPS), Point(z, -EPS)]
+    # two samples of each prompt, with the same random numbers at both points
+    rows = [n for n in range(len(prompts)) for _ in range(2)]
+    keys = [sample_key(0, 3, str(n), number % 2) for number, n in enumerate(rows)]
+    wanted = [Wanted(n, p) for p in range(2) for n in rows]
+    found = joint_answers(tuned_model, points, prompts, wanted, stops, sampling=Sampling(2.0, (*keys, *keys)))
+    expected = []
+    for point in points:
+        tuned_model.tensors.write(point.direction, point.scale)
+        for n, key in zip(rows, keys, strict=True):
+            ids: list[int] = list(prompts[n])
+            for position in range(NEW_TOKENS):
+                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
+                ids.append(int(Sampling(2.0, (key,)).disturbed(logits, [0], position).argmax()))
+                if ids[-1] in stops:
+                    break
+            expected.append([token for token in ids[len(prompts[n]) :] if token not in stops])
+    assert found == expected
+    assert found[0] != found[1]
 
 
 @torch.no_grad()
