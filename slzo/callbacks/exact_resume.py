@@ -35,6 +35,11 @@ class ExactResume(Callback):
             self._validated = trainer.global_step
 
     @property
+    def told(self) -> bool:
+        """Whether a checkpoint has said which validation was the last one."""
+        return self._told
+
+    @property
     def validated(self) -> int:
         """The step of the last whole validation."""
         return self._validated
@@ -66,9 +71,11 @@ class FinishingFitLoop(_FitLoop):
     def on_run_end(self) -> None:
         """Validate the last step, which may be the best one, and end."""
         trainer = self.trainer
-        done = next((c.validated for c in trainer.callbacks if isinstance(c, ExactResume)), 0)  # type: ignore[attr-defined]
+        known = next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)  # type: ignore[attr-defined]
+        done = self._begun_at if known is None or not known.told else 0
+        done = done if known is None else max(done, known.validated)
         wanted = trainer.enable_validation and not trainer.interrupted
-        if wanted and trainer.global_step > max(done, self._begun_at):
+        if wanted and trainer.global_step > done:
             self.epoch_loop._batches_that_stepped -= 1  # loggers get the step that others of the same step have
             trainer.validating = True
             self.epoch_loop.val_loop.run()
@@ -77,7 +84,7 @@ class FinishingFitLoop(_FitLoop):
         super().on_run_end()
 
     def on_run_start(self) -> None:
-        """Note where the run begins: a resumed one without steps left changes nothing."""
+        """Note where the run begins: a resumed one without steps left changes nothing, if it is not known to owe a validation."""
         self._begun_at = self.trainer.global_step
         super().on_run_start()
 
