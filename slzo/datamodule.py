@@ -492,8 +492,16 @@ class TaskDataModule(LightningDataModule):
     ) -> Evaluator:
         """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
         rewards = None if self.reward is None else self.reward.of_rows
-        own = {"logits": logits, "prompt_states": prompt_states, "decoding": self.decoding, "rewards": rewards}
-        return Evaluator(parts, self.encoder.tokenizer, self.loss, self.scoring_tokens, **own)  # type: ignore[arg-type]
+        return Evaluator(
+            parts,
+            self.encoder.tokenizer,
+            self.loss,
+            self.scoring_tokens,
+            logits=logits,
+            prompt_states=prompt_states,
+            decoding=self.decoding,
+            rewards=rewards,
+        )
 
     @property
     def decoding(self) -> Decoding:

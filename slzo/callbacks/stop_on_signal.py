@@ -93,8 +93,10 @@ class StopOnSignal(Callback):
         """Find out how many batches every process has: at these they can agree."""
         if not self.handles:
             return
-        own = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
-        self._common_batches = int(own if self._alone else trainer.strategy.reduce(own, reduce_op="min"))
+        self._common_batches = int(sum(trainer.num_val_batches))
+        if not self._alone:
+            own = torch.tensor(float(self._common_batches), device=trainer.strategy.root_device)
+            self._common_batches = int(trainer.strategy.reduce(own, reduce_op="min"))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

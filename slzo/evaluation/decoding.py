@@ -107,6 +107,7 @@ class _Stage:
         """One more token of each row; states (rows, hidden) in their order."""
         new = NewTokens(self.buffers)
         ids = torch.tensor([newest[row] for row in self.rows], device=new.positions.device)
+        # attention is ``new``'s own, and nothing looks at a layout
         tokens = TokenBatch(ids, new.positions, None)  # type: ignore[arg-type]
         output = run_with(self.parts, tokens, new.attend, self.start, self.stop, hidden)
         for buffer in self.buffers:
