@@ -16,7 +16,7 @@ from test_cli import bad
 
 from slzo.__main__ import main
 from slzo.cli_auto import spelled_out, with_words
-from slzo.data.sampler import EpochBatchSampler
+from slzo.module import ZOModule
 from slzo.zo.step_size import StepSize
 
 LEARNS = [
@@ -172,16 +172,16 @@ def test_eps_alone_may_be_measured_and_lr_alone(auto):
 
 def test_the_step_is_measured_on_the_first_batch_of_the_run(auto, monkeypatch):
     rows = []
-    original = EpochBatchSampler.__iter__
+    original = ZOModule.loss_of
 
-    def noting(self):
-        for numbers in original(self):
-            rows.append(list(numbers))
-            yield numbers
+    def noting(self, batch, *args):
+        rows.append(batch.packed.example_index)
+        return original(self, batch, *args)
 
-    monkeypatch.setattr(EpochBatchSampler, "__iter__", noting)
-    assert main(["fit", *auto, "--trainer.max_steps=1", "--model.layer=1"]) == 0
-    assert rows.count(rows[0]) >= 3  # planned for the cache and the memory, measured, trained on
+    monkeypatch.setattr(ZOModule, "loss_of", noting)
+    assert main(["fit", *auto, "--trainer.max_steps=2", "--model.layer=1"]) == 0
+    measured, first, second = rows
+    assert measured == first != second
 
 
 def test_eps_end_begins_at_the_measured_eps(auto):

@@ -76,6 +76,10 @@ class FinishingFitLoop(_FitLoop):
         done = done if known is None else max(done, known.validated)
         wanted = trainer.enable_validation and not trainer.interrupted
         if wanted and trainer.global_step > done:
+            if trainer.global_step == self._begun_at and _place(trainer, trainer.global_step)[1] > 0:
+                # as where max_steps has just cut the epoch off
+                self.epoch_progress.increment_processed()
+                self.epoch_progress.increment_completed()
             self.epoch_loop._batches_that_stepped -= 1  # loggers get the step that others of the same step have
             trainer.validating = True
             self.epoch_loop.val_loop.run()
