@@ -52,8 +52,8 @@ class ZOModule(LightningModule):
         layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
         scope: What is tuned: LayerScope (all of the dominant layer, when left out), OutlierChannels, ActivationSubspace, LoRA,
             PrefixTuning, AllParameters, RandomLayers, SmallestWeights, or your own Scope.
-        estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, ForwardGradient, Backprop (the
-            first-order reference), or your own Estimator.
+        estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, EvolutionStrategy, ForwardGradient,
+            Backprop (the first-order reference), or your own Estimator.
         eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by a hundredth of it.
         eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
         num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.

@@ -37,6 +37,7 @@ ESTIMATORS = {
     "OneSided": ["--model.estimator=OneSided", "--model.num_queries=2"],
     "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
     "LOZO": ["--model.estimator=LOZO"],
+    "EvolutionStrategy": ["--model.estimator=EvolutionStrategy", "--model.num_queries=3"],
     "Adam": ["--model.optimizer=Adam", "--model.optimizer.lr=1e-3"],
     "Backprop": ["--model.estimator=Backprop"],
 }
@@ -49,7 +50,7 @@ USUAL = {
     ("LayerScope", "divided", "epoch 3", "SIGTERM"),
     ("ActivationSubspace", "Adam", "epoch 3", "max_steps"),
 }
-# every scope, estimator, epoch and stop with the others of the first: all 576 would take most of an hour
+# every scope, estimator, epoch and stop with the others of the first: all 648 would take most of an hour
 CHOSEN = [case for case in ALL if case in USUAL or sum(a != b for a, b in zip(case, FIRST, strict=True)) <= 1]
 # room for 24 of the 56 rows or so
 SMALL_CACHE = "--model.engine.cache_gb=1e-4"
