@@ -20,6 +20,7 @@ from slzo.checkpoint_note import FORMATS, check_note
 from slzo.errors import SlzoError
 from slzo.files import replacing
 from slzo.renames import translate_flat
+from slzo.signals import signals_held
 
 CHECKPOINT_FORMAT = max(FORMATS)
 _ADVICE = "give another one of the run, or last for the newest that is whole"
@@ -169,9 +170,10 @@ def _verify(path: str | Path) -> None:
 
 @contextmanager
 def _one_line(option: str) -> Iterator[None]:
-    """Errors of reading a file as SlzoErrors."""
+    """Errors of reading a file as SlzoErrors; a signal waits, since the readers make what its handler raises such an error."""
     try:
-        yield
+        with signals_held():
+            yield
     except checkpoint_file.DamagedError as error:
         raise SlzoError(f"{option}: damaged, {error} in it is not what was written; {_ADVICE}") from error
     except OSError as error:

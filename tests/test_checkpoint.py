@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -350,6 +351,28 @@ def test_fit_refuses_it_too(run, capsys, number):
     change(run, BROKEN[number])
     assert refused(capsys, "fit", "--config=run/config.yaml", f"--ckpt_path={run}")
     assert not list(Path("runs").glob("*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_checkpoint_is_read_is_no_broken_checkpoint(run, capsys, monkeypatch, number):
+    """Compiled readers make a ValueError of what a signal's handler raises."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+    original = checkpoint_file.read
+
+    def interrupted(path):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+        except BaseException as error:
+            raise ValueError("of a compiled reader") from error
+        return original(path)
+
+    monkeypatch.setattr(checkpoint_file, "read", interrupted)
+    try:
+        assert main(["test", f"--ckpt_path={run}"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "not a readable checkpoint" not in capsys.readouterr().err
 
 
 def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
