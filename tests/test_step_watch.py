@@ -26,9 +26,7 @@ def test_a_population_without_a_difference_is_told_and_moves_nothing(shaping, op
     more = ["--model.estimator=EvolutionStrategy", f"--model.estimator.shaping={shaping}", "--model.num_queries=3"]
     assert main(["fit", *options, *more, "--model.eps=1e-12", "--trainer.max_steps=2"]) == 0
     assert "exactly 0 at step 1," in " ".join(str(warning.message) for warning in recwarn)
-    start, end = (torch.load(run_dir() / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("step=2", "last"))
-    assert all(tensor.isfinite().all() for tensor in end["state_dict"].values())
-    assert start["state_dict"].keys() == end["state_dict"].keys()
+    assert all(tensor.isfinite().all() for tensor in tuned(run_dir() / "checkpoints" / "last.ckpt").values())
 
 
 def test_weights_that_run_away_are_told(options, capsys):
