@@ -107,7 +107,13 @@ def test_where_nobody_gains_largest_fall_decides_and_says_so():
     assert "no layer lowered the dev loss" in choice.note
 
 
-RACE = ["--trainer.max_steps=20", "--profiler.rule=Race", "--profiler.rule.share=3", "--profiler.rule.dev_rows=16", "--model.optimizer.lr=auto"]
+RACE = [
+    "--trainer.max_steps=20",
+    "--profiler.rule=Race",
+    "--profiler.rule.share=3",
+    "--profiler.rule.dev_rows=16",
+    "--model.optimizer.lr=auto",
+]
 
 
 def test_a_fit_with_a_race_tunes_the_winner(options, capsys):
