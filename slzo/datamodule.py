@@ -23,7 +23,7 @@ from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.data.sampler import EpochBatchSampler
 from slzo.data.sources import load_examples
-from slzo.data.splits import Splits, draw_splits, part_test
+from slzo.data.splits import Splits, draw_splits, least_rows, part_test
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits
 from slzo.evaluation.generation import Decoding
@@ -301,16 +301,25 @@ class TaskDataModule(LightningDataModule):
         own = "train" in files and "test" not in files
         test = [] if own else load_examples(self.task, "test", **source, columns=columns)
         train = load_examples(self.task, "train", **source, columns=columns) if needs_train or own else None
+        num_dev = self.task.default_num_dev if self.num_dev is None else self.num_dev
+        told = ""
         if own:
             assert train is not None
-            train, test, note = part_test(train, self.num_test)
-            rank_zero_info(note)
+            told = (
+                f", drawn from the {len(train)} of {files['train']} (seed {self.seed}; held-out rows as for every seed)"
+            )
+            drawn_dev = 0 if "dev" in files else num_dev
+            train, test, notes = part_test(
+                train, self.num_test, least_rows(self.num_train, drawn_dev) if needs_train else 0
+            )
+            for note in notes:
+                rank_zero_info(note)
         dev = load_examples(self.task, "dev", **source, columns=columns) if needs_train and "dev" in files else None
         self.splits = draw_splits(
             train if needs_train else None,
             test,
             num_train=self.num_train,
-            num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
+            num_dev=num_dev,
             num_test=None if own else self.num_test,
             seed=self.seed,
             dev_pool=dev,
@@ -323,7 +332,7 @@ class TaskDataModule(LightningDataModule):
                 "them from; lower it, or raise data.num_train"
             )
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
-        rank_zero_info(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows.")
+        rank_zero_info(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{told}.")
         if isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             rank_zero_info(self.encoder.note)
         if self.reward is not None:
