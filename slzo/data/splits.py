@@ -27,12 +27,14 @@ class Splits:
         dev: Examples that choose the checkpoint, in the drawn order.
         test: Held-out examples, in the order of the file.
         notes: Sentences for the log where fewer were taken than asked for, or some left out.
+        origin: In words, what all are drawn from where that is one file; else empty.
     """
 
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
     notes: tuple[str, ...]
+    origin: str = ""
 
 
 def draw_splits(
@@ -118,6 +120,22 @@ def part_test(
     twins = len(pool) - len(train) - len(test)
     notes = (f"Left out {twins} rows with the prompts of held-out ones.",) if twins else ()
     return train, test, notes
+
+
+def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
+    """Refuse ids of a field that stand for different rows in different splits; the same row may be in two.
+
+    Raises:
+        SlzoError: With both places.
+    """
+    seen: dict[str, Example] = {}
+    for example in (example for pool in pools for example in pool):
+        other = seen.setdefault(example.id, example)
+        if other.prompt != example.prompt:
+            raise SlzoError(
+                f"data.task.id_field {field!r}: {example.place} has id {example.id!r}, which {other.place} has too; give each row"
+                " its own id, over all files"
+            )
 
 
 def order_key(salt: str, id: str) -> tuple[bytes, str]:
