@@ -31,6 +31,7 @@ FLOORS = [
     [
         "pip_download",
         "renames",
+        "class_paths",
         "settings",
         "seeding",
         "runtime",
