@@ -402,7 +402,8 @@ class ZOTrainer(Trainer):
             datamodule: Its rows are scored with base.
             ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
             format: adapter (peft and, for LoRA and ActivationSubspace, vLLM; kilobytes), merged (a Hugging Face folder), or delta
-                (the tuned tensors alone); left out, an adapter where what was tuned is of low rank, else merged.
+                (the tuned tensors alone), or gguf (one file for llama.cpp; Llama models); left out, an adapter where what was
+                tuned is of low rank, else merged.
             base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
             base: Another copy of the base model (folder, GGUF file or Hub id); the adapter is scored on it, for the card.
             push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.
