@@ -41,7 +41,7 @@ from slzo.experiments.trial import Workbench
 from slzo.export import ExportOptions, export_checkpoint
 from slzo.export.facts import Format
 from slzo.module import ZOModule
-from slzo.run_folder import disk_faults_in_one_line, run_folder
+from slzo.run_folder import disk_faults_in_one_line, folder_of_run, run_folder
 from slzo.trainer_checks import check_callbacks, check_trainer_options
 
 _FULL_PRECISION = (None, 32, "32", "32-true")
@@ -155,8 +155,8 @@ class ZOTrainer(Trainer):
 
     @property
     def log_dir(self) -> str | None:
-        """Lightning's; without a logger none, unless ``default_root_dir`` is given."""
-        return super().log_dir if self._writes else None
+        """One of each run; without a logger none, unless ``default_root_dir`` is given."""
+        return (folder_of_run(self) or super().log_dir) if self._writes else None
 
     def test(
         self,

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.image import imread
 
+from slzo.callbacks.logged_pictures import log_picture
 from slzo.callbacks.profile_notes import MIN_SEQUENCES, bos_note, sequence_notes, too_alike
 from slzo.callbacks.profile_report import format_profile
 from slzo.console import say
@@ -185,9 +184,7 @@ class OutlierProfiler(Callback):
         folder, model = Path(log_dir), module.model_name.rstrip("/").rpartition("/")[2]
         write_json(folder / PROFILE_FILE, self.profile.to_dict())
         save(profile_picture(self.profile.to_dict(), model, module.datamodule.task.name), folder, _PICTURE)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            pixels = imread(folder / f"{_PICTURE}.png")[..., :3]
-            trainer.logger.experiment.add_image(_PICTURE, pixels, dataformats="HWC")
+        log_picture(trainer, _PICTURE, folder / f"{_PICTURE}.png")
 
     def state_dict(self) -> dict[str, Any]:
         """The profile, kept in checkpoints."""

@@ -11,7 +11,7 @@ from slzo.zo.scopes.base import check_layer
 MIN_DIRECTIONS = 20
 NUM_ROWS = 16
 """Training rows that the sensitivity is measured on, by default."""
-MAX_ERROR = 0.2
+MAX_ERROR = 0.25
 """Standard error of a sensitivity, as a share of it, that is small enough, by default."""
 
 
@@ -66,7 +66,7 @@ def plan_sweep(
         if value < least:
             raise SlzoError(f"{name} {value}: must be at least {least}")
     if not 0 <= max_error < math.inf:
-        raise SlzoError(f"max_error {max_error}: give a share of the sensitivity such as 0.2, or 0 for all directions")
+        raise SlzoError(f"max_error {max_error}: give a share of the sensitivity such as 0.25, or 0 for all directions")
     if seconds is not None and not 0 < seconds < math.inf:
         raise SlzoError(
             f"seconds {seconds}: give a number above 0, or leave it out to end each training after its steps"
