@@ -316,7 +316,7 @@ class ZOTrainer(Trainer):
             bench = self._bench(model, datamodule, "sweep")
             steps = 0 if sensitivity_only else steps
             num_layers, own_seeds = model.parts.num_layers, bench.seeds(seeds)
-            plan = plan_sweep(num_layers, layers, steps, own_seeds, directions, num_rows, max_error, seconds)
+            plan = plan_sweep(num_layers, layers, steps, own_seeds, directions, num_rows, seconds, max_error)
             sweep(bench, plan, lambda: self._profiler().measure(self, model), output)
 
     def lr_search(

@@ -536,7 +536,7 @@ def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
     clock = sweep._Clock({"sensitivity-0": 10.0, "sensitivity-1": 10.0, "train-0-seed-0": 80.0})
-    result = {"mean": 1.0, "standard_error": 0.5}
+    result = {"mean": 1.0, "standard_error": 0.5, "directions": 20}
     now[0] = 105.0
     clock.tick("sensitivity-0", result)
     clock.forget("sensitivity-1")

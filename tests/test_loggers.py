@@ -123,7 +123,7 @@ def test_wandb_offline(options):
     pytest.importorskip("wandb", reason="wandb is not installed")
     logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=wb", "--trainer.logger.offline=true"]
     assert main(["fit", *options, *logger]) == 0
-    assert len(list(Path("wb/wandb").glob("*/files/media/images/outlier_profile*.png"))) == 1
+    assert len(list(Path("wb/wandb").glob("offline-run-*/files/media/images/outlier_profile*.png"))) == 1
     assert len(list(Path("wb").glob("lightning_logs/*/summary.json"))) == 1
 
 

@@ -25,8 +25,8 @@ class SweepPlan:
         seeds: One training a layer for each.
         directions: Random directions for the sensitivity, at most.
         num_rows: Training rows that the sensitivity is measured on.
-        max_error: Standard error of a sensitivity, as a share of it, at which no more directions are drawn.
         seconds: Training time of each, scoring left out: layers that are done with the steps earlier go on until then.
+        max_error: Standard error of a sensitivity, as a share of it, at which no more directions are drawn.
     """
 
     layers: tuple[int, ...]
@@ -34,8 +34,8 @@ class SweepPlan:
     seeds: tuple[int, ...]
     directions: int
     num_rows: int
-    max_error: float = MAX_ERROR
     seconds: float | None = None
+    max_error: float = MAX_ERROR
 
     @property
     def trainings(self) -> list[tuple[int, int]]:
@@ -50,8 +50,8 @@ def plan_sweep(
     seeds: Sequence[int],
     directions: int,
     num_rows: int,
-    max_error: float = MAX_ERROR,
     seconds: float | None = None,
+    max_error: float = MAX_ERROR,
 ) -> SweepPlan:
     """Check the options of a sweep.
 
@@ -78,7 +78,7 @@ def plan_sweep(
     chosen = range(num_layers) if layers is None else sorted(set(layers))
     for layer in chosen:
         check_layer(layer, num_layers, "layers", left_out="all be trained")
-    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows, max_error, seconds)
+    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows, seconds, max_error)
 
 
 def sensitivity_cell(layer: int) -> str:
