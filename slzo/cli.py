@@ -25,6 +25,7 @@ from slzo.callbacks.run_summary import RunSummary
 from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_watch import StepWatch
 from slzo.checkpoint_names import NAMES, named_checkpoint
+from slzo.class_paths import imported_path, told_error, told_place
 from slzo.cli_auto import spelled_out, with_words
 from slzo.cli_errors import check_nulls, one_line, with_option
 from slzo.cli_help import add_help_all, in_order, short_help
@@ -122,6 +123,19 @@ class SlzoCLI(LightningCLI):
                 note = "Not used; accepted so that a config saved by fit can be given."
                 parser.add_argument(f"--{name}", type=kind, default=None, help=note)
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what a user's own file raises when it is imported for a class path is one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except SlzoError:
+            raise
+        except Exception as error:
+            path = imported_path(error.__traceback__)
+            if path is None:
+                raise
+            told = f"{path.rpartition('.')[0]} cannot be imported ({told_error(error)}){told_place(error)}"
+            raise SlzoError(f"class path {path!r}: {told}") from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse what the parser lets pass."""

@@ -1,7 +1,6 @@
 """One clear line for a mistake in a config or on the command line."""
 
 import difflib
-import importlib
 import inspect
 import re
 import typing
@@ -12,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from slzo.class_paths import import_failure
 from slzo.errors import SlzoError
 from slzo.renames import RENAMED
 
@@ -115,10 +115,12 @@ def _given_value(detail: str) -> str | None:
 def _allowed(action: Action, value: str) -> str:
     hint = _hint(action)
     names = _choices(action)
-    if names and "." in value and (reason := _why_not_imported(value)):
+    path = _class_path(value)
+    listed = path.split(".")[0] in ("lightning", "slzo", "torch")  # their classes are told instead
+    if names and "." in path and (reason := import_failure(path)) and not (listed and " has no " in reason):
         return reason
     if names:
-        given = value.rpartition(".")[2]
+        given = path.rpartition(".")[2]
         near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
         if given in names and given in _UNUSABLE:
             return f"cannot be used: {_UNUSABLE[given]}"
@@ -132,15 +134,10 @@ def _allowed(action: Action, value: str) -> str:
     return f"expected {_type_name(hint)}"
 
 
-def _why_not_imported(path: str) -> str:
-    """What is wrong with a class path of the user's own; empty if it can be imported."""
-    module, _, name = path.rpartition(".")
-    try:
-        found = hasattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's file raises
-        return f"{module} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
-    known = found or module.split(".")[0] in ("lightning", "slzo", "torch")  # their classes are listed instead
-    return "" if known else f"{module} has no {name}"
+def _class_path(value: str) -> str:
+    """The class path in a value, which may be the text of a mapping with it."""
+    found = re.search(r"class_path['\"]?\s*[:=]\s*['\"]?([\w.]+)", value)
+    return found[1] if found else value
 
 
 def _hint(action: Action) -> Any:

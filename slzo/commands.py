@@ -46,7 +46,7 @@ _ALL = (
     Command("replay", "rebuild the tuned weights of a run at any step from its log"),
     Command(
         "export",
-        "write what was tuned as an adapter, a delta or a Hugging Face folder, with a model card",
+        "write what was tuned as an adapter, a delta, a Hugging Face folder or a GGUF file, with a model card",
         own_help=True,
     ),
     Command("generate", "continue prompts with the untuned and the tuned model", False, module=_PROMPTING),

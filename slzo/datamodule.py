@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, cast
@@ -17,15 +18,16 @@ from slzo.batches.blocks import Block
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
+from slzo.data.bad_rows import refuse, tell_left_out
 from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all
 from slzo.data.batch import EvalBatch, EvalCollator, EvalPlan, Row, TrainBatch, TrainCollator, plan_batches
 from slzo.data.blocks import evaluation_blocks, evaluation_prompts, training_blocks, training_prompts
 from slzo.data.chat import ChatEncoder
+from slzo.data.drawing import RowSource
 from slzo.data.encoding import Encoder
 from slzo.data.sampler import EpochBatchSampler
-from slzo.data.sources import load_examples
-from slzo.data.splits import Splits, draw_splits, part_test
-from slzo.errors import SlzoError
+from slzo.data.splits import Splits
+from slzo.errors import RowError, SlzoError
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits
 from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
@@ -115,6 +117,7 @@ class TaskDataModule(LightningDataModule):
         reward: Rewards of generated answers, one or several: built-in ones (accuracy, bleu, chrf, exact_match, json_valid,
             number_match, regex, rouge, token_f1), package.module.function or file.py:function, or a mapping with function,
             weight and arguments. Without an objective training maximizes their weighted sum, with one they are only reported.
+        skip_bad_rows: Leave out rows that cannot be used, and tell how many and the first of them; otherwise one ends the run.
         seed: Seed of the draws; left out, that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
     """
@@ -141,6 +144,7 @@ class TaskDataModule(LightningDataModule):
         processes_divide: Divided = "rows",
         objective: Literal["loss", "metric"] | Objective | None = None,
         reward: str | list[str | dict[str, Any]] | None = None,
+        skip_bad_rows: bool = False,
         seed: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -205,6 +209,7 @@ class TaskDataModule(LightningDataModule):
                 "data.balanced true: data.length_buckets makes batches of rows of one length, whatever their class; leave one out"
             )
         self.processes_divide: Divided = processes_divide
+        self.skip_bad_rows = skip_bad_rows
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         for name in ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"):
@@ -313,24 +318,15 @@ class TaskDataModule(LightningDataModule):
             return
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        source = {"data_dir": self.data_dir, "hub_path": self.hub_path, "hub_config": self.hub_config}
-        files, columns = self.task.files, self.reward is not None
-        own = "train" in files and "test" not in files
-        test = [] if own else load_examples(self.task, "test", **source, columns=columns)
-        train = load_examples(self.task, "train", **source, columns=columns) if needs_train or own else None
-        if own:
-            assert train is not None
-            train, test, note = part_test(train, self.num_test)
-            rank_zero_info(note)
-        dev = load_examples(self.task, "dev", **source, columns=columns) if needs_train and "dev" in files else None
-        self.splits = draw_splits(
-            train if needs_train else None,
-            test,
+        source = RowSource(
+            self.task, self.data_dir, self.hub_path, self.hub_config, self.reward is not None, self.skip_bad_rows
+        )
+        self.splits = source.draw(
             num_train=self.num_train,
             num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
-            num_test=None if own else self.num_test,
+            num_test=self.num_test,
             seed=self.seed,
-            dev_pool=dev,
+            needs_train=needs_train,
         )
         for note in self.splits.notes:
             rank_zero_info(note)
@@ -340,7 +336,8 @@ class TaskDataModule(LightningDataModule):
                 "them from; lower it, or raise data.num_train"
             )
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
-        rank_zero_info(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows.")
+        origin = f", {self.splits.origin}" if self.splits.origin else ""
+        rank_zero_info(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         if isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             rank_zero_info(self.encoder.note)
         if self.reward is not None:
@@ -378,19 +375,36 @@ class TaskDataModule(LightningDataModule):
             rank_zero_info(f"Left out {len(examples) - len(kept)} training rows without a label.")
         # unique over the splits, whichever of them are loaded
         start = {"train": 0, "dev": 1, "test": 2, "predict": 2}[split] << 40
-        rows = []
+        rows: list[Row] = []
+        bad: list[RowError] = []
         for i in kept:
-            example, answered = examples[i], bool(examples[i].candidates)
+            example, encoded = examples[i], None
             prompt: tuple[int, ...] = ()
-            if generates or not answered:
-                prompt = self.encoder.encode_prompt(example, before, self.task.max_new_tokens)
-            if answered:
-                encoded = self.encoder.encode(example, start + i, before, only_gold=is_train and objective.only_gold)
-            else:
-                encoded = prompt_alone(start + i, prompt)
-            rows.append(Row(example, encoded, i, prompt if generates else ()))
+            with self._on_bad_row(bad):
+                if generates or not example.candidates:
+                    prompt = self.encoder.encode_prompt(example, before, self.task.max_new_tokens)
+                if example.candidates:
+                    encoded = self.encoder.encode(
+                        example, start + i, before, only_gold=is_train and objective.only_gold
+                    )
+                else:
+                    encoded = prompt_alone(start + i, prompt)
+            if encoded is not None:
+                rows.append(Row(example, encoded, i, prompt if generates else ()))
+        if bad:
+            rank_zero_info(tell_left_out(bad, len(rows), f"the {split} split"))
         self._say_shortened(split)
         return rows
+
+    @contextmanager
+    def _on_bad_row(self, bad: list[RowError]) -> Iterator[None]:
+        """Around what a row may turn out not to be usable for: ends the run, or takes note."""
+        try:
+            yield
+        except RowError as error:
+            if not self.skip_bad_rows:
+                refuse(error)
+            bad.append(error)
 
     def _generates(self, split: str) -> bool:
         """Whether answers to the rows of a split are generated when it is scored."""
@@ -563,6 +577,9 @@ class TaskDataModule(LightningDataModule):
 
     def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
         """Prompts without answers, packed."""
-        prompts = [self.encoder.encode_prompt(example, max_new_tokens=1) for example in examples]
+        prompts = []
+        for example in examples:
+            with self._on_bad_row([]):  # they are told where the split is encoded
+                prompts.append(self.encoder.encode_prompt(example, max_new_tokens=1))
         encoded = [prompt_alone(number, prompt) for number, prompt in enumerate(prompts)]
         return [pack(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]

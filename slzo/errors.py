@@ -11,6 +11,10 @@ class SlzoError(Exception):
     """
 
 
+class RowError(SlzoError):
+    """A row that cannot be used, with its place; see :mod:`slzo.data.bad_rows`."""
+
+
 class Interrupted(BaseException):  # nothing that handles errors may swallow it
     """A signal ended the run; the command line exits with status 128 and its number, as shells report it.
 

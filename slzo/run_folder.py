@@ -45,6 +45,21 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
                 folder.rmdir()
 
 
+def folder_of_run(trainer: Trainer) -> str | None:
+    """The folder of a run whose logger, such as W&B's or MLflow's, has none: that in which Lightning keeps its checkpoints.
+
+    ``None`` where the logger names one itself. Asks all processes.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return None
+    if trainer.is_global_zero:
+        _ = getattr(logger, "experiment", None)  # it has no name and version before
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return str(trainer.strategy.broadcast(str(folder)))
+
+
 @contextmanager
 def disk_faults_in_one_line() -> Iterator[None]:
     """Turn errors of files and folders into one line.

@@ -37,12 +37,12 @@ from slzo.errors import SlzoError
 from slzo.experiments.lr_search import lr_search, make_grid
 from slzo.experiments.replay import replay_run
 from slzo.experiments.sweep import sweep
-from slzo.experiments.sweep_plan import plan_sweep
+from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, plan_sweep
 from slzo.experiments.trial import Workbench
 from slzo.export import ExportOptions, export_checkpoint
 from slzo.export.facts import Format
 from slzo.module import ZOModule
-from slzo.run_folder import disk_faults_in_one_line, run_folder
+from slzo.run_folder import disk_faults_in_one_line, folder_of_run, run_folder
 from slzo.trainer_checks import check_callbacks, check_trainer_options
 
 _FULL_PRECISION = (None, 32, "32", "32-true")
@@ -156,8 +156,8 @@ class ZOTrainer(Trainer):
 
     @property
     def log_dir(self) -> str | None:
-        """Lightning's; without a logger none, unless ``default_root_dir`` is given."""
-        return super().log_dir if self._writes else None
+        """One of each run; without a logger none, unless ``default_root_dir`` is given."""
+        return (folder_of_run(self) or super().log_dir) if self._writes else None
 
     def test(
         self,
@@ -286,7 +286,8 @@ class ZOTrainer(Trainer):
         steps: int = 120,
         seeds: list[int] | None = None,
         directions: int = 20,
-        num_rows: int = 64,
+        num_rows: int = NUM_ROWS,
+        max_error: float = MAX_ERROR,
         seconds: float | None = None,
         sensitivity_only: bool = False,
         output: str | None = None,
@@ -302,8 +303,9 @@ class ZOTrainer(Trainer):
             layers: Layers to train, counted from 0; left out, all. The sensitivity is measured in all layers.
             steps: Steps of each training.
             seeds: One training a layer for each; left out, that of seed_everything.
-            directions: Random directions for the sensitivity, at least 20.
-            num_rows: Training rows that the sensitivity is measured on.
+            directions: Random directions for the sensitivity of a layer, at most; at least 20.
+            num_rows: Training rows that the sensitivity is measured on, the same for all layers.
+            max_error: A layer's measurement ends when its standard error is below this share of it; 0 takes all directions.
             seconds: Layers that are done with their steps earlier go on until this much training time is used, the states that
                 enter them being there already. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
                 and over seconds, and the verdict is about both.
@@ -313,7 +315,8 @@ class ZOTrainer(Trainer):
         with disk_faults_in_one_line():
             bench = self._bench(model, datamodule, "sweep")
             steps = 0 if sensitivity_only else steps
-            plan = plan_sweep(model.parts.num_layers, layers, steps, bench.seeds(seeds), directions, num_rows, seconds)
+            num_layers, own_seeds = model.parts.num_layers, bench.seeds(seeds)
+            plan = plan_sweep(num_layers, layers, steps, own_seeds, directions, num_rows, seconds, max_error)
             sweep(bench, plan, lambda: self._profiler().measure(self, model), output)
 
     def lr_search(
@@ -400,7 +403,8 @@ class ZOTrainer(Trainer):
             datamodule: Its rows are scored with base.
             ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
             format: adapter (peft and, for LoRA and ActivationSubspace, vLLM; kilobytes), merged (a Hugging Face folder), or delta
-                (the tuned tensors alone); left out, an adapter where what was tuned is of low rank, else merged.
+                (the tuned tensors alone), or gguf (one file for llama.cpp; Llama models); left out, an adapter where what was
+                tuned is of low rank, else merged.
             base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
             base: Another copy of the base model (folder, GGUF file or Hub id); the adapter is scored on it, for the card.
             push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.

@@ -199,9 +199,9 @@ def rows_of(count, prefix="p"):
 
 def test_held_out_rows_are_drawn_once_for_all_seeds_and_in_no_other_split():
     pool = [*rows_of(50), Example("twin", "p says 3", (" b",), (0,))]
-    train, test, told = part_test(pool, None)
+    train, test, notes = part_test(pool, None)
     assert len(test) == 10
-    assert "drew 10 of the 51 training rows" in told
+    assert sum("Left out 1 rows" in note for note in notes) == ("p says 3" in {example.prompt for example in test})
     assert not {example.prompt for example in train} & {example.prompt for example in test}
     again = part_test(pool[::-1], 4)
     assert {example.prompt for example in again[1]} <= {example.prompt for example in test}
@@ -255,7 +255,8 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capfd):
     ]
     assert main(["fit", *options]) == 0
     told = capfd.readouterr()
-    assert "No held-out rows are given: drew 6 of the 31 training rows" in told.err
+    counts = "16 training, 8 dev and 6 held-out rows, drawn from the 31 of talks.jsonl (seed 0; held-out rows as for every seed)"
+    assert f"Task chat: {counts}." in told.err
     assert "using the one called plain" in told.err
     summary = json.loads((tmp_path / "runs" / "version_0" / "summary.json").read_text())
     assert summary["metric"] == "perplexity"

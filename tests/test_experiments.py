@@ -23,6 +23,8 @@ from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_cur
 from slzo.experiments.trial import Score, Trial, Workbench
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.profile import LayerStatistics
+from slzo.zo.selection import FirstOutlierLayer
 
 SWEEP = ["--steps=3", "--output=swept", "--directions=20", "--num_rows=8"]
 
@@ -146,6 +148,7 @@ def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, ca
         (["--layers=[9]"], r"layers 9: the model has 4 decoder layers.* let all be trained"),
         (["--layers=1"], r"layers '1': expected a list like \[1, 2\] or null"),
         (["--layers=[]"], r"layers \[\]: give at least one layer"),
+        (["--max_error=-1"], r"max_error -1.0: give a share"),
         (["--directions=3"], r"directions 3: .*at least 20"),
         (["--steps=-1"], r"steps -1"),
         (["--seeds=[]"], r"seeds \[\]"),
@@ -487,6 +490,41 @@ def test_verdicts():
     )
 
 
+def test_the_verdict_without_training_says_how_sure_it_is():
+    behind = verdict(
+        [row(2, sensitivity=1.2), row(11, dominant=True), row(12, sensitivity=0.5)], "accuracy", "layer that x"
+    )
+    assert behind.startswith(
+        "The layer that x, 11, is number 2 of 3 in sensitivity, at 1 +- 0.1; layer 2 leads at 1.2 +- 0.1, "
+    )
+    assert "by 1.4 standard errors, so not clearly" in behind
+    clear = verdict([row(2, sensitivity=3.0), row(11, dominant=True)], "accuracy")
+    assert "by 14.1 standard errors; no layer was trained" in clear
+    first = verdict([row(2, sensitivity=0.9), row(11, dominant=True)], "accuracy")
+    assert (
+        "is the most sensitive, but not clearly, at 1 +- 0.1, 0.7 standard errors ahead of the next, layer 2;" in first
+    )
+    assert "is the most sensitive, at" in verdict([row(2, sensitivity=0.1), row(11, dominant=True)], "accuracy")
+
+
+def test_a_layer_that_a_fallback_chose_is_not_called_the_first_outlier():
+    profile = [LayerStatistics(number, 1.0 + number, 1.0, 1.0 + number, 3.0, 0, 0, 0) for number in range(3)]
+    assert "outlier" not in FirstOutlierLayer(fallback="max_ratio_jump").select(profile).title
+
+
+def test_a_measurement_ends_when_it_is_sure_enough(options):
+    bench = bench_of(options)
+    whole = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
+    assert whole.directions == 20
+    for share in (1.0, 0.25):
+        found = bench.sensitivity(2, directions=20, seed=5, num_rows=8, max_error=share)
+        assert 8 <= found.directions <= 20
+        assert found.directions == 20 or found.standard_error < share * found.mean
+        same = bench.sensitivity(2, directions=found.directions, seed=5, num_rows=8)
+        assert (same.mean, same.standard_error) == (found.mean, found.standard_error)
+    assert bench.sensitivity(2, directions=20, seed=5, num_rows=8, max_error=1.0).directions == 8
+
+
 def test_plans():
     plan = plan_sweep(4, None, 10, [1, 1, 2], 20, 8)
     assert plan.layers == (0, 1, 2, 3)
@@ -498,7 +536,7 @@ def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
     clock = sweep._Clock({"sensitivity-0": 10.0, "sensitivity-1": 10.0, "train-0-seed-0": 80.0})
-    result = {"mean": 1.0, "standard_error": 0.5}
+    result = {"mean": 1.0, "standard_error": 0.5, "directions": 20}
     now[0] = 105.0
     clock.tick("sensitivity-0", result)
     clock.forget("sensitivity-1")

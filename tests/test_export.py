@@ -217,7 +217,8 @@ def test_formats_that_cannot_hold_a_scope_are_refused(run, capsys):
     args = ("export", f"--ckpt_path={best}", "--output=no")
     assert "no weight can hold" in refused(capsys, *args, "--format=merged")
     assert "tunes none of the base model's own tensors" in refused(capsys, *args, "--format=delta")
-    assert "choose one of adapter, merged, delta" in refused(capsys, *args, "--format=zip")
+    assert "format gguf: no weight can hold" in refused(capsys, *args, "--format=gguf")
+    assert "choose one of adapter, merged, delta, gguf" in refused(capsys, *args, "--format=zip")
     assert not Path("no").exists()
 
 

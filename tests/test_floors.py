@@ -32,6 +32,7 @@ FLOORS = [
     [
         "pip_download",
         "renames",
+        "class_paths",
         "settings",
         "seeding",
         "runtime",

@@ -2,11 +2,15 @@
 
 import csv
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_dir
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 from slzo.__main__ import main
+from slzo.callbacks.logged_pictures import log_picture
 
 
 def test_scores_and_losses_are_ordinary_metrics_at_their_steps(options):
@@ -40,3 +44,97 @@ def test_a_missing_package_is_one_line(options, capsys, logger, package):
         assert package in line
     else:
         pytest.skip(f"{package} is installed")
+
+
+OWN_LOGGER = """
+import json
+from lightning.pytorch.loggers import Logger
+
+RUNS = []
+
+class Own(Logger):
+    def __init__(self):
+        super().__init__()
+        self._version, self.options = f"run{len(RUNS)}", {}
+        RUNS.append(self)
+
+    name = property(lambda self: "own")
+    version = property(lambda self: self._version)
+    save_dir = property(lambda self: "kept")
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.options.update(params)
+"""
+
+
+def test_a_logger_without_folders_has_one_for_each_run(options, tmp_path, monkeypatch):
+    """As W&B's and MLflow's; and it is given the main options."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("own_logger.py").write_text(OWN_LOGGER)
+    for _ in range(2):
+        assert main(["fit", *options, "--trainer.max_steps=2", "--trainer.logger=own_logger.Own"]) == 0
+    import own_logger
+
+    for run in own_logger.RUNS:
+        folder = Path("kept/own") / run.version
+        files = {path.name for path in folder.iterdir()}
+        assert {"config.yaml", "summary.json", "outlier_profile.png", "checkpoints"} <= files
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step=2.ckpt"}
+        told = {
+            name: run.options[name] for name in ("data.task", "data.batch_size", "trainer.max_steps", "lr", "scope")
+        }
+        assert told == {
+            "data.task": "sst2",
+            "data.batch_size": 8,
+            "trainer.max_steps": 2,
+            "lr": 1e-3,
+            "scope": "the dominant layer",
+        }
+        assert run.options["dominant_layer"] == json.loads((folder / "summary.json").read_text())["dominant_layer"]
+    assert not (Path("kept") / "summary.json").exists()
+
+
+def test_pictures_go_to_loggers_that_take_them(tmp_path):
+    given = []
+
+    class Wandb(WandbLogger):
+        def __init__(self):
+            pass
+
+        def log_image(self, key, images):
+            given.append((key, images))
+
+    class MLFlow(MLFlowLogger):
+        experiment = SimpleNamespace(log_artifact=lambda *args: given.append(args))
+        run_id = "r1"
+
+        def __init__(self):
+            pass
+
+    path = tmp_path / "profile.png"
+    log_picture(SimpleNamespace(loggers=[Wandb(), MLFlow(), object()]), "profile", path)
+    assert given == [("profile", [str(path)]), ("r1", str(path))]
+
+
+def test_wandb_offline(options):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=wb", "--trainer.logger.offline=true"]
+    assert main(["fit", *options, *logger]) == 0
+    assert len(list(Path("wb/wandb").glob("offline-run-*/files/media/images/outlier_profile*.png"))) == 1
+    assert len(list(Path("wb").glob("lightning_logs/*/summary.json"))) == 1
+
+
+def test_mlflow_in_a_local_file(options):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    logger = ["--trainer.logger=MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///found.db"]
+    assert main(["fit", *options, *logger]) == 0
+    client = mlflow.tracking.MlflowClient("sqlite:///found.db")
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    id = run.info.run_id
+    assert [metric.step for metric in client.get_metric_history(id, "test/accuracy")] == [0, 8]
+    assert len(client.get_metric_history(id, "train/loss")) == 8
+    assert run.data.params["data.batch_size"] == "8"
+    assert [each.path for each in client.list_artifacts(id)] == ["outlier_profile.png"]

@@ -11,6 +11,8 @@ from conftest import run_dir, tuned
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
+from slzo.errors import SlzoError
+from slzo.tasks.registry import get_task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 SCOPES = '''
@@ -137,8 +139,13 @@ def test_the_scope_of_the_page(config, model_dir):
     [
         (
             "import nonexistent_package",
-            "broken0 cannot be imported (ModuleNotFoundError: No module named 'nonexistent_package')",
+            "broken0 cannot be imported (ModuleNotFoundError: No module named 'nonexistent_package'), line 1 of broken0.py",
         ),
+        (
+            "x = 1\nclass Mine:\n    size = y",
+            "broken3 cannot be imported (NameError: name 'y' is not defined), line 3 of broken3.py",
+        ),
+        ("class Mine\n", "broken4 cannot be imported (SyntaxError: expected ':'), line 1 of broken4.py"),
         ("class Other: pass", "broken1 has no Mine"),
         (None, "broken2 cannot be imported (ModuleNotFoundError: No module named 'broken2')"),
     ],
@@ -149,6 +156,42 @@ def test_what_is_wrong_with_a_class_path_is_told(config, capsys, code, reason):
         Path(f"{module}.py").write_text(code)
     assert main(["fit", config, f"--model.scope={module}.Mine"]) == 2
     assert capsys.readouterr().err == f"slzo: error: model.scope '{module}.Mine': {reason}\n"
+
+
+@pytest.mark.parametrize("option", ["data.task", "model.optimizer", "profiler.rule"])
+def test_a_file_that_cannot_be_imported_is_told_in_a_config_too(config, capsys, option):
+    module = f"broken_{option.replace('.', '_')}"
+    Path(f"{module}.py").write_text("\nclass Mine(\n")
+    group, name = option.split(".")
+    Path("more.yaml").write_text(f"{group}: {{{name}: {{class_path: {module}.Mine}}}}")
+    for given in ("--config=more.yaml", f"--{option}={module}.Mine"):
+        assert main(["fit", config, given]) == 2
+        told = capsys.readouterr().err
+        assert f"{module} cannot be imported (SyntaxError: '(' was never closed), line 2 of {module}.py\n" in told
+        assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Needs", "needs data.task.folder"),
+        ("NUMBER", "is no task; give a subclass of slzo.tasks.base.Task"),
+        ("Gone", "plain_tasks has no Gone"),
+        ("Plain", None),
+    ],
+)
+def test_a_task_by_its_class_path_alone(tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("plain_tasks.py").write_text(
+        "from slzo.tasks.sst2 import Sst2\nNUMBER = 3\nclass Plain(Sst2):\n    name = 'plain'\n"
+        "class Needs(Sst2):\n    def __init__(self, folder):\n        self.folder = folder\n"
+    )
+    if told is None:
+        assert get_task(f"plain_tasks.{name}").name == "plain"
+    else:
+        with pytest.raises(SlzoError, match=rf"^data.task 'plain_tasks.{name}': {told}"):
+            get_task(f"plain_tasks.{name}")
 
 
 def test_a_step_without_a_finite_loss_moves_nothing_whatever_the_estimator_returns(config):

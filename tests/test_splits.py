@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from slzo.data.splits import divide, draw_splits
+from slzo.data.splits import divide, draw_splits, least_rows, part_test
 from slzo.errors import SlzoError
 from slzo.tasks.base import Example
 
@@ -85,6 +85,32 @@ def test_training_never_starves() -> None:
                 assert 0 <= dev <= num_dev
                 assert train + dev <= size
                 assert train == num_train or (3 * dev <= size and train + dev == size)
+
+
+def test_no_split_that_is_asked_for_is_empty() -> None:
+    for num_train, num_dev, least in ((1000, 500, 3), (1000, 1, 3), (1, 500, 2), (1, 1, 2), (1000, 0, 1)):
+        assert least_rows(num_train, num_dev) == least
+        for size in range(least, 60):
+            train, dev = divide(size, num_train, num_dev)
+            assert train >= 1
+            assert dev >= min(1, num_dev)
+    with pytest.raises(
+        SlzoError, match=r"^data.num_dev 500: .* takes at least 3 with different prompts, and there are 2;"
+    ):
+        draw_splits(pool("r", 2), pool("t", 2), num_train=1000, num_dev=500, num_test=2, seed=0)
+    assert len(draw_splits(pool("r", 2), pool("t", 2), num_train=5, num_dev=0, num_test=2, seed=0).train) == 2
+
+
+def test_held_out_rows_leave_enough_for_the_others() -> None:
+    repeated = [Example(f"x{number}", f"p {number % 4}", ()) for number in range(60)]
+    train, test, notes = part_test(repeated, None, least=3)
+    assert len(test) == 1
+    assert len({example.prompt for example in train}) == 3
+    assert notes == ("Left out 14 rows with the prompts of held-out ones.",)
+    with pytest.raises(
+        SlzoError, match=r"^data.task.train_file: .* at least 5 rows with different prompts, and it has 4"
+    ):
+        part_test(repeated, None, least=4)
 
 
 def test_notes_say_what_was_taken() -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.image import imread
 
+from slzo.callbacks.logged_pictures import log_picture
 from slzo.callbacks.profile_notes import MIN_SEQUENCES, bos_note, sequence_notes, too_alike
 from slzo.callbacks.profile_report import format_profile
 from slzo.console import say
@@ -212,9 +211,7 @@ class OutlierProfiler(Callback):
             title = f"{model} on {module.datamodule.task.name}: race of the layers"
             write_json(folder / f"{_RACE}.json", self._race.to_dict())
             save(sweep_curves_picture(curves, title, self._race.choice.layer), folder, _RACE)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            pixels = imread(folder / f"{_PICTURE}.png")[..., :3]
-            trainer.logger.experiment.add_image(_PICTURE, pixels, dataformats="HWC")
+        log_picture(trainer, _PICTURE, folder / f"{_PICTURE}.png")
 
     def state_dict(self) -> dict[str, Any]:
         """The profile, kept in checkpoints."""

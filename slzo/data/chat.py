@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.data.encoding import Encoder
-from slzo.errors import SlzoError
+from slzo.errors import RowError, SlzoError
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat, Message
 
@@ -91,7 +91,7 @@ class ChatEncoder(Encoder):
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
     ) -> EncodedExample:
         if not example.candidates:
-            raise SlzoError(f"example {example.id!r}: has no answer; training and demonstrations need one")
+            raise SlzoError(f"{example.told}: has no answer; training and demonstrations need one")
         turns = self._with_demonstrations(example, demonstrations)
         ids, counts = self._fit(turns, example.candidates[0], self.max_length, example)
         first = counts.index(True)
@@ -113,7 +113,7 @@ class ChatEncoder(Encoder):
         solved: list[Message] = []
         for shown in demonstrations:
             if not shown.candidates:
-                raise SlzoError(f"example {shown.id!r}: has no answer; training and demonstrations need one")
+                raise SlzoError(f"{shown.told}: has no answer; training and demonstrations need one")
             solved += [turn for turn in shown.messages if turn.role != "system"]
             solved.append(Message("assistant", shown.candidates[0]))
         front = sum(turn.role == "system" for turn in example.messages[:1])
@@ -144,8 +144,8 @@ class ChatEncoder(Encoder):
                 high = kept - 1
         if best is None:
             what = "the template" if answer is None else "the answer with the template"
-            raise SlzoError(
-                f"data.max_length {self.max_length}: {what} of example {example.id!r} alone needs {len(ids)} tokens, {room} are "
+            raise RowError(
+                f"data.max_length {self.max_length}: {what} of {example.told} alone needs {len(ids)} tokens, {room} are "
                 "there; raise it, or leave out the example"
             )
         return best
@@ -189,7 +189,7 @@ class ChatEncoder(Encoder):
                 messages, tokenize=False, add_generation_prompt=asks, chat_template=self.template
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise SlzoError(
+            raise RowError(
                 f"data.task.template: cannot write a conversation of {', '.join(turn.role for turn in turns)} "
                 f"({' '.join(str(error).split())}); give rows that it knows, or another template"
             ) from error

@@ -7,7 +7,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.errors import SlzoError
+from slzo.errors import RowError, SlzoError
 from slzo.tasks.base import Example
 
 DEMONSTRATION_SEPARATOR = "\n\n"
@@ -48,7 +48,8 @@ class Encoder:
             only_gold: Leave out the other candidates; ``gold`` is then ``(0,)``.
 
         Raises:
-            SlzoError: The answer does not fit in ``max_length``, the prompt is empty, or a label is needed and missing.
+            RowError: The answer does not fit in ``max_length``, or the prompt is empty.
+            SlzoError: A label is needed and missing.
         """
         candidates, gold = example.candidates, example.gold
         if only_gold:
@@ -86,24 +87,22 @@ class Encoder:
 
     def _check_prompt(self, example: Example) -> None:
         if not example.prompt.strip():
-            raise SlzoError(f"example {example.id!r}: the prompt is empty; give its fields some text")
+            raise RowError(f"{example.told}: the prompt is empty; give its fields some text")
 
     def _check_answer(self, example: Example, candidate: str, count: int, length: int) -> None:
         shown = repr(candidate if len(candidate) <= 40 else f"{candidate[:37]}...")
         if count < 1:
-            raise SlzoError(
-                f"example {example.id!r}: the tokenizer makes no token of answer {shown}; change the answer"
-            )
+            raise RowError(f"{example.told}: the tokenizer makes no token of answer {shown}; change the answer")
         if count >= length:
-            raise SlzoError(
-                f"example {example.id!r}: the tokenizer joins the whole prompt with answer {shown}; no token is left to "
+            raise RowError(
+                f"{example.told}: the tokenizer joins the whole prompt with answer {shown}; no token is left to "
                 "predict it from: use a longer prompt"
             )
         # At least one token must come before the answer, to predict its first token from.
         needed = count + max(self._num_front, 1)
         if needed > self.max_length:
-            raise SlzoError(
-                f"data.max_length {self.max_length}: the answer {shown} of example {example.id!r} needs {needed} tokens"
+            raise RowError(
+                f"data.max_length {self.max_length}: the answer {shown} of {example.told} needs {needed} tokens"
                 " with the one before it; raise it, or leave out the example"
             )
 
@@ -160,7 +159,7 @@ def _num_specials(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 def _gold_answer(example: Example) -> str:
     if not example.gold:
-        raise SlzoError(f"example {example.id!r}: has no label; training and demonstrations need labelled rows")
+        raise SlzoError(f"{example.told}: has no label; training and demonstrations need labelled rows")
     return example.candidates[example.gold[0]]
 
 

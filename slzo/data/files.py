@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from slzo.errors import SlzoError
+from slzo.data.bad_rows import OnBadRow, refuse
+from slzo.errors import RowError, SlzoError
 from slzo.tasks.fields import Fields
 
 _log = logging.getLogger(__name__)
@@ -20,8 +21,12 @@ PlacedRow = tuple[str, Fields]
 """Where a row is (``file:line``, or ``file row number`` counted from 1) and its fields."""
 
 
-def read_file(path: Path) -> Iterator[PlacedRow]:
+def read_file(path: Path, on_bad: OnBadRow = refuse) -> Iterator[PlacedRow]:
     """The rows of a file, by the ending of its name.
+
+    Args:
+        path: The file.
+        on_bad: Called for each row that cannot be read where others can.
 
     Raises:
         SlzoError: The file cannot be read, or is not what its name says; the message has the line.
@@ -29,16 +34,19 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise SlzoError(f"{path}: unknown kind of file; use one that ends in {', '.join(READERS)}")
-    return reader(path)
+    return reader(path, on_bad)
 
 
-def _read_text(path: Path) -> str:
-    data = _read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SlzoError(f"{path}:{line}: not valid UTF-8; save the file as UTF-8") from None
+def _read_lines(path: Path, on_bad: OnBadRow) -> list[tuple[int, str]]:
+    """The lines of a text file with their numbers, from 1."""
+    lines = []
+    # Not splitlines(): JSON strings may contain other line ends, such as U+2028.
+    for number, line in enumerate(_read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        try:
+            lines.append((number, line.decode("utf-8")))
+        except UnicodeDecodeError:
+            on_bad(RowError(f"{path}:{number}: not valid UTF-8; save the file as UTF-8"))
+    return lines
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -48,23 +56,32 @@ def _read_bytes(path: Path) -> bytes:
         raise SlzoError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
-    # Not splitlines(): JSON strings may contain other line ends, such as U+2028.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def _read_jsonl(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
+    for number, line in _read_lines(path, on_bad):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SlzoError(f"{place}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
-        except (ValueError, RecursionError) as error:
-            raise SlzoError(f"{place}: not JSON ({type(error).__name__}); one object a line") from None
-        if not isinstance(row, dict):
-            raise SlzoError(f"{place}: a JSON {type(row).__name__}; each line must be an object with the row's fields")
-        if re.search(r"\\u[dD][89a-fA-F]", line) and _has_lone_surrogate(row):
-            raise SlzoError(f"{place}: half of a surrogate pair; write whole characters")
-        yield place, row
+            row = _json_object(line)
+        except ValueError as error:
+            on_bad(RowError(f"{place}: {error}"))
+        else:
+            yield place, row
+
+
+def _json_object(line: str) -> Fields:
+    """The object in a line; ValueError with the reason if there is none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({type(error).__name__}); one object a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}; each line must be an object with the row's fields")
+    if re.search(r"\\u[dD][89a-fA-F]", line) and _has_lone_surrogate(row):
+        raise ValueError("half of a surrogate pair; write whole characters")
+    return row
 
 
 def _has_lone_surrogate(row: object) -> bool:
@@ -75,7 +92,7 @@ def _has_lone_surrogate(row: object) -> bool:
     return False
 
 
-def _read_csv(path: Path) -> Iterator[PlacedRow]:
+def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     text = _read_csv_text(path)
     delimiter = _delimiter(text)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
@@ -92,9 +109,9 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
                 names = _column_names(cells, f"{path}:{begins}")
                 continue
             if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
-                raise SlzoError(
-                    f"{path}:{begins}: more columns than the first line names; quote texts that contain {delimiter!r}"
-                )
+                told = f"more columns than the first line names; quote texts that contain {delimiter!r}"
+                on_bad(RowError(f"{path}:{begins}: {told}"))
+                continue
             pairs = zip(names, cells, strict=False)
             yield f"{path}:{begins}", {name: _csv_value(name, value) for name, value in pairs if name}
     except csv.Error as error:
@@ -137,7 +154,7 @@ def _csv_value(name: str, value: str) -> str | int:
     return int(value) if name == "label" and re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value
 
 
-def _read_parquet(path: Path) -> Iterator[PlacedRow]:
+def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
@@ -150,7 +167,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
         yield f"{path} row {number}", row
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[PlacedRow]]] = MappingProxyType(
+READERS: Mapping[str, Callable[[Path, OnBadRow], Iterator[PlacedRow]]] = MappingProxyType(
     {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
 )
 """Reader by the ending of the file's name."""

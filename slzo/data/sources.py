@@ -6,9 +6,10 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from slzo.data.bad_rows import OnBadRow, refuse, tell_left_out
 from slzo.data.files import READERS, PlacedRow, read_file
 from slzo.data.superglue import FOLDERS, hub_rows
-from slzo.errors import SlzoError
+from slzo.errors import RowError, SlzoError
 from slzo.tasks.base import Example, HubSource, Split, Task
 from slzo.tasks.fields import Fields, shown
 
@@ -27,6 +28,7 @@ def load_examples(
     hub_path: str | None = None,
     hub_config: str | None = None,
     columns: bool = False,
+    left_out: list[RowError] | None = None,
 ) -> list[Example]:
     """All examples of a split, in the order of the file, from the first source that applies.
 
@@ -40,62 +42,79 @@ def load_examples(
         hub_path: Another Hub repository with the same fields.
         hub_config: Another configuration of the repository.
         columns: Keep the fields of each row in :attr:`Example.columns`.
+        left_out: Rows that cannot be used are left out, and why is added here; ``None`` to raise at the first.
 
     Raises:
         SlzoError: The source is missing, broken or empty, a row lacks a field or has one of the wrong type, a label is
             outside the candidates, a prompt or candidate is empty, or two rows have one id.
     """
-    origin, placed = _open(task, split, data_dir, hub_path, hub_config)
+    on_bad = refuse if left_out is None else left_out.append
+    origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config)
     examples: list[Example] = []
     places: dict[str, str] = {}
     for place, values in placed:
-        missing = [field for field in task.fields if values.get(field) is None]
-        if missing:
-            present = ", ".join(str(name) for name, value in values.items() if value is not None)
-            raise SlzoError(
-                f"{place}: field {missing[0]!r} is missing; task {task.name!r} needs it, the row has {present}"
-            )
+        position = len(examples) + len(left_out or ())  # ids of good rows do not depend on bad ones
         try:
-            id = row_id(values, len(examples), split)
-            if id in places:
-                raise SlzoError(f"{place}: id {id!r} is also that of {places[id]}; give each row its own id")
-            example = task.example(values, id)
+            example = _example(task, split, values, position)
+            if example.id in places:
+                raise ValueError(f"id {example.id!r} is also that of {places[example.id]}; give each row its own id")
         except ValueError as error:
-            raise SlzoError(f"{place}: {error}") from None
-        if not example.prompt.strip():
-            raise SlzoError(f"{place}: the prompt is empty; give its fields some text")
-        for candidate in example.candidates:
-            if not candidate.strip():
-                raise SlzoError(f"{place}: candidate {candidate!r} is empty; give it some text")
-        places[id] = place
-        examples.append(replace(example, columns=values) if columns else example)
+            on_bad(RowError(f"{place}: {error}"))
+            continue
+        places[example.id] = place
+        examples.append(replace(example, place=place, columns=values if columns else {}))
+    if not examples and left_out:
+        tell_left_out(left_out, 0, origin)
     if not examples:
         raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
     return examples
 
 
-def row_id(values: Fields, position: int, split: Split) -> str:
+def _example(task: Task, split: Split, values: Fields, position: int) -> Example:
+    """A row as the task reads it; ValueError with the reason if it cannot be used."""
+    missing = [field for field in task.fields if values.get(field) is None]
+    if missing:
+        present = ", ".join(str(name) for name, value in values.items() if value is not None)
+        raise ValueError(f"field {missing[0]!r} is missing; task {task.name!r} needs it, the row has {present}")
+    example = task.example(values, row_id(values, position, split, task.id_field))
+    if not example.prompt.strip():
+        raise ValueError("the prompt is empty; give its fields some text")
+    for candidate in example.candidates:
+        if not candidate.strip():
+            raise ValueError(f"candidate {candidate!r} is empty; give it some text")
+    return example
+
+
+def row_id(values: Fields, position: int, split: Split, field: str | None = None) -> str:
     """Id of a row: its ``id``, ``query_id`` or ``idx`` (MultiRC: ``paragraph-question-answer``), else its position.
 
     Numbers start from 0 in every split, so those of training rows get ``train-`` in front (dev rows: ``dev-``): an id never
-    stands for two different rows.
+    stands for two different rows. With a ``field`` that the user named the id is what stands there.
 
     Raises:
         ValueError: The id is neither text nor a whole number.
     """
-    name = next((name for name in ("id", "query_id", "idx") if values.get(name) is not None), None)
+    known = ("id", "query_id", "idx") if field is None else (field,)
+    name = next((name for name in known if values.get(name) is not None), None)
     value = position if name is None else values[name]
+    if field is not None and isinstance(value, float) and value.is_integer():  # Parquet files made with pandas
+        value = int(value)
     parts = [value[part] for part in _IDX_PARTS if part in value] if isinstance(value, Mapping) else [value]
     if not parts or not all(
         isinstance(part, str | int) and not isinstance(part, bool) and part != "" for part in parts
     ):
         raise ValueError(f"field {name!r} is {shown(value)}; an id must be text or a whole number")
     id = "-".join(map(str, parts))
-    return f"{split}-{id}" if split != "test" and _NUMBERS.fullmatch(id) else id
+    return f"{split}-{id}" if field is None and split != "test" and _NUMBERS.fullmatch(id) else id
 
 
 def _open(
-    task: Task, split: Split, data_dir: str | None, hub_path: str | None, hub_config: str | None
+    task: Task,
+    split: Split,
+    on_bad: OnBadRow,
+    data_dir: str | None,
+    hub_path: str | None,
+    hub_config: str | None,
 ) -> tuple[str, Iterable[PlacedRow]]:
     """Name of the source, for messages, and its rows."""
     if split in task.files:
@@ -103,10 +122,10 @@ def _open(
         if not path.is_file():
             found = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
             raise SlzoError(f"data.task.{split}_file {str(path)!r}: {found}")
-        return str(path), read_file(path)
+        return str(path), read_file(path, on_bad)
     if data_dir is not None:
         path = _find_file(task, split, Path(data_dir).expanduser())
-        return str(path), _hub_fields(task, read_file(path))
+        return str(path), _hub_fields(task, read_file(path, on_bad), on_bad)
     if hub_path is None:
         shipped = task.shipped_rows(split)
         if shipped is not None:
@@ -135,13 +154,14 @@ def _find_file(task: Task, split: Split, root: Path) -> Path:
     )
 
 
-def _hub_fields(task: Task, placed: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
+def _hub_fields(task: Task, placed: Iterable[PlacedRow], on_bad: OnBadRow) -> Iterator[PlacedRow]:
     for place, values in placed:
         try:
-            for row in hub_rows(task.name, values):
-                yield place, row
+            rows = list(hub_rows(task.name, values))
         except ValueError as error:
-            raise SlzoError(f"{place}: {error}") from None
+            on_bad(RowError(f"{place}: {error}"))
+        else:
+            yield from ((place, row) for row in rows)
 
 
 def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterator[PlacedRow]]:

@@ -27,12 +27,14 @@ class Splits:
         dev: Examples that choose the checkpoint, in the drawn order.
         test: Held-out examples, in the order of the file.
         notes: Sentences for the log where fewer were taken than asked for, or some left out.
+        origin: In words, what all are drawn from where that is one file; else empty.
     """
 
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
     notes: tuple[str, ...]
+    origin: str = ""
 
 
 def draw_splits(
@@ -47,8 +49,8 @@ def draw_splits(
 ) -> Splits:
     """Draw the splits; no two of them share an id or a prompt.
 
-    A pool too small for ``num_train + num_dev`` is divided in their proportion, dev getting at most a third of it
-    unless training has all it asked for.
+    A pool too small for ``num_train + num_dev`` is divided in their proportion, dev getting at least one row and at most a
+    third of it unless training has all it asked for.
 
     Args:
         train_pool: Rows for training and dev; ``None`` if only test rows are needed.
@@ -60,7 +62,7 @@ def draw_splits(
         dev_pool: Rows for dev; ``None`` takes them from ``train_pool``.
 
     Raises:
-        SlzoError: A number is out of range, or no training example is left.
+        SlzoError: A number is out of range, or there are too few rows for a split that is asked for.
     """
     for option, value, least in (("num_train", num_train, 1), ("num_dev", num_dev, 0), ("num_test", num_test, 1)):
         if value is not None and value < least:
@@ -73,6 +75,12 @@ def draw_splits(
     if dev_pool is not None:
         return _with_dev_pool(pool, dev_pool, test_pool, test, num_train, num_dev, seed, notes)
     take_train, take_dev = divide(len(pool), num_train, num_dev)
+    if num_dev and not take_dev:
+        raise SlzoError(
+            f"data.num_dev {num_dev}: dev rows are drawn from the training rows, which takes at least"
+            f" {least_rows(num_train, num_dev)} with different prompts, and there are {len(pool)}; add some, give dev"
+            " rows of their own, or set data.num_dev 0"
+        )
     if take_train < num_train or take_dev < num_dev:
         notes.append(
             f"The training split has {len(pool)} usable rows: took {take_train} of {num_train} training examples and"
@@ -82,28 +90,52 @@ def draw_splits(
     return Splits(tuple(ordered[:take_train]), tuple(ordered[take_train : take_train + take_dev]), test, tuple(notes))
 
 
-def part_test(pool: Sequence[Example], num_test: int | None) -> tuple[list[Example], list[Example], str]:
-    """Training and test rows of a task with training rows only, at most a fifth of them for test, and a sentence for the log.
+def part_test(
+    pool: Sequence[Example], num_test: int | None, least: int = 0
+) -> tuple[list[Example], list[Example], tuple[str, ...]]:
+    """Training and test rows of a task with training rows only, at most a fifth of them for test, and sentences for the log.
 
-    Rows whose prompts are equal stay together, in the order of :func:`draw_splits`; the draw does not depend on a seed.
+    Of rows whose prompts are equal the first is taken, in the order of :func:`draw_splits`; the draw does not depend on a seed.
 
     Args:
         pool: All rows.
         num_test: Test rows wanted; ``None`` for a fifth.
+        least: Rows with different prompts that must be left for the other splits.
+
+    Raises:
+        SlzoError: There are too few rows.
     """
-    most = max(1, len(pool) // _LARGEST_TEST_SHARE)
-    wanted = most if num_test is None else min(num_test, most)
     ids = {example.prompt: example.id for example in reversed(pool)}  # the first row of each prompt
+    if len(ids) <= least:
+        raise SlzoError(
+            f"data.task.train_file: held-out rows are drawn from it too, which takes at least {least + 1} rows with different"
+            f" prompts, and it has {len(ids)}; add some, or give data.task.test_file"
+        )
+    most = max(1, len(ids) // _LARGEST_TEST_SHARE)
+    wanted = most if num_test is None else min(num_test, most)
     first = sorted(ids, key=lambda prompt: order_key(_TEST_ORDER, ids[prompt]))
     taken = set(first[:wanted])
     test = [example for example in pool if example.prompt in taken and example.id == ids[example.prompt]]
     train = [example for example in pool if example.prompt not in taken]
     twins = len(pool) - len(train) - len(test)
-    also = f", and left out {twins} rows with the same prompts" if twins else ""
-    told = (
-        f"No held-out rows are given: drew {len(test)} of the {len(pool)} training rows, the same for every seed{also}."
-    )
-    return train, test, told
+    notes = (f"Left out {twins} rows with the prompts of held-out ones.",) if twins else ()
+    return train, test, notes
+
+
+def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
+    """Refuse ids of a field that stand for different rows in different splits; the same row may be in two.
+
+    Raises:
+        SlzoError: With both places.
+    """
+    seen: dict[str, Example] = {}
+    for example in (example for pool in pools for example in pool):
+        other = seen.setdefault(example.id, example)
+        if other.prompt != example.prompt:
+            raise SlzoError(
+                f"data.task.id_field {field!r}: {example.place} has id {example.id!r}, which {other.place} has too; give each row"
+                " its own id, over all files"
+            )
 
 
 def order_key(salt: str, id: str) -> tuple[bytes, str]:
@@ -115,9 +147,14 @@ def divide(size: int, num_train: int, num_dev: int) -> tuple[int, int]:
     """Training and dev examples to take of ``size``, see :func:`draw_splits`."""
     if size >= num_train + num_dev:
         return num_train, num_dev
-    share = min(size * num_dev // (num_train + num_dev), size // 3)
+    share = min(max(1, size * num_dev // (num_train + num_dev)), size // 3)
     dev = min(num_dev, max(share, size - num_train))
     return min(num_train, size - dev), dev
+
+
+def least_rows(num_train: int, num_dev: int) -> int:
+    """The fewest rows of which :func:`divide` leaves neither split empty that is asked for."""
+    return next(size for size in (1, 2, 3) if num_dev == 0 or divide(size, num_train, num_dev)[1])
 
 
 def _with_dev_pool(

@@ -39,6 +39,7 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
     settings = bench.settings() | {
         "directions": plan.directions,
         "num_rows": plan.num_rows,
+        "max_error": plan.max_error,
         "steps": plan.steps or None,
         "seconds": plan.seconds if plan.steps else None,
         "seed_of_sensitivity": plan.seeds[0],
@@ -87,7 +88,12 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
                 store.save(name, result)
                 clock.tick(name, result)
 
-    measured = {"directions": plan.directions, "seed": plan.seeds[0], "num_rows": plan.num_rows}
+    measured = {
+        "directions": plan.directions,
+        "seed": plan.seeds[0],
+        "num_rows": plan.num_rows,
+        "max_error": plan.max_error,
+    }
     for layer in range(num_layers):
         run(sensitivity_cell(layer), layer, bench.sensitivity, **measured)
     bench.forget_prefix()  # the rows of the sensitivity are few; training begins at its own first layer
@@ -120,7 +126,7 @@ class _Clock:
             last = result["scores"][-1]
             found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
         else:
-            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}"
+            found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
         seconds = (now - self._started) / self._done * sum(self._left.values())
         rest = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
         left = f"{len(self._left)} cells left, about {rest}" if self._left else "done"

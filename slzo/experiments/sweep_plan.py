@@ -9,6 +9,10 @@ from slzo.errors import SlzoError
 from slzo.zo.scopes.base import check_layer
 
 MIN_DIRECTIONS = 20
+NUM_ROWS = 16
+"""Training rows that the sensitivity is measured on, by default."""
+MAX_ERROR = 0.25
+"""Standard error of a sensitivity, as a share of it, that is small enough, by default."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,10 @@ class SweepPlan:
         layers: Layers to train, rising; the sensitivity is measured in all layers of the model.
         steps: Steps of each training; 0 measures the sensitivity only.
         seeds: One training a layer for each.
-        directions: Random directions for the sensitivity.
+        directions: Random directions for the sensitivity, at most.
         num_rows: Training rows that the sensitivity is measured on.
         seconds: Training time of each, scoring left out: layers that are done with the steps earlier go on until then.
+        max_error: Standard error of a sensitivity, as a share of it, at which no more directions are drawn.
     """
 
     layers: tuple[int, ...]
@@ -30,6 +35,7 @@ class SweepPlan:
     directions: int
     num_rows: int
     seconds: float | None = None
+    max_error: float = MAX_ERROR
 
     @property
     def trainings(self) -> list[tuple[int, int]]:
@@ -45,6 +51,7 @@ def plan_sweep(
     directions: int,
     num_rows: int,
     seconds: float | None = None,
+    max_error: float = MAX_ERROR,
 ) -> SweepPlan:
     """Check the options of a sweep.
 
@@ -58,6 +65,8 @@ def plan_sweep(
     for name, value, least in (("steps", steps, 0), ("num_rows", num_rows, 1)):
         if value < least:
             raise SlzoError(f"{name} {value}: must be at least {least}")
+    if not 0 <= max_error < math.inf:
+        raise SlzoError(f"max_error {max_error}: give a share of the sensitivity such as 0.25, or 0 for all directions")
     if seconds is not None and not 0 < seconds < math.inf:
         raise SlzoError(
             f"seconds {seconds}: give a number above 0, or leave it out to end each training after its steps"
@@ -69,7 +78,7 @@ def plan_sweep(
     chosen = range(num_layers) if layers is None else sorted(set(layers))
     for layer in chosen:
         check_layer(layer, num_layers, "layers", left_out="all be trained")
-    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows, seconds)
+    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows, seconds, max_error)
 
 
 def sensitivity_cell(layer: int) -> str:

@@ -112,14 +112,7 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
     if not trained and any(row.diverged for row in rows):
         return "Every training diverged: lower the learning rate (slzo lr_search tries several)."
     if not trained:
-        order = sorted(rows, key=lambda row: -row.sensitivity)
-        if dominant is None:
-            return f"The profile chooses no layer; the most sensitive one is layer {order[0].layer}."
-        place = order.index(dominant) + 1
-        most = "the most sensitive"
-        if place > 1:
-            most = f"number {place} of {len(rows)} in sensitivity (layer {order[0].layer} leads)"
-        return f"The {chosen}, {dominant.layer}, is {most}, at {dominant.sensitivity:.4g}; no layer was trained."
+        return _sensitivity_verdict(rows, dominant, chosen)
     best = trained[0]
     if (best.gain or 0) <= 0:
         return (
@@ -149,6 +142,34 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
         f"The {chosen}, {dominant.layer}, {verb}: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
         f"the next best, layer {second.layer}, {_how_sure(sure)} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
     )
+
+
+def _sensitivity_verdict(rows: Sequence[LayerResult], dominant: LayerResult | None, chosen: str) -> str:
+    """Where the chosen layer stands among measured ones, and how sure that is."""
+    first, *others = sorted(rows, key=lambda row: -row.sensitivity)
+    if dominant is None:
+        return f"The profile chooses no layer; the most sensitive one is layer {first.layer}, at {_measured(first)}."
+    if not others:
+        return f"The {chosen}, {dominant.layer}, has a sensitivity of {_measured(dominant)}; no layer was trained."
+    other = others[0] if dominant is first else first
+    spread = math.hypot(other.sensitivity_se, dominant.sensitivity_se)
+    errors = abs(other.sensitivity - dominant.sensitivity) / spread if spread > 0 else math.inf
+    if dominant is first:
+        doubt = "" if errors >= _CLEAR else "but not clearly, "
+        return (
+            f"The {chosen}, {dominant.layer}, is the most sensitive, {doubt}at {_measured(dominant)}, {errors:.1f} standard "
+            f"errors ahead of the next, layer {other.layer}; no layer was trained."
+        )
+    doubt = "" if errors >= _CLEAR else ", so not clearly"
+    return (
+        f"The {chosen}, {dominant.layer}, is number {2 + others.index(dominant)} of {len(rows)} in sensitivity, at "
+        f"{_measured(dominant)}; layer {other.layer} leads at {_measured(other)}, by {errors:.1f} standard errors{doubt}; no "
+        "layer was trained."
+    )
+
+
+def _measured(row: LayerResult) -> str:
+    return f"{row.sensitivity:.4g} +- {row.sensitivity_se:.2g}"
 
 
 def _errors(difference: float, one: LayerResult, other: LayerResult) -> float | None:

@@ -29,6 +29,8 @@ _DIVERGED = 1.5
 _CURVE = tuple(10 * 2**power for power in range(16))
 # Where the slopes are taken if model.eps is auto: layers are compared at one distance.
 _SENSITIVITY_EPS = 1e-3
+# A spread of fewer directions says little of how sure their mean is.
+_LEAST_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -251,19 +253,30 @@ class Workbench:
         for block in self.datamodule.prefix_blocks():
             tuned_model.forward.prefix(block.pack().to(tuned_model.parts.model.device))
 
-    def sensitivity(self, layer: int, *, directions: int, seed: int, num_rows: int) -> Sensitivity:
-        """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run."""
+    def sensitivity(
+        self, layer: int, *, directions: int, seed: int, num_rows: int, max_error: float = 0.0
+    ) -> Sensitivity:
+        """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run.
+
+        Args:
+            layer: Counted from 0.
+            directions: At most.
+            seed: Of directions and rows, so both are the same for every layer.
+            num_rows: Rows whose mean loss is looked at.
+            max_error: Enough directions are drawn, but at least 8, when the standard error is below this share of the mean.
+        """
         eps = self.module.step_options.eps or _SENSITIVITY_EPS
         rows = next(self.datamodule.training_batches(num_rows, seed)).to(self.module.parts.model.device)
-        slopes = []
+        slopes: list[float] = []
         with self._tuned(layer) as tuned_model, torch.no_grad():
             loss = self.module.loss_of(rows)
             for query in range(directions):
                 z = tuned_model.tensors.draw(seed, 0, query)
                 high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
                 slopes.append(abs(high - low) / (2 * eps))
-        error = statistics.stdev(slopes) / math.sqrt(directions) if directions > 1 else math.nan
-        return Sensitivity(statistics.fmean(slopes), error, directions)
+                if len(slopes) >= _LEAST_DIRECTIONS and _standard_error(slopes) < max_error * statistics.fmean(slopes):
+                    break
+        return Sensitivity(statistics.fmean(slopes), _standard_error(slopes), len(slopes))
 
     def forget_prefix(self) -> None:
         """Drop all cached states."""
@@ -307,6 +320,10 @@ class Workbench:
         finally:
             tuned_model.tensors.load(initial)
             self.module.stop_tuning()
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _first(batches: Iterable[EvalBatch], rows: int) -> Iterator[EvalBatch]:

@@ -10,6 +10,7 @@ from slzo.export.adapter import write_adapter
 from slzo.export.card import write_card
 from slzo.export.delta import write_delta
 from slzo.export.facts import BaseScores, Exported, ExportOptions, Facts, facts_of
+from slzo.export.gguf import write_gguf
 from slzo.export.licences import write_licences
 from slzo.export.merged import write_merged
 from slzo.export.push import check_repository, push
@@ -20,13 +21,15 @@ from slzo.models.quantization import method_of
 from slzo.zo.tuned_model import TunedModel
 
 FORMATS: Mapping[str, Callable[[TunedModel, Facts, Path], None]] = MappingProxyType(
-    {"adapter": write_adapter, "merged": write_merged, "delta": write_delta}
+    {"adapter": write_adapter, "merged": write_merged, "delta": write_delta, "gguf": write_gguf}
 )
 """Writes what was tuned into a folder that exists."""
 
 FACTS_FILE = "slzo.json"
 
-_RELATIONS: Mapping[str, str] = MappingProxyType({"adapter": "for", "merged": "merged into", "delta": "on"})
+_RELATIONS: Mapping[str, str] = MappingProxyType(
+    {"adapter": "for", "merged": "merged into", "delta": "on", "gguf": "merged into"}
+)
 
 
 def export_checkpoint(

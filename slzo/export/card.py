@@ -10,11 +10,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from slzo import __version__
 from slzo.errors import SlzoError
 from slzo.export.facts import Facts
+from slzo.export.gguf import GGUF_FILE
 from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
 
-_LIBRARIES = {"adapter": "peft", "merged": "transformers", "delta": "transformers"}
-_RELATIONS = {"adapter": "adapter", "merged": "finetune", "delta": "finetune"}
+_LIBRARIES = {"adapter": "peft", "merged": "transformers", "delta": "transformers", "gguf": "gguf"}
+_RELATIONS = {"adapter": "adapter", "merged": "finetune", "delta": "finetune", "gguf": "finetune"}
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _PLACES = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/(?=[^\s'\",\]]*)")
 
@@ -116,6 +117,8 @@ def _use(facts: Facts) -> str:
             "from safetensors.torch import load_file\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
         )
         code = f'{imports}\n\n{load}\nbase.load_state_dict(load_file("PATH/delta.safetensors"), strict=False)\n{tokens}'
+    elif facts.format == "gguf":
+        return f"```bash\nllama-cli -m PATH/{GGUF_FILE} -p TEXT\n```"
     else:
         code = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -11,7 +11,7 @@ from slzo.checkpoint import Checkpoint
 from slzo.models.origin import Origin
 from slzo.zo.tuned_model import TunedModel
 
-Format = Literal["adapter", "merged", "delta"]
+Format = Literal["adapter", "merged", "delta", "gguf"]
 
 _SUMMARY = "summary.json"
 

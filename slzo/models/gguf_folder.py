@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,16 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(folder)
+    _forget_tokens(folder / "tokenizer.json", model.config.vocab_size)
     return folder
+
+
+def _forget_tokens(file: Path, vocab_size: int) -> None:
+    """Take out of a saved tokenizer what transformers adds to any of GGUF, beyond the tokens that the model knows."""
+    known = json.loads(file.read_text(encoding="utf-8"))
+    own = [entry for entry in known["added_tokens"] if entry["id"] < vocab_size]
+    if len(own) < len(known["added_tokens"]):
+        file.write_text(json.dumps(known | {"added_tokens": own}, ensure_ascii=False), encoding="utf-8")
 
 
 def _forget_gguf(model: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slzo.class_paths import told_error, told_place
 from slzo.rewards.registry import REWARDS, RewardFunction
 
 
@@ -84,7 +85,7 @@ def find_function(name: str) -> RewardFunction:
     try:
         module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # whatever the user's file raises
-        raise LookupError(f"{where} cannot be imported ({_one_line(error)})") from error
+        raise LookupError(f"{where} cannot be imported ({told_error(error)}){told_place(error)}") from error
     function = getattr(module, own, None)
     if not callable(function):
         raise LookupError(f"{where} has no function {own}")
@@ -103,7 +104,9 @@ def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[flo
         found = function(**given)
         values = list(found)
     except Exception as error:  # whatever the user's function raises
-        raise RewardFailure(wanted.function, f"raised {_one_line(error)}", _place(function, wanted, answers)) from error
+        raise RewardFailure(
+            wanted.function, f"raised {told_error(error)}", _place(function, wanted, answers)
+        ) from error
     if len(values) != len(answers.ids):
         raise RewardFailure(wanted.function, f"returned {len(values)} values for {len(answers.ids)} answers", 0)
     numbers = []
@@ -158,7 +161,3 @@ def _run_file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

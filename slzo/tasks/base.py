@@ -39,6 +39,7 @@ class Example:
         group: Key that joins rows scored together (MultiRC: the question), else ``None``.
         messages: A conversation's turns up to the answer; ``prompt`` is then only shown and compared.
         columns: All fields of the row, for rewards; empty where nobody asks for them.
+        place: Where the row is, for messages; empty if that is not known.
     """
 
     id: str
@@ -49,6 +50,12 @@ class Example:
     group: str | None = None
     messages: tuple[Message, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    place: str = field(default="", compare=False, repr=False)
+
+    @property
+    def told(self) -> str:
+        """Id and place, for messages."""
+        return f"example {self.id!r}" + (f" ({self.place})" if self.place else "")
 
     @classmethod
     def of_answers(cls, id: str, prompt: str, answers: Sequence[str], stop: str = "\n") -> Self:
@@ -86,6 +93,7 @@ class Task(ABC):
         grouped: Rows of one :attr:`Example.group` are also scored together (MultiRC).
         default_num_dev: Dev rows drawn from the training split when the user gives no number.
         files: A custom task's own files, by split; empty for the others.
+        id_field: Field that holds a row's id; ``None`` for the usual ones, see :func:`slzo.data.sources.row_id`.
     """
 
     name: str
@@ -101,6 +109,7 @@ class Task(ABC):
     grouped: bool = False
     default_num_dev: int = 500
     files: Mapping[Split, str] = MappingProxyType({})
+    id_field: str | None = None
 
     @property
     def generates(self) -> bool:

@@ -32,6 +32,8 @@ class ChatTask(Task):
         metrics: What held-out rows are scored by, the first sums a run up: perplexity, or of generated answers f1, exact_match
             and other built-in rewards.
         name: Name of the task in logs and file names.
+        id_field: Field with a row's id, which predictions and messages name, unique over all files; left out, id, query_id or
+            idx, else the row's place.
 
     Raises:
         SlzoError: An argument is wrong.
@@ -51,8 +53,10 @@ class ChatTask(Task):
         stop: list[str] | None = None,
         metrics: list[str] | None = None,
         name: str = "chat",
+        id_field: str | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.id_field = name, id_field
+        self.fields = () if id_field is None else (id_field,)
         self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}

@@ -1,9 +1,12 @@
 """The tasks by name."""
 
 import difflib
+import importlib
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from slzo.class_paths import import_failure, required_arguments
 from slzo.errors import SlzoError
 from slzo.tasks.base import Task
 from slzo.tasks.boolq import BoolQ
@@ -27,7 +30,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in 
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name, or of that class path: one that needs no options arrives as its name.
 
     Raises:
         SlzoError: There is none.
@@ -40,7 +43,23 @@ def get_task(name: str) -> Task:
         raise SlzoError(
             "data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask lists its options"
         )
+    if "." in name:
+        return _task_at(name)
     close = difflib.get_close_matches(name.lower(), TASKS, n=1)
     own = " or ".join(_OF_ONES_OWN)
     hint = f"; did you mean {close[0]!r}?" if close else f"; one on your own files is {own}"
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")
+
+
+def _task_at(path: str) -> Task:
+    if reason := import_failure(path):
+        raise SlzoError(f"data.task {path!r}: {reason}")
+    module, _, name = path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    if not inspect.isclass(kind) or not issubclass(kind, Task) or inspect.isabstract(kind):
+        raise SlzoError(f"data.task {path!r}: is no task; give a subclass of slzo.tasks.base.Task that defines example")
+    if needed := required_arguments(kind):
+        raise SlzoError(
+            f"data.task {path!r}: needs data.task.{needed[0]}; give it as data.task.init_args or --data.task.{needed[0]}"
+        )
+    return kind()

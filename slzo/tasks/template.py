@@ -36,6 +36,8 @@ class TemplateTask(Task):
         dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
         name: Name of the task in logs and file names.
+        id_field: Field with a row's id, which predictions and messages name, unique over all files; left out, id, query_id or
+            idx, else the row's place.
 
     Raises:
         SlzoError: An argument is wrong.
@@ -56,8 +58,9 @@ class TemplateTask(Task):
         stop: list[str] | None = None,
         max_new_tokens: int | None = None,
         metrics: list[str] | None = None,
+        id_field: str | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.id_field = name, id_field
         self.prompt = prompt
         self.candidates = tuple(candidates or ())
         self.label_field = label_field
@@ -93,6 +96,8 @@ class TemplateTask(Task):
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
             self.fields = (*self._in_prompt, label_field)
+        if id_field is not None:
+            self.fields = (*self.fields, id_field)
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
 

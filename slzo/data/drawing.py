@@ -1,0 +1,87 @@
+"""From a task's sources to its splits."""
+
+from dataclasses import dataclass, replace
+
+from slzo.data.bad_rows import tell_left_out
+from slzo.data.sources import load_examples
+from slzo.data.splits import Splits, check_shared_ids, draw_splits, least_rows, part_test
+from slzo.errors import RowError
+from slzo.tasks.base import Example, Split, Task
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where the rows of a task come from.
+
+    Attributes:
+        task: The task.
+        data_dir: As for :func:`slzo.data.sources.load_examples`, and so the next three.
+        hub_path: Another Hub repository.
+        hub_config: Another configuration.
+        columns: Keep the fields of each row.
+        skip_bad_rows: Leave out rows that cannot be used.
+    """
+
+    task: Task
+    data_dir: str | None = None
+    hub_path: str | None = None
+    hub_config: str | None = None
+    columns: bool = False
+    skip_bad_rows: bool = False
+
+    def read(self, split: Split, notes: list[str]) -> list[Example]:
+        """All rows of a split that can be used; what was left out is added to the notes.
+
+        Raises:
+            SlzoError: The source or one of its rows cannot be used.
+        """
+        left_out: list[RowError] | None = [] if self.skip_bad_rows else None
+        rows = load_examples(
+            self.task,
+            split,
+            data_dir=self.data_dir,
+            hub_path=self.hub_path,
+            hub_config=self.hub_config,
+            columns=self.columns,
+            left_out=left_out,
+        )
+        if left_out:
+            notes.append(tell_left_out(left_out, len(rows), self.task.files.get(split, f"the {split} split")))
+        return rows
+
+    def draw(self, *, num_train: int, num_dev: int, num_test: int | None, seed: int, needs_train: bool) -> Splits:
+        """The splits; a custom task's one file is divided among them.
+
+        Args:
+            num_train: Training examples, as for :func:`slzo.data.splits.draw_splits`, and so the next three.
+            num_dev: Dev examples.
+            num_test: Test examples.
+            seed: Seed of the training and dev draw.
+            needs_train: Whether training and dev examples are wanted too.
+
+        Raises:
+            SlzoError: A split that is needed is missing or broken, or has too few rows.
+        """
+        files, origin = self.task.files, ""
+        notes: list[str] = []
+        own = "train" in files and "test" not in files
+        test = [] if own else self.read("test", notes)
+        train = self.read("train", notes) if needs_train or own else None
+        dev = self.read("dev", notes) if needs_train and "dev" in files else None
+        if self.task.id_field is not None:
+            check_shared_ids(self.task.id_field, test, train or (), dev or ())
+        if own and train is not None:
+            origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; held-out rows as for every seed)"
+            least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
+            train, test, twins = part_test(train, num_test, least)
+            notes += twins
+        drawn = draw_splits(
+            train if needs_train else None,
+            test,
+            num_train=num_train,
+            num_dev=num_dev,
+            num_test=None if own else num_test,
+            seed=seed,
+            dev_pool=dev,
+        )
+        return replace(drawn, notes=(*notes, *drawn.notes), origin=origin)
