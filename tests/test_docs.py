@@ -74,6 +74,9 @@ def test_a_tool(words):
         assert words[1:] == ["-m", "pytest"] or words[1] == "-m", words
         return
     tool = (ROOT / words[1]).read_text(encoding="utf-8")
+    for module in re.findall(r"^from (\w+) import", tool, re.MULTILINE):  # another tool may have the options
+        if (ROOT / "tools" / f"{module}.py").is_file():
+            tool += (ROOT / "tools" / f"{module}.py").read_text(encoding="utf-8")
     for word in words[2:]:
         option = word.partition("=")[0]
         assert not option.startswith("--") or f'"{option}"' in tool, option
