@@ -89,6 +89,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = rows_of(args, model.config.vocab_size)
     ids = torch.tensor([row.sequences[0].ids[:-1] for row in rows])
     seconds: dict[str, list[float]] = {"step": [], "forward2": []}
+    clock = time.process_time if args.cpu_time else time.perf_counter
     runs: dict[str, Any] = {}
     if args.measure in ("step", "both"):
         runs["step"] = Steps(model, args.layer, rows)
@@ -96,10 +97,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         runs["forward2"] = lambda: forward_twice(model, ids)
     for number in range(args.rounds + 1):  # the first is not counted: it fills the cache and reads the files
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {**seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
@@ -108,6 +109,7 @@ def measure_apart(args: argparse.Namespace, folder: str, layer: int, what: str) 
     options = {"tokens": args.tokens, "batch_size": args.batch_size, "threads": args.threads, "seed": args.seed}
     options["rounds"] = args.rounds if what == "both" else 1
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += ["--cpu_time"] if args.cpu_time else []
     command = [sys.executable, __file__, *words, "--folder", folder, "--layer", str(layer), "--measure", what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -145,10 +147,10 @@ def run_shape(args: argparse.Namespace, name: str, folder: str) -> list[dict[str
 
 def line_of(entry: dict[str, Any]) -> str:
     """One row of the table."""
-    return (
-        f"| {entry['shape']} | {entry['parameters'] / 1e9:.2f}e9 | {entry['layer']} of {entry['layers']} | "
-        f"{entry['step_s']:.2f} | {entry['forward2_s']:.2f} | {entry['share']:.2f} | {entry['peak_gib']:.2f} | {entry['forward_peak_gib']:.2f} |"
-    )
+    peaks = f"{entry['peak_gib']:.2f} | {entry['forward_peak_gib']:.2f}"
+    seconds = f"{entry['step_s']:.2f} | {entry['forward2_s']:.2f} | {entry['share']:.2f}"
+    size = f"{entry['parameters'] / 1e9:.2f}e9 | {entry['layer']} of {entry['layers']}"
+    return f"| {entry['shape']} | {size} | {seconds} | {peaks} |"
 
 
 HEAD = (
@@ -195,6 +197,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--rounds", type=int, default=5, help="steps and pairs of passes that are timed, in alternation"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--cpu_time", action="store_true", help="processor seconds: on a machine that others use too")
     parser.add_argument("--seed", type=int, default=0, help="of the rows")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--figure", type=Path, metavar="FOLDER", help="draw scale.svg in this folder")
@@ -224,7 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SlzoError, OSError) as error:
         print(f"benchmark_scale: error: {error}", file=sys.stderr)
         return 2
-    result = {"torch": torch.__version__, "threads": args.threads, "tokens": args.tokens, "batch_size": args.batch_size}
+    result = {
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "cpu_time": args.cpu_time,
+        "tokens": args.tokens,
+        "batch_size": args.batch_size,
+    }
     if args.output is not None:
         args.output.write_text(json.dumps({**result, "entries": entries}, indent=2) + "\n", encoding="utf-8")
     if args.figure is not None:
