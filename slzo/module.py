@@ -161,8 +161,7 @@ class ZOModule(LightningModule):
         else:  # no submodule, which strategies would move to one device
             device = self.device if self._trainer is None else self.trainer.strategy.root_device
             vars(self)["model"] = load_placed(*common, self.device_map, device)
-        assert self.model is not None
-        self._untuned = take_apart(self.model, self.engine.packed, self.engine.onednn, self.engine.compile)
+        self._untuned = take_apart(cast("Any", self.model), self.engine.packed, self.engine.onednn, self.engine.compile)
 
     @property
     def parts(self) -> ModelParts:
@@ -403,13 +402,13 @@ class ZOModule(LightningModule):
 
     def _log_step(self, batch: TrainBatch, result: StepResult, eps: float, started: float) -> None:
         estimate, seconds = result.estimate, time.perf_counter() - started
-        projected = torch.tensor(estimate.projected_grad)
+        projected = estimate.projected_grad
         values = {
             "train/loss": estimate.loss,
             "train/loss_plus": estimate.loss_plus,
             "train/loss_minus": estimate.loss_minus,
-            "train/projected_grad": float(projected.mean()),
-            "train/abs_projected_grad": float(projected.abs().mean()),
+            "train/projected_grad": sum(projected) / len(projected),
+            "train/abs_projected_grad": sum(map(abs, projected)) / len(projected),
             "train/lr": cast("Any", self.optimizers()).param_groups[0]["lr"],
             "train/eps": eps,
             "train/evaluations": float(self.num_evaluations),
@@ -420,8 +419,9 @@ class ZOModule(LightningModule):
         }
         if result.update_norm is not None:
             values["train/update_norm"] = result.update_norm
-        self.log_dict(values, batch_size=batch.packed.num_examples)
-        self.log("loss", estimate.loss, prog_bar=True, logger=False, batch_size=1)
+        # tensors on the CPU: Lightning copies a number to the device at each step
+        self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
+        self.log("loss", torch.tensor(estimate.loss), prog_bar=True, logger=False, batch_size=1)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
