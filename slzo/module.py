@@ -156,10 +156,10 @@ class ZOModule(LightningModule):
         if self.model is not None:
             return
         common = self.model_name, self.dtype_name, self.trust_remote_code
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
         if self.device_map is None:
-            self.model = load_model(*common, self.quantization)
+            self.model = load_model(*common, self.quantization, device=device)
         else:  # no submodule, which strategies would move to one device
-            device = self.device if self._trainer is None else self.trainer.strategy.root_device
             vars(self)["model"] = load_placed(*common, self.device_map, device)
         self._untuned = take_apart(cast("Any", self.model), self.engine.packed, self.engine.onednn, self.engine.compile)
 

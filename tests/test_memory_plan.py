@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, run_dir, tiny_model
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -102,6 +103,29 @@ def test_layers_that_are_read_each_time_take_the_room_of_two(llama):
     assert plan.parts["weights"] == 2 * llama.outside + layer + (3 + 2) * layer
     assert plan.total == plan.needed == sum(plan.parts.values())
     assert replace(setup, kept_bytes=100 * layer).plan().parts["weights"] == 2 * llama.num_parameters
+
+
+def test_layers_that_are_elsewhere_take_the_room_of_one(llama):
+    layer = 2 * (llama.linear + llama.layer_rest)
+    stored = replace(llama, stored_bytes=2 * llama.num_parameters, stored_dtype=torch.bfloat16)
+    setup = Setup(stored, torch.bfloat16, None, {"masters": 7}, 1, 4, Workload(100), 0, away=20)
+    plan = setup.plan()
+    assert plan.parts["weights"] == plan.mapped == 2 * llama.num_parameters - 19 * layer
+    assert setup.beside_weights == plan.total - plan.parts["weights"]
+    converted = replace(setup, dtype=torch.float32).plan()
+    whole, away = 4 * llama.num_parameters, 19 * 2 * layer
+    assert converted.loading == PROGRAM_BYTES + (2 * llama.num_parameters + whole) * (whole - away) // whole
+    # the most that the option can do
+    fewest = dict(setup.alternatives())["model.device_map auto"]
+    assert fewest.parts["weights"] == 2 * llama.num_parameters - 30 * layer
+
+
+def test_files_are_read_on_a_cpu_only(options, capsys, monkeypatch):
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("cuda", 0))
+    assert main(["fit", *options, "--model.engine.weights_gb=0"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("slzo: error: model.engine.weights_gb 0.0: is for a model on a CPU, and this run is on cuda")
 
 
 def test_the_table_in_the_documents_is_that_of_the_code():

@@ -32,10 +32,11 @@ class MemoryPlanner(Callback):
         """Say the estimate in one line, before the model is loaded.
 
         Raises:
-            SlzoError: The run needs more memory than there is, or has several processes where only one can place layers.
+            SlzoError: The run needs more memory than there is, or its device or processes rule out an option of placement.
         """
-        if isinstance(pl_module, ZOModule) and pl_module.device_map is not None:
-            pl_module.device_map.check_processes(trainer.world_size)
+        device = trainer.strategy.root_device
+        if isinstance(pl_module, ZOModule):
+            _check_placement(pl_module, device, trainer.world_size)
         if (
             stage != "fit"
             or not isinstance(pl_module, ZOModule)
@@ -43,7 +44,6 @@ class MemoryPlanner(Callback):
             or self.plan is not None
         ):
             return
-        device = trainer.strategy.root_device
         try:
             setup = setup_of(pl_module, pl_module.datamodule, trainer.max_steps, device)
         except SlzoError:  # about the model or the rows: said where they are used
@@ -61,6 +61,16 @@ class MemoryPlanner(Callback):
                 f"model.model {pl_module.model_name!r}: needs about {_gb(self.plan.needed)} of memory, {_gb(free)} are free"
                 f"{_advice(setup, free)}"
             )
+
+
+def _check_placement(module: ZOModule, device: torch.device, processes: int) -> None:
+    if module.device_map is not None:
+        module.device_map.check_processes(processes)
+    if module.engine.weights_gb is not None and device.type != "cpu":
+        raise SlzoError(
+            f"model.engine.weights_gb {module.engine.weights_gb}: is for a model on a CPU, and this run is on {device.type}; "
+            "use model.device_map auto, or set trainer.accelerator to cpu"
+        )
 
 
 def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, device: torch.device) -> Setup:

@@ -103,12 +103,13 @@ def load_model(
     quantization: Quantization | QuantizationConfigMixin | None = None,
     device_map: Mapping[str, str] | None = None,
     offload_folder: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
 
     A model that is quantized already is loaded as it is; ``quantization`` quantizes another one, layer by layer while it is read.
-    ``device_map`` and ``offload_folder`` are those of transformers, whose hooks then are in the model (see
-    :mod:`slzo.models.placement`).
+    ``device`` is where quantized weights are made, the CPU if left out. ``device_map`` and ``offload_folder`` are those of
+    transformers, whose hooks then are in the model (see :mod:`slzo.models.placement`).
     A model that looks at images too is loaded whole; its text decoder is what :mod:`slzo.models.parts` finds.
 
     Raises:
@@ -129,7 +130,8 @@ def load_model(
     elif quantization is not None:
         kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
     if own is not None or quantization is not None:
-        kwargs["device_map"] = "cpu"  # quantized weights are made where they stay
+        # quantized weights are made where they stay: bitsandbytes packs those that ran on a CPU for it
+        kwargs["device_map"] = {"": "cpu" if device is None else str(device)}
     if device_map is not None:
         if own is not None:
             raise SlzoError(
