@@ -3,19 +3,22 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FAMILIES, run_dir, tiny_model
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from memory_table import table as memory_table
 from slzo.__main__ import main
 from slzo.callbacks import memory_planner
+from slzo.errors import SlzoError
 from slzo.models import load
+from slzo.models.engine import Engine
 from slzo.models.shape import model_shape, shape_of, skeleton_of
+from slzo.module import ZOModule
 from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
 from write_shape import parse, write_shape
 
@@ -120,12 +123,13 @@ def test_layers_that_are_elsewhere_take_the_room_of_one(llama):
     assert fewest.parts["weights"] == 2 * llama.num_parameters - 30 * layer
 
 
-def test_files_are_read_on_a_cpu_only(options, capsys, monkeypatch):
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
-    monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("cuda", 0))
-    assert main(["fit", *options, "--model.engine.weights_gb=0"]) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("slzo: error: model.engine.weights_gb 0.0: is for a model on a CPU, and this run is on cuda")
+def test_files_are_read_on_a_cpu_only(model_dir):
+    module = ZOModule(str(model_dir), engine=Engine(weights_gb=0.0))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), world_size=1)
+    with pytest.raises(
+        SlzoError, match=r"model.engine.weights_gb 0.0: is for a model on a CPU, and this run is on cuda"
+    ):
+        memory_planner.MemoryPlanner().setup(trainer, module, "fit")
 
 
 def test_the_table_in_the_documents_is_that_of_the_code():
