@@ -1,10 +1,9 @@
 """Read and write checkpoints and find the newest one.
 
-A checkpoint is a file that ``torch.load(weights_only=True)`` reads: Lightning's own flow, and no code in it is run. It is a zip
-archive with a CRC-32 of every tensor and of the rest, which torch writes and does not look at; here it is verified.
+Formats 2 and 3 are zip archives that ``torch.load(weights_only=True)`` reads, with CRC-32s that torch writes and does not look
+at; here they are verified. Format 4 is that of :mod:`slzo.checkpoint_file`, without pickles.
 """
 
-import io
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slzo import checkpoint_file
 from slzo.checkpoint_note import FORMATS, check_note
 from slzo.errors import SlzoError
 from slzo.files import replacing
 from slzo.renames import translate_flat
+from slzo.signals import signals_held
 
 CHECKPOINT_FORMAT = max(FORMATS)
 _ADVICE = "give another one of the run, or last for the newest that is whole"
@@ -83,9 +84,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, last or best")
     if not Path(path).is_file():
         raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
-    with _one_line(option):
-        _verify(path, option)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = _content(path, option)
     checkpoint_note(content, option)
     _check_state(content, option)
     return Checkpoint(str(path), content)
@@ -98,11 +97,9 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
         SlzoError: It cannot be written, or its weights are not finite.
     """
     _check_finite(content["state_dict"], f"training diverged: at step {content.get('global_step')} the checkpoint's")
-    buffer = io.BytesIO()  # a full disk is an OSError then, not one of torch's writer
-    torch.save(dict(content), buffer)
     try:
         with replacing(path) as partial:
-            partial.write_bytes(buffer.getbuffer())
+            checkpoint_file.write(content, partial)
     except SlzoError as error:
         raise SlzoError(f"{error}; then go on from the checkpoint before it with --ckpt_path last") from error
 
@@ -146,7 +143,7 @@ def newest_checkpoint(root: str | Path) -> Path:
     option = f"ckpt_path {str(found[0])!r}"
     try:
         with _one_line(option):
-            _verify(found[0], option)
+            _verify(found[0])
         return found[0]
     except SlzoError as error:
         sys.stderr.write(f"slzo: {error}\n")
@@ -158,25 +155,38 @@ def newest_checkpoint(root: str | Path) -> Path:
     raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is whole; start without --ckpt_path")
 
 
+def _content(path: str | Path, option: str) -> dict[str, Any]:
+    """What is in a file of any format, compared with its checksums."""
+    with _one_line(option):
+        if checkpoint_file.is_ours(path):
+            return checkpoint_file.read(path)
+        _verify(path)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return content
+
+
+def _verify(path: str | Path) -> None:
+    """Compare everything in a file of any format with its checksums."""
+    if checkpoint_file.is_ours(path):
+        checkpoint_file.verify(path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        if (part := archive.testzip()) is not None:
+            raise checkpoint_file.DamagedError(part)
+
+
 @contextmanager
 def _one_line(option: str) -> Iterator[None]:
-    """Errors of reading a file as SlzoErrors."""
+    """Errors of reading a file as SlzoErrors; a signal waits, since the readers make what its handler raises such an error."""
     try:
-        yield
-    except SlzoError:
-        raise
+        with signals_held():
+            yield
+    except checkpoint_file.DamagedError as error:
+        raise SlzoError(f"{option}: damaged, {error} in it is not what was written; {_ADVICE}") from error
     except OSError as error:
         raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # zip archives and pickles fail in many ways
+    except Exception as error:  # archives, pickles and headers fail in many ways
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
-
-
-def _verify(path: str | Path, option: str) -> None:
-    """Compare everything in a file with its checksums."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise SlzoError(f"{option}: damaged, {damaged} in it is not what was written; {_ADVICE}")
 
 
 def _by_age(root: str | Path, name: str) -> list[Path]:

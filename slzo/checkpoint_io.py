@@ -7,7 +7,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
-from slzo.checkpoint import Checkpoint, write_checkpoint
+from slzo.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from slzo.checkpoint_file import is_ours
 
 
 class CheckpointFiles(_WrappingCheckpointIO):
@@ -30,6 +31,8 @@ class CheckpointFiles(_WrappingCheckpointIO):
         known, self.known = self.known, None
         if known is not None and known.path == str(path):
             return known.content
+        if _is_local_file_protocol(path) and Path(path).is_file() and is_ours(path):
+            return read_checkpoint(path).content
         return super().load_checkpoint(path, *args, **kwargs)
 
     def teardown(self) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from slzo.errors import SlzoError
 
-FORMATS = (2, 3)
-"""Formats that are read; the last one is written. Format 3 brought ``base`` and ``optimizer``."""
+FORMATS = (2, 3, 4)
+"""Formats that are read; the last one is written. Format 3 brought ``base`` and ``optimizer``, format 4 another kind of file."""
+FIRST_WITH_FINGERPRINT = 3
 
 _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
@@ -40,9 +41,9 @@ def check_note(note: Any, option: str) -> None:
     found = note.get("format") if isinstance(note, dict) else None
     if found not in FORMATS:
         raise SlzoError(
-            f"{option}: has format {found!r}, this slzo reads {' and '.join(map(str, FORMATS))}; use the version that wrote it"
+            f"{option}: has format {found!r}, this slzo reads {FORMATS[0]} to {FORMATS[-1]}; use the version that wrote it"
         )
-    for name, types in (_FIELDS if found == FORMATS[0] else _FIELDS_OF_3).items():
+    for name, types in (_FIELDS if found < FIRST_WITH_FINGERPRINT else _FIELDS_OF_3).items():
         value = note.get(name, _Missing)
         is_bool = isinstance(value, bool) and bool not in types
         if is_bool or not isinstance(value, types):

@@ -27,9 +27,10 @@ from slzo.callbacks.sample_predictions import SamplePredictions
 from slzo.callbacks.step_progress import StepProgressBar
 from slzo.callbacks.step_watch import StepWatch
 from slzo.callbacks.stop_on_signal import FitSignals, StopOnSignal
-from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, read_checkpoint
+from slzo.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoint_io import CheckpointFiles
 from slzo.checkpoint_names import NAMES, named_checkpoint
+from slzo.checkpoint_note import FIRST_WITH_FINGERPRINT
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -425,7 +426,7 @@ class ZOTrainer(Trainer):
             name, ckpt_path = ckpt_path, named_checkpoint(str(ckpt_path), root or self.default_root_dir)
             say(f"Using the {name} checkpoint of the newest run, {ckpt_path}")
         self._files.known = found = read_checkpoint(ckpt_path)
-        if found.note["format"] < CHECKPOINT_FORMAT:
+        if found.note["format"] < FIRST_WITH_FINGERPRINT:
             say(
                 f"{found.path} is of a former format, without a fingerprint: whether the base model is the same is not checked"
             )

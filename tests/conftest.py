@@ -15,6 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import tiny
 from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.checkpoint import read_checkpoint
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators import Request
 from slzo.zo.forward import SuffixForward
@@ -181,4 +182,4 @@ def run_dir(number=0):
 
 def tuned(path):
     """The tuned tensors in a checkpoint."""
-    return torch.load(path, weights_only=True)["state_dict"]
+    return read_checkpoint(path).content["state_dict"]

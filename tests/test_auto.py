@@ -14,7 +14,9 @@ from conftest import run_dir, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import bad
 
+from slzo import checkpoint_file
 from slzo.__main__ import main
+from slzo.checkpoint import read_checkpoint
 from slzo.cli_auto import spelled_out, with_words
 from slzo.module import ZOModule
 from slzo.zo.step_size import StepSize
@@ -42,7 +44,7 @@ def summary(number=0):
 
 
 def note(path):
-    return torch.load(path, weights_only=True)["slzo"]["step_size"]
+    return read_checkpoint(path).content["slzo"]["step_size"]
 
 
 def scalars(name, number=0):
@@ -236,9 +238,9 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(auto, optimizer, monkeypa
 def test_a_checkpoint_that_knows_no_step_size_is_continued(auto):
     """Of a former version, or of a run with constant steps: it is measured where the weights are."""
     assert main(["fit", *auto, "--trainer.max_steps=3"]) == 0
-    content = torch.load(last(), weights_only=True)
+    content = read_checkpoint(last()).content
     del content["slzo"]["step_size"]
-    torch.save(content, "former.ckpt")
+    checkpoint_file.write(content, Path("former.ckpt"))
     assert main(["fit", *auto, "--ckpt_path=former.ckpt", "--trainer.max_steps=5"]) == 0
     found = note(last(1))
     assert found["weight"] == 8 + 2

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import run_dir, tiny_model, tuned
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from slzo import checkpoint_file
 from slzo.__main__ import main
 from slzo.checkpoint import CHECKPOINT_FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
 from slzo.errors import SlzoError
@@ -19,7 +21,8 @@ from slzo.models.fingerprint import Fingerprint
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMER = FIXTURES / "format_2" / "run" / "checkpoints" / "last.ckpt"
-PRESENT = FIXTURES / "format_3" / "run" / "checkpoints" / "last.ckpt"
+ZIPPED = FIXTURES / "format_3" / "run" / "checkpoints" / "last.ckpt"
+PRESENT = FIXTURES / "format_4" / "run" / "checkpoints" / "last.ckpt"
 
 
 def refused(capsys, *args):
@@ -35,19 +38,19 @@ def refused(capsys, *args):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The run of format 3 with its model and rows, in a folder of its own."""
+    """The run of format 4 with its model and rows, in a folder of its own."""
     for name in ("model", "data"):
         shutil.copytree(FIXTURES / "format_2" / name, tmp_path / name)
-    shutil.copytree(FIXTURES / "format_3" / "run", tmp_path / "run")
+    shutil.copytree(FIXTURES / "format_4" / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return "run/checkpoints/last.ckpt"
 
 
 def change(path, function):
     """Change a checkpoint by hand."""
-    content = torch.load(path, weights_only=True)
+    content = checkpoint_file.read(path)
     function(content)
-    torch.save(content, path)
+    checkpoint_file.write(content, Path(path))
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------------
@@ -55,13 +58,16 @@ def change(path, function):
 
 def test_a_fixture_of_each_format_is_kept():
     assert read_checkpoint(FORMER).note["format"] == 2
-    assert read_checkpoint(PRESENT).note["format"] == CHECKPOINT_FORMAT == 3
+    assert read_checkpoint(ZIPPED).note["format"] == 3
+    assert read_checkpoint(PRESENT).note["format"] == CHECKPOINT_FORMAT == 4
 
 
-def test_a_run_of_format_3_is_continued_scored_and_exported(run, capsys):
+@pytest.mark.parametrize("source", [ZIPPED, PRESENT])
+def test_a_run_of_each_format_is_continued_scored_and_exported(run, capsys, source):
+    shutil.copytree(source.parents[1], "run", dirs_exist_ok=True)
     assert main(["fit", "--config=run/config.yaml", f"--ckpt_path={run}", "--trainer.max_steps=8"]) == 0
     found, start = tuned(run_dir() / "checkpoints" / "last.ckpt"), tuned(run)
-    for name, expected in load_file(FIXTURES / "format_3" / "expected.safetensors").items():
+    for name, expected in load_file(source.parents[2] / "expected.safetensors").items():
         assert (found[name] - expected).abs().max() < 1e-3 * (expected - start[name]).abs().max(), name
     assert main(["test", f"--ckpt_path={run}"]) == 0
     assert "without a fingerprint" not in capsys.readouterr().out
@@ -204,7 +210,7 @@ def test_the_fingerprint_of_a_large_model_takes_no_time():
 # ---- damage --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", [FORMER, PRESENT])
+@pytest.mark.parametrize("source", [FORMER, ZIPPED, PRESENT])
 def test_flipped_bytes_are_never_taken_for_weights(tmp_path, source):
     """Wherever a byte is flipped, the file is refused or its content is what it was."""
     whole, path = source.read_bytes(), tmp_path / "last.ckpt"
@@ -223,8 +229,8 @@ def test_flipped_bytes_are_never_taken_for_weights(tmp_path, source):
     assert refused > 100
 
 
-def test_every_tensor_has_a_checksum():
-    with zipfile.ZipFile(PRESENT) as archive:
+def test_every_tensor_of_the_former_formats_has_a_checksum():
+    with zipfile.ZipFile(ZIPPED) as archive:
         sizes = {entry.filename: (entry.file_size, entry.CRC) for entry in archive.infolist()}
     assert all(crc != 0 for size, crc in sizes.values() if size)
 
@@ -250,7 +256,7 @@ def test_weights_that_are_no_numbers_are_neither_read_nor_written(run, capsys, v
     assert "infinite or not a number" in refused(capsys, "export", f"--ckpt_path={run}", "--output=out")
     assert not Path("out").exists()
     with pytest.raises(SlzoError, match="training diverged: at step 4"):
-        write_checkpoint(torch.load(run, weights_only=True), "new.ckpt")
+        write_checkpoint(checkpoint_file.read(run), "new.ckpt")
     assert not Path("new.ckpt").exists()
 
 
@@ -299,7 +305,7 @@ NOTE_FIELDS = "scope adapter tensors layer num_evaluations model layer_origin dt
 NOTE_FIELDS += " num_nonfinite base optimizer onednn"
 BROKEN = [
     *(drop("slzo", name) for name in NOTE_FIELDS.split()),
-    *(put(b"?", "slzo", name) for name in NOTE_FIELDS.split()),
+    *(put((0.5,), "slzo", name) for name in NOTE_FIELDS.split()),
     drop("state_dict"),
     drop("global_step"),
     put({}, "state_dict"),
@@ -347,6 +353,28 @@ def test_fit_refuses_it_too(run, capsys, number):
     assert not list(Path("runs").glob("*"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_checkpoint_is_read_is_no_broken_checkpoint(run, capsys, monkeypatch, number):
+    """Compiled readers make a ValueError of what a signal's handler raises."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+    original = checkpoint_file.read
+
+    def interrupted(path):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+        except BaseException as error:
+            raise ValueError("of a compiled reader") from error
+        return original(path)
+
+    monkeypatch.setattr(checkpoint_file, "read", interrupted)
+    try:
+        assert main(["test", f"--ckpt_path={run}"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "not a readable checkpoint" not in capsys.readouterr().err
+
+
 def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--checkpoint.save_weights_only=true"]) == 0
     best = run_dir() / "checkpoints" / "step=2.ckpt"
@@ -379,7 +407,7 @@ def test_a_checkpoint_runs_no_code(run, capsys):
         def __reduce__(self):
             return (open, ("payload", "w"))
 
-    content = torch.load(run, weights_only=True)
+    content = torch.load(ZIPPED, weights_only=True)
     torch.save(content | {"payload": Payload()}, run)
     assert "not a readable checkpoint" in refused(capsys, "test", f"--ckpt_path={run}")
     assert not Path("payload").exists()

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 from slzo.__main__ import main
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.checkpoint import read_checkpoint
 from slzo.zo.go_back import halve_rate
 
 JUMPS = ["--model.optimizer.lr=0.1", "--trainer.enable_progress_bar=false", "--model.scope=AllParameters"]
@@ -23,7 +24,7 @@ def summary(number=0):
 
 
 def kept(path):
-    content = torch.load(path, weights_only=True)
+    content = read_checkpoint(path).content
     return content, next(state for name, state in content["callbacks"].items() if "LossGuard" in name)
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import run_dir, tuned
 
 from slzo.__main__ import main
+from slzo.checkpoint import read_checkpoint
 
 ROWS = 12  # of a step, over all processes
 
@@ -49,7 +50,7 @@ def on(processes, fit, **sent):
 
 
 def checkpoint(number):
-    return torch.load(run_dir(number) / "checkpoints" / "last.ckpt", weights_only=True)
+    return read_checkpoint(run_dir(number) / "checkpoints" / "last.ckpt").content
 
 
 def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit):

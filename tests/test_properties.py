@@ -9,6 +9,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from slzo import checkpoint_file
 from slzo.__main__ import main
 from slzo.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
 from slzo.config_files import check_config_file
@@ -116,7 +117,7 @@ def test_notes_of_checkpoints(note):
 def checkpoint_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
     content = {"state_dict": {"w": torch.arange(6.0)}, "slzo": {"format": CHECKPOINT_FORMAT, "layer": 1, "tensors": {}}}
-    torch.save(content, path)
+    checkpoint_file.write(content, path)
     return path.read_bytes()
 
 

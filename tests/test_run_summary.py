@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import run_dir
 
+from slzo import checkpoint_file
 from slzo.__main__ import main
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
+from slzo.checkpoint import read_checkpoint
 from slzo.evaluation.metrics import row_score
 from slzo.tasks.base import Example
 
@@ -159,10 +161,10 @@ def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsy
     checkpoint = run_dir() / "checkpoints" / "last.ckpt"
     assert main(["fit", *options, f"--ckpt_path={checkpoint}"]) == 0
     assert summary(1)["score_change_paired"] is True
-    content = torch.load(checkpoint, weights_only=True)
+    content = read_checkpoint(checkpoint).content
     kept = next(state for name, state in content["callbacks"].items() if "RunSummary" in name)
     assert len(kept.pop("rows_before")) == 24
-    torch.save(content, "former.ckpt")  # of a version that kept no rows
+    checkpoint_file.write(content, Path("former.ckpt"))  # of a version that kept no rows
     assert main(["fit", *options, "--ckpt_path=former.ckpt"]) == 0
     found = summary(2)
     share = found["score_before"] * (1 - found["score_before"])

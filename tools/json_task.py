@@ -9,7 +9,7 @@ Writes train.jsonl and test.jsonl; no sentence is in both. The config names :fun
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,22 @@ _SENTENCES = (
 )
 
 
-def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with ``text`` and the ``fields`` that an answer should hold; no text comes twice."""
+def people(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Made-up people: ``name``, ``age``, ``job``, ``city`` and ``text``, a sentence with all four; no text comes twice."""
     generator = random.Random(seed)
-    rows: dict[str, dict[str, Any]] = {}
-    while len(rows) < count:
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < count:
         name, city, job = (generator.choice(words.split()) for words in (_NAMES, _CITIES, _JOBS))
         sentence = generator.choice(_SENTENCES)
-        text = sentence.format(name=name, age=generator.randint(18, 80), job=job, city=city)
-        rows[text] = {"text": text, "fields": {"job": job}}
-    return list(rows.values())
+        person = {"name": name, "age": generator.randint(18, 80), "job": job, "city": city}
+        text = sentence.format(**person)
+        found[text] = {**person, "text": text}
+    return list(found.values())
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with ``text`` and the ``fields`` that an answer should hold; no text comes twice."""
+    return [{"text": person["text"], "fields": {"job": person["job"]}} for person in people(count, seed)]
 
 
 def right_fields(completions: Sequence[str], fields: Sequence[dict[str, Any]], **columns: Any) -> list[float]:
@@ -52,10 +58,10 @@ def _score(answer: str, wanted: dict[str, Any]) -> float:
     return 0.2 + 0.8 * right / len(wanted.keys() | found.keys())
 
 
-def main() -> None:
-    """Write the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("json_task"), help="folder to write")
+def write_task(make_rows: Callable[[int, int], list[dict[str, Any]]], doc: str | None, folder: str) -> None:
+    """The command: ask for numbers of rows, and write train.jsonl and test.jsonl."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(folder), help="folder to write")
     parser.add_argument("--train", type=int, default=600, help="training rows")
     parser.add_argument("--test", type=int, default=200, help="held-out rows")
     parser.add_argument("--seed", type=int, default=0, help="of the rows")
@@ -71,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_task(make_rows, __doc__, "json_task")

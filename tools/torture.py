@@ -255,6 +255,7 @@ class Tables(Scenario):
 
     def call(self, folder: Path) -> Callable[[], int]:
         def runner(arguments: Sequence[str], log: Path) -> Ended:
+            log.touch()  # what is printed is in the trial's output
             status = slzo(list(arguments))
             if status in (130, 143):  # a scheduler's signal, and that of a terminal, goes to the table's process too
                 raise Interrupted(status - 128)
@@ -389,7 +390,7 @@ class Torture:
         except (OSError, ValueError, KeyError, SlzoError) as error:
             outcome.same, outcome.note = False, f"{type(error).__name__}: {error}"
         if outcome.bad:
-            tail = (folder / "output.txt").read_text(errors="replace")[-600:]
+            tail = (folder / "output.txt").read_text(errors="replace")[-4000:]
             outcome.note += f" status {ended.status}, {folder}: {tail}"
 
     def _scenario(self, name: str, folder: str) -> tuple[Scenario, Path]:

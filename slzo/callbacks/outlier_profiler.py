@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from slzo.callbacks.profile_report import format_profile
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.experiments.race import RaceResult, race
+from slzo.experiments.trial import Workbench
 from slzo.files import write_json
 from slzo.models.placement import to_device
 from slzo.module import ZOModule
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save
+from slzo.pictures.sweep import sweep_curves_picture
 from slzo.tasks.base import Example
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
-from slzo.zo.selection import Choice, LargestFall, SelectionRule
+from slzo.zo.selection import Choice, LargestFall, Race, SelectionRule
 
 PROFILE_FILE = "outlier_profile.json"
 _PICTURE = "outlier_profile"
+_RACE = "race"
 
 
 class OutlierProfiler(Callback):
@@ -37,8 +42,8 @@ class OutlierProfiler(Callback):
     run takes layer and profile from its checkpoint.
 
     Args:
-        rule: How the layer is chosen: LargestFall (when left out), FirstOutlierLayer (the paper's), MaxRatioJump, FixedLayer, or
-            your own SelectionRule.
+        rule: How the layer is chosen: LargestFall (when left out), FirstOutlierLayer (the paper's), MaxRatioJump, Race (short
+            trainings of what these name), FixedLayer, or your own SelectionRule.
         num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one a line, instead of the task's prompts.
@@ -65,6 +70,7 @@ class OutlierProfiler(Callback):
         self.batch_size = batch_size
         self.text_file = text_file
         self.profile: OutlierProfile | None = None
+        self._race: RaceResult | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the layer; if it is set, profile for the picture."""
@@ -111,7 +117,7 @@ class OutlierProfiler(Callback):
         Raises:
             SlzoError: There are too few sequences, or the output of a layer is not finite.
         """
-        self.profile = self._measured(trainer, module, self._choose)
+        self.profile = self._measured(trainer, module, partial(self._choose, trainer, module))
         say(format_profile(self.profile))
         return self.profile
 
@@ -154,12 +160,28 @@ class OutlierProfiler(Callback):
         # every process must tune the same layer, whatever rounding did on its device
         return OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
 
-    def _choose(self, layers: list[LayerStatistics]) -> Choice:
+    def _choose(self, trainer: Trainer, module: ZOModule, layers: list[LayerStatistics]) -> Choice:
         """The rule's choice; layer -1 and why where it finds none, since the figures help to choose thresholds."""
         try:
+            if isinstance(self.rule, Race):
+                self._race = self._run_race(trainer, module, self.rule, layers)
+                return self._race.choice
             return self.rule.select(layers)
         except SlzoError as error:
             return Choice(-1, str(error))
+
+    def _run_race(self, trainer: Trainer, module: ZOModule, rule: Race, layers: list[LayerStatistics]) -> RaceResult:
+        if trainer.world_size > 1:
+            raise SlzoError(
+                f"trainer.devices {trainer.world_size}: a race runs in one process; find the layer with slzo profile on one "
+                "device, and set model.layer"
+            )
+        data = module.datamodule
+        module.check_training(data)
+        steps = trainer.max_steps
+        if steps < 1:
+            steps = math.ceil(len(data.rows("train")) / data.batch_size) * max(1, trainer.max_epochs or 1)
+        return race(Workbench(module, data, rule.dev_rows), rule, layers, steps)
 
     def _batches(self, datamodule: TaskDataModule) -> list[Any]:
         if self.text_file is None:
@@ -186,6 +208,11 @@ class OutlierProfiler(Callback):
         folder, model = Path(log_dir), module.model_name.rstrip("/").rpartition("/")[2]
         write_json(folder / PROFILE_FILE, self.profile.to_dict())
         save(profile_picture(self.profile.to_dict(), model, module.datamodule.task.name), folder, _PICTURE)
+        if self._race is not None and self._race.trials:
+            curves = {layer: [asdict(score) for score in trial.scores] for layer, trial in self._race.trials.items()}
+            title = f"{model} on {module.datamodule.task.name}: race of the layers"
+            write_json(folder / f"{_RACE}.json", self._race.to_dict())
+            save(sweep_curves_picture(curves, title, self._race.choice.layer), folder, _RACE)
         if isinstance(trainer.logger, TensorBoardLogger):
             pixels = imread(folder / f"{_PICTURE}.png")[..., :3]
             trainer.logger.experiment.add_image(_PICTURE, pixels, dataformats="HWC")

@@ -3,14 +3,16 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slzo.data.batch import EvalBatch
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
@@ -101,11 +103,13 @@ class Workbench:
     Args:
         module: Its options are used; ``configure_model`` has run.
         datamodule: Set up for ``fit``, and attached to the module's trainer.
+        dev_rows: Score about so many of the dev rows, whole batches of them; left out, all.
     """
 
-    def __init__(self, module: ZOModule, datamodule: TaskDataModule) -> None:
+    def __init__(self, module: ZOModule, datamodule: TaskDataModule, dev_rows: int | None = None) -> None:
         self.module = module
         self.datamodule = datamodule
+        self.dev_rows = dev_rows
         self.before: Score | None = None
         self._cache: PrefixCache | None = None
 
@@ -146,6 +150,8 @@ class Workbench:
         lr: float | None = None,
         eps: float | None = None,
         seconds: float | None = None,
+        num_batches: int | None = None,
+        checks: Mapping[int, Callable[[Score], bool]] | None = None,
     ) -> Trial:
         """Tune for some steps, score the dev rows, and give the model its untuned weights back.
 
@@ -160,6 +166,8 @@ class Workbench:
             eps: In place of the module's.
             seconds: Go on until this much training time is used, and score the dev rows on the way too. The states that enter the
                 tuned layer are computed beforehand: their time depends on the layers tuned before.
+            num_batches: Take the first so many batches again and again; left out, all.
+            checks: After so many steps score the dev rows, and go on if the function says so.
         """
         module, choice = self.module, self.module.optimizer_choice
         options = module.step_options if eps is None else replace(module.step_options, eps=eps)
@@ -170,6 +178,8 @@ class Workbench:
         with self._tuned(layer) as tuned_model:
             optimizer = choice.make(tuned_model.tensors.masters)
             batches = self.datamodule.training_batches(self.datamodule.batch_size, seed)
+            if num_batches is not None:
+                batches = cycle(islice(batches, num_batches))
             step_size = None
             if options.eps is None or (lr is None and choice.automatic):
                 started = time.perf_counter()
@@ -190,6 +200,10 @@ class Workbench:
             while (step := step + 1) < steps or (seconds is not None and used < seconds):
                 if seconds is not None and (step in _CURVE or step == steps):
                     scores.append(self.score(step, evaluations, used))
+                if checks and step in checks:
+                    scores.append(self.score(step, evaluations, used))
+                    if not checks[step](scores[-1]):
+                        break
                 started = time.perf_counter()
                 loss = module.loss_of(next(batches).to(tuned_model.parts.model.device), step, seed)
                 estimate = tuned_model.step(
@@ -211,7 +225,7 @@ class Workbench:
                     return Trial(tuple(scores), tuple(losses), _mean(slopes), why)
                 losses.append(estimate.loss)
                 slopes += [abs(slope) for slope in estimate.projected_grad]
-            if losses:
+            if losses and scores[-1].step < len(losses):
                 scores.append(self.score(len(losses), evaluations, used))
         return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
@@ -277,9 +291,8 @@ class Workbench:
     def score(self, step: int = 0, evaluations: int = 0, seconds: float = 0.0) -> Score:
         """Score the dev rows with the live weights."""
         data = self.datamodule
-        found = score_rows(
-            self.module.evaluator, data.val_dataloader(), data.make_metrics(), keep_prefix=True, also=data.also
-        )
+        batches = data.val_dataloader() if self.dev_rows is None else _first(data.val_dataloader(), self.dev_rows)
+        found = score_rows(self.module.evaluator, batches, data.make_metrics(), keep_prefix=True, also=data.also)
         return Score(step, evaluations, seconds, data.judge.distance(found), found[data.judge.metric])
 
     @contextmanager
@@ -294,6 +307,16 @@ class Workbench:
         finally:
             tuned_model.tensors.load(initial)
             self.module.stop_tuning()
+
+
+def _first(batches: Iterable[EvalBatch], rows: int) -> Iterator[EvalBatch]:
+    """Batches until there are so many rows."""
+    seen = 0
+    for batch in batches:
+        if seen >= rows:
+            return
+        yield batch
+        seen += len(batch.rows)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,5 +5,15 @@ from slzo.zo.selection.first_outlier import FirstOutlierLayer
 from slzo.zo.selection.fixed import FixedLayer
 from slzo.zo.selection.largest_fall import LargestFall
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
+from slzo.zo.selection.race import Race
 
-__all__ = ["Choice", "FirstOutlierLayer", "FixedLayer", "LargestFall", "Margin", "MaxRatioJump", "SelectionRule"]
+__all__ = [
+    "Choice",
+    "FirstOutlierLayer",
+    "FixedLayer",
+    "LargestFall",
+    "Margin",
+    "MaxRatioJump",
+    "Race",
+    "SelectionRule",
+]

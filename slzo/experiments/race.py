@@ -1,0 +1,191 @@
+"""A race between layers: short trainings of equal work or steps, of which the worse half end early."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slzo.console import say
+from slzo.errors import SlzoError
+from slzo.experiments.trial import Score, Trial, Workbench
+from slzo.zo.profile import LayerStatistics
+from slzo.zo.selection import Choice, LargestFall, Race
+from slzo.zo.selection.race import Equal
+
+# Noise, update and head cost as much as so many layers, see sweep.py.
+_BESIDE_LAYERS = 1.5
+# Evaluations that measuring a step takes at most, on average.
+_MEASURING = 25
+# Fewer steps say nothing.
+_FEWEST = 5
+# Batches that all take again and again: the states below a layer are computed once for each of their rows.
+_NUM_BATCHES = 20
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What things cost, in rows times layers that they go through.
+
+    Attributes:
+        num_layers: Of the model.
+        batch_size: Rows of a step.
+        evaluations: Of the batch, in a step.
+        measuring: Evaluations before the first step.
+        total_steps: Of the training that the race is for.
+        dev_rows: Rows of a dev loss.
+    """
+
+    num_layers: int
+    batch_size: int
+    evaluations: int
+    measuring: int
+    total_steps: int
+    dev_rows: int
+
+    def layers(self, lowest: int) -> float:
+        """Layers that are run where ``lowest`` is tuned."""
+        return self.num_layers - lowest + _BESIDE_LAYERS
+
+    def step(self, layer: int) -> float:
+        """One step in a layer."""
+        return self.evaluations * self.batch_size * self.layers(layer)
+
+    def beside(self, entrants: Sequence[int]) -> float:
+        """What the race takes besides steps."""
+        start = self.dev_rows * self.num_layers + _NUM_BATCHES * self.batch_size * max(entrants)
+        return start + sum(
+            self.layers(layer) * (2 * self.dev_rows + self.measuring * self.batch_size) for layer in entrants
+        )
+
+
+@dataclass(frozen=True)
+class RacePlan:
+    """Who runs how far.
+
+    Attributes:
+        steps: By layer, rising; empty if there is no room for a race.
+        left_out: Entrants for whose steps there is no room.
+        share: Expected cost as a share of the whole training in the lowest entrant, those left out too.
+    """
+
+    steps: Mapping[int, int]
+    left_out: tuple[int, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class RaceResult:
+    """What came of a race.
+
+    Attributes:
+        choice: The winner.
+        trials: By layer, rising.
+    """
+
+    choice: Choice
+    trials: Mapping[int, Trial]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, for JSON."""
+        trials = {str(layer): trial.to_dict() for layer, trial in self.trials.items()}
+        return {"layer": self.choice.layer, "reason": self.choice.reason, "trials": trials}
+
+
+def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs) -> RacePlan:
+    """Steps of each entrant so that all cost at most ``share`` of the training in the lowest one."""
+    training = costs.total_steps * costs.step(min(entrants))
+    running = sorted(entrants)
+    while len(running) > 1:
+        left = share * training - costs.beside(running)
+        if equal == "work":
+            steps = {layer: int(left / len(running) / costs.step(layer)) for layer in running}
+        else:
+            steps = dict.fromkeys(running, int(left / sum(map(costs.step, running))))
+        steps = {layer: min(number, costs.total_steps) for layer, number in steps.items()}
+        if min(steps.values()) >= _FEWEST:
+            cost = costs.beside(running) + sum(number * costs.step(layer) for layer, number in steps.items())
+            return RacePlan(steps, tuple(sorted(set(entrants) - set(running))), cost / training)
+        running = running[1:]
+    return RacePlan({}, tuple(entrants), 0.0)
+
+
+def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_steps: int) -> RaceResult:
+    """Run one and say how it goes; without room for it, or if nobody gains, the choice is that of LargestFall.
+
+    Args:
+        bench: Scores ``rule.dev_rows`` dev rows.
+        rule: With its options.
+        layers: The profile.
+        total_steps: Of the training that it is for.
+
+    Raises:
+        SlzoError: There are no dev rows.
+    """
+    data, module = bench.datamodule, bench.module
+    if not data.rows("dev"):
+        raise SlzoError("profiler.rule Race: compares dev losses, and there are no dev rows; set data.num_dev")
+    measures = module.optimizer_choice.automatic or module.step_options.eps is None
+    costs = Costs(
+        num_layers=len(layers),
+        batch_size=data.batch_size,
+        evaluations=2 * module.step_options.num_queries,
+        measuring=_MEASURING if measures else 0,
+        total_steps=total_steps,
+        dev_rows=min(rule.dev_rows, len(data.rows("dev"))),
+    )
+    entrants = rule.entrants(layers)
+    plan = plan_race(entrants, rule.share, rule.equal, costs)
+    if not plan.steps:
+        return RaceResult(
+            _fallback(layers, f"{total_steps} steps leave no room for a race of layers {_listed(entrants)}"), {}
+        )
+    say(_announcement(plan, rule, min(entrants)))
+    seed = module.noise_seed or 0
+    trials: dict[int, Trial] = {}
+    halfway: list[float] = []
+
+    def goes_on(score: Score) -> bool:
+        halfway.append(score.loss)
+        return score.loss <= statistics.median(halfway)
+
+    for layer, steps in plan.steps.items():
+        bench.move_prefix(layer)
+        checks = {max(1, steps // 3): goes_on}
+        trials[layer] = bench.trial(layer, steps=steps, seed=seed, num_batches=_NUM_BATCHES, checks=checks)
+        say(_line(layer, trials[layer], steps))
+    bench.forget_prefix()
+    before = bench.before.loss if bench.before is not None else 0.0
+    best = max(trials, key=lambda layer: trials[layer].gain)
+    if trials[best].gain <= 0:
+        return RaceResult(_fallback(layers, f"no layer lowered the dev loss of {before:.4f} in the race"), trials)
+    what = "work" if rule.equal == "work" else "steps"
+    reason = (
+        f"lowest dev loss of {len(trials)} layers after equal {what}, {before:.4f} -> {trials[best].scores[-1].loss:.4f} "
+        f"in {trials[best].scores[-1].step} steps"
+    )
+    return RaceResult(Choice(best, reason, "race winner"), trials)
+
+
+def _fallback(layers: list[LayerStatistics], why: str) -> Choice:
+    return LargestFall().select(layers)._replace(note=f"LargestFall has chosen: {why}.")
+
+
+def _announcement(plan: RacePlan, rule: Race, lowest: int) -> str:
+    runs = ", ".join(f"{layer} ({steps} steps)" for layer, steps in plan.steps.items())
+    words = f"Race       layers {runs}; costs about {plan.share:.0%} of the whole training in layer {lowest}"
+    if plan.left_out:
+        words += f"; without {_listed(plan.left_out)}, for which profiler.rule.share {rule.share:g} has no room"
+    return words
+
+
+def _line(layer: int, trial: Trial, steps: int) -> str:
+    last = trial.scores[-1]
+    if trial.diverged:
+        return f"layer {layer:3d}: diverged, {trial.diverged}"
+    early = "" if last.step >= steps else ", in the worse half so far: ends here"
+    steps_and_time = f"{last.step} steps ({last.seconds:.1f} s)"
+    return f"layer {layer:3d}: dev loss {trial.scores[0].loss:.4f} -> {last.loss:.4f} in {steps_and_time}{early}"
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

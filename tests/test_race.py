@@ -1,0 +1,164 @@
+"""A race between layers: what it plans and costs, who wins, and what it leaves behind."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import run_dir
+from test_cli import bad
+from test_profile import statistics
+
+from slzo.__main__ import main
+from slzo.errors import SlzoError
+from slzo.experiments.race import Costs, plan_race, race
+from slzo.experiments.trial import Score, Trial
+from slzo.zo.selection import LargestFall, Race
+
+COSTS = Costs(num_layers=30, batch_size=16, evaluations=2, measuring=25, total_steps=320, dev_rows=96)
+# as in SmolLM2-135M: the outlier comes in layer 11 and goes in layer 28
+MAGNITUDES = [(40, 59), *[(770, 700)] * 9, (112, 62), *[(25000, 13000)] * 17, (10000, 890), (4400, 300)]
+
+
+def test_entrants_are_what_the_rules_name_their_neighbours_the_last_and_the_middle():
+    assert Race().entrants(statistics(*MAGNITUDES)) == (11, 15, 27, 28, 29)
+    assert Race(layers=[5, 3, 5]).entrants(statistics(*MAGNITUDES)) == (3, 5)
+
+
+def cost(plan, costs):
+    """By hand: rows times layers."""
+    rows = costs.evaluations * costs.batch_size
+    total = costs.dev_rows * costs.num_layers + 20 * costs.batch_size * max(plan.steps)
+    for layer, steps in plan.steps.items():
+        depth = costs.num_layers - layer + 1.5
+        total += depth * (steps * rows + 2 * costs.dev_rows + costs.measuring * costs.batch_size)
+    return total
+
+
+@pytest.mark.parametrize("equal", ["work", "steps"])
+@pytest.mark.parametrize("share", [0.15, 0.25, 1.0])
+def test_a_race_costs_what_it_says_and_no_more_than_its_share(share, equal):
+    entrants = (11, 15, 27, 28, 29)
+    plan = plan_race(entrants, share, equal, COSTS)
+    whole = COSTS.total_steps * COSTS.evaluations * COSTS.batch_size * (30 - 11 + 1.5)
+    assert plan.share == pytest.approx(cost(plan, COSTS) / whole)
+    assert 0.5 * share < plan.share <= share or max(plan.steps.values()) == COSTS.total_steps
+    assert set(plan.steps) | set(plan.left_out) == set(entrants)
+    assert min(plan.steps.values()) >= 5
+    if equal == "steps":
+        assert len(set(plan.steps.values())) == 1
+    elif share < 1:
+        work = [steps * (30 - layer + 1.5) for layer, steps in plan.steps.items()]
+        assert max(work) < 1.25 * min(work)  # whole steps
+
+
+def test_entrants_are_left_out_from_below_where_there_is_no_room():
+    small = plan_race((0, 11, 28, 29), 0.06, "work", COSTS)
+    assert small.left_out
+    assert max(small.left_out) < min(small.steps)
+    assert plan_race((11, 28), 0.25, "work", Costs(30, 16, 2, 25, 10, 96)).steps == {}
+
+
+class FakeBench:
+    """Layers whose dev loss falls by so much a step."""
+
+    def __init__(self, gains):
+        self.gains, self.before, self.asked = gains, None, []
+        choice = SimpleNamespace(automatic=True)
+        self.module = SimpleNamespace(
+            optimizer_choice=choice, step_options=SimpleNamespace(eps=None, num_queries=1), noise_seed=0
+        )
+        self.datamodule = SimpleNamespace(batch_size=16, rows=lambda split: range(200))
+
+    def move_prefix(self, layer):
+        pass
+
+    def forget_prefix(self):
+        pass
+
+    def trial(self, layer, *, steps, seed, num_batches, checks):
+        self.before = Score(0, 0, 0.0, 1.0, 0.5)
+        scores = [self.before]
+        for step in [*checks, steps]:
+            scores.append(Score(step, 2 * step, 0.0, 1.0 - self.gains[layer] * step, 0.5))
+            if step in checks and not checks[step](scores[-1]):
+                break
+        self.asked.append((layer, scores[-1].step, steps))
+        return Trial(tuple(scores), (), 1.0, "")
+
+
+def test_the_lowest_dev_loss_wins_and_the_worse_half_ends_early(capsys):
+    gains = {11: 0.02, 15: 0.001, 27: 0.001, 28: 0.005, 29: 0.0001}
+    bench = FakeBench(gains)
+    found = race(bench, Race(share=1.0, equal="steps"), statistics(*MAGNITUDES), 320)
+    assert found.choice.layer == 11
+    ended = {layer: done < steps for layer, done, steps in bench.asked}
+    assert ended == {11: False, 15: True, 27: False, 28: False, 29: True}  # a median counts itself
+    printed = capsys.readouterr().out
+    assert "costs about" in printed
+    assert "in the worse half so far" in printed
+    found = race(FakeBench(gains), Race(equal="work"), statistics(*MAGNITUDES), 320)
+    assert found.choice.layer == 28  # more steps for the same work
+
+
+def test_where_nobody_gains_largest_fall_decides_and_says_so():
+    bench = FakeBench(dict.fromkeys((11, 15, 27, 28, 29), -0.001))
+    choice = race(bench, Race(share=1.0), statistics(*MAGNITUDES), 320).choice
+    assert choice.layer == LargestFall().select(statistics(*MAGNITUDES)).layer
+    assert "no layer lowered the dev loss" in choice.note
+
+
+RACE = [
+    "--trainer.max_steps=20",
+    "--profiler.rule=Race",
+    "--profiler.rule.share=3",
+    "--profiler.rule.dev_rows=16",
+    "--model.optimizer.lr=auto",
+]
+
+
+def test_a_fit_with_a_race_tunes_the_winner(options, capsys):
+    assert main(["fit", *options, *RACE]) == 0
+    saved = json.loads((run_dir() / "race.json").read_text())
+    losses = {int(layer): trial["scores"][-1]["loss"] for layer, trial in saved["trials"].items()}
+    assert len(losses) >= 3
+    assert losses[saved["layer"]] == min(losses.values())
+    profile = json.loads((run_dir() / "outlier_profile.json").read_text())
+    assert profile["dominant_layer"] == saved["layer"]
+    assert json.loads((run_dir() / "summary.json").read_text())["dominant_layer"] == saved["layer"]
+    assert (run_dir() / "race.png").is_file()
+    assert "after equal work" in capsys.readouterr().out
+
+
+def test_a_race_leaves_the_training_as_it_is(options):
+    """A training after a race is the one that model.layer gives."""
+    assert main(["fit", *options, *RACE]) == 0
+    layer = json.loads((run_dir() / "race.json").read_text())["layer"]
+    assert main(["fit", *options, "--trainer.max_steps=20", "--model.optimizer.lr=auto", f"--model.layer={layer}"]) == 0
+    one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
+    assert [point["loss"] for point in one] == [point["loss"] for point in other]
+
+
+def test_a_race_is_the_same_twice(options):
+    for _ in range(2):
+        assert main(["profile", *options, *RACE]) == 0
+    one, other = (json.loads((run_dir(n) / "race.json").read_text()) for n in (0, 1))
+    losses = [{k: [s["loss"] for s in trial["scores"]] for k, trial in each["trials"].items()} for each in (one, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--profiler.rule.share=0"], "profiler.rule.share 0"),
+        (["--profiler.rule.layers=[2]"], "give at least two"),
+        (["--profiler.rule.layers=[1,9]"], "profiler.rule.layers 9"),
+        (["--profiler.rule.dev_rows=3"], "profiler.rule.dev_rows 3"),
+    ],
+)
+def test_wrong_options_are_one_line(options, capsys, wrong, told):
+    assert told in bad(capsys, "fit", *options, "--profiler.rule=Race", *wrong)
+
+
+def test_statistics_alone_choose_nothing():
+    with pytest.raises(SlzoError, match="slzo fit or profile"):
+        Race().select(statistics(*MAGNITUDES))
