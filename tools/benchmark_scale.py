@@ -199,7 +199,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--cpu_time", action="store_true", help="processor seconds: on a machine that others use too")
     parser.add_argument("--seed", type=int, default=0, help="of the rows")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file, beside those of other shapes")
     parser.add_argument("--figure", type=Path, metavar="FOLDER", help="draw scale.svg in this folder")
     parser.add_argument(
         "--weights", type=Path, help="folder for the weights while they are needed (the system's, if left out)"
@@ -219,26 +219,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(args)))
         return 0
     print(HEAD)
-    entries: list[dict[str, Any]] = []
     try:
+        entries = kept(args)
         for name in args.shapes:
             with tempfile.TemporaryDirectory(dir=args.weights) as folder:
-                entries += run_shape(args, name, folder)
+                entries = [entry for entry in entries if entry["shape"] != name] + run_shape(args, name, folder)
+            if args.output is not None:
+                entries.sort(key=lambda entry: entry["parameters"])
+                args.output.write_text(
+                    json.dumps({**settings(args), "entries": entries}, indent=2) + "\n", encoding="utf-8"
+                )
     except (SlzoError, OSError) as error:
         print(f"benchmark_scale: error: {error}", file=sys.stderr)
         return 2
-    result = {
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "cpu_time": args.cpu_time,
-        "tokens": args.tokens,
-        "batch_size": args.batch_size,
-    }
-    if args.output is not None:
-        args.output.write_text(json.dumps({**result, "entries": entries}, indent=2) + "\n", encoding="utf-8")
     if args.figure is not None:
         draw(entries, args.figure)
     return 0
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What figures that belong together have in common."""
+    names = ("threads", "cpu_time", "tokens", "batch_size", "rounds")
+    return {"torch": torch.__version__, **{name: getattr(args, name) for name in names}}
+
+
+def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures in the output file, so that shapes can be measured one after the other.
+
+    Raises:
+        SlzoError: They were measured in another way.
+    """
+    if args.output is None or not args.output.is_file():
+        return []
+    found: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8"))
+    entries: list[dict[str, Any]] = found.pop("entries")
+    if found != settings(args):
+        raise SlzoError(f"--output {str(args.output)!r}: was measured with {found}; give another file")
+    return entries
 
 
 if __name__ == "__main__":
