@@ -4,8 +4,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
@@ -17,6 +17,7 @@ from slzo.batches.blocks import Block
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
+from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all
 from slzo.data.batch import EvalBatch, EvalCollator, EvalPlan, Row, TrainBatch, TrainCollator, plan_batches
 from slzo.data.blocks import evaluation_blocks, evaluation_prompts, training_blocks, training_prompts
 from slzo.data.chat import ChatEncoder
@@ -36,6 +37,7 @@ from slzo.settings import constructor_settings, flat_settings
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
 from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
+from slzo.zo.processes import Divided, Processes
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
 _CPU_TOKENS = 768
@@ -101,6 +103,11 @@ class TaskDataModule(LightningDataModule):
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
+        balanced: Draw training batches with all classes alike, for tasks whose classes have unequal numbers of rows; those of a
+            small class then come several times an epoch. For unequal weights instead, see CandidateCrossEntropy.
+        processes_divide: What several processes (trainer.devices) divide in training: rows, each takes batch_size of its own and
+            evaluates every point of a step on them; or points, all take the same batch_size rows and each evaluates some of
+            the step's points, such as the members of a population; every process then keeps the prefix states of all rows.
         objective: What training minimizes: "loss" is the task's (cross-entropy over candidates, or the answer's likelihood),
             "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of generated answers: no gradient exists, and
             zeroth-order steps need none), or CandidateCrossEntropy, AnswerLikelihood, CandidateErrors, AnswerF1, Reward, or
@@ -130,6 +137,8 @@ class TaskDataModule(LightningDataModule):
         max_length: int = 2048,
         share_prompts: bool = True,
         length_buckets: bool = False,
+        balanced: bool = False,
+        processes_divide: Divided = "rows",
         objective: Literal["loss", "metric"] | Objective | None = None,
         reward: str | list[str | dict[str, Any]] | None = None,
         seed: int | None = None,
@@ -188,6 +197,14 @@ class TaskDataModule(LightningDataModule):
         self.max_length = max_length
         self.share_prompts = share_prompts
         self.length_buckets = length_buckets
+        self.balanced = balanced
+        if balanced:
+            check_has_classes(task)
+        if balanced and length_buckets:
+            raise SlzoError(
+                "data.balanced true: data.length_buckets makes batches of rows of one length, whatever their class; leave one out"
+            )
+        self.processes_divide: Divided = processes_divide
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         for name in ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"):
@@ -271,7 +288,7 @@ class TaskDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a step's loss depends on, kept in checkpoints."""
-        own = {name: getattr(self, name) for name in ("seed", "batch_size", "num_train", "length_buckets")}
+        own = {name: getattr(self, name) for name in ("seed", "batch_size", "num_train", "length_buckets", "balanced")}
         return {**self.task_settings, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -393,7 +410,7 @@ class TaskDataModule(LightningDataModule):
         rows, trainer = self.rows("train"), self.trainer
         # every batch is a step; Lightning's own counters call an epoch that max_steps cut off a finished one
         sampler = self.train_sampler(
-            self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0, *self._process
+            self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0, *self._training_process
         )
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
@@ -405,7 +422,16 @@ class TaskDataModule(LightningDataModule):
         """Row numbers of the training batches; see :class:`slzo.data.sampler.EpochBatchSampler` for the arguments."""
         rows = self.rows("train")
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
-        return EpochBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, batches_done)
+        classes = self._classes if self.balanced else None
+        return EpochBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, batches_done, classes)
+
+    @cached_property
+    def _classes(self) -> list[int]:
+        """The class of each training row."""
+        examples = [row.example for row in self.rows("train")]
+        classes = classes_of(examples)
+        rank_zero_info(describe_balance(examples, classes))
+        return classes
 
     @property
     def _collator(self) -> TrainCollator:
@@ -414,7 +440,7 @@ class TaskDataModule(LightningDataModule):
     def training_batches(self, batch_size: int, seed: int) -> Iterator[TrainBatch]:
         """The training batches of a run with this seed, those of this process, without end; for work outside of a fit."""
         rows, done = self.rows("train"), 0
-        sampler = self.train_sampler(batch_size, seed, lambda: done, *self._process)
+        sampler = self.train_sampler(batch_size, seed, lambda: done, *self._training_process)
         collate = self._collator
         while True:
             for numbers in sampler:
@@ -463,21 +489,42 @@ class TaskDataModule(LightningDataModule):
         """The same of rows whose answers are generated."""
         yield from evaluation_prompts(self.eval_plan("dev"), self.scoring_tokens)
         if self.objective.generates:
-            yield from training_prompts(self.rows("train"), self._first_epoch())
+            yield from training_prompts(self.rows("train"), self._first_epochs())
 
     def training_blocks(self) -> Iterator[Block]:
-        """The training batches of the first epoch, those of all processes."""
-        yield from training_blocks(self.rows("train"), self._first_epoch(), self.share_prompts)
+        """The training batches in which rows come first, those of all processes."""
+        yield from training_blocks(self.rows("train"), self._first_epochs(), self.share_prompts)
 
-    def _first_epoch(self) -> Iterator[EpochBatchSampler]:
-        _, processes = self._process
-        for rank in range(processes):
-            yield self.train_sampler(self.batch_size, self.seed or 0, lambda: 0, rank, processes)
+    def _first_epochs(self) -> Iterator[EpochBatchSampler]:
+        """The batches of each process in the first epoch, and in those after it until all rows have come."""
+        _, processes = self._training_process
+        for epoch in range(epochs_for_all(self._classes) if self.balanced else 1):
+            for rank in range(processes):
+                sampler = self.train_sampler(self.batch_size, self.seed or 0, lambda: 0, rank, processes)
+                yield replace(sampler, batches_done=partial(int, epoch * len(sampler)))
 
     @property
     def _process(self) -> tuple[int, int]:
         """Rank and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that a training step is divided over."""
+        if self.trainer is None:
+            return Processes()
+        rank, number = self._process
+        return Processes(number, rank, self.processes_divide, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+
+    @property
+    def _training_process(self) -> tuple[int, int]:
+        """Rank and number of those that training rows are divided over."""
+        return self._process if self.processes_divide == "rows" else (0, 1)
+
+    @property
+    def rows_a_step(self) -> int:
+        """Training rows of a step, over all processes."""
+        return self.batch_size * self._training_process[1]
 
     @property
     def scoring_tokens(self) -> int:

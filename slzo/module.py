@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from slzo.batches.packing import PackedBatch
@@ -54,8 +53,8 @@ class ZOModule(LightningModule):
         layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
         scope: What is tuned: LayerScope (all of the dominant layer, when left out), OutlierChannels, ActivationSubspace, LoRA,
             PrefixTuning, AllParameters, RandomLayers, SmallestWeights, or your own Scope.
-        estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, ForwardGradient, Backprop (the
-            first-order reference), or your own Estimator.
+        estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, EvolutionStrategy, ForwardGradient,
+            Backprop (the first-order reference), or your own Estimator.
         eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by a hundredth of it.
         eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
         num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
@@ -363,6 +362,7 @@ class ZOModule(LightningModule):
             max_steps=self.trainer.max_steps,
             step_size=self.step_size if self.optimizer_choice.automatic else None,
             measure_update=every > 0 and (step + 1) % every == 0,
+            processes=self.datamodule.processes,
         )
         self._count(result.estimate)
         scheduler = cast("Any", self.lr_schedulers())
@@ -374,13 +374,8 @@ class ZOModule(LightningModule):
     def loss_of(self, batch: TrainBatch, step: int = 0, seed: int | None = None) -> Loss:
         """The loss of a batch over the rows of every process, as a function of what is tuned; samples are those of a step."""
         assert self.tuned_model is not None
-        seed, reduce = (self.noise_seed or 0) if seed is None else seed, self._sum_over_processes
-        return self.tuned_model.loss(batch, self.datamodule.objective, self.evaluator, reduce, seed, step)
-
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return values
-        return cast("Tensor", self.trainer.strategy.reduce(values, reduce_op="sum"))
+        seed, processes = (self.noise_seed or 0) if seed is None else seed, self.datamodule.processes
+        return self.tuned_model.loss(batch, self.datamodule.objective, self.evaluator, processes, seed, step)
 
     def _count(self, estimate: Estimate) -> None:
         self.num_evaluations += estimate.num_evaluations

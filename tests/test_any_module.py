@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from slzo.errors import SlzoError
 from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided
+from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -68,7 +68,9 @@ def test_it_needs_torch_only():
 
 
 @pytest.mark.parametrize(
-    "estimator", [SPSA(), OneSided(), FZO(), LOZO(), ForwardGradient(), Backprop()], ids=lambda kind: kind.describe()
+    "estimator",
+    [SPSA(), OneSided(), FZO(), LOZO(), EvolutionStrategy(), ForwardGradient(), Backprop()],
+    ids=lambda kind: kind.describe(),
 )
 def test_every_estimator_takes_a_step(estimator):
     model = cnn().eval()

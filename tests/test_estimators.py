@@ -17,7 +17,18 @@ from slzo.data.batch import TrainBatch
 from slzo.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, ForwardGradient, OneSided, Point, Request, RowShare
+from slzo.zo.estimators import (
+    FZO,
+    LOZO,
+    SPSA,
+    Backprop,
+    EvolutionStrategy,
+    ForwardGradient,
+    OneSided,
+    Point,
+    Request,
+    RowShare,
+)
 from slzo.zo.forward import SuffixForward
 from slzo.zo.noise import rademacher
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy, CandidateErrors
@@ -27,6 +38,7 @@ from slzo.zo.tuned_model import TunedModel
 
 LAYER = 2
 BY_DIFFERENCES = [SPSA(), OneSided(), LOZO(), FZO(), FZO(True)]
+BY_DIFFERENCES += [EvolutionStrategy("raw"), EvolutionStrategy(), EvolutionStrategy("rank", antithetic=False)]
 
 
 def described(thing):

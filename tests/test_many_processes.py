@@ -12,6 +12,7 @@ from conftest import run_dir, tuned
 
 from slzo.__main__ import main
 from slzo.checkpoint import read_checkpoint
+from slzo.step_log import read_step_log
 
 ROWS = 12  # of a step, over all processes
 
@@ -28,9 +29,9 @@ def fit(options):
     return ["fit", *options, *usual, "--trainer.enable_progress_bar=false", "--data.eval_batch_size=4"]
 
 
-def on(processes, fit, **sent):
+def on(processes, fit, rows=None, **sent):
     """Exit status and output of a run on some processes, which may get a signal at some place."""
-    more = [f"--data.batch_size={ROWS // processes}"]
+    more = [f"--data.batch_size={ROWS // processes if rows is None else rows}"]
     if processes > 1:
         more += [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
     if sent:
@@ -64,6 +65,32 @@ def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit):
     resumed, whole = (tuned(run_dir(number) / "checkpoints" / "last.ckpt") for number in (1, 2))
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+POPULATION = [
+    "--data.processes_divide=points",
+    "--model.estimator=EvolutionStrategy",
+    "--model.num_queries=3",
+    "--model.eps=1e-2",
+]
+
+
+def test_a_population_over_two_processes_is_that_of_one(fit):
+    """Six members on the same rows; the log of losses makes the same weights again on one process, bit by bit."""
+    fit = [*fit, f"--data.batch_size={ROWS}", *POPULATION, "--trainer.max_steps=6"]
+    status, output = on(2, fit, rows=ROWS)
+    assert status == 0, output[-2000:]
+    assert main(fit) == 0
+    divided, whole = (tuned(run_dir(number) / "checkpoints" / "last.ckpt") for number in (0, 1))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-4, atol=1e-5)
+    logs = [read_step_log(run_dir(number) / "zo_log").steps for number in (0, 1)]
+    assert list(logs[0]) == list(logs[1]) == list(range(6))
+    for step, record in logs[1].items():
+        assert logs[0][step].losses == pytest.approx(record.losses, rel=1e-4)
+    assert main(["replay", "--run=runs/version_0", "--output=again.ckpt"]) == 0
+    again = tuned("again.ckpt")
+    assert all(torch.equal(again[name], tensor) for name, tensor in divided.items())
 
 
 @pytest.mark.slow

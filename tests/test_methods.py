@@ -36,6 +36,12 @@ METHODS = {
         "--data.num_train=18",
     ],
     "lozo": ["--model.estimator=LOZO"],
+    "ranks": [
+        "--model.estimator=EvolutionStrategy",
+        "--model.estimator.shaping=rank",
+        "--model.estimator.antithetic=false",
+        "--model.num_queries=4",
+    ],
     "forward": ["--model.estimator=ForwardGradient"],
     "adam": ["--model.optimizer=Adam", "--model.scope=ActivationSubspace", "--model.scope.rank=4"],
     "first-order": ["--model.estimator=Backprop", "--model.optimizer=AdamW", "--model.scope=AllParameters"],
@@ -45,7 +51,7 @@ METHODS = {
 
 
 # their parts are tested on their own; what is specific to a run is covered by the others
-SLOW = ("mlp", "one-sided", "fzo", "lozo", "forward", "eps", "sign")
+SLOW = ("mlp", "one-sided", "fzo", "lozo", "ranks", "forward", "eps", "sign")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS])

@@ -30,6 +30,12 @@ METHODS = {
     "OneSided": ["--model.estimator=OneSided", "--model.num_queries=3"],
     "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
     "LOZO": ["--model.estimator=LOZO"],
+    "EvolutionStrategy": [
+        "--model.estimator=EvolutionStrategy",
+        "--model.estimator.direction_rank=1",
+        "--model.num_queries=3",
+        "--model.engine.queries_at_once=2",
+    ],
     "divided": ["--model.estimator=SPSA", "--model.estimator.divide_rows=true", "--model.num_queries=2"],
     "queries at once": ["--model.num_queries=3", "--model.engine.queries_at_once=2"],
     "LoRA": ["--model.scope=LoRA", "--model.scope.rank=2"],

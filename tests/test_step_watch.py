@@ -21,6 +21,14 @@ def test_eps_that_is_lost_in_rounding_is_told_at_once_and_ends_the_run(options, 
     assert "exactly 0 for 20 steps in a row, the last at step 20: model.eps 1e-12 is lost in rounding" in line
 
 
+@pytest.mark.parametrize("shaping", ["zscore", "rank"])
+def test_a_population_without_a_difference_is_told_and_moves_nothing(shaping, options, recwarn):
+    more = ["--model.estimator=EvolutionStrategy", f"--model.estimator.shaping={shaping}", "--model.num_queries=3"]
+    assert main(["fit", *options, *more, "--model.eps=1e-12", "--trainer.max_steps=2"]) == 0
+    assert "exactly 0 at step 1," in " ".join(str(warning.message) for warning in recwarn)
+    assert all(tensor.isfinite().all() for tensor in tuned(run_dir() / "checkpoints" / "last.ckpt").values())
+
+
 def test_weights_that_run_away_are_told(options, capsys):
     more = ["--model.optimizer.lr=1e6", "--trainer.max_steps=60", "--watch.max_zero_steps=5"]
     assert main(["fit", *options, *more]) == 2

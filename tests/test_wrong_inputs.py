@@ -36,6 +36,8 @@ WRONG = """
 --model.estimator=LOZO --model.estimator.rank=0 | model.estimator.rank 0: must be at least 1
 --model.estimator=LOZO --model.estimator.interval=0 | model.estimator.interval 0: must be at least 1
 --model.estimator=FZO | model.num_queries 1: FZO divides by the spread of several losses
+--model.estimator=EvolutionStrategy --model.estimator.shaping=log | model.estimator.shaping 'log': choose one of raw, zscore, rank
+--model.estimator=EvolutionStrategy --model.estimator.antithetic=false | model.num_queries 1: EvolutionStrategy compares the members
 --model.estimator=SPSA --model.estimator.divide_rows=3 | model.estimator.divide_rows '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative for Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop

@@ -86,7 +86,8 @@ def _settings(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     choice = module.optimizer_choice
     total = None if choice.make_scheduler is None and module.step_options.eps_end is None else trainer.max_steps
     rows = module.datamodule.state_dict()
-    rows["rows_a_step"] = rows.pop("batch_size") * trainer.world_size
+    del rows["batch_size"]
+    rows["rows_a_step"] = module.datamodule.rows_a_step
     found = {
         "model": {**options, "noise_seed": module.noise_seed, "layer": module.layer},
         "scope": module.scope_settings,

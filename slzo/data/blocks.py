@@ -20,8 +20,8 @@ def evaluation_blocks(plan: EvalPlan, share_prompts: bool) -> Iterator[Block]:
 
 
 def training_blocks(rows: Sequence[Row], samplers: Iterable[EpochBatchSampler], share_prompts: bool) -> Iterator[Block]:
-    """The batches of the first epoch, those of every process; ``samplers`` have seen none yet."""
-    for numbers in chain.from_iterable(samplers):
+    """The batches in which the rows come first, those of every process, in the order of the samplers; each row once."""
+    for numbers in _first_batches(samplers):
         yield Block([rows[number].encoded for number in numbers], share_prompts)
 
 
@@ -39,6 +39,16 @@ def evaluation_prompts(plan: EvalPlan, max_tokens: int) -> Iterator[Block]:
 
 
 def training_prompts(rows: Sequence[Row], samplers: Iterable[EpochBatchSampler]) -> Iterator[Block]:
-    """The prompts of the batches of the first epoch, as :func:`training_blocks`."""
-    for numbers in chain.from_iterable(samplers):
+    """The prompts of these batches, as :func:`training_blocks`."""
+    for numbers in _first_batches(samplers):
         yield Block([prompt_alone(prompt_key(rows[number].encoded.index), rows[number].prompt) for number in numbers])
+
+
+def _first_batches(samplers: Iterable[EpochBatchSampler]) -> Iterator[list[int]]:
+    """Row numbers of batches, without those that an earlier one had, as balanced classes may."""
+    seen: set[int] = set()
+    for numbers in chain.from_iterable(samplers):
+        new = [number for number in dict.fromkeys(numbers) if number not in seen]
+        seen.update(new)
+        if new:
+            yield new

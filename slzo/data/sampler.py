@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import BatchSampler
 
+from slzo.data.balance import balanced_order
 from slzo.seeding import derive_seed
 
 _WINDOW_BATCHES = 16
@@ -27,6 +28,7 @@ class EpochBatchSampler(BatchSampler):
         lengths: Of each row; batches are then made of rows of similar length, by sorting within windows of
             some batches and shuffling the batches. Each row still comes once per epoch, so an epoch is unbiased, but the rows
             of one batch are no independent draw.
+        classes: Of each row; an epoch then draws all of them alike, see :mod:`slzo.data.balance`. Not with lengths.
         batches_done: How many batches the run has seen so far, asked at the start of each pass; 0 if left out. A resumed run,
             or a new loader in the middle of a run, goes on from there.
     """
@@ -38,6 +40,7 @@ class EpochBatchSampler(BatchSampler):
     world_size: int = 1
     lengths: Sequence[int] | None = None
     batches_done: Callable[[], int] = lambda: 0
+    classes: Sequence[int] | None = None
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_rows, self.batch_size * self.world_size)
@@ -47,7 +50,10 @@ class EpochBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = divmod(self.batches_done(), len(self))
         generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
-        order = torch.randperm(self.num_rows, generator=generator).tolist()
+        if self.classes is None:
+            order = torch.randperm(self.num_rows, generator=generator).tolist()
+        else:
+            order = balanced_order(self.classes, self.seed, epoch)
         size = self.batch_size * self.world_size
         places = list(range(len(self)))
         lengths, window = self.lengths, size * _WINDOW_BATCHES

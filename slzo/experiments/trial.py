@@ -120,7 +120,7 @@ class Workbench:
     def settings(self) -> dict[str, Any]:
         """What the results depend on, besides steps and seeds: primitives only."""
         module, data = self.module, self.datamodule
-        own = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length length_buckets seed"
+        own = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length length_buckets balanced seed"
         return {
             "model": module.model_name,
             "dtype": module.dtype_name,

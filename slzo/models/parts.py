@@ -265,6 +265,13 @@ class ModelParts:
             if capture is not None:
                 capture.value = None
 
+    def runs_as(self, path: str) -> nn.Module | None:
+        """The module that runs for the model's one at a path, inside of a decoder layer; ``None`` where there is none."""
+        if not path.startswith(f"{self.layers_path}."):
+            return None
+        number, _, rest = path.removeprefix(f"{self.layers_path}.").partition(".")
+        return self._runnable[int(number)].get_submodule(rest)
+
     def head(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Logits of final hidden states.
 

@@ -11,6 +11,7 @@ from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point, RowShare
+from slzo.zo.points_together import of_low_rank, run_together
 from slzo.zo.span import Span
 from slzo.zo.tuned import TunedTensors
 
@@ -31,6 +32,7 @@ class SuffixForward:
         cache: Where the states that enter the first of them are kept between steps.
         candidate_logits: Compute only the candidates' logits where the loss allows it.
         paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
+        together: Run the tuned ones so too where the points move them by matrices of low rank; it turns off where they cannot.
     """
 
     parts: ModelParts
@@ -38,6 +40,7 @@ class SuffixForward:
     cache: PrefixCache
     candidate_logits: bool = True
     paired: bool | None = None
+    together: bool = True
 
     @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> Tensor | None:
@@ -95,9 +98,15 @@ class SuffixForward:
         inputs = _split(hidden, divided)
         inner = self.span.inside and self.span.stop < self.parts.num_layers
         paired = self._pairs(batch, len(copies), max_tokens)
-        if inner and (paired or len(divided) > 1):
+        together = self.together and inner and shares == 1 and of_low_rank(self.parts, self.span, tuned, points)
+        if together:
+            tuned.restore()
+        if inner and (paired or len(divided) > 1 or together):
             runs = [copies] if paired else [[copy] for copy in copies]
-            found = [self._joined_losses(batch, divided, inputs, tuned, run, objective) for run in runs]
+            found = [
+                self._joined_losses(batch, divided, inputs, tuned, run, objective, together and self.together)
+                for run in runs
+            ]
             return torch.cat(found, dim=1)
         sums = []
         for point in points:
@@ -144,16 +153,16 @@ class SuffixForward:
         tuned: TunedTensors,
         copies: Sequence[Sequence[Point]],
         objective: LogitLoss,
+        together: bool,
     ) -> Tensor:
         """The same with one run of the layers above the tuned ones, over as many copies of the batch as each part has points."""
-        outputs = []
-        for point in (point for copy in copies for point in copy):
-            rows = divided[point.rows.number]
-            if rows is not None:
-                tuned.write(point.direction, point.scale)
-                outputs.append(self.parts.run(rows, self.span.start, self.span.stop, inputs[point.rows.number]))
+        points = [point for copy in copies for point in copy]
+        output = run_together(self.parts, self.span, tuned, points, batch, inputs[0]) if together else None
+        if output is None:
+            self.together = self.together and not together
+            output = self._one_by_one(divided, inputs, tuned, points)
         repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
-        final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, torch.cat(outputs))
+        final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, output)
         selected = self.selects(objective, batch)
         token_ids = batch.choice_ids if selected else None
         num_needed = [0 if rows is None else rows.needed.numel() for rows in divided]
@@ -163,6 +172,22 @@ class SuffixForward:
             for rows, own in zip(divided, logits, strict=True):
                 sums.append(no_loss(own.device) if rows is None else objective.of_logits(own, rows, selected))
         return stack(sums)
+
+    def _one_by_one(
+        self,
+        divided: Sequence[PackedBatch | None],
+        inputs: Sequence[Tensor | None],
+        tuned: TunedTensors,
+        points: Sequence[Point],
+    ) -> Tensor:
+        """States after the tuned layers at each point in turn, on its rows."""
+        outputs = []
+        for point in points:
+            rows = divided[point.rows.number]
+            if rows is not None:
+                tuned.write(point.direction, point.scale)
+                outputs.append(self.parts.run(rows, self.span.start, self.span.stop, inputs[point.rows.number]))
+        return torch.cat(outputs)
 
 
 def _split(hidden: Tensor | None, parts: Sequence[PackedBatch | None]) -> Sequence[Tensor | None]:

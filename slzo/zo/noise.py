@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from slzo.seeding import derive_seed
+from slzo.zo.factors import Factors
 
-Noise = Callable[[Tensor, int, int, int, str], Tensor]
+Noise = Callable[[Tensor, int, int, int, str], Tensor | Factors]
 """Draws float32 noise of unit variance: like (gives shape and device), seed of the run, step, query in it, tensor's name."""
 
 
@@ -33,18 +34,20 @@ def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Ten
     return bits.mul_(2).sub_(1)
 
 
-def low_rank(rank: int, interval: int) -> Noise:
+def low_rank(rank: int, interval: int | None) -> Noise:
     r"""Noise of matrices as :math:`U V^T / \sqrt{r}` with r the rank, >= 1; other tensors get :func:`gaussian` noise.
 
-    U (rows, r) is drawn anew for each query, V (columns, r) stays for ``interval`` steps, >= 1; both are standard normal, so
-    that every entry has unit variance (LOZO, arXiv 2410.07698, whose lazily sampled V this takes; the scale is ours).
+    U (rows, r) is drawn anew for each query, V (columns, r) stays for ``interval`` steps, >= 1, or is drawn with U where that is
+    ``None``; both are standard normal, so that every entry has unit variance (LOZO, arXiv 2410.07698, whose lazily sampled V this
+    takes, and EGGROLL, arXiv 2511.16652, for ``None``; the scale is EGGROLL's).
     """
 
-    def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
+    def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor | Factors:
         if like.dim() != 2:
             return gaussian(like, seed, step, query, name)
         left = gaussian(like.new_empty(like.shape[0], rank), seed, step, query, f"{name}/left")
-        right = gaussian(like.new_empty(like.shape[1], rank), seed, step // interval, 0, f"{name}/right")
-        return left @ right.T / rank**0.5
+        lasting = (step, query) if interval is None else (step // interval, 0)
+        right = gaussian(like.new_empty(like.shape[1], rank), seed, *lasting, f"{name}/right")
+        return Factors(left.div_(rank**0.5), right)
 
     return draw

@@ -38,12 +38,15 @@ from slzo.zo.live_points import live_points
 from slzo.zo.memory import tuning_bytes
 from slzo.zo.objectives import Objective
 from slzo.zo.optim import OptimizerChoice
+from slzo.zo.processes import AddUp, Processes
 from slzo.zo.scopes import Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.span import Span
 from slzo.zo.step import StepOptions, StepResult, take_step
 from slzo.zo.step_size import StepSize
 from slzo.zo.tuned import Subset, TunedTensors
+
+_ALONE = Processes()
 
 
 def _no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
@@ -272,14 +275,13 @@ class TunedModel:
         batch: TrainBatch,
         objective: Objective,
         evaluator: Evaluator | None = None,
-        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+        processes: Processes = _ALONE,
         seed: int = 0,
         step: int = 0,
     ) -> Loss:
         """The loss of a batch, the rows of this process on the model's device, as a function of what is tuned.
 
-        ``evaluator`` generates answers for objectives that look at them; ``reduce`` adds tensors up over processes; ``seed`` and
-        ``step`` are for objectives that sample.
+        ``evaluator`` generates answers for objectives that look at them; ``seed`` and ``step`` are for objectives that sample.
         """
 
         def answers(
@@ -289,7 +291,10 @@ class TunedModel:
                 raise SlzoError(f"data.objective {objective.describe()}: generates answers, and no evaluator is given")
             return self.answers(evaluator, points, rows, sampling)
 
-        return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, reduce, seed, step))
+        def own(add_up: AddUp) -> Loss:
+            return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, add_up, seed, step))
+
+        return processes.loss(own, self.parts.model.device)
 
     def answers(
         self,
@@ -325,14 +330,16 @@ class TunedModel:
         max_steps: int = 1,
         step_size: StepSize | None = None,
         measure_update: bool = False,
+        processes: Processes = _ALONE,
     ) -> StepResult:
         """Take one step, see :func:`slzo.zo.step.take_step`.
 
         Directions are drawn from (``seed``, ``step``, query), eps moves over ``max_steps``; the update is not measured where that
-        would copy a whole model.
+        would copy a whole model. ``processes`` are those of the loss.
         """
         eps = options.eps_at(step, max_steps)
         at_once = options.num_queries if self._visits_once else self.engine.queries_at_once
+        at_once = processes.queries_at_once(at_once)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
         factor = options.clip_projected_grad

@@ -2,6 +2,7 @@
 
 from slzo.zo.estimators.backprop import Backprop
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point, Request, RowShare
+from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
 from slzo.zo.estimators.forward_gradient import ForwardGradient
 from slzo.zo.estimators.fzo import FZO
 from slzo.zo.estimators.lozo import LOZO
@@ -15,6 +16,7 @@ __all__ = [
     "Backprop",
     "Estimate",
     "Estimator",
+    "EvolutionStrategy",
     "ForwardGradient",
     "Loss",
     "OneSided",

@@ -79,7 +79,8 @@ class Estimate:
     Attributes:
         loss: Loss at or around the present weights.
         loss_plus: Loss at ``w + eps z``, mean over queries.
-        loss_minus: Loss at ``w - eps z``, mean over queries; that at ``w`` where an estimator evaluates one side only.
+        loss_minus: Loss at ``w - eps z``, mean over queries; that at ``w`` where an estimator evaluates one side only, or
+            ``loss_plus`` where it does not evaluate there either.
         projected_grad: Slope of the loss along each direction.
         num_evaluations: Times that the batch was evaluated.
         gradient: By name of the tuned tensor, float32; empty if the estimate is not finite.

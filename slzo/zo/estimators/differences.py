@@ -1,6 +1,7 @@
 """Finite differences of the loss along random directions, two-sided and one-sided; estimators are made of them."""
 
 import math
+from itertools import chain
 
 from torch import Tensor
 
@@ -17,8 +18,11 @@ def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Esti
     for queries in [range(count)] if divide_rows else request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         rows = [RowShare(query, count) if divide_rows else RowShare() for query in queries]
-        points = [Point(z, sign * eps, share) for sign in (1, -1) for z, share in zip(directions, rows, strict=True)]
-        highs, lows = request.loss.at(points).view(2, -1).tolist()
+        pairs = [[Point(z, sign * eps, share) for sign in (1, -1)] for z, share in zip(directions, rows, strict=True)]
+        if divide_rows:  # the shares of a copy of the batch come in turn
+            highs, lows = request.loss.at([*chain(*zip(*pairs, strict=True))]).view(2, -1).tolist()
+        else:  # in an order that the number of queries at once does not change: a log of losses fits any
+            highs, lows = request.loss.at([*chain(*pairs)]).view(-1, 2).T.tolist()
         plus += highs
         minus += lows
         if not all(map(math.isfinite, highs + lows)):

@@ -4,6 +4,7 @@ from slzo.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.differences import two_point
 from slzo.zo.noise import low_rank
+from slzo.zo.tuned import TunedTensors
 
 
 class LOZO(Estimator):
@@ -27,12 +28,21 @@ class LOZO(Estimator):
         self.interval = interval
 
     def estimate(self, request: Request) -> Estimate:
-        if all(master.dim() != 2 for master in request.tuned.masters):
-            raise SlzoError(
-                "model.estimator LOZO: this scope tunes single elements and no whole matrix that could move along low-rank "
-                "directions; use SPSA"
-            )
+        check_has_matrices(request.tuned, "LOZO")
         return two_point(request, low_rank(self.rank, self.interval))
 
     def describe(self) -> str:
         return f"LOZO(rank={self.rank}, interval={self.interval})"
+
+
+def check_has_matrices(tuned: TunedTensors, name: str) -> None:
+    """Refuse directions of low rank, asked for by the estimator or its option ``name``, where no matrix is tuned.
+
+    Raises:
+        SlzoError: None is.
+    """
+    if all(master.dim() != 2 for master in tuned.masters):
+        raise SlzoError(
+            f"model.estimator {name}: this scope tunes single elements and no whole matrix that could move along low-rank "
+            "directions; use SPSA"
+        )

@@ -1,0 +1,143 @@
+"""Evolution strategies: a population around the weights, whose losses are shaped before they weigh its directions."""
+
+import math
+import statistics
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from slzo.errors import SlzoError
+from slzo.zo.estimators.base import Estimate, Estimator, Point, Request
+from slzo.zo.estimators.lozo import check_has_matrices
+from slzo.zo.noise import gaussian, low_rank
+from slzo.zo.tuned import Direction
+
+_SHAPINGS = ("raw", "zscore", "rank")
+
+
+class EvolutionStrategy(Estimator):
+    r"""The mean of a population's directions, each weighted by the shaped loss of its member (evolution strategies).
+
+    .. math:: \hat g = \frac{1}{n} \sum_j f_j \, e_j, \quad L_j = L(w + \epsilon e_j)
+
+    q = model.num_queries directions z are drawn. With ``antithetic`` the population is n = 2 q members, e = z and -z of each;
+    else n = q members, e = z. With :math:`\bar L` and :math:`\sigma` mean and standard deviation of the n losses, f is
+
+    * raw: :math:`(L_j - b_j) / \epsilon` with :math:`b_j` the mean loss of the other members, or 0 in pairs, where it would
+      cancel. Its mean is the gradient of the loss smoothed over the population; with ``antithetic`` it is SPSA's mean over q.
+    * zscore: :math:`(L_j - \bar L) / \sigma`. The estimate is raw's over :math:`\sigma / \epsilon`, about the gradient's length:
+      the learning rate depends neither on :math:`\epsilon` nor on the scale of loss or reward, and is what it is for FZO.
+    * rank: zscore of the losses' ranks, equal losses sharing theirs, so that one outlier weighs no more than another first
+      place. Salimans et al. have ranks from -1/2 to 1/2, which are these times :math:`1 / \sqrt{12}` in a large population.
+
+    If all losses are equal, f is 0. Losses take the place of minus the returns: the optimizer descends. Logged slopes are those
+    of the loss itself, (L+ - L-) / (2 eps), or (L - mean of the others) / eps, whatever the shaping. A direction is drawn again
+    for the update unless all are evaluated together (model.engine.queries_at_once).
+
+    After Salimans et al. 2017, arXiv 1703.03864 (antithetic pairs, ranks); Qiu et al. 2025, arXiv 2509.24372 (z-scores, no
+    pairs); Sarkar et al. 2025, arXiv 2511.16652 (EGGROLL: directions of low rank).
+
+    Args:
+        shaping: What a loss counts for: raw, zscore or rank.
+        antithetic: Each direction has a member on either side of the weights.
+        direction_rank: Directions of matrices are U V^T / sqrt(r) of this rank, U and V drawn anew for each; left out, of full
+            rank. Refuses scopes that tune no whole matrix.
+    """
+
+    def __init__(
+        self,
+        shaping: Literal["raw", "zscore", "rank"] = "zscore",
+        antithetic: bool = True,
+        direction_rank: int | None = None,
+    ) -> None:
+        if shaping not in _SHAPINGS:
+            raise SlzoError(f"model.estimator.shaping {shaping!r}: choose one of {', '.join(_SHAPINGS)}")
+        if direction_rank is not None and direction_rank < 1:
+            raise SlzoError(
+                f"model.estimator.direction_rank {direction_rank}: must be at least 1; leave it out for full rank"
+            )
+        self.shaping = shaping
+        self.antithetic = antithetic
+        self.direction_rank = direction_rank
+        self.normalizes = shaping != "raw"
+        self._noise = gaussian if direction_rank is None else low_rank(direction_rank, None)
+
+    def check(self, num_queries: int, batch_size: int | None = None) -> None:
+        if not self.antithetic and num_queries < 2:
+            raise SlzoError(
+                f"model.num_queries {num_queries}: EvolutionStrategy compares the members of a population, give at least 2; or "
+                "leave model.estimator.antithetic true"
+            )
+
+    def estimate(self, request: Request) -> Estimate:
+        self.check(request.num_queries)
+        if self.direction_rank is not None:
+            check_has_matrices(request.tuned, "EvolutionStrategy.direction_rank")
+        signs = (1, -1) if self.antithetic else (1,)
+        losses: list[float] = []
+        held: dict[int, Direction] = {}
+        for queries in request.queries_in_turn():
+            held = {query: self._draw(request, query) for query in queries}
+            points = [Point(z, sign * request.eps) for z in held.values() for sign in signs]
+            losses += request.loss.at(points).tolist()
+            if not all(map(math.isfinite, losses)):
+                break
+        slopes = self._slopes(losses, request.eps)
+        gradient: dict[str, Tensor] = {}
+        if all(map(math.isfinite, losses)):
+            ends = (request.eps, -request.eps if self.antithetic else 0.0)
+            for query, weight in enumerate(self._weights(losses, slopes)):
+                z = held.pop(query) if query in held else self._draw(request, query)
+                request.tuned.accumulate(gradient, z, weight, ends)
+        mean = sum(losses) / len(losses)
+        plus, minus = (losses[:: len(signs)], losses[len(signs) - 1 :: len(signs)])
+        return Estimate(
+            loss=mean,
+            loss_plus=sum(plus) / len(plus),
+            loss_minus=sum(minus) / len(minus),
+            projected_grad=tuple(slopes),
+            num_evaluations=len(losses),
+            gradient=gradient,
+        )
+
+    def _draw(self, request: Request, query: int) -> Direction:
+        return request.tuned.draw(request.seed, request.step, query, self._noise)
+
+    def _slopes(self, losses: Sequence[float], eps: float) -> list[float]:
+        """Slope of the loss along each direction."""
+        if self.antithetic:
+            return [(high - low) / (2 * eps) for high, low in _pairs(losses)]
+        total, others = sum(losses), max(1, len(losses) - 1)
+        return [(loss - (total - loss) / others) / eps for loss in losses]
+
+    def _weights(self, losses: Sequence[float], slopes: Sequence[float]) -> list[float]:
+        """What each direction is multiplied by."""
+        if self.shaping == "raw":
+            return [slope / len(slopes) for slope in slopes]
+        shaped = z_scores(losses if self.shaping == "zscore" else middle_ranks(losses))
+        if self.antithetic:
+            return [(high - low) / len(losses) for high, low in _pairs(shaped)]
+        return [own / len(losses) for own in shaped]
+
+    def describe(self) -> str:
+        one_sided = "" if self.antithetic else ", without pairs"
+        low = "" if self.direction_rank is None else f", directions of rank {self.direction_rank}"
+        return f"EvolutionStrategy({self.shaping}{one_sided}{low})"
+
+
+def z_scores(values: Sequence[float]) -> list[float]:
+    """Distance of finite values from their mean, in standard deviations; 0 if all are equal."""
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    return [(value - mean) / spread if spread > 0 else 0.0 for value in values]
+
+
+def middle_ranks(values: Sequence[float]) -> list[float]:
+    """Place of each value in their order, counted from 0; equal ones share the middle of their places."""
+    order = sorted(values)
+    return [(bisect_left(order, value) + bisect_right(order, value) - 1) / 2 for value in values]
+
+
+def _pairs(values: Sequence[float]) -> Iterator[tuple[float, float]]:
+    return zip(values[::2], values[1::2], strict=True)
