@@ -122,6 +122,13 @@ def model_options(content: dict[str, Any]) -> dict[str, Any]:
     return translate_flat(content.get("hyper_parameters", {}), "model")
 
 
+def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
+    """The model options of a run that are others than a checkpoint was trained with, in words; empty if there are none."""
+    saved = model_options(content)
+    different = [name for name in saved if name in own and saved[name] != own[name] and name[0] != "_"]
+    return "; ".join(f"model.{name}: {saved[name]} -> {own[name]}" for name in different)
+
+
 def newest_checkpoint(root: str | Path) -> Path:
     """The last checkpoint of the newest run below ``root``; where it is damaged, the newest one of all that is whole, and why.
 

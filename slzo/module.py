@@ -12,14 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from slzo.batches.packing import PackedBatch
-from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, checkpoint_note, model_options
+from slzo.checkpoint import CHECKPOINT_FORMAT, Checkpoint, changed_options, checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
+from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
+from slzo.models.placement import load_placed
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.quantization import Quantization, describe_quantization, method_of
 from slzo.models.startup_check import take_apart
@@ -63,6 +65,10 @@ class ZOModule(LightningModule):
         quantization: Of the frozen layers: int8 or fp8 (torchao), nf4 or fp4 (bitsandbytes), or a quantization config of
             transformers by its class path, with arguments as class_path and init_args; the tuned layer stays in full precision.
             A model that is quantized already needs none.
+        device_map: Where the decoder layers are: auto or balanced (over all cards), sequential (one card after the other), each
+            with what does not fit in memory and on disk; or a place (number of a card, cpu, disk) by module name. What is tuned,
+            embeddings and head are on the trainer's device in any case.
+        offload_folder: Folder for layers on disk that the model's files do not hold as they are.
         seed: Seed of the directions; left out, that of seed_everything.
         engine: How the loss is computed: switches of speed and memory.
         max_nonfinite: Stop after this many steps in a row whose loss is infinite or NaN.
@@ -83,6 +89,8 @@ class ZOModule(LightningModule):
         lr_scheduler: MakeScheduler | None = None,
         dtype: DType = "float32",
         quantization: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        offload_folder: str | None = None,
         seed: int | None = None,
         engine: Engine = _ENGINE,
         max_nonfinite: int = 10,
@@ -101,7 +109,8 @@ class ZOModule(LightningModule):
         )
         self.optimizer_choice = OptimizerChoice.of(optimizer, lr_scheduler)
         self.noise_seed = seed
-        self.engine = _engine_for(self.estimator, engine)
+        self.engine = engine.with_derivatives(self.estimator.describe()) if self.estimator.differentiates else engine
+        self.device_map = DeviceMapChoice.of(device_map, offload_folder, engine, quantization)
         if max_nonfinite < 1:
             raise SlzoError(f"model.max_nonfinite {max_nonfinite}: at least 1 step is needed before giving up")
         self.max_nonfinite = max_nonfinite
@@ -143,9 +152,15 @@ class ZOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the model; calling it again changes nothing."""
-        if self.model is None:
-            self.model = load_model(self.model_name, self.dtype_name, self.trust_remote_code, self.quantization)
-            self._untuned = take_apart(self.model, self.engine.packed, self.engine.onednn, self.engine.compile)
+        if self.model is not None:
+            return
+        common = self.model_name, self.dtype_name, self.trust_remote_code
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
+        if self.device_map is None:
+            self.model = load_model(*common, self.quantization, device=device)
+        else:  # no submodule, which strategies would move to one device
+            vars(self)["model"] = load_placed(*common, self.device_map, device)
+        self._untuned = take_apart(cast("Any", self.model), self.engine.packed, self.engine.onednn, self.engine.compile)
 
     @property
     def parts(self) -> ModelParts:
@@ -382,13 +397,13 @@ class ZOModule(LightningModule):
 
     def _log_step(self, batch: TrainBatch, result: StepResult, eps: float, started: float) -> None:
         estimate, seconds = result.estimate, time.perf_counter() - started
-        projected = torch.tensor(estimate.projected_grad)
+        projected = estimate.projected_grad
         values = {
             "train/loss": estimate.loss,
             "train/loss_plus": estimate.loss_plus,
             "train/loss_minus": estimate.loss_minus,
-            "train/projected_grad": float(projected.mean()),
-            "train/abs_projected_grad": float(projected.abs().mean()),
+            "train/projected_grad": sum(projected) / len(projected),
+            "train/abs_projected_grad": sum(map(abs, projected)) / len(projected),
             "train/lr": cast("Any", self.optimizers()).param_groups[0]["lr"],
             "train/eps": eps,
             "train/evaluations": float(self.num_evaluations),
@@ -399,8 +414,9 @@ class ZOModule(LightningModule):
         }
         if result.update_norm is not None:
             values["train/update_norm"] = result.update_norm
-        self.log_dict(values, batch_size=batch.packed.num_examples)
-        self.log("loss", estimate.loss, prog_bar=True, logger=False, batch_size=1)
+        # tensors on the CPU: Lightning copies a number to the device at each step
+        self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
+        self.log("loss", torch.tensor(estimate.loss), prog_bar=True, logger=False, batch_size=1)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -459,12 +475,9 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
             )
-        expected = self.tuned_model.tensors.named_masters()
-        wrong = [name for name, t in state_dict.items() if name not in expected or expected[name].shape != t.shape]
-        missing = [name for name in expected if name not in state_dict]
-        if wrong or missing:
+        if (wrong := self.tuned_model.tensors.misfit(state_dict)) is not None:
             raise SlzoError(
-                f"ckpt_path: tensor {(wrong + missing)[0]!r} of the checkpoint does not fit model {self.model_name!r} "
+                f"ckpt_path: tensor {wrong!r} of the checkpoint does not fit model {self.model_name!r} "
                 f"with dominant layer {self.layer} and scope {self.scope.describe()!r}; use the options it was trained with"
             )
         self.tuned_model.tensors.load(state_dict)
@@ -508,21 +521,8 @@ class ZOModule(LightningModule):
         if self.tuned_model is not None:
             self.tuned_model.history.sizes.extend(note.get("projected_grads", ()))
         self.noise_seed = note["noise_seed"]  # the directions go on as they began
-        saved, mine = model_options(checkpoint), dict(self.hparams)
-        different = [k for k in saved if k in mine and saved[k] != mine[k] and k[0] != "_"]
-        if different:
+        if different := changed_options(checkpoint, self.hparams):
             rank_zero_warn(
-                "these model options differ from the checkpoint's: "
-                + "; ".join(f"model.{k}: {saved[k]} -> {mine[k]}" for k in different)
-                + "; the new ones are used, but seed, optimizer state and learning rate go on from the checkpoint"
+                f"these model options differ from the checkpoint's: {different}; the new ones are used, but seed, optimizer "
+                "state and learning rate go on from the checkpoint"
             )
-
-
-def _engine_for(estimator: Estimator, engine: Engine) -> Engine:
-    """An engine whose operations have derivatives, if the estimator needs them."""
-    if not estimator.differentiates:
-        return engine
-    for name in ("onednn", "compile"):
-        if getattr(engine, name):
-            raise SlzoError(f"model.engine.{name} true: has no derivative for {estimator.describe()}; leave it out")
-    return replace(engine, onednn=False)

@@ -3,12 +3,14 @@
 import ctypes
 import resource
 import sys
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed
 
 _Item = TypeVar("_Item")
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -17,6 +19,23 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; ``None`` where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    status = Path("/proc/meminfo")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            found.append(int(value.split()[0]) * 1024)
+    for path in map(Path, _CGROUPS):
+        limit = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
+        if limit != "max":
+            found.append(int(limit))
+    return min(found, default=None)
 
 
 def of_all_processes(items: list[_Item]) -> list[_Item]:

@@ -41,6 +41,7 @@ from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, plan_sweep
 from slzo.experiments.trial import Workbench
 from slzo.export import ExportOptions, export_checkpoint
 from slzo.export.facts import Format
+from slzo.models.placement import to_device
 from slzo.module import ZOModule
 from slzo.run_folder import disk_faults_in_one_line, folder_of_run, run_folder
 from slzo.trainer_checks import check_callbacks, check_trainer_options
@@ -366,7 +367,7 @@ class ZOTrainer(Trainer):
         """Give model and rows to each other and load them, for work outside of Lightning's loops."""
         rows = self._attach_rows(model, datamodule)
         model.load(rows)
-        model.model.to(self.strategy.root_device)
+        to_device(model.model, self.strategy.root_device)
         return rows
 
     def _attach_rows(self, model: ZOModule, datamodule: LightningDataModule | None) -> TaskDataModule:

@@ -24,6 +24,7 @@ from slzo.zo.span import Span
 from slzo.zo.tuned_model import TunedModel
 from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests take it from here
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card that torch can use (CUDA)")
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 FAMILIES = {
     "llama": {},

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from memory_table import table as memory_table
 from slzo.__main__ import main
 from slzo.callbacks import memory_planner
+from slzo.errors import SlzoError
 from slzo.models import load
+from slzo.models.engine import Engine
 from slzo.models.shape import model_shape, shape_of, skeleton_of
+from slzo.module import ZOModule
 from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
 from write_shape import parse, write_shape
 
@@ -102,6 +106,30 @@ def test_layers_that_are_read_each_time_take_the_room_of_two(llama):
     assert plan.parts["weights"] == 2 * llama.outside + layer + (3 + 2) * layer
     assert plan.total == plan.needed == sum(plan.parts.values())
     assert replace(setup, kept_bytes=100 * layer).plan().parts["weights"] == 2 * llama.num_parameters
+
+
+def test_layers_that_are_elsewhere_take_the_room_of_one(llama):
+    layer = 2 * (llama.linear + llama.layer_rest)
+    stored = replace(llama, stored_bytes=2 * llama.num_parameters, stored_dtype=torch.bfloat16)
+    setup = Setup(stored, torch.bfloat16, None, {"masters": 7}, 1, 4, Workload(100), 0, away=20)
+    plan = setup.plan()
+    assert plan.parts["weights"] == plan.mapped == 2 * llama.num_parameters - 19 * layer
+    assert setup.beside_weights == plan.total - plan.parts["weights"]
+    converted = replace(setup, dtype=torch.float32).plan()
+    whole, away = 4 * llama.num_parameters, 19 * 2 * layer
+    assert converted.loading == PROGRAM_BYTES + (2 * llama.num_parameters + whole) * (whole - away) // whole
+    # the most that the option can do
+    fewest = dict(setup.alternatives())["model.device_map auto"]
+    assert fewest.parts["weights"] == 2 * llama.num_parameters - 30 * layer
+
+
+def test_files_are_read_on_a_cpu_only(model_dir):
+    module = ZOModule(str(model_dir), engine=Engine(weights_gb=0.0))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), world_size=1)
+    with pytest.raises(
+        SlzoError, match=r"model.engine.weights_gb 0.0: is for a model on a CPU, and this run is on cuda"
+    ):
+        memory_planner.MemoryPlanner().setup(trainer, module, "fit")
 
 
 def test_the_table_in_the_documents_is_that_of_the_code():

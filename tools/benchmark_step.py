@@ -1,6 +1,7 @@
 """Times one training step: published MeZO, MeZO on one layer, two forward passes, and slzo.
 
     python tools/benchmark_step.py --task sst2 --data_dir DIR --dtype float32 --threads 1 --json FILE
+    python tools/benchmark_step.py --device cuda --dtype bfloat16                # on a card: seconds and peaks only
 
 All variants get the same random batches of real rows, in alternation, in one process. ``mezo`` and ``mezo-layer`` are those of
 ``published_step.py``:
@@ -14,7 +15,6 @@ All variants get the same random batches of real rows, in alternation, in one pr
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +41,7 @@ from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import take_apart
-from slzo.runtime import keep_freed_memory
+from slzo.runtime import keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
@@ -74,7 +74,7 @@ class SlzoStep:
         """What the data loader's collator does; generation and choice tasks train on the gold answer only."""
         if self.objective.only_gold:
             examples = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
-        return pack(examples, share_prompts=self.share_prompts)
+        return pack(examples, share_prompts=self.share_prompts).to(self.parts.model.device)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
         """One step; returns both losses."""
@@ -217,10 +217,23 @@ class Timings:
 
     def add(self, variant: str, function: Callable[[], Any]) -> Any:
         """Time one step."""
+        wait_for_device()
         start = time.perf_counter()
         result = function()
+        wait_for_device()
         self.seconds.setdefault(variant, []).append(time.perf_counter() - start)
         return result
+
+
+def wait_for_device() -> None:
+    """Have a card finish what it was given, where there is one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def loaded(args: argparse.Namespace) -> Any:
+    """The model on its device."""
+    return load_model(args.model, args.dtype).to(args.device)
 
 
 def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObjective]:
@@ -253,19 +266,18 @@ def compare(args: argparse.Namespace) -> Timings:
     """Run all variants in alternation."""
     rows, objective = load_rows(args)
     batches = draw_batches(rows, args)
-    dtype = args.dtype
     plain = None
     if any(variant in PUBLISHED for variant in args.variants):
-        plain = load_model(args.model, dtype)
+        plain = loaded(args)
         for parameter in plain.parameters():
             parameter.data = parameter.data.clone()
-    parts = take_apart(load_model(args.model, dtype))
+    parts = take_apart(loaded(args))
     warm = SlzoStep(parts, args.layer, objective, cache_gb=8.0)
     cold = SlzoStep(parts, args.layer, objective, cache_gb=0.0)
     switched = {}
     for name, options in (SWITCHES if args.ablations else {}).items():
         of_parts = {option: value for option, value in options.items() if option in ("packed", "onednn")}
-        own = take_apart(load_model(args.model, dtype), **of_parts) if of_parts else parts
+        own = take_apart(loaded(args), **of_parts) if of_parts else parts
         switched[name] = SlzoStep(own, args.layer, objective, cache_gb=8.0, **options)
     timings = Timings()
     for number, examples in enumerate(batches):
@@ -275,6 +287,8 @@ def compare(args: argparse.Namespace) -> Timings:
             run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
         for name, step in {"slzo": warm, "slzo-cold": cold, **switched}.items():
             timings.add(name, partial(step, examples))
+        if args.device != "cpu":  # what follows is about a processor
+            continue
         timings.parts.append(warm.breakdown(examples))
         batch = warm.pack(examples)
         timings.tokens.append(batch.num_tokens)
@@ -304,8 +318,8 @@ def run_published(
     """The three variants that know nothing of slzo."""
     everything = list(plain.parameters())
     of_layer = list(plain.get_submodule(f"{layers_path}.{args.layer}").parameters())
-    padded = pad_left(examples, only_gold)
-    single = pad_left(examples, only_gold=True)
+    padded = pad_left(examples, only_gold).to(args.device)
+    single = pad_left(examples, only_gold=True).to(args.device)
 
     def forward_twice() -> None:
         for _ in range(2):
@@ -335,29 +349,21 @@ def memory_of(args: argparse.Namespace) -> float:
     """Peak resident memory of this process after some steps, GiB."""
     rows, objective = load_rows(args)
     examples = draw_batches(rows, args)[0]
-    model = load_model(args.model, args.dtype)
+    model = loaded(args)
     if args.memory_of == "inference":
         batch = pad_left([EncodedExample(e.index, (e.sequences[0],), (0,)) for e in examples], only_gold=True)
+        batch = batch.to(args.device)
         for _ in range(3):
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     else:
         step = SlzoStep(take_apart(model), args.layer, objective, cache_gb=1.0)
         for _ in range(3):
             step(examples)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory_gb(torch.device(args.device))
 
 
-def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float]) -> dict[str, Any]:
-    """Print the tables; return what goes into the JSON file."""
-    median = {name: statistics.median(values) for name, values in timings.seconds.items()}
-    mean = {name: statistics.fmean(values) for name, values in timings.seconds.items()}
-    print(
-        f"\n{args.task}, {args.dtype}, {args.threads} thread(s), batch {args.batch_size}, layer {args.layer}, {args.model}"
-    )
-    print(f"{'variant':24s} {'median s':>9s} {'mean s':>9s} {'min s':>8s} {'max s':>8s} {'x slzo (median, mean)':>22s}")
-    for name, values in timings.seconds.items():
-        ratios = f"{median[name] / median['slzo']:10.2f} {mean[name] / mean['slzo']:10.2f}"
-        print(f"{name:24s} {median[name]:9.3f} {mean[name]:9.3f} {min(values):8.3f} {max(values):8.3f} {ratios:>22s}")
+def report_of_parts(timings: Timings) -> dict[str, Any]:
+    """Print what a step on a processor consists of; return it for the JSON file."""
     parts = {part: statistics.fmean(p[part] for p in timings.parts) for part in timings.parts[0]}
     whole = sum(parts.values())
     print("slzo step: " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in parts.items()))
@@ -375,6 +381,27 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
             )
     shares = {name: statistics.fmean(share[name] for share in timings.shares) for name in timings.shares[0]}
     print("shares of a step, by the profiler: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    return {
+        "breakdown_s": parts,
+        "tokens": timings.tokens,
+        "suffix_gflops": rate,
+        "product_gflops": rates,
+        "shares": shares,
+    }
+
+
+def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float]) -> dict[str, Any]:
+    """Print the tables; return what goes into the JSON file."""
+    median = {name: statistics.median(values) for name, values in timings.seconds.items()}
+    mean = {name: statistics.fmean(values) for name, values in timings.seconds.items()}
+    print(
+        f"\n{args.task}, {args.dtype}, {args.threads} thread(s), batch {args.batch_size}, layer {args.layer}, {args.model}"
+    )
+    print(f"{'variant':24s} {'median s':>9s} {'mean s':>9s} {'min s':>8s} {'max s':>8s} {'x slzo (median, mean)':>22s}")
+    for name, values in timings.seconds.items():
+        ratios = f"{median[name] / median['slzo']:10.2f} {mean[name] / mean['slzo']:10.2f}"
+        print(f"{name:24s} {median[name]:9.3f} {mean[name]:9.3f} {min(values):8.3f} {max(values):8.3f} {ratios:>22s}")
+    of_parts = report_of_parts(timings) if timings.parts else {}
     for name, peak in memory.items():
         print(f"peak memory {name}: {peak:.3f} GiB")
     if memory:
@@ -393,11 +420,8 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
         "torch": torch.__version__,
         "variants": variants,
         "ratios": {f"{name}/slzo": median[name] / median["slzo"] for name in median},
-        "breakdown_s": parts,
-        "tokens": timings.tokens,
-        "suffix_gflops": rate,
-        "product_gflops": rates,
-        "shares": shares,
+        "device": args.device,
+        **of_parts,
         "memory_gib": memory,
     }
 
@@ -412,6 +436,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of the weights"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
     parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once per variant")
@@ -433,6 +458,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for all variants alike
     try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise SlzoError("--device cuda: torch finds no card here; leave it out")
         load_rows(args)  # before minutes of work, and before processes that measure memory
         if args.memory_of:
             print(memory_of(args))

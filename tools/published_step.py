@@ -23,6 +23,11 @@ class PaddedBatch:
     num_candidates: int
     gold: Tensor
 
+    def to(self, device: str) -> "PaddedBatch":
+        """Copy on another device."""
+        ids, mask, answer = (part.to(device) for part in (self.input_ids, self.attention_mask, self.is_answer))
+        return PaddedBatch(ids, mask, answer, self.num_candidates, self.gold.to(device))
+
 
 def pad_left(examples: Sequence[EncodedExample], only_gold: bool) -> PaddedBatch:
     """Sequences as MeZO's collator makes them: candidates apart, padded on the left to a multiple of 8."""
@@ -57,6 +62,10 @@ def published_loss(model: nn.Module, batch: PaddedBatch, only_gold: bool) -> Ten
     return F.cross_entropy(scores.view(-1, batch.num_candidates), batch.gold)
 
 
+def _noise(parameter: nn.Parameter) -> Tensor:
+    return torch.normal(mean=0, std=1, size=parameter.size(), dtype=parameter.dtype, device=parameter.device)
+
+
 def published_step(
     model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, only_gold: bool, seed: int
 ) -> tuple[float, float]:
@@ -65,7 +74,7 @@ def published_step(
     def perturb(scale: float) -> None:
         torch.manual_seed(seed)
         for parameter in parameters:
-            z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
+            z = _noise(parameter)
             parameter.data = parameter.data + scale * z * EPS
 
     perturb(1)
@@ -76,6 +85,6 @@ def published_step(
     projected_grad = (loss_plus - loss_minus) / (2 * EPS)
     torch.manual_seed(seed)
     for parameter in parameters:
-        z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
+        z = _noise(parameter)
         parameter.data = parameter.data - LEARNING_RATE * (projected_grad * z)
     return loss_plus, loss_minus

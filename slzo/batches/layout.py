@@ -20,8 +20,10 @@ _GROUP_RATIO = 0.75
 class Movable:
     """Moves every tensor field of a dataclass to a device."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Copy on another device."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """Copy on another device; left out, ``non_blocking`` waits only for what comes to the CPU, where it is read at once."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type != "cpu"
 
         def move(value: object) -> object:
             if isinstance(value, Tensor | Movable):

@@ -1,7 +1,7 @@
 """Says before a model is loaded what memory the run will take, and refuses one that cannot fit."""
 
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,12 +14,12 @@ from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
 from slzo.module import ZOModule
+from slzo.runtime import free_bytes
 from slzo.zo.memory import Plan, Setup, Workload, tuning_bytes
 from slzo.zo.scopes import LayerScope, ScopeContext
 from slzo.zo.tuned import TunedTensors
 
 _GB = 2**30
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class MemoryPlanner(Callback):
@@ -32,8 +32,11 @@ class MemoryPlanner(Callback):
         """Say the estimate in one line, before the model is loaded.
 
         Raises:
-            SlzoError: The run needs more memory than there is.
+            SlzoError: The run needs more memory than there is, or its device or processes rule out an option of placement.
         """
+        device = trainer.strategy.root_device
+        if isinstance(pl_module, ZOModule):
+            _check_placement(pl_module, device, trainer.world_size)
         if (
             stage != "fit"
             or not isinstance(pl_module, ZOModule)
@@ -41,21 +44,33 @@ class MemoryPlanner(Callback):
             or self.plan is not None
         ):
             return
-        device = trainer.strategy.root_device
         try:
             setup = setup_of(pl_module, pl_module.datamodule, trainer.max_steps, device)
         except SlzoError:  # about the model or the rows: said where they are used
             return
+        if pl_module.device_map is not None:
+            pl_module.device_map = replace(pl_module.device_map, reserved=setup.beside_weights)
         self.plan, free = setup.plan(), free_bytes(device)
         say(
             f"Memory     about {_gb(self.plan.total)}: {_listed(self.plan)}"
             + ("" if free is None else f"; free: {_gb(free)}")
+            + (f"; {setup.where}" if setup.where else "")
         )
         if free is not None and self.plan.needed > free:
             raise SlzoError(
                 f"model.model {pl_module.model_name!r}: needs about {_gb(self.plan.needed)} of memory, {_gb(free)} are free"
                 f"{_advice(setup, free)}"
             )
+
+
+def _check_placement(module: ZOModule, device: torch.device, processes: int) -> None:
+    if module.device_map is not None:
+        module.device_map.check_processes(processes)
+    if module.engine.weights_gb is not None and device.type != "cpu":
+        raise SlzoError(
+            f"model.engine.weights_gb {module.engine.weights_gb}: is for a model on a CPU, and this run is on {device.type}; "
+            "use model.device_map auto, or set trainer.accelerator to cpu"
+        )
 
 
 def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, device: torch.device) -> Setup:
@@ -79,7 +94,7 @@ def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, devic
     )
     kept = module.engine.weights_gb
     cache_dtype = None if module.engine.cache_dtype is None else getattr(torch, module.engine.cache_dtype)
-    return Setup(
+    setup = Setup(
         shape,
         dtype,
         module.quantization,
@@ -92,6 +107,10 @@ def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, devic
         device.type == "cpu",
         None if kept is None else int(kept * _GB),
     )
+    if module.device_map is None:
+        return setup
+    places = replace(module.device_map, reserved=setup.beside_weights).places(skeleton, device)
+    return replace(setup, away=len(set(places.away) - set(layers)), where=places.describe())
 
 
 def _no_prompts(num_sequences: int) -> list[PackedBatch]:
@@ -134,23 +153,6 @@ def _vocabulary_rows(datamodule: TaskDataModule, batch: PackedBatch) -> int:
     return batch.needed.numel() if datamodule.loss.needs_vocabulary(batch) else 0
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; ``None`` where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = []
-    status = Path("/proc/meminfo")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            found.append(int(value.split()[0]) * 1024)
-    for path in map(Path, _CGROUPS):
-        limit = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
-        if limit != "max":
-            found.append(int(limit))
-    return min(found, default=None)
-
-
 def _gb(size: int) -> str:
     return f"{size / _GB:.3g} GiB"
 
@@ -174,6 +176,8 @@ def format_plan(setup: Setup, free: int | None) -> str:
         lines.append(
             f"  {_gb(plan.mapped)} of it are weights that stay in their files: less memory is slower, not too little"
         )
+    if setup.where:
+        lines.append(f"  {setup.where}")
     if free is not None:
         lines.append(f"  {'free':30s} {_gb(free):>10s}")
     lines.append("With one more option:")

@@ -18,6 +18,7 @@ from slzo.errors import SlzoError
 from slzo.experiments.race import RaceResult, race
 from slzo.experiments.trial import Workbench
 from slzo.files import write_json
+from slzo.models.placement import to_device
 from slzo.module import ZOModule
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save
@@ -125,7 +126,7 @@ class OutlierProfiler(Callback):
         datamodule = module.datamodule
         module.load(datamodule)
         device = trainer.strategy.root_device
-        module.model.to(device)
+        to_device(module.model, device)
         batches = [batch.to(device) for batch in self._batches(datamodule)]
         given, sequences = sum(batch.num_examples for batch in batches), usable_sequences(batches)
         if len(sequences) < MIN_SEQUENCES:

@@ -46,7 +46,7 @@ class TrainBatch:
     rows: tuple[Row, ...]
     max_tokens: int | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
         """Copy on another device."""
         return replace(self, packed=self.packed.to(device, non_blocking=non_blocking))
 
@@ -68,7 +68,7 @@ class EvalBatch:
         """The rows' examples."""
         return tuple(row.example for row in self.rows)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
         """Copy on another device."""
         if self.packed is None:
             return self

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.layout import PackedLayout, group_by_length
+from slzo.errors import SlzoError
 from slzo.models.attention import (
     LAYOUT_ARGUMENT,
     VIRTUAL_ARGUMENT,
@@ -22,6 +23,7 @@ from slzo.models.attention import (
     with_virtual_tokens,
 )
 from slzo.models.parts import ModelParts
+from slzo.models.placement import placement_of
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
 """What attention layers find in place of a packed layout: layer, query, key, value and options to output (1, tokens, H, D)."""
@@ -184,7 +186,17 @@ def _attention_forward(
 
 @contextmanager
 def keeping_attention(parts: ModelParts) -> Iterator[None]:
-    """The model's layers use this module's attention."""
+    """The model's layers use this module's attention.
+
+    Raises:
+        SlzoError: Some layers run on another card, where what is kept is not.
+    """
+    placement = placement_of(parts.model)
+    if placement is not None and placement.places.elsewhere:
+        raise SlzoError(
+            f"model.device_map: {placement.places.describe()}; answers are generated on one card, so put the other layers on cpu "
+            "or disk"
+        )
     before = parts.model.config.get_text_config(decoder=True)._attn_implementation
     use_attention(parts.model, "slzo_generate", _attention_forward)
     try:

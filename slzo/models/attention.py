@@ -102,7 +102,7 @@ def packed_attention_forward(
 def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (N, heads, L, head_dim) of a layer with the learned ones before them."""
     keys, values = (
-        torch.cat([learned.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+        torch.cat([learned.to(own).expand(len(own), -1, -1, -1), own], dim=2)
         for learned, own in zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True)  # type: ignore[arg-type]
     )
     return keys, values

@@ -1,6 +1,6 @@
 """How the loss of a batch is computed: switches of speed and memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from slzo.errors import SlzoError
@@ -55,3 +55,14 @@ class Engine:
             )
         if self.cache_gb < 0:
             raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: give 0 to switch the cache off, or more")
+
+    def with_derivatives(self, needed_by: str) -> "Engine":
+        """The same with operations that have derivatives.
+
+        Raises:
+            SlzoError: Others are asked for.
+        """
+        for name in ("onednn", "compile"):
+            if getattr(self, name):
+                raise SlzoError(f"model.engine.{name} true: has no derivative for {needed_by}; leave it out")
+        return replace(self, onednn=False)

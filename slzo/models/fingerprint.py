@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slzo.errors import SlzoError
+from slzo.models.placement import values_of
 from slzo.models.quantization import method_of
 from slzo.settings import differences
 
@@ -55,12 +56,13 @@ class Fingerprint:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """That of a model, without anything tuned."""
-        tensors: dict[str, Tensor] = dict(model.named_parameters())
         method = method_of(model)
         if method is None:
-            types = [kind for kind in _TYPES if all(p.dtype in (torch.float32, kind) for p in tensors.values())]
-            sample = {_name(kind): _hash((name, _some(p).to(kind)) for name, p in tensors.items()) for kind in types}
+            some = {name: _some(tensor).clone() for name, tensor in values_of(model)}
+            types = [kind for kind in _TYPES if all(own.dtype in (torch.float32, kind) for own in some.values())]
+            sample = {_name(kind): _hash((name, own.to(kind)) for name, own in some.items()) for kind in types}
         else:  # not to be compared with a plain model, whose values differ, nor rounded
+            tensors: dict[str, Tensor] = dict(model.named_parameters())
             tensors |= {name: b for name, b in model.named_buffers() if not b.is_floating_point()}
             packed = (pair for name, tensor in tensors.items() for pair in _packed(name, tensor))
             sample = {f"{method}, {_name(model.dtype)}": _hash((name, _some(part)) for name, part in packed)}

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer from a built-in name, a local folder, a GGUF file or the Hub."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,6 +80,11 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
             advice = "if you trust its authors, set model.trust_remote_code to true"
         elif "quantization_config" in kwargs:
             advice = "model.quantization may need another package or an accelerator; int8 and nf4 run on CPUs"
+        elif "offload_folder" in str(error):
+            reason = "its files do not hold the layers that are to be on disk as they are"
+            advice = "set model.offload_folder to a folder with room for them"
+        elif kwargs.get("offload_folder") is not None and "space" in str(error):
+            advice = "model.offload_folder needs room for every layer that is to be on disk; give another folder"
         elif where == name and not Path(name).is_dir():
             known = ", ".join(BUILTIN_MODELS)
             advice = f"check the name and the connection, or use a local folder, or a built-in name ({known})"
@@ -95,10 +101,15 @@ def load_model(
     dtype: DType = "float32",
     trust_remote_code: bool = False,
     quantization: Quantization | QuantizationConfigMixin | None = None,
+    device_map: Mapping[str, str] | None = None,
+    offload_folder: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
 
     A model that is quantized already is loaded as it is; ``quantization`` quantizes another one, layer by layer while it is read.
+    ``device`` is where quantized weights are made, the CPU if left out. ``device_map`` and ``offload_folder`` are those of
+    transformers, whose hooks then are in the model (see :mod:`slzo.models.placement`).
     A model that looks at images too is loaded whole; its text decoder is what :mod:`slzo.models.parts` finds.
 
     Raises:
@@ -119,7 +130,14 @@ def load_model(
     elif quantization is not None:
         kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
     if own is not None or quantization is not None:
-        kwargs["device_map"] = "cpu"  # quantized weights are made where they stay
+        # quantized weights are made where they stay: bitsandbytes packs those that ran on a CPU for it
+        kwargs["device_map"] = {"": "cpu" if device is None else str(device)}
+    if device_map is not None:
+        if own is not None:
+            raise SlzoError(
+                f"model.device_map: model {name!r} is quantized ({method_of_config(own)}); leave the option out"
+            )
+        kwargs |= {"device_map": dict(device_map), "offload_folder": offload_folder}
     return _load(name, auto_class(config), **kwargs).eval().requires_grad_(False)
 
 

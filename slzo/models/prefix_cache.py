@@ -157,7 +157,7 @@ class PrefixCache:
     ) -> Tensor:
         """Concatenated hidden states of examples, shape (T, hidden); those not cached are in ``new``, by place in ``keys``."""
         pieces = [
-            new[place] if place in new else self._states[key].to(device, dtype, non_blocking=True)
+            new[place] if place in new else self._states[key].to(device, non_blocking=True).to(dtype)
             for place, key in enumerate(keys)
         ]
         return torch.cat(pieces)

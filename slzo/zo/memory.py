@@ -78,6 +78,8 @@ class Setup:
         cache_dtype: Type of the states in it.
         on_cpu: Whether program, weights and cache share one memory.
         kept_bytes: Of frozen layers that stay, where the others are read from their files each time; ``None`` where all stay.
+        away: Frozen layers that ``model.device_map`` has put elsewhere; one at a time is here, where it runs here.
+        where: Where the layers are, in words; empty if all are here.
     """
 
     shape: ModelShape
@@ -91,6 +93,13 @@ class Setup:
     cache_dtype: torch.dtype | None = None
     on_cpu: bool = True
     kept_bytes: int | None = None
+    away: int = 0
+    where: str = ""
+
+    @property
+    def beside_weights(self) -> int:
+        """Bytes of everything but the weights."""
+        return sum(size for name, size in self.plan().parts.items() if name != "weights")
 
     def plan(self) -> Plan:
         """The estimate."""
@@ -98,9 +107,11 @@ class Setup:
         weights = shape.weight_bytes(self.dtype, self.quantization, self.full_layers)
         same = shape.stored_dtype == self.dtype and shape.stored_method is None
         stored = shape.stored_bytes or 0
+        layer = (shape.linear + shape.layer_rest) * self.dtype.itemsize
+        elsewhere = layer * max(0, self.away - 1)
+        weights -= elsewhere
         mapped = weights if same and self.quantization is None and self.on_cpu else 0
         if mapped and self.kept_bytes is not None:
-            layer = (shape.linear + shape.layer_rest) * self.dtype.itemsize
             frozen = layer * (shape.num_layers - self.full_layers)
             # one layer computes, the next one is fetched
             weights += min(frozen, self.kept_bytes + 2 * layer) - frozen
@@ -114,7 +125,9 @@ class Setup:
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
         loading = 0
         if self.on_cpu and not (same and self.quantization is None):  # the files are read beside what is made of them
-            loading = PROGRAM_BYTES + stored + shape.weight_bytes(self.dtype, self.quantization)
+            whole = shape.weight_bytes(self.dtype, self.quantization)
+            # the files of layers on disk are not read then
+            loading = PROGRAM_BYTES + (stored + whole) * (whole - elsewhere) // whole
         return Plan({name: int(size) for name, size in parts.items() if size > 0}, loading, mapped)
 
     def alternatives(self) -> Iterator[tuple[str, "Plan"]]:
@@ -124,6 +137,9 @@ class Setup:
         if self.quantization is None and self.shape.stored_method is None:
             yield "model.quantization int8", replace(self, quantization="int8").plan()
             yield "model.quantization nf4", replace(self, quantization="nf4").plan()
+        most = self.shape.num_layers - self.full_layers
+        if self.quantization is None and self.kept_bytes is None and self.away < most:
+            yield "model.device_map auto", replace(self, away=most).plan()
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()
         half = replace(

@@ -69,7 +69,7 @@ class _Noted(Loss):
         self._loss, self._losses = loss, noted
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        found = self._loss.at(points)
+        found = self._loss.at(points).cpu()  # read once: the estimator reads them too
         self._losses += found.tolist()
         return found
 

@@ -148,6 +148,12 @@ class TunedTensors(nn.Module):
             master.copy_(masters[name])
         self.restore()
 
+    def misfit(self, masters: Mapping[str, Tensor]) -> str | None:
+        """Name of the first tensor that :meth:`load` would not take, or miss; ``None`` if there is none."""
+        own = self.named_masters()
+        wrong = [name for name, given in masters.items() if name not in own or own[name].shape != given.shape]
+        return next(iter([*wrong, *(name for name in own if name not in masters)]), None)
+
     def description(self) -> dict[str, dict[str, Any]]:
         """How each tensor is tuned, besides the values of its master: tensors, strings and numbers only, for checkpoints."""
         return {

@@ -25,6 +25,7 @@ from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
 from slzo.models.parts import ModelParts
 from slzo.models.peft_files import PeftFiles, lora_files
+from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.quantization import is_plain, method_of
 from slzo.models.weight_stream import WeightStream
@@ -67,6 +68,7 @@ class TunedModel:
         cache: Prefix states of an earlier tuned model on the same rows; taken over if they enter the same layer.
         base: Of the model before any adapter; ``None`` where it is not known.
         exchanged: Quantized linear maps of the layers that the scope changes.
+        brought: Layers that are on the model's main device as long as they are tuned.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class TunedModel:
         cache: PrefixCache | None = None,
         base: Fingerprint | None = None,
         exchanged: FullPrecision | None = None,
+        brought: Sequence[int] = (),
     ) -> None:
         engine = Engine() if engine is None else engine
         self.parts = parts
@@ -87,6 +90,7 @@ class TunedModel:
         self.scope = dict(scope)
         self.adapter = adapter
         self.exchanged = exchanged
+        self._brought = brought
         self.layer = layer
         self.engine = engine
         # an adapter's own tensors are none of the base model's, and dequantized ones depend on the processor
@@ -105,7 +109,9 @@ class TunedModel:
         self._stream = None
         if engine.weights_gb is not None:
             self._stream = WeightStream(parts.layers, span.start, span.stop, int(engine.weights_gb * 2**30))
-        paired = True if self._stream is not None else engine.paired
+        placement = placement_of(parts.model)
+        self._visits_once = self._stream is not None or (placement is not None and placement.offloads)
+        paired = True if self._visits_once else engine.paired
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, paired)
 
     @classmethod
@@ -132,12 +138,13 @@ class TunedModel:
         context = ScopeContext(parts, layer, prompts, seed)
         settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
         with ExitStack() as stack:
+            brought = stack.enter_context(_brought_in(parts, partial(scope.changed_layers, context)))
             whole, exchanged = stack.enter_context(_full_precision_in(parts, partial(_changed_layers, scope, context)))
             adapter = scope.adapter(replace(context, parts=whole))
             own = stack.enter_context(_adapter_in(whole, adapter))
             tensors = scope.tensors(replace(context, parts=own))
             _check_plain(tensors)
-            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged)
+            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged, brought)
 
     @classmethod
     def of_description(
@@ -163,12 +170,15 @@ class TunedModel:
         except TypeError as error:
             raise KeyError(f"{settings} as adapter ({error})") from error
         layers = _layers_of(parts, description["tensors"])
-        with _full_precision_in(parts, lambda: layers) as (whole, exchanged), _adapter_in(whole, adapter) as own:
+        with ExitStack() as stack:
+            brought = stack.enter_context(_brought_in(parts, lambda: layers))
+            whole, exchanged = stack.enter_context(_full_precision_in(parts, lambda: layers))
+            own = stack.enter_context(_adapter_in(whole, adapter))
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
             scope, layer = description["scope"], description["layer"]
-            made = cls(own, tensors, scope, adapter, layer, engine, base=base, exchanged=exchanged)
+            made = cls(own, tensors, scope, adapter, layer, engine, None, base, exchanged, brought)
             made.check_base(description)
             return made
 
@@ -211,6 +221,8 @@ class TunedModel:
         if self.exchanged is not None:
             self.exchanged.undo(self.parts.model)
             self.exchanged = None
+        if (placement := placement_of(self.parts.model)) is not None:
+            placement.give_back(self._brought)
 
     def merge(self) -> None:
         """Have the model's own weights hold what is tuned, without an adapter's modules. This object is of no use then.
@@ -326,7 +338,7 @@ class TunedModel:
         would copy a whole model. ``processes`` are those of the loss.
         """
         eps = options.eps_at(step, max_steps)
-        at_once = options.num_queries if self._stream is not None else self.engine.queries_at_once
+        at_once = options.num_queries if self._visits_once else self.engine.queries_at_once
         at_once = processes.queries_at_once(at_once)
         request = Request(self.tensors, loss, seed, step, eps, options.num_queries, at_once)
         measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
@@ -359,6 +371,22 @@ def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelPar
         yield parts.with_virtual_tokens(virtual_tokens)
     except BaseException:
         adapter.remove(parts.model)
+        raise
+
+
+@contextmanager
+def _brought_in(parts: ModelParts, layers: Callable[[], Sequence[int]]) -> Iterator[Sequence[int]]:
+    """Layers that are to be changed, on the model's main device; those that were away go back if anything fails."""
+    placement = placement_of(parts.model)
+    if placement is None:
+        yield ()
+        return
+    numbers = layers()
+    placement.bring(numbers)
+    try:
+        yield numbers
+    except BaseException:
+        placement.give_back(numbers)
         raise
 
 

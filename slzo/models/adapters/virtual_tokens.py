@@ -34,7 +34,9 @@ class PrefixTokens(Adapter):
         peft = import_peft("PrefixTuning")
         ids = torch.tensor([self.first_tokens], device=model.device)
         layers = model(input_ids=ids, use_cache=True).past_key_values.layers
-        states = [part[0] for layer in layers for part in (layer.keys, layer.values)]  # each (heads, tokens, head_dim)
+        states = [
+            part[0].to(model.device) for layer in layers for part in (layer.keys, layer.values)
+        ]  # each (heads, tokens, head_dim)
         shape = states[0].shape
         if any(part.shape != shape for part in states):
             raise SlzoError("model.scope PrefixTuning: the layers' keys and values differ in shape; use LoRA")

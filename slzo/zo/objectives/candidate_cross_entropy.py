@@ -38,6 +38,6 @@ class CandidateCrossEntropy(CandidateObjective):
                 f"data.objective.class_weights {self.class_weights}: the task has {batch.most_candidates} candidates; give a "
                 "weight for each"
             )
-        weights = torch.tensor(self.class_weights, dtype=table.dtype, device=table.device)
+        weights = torch.tensor(self.class_weights, dtype=table.dtype).to(table.device, non_blocking=True)
         total = F.cross_entropy(table, batch.gold, weights, reduction="sum", ignore_index=-1)
         return LossSum(total, (weights[batch.gold.clamp(min=0)] * (batch.gold >= 0)).sum())

@@ -1,0 +1,42 @@
+"""The figures of several sizes: kept in one file, and drawn."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))  # as for a script that is run from there
+    return importlib.import_module("benchmark_scale")
+
+
+def entry(shape, parameters, layer):
+    seconds = {"step_s": 1.5, "forward2_s": 3.0, "share": 0.5}
+    return {
+        "shape": shape, "parameters": parameters, "layers": 4, "layer": layer, "peak_gib": 2.0, "forward_peak_gib": 2.5, **seconds
+    }  # fmt: skip
+
+
+def test_shapes_are_added_to_the_file_and_drawn(tool, tmp_path, monkeypatch, capsys):
+    sizes = {"0.13B": 10**8, "0.36B": 3 * 10**8}
+    monkeypatch.setattr(tool, "run_shape", lambda _, name, __: [entry(name, sizes[name], layer) for layer in (1, 2)])
+    output = tmp_path / "scale.json"
+    common = ["--output", str(output), "--figure", str(tmp_path), "--shapes"]
+    assert tool.main([*common, "0.36B"]) == tool.main([*common, "0.13B"]) == 0
+    found = json.loads(output.read_text())["entries"]
+    assert [(own["shape"], own["layer"]) for own in found] == [("0.13B", 1), ("0.13B", 2), ("0.36B", 1), ("0.36B", 2)]
+    assert (tmp_path / "scale.svg").read_text().count("two plain forward passes") == 1
+    assert tool.main([*common, "0.13B", "--rounds", "2"]) == 2
+    assert "was measured with" in capsys.readouterr().err
+    assert tool.line_of(found[0]) == "| 0.13B | 0.10e9 | 1 of 4 | 1.50 | 3.00 | 0.50 | 2.00 | 2.50 |"
+
+
+def test_a_measurement_that_fails_is_one_line(tool, tmp_path):
+    args = tool.parse_args(["--rounds", "1"])
+    with pytest.raises(tool.SlzoError, match="--shapes: a measurement failed: "):
+        tool.measure_apart(args, str(tmp_path), 0, "both")

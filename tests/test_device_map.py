@@ -1,0 +1,333 @@
+"""Layers on several devices and on disk: the same steps, each layer read once a step, and what is refused."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, random_example, run_dir, tiny_model, tuned
+from transformers import AutoModelForCausalLM
+
+from slzo.__main__ import main
+from slzo.batches.packing import pack
+from slzo.data.batch import TrainBatch
+from slzo.errors import SlzoError
+from slzo.models import device_map
+from slzo.models.device_map import DeviceMapChoice
+from slzo.models.engine import Engine
+from slzo.models.fingerprint import Fingerprint
+from slzo.models.load import load_model
+from slzo.models.placement import Placement, load_placed, placement_of
+from slzo.models.shape import skeleton_of
+from slzo.models.startup_check import take_apart
+from slzo.trainer import ZOTrainer
+from slzo.zo.estimators import SPSA
+from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.scopes import AllParameters, LayerScope, LoRA, PrefixTuning
+from slzo.zo.step import StepOptions
+from slzo.zo.tuned_model import TunedModel
+
+CPU = torch.device("cpu")
+LAYER = 1
+ON_DISK = {"model.layers.0": "disk", "model.layers.2": "disk", "model.layers.3": "disk"}
+
+
+def placed(folder, given=ON_DISK, dtype="float32", offload_folder=None):
+    return load_placed(str(folder), dtype, False, DeviceMapChoice(given, offload_folder), CPU)
+
+
+def steps(model, scope=None, onednn=False, count=3):
+    """Masters and losses after some steps of two queries, evaluated together."""
+    generator = random.Random(0)
+    batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(3)]), ())
+    parts = take_apart(model, onednn=onednn)
+    engine = Engine(paired=True, queries_at_once=2)
+    scope = LayerScope() if scope is None else scope
+    own = TunedModel.of_scope(parts, scope, LAYER, engine=engine, prompts=lambda _: [batch.packed])
+    optimizer = torch.optim.SGD(own.tensors.masters, lr=1e-4)
+    losses = []
+    for step in range(count):
+        loss = own.loss(batch, CandidateCrossEntropy())
+        done = own.step(loss, SPSA(), optimizer, StepOptions(1e-3, num_queries=2), seed=0, step=step)
+        losses.append((done.estimate.loss, done.estimate.projected_grad))
+    return own.tensors.copy_of_masters(), losses, own
+
+
+def same(found, expected):
+    return found[1] == expected[1] and all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
+
+
+@pytest.mark.parametrize("scope", [LayerScope(), LoRA(), PrefixTuning(num_tokens=2)], ids=lambda s: type(s).__name__)
+def test_the_steps_are_the_same_to_the_bit(model_dir, scope):
+    expected = steps(load_model(str(model_dir)), scope)
+    found = steps(placed(model_dir), scope)
+    assert same(found, expected)
+    assert found[2].base == expected[2].base
+
+
+@pytest.mark.parametrize("given", [ON_DISK, {"": "disk"}], ids=["the others", "all"])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_the_tuned_layer_is_in_memory_whatever_the_map_says(model_dir, given, onednn):
+    model = placed(model_dir, given)
+    found = steps(model, onednn=onednn)
+    assert same(found, steps(load_model(str(model_dir)), onednn=onednn))
+    on_meta = {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.is_meta}
+    assert on_meta == {"0", "2", "3"}
+    assert model.device == CPU
+
+
+def test_each_layer_is_visited_once_a_step(model_dir):
+    model = placed(model_dir)
+    visits = []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, number=number: visits.append(number))
+    steps(model, count=0)
+    visits.clear()
+    _, _, own = steps(model, count=1)  # the start-up check runs the layers too
+    generator = random.Random(0)
+    batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(3)]), ())
+    optimizer = torch.optim.SGD(own.tensors.masters, lr=1e-4)
+    for step in range(2):
+        visits.clear()
+        loss = own.loss(batch, CandidateCrossEntropy())
+        own.step(loss, SPSA(), optimizer, StepOptions(1e-3, num_queries=2), seed=0, step=step)
+        # the states that enter the tuned layer are in the cache since the first step; two queries have four points
+        assert visits == [LAYER] * 4 + [2, 3]
+    own.forget_prefix()
+    visits.clear()
+    own.loss(batch, CandidateCrossEntropy())
+    assert visits == [0]
+
+
+def test_a_layer_goes_back_unless_it_has_changed(model_dir):
+    model = placed(model_dir, {"": "disk"})
+    away = lambda: {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.is_meta}  # noqa: E731
+    parts = take_apart(model, onednn=False)
+    TunedModel.of_scope(parts, LayerScope(), 2).release()
+    TunedModel.of_scope(parts, LoRA(), 1).release()
+    assert away() == {"0", "1", "2", "3"}
+    changed = TunedModel.of_scope(parts, LayerScope(), 2)
+    changed.tensors.load({name: master + 1 for name, master in changed.tensors.copy_of_masters().items()})
+    changed.release()
+    assert away() == {"0", "1", "3"}
+
+
+def test_scopes_of_the_whole_model_are_refused(model_dir):
+    parts = take_apart(placed(model_dir), onednn=False)
+    with pytest.raises(
+        SlzoError, match=r"model.device_map: some layers are not on .* model.scope tunes all; tune some"
+    ):
+        TunedModel.of_scope(parts, AllParameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_runs_from_disk(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 23)[None]
+    path = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    from_disk = placed(tmp_path, {path: "disk", f"{path}.1": "cpu"})
+    assert placement_of(from_disk).places.offloaded == [0, 2, 3]
+    assert torch.equal(from_disk(ids).logits, load_model(str(tmp_path))(ids).logits)
+    assert Fingerprint.of(from_disk) == Fingerprint.of(load_model(str(tmp_path)))
+    assert take_apart(from_disk, onednn=False).packed
+
+
+def test_files_of_another_type_are_converted_at_each_visit(model_dir):
+    assert same(steps(placed(model_dir, dtype="bfloat16")), steps(load_model(str(model_dir), "bfloat16")))
+
+
+def test_layers_that_the_files_do_not_hold_are_written_to_the_folder(tmp_path):
+    model, folder = tiny_model(), tmp_path / "model"
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(SlzoError, match=r"files do not hold the layers .* as they are \(set model.offload_folder to"):
+        placed(folder)
+    found = placed(folder, offload_folder=str(tmp_path / "offload"))
+    written = list((tmp_path / "offload").rglob("*.safetensors"))
+    assert len(written) == 3 * 9
+    assert same(steps(found), steps(load_model(str(folder))))
+    del found
+    assert not any(path.exists() for path in written)
+
+
+@pytest.mark.parametrize("how", ["auto", "balanced", "sequential"])
+def test_as_many_layers_as_fit_stay_in_memory(how, monkeypatch):
+    skeleton = skeleton_of(tiny_model().config)
+    layer = sum(4 * p.numel() for p in skeleton.model.layers[0].parameters())
+    outside = sum(4 * p.numel() for p in skeleton.parameters()) - 4 * layer
+    for num_layers in (0, 2, 4):
+        # one more has room while it runs
+        free = outside + 1000 + (num_layers + 1) * layer
+        monkeypatch.setattr(device_map, "free_bytes", lambda _, free=free: free)
+        places = DeviceMapChoice(how, reserved=1000).places(skeleton, CPU)
+        assert places.places == ("cpu",) * num_layers + ("disk",) * (4 - num_layers)
+    assert places.describe() == "layers 0 to 3 on cpu"
+
+
+def test_places_on_cards(monkeypatch):
+    """Names only: no card is needed to read a map."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    skeleton, card = skeleton_of(tiny_model().config), torch.device("cuda", 0)
+    given = {"model.embed_tokens": 0, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": 1}
+    places = DeviceMapChoice(given).places(skeleton, card)
+    assert places.places == ("cpu", "disk", "cuda:1", "cuda:0")
+    assert (places.away, places.offloaded, places.elsewhere) == ([0, 1, 2], [0, 1], [2])
+    assert places.of_modules(skeleton) == {
+        **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cuda:0"),
+        **{f"model.layers.{number}": place for number, place in enumerate(places.places)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("all", r"model.device_map 'all': choose one of auto, balanced, sequential, or give a device"),
+        ({}, r"model.device_map {}: choose one of"),
+        ({"model.layers.0": None}, r"model.device_map None: is no device; give a number, cpu or disk"),
+        (
+            {"model.layers.0": "dsk"},
+            r"model.device_map 'dsk': no such device for a run on cpu; choose one of cpu, disk",
+        ),
+        ({"model.layers.0": 0}, r"model.device_map 0: no such device for a run on cpu"),
+        (
+            {"model.layer.0": "disk"},
+            r"model.device_map 'model.layer.0': .* its decoder layers are model.layers.0 to .*\.3",
+        ),
+        ({"model.layers.9": "disk"}, r"model.device_map 'model.layers.9': the model has no such module"),
+        (
+            {"model.layers.1.mlp": "disk"},
+            r"model.device_map 'model.layers.1.mlp': splits decoder layer 1; give the place",
+        ),
+        (
+            {"lm_head": "disk"},
+            r"model.device_map 'lm_head': is needed at every step and stays on cpu; put decoder layers",
+        ),
+        ({"model.norm": "disk"}, r"model.device_map 'model.norm': is needed at every step"),
+    ],
+)
+def test_wrong_maps_are_refused(given, message):
+    with pytest.raises(SlzoError, match=message):
+        DeviceMapChoice(given).places(skeleton_of(tiny_model().config), CPU)
+
+
+def test_a_layer_may_be_named_in_pieces_that_are_in_one_place():
+    given = {"model.layers.1": "disk", "model.layers.1.mlp": "disk"}
+    assert DeviceMapChoice(given).places(skeleton_of(tiny_model().config), CPU).offloaded == [1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "quantization", "message"),
+    [
+        (Engine(weights_gb=1.0), None, "model.engine.weights_gb 1.0"),
+        (Engine(compile=True), None, "model.engine.compile true"),
+        (Engine(paired=False), None, "model.engine.paired false"),
+        (Engine(), "int8", "model.quantization int8"),
+    ],
+)
+def test_options_that_do_not_go_together(engine, quantization, message):
+    with pytest.raises(SlzoError, match=f"model.device_map 'auto': does not go together with {message}; leave one out"):
+        DeviceMapChoice.of("auto", None, engine, quantization)
+
+
+def test_a_folder_without_a_map_is_refused():
+    with pytest.raises(SlzoError, match=r"model.offload_folder 'x': is used with model.device_map only; give both"):
+        DeviceMapChoice.of(None, "x", Engine(), None)
+
+
+def test_a_folder_that_is_a_file_or_cannot_be_written(model_dir, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        SlzoError, match=r"model.offload_folder .*file': cannot be written \(File exists\); give another"
+    ):
+        placed(model_dir, offload_folder=str(tmp_path / "file"))
+    with pytest.raises(SlzoError, match=r"model.offload_folder '/proc/x': cannot be written"):
+        placed(model_dir, offload_folder="/proc/x")
+
+
+def test_a_full_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    tiny_model().config.save_pretrained(folder)
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.integrations.accelerate.save_file", full)
+    with pytest.raises(
+        SlzoError, match=r"cannot be loaded: .*No space left .* \(model.offload_folder needs room for every"
+    ):
+        placed(folder, offload_folder=str(tmp_path / "offload"))
+    assert list((tmp_path / "offload").iterdir()) == []
+
+
+def test_accelerate_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        SlzoError, match=r"model.device_map: needs accelerate, which is not installed; run: pip install"
+    ):
+        DeviceMapChoice("auto")
+
+
+def test_a_quantized_model_is_refused(model_dir, monkeypatch):
+    config = load_model(str(model_dir)).config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    monkeypatch.setattr("slzo.models.load.load_config", lambda *_: config)
+    monkeypatch.setattr("slzo.models.load._check_quantized", lambda *_: None)
+    with pytest.raises(
+        SlzoError, match=r"model.device_map: model .* is quantized \(bitsandbytes\); leave the option out"
+    ):
+        placed(model_dir)
+
+
+# ---- from the command line -----------------------------------------------------------------------------------------------------
+
+FROM_DISK = '--model.device_map={"model.layers.0": "disk", "model.layers.3": "disk"}'
+
+
+def test_a_run_with_layers_on_disk_is_that_without(options, capsys):
+    options = [*options, "--model.engine.onednn=false", "--model.engine.paired=true"]
+    assert main(["fit", *options]) == 0
+    options.remove("--model.engine.paired=true")
+    assert main(["fit", *options, FROM_DISK]) == 0
+    shown = capsys.readouterr().out
+    assert "layers 0 on disk, 1 to 2 on cpu, 3 on disk" in shown
+    expected, found = (tuned(run_dir(number) / "checkpoints" / "last.ckpt") for number in (0, 1))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # where layers are is no part of what was trained
+    checkpoint = run_dir(1) / "checkpoints" / "last.ckpt"
+    assert main(["test", *options, f"--ckpt_path={checkpoint}", FROM_DISK]) == 0
+    assert main(["fit", *options, f"--ckpt_path={checkpoint}", "--trainer.max_steps=10"]) == 0
+
+
+def test_a_sweep_gives_each_layer_back(options, monkeypatch):
+    made, plain = [], Placement.__init__
+    monkeypatch.setattr(Placement, "__init__", lambda self, *args: made.append(self) or plain(self, *args))
+    assert main(["sweep", *options, "--layers=[0,2]", "--steps=1", '--model.device_map={"": "disk"}']) == 0
+    assert sorted(made[0]._handles) == [0, 1, 2, 3]
+
+
+def test_a_plan_says_where_the_layers_go(options, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    assert main(["plan", *options, FROM_DISK]) == 0
+    assert "layers 0 on disk, 1 to 2 on cpu, 3 on disk" in capsys.readouterr().out
+    assert main(["plan", *options]) == 0
+    assert "on disk" not in capsys.readouterr().out
+
+
+def test_several_processes_are_refused_before_loading(options, capsys, monkeypatch):
+    monkeypatch.setattr(ZOTrainer, "world_size", 2)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    assert main(["fit", *options, "--model.device_map=auto"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("slzo: error: model.device_map 'auto': is for one process, and this run has 2; set trainer")
+
+
+def test_wrong_options_are_one_line(options, capsys):
+    for given in ("all", '{"model.layers.0": "dsk"}', '{"model.layers.0.mlp": "disk"}'):
+        assert main(["fit", *options, f"--model.device_map={given}"]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert error.strip().splitlines()[-1].startswith("slzo: error: model.device_map")
+    assert not Path("runs").exists() or not run_dir().exists()
