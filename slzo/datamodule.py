@@ -88,7 +88,7 @@ class TaskDataModule(LightningDataModule):
         task: Task name (sst2, rte, cb, boolq, wsc, multirc, copa, squad, drop, wic, record, movie_reviews), or a task object
             for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
         tokenizer: Where the tokenizer comes from; on the command line always model.model.
-        data_dir: Folder with local files instead of the Hub: TASK/train.jsonl and TASK/validation.jsonl with the Hub's
+        data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own.
         hub_config: Configuration of hub_path.
@@ -105,15 +105,15 @@ class TaskDataModule(LightningDataModule):
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
-        balanced: Draw training batches with all classes alike, for tasks whose classes have unequal numbers of rows; those of a
-            small class then come several times an epoch. For unequal weights instead, see CandidateCrossEntropy.
-        processes_divide: What several processes (trainer.devices) divide in training: rows, each takes batch_size of its own and
-            evaluates every point of a step on them; or points, all take the same batch_size rows and each evaluates some of
-            the step's points, such as the members of a population; every process then keeps the prefix states of all rows.
-        objective: What training minimizes: "loss" is the task's (cross-entropy over candidates, or the answer's likelihood),
-            "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of generated answers: no gradient exists, and
-            zeroth-order steps need none), or CandidateCrossEntropy, AnswerLikelihood, CandidateErrors, AnswerF1, Reward, or
-            your own Objective; left out, Reward with data.reward, else "loss".
+        balanced: Draw training batches with all classes alike; rows of a small class then come several times an epoch.
+            For unequal weights instead, see CandidateCrossEntropy.
+        processes_divide: What several processes divide in training, rows or points; with rows each takes batch_size of its own
+            and evaluates every point of a step on them; with points all take the same batch_size rows and each evaluates some
+            of the step's points, such as the members of a population, and keeps the prefix states of all rows.
+        objective: What training minimizes: loss, metric, CandidateCrossEntropy, AnswerLikelihood, CandidateErrors, AnswerF1,
+            Reward, or your own Objective; left out, Reward with data.reward, else "loss". "loss" is the task's (cross-entropy
+            over candidates, or the answer's likelihood), "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of
+            generated answers: no gradient exists, and zeroth-order steps need none).
         reward: Rewards of generated answers, one or several: built-in ones (accuracy, bleu, chrf, exact_match, json_valid,
             number_match, regex, rouge, token_f1), package.module.function or file.py:function, or a mapping with function,
             weight and arguments. Without an objective training maximizes their weighted sum, with one they are only reported.

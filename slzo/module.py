@@ -62,12 +62,12 @@ class ZOModule(LightningModule):
         optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and lets it follow the loss.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
-        quantization: Of the frozen layers: int8 or fp8 (torchao), nf4 or fp4 (bitsandbytes), or a quantization config of
-            transformers by its class path, with arguments as class_path and init_args; the tuned layer stays in full precision.
-            A model that is quantized already needs none.
-        device_map: Where the decoder layers are: auto or balanced (over all cards), sequential (one card after the other), each
-            with what does not fit in memory and on disk; or a place (number of a card, cpu, disk) by module name. What is tuned,
-            embeddings and head are on the trainer's device in any case.
+        quantization: Of the frozen layers: int8, fp8 (torchao), nf4, fp4 (bitsandbytes), or a config of transformers; that
+            by its class path, with arguments as class_path and init_args. The tuned layer stays in full precision. A model
+            that is quantized already needs none.
+        device_map: Where the decoder layers are: auto, balanced, sequential, or a place by module name; auto and balanced take
+            all cards, sequential one after the other, each with what does not fit in memory and on disk. A place is the number
+            of a card, cpu or disk. What is tuned, embeddings and head are on the trainer's device in any case.
         offload_folder: Folder for layers on disk that the model's files do not hold as they are.
         seed: Seed of the directions; left out, that of seed_everything.
         engine: How the loss is computed: switches of speed and memory.
