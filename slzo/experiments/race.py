@@ -7,13 +7,12 @@ from typing import Any
 
 from slzo.console import say
 from slzo.errors import SlzoError
+from slzo.experiments.sweep import BESIDE_LAYERS
 from slzo.experiments.trial import Score, Trial, Workbench
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection import Choice, LargestFall, Race
 from slzo.zo.selection.race import Equal
 
-# Noise, update and head cost as much as so many layers, see sweep.py.
-_BESIDE_LAYERS = 1.5
 # Evaluations that measuring a step takes at most, on average.
 _MEASURING = 25
 # Fewer steps say nothing.
@@ -44,7 +43,7 @@ class Costs:
 
     def layers(self, lowest: int) -> float:
         """Layers that are run where ``lowest`` is tuned."""
-        return self.num_layers - lowest + _BESIDE_LAYERS
+        return self.num_layers - lowest + BESIDE_LAYERS
 
     def step(self, layer: int) -> float:
         """One step in a layer."""

@@ -23,8 +23,8 @@ from slzo.experiments.trial import Sensitivity, Trial, Workbench
 from slzo.zo.profile import OutlierProfile
 
 _WAIT_SECONDS = 2.0
-# What noise, update and head cost beside the layers, in layers: fitted to docs/results.md, within 3% of its seconds.
-_BESIDE_LAYERS = 1.5
+BESIDE_LAYERS = 1.5
+"""What noise, update and head cost beside the layers, in layers: fitted to docs/results.md, within 3% of its seconds."""
 
 
 def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfile], output: str | None) -> None:
@@ -68,7 +68,7 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
     """
     num_layers, data = bench.module.parts.num_layers, bench.datamodule
     # what a cell costs: rows that are evaluated, times the layers that they go through
-    depth = [num_layers - n + _BESIDE_LAYERS for n in range(num_layers)]
+    depth = [num_layers - n + BESIDE_LAYERS for n in range(num_layers)]
     work = {sensitivity_cell(n): 2.0 * plan.directions * plan.num_rows * depth[n] for n in range(num_layers)}
     rows = 2 * plan.steps * bench.module.step_options.num_queries * data.batch_size + len(data.rows("dev"))
     if plan.seconds is not None:  # all cost the same, about as much as the sensitivity of the first layers
