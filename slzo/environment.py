@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 _PACKAGES = (
-    "torch",
     "lightning",
     "transformers",
     "datasets",
@@ -30,7 +29,7 @@ def environment() -> dict[str, Any]:
     """Versions, command, processor, threads and choices of kernels: strings, numbers and lists of them."""
     return {
         "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version(), "slzo": _version("slzo"), **_versions(_PACKAGES)},
+        "versions": {"python": platform.python_version(), "slzo": _version("slzo"), **_versions(_PACKAGES), "torch": torch.__version__},
         "commit": git_commit(Path(__file__).parent),
         "system": platform.platform(),
         "processor": _processor(),

@@ -82,7 +82,7 @@ class RunSummary(Callback):
             {
                 "step": trainer.global_step,
                 "evaluations": pl_module.num_evaluations,
-                "seconds": round(time.monotonic() - self._train_started, 2),
+                "seconds": round(time.monotonic() - self._train_started, 4),
                 "loss": loss if math.isfinite(loss) else None,
             }
         )
@@ -139,7 +139,7 @@ class RunSummary(Callback):
             "times_taken_back": _times_taken_back(trainer),
             "loss_spikes": next((c.spikes for c in trainer.callbacks if isinstance(c, StepWatch)), {"number": 0}),  # type: ignore[attr-defined]
             "seconds": round(time.monotonic() - self._started, 2),
-            "train_seconds": round(train_seconds, 2),
+            "train_seconds": round(train_seconds, 4),
             "validations": self._validations,  # those of this process: a resumed run has only its own
             "planned_memory_gb": _planned(trainer),
             "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
