@@ -29,7 +29,12 @@ def environment() -> dict[str, Any]:
     """Versions, command, processor, threads and choices of kernels: strings, numbers and lists of them."""
     return {
         "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version(), "slzo": _version("slzo"), **_versions(_PACKAGES), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "slzo": _version("slzo"),
+            **_versions(_PACKAGES),
+            "torch": torch.__version__,
+        },
         "commit": git_commit(Path(__file__).parent),
         "system": platform.platform(),
         "processor": _processor(),

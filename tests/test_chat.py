@@ -260,6 +260,7 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capfd):
     assert "using the one called plain" in told.err
     summary = json.loads((tmp_path / "runs" / "version_0" / "summary.json").read_text())
     assert summary["metric"] == "perplexity"
+    assert summary["score_change_standard_error"] > 0
     assert summary["scores_after"].keys() == {"perplexity"}
     checkpoint = "runs/version_0/checkpoints/last.ckpt"
     assert main(["predict", "--ckpt_path", checkpoint, "--output", "found.jsonl"]) == 0

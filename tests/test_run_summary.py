@@ -15,7 +15,7 @@ from slzo.__main__ import main
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.checkpoint import read_checkpoint
-from slzo.evaluation.metrics import row_score
+from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.tasks.base import Example
 
 FACTS = RunFacts("run/config.yaml", "run/last.ckpt", "run/best.ckpt", "max_steps", 100, 3, 2000)
@@ -44,6 +44,31 @@ def test_f1_is_compared_by_its_rows():
     change = compare([0.5, 0.0, 1.0], [0.75, 0.5, 1.0], "f1")
     assert change.paired
     assert change.standard_error == pytest.approx(float(torch.tensor([0.25, 0.5, 0]).std()) / math.sqrt(3))
+
+
+def test_a_perplexity_has_the_error_of_a_ratio_over_rows():
+    """Against the jackknife over rows, which knows nothing of the formula."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 30, (400,), generator=generator).double()
+    first = tokens * (1 + torch.rand(400, generator=generator).double())
+    second = first * (0.8 + 0.3 * torch.rand(400, generator=generator).double())
+
+    def change_without(row=None):
+        kept = torch.arange(400) != (-1 if row is None else row)
+        return float((second[kept].sum() / tokens[kept].sum()).exp() - (first[kept].sum() / tokens[kept].sum()).exp())
+
+    by_row = [
+        perplexity_by_row({str(n): (float(s), float(t)) for n, (s, t) in enumerate(zip(sums, tokens, strict=True))})
+        for sums in (first, second)
+    ]
+    scores = tuple(float((sums.sum() / tokens.sum()).exp()) for sums in (first, second))
+    change = score_change("perplexity", scores, tuple(by_row), 400, lower_is_better=True)
+    assert change.paired
+    assert change.change == pytest.approx(change_without())
+    left_out = torch.tensor([change_without(row) for row in range(400)])
+    jackknife = math.sqrt(399 / 400 * float(((left_out - left_out.mean()) ** 2).sum()))
+    assert change.standard_error == pytest.approx(jackknife, rel=0.02)
+    assert perplexity_by_row({}) == {}
 
 
 def test_without_the_same_rows_accuracy_has_an_unpaired_error_and_f1_none():

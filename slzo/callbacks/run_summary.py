@@ -21,10 +21,11 @@ from slzo.callbacks.use_commands import use_commands
 from slzo.console import say
 from slzo.data.batch import EvalBatch
 from slzo.datamodule import Judge
-from slzo.evaluation.evaluator import Outcome, score_rows
-from slzo.evaluation.metrics import row_score
+from slzo.evaluation.evaluator import Outcome, gold_losses, score_rows
+from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.files import write_json
 from slzo.module import ZOModule
+from slzo.rewards.registry import PERPLEXITY
 from slzo.runtime import of_all_processes, peak_memory_gb
 
 SUMMARY_FILE = "summary.json"
@@ -36,7 +37,8 @@ class Scores:
 
     Attributes:
         metrics: Each metric of the task, by name.
-        rows: What each row scores in the metric that sums the run up, by its id; empty where that is no mean over rows.
+        rows: What each row scores in the metric that sums the run up, by its id (a perplexity: its part in it); empty where that
+            is no mean over rows.
     """
 
     metrics: dict[str, float]
@@ -224,9 +226,13 @@ def _score(module: ZOModule, when: str) -> Scores:
     assert datamodule.splits is not None
     say(f"Scoring {len(datamodule.splits.test)} held-out rows {when} ...")
     rows: list[tuple[str, float]] = []
+    losses: list[tuple[str, tuple[float, float]]] = []
     metric = datamodule.judge.metric
 
     def keep(batch: EvalBatch, outcome: Outcome) -> None:
+        if metric == PERPLEXITY:
+            losses.extend(gold_losses(batch, outcome).items())
+            return
         predictions: Sequence[int | str] = outcome.predictions
         rewards = outcome.rewarded.totals if outcome.rewarded is not None and metric == "reward" else None
         for place, (example, prediction) in enumerate(zip(batch.examples, predictions, strict=True)):
@@ -242,7 +248,8 @@ def _score(module: ZOModule, when: str) -> Scores:
         also=datamodule.also,
     )
     metrics = {name: value for name, value in found.items() if name != "loss"}
-    return Scores(metrics, dict(of_all_processes(rows)))
+    by_row = dict(of_all_processes(rows)) if metric != PERPLEXITY else perplexity_by_row(dict(of_all_processes(losses)))
+    return Scores(metrics, by_row)
 
 
 def _write(trainer: Trainer, summary: dict[str, Any]) -> None:

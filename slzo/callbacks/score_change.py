@@ -89,7 +89,9 @@ def score_change(
     if first and second and first.keys() == second.keys() and len(first) > 1:
         differences = [second[name] - first[name] for name in second]
         # rows of which a metric is no mean, or with ids that are not unique, would give another change
-        if math.isclose(statistics.fmean(differences), after - before, abs_tol=1e-4):
+        if math.isclose(
+            statistics.fmean(differences), after - before, abs_tol=1e-4 * max(1.0, abs(before), abs(after))
+        ):
             error = statistics.stdev(differences) / math.sqrt(len(differences))
             return ScoreChange(metric, before, after, error, True, lower_is_better)
     if metric in _SHARES and num_rows > 0:

@@ -169,6 +169,22 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
     return found
 
 
+def gold_losses(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
+    """Negative log-likelihood of each row's gold answer and its number of tokens, by the row's id.
+
+    Rows without one are left out; empty where answers were generated, whose gold answers' losses are not told apart.
+    """
+    if batch.packed is None:
+        return {}
+    lengths = by_example(batch.packed.candidate_length.float(), batch.packed).tolist()
+    found = {}
+    for example, scores, counts in zip(batch.examples, outcome.scores, lengths, strict=True):
+        if example.gold:
+            count = counts[example.gold[0]]
+            found[example.id] = (-scores[example.gold[0]] * count, count)
+    return found
+
+
 class RunningScore:
     """Metrics, from fresh counters, and loss over the rows seen so far; they add up over processes.
 

@@ -1,7 +1,8 @@
 """Accuracy, MultiRC's answer F1 and exact match, and what generated answers score."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from slzo.rewards.answers import exact_match, normalize_answer, token_f1
 from slzo.rewards.registry import PERPLEXITY, answer_metric
 from slzo.tasks.base import Example, Kind, Task
 
-__all__ = ["TaskMetrics", "exact_match", "make_metrics", "normalize_answer", "row_score", "token_f1"]
+__all__ = [
+    "TaskMetrics",
+    "exact_match",
+    "make_metrics",
+    "normalize_answer",
+    "perplexity_by_row",
+    "row_score",
+    "token_f1",
+]
 
 
 def row_score(metric: str, example: Example, prediction: int | str) -> float | None:
@@ -26,6 +35,23 @@ def row_score(metric: str, example: Example, prediction: int | str) -> float | N
     if metric == "accuracy":
         return float(prediction in example.gold)
     return answer_metric(metric, prediction, example.references) if isinstance(prediction, str) else None
+
+
+def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Each row's part in a perplexity: values whose mean it is and whose spread gives its standard error.
+
+    The perplexity is exp(R) with R = sum S / sum N, over rows with summed loss S and N answer tokens. Its first-order change by
+    a row is exp(R) (S - R N) / mean(N) (the delta method for a ratio), to which exp(R) is added.
+
+    Args:
+        rows: S and N of each row, by its id.
+    """
+    tokens = sum(count for _, count in rows.values())
+    if not tokens:
+        return {}
+    loss = sum(total for total, _ in rows.values()) / tokens
+    mean_count = tokens / len(rows)
+    return {name: math.exp(loss) * (1 + (total - loss * count) / mean_count) for name, (total, count) in rows.items()}
 
 
 class TaskMetrics(Metric):
