@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_model, tuned_layer
+from conftest import make_tokenizer, run_dir, tiny_model, tuned, tuned_layer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
@@ -35,6 +35,9 @@ import ctypes, os, time
 
 def length(completions, **columns):
     return [len(text) / 100 for text in completions]
+
+def arbitrary(completions, **columns):
+    return [sum(map(ord, each[0]["content"])) % 97 / 97 for each in completions]
 
 def matches(prompts, completions, word):
     assert len(prompts) == len(word)
@@ -404,6 +407,28 @@ def test_a_run_is_judged_by_its_reward(reward_options, folder, capfd):
     assert any("val/reward" in name and "'max'" in name for name in state)
     assert main(["predict", "--ckpt_path", checkpoint, "--output", "found.jsonl"]) == 0
     assert "reward" in json.loads((folder / "found.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "samples": 2}], ids=["greedy", "sampled"])
+def test_a_resume_on_rewards_is_exact(reward_options, folder, sampling):
+    """Stopped in the second epoch: prompts' states kept before and after the stop, common random numbers, step size."""
+    objective = [
+        f"--data.objective.{name}={value}" for name, value in {"functions": "mine.py:arbitrary", **sampling}.items()
+    ]
+    options = [
+        "fit",
+        *reward_options,
+        "--data.objective=Reward",
+        *objective,
+        "--model.optimizer.lr=auto",
+        "--model.eps=0.3",
+    ]
+    assert main([*options, "--trainer.max_steps=7"]) == 0
+    assert main([*options, "--trainer.max_steps=5"]) == 0
+    assert main([*options, "--trainer.max_steps=7", "--ckpt_path=last"]) == 0
+    one, early, other = (tuned(run_dir(number) / "checkpoints" / "last.ckpt") for number in range(3))
+    assert any(not torch.equal(one[name], early[name]) for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_whose_reward_fails_stops_in_one_line(reward_options, folder, capfd):

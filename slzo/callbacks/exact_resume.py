@@ -54,7 +54,13 @@ class ExactResume(Callback):
 
 
 class FinishingFitLoop(_FitLoop):
-    """Lightning's loop; a resumed run without steps left still does the validation that it owes, and ends as others do."""
+    """Lightning's loop; a resumed run without steps left still does the validation that it owes, and ends as others do.
+
+    Attributes:
+        at_end: Whether the validation that goes on is that of the last step alone, which a longer run would not do.
+    """
+
+    at_end = False
 
     @property
     def done(self) -> bool:
@@ -81,8 +87,9 @@ class FinishingFitLoop(_FitLoop):
                 self.epoch_progress.increment_processed()
                 self.epoch_progress.increment_completed()
             self.epoch_loop._batches_that_stepped -= 1  # loggers get the step that others of the same step have
-            trainer.validating = True
+            trainer.validating = self.at_end = True
             self.epoch_loop.val_loop.run()
+            self.at_end = False
             trainer.training = True
             self.epoch_loop._batches_that_stepped += 1
         super().on_run_end()

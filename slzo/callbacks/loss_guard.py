@@ -20,7 +20,8 @@ class LossGuard(Callback):
     Where training maximizes a reward, its distance to the best reward takes the place of the loss.
 
     The optimizer forgets its momentum too, which came from what went wrong. The guard keeps one more float32 copy of what is
-    tuned; where that is more than 2 GiB it only halves the rate.
+    tuned; where that is more than 2 GiB it only halves the rate. It looks at the validations of the run's interval, not at one
+    that only the end of a run brings.
 
     Args:
         factor: Dev loss over the lowest so far that is too much, > 1; null to let a run go on whatever it does.
@@ -60,6 +61,7 @@ class LossGuard(Callback):
             self.factor is None
             or trainer.state.fn != "fit"
             or trainer.sanity_checking
+            or getattr(trainer.fit_loop, "at_end", False)  # a run that is continued must not differ from a longer one
             or not isinstance(pl_module, ZOModule)
         ):
             return
