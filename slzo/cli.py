@@ -39,7 +39,7 @@ from slzo.folder_logger import FolderLogger
 from slzo.module import ZOModule
 from slzo.renames import translate
 from slzo.run_trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, RUNS, TRAINER_DEFAULTS
-from slzo.runtime import keep_freed_memory
+from slzo.runtime import bound_kernel_caches, keep_freed_memory
 from slzo.tasks.template import TemplateTask  # noqa: F401  --data.task.help knows it by its name then
 from slzo.trainer import ZOTrainer
 from slzo.zo.optim import AUTO_LR
@@ -238,6 +238,7 @@ def run(args: Sequence[str]) -> None:
     """
     _filter_warnings()
     keep_freed_memory()
+    bound_kernel_caches()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of the user's own files
     try:

@@ -1,6 +1,7 @@
 """Facts about the running process."""
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -63,3 +64,14 @@ def keep_freed_memory() -> bool:
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # from malloc.h
     settings = ((m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def bound_kernel_caches() -> None:
+    """Keep the kernels that oneDNN compiles for the last shapes only.
+
+    Every batch has another number of tokens, so a run asks for thousands of shapes and comes back to few. oneDNN and torch's
+    layer above it each keep the last 1024 kernels, up to half a GiB; a shape that returns within a step is still among 64. What
+    the environment says already is left as it is. For programs, as :func:`keep_freed_memory`, and before the first product.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "64")

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,28 @@ def test_freed_memory_is_kept_and_not_mapped_again():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2000  # one pass of faults is about 2000, twenty would be 40000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+def test_kernels_of_former_shapes_are_forgotten():
+    """Products of 600 shapes, in processes of their own: with every kernel kept they take several times the memory."""
+    code = (
+        "import sys, torch; from slzo.runtime import bound_kernel_caches\n"
+        "if sys.argv[1] == 'bound': bound_kernel_caches()\n"
+        "def used(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
+        "torch.set_num_threads(1); before = used()\n"
+        "weight = torch.zeros(512, 256)\n"
+        "for rows in range(100, 700): torch.ops.mkldnn._linear_pointwise(torch.zeros(rows, 256), weight, None, 'none', [], '')\n"
+        "print(used() - before)"
+    )
+
+    def grown(how):
+        environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+        command = [sys.executable, "-c", code, how]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert grown("bound") < grown("free") / 2
 
 
 def test_other_systems_are_left_alone(monkeypatch):

@@ -31,7 +31,7 @@ from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.startup_check import take_apart
 from slzo.pictures.style import BLUE, GREY, ORANGE, picture, svg_of, tidy
-from slzo.runtime import keep_freed_memory
+from slzo.runtime import bound_kernel_caches, keep_freed_memory
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import LayerScope
@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does
+    bound_kernel_caches()
     if args.measure:
         print(json.dumps(measure(args)))
         return 0

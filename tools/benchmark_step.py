@@ -41,7 +41,7 @@ from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import take_apart
-from slzo.runtime import keep_freed_memory, peak_memory_gb
+from slzo.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
@@ -457,6 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for all variants alike
+    bound_kernel_caches()
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise SlzoError("--device cuda: torch finds no card here; leave it out")

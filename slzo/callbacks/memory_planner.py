@@ -138,6 +138,25 @@ def _workload(datamodule: TaskDataModule, max_steps: int) -> Workload:
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
         vocabulary_rows=max([rows * tokens // largest.num_tokens, *(_vocabulary_rows(datamodule, p) for p in scoring)]),
         cached_tokens=sum(block.num_tokens for block in datamodule.prefix_blocks()),
+        prompt_tokens=sum(block.num_tokens for block in datamodule.prompt_blocks()),
+        answer_tokens=_answer_tokens(datamodule),
+    )
+
+
+def _answer_tokens(datamodule: TaskDataModule) -> int:
+    """Most tokens of prompts and answers that are generated together; the two points of a step have a prompt in common."""
+    new = datamodule.task.max_new_tokens
+    batches = [(batch, 1) for split in ("dev", "test") for batch in datamodule.eval_plan(split).batches]
+    if datamodule.objective.generates:
+        rows = sorted(datamodule.rows("train"), key=lambda row: len(row.prompt))
+        batches.append((rows[-datamodule.batch_size :], 2))
+    return max(
+        (
+            sum(len(row.prompt) + points * new for row in rows)
+            for rows, points in batches
+            if all(r.prompt for r in rows)
+        ),
+        default=0,
     )
 
 

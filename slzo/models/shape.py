@@ -27,6 +27,7 @@ class ModelShape:
         vocabulary: Tokens that it knows.
         linear: Parameters in the linear maps of a layer: what a quantization changes.
         layer_rest: Other parameters of a layer.
+        key_values: Values that a layer's attention keeps for each token, keys and values together; 0 where it is not known.
         outside: Parameters outside of the layers, tied ones once.
         stored_bytes: Size of the weight files; ``None`` where there are none yet.
         stored_dtype: Type of their values; ``None`` where it is not known.
@@ -40,6 +41,7 @@ class ModelShape:
     linear: int
     layer_rest: int
     outside: int
+    key_values: int = 0
     stored_bytes: int | None = None
     stored_dtype: torch.dtype | None = None
     stored_method: str | None = None
@@ -120,10 +122,18 @@ def shape_of(
         linear=linear // count,
         layer_rest=(in_layers - linear) // count,
         outside=_count([model]) - in_layers,
+        key_values=_key_values(config),
         stored_bytes=stored_bytes,
         stored_dtype=stored_dtype,
         stored_method=stored_method,
     )
+
+
+def _key_values(config: PretrainedConfig) -> int:
+    heads = getattr(config, "num_attention_heads", None) or 0
+    own = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return 2 * own * size
 
 
 def _count(modules: Sequence[nn.Module] | nn.ModuleList) -> int:

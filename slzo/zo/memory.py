@@ -30,11 +30,15 @@ class Workload:
         tokens: Of the largest forward pass.
         vocabulary_rows: Positions of it whose whole-vocabulary logits are computed.
         cached_tokens: Tokens whose states the cache would hold with room for all.
+        prompt_tokens: Tokens of prompts to generate from, whose keys and values below the tuned layers it would hold too.
+        answer_tokens: Tokens of the prompts and answers that are generated together.
     """
 
     tokens: int
     vocabulary_rows: int = 0
     cached_tokens: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,10 @@ class Setup:
         if self.start > 0 and self.on_cpu:
             size = (self.cache_dtype or self.dtype).itemsize
             parts["prefix cache"] = min(self.cache_bytes, work.cached_tokens * shape.hidden * size)
+            wide = shape.hidden + self.start * shape.key_values
+            parts["kept prompts"] = min(self.cache_bytes - parts["prefix cache"], work.prompt_tokens * wide * size)
+        answers = work.answer_tokens * shape.num_layers * shape.key_values * self.dtype.itemsize
+        parts["keys and values of answers"] = answers
         width = _INNER_COPIES * shape.inner + _HIDDEN_COPIES * shape.hidden
         parts["activations"] = work.tokens * width * self.dtype.itemsize
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
