@@ -38,7 +38,7 @@ from slzo.errors import SlzoError
 from slzo.folder_logger import FolderLogger
 from slzo.module import ZOModule
 from slzo.renames import translate
-from slzo.run_trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, RUNS, TRAINER_DEFAULTS
+from slzo.run_trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, RUNS, TRAINER_DEFAULTS, runs_below
 from slzo.runtime import bound_kernel_caches, keep_freed_memory
 from slzo.tasks.template import TemplateTask  # noqa: F401  --data.task.help knows it by its name then
 from slzo.trainer import ZOTrainer
@@ -138,8 +138,12 @@ class SlzoCLI(LightningCLI):
             raise SlzoError(f"class path {path!r}: {told}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what the parser lets pass."""
-        check_nulls(self._parser(self.subcommand), self.config.get(str(self.subcommand), self.config))
+        """Refuse what the parser lets pass; runs land below ``trainer.default_root_dir`` where it is given."""
+        config = self.config.get(str(self.subcommand), self.config)
+        check_nulls(self._parser(self.subcommand), config)
+        root, place = config.get("trainer.default_root_dir"), "trainer.logger.init_args.save_dir"
+        if root is not None and config.get(place) == RUNS:
+            config[place] = runs_below(root)
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data; what a class says of its arguments is one line."""
@@ -196,7 +200,8 @@ def _resolve_checkpoint(args: Sequence[str]) -> list[str]:
         return list(args)
     checkpoint = checkpoints[-1][2]
     folders = _options(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
-    folder = folders[-1][2] if folders else RUNS
+    roots = _options(args, "--trainer.default_root_dir")
+    folder = folders[-1][2] if folders else runs_below(roots[-1][2]) if roots else RUNS
     if checkpoint in NAMES and Path(folder).is_dir():
         name, checkpoint = checkpoint, str(named_checkpoint(checkpoint, folder))
         say(f"Using the {name} checkpoint of the newest run, {checkpoint}")

@@ -1,6 +1,8 @@
 """A trainer from Python that runs as the command line does."""
 
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -33,8 +35,15 @@ CHECKPOINT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
+def runs_below(root: str | PathLike[str]) -> str:
+    """The folder of the runs for a ``trainer.default_root_dir``."""
+    return str(Path(root) / RUNS)
+
+
 def run_trainer(*callbacks: Callback, **options: Any) -> ZOTrainer:
     """A trainer whose runs land in ``runs/`` with profile, checkpoints, summary and page, as those of the command line.
+
+    With ``default_root_dir`` that folder is below it.
 
     Args:
         callbacks: Beside the usual ones, or in the place of one of the same class, with other arguments.
@@ -51,5 +60,7 @@ def run_trainer(*callbacks: Callback, **options: Any) -> ZOTrainer:
     own = {type(callback) for callback in callbacks}
     kept = [callback for callback in usual if type(callback) not in own]
     settings = {**TRAINER_DEFAULTS, **options}
-    settings.setdefault("logger", TensorBoardLogger(**LOGGER_DEFAULTS))
+    root = settings.get("default_root_dir")
+    folder = {} if root is None else {"save_dir": runs_below(root)}
+    settings.setdefault("logger", TensorBoardLogger(**{**LOGGER_DEFAULTS, **folder}))
     return ZOTrainer(callbacks=[*callbacks, *kept], **settings)

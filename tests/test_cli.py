@@ -22,6 +22,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.models import parts as parts_of_models
 from slzo.module import ZOModule
+from slzo.run_trainer import run_trainer
 from slzo.trainer import ZOTrainer
 from tiny import make_tokenizer
 
@@ -289,6 +290,19 @@ def test_resume_equals_an_uninterrupted_run_and_does_not_profile_again(options, 
     )
     summaries = [json.loads((run_dir(i) / "summary.json").read_text()) for i in (0, 2)]
     assert summaries[0]["score_before"] == summaries[1]["score_before"]
+
+
+def test_runs_land_below_the_root_folder(options, tmp_path):
+    """As Lightning's do; last is looked for there, and a folder of the logger's own stays."""
+    below = [*options, "--trainer.default_root_dir=elsewhere"]
+    assert main(["fit", *below]) == 0
+    assert main(["fit", *below, "--ckpt_path=last", "--trainer.max_steps=9"]) == 0
+    assert main(["fit", *below, "--trainer.logger.save_dir=own"]) == 0
+    assert sorted(path.name for path in Path("elsewhere/runs").iterdir()) == ["version_0", "version_1"]
+    assert Path("own/version_0/summary.json").is_file()
+    assert not Path("runs").exists()
+    trainer = run_trainer(accelerator="cpu", default_root_dir=tmp_path / "python")
+    assert Path(trainer.logger.save_dir) == tmp_path / "python" / "runs"
 
 
 def test_ckpt_path_last_without_a_run_is_an_error(options, capsys):
