@@ -12,6 +12,14 @@ def test_peak_memory_is_that_of_the_process():
     assert 0.05 < peak_memory_gb(torch.device("cpu")) < 100
 
 
+def test_peak_memory_is_not_that_of_the_parent():
+    code = "import torch; from slzo.runtime import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
+    held = torch.ones(2**28)  # 1 GiB
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.9
+    del held
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_freed_memory_is_kept_and_not_mapped_again():
     """Making a tensor of 8 MB again and again costs no page faults, in a process of its own."""

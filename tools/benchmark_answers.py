@@ -13,7 +13,6 @@ seconds that a layer's linear maps and the head take alone at that number of row
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from slzo.errors import SlzoError
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import take_apart
-from slzo.runtime import keep_freed_memory
+from slzo.runtime import keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import Point
 from slzo.zo.live_points import live_points
@@ -250,7 +249,7 @@ def memory_of(args: argparse.Namespace) -> float:
         step = Step(args, model, args.layers[0])
         for _ in range(2):
             step.joint(step.points(args.eps), prompts, [prompt_key(n) for n in range(len(prompts))])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory_gb(torch.device("cpu"))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,6 @@ two more processes, of steps alone and of forward passes alone.
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.startup_check import take_apart
 from slzo.pictures.style import BLUE, GREY, ORANGE, picture, svg_of, tidy
-from slzo.runtime import bound_kernel_caches, keep_freed_memory
+from slzo.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import LayerScope
@@ -101,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             run()
             if number:
                 seconds[name].append(clock() - start)
-    return {**seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {**seconds, "peak_gib": peak_memory_gb(torch.device("cpu"))}
 
 
 def measure_apart(args: argparse.Namespace, folder: str, layer: int, what: str) -> dict[str, Any]:
