@@ -67,6 +67,33 @@ def test_the_arithmetic_of_llama_2_7b(llama):
     assert converted.total == converted.loading == PROGRAM_BYTES + 13 * 10**9 + 2 * llama.num_parameters
 
 
+def test_generated_answers_take_keys_and_values(llama):
+    assert llama.key_values == 2 * 4096
+    work = Workload(100, cached_tokens=1000, prompt_tokens=500, answer_tokens=300)
+    setup = Setup(llama, torch.bfloat16, None, {}, 1, 5, work, 2**30)
+    parts = setup.plan().parts
+    assert parts["kept prompts"] == 500 * (4096 + 5 * 2 * 4096) * 2
+    assert parts["keys and values of answers"] == 300 * 32 * 2 * 4096 * 2
+    # the prefix cache comes first, and the two have one budget
+    little = replace(setup, cache_bytes=1000 * 4096 * 2 + 7).plan().parts
+    assert little["kept prompts"] == 7
+    assert "kept prompts" not in replace(setup, start=0).plan().parts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shape_knows_what_attention_keeps(family):
+    """As much as transformers' own cache holds for a token, where all layers attend alike."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        cache = model(torch.tensor([[5]]), use_cache=True).past_key_values
+    held = [layer.keys.numel() + layer.values.numel() for layer in cache.layers]
+    if (
+        "num_key_value_heads" not in type(model.config)().to_dict()
+    ):  # given to all tiny models, and no option of this one
+        del model.config.num_key_value_heads
+    assert shape_of(skeleton_of(model.config)).key_values == max(held)
+
+
 def test_a_plan_is_printed_without_loading(options, capsys, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
