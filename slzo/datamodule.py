@@ -18,6 +18,7 @@ from slzo.batches.blocks import Block
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
+from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.bad_rows import refuse, tell_left_out
 from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all
 from slzo.data.batch import EvalBatch, EvalCollator, EvalPlan, Row, TrainBatch, TrainCollator, plan_batches
@@ -44,6 +45,8 @@ from slzo.zo.processes import Divided, Processes
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
+# Of the prompts that are profiled, which a run does once: enough for speed, too few for the peak of its memory.
+_PROMPT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -576,10 +579,10 @@ class TaskDataModule(LightningDataModule):
         return self.prompt_batches((self.splits.train or self.splits.test)[:num_sequences], batch_size)
 
     def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
-        """Prompts without answers, packed."""
+        """Prompts without answers, packed; fewer at once where they are long."""
         prompts = []
         for example in examples:
             with self._on_bad_row([]):  # they are told where the split is encoded
                 prompts.append(self.encoder.encode_prompt(example, max_new_tokens=1))
-        encoded = [prompt_alone(number, prompt) for number, prompt in enumerate(prompts)]
-        return [pack(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
+        chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, batch_size, share=False)
+        return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

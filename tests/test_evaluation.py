@@ -171,6 +171,17 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
     assert result[0]["test/loss"] == pytest.approx(-float(tokens.mean()), rel=1e-4)
 
 
+def test_long_prompts_are_profiled_few_at_once(model_dir, data_dir, monkeypatch):
+    datamodule = TaskDataModule("sst2", str(model_dir), data_dir=str(data_dir), num_train=20, num_dev=8)
+    datamodule.setup("fit")
+    (whole,) = datamodule.profile_batches(12, 16)
+    monkeypatch.setattr("slzo.datamodule._PROMPT_TOKENS", 3 * max(whole.example_tokens))
+    parts = datamodule.profile_batches(12, 16)
+    assert len(parts) > 2
+    assert all(part.num_tokens <= 3 * max(whole.example_tokens) for part in parts)
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+
+
 def test_demonstrations_are_in_evaluation_batches_only(model_dir, data_dir):
     zero = TaskDataModule("sst2", str(model_dir), data_dir=str(data_dir), num_train=40, num_dev=8)
     few = TaskDataModule("sst2", str(model_dir), data_dir=str(data_dir), num_train=40, num_dev=8, num_demonstrations=3)
