@@ -39,7 +39,7 @@ from slzo.rewards.registry import PERPLEXITY
 from slzo.settings import constructor_settings, flat_settings
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import get_task
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, AnswerF1, Objective, Reward
 from slzo.zo.processes import Divided, Processes
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
@@ -54,9 +54,9 @@ class Judge:
     """What a run is judged by.
 
     Attributes:
-        name: Of the value by which dev rows choose a checkpoint: loss, or reward where that is what training maximizes.
+        name: Of the value by which dev rows choose a checkpoint: loss, or reward or f1 where that is what training maximizes.
         metric: What sums a run up on held-out rows.
-        best: The largest reward there can be; ``None`` for a loss.
+        best: The largest reward or F1 there can be; ``None`` for a loss.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Judge:
     @property
     def words(self) -> str:
         """What :meth:`distance` is, in words."""
-        return "dev loss" if self.best is None else f"dev distance to the best reward, {self.best:g},"
+        return "dev loss" if self.best is None else f"dev distance to the best {self.name}, {self.best:g},"
 
     def distance(self, found: Mapping[str, Any], prefix: str = "") -> float:
-        """How far scored rows are from the best there can be: the loss, or how much of the reward is missing."""
+        """How far scored rows are from the best there can be: the loss, or how much of the reward or F1 is missing."""
         value = float(found.get(f"{prefix}{self.name}", math.nan))
         return value if self.best is None else self.best - value
 
@@ -292,6 +292,8 @@ class TaskDataModule(LightningDataModule):
         """What validations judge a run by."""
         if isinstance(self.objective, Reward):
             return Judge("reward", "reward", -self.objective.lowest)
+        if isinstance(self.objective, AnswerF1) and "f1" in self.task.metrics:
+            return Judge("f1", self.task.metric, 1.0)
         return Judge("loss", self.task.metric)
 
     def state_dict(self) -> dict[str, Any]:

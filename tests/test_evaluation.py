@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LossAt, make_tokenizer, tiny_model
+from conftest import LossAt, make_tokenizer, run_dir, tiny_model
 
 from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.losses import candidate_scores
 from slzo.batches.packing import pack
+from slzo.checkpoint import read_checkpoint
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
@@ -363,6 +364,20 @@ def test_missing_f1_is_that_of_the_generated_answers():
     labelled = rows(references)
     again = [answer.text for answer in evaluator.answers(labelled)]
     assert AnswerF1().of_answers(again, [row.example for row in labelled]) == expected
+
+
+def test_a_run_that_trains_f1_is_judged_by_it(squad_options):
+    """Not by the loss of the gold answers, which it does not see."""
+    judge = TaskDataModule("squad", objective="metric").judge
+    assert (judge.name, judge.mode, judge.distance({"f1": 0.75, "loss": 9.0})) == ("f1", "max", 0.25)
+    assert TaskDataModule("squad", objective="loss").judge.name == "loss"
+    assert TaskDataModule("sst2", objective="metric").judge.name == "loss"
+    options = ["--data.objective=metric", "--model.eps=0.3", "--model.optimizer=SGD", "--model.optimizer.lr=1"]
+    assert main(["fit", *squad_options, *options, "--trainer.max_steps=2", "--trainer.val_check_interval=1"]) == 0
+    state = read_checkpoint(run_dir() / "checkpoints" / "last.ckpt").content["callbacks"]
+    assert any("val/f1" in name and "'max'" in name for name in state)
+    summary = json.loads((run_dir() / "summary.json").read_text(encoding="utf-8"))
+    assert all(0 <= point["loss"] <= 1 for point in summary["validations"])
 
 
 def test_objective_must_be_known(options, capsys):

@@ -22,7 +22,7 @@ _STEPS_BETWEEN_QUESTIONS = 10
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; a resumed run remembers the best state although it writes to a folder of its own.
 
-    With ``monitor`` auto it watches val/loss, or val/reward where training maximizes a reward.
+    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 where training maximizes that.
     """
 
     def watch(self, name: str, mode: Literal["min", "max"]) -> None:
