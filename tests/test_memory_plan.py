@@ -11,6 +11,7 @@ from conftest import FAMILIES, run_dir, tiny_model
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
+import family_table
 from memory_table import table as memory_table
 from slzo.__main__ import main
 from slzo.callbacks import memory_planner
@@ -92,6 +93,17 @@ def test_the_shape_knows_what_attention_keeps(family):
     ):  # given to all tiny models, and no option of this one
         del model.config.num_key_value_heads
     assert shape_of(skeleton_of(model.config)).key_values == max(held)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mamba"])
+def test_a_shape_without_one_number_of_heads_has_no_key_values(model_type):
+    """Of unequal layers transformers' config refuses to give one; this must not end a run before it begins."""
+    if model_type not in family_table.all_types():
+        pytest.skip(f"this transformers has no {model_type}")
+    shape = shape_of(family_table.tiny_model(model_type))
+    assert shape.key_values == 0
+    work = Workload(100, prompt_tokens=50, answer_tokens=30)
+    assert "keys and values of answers" not in Setup(shape, torch.float32, None, {}, 1, 1, work, 2**20).plan().parts
 
 
 def test_a_plan_is_printed_without_loading(options, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmark_step import draw_batches, load_rows
+from benchmark_step import draw_batches, load_rows, step_parser
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
@@ -83,17 +83,9 @@ def times(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of the tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="movie_reviews", help="task name")
-    parser.add_argument("--data_dir", help="folder with the task's rows (see data.data_dir)")
-    parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
-    parser.add_argument("--layer", type=int, default=11, help="tuned layer")
+    parser = step_parser(__doc__)
     parser.add_argument("--queries", type=int, default=8, help="directions a step")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="what to time")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
-    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once in both ways")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
     return parser.parse_args(argv)
 
 

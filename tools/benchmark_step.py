@@ -426,21 +426,27 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
     }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of tools that time steps of one layer on batches of real rows."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="movie_reviews", help="task name")
     parser.add_argument("--data_dir", help="folder with the task's rows (see data.data_dir)")
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
     parser.add_argument("--layer", type=int, default=11, help="tuned layer")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
+    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once in each way")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the tool."""
+    parser = step_parser(__doc__)
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of the weights"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
-    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once per variant")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
     parser.add_argument(
         "--variants", nargs="*", default=list(PUBLISHED), choices=PUBLISHED, help="what to time beside slzo"
     )

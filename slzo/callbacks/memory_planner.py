@@ -144,7 +144,7 @@ def _workload(datamodule: TaskDataModule, max_steps: int) -> Workload:
 
 
 def _answer_tokens(datamodule: TaskDataModule) -> int:
-    """Most tokens of prompts and answers that are generated together; the two points of a step have a prompt in common."""
+    """Most tokens of prompts and answers that are generated together; in a step each of two points has its own."""
     new = datamodule.task.max_new_tokens
     batches = [(batch, 1) for split in ("dev", "test") for batch in datamodule.eval_plan(split).batches]
     if datamodule.objective.generates:
@@ -152,9 +152,9 @@ def _answer_tokens(datamodule: TaskDataModule) -> int:
         batches.append((rows[-datamodule.batch_size :], 2))
     return max(
         (
-            sum(len(row.prompt) + points * new for row in rows)
+            points * sum(len(row.prompt) + new for row in rows)
             for rows, points in batches
-            if all(r.prompt for r in rows)
+            if all(row.prompt for row in rows)
         ),
         default=0,
     )

@@ -130,10 +130,15 @@ def shape_of(
 
 
 def _key_values(config: PretrainedConfig) -> int:
-    heads = getattr(config, "num_attention_heads", None) or 0
-    own = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return 2 * own * size
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        own = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None)
+    except RuntimeError:  # how transformers refuses a number that differs from layer to layer, as in Gemma 4
+        return 0
+    if not (isinstance(heads, int) and isinstance(own, int) and heads > 0):  # no attention, or a list
+        return 0
+    return int(2 * own * (size or config.hidden_size // heads))
 
 
 def _count(modules: Sequence[nn.Module] | nn.ModuleList) -> int:
