@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from slzo.errors import SlzoError
+from slzo.files import remove_folder
 from slzo.pip_download import PipError, download_wheel
+from slzo.signals import signals_held
 
 _TRUE = {"1", "true", "yes", "on"}
 
@@ -97,7 +99,7 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
                 _remove(destination)
                 result.replace(destination)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                remove_folder(staging)
     except OSError as error:
         raise SlzoError(
             f"cache folder {str(destination.parent)!r} cannot be used ({error}): free some space there or set "
@@ -193,7 +195,8 @@ def _is_filled(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        with signals_held():  # as in remove_folder, but errors are told
+            shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

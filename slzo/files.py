@@ -15,6 +15,7 @@ except ImportError:  # not a Unix: leftovers are kept there
     fcntl = None  # type: ignore[assignment]
 
 from slzo.errors import SlzoError
+from slzo.signals import signals_held
 
 PARTIAL = ".slzo-partial"
 """How the names of hidden folders end in which files are written."""
@@ -81,12 +82,21 @@ def copy_file(source: str | Path, path: str | Path) -> None:
         shutil.copyfile(source, partial)
 
 
+def remove_folder(folder: str | Path) -> None:
+    """Remove a folder and what is in it, as far as that can be done; Ctrl-C waits.
+
+    Interrupted where it closes a folder, ``rmtree`` closes it once more, and that error takes the place of the interrupt.
+    """
+    with signals_held():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what killed processes left in a folder; what a living one is at stays."""
     for hidden in Path(folder).glob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError), _locked(hidden) as mine:
             if mine:
-                shutil.rmtree(hidden)
+                remove_folder(hidden)
 
 
 def _cannot_write(path: str | Path, error: OSError) -> SlzoError:
@@ -107,7 +117,7 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
             try:
                 yield folder
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
             return
 
 

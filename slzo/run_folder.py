@@ -1,7 +1,6 @@
 """The folder of a run: each command gets one of its own, and faults of the disk are told in one line."""
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.errors import SlzoError
-from slzo.files import remove_leftovers
+from slzo.files import remove_folder, remove_leftovers
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
     except (SlzoError, MisconfigurationException):
         if trainer.global_step <= begun:
             for folder in claimed:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
                 with suppress(OSError):  # other runs are in it
                     folder.parent.rmdir()
         raise

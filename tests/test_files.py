@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -141,3 +143,25 @@ def test_many_writers_of_one_file(tmp_path):
     assert len(text) == 10000
     assert names(tmp_path) == ["result.txt"]
     assert time.monotonic() - started < 60
+
+
+def test_an_interrupt_while_the_hidden_folder_is_removed_stays_one(tmp_path, monkeypatch):
+    """An interrupted rmtree ends with an error of its own, which looked like a disk that cannot be written."""
+    remove = shutil.rmtree
+
+    def interrupted(folder, **options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise OSError(errno.EBADF, "Bad file descriptor") from None
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_text(tmp_path / "a.txt", "whole")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "whole"

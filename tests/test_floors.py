@@ -36,7 +36,6 @@ FLOORS = [
         "settings",
         "seeding",
         "runtime",
-        "signals",
         "environment",
         "commands",
         "files",
@@ -44,7 +43,7 @@ FLOORS = [
         "checkpoint_note",
         "step_log",
     ],
-    ["errors", "__init__"],
+    ["errors", "signals", "__init__"],
 ]
 LIGHTNING_ENDS = FLOORS.index(["console", "trainer_checks"])
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_utilities")
