@@ -1,6 +1,7 @@
 """Memory is estimated before the model is loaded."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,13 @@ from slzo.callbacks import memory_planner
 from slzo.errors import SlzoError
 from slzo.models import load
 from slzo.models.engine import Engine
+from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
+from slzo.models.startup_check import take_apart
 from slzo.module import ZOModule
 from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
+from slzo.zo.scopes import LoRA
+from slzo.zo.tuned_model import TunedModel
 from write_shape import parse, write_shape
 
 
@@ -125,6 +130,13 @@ def test_the_summary_has_estimate_and_peak(options, capsys):
     assert f"Memory     about {summary['planned_memory_gb']:.3g} GiB" in shown
     peak = summary["peak_memory_gb"]
     assert f"Memory     {peak:.2f} GiB at most, {summary['planned_memory_gb']:.2f} planned" in shown
+
+
+def test_an_adapter_counts_by_its_own_size(options, capsys, model_dir):
+    assert main(["plan", *options, "--model.scope=LoRA", "--model.scope.layers=all"]) == 0
+    planned = float(re.search(r"masters +(\S+) GiB", capsys.readouterr().out)[1])
+    tuned = TunedModel.of_scope(take_apart(load_model(str(model_dir))), LoRA(layers="all"))
+    assert planned * 2**30 == pytest.approx(4 * tuned.tensors.num_elements, rel=0.01)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_loading(options, capsys, monkeypatch):

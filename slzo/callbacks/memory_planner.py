@@ -1,16 +1,19 @@
 """Says before a model is loaded what memory the run will take, and refuses one that cannot fit."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
 
 from slzo.batches.packing import PackedBatch
 from slzo.console import say
 from slzo.data.batch import EvalCollator
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
 from slzo.module import ZOModule
@@ -120,10 +123,21 @@ def _no_prompts(num_sequences: int) -> list[PackedBatch]:
 def _tensors(module: ZOModule, context: ScopeContext, layers: list[int]) -> TunedTensors:
     """What is tuned, without values; where that depends on values, the layers as a whole: no less."""
     with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError):
-        tensors = module.scope.tensors(context)
-        if tensors.masters:  # an adapter's are not there yet
+        adapter = module.scope.adapter(context)
+        with nullcontext() if adapter is None else _injected(adapter, context.parts.model):
+            tensors = module.scope.tensors(context)
+        if tensors.masters:
             return tensors
     return LayerScope(layers=layers or [0]).tensors(context)
+
+
+@contextmanager
+def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
+    adapter.inject(model)
+    try:
+        yield
+    finally:
+        adapter.remove(model)
 
 
 def _workload(datamodule: TaskDataModule, max_steps: int) -> Workload:
