@@ -64,7 +64,7 @@ class PromptStates:
         Those of rows that the cache does not hold are computed, and offered to it with ``keep``; ``max_tokens`` is
         that of :meth:`slzo.models.prefix_cache.PrefixCache.states_of`.
         """
-        wide = self.cache.states_of(batch, self._run, self.parts.model.dtype, keep, max_tokens)
+        wide = self.cache.states_of(batch, self._run, self.parts.model.dtype, keep, max_tokens).wait()
         states, start = {}, wide.shape[1]
         for layer, heads, sizes in reversed(self._columns):
             start -= sum(sizes)

@@ -12,6 +12,7 @@ from slzo.batches.blocks import Block
 from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.batches.sharing import chunk_by_tokens
 from slzo.errors import SlzoError
+from slzo.models.arrival import Arrival, CopyStream
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -55,6 +56,7 @@ class PrefixCache:
         self._plan: dict[int, Block] | None = None
         self._block: Tensor | None = None
         self._used = 0
+        self._copies = CopyStream()
 
     def __contains__(self, key: int) -> bool:
         return key in self._states
@@ -94,30 +96,30 @@ class PrefixCache:
         dtype: torch.dtype,
         keep: bool,
         max_tokens: int | None = None,
-    ) -> Tensor:
+    ) -> Arrival:
         """States of a batch, shape (T, hidden), of a type, rounded as they would come back; ``run`` computes those of tokens.
 
         Only examples that are not held are run; their states are kept with ``keep``. Those that the plan has are run with the
         others of their block. With ``max_tokens`` no more than these are run at once; the examples must not share tokens then.
         """
-        device = batch.input_ids.device
+        keys, device = batch.example_index, batch.input_ids.device
         if keep:
-            for block in self.blocks_of(key for key in batch.example_index if key not in self):
-                if block.keys != batch.example_index:  # else the batch is the block, and is run below
+            for block in self.blocks_of(key for key in keys if key not in self):
+                if block.keys != keys:  # else the batch is the block, and is run below
                     whole = block.pack().to(device)
                     states = self._run(run, whole, range(whole.num_examples), max_tokens)
                     self.put(whole.example_index, whole.example_tokens, states)
-        new: dict[int, Tensor] = {}
-        missing = [number for number, key in enumerate(batch.example_index) if key not in self]
-        if missing:
-            fresh = self._run(run, batch, missing, max_tokens)
-            lengths = [batch.example_tokens[number] for number in missing]
-            if keep:
-                self.put([batch.example_index[number] for number in missing], lengths, fresh)
-            if len(missing) == batch.num_examples:
-                return fresh
-            new = dict(zip(missing, fresh.split(lengths), strict=True))
-        return self.gather(batch.example_index, new, device, dtype)
+        missing = [number for number, key in enumerate(keys) if key not in self]
+        if not missing:
+            return self._copies.arrival(lambda: self.gather(keys, {}, device, dtype), device)
+        fresh = self._run(run, batch, missing, max_tokens)
+        lengths = [batch.example_tokens[number] for number in missing]
+        if keep:
+            self.put([keys[number] for number in missing], lengths, fresh)
+        if len(missing) == batch.num_examples:
+            return Arrival(fresh)
+        new = dict(zip(missing, fresh.split(lengths), strict=True))
+        return Arrival(self.gather(keys, new, device, dtype))
 
     def _run(
         self,

@@ -11,6 +11,7 @@ from slzo.batches.losses import LogitLoss, LossSum, stack
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
+from slzo.models.arrival import Arrival
 from slzo.tasks.base import Example
 from slzo.zo.derivatives import back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
@@ -69,11 +70,16 @@ class BatchLogitLoss(_SummedLoss):
 
     Attributes:
         objective: The loss.
-        hidden: The states that enter the first tuned layer, the same at all points.
+        states: Those that enter the first tuned layer, the same at all points; directions are drawn while they come.
     """
 
     objective: LogitLoss
-    hidden: Tensor | None
+    states: Arrival | None
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The states, waited for."""
+        return None if self.states is None else self.states.wait()
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         batch, around = self.batch, self.around

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
 from slzo.batches.packing import PackedBatch
+from slzo.models.arrival import Arrival
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point, RowShare
@@ -50,6 +51,12 @@ class SuffixForward:
         keep are run with the others of their block. With ``max_tokens`` no more than these go through the layers at once; the
         examples must not share tokens then.
         """
+        states = self.fetch(batch, keep, max_tokens)
+        return None if states is None else states.wait()
+
+    @torch.no_grad()
+    def fetch(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> Arrival | None:
+        """The same, to be waited for when they are needed: a card copies kept states while it does something else."""
         if self.span.start == 0:
             return None
         return self.cache.states_of(

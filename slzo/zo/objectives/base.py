@@ -55,7 +55,7 @@ class LogitObjective(Objective):
         """The loss of a batch, see :class:`slzo.batches.losses.LogitLoss` for the arguments."""
 
     def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
-        return BatchLogitLoss(around, batch, self, around.forward.prefix(batch.packed, max_tokens=batch.max_tokens))
+        return BatchLogitLoss(around, batch, self, around.forward.fetch(batch.packed, max_tokens=batch.max_tokens))
 
 
 class CandidateObjective(LogitObjective):
