@@ -52,7 +52,7 @@ class ZOModule(LightningModule):
             local Hugging Face folder, .gguf file or Hub id.
         layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
         scope: What is tuned: LayerScope (all of the dominant layer, when left out), OutlierChannels, ActivationSubspace, LoRA,
-            PrefixTuning, AllParameters, RandomLayers, SmallestWeights, or your own Scope.
+            PrefixTuning, AllParameters, RandomLayers, SmallestWeights, LayersInTurn, or your own Scope.
         estimator: How gradients are estimated: SPSA (when left out), OneSided, FZO, LOZO, EvolutionStrategy, ForwardGradient,
             Backprop (the first-order reference), or your own Estimator.
         eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by a hundredth of it.
@@ -300,13 +300,24 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.tuned_model is not None
-        self.tuned_model.plan_prefix(self.datamodule.prefix_blocks(), self.datamodule.prompt_blocks())
-        self._measure_step()
+        self._begin_steps(self.tuned_model)
         choice = self.optimizer_choice
         optimizer = choice.make(self.tuned_model.tensors.masters)
         if choice.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
+
+    def turn_to(self, layer: int) -> None:
+        """Tune this layer from now on, of those that the scope tunes in turn."""
+        assert self.tuned_model is not None
+        self.tuned_model.focus(layer)
+        self.step_size = None
+        self._begin_steps(self.tuned_model)
+
+    def _begin_steps(self, tuned_model: TunedModel) -> None:
+        """Plan which states are kept, and measure the step."""
+        tuned_model.plan_prefix(self.datamodule.prefix_blocks(), self.datamodule.prompt_blocks())
+        self._measure_step()
 
     def _measure_step(self) -> None:
         """Measure what is ``auto`` of the step on the run's first batch; a resumed run goes on with what it has."""

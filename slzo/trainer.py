@@ -15,6 +15,7 @@ from slzo.base_scores import scores_on
 from slzo.callbacks.answer_log import AnswerLog
 from slzo.callbacks.exact_resume import ExactResume, FinishingFitLoop
 from slzo.callbacks.last_checkpoint import BestCheckpoint
+from slzo.callbacks.layer_turns import LayerTurns
 from slzo.callbacks.memory_planner import MemoryPlanner, format_plan, free_bytes, setup_of
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.prediction_writer import PredictionWriter
@@ -93,7 +94,7 @@ class ZOTrainer(Trainer):
         if not self._writes and kwargs.get("enable_checkpointing") is not False:
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
-        for kind in (StepWatch, AnswerLog):
+        for kind in (StepWatch, AnswerLog, LayerTurns):
             callbacks += [] if any(isinstance(c, kind) for c in callbacks) else [kind()]
         callbacks += [] if kwargs.get("fast_dev_run") or kwargs.get("barebones") else [RunForecast()]
         self._signals = StopOnSignal()

@@ -28,6 +28,7 @@ SCOPES = {
     "PrefixTuning": ["--model.scope=PrefixTuning"],
     "AllParameters": ["--model.scope=AllParameters"],
     "RandomLayers": ["--model.scope=RandomLayers"],
+    "LayersInTurn": ["--model.scope=LayersInTurn", "--model.scope.patience=1"],
     "SmallestWeights": ["--model.scope=SmallestWeights"],
 }
 ESTIMATORS = {

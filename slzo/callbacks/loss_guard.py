@@ -82,6 +82,11 @@ class LossGuard(Callback):
         self._good_step = trainer.global_step
         self._good = tensors.copy_of_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
 
+    @property
+    def good(self) -> dict[str, Tensor] | None:
+        """The masters that had the lowest dev loss; ``None`` if they are not kept."""
+        return self._good
+
     def _take_back(self, module: ZOModule, optimizer: Optimizer, loss: float) -> None:
         assert module.tuned_model is not None
         self.times += 1

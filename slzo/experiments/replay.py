@@ -46,6 +46,11 @@ def replay_run(module: ZOModule, run: Path, steps: int | None, max_steps: int, o
     output = run / "checkpoints" / f"replay-step={number}.ckpt" if output is None else output
     check_writable(output)
     start = read_checkpoint(run / START)
+    if start.note.get("turn") is not None:
+        raise SlzoError(
+            f"model.scope {module.scope.describe()}: the model measures each layer's step, and a replay runs no model; use a "
+            "checkpoint"
+        )
     content = {**start.content, "global_step": number}
     content["slzo"], content["state_dict"] = _take_steps(
         module, start.note, start.content["state_dict"], log, number, max_steps

@@ -161,11 +161,13 @@ def tuning_bytes(
 ) -> dict[str, int]:
     """What tuning takes beside the model, by what takes it."""
     masters = 4 * tensors.num_elements
+    named = tensors.named_masters()
+    moved = 4 * sum(named[name].numel() for name in tensors.names_of_step(0, 0))
     at_once = estimator.directions_at_once(num_queries, queries_at_once)
     # the first direction becomes the gradient; later queries are drawn beside it
     # of a rounded direction what was applied is the gradient, and the direction stays beside it
     rounded = any(tensor.live.dtype != torch.float32 for _, tensor in tensors.items())
-    held = masters * (at_once + (num_queries > at_once or rounded)) if masters <= tensors.hold_bytes else masters
+    held = moved * (at_once + (num_queries > at_once or rounded)) if moved <= tensors.hold_bytes else moved
     largest = max(master.numel() for master in tensors.masters)
     return {
         "masters": masters,

@@ -105,7 +105,7 @@ def take_step(
         optimizer.step()
     finally:
         tuned.zero_grad()
-        tuned.restore()
+        tuned.restore(tuned.names_of_step(request.seed, request.step))
     norm = None
     if before is not None and estimate.finite:
         moves = [(new - old).norm() for new, old in zip(tuned.masters, before, strict=True)]

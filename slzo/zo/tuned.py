@@ -110,10 +110,11 @@ class TunedTensors(nn.Module):
                 tensor.write(direction[name], scale)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Set the live weights to the masters."""
-        for _, tensor in self.items():
-            tensor.write(None, 0.0)
+    def restore(self, names: Collection[str] | None = None) -> None:
+        """Set the live weights to the masters; of some tensors alone, where the others are there already."""
+        for name, tensor in self.items():
+            if names is None or name in names:
+                tensor.write(None, 0.0)
 
     @torch.no_grad()
     def accumulate(

@@ -69,6 +69,9 @@ class TunedModel:
         base: Of the model before any adapter; ``None`` where it is not known.
         exchanged: Quantized linear maps of the layers that the scope changes.
         brought: Layers that are on the model's main device as long as they are tuned.
+
+    Attributes:
+        turn: The layer that steps move, where layers are tuned in turn.
     """
 
     def __init__(
@@ -97,7 +100,14 @@ class TunedModel:
         foreign = adapter is not None or (exchanged is not None and exchanged.dequantized)
         own = {} if foreign else {name: tensor.live for name, tensor in self.tensors.items()}
         self.base = None if base is None else base.with_tuned(own)
-        self.span = span = Span.of(parts, self.tensors)
+        self.turn: int | None = None
+        self._stream: WeightStream | None = None
+        self._aim(Span.of(parts, self.tensors), cache)
+
+    def _aim(self, span: Span, cache: PrefixCache | None) -> None:
+        """Tune these layers: their steps, what enters them, and how the others are read."""
+        engine, parts = self.engine, self.parts
+        self.span = span
         if cache is None or cache.start != span.start:
             dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
             cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
@@ -106,7 +116,8 @@ class TunedModel:
         if span.start > 0 and self.decodes_together:
             beside = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
             self.prompt_states = PromptStates(parts, beside)
-        self._stream = None
+        if self._stream is not None:
+            self._stream.close()
         if engine.weights_gb is not None:
             self._stream = WeightStream(parts.layers, span.start, span.stop, int(engine.weights_gb * 2**30))
         placement = placement_of(parts.model)
@@ -144,7 +155,10 @@ class TunedModel:
             own = stack.enter_context(_adapter_in(whole, adapter))
             tensors = scope.tensors(replace(context, parts=own))
             _check_plain(tensors)
-            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged, brought)
+            made = cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged, brought)
+            if turns := scope.turns(parts):
+                made.focus(turns[0])
+            return made
 
     @classmethod
     def of_description(
@@ -180,7 +194,25 @@ class TunedModel:
             scope, layer = description["scope"], description["layer"]
             made = cls(own, tensors, scope, adapter, layer, engine, None, base, exchanged, brought)
             made.check_base(description)
+            if description.get("turn") is not None:
+                made.focus(description["turn"])
             return made
+
+    def focus(self, layer: int) -> None:
+        """From now on steps move the tensors of one layer alone; what is kept are the states that enter it.
+
+        The other tensors stay as they are, and part of what is tuned.
+
+        Raises:
+            SlzoError: Nothing of this layer is tuned.
+        """
+        names = [name for name in self.tensors.names if _layers_of(self.parts, [name]) == [layer]]
+        if not names:
+            raise SlzoError(
+                f"layer {layer}: nothing of it is tuned; give one of {_layers_of(self.parts, self.tensors.names)}"
+            )
+        self.turn, self.tensors.subset = layer, lambda seed, step: names
+        self._aim(Span(layer, layer + 1), None)
 
     def description(self) -> dict[str, Any]:
         """What :meth:`of_description` takes: tensors and primitives only."""
@@ -190,6 +222,7 @@ class TunedModel:
             "tensors": self.tensors.description(),
             "layer": self.layer,
             "base": {} if self.base is None else self.base.to_dict(),
+            "turn": self.turn,
         }
 
     def check_base(self, description: Mapping[str, Any]) -> None:
@@ -205,6 +238,7 @@ class TunedModel:
         """Whether a description is that of what is tuned here, bases and masks included; for another base model, see above."""
         own = self.description()
         own.pop("base")
+        own.pop("turn")
         return all(_same(own[name], description[name]) for name in own)
 
     def release(self) -> None:

@@ -4,6 +4,7 @@ from slzo.zo.scopes.activation_subspace import ActivationSubspace
 from slzo.zo.scopes.all_parameters import AllParameters
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.scopes.layer import LayerScope
+from slzo.zo.scopes.layers_in_turn import LayersInTurn
 from slzo.zo.scopes.lora import LoRA
 from slzo.zo.scopes.outlier_channels import OutlierChannels
 from slzo.zo.scopes.prefix_tuning import PrefixTuning
@@ -14,6 +15,7 @@ __all__ = [
     "ActivationSubspace",
     "AllParameters",
     "LayerScope",
+    "LayersInTurn",
     "LoRA",
     "OutlierChannels",
     "PrefixTuning",

@@ -75,6 +75,10 @@ class Scope(ABC):
         """Modules to add to the model first; the model's parts are made again after that."""
         return None
 
+    def turns(self, parts: ModelParts) -> Sequence[int]:
+        """Layers that are tuned one after the other, in this order; empty where all is tuned in each step."""
+        return ()
+
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset | None:
         """Which of the tuned tensors are perturbed in a step; ``None`` for all in each step."""
         return None
