@@ -14,9 +14,15 @@ from torch.optim import lr_scheduler
 from slzo.__main__ import main
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.checkpoint import read_checkpoint
+from slzo.datamodule import Judge, TaskDataModule
 from slzo.zo.go_back import halve_rate
 
-JUMPS = ["--model.optimizer.lr=0.1", "--trainer.enable_progress_bar=false", "--model.scope=AllParameters"]
+JUMPS = [
+    "--model.optimizer.lr=0.1",
+    "--trainer.enable_progress_bar=false",
+    "--model.scope=AllParameters",
+    "--guard.factor=1.2",
+]
 
 
 def summary(number=0):
@@ -82,6 +88,21 @@ def test_a_measured_rate_is_halved_too(options, monkeypatch, capsys):
     assert summary()["lr_at_end"] == pytest.approx(0.5**times * rate)
 
 
+@pytest.mark.parametrize(
+    ("best", "rows", "factor"),
+    [(None, 25, "1.14"), (None, 4, "1.35"), (1.0, 25, "1.4")],
+)
+def test_left_out_the_factor_depends_on_the_number_of_dev_rows(options, monkeypatch, capsys, best, rows, factor):
+    found = iter([2.0, *[9.0] * 9])
+    monkeypatch.setattr(Judge, "distance", lambda self, values, prefix="": next(found))
+    if best is not None:
+        monkeypatch.setattr(TaskDataModule, "judge", Judge("loss", "accuracy", best))
+    given = [option for option in options if "num_dev" not in option]
+    steps = ["--model.layer=1", "--trainer.max_steps=2", "--summary.test_before=false"]
+    assert main(["fit", *given, *steps, f"--data.num_dev={rows}"]) == 0
+    assert f"rose to 9, over {factor} times its lowest, 2" in capsys.readouterr().out
+
+
 def test_momentum_of_what_went_wrong_is_forgotten(options, capsys):
     """Without that the next step goes the way of the last ones, however small its own rate."""
     momentum = ["--model.optimizer.momentum=0.9", "--trainer.max_steps=2"]
@@ -125,7 +146,9 @@ def test_null_lets_a_run_go_on(options, capsys):
 @pytest.mark.parametrize("factor", ["0.5", "1", ".inf", "-2"])
 def test_a_factor_that_makes_no_sense_is_one_line(options, capsys, factor):
     line = bad(capsys, "fit", *options, f"--guard.factor={factor}")
-    assert re.search(r"guard\.factor -?[\d.inf]+: must be above 1, or null to guard nothing; 1\.2 is usual", line)
+    assert re.search(
+        r"guard\.factor -?[\d.inf]+: must be above 1, or auto, or null to guard nothing; 1\.05 is usual", line
+    )
 
 
 def test_a_calm_run_is_left_alone(options):

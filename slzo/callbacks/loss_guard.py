@@ -1,17 +1,21 @@
 """Takes a run back when the dev loss jumps: smaller steps from the last good weights."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from slzo.console import say
+from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
 from slzo.evaluation.evaluator import score_rows
 from slzo.module import ZOModule
 from slzo.zo.go_back import go_back
+
+# How far the loss of n dev rows may rise above its lowest, times the root of n: 5% with 200 rows. Rewards and F1 vary more.
+_OF_LOSSES, _OF_METRICS = 0.7, 2.0
 
 
 class LossGuard(Callback):
@@ -24,12 +28,13 @@ class LossGuard(Callback):
     that only the end of a run brings.
 
     Args:
-        factor: Dev loss over the lowest so far that is too much, > 1; null to let a run go on whatever it does.
+        factor: Dev loss over the lowest so far that is too much, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200 (of rewards
+            and F1 1 + 2 / sqrt(dev rows)); null lets a run go on whatever it does.
     """
 
-    def __init__(self, factor: float | None = 1.2) -> None:
-        if factor is not None and not 1 < factor < math.inf:
-            raise SlzoError(f"guard.factor {factor}: must be above 1, or null to guard nothing; 1.2 is usual")
+    def __init__(self, factor: float | Literal["auto"] | None = "auto") -> None:
+        if factor is not None and factor != "auto" and not 1 < factor < math.inf:
+            raise SlzoError(f"guard.factor {factor}: must be above 1, or auto, or null to guard nothing; 1.05 is usual")
         self.factor = factor
         self.times = 0
         self._lowest = math.inf
@@ -66,10 +71,11 @@ class LossGuard(Callback):
         ):
             return
         loss = pl_module.datamodule.judge.distance(trainer.callback_metrics, "val/")
-        if loss <= self.factor * self._lowest:
+        factor = self.factor if self.factor != "auto" else _usual_factor(pl_module.datamodule)
+        if loss <= factor * self._lowest:
             self._note(trainer, pl_module, loss)
         elif self._lowest < math.inf:
-            self._take_back(pl_module, trainer.optimizers[0], loss)
+            self._take_back(pl_module, trainer.optimizers[0], loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
         if loss < self._lowest:
@@ -87,7 +93,7 @@ class LossGuard(Callback):
         """The masters that had the lowest dev loss; ``None`` if they are not kept."""
         return self._good
 
-    def _take_back(self, module: ZOModule, optimizer: Optimizer, loss: float) -> None:
+    def _take_back(self, module: ZOModule, optimizer: Optimizer, loss: float, factor: float) -> None:
         assert module.tuned_model is not None
         self.times += 1
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
@@ -98,7 +104,7 @@ class LossGuard(Callback):
         back = f", weights back at those of step {self._good_step}" if self._good is not None else ""
         words = module.datamodule.judge.words
         say(
-            f"\nThe {words} rose to {loss:.4g}, over {self.factor:g} times its lowest, {self._lowest:.4g}: learning rate "
+            f"\nThe {words} rose to {loss:.4g}, over {factor:.3g} times its lowest, {self._lowest:.4g}: learning rate "
             f"halved{back} (time {self.times})."
         )
 
@@ -110,3 +116,9 @@ class LossGuard(Callback):
         """Go on from a checkpoint."""
         self.times, self._lowest = state_dict["times"], state_dict["lowest"]
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
+
+
+def _usual_factor(datamodule: TaskDataModule) -> float:
+    noise = _OF_LOSSES if datamodule.judge.best is None else _OF_METRICS
+    rows = len(datamodule.splits.dev) if datamodule.splits is not None else 1
+    return 1 + noise / math.sqrt(max(1, rows))
