@@ -155,7 +155,7 @@ def test_the_logged_rate_follows_the_loss_and_its_slopes(auto):
     loss, square = end["loss"], end["square"]
     most = 0.3 / end["curvature"] if end["curvature"] > 0 else math.inf
     for step in range(5, -1, -1):  # the means are taken back step by step, from those of the checkpoint
-        assert rates[step] == pytest.approx(min(0.03 * loss / square, most) / math.sqrt(1 + (step + 1) / 100), rel=1e-4)
+        assert rates[step] == pytest.approx(min(0.045 * loss / square, most) / (1 + (step + 1) / 100), rel=1e-4)
         weight = 8 + step + 1
         loss = (weight * loss - (plus[step] + minus[step]) / 2) / (weight - 1)
         square = (weight * square - slopes[step] ** 2) / (weight - 1)

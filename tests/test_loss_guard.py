@@ -84,7 +84,7 @@ def test_a_measured_rate_is_halved_too(options, monkeypatch, capsys):
     assert content["slzo"]["step_size"]["factor"] == 0.5**times
     found = content["slzo"]["step_size"]
     most = 0.3 / found["curvature"] if found["curvature"] > 0 else math.inf
-    rate = min(30 * found["loss"] / found["square"], most) / math.sqrt(1 + found["steps"] / 100)
+    rate = min(30 * found["loss"] / found["square"], most) / (1 + found["steps"] / 100)
     assert summary()["lr_at_end"] == pytest.approx(0.5**times * rate)
 
 
