@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import LossAt
 from test_any_module import cnn, images
 from torch import nn
 from torch.nn import functional as F
@@ -382,6 +383,21 @@ def test_a_steeper_loss_gets_a_smaller_rate():
         step_size = replace(StepSize.measure(tuned, loss, 0, eps=1e-3), curvature=0.0)
         rates.append(step_size.rate(made(torch.optim.SGD), SPSA()))
     assert rates[0] / rates[1] == pytest.approx(4, rel=1e-2)
+
+
+def test_matrices_of_zeros_beside_others_limit_the_rate():
+    """As LoRA's: the first step moves an element of the others by a tenth of their size, however small the slopes are."""
+    first, second = nn.Parameter(torch.full((2, 3), 0.5)), nn.Parameter(torch.zeros(3, 2))
+    masters = {"first": first, "second": second, "bias": nn.Parameter(torch.zeros(4))}
+    found = {}
+    for name, own in {"both": masters, "alone": {"second": second}, "whole": {"first": first}}.items():
+        tuned = TunedTensors(own)
+        loss = LossAt(lambda points: torch.tensor([2.0 + point.scale for point in points]))
+        found[name] = StepSize.measure(tuned, loss, 0, eps=1e-3)
+    assert found["both"].slope == pytest.approx(1, rel=1e-2)
+    assert found["both"].largest == pytest.approx(0.1 * 0.5 / found["both"].slope, rel=1e-6)
+    assert found["both"].rate(made(torch.optim.SGD), SPSA()) == found["both"].largest  # below 0.045 x 2
+    assert (found["alone"].largest, found["whole"].largest) == (0, 0)
 
 
 def test_take_step_learns_first_and_steps_then():

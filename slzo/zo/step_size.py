@@ -25,6 +25,10 @@ _LOOK_DIRECTIONS, _DIRECTIONS = 2, 8
 _MEMORY = 20.0
 # Share of the rate at which the curvature along random directions eats up what a step wins.
 _CURVATURE_SHARE = 0.3
+# Where some matrices begin at 0 and multiply others (LoRA), slopes are small at first and grow with every step: the rate stays
+# below that at which the first step moves an element of the others by this share of their size. SmolLM2-135M, layer 28: dev loss
+# 0.595 on SST-2 after 100 steps (best of five constant rates 0.620); twice as much diverged on COPA.
+_SHARE_BESIDE_ZEROS = 0.1
 # Steps after which the share is half of it, and falls with their number, for noise to average out (Robbins and Monro, 1951). With
 # 0.03 and the root of the steps, three runs of 320 steps on movie reviews ended 1 to 3 points lower.
 _HALF_STEPS = 100
@@ -43,7 +47,8 @@ class StepSize:
     .. math:: \eta_t = \min(\kappa \, \bar L_t \, / \, \overline{s^2}_t, \; 0.3 / c) \, / \, (1 + t / 100)
 
     with running means over about 20 steps; c is that of the beginning. Slopes that shrink as the loss flattens out make the rate
-    grow, batches that disagree make it smaller, and it falls with the number of steps for noise to average out.
+    grow, batches that disagree make it smaller, and it falls with the number of steps for noise to average out. LoRA's matrices
+    have a third limit, see ``largest``.
 
     Attributes:
         eps: Size of the perturbation.
@@ -55,6 +60,7 @@ class StepSize:
         factor: What the rate is multiplied by; halved when training goes wrong.
         evaluations: Batch evaluations that the measurement took.
         lowest: The lowest loss there can be; ``loss`` is the distance to it.
+        largest: What the rate may be at most, where matrices that are 0 multiply others; 0 where there are none.
     """
 
     eps: float
@@ -66,6 +72,7 @@ class StepSize:
     factor: float = 1.0
     evaluations: int = 0
     lowest: float = 0.0
+    largest: float = 0.0
 
     @classmethod
     def measure(
@@ -106,7 +113,8 @@ class StepSize:
                 "it out"
             )
         curvature = 0.0 if half else 2 * (mean - here) / eps**2  # in half precision it drowns in rounding
-        return cls(eps, mean, square, curvature, evaluations=look.evaluations, lowest=lowest)
+        largest = _SHARE_BESIDE_ZEROS * _size_beside_zeros(tuned) / math.sqrt(square)
+        return cls(eps, mean, square, curvature, evaluations=look.evaluations, lowest=lowest, largest=largest)
 
     @property
     def slope(self) -> float:
@@ -141,6 +149,8 @@ class StepSize:
         rate = _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
         if self.curvature > 0:
             rate = min(rate, _CURVATURE_SHARE / self.curvature)
+        if self.largest > 0:
+            rate = min(rate, self.largest)
         return share * rate * (self.slope if power == 0 else 1.0)
 
     def set_rate(self, optimizer: Optimizer, estimator: Estimator) -> None:
@@ -201,6 +211,15 @@ def _find_eps(look: _Look, here: float, share: float) -> float:
             eps = eps * 30 if change == 0 else eps * min(30.0, max(1 / 30, share * loss / change))
         eps = min(eps, _LARGEST_EPS)
     return float(f"{eps:.2g}")
+
+
+def _size_beside_zeros(tuned: TunedTensors) -> float:
+    """Root mean square of the matrices that are tuned, where some others among them are 0; else 0."""
+    matrices = [master.detach() for master in tuned.masters if master.dim() > 1]
+    others = [master for master in matrices if master.any()]
+    if len(others) in (0, len(matrices)):
+        return 0.0
+    return math.sqrt(sum(float(m.square().sum()) for m in others) / sum(m.numel() for m in others))
 
 
 def _check(loss: float) -> None:
