@@ -51,7 +51,7 @@ def test_a_run_that_jumps_is_taken_back_with_half_the_rate(options, capsys):
     output, found = capsys.readouterr().out, summary()
     times = told(output)
     assert 1 <= len(times) == found["times_taken_back"]
-    assert f"Taken back {len(times)} times" in output
+    assert f"Taken back {'once,' if len(times) == 1 else f'{len(times)} times'}" in output
     assert all(not loss <= 1.2 * lowest for loss, lowest, _ in times)
     assert found["lr_at_end"] == pytest.approx(0.1 / 2 ** len(times))
     content, state = kept(last())

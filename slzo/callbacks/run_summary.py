@@ -284,7 +284,9 @@ def format_summary(summary: dict[str, Any]) -> str:
         )
     if summary["times_taken_back"]:
         lines.append(
-            f"Taken back {summary['times_taken_back']} times, after jumps of the dev loss; the rate was halved each time"
+            "Taken back once, after a jump of the dev loss; the rate was halved"
+            if summary["times_taken_back"] == 1
+            else f"Taken back {summary['times_taken_back']} times, after jumps of the dev loss; the rate was halved each time"
         )
     if summary["skipped_steps"]:
         lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
