@@ -1,5 +1,6 @@
 """Tiny random models of every family, a tiny tokenizer and tiny data."""
 
+import io
 import logging
 import os
 import random
@@ -9,8 +10,11 @@ from pathlib import Path
 # one thread a worker, and in what it starts: several share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import tiny
@@ -183,3 +187,20 @@ def run_dir(number=0):
 def tuned(path):
     """The tuned tensors in a checkpoint."""
     return read_checkpoint(path).content["state_dict"]
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(request, monkeypatch):
+    """Rendering a picture takes longer than a tiny run: blank ones, but for tests marked ``pictures``, which look at them."""
+    if request.node.get_closest_marker("pictures"):
+        return
+    blank = io.BytesIO()
+    imsave(blank, np.zeros((1, 1, 3)), format="png")
+
+    def savefig(figure, place, format="png", **options):
+        if format == "svg":
+            place.write("<svg></svg>\n")
+        else:
+            Path(place).write_bytes(blank.getvalue())
+
+    monkeypatch.setattr(Figure, "savefig", savefig)

@@ -22,6 +22,7 @@ def entry(shape, parameters, layer):
     }  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_shapes_are_added_to_the_file_and_drawn(tool, tmp_path, monkeypatch, capsys):
     sizes = {"0.13B": 10**8, "0.36B": 3 * 10**8}
     monkeypatch.setattr(tool, "run_shape", lambda _, name, __: [entry(name, sizes[name], layer) for layer in (1, 2)])

@@ -52,6 +52,7 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("size", ["4k", "64k", "100k", "400k"])
 def test_a_disk_that_becomes_full_leaves_whole_checkpoints_only(options, disk, capsys, size):
     folder = disk(size)

@@ -40,6 +40,7 @@ def bench_of(options, *more):
     return Workbench(cli.model, cli.datamodule)
 
 
+@pytest.mark.pictures
 def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):
     assert main(["sweep", *options, *SWEEP, "--layers=[3,1]", "--seeds=[0,1]"]) == 0
     output = capsys.readouterr().out
@@ -262,6 +263,7 @@ def test_a_trial_for_a_time_is_scored_on_the_way(options, monkeypatch):
     assert [score.step for score in few.scores] == [0, 10, 12]  # the steps come first
 
 
+@pytest.mark.pictures
 def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(options, capsys):
     command = ["sweep", *options, *SWEEP, "--layers=[1,3]", "--steps=3", "--seconds=0.2"]
     assert main(command) == 0

@@ -103,6 +103,7 @@ def write_run(folder, lr=0.1, score=0.75):
     return folder
 
 
+@pytest.mark.pictures
 def test_the_page_of_a_run(tmp_path, capsys):
     folder = write_run(tmp_path / "runs" / "version_0")
     report(["report", str(folder)])
