@@ -41,7 +41,9 @@ class LayersInTurn(Scope):
         """The layers, the highest first."""
         last = range(max(0, parts.num_layers - _LAST), parts.num_layers)
         chosen = last if self.layers is None or self.layers == "all" else self.layers
-        numbers = {check_layer(layer, parts.num_layers, "model.scope.layers") for layer in chosen}
+        numbers = {
+            check_layer(layer, parts.num_layers, "model.scope.layers", f"the last {_LAST} be tuned") for layer in chosen
+        }
         return sorted(numbers, reverse=True)
 
     def changed_layers(self, context: ScopeContext) -> list[int]:
