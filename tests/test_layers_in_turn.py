@@ -87,6 +87,26 @@ def test_a_run_turns_when_nothing_is_gained(options, capsys):
     assert json.loads((run_dir() / "summary.json").read_text())["scope"] == "layers 0, 1, 3 in turn"
 
 
+class Upwards(LayersInTurn):
+    """The turns of a scope of one's own."""
+
+    def turns(self, parts):
+        return super().turns(parts)[::-1]
+
+
+def test_the_order_is_that_of_the_scope(options, capsys):
+    own = [
+        "--model.scope=test_layers_in_turn.Upwards",
+        *OPTIONS[1:],
+        "--model.optimizer.lr=0",
+        "--trainer.max_steps=10",
+    ]
+    assert main(["fit", *options, *own]) == 0
+    shown = capsys.readouterr().out
+    assert "Layers     0, 1, 3 in turn, now 0" in shown
+    assert re.findall(r"on to layer (\d)", shown) == ["1", "3"]
+
+
 def test_each_layer_has_its_own_step(options, capsys, caplog):
     """Measured when its turn comes, also of a run that is resumed in the middle."""
     own = [option for option in options if "model.eps" not in option and "model.optimizer" not in option]

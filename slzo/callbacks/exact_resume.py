@@ -53,6 +53,14 @@ class ExactResume(Callback):
         self._validated, self._told = state_dict["validated"], True
 
 
+def is_of_interval(trainer: Trainer) -> bool:
+    """Whether a training's validation is one that a longer run would do at this step too.
+
+    What changes a run looks at these alone: one that is continued must not differ from one that was longer from the beginning.
+    """
+    return trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer.fit_loop, "at_end", False)
+
+
 class FinishingFitLoop(_FitLoop):
     """Lightning's loop; a resumed run without steps left still does the validation that it owes, and ends as others do.
 

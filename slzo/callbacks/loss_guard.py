@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from slzo.callbacks.exact_resume import is_of_interval
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
@@ -62,13 +63,7 @@ class LossGuard(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the dev loss with the lowest so far."""
-        if (
-            self.factor is None
-            or trainer.state.fn != "fit"
-            or trainer.sanity_checking
-            or getattr(trainer.fit_loop, "at_end", False)  # a run that is continued must not differ from a longer one
-            or not isinstance(pl_module, ZOModule)
-        ):
+        if self.factor is None or not is_of_interval(trainer) or not isinstance(pl_module, ZOModule):
             return
         loss = pl_module.datamodule.judge.distance(trainer.callback_metrics, "val/")
         factor = self.factor if self.factor != "auto" else _usual_factor(pl_module.datamodule)

@@ -37,9 +37,11 @@ class Scope(ABC):
 
     Attributes:
         layers: The decoder layers that it is about; those that are about the whole model say ``"all"``.
+        patience: Validations in a row without a lower dev loss after which the next of its :meth:`turns` comes.
     """
 
     layers: Layers = None
+    patience: int = 1
 
     @abstractmethod
     def tensors(self, context: ScopeContext) -> TunedTensors:
