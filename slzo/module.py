@@ -31,6 +31,7 @@ from slzo.zo.estimators import SPSA, Estimate, Estimator, Loss
 from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice
 from slzo.zo.recorder import StepRecorder
 from slzo.zo.scopes import LayerScope, Scope
+from slzo.zo.selection.margin import in_words
 from slzo.zo.step import StepOptions, StepResult
 from slzo.zo.step_size import StepSize
 from slzo.zo.tuned import TunedTensors
@@ -326,8 +327,7 @@ class ZOModule(LightningModule):
         if self.step_size is None and (self.optimizer_choice.automatic or given.eps is None):
             batch = next(self.datamodule.training_batches(self.datamodule.batch_size, self.datamodule.seed or 0))
             loss = self.loss_of(batch.to(self.model.device))
-            lowest = self.datamodule.objective.lowest
-            self.step_size = self.tuned_model.measure_step(loss, given.eps, self.noise_seed, lowest)
+            self.step_size = self.tuned_model.measure_step(loss, self.datamodule.objective, given.eps, self.noise_seed)
             self.num_evaluations += self.step_size.evaluations
             rank_zero_info(self.step_size.describe())
         if self.step_size is not None and given.eps is None:
@@ -355,7 +355,7 @@ class ZOModule(LightningModule):
                 f"Frozen layers are quantized ({method_of(self.model)}); what is tuned is {exchanged.source}."
             )
         memory = self.tuned_model.memory_mib(self.estimator, self.step_options.num_queries, self.optimizer_choice)
-        rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {v:.3g} MiB" for k, v in memory.items()))
+        rank_zero_info("Memory beside the model: " + ", ".join(f"{k} {in_words(v)} MiB" for k, v in memory.items()))
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Estimate]:
         """One zeroth-order step; callbacks are given what it learned."""

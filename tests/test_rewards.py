@@ -444,6 +444,14 @@ def test_a_run_whose_reward_fails_stops_in_one_line(reward_options, folder, capf
     assert last.endswith("no step was taken 2 times in a row (model.max_nonfinite)")
 
 
+def test_a_reward_that_fails_before_the_first_step_is_named(reward_options, folder, capfd):
+    measured = ["--model.eps=auto", "--model.optimizer.lr=auto", "--summary.test_before=false"]
+    assert main(["fit", *reward_options, *measured, "--data.reward=mine.py:nothing"]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("slzo: error: data.reward mine.py:nothing: returned 'None', no number, at row 'train-")
+    assert "no step could be measured" in last and "dtype" not in last
+
+
 def test_rewards_need_a_task_that_generates(sst2_options, capfd):
     assert main(["fit", *sst2_options, "--data.reward=accuracy"]) == 2
     assert "data.reward: task 'sst2' chooses among candidates" in capfd.readouterr().err

@@ -246,7 +246,7 @@ class Workbench:
     def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
         first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
         loss = self.module.loss_of(first.to(tuned_model.parts.model.device), seed=seed)
-        return tuned_model.measure_step(loss, eps, seed, self.datamodule.objective.lowest)
+        return tuned_model.measure_step(loss, self.datamodule.objective, eps, seed)
 
     def _fill_prefix(self, tuned_model: TunedModel) -> None:
         """Compute the states of every row that the cache has room for."""

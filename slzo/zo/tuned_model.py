@@ -380,10 +380,15 @@ class TunedModel:
         clip = None if factor is None else partial(self.history.clip, factor=factor)
         return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update, clip=clip)
 
-    def measure_step(self, loss: Loss, eps: float | None, seed: int, lowest: float = 0.0) -> StepSize:
-        """Measure step sizes on a batch, see :meth:`slzo.zo.step_size.StepSize.measure`."""
+    def measure_step(self, loss: Loss, objective: Objective, eps: float | None, seed: int) -> StepSize:
+        """Measure step sizes on a batch's loss by an objective, see :meth:`slzo.zo.step_size.StepSize.measure`."""
         half = self.parts.model.dtype in (torch.bfloat16, torch.float16)
-        return StepSize.measure(self.tensors, loss, seed, eps, half, lowest)
+        try:
+            return StepSize.measure(self.tensors, loss, seed, eps, half, objective.lowest)
+        except SlzoError as error:
+            if problem := objective.problem():
+                raise SlzoError(f"{problem}; so no step could be measured (model.eps or model.optimizer.lr auto)") from error
+            raise
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
         """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
