@@ -329,7 +329,7 @@ class ZOModule(LightningModule):
             loss = self.loss_of(batch.to(self.model.device))
             self.step_size = self.tuned_model.measure_step(loss, self.datamodule.objective, given.eps, self.noise_seed)
             self.num_evaluations += self.step_size.evaluations
-            rank_zero_info(self.step_size.describe())
+            rank_zero_info(self.step_size.describe(self.optimizer_choice.automatic))
         if self.step_size is not None and given.eps is None:
             self.step_options = replace(given, eps=self.step_size.eps)
 

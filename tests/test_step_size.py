@@ -77,6 +77,17 @@ def test_eps_changes_the_loss_by_its_share(scale, half):
     assert share / 2 < change < 2 * share  # it was found along two directions
 
 
+@pytest.mark.parametrize(("bend", "eps"), [(0.0, 0.02), (50.0, 0.02), (1000.0, 2e-3)])
+def test_eps_stays_where_the_slope_is_more_than_the_curvature(bend, eps):
+    """2 + x + bend x^2 / 2: the two are equal at 2 / bend, where a share of it would be reached at 0.02."""
+    tuned = TunedTensors({"weight": nn.Parameter(torch.zeros(SIZE))})
+    loss = LossAt(
+        lambda points: torch.tensor([2 + p.scale + bend * p.scale**2 / 2 for p in points], dtype=torch.float64)
+    )
+    assert StepSize.measure(tuned, loss, 0).eps == pytest.approx(eps, rel=3e-2)
+    assert StepSize.measure(tuned, loss, 0, eps=0.1).eps == 0.1
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
 def test_measuring_costs_what_it_says_and_leaves_everything_as_it_was(scale):
     model, tuned, loss = quadratic(scale=scale)
@@ -251,11 +262,38 @@ def test_the_rate_stays_below_what_the_curvature_allows(curvature, rate):
     assert step_size.rate(made(torch.optim.Adam), SPSA()) == pytest.approx(5 * rate)
 
 
-def test_the_rate_falls_with_the_root_of_the_steps():
+def test_the_curvature_is_taken_to_grow_as_the_slopes_do():
+    step_size = StepSize(**MEASURED, curvature=3000.0, first_square=25.0)
+    optimizer = made(torch.optim.SGD)
+    assert step_size.rate(optimizer, SPSA()) == pytest.approx(1e-4)
+    for square, rate in ((100.0, 0.25e-4), (5.0, 1e-4)):
+        assert replace(step_size, square=square).rate(optimizer, SPSA()) == pytest.approx(rate)
+    assert replace(step_size, square=100.0, first_square=0.0).rate(optimizer, SPSA()) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(("slope", "taken"), [(14.0, 14.0), (-14.0, -14.0), (45.0, 15.0), (-450.0, -15.0)])
+def test_a_slope_far_above_the_usual_is_taken_for_three_times_that(slope, taken):
+    """5 is usual; the direction is (1, 2)."""
+    step_size, gradient = StepSize(**MEASURED), {"weight": slope * torch.tensor([1.0, 2.0])}
+    step_size.update(replace(estimate(2.0, slope), gradient=gradient))
+    assert gradient["weight"].tolist() == pytest.approx([taken, 2 * taken])
+    assert step_size.square == pytest.approx(25 + (taken**2 - 25) / 9)
+
+
+def test_the_rate_falls_with_the_number_of_steps():
     step_size = StepSize(**MEASURED)
     for step in range(300):
         assert step_size.rate(made(torch.optim.SGD), SPSA()) == pytest.approx(PLAIN_RATE / (1 + step / 100))
         step_size.update(estimate(2.0, 5.0))
+
+
+def test_what_is_measured_is_told_and_what_the_first_step_is_to_bring():
+    straight, bent = StepSize(**MEASURED), StepSize(**MEASURED, curvature=3000.0)
+    assert straight.describe().endswith("; the first step is to lower the loss by 4.50%")
+    assert (
+        "the first step is to lower the loss by 0.12%, not the 4.5% there would be" in bent.describe()
+    )  # 1e-4 x 25 / 2
+    assert bent.describe(sets_rate=False).endswith("curvature 3e+03, 0 evaluations")
 
 
 def test_a_loss_that_went_below_zero_stops_the_steps():

@@ -387,7 +387,9 @@ class TunedModel:
             return StepSize.measure(self.tensors, loss, seed, eps, half, objective.lowest)
         except SlzoError as error:
             if problem := objective.problem():
-                raise SlzoError(f"{problem}; so no step could be measured (model.eps or model.optimizer.lr auto)") from error
+                raise SlzoError(
+                    f"{problem}; so no step could be measured (model.eps or model.optimizer.lr auto)"
+                ) from error
             raise
 
     def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
