@@ -102,7 +102,7 @@ class SlzoCLI(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
-                "profiler.rule": {"class_path": "slzo.zo.selection.LargestFall"},
+                "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
                 "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
                 **{f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()},
             }

@@ -11,9 +11,7 @@ from test_profile import prompts, statistics
 from slzo.assets import cache_dir
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
-from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.profile_report import format_profile
-from slzo.cli import build
 from slzo.data.encoding import Encoder
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
@@ -91,10 +89,7 @@ def test_a_planted_fall_is_found():
     assert LargestFall().select(layers).layer == 3
 
 
-def test_it_is_the_default(model_dir):
-    assert isinstance(OutlierProfiler().rule, LargestFall)
-    cli = build([f"--model.model={model_dir}", "--trainer.accelerator=cpu"], run=False)
-    assert cli.config["profiler"]["rule"]["class_path"].endswith("LargestFall")
+def test_a_clear_choice_is_told():
     layers = falling(20, 23000, 8000, 3000, error=0.01)
     choice = LargestFall().select(layers)
     profile = OutlierProfile(choice.layer, choice.reason, 16, 1, tuple(layers), choice.title, *choice.margin)

@@ -1,6 +1,7 @@
 """A race between layers: what it plans and costs, who wins, and what it leaves behind."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,12 @@ def test_a_race_costs_what_it_says_and_no_more_than_its_share(share, equal):
         assert max(work) < 1.25 * min(work)  # whole steps
 
 
+def test_whole_vocabulary_logits_cost_every_layer_the_same():
+    costs = replace(COSTS, beside_layers=9.0)
+    steps = plan_race((11, 29), 0.25, "work", costs).steps
+    assert steps[29] / steps[11] == pytest.approx((30 - 11 + 9) / (30 - 29 + 9), rel=0.1)
+
+
 def test_entrants_are_left_out_from_below_where_there_is_no_room():
     small = plan_race((0, 11, 28, 29), 0.06, "work", COSTS)
     assert small.left_out
@@ -68,6 +75,9 @@ class FakeBench:
             optimizer_choice=choice, step_options=SimpleNamespace(eps=None, num_queries=1), noise_seed=0
         )
         self.datamodule = SimpleNamespace(batch_size=16, rows=lambda split: range(200))
+
+    def head_layers(self):
+        return 0.0
 
     def move_prefix(self, layer):
         pass

@@ -15,6 +15,7 @@ from slzo.callbacks.profile_report import format_profile
 from slzo.console import say
 from slzo.datamodule import TaskDataModule
 from slzo.errors import SlzoError
+from slzo.experiments.checked_choice import checked_choice
 from slzo.experiments.race import RaceResult, race
 from slzo.experiments.trial import Workbench
 from slzo.files import write_json
@@ -25,7 +26,7 @@ from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture
 from slzo.tasks.base import Example
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
-from slzo.zo.selection import Choice, LargestFall, Race, SelectionRule
+from slzo.zo.selection import Auto, Choice, Race, SelectionRule
 
 PROFILE_FILE = "outlier_profile.json"
 _PICTURE = "outlier_profile"
@@ -41,8 +42,9 @@ class OutlierProfiler(Callback):
     run takes layer and profile from its checkpoint.
 
     Args:
-        rule: How the layer is chosen: LargestFall (when left out), FirstOutlierLayer (the paper's), MaxRatioJump, Race (short
-            trainings of what these name), FixedLayer, or your own SelectionRule.
+        rule: How the layer is chosen: Auto (LargestFall, or a Race where that is in doubt; when left out), LargestFall,
+            FirstOutlierLayer (the paper's), MaxRatioJump, Race (short trainings of what these name), FixedLayer, or your own
+            SelectionRule.
         num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one a line, instead of the task's prompts.
@@ -64,7 +66,7 @@ class OutlierProfiler(Callback):
         if text_file is not None and not Path(text_file).is_file():
             found = "is a folder" if Path(text_file).is_dir() else "no such file"
             raise SlzoError(f"profiler.text_file {text_file!r}: {found}; give a text file with one sequence a line")
-        self.rule = rule if rule is not None else LargestFall()
+        self.rule = rule if rule is not None else Auto()
         self.num_sequences = num_sequences
         self.batch_size = batch_size
         self.text_file = text_file
@@ -89,7 +91,7 @@ class OutlierProfiler(Callback):
         Raises:
             SlzoError: The rule finds no layer, or there are too few sequences.
         """
-        profile = self.measure(trainer, module)
+        profile = self._shown(trainer, module, partial(self._choose, trainer, module))
         if profile.dominant_layer < 0:
             raise SlzoError(profile.rule)
         self._save(trainer, module)
@@ -108,7 +110,7 @@ class OutlierProfiler(Callback):
         self._save(trainer, module)
 
     def measure(self, trainer: Trainer, module: ZOModule) -> OutlierProfile:
-        """Profile and show.
+        """Profile and show; the rule has the statistics only, unless it is a race.
 
         Returns:
             The profile; where the rule finds no layer, that is -1 and ``rule`` says why.
@@ -116,7 +118,12 @@ class OutlierProfiler(Callback):
         Raises:
             SlzoError: There are too few sequences, or the output of a layer is not finite.
         """
-        self.profile = self._measured(trainer, module, partial(self._choose, trainer, module))
+        return self._shown(trainer, module, partial(self._choose, trainer, module, checked=False))
+
+    def _shown(
+        self, trainer: Trainer, module: ZOModule, choose: Callable[[list[LayerStatistics]], Choice]
+    ) -> OutlierProfile:
+        self.profile = self._measured(trainer, module, choose)
         say(format_profile(self.profile))
         return self.profile
 
@@ -159,28 +166,37 @@ class OutlierProfiler(Callback):
         # every process must tune the same layer, whatever rounding did on its device
         return OutlierProfile.from_dict(trainer.strategy.broadcast(profile.to_dict()))
 
-    def _choose(self, trainer: Trainer, module: ZOModule, layers: list[LayerStatistics]) -> Choice:
+    def _choose(
+        self, trainer: Trainer, module: ZOModule, layers: list[LayerStatistics], checked: bool = True
+    ) -> Choice:
         """The rule's choice; layer -1 and why where it finds none, since the figures help to choose thresholds."""
+        rule, alone = self.rule, trainer.world_size == 1 and not getattr(trainer, "fast_dev_run", False)
         try:
-            if isinstance(self.rule, Race):
-                self._race = self._run_race(trainer, module, self.rule, layers)
+            if isinstance(rule, Race):
+                self._race = race(self._bench(trainer, module), rule, layers, self._steps(trainer, module))
                 return self._race.choice
-            return self.rule.select(layers)
+            if isinstance(rule, Auto) and checked and alone:
+                self._race = checked_choice(self._bench(trainer, module), rule, layers, self._steps(trainer, module))
+                return self._race.choice
+            return rule.select(layers)
         except SlzoError as error:
             return Choice(-1, str(error))
 
-    def _run_race(self, trainer: Trainer, module: ZOModule, rule: Race, layers: list[LayerStatistics]) -> RaceResult:
+    def _bench(self, trainer: Trainer, module: ZOModule) -> Workbench:
         if trainer.world_size > 1:
             raise SlzoError(
                 f"trainer.devices {trainer.world_size}: a race runs in one process; find the layer with slzo profile on one "
                 "device, and set model.layer"
             )
+        module.check_training(module.datamodule)
+        return Workbench(module, module.datamodule)
+
+    def _steps(self, trainer: Trainer, module: ZOModule) -> int:
+        """Of the training to come."""
         data = module.datamodule
-        module.check_training(data)
-        steps = trainer.max_steps
-        if steps < 1:
-            steps = math.ceil(len(data.rows("train")) / data.batch_size) * max(1, trainer.max_epochs or 1)
-        return race(Workbench(module, data, rule.dev_rows), rule, layers, steps)
+        if trainer.max_steps > 0:
+            return int(trainer.max_steps)
+        return math.ceil(len(data.rows("train")) / data.batch_size) * max(1, trainer.max_epochs or 1)
 
     def _batches(self, datamodule: TaskDataModule) -> list[Any]:
         if self.text_file is None:

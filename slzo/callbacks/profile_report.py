@@ -1,9 +1,7 @@
 """An outlier profile as a table."""
 
 from slzo.zo.profile import LayerStatistics, OutlierProfile
-
-# about 95% of the averages over other prompts lie within
-_CLEAR = 2.0
+from slzo.zo.selection.margin import CLEAR
 
 
 def format_profile(profile: OutlierProfile) -> str:
@@ -49,7 +47,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _how_clear(margin: float, reason: str) -> str:
-    if margin >= _CLEAR:
+    if margin >= CLEAR:
         return f"Clear for prompts like these: {reason}, and nothing is closer."
     return (
         f"Not clear: {reason}; compare with other prompts (--profiler.text_file FILE) or more of them "

@@ -32,6 +32,7 @@ class Costs:
         measuring: Evaluations before the first step.
         total_steps: Of the training that the race is for.
         dev_rows: Rows of a dev loss.
+        beside_layers: What comes beside the layers, as a number of layers.
     """
 
     num_layers: int
@@ -40,10 +41,11 @@ class Costs:
     measuring: int
     total_steps: int
     dev_rows: int
+    beside_layers: float = BESIDE_LAYERS
 
     def layers(self, lowest: int) -> float:
         """Layers that are run where ``lowest`` is tuned."""
-        return self.num_layers - lowest + BESIDE_LAYERS
+        return self.num_layers - lowest + self.beside_layers
 
     def step(self, layer: int) -> float:
         """One step in a layer."""
@@ -112,7 +114,7 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
     """Run one and say how it goes; without room for it, or if nobody gains, the choice is that of LargestFall.
 
     Args:
-        bench: Scores ``rule.dev_rows`` dev rows.
+        bench: Of the training to come.
         rule: With its options.
         layers: The profile.
         total_steps: Of the training that it is for.
@@ -120,25 +122,17 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
     Raises:
         SlzoError: There are no dev rows.
     """
-    data, module = bench.datamodule, bench.module
-    if not data.rows("dev"):
+    module = bench.module
+    if not bench.datamodule.rows("dev"):
         raise SlzoError("profiler.rule Race: compares dev losses, and there are no dev rows; set data.num_dev")
-    measures = module.optimizer_choice.automatic or module.step_options.eps is None
-    costs = Costs(
-        num_layers=len(layers),
-        batch_size=data.batch_size,
-        evaluations=2 * module.step_options.num_queries,
-        measuring=_MEASURING if measures else 0,
-        total_steps=total_steps,
-        dev_rows=min(rule.dev_rows, len(data.rows("dev"))),
-    )
     entrants = rule.entrants(layers)
-    plan = plan_race(entrants, rule.share, rule.equal, costs)
+    plan = plan_race(entrants, rule.share, rule.equal, costs_of(bench, rule, len(layers), total_steps))
     if not plan.steps:
         return RaceResult(
             _fallback(layers, f"{total_steps} steps leave no room for a race of layers {_listed(entrants)}"), {}
         )
     say(_announcement(plan, rule, min(entrants)))
+    bench.dev_rows = rule.dev_rows
     seed = module.noise_seed or 0
     trials: dict[int, Trial] = {}
     halfway: list[float] = []
@@ -163,6 +157,21 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
         f"in {trials[best].scores[-1].step} steps"
     )
     return RaceResult(Choice(best, reason, "race winner"), trials)
+
+
+def costs_of(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> Costs:
+    """What a race of a workbench's module and rows is reckoned with."""
+    data, module = bench.datamodule, bench.module
+    measures = module.optimizer_choice.automatic or module.step_options.eps is None
+    return Costs(
+        num_layers=num_layers,
+        batch_size=data.batch_size,
+        evaluations=2 * module.step_options.num_queries,
+        measuring=_MEASURING if measures else 0,
+        total_steps=total_steps,
+        dev_rows=min(rule.dev_rows, len(data.rows("dev"))),
+        beside_layers=BESIDE_LAYERS + bench.head_layers(),
+    )
 
 
 def _fallback(layers: list[LayerStatistics], why: str) -> Choice:

@@ -20,6 +20,7 @@ from slzo.models.quantization import describe_quantization
 from slzo.module import ZOModule
 from slzo.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Point
+from slzo.zo.objectives.base import LogitObjective
 from slzo.zo.step_size import StepSize
 from slzo.zo.tuned_model import TunedModel
 
@@ -230,6 +231,23 @@ class Workbench:
             if losses and scores[-1].step < len(losses):
                 scores.append(self.score(len(losses), evaluations, used))
         return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
+
+    def head_layers(self) -> float:
+        """What whole-vocabulary logits of a training batch cost, as a number of layers; 0 where the loss needs none."""
+        objective, data, parts = self.datamodule.objective, self.datamodule, self.module.parts
+        if not isinstance(objective, LogitObjective):
+            return 0.0
+        batch = next(data.training_batches(data.batch_size, 0)).packed
+        if not objective.needs_vocabulary(batch):
+            return 0.0
+        config, layer = parts.model.config.get_text_config(), parts.layers[-1]
+        head = config.vocab_size * config.hidden_size * batch.needed.numel() / batch.num_tokens
+        return float(head / sum(parameter.numel() for parameter in layer.parameters()))
+
+    def measured_step(self, layer: int) -> StepSize:
+        """What training in a layer would measure before its first step."""
+        with self._tuned(layer) as tuned_model:
+            return self._measure_step(tuned_model, self.module.step_options.eps, self.module.noise_seed or 0)
 
     def own_step(self, layer: int | None) -> tuple[float, float]:
         """The module's learning rate and eps, measured where they are auto; a measured rate has one significant digit."""

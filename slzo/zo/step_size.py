@@ -141,6 +141,11 @@ class StepSize:
         """Root mean square of the slopes."""
         return math.sqrt(self.square)
 
+    @property
+    def promise(self) -> float:
+        """Share of the loss that the first step is to lower it by, if the slope held."""
+        return self._before_falling() * self.square / max(self.loss, 1e-30)
+
     def update(self, estimate: Estimate) -> None:
         """Take a step's losses and slopes into the means, and scale its gradient down where the slopes are far above them.
 
@@ -189,9 +194,8 @@ class StepSize:
         )
         if not sets_rate:
             return line
-        share = self._before_falling() * self.square / max(self.loss, 1e-30)
-        less = "" if share > 0.99 * _SHARE else f", not the {_SHARE:.1%} there would be if it ran straight on"
-        return f"{line}; the first step is to lower the loss by {share:.2%}{less}"
+        less = "" if self.promise > 0.99 * _SHARE else f", not the {_SHARE:.1%} there would be if it ran straight on"
+        return f"{line}; the first step is to lower the loss by {self.promise:.2%}{less}"
 
     def _before_falling(self) -> float:
         """The rate of plain gradient descent, were it the first step."""

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection.base import Margin
 
+CLEAR = 2.0
+"""Standard errors from which a choice is clear: about 95% of the averages over other prompts lie within."""
+
 
 def threshold_margin(layer: LayerStatistics, figure: str, threshold: float) -> Margin | None:
     """How far a layer's ``max_abs`` or ``ratio`` is from a threshold; ``None`` without a standard error."""

@@ -62,7 +62,7 @@ class Race(SelectionRule):
                 check_layer(layer, len(layers), "profiler.rule.layers", left_out="the race choose")
             return tuple(sorted(set(self.layers)))
         fall = LargestFall().select(layers).layer
-        found = {fall - 1, fall, fall + 1, len(layers) - 1, len(layers) // 2, *_choices(layers)}
+        found = {fall - 1, fall, fall + 1, len(layers) - 1, len(layers) // 2, *outlier_layers(layers)}
         return tuple(sorted(layer for layer in found if 0 <= layer < len(layers)))
 
     def select(self, layers: list[LayerStatistics]) -> Choice:
@@ -71,7 +71,8 @@ class Race(SelectionRule):
         )
 
 
-def _choices(layers: list[LayerStatistics]) -> Iterable[int]:
+def outlier_layers(layers: list[LayerStatistics]) -> Iterable[int]:
+    """What the rules say that look for where outliers come."""
     for rule in (FirstOutlierLayer(), MaxRatioJump()):
         with suppress(SlzoError):  # it finds none
             yield rule.select(layers).layer
