@@ -51,12 +51,14 @@ class Costs:
         """One step in a layer."""
         return self.evaluations * self.batch_size * self.layers(layer)
 
+    def measure(self, layer: int) -> float:
+        """Measuring the step in a layer."""
+        return self.measuring * self.batch_size * self.layers(layer)
+
     def beside(self, entrants: Sequence[int]) -> float:
-        """What the race takes besides steps."""
+        """What the race takes besides measuring and steps."""
         start = self.dev_rows * self.num_layers + _NUM_BATCHES * self.batch_size * max(entrants)
-        return start + sum(
-            self.layers(layer) * (2 * self.dev_rows + self.measuring * self.batch_size) for layer in entrants
-        )
+        return start + sum(2 * self.dev_rows * self.layers(layer) for layer in entrants)
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,17 @@ def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs)
     while len(running) > 1:
         left = share * training - costs.beside(running)
         if equal == "work":
-            steps = {layer: int(left / len(running) / costs.step(layer)) for layer in running}
+            own = left / len(running)
+            steps = {layer: int((own - costs.measure(layer)) / costs.step(layer)) for layer in running}
         else:
-            steps = dict.fromkeys(running, int(left / sum(map(costs.step, running))))
+            steps = dict.fromkeys(
+                running, int((left - sum(map(costs.measure, running))) / sum(map(costs.step, running)))
+            )
         steps = {layer: min(number, costs.total_steps) for layer, number in steps.items()}
         if min(steps.values()) >= _FEWEST:
-            cost = costs.beside(running) + sum(number * costs.step(layer) for layer, number in steps.items())
+            cost = costs.beside(running) + sum(
+                costs.measure(layer) + number * costs.step(layer) for layer, number in steps.items()
+            )
             return RacePlan(steps, tuple(sorted(set(entrants) - set(running))), cost / training)
         running = running[1:]
     return RacePlan({}, tuple(entrants), 0.0)

@@ -30,6 +30,8 @@ _DIVERGED = 1.5
 _CURVE = tuple(10 * 2**power for power in range(16))
 # Where the slopes are taken if model.eps is auto: layers are compared at one distance.
 _SENSITIVITY_EPS = 1e-3
+# What whole-vocabulary logits and their softmax cost beside the product alone: COPA on both built-in models, two cores.
+_LOGITS = 2.7
 # A spread of fewer directions says little of how sure their mean is.
 _LEAST_DIRECTIONS = 8
 
@@ -242,7 +244,7 @@ class Workbench:
             return 0.0
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]
         head = config.vocab_size * config.hidden_size * batch.needed.numel() / batch.num_tokens
-        return float(head / sum(parameter.numel() for parameter in layer.parameters()))
+        return float(_LOGITS * head / sum(parameter.numel() for parameter in layer.parameters()))
 
     def measured_step(self, layer: int) -> StepSize:
         """What training in a layer would measure before its first step."""

@@ -22,8 +22,8 @@ class Race(SelectionRule):
     Entrants are the choices of LargestFall, FirstOutlierLayer and MaxRatioJump, the neighbours of the first, the last layer, and
     as a control the one in the middle. They share rows, directions and the states below them, each has its own measured
     step size where model.optimizer.lr is auto, and who is in the worse half after a third ends there. A late layer's step is
-    cheap, since only the layers from it on are run: with equal work it takes more of them. The most sensitive layers do not
-    enter: to measure the sensitivity of all layers takes longer than the race.
+    cheap, since only the layers from it on are run: with equal work, the measuring included, it takes more of them. The most
+    sensitive layers do not enter: to measure the sensitivity of all layers takes longer than the race.
 
     Args:
         share: What the race may cost, as a share of the whole training in the lowest of the layers, > 0; entrants are left out
