@@ -13,6 +13,7 @@ from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.cli import build
 from slzo.experiments.checked_choice import checked_choice
+from slzo.experiments.trial import Workbench
 from slzo.zo import StepSize
 from slzo.zo.selection import Auto, LargestFall
 from slzo.zo.selection.base import Choice, Margin
@@ -122,6 +123,21 @@ def test_a_fit_in_doubt_tunes_the_winner_of_a_race(options, capsys):
     assert profile["dominant_layer"] == saved["layer"]
     assert json.loads((run_dir() / "summary.json").read_text())["dominant_layer"] == saved["layer"]
     assert "A race decides" in capsys.readouterr().out
+
+
+def test_a_look_leaves_the_training_as_it_is(options, monkeypatch):
+    """A training after it is the one that model.layer gives."""
+    looks, measured_step = [], Workbench.measured_step
+    monkeypatch.setattr(Auto, "select", lambda self, layers: Choice(1, "tested"))
+    monkeypatch.setattr(
+        Workbench, "measured_step", lambda self, layer: looks.append(layer) or measured_step(self, layer)
+    )
+    assert main(["fit", *options, *DOUBTED, "--profiler.rule.promise=0"]) == 0
+    assert looks == [1]
+    same = ["--trainer.max_steps=20", "--model.optimizer.lr=auto", "--model.layer=1"]
+    assert main(["fit", *options, *same]) == 0
+    one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
+    assert [point["loss"] for point in one] == [point["loss"] for point in other]
 
 
 def test_a_sweep_races_nobody(options, capsys, tmp_path):
