@@ -308,8 +308,8 @@ class ZOTrainer(Trainer):
             directions: Random directions for the sensitivity of a layer, at most; at least 20.
             num_rows: Training rows that the sensitivity is measured on, the same for all layers.
             max_error: A layer's measurement ends when its standard error is below this share of it; 0 takes all directions.
-            seconds: Layers that are done with their steps earlier go on until this much training time is used, the states that
-                enter them being there already. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
+            seconds: Layers that are done earlier go on until this much training time is used. The states that enter them are
+                computed before. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
                 and over seconds, and the verdict is about both.
             sensitivity_only: Train nothing.
             output: Folder of the results; left out, sweeps/MODEL-TASK.

@@ -42,8 +42,8 @@ class OutlierProfiler(Callback):
     run takes layer and profile from its checkpoint.
 
     Args:
-        rule: How the layer is chosen: Auto (LargestFall, in doubt a Race; when left out), LargestFall, FirstOutlierLayer (the
-            paper's), MaxRatioJump, Race (short trainings of what these name), FixedLayer, or your own SelectionRule.
+        rule: Auto (LargestFall, in doubt a Race; when left out), LargestFall, FirstOutlierLayer (the paper's), MaxRatioJump,
+            Race (short trainings), FixedLayer, or your own SelectionRule.
         num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one a line, instead of the task's prompts.
