@@ -12,6 +12,7 @@ from test_race import MAGNITUDES, FakeBench
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.cli import build
+from slzo.errors import SlzoError
 from slzo.experiments.checked_choice import checked_choice
 from slzo.experiments.trial import Workbench
 from slzo.zo import StepSize
@@ -85,6 +86,22 @@ def test_elsewhere_the_statistics_decide(bench, steps, looks):
     assert bench.asked == []
 
 
+def test_a_step_that_cannot_be_measured_is_left_to_the_training():
+    class Fails(Bench):
+        def measured_step(self, layer):
+            raise SlzoError("the loss is nan before training")
+
+    assert chosen(Fails(None)).choice == LargestFall().select(statistics(*MAGNITUDES))
+
+
+def test_a_race_that_nobody_wins_leaves_the_layer_and_says_both():
+    bench = Bench(CURVED)
+    bench.gains = dict.fromkeys(GAINS, -0.001)
+    choice = chosen(bench).choice
+    assert choice.layer == 28
+    assert "less than profiler.rule.promise, 1.00%. LargestFall has chosen: no layer lowered" in choice.note
+
+
 def test_one_candidate_needs_no_race(monkeypatch):
     monkeypatch.setattr(LargestFall, "select", lambda self, layers: Choice(2, "as the others"))
     assert Auto().race(statistics((1, 1), (1, 1), (90000, 2000))) is None
@@ -138,6 +155,11 @@ def test_a_look_leaves_the_training_as_it_is(options, monkeypatch):
     assert main(["fit", *options, *same]) == 0
     one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
     assert [point["loss"] for point in one] == [point["loss"] for point in other]
+
+
+def test_a_scope_without_a_layer_is_not_looked_at(options, capsys):
+    assert main(["profile", *options, *DOUBTED, "--model.scope=AllParameters"]) == 0
+    assert "A race decides" not in capsys.readouterr().out
 
 
 def test_a_sweep_races_nobody(options, capsys, tmp_path):

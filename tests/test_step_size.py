@@ -291,7 +291,7 @@ def test_what_is_measured_is_told_and_what_the_first_step_is_to_bring():
     straight, bent = StepSize(**MEASURED), StepSize(**MEASURED, curvature=3000.0)
     assert straight.describe().endswith("; the first step is to lower the loss by 4.50%")
     assert (
-        "the first step is to lower the loss by 0.12%, not the 4.5% there would be" in bent.describe()
+        "the first step is to lower the loss by 0.12%, by 4.5% if nothing limited the rate" in bent.describe()
     )  # 1e-4 x 25 / 2
     assert bent.describe(sets_rate=False).endswith("curvature 3e+03, 0 evaluations")
 

@@ -169,12 +169,13 @@ class OutlierProfiler(Callback):
         self, trainer: Trainer, module: ZOModule, layers: list[LayerStatistics], checked: bool = True
     ) -> Choice:
         """The rule's choice; layer -1 and why where it finds none, since the figures help to choose thresholds."""
-        rule, alone = self.rule, trainer.world_size == 1 and not getattr(trainer, "fast_dev_run", False)
+        rule = self.rule
+        checks = checked and trainer.world_size == 1 and not getattr(trainer, "fast_dev_run", False)
         try:
             if isinstance(rule, Race):
                 self._race = race(self._bench(trainer, module), rule, layers, self._steps(trainer, module))
                 return self._race.choice
-            if isinstance(rule, Auto) and checked and alone:
+            if isinstance(rule, Auto) and checks and module.scope.needs_layer:
                 self._race = checked_choice(self._bench(trainer, module), rule, layers, self._steps(trainer, module))
                 return self._race.choice
             return rule.select(layers)

@@ -1,6 +1,7 @@
 """A look at the layer that statistics have chosen: is the choice clear, and does a step there promise something?"""
 
 from slzo.console import say
+from slzo.errors import SlzoError
 from slzo.experiments.race import RaceResult, costs_of, plan_race, race
 from slzo.experiments.trial import Workbench
 from slzo.zo.profile import LayerStatistics
@@ -25,7 +26,8 @@ def checked_choice(bench: Workbench, rule: Auto, layers: list[LayerStatistics], 
         return RaceResult(choice, {})
     say(f"Layer {choice.layer} ({choice.reason}): {doubt}. A race decides; --model.layer {choice.layer} goes without.")
     result = race(bench, to_run, layers, total_steps)
-    return RaceResult(result.choice._replace(note=f"Layer {choice.layer} is LargestFall's: {doubt}."), result.trials)
+    note = f"Layer {choice.layer} is LargestFall's: {doubt}. {result.choice.note}".rstrip()
+    return RaceResult(result.choice._replace(note=note), result.trials)
 
 
 def _has_room(bench: Workbench, to_run: Race, layers: list[LayerStatistics], total_steps: int) -> bool:
@@ -42,7 +44,10 @@ def _doubt(bench: Workbench, rule: Auto, choice: Choice) -> str:
         return f"not clear, {choice.margin.words}"
     if not bench.module.optimizer_choice.automatic:
         return ""
-    step = bench.measured_step(choice.layer)
+    try:
+        step = bench.measured_step(choice.layer)
+    except SlzoError:  # the training, which measures too, tells it
+        return ""
     if step.largest > 0 or step.promise >= rule.promise:  # of matrices that begin at 0 the first step says nothing
         return ""
     return f"the first step there is to lower the loss by {step.promise:.2%}, less than profiler.rule.promise, {rule.promise:.2%}"

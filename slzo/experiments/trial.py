@@ -108,13 +108,15 @@ class Workbench:
     Args:
         module: Its options are used; ``configure_model`` has run.
         datamodule: Set up for ``fit``, and attached to the module's trainer.
-        dev_rows: Score about so many of the dev rows, whole batches of them; left out, all.
+
+    Attributes:
+        dev_rows: Score about so many of the dev rows, whole batches of them; ``None``: all.
     """
 
-    def __init__(self, module: ZOModule, datamodule: TaskDataModule, dev_rows: int | None = None) -> None:
+    def __init__(self, module: ZOModule, datamodule: TaskDataModule) -> None:
         self.module = module
         self.datamodule = datamodule
-        self.dev_rows = dev_rows
+        self.dev_rows: int | None = None
         self.before: Score | None = None
         self._cache: PrefixCache | None = None
 

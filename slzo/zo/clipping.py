@@ -27,5 +27,4 @@ class ProjectedGradHistory:
         limit = factor * statistics.median(self.sizes) if len(self.sizes) >= _NEEDED else size
         self.sizes.append(size)
         if 0 < limit < size:
-            for own in estimate.gradient.values():
-                own.mul_(limit / size)
+            estimate.scale_gradient(limit / size)

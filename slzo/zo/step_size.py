@@ -64,7 +64,8 @@ class StepSize:
         evaluations: Batch evaluations that the measurement took.
         lowest: The lowest loss there can be; ``loss`` is the distance to it.
         largest: What the rate may be at most, where matrices that are 0 multiply others; 0 where there are none.
-        first_square: Mean squared slope before training; 0 where it is not known.
+        first_square: Mean squared slope before training; 0 where it is not known, or where slopes are to grow
+            (``largest``).
     """
 
     eps: float
@@ -124,7 +125,7 @@ class StepSize:
         if given is None and curvature > 0:
             eps = min(eps, float(f"{2 * math.sqrt(square) / curvature:.2g}"))
         largest = _SHARE_BESIDE_ZEROS * _size_beside_zeros(tuned) / math.sqrt(square)
-        first = 0.0 if largest > 0 else square  # slopes of matrices that begin at 0 grow as these do
+        first = 0.0 if largest > 0 else square
         return cls(
             eps,
             mean,
@@ -155,8 +156,7 @@ class StepSize:
             return
         square, limit = statistics.fmean(s * s for s in estimate.projected_grad), _FAR**2 * self.square
         if 0 < limit < square:
-            for own in estimate.gradient.values():
-                own.mul_(math.sqrt(limit / square))
+            estimate.scale_gradient(math.sqrt(limit / square))
             square = limit
         self.steps += 1
         self.weight = min(self.weight + 1, _MEMORY)
@@ -194,7 +194,7 @@ class StepSize:
         )
         if not sets_rate:
             return line
-        less = "" if self.promise > 0.99 * _SHARE else f", not the {_SHARE:.1%} there would be if it ran straight on"
+        less = "" if self.promise > 0.99 * _SHARE else f", by {_SHARE:.1%} if nothing limited the rate"
         return f"{line}; the first step is to lower the loss by {self.promise:.2%}{less}"
 
     def _before_falling(self) -> float:

@@ -98,6 +98,11 @@ class Estimate:
         """Whether every loss was a number: neither infinite nor NaN."""
         return all(map(math.isfinite, (self.loss, self.loss_plus, self.loss_minus, *self.projected_grad)))
 
+    def scale_gradient(self, factor: float) -> None:
+        """Multiply the gradient in place; the slopes stay as they were found."""
+        for own in self.gradient.values():
+            own.mul_(factor)
+
 
 class Estimator(ABC):
     """Estimates the gradient at the masters; who calls it restores the live weights, which evaluations move.
