@@ -180,3 +180,22 @@ def test_prefix_cache_in_a_mapped_file_and_in_another_dtype(tmp_path, dtype, exa
     assert list((tmp_path / "cache").iterdir()) == []  # the file has no name
     cache.clear()
     assert batch.example_index[0] not in cache
+
+
+def test_a_prefix_cache_takes_over_what_fits_of_another(examples):
+    batch = pack(examples)
+    states = torch.randn(batch.num_tokens, 4)
+    cache = PrefixCache(LAYER, 1.0)
+    cache.put(batch.example_index, batch.example_tokens, states)
+    keys = batch.example_index
+    taken = PrefixCache(LAYER, 1.0)
+    taken.take_over(cache)
+    assert torch.equal(taken.gather(keys, {}, states.device, states.dtype), states)
+    assert taken.num_bytes == cache.num_bytes == states.numel() * 4
+    small = PrefixCache(LAYER, batch.example_tokens[0] * 4 * 4 / 2**30)
+    small.take_over(cache)
+    assert keys[0] in small
+    assert keys[1] not in small
+    for other in (PrefixCache(LAYER + 1, 1.0), PrefixCache(LAYER, 1.0, torch.bfloat16)):
+        other.take_over(cache)
+        assert keys[0] not in other

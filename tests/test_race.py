@@ -13,9 +13,10 @@ from slzo.__main__ import main
 from slzo.errors import SlzoError
 from slzo.experiments.race import Costs, plan_race, race
 from slzo.experiments.trial import Score, Trial
+from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.selection import LargestFall, Race
 
-COSTS = Costs(num_layers=30, batch_size=16, evaluations=2, measuring=25, total_steps=320, dev_rows=96)
+COSTS = Costs(30, batch_size=16, evaluations=2, measuring=25, total_steps=3200, train_rows=1000, dev_rows=96)
 # as in SmolLM2-135M: the outlier comes in layer 11 and goes in layer 28
 MAGNITUDES = [(40, 59), *[(770, 700)] * 9, (112, 62), *[(25000, 13000)] * 17, (10000, 890), (4400, 300)]
 
@@ -28,7 +29,7 @@ def test_entrants_are_what_the_rules_name_their_neighbours_the_last_and_the_midd
 def cost(plan, costs):
     """By hand: rows times layers."""
     rows = costs.evaluations * costs.batch_size
-    total = costs.dev_rows * costs.num_layers + 20 * costs.batch_size * max(plan.steps)
+    total = (costs.dev_rows + 20 * costs.batch_size) * (max(plan.steps) - min(plan.steps))
     for layer, steps in plan.steps.items():
         depth = costs.num_layers - layer + 1.5
         total += depth * (steps * rows + 2 * costs.dev_rows + costs.measuring * costs.batch_size)
@@ -39,8 +40,8 @@ def cost(plan, costs):
 @pytest.mark.parametrize("share", [0.15, 0.25, 1.0])
 def test_a_race_costs_what_it_says_and_no_more_than_its_share(share, equal):
     entrants = (11, 15, 27, 28, 29)
-    plan = plan_race(entrants, share, equal, COSTS)
-    whole = COSTS.total_steps * COSTS.evaluations * COSTS.batch_size * (30 - 11 + 1.5)
+    plan = plan_race(entrants, share, equal, COSTS, 28)
+    whole = COSTS.total_steps * COSTS.evaluations * COSTS.batch_size * (30 - 28 + 1.5) + 1000 * 28
     assert plan.share == pytest.approx(cost(plan, COSTS) / whole)
     assert 0.5 * share < plan.share <= share or max(plan.steps.values()) == COSTS.total_steps
     assert set(plan.steps) | set(plan.left_out) == set(entrants)
@@ -54,22 +55,36 @@ def test_a_race_costs_what_it_says_and_no_more_than_its_share(share, equal):
 
 def test_whole_vocabulary_logits_cost_every_layer_the_same():
     costs = replace(COSTS, beside_layers=9.0)
-    steps = plan_race((11, 29), 0.25, "work", costs).steps
+    steps = plan_race((11, 29), 0.25, "work", costs, 29).steps
     assert (2 * steps[29] + 25) / (2 * steps[11] + 25) == pytest.approx((30 - 11 + 9) / (30 - 29 + 9), rel=0.1)
 
 
 def test_entrants_are_left_out_from_below_where_there_is_no_room():
-    small = plan_race((0, 11, 28, 29), 0.06, "work", COSTS)
+    small = plan_race((0, 11, 28, 29), 0.06, "work", COSTS, 28)
     assert small.left_out
     assert max(small.left_out) < min(small.steps)
-    assert plan_race((11, 28), 0.25, "work", Costs(30, 16, 2, 25, 10, 96)).steps == {}
+    assert plan_race((11, 28), 0.25, "work", replace(COSTS, total_steps=10), 28).steps == {}
+
+
+def test_the_cost_is_held_against_the_layer_that_would_be_tuned_without_a_race():
+    assert Race().reference(statistics(*MAGNITUDES)) == 28
+    assert Race(layers=[5, 3]).reference(statistics(*MAGNITUDES)) == 3
+    assert set(plan_race((11, 28, 29), 0.25, "work", COSTS, 11).steps) == {11, 28, 29}
+    quickstart = replace(COSTS, total_steps=320)
+    assert set(plan_race((11, 28, 29), 0.25, "work", quickstart, 28).steps) == {28, 29}
+
+
+def test_few_training_rows_cost_their_states_once():
+    few = replace(COSTS, train_rows=100)
+    assert few.training(28) == COSTS.training(28) - 900 * 28
+    assert few.beside((28, 29)) == COSTS.beside((28, 29)) - 220
 
 
 class FakeBench:
     """Layers whose dev loss falls by so much a step."""
 
     def __init__(self, gains):
-        self.gains, self.before, self.asked = gains, None, []
+        self.gains, self.before, self.asked, self.prefix = gains, None, [], None
         choice = SimpleNamespace(automatic=True)
         self.module = SimpleNamespace(
             optimizer_choice=choice, step_options=SimpleNamespace(eps=None, num_queries=1), noise_seed=0
@@ -86,6 +101,7 @@ class FakeBench:
         pass
 
     def trial(self, layer, *, steps, seed, num_batches, checks):
+        self.prefix = f"states that enter layer {layer}"
         self.before = Score(0, 0, 0.0, 1.0, 0.5)
         scores = [self.before]
         for step in [*checks, steps]:
@@ -100,13 +116,13 @@ def test_the_lowest_dev_loss_wins_and_the_worse_half_ends_early(capsys):
     gains = {11: 0.02, 15: 0.001, 27: 0.001, 28: 0.005, 29: 0.0001}
     bench = FakeBench(gains)
     found = race(bench, Race(share=1.0, equal="steps"), statistics(*MAGNITUDES), 320)
-    assert found.choice.layer == 11
+    assert (found.choice.layer, found.states) == (11, "states that enter layer 11")
     ended = {layer: done < steps for layer, done, steps in bench.asked}
     assert ended == {11: False, 15: True, 27: False, 28: False, 29: True}  # a median counts itself
     printed = capsys.readouterr().out
     assert "costs about" in printed
     assert "in the worse half so far" in printed
-    found = race(FakeBench(gains), Race(equal="work"), statistics(*MAGNITUDES), 320)
+    found = race(FakeBench(gains), Race(equal="work"), statistics(*MAGNITUDES), 3200)
     assert found.choice.layer == 28  # more steps for the same work
 
 
@@ -139,9 +155,19 @@ def test_a_fit_with_a_race_tunes_the_winner(options, capsys):
     assert "after equal work" in capsys.readouterr().out
 
 
-def test_a_race_leaves_the_training_as_it_is(options):
-    """A training after a race is the one that model.layer gives."""
+def test_a_race_leaves_the_training_as_it_is_and_its_states(options, monkeypatch):
+    """A training after a race is the one that model.layer gives; it does not compute again what the race had."""
+    taken, take_over = [], PrefixCache.take_over
+
+    def counted(self, other):
+        before = self.num_bytes
+        take_over(self, other)
+        taken.append(self.num_bytes - before)
+
+    monkeypatch.setattr(PrefixCache, "take_over", counted)
     assert main(["fit", *options, *RACE]) == 0
+    assert len(taken) == 1
+    assert taken[0] > 0
     layer = json.loads((run_dir() / "race.json").read_text())["layer"]
     assert main(["fit", *options, "--trainer.max_steps=20", "--model.optimizer.lr=auto", f"--model.layer={layer}"]) == 0
     one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))

@@ -240,6 +240,11 @@ class OutlierProfiler(Callback):
             self.profile = OutlierProfile.from_dict(state_dict["profile"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has a folder of its own and gets the profile too."""
-        if isinstance(pl_module, ZOModule) and pl_module.resumed:
+        """A resumed run has a folder of its own and gets the profile too; a raced layer goes on with the race's states."""
+        if not isinstance(pl_module, ZOModule):
+            return
+        if pl_module.resumed:
             self._save(trainer, pl_module)
+        if self._race is not None and self._race.states is not None and pl_module.tuned_model is not None:
+            pl_module.tuned_model.forward.cache.take_over(self._race.states)
+            self._race = replace(self._race, states=None)

@@ -1,8 +1,10 @@
 """A look at the layer that statistics have chosen: is the choice clear, and does a step there promise something?"""
 
+from dataclasses import replace
+
 from slzo.console import say
 from slzo.errors import SlzoError
-from slzo.experiments.race import RaceResult, costs_of, plan_race, race
+from slzo.experiments.race import RaceResult, plan_of, race
 from slzo.experiments.trial import Workbench
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection import Auto, Choice, Race
@@ -27,15 +29,14 @@ def checked_choice(bench: Workbench, rule: Auto, layers: list[LayerStatistics], 
     say(f"Layer {choice.layer} ({choice.reason}): {doubt}. A race decides; --model.layer {choice.layer} goes without.")
     result = race(bench, to_run, layers, total_steps)
     note = f"Layer {choice.layer} is LargestFall's: {doubt}. {result.choice.note}".rstrip()
-    return RaceResult(result.choice._replace(note=note), result.trials)
+    return replace(result, choice=result.choice._replace(note=note))
 
 
 def _has_room(bench: Workbench, to_run: Race, layers: list[LayerStatistics], total_steps: int) -> bool:
     data = bench.datamodule
     if data.objective.generates or not data.rows("dev"):
         return False
-    costs = costs_of(bench, to_run, len(layers), total_steps)
-    return bool(plan_race(to_run.entrants(layers), to_run.share, to_run.equal, costs).steps)
+    return bool(plan_of(bench, to_run, layers, total_steps).steps)
 
 
 def _doubt(bench: Workbench, rule: Auto, choice: Choice) -> str:

@@ -9,6 +9,7 @@ from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.experiments.sweep import BESIDE_LAYERS
 from slzo.experiments.trial import Score, Trial, Workbench
+from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection import Choice, LargestFall, Race
 from slzo.zo.selection.race import Equal
@@ -31,6 +32,7 @@ class Costs:
         evaluations: Of the batch, in a step.
         measuring: Evaluations before the first step.
         total_steps: Of the training that the race is for.
+        train_rows: That it has.
         dev_rows: Rows of a dev loss.
         beside_layers: What comes beside the layers, as a number of layers.
     """
@@ -40,6 +42,7 @@ class Costs:
     evaluations: int
     measuring: int
     total_steps: int
+    train_rows: int
     dev_rows: int
     beside_layers: float = BESIDE_LAYERS
 
@@ -55,10 +58,15 @@ class Costs:
         """Measuring the step in a layer."""
         return self.measuring * self.batch_size * self.layers(layer)
 
+    def training(self, layer: int) -> float:
+        """The whole training in a layer, with the states of each row below it; without the scoring of dev rows."""
+        return self.total_steps * self.step(layer) + min(self.train_rows, self.total_steps * self.batch_size) * layer
+
     def beside(self, entrants: Sequence[int]) -> float:
-        """What the race takes besides measuring and steps."""
-        start = self.dev_rows * self.num_layers + _NUM_BATCHES * self.batch_size * max(entrants)
-        return start + sum(2 * self.dev_rows * self.layers(layer) for layer in entrants)
+        """What the race takes besides measuring and steps: dev losses, and states that the winner's training has no use for."""
+        rows = self.dev_rows + min(self.train_rows, _NUM_BATCHES * self.batch_size)
+        lost = rows * (max(entrants) - min(entrants))
+        return lost + sum(2 * self.dev_rows * self.layers(layer) for layer in entrants)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class RacePlan:
     Attributes:
         steps: By layer, rising; empty if there is no room for a race.
         left_out: Entrants for whose steps there is no room.
-        share: Expected cost as a share of the whole training in the lowest entrant, those left out too.
+        share: Expected cost as a share of the whole training in the layer that it is held against.
     """
 
     steps: Mapping[int, int]
@@ -83,10 +91,12 @@ class RaceResult:
     Attributes:
         choice: The winner.
         trials: By layer, rising.
+        states: Those that enter the winner, for its training to go on with.
     """
 
     choice: Choice
     trials: Mapping[int, Trial]
+    states: PrefixCache | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for JSON."""
@@ -94,9 +104,9 @@ class RaceResult:
         return {"layer": self.choice.layer, "reason": self.choice.reason, "trials": trials}
 
 
-def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs) -> RacePlan:
-    """Steps of each entrant so that all cost at most ``share`` of the training in the lowest one."""
-    training = costs.total_steps * costs.step(min(entrants))
+def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs, reference: int) -> RacePlan:
+    """Steps of each entrant so that all cost at most ``share`` of the training in the layer ``reference``."""
+    training = costs.training(reference)
     running = sorted(entrants)
     while len(running) > 1:
         left = share * training - costs.beside(running)
@@ -133,16 +143,16 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
     if not bench.datamodule.rows("dev"):
         raise SlzoError("profiler.rule Race: compares dev losses, and there are no dev rows; set data.num_dev")
     entrants = rule.entrants(layers)
-    plan = plan_race(entrants, rule.share, rule.equal, costs_of(bench, rule, len(layers), total_steps))
+    plan = plan_of(bench, rule, layers, total_steps)
     if not plan.steps:
-        return RaceResult(
-            _fallback(layers, f"{total_steps} steps leave no room for a race of layers {_listed(entrants)}"), {}
-        )
-    say(_announcement(plan, rule, min(entrants)))
+        no_room = f"{total_steps} steps leave profiler.rule.share {rule.share:g} no room for a race of layers {_listed(entrants)}"
+        return RaceResult(_fallback(layers, no_room), {})
+    say(_announcement(plan, rule, rule.reference(layers)))
     bench.dev_rows = rule.dev_rows
     seed = module.noise_seed or 0
     trials: dict[int, Trial] = {}
     halfway: list[float] = []
+    best, states = -1, None
 
     def goes_on(score: Score) -> bool:
         halfway.append(score.loss)
@@ -153,9 +163,10 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
         checks = {max(1, steps // 3): goes_on}
         trials[layer] = bench.trial(layer, steps=steps, seed=seed, num_batches=_NUM_BATCHES, checks=checks)
         say(_line(layer, trials[layer], steps))
+        if best < 0 or trials[layer].gain > trials[best].gain:
+            best, states = layer, bench.prefix
     bench.forget_prefix()
     before = bench.before.loss if bench.before is not None else 0.0
-    best = max(trials, key=lambda layer: trials[layer].gain)
     if trials[best].gain <= 0:
         return RaceResult(_fallback(layers, f"no layer lowered the dev loss of {before:.4f} in the race"), trials)
     what = "work" if rule.equal == "work" else "steps"
@@ -163,11 +174,16 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
         f"lowest dev loss of {len(trials)} layers after equal {what}, {before:.4f} -> {trials[best].scores[-1].loss:.4f} "
         f"in {trials[best].scores[-1].step} steps"
     )
-    return RaceResult(Choice(best, reason, "race winner"), trials)
+    return RaceResult(Choice(best, reason, "race winner"), trials, states)
 
 
-def costs_of(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> Costs:
-    """What a race of a workbench's module and rows is reckoned with."""
+def plan_of(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_steps: int) -> RacePlan:
+    """The plan of a race of a workbench's module and rows; see :func:`race`."""
+    costs = _costs(bench, rule, len(layers), total_steps)
+    return plan_race(rule.entrants(layers), rule.share, rule.equal, costs, rule.reference(layers))
+
+
+def _costs(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> Costs:
     data, module = bench.datamodule, bench.module
     measures = module.optimizer_choice.automatic or module.step_options.eps is None
     return Costs(
@@ -176,6 +192,7 @@ def costs_of(bench: Workbench, rule: Race, num_layers: int, total_steps: int) ->
         evaluations=2 * module.step_options.num_queries,
         measuring=_MEASURING if measures else 0,
         total_steps=total_steps,
+        train_rows=len(data.rows("train")),
         dev_rows=min(rule.dev_rows, len(data.rows("dev"))),
         beside_layers=BESIDE_LAYERS + bench.head_layers(),
     )
@@ -185,9 +202,9 @@ def _fallback(layers: list[LayerStatistics], why: str) -> Choice:
     return LargestFall().select(layers)._replace(note=f"LargestFall has chosen: {why}.")
 
 
-def _announcement(plan: RacePlan, rule: Race, lowest: int) -> str:
+def _announcement(plan: RacePlan, rule: Race, reference: int) -> str:
     runs = ", ".join(f"{layer} ({steps} steps)" for layer, steps in plan.steps.items())
-    words = f"Race       layers {runs}; costs about {plan.share:.0%} of the whole training in layer {lowest}"
+    words = f"Race       layers {runs}; costs about {plan.share:.0%} of the whole training in layer {reference}"
     if plan.left_out:
         words += f"; without {_listed(plan.left_out)}, for which profiler.rule.share {rule.share:g} has no room"
     return words

@@ -300,8 +300,13 @@ class Workbench:
                     break
         return Sensitivity(statistics.fmean(slopes), _standard_error(slopes), len(slopes))
 
+    @property
+    def prefix(self) -> PrefixCache | None:
+        """The states that enter the layer tuned last."""
+        return self._cache
+
     def forget_prefix(self) -> None:
-        """Drop all cached states."""
+        """Let go of all cached states."""
         self._cache = None
 
     def move_prefix(self, layer: int) -> None:

@@ -179,6 +179,16 @@ class PrefixCache:
             self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
 
+    def take_over(self, other: "PrefixCache") -> None:
+        """Keep what fits of another's states, without a copy, if they enter the same layer and are of the same type."""
+        if (other.start, other.dtype) != (self.start, self.dtype):
+            return
+        for key, states in other._states.items():
+            size = states.numel() * states.element_size()
+            if key not in self and self.wants(key) and self.num_bytes + size <= self._room:
+                self._states[key] = states
+                self.num_bytes += size
+
     def empty_for(self, start: int) -> "PrefixCache":
         """A cache of the same settings for states that enter another layer."""
         return PrefixCache(start, self.budget / 2**30, self.dtype, self.directory)

@@ -12,7 +12,7 @@ from slzo.zo.selection.race import Race, outlier_layers
 class Auto(SelectionRule):
     """LargestFall's layer where it is clear and a step there promises something; elsewhere a Race decides.
 
-    In the race are that layer, the last one, and the choices of FirstOutlierLayer and MaxRatioJump; with few they get further.
+    In the race are that layer, the last one, and if there is room the choices of FirstOutlierLayer and MaxRatioJump.
 
     A step promises what the measured step size (model.optimizer.lr auto) is to lower the loss by. Where it is a fraction of a
     percent, since the loss is curved along random directions, that layer learns slowly on this task and others may not: so it is
@@ -21,7 +21,8 @@ class Auto(SelectionRule):
     steps enough for a race, nothing is checked.
 
     Args:
-        share: What a race may cost, as a share of the whole training in the lowest of its layers, > 0.
+        share: What a race may cost, as a share of the whole training in LargestFall's layer, > 0; layers for which that is not
+            enough are left out, from below.
         promise: Share of the loss that the first step is to lower it by, at least; 0 only asks for a clear choice.
     """
 

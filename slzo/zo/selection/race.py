@@ -26,8 +26,8 @@ class Race(SelectionRule):
     sensitive layers do not enter: to measure the sensitivity of all layers takes longer than the race.
 
     Args:
-        share: What the race may cost, as a share of the whole training in the lowest of the layers, > 0; entrants are left out
-            from below where that is not enough.
+        share: What the race may cost, as a share of the whole training in LargestFall's layer (if that does not enter, in the
+            lowest that does), > 0; entrants are left out from below where that is not enough.
         equal: What all get as much of: work (rows times layers they go through, so about time), or steps.
         layers: Entrants, counted from 0; left out, those above.
         dev_rows: Rows that the dev loss is taken on, at least 16.
@@ -64,6 +64,11 @@ class Race(SelectionRule):
         fall = LargestFall().select(layers).layer
         found = {fall - 1, fall, fall + 1, len(layers) - 1, len(layers) // 2, *outlier_layers(layers)}
         return tuple(sorted(layer for layer in found if 0 <= layer < len(layers)))
+
+    def reference(self, layers: list[LayerStatistics]) -> int:
+        """The layer whose training the cost is a share of: the one that would be tuned without a race, if it is in it."""
+        entrants, fall = self.entrants(layers), LargestFall().select(layers).layer
+        return fall if fall in entrants else min(entrants)
 
     def select(self, layers: list[LayerStatistics]) -> Choice:
         raise SlzoError(
