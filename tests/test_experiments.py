@@ -40,6 +40,20 @@ def bench_of(options, *more):
     return Workbench(cli.model, cli.datamodule)
 
 
+def test_a_step_that_was_looked_at_is_not_measured_again(options):
+    auto = ["--model.optimizer.lr=auto", "--model.eps=auto"]
+    plain, looked = bench_of(options, *auto), bench_of(options, *auto)
+    step = looked.measured_step(1)
+    assert looked.knows_step(1)
+    assert not looked.knows_step(2)
+    expected, found = (bench.trial(1, steps=3, seed=0) for bench in (plain, looked))
+    assert found.losses == expected.losses
+    assert found.scores[-1].loss == expected.scores[-1].loss
+    assert found.scores[-1].evaluations == expected.scores[-1].evaluations - step.evaluations
+    assert looked.trial(1, steps=3, seed=0).losses == expected.losses  # it is as it was
+    assert looked.trial(1, steps=3, seed=1).losses == plain.trial(1, steps=3, seed=1).losses
+
+
 @pytest.mark.pictures
 def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):
     assert main(["sweep", *options, *SWEEP, "--layers=[3,1]", "--seeds=[0,1]"]) == 0

@@ -74,6 +74,17 @@ def test_the_cost_is_held_against_the_layer_that_would_be_tuned_without_a_race()
     assert set(plan_race((11, 28, 29), 0.25, "work", quickstart, 28).steps) == {28, 29}
 
 
+def test_a_step_that_was_measured_before_leaves_more_for_all():
+    plain = plan_race((28, 29), 0.25, "work", COSTS, 28)
+    known = plan_race((28, 29), 0.25, "work", replace(COSTS, measured=frozenset({11, 28})), 28)
+    spared = 25 * 16 * (30 - 28 + 1.5)
+    work = sum(
+        (known.steps[layer] - plain.steps[layer]) * 2 * COSTS.batch_size * (30 - layer + 1.5) for layer in (28, 29)
+    )
+    assert work == pytest.approx(spared, abs=2 * 2 * COSTS.batch_size * 3.5)  # whole steps
+    assert known.share == pytest.approx(plain.share, rel=0.02)
+
+
 def test_few_training_rows_cost_their_states_once():
     few = replace(COSTS, train_rows=100)
     assert few.training(28) == COSTS.training(28) - 900 * 28
@@ -93,6 +104,9 @@ class FakeBench:
 
     def head_layers(self):
         return 0.0
+
+    def knows_step(self, layer):
+        return False
 
     def move_prefix(self, layer):
         pass

@@ -1,7 +1,7 @@
 """A race between layers: short trainings of equal work or steps, of which the worse half end early."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Costs:
         batch_size: Rows of a step.
         evaluations: Of the batch, in a step.
         measuring: Evaluations before the first step.
+        measured: Layers in which that has been done.
         total_steps: Of the training that the race is for.
         train_rows: That it has.
         dev_rows: Rows of a dev loss.
@@ -45,6 +46,7 @@ class Costs:
     train_rows: int
     dev_rows: int
     beside_layers: float = BESIDE_LAYERS
+    measured: frozenset[int] = frozenset()
 
     def layers(self, lowest: int) -> float:
         """Layers that are run where ``lowest`` is tuned."""
@@ -57,6 +59,10 @@ class Costs:
     def measure(self, layer: int) -> float:
         """Measuring the step in a layer."""
         return self.measuring * self.batch_size * self.layers(layer)
+
+    def spared(self, entrants: Iterable[int]) -> float:
+        """Measuring that has been done."""
+        return sum(self.measure(layer) for layer in self.measured.intersection(entrants))
 
     def training(self, layer: int) -> float:
         """The whole training in a layer, with the states of each row below it; without the scoring of dev rows."""
@@ -109,7 +115,7 @@ def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs,
     training = costs.training(reference)
     running = sorted(entrants)
     while len(running) > 1:
-        left = share * training - costs.beside(running)
+        left = share * training - costs.beside(running) + costs.spared(running)
         if equal == "work":
             own = left / len(running)
             steps = {layer: int((own - costs.measure(layer)) / costs.step(layer)) for layer in running}
@@ -119,9 +125,8 @@ def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs,
             )
         steps = {layer: min(number, costs.total_steps) for layer, number in steps.items()}
         if min(steps.values()) >= _FEWEST:
-            cost = costs.beside(running) + sum(
-                costs.measure(layer) + number * costs.step(layer) for layer, number in steps.items()
-            )
+            runs = sum(costs.measure(layer) + number * costs.step(layer) for layer, number in steps.items())
+            cost = costs.beside(running) + runs - costs.spared(running)
             return RacePlan(steps, tuple(sorted(set(entrants) - set(running))), cost / training)
         running = running[1:]
     return RacePlan({}, tuple(entrants), 0.0)
@@ -195,6 +200,7 @@ def _costs(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> C
         train_rows=len(data.rows("train")),
         dev_rows=min(rule.dev_rows, len(data.rows("dev"))),
         beside_layers=BESIDE_LAYERS + bench.head_layers(),
+        measured=frozenset(filter(bench.knows_step, range(num_layers))),
     )
 
 

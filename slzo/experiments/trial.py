@@ -119,6 +119,7 @@ class Workbench:
         self.dev_rows: int | None = None
         self.before: Score | None = None
         self._cache: PrefixCache | None = None
+        self._measured: dict[int, StepSize] = {}
 
     def seeds(self, given: Sequence[int] | None) -> Sequence[int]:
         """The given seeds; left out, the run's own."""
@@ -190,7 +191,7 @@ class Workbench:
             step_size = None
             if options.eps is None or (lr is None and choice.automatic):
                 started = time.perf_counter()
-                measured = self._measure_step(tuned_model, options.eps, seed)
+                measured = self._step_of(layer, tuned_model, options.eps, seed)
                 options = replace(options, eps=measured.eps)
                 step_size = measured if lr is None and choice.automatic else None
                 evaluations, used = measured.evaluations, time.perf_counter() - started
@@ -249,9 +250,16 @@ class Workbench:
         return float(_LOGITS * head / sum(parameter.numel() for parameter in layer.parameters()))
 
     def measured_step(self, layer: int) -> StepSize:
-        """What training in a layer would measure before its first step."""
-        with self._tuned(layer) as tuned_model:
-            return self._measure_step(tuned_model, self.module.step_options.eps, self.module.noise_seed or 0)
+        """What training in a layer would measure before its first step; trials of the module's own seed begin with it."""
+        if layer not in self._measured:
+            with self._tuned(layer) as tuned_model:
+                seed = self.module.noise_seed or 0
+                self._measured[layer] = self._measure_step(tuned_model, self.module.step_options.eps, seed)
+        return self._measured[layer]
+
+    def knows_step(self, layer: int) -> bool:
+        """Whether a layer's step has been measured."""
+        return layer in self._measured
 
     def own_step(self, layer: int | None) -> tuple[float, float]:
         """The module's learning rate and eps, measured where they are auto; a measured rate has one significant digit."""
@@ -264,6 +272,13 @@ class Workbench:
                 lr = float(f"{measured.rate(optimizer, module.estimator):.1g}") if choice.automatic else lr
                 eps = measured.eps
         return lr, eps
+
+    def _step_of(self, layer: int | None, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
+        """A step to begin with: one that was measured before with this eps and seed, or a new one."""
+        own = eps == self.module.step_options.eps and seed == (self.module.noise_seed or 0)
+        if layer in self._measured and own:
+            return replace(self._measured[layer], evaluations=0)
+        return self._measure_step(tuned_model, eps, seed)
 
     def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
         first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
