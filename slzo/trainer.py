@@ -134,13 +134,15 @@ class ZOTrainer(Trainer):
 
         Args:
             model: A ZOModule.
-            train_dataloaders: Not needed with a data module.
+            train_dataloaders: Not needed with a data module, which may come in their place.
             val_dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` for the newest run's.
             args: Passed on.
             kwargs: Passed on.
         """
+        if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
+            train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskDataModule):
             model.check_training(datamodule)
             for callback in self.callbacks:  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_dir
 from test_cli import bad
 from test_profile import statistics
@@ -34,6 +35,11 @@ class Bench(FakeBench):
     def measured_step(self, layer):
         self.measured.append(layer)
         return self.step
+
+
+def half(bench):
+    bench.module.parts.model.dtype = torch.bfloat16
+    return bench
 
 
 class Unclear(Auto):
@@ -75,10 +81,11 @@ def test_where_the_statistics_are_unclear_a_race_decides_without_a_look():
     [
         (Bench(CURVED, automatic=False), 3200, 0),
         (Bench(CURVED, generates=True), 3200, 0),
+        (half(Bench(CURVED)), 3200, 0),
         (Bench(CURVED), 20, 0),
         (Bench(StepSize(eps=1e-3, loss=1.0, square=1e-4, largest=1e-3)), 3200, 1),
     ],
-    ids=["rate given", "generated answers", "no room", "LoRA"],
+    ids=["rate given", "generated answers", "half precision", "no room", "LoRA"],
 )
 def test_elsewhere_the_statistics_decide(bench, steps, looks):
     assert chosen(bench, steps=steps).choice.layer == 28

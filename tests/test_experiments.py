@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
-from slzo.experiments.trial import Score, Trial, Workbench
+from slzo.experiments.trial import Score, Trial, Workbench, _some
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.profile import LayerStatistics
@@ -38,6 +39,14 @@ def bench_of(options, *more):
     cli = build([*options, "--trainer.logger=false", *more], run=False)
     cli.trainer.attach(cli.model, cli.datamodule)
     return Workbench(cli.model, cli.datamodule)
+
+
+def test_some_dev_rows_are_spread_over_the_batches():
+    batches = [SimpleNamespace(rows=range(32), place=place) for place in range(7)]
+    assert [batch.place for batch in _some(batches, 96)] == [1, 3, 5]
+    assert [batch.place for batch in _some(batches, 32)] == [3]
+    assert _some(batches, 1000) == batches
+    assert _some([], 96) == []
 
 
 def test_a_step_that_was_looked_at_is_not_measured_again(options):
@@ -189,12 +198,19 @@ def test_a_cell_is_worked_on_once(tmp_path):
     assert second.result("x") == {"value": 1}
 
 
-@pytest.mark.parametrize("scope", ["LayerScope", "LoRA", "ActivationSubspace"])
-def test_a_trial_takes_the_steps_of_fit(options, scope):
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--model.scope=LoRA", "--model.scope.rank=4"],
+        ["--model.scope=ActivationSubspace", "--model.scope.rank=4"],
+        ["--data.seed=5"],
+    ],
+)
+def test_a_trial_takes_the_steps_of_fit(options, extra):
     """The same losses as slzo fit with the same seed and layer, and the model is untuned again after it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    extra = [f"--model.scope={scope}", *(["--model.scope.rank=4"] if scope != "LayerScope" else [])]
     bench = bench_of(options, *extra)
     before = {name: tensor.clone() for name, tensor in bench.module.model.named_parameters()}
     bench.trial(1, steps=2, seed=3)

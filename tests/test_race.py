@@ -1,19 +1,26 @@
 """A race between layers: what it plans and costs, who wins, and what it leaves behind."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_dir
 from test_cli import bad
 from test_profile import statistics
 
 from slzo.__main__ import main
+from slzo.callbacks.outlier_profiler import OutlierProfiler, _steps
+from slzo.cli import build
 from slzo.errors import SlzoError
-from slzo.experiments.race import Costs, plan_race, race
+from slzo.experiments.race import Costs, plan_of, plan_race, race
 from slzo.experiments.trial import Score, Trial
+from slzo.models.engine import Engine
 from slzo.models.prefix_cache import PrefixCache
+from slzo.run_trainer import run_trainer
+from slzo.zo.scopes import AllParameters, LayerScope
 from slzo.zo.selection import LargestFall, Race
 
 COSTS = Costs(30, batch_size=16, evaluations=2, measuring=25, total_steps=3200, train_rows=1000, dev_rows=96)
@@ -82,7 +89,30 @@ def test_a_step_that_was_measured_before_leaves_more_for_all():
         (known.steps[layer] - plain.steps[layer]) * 2 * COSTS.batch_size * (30 - layer + 1.5) for layer in (28, 29)
     )
     assert work == pytest.approx(spared, abs=2 * 2 * COSTS.batch_size * 3.5)  # whole steps
-    assert known.share == pytest.approx(plain.share, rel=0.02)
+    assert known.share == pytest.approx(plain.share, rel=0.005)
+    bench = FakeBench({})
+    bench.known = {11, 28}
+    found = plan_of(bench, Race(layers=[28, 29]), statistics(*MAGNITUDES), 3200)
+    assert found.steps == plan_race((28, 29), 0.25, "work", replace(COSTS, train_rows=200, measured={28}), 28).steps
+
+
+def test_the_layer_it_is_held_against_stays_in():
+    small = replace(COSTS, total_steps=250)
+    plan = plan_race((5, 20, 29), 0.25, "work", small, 5)
+    assert (set(plan.steps), plan.left_out) == ({5, 29}, (20,))
+    assert plan_race((5, 28, 29), 0.01, "work", small, 5).steps == {}
+
+
+@pytest.mark.parametrize(("engine", "lost"), [({}, 1), ({"cache_dtype": "bfloat16"}, 29), ({"cache_gb": 0}, 0)])
+def test_states_that_are_not_carried_on_or_not_kept_are_counted(engine, lost):
+    bench = FakeBench({})
+    bench.module.engine = Engine(**engine)
+    plan = plan_of(bench, Race(share=2.0, layers=[28, 29]), statistics(*MAGNITUDES), 320)
+    depth = {layer: 31.5 if lost == 0 else 31.5 - layer for layer in plan.steps}
+    rows = {layer: 32 * steps + 25 * 16 + 2 * 96 for layer, steps in plan.steps.items()}
+    cost = sum(depth[layer] * rows[layer] for layer in plan.steps) + (96 + 200) * lost
+    whole = 320 * 32 * depth[28] + (0 if lost == 0 else 200 * 28)
+    assert plan.share == pytest.approx(cost / whole)
 
 
 def test_few_training_rows_cost_their_states_once():
@@ -98,15 +128,22 @@ class FakeBench:
         self.gains, self.before, self.asked, self.prefix = gains, None, [], None
         choice = SimpleNamespace(automatic=True)
         self.module = SimpleNamespace(
-            optimizer_choice=choice, step_options=SimpleNamespace(eps=None, num_queries=1), noise_seed=0
+            optimizer_choice=choice,
+            step_options=SimpleNamespace(eps=None, num_queries=1),
+            noise_seed=0,
+            scope=LayerScope(),
+            engine=Engine(),
+            parts=SimpleNamespace(model=SimpleNamespace(dtype=torch.float32)),
         )
         self.datamodule = SimpleNamespace(batch_size=16, rows=lambda split: range(200))
 
     def head_layers(self):
         return 0.0
 
+    known = frozenset()
+
     def knows_step(self, layer):
-        return False
+        return layer in self.known
 
     def move_prefix(self, layer):
         pass
@@ -145,6 +182,39 @@ def test_where_nobody_gains_largest_fall_decides_and_says_so():
     choice = race(bench, Race(share=1.0), statistics(*MAGNITUDES), 320).choice
     assert choice.layer == LargestFall().select(statistics(*MAGNITUDES)).layer
     assert "no layer lowered the dev loss" in choice.note
+
+
+class Failing(FakeBench):
+    """One layer's step cannot be measured, another's dev loss is not finite."""
+
+    def trial(self, layer, *, steps, checks, **options):
+        if layer == 27:
+            raise SlzoError("the loss is inf before training")
+        if layer == 28:
+            self.before = Score(0, 0, 0.0, 1.0, 0.5)
+            score = Score(1, 2, 0.0, math.nan, 0.5)
+            assert not checks[max(1, steps // 3)](score)
+            return Trial((self.before, score), (), 1.0, "the dev loss is not finite")
+        return super().trial(layer, steps=steps, checks=checks, **options)
+
+
+def test_an_entrant_that_cannot_run_does_not_end_the_race(capsys):
+    gains = dict.fromkeys((11, 15, 29), 0.001)
+    bench = Failing(gains)
+    found = race(bench, Race(share=1.0, equal="steps"), statistics(*MAGNITUDES), 320)
+    assert found.choice.layer == 11
+    assert sorted(found.trials) == [11, 15, 28, 29]
+    assert [done == steps for layer, done, steps in bench.asked if layer == 29] == [True]
+    assert "layer  27: out of the race, the loss is inf before training" in capsys.readouterr().out
+
+
+def test_where_nobody_can_run_largest_fall_decides():
+    class NoneRuns(FakeBench):
+        def trial(self, layer, **options):
+            raise SlzoError("the loss is nan before training")
+
+    found = race(NoneRuns({}), Race(share=1.0), statistics(*MAGNITUDES), 320)
+    assert (found.choice.layer, found.trials) == (28, {})
 
 
 RACE = [
@@ -207,6 +277,49 @@ def test_a_race_is_the_same_twice(options):
 )
 def test_wrong_options_are_one_line(options, capsys, wrong, told):
     assert told in bad(capsys, "fit", *options, "--profiler.rule=Race", *wrong)
+
+
+def test_a_scope_without_a_layer_has_no_race():
+    bench = FakeBench({})
+    bench.module.scope = AllParameters()
+    with pytest.raises(SlzoError, match="has none; choose another rule"):
+        race(bench, Race(), statistics(*MAGNITUDES), 320)
+
+
+def test_a_race_without_dev_rows_is_one_line(options, capsys):
+    assert "set data.num_dev" in bad(capsys, "fit", *options, *RACE, "--data.num_dev=0")
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 100, "max_epochs": 2}, 26),
+        ({"max_steps": 7, "max_epochs": 2}, 7),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 12),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 18),
+        ({}, 13),
+    ],
+)
+def test_the_training_is_as_long_as_its_first_limit(limits, steps):
+    rows = SimpleNamespace(rows=lambda split: range(200), batch_size=16)
+    trainer = SimpleNamespace(**{"max_steps": -1, "max_epochs": -1, "limit_train_batches": 1.0} | limits)
+    assert _steps(trainer, SimpleNamespace(datamodule=rows)) == steps
+
+
+def test_a_race_of_a_profile_leaves_nothing_to_a_later_fit(options, monkeypatch, tmp_path):
+    """Another data module's rows have the same keys."""
+    taken = []
+    monkeypatch.setattr(PrefixCache, "take_over", lambda self, other: taken.append(other))
+    cli = build([*options, *RACE], run=False)
+    profiler = OutlierProfiler(Race(share=3, dev_rows=16))
+    trainer = run_trainer(profiler, accelerator="cpu", default_root_dir=tmp_path, max_steps=2, val_check_interval=2)
+    trainer.profile(cli.model, cli.datamodule)
+    cli.model.layer = 1
+    trainer.fit(cli.model, cli.datamodule)
+    assert profiler.profile.dominant_layer == 1
+    assert profiler._race is None
+    assert taken == []
 
 
 def test_statistics_alone_choose_nothing():

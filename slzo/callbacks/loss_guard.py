@@ -25,8 +25,8 @@ class LossGuard(Callback):
     Where training maximizes a reward, its distance to the best reward takes the place of the loss.
 
     The optimizer forgets its momentum too, which came from what went wrong. The guard keeps one more float32 copy of what is
-    tuned; where that is more than 2 GiB it only halves the rate. It looks at the validations of the run's interval, not at one
-    that only the end of a run brings.
+    tuned; where that is more than 2 GiB it only halves the rate, and momentum stays. It looks at the validations of the run's
+    interval, not at one that only the end of a run brings.
 
     Args:
         factor: Dev loss over the lowest so far that is too much, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200 (of rewards

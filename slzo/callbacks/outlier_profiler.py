@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from slzo.callbacks.logged_pictures import log_picture
 from slzo.callbacks.profile_notes import MIN_SEQUENCES, bos_note, sequence_notes, too_alike
@@ -20,6 +21,7 @@ from slzo.experiments.race import RaceResult, race
 from slzo.experiments.trial import Workbench
 from slzo.files import write_json
 from slzo.models.placement import to_device
+from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save
@@ -71,11 +73,13 @@ class OutlierProfiler(Callback):
         self.text_file = text_file
         self.profile: OutlierProfile | None = None
         self._race: RaceResult | None = None
+        self._states: PrefixCache | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the layer; if it is set, profile for the picture."""
         if stage != "fit" or not isinstance(pl_module, ZOModule):
             return
+        self._race = self._states = None  # of other rows, maybe
         if pl_module.resumed or not pl_module.scope.needs_layer:
             return
         if pl_module.layer is None:
@@ -173,14 +177,18 @@ class OutlierProfiler(Callback):
         checks = checked and trainer.world_size == 1 and not getattr(trainer, "fast_dev_run", False)
         try:
             if isinstance(rule, Race):
-                self._race = race(self._bench(trainer, module), rule, layers, self._steps(trainer, module))
-                return self._race.choice
+                return self._raced(trainer, race(self._bench(trainer, module), rule, layers, _steps(trainer, module)))
             if isinstance(rule, Auto) and checks and module.scope.needs_layer:
-                self._race = checked_choice(self._bench(trainer, module), rule, layers, self._steps(trainer, module))
-                return self._race.choice
+                bench = self._bench(trainer, module)
+                return self._raced(trainer, checked_choice(bench, rule, layers, _steps(trainer, module)))
             return rule.select(layers)
         except SlzoError as error:
             return Choice(-1, str(error))
+
+    def _raced(self, trainer: Trainer, result: RaceResult) -> Choice:
+        self._race = replace(result, states=None)
+        self._states = result.states if trainer.state.fn == TrainerFn.FITTING else None
+        return result.choice
 
     def _bench(self, trainer: Trainer, module: ZOModule) -> Workbench:
         if trainer.world_size > 1:
@@ -190,13 +198,6 @@ class OutlierProfiler(Callback):
             )
         module.check_training(module.datamodule)
         return Workbench(module, module.datamodule)
-
-    def _steps(self, trainer: Trainer, module: ZOModule) -> int:
-        """Of the training to come."""
-        data = module.datamodule
-        if trainer.max_steps > 0:
-            return int(trainer.max_steps)
-        return math.ceil(len(data.rows("train")) / data.batch_size) * max(1, trainer.max_epochs or 1)
 
     def _batches(self, datamodule: TaskDataModule) -> list[Any]:
         if self.text_file is None:
@@ -245,6 +246,19 @@ class OutlierProfiler(Callback):
             return
         if pl_module.resumed:
             self._save(trainer, pl_module)
-        if self._race is not None and self._race.states is not None and pl_module.tuned_model is not None:
-            pl_module.tuned_model.forward.cache.take_over(self._race.states)
-            self._race = replace(self._race, states=None)
+        if self._states is not None and pl_module.tuned_model is not None:
+            pl_module.tuned_model.forward.cache.take_over(self._states)
+        self._states = None
+
+
+def _steps(trainer: Trainer, module: ZOModule) -> int:
+    """Of the training to come, as far as they are known before it: of one epoch where no limit is set."""
+    data, limit = module.datamodule, trainer.limit_train_batches
+    batches = math.ceil(len(data.rows("train")) / data.batch_size)
+    if limit is not None:
+        batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if epochs is not None or not limits:
+        limits.append(batches * (epochs or 1))
+    return min(limits)

@@ -9,6 +9,7 @@ from slzo.experiments.trial import Workbench
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.selection import Auto, Choice, Race
 from slzo.zo.selection.margin import CLEAR
+from slzo.zo.step_size import HALF
 
 
 def checked_choice(bench: Workbench, rule: Auto, layers: list[LayerStatistics], total_steps: int) -> RaceResult:
@@ -43,7 +44,7 @@ def _doubt(bench: Workbench, rule: Auto, choice: Choice) -> str:
     """Why the choice may be a poor one, a clause; empty: it is not known to be."""
     if choice.margin is not None and choice.margin.errors < CLEAR:
         return f"not clear, {choice.margin.words}"
-    if not bench.module.optimizer_choice.automatic:
+    if not bench.module.optimizer_choice.automatic or bench.module.parts.model.dtype in HALF:
         return ""
     try:
         step = bench.measured_step(choice.layer)

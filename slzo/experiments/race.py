@@ -1,9 +1,12 @@
 """A race between layers: short trainings of equal work or steps, of which the worse half end early."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from slzo.console import say
 from slzo.errors import SlzoError
@@ -32,6 +35,8 @@ class Costs:
         evaluations: Of the batch, in a step.
         measuring: Evaluations before the first step.
         measured: Layers in which that has been done.
+        caches: States that enter a layer are kept.
+        carries: They are run on to the next layer; not if keeping them rounds.
         total_steps: Of the training that the race is for.
         train_rows: That it has.
         dev_rows: Rows of a dev loss.
@@ -47,10 +52,12 @@ class Costs:
     dev_rows: int
     beside_layers: float = BESIDE_LAYERS
     measured: frozenset[int] = frozenset()
+    caches: bool = True
+    carries: bool = True
 
     def layers(self, lowest: int) -> float:
         """Layers that are run where ``lowest`` is tuned."""
-        return self.num_layers - lowest + self.beside_layers
+        return self.num_layers - (lowest if self.caches else 0) + self.beside_layers
 
     def step(self, layer: int) -> float:
         """One step in a layer."""
@@ -66,13 +73,14 @@ class Costs:
 
     def training(self, layer: int) -> float:
         """The whole training in a layer, with the states of each row below it; without the scoring of dev rows."""
-        return self.total_steps * self.step(layer) + min(self.train_rows, self.total_steps * self.batch_size) * layer
+        states = min(self.train_rows, self.total_steps * self.batch_size) * layer if self.caches else 0
+        return self.total_steps * self.step(layer) + states
 
     def beside(self, entrants: Sequence[int]) -> float:
         """What the race takes besides measuring and steps: dev losses, and states that the winner's training has no use for."""
         rows = self.dev_rows + min(self.train_rows, _NUM_BATCHES * self.batch_size)
-        lost = rows * (max(entrants) - min(entrants))
-        return lost + sum(2 * self.dev_rows * self.layers(layer) for layer in entrants)
+        lost = (max(entrants) if self.carries else sum(entrants)) - min(entrants) if self.caches else 0
+        return rows * lost + sum(2 * self.dev_rows * self.layers(layer) for layer in entrants)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class RaceResult:
 
 
 def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs, reference: int) -> RacePlan:
-    """Steps of each entrant so that all cost at most ``share`` of the training in the layer ``reference``."""
+    """Steps of each entrant so that all cost at most ``share`` of the training in the layer ``reference``, which stays in."""
     training = costs.training(reference)
     running = sorted(entrants)
     while len(running) > 1:
@@ -128,7 +136,7 @@ def plan_race(entrants: Sequence[int], share: float, equal: Equal, costs: Costs,
             runs = sum(costs.measure(layer) + number * costs.step(layer) for layer, number in steps.items())
             cost = costs.beside(running) + runs - costs.spared(running)
             return RacePlan(steps, tuple(sorted(set(entrants) - set(running))), cost / training)
-        running = running[1:]
+        running.remove(next(layer for layer in running if layer != reference))
     return RacePlan({}, tuple(entrants), 0.0)
 
 
@@ -142,9 +150,14 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
         total_steps: Of the training that it is for.
 
     Raises:
-        SlzoError: There are no dev rows.
+        SlzoError: There are no dev rows, or no dominant layer.
     """
     module = bench.module
+    if not module.scope.needs_layer:
+        raise SlzoError(
+            f"profiler.rule Race: compares dominant layers, and model.scope {module.scope.describe()} has none; choose another "
+            "rule"
+        )
     if not bench.datamodule.rows("dev"):
         raise SlzoError("profiler.rule Race: compares dev losses, and there are no dev rows; set data.num_dev")
     entrants = rule.entrants(layers)
@@ -160,19 +173,24 @@ def race(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_step
     best, states = -1, None
 
     def goes_on(score: Score) -> bool:
-        halfway.append(score.loss)
-        return score.loss <= statistics.median(halfway)
+        if math.isfinite(score.loss):
+            halfway.append(score.loss)
+        return bool(halfway) and score.loss <= statistics.median(halfway)
 
     for layer, steps in plan.steps.items():
-        bench.move_prefix(layer)
         checks = {max(1, steps // 3): goes_on}
-        trials[layer] = bench.trial(layer, steps=steps, seed=seed, num_batches=_NUM_BATCHES, checks=checks)
+        try:
+            bench.move_prefix(layer)
+            trials[layer] = bench.trial(layer, steps=steps, seed=seed, num_batches=_NUM_BATCHES, checks=checks)
+        except SlzoError as error:  # the others may well run
+            say(f"layer {layer:3d}: out of the race, {error}")
+            continue
         say(_line(layer, trials[layer], steps))
         if best < 0 or trials[layer].gain > trials[best].gain:
             best, states = layer, bench.prefix
     bench.forget_prefix()
     before = bench.before.loss if bench.before is not None else 0.0
-    if trials[best].gain <= 0:
+    if best < 0 or trials[best].gain <= 0:
         return RaceResult(_fallback(layers, f"no layer lowered the dev loss of {before:.4f} in the race"), trials)
     what = "work" if rule.equal == "work" else "steps"
     reason = (
@@ -189,7 +207,9 @@ def plan_of(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_s
 
 
 def _costs(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> Costs:
-    data, module = bench.datamodule, bench.module
+    data, module, engine = bench.datamodule, bench.module, bench.module.engine
+    dtype = module.parts.model.dtype
+    kept = dtype if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
     measures = module.optimizer_choice.automatic or module.step_options.eps is None
     return Costs(
         num_layers=num_layers,
@@ -201,6 +221,8 @@ def _costs(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> C
         dev_rows=min(rule.dev_rows, len(data.rows("dev"))),
         beside_layers=BESIDE_LAYERS + bench.head_layers(),
         measured=frozenset(filter(bench.knows_step, range(num_layers))),
+        caches=engine.cache_gb > 0,
+        carries=torch.promote_types(kept, dtype) == kept,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slzo.data.batch import EvalBatch
+from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import score_rows
 from slzo.models.prefix_cache import PrefixCache
@@ -185,7 +185,7 @@ class Workbench:
         scores: list[Score] = []
         with self._tuned(layer) as tuned_model:
             optimizer = choice.make(tuned_model.tensors.masters)
-            batches = self.datamodule.training_batches(self.datamodule.batch_size, seed)
+            batches = self._training_batches(seed)
             if num_batches is not None:
                 batches = cycle(islice(batches, num_batches))
             step_size = None
@@ -281,9 +281,16 @@ class Workbench:
         return self._measure_step(tuned_model, eps, seed)
 
     def _measure_step(self, tuned_model: TunedModel, eps: float | None, seed: int) -> StepSize:
-        first = next(self.datamodule.training_batches(self.datamodule.batch_size, seed))
+        first = next(self._training_batches(seed))
         loss = self.module.loss_of(first.to(tuned_model.parts.model.device), seed=seed)
         return tuned_model.measure_step(loss, self.datamodule.objective, eps, seed)
+
+    def _training_batches(self, seed: int) -> Iterator[TrainBatch]:
+        """Those of ``slzo fit`` where directions are: rows may have a seed of their own."""
+        own = self.module.noise_seed or 0
+        return self.datamodule.training_batches(
+            self.datamodule.batch_size, self.datamodule.seed or 0 if seed == own else seed
+        )
 
     def _fill_prefix(self, tuned_model: TunedModel) -> None:
         """Compute the states of every row that the cache has room for."""
@@ -346,7 +353,7 @@ class Workbench:
     def score(self, step: int = 0, evaluations: int = 0, seconds: float = 0.0) -> Score:
         """Score the dev rows with the live weights."""
         data = self.datamodule
-        batches = data.val_dataloader() if self.dev_rows is None else _first(data.val_dataloader(), self.dev_rows)
+        batches = data.val_dataloader() if self.dev_rows is None else _some(data.val_dataloader(), self.dev_rows)
         found = score_rows(self.module.evaluator, batches, data.make_metrics(), keep_prefix=True, also=data.also)
         return Score(step, evaluations, seconds, data.judge.distance(found), found[data.judge.metric])
 
@@ -368,14 +375,12 @@ def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _first(batches: Iterable[EvalBatch], rows: int) -> Iterator[EvalBatch]:
-    """Batches until there are so many rows."""
-    seen = 0
-    for batch in batches:
-        if seen >= rows:
-            return
-        yield batch
-        seen += len(batch.rows)
+def _some(batches: Iterable[EvalBatch], rows: int) -> list[EvalBatch]:
+    """Whole batches of about so many rows, evenly spaced: they come by length, or by text."""
+    found = list(batches)
+    all_rows = sum(len(batch.rows) for batch in found)
+    number = min(len(found), math.ceil(len(found) * rows / max(1, all_rows)))
+    return [found[int((place + 0.5) * len(found) / number)] for place in range(number)]
 
 
 def _mean(values: Sequence[float]) -> float:

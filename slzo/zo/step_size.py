@@ -5,6 +5,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import torch
 from torch.optim import Optimizer
 
 from slzo.errors import SlzoError
@@ -17,6 +18,8 @@ from slzo.zo.tuned import TunedTensors
 _SHARE = 0.045
 # A perturbation is to change the loss by this share of it: far above rounding, and near enough for a straight line.
 _EPS_SHARE = {"float32": 0.01, "half": 0.03}
+HALF = (torch.bfloat16, torch.float16)
+"""Types in which rounding hides the curvature."""
 _FIRST_EPS, _LARGEST_EPS = 1e-3, 1.0
 _LOOKS = 3
 # A mean loss above this many times that at the weights is beyond the straight line.
@@ -117,9 +120,13 @@ class StepSize:
             tuned.restore()
         _check(mean)
         if square == 0:
+            advice = (
+                "give a larger one, or leave it out"
+                if given is not None
+                else "use model.dtype float32, or another scope"
+            )
             raise SlzoError(
-                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; give a larger one, or leave "
-                "it out"
+                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; {advice}"
             )
         curvature = 0.0 if half else 2 * (mean - here) / eps**2  # in half precision it drowns in rounding
         if given is None and curvature > 0:
@@ -188,9 +195,10 @@ class StepSize:
 
     def describe(self, sets_rate: bool = True) -> str:
         """What was measured, in a line; and what the first step is to bring, where it sets the rate."""
+        curvature = f"{self.curvature:.3g}" if self.curvature != 0 else "not known"
         line = (
             f"Step size: eps {self.eps:.2g}, loss {self.loss:.4g}, slopes {self.slope:.3g} (root mean square), "
-            f"curvature {self.curvature:.3g}, {self.evaluations} evaluations"
+            f"curvature {curvature}, {self.evaluations} evaluations"
         )
         if not sets_rate:
             return line

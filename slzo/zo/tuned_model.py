@@ -43,7 +43,7 @@ from slzo.zo.scopes import Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.span import Span
 from slzo.zo.step import StepOptions, StepResult, take_step
-from slzo.zo.step_size import StepSize
+from slzo.zo.step_size import HALF, StepSize
 from slzo.zo.tuned import Subset, TunedTensors
 
 _ALONE = Processes()
@@ -382,7 +382,7 @@ class TunedModel:
 
     def measure_step(self, loss: Loss, objective: Objective, eps: float | None, seed: int) -> StepSize:
         """Measure step sizes on a batch's loss by an objective, see :meth:`slzo.zo.step_size.StepSize.measure`."""
-        half = self.parts.model.dtype in (torch.bfloat16, torch.float16)
+        half = self.parts.model.dtype in HALF
         try:
             return StepSize.measure(self.tensors, loss, seed, eps, half, objective.lowest)
         except SlzoError as error:

@@ -17,8 +17,8 @@ class Auto(SelectionRule):
     A step promises what the measured step size (model.optimizer.lr auto) is to lower the loss by. Where it is a fraction of a
     percent, since the loss is curved along random directions, that layer learns slowly on this task and others may not: so it is
     with tasks whose loss is that of a free answer (COPA, SQuAD, DROP); docs/results.md has the figures. With a rate that is
-    given only the statistics are asked for their margin; with generated answers, on several processes, and without dev rows or
-    steps enough for a race, nothing is checked.
+    given, and in half precision, where rounding hides the curvature, only the statistics are asked for their margin; with
+    generated answers, on several processes, and without dev rows or steps enough for a race, nothing is checked.
 
     Args:
         share: What a race may cost, as a share of the whole training in LargestFall's layer, > 0; layers for which that is not
