@@ -96,7 +96,6 @@ def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, devic
         module.optimizer_choice,
     )
     kept = module.engine.weights_gb
-    cache_dtype = None if module.engine.cache_dtype is None else getattr(torch, module.engine.cache_dtype)
     setup = Setup(
         shape,
         dtype,
@@ -106,7 +105,7 @@ def setup_of(module: ZOModule, datamodule: TaskDataModule, max_steps: int, devic
         min(layers, default=0),
         _workload(datamodule, max_steps),
         int(module.engine.cache_gb * _GB) if module.engine.cache_dir is None else 0,
-        cache_dtype,
+        module.engine.states_dtype,
         device.type == "cpu",
         None if kept is None else int(kept * _GB),
     )

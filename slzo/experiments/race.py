@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from slzo.console import say
 from slzo.errors import SlzoError
 from slzo.experiments.sweep import BESIDE_LAYERS
@@ -208,8 +206,6 @@ def plan_of(bench: Workbench, rule: Race, layers: list[LayerStatistics], total_s
 
 def _costs(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> Costs:
     data, module, engine = bench.datamodule, bench.module, bench.module.engine
-    dtype = module.parts.model.dtype
-    kept = dtype if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
     measures = module.optimizer_choice.automatic or module.step_options.eps is None
     return Costs(
         num_layers=num_layers,
@@ -222,7 +218,7 @@ def _costs(bench: Workbench, rule: Race, num_layers: int, total_steps: int) -> C
         beside_layers=BESIDE_LAYERS + bench.head_layers(),
         measured=frozenset(filter(bench.knows_step, range(num_layers))),
         caches=engine.cache_gb > 0,
-        carries=torch.promote_types(kept, dtype) == kept,
+        carries=not PrefixCache(0, engine.cache_gb, engine.states_dtype).rounds(module.parts.model.dtype),
     )
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from slzo.errors import SlzoError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -55,6 +57,11 @@ class Engine:
             )
         if self.cache_gb < 0:
             raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: give 0 to switch the cache off, or more")
+
+    @property
+    def states_dtype(self) -> torch.dtype | None:
+        """``cache_dtype``; ``None``: that of the model."""
+        return None if self.cache_dtype is None else getattr(torch, self.cache_dtype)
 
     def with_derivatives(self, needed_by: str) -> "Engine":
         """The same with operations that have derivatives.

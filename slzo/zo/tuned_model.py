@@ -109,8 +109,7 @@ class TunedModel:
         engine, parts = self.engine, self.parts
         self.span = span
         if cache is None or cache.start != span.start:
-            dtype = None if engine.cache_dtype is None else getattr(torch, engine.cache_dtype)
-            cache = PrefixCache(span.start, engine.cache_gb, dtype, engine.cache_dir)
+            cache = PrefixCache(span.start, engine.cache_gb, engine.states_dtype, engine.cache_dir)
         self.history = ProjectedGradHistory()
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.decodes_together:

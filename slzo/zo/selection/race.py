@@ -27,7 +27,7 @@ class Race(SelectionRule):
 
     Args:
         share: What the race may cost, as a share of the whole training in LargestFall's layer (if that does not enter, in the
-            lowest that does), > 0; entrants are left out from below where that is not enough.
+            lowest that does), > 0; the others are left out from below where that is not enough.
         equal: What all get as much of: work (rows times layers they go through, so about time), or steps.
         layers: Entrants, counted from 0; left out, those above.
         dev_rows: Rows that the dev loss is taken on, at least 16.
