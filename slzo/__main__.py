@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from slzo import __version__
-from slzo.commands import COMMANDS
-from slzo.errors import Interrupted, SlzoError
-from slzo.renames import RENAMED_COMMANDS
+from slzo.commands.registry import COMMANDS
+from slzo.utils.errors import Interrupted, SlzoError
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
 
@@ -26,14 +25,14 @@ options:
   --version      the version
 
 exit status:
-  0 done   2 a mistake in options or files, told in one line   1 any other error: a bug, please report it
+  0 done   2 an error in options or files, explained in one line   1 any other error: a bug, please report it
   130 ended by Ctrl-C   143 ended by SIGTERM; fit stops after its present step, saves it and says how to go on
 
 examples:
   slzo fit --config configs/quickstart.yaml
   slzo fit --config configs/quickstart.yaml --data.task sst2 --data.data_dir DIR --model.eps 1e-3
   slzo sweep --config configs/quickstart.yaml --sensitivity_only true
-  slzo lr_search --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
+  slzo sweep --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
   slzo export --ckpt_path best --output tuned-model
   slzo generate --ckpt_path best --prompt "A warm and funny film. It was"
@@ -53,15 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"slzo {__version__}\n")
         return 0
     try:
-        if args[0] in RENAMED_COMMANDS:
-            raise SlzoError(f"command {args[0]!r}: is called {RENAMED_COMMANDS[args[0]]} now")
         if args[0] not in COMMANDS:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        run = importlib.import_module(COMMANDS[args[0]].module).run  # takes seconds: torch, Lightning and transformers
+        run_command = importlib.import_module(
+            "slzo.cli.app"
+        ).run_command  # takes seconds: torch, Lightning, transformers
         with sigterm_raises():
-            run(args)
+            run_command(args[0], args[1:])
     except SlzoError as error:
         sys.stderr.write(f"slzo: error: {error}\n")
         return 2
@@ -69,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _interrupt_status(stop)
         if status is None:
             raise
-        goes_on = "; the same command goes on where it stopped" if COMMANDS[args[0]].goes_on else ""
-        sys.stderr.write(f"slzo: interrupted{goes_on}\n")
+        resumes = "; the same command goes on where it stopped" if COMMANDS[args[0]].resumes else ""
+        sys.stderr.write(f"slzo: interrupted{resumes}\n")
         return status
     return 0
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 
 _LAUNCHED_MOST = 64
 

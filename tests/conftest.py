@@ -19,12 +19,12 @@ from matplotlib.image import imsave
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import tiny
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators import Request
 from slzo.zo.forward import SuffixForward
 from slzo.zo.scopes import LayerScope, ScopeContext
-from slzo.zo.span import Span
+from slzo.zo.forward import Span
 from slzo.zo.tuned_model import TunedModel
 from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests take it from here
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
 from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided
 

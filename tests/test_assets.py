@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from slzo import pip_download
-from slzo.assets import WheelFile, build_once, cache_dir, fetch
-from slzo.errors import SlzoError
+from slzo.utils import pip_download
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch
+from slzo.utils.errors import SlzoError
 
 MEMBER = "toy_asset/data.bin"
 CONTENT = b"some content\n" * 1000
@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_ready_is_made_again(tmp_path: Path) -> None:
 
 def test_importing_these_modules_loads_no_heavy_package() -> None:
     code = (
-        "import sys, slzo.assets, slzo.models.builtin, slzo.tasks.movie_reviews_wheel; "
+        "import sys, slzo.utils.assets, slzo.models.builtin, slzo.tasks.movie_reviews_wheel; "
         "sys.exit(str([name for name in ('torch', 'transformers') if name in sys.modules] or ''))"
     )
     assert (

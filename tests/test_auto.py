@@ -14,12 +14,12 @@ from conftest import run_dir, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import bad
 
-from slzo import checkpoint_file
+from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.cli_auto import spelled_out, with_words
 from slzo.module import ZOModule
-from slzo.zo.step_size import StepSize
+from slzo.zo.auto_step import AutoStep
 
 LEARNS = [
     "--trainer.max_steps=60",
@@ -226,7 +226,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(auto, optimizer, monkeypa
     auto = [*auto, f"--model.optimizer={optimizer}", "--model.optimizer.lr=auto", "--trainer.max_steps=9"]
     assert main(["fit", *auto]) == 0
     assert main(["fit", *auto, "--trainer.max_steps=3"]) == 0
-    monkeypatch.setattr(StepSize, "measure", None)  # measuring anew would fail
+    monkeypatch.setattr(AutoStep, "measure", None)  # measuring anew would fail
     assert main(["fit", *auto, "--ckpt_path=last"]) == 0
     whole, resumed = tuned(last(0)), tuned(last(2))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -306,7 +306,7 @@ def test_what_cannot_be_measured_is_one_line_and_leaves_no_folder(auto, capsys, 
     [(0.0, r"auto: the loss is 0, and a share of it needs one above 0"), (math.nan, r"auto: the loss is nan before")],
 )
 def test_a_loss_without_a_share_is_one_line_and_leaves_no_folder(auto, capsys, monkeypatch, value, expected):
-    from slzo.zo.batch_loss import BatchLogitLoss
+    from slzo.zo.loss import BatchLogitLoss
 
     monkeypatch.setattr(BatchLogitLoss, "at", lambda self, points: torch.full((len(points),), value))
     assert re.search(expected, bad(capsys, "fit", *auto))

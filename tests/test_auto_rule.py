@@ -13,16 +13,16 @@ from test_race import MAGNITUDES, FakeBench
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.cli import build
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.experiments.checked_choice import checked_choice
 from slzo.experiments.trial import Workbench
-from slzo.zo import StepSize
+from slzo.zo import AutoStep
 from slzo.zo.selection import Auto, LargestFall
 from slzo.zo.selection.base import Choice, Margin
 
 GAINS = {11: 0.02, 28: 0.001, 29: 0.002}
-STRAIGHT = StepSize(eps=1e-3, loss=1.0, square=25.0)  # the first step is to lower the loss by 4.5%
-CURVED = StepSize(eps=1e-3, loss=1.0, square=25.0, curvature=7500.0)  # by 25 x 0.3 / 7500 = 0.1%
+STRAIGHT = AutoStep(eps=1e-3, loss=1.0, square=25.0)  # the first step is to lower the loss by 4.5%
+CURVED = AutoStep(eps=1e-3, loss=1.0, square=25.0, curvature=7500.0)  # by 25 x 0.3 / 7500 = 0.1%
 
 
 class Bench(FakeBench):
@@ -83,7 +83,7 @@ def test_where_the_statistics_are_unclear_a_race_decides_without_a_look():
         (Bench(CURVED, generates=True), 3200, 0),
         (half(Bench(CURVED)), 3200, 0),
         (Bench(CURVED), 20, 0),
-        (Bench(StepSize(eps=1e-3, loss=1.0, square=1e-4, largest=1e-3)), 3200, 1),
+        (Bench(AutoStep(eps=1e-3, loss=1.0, square=1e-4, largest=1e-3)), 3200, 1),
     ],
     ids=["rate given", "generated answers", "half precision", "no room", "LoRA"],
 )

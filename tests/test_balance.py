@@ -11,7 +11,7 @@ from slzo.__main__ import main
 from slzo.data.balance import balanced_order, classes_of, describe_balance, epochs_for_all
 from slzo.data.sampler import EpochBatchSampler
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.base import Example
 
 CLASSES = [0] * 30 + [1] * 7 + [2] * 3

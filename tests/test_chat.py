@@ -14,7 +14,7 @@ from slzo.batches.packing import pack
 from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits, part_test
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask

@@ -13,10 +13,10 @@ from conftest import run_dir, tiny_model, tuned
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from slzo import checkpoint_file
+from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
-from slzo.checkpoint import CHECKPOINT_FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
-from slzo.errors import SlzoError
+from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
+from slzo.utils.errors import SlzoError
 from slzo.models.fingerprint import Fingerprint
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from slzo.checkpoint_file import DamagedError, is_ours, read, write
-from slzo.errors import SlzoError
+from slzo.checkpoints.checkpoint_file import DamagedError, is_ours, read, write
+from slzo.utils.errors import SlzoError
 
 KEYS = st.text() | st.integers() | st.tuples(st.integers(), st.text())
 VALUES = st.recursive(

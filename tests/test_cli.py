@@ -15,11 +15,11 @@ import yaml
 from conftest import run_dir, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slzo import checkpoint_file
+from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models import parts as parts_of_models
 from slzo.module import ZOModule
 from slzo.run_trainer import run_trainer

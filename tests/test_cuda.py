@@ -19,10 +19,10 @@ from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import load_placed
 from slzo.models.prefix_cache import PrefixCache
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.zo.estimators import Point
 from slzo.zo.forward import SuffixForward
-from slzo.zo.span import Span
+from slzo.zo.forward import Span
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 CARD = torch.device("cuda", 0)
@@ -120,7 +120,7 @@ def test_layers_away_from_the_card_compute_the_same(tmp_path):
     for given in ({"model.layers.0": "disk", "model.layers.2": "cpu", "model.layers.3": "disk"}, None):
         plain = load_model(str(tmp_path)).to(CARD) if given is None else None
         model = plain or load_placed(str(tmp_path), "float32", False, DeviceMapChoice(given), CARD)
-        own = tuned_layer(take_apart(model), 2)
+        own = tuned_layer(split_and_verify(model), 2)
         assert all(tensor.live.device == CARD for _, tensor in own.tensors.items())
         found.append(own.logits(batch))
     assert torch.equal(*found)

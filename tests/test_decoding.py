@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, tiny_model, tuned_layer
 
-from slzo.batches.blocks import Block
+from slzo.batches.packing import Block
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.evaluation.generation import generate
@@ -15,7 +15,7 @@ from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point
-from slzo.zo.live_points import live_points
+from slzo.zo.loss import live_points
 
 NEW_TOKENS = 8
 EPS = 0.01

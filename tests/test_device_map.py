@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models import device_map
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.engine import Engine
@@ -19,12 +19,12 @@ from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model
 from slzo.models.placement import Placement, load_placed, placement_of
 from slzo.models.shape import skeleton_of
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.trainer import ZOTrainer
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import AllParameters, LayerScope, LoRA, PrefixTuning
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned_model import TunedModel
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def steps(model, scope=None, onednn=False, count=3):
     """Masters and losses after some steps of two queries, evaluated together."""
     generator = random.Random(0)
     batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(3)]), ())
-    parts = take_apart(model, onednn=onednn)
+    parts = split_and_verify(model, onednn=onednn)
     engine = Engine(paired=True, queries_at_once=2)
     scope = LayerScope() if scope is None else scope
     own = TunedModel.of_scope(parts, scope, LAYER, engine=engine, prompts=lambda _: [batch.packed])
@@ -102,7 +102,7 @@ def test_each_layer_is_visited_once_a_step(model_dir):
 def test_a_layer_goes_back_unless_it_has_changed(model_dir):
     model = placed(model_dir, {"": "disk"})
     away = lambda: {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.is_meta}  # noqa: E731
-    parts = take_apart(model, onednn=False)
+    parts = split_and_verify(model, onednn=False)
     TunedModel.of_scope(parts, LayerScope(), 2).release()
     TunedModel.of_scope(parts, LoRA(), 1).release()
     assert away() == {"0", "1", "2", "3"}
@@ -113,7 +113,7 @@ def test_a_layer_goes_back_unless_it_has_changed(model_dir):
 
 
 def test_scopes_of_the_whole_model_are_refused(model_dir):
-    parts = take_apart(placed(model_dir), onednn=False)
+    parts = split_and_verify(placed(model_dir), onednn=False)
     with pytest.raises(
         SlzoError, match=r"model.device_map: some layers are not on .* model.scope tunes all; tune some"
     ):
@@ -131,7 +131,7 @@ def test_every_family_runs_from_disk(family, tmp_path):
     assert placement_of(from_disk).places.offloaded == [0, 2, 3]
     assert torch.equal(from_disk(ids).logits, load_model(str(tmp_path))(ids).logits)
     assert Fingerprint.of(from_disk) == Fingerprint.of(load_model(str(tmp_path)))
-    assert take_apart(from_disk, onednn=False).packed
+    assert split_and_verify(from_disk, onednn=False).packed
 
 
 def test_files_of_another_type_are_converted_at_each_visit(model_dir):

@@ -20,12 +20,12 @@ from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.models.arrival import Arrival, CopyStream
 from slzo.models.engine import Engine
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
 from slzo.zo.estimators import FZO, SPSA, OneSided
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
@@ -99,7 +99,7 @@ CASES = {
 def make_step(scope, estimator, queries, objective=None, dtype=torch.float32, device="cpu"):
     generator = random.Random(0)
     batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(4)]), ()).to(device)
-    parts = take_apart(tiny_model().to(device, dtype), onednn=False)
+    parts = split_and_verify(tiny_model().to(device, dtype), onednn=False)
     model = TunedModel.of_scope(parts, scope, LAYER, engine=Engine(), prompts=lambda _: [batch.packed])
     optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-4)
     options = StepOptions(1e-3, num_queries=queries)
@@ -125,7 +125,7 @@ def test_a_step_reads_its_losses_and_nothing_else(case, dtype):
 def test_queries_that_are_evaluated_together_are_read_together():
     generator = random.Random(0)
     batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(4)]), ())
-    parts = take_apart(tiny_model(), onednn=False)
+    parts = split_and_verify(tiny_model(), onednn=False)
     model = TunedModel.of_scope(parts, LayerScope(), LAYER, engine=Engine(queries_at_once=3))
     optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-4)
     for number in range(2):

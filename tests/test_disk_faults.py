@@ -11,7 +11,7 @@ import pytest
 from conftest import run_dir
 
 from slzo.__main__ import main
-from slzo.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
 
 LOGGER = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.name="]
 

@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from slzo.data.encoding import Encoder, newline_token
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.base import Example
 
 CORPUS = [

@@ -14,7 +14,7 @@ from torch import nn
 
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import (

@@ -16,11 +16,11 @@ from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.losses import candidate_scores
 from slzo.batches.packing import pack
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.metrics import token_f1
 from slzo.models.parts import ModelParts

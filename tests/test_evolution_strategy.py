@@ -7,7 +7,7 @@ import torch
 from conftest import estimate, flat
 from test_estimators import Quadratic, autograd_gradient, described, model_loss, variance
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import LOZO, SPSA, EvolutionStrategy, Request
 from slzo.zo.estimators.evolution_strategy import middle_ranks, z_scores
 from slzo.zo.scopes import AllParameters, LayerScope, LoRA

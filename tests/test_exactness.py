@@ -17,8 +17,8 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators import SPSA, Point
 from slzo.zo.forward import SuffixForward
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
-from slzo.zo.span import Span
-from slzo.zo.step import StepOptions
+from slzo.zo.forward import Span
+from slzo.zo.stepper import StepOptions
 
 EPS = 1e-3
 LAYER = 2

@@ -15,7 +15,7 @@ from slzo.__main__ import main
 from slzo.batches.losses import candidate_scores
 from slzo.cli import build
 from slzo.data.batch import EvalCollator
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.experiments import sweep
 from slzo.experiments.lr_search import Tried, make_grid, recommend
 from slzo.experiments.store import CellStore

@@ -15,9 +15,9 @@ from test_scopes import tune
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.export.card import without_places
-from slzo.export.licences import write_licences
+from slzo.export.card import write_licences
 from slzo.models.origin import loadable, origin_of
 from slzo.models.peft_files import LowRank, lora_files
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning

@@ -14,14 +14,14 @@ from transformers import AutoConfig
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.generation import generate
 from slzo.models import parts as model_parts
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import ORIGINAL_LENGTH, WINDOW, tiny_config, tiny_twin
-from slzo.settings import with_defaults
+from slzo.utils.settings import with_defaults
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.profile import profile_layers
@@ -35,7 +35,7 @@ from slzo.zo.scopes import (
     ScopeContext,
     SmallestWeights,
 )
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned_model import TunedModel
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -75,7 +75,7 @@ def test_the_table_says_what_happens(tool, model_type):
 
 
 def test_a_wrong_model_does_not_get_into_the_table(tool, monkeypatch):
-    monkeypatch.setattr(tool, "take_apart", lambda model, **_: ModelParts(model, onednn=False))
+    monkeypatch.setattr(tool, "split_and_verify", lambda model, **_: ModelParts(model, onednn=False))
     with pytest.raises(AssertionError, match=r"lfm2: accepted, and its logits are wrong by \d"):
         tool.verdict_of("lfm2")
 
@@ -104,9 +104,9 @@ def test_a_window_that_no_short_row_reaches_is_seen(monkeypatch):
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(model_parts, "packed_attention_forward", without_window)
-    assert take_apart(tiny_model("llama")).packed
+    assert split_and_verify(tiny_model("llama")).packed
     with pytest.warns(UserWarning, match="a tiny model of its kind gives other logits than the whole"):
-        assert not take_apart(tiny_model("mistral", sliding_window=4096)).packed
+        assert not split_and_verify(tiny_model("mistral", sliding_window=4096)).packed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -118,7 +118,7 @@ def test_rows_that_see_each_other_are_noticed_in_any_dtype(dtype):
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        parts = take_apart(model.to(dtype))
+        parts = split_and_verify(model.to(dtype))
     assert not parts.packed
     assert "rows of a batch see each other" in str(told[-1].message)
 
@@ -142,7 +142,7 @@ def test_rows_that_see_each_other_are_noticed_in_any_dtype(dtype):
 def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family, rope):
     options = {} if family == "llama" else {"original_max_position_embeddings": 40}
     model = tiny_model(family, rope_parameters=rope, **options)
-    parts = take_apart(model)
+    parts = split_and_verify(model)
     longest = 256 if family == "llama" else 40
     assert (parts.packed, parts.longest) == (True, longest)
     generator = random.Random(0)
@@ -158,7 +158,7 @@ def test_a_head_that_cannot_be_selected_is_run_whole(monkeypatch):
         raise AttributeError("'_SelectedHead' object has no attribute 'other'")
 
     monkeypatch.setattr(model_parts._SelectedHead, "forward", fails)
-    parts = take_apart(tiny_model("llama"))
+    parts = split_and_verify(tiny_model("llama"))
     assert not parts.selects
     hidden, ids = torch.randn(3, 32), torch.tensor([5, 2])
     torch.testing.assert_close(parts.head(hidden, ids), parts.head(hidden)[:, ids])
@@ -170,7 +170,7 @@ def test_a_model_without_a_twin_is_padded(monkeypatch):
 
     monkeypatch.setattr("slzo.models.startup_check.tiny_twin", fails)
     with pytest.warns(UserWarning, match="no tiny model of its kind can be made to try it on: 'no such layer'"):
-        assert not take_apart(tiny_model("llama")).packed
+        assert not split_and_verify(tiny_model("llama")).packed
 
 
 def test_a_refused_model_leaves_no_run_folder(tool, tmp_path, sst2_options, capsys):
@@ -195,7 +195,7 @@ def test_sinks_are_seen_while_answers_are_generated(tool):
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         expected.append(ids[len(prompt) :])
-    parts = take_apart(tool.tiny_model("gpt_oss"))
+    parts = split_and_verify(tool.tiny_model("gpt_oss"))
     assert parts.packed
     assert generate(parts, prompts, set(), max_new_tokens=6).answers == expected
 
@@ -204,7 +204,7 @@ def test_a_model_that_sees_padding_generates_rows_of_equal_length_together(tool)
     generator = random.Random(0)
     prompts = [generator.choices(range(3, 300), k=k) for k in (3, 9, 9, 14)]
     with pytest.warns(UserWarning, match="padding is used"):
-        parts = take_apart(tool.tiny_model("recurrent_gemma"))
+        parts = split_and_verify(tool.tiny_model("recurrent_gemma"))
     assert not parts.pads_left
     together = generate(parts, prompts, set(), max_new_tokens=5).answers
     assert together == [generate(parts, [prompt], set(), max_new_tokens=5).answers[0] for prompt in prompts]
@@ -285,7 +285,7 @@ def test_the_text_decoder_of_a_model_that_looks_at_images_is_loaded(tool, tmp_pa
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path))
     assert isinstance(loaded, type(model))
-    parts = take_apart(loaded)
+    parts = split_and_verify(loaded)
     assert parts.layers is loaded.model.language_model.layers
     assert tool.largest_error(parts, model) < 1e-5
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from slzo.errors import SlzoError
-from slzo.files import PARTIAL, check_writable, remove_leftovers, replacing, write_json, write_text
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import PARTIAL, check_writable, remove_leftovers, replacing, write_json, write_text
 
 
 def names(folder):
@@ -100,7 +100,7 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
 
 def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
     code = (
-        "import sys, time; from slzo.files import replacing\n"
+        "import sys, time; from slzo.utils.files import replacing\n"
         "with replacing(sys.argv[1]) as partial:\n"
         "    partial.write_text('half'); print('writing', flush=True); time.sleep(60)"
     )
@@ -125,14 +125,14 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monk
         check_writable(tmp_path / "file" / "result.txt")
     check_writable(tmp_path / "result.txt")
     assert names(tmp_path) == ["file"]
-    monkeypatch.setattr("slzo.files.tempfile.mkdtemp", full_disk)
+    monkeypatch.setattr("slzo.utils.files.tempfile.mkdtemp", full_disk)
     with pytest.raises(SlzoError, match="No space left"):
         check_writable(tmp_path / "result.txt")
 
 
 def test_many_writers_of_one_file(tmp_path):
     code = (
-        "import sys; from slzo.files import write_text\n"
+        "import sys; from slzo.utils.files import write_text\n"
         "for _ in range(50): write_text(sys.argv[1], sys.argv[2] * 10000)"
     )
     started = time.monotonic()

@@ -10,8 +10,8 @@ from conftest import run_dir, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
-from slzo.checkpoint import read_checkpoint
-from slzo.signals import signals_held
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.utils.signals import signals_held
 
 # two epochs of 5 batches and a bit
 STEPS = 12

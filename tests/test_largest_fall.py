@@ -8,7 +8,7 @@ import torch
 from conftest import SHARED_DATA, tiny_model
 from test_profile import prompts, statistics
 
-from slzo.assets import cache_dir
+from slzo.utils.assets import cache_dir
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
 from slzo.callbacks.profile_report import format_profile

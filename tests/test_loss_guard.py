@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 from slzo.__main__ import main
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.datamodule import Judge, TaskDataModule
 from slzo.zo.go_back import halve_rate
 

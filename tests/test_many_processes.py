@@ -11,8 +11,8 @@ import torch
 from conftest import run_dir, tuned
 
 from slzo.__main__ import main
-from slzo.checkpoint import read_checkpoint
-from slzo.step_log import read_step_log
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.checkpoints.step_log import read_step_log
 
 ROWS = 12  # of a step, over all processes
 

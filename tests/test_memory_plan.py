@@ -16,12 +16,12 @@ import family_table
 from memory_table import table as memory_table
 from slzo.__main__ import main
 from slzo.callbacks import memory_planner
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models import load
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
 from slzo.zo.memory import PROGRAM_BYTES, Setup, Workload
 from slzo.zo.scopes import LoRA
@@ -135,7 +135,7 @@ def test_the_summary_has_estimate_and_peak(options, capsys):
 def test_an_adapter_counts_by_its_own_size(options, capsys, model_dir):
     assert main(["plan", *options, "--model.scope=LoRA", "--model.scope.layers=all"]) == 0
     planned = float(re.search(r"masters +(\S+) GiB", capsys.readouterr().out)[1])
-    tuned = TunedModel.of_scope(take_apart(load_model(str(model_dir))), LoRA(layers="all"))
+    tuned = TunedModel.of_scope(split_and_verify(load_model(str(model_dir))), LoRA(layers="all"))
     assert planned * 2**30 == pytest.approx(4 * tuned.tensors.num_elements, rel=0.01)
 
 

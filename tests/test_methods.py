@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
 from slzo.cli import build
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.generation import generate
 from slzo.zo.optim import OptimizerChoice, SignSGD
 from slzo.zo.scopes import PrefixTuning

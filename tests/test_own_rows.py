@@ -7,7 +7,7 @@ from conftest import make_tokenizer
 
 from slzo.__main__ import main
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
 

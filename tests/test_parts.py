@@ -7,9 +7,9 @@ from conftest import FAMILIES, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.packing import pack
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts, find_decoder_layers
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 
 
 def plain_logits(model, example):
@@ -123,7 +123,7 @@ def test_attention_that_cannot_be_packed_falls_back_to_padding(examples):
     model = tiny_model("stablelm", num_key_value_heads=4)
     attention = model.config._attn_implementation
     with pytest.warns(UserWarning, match="padding is used"):
-        parts = take_apart(model)
+        parts = split_and_verify(model)
     assert not parts.packed
     assert model.config._attn_implementation == attention
     batch = pack(examples)
@@ -153,6 +153,6 @@ def test_a_model_that_cannot_be_taken_apart_is_refused(monkeypatch):
         warnings.catch_warnings(action="error"),  # nobody is told that padding is used
         pytest.raises(SlzoError, match=r"LlamaForCausalLM is not supported: .* relative error \d"),
     ):
-        take_apart(model)
+        split_and_verify(model)
     assert tried == [True, False]
     assert model.config._attn_implementation == attention

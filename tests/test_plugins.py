@@ -11,7 +11,7 @@ from conftest import run_dir, tuned
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.registry import get_task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from test_estimators import described, model_loss
 
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided, Point, Request
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.processes import Processes

@@ -10,7 +10,7 @@ from conftest import random_example, tiny_model
 from slzo.batches.packing import pack
 from slzo.callbacks.profile_notes import bos_note, sequence_notes
 from slzo.callbacks.profile_report import format_profile
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.zo.profile import LayerStatistics, OutlierProfile, profile_layers, usable_sequences
 from slzo.zo.selection import Choice, FirstOutlierLayer, FixedLayer, Margin, MaxRatioJump

@@ -12,7 +12,7 @@ from conftest import make_tokenizer, run_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slzo.__main__ import main
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.evaluation.generation import generate
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts

@@ -9,13 +9,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from slzo import checkpoint_file
+from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
-from slzo.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
+from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
 from slzo.config_files import check_config_file
 from slzo.data.files import READERS, read_file
 from slzo.data.sources import load_examples
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.template import TemplateTask
 from slzo.trainer import ZOTrainer
 

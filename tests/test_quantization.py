@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import quantization_config
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import AllParameters, LoRA, PrefixTuning
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_a_plain_model_with_rounded_frozen_weights(folder):
             reference.get_submodule(name).weight.copy_(module.weight.dequantize())
     losses = []
     for model in (quantized, reference):
-        own = tuned_layer(take_apart(model), LAYER)
+        own = tuned_layer(split_and_verify(model), LAYER)
         direction = own.tensors.draw(0, 0, 0)
         losses.append(own.loss(batch, CandidateCrossEntropy()).at([Point(direction, 0.01), Point(direction, -0.01)]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
@@ -173,7 +173,7 @@ def test_the_fingerprint_tells_quantized_models_apart(folder, tmp_path):
 
 @needs("bitsandbytes")
 def test_scopes_that_add_to_a_layer_and_those_that_tune_all(folder):
-    parts = take_apart(load_model(str(folder), quantization="nf4"))
+    parts = split_and_verify(load_model(str(folder), quantization="nf4"))
     modules = dict(parts.model.named_modules())
     made = TunedModel.of_scope(parts, LoRA(rank=2, target_modules=["mlp_output"]), LAYER)
     assert len(made.exchanged.quantized) == 7

@@ -14,7 +14,7 @@ from test_profile import statistics
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import OutlierProfiler, _steps
 from slzo.cli import build
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.experiments.race import Costs, plan_of, plan_race, race
 from slzo.experiments.trial import Score, Trial
 from slzo.models.engine import Engine

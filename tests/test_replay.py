@@ -12,7 +12,7 @@ from conftest import run_dir, tuned
 
 from slzo.__main__ import main
 from slzo.module import ZOModule
-from slzo.step_log import StepLog, StepLogWriter, StepRecord, WentBack, read_step_log
+from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord, Rollback, read_step_log
 
 STEPS = 6
 METHODS = {
@@ -162,7 +162,7 @@ def test_what_cannot_be_replayed_is_one_line(options, more, message, capsys):
 
 def test_a_log_is_small_and_ends_where_a_crash_cut_it(tmp_path):
     path = tmp_path / "zo_log"
-    records = [StepRecord(step, 1e-3, 1e-4, (0.5, 0.25)) for step in range(10_000)] + [WentBack(10_000, 7)]
+    records = [StepRecord(step, 1e-3, 1e-4, (0.5, 0.25)) for step in range(10_000)] + [Rollback(10_000, 7)]
     writer = StepLogWriter(path, StepLog({"a": 1}))
     for record in records:
         writer.append(record)

@@ -11,9 +11,9 @@ from conftest import run_dir
 
 from slzo.__main__ import main
 from slzo.report.command import run as report
-from slzo.report.differences import differing
+from slzo.report.page import differing
 from slzo.report.run_files import flat, read_run
-from slzo.step_log import StepLog, StepLogWriter, StepRecord
+from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
 
 
 class Page(HTMLParser):

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import Row, TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Decoding, answer_text, generate
 from slzo.evaluation.rewarding import to_reward
@@ -28,7 +28,7 @@ from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.zo.estimators import SPSA, Point
 from slzo.zo.objectives import AnswerLikelihood, Reward
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 
 FUNCTIONS = """
 import ctypes, os, time

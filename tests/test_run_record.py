@@ -8,7 +8,7 @@ from conftest import run_dir, tuned
 
 import slzo
 from slzo.__main__ import main
-from slzo.environment import environment, git_commit
+from slzo.utils.environment import environment, git_commit
 
 
 def test_a_saved_config_gives_the_same_weights_and_the_record_says_with_what(options):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import run_dir
 
-from slzo import checkpoint_file
+from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
 from slzo.callbacks.next_command import RunFacts, next_command
 from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
-from slzo.checkpoint import read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.tasks.base import Example
 

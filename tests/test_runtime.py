@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from slzo.runtime import keep_freed_memory, peak_memory_gb
+from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 
 
 def test_peak_memory_is_that_of_the_process():
@@ -13,7 +13,7 @@ def test_peak_memory_is_that_of_the_process():
 
 
 def test_peak_memory_is_not_that_of_the_parent():
-    code = "import torch; from slzo.runtime import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
+    code = "import torch; from slzo.utils.runtime import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
     held = torch.ones(2**28)  # 1 GiB
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.9
@@ -24,7 +24,7 @@ def test_peak_memory_is_not_that_of_the_parent():
 def test_freed_memory_is_kept_and_not_mapped_again():
     """Making a tensor of 8 MB again and again costs no page faults, in a process of its own."""
     code = (
-        "import resource, torch; from slzo.runtime import keep_freed_memory; assert keep_freed_memory()\n"
+        "import resource, torch; from slzo.utils.runtime import keep_freed_memory; assert keep_freed_memory()\n"
         "for _ in range(3): torch.ones(2_000_000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): torch.ones(2_000_000)\n"
@@ -39,7 +39,7 @@ def test_freed_memory_is_kept_and_not_mapped_again():
 def test_kernels_of_former_shapes_are_forgotten():
     """Products of 600 shapes, in processes of their own: with every kernel kept they take several times the memory."""
     code = (
-        "import sys, torch; from slzo.runtime import bound_kernel_caches\n"
+        "import sys, torch; from slzo.utils.runtime import bound_kernel_caches\n"
         "if sys.argv[1] == 'bound': bound_kernel_caches()\n"
         "def used(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
         "torch.set_num_threads(1); before = used()\n"

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slzo.batches.packing import pack
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.settings import constructor_settings, differences
+from slzo.utils.settings import constructor_settings, differences
 from slzo.zo.estimators import SPSA, Point
 from slzo.zo.forward import SuffixForward
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -35,7 +35,7 @@ from slzo.zo.scopes import (
 )
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import linears
-from slzo.zo.span import Span
+from slzo.zo.forward import Span
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 

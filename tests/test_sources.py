@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from slzo.data.sources import load_examples, row_id
 from slzo.data.superglue import hub_rows
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.registry import get_task
 from slzo.tasks.template import TemplateTask
 

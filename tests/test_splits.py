@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from slzo.data.splits import divide, draw_splits, least_rows, part_test
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.base import Example
 
 # Made with sha256sum of "1:r0", "1:r1", ... and "test:id:t0", ...: the lowest digests come first.

@@ -11,11 +11,11 @@ from test_any_module import cnn, images
 from torch import nn
 from torch.nn import functional as F
 
-from slzo.errors import SlzoError
-from slzo.zo import ClosureLoss, Request, StepSize, TunedTensors, take_step
+from slzo.utils.errors import SlzoError
+from slzo.zo import ClosureLoss, Request, AutoStep, TunedTensors, take_step
 from slzo.zo.estimators import FZO, SPSA, Estimate
 from slzo.zo.optim import SignSGD
-from slzo.zo.step_size import _PROBE_STEP
+from slzo.zo.auto_step import _PROBE_STEP
 
 SIZE, TARGET = 30, torch.linspace(-1, 2, 30)
 
@@ -49,7 +49,7 @@ def slopes_of(tuned, gradient, seed, directions=8):
 @pytest.mark.parametrize("eps", [None, 1e-2])
 def test_the_mean_square_is_that_of_the_slopes_along_the_same_directions(seed, eps):
     model, tuned, loss = quadratic()
-    found = StepSize.measure(tuned, loss, seed, eps)
+    found = AutoStep.measure(tuned, loss, seed, eps)
     expected = sum(slope**2 for slope in slopes_of(tuned, -TARGET, seed)) / 8
     assert found.square == pytest.approx(expected, rel=1e-3)
     assert found.slope == pytest.approx(math.sqrt(expected), rel=1e-3)
@@ -65,7 +65,7 @@ def test_the_mean_square_is_that_of_the_slopes_along_the_same_directions(seed, e
 def test_eps_changes_the_loss_by_its_share(scale, half):
     """On fresh directions, whatever the scale: the first guess is off by up to some hundred times, either way."""
     model, tuned, loss = quadratic(scale=scale)
-    eps = StepSize.measure(tuned, loss, 0, half=half).eps
+    eps = AutoStep.measure(tuned, loss, 0, half=half).eps
     start, changes = float(model().detach()), []
     for query in range(40):
         z = tuned.draw(5, 3, query)["weight"]
@@ -84,8 +84,8 @@ def test_eps_stays_where_the_slope_is_more_than_the_curvature(bend, eps):
     loss = LossAt(
         lambda points: torch.tensor([2 + p.scale + bend * p.scale**2 / 2 for p in points], dtype=torch.float64)
     )
-    assert StepSize.measure(tuned, loss, 0).eps == pytest.approx(eps, rel=3e-2)
-    assert StepSize.measure(tuned, loss, 0, eps=0.1).eps == 0.1
+    assert AutoStep.measure(tuned, loss, 0).eps == pytest.approx(eps, rel=3e-2)
+    assert AutoStep.measure(tuned, loss, 0, eps=0.1).eps == 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
@@ -96,7 +96,7 @@ def test_measuring_costs_what_it_says_and_leaves_everything_as_it_was(scale):
     tuned.restore()
     before = tuned.copy_of_masters()
     state = torch.random.get_rng_state()
-    found = StepSize.measure(tuned, loss, 0)
+    found = AutoStep.measure(tuned, loss, 0)
     assert model.calls == found.evaluations <= 40
     assert torch.equal(model.weight, before["weight"])
     assert torch.equal(tuned.masters[0], before["weight"])
@@ -106,7 +106,7 @@ def test_measuring_costs_what_it_says_and_leaves_everything_as_it_was(scale):
 
 def test_a_given_eps_costs_the_slopes_only():
     model, tuned, loss = quadratic()
-    assert StepSize.measure(tuned, loss, 0, eps=1e-3).evaluations == model.calls == 17
+    assert AutoStep.measure(tuned, loss, 0, eps=1e-3).evaluations == model.calls == 17
 
 
 def test_training_takes_the_directions_that_it_would():
@@ -115,7 +115,7 @@ def test_training_takes_the_directions_that_it_would():
     for measure in (False, True):
         _, tuned, loss = quadratic()
         if measure:
-            StepSize.measure(tuned, loss, 0)
+            AutoStep.measure(tuned, loss, 0)
         optimizer = torch.optim.SGD(tuned.masters, lr=1e-3)
         for step in range(5):
             take_step(Request(tuned, loss, seed=0, step=step, eps=1e-3), SPSA(), optimizer)
@@ -132,7 +132,7 @@ def test_a_failure_while_measuring_leaves_the_weights():
         return model()
 
     with pytest.raises(KeyboardInterrupt):
-        StepSize.measure(tuned, ClosureLoss(model, tuned, fails), 0)
+        AutoStep.measure(tuned, ClosureLoss(model, tuned, fails), 0)
     assert not model.weight.any()
 
 
@@ -165,7 +165,7 @@ def made(kind, **options):
 )
 def test_the_rate_lowers_the_loss_by_its_share(optimizer, share):
     """Plain steps: kappa L / s^2; steps of one size: that times the slope, the length of a plain step's element."""
-    step_size = StepSize(**MEASURED)
+    step_size = AutoStep(**MEASURED)
     assert step_size.rate(optimizer, SPSA()) == pytest.approx(share * PLAIN_RATE)
     step_size.factor = 0.25
     step_size.set_rate(optimizer, SPSA())
@@ -174,7 +174,7 @@ def test_the_rate_lowers_the_loss_by_its_share(optimizer, share):
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_an_estimator_that_normalizes_is_like_an_optimizer_that_does(antithetic):
-    rate = StepSize(**MEASURED).rate(made(torch.optim.SGD), FZO(antithetic))
+    rate = AutoStep(**MEASURED).rate(made(torch.optim.SGD), FZO(antithetic))
     assert rate == pytest.approx(5.0 * PLAIN_RATE)
 
 
@@ -183,7 +183,7 @@ def test_other_optimizers_are_refused_in_one_line(kind):
     with pytest.raises(
         SlzoError, match=rf"^model\.optimizer\.lr auto: not known for {kind.__name__}; .*SGD.*Adam"
     ) as e:
-        StepSize(**MEASURED).rate(made(kind), SPSA())
+        AutoStep(**MEASURED).rate(made(kind), SPSA())
     assert "\n" not in str(e.value)
 
 
@@ -213,7 +213,7 @@ def estimate(loss, *slopes):
 
 
 def test_the_means_run_over_twenty_steps():
-    step_size = StepSize(eps=1e-3, loss=1.0, square=4.0)
+    step_size = AutoStep(eps=1e-3, loss=1.0, square=4.0)
     loss, square, weight = 1.0, 4.0, 8
     for step in range(40):
         own = 1.0 + 0.3 * math.sin(step)
@@ -235,7 +235,7 @@ def test_the_means_run_over_twenty_steps():
     ],
 )
 def test_an_estimate_that_is_not_finite_says_nothing(broken):
-    step_size = StepSize(**MEASURED)
+    step_size = AutoStep(**MEASURED)
     before = step_size.to_dict()
     step_size.update(broken)
     assert step_size.to_dict() == before
@@ -248,8 +248,8 @@ def test_the_curvature_is_that_along_the_same_directions():
     _, tuned, loss = quadratic(scale=3.0)
     bend = sum(float(tuned.draw(4, _PROBE_STEP, query)["weight"].square().sum()) for query in range(8)) / 8
     for eps in (None, 3e-2, 0.1):
-        assert StepSize.measure(tuned, loss, 4, eps).curvature == pytest.approx(9 * bend, rel=2e-2)
-    assert StepSize.measure(tuned, loss, 4, half=True).curvature == 0
+        assert AutoStep.measure(tuned, loss, 4, eps).curvature == pytest.approx(9 * bend, rel=2e-2)
+    assert AutoStep.measure(tuned, loss, 4, half=True).curvature == 0
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,13 @@ def test_the_curvature_is_that_along_the_same_directions():
 )
 def test_the_rate_stays_below_what_the_curvature_allows(curvature, rate):
     """0.3 / c where that is less."""
-    step_size = StepSize(**MEASURED, curvature=curvature)
+    step_size = AutoStep(**MEASURED, curvature=curvature)
     assert step_size.rate(made(torch.optim.SGD), SPSA()) == pytest.approx(rate)
     assert step_size.rate(made(torch.optim.Adam), SPSA()) == pytest.approx(5 * rate)
 
 
 def test_the_curvature_is_taken_to_grow_as_the_slopes_do():
-    step_size = StepSize(**MEASURED, curvature=3000.0, first_square=25.0)
+    step_size = AutoStep(**MEASURED, curvature=3000.0, first_square=25.0)
     optimizer = made(torch.optim.SGD)
     assert step_size.rate(optimizer, SPSA()) == pytest.approx(1e-4)
     for square, rate in ((100.0, 0.25e-4), (5.0, 1e-4)):
@@ -274,21 +274,21 @@ def test_the_curvature_is_taken_to_grow_as_the_slopes_do():
 @pytest.mark.parametrize(("slope", "taken"), [(14.0, 14.0), (-14.0, -14.0), (45.0, 15.0), (-450.0, -15.0)])
 def test_a_slope_far_above_the_usual_is_taken_for_three_times_that(slope, taken):
     """5 is usual; the direction is (1, 2)."""
-    step_size, gradient = StepSize(**MEASURED), {"weight": slope * torch.tensor([1.0, 2.0])}
+    step_size, gradient = AutoStep(**MEASURED), {"weight": slope * torch.tensor([1.0, 2.0])}
     step_size.update(replace(estimate(2.0, slope), gradient=gradient))
     assert gradient["weight"].tolist() == pytest.approx([taken, 2 * taken])
     assert step_size.square == pytest.approx(25 + (taken**2 - 25) / 9)
 
 
 def test_the_rate_falls_with_the_number_of_steps():
-    step_size = StepSize(**MEASURED)
+    step_size = AutoStep(**MEASURED)
     for step in range(300):
         assert step_size.rate(made(torch.optim.SGD), SPSA()) == pytest.approx(PLAIN_RATE / (1 + step / 100))
         step_size.update(estimate(2.0, 5.0))
 
 
 def test_what_is_measured_is_told_and_what_the_first_step_is_to_bring():
-    straight, bent = StepSize(**MEASURED), StepSize(**MEASURED, curvature=3000.0)
+    straight, bent = AutoStep(**MEASURED), AutoStep(**MEASURED, curvature=3000.0)
     assert straight.describe().endswith("; the first step is to lower the loss by 4.50%")
     assert (
         "the first step is to lower the loss by 0.12%, by 4.5% if nothing limited the rate" in bent.describe()
@@ -297,13 +297,13 @@ def test_what_is_measured_is_told_and_what_the_first_step_is_to_bring():
 
 
 def test_a_loss_that_went_below_zero_stops_the_steps():
-    assert StepSize(eps=1e-3, loss=-1.0, square=4.0).rate(made(torch.optim.SGD), SPSA()) == 0
+    assert AutoStep(eps=1e-3, loss=-1.0, square=4.0).rate(made(torch.optim.SGD), SPSA()) == 0
 
 
 def test_numbers_only_and_back():
-    step_size = StepSize(**MEASURED, factor=0.5, evaluations=20)
+    step_size = AutoStep(**MEASURED, factor=0.5, evaluations=20)
     assert all(isinstance(value, int | float) for value in step_size.to_dict().values())
-    assert StepSize(**step_size.to_dict()) == step_size
+    assert AutoStep(**step_size.to_dict()) == step_size
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_numbers_only_and_back():
 def test_a_loss_that_is_not_finite_is_an_error(eps, value, told):
     model, tuned, _ = quadratic()
     with pytest.raises(SlzoError, match=rf"auto: the loss is {told} before training; use model\.dtype"):
-        StepSize.measure(tuned, ClosureLoss(model, tuned, lambda: torch.tensor(value)), 0, eps)
+        AutoStep.measure(tuned, ClosureLoss(model, tuned, lambda: torch.tensor(value)), 0, eps)
 
 
 @pytest.mark.parametrize("eps", [None, 1e-3])
@@ -322,13 +322,13 @@ def test_a_loss_that_is_not_finite_is_an_error(eps, value, told):
 def test_a_loss_that_is_not_above_zero_is_an_error(eps, base):
     _, tuned, loss = quadratic(base=base - 1e-2)
     with pytest.raises(SlzoError, match=r"auto: the loss is -\d.* needs one above 0; give numbers instead of auto"):
-        StepSize.measure(tuned, loss, 0, eps)
+        AutoStep.measure(tuned, loss, 0, eps)
 
 
 def test_an_eps_at_which_nothing_changes_is_an_error():
     _, tuned, loss = quadratic()
     with pytest.raises(SlzoError, match=r"model\.eps 1e-12: no direction changes the loss of .*rounding hides it"):
-        StepSize.measure(tuned, loss, 0, eps=1e-12)
+        AutoStep.measure(tuned, loss, 0, eps=1e-12)
 
 
 def test_a_loss_that_never_changes_is_an_error_after_a_few_looks():
@@ -336,7 +336,7 @@ def test_a_loss_that_never_changes_is_an_error_after_a_few_looks():
     calls = []
     constant = ClosureLoss(model, tuned, lambda: calls.append(0) or torch.tensor(1.0))
     with pytest.raises(SlzoError, match=r"model\.eps 1: no direction changes the loss of 1"):
-        StepSize.measure(tuned, constant, 0)
+        AutoStep.measure(tuned, constant, 0)
     assert len(calls) <= 40
 
 
@@ -344,7 +344,7 @@ def test_an_eps_that_overflows_is_made_smaller():
     """Where a weight moves by 3e-4 the loss is infinite, as it is at the first guess."""
     model, tuned, _ = quadratic(scale=1e3)
     loss = ClosureLoss(model, tuned, lambda: model() if model.weight.abs().max() < 3e-4 else torch.tensor(math.inf))
-    assert 0 < StepSize.measure(tuned, loss, 0).eps < 1e-4
+    assert 0 < AutoStep.measure(tuned, loss, 0).eps < 1e-4
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_an_eps_that_overflows_is_made_smaller():
 
 def train(model, tuned, closure, make, steps, estimator=None, **options):
     loss = ClosureLoss(model, tuned, closure)
-    step_size = StepSize.measure(tuned, loss, 0)
+    step_size = AutoStep.measure(tuned, loss, 0)
     optimizer = make(tuned.masters, lr=1.0, **options)
     return [
         take_step(
@@ -418,7 +418,7 @@ def test_a_steeper_loss_gets_a_smaller_rate():
     rates = []
     for scale in (1.0, 2.0):
         _, tuned, loss = quadratic(scale=scale)
-        step_size = replace(StepSize.measure(tuned, loss, 0, eps=1e-3), curvature=0.0)
+        step_size = replace(AutoStep.measure(tuned, loss, 0, eps=1e-3), curvature=0.0)
         rates.append(step_size.rate(made(torch.optim.SGD), SPSA()))
     assert rates[0] / rates[1] == pytest.approx(4, rel=1e-2)
 
@@ -431,7 +431,7 @@ def test_matrices_of_zeros_beside_others_limit_the_rate():
     for name, own in {"both": masters, "alone": {"second": second}, "whole": {"first": first}}.items():
         tuned = TunedTensors(own)
         loss = LossAt(lambda points: torch.tensor([2.0 + point.scale for point in points]))
-        found[name] = StepSize.measure(tuned, loss, 0, eps=1e-3)
+        found[name] = AutoStep.measure(tuned, loss, 0, eps=1e-3)
     assert found["both"].slope == pytest.approx(1, rel=1e-2)
     assert found["both"].largest == pytest.approx(0.1 * 0.5 / found["both"].slope, rel=1e-6)
     assert found["both"].rate(made(torch.optim.SGD), SPSA()) == found["both"].largest  # below 0.045 x 2
@@ -441,8 +441,8 @@ def test_matrices_of_zeros_beside_others_limit_the_rate():
 def test_take_step_learns_first_and_steps_then():
     """The rate of a step knows the loss and slope of that step."""
     _, tuned, loss = quadratic()
-    step_size = replace(StepSize.measure(tuned, loss, 0), curvature=0.0)
-    own = StepSize(**step_size.to_dict())
+    step_size = replace(AutoStep.measure(tuned, loss, 0), curvature=0.0)
+    own = AutoStep(**step_size.to_dict())
     optimizer = torch.optim.SGD(tuned.masters, lr=1.0)
     before = tuned.masters[0].detach().clone()
     found = take_step(Request(tuned, loss, seed=0, step=0, eps=step_size.eps), SPSA(), optimizer, step_size=step_size)

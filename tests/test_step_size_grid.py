@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import step_size_grid
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.experiments.store import CellStore
 from slzo.experiments.trial import Workbench
 

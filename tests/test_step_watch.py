@@ -8,7 +8,7 @@ from conftest import run_dir, tuned
 
 from slzo.__main__ import main
 from slzo.callbacks.step_watch import StepWatch
-from slzo.zo.clipping import ProjectedGradHistory
+from slzo.zo.stepper import ProjectedGradHistory
 from slzo.zo.estimators import Estimate
 
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.base import Example, Kind, Task
 from slzo.tasks.registry import TASKS, get_task
 from slzo.tasks.template import TemplateTask

@@ -8,15 +8,15 @@ from conftest import random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models import startup_check
 from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.parts import ModelParts
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
@@ -131,12 +131,12 @@ def test_a_model_that_ours_does_not_fit_keeps_its_own_attention_and_is_padded(mo
 
     monkeypatch.setattr(startup_check, "largest_difference", differs)
     with pytest.warns(UserWarning, match="does not run right without padding"):
-        parts = take_apart(model)
+        parts = split_and_verify(model)
     assert not parts.packed
     assert model.config._attn_implementation == "eager"
     monkeypatch.setattr(startup_check, "largest_difference", lambda *_: 0.5)
     with pytest.raises(SlzoError, match=r"other logits than the whole, relative error 0\.5"):
-        take_apart(model)
+        split_and_verify(model)
     assert model.config._attn_implementation == "eager"
 
 
@@ -150,7 +150,7 @@ def test_a_model_whose_packed_run_fails_is_padded(monkeypatch):
 
     monkeypatch.setattr(ModelParts, "run", fails)
     with pytest.warns(UserWarning, match="running its layers failed: unexpected keyword argument 's_aux'"):
-        assert not take_apart(model).packed
+        assert not split_and_verify(model).packed
     assert model.config._attn_implementation == "sdpa"
 
 

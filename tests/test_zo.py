@@ -9,14 +9,14 @@ from torch import nn
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import SPSA, Point, Request
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.optim import OptimizerChoice
-from slzo.zo.step import StepOptions, take_step
+from slzo.zo.stepper import StepOptions, take_step
 from slzo.zo.tuned import TunedTensors
 
 

@@ -28,14 +28,14 @@ from transformers import PreTrainedModel
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import load_examples
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.models.load import load_model, load_tokenizer
-from slzo.models.startup_check import take_apart
-from slzo.runtime import keep_freed_memory, peak_memory_gb
+from slzo.models.startup_check import split_and_verify
+from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import Point
-from slzo.zo.live_points import live_points
+from slzo.zo.loss import live_points
 from slzo.zo.scopes import LayerScope
 from slzo.zo.tuned_model import TunedModel
 
@@ -58,7 +58,7 @@ class Step:
 
     def __init__(self, args: argparse.Namespace, model: PreTrainedModel, layer: int) -> None:
         self.args = args
-        self.parts = take_apart(model)
+        self.parts = split_and_verify(model)
         self.tuned_model = TunedModel.of_scope(self.parts, LayerScope(), layer)
         self.count = 0
 

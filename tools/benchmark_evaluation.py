@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from slzo.data.batch import Row
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, stop_tokens
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 
 TIE = 1e-4
 
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     results = []
     try:
-        parts = take_apart(load_model(options.model))
+        parts = split_and_verify(load_model(options.model))
         plain = load_model(options.model)
         threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
         print(f"{options.model}, float32, {threads}, oneDNN {'on' if parts.onednn else 'off'}")

@@ -19,15 +19,15 @@ from benchmark_step import draw_batches, load_rows, step_parser
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
-from slzo.models.startup_check import take_apart
-from slzo.runtime import keep_freed_memory
+from slzo.models.startup_check import split_and_verify
+from slzo.utils.runtime import keep_freed_memory
 from slzo.zo.estimators import LOZO, SPSA, Estimator, EvolutionStrategy
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, Scope
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned_model import TunedModel
 
 EPS, RATE = 1e-3, 1e-6
@@ -53,7 +53,7 @@ def times(
     method: Method, args: argparse.Namespace, batches: list[list[EncodedExample]], objective: LogitObjective
 ) -> tuple[dict[bool, list[float]], float]:
     """Processor seconds of each step, by whether points are run together, and the largest distance of two losses."""
-    parts = take_apart(load_model(args.model, "float32"))
+    parts = split_and_verify(load_model(args.model, "float32"))
     engine = Engine(cache_gb=8.0, queries_at_once=args.queries)
     model = TunedModel.of_scope(
         parts, method.scope, args.layer, prompts=lambda count: [pack(batches[0][:count])], engine=engine

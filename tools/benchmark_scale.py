@@ -25,16 +25,16 @@ from torch import Tensor
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.pictures.style import BLUE, GREY, ORANGE, picture, svg_of, tidy
-from slzo.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
+from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import LayerScope
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned_model import TunedModel
 from write_shape import parse, write_shape
 
@@ -63,7 +63,7 @@ class Steps:
     """Steps on one layer with a warm prefix cache."""
 
     def __init__(self, model: Any, layer: int, rows: Sequence[EncodedExample]) -> None:
-        self.model = TunedModel.of_scope(take_apart(model), LayerScope(), layer, engine=Engine(cache_gb=8.0))
+        self.model = TunedModel.of_scope(split_and_verify(model), LayerScope(), layer, engine=Engine(cache_gb=8.0))
         self.batch = TrainBatch(pack(rows), ())
         self.optimizer = torch.optim.SGD(self.model.tensors.masters, lr=1e-6)
         self.count = 0

@@ -36,17 +36,17 @@ from slzo.data.batch import TrainBatch
 from slzo.data.encoding import Encoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
-from slzo.models.startup_check import take_apart
-from slzo.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
+from slzo.models.startup_check import split_and_verify
+from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
 from slzo.zo.scopes import LayerScope
-from slzo.zo.step import StepOptions
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned_model import TunedModel
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
@@ -271,13 +271,13 @@ def compare(args: argparse.Namespace) -> Timings:
         plain = loaded(args)
         for parameter in plain.parameters():
             parameter.data = parameter.data.clone()
-    parts = take_apart(loaded(args))
+    parts = split_and_verify(loaded(args))
     warm = SlzoStep(parts, args.layer, objective, cache_gb=8.0)
     cold = SlzoStep(parts, args.layer, objective, cache_gb=0.0)
     switched = {}
     for name, options in (SWITCHES if args.ablations else {}).items():
         of_parts = {option: value for option, value in options.items() if option in ("packed", "onednn")}
-        own = take_apart(loaded(args), **of_parts) if of_parts else parts
+        own = split_and_verify(loaded(args), **of_parts) if of_parts else parts
         switched[name] = SlzoStep(own, args.layer, objective, cache_gb=8.0, **options)
     timings = Timings()
     for number, examples in enumerate(batches):
@@ -356,7 +356,7 @@ def memory_of(args: argparse.Namespace) -> float:
         for _ in range(3):
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     else:
-        step = SlzoStep(take_apart(model), args.layer, objective, cache_gb=1.0)
+        step = SlzoStep(split_and_verify(model), args.layer, objective, cache_gb=1.0)
         for _ in range(3):
             step(examples)
     return peak_memory_gb(torch.device(args.device))

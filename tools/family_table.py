@@ -33,9 +33,9 @@ from transformers.models.auto.modeling_auto import (
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
 
 # what a type's default configuration leaves out, and no model of it does
@@ -102,7 +102,7 @@ def verdict_of(model_type: str) -> Verdict:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            parts = take_apart(model, onednn=False)
+            parts = split_and_verify(model, onednn=False)
         except SlzoError as error:
             reason = str(error).partition(" is not supported: ")[2].partition("; use a causal")[0]
             # a plain pass that fails, unless for want of other inputs, is a fault of the tiny model

@@ -40,7 +40,7 @@ from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
 from paper_tables.runs import Runner, Work, run_process
 from slzo.__main__ import sigterm_raises
-from slzo.errors import Interrupted, SlzoError
+from slzo.utils.errors import Interrupted, SlzoError
 
 INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 

@@ -36,9 +36,9 @@ import torch
 import reproduce_tables
 from paper_tables.runs import Ended
 from slzo.__main__ import main as slzo
-from slzo.checkpoint import newest_checkpoint, read_checkpoint
-from slzo.errors import Interrupted, SlzoError
-from slzo.files import write_json
+from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.utils.errors import Interrupted, SlzoError
+from slzo.utils.files import write_json
 from slzo.module import ZOModule
 from tiny import write_model, write_rows
 

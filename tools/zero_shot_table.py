@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from slzo.datamodule import TaskDataModule
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.load import load_model
-from slzo.models.startup_check import take_apart
+from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import TASKS
 
 NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     results: dict[str, Any] = {}
     try:
-        parts = take_apart(load_model(options.model))
+        parts = split_and_verify(load_model(options.model))
         for task in options.tasks:
             started = time.perf_counter()
             data = TaskDataModule(task, options.model, data_dir=options.data_dir, num_test=None)

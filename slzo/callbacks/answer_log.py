@@ -1,4 +1,4 @@
-"""Logs what rewards say of a run's steps, and some generated answers as text."""
+"""Shows some generated answers as text in TensorBoard."""
 
 from typing import Any
 
@@ -7,14 +7,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.data.batch import EvalBatch
 from slzo.evaluation.evaluator import Outcome
-from slzo.module import ZOModule
-from slzo.zo.objectives import Reward
 
 _LONGEST = 1000
 
 
 class AnswerLog(Callback):
-    """Logs the reward of each step with its spread and the answers' length, and answers to dev rows as text in TensorBoard.
+    """Logs generated answers to dev rows as text in TensorBoard.
 
     Args:
         num_examples: Dev rows whose answers are shown after each validation, the same ones each time.
@@ -23,15 +21,6 @@ class AnswerLog(Callback):
     def __init__(self, num_examples: int = 4) -> None:
         self.num_examples = num_examples
         self._shown: dict[str, str] = {}
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log the rewards."""
-        objective = pl_module.datamodule.objective if isinstance(pl_module, ZOModule) else None
-        if isinstance(objective, Reward) and objective.report is not None:
-            values = {f"train/{name}": value for name, value in objective.report.values.items()}
-            pl_module.log_dict(values, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""

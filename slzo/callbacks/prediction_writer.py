@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.console import say
-from slzo.errors import SlzoError
-from slzo.files import check_writable, replacing
-from slzo.runtime import of_all_processes
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import check_writable, replacing
+from slzo.utils.runtime import of_all_processes
 
 
 class PredictionWriter(Callback):

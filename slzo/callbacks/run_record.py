@@ -1,57 +1,235 @@
-"""Writes beside a run what its numbers depend on besides the config."""
+"""Writes what a run depends on, finds and gains to the files of its folder."""
 
+import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.environment import environment
-from slzo.files import write_json
+from slzo.callbacks.checkpoints import LAST, LastCheckpoint
+from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.step_watch import StepWatch
+from slzo.evaluation.held_out import HeldOutScores
+from slzo.fit import Outcome, Prepared, ask_samples, finish, score_test_rows
 from slzo.module import ZOModule
-
-NAME = "environment.json"
-"""Of the file in a run's folder."""
+from slzo.report.forecast import Forecast
+from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
+from slzo.utils.console import say
+from slzo.utils.environment import command_line, environment
+from slzo.utils.files import write_json
+from slzo.utils.runtime import peak_memory_gb
 
 
 class RunRecord(Callback):
-    """Writes versions, commit, command, seeds, devices, threads and kernels of a training to ``environment.json``."""
+    """Writes the files of a run's folder and prints its summary.
+
+    * ``environment.json`` when training begins: versions, commit, command, seeds, devices, threads and kernels.
+    * ``history.json`` after each validation: step, evaluations, seconds, loss, metrics and peak memory. A run that continues a
+      checkpoint begins with the points of the run before it.
+    * ``samples.json``, ``summary.json``, ``curves.png`` and ``report.html`` at the end, see :func:`slzo.fit.finish`.
+
+    The held-out rows are scored with the untuned model before the first step, and with the best checkpoint at the end. After the
+    first steps it prints how long the run will take. It comes after the callbacks whose counts it reports.
+
+    Args:
+        test_before: Score the held-out rows before training too.
+    """
+
+    def __init__(self, test_before: bool = True) -> None:
+        self.test_before = test_before
+        self._started = self._train_started = time.monotonic()
+        self._before: HeldOutScores | None = None
+        self._samples: dict[int, dict[str, Any]] = {}
+        self._points: list[dict[str, Any]] = []
+        self._offset = 0.0
+        self._forecast = Forecast()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it, and give loggers the options that are not the model's: Lightning gives them those."""
-        if isinstance(pl_module, ZOModule):
-            options = _options(trainer, pl_module)
-            for logger in trainer.loggers:
-                if not isinstance(logger, TensorBoardLogger):  # it shows each set of options as a run of its own
-                    logger.log_hyperparams(options)
-        log_dir = trainer.log_dir  # a collective call: every process must make it
-        if log_dir is None or not isinstance(pl_module, ZOModule) or not trainer.is_global_zero:
+        """Write what the run depends on, and score the held-out rows with the untuned model."""
+        if not isinstance(pl_module, ZOModule):
             return
-        write_json(Path(log_dir) / NAME, {**environment(), **_of_run(trainer, pl_module)})
+        prepared = pl_module.prepared
+        assert prepared is not None
+        folder, rows = _folder(trainer), pl_module.rows
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):  # it shows each set of options as a run of its own
+                logger.log_hyperparams(_options(trainer, pl_module))
+        if folder is not None and trainer.is_global_zero:
+            write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, pl_module, prepared)})
+        quick = bool(getattr(trainer, "fast_dev_run", False))
+        begun = time.monotonic()
+        if not quick and not prepared.resumed:
+            if self.test_before and self._before is None:
+                self._before = score_test_rows(prepared, rows, "before training")
+                _log_scores(trainer, self._before)
+                self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
+            self._samples = ask_samples(prepared, rows)
+        self._points = _points_before(trainer)
+        self._offset = self._points[-1]["seconds"] if self._points else 0.0
+        self._train_started = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note when a step begins."""
+        self._forecast.begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After some steps, print what the rest of the run will take; a run of few steps is not worth it."""
+        if self._forecast.end() and isinstance(pl_module, ZOModule) and not getattr(trainer, "fast_dev_run", False):
+            splits = pl_module.rows.splits
+            assert splits is not None
+            line = self._forecast.line(
+                _planned_steps(trainer) - trainer.global_step,
+                trainer.val_check_batch if trainer.enable_validation else None,
+                splits,
+                peak_memory_gb(pl_module.device) + _cache_growth(trainer, pl_module),
+            )
+            if line:
+                say(line)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was found."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
+            return
+        folder = _folder(trainer)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        distance = pl_module.rows.selection_metric.distance(found, "val/")
+        loss = found.pop("val/loss", math.nan)
+        self._points.append(
+            {
+                "step": trainer.global_step,
+                "evaluations": pl_module.stepper.num_evaluations,
+                "seconds": round(self._offset + time.monotonic() - self._train_started, 4),
+                "loss": loss if math.isfinite(loss) else None,
+                "distance": distance if math.isfinite(distance) else None,
+                "metrics": {name: value for name, value in found.items() if math.isfinite(value)},
+                "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
+            }
+        )
+        if folder is not None and trainer.is_global_zero:
+            write_json(folder / HISTORY_FILE, {"points": self._points})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the best checkpoint, print and write the summary."""
+        if not isinstance(pl_module, ZOModule) or getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
+            return
+        prepared = pl_module.prepared
+        assert prepared is not None
+        summary = finish(prepared, pl_module.rows, self._outcome(trainer), _folder(trainer))
+        _log_scores(trainer, HeldOutScores(summary["scores_after"], {}))
+        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+            metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
+            trainer.logger.log_hyperparams(dict(pl_module.hparams), metrics=metrics)
+
+    def _outcome(self, trainer: Trainer) -> Outcome:
+        """What the summary says of the training; a collective call."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        folder = _folder(trainer)
+        best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
+        keeps_last = folder is not None and any(isinstance(each, LastCheckpoint) for each in callbacks)
+        limit = "max_steps" if trainer.max_steps > 0 else "max_epochs"
+        spikes = next((each.spikes for each in callbacks if isinstance(each, StepWatch)), {"number": 0})
+        named = ("step", "evaluations", "seconds")
+        return Outcome(
+            steps=trainer.global_step,
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            best=best,
+            last=str(folder / "checkpoints" / LAST) if keeps_last and folder is not None else None,
+            validations=[{**{k: p[k] for k in named}, "loss": p["distance"]} for p in self._points],
+            before=self._before,
+            samples=self._samples,
+            seconds=time.monotonic() - self._started,
+            train_seconds=time.monotonic() - self._train_started,
+            rollbacks=sum(each.rollbacks for each in callbacks if isinstance(each, LossGuard)),
+            spikes=spikes,
+            limit=(limit, int(getattr(trainer, limit) or 0)),
+            command=command_line(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores and predictions before training."""
+        before = self._before
+        return {
+            "before": before and before.metrics,
+            "rows_before": before and before.rows,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the scores before training from a checkpoint."""
+        metrics = state_dict["before"]
+        self._before = None if metrics is None else HeldOutScores(metrics, state_dict["rows_before"] or {})
+
+
+def _folder(trainer: Trainer) -> Path | None:
+    """Folder of the run; ``None`` where nothing is written."""
+    log_dir = trainer.log_dir  # a collective call: every process must make it
+    return None if log_dir is None or getattr(trainer, "fast_dev_run", False) else Path(log_dir)
+
+
+def _log_scores(trainer: Trainer, scores: HeldOutScores) -> None:
+    """Give every logger the held-out scores, at the present step."""
+    for logger in trainer.loggers:
+        logger.log_metrics({f"test/{name}": value for name, value in scores.metrics.items()}, step=trainer.global_step)
+        logger.save()
 
 
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
-    rows = {f"data.{name}": value for name, value in module.datamodule.state_dict().items()}
+    """Options that are not the model's, which Lightning gives to loggers itself."""
+    rows = {f"data.{name}": value for name, value in module.rows.step_settings().items()}
+    assert module.prepared is not None
     return {
         **rows,
         "trainer.max_steps": trainer.max_steps,
-        "dominant_layer": module.layer,
-        "noise_seed": module.noise_seed,
+        "dominant_layer": module.prepared.layer,
+        "noise_seed": module.stepper.seed,
     }
 
 
-def _of_run(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
-    assert module.tuned_model is not None
-    datamodule, base = module.datamodule, module.tuned_model.base
+def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, Any]:
+    rows, base, parts = module.rows, prepared.model.base, prepared.model.parts
     return {
         "processes": trainer.world_size,
         "strategy": type(trainer.strategy).__name__,
         "device": str(module.device),
-        "seeds": {"noise": module.noise_seed, "rows": datamodule.seed},
-        "layer": module.layer,
-        "onednn": module.parts.onednn,
-        "packed": module.parts.packed,
+        "seeds": {"noise": prepared.stepper.seed, "rows": rows.seed},
+        "layer": prepared.layer,
+        "onednn": parts.onednn,
+        "packed": parts.packed,
         "base": None if base is None else {"sample": dict(base.sample), "tuned": dict(base.tuned)},
-        "rows": {split: len(datamodule.rows(split)) for split in ("train", "dev")},
+        "rows": {split: len(rows.rows(split)) for split in ("train", "dev")},
         "continued_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
+
+
+def _points_before(trainer: Trainer) -> list[dict[str, Any]]:
+    """The points that the continued run has up to its checkpoint."""
+    if trainer.ckpt_path is None:
+        return []
+    path = Path(trainer.ckpt_path).parent.parent / HISTORY_FILE
+    try:
+        points = json.loads(path.read_text(encoding="utf-8"))["points"]
+        return [point for point in points if point["step"] <= trainer.global_step]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: the curve begins here
+        return []
+
+
+def _planned_steps(trainer: Trainer) -> int:
+    """Steps of the whole run, as far as they are known."""
+    epochs = (trainer.max_epochs or -1) * trainer.num_training_batches
+    limits = [int(limit) for limit in (trainer.max_steps, epochs) if 0 < limit < math.inf]
+    return min(limits, default=0)
+
+
+def _cache_growth(trainer: Trainer, module: ZOModule) -> float:
+    """GiB that the prefix cache will still take for training rows that were not seen yet, on the CPU."""
+    assert module.tuned_model is not None
+    cache, rows = module.tuned_model.forward.cache, module.rows
+    seen = trainer.global_step * rows.batch_size
+    if not seen or module.device.type != "cpu" or cache.directory is not None:
+        return 0.0
+    unseen = max(0, len(rows.rows("train")) - seen)
+    return min(cache.budget - cache.num_bytes, cache.num_bytes * unseen / seen) / 2**30

@@ -1,4 +1,4 @@
-"""Tells steps that mean nothing, and counts jumps of the loss."""
+"""Detects steps that make no progress, and counts spikes of the loss."""
 
 import math
 import statistics
@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from slzo.errors import SlzoError
 from slzo.module import ZOModule
-from slzo.zo.estimators import Estimate
+from slzo.utils.console import warn
+from slzo.utils.errors import SlzoError
+from slzo.zo.stepper import StepResult
 
 _REMEMBERED, _NEEDED = 50, 10
 _GREW = 100.0
 
 
 class StepWatch(Callback):
-    """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops after some of them.
+    """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops the run after some of them.
 
     Losses that are metrics often do not change; then it only warns. A loss is a spike if it is above twice the median of the last
-    50 steps and above it by ten times their usual distance from it; the summary has their number and the largest.
+    50 steps and above the median by ten times the median distance from it; the summary has their number and the largest.
 
     Args:
         max_zero_steps: Stop after this many steps in a row whose projected gradients are exactly 0.
@@ -38,7 +38,7 @@ class StepWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note how large the tuned tensors are; a resumed run knows how large they were at first."""
-        if isinstance(pl_module, ZOModule) and not (pl_module.resumed and self._size_at_start is not None):
+        if isinstance(pl_module, ZOModule) and not (_resumed(pl_module) and self._size_at_start is not None):
             self._losses.clear()
             self._zeros, self.spikes, self._size_at_start = 0, {"number": 0}, _size(pl_module)
 
@@ -46,20 +46,21 @@ class StepWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the step."""
-        estimate = outputs.get("estimate") if isinstance(outputs, dict) else None
-        if not isinstance(estimate, Estimate) or not isinstance(pl_module, ZOModule) or not estimate.finite:
+        result = outputs.get("result") if isinstance(outputs, dict) else None
+        if not isinstance(result, StepResult) or not isinstance(pl_module, ZOModule) or not result.estimate.finite:
             return
+        estimate = result.estimate
         self._look_for_spike(estimate.loss, trainer.global_step)
         if any(estimate.projected_grad):
             self._zeros = 0
             return
         self._zeros += 1
-        if estimate.loss == 0 or not pl_module.datamodule.objective.differentiable:
+        if estimate.loss == 0 or not pl_module.rows.objective.differentiable:
             if self._zeros == self.max_zero_steps:
-                rank_zero_warn(f"the loss, {estimate.loss:.4g}, changed along no direction for {self._zeros} steps")
+                warn(f"the loss, {estimate.loss:.4g}, changed along no direction for {self._zeros} steps")
             return
         if self._zeros == 1:
-            rank_zero_warn(
+            warn(
                 f"the projected gradient is exactly 0 at step {trainer.global_step}, nothing is learned: "
                 f"{_reason(pl_module, self._size_at_start)}"
             )
@@ -96,6 +97,10 @@ class StepWatch(Callback):
         self.spikes = dict(state_dict["spikes"])
 
 
+def _resumed(module: ZOModule) -> bool:
+    return module.prepared is not None and module.prepared.resumed
+
+
 def _size(module: ZOModule) -> float:
     """Root mean square of what is tuned."""
     assert module.tuned_model is not None
@@ -105,17 +110,17 @@ def _size(module: ZOModule) -> float:
 
 def _reason(module: ZOModule, at_start: float | None) -> str:
     """Why no direction changes the loss, and what to do."""
-    now, eps = _size(module), module.step_options.eps_at(module.global_step, module.trainer.max_steps)
+    now, eps = _size(module), module.stepper.options.eps_at(module.global_step, module.trainer.max_steps)
     if at_start and not now < _GREW * at_start:
         return (
             f"the tuned tensors grew by a factor of {now / at_start:.3g}, the steps are far too large; lower the learning rate "
-            f"(model.optimizer.init_args.lr {module.optimizer_choice.lr:.3g})"
+            f"(model.optimizer.init_args.lr {module.options.optimizer.lr:.3g})"
         )
-    told_apart = now * torch.finfo(getattr(torch, module.dtype_name)).eps
-    if not module.estimator.differentiates and eps < told_apart:
+    smallest_change = now * torch.finfo(getattr(torch, module.options.dtype)).eps
+    if not module.options.estimator.differentiates and eps < smallest_change:
         return (
-            f"model.eps {eps:.3g} is lost in rounding: entries of size {now:.2g} in {module.dtype_name} change by steps of about "
-            f"{told_apart:.1g}; raise it, 1e-3 is a good start"
+            f"model.eps {eps:.3g} is lost in rounding: entries of size {now:.2g} in {module.options.dtype} change by steps of "
+            f"about {smallest_change:.1g}; raise it, 1e-3 is a good start"
         )
     return (
         f"no direction changes the loss (eps {eps:.3g}, entries of size {now:.2g}); raise model.eps, or lower the "

@@ -6,9 +6,9 @@ from math import ceil
 
 import torch
 
-from slzo.errors import SlzoError
-from slzo.seeding import derive_seed
 from slzo.tasks.base import Example, Kind, Task
+from slzo.utils.errors import SlzoError
+from slzo.utils.seeding import derive_seed
 
 
 def check_has_classes(task: Task) -> None:

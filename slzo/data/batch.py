@@ -1,13 +1,13 @@
 """What the data loaders yield."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 
-from slzo.batches.encoded import EncodedExample
-from slzo.batches.packing import PackedBatch, pack
+from slzo.batches.encoded import EncodedExample, prompt_alone, prompt_key, prompt_with_gold
+from slzo.batches.packing import Block, PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.tasks.base import Example
 
@@ -144,3 +144,47 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
     budget = None if generates else max_tokens
     chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=share)
     return EvalPlan([[rows[order[place]] for place in chunk] for chunk in chunks], share)
+
+
+def evaluation_blocks(plan: EvalPlan, share_prompts: bool) -> Iterator[Block]:
+    """The batches that dev rows are scored in; none where they share beginnings, or generate, and nothing is kept of a row."""
+    if plan.share:
+        return
+    for rows in plan.batches:
+        if not rows[0].prompt:
+            yield Block([row.encoded for row in rows], share_prompts)
+
+
+def training_blocks(rows: Sequence[Row], batches: Iterable[Sequence[int]], share_prompts: bool) -> Iterator[Block]:
+    """The batches in which the rows come first, given by row numbers; each row once."""
+    for numbers in _first_batches(batches):
+        yield Block([rows[number].encoded for number in numbers], share_prompts)
+
+
+def evaluation_prompts(plan: EvalPlan, max_tokens: int) -> Iterator[Block]:
+    """Prompts of dev rows whose answers are generated, their gold answers after them, in parts of so many tokens.
+
+    None where they share beginnings: computing these once saves more.
+    """
+    if plan.share:
+        return
+    for rows in plan.batches:
+        prompts = [row.prompt for row in rows]
+        for chunk in chunk_by_tokens(prompts, max_tokens, share=False) if all(prompts) else ():
+            yield Block([prompt_with_gold(rows[n].encoded.index, rows[n].prompt, rows[n].encoded) for n in chunk])
+
+
+def training_prompts(rows: Sequence[Row], batches: Iterable[Sequence[int]]) -> Iterator[Block]:
+    """The prompts of these batches, as :func:`training_blocks`."""
+    for numbers in _first_batches(batches):
+        yield Block([prompt_alone(prompt_key(rows[number].encoded.index), rows[number].prompt) for number in numbers])
+
+
+def _first_batches(batches: Iterable[Sequence[int]]) -> Iterator[list[int]]:
+    """Row numbers of batches, without those that an earlier one had, as balanced classes may."""
+    seen: set[int] = set()
+    for numbers in batches:
+        new = [number for number in dict.fromkeys(numbers) if number not in seen]
+        seen.update(new)
+        if new:
+            yield new

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.data.encoding import Encoder
-from slzo.errors import RowError, SlzoError
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat, Message
+from slzo.utils.errors import RowError, SlzoError
 
 DEFAULT_TEMPLATE = "plain"
 TEMPLATES: Mapping[str, str] = MappingProxyType(

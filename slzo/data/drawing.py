@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from slzo.data.bad_rows import tell_left_out
-from slzo.data.sources import load_examples
+from slzo.data.sources import format_left_out, load_examples
 from slzo.data.splits import Splits, check_shared_ids, draw_splits, least_rows, part_test
-from slzo.errors import RowError
 from slzo.tasks.base import Example, Split, Task
+from slzo.utils.errors import RowError
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RowSource:
             left_out=left_out,
         )
         if left_out:
-            notes.append(tell_left_out(left_out, len(rows), self.task.files.get(split, f"the {split} split")))
+            notes.append(format_left_out(left_out, len(rows), self.task.files.get(split, f"the {split} split")))
         return rows
 
     def draw(self, *, num_train: int, num_dev: int, num_test: int | None, seed: int, needs_train: bool) -> Splits:

@@ -7,8 +7,8 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.errors import RowError, SlzoError
 from slzo.tasks.base import Example
+from slzo.utils.errors import RowError, SlzoError
 
 DEMONSTRATION_SEPARATOR = "\n\n"
 

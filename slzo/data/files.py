@@ -6,19 +6,53 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
-from slzo.data.bad_rows import OnBadRow, refuse
-from slzo.errors import RowError, SlzoError
 from slzo.tasks.fields import Fields
+from slzo.utils.errors import RowError, SlzoError
 
 _log = logging.getLogger(__name__)
 _DELIMITERS = (",", ";", "\t", "|")
 
 PlacedRow = tuple[str, Fields]
 """Where a row is (``file:line``, or ``file row number`` counted from 1) and its fields."""
+
+
+OnBadRow = Callable[[RowError], None]
+"""What to do with a row that cannot be used: raise, or take note of it; the next one follows."""
+
+_TOLD = 3
+
+
+def refuse(error: RowError) -> NoReturn:
+    """Raise, with the option that leaves such rows out."""
+    raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
+
+
+def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str:
+    """Lines for the log: how many rows of a source were left out, and the first of them.
+
+    Raises:
+        SlzoError: No row can be used.
+    """
+    total = len(left_out) + used
+    if not used:
+        raise SlzoError(
+            f"{source}: none of the {total} rows can be used (data.skip_bad_rows leaves them out); mend them, the first is"
+            f" {left_out[0]}"
+        )
+    first = [f"  {error}" for error in left_out[:_TOLD]]
+    more = ["  ..."] if len(left_out) > _TOLD else []
+    return "\n".join(
+        [
+            f"Left out {len(left_out)} of {total} rows of {source} that cannot be used (data.skip_bad_rows):",
+            *first,
+            *more,
+        ]
+    )
 
 
 def read_file(path: Path, on_bad: OnBadRow = refuse) -> Iterator[PlacedRow]:

@@ -6,12 +6,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from slzo.data.bad_rows import OnBadRow, refuse, tell_left_out
-from slzo.data.files import READERS, PlacedRow, read_file
+from slzo.data.files import READERS, OnBadRow, PlacedRow, format_left_out, read_file, refuse
 from slzo.data.superglue import FOLDERS, hub_rows
-from slzo.errors import RowError, SlzoError
 from slzo.tasks.base import Example, HubSource, Split, Task
 from slzo.tasks.fields import Fields, shown
+from slzo.utils.errors import RowError, SlzoError
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
 """File names in a data folder, without ending. Test rows are those of the validation split, as in MeZO."""
@@ -64,7 +63,7 @@ def load_examples(
         places[example.id] = place
         examples.append(replace(example, place=place, columns=values if columns else {}))
     if not examples and left_out:
-        tell_left_out(left_out, 0, origin)
+        format_left_out(left_out, 0, origin)
     if not examples:
         raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
     return examples

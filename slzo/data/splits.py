@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from slzo.errors import SlzoError
 from slzo.tasks.base import Example
+from slzo.utils.errors import SlzoError
 
 _TEST_ORDER = "test"
 # Of the training split, where test rows are drawn from it.

@@ -191,14 +191,14 @@ class RunningScore:
     Args:
         metrics: The task's.
         device: Where they are kept.
-        also: Names of what else is computed: perplexity, reward (with its spread over rows and the answers' tokens).
+        extra_metrics: Names of what else is computed: perplexity, reward (with its spread over rows and the answers' tokens).
     """
 
-    def __init__(self, metrics: TaskMetrics, device: torch.device, also: Sequence[str] = ()) -> None:
+    def __init__(self, metrics: TaskMetrics, device: torch.device, extra_metrics: Sequence[str] = ()) -> None:
         self._metrics = metrics.to(device)
         self._loss = MeanMetric().to(device)
-        self._also = also
-        self._means = {name: MeanMetric().to(device) for name in _REWARD_MEANS} if "reward" in also else {}
+        self._extra = extra_metrics
+        self._means = {name: MeanMetric().to(device) for name in _REWARD_MEANS} if "reward" in extra_metrics else {}
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Count a batch."""
@@ -223,7 +223,7 @@ class RunningScore:
             found = {**self._metrics.compute(), "loss": self._loss.compute()}
         if self._means and found["loss"].isnan():  # rows that are rewarded need no answer of their own
             del found["loss"]
-        elif "perplexity" in self._also:
+        elif "perplexity" in self._extra:
             found["perplexity"] = found["loss"].exp()
         if self._means:
             reward, square, tokens = (mean.compute() for mean in self._means.values())
@@ -243,7 +243,7 @@ def score_rows(
     metrics: TaskMetrics,
     keep_prefix: bool = False,
     seen: Callable[[EvalBatch, Outcome], None] | None = None,
-    also: Sequence[str] = (),
+    extra_metrics: Sequence[str] = (),
 ) -> dict[str, float]:
     """Metrics and loss of the live weights over the rows of this process.
 
@@ -253,10 +253,10 @@ def score_rows(
         metrics: Fresh counters.
         keep_prefix: As in :class:`Evaluator`.
         seen: Called with each batch and what was found for its rows.
-        also: See :class:`RunningScore`.
+        extra_metrics: See :class:`RunningScore`.
     """
     device = evaluator.parts.model.device
-    score = RunningScore(metrics, device, also)
+    score = RunningScore(metrics, device, extra_metrics)
     for batch in batches:
         moved = batch.to(device)
         outcome = evaluator(moved, keep_prefix)

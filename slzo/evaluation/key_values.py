@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.layout import PackedLayout, group_by_length
-from slzo.errors import SlzoError
 from slzo.models.attention import (
     LAYOUT_ARGUMENT,
     VIRTUAL_ARGUMENT,
@@ -24,6 +23,7 @@ from slzo.models.attention import (
 )
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
+from slzo.utils.errors import SlzoError
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
 """What attention layers find in place of a packed layout: layer, query, key, value and options to output (1, tokens, H, D)."""

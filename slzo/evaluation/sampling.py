@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slzo.seeding import derive_seed
+from slzo.utils.seeding import derive_seed
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slzo.errors import SlzoError
-from slzo.files import PARTIAL, write_json
-from slzo.settings import differences
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import PARTIAL, write_json
+from slzo.utils.settings import differences
 
 _SETTINGS_FILE = "settings.json"
 

@@ -1,4 +1,4 @@
-"""Tunes every decoder layer for the same steps, or the same time, and seeds: does the chosen layer win?"""
+"""Trains every decoder layer for the same steps, or the same time, and seeds: does the chosen layer win?"""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slzo.console import say
-from slzo.errors import SlzoError
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.sweep_report import (
@@ -19,24 +17,27 @@ from slzo.experiments.sweep_report import (
     verdict,
     write_sweep,
 )
-from slzo.experiments.trial import Sensitivity, Trial, Workbench
+from slzo.experiments.trial import LayerTrials, Sensitivity
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
+from slzo.zo.trial import Trial
 
 _WAIT_SECONDS = 2.0
-BESIDE_LAYERS = 1.5
-"""What noise, update and head cost beside the layers, in layers: fitted to docs/results.md, within 3% of its seconds."""
 
 
-def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfile], output: str | None) -> None:
-    """Do what is not done yet and write the results to ``output``, or sweeps/MODEL-TASK; ``measure`` profiles the model.
+def sweep_layers(
+    trials: LayerTrials, plan: SweepPlan, profile_model: Callable[[], OutlierProfile], output: str | None
+) -> None:
+    """Do what is not done yet and write the results to ``output``, or sweeps/MODEL-TASK.
 
     Raises:
         SlzoError: The scope has no dominant layer, or the folder holds other results.
     """
-    module, datamodule = bench.module, bench.datamodule
-    if not module.scope.needs_layer:
-        raise SlzoError(f"model.scope: a sweep goes over the dominant layer, and {module.scope.describe()} has none")
-    settings = bench.settings() | {
+    scope, task = trials.options.scope, trials.rows.task.name
+    if not scope.needs_layer:
+        raise SlzoError(f"model.scope: a sweep goes over the dominant layer, and {scope.describe()} has none")
+    settings = trials.settings() | {
         "directions": plan.directions,
         "num_rows": plan.num_rows,
         "max_error": plan.max_error,
@@ -45,36 +46,39 @@ def sweep(bench: Workbench, plan: SweepPlan, measure: Callable[[], OutlierProfil
         "seed_of_sensitivity": plan.seeds[0],
     }
     # the sensitivity does not depend on the steps: a first look may be followed by trainings
-    store = CellStore(output or bench.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
-    profile = measure()
-    names = run_cells(bench, store, plan)
+    store = CellStore(output or trials.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
+    profile = profile_model()
+    names = run_cells(trials, store, plan)
     wait_for_others(store, names)
     rows = layer_results(store, plan, profile)
-    sentence = verdict(rows, datamodule.judge.metric, profile.title)
+    sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
     curves = seed_curves(store, plan)
     if plan.seconds is not None and curves:
         sentence = curves_verdict(curves, plan, profile.dominant_layer)
-    title = f"{Path(module.model_name).name} on {datamodule.task.name}: {module.scope.describe()}"
+    title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
     write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title)
     say(format_rows(rows))
     say(f"\n{sentence}\nFiles      {store.folder}")
 
 
-def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
+def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[str]:
     """Work on every cell that is not finished and that no other process is at, layer by layer from below.
 
     Returns:
         The names of all cells.
     """
-    num_layers, data = bench.module.parts.num_layers, bench.datamodule
-    # what a cell costs: rows that are evaluated, times the layers that they go through
-    depth = [num_layers - n + BESIDE_LAYERS for n in range(num_layers)]
-    work = {sensitivity_cell(n): 2.0 * plan.directions * plan.num_rows * depth[n] for n in range(num_layers)}
-    rows = 2 * plan.steps * bench.module.step_options.num_queries * data.batch_size + len(data.rows("dev"))
+    num_layers, options = trials.parts.num_layers, trials.options
+    cost = trials.cost(trials.num_dev)
+    work = {
+        sensitivity_cell(layer): 2.0 * plan.directions * plan.num_rows * cost.layers(layer)
+        for layer in range(num_layers)
+    }
+    evaluations = options.estimator.evaluations(options.step.num_queries)
+    rows = evaluations * plan.steps * trials.rows.batch_size + trials.num_dev
     if plan.seconds is not None:  # all cost the same, about as much as the sensitivity of the first layers
         work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), 2 * work[sensitivity_cell(0)])
     else:
-        work |= {training_cell(layer, seed): rows * depth[layer] for layer, seed in plan.trainings}
+        work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
     clock = _Clock({name: cost for name, cost in work.items() if store.result(name) is None})
 
     def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: Any) -> None:
@@ -83,7 +87,6 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
             return
         with store.claim(name) as mine:
             if mine:
-                bench.move_prefix(layer)
                 result = asdict(function(layer, **options))
                 store.save(name, result)
                 clock.tick(name, result)
@@ -95,10 +98,10 @@ def run_cells(bench: Workbench, store: CellStore, plan: SweepPlan) -> list[str]:
         "max_error": plan.max_error,
     }
     for layer in range(num_layers):
-        run(sensitivity_cell(layer), layer, bench.sensitivity, **measured)
-    bench.forget_prefix()  # the rows of the sensitivity are few; training begins at its own first layer
+        run(sensitivity_cell(layer), layer, trials.sensitivity, **measured)
+    trials.forget_prefix()  # the rows of the sensitivity are few; training begins at its own first layer
     for layer, seed in plan.trainings:
-        run(training_cell(layer, seed), layer, bench.trial, steps=plan.steps, seed=seed, seconds=plan.seconds)
+        run(training_cell(layer, seed), layer, trials.run, steps=plan.steps, seed=seed, seconds=plan.seconds)
     return list(work)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import check_layer
 
 MIN_DIRECTIONS = 20

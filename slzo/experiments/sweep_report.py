@@ -13,11 +13,12 @@ import torch
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
-from slzo.experiments.trial import Score, Sensitivity, Trial
-from slzo.files import replacing, write_json
+from slzo.experiments.trial import Sensitivity
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
+from slzo.utils.files import replacing, write_json
 from slzo.zo.profile import OutlierProfile
+from slzo.zo.trial import Score, Trial
 
 # Standard errors that a difference between two layers must have to be called one.
 _CLEAR = 2.0

@@ -4,45 +4,36 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from slzo.checkpoint import Checkpoint
-from slzo.errors import SlzoError
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.export.adapter import write_adapter
-from slzo.export.card import write_card
+from slzo.export.card import write_card, write_licences
 from slzo.export.delta import write_delta
-from slzo.export.facts import BaseScores, Exported, ExportOptions, Facts, facts_of
-from slzo.export.gguf import write_gguf
-from slzo.export.licences import write_licences
+from slzo.export.facts import Exported, ExportOptions, Facts, facts_of
 from slzo.export.merged import write_merged
 from slzo.export.push import check_repository, push
 from slzo.export.restore import restore
-from slzo.files import check_writable, replacing, write_json
 from slzo.models.origin import origin_of
 from slzo.models.quantization import method_of
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import check_writable, replacing, write_json
 from slzo.zo.tuned_model import TunedModel
 
 FORMATS: Mapping[str, Callable[[TunedModel, Facts, Path], None]] = MappingProxyType(
-    {"adapter": write_adapter, "merged": write_merged, "delta": write_delta, "gguf": write_gguf}
+    {"adapter": write_adapter, "merged": write_merged, "delta": write_delta}
 )
 """Writes what was tuned into a folder that exists."""
 
 FACTS_FILE = "slzo.json"
 
-_RELATIONS: Mapping[str, str] = MappingProxyType(
-    {"adapter": "for", "merged": "merged into", "delta": "on", "gguf": "merged into"}
-)
+_RELATIONS: Mapping[str, str] = MappingProxyType({"adapter": "for", "merged": "merged into", "delta": "on"})
 
 
-def export_checkpoint(
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    score_on_base: Callable[[], BaseScores] | None = None,
-) -> Exported:
+def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exported:
     """Write what a checkpoint holds to a folder, with a model card and the licence of its base, and put it on the Hub if asked.
 
     Args:
         checkpoint: Of a run.
         options: Where to and how.
-        score_on_base: Scores what was tuned on another copy of the base model; ``None`` to leave that.
 
     Returns:
         The folder, and what it was merged into.
@@ -61,12 +52,7 @@ def export_checkpoint(
     origin = origin_of(checkpoint.note["model"], options.base_model)
     tuned_model = restore(checkpoint, options.trust_remote_code)
     name = options.format or ("merged" if tuned_model.peft_files() is None else "adapter")
-    if score_on_base is not None and name != "adapter":
-        raise SlzoError(
-            f"base: only an adapter goes on another copy of the base model, and the format is {name}; leave it out"
-        )
-    scores = None if score_on_base is None else score_on_base()
-    facts = facts_of(checkpoint, name, origin, tuned_model, scores)
+    facts = facts_of(checkpoint, name, origin, tuned_model)
     with replacing(target) as partial:
         partial.mkdir()
         FORMATS[name](tuned_model, facts, partial)
@@ -86,4 +72,4 @@ def _base(tuned_model: TunedModel, facts: Facts) -> str:
     return str(name) if given is None else f"the unquantized base {name}; it was tuned beside frozen layers in {given}"
 
 
-__all__ = ["FACTS_FILE", "FORMATS", "BaseScores", "ExportOptions", "Exported", "Facts", "export_checkpoint"]
+__all__ = ["FACTS_FILE", "FORMATS", "ExportOptions", "Exported", "Facts", "export_checkpoint"]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from slzo.errors import SlzoError
 from slzo.export.facts import Facts
-from slzo.files import write_json
 from slzo.models.peft_files import PeftFiles
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 from slzo.zo.tuned_model import TunedModel
 
 CONFIG_FILE = "adapter_config.json"

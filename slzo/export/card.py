@@ -1,6 +1,7 @@
 """The model card: README.md with the Hub's metadata, and what someone who finds the folder has to know."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from slzo import __version__
-from slzo.errors import SlzoError
 from slzo.export.facts import Facts
-from slzo.export.gguf import GGUF_FILE
+from slzo.models.origin import Origin
 from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
+from slzo.utils.errors import SlzoError
 
-_LIBRARIES = {"adapter": "peft", "merged": "transformers", "delta": "transformers", "gguf": "gguf"}
-_RELATIONS = {"adapter": "adapter", "merged": "finetune", "delta": "finetune", "gguf": "finetune"}
+_LIBRARIES = {"adapter": "peft", "merged": "transformers", "delta": "transformers"}
+_RELATIONS = {"adapter": "adapter", "merged": "finetune", "delta": "finetune"}
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _PLACES = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/(?=[^\s'\",\]]*)")
 
@@ -117,8 +118,6 @@ def _use(facts: Facts) -> str:
             "from safetensors.torch import load_file\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
         )
         code = f'{imports}\n\n{load}\nbase.load_state_dict(load_file("PATH/delta.safetensors"), strict=False)\n{tokens}'
-    elif facts.format == "gguf":
-        return f"```bash\nllama-cli -m PATH/{GGUF_FILE} -p TEXT\n```"
     else:
         code = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -138,7 +137,7 @@ def _training(facts: Facts) -> str:
     if told:
         lines[0] += f", {told['estimator']}, {told['optimizer']}; {facts.step} steps, seed {told['seed']}"
     if note["layer"] is not None:
-        lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {note['layer_origin']}")
+        lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {note['layer_reason']}")
     if facts.data:
         rows = f", {facts.data['num_train']} training rows" if "num_train" in facts.data else ""
         size = f", batches of {facts.data['batch_size']}" if "batch_size" in facts.data else ""
@@ -169,12 +168,6 @@ def _scores(facts: Facts) -> str:
             lines += ["", told["verdict"]]
     else:
         lines.append("This state was not scored on held-out rows.")
-    if (other := facts.base_scores) is not None:
-        lines += [
-            "",
-            f"On another copy of the base model, `{other.base}`: {other.metric} {other.before:.4f} before and {other.after:.4f} "
-            f"after on {other.num_rows} held-out rows.",
-        ]
     return "\n".join(lines)
 
 
@@ -188,3 +181,14 @@ def _licence(facts: Facts) -> str:
     if files:
         text += f" Its texts lie beside this card: {files}."
     return f"{text}\n\n{licence.notice}." if licence.notice else text
+
+
+_NOTICE = "NOTICE.txt"
+
+
+def write_licences(origin: Origin, folder: Path) -> None:
+    """Copy the texts that lie beside the base model; where the licence has a sentence for every copy, write that too."""
+    for document in origin.documents:
+        shutil.copyfile(document, folder / document.name)
+    if origin.licence is not None and origin.licence.notice:
+        (folder / _NOTICE).write_text(f"{origin.licence.notice}\n", encoding="utf-8")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slzo.errors import SlzoError
 from slzo.export.facts import Facts
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
 DELTA_FILE = "delta.safetensors"

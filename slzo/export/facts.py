@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slzo import __version__
-from slzo.checkpoint import Checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.origin import Origin
 from slzo.zo.tuned_model import TunedModel
 
-Format = Literal["adapter", "merged", "delta", "gguf"]
+Format = Literal["adapter", "merged", "delta"]
 
 _SUMMARY = "summary.json"
 
@@ -49,32 +49,13 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class BaseScores:
-    """Held-out scores on another copy of the base model than the one that was trained on.
-
-    Attributes:
-        base: Name of that copy.
-        metric: The task's metric.
-        before: Score of the copy alone.
-        after: Score with what was tuned.
-        num_rows: Rows that were scored.
-    """
-
-    base: str
-    metric: str
-    before: float
-    after: float
-    num_rows: int
-
-
-@dataclass(frozen=True)
 class Facts:
     """What the card says.
 
     Attributes:
         format: How it was exported.
         origin: Of the base model.
-        note: The checkpoint's, see :func:`slzo.checkpoint.checkpoint_note`.
+        note: The checkpoint's, see :func:`slzo.checkpoints.checkpoint.checkpoint_note`.
         step: Steps that were taken.
         scope: What was tuned, in words.
         num_tuned: Tuned numbers.
@@ -83,7 +64,6 @@ class Facts:
         data: What a step's loss depended on: the task, its version and arguments, rows, batch size.
         summary: The run's ``summary.json``; empty if there is none.
         scored: Whether the summary's score after training is this checkpoint's.
-        base_scores: On another copy of the base model, if asked for.
     """
 
     format: str
@@ -97,7 +77,6 @@ class Facts:
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = False
-    base_scores: BaseScores | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What is kept beside the weights: enough to tell the base model, and to refuse another."""
@@ -116,9 +95,7 @@ class Facts:
         }
 
 
-def facts_of(
-    checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, base_scores: BaseScores | None = None
-) -> Facts:
+def facts_of(checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel) -> Facts:
     """Collect them from a checkpoint and its run's folder."""
     note, files = checkpoint.note, tuned_model.peft_files()
     summary = _summary(Path(checkpoint.path))
@@ -139,7 +116,6 @@ def facts_of(
         checkpoint.content.get("TaskDataModule", {}),
         summary,
         best is not None and Path(best).name == Path(checkpoint.path).name,
-        base_scores,
     )
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from slzo.errors import SlzoError
 from slzo.export.facts import Facts
 from slzo.models.load import load_tokenizer, resolve_model
 from slzo.models.save import leave_unquantized, save_model
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
 _GENERATION = "generation_config.json"

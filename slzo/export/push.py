@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from slzo.errors import SlzoError
 from slzo.models.load import HUB_ID
+from slzo.utils.errors import SlzoError
 
 
 def check_repository(repository: str) -> None:

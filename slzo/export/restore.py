@@ -1,9 +1,9 @@
 """A tuned model from a checkpoint, to be read, written and used as transformers does, not by slzo's own engine."""
 
-from slzo.checkpoint import Checkpoint
-from slzo.errors import SlzoError
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slzo.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import find_decoder_layers
-from slzo.runtime import free_bytes
+from slzo.utils.errors import SlzoError
+from slzo.utils.runtime import free_bytes
 
 DeviceMap = str | dict[str, Any]
 """``auto``, ``balanced`` or ``sequential``, or a device (a number, ``cpu``, ``disk``) by module name."""
@@ -110,7 +110,6 @@ class DeviceMapChoice:
             return None
         choice = cls(device_map, offload_folder)
         others = {
-            f"model.engine.weights_gb {engine.weights_gb}": engine.weights_gb is not None,
             "model.engine.compile true": engine.compile,
             "model.engine.paired false": engine.paired is False,
             f"model.quantization {quantization}": quantization is not None,

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -25,9 +25,6 @@ class Engine:
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
         cache_dtype: Type in which they are kept; left out, that of the model.
         cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
-        weights_gb: For a model on a CPU that is larger than the memory: keep so many GiB of frozen layers above the tuned one.
-            The others are read from their safetensors files when they are needed, the next one while one computes, and given up
-            after use; all evaluations of a step go through each in one visit. Left out, the system decides what stays.
 
     Raises:
         SlzoError: A number is out of range.
@@ -42,19 +39,10 @@ class Engine:
     cache_gb: float = 2.0
     cache_dtype: DType | None = None
     cache_dir: str | None = None
-    weights_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.queries_at_once < 1:
             raise SlzoError(f"model.engine.queries_at_once {self.queries_at_once}: must be at least 1")
-        if self.weights_gb is not None and self.weights_gb < 0:
-            raise SlzoError(
-                f"model.engine.weights_gb {self.weights_gb}: give 0 to keep no layer, or more; or leave it out"
-            )
-        if self.weights_gb is not None and self.paired is False:
-            raise SlzoError(
-                "model.engine.paired false: model.engine.weights_gb reads each layer once for all evaluations; leave one out"
-            )
         if self.cache_gb < 0:
             raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: give 0 to switch the cache off, or more")
 

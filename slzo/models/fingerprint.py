@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slzo.errors import SlzoError
 from slzo.models.placement import values_of
 from slzo.models.quantization import method_of
-from slzo.settings import differences
+from slzo.utils.errors import SlzoError
+from slzo.utils.settings import differences
 
 # values of each tensor in the sample, evenly spread
 _VALUES = 1024

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from slzo.errors import SlzoError
 from slzo.models.original_weights import OriginalWeights
 from slzo.models.quantization import is_plain
+from slzo.utils.errors import SlzoError
 
 _ROWS_AT_ONCE = 1024
 _ROWS_COMPARED = 8

@@ -20,7 +20,6 @@ from transformers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slzo.errors import SlzoError
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
@@ -31,6 +30,7 @@ from slzo.models.quantization import (
     missing_package,
     quantization_config,
 )
+from slzo.utils.errors import SlzoError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from slzo.assets import sha256_of
-from slzo.errors import SlzoError
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel, builtin_model_path
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import HUB_ID, resolve_model
+from slzo.utils.assets import sha256_of
+from slzo.utils.errors import SlzoError
 
 _HUB = "https://huggingface.co/"
 # of the models that the Gemma terms are about; later ones have another licence

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from slzo.batches.packing import PackedBatch, TokenBatch
-from slzo.errors import SlzoError
 from slzo.models.attention import (
     LAYOUT_ARGUMENT,
     VIRTUAL_ARGUMENT,
@@ -27,6 +26,7 @@ from slzo.models.attention import (
 from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
+from slzo.utils.errors import SlzoError
 
 _PACKED = "slzo_packed"
 

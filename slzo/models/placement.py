@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from slzo.errors import SlzoError
 from slzo.models.attention import VIRTUAL_ARGUMENT
 from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
 from slzo.models.engine import DType
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape
+from slzo.utils.errors import SlzoError
 
 
 class Placement:

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slzo.batches.blocks import Block
-from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.batches.packing import Block, PackedBatch, TokenBatch
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.errors import SlzoError
 from slzo.models.arrival import Arrival, CopyStream
+from slzo.utils.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 
 Quantization = str | dict[str, Any]
 """A short name, a class path, or ``class_path`` with ``init_args``."""

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from slzo.errors import SlzoError
 from slzo.models.quantization import method_of
+from slzo.utils.errors import SlzoError
 
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 

@@ -9,11 +9,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from slzo.errors import SlzoError
 from slzo.models.load import auto_class, load_config, resolve_model
 from slzo.models.original_weights import OriginalWeights
 from slzo.models.parts import find_decoder_layers
 from slzo.models.quantization import PRESETS, Quantization, method_of_config
+from slzo.utils.errors import SlzoError
 
 
 @dataclass(frozen=True)

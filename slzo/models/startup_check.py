@@ -48,7 +48,7 @@ _FAILURES = (
 )
 
 
-def take_apart(
+def split_and_verify(
     model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
 ) -> ModelParts:
     """The parts of a model, checked to compute together what the whole does.

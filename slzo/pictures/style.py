@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from slzo.files import replacing, write_text
-from slzo.signals import signals_held
+from slzo.utils.files import replacing, write_text
+from slzo.utils.signals import signals_held
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#d9730d", "#2a8a3e", "#c62828", "#777777"
 LAYER = "decoder layer (from 0)"

@@ -11,9 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slzo.checkpoint import Checkpoint, read_checkpoint
-from slzo.checkpoint_names import NAMES, checkpoint_of_run, named_checkpoint
-from slzo.errors import SlzoError
+from slzo.checkpoints.checkpoint import NAMES, Checkpoint, checkpoint_of_run, named_checkpoint, read_checkpoint
 from slzo.export import FACTS_FILE
 from slzo.export.adapter import CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
@@ -22,6 +20,7 @@ from slzo.models.adapters.base import import_peft
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.origin import loadable
+from slzo.utils.errors import SlzoError
 
 _RUNS = "runs"
 
@@ -42,6 +41,12 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     tuned: Use
     untuned: Use | None
+
+    def both(self) -> Iterator[tuple[str, Use]]:
+        """The models by name, the untuned one first."""
+        if self.untuned is not None:
+            yield "untuned", self.untuned
+        yield "tuned", self.tuned
 
 
 @dataclass(frozen=True)

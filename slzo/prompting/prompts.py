@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 
 
 def read_prompts(path: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Texts as they are generated, token by token."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,16 @@ def write_continuation(
             f"the prompt has {len(ids)} tokens; with max_new_tokens {decoding.max_new_tokens} that is more than the {known} that "
             "the model takes; shorten one of them"
         )
+    if _has_virtual_tokens(model):  # transformers 5.24 ignores the virtual tokens of peft 0.21 where it generates
+        raise SlzoError("prefix tuning: transformers cannot generate with its virtual tokens; use slzo predict")
     stream, prompt = _Stream(tokenizer, out), torch.tensor([list(ids)], device=model.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(decoding.seed)
-        if _has_virtual_tokens(model):
-            _without_cache(model, tokenizer, prompt, decoding, stream)
-        else:
-            _with_cache(model, tokenizer, prompt, decoding, stream)
+        _generate(model, tokenizer, prompt, decoding, stream)
     return stream.text
 
 
-def _with_cache(
+def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, decoding: Decoding, stream: _Stream
 ) -> None:
     """As transformers generates."""
@@ -95,24 +95,12 @@ def _with_cache(
     )
 
 
-def _without_cache(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, decoding: Decoding, stream: _Stream
-) -> None:
-    """The whole sequence for each token: transformers 5.24 forgets the virtual tokens of peft 0.21 where it generates."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    stream.put(prompt)
-    for _ in range(decoding.max_new_tokens):
-        logits = model(input_ids=prompt, use_cache=False).logits[0, -1].float()
-        warm = decoding.temperature > 0
-        token = torch.multinomial((logits / decoding.temperature).softmax(-1), 1) if warm else logits.argmax()[None]
-        if int(token) in stops:
-            break
-        stream.put(token)
-        prompt = torch.cat([prompt, token[None]], dim=1)
-    stream.end()
-
-
 def _has_virtual_tokens(model: PreTrainedModel) -> bool:
     """Whether an adapter of peft puts virtual tokens before each sequence."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def write_text(text: str) -> None:
+    """Write to standard output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

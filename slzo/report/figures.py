@@ -41,7 +41,7 @@ def method(run: RunFiles) -> Rows:
         "model": str(summary.get("model") or run.config.get("model.model") or ""),
         "task": run.task,
         "scope": str(summary.get("scope", "")),
-        "layer": "" if layer is None else f"{layer} of {total}: {summary.get('layer_chosen_by', '')}",
+        "layer": "" if layer is None else f"{layer} of {total}: {summary.get('layer_reason', '')}",
         "tuned parameters": f"{tuned:,} of {parameters:,}" if tuned is not None and parameters else "",
         "estimator": str(summary.get("estimator", "")),
         "optimizer": str(summary.get("optimizer", "")),
@@ -69,7 +69,7 @@ def speed(run: RunFiles) -> Rows:
         "seconds a step, validations included": f"{training / steps:.3g}" if steps and training else "",
         "peak memory": "" if memory is None else f"{memory:.3g} GiB",
         "skipped steps": _number(summary.get("skipped_steps")),
-        "times taken back": _number(summary.get("times_taken_back")),
+        "rollbacks": _number(summary.get("rollbacks")),
     }
 
 

@@ -1,60 +1,51 @@
-"""The page: one run, or several side by side."""
+"""The HTML page on one run, or on several side by side."""
 
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
-from importlib import resources
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
 from slzo import __version__
-from slzo.files import write_text
 from slzo.pictures.curves import curves_picture
 from slzo.pictures.profile import profile_picture
-from slzo.pictures.style import svg_of
-from slzo.report.differences import differing
+from slzo.pictures.style import save, svg_of
 from slzo.report.figures import Rows, method, scores, speed, versions
-from slzo.report.run_files import RunFiles
-
-REPORT_FILE = "report.html"
-"""Of a run in its folder."""
-
-_MISSING = "-"
+from slzo.report.run_files import REPORT_FILE, RunFiles, read_run
+from slzo.utils.files import write_text
 
 
 def write_report(runs: Sequence[RunFiles], path: Path, curves: str | None = None) -> None:
-    """Write the page: one file, which opens without a network.
+    """Write the page: one file that opens without a network.
 
     Args:
-        runs: One, or several side by side.
-        path: Of the page.
+        runs: One run, or several to show side by side.
+        path: File to write.
         curves: Their curves as SVG, where they are drawn already.
 
     Raises:
-        SlzoError: It cannot be written.
+        SlzoError: The file cannot be written.
     """
     write_text(path, report_page(runs, curves))
 
 
 def report_page(runs: Sequence[RunFiles], curves: str | None = None) -> str:
     """The page as HTML; see :func:`write_report`."""
-    template = Template((resources.files("slzo.report") / "template.html").read_text(encoding="utf-8"))
-    title = _title(runs)
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        *(_opening(run, len(runs) > 1) for run in runs),
-        _section("What differs", _differences(runs)) if len(runs) > 1 else "",
-        _section("Scores", _table(runs, scores)),
-        _section("Curves", f"<figure>{curves}</figure>" if curves else _curves(runs)),
-        _section("Which layer", _profiles(runs)),
-        _section("Predictions before and after", "".join(_samples(run, len(runs) > 1) for run in runs)),
-        _section("Method", _table(runs, method)),
-        _section("Time and memory", _table(runs, speed)),
-        _section("Versions", _table(runs, versions)),
-        _section("Options", "".join(_options(run) for run in runs)),
-    ]
-    folders = ", ".join(escape(str(run.folder)) for run in runs)
-    return template.substitute(title=escape(title), body="\n".join(sections), version=__version__, folders=folders)
+    environment = Environment(
+        loader=PackageLoader("slzo", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    tables = {"Method": method, "Time and memory": speed, "Versions": versions}
+    return environment.get_template("template.html").render(
+        title=_title(runs),
+        runs=runs,
+        tiles={run.folder: _tiles(run) for run in runs},
+        differences=differing([run.config for run in runs]),
+        scores=_table(runs, scores),
+        curves=curves or _curves(runs),
+        profiles=_profiles(runs),
+        tables={title: _table(runs, figures) for title, figures in tables.items()},
+        version=__version__,
+    )
 
 
 def _title(runs: Sequence[RunFiles]) -> str:
@@ -63,73 +54,34 @@ def _title(runs: Sequence[RunFiles]) -> str:
     return f"{what}: {runs[0].name}" if len(runs) == 1 else f"{what}: {len(runs)} runs"
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content else ""
-
-
-def _opening(run: RunFiles, named: bool) -> str:
-    """What became of a run, in a sentence and in tiles."""
-    summary, said = run.summary, ""
-    if summary.get("verdict"):
-        said = f"<p>{escape(summary['verdict'])}</p>"
-    elif not summary:
-        said = "<p>This run has no summary: it was stopped before its end, or only profiled.</p>"
-    if summary.get("next"):
-        said += f"<p class='soft'>Next:</p><pre>{escape(summary['next'])}</pre>"
-    all_figures = {**scores(run), **method(run), **speed(run)}
-    before, after = all_figures["before"], all_figures["after"]
-    tiles = {
+def _tiles(run: RunFiles) -> Rows:
+    """The most important figures by name; those that a run does not have are empty."""
+    found = {**scores(run), **method(run), **speed(run)}
+    before, after = found["before"], found["after"]
+    return {
         f"held-out {run.metric}": f"{before.partition(' ')[0]} → {after.partition(' ')[0]}" if before else after,
-        "change": all_figures["change"],
-        "tuned parameters": all_figures["tuned parameters"].partition(" of ")[0],
-        "layer": all_figures["layer"].partition(":")[0],
-        "seconds in all": all_figures["seconds in all"],
-        "peak memory": all_figures["peak memory"],
+        "change": found["change"],
+        "tuned parameters": found["tuned parameters"].partition(" of ")[0],
+        "layer": found["layer"].partition(":")[0],
+        "seconds in all": found["seconds in all"],
+        "peak memory": found["peak memory"],
     }
-    shown = "".join(
-        f"<div class='tile'><b>{escape(text)}</b><span>{escape(name)}</span></div>"
-        for name, text in tiles.items()
-        if text
-    )
-    head = f"<h3>{escape(run.name)}</h3>" if named else ""
-    return f"{head}{said}<div class='tiles'>{shown}</div>"
 
 
-def _differences(runs: Sequence[RunFiles]) -> str:
-    rows = differing([run.config for run in runs])
-    if not rows:
-        return "<p>No option of these runs differs.</p>"
-    return _grid(runs, [(name, [_value(value) for value in values]) for name, values in rows])
-
-
-def _value(value: Any) -> str:
-    return _MISSING if value is None else str(value)
-
-
-def _table(runs: Sequence[RunFiles], figures: Callable[[RunFiles], Rows]) -> str:
+def _table(runs: Sequence[RunFiles], figures: Callable[[RunFiles], Rows]) -> list[tuple[str, list[str]]]:
+    """Name and text for each run, of the figures that at least one run has."""
     found = [figures(run) for run in runs]
-    names = list(dict.fromkeys(name for rows in found for name in rows if rows[name]))
-    return _grid(runs, [(name, [rows.get(name) or _MISSING for rows in found]) for name in names]) if names else ""
-
-
-def _grid(runs: Sequence[RunFiles], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A row for each figure, a column for each run."""
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    head = f"<thead><tr><th></th>{head}</tr></thead>" if len(runs) > 1 else ""
-    body = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
-        for name, texts in rows
-    )
-    return f"<div class='wide'><table>{head}<tbody>{body}</tbody></table></div>"
+    names = dict.fromkeys(name for rows in found for name in rows if rows[name])
+    return [(name, [rows.get(name) or "-" for rows in found]) for name in names]
 
 
 def _curves(runs: Sequence[RunFiles]) -> str:
     drawn = [run.curves for run in runs if run.points or run.train]
-    return f"<figure>{svg_of(curves_picture(drawn), 'curves')}</figure>" if drawn else ""
+    return svg_of(curves_picture(drawn), "curves") if drawn else ""
 
 
-def _profiles(runs: Sequence[RunFiles]) -> str:
-    """The profile of each run; one that several share is drawn once."""
+def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Names, picture and notes of each profile; one that several runs share is drawn once."""
     drawn: list[tuple[list[str], RunFiles]] = []
     for run in runs:
         same = next((names for names, other in drawn if other.profile == run.profile), None)
@@ -137,41 +89,37 @@ def _profiles(runs: Sequence[RunFiles]) -> str:
             same.append(run.name)
         elif run.profile:
             drawn.append(([run.name], run))
-    cards = []
-    for number, (names, run) in enumerate(drawn):
-        head = f"<h3>{escape(', '.join(names))}</h3>" if len(runs) > 1 else ""
-        svg = svg_of(profile_picture(run.profile, run.model, run.task), f"profile-{number}")
-        notes = [str(run.profile.get("margin_reason") or ""), *map(str, run.profile.get("notes") or ())]
-        said = "".join(f"<p class='soft'>{escape(note)}</p>" for note in notes if note)
-        cards.append(f"<div>{head}<figure>{svg}</figure>{said}</div>")
-    return f"<div class='beside'>{''.join(cards)}</div>" if cards else ""
+    return [
+        {
+            "names": ", ".join(names),
+            "svg": svg_of(profile_picture(run.profile, run.model, run.task), f"profile-{number}"),
+            "notes": [note for note in (run.profile.get("margin_reason"), *(run.profile.get("notes") or ())) if note],
+        }
+        for number, (names, run) in enumerate(drawn)
+    ]
 
 
-def _samples(run: RunFiles, named: bool) -> str:
-    if not run.samples:
-        return ""
-    rows = "".join(_sample(sample) for sample in run.samples)
-    head = f"<h3>{escape(run.name)}</h3>" if named else ""
-    columns = "<thead><tr><th>prompt</th><th>right</th><th>before</th><th>after</th></tr></thead>"
-    return f"{head}<div class='wide'><table class='samples'>{columns}<tbody>{rows}</tbody></table></div>"
+_OF_THE_RUN = ("ckpt_path", "trainer.logger.version", "weights_only")
 
 
-def _sample(sample: Any) -> str:
-    cells = [f"<td>{escape(str(sample['prompt']))}</td><td>{escape(', '.join(sample['gold']) or _MISSING)}</td>"]
-    for when in ("before", "after"):
-        text = sample.get(when)
-        if text is None:
-            cells.append(f"<td>{_MISSING}</td>")
-            continue
-        right = text.strip() in [gold.strip() for gold in sample["gold"]]
-        cells.append(f"<td class='{'right' if right else 'wrong'}'>{escape(text)} {'✓' if right else '✗'}</td>")
-    return f"<tr>{''.join(cells)}</tr>"
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """Name and values, one a run, of each option that is not the same in all; an option that a run lacks is ``None``."""
+    names = sorted({name for config in configs for name in config} - set(_OF_THE_RUN))
+    rows = [(name, [config.get(name) for config in configs]) for name in names]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
-def _options(run: RunFiles) -> str:
-    if not run.config:
-        return ""
-    lines = "\n".join(f"{name}: {_value(value)}" for name, value in run.config.items())
-    return (
-        f"<details><summary>{escape(run.name)}: {len(run.config)} options</summary><pre>{escape(lines)}</pre></details>"
-    )
+CURVES = "curves"
+"""Name of the picture, without .png and .svg."""
+
+
+def write_run_report(folder: Path) -> Path:
+    """Draw the curves of a run and write its page, from the files in its folder.
+
+    Returns:
+        The page, ``report.html``; ``curves.png`` and ``curves.svg`` lie next to it.
+    """
+    run = read_run(folder)
+    svg = save(curves_picture([run.curves], f"{run.model} on {run.task}"), folder, CURVES)
+    write_report([run], folder / REPORT_FILE, curves=svg)
+    return folder / REPORT_FILE

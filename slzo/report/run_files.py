@@ -1,4 +1,4 @@
-"""Reads a run folder: what it holds, of any version, without loading a model."""
+"""Reads the files of a run folder, without loading a model."""
 
 import json
 import math
@@ -10,16 +10,20 @@ from typing import Any
 
 import yaml
 
-from slzo.errors import SlzoError
+from slzo.checkpoints.step_log import NAME as STEP_LOG
+from slzo.checkpoints.step_log import read_step_log
 from slzo.pictures.curves import CurvePoint, HeldOut, RunCurves
-from slzo.step_log import NAME as STEP_LOG
-from slzo.step_log import read_step_log
+from slzo.utils.errors import SlzoError
 
+SUMMARY_FILE = "summary.json"
+ENVIRONMENT_FILE = "environment.json"
 HISTORY_FILE = "history.json"
-"""What each validation found, see :class:`slzo.callbacks.run_history.RunHistory`."""
+"""What each validation found."""
 
 SAMPLES_FILE = "samples.json"
-"""Predictions of some held-out rows, see :class:`slzo.callbacks.sample_predictions.SamplePredictions`."""
+"""Predictions of some held-out rows."""
+
+REPORT_FILE = "report.html"
 
 _SHARES = ("accuracy", "exact_match")
 
@@ -96,16 +100,13 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
     """
     if not folder.is_dir():
         raise SlzoError(f"run {str(folder)!r}: no such folder; give the folder of a run, such as runs/version_0")
-    summary, environment = _json(folder / "summary.json"), _json(folder / "environment.json")
+    summary, environment = _json(folder / SUMMARY_FILE), _json(folder / ENVIRONMENT_FILE)
     profile, config = _json(folder / "outlier_profile.json"), _config(folder)
     if not (summary or environment or profile or config):
         below = sorted(path.name for path in folder.glob("version_*"))
         hint = f"{folder / below[-1]} is one" if below else "give one such as runs/version_0"
         raise SlzoError(f"run {str(folder)!r}: not the folder of a run; {hint}")
     points, train = _points(folder, summary), _step_losses(folder)
-    if not points or not train:
-        of_events, losses = _events(folder, str(summary.get("metric", "accuracy")))
-        points, train = points or of_events, train or losses
     samples = _json(folder / SAMPLES_FILE).get("rows", ())
     return RunFiles(folder, name or folder.name, config, summary, environment, profile, points, train, tuple(samples))
 
@@ -161,28 +162,3 @@ def _step_losses(folder: Path) -> tuple[tuple[int, float], ...]:
     steps = read_step_log(folder / STEP_LOG).steps.values()
     means = ((record.step + 1, fmean(record.losses)) for record in steps if record.losses)
     return tuple((step, loss) for step, loss in means if math.isfinite(loss))
-
-
-def _events(folder: Path, metric: str) -> tuple[tuple[CurvePoint, ...], tuple[tuple[int, float], ...]]:
-    """Validations and training losses from TensorBoard's events, whose steps count from 0: of runs of former versions."""
-    if not any(folder.glob("events.out.tfevents.*")):
-        return (), ()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-
-    def scalars(tag: str) -> dict[int, float]:
-        return {event.step: event.value for event in events.Scalars(tag)} if tag in tags else {}
-
-    loss, score, memory = scalars("val/loss"), scalars(f"val/{metric}"), scalars("train/peak_memory_gb")
-    times = {event.step: event.wall_time for event in events.Scalars("val/loss")} if loss else {}
-    begun = min([*times.values(), *(e.wall_time for e in events.Scalars("train/lr"))]) if "train/lr" in tags else None
-    points = []
-    for step, value in loss.items():
-        used = max((gb for at, gb in memory.items() if at <= step), default=None)
-        seconds = None if begun is None else times[step] - begun
-        points.append(CurvePoint(step + 1, seconds, value if math.isfinite(value) else None, score.get(step), used))
-    train = scalars("train/loss") or scalars("train/loss_plus")
-    return tuple(points), tuple((step + 1, value) for step, value in train.items() if math.isfinite(value))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slzo.class_paths import told_error, told_place
 from slzo.rewards.registry import REWARDS, RewardFunction
+from slzo.utils.class_paths import format_error, format_place
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def find_function(name: str) -> RewardFunction:
     try:
         module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # whatever the user's file raises
-        raise LookupError(f"{where} cannot be imported ({told_error(error)}){told_place(error)}") from error
+        raise LookupError(f"{where} cannot be imported ({format_error(error)}){format_place(error)}") from error
     function = getattr(module, own, None)
     if not callable(function):
         raise LookupError(f"{where} has no function {own}")
@@ -105,7 +105,7 @@ def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[flo
         values = list(found)
     except Exception as error:  # whatever the user's function raises
         raise RewardFailure(
-            wanted.function, f"raised {told_error(error)}", _place(function, wanted, answers)
+            wanted.function, f"raised {format_error(error)}", _place(function, wanted, answers)
         ) from error
     if len(values) != len(answers.ids):
         raise RewardFailure(wanted.function, f"returned {len(values)} values for {len(answers.ids)} answers", 0)

@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from slzo.errors import SlzoError
 from slzo.rewards.calls import Answers, RewardFailure, Wanted
 from slzo.rewards.worker import write_frame
+from slzo.utils.errors import SlzoError
 
 _LOADING_SECONDS = 120.0
 _LENGTH = struct.Struct("<Q")

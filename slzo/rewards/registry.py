@@ -1,29 +1,26 @@
-"""The built-in rewards by name."""
+"""The built-in rewards by name; each is one file, with its import and its name in this list."""
 
 import difflib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from slzo.errors import SlzoError
 from slzo.rewards.builtin.accuracy import accuracy
-from slzo.rewards.builtin.bleu import bleu
-from slzo.rewards.builtin.chrf import chrf
 from slzo.rewards.builtin.exact_match import exact_match
 from slzo.rewards.builtin.json_valid import json_valid
 from slzo.rewards.builtin.number_match import number_match
 from slzo.rewards.builtin.regex import regex
 from slzo.rewards.builtin.rouge import rouge
 from slzo.rewards.builtin.token_f1 import token_f1
+from slzo.utils.errors import SlzoError
 
 RewardFunction = Callable[..., Sequence[float]]
 """``f(prompts, completions, **columns)``: one number a completion. It is given those of these that it has parameters for."""
 
 _ALL: tuple[Callable[..., list[float]], ...] = (
     accuracy,
-    bleu,
-    chrf,
     exact_match,
     json_valid,
     number_match,
@@ -35,15 +32,23 @@ REWARDS: Mapping[str, RewardFunction] = MappingProxyType({function.__name__: fun
 
 PERPLEXITY = "perplexity"
 """The one metric that needs no answers."""
-_PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}
+
+
+def _scores_alone(function: RewardFunction) -> bool:
+    """Whether a reward needs nothing but the answer and its references, so that it can be a metric."""
+    given = ("completions", "references")
+    parameters = inspect.signature(function).parameters.values()
+    return all(each.name in given or each.default is not each.empty for each in parameters)
+
+
 _METRICS: Mapping[str, RewardFunction] = MappingProxyType(
-    {"f1": token_f1, **{name: function for name, function in REWARDS.items() if name not in ("regex", "token_f1")}}
+    {"f1" if name == "token_f1" else name: function for name, function in REWARDS.items() if _scores_alone(function)}
 )
 
 
 def check_package(name: str) -> None:
     """Refuse a built-in reward whose package is not installed; other names pass."""
-    package = _PACKAGES.get(name)
+    package = getattr(REWARDS.get(name), "package", None)
     if package is not None and importlib.util.find_spec(package) is None:
         raise SlzoError(f"{name}: needs {package}, which is not installed; pip install 'slzo[rewards]'")
 
@@ -70,7 +75,8 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 
 def answer_metric(name: str, answer: str, references: Sequence[str]) -> float:
     """What one generated answer scores, 0 to 1, in a metric of that name."""
+    function = _METRICS[name]
     arguments: dict[str, Any] = {"completions": [answer]}
-    if name != "json_valid":
+    if "references" in inspect.signature(function).parameters:
         arguments["references"] = [references]
-    return float(_METRICS[name](**arguments)[0])
+    return float(function(**arguments)[0])

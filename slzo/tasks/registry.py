@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from slzo.class_paths import import_failure, required_arguments
-from slzo.errors import SlzoError
 from slzo.tasks.base import Task
 from slzo.tasks.boolq import BoolQ
 from slzo.tasks.cb import Cb
@@ -23,6 +21,8 @@ from slzo.tasks.sst2 import Sst2
 from slzo.tasks.template import TemplateTask
 from slzo.tasks.wic import Wic
 from slzo.tasks.wsc import Wsc
+from slzo.utils.class_paths import import_failure, required_arguments
+from slzo.utils.errors import SlzoError
 
 _ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
 _OF_ONES_OWN = (TemplateTask.__name__, ChatTask.__name__)

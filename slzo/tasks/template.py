@@ -7,11 +7,10 @@ over the candidates, or of generated answers token F1 or what else ``metrics`` n
 from collections.abc import Sequence
 from string import Formatter
 
-from slzo.errors import SlzoError
 from slzo.rewards.registry import check_metrics
-from slzo.tasks.base import Example, Kind, Split, Task
-from slzo.tasks.checks import check_max_new_tokens, check_stop
+from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
 from slzo.tasks.fields import Fields, shown
+from slzo.utils.errors import SlzoError
 
 
 class TemplateTask(Task):

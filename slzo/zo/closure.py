@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import Sums, back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors

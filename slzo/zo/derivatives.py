@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import Direction, TunedTensors
 
 Sums = tuple[Tensor, Tensor]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +13,31 @@ from slzo.models.arrival import Arrival
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point, RowShare
-from slzo.zo.points_together import of_low_rank, run_together
-from slzo.zo.span import Span
 from slzo.zo.tuned import TunedTensors
+
+
+class Span(NamedTuple):
+    """The layers that hold tuned tensors.
+
+    Attributes:
+        start: First of them; the layers before it are the prefix.
+        stop: One past the last of them.
+        inside: Whether no tensor outside of the decoder layers (embeddings, final norm, head) is tuned.
+    """
+
+    start: int
+    stop: int
+    inside: bool = True
+
+    @classmethod
+    def of(cls, parts: ModelParts, tuned: TunedTensors) -> Self:
+        """The layers of a model that some tensors belong to."""
+        owner = {id(tensor): index for index, layer in enumerate(parts.layers) for tensor in layer.parameters()}
+        layers = {owner.get(id(tensor.live), -1) for _, tensor in tuned.items()}
+        if -1 in layers:
+            return cls(0, parts.num_layers, inside=False)
+        return cls(min(layers), max(layers) + 1)
+
 
 # Up to this many tokens both evaluations in one batch take less time than two batches: weights are read, and by oneDNN packed,
 # once. Above, the matrix products fill the processor either way. CPU: measured on one Zen 5 core with SmolLM2-135M (38 tokens
@@ -33,7 +56,6 @@ class SuffixForward:
         cache: Where the states that enter the first of them are kept between steps.
         candidate_logits: Compute only the candidates' logits where the loss allows it.
         paired: Run the layers above the tuned ones for all points in one batch; ``None`` does so for small batches.
-        together: Run the tuned ones so too where the points move them by matrices of low rank; it turns off where they cannot.
     """
 
     parts: ModelParts
@@ -41,7 +63,13 @@ class SuffixForward:
     cache: PrefixCache
     candidate_logits: bool = True
     paired: bool | None = None
-    together: bool = True
+
+    @property
+    def decodes_together(self) -> bool:
+        """Whether answers at several points can be generated together: some layers are the same at all of them."""
+        span, parts = self.span, self.parts
+        some = span.inside and (span.start > 0 or span.stop < parts.num_layers)
+        return some and parts.packed and not parts.compile and parts.virtual_tokens is None
 
     @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> Tensor | None:
@@ -105,15 +133,9 @@ class SuffixForward:
         inputs = _split(hidden, divided)
         inner = self.span.inside and self.span.stop < self.parts.num_layers
         paired = self._pairs(batch, len(copies), max_tokens)
-        together = self.together and inner and shares == 1 and of_low_rank(self.parts, self.span, tuned, points)
-        if together:
-            tuned.restore()
-        if inner and (paired or len(divided) > 1 or together):
+        if inner and (paired or len(divided) > 1):
             runs = [copies] if paired else [[copy] for copy in copies]
-            found = [
-                self._joined_losses(batch, divided, inputs, tuned, run, objective, together and self.together)
-                for run in runs
-            ]
+            found = [self._joined_losses(batch, divided, inputs, tuned, run, objective) for run in runs]
             return torch.cat(found, dim=1)
         sums = []
         for point in points:
@@ -160,14 +182,10 @@ class SuffixForward:
         tuned: TunedTensors,
         copies: Sequence[Sequence[Point]],
         objective: LogitLoss,
-        together: bool,
     ) -> Tensor:
         """The same with one run of the layers above the tuned ones, over as many copies of the batch as each part has points."""
         points = [point for copy in copies for point in copy]
-        output = run_together(self.parts, self.span, tuned, points, batch, inputs[0]) if together else None
-        if output is None:
-            self.together = self.together and not together
-            output = self._one_by_one(divided, inputs, tuned, points)
+        output = self._one_by_one(divided, inputs, tuned, points)
         repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
         final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, output)
         selected = self.selects(objective, batch)

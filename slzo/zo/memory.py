@@ -42,7 +42,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes by what takes them.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Setup:
+class MemoryInputs:
     """What a plan is made of.
 
     Attributes:
@@ -81,7 +81,6 @@ class Setup:
         cache_bytes: Budget of the prefix cache.
         cache_dtype: Type of the states in it.
         on_cpu: Whether program, weights and cache share one memory.
-        kept_bytes: Of frozen layers that stay, where the others are read from their files each time; ``None`` where all stay.
         away: Frozen layers that ``model.device_map`` has put elsewhere; one at a time is here, where it runs here.
         where: Where the layers are, in words; empty if all are here.
     """
@@ -96,7 +95,6 @@ class Setup:
     cache_bytes: int
     cache_dtype: torch.dtype | None = None
     on_cpu: bool = True
-    kept_bytes: int | None = None
     away: int = 0
     where: str = ""
 
@@ -105,7 +103,7 @@ class Setup:
         """Bytes of everything but the weights."""
         return sum(size for name, size in self.plan().parts.items() if name != "weights")
 
-    def plan(self) -> Plan:
+    def plan(self) -> MemoryPlan:
         """The estimate."""
         shape, work = self.shape, self.workload
         weights = shape.weight_bytes(self.dtype, self.quantization, self.full_layers)
@@ -115,11 +113,6 @@ class Setup:
         elsewhere = layer * max(0, self.away - 1)
         weights -= elsewhere
         mapped = weights if same and self.quantization is None and self.on_cpu else 0
-        if mapped and self.kept_bytes is not None:
-            frozen = layer * (shape.num_layers - self.full_layers)
-            # one layer computes, the next one is fetched
-            weights += min(frozen, self.kept_bytes + 2 * layer) - frozen
-            mapped = 0
         parts = {"program": PROGRAM_BYTES if self.on_cpu else 0, "weights": weights, **self.tuned}
         if self.start > 0 and self.on_cpu:
             size = (self.cache_dtype or self.dtype).itemsize
@@ -136,9 +129,9 @@ class Setup:
             whole = shape.weight_bytes(self.dtype, self.quantization)
             # the files of layers on disk are not read then
             loading = PROGRAM_BYTES + (stored + whole) * (whole - elsewhere) // whole
-        return Plan({name: int(size) for name, size in parts.items() if size > 0}, loading, mapped)
+        return MemoryPlan({name: int(size) for name, size in parts.items() if size > 0}, loading, mapped)
 
-    def alternatives(self) -> Iterator[tuple[str, "Plan"]]:
+    def alternatives(self) -> Iterator[tuple[str, "MemoryPlan"]]:
         """Options that take less memory, each with its plan."""
         if self.dtype == torch.float32:
             yield "model.dtype bfloat16", replace(self, dtype=torch.bfloat16).plan()
@@ -146,7 +139,7 @@ class Setup:
             yield "model.quantization int8", replace(self, quantization="int8").plan()
             yield "model.quantization nf4", replace(self, quantization="nf4").plan()
         most = self.shape.num_layers - self.full_layers
-        if self.quantization is None and self.kept_bytes is None and self.away < most:
+        if self.quantization is None and self.away < most:
             yield "model.device_map auto", replace(self, away=most).plan()
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()

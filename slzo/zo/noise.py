@@ -5,10 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slzo.seeding import derive_seed
-from slzo.zo.factors import Factors
+from slzo.utils.seeding import derive_seed
 
-Noise = Callable[[Tensor, int, int, int, str], Tensor | Factors]
+Noise = Callable[[Tensor, int, int, int, str], Tensor]
 """Draws float32 noise of unit variance: like (gives shape and device), seed of the run, step, query in it, tensor's name."""
 
 
@@ -42,12 +41,12 @@ def low_rank(rank: int, interval: int | None) -> Noise:
     takes, and EGGROLL, arXiv 2511.16652, for ``None``; the scale is EGGROLL's).
     """
 
-    def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor | Factors:
+    def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
         if like.dim() != 2:
             return gaussian(like, seed, step, query, name)
         left = gaussian(like.new_empty(like.shape[0], rank), seed, step, query, f"{name}/left")
         lasting = (step, query) if interval is None else (step // interval, 0)
         right = gaussian(like.new_empty(like.shape[1], rank), seed, *lasting, f"{name}/right")
-        return Factors(left.div_(rank**0.5), right)
+        return left.div_(rank**0.5) @ right.T
 
     return draw

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeScheduler = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -22,7 +23,7 @@ _REASONS = {
 }
 _PROBE_SIZE = 64
 AUTO_LR = math.inf
-"""The learning rate that stands for ``auto`` (every torch optimizer takes it): :mod:`slzo.zo.step_size` sets one each step."""
+"""The learning rate that stands for ``auto`` (every torch optimizer takes it): :mod:`slzo.zo.auto_step` sets one each step."""
 
 # Optimizers by what a step is made of: the gradient, or the gradient over its size. Left out are RAdam, which begins with the
 # one and goes on with the other, and RMSprop, whose first steps are ten times as long as later ones.
@@ -195,3 +196,24 @@ def _state_copies(probe: Optimizer) -> float:
     state: dict[str, Any] = probe.state[parameter]
     held = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
     return held / parameter.numel()
+
+
+def forget(optimizer: Optimizer) -> None:
+    """Drop the optimizer's state, such as momentum."""
+    optimizer.state = defaultdict(dict)
+
+
+def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    """Halve a constant learning rate, and those between which schedulers (or schedulers of schedulers) move it."""
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if name in group:
+                group[name] /= 2
+    for scheduler in [inner for one in schedulers for inner in _with_inner(one)]:
+        for name in ("base_lrs", "max_lrs"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
+
+
+def _with_inner(scheduler: Any) -> list[Any]:
+    return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in _with_inner(inner))]

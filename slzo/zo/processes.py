@@ -1,24 +1,29 @@
-"""What each of several processes evaluates of a step: its rows at all points, or its points on all rows."""
+"""What each of several processes evaluates of a step: its rows at all points, or some points on all rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from slzo.errors import SlzoError
-from slzo.zo.estimators.base import Loss, Point
+from slzo.utils.errors import SlzoError
+from slzo.zo.estimators.base import Loss, LossReport, Point
 from slzo.zo.tuned import Direction
 
 AddUp = Callable[[Tensor], Tensor]
 """Adds tensors up over processes; each is given the sum."""
 
-Divided = Literal["rows", "points"]
+Parallel = Literal["rows", "directions"]
 
 
-def _alone(values: Tensor) -> Tensor:
+def identity(values: Tensor) -> Tensor:
+    """The values of one process are their own sum."""
     return values
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True)
@@ -28,33 +33,46 @@ class Processes:
     Attributes:
         number: How many.
         rank: Which of them this is, counted from 0.
-        divided: ``rows``: each has rows of its own and evaluates every point on them. ``points``: all have the same rows, each
-            evaluates some of the points, and only losses are exchanged, as in evolution strategies (arXiv 1703.03864).
-        add_up: Over the processes.
+        parallel: ``rows``: each process has its own rows and evaluates every point on them. ``directions``: all have the same
+            rows, each evaluates some of the points, and only losses are exchanged, as in evolution strategies (arXiv 1703.03864).
+        add_up: Adds a tensor up over the processes.
+        broadcast: Gives every process the value of the first one.
     """
 
     number: int = 1
     rank: int = 0
-    divided: Divided = "rows"
-    add_up: AddUp = _alone
+    parallel: Parallel = "rows"
+    add_up: AddUp = identity
+    broadcast: Callable[[Any], Any] = _same
 
     @property
-    def divide_points(self) -> bool:
-        """Whether points are divided, over more than one process."""
-        return self.divided == "points" and self.number > 1
+    def divide_directions(self) -> bool:
+        """Whether directions are divided, over more than one process."""
+        return self.parallel == "directions" and self.number > 1
 
-    def loss(self, make: Callable[[AddUp], Loss], device: torch.device) -> Loss:
-        """The loss over all processes, on a device; ``make`` gives that of this process's rows from what adds up."""
-        return _DividedPoints(make(_alone), self, device) if self.divide_points else make(self.add_up)
+    @property
+    def of_rows(self) -> tuple[int, int]:
+        """Rank and number of the processes that training rows are divided over."""
+        return (self.rank, self.number) if self.parallel == "rows" else (0, 1)
 
     def queries_at_once(self, own: int) -> int:
-        """Of a step, where this process evaluates so many together."""
-        return own * self.number if self.divide_points else own
+        """Queries that all processes evaluate together, where this one evaluates ``own``."""
+        return own * self.number if self.divide_directions else own
+
+
+ALONE = Processes()
+"""One process."""
 
 
 @dataclass(frozen=True)
-class _DividedPoints(Loss):
-    """Each process evaluates the points of its share and gets the others' losses from the others."""
+class DividedDirections(Loss):
+    """Each process evaluates its share of the points and gets the other losses from the other processes.
+
+    Attributes:
+        loss: That of all rows.
+        processes: That share the points.
+        device: Where losses are exchanged.
+    """
 
     loss: Loss
     processes: Processes
@@ -76,5 +94,10 @@ class _DividedPoints(Loss):
     def slope(self, direction: Direction) -> tuple[float, float]:
         raise SlzoError(_NO_POINTS)
 
+    @property
+    def report(self) -> LossReport:
+        """That of this process's share."""
+        return self.loss.report
 
-_NO_POINTS = "data.processes_divide points: this model.estimator differentiates and has no points; use rows, or SPSA"
+
+_NO_POINTS = "model.parallel directions: this model.estimator differentiates and has no points; use rows, or SPSA"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.packing import PackedBatch
-from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
+from slzo.utils.errors import SlzoError
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerStatistics:
 
     Every figure is taken per sequence, without padding, and averaged over the sequences; ``token`` and ``channel`` are where
     the largest magnitude lies in most sequences. A standard error is that of the average: the sample standard deviation over
-    the sequences by the root of their number. Profiles of former versions lack the fields with a default.
+    the sequences over the root of their number.
 
     Attributes:
         index: Layer, counted from 0.
@@ -92,10 +92,10 @@ class OutlierProfile:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":
-        """Inverse of :meth:`to_dict`; takes profiles of former versions too."""
+        """Inverse of :meth:`to_dict`."""
         layers = tuple(LayerStatistics(**layer) for layer in data["layers"])
-        thresholds = tuple((name, value) for name, value in data.get("thresholds", ()))
-        notes = tuple(data.get("notes", ()))
+        thresholds = tuple((name, value) for name, value in data["thresholds"])
+        notes = tuple(data["notes"])
         return cls(**{**data, "layers": layers, "notes": notes, "thresholds": thresholds})
 
 
@@ -231,3 +231,49 @@ def _recorder(index: int, found: list[_Sequence], parts: ModelParts, batch: Pack
                 found.append(_sequence_statistics(states, ids))
 
     return hook
+
+
+MIN_SEQUENCES = 10
+"""Fewer sequences mislead."""
+
+
+def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
+    """What was wrong with the prompts, and what was done about it, a line each.
+
+    Args:
+        asked: Sequences asked for.
+        given: Sequences that there were.
+        sequences: Tokens of those that are averaged over.
+    """
+    notes = []
+    if given < asked:
+        notes.append(f"Asked for {asked} sequences (profiler.num_sequences), there were {given}: averaged over those.")
+    if len(sequences) < given:
+        notes.append(f"{given - len(sequences)} of {given} sequences have one token only: they are left out.")
+    if too_alike(sequences):
+        distinct = len(set(sequences))
+        found = f"All {len(sequences)} prompts are equal" if distinct == 1 else f"Only {distinct} prompts are different"
+        notes.append(
+            f"{found}: standard errors would mean nothing and are left out; give more prompts (--profiler.text_file FILE)."
+        )
+    return notes
+
+
+def too_alike(sequences: Sequence[tuple[int, ...]]) -> bool:
+    """Whether so many sequences are equal that their spread says nothing of other prompts."""
+    return len(set(sequences)) < MIN_SEQUENCES
+
+
+def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
+    """Says so where a layer's outliers are at the beginning-of-sequence token in all sequences; ``None`` elsewhere."""
+    if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
+        return None
+    rest = ""
+    if layer.rest_max_abs is not None and layer.rest_ratio is not None:
+        rest = f": without it max {format_figure(layer.rest_max_abs)}, max/median {format_figure(layer.rest_ratio)}"
+    return f"In all sequences the outlier of layer {layer.index} is at {layer.token!r}, whatever the prompt{rest}."
+
+
+def format_figure(value: float) -> str:
+    """A figure as it is shown in a sentence."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

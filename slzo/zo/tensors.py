@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from slzo.models.peft_files import LowRank
-from slzo.zo.factors import Factors
 
 
 class TunedTensor(nn.Module, ABC):
@@ -51,10 +50,6 @@ class TunedTensor(nn.Module, ABC):
     @abstractmethod
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient by the master from that by the live tensor, float32: the transpose of :meth:`tangent`."""
-
-    def moves(self, drawn: Tensor | Factors) -> Tensor | Factors:
-        """How the live tensor moves along a direction of the master, as factors where it is of low rank."""
-        return drawn
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
         """What rounding leaves of a direction.
@@ -179,10 +174,6 @@ class Subspace(TunedTensor):
 
     def tangent(self, direction: Tensor) -> Tensor:
         return self._full(direction).to(self.live.dtype).contiguous()
-
-    def moves(self, drawn: Tensor | Factors) -> Factors:
-        direction = drawn.dense() if isinstance(drawn, Factors) else drawn
-        return Factors(self.basis, direction) if self.transposed else Factors(direction, self.basis)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         return (gradient.float().T if self.transposed else gradient.float()) @ self.basis

@@ -6,7 +6,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slzo.zo.factors import FactoredDirection, Factors
 from slzo.zo.noise import Noise, gaussian
 from slzo.zo.tensors import KINDS, TunedTensor, Whole
 
@@ -24,7 +23,7 @@ _HOLD_BYTES = 2 * 2**30
 class _DrawnAgain(Mapping[str, Tensor]):
     """A direction that is never held as a whole: each access draws."""
 
-    def __init__(self, names: Collection[str], draw: Callable[[str], Tensor | Factors]) -> None:
+    def __init__(self, names: Collection[str], draw: Callable[[str], Tensor]) -> None:
         self._names = names
         self._draw = draw
 
@@ -34,8 +33,7 @@ class _DrawnAgain(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        drawn = self._draw(name)
-        return drawn.dense() if isinstance(drawn, Factors) else drawn
+        return self._draw(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -95,12 +93,12 @@ class TunedTensors(nn.Module):
         masters = self.named_masters()
         names = self.names_of_step(seed, step)
 
-        def one(name: str) -> Tensor | Factors:
+        def one(name: str) -> Tensor:
             return noise(masters[name], seed, step, query, name)
 
         if 4 * sum(masters[name].numel() for name in names) > self.hold_bytes:
             return _DrawnAgain(names, one)
-        return FactoredDirection({name: one(name) for name in names})
+        return {name: one(name) for name in names}
 
     @torch.no_grad()
     def write(self, direction: Direction, scale: float) -> None:

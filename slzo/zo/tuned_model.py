@@ -8,17 +8,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from slzo.batches.blocks import Block
-from slzo.batches.packing import PackedBatch
-from slzo.data.batch import Row, TrainBatch
-from slzo.errors import SlzoError
-from slzo.evaluation.decoding import VariedLayers
-from slzo.evaluation.evaluator import Evaluator
-from slzo.evaluation.generation import Answer
+from slzo.batches.packing import Block, PackedBatch
 from slzo.evaluation.prompt_states import PromptStates
-from slzo.evaluation.sampling import Sampling
 from slzo.models.adapters import Adapter, adapter_from_dict
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
@@ -28,22 +20,12 @@ from slzo.models.peft_files import PeftFiles, lora_files
 from slzo.models.placement import placement_of
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.quantization import is_plain, method_of
-from slzo.models.weight_stream import WeightStream
-from slzo.settings import constructor_settings
-from slzo.zo.batch_loss import Surroundings
-from slzo.zo.clipping import ProjectedGradHistory
-from slzo.zo.estimators import Estimator, Loss, Point, Request
-from slzo.zo.forward import SuffixForward
-from slzo.zo.live_points import live_points
-from slzo.zo.memory import tuning_bytes
-from slzo.zo.objectives import Objective
-from slzo.zo.optim import OptimizerChoice
-from slzo.zo.processes import AddUp, Processes
+from slzo.utils.errors import SlzoError
+from slzo.utils.settings import constructor_settings
+from slzo.zo.forward import Span, SuffixForward
+from slzo.zo.processes import Processes
 from slzo.zo.scopes import Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
-from slzo.zo.span import Span
-from slzo.zo.step import StepOptions, StepResult, take_step
-from slzo.zo.step_size import HALF, StepSize
 from slzo.zo.tuned import Subset, TunedTensors
 
 _ALONE = Processes()
@@ -69,9 +51,6 @@ class TunedModel:
         base: Of the model before any adapter; ``None`` where it is not known.
         exchanged: Quantized linear maps of the layers that the scope changes.
         brought: Layers that are on the model's main device as long as they are tuned.
-
-    Attributes:
-        turn: The layer that steps move, where layers are tuned in turn.
     """
 
     def __init__(
@@ -100,29 +79,18 @@ class TunedModel:
         foreign = adapter is not None or (exchanged is not None and exchanged.dequantized)
         own = {} if foreign else {name: tensor.live for name, tensor in self.tensors.items()}
         self.base = None if base is None else base.with_tuned(own)
-        self.turn: int | None = None
-        self._stream: WeightStream | None = None
-        self._aim(Span.of(parts, self.tensors), cache)
-
-    def _aim(self, span: Span, cache: PrefixCache | None) -> None:
-        """Tune these layers: their steps, what enters them, and how the others are read."""
-        engine, parts = self.engine, self.parts
-        self.span = span
+        self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
             cache = PrefixCache(span.start, engine.cache_gb, engine.states_dtype, engine.cache_dir)
-        self.history = ProjectedGradHistory()
-        self.prompt_states: PromptStates | None = None
-        if span.start > 0 and self.decodes_together:
-            beside = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
-            self.prompt_states = PromptStates(parts, beside)
-        if self._stream is not None:
-            self._stream.close()
-        if engine.weights_gb is not None:
-            self._stream = WeightStream(parts.layers, span.start, span.stop, int(engine.weights_gb * 2**30))
         placement = placement_of(parts.model)
-        self._visits_once = self._stream is not None or (placement is not None and placement.offloads)
+        # weights that are read from files or another device are read once a step, so all points run through them together
+        self._visits_once = placement is not None and placement.offloads
         paired = True if self._visits_once else engine.paired
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, paired)
+        self.prompt_states: PromptStates | None = None
+        if span.start > 0 and self.forward.decodes_together:
+            beside = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
+            self.prompt_states = PromptStates(parts, beside)
 
     @classmethod
     def of_scope(
@@ -154,10 +122,7 @@ class TunedModel:
             own = stack.enter_context(_adapter_in(whole, adapter))
             tensors = scope.tensors(replace(context, parts=own))
             _check_plain(tensors)
-            made = cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged, brought)
-            if turns := scope.turns(parts):
-                made.focus(turns[0])
-            return made
+            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged, brought)
 
     @classmethod
     def of_description(
@@ -193,25 +158,7 @@ class TunedModel:
             scope, layer = description["scope"], description["layer"]
             made = cls(own, tensors, scope, adapter, layer, engine, None, base, exchanged, brought)
             made.check_base(description)
-            if description.get("turn") is not None:
-                made.focus(description["turn"])
             return made
-
-    def focus(self, layer: int) -> None:
-        """From now on steps move the tensors of one layer alone; what is kept are the states that enter it.
-
-        The other tensors stay as they are, and part of what is tuned.
-
-        Raises:
-            SlzoError: Nothing of this layer is tuned.
-        """
-        names = [name for name in self.tensors.names if _layers_of(self.parts, [name]) == [layer]]
-        if not names:
-            raise SlzoError(
-                f"layer {layer}: nothing of it is tuned; give one of {_layers_of(self.parts, self.tensors.names)}"
-            )
-        self.turn, self.tensors.subset = layer, lambda seed, step: names
-        self._aim(Span(layer, layer + 1), None)
 
     def description(self) -> dict[str, Any]:
         """What :meth:`of_description` takes: tensors and primitives only."""
@@ -221,7 +168,6 @@ class TunedModel:
             "tensors": self.tensors.description(),
             "layer": self.layer,
             "base": {} if self.base is None else self.base.to_dict(),
-            "turn": self.turn,
         }
 
     def check_base(self, description: Mapping[str, Any]) -> None:
@@ -237,7 +183,6 @@ class TunedModel:
         """Whether a description is that of what is tuned here, bases and masks included; for another base model, see above."""
         own = self.description()
         own.pop("base")
-        own.pop("turn")
         return all(_same(own[name], description[name]) for name in own)
 
     def release(self) -> None:
@@ -245,9 +190,6 @@ class TunedModel:
 
         This object is of no use then.
         """
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
         if self.adapter is not None:
             self.adapter.remove(self.parts.model)
             self.adapter = None
@@ -275,13 +217,6 @@ class TunedModel:
         low_rank = {path: moved for path, moved in maps.items() if moved is not None}
         return lora_files(low_rank) if len(low_rank) == len(maps) else None
 
-    @property
-    def decodes_together(self) -> bool:
-        """Whether answers at several points can be generated together: some layers are the same at all of them."""
-        span, parts = self.span, self.parts
-        some = span.inside and (span.start > 0 or span.stop < parts.num_layers)
-        return some and parts.packed and not parts.compile and parts.virtual_tokens is None
-
     def plan_prefix(self, blocks: Iterable[Block], prompts: Iterable[Block] = ()) -> None:
         """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`.
 
@@ -303,101 +238,16 @@ class TunedModel:
         """See :data:`slzo.evaluation.evaluator.Logits`."""
         return self.forward.logits(batch, self.forward.prefix(batch, keep_prefix))
 
-    def loss(
-        self,
-        batch: TrainBatch,
-        objective: Objective,
-        evaluator: Evaluator | None = None,
-        processes: Processes = _ALONE,
-        seed: int = 0,
-        step: int = 0,
-    ) -> Loss:
-        """The loss of a batch, the rows of this process on the model's device, as a function of what is tuned.
+    def queries_at_once(self, num_queries: int) -> int:
+        """Directions of a step that are evaluated together."""
+        return num_queries if self._visits_once else self.engine.queries_at_once
 
-        ``evaluator`` generates answers for objectives that look at them; ``seed`` and ``step`` are for objectives that sample.
-        """
-
-        def answers(
-            points: Sequence[Point], rows: Sequence[Sequence[Row]], sampling: Sampling | None
-        ) -> list[list[Answer]]:
-            if evaluator is None:
-                raise SlzoError(f"data.objective {objective.describe()}: generates answers, and no evaluator is given")
-            return self.answers(evaluator, points, rows, sampling)
-
-        def own(add_up: AddUp) -> Loss:
-            return objective.loss(batch, Surroundings(self.forward, self.tensors, answers, add_up, seed, step))
-
-        return processes.loss(own, self.parts.model.device)
-
-    def answers(
-        self,
-        evaluator: Evaluator,
-        points: Sequence[Point],
-        rows: Sequence[Sequence[Row]],
-        sampling: Sampling | None = None,
-    ) -> list[list[Answer]]:
-        """Generated answers to the rows of each point; the live weights stay at one of the points.
-
-        ``sampling`` has a key for each answer, the points one after the other.
-        """
-        if self.decodes_together:
-            with live_points(self.tensors, points) as write:
-                return evaluator.answers_at_points(rows, VariedLayers(self.span.start, self.span.stop, write), sampling)
-        found: list[list[Answer]] = []
-        for point, own in zip(points, rows, strict=True):
-            self.tensors.write(point.direction, point.scale)
-            done = sum(map(len, found))
-            keys = None if sampling is None else sampling.of(range(done, done + len(own)))
-            found.append(evaluator.answers(own, keys) if own else [])
-        return found
-
-    def step(
-        self,
-        loss: Loss,
-        estimator: Estimator,
-        optimizer: Optimizer,
-        options: StepOptions,
-        *,
-        seed: int,
-        step: int,
-        max_steps: int = 1,
-        step_size: StepSize | None = None,
-        measure_update: bool = False,
-        processes: Processes = _ALONE,
-    ) -> StepResult:
-        """Take one step, see :func:`slzo.zo.step.take_step`.
-
-        Directions are drawn from (``seed``, ``step``, query), eps moves over ``max_steps``; the update is not measured where that
-        would copy a whole model. ``processes`` are those of the loss.
-        """
-        eps = options.eps_at(step, max_steps)
-        at_once = options.num_queries if self._visits_once else self.engine.queries_at_once
-        at_once = processes.queries_at_once(at_once)
-        request = Request(self.tensors, loss, seed, step, eps, options.num_queries, at_once)
-        measure_update = measure_update and 4 * self.tensors.num_elements <= self.tensors.hold_bytes
-        factor = options.clip_projected_grad
-        clip = None if factor is None else partial(self.history.clip, factor=factor)
-        return take_step(request, estimator, optimizer, step_size=step_size, measure_update=measure_update, clip=clip)
-
-    def measure_step(self, loss: Loss, objective: Objective, eps: float | None, seed: int) -> StepSize:
-        """Measure step sizes on a batch's loss by an objective, see :meth:`slzo.zo.step_size.StepSize.measure`."""
-        half = self.parts.model.dtype in HALF
-        try:
-            return StepSize.measure(self.tensors, loss, seed, eps, half, objective.lowest)
-        except SlzoError as error:
-            if problem := objective.problem():
-                raise SlzoError(
-                    f"{problem}; so no step could be measured (model.eps or model.optimizer.lr auto)"
-                ) from error
-            raise
-
-    def memory_mib(self, estimator: Estimator, num_queries: int, optimizer: OptimizerChoice) -> dict[str, float]:
-        """What tuning takes beside the model, in MiB, the prefix cache at most; what takes nothing is left out."""
-        sizes = {
-            **tuning_bytes(self.tensors, estimator, num_queries, self.engine.queries_at_once, optimizer),
-            "prefix cache up to": self.forward.cache.budget if self.forward.span.start > 0 else 0,
-        }
-        return {name: size / 2**20 for name, size in sizes.items() if size > 0}
+    def describe_quantization(self) -> str | None:
+        """What is quantized and what is not, in one line; ``None`` for a model that is not quantized."""
+        exchanged = self.exchanged
+        if exchanged is None or not exchanged.quantized:
+            return None
+        return f"Frozen layers are quantized ({method_of(self.parts.model)}); what is tuned is {exchanged.source}."
 
 
 @contextmanager

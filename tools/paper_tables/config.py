@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.tasks.registry import get_task
 
 _KEYS = ("configs", "seeds", "common", "tasks", "methods", "target_loss")

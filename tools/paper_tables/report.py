@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from paper_tables.config import Table
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
-from slzo.files import replacing, write_json, write_text
+from slzo.utils.files import replacing, write_json, write_text
 from slzo.tasks.registry import get_task
 
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import slzo
 from paper_tables.config import Cell, Table
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.experiments.store import CellStore
-from slzo.files import write_json
+from slzo.utils.files import write_json
 from slzo.tasks.registry import get_task
 
 FINISHED, DIVERGED = "finished", "diverged"

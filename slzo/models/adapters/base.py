@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from slzo.errors import SlzoError
 from slzo.models.attention import VirtualTokens
 from slzo.models.peft_files import PeftFiles
+from slzo.utils.errors import SlzoError
 
 ADAPTER_NAME = "slzo"
 

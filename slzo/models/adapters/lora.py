@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slzo.errors import SlzoError
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
+from slzo.utils.errors import SlzoError
 
 
 @dataclass(frozen=True)

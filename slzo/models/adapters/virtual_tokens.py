@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slzo.errors import SlzoError
 from slzo.models.adapters.base import Adapter, import_peft
 from slzo.models.attention import VirtualTokens
 from slzo.models.peft_files import PeftFiles, prefix_files
+from slzo.utils.errors import SlzoError
 
 _MODULE = "slzo_prefix"
 

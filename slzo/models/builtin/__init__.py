@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from slzo.errors import SlzoError
-from slzo.models.builtin.base import BuiltinModel
+from slzo.models.builtin.base import BuiltinModel, Licence
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
-from slzo.models.builtin.licence import Licence
 from slzo.models.builtin.smollm2_135m import SMOLLM2_135M
+from slzo.utils.errors import SlzoError
 
 BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
     {model.name: model for model in (SMOLLM2_135M, GEMMA3_270M)}

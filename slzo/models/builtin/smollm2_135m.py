@@ -3,9 +3,8 @@
 Source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
-from slzo.assets import WheelFile
-from slzo.models.builtin.base import BuiltinModel
-from slzo.models.builtin.licence import APACHE_2_0
+from slzo.models.builtin.base import APACHE_2_0, BuiltinModel
+from slzo.utils.assets import WheelFile
 
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

@@ -1,7 +1,7 @@
-"""Gradient estimates from loss values; each kind is one file, and this list registers it."""
+"""Gradient estimates from loss values; each estimator is one file, with its import and its name in this list."""
 
 from slzo.zo.estimators.backprop import Backprop
-from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point, Request, RowShare
+from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request, RowShare
 from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
 from slzo.zo.estimators.forward_gradient import ForwardGradient
 from slzo.zo.estimators.fzo import FZO
@@ -9,7 +9,11 @@ from slzo.zo.estimators.lozo import LOZO
 from slzo.zo.estimators.one_sided import OneSided
 from slzo.zo.estimators.spsa import SPSA
 
+ESTIMATORS = (Backprop, EvolutionStrategy, ForwardGradient, FZO, LOZO, OneSided, SPSA)
+"""What the command line offers by name."""
+
 __all__ = [
+    "ESTIMATORS",
     "FZO",
     "LOZO",
     "SPSA",
@@ -19,6 +23,7 @@ __all__ = [
     "EvolutionStrategy",
     "ForwardGradient",
     "Loss",
+    "LossReport",
     "OneSided",
     "Point",
     "Request",

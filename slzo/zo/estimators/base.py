@@ -3,8 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,9 +26,23 @@ class Point(NamedTuple):
     rows: RowShare = RowShare()
 
 
-class Loss(Protocol):
+@dataclass(frozen=True)
+class LossReport:
+    """What a loss has to say of its last evaluation besides its value.
+
+    Attributes:
+        values: Numbers to log, by name.
+        problems: What failed, a line each; not empty where the loss is not finite for a known reason.
+    """
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+class Loss(ABC):
     """The loss of one batch as a function of the masters, averaged over the rows of every process."""
 
+    @abstractmethod
     def at(self, points: Sequence[Point]) -> Tensor:
         """Losses at several points, shape (P,), float32; forward passes only.
 
@@ -36,11 +50,18 @@ class Loss(Protocol):
         what it adds to the batch's, times ``of``: the mean over the shares is the batch's loss, whatever their sizes.
         """
 
+    @abstractmethod
     def gradient(self) -> tuple[float, Direction]:
         """Loss and gradient at the masters, by back-propagation; the live weights must be at the masters."""
 
+    @abstractmethod
     def slope(self, direction: Direction) -> tuple[float, float]:
         """Loss and its derivative along a direction at the masters, by forward-mode differentiation."""
+
+    @property
+    def report(self) -> LossReport:
+        """What the last evaluation has to say besides the loss; most have nothing."""
+        return LossReport()
 
 
 @dataclass(frozen=True)
@@ -100,8 +121,9 @@ class Estimate:
 
     def scale_gradient(self, factor: float) -> None:
         """Multiply the gradient in place; the slopes stay as they were found."""
-        for own in self.gradient.values():
-            own.mul_(factor)
+        if factor != 1.0:
+            for own in self.gradient.values():
+                own.mul_(factor)
 
 
 class Estimator(ABC):
@@ -126,6 +148,10 @@ class Estimator(ABC):
             SlzoError: It cannot.
         """
         return
+
+    @abstractmethod
+    def evaluations(self, num_queries: int) -> float:
+        """Forward passes of the whole batch that a step with so many directions takes; what costs more counts as more."""
 
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
         """How many directions a step holds at the same time."""

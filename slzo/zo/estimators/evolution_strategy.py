@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Point, Request
 from slzo.zo.estimators.lozo import check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
@@ -120,6 +120,9 @@ class EvolutionStrategy(Estimator):
         if self.antithetic:
             return [(high - low) / len(losses) for high, low in _pairs(shaped)]
         return [own / len(losses) for own in shaped]
+
+    def evaluations(self, num_queries: int) -> float:
+        return 2 * num_queries if self.antithetic else num_queries
 
     def describe(self) -> str:
         one_sided = "" if self.antithetic else ", without pairs"

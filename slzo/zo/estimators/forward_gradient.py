@@ -33,3 +33,6 @@ class ForwardGradient(Estimator):
             request.tuned.accumulate(gradient, direction, slope / request.num_queries)
         mean = sum(losses) / len(losses)
         return Estimate(mean, mean, mean, tuple(slopes), len(losses), gradient)
+
+    def evaluations(self, num_queries: int) -> float:
+        return 3 * num_queries

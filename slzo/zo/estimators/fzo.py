@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.differences import one_sided, two_point
 from slzo.zo.noise import rademacher
@@ -48,6 +48,9 @@ class FZO(Estimator):
             for own in estimate.gradient.values():
                 own.mul_(request.eps / spread if spread > 0 else 0.0)
         return estimate
+
+    def evaluations(self, num_queries: int) -> float:
+        return 2 * num_queries if self.antithetic else 1 + num_queries
 
     def describe(self) -> str:
         return "FZO(antithetic)" if self.antithetic else "FZO"

@@ -1,6 +1,6 @@
 """Two-point estimates along directions of low rank."""
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.differences import two_point
 from slzo.zo.noise import low_rank
@@ -30,6 +30,9 @@ class LOZO(Estimator):
     def estimate(self, request: Request) -> Estimate:
         check_has_matrices(request.tuned, "LOZO")
         return two_point(request, low_rank(self.rank, self.interval))
+
+    def evaluations(self, num_queries: int) -> float:
+        return 2 * num_queries
 
     def describe(self) -> str:
         return f"LOZO(rank={self.rank}, interval={self.interval})"

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.differences import two_point
 from slzo.zo.noise import Noise, gaussian, rademacher
@@ -42,6 +42,9 @@ class SPSA(Estimator):
                 f"model.num_queries {num_queries}: with model.estimator.divide_rows each query takes rows of its own, and "
                 f"data.batch_size is {batch_size}; lower the one or raise the other"
             )
+
+    def evaluations(self, num_queries: int) -> float:
+        return 2 if self.divide_rows else 2 * num_queries
 
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
         return num_queries if self.divide_rows else super().directions_at_once(num_queries, queries_at_once)

@@ -1,4 +1,4 @@
-"""What training minimizes; each objective is one small class, and this list registers it."""
+"""What training minimizes; each objective is one file, with its import and its name in this list."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,13 @@ from slzo.zo.objectives.candidate_cross_entropy import CandidateCrossEntropy
 from slzo.zo.objectives.candidate_errors import CandidateErrors
 from slzo.zo.objectives.reward import Reward
 
+OBJECTIVES = (AnswerF1, AnswerLikelihood, CandidateCrossEntropy, CandidateErrors, Reward)
+"""What the command line offers by name."""
+
 __all__ = [
     "LOSS_OBJECTIVES",
     "METRIC_OBJECTIVES",
+    "OBJECTIVES",
     "AnswerF1",
     "AnswerLikelihood",
     "AnswerObjective",

@@ -9,8 +9,8 @@ from slzo.batches.losses import LossSum, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import TrainBatch
 from slzo.tasks.base import Example
-from slzo.zo.batch_loss import BatchAnswerLoss, BatchLogitLoss, Surroundings
 from slzo.zo.estimators.base import Loss
+from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
 
 
 class Objective(ABC):
@@ -31,12 +31,8 @@ class Objective(ABC):
     lowest: float = 0.0
 
     @abstractmethod
-    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
+    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         """The loss of a batch as a function of what is tuned."""
-
-    def problem(self) -> str | None:
-        """Why the last loss is not finite, in words, where the objective knows."""
-        return None
 
     def describe(self) -> str:
         """In a few words; equal for equal objectives."""
@@ -54,8 +50,8 @@ class LogitObjective(Objective):
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         """The loss of a batch, see :class:`slzo.batches.losses.LogitLoss` for the arguments."""
 
-    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
-        return BatchLogitLoss(around, batch, self, around.forward.fetch(batch.packed, max_tokens=batch.max_tokens))
+    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
+        return BatchLogitLoss(context, batch, self, context.forward.fetch(batch.packed, max_tokens=batch.max_tokens))
 
 
 class CandidateObjective(LogitObjective):
@@ -88,5 +84,5 @@ class AnswerObjective(Objective):
     def of_answers(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         """The loss of each answer to its example's prompt."""
 
-    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
-        return BatchAnswerLoss(around, batch, self.of_answers)
+    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
+        return BatchAnswerLoss(context, batch, self.of_answers)

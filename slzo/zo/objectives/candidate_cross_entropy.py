@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from slzo.batches.losses import LossSum, by_example
 from slzo.batches.packing import PackedBatch
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.objectives.base import CandidateObjective
 
 

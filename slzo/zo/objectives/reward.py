@@ -11,17 +11,20 @@ from torch import Tensor
 
 from slzo.batches.losses import LossSum, stack
 from slzo.data.batch import Row, TrainBatch
-from slzo.errors import SlzoError
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.rewarding import to_reward
 from slzo.evaluation.sampling import Sampling, sample_key
+from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import Rewarded, Rewards
 from slzo.tasks.base import Example
-from slzo.zo.batch_loss import RowsLoss, Surroundings
-from slzo.zo.estimators.base import Loss, Point
+from slzo.utils.docs import with_lists
+from slzo.utils.errors import SlzoError
+from slzo.zo.estimators.base import Loss, LossReport, Point
+from slzo.zo.loss import LossContext, RowsLoss
 from slzo.zo.objectives.base import Objective
 
 
+@with_lists(REWARDS=sorted(REWARDS))
 class Reward(Objective):
     """Minus the mean reward of generated answers: whatever Python functions say of them. It has no gradient and needs none here.
 
@@ -31,7 +34,7 @@ class Reward(Objective):
 
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
-            (accuracy, bleu, chrf, exact_match, json_valid, number_match, regex, rouge, token_f1), package.module.function or
+            ({REWARDS}), package.module.function or
             file.py:function.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
             step and on all processes; 0: the likeliest tokens.
@@ -69,34 +72,17 @@ class Reward(Objective):
         self.best = best
         self.rewards = Rewards(functions, timeout, in_process)
         self.lowest = -(self.rewards.best if best is None else best)
-        self.report: RewardReport | None = None
 
     def of_rows(self, answers: Sequence[str], examples: Sequence[Example]) -> Rewarded:
         """Rewards of one answer an example, for evaluation."""
         return self.rewards(to_reward(answers, examples))
 
-    def loss(self, batch: TrainBatch, around: Surroundings) -> Loss:
-        return _RewardLoss(around, batch, self)
-
-    def problem(self) -> str | None:
-        return next(iter(self.report.problems), None) if self.report is not None else None
+    def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
+        return _RewardLoss(context, batch, self)
 
     def describe(self) -> str:
         how = f", {self.samples} samples at temperature {self.temperature:g}" if self.temperature else ""
         return f"Reward ({', '.join(self.rewards.names)}{how})"
-
-
-@dataclass(frozen=True)
-class RewardReport:
-    """What the rewards of one evaluation of a batch were, over its rows, points and samples on this process.
-
-    Attributes:
-        values: Mean and standard deviation of the reward, mean of each function, mean tokens of an answer, by name.
-        problems: What failed, a line each.
-    """
-
-    values: dict[str, float]
-    problems: tuple[str, ...]
 
 
 @dataclass
@@ -116,7 +102,7 @@ class _Asked:
         return self.places[key]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _RewardLoss(RowsLoss):
     """Minus the mean reward of a batch.
 
@@ -125,13 +111,19 @@ class _RewardLoss(RowsLoss):
     """
 
     objective: Reward
+    _report: LossReport = field(default_factory=LossReport)
+
+    @property
+    def report(self) -> LossReport:
+        """Rewards over the rows, points and samples of this process, and what failed."""
+        return self._report
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         objective, asked = self.objective, _Asked()
         made = self._answers(points)
         places = [[asked.place(answer, row.example) for answer, row in own] for own in made]
         rewarded = objective.rewards(to_reward(asked.answers, asked.examples), all_or_none=True)
-        objective.report = _report(rewarded, [place for own in places for place in own], made)
+        self._report = _report(rewarded, [place for own in places for place in own], made)
         device = self.batch.packed.input_ids.device
         found = []
         for own in places:
@@ -141,21 +133,21 @@ class _RewardLoss(RowsLoss):
 
     def _answers(self, points: Sequence[Point]) -> list[list[tuple[Answer, Row]]]:
         """Answers with their rows at each point, the samples of a row one after the other."""
-        objective, around = self.objective, self.around
+        objective, context = self.objective, self.context
         rows = [[row for row in self.rows_of(point) for _ in range(objective.samples)] for point in points]
         sampling = None
         if objective.temperature > 0:
             keys = (
-                sample_key(around.seed, around.step, row.example.id, number % objective.samples)
+                sample_key(context.seed, context.step, row.example.id, number % objective.samples)
                 for own in rows
                 for number, row in enumerate(own)
             )
             sampling = Sampling(objective.temperature, tuple(keys))
-        made = around.answers(points, rows, sampling)
+        made = context.answers(points, rows, sampling)
         return [list(zip(answers, own, strict=True)) for answers, own in zip(made, rows, strict=True)]
 
 
-def _report(rewarded: Rewarded, places: Sequence[int], made: Sequence[Sequence[tuple[Answer, Row]]]) -> RewardReport:
+def _report(rewarded: Rewarded, places: Sequence[int], made: Sequence[Sequence[tuple[Answer, Row]]]) -> LossReport:
     tokens = [answer.num_tokens for own in made for answer, _ in own]
     totals = [rewarded.totals[place] for place in places]
     values: dict[str, float] = {}
@@ -167,4 +159,4 @@ def _report(rewarded: Rewarded, places: Sequence[int], made: Sequence[Sequence[t
                 f"reward_{name}": statistics.fmean(own[place] for place in places)
                 for name, own in rewarded.parts.items()
             }
-    return RewardReport(values, rewarded.problems)
+    return LossReport(values, rewarded.problems)

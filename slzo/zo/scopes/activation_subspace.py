@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import targets

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slzo.batches.packing import PackedBatch
-from slzo.errors import SlzoError
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import Subset, TunedTensors
 
 Layers = list[int] | Literal["all"] | None
@@ -37,11 +37,9 @@ class Scope(ABC):
 
     Attributes:
         layers: The decoder layers that it is about; those that are about the whole model say ``"all"``.
-        patience: Validations in a row without a lower dev loss after which the next of its :meth:`turns` comes.
     """
 
     layers: Layers = None
-    patience: int = 1
 
     @abstractmethod
     def tensors(self, context: ScopeContext) -> TunedTensors:
@@ -76,10 +74,6 @@ class Scope(ABC):
     def adapter(self, context: ScopeContext) -> Adapter | None:
         """Modules to add to the model first; the model's parts are made again after that."""
         return None
-
-    def turns(self, parts: ModelParts) -> Sequence[int]:
-        """Layers that are tuned one after the other, in this order; empty where all is tuned in each step."""
-        return ()
 
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset | None:
         """Which of the tuned tensors are perturbed in a step; ``None`` for all in each step."""

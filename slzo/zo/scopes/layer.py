@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import is_norm, is_router, part_of
 from slzo.zo.tuned import TunedTensors

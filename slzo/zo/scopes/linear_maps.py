@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
+from slzo.utils.errors import SlzoError
 
 ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
 # stands for the map from the MLP back to the hidden states: down_proj, fc2, c_proj and so on, by family

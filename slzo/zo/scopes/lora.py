@@ -1,7 +1,7 @@
 """Low-rank adapters, through peft."""
 
-from slzo.errors import SlzoError
 from slzo.models.adapters.lora import LoRAMatrices, lora_parameters
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tuned import TunedTensors

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext, resolve_layers
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import MLP, Linear, check_no_experts, linears, mlp_output

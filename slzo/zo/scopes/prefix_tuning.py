@@ -1,7 +1,7 @@
 """Prefix tuning: learned keys and values before every sequence, through peft."""
 
-from slzo.errors import SlzoError
 from slzo.models.adapters.virtual_tokens import PrefixTokens, virtual_token_parameters
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.tuned import TunedTensors
 

@@ -3,9 +3,9 @@
 import random
 from collections.abc import Sequence
 
-from slzo.errors import SlzoError
 from slzo.models.parts import ModelParts
-from slzo.seeding import derive_seed
+from slzo.utils.errors import SlzoError
+from slzo.utils.seeding import derive_seed
 from slzo.zo.scopes.base import Scope, ScopeContext
 from slzo.zo.scopes.linear_maps import all_parameters
 from slzo.zo.tuned import Subset, TunedTensors

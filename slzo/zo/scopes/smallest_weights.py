@@ -2,7 +2,7 @@
 
 import torch
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
 from slzo.zo.scopes.linear_maps import check_no_experts, linears
 from slzo.zo.tensors import Masked

@@ -1,21 +1,24 @@
-"""Rules that read a profile and name the dominant layer; each is one file, and this list registers it."""
+"""Rules that choose the dominant layer; each rule is one file, with its import and its name in this list."""
 
 from slzo.zo.selection.auto import Auto
-from slzo.zo.selection.base import Choice, Margin, SelectionRule
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule
 from slzo.zo.selection.first_outlier import FirstOutlierLayer
-from slzo.zo.selection.fixed import FixedLayer
-from slzo.zo.selection.largest_fall import LargestFall
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
+from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
 from slzo.zo.selection.race import Race
 
+RULES = (Auto, FirstOutlierLayer, MaxRatioJump, OutlierRemovingLayer, Race)
+"""What the command line offers by name."""
+
 __all__ = [
+    "RULES",
     "Auto",
     "Choice",
     "FirstOutlierLayer",
-    "FixedLayer",
-    "LargestFall",
     "Margin",
     "MaxRatioJump",
+    "OutlierRemovingLayer",
     "Race",
+    "SelectionContext",
     "SelectionRule",
 ]

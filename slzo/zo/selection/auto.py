@@ -1,29 +1,31 @@
-"""The layer that takes the outlier out, if a look at the task agrees."""
+"""The layer that removes the outlier, or the winner of a race where that choice is in doubt."""
 
 import math
+from dataclasses import replace
 
-from slzo.errors import SlzoError
-from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, SelectionRule
-from slzo.zo.selection.largest_fall import LargestFall
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.zo.selection.base import CLEAR, Choice, SelectionContext, SelectionRule
+from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
 from slzo.zo.selection.race import Race, outlier_layers
 
 
 class Auto(SelectionRule):
-    """LargestFall's layer where it is clear and a step there promises something; elsewhere a Race decides.
+    """OutlierRemovingLayer's layer where it is clear and its first step is promising; else the winner of a Race.
 
-    In the race are that layer, the last one, and if there is room the choices of FirstOutlierLayer and MaxRatioJump.
+    The race compares that layer, the last one, and if there is room the choices of FirstOutlierLayer and MaxRatioJump.
 
-    A step promises what the measured step size (model.optimizer.lr auto) is to lower the loss by. Where it is a fraction of a
-    percent, since the loss is curved along random directions, that layer learns slowly on this task and others may not: so it is
-    with tasks whose loss is that of a free answer (COPA, SQuAD, DROP); docs/results.md has the figures. With a rate that is
-    given, and in half precision, where rounding hides the curvature, only the statistics are asked for their margin; with
-    generated answers, on several processes, and without dev rows or steps enough for a race, nothing is checked.
+    The first step is promising if the measured step size (model.optimizer.lr auto) expects it to lower the loss by at least
+    ``promise``. Where it expects a fraction of a percent, because the loss is curved along random directions, the layer learns
+    slowly on this task and others may not: so it is with tasks whose loss is that of a free answer (COPA, SQuAD, DROP);
+    docs/results.md has the figures. With a given rate, and in half precision, where rounding hides the curvature, only the margin
+    of the statistics is checked. With generated answers, several processes, no dev rows or too few steps for a race nothing is
+    checked.
 
     Args:
-        share: What a race may cost, as a share of the whole training in LargestFall's layer, > 0; layers for which that is not
-            enough are left out, from below.
-        promise: Share of the loss that the first step is to lower it by, at least; 0 only asks for a clear choice.
+        share: Largest cost of a race, as a share of the whole training in OutlierRemovingLayer's layer, > 0; where it is too
+            small for all candidates, the lowest ones are left out.
+        promise: Smallest share of the loss that the first step should remove; 0 only checks whether the choice is clear.
     """
 
     def __init__(self, share: float = 0.25, promise: float = 0.01) -> None:
@@ -35,11 +37,40 @@ class Auto(SelectionRule):
         self.share = share
         self.promise = promise
 
-    def select(self, layers: list[LayerStatistics]) -> Choice:
-        """What the statistics say, unchecked."""
-        return LargestFall().select(layers)
+    def select(self, context: SelectionContext) -> Choice:
+        """See the class."""
+        choice = OutlierRemovingLayer().select(context)
+        race = self._race(context, choice)
+        if race is None:
+            return choice
+        doubt = self._doubt(context, choice)
+        if not doubt:
+            return choice
+        say(f"Layer {choice.layer} ({choice.reason}): {doubt}. A race decides; --model.layer {choice.layer} skips it.")
+        winner = race.select(context)
+        note = f"Layer {choice.layer} is OutlierRemovingLayer's: {doubt}. {winner.note}".rstrip()
+        return replace(winner, note=note)
 
-    def race(self, layers: list[LayerStatistics]) -> Race | None:
-        """The one to run in doubt; ``None`` if all name the same layer."""
-        found = {self.select(layers).layer, layers[-1].index, *outlier_layers(layers)}
-        return Race(self.share, layers=sorted(found)) if len(found) > 1 else None
+    def _race(self, context: SelectionContext, choice: Choice) -> Race | None:
+        """The race to run if the choice is in doubt; ``None`` if it cannot be run or has one candidate only."""
+        layers, trials = context.layers, context.trials
+        candidates = {choice.layer, layers[-1].index, *outlier_layers(layers)}
+        if trials is None or trials.generates or not trials.num_dev or len(candidates) < 2:
+            return None
+        race = Race(self.share, layers=sorted(candidates))
+        return race if race.plan(layers, trials).steps else None
+
+    def _doubt(self, context: SelectionContext, choice: Choice) -> str:
+        """Why the choice may be a poor one; empty if nothing speaks against it."""
+        trials = context.trials
+        if choice.margin is not None and choice.margin.errors < CLEAR:
+            return f"not clear, {choice.margin.description}"
+        if trials is None or not trials.measures_rate:
+            return ""
+        try:
+            step = trials.step_size(choice.layer)
+        except SlzoError:  # the training measures too, and reports it
+            return ""
+        if step.largest > 0 or step.promise >= self.promise:  # of matrices that begin at 0 the first step says nothing
+            return ""
+        return f"its first step should lower the loss by {step.promise:.2%}, less than profiler.rule.promise {self.promise:.2%}"

@@ -1,11 +1,20 @@
 """The first layer with massive activations."""
 
+from collections.abc import Sequence
 from typing import Literal
 
-from slzo.errors import SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, Margin, SelectionRule
-from slzo.zo.selection.margin import in_words, largest, smallest, threshold_margin
+from slzo.zo.selection.base import (
+    Choice,
+    Margin,
+    SelectionContext,
+    SelectionRule,
+    format_figure,
+    largest,
+    smallest,
+    threshold_margin,
+)
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 
 
@@ -25,12 +34,13 @@ class FirstOutlierLayer(SelectionRule):
         self.ratio = ratio
         self.fallback = fallback
 
-    def select(self, layers: list[LayerStatistics]) -> Choice:
+    def select(self, context: SelectionContext) -> Choice:
         """See :class:`SelectionRule`; the margin is over the chosen layer and those before it.
 
         Raises:
             SlzoError: No layer qualifies and ``fallback`` is ``error``.
         """
+        layers = context.layers
         rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
         over = [layer for layer in layers if self._qualifies(layer)]
         if over:
@@ -38,7 +48,7 @@ class FirstOutlierLayer(SelectionRule):
             margin = smallest(self._margin(layer) for layer in layers if layer.index <= first.index)
             return Choice(first.index, rule, "first outlier layer", margin, self._note(over, layers), self._thresholds)
         if self.fallback == "max_ratio_jump":
-            choice = MaxRatioJump().select(layers)
+            choice = MaxRatioJump().select(context)
             margin = smallest([*(self._margin(layer) for layer in layers), choice.margin])
             why = f"{rule}; none, so {choice.reason}"
             return Choice(choice.layer, why, choice.title, margin, thresholds=self._thresholds)
@@ -65,7 +75,7 @@ class FirstOutlierLayer(SelectionRule):
         low = [figure for figure in figures if getattr(layer, figure[0]) <= figure[1]]
         return largest(threshold_margin(layer, *figure) for figure in low)
 
-    def _note(self, over: list[LayerStatistics], layers: list[LayerStatistics]) -> str:
+    def _note(self, over: list[LayerStatistics], layers: Sequence[LayerStatistics]) -> str:
         """What to say where the thresholds tell hardly any layer from another; outliers may fade in the last layers."""
         if over[0].index > 0 or len(over) <= len(layers) / 2:
             return ""
@@ -79,4 +89,4 @@ class FirstOutlierLayer(SelectionRule):
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4g}" + ("" if error is None else f" +- {in_words(error)}")
+    return f"{value:.4g}" + ("" if error is None else f" +- {format_figure(error)}")

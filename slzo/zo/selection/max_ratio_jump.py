@@ -1,10 +1,10 @@
 """The layer where outliers grow most."""
 
 import math
+from collections.abc import Sequence
 
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, Margin, SelectionRule
-from slzo.zo.selection.margin import smallest
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, smallest
 
 
 class MaxRatioJump(SelectionRule):
@@ -13,12 +13,13 @@ class MaxRatioJump(SelectionRule):
     Needs no threshold, so it always answers.
     """
 
-    def select(self, layers: list[LayerStatistics]) -> Choice:
+    def select(self, context: SelectionContext) -> Choice:
         """See :class:`SelectionRule`; the first layer is compared with a ratio of 1.
 
         The margin is the distance between the logarithms of the largest growth and of another one, whose standard errors are
         taken as independent: the layers share their sequences, so this is a rough one.
         """
+        layers = context.layers
         before = [1.0] + [layer.ratio for layer in layers[:-1]]
         jumps = [layer.ratio / max(ratio, 1.0) for layer, ratio in zip(layers, before, strict=True)]
         best = max(range(len(layers)), key=jumps.__getitem__)
@@ -26,7 +27,7 @@ class MaxRatioJump(SelectionRule):
         return Choice(best, "largest growth of max/median over the layer before", margin=margin)
 
 
-def _margin(layers: list[LayerStatistics], jumps: list[float], best: int, other: int) -> Margin | None:
+def _margin(layers: Sequence[LayerStatistics], jumps: list[float], best: int, other: int) -> Margin | None:
     variances = [_log_variance(layers, layer) for layer in (best, other)]
     known = [variance for variance in variances if variance is not None]
     if len(known) < len(variances) or jumps[other] <= 0:
@@ -40,7 +41,7 @@ def _margin(layers: list[LayerStatistics], jumps: list[float], best: int, other:
     )
 
 
-def _log_variance(layers: list[LayerStatistics], layer: int) -> float | None:
+def _log_variance(layers: Sequence[LayerStatistics], layer: int) -> float | None:
     """Of the logarithm of a layer's growth, to first order."""
     total = 0.0
     for one in layers[max(layer - 1, 0) : layer + 1]:

@@ -1,83 +1,192 @@
-"""Layers that the statistics point at, to be compared by short trainings."""
+"""Layers that the statistics point at, compared by short trainings."""
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from slzo.errors import SlzoError
+from slzo.models.prefix_cache import PrefixCache
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes.base import check_layer
-from slzo.zo.selection.base import Choice, SelectionRule
+from slzo.zo.selection.base import Choice, SelectionContext, SelectionRule
 from slzo.zo.selection.first_outlier import FirstOutlierLayer
-from slzo.zo.selection.largest_fall import LargestFall
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
+from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
+from slzo.zo.trial import Score, StepCost, Trial, Trials
 
-Equal = Literal["work", "steps"]
+# Fewer steps say nothing.
+_MIN_STEPS = 5
+# Batches that all trials use again and again: the states below a layer are computed once for each of their rows.
+_NUM_BATCHES = 20
+_MIN_DEV_ROWS = 16
 
 
 class Race(SelectionRule):
-    """The layer with the lowest dev loss after short trainings of the layers that the other rules name, and of a few more.
+    """The layer with the lowest dev loss after short trainings of equal cost.
 
-    Entrants are the choices of LargestFall, FirstOutlierLayer and MaxRatioJump, the neighbours of the first, the last layer, and
-    as a control the one in the middle. They share rows, directions and the states below them, each has its own measured
-    step size where model.optimizer.lr is auto, and who is in the worse half after a third ends there. A late layer's step is
-    cheap, since only the layers from it on are run: with equal work, the measuring included, it takes more of them. The most
-    sensitive layers do not enter: to measure the sensitivity of all layers takes longer than the race.
+    The candidates are the choices of OutlierRemovingLayer, FirstOutlierLayer and MaxRatioJump, the neighbours of the first, the
+    last layer, and the middle one as a control. They share rows, directions and the states below them, and each has its own
+    measured step size where model.optimizer.lr is auto. After a third of its steps a trial worse than the median stops. A late
+    layer's step is cheap, since only the layers from it on are run, so a late layer takes more steps at equal cost.
 
     Args:
-        share: What the race may cost, as a share of the whole training in LargestFall's layer (if that does not enter, in the
-            lowest that does), > 0; the others are left out from below where that is not enough.
-        equal: What all get as much of: work (rows times layers they go through, so about time), or steps.
-        layers: Entrants, counted from 0; left out, those above.
-        dev_rows: Rows that the dev loss is taken on, at least 16.
+        share: Largest cost of the race, as a share of the whole training in OutlierRemovingLayer's layer (in the lowest
+            candidate if that one is not among them), > 0; where it is too small for all, the lowest candidates are left out.
+        layers: Candidates, counted from 0; left out, those above.
+        dev_rows: Rows that the dev loss is computed on, at least 16.
     """
 
-    def __init__(
-        self, share: float = 0.25, equal: Equal = "work", layers: list[int] | None = None, dev_rows: int = 96
-    ) -> None:
+    def __init__(self, share: float = 0.25, layers: list[int] | None = None, dev_rows: int = 96) -> None:
         if not 0 < share < math.inf:
             raise SlzoError(f"profiler.rule.share {share}: must be above 0; 0.25 is a quarter of the training")
-        if equal not in ("work", "steps"):
-            raise SlzoError(f"profiler.rule.equal {equal!r}: choose work or steps")
         if layers is not None and len(set(layers)) < 2:
             raise SlzoError(f"profiler.rule.layers {layers}: give at least two, or leave it out")
-        if dev_rows < 16:
+        if dev_rows < _MIN_DEV_ROWS:
             raise SlzoError(
-                f"profiler.rule.dev_rows {dev_rows}: so few rows do not tell layers apart; give at least 16"
+                f"profiler.rule.dev_rows {dev_rows}: too few rows to compare layers; give at least {_MIN_DEV_ROWS}"
             )
         self.share = share
-        self.equal: Equal = equal
         self.layers = layers
         self.dev_rows = dev_rows
 
-    def entrants(self, layers: list[LayerStatistics]) -> tuple[int, ...]:
+    def candidates(self, layers: Sequence[LayerStatistics]) -> tuple[int, ...]:
         """The layers to train, rising.
 
         Raises:
-            SlzoError: One that was asked for is not there.
+            SlzoError: The model lacks one of ``layers``.
         """
         if self.layers is not None:
             for layer in self.layers:
                 check_layer(layer, len(layers), "profiler.rule.layers", left_out="the race choose")
             return tuple(sorted(set(self.layers)))
-        fall = LargestFall().select(layers).layer
+        fall = OutlierRemovingLayer().select(SelectionContext(layers)).layer
         found = {fall - 1, fall, fall + 1, len(layers) - 1, len(layers) // 2, *outlier_layers(layers)}
         return tuple(sorted(layer for layer in found if 0 <= layer < len(layers)))
 
-    def reference(self, layers: list[LayerStatistics]) -> int:
-        """The layer whose training the cost is a share of: the one that would be tuned without a race, if it is in it."""
-        entrants, fall = self.entrants(layers), LargestFall().select(layers).layer
-        return fall if fall in entrants else min(entrants)
+    def plan(self, layers: Sequence[LayerStatistics], trials: Trials) -> "RacePlan":
+        """Which layers take how many steps."""
+        candidates = self.candidates(layers)
+        removing = OutlierRemovingLayer().select(SelectionContext(layers)).layer
+        reference = removing if removing in candidates else min(candidates)
+        cost = trials.cost(self.dev_rows)
+        return plan_race(candidates, self.share, cost, reference, trials.steps, trials.num_train)
 
-    def select(self, layers: list[LayerStatistics]) -> Choice:
-        raise SlzoError(
-            "profiler.rule Race: trains layers, which statistics alone do not allow; use it with slzo fit or profile"
-        )
+    def select(self, context: SelectionContext) -> Choice:
+        """Run the race; without room for it, or if no layer gains, the choice is that of OutlierRemovingLayer."""
+        trials, layers = context.trials, context.layers
+        if trials is None:
+            raise SlzoError(f"profiler.rule Race: it trains layers, and {context.no_trials}")
+        if not trials.num_dev:
+            raise SlzoError("profiler.rule Race: it compares dev losses, and there are no dev rows; set data.num_dev")
+        plan = self.plan(layers, trials)
+        if not plan.steps:
+            candidates = ", ".join(map(str, self.candidates(layers)))
+            reason = f"{trials.steps} steps leave no room for a race of layers {candidates} at profiler.rule.share {self.share:g}"
+            return _fallback(context, reason)
+        say(plan.describe(self.share))
+        outcomes: dict[int, Trial] = {}
+        halfway: list[float] = []
+        best, states = -1, None
+
+        def goes_on(score: Score) -> bool:
+            if math.isfinite(score.loss):
+                halfway.append(score.loss)
+            return bool(halfway) and score.loss <= statistics.median(halfway)
+
+        for layer, steps in plan.steps.items():
+            checks = {max(1, steps // 3): goes_on}
+            own: PrefixCache | None
+            try:
+                outcomes[layer], own = trials.train(
+                    layer, steps, dev_rows=self.dev_rows, num_batches=_NUM_BATCHES, checks=checks
+                )
+            except SlzoError as error:  # the others may well run
+                say(f"layer {layer:3d}: out of the race, {error}")
+                continue
+            say(_line(layer, outcomes[layer], steps))
+            if best < 0 or outcomes[layer].gain > outcomes[best].gain:
+                best, states = layer, own
+        before = next(iter(outcomes.values())).scores[0].loss if outcomes else 0.0
+        if best < 0 or outcomes[best].gain <= 0:
+            choice = _fallback(context, f"no layer lowered the dev loss of {before:.4f} in the race")
+            return replace(choice, trials=outcomes)
+        last = outcomes[best].scores[-1]
+        reason = f"lowest dev loss of {len(outcomes)} layers at equal cost, {before:.4f} -> {last.loss:.4f} in {last.step} steps"
+        return Choice(best, reason, "race winner", trials=outcomes, states=states)
 
 
-def outlier_layers(layers: list[LayerStatistics]) -> Iterable[int]:
-    """What the rules say that look for where outliers come."""
+def outlier_layers(layers: Sequence[LayerStatistics]) -> Iterable[int]:
+    """The choices of the rules that look for where outliers appear."""
     for rule in (FirstOutlierLayer(), MaxRatioJump()):
         with suppress(SlzoError):  # it finds none
-            yield rule.select(layers).layer
+            yield rule.select(SelectionContext(layers)).layer
+
+
+@dataclass(frozen=True)
+class RacePlan:
+    """Which layers train for how long.
+
+    Attributes:
+        steps: Steps by layer, rising; empty if there is no room for a race.
+        left_out: Candidates for whose steps there is no room.
+        share: Expected cost as a share of the whole training in the reference layer.
+        reference: Layer whose training the cost is compared with.
+    """
+
+    steps: Mapping[int, int]
+    left_out: tuple[int, ...]
+    share: float
+    reference: int
+
+    def describe(self, allowed: float) -> str:
+        """The plan in one line; ``allowed`` is the share that was asked for."""
+        runs = ", ".join(f"{layer} ({steps} steps)" for layer, steps in self.steps.items())
+        line = f"Race       layers {runs}; costs about {self.share:.0%} of the whole training in layer {self.reference}"
+        if self.left_out:
+            left_out = ", ".join(map(str, self.left_out))
+            line += f"; without {left_out}, for which profiler.rule.share {allowed:g} leaves no room"
+        return line
+
+
+def plan_race(
+    candidates: Sequence[int], share: float, cost: StepCost, reference: int, total_steps: int, num_train: int
+) -> RacePlan:
+    """Steps of each candidate so that the race costs at most ``share`` of a training of ``total_steps`` in ``reference``.
+
+    All candidates get the same cost, measuring included. The reference is never left out.
+    """
+    training = cost.training(reference, total_steps, num_train)
+    running = sorted(candidates)
+    while len(running) > 1:
+        overhead = _overhead(running, cost, num_train)
+        own = (share * training - overhead + cost.spared(running)) / len(running)
+        steps = {layer: min(int((own - cost.measure(layer)) / cost.step(layer)), total_steps) for layer in running}
+        if min(steps.values()) >= _MIN_STEPS:
+            runs = sum(cost.measure(layer) + number * cost.step(layer) for layer, number in steps.items())
+            spent = (overhead + runs - cost.spared(running)) / training
+            return RacePlan(steps, tuple(sorted(set(candidates) - set(running))), spent, reference)
+        running.remove(next(layer for layer in running if layer != reference))
+    return RacePlan({}, tuple(candidates), 0.0, reference)
+
+
+def _overhead(candidates: Sequence[int], cost: StepCost, num_train: int) -> float:
+    """Cost besides measuring and steps: dev losses, and states that the winner's training has no use for."""
+    rows = cost.dev_rows + min(num_train, _NUM_BATCHES * cost.batch_size)
+    lost = (max(candidates) if cost.carries else sum(candidates)) - min(candidates) if cost.caches else 0
+    return rows * lost + sum(2 * cost.dev_rows * cost.layers(layer) for layer in candidates)
+
+
+def _fallback(context: SelectionContext, reason: str) -> Choice:
+    return replace(OutlierRemovingLayer().select(context), note=f"OutlierRemovingLayer decided: {reason}.")
+
+
+def _line(layer: int, trial: Trial, steps: int) -> str:
+    last = trial.scores[-1]
+    if trial.diverged:
+        return f"layer {layer:3d}: diverged, {trial.diverged}"
+    early = "" if last.step >= steps else ", worse than the median: stopped"
+    steps_and_time = f"{last.step} steps ({last.seconds:.1f} s)"
+    return f"layer {layer:3d}: dev loss {trial.scores[0].loss:.4f} -> {last.loss:.4f} in {steps_and_time}{early}"

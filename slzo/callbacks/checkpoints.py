@@ -1,0 +1,172 @@
+"""Keeps the best state of a run, and the newest one in ``checkpoints/last.ckpt``."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from slzo.callbacks.schedule import is_last_step, validation_due
+from slzo.callbacks.stop_signals import StopSignals, pass_on
+from slzo.task_rows import TaskRows
+from slzo.utils.console import say
+from slzo.utils.errors import Interrupted, SlzoError
+
+AUTO_MONITOR = "auto"
+LAST = "last.ckpt"
+# With several processes all must agree that it is time to save; asking costs a message.
+_STEPS_BETWEEN_QUESTIONS = 10
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint; a resumed run knows the best state of the run that it continues.
+
+    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 where training maximizes that.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose what to watch where ``monitor`` is auto."""
+        rows = getattr(trainer, "datamodule", None)
+        if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
+            metric = rows.selection_metric
+            self.monitor, self.mode = f"val/{metric.name}", metric.mode
+            self.kth_value = torch.tensor(math.inf if metric.mode == "min" else -math.inf)
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best score and path; the file of the former run is never deleted."""
+        for name in ("best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value"):
+            setattr(self, name, state_dict[name])
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves after validations, between them, at the end, and when a signal stops the run.
+
+    It saves only where Lightning's counters are complete and restart exactly: after a step that no validation follows, and
+    after a validation. Ctrl-C and SIGTERM stop a run at the next such place, on all processes at the same one; a second signal
+    stops it at once, and nothing is saved. A later resume takes the steps that this loses from the log of losses.
+
+    The state after the last step replaces ``last.ckpt`` when everything else is done: a run that is killed while its held-out
+    rows are scored then still has steps left, and ends as others do when it is resumed. The last step is validated in any case,
+    since it may be the best one.
+
+    As a ``Checkpoint`` it runs after :class:`BestCheckpoint`, whose state it saves.
+
+    Args:
+        every_n_steps: Save after so many steps too; left out, by time alone.
+        every_minutes: Save when the last save is so long ago: a crash loses at most this much; 0 saves by steps and validations
+            alone.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, every_minutes: float = 5.0) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise SlzoError(f"last_checkpoint.every_n_steps {every_n_steps}: must be at least 1, or left out")
+        if not every_minutes >= 0:
+            raise SlzoError(
+                f"last_checkpoint.every_minutes {every_minutes}: must be 0 or more; 0 does not look at the time"
+            )
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self._signals = StopSignals()
+        self._saved_step = self._final_step = -1
+        self._saved_at = -math.inf
+        self._stop = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Handle signals; save after the first step, from which a crash can go on with the log of losses."""
+        if trainer.received_sigterm:  # Lightning's handler was there first
+            raise Interrupted(15)
+        self._saved_step = self._final_step = -1
+        self._saved_at, self._stop = -math.inf, 0
+        self._signals.install()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop before the step, or wait until it is done."""
+        if self._stop:
+            raise Interrupted(self._stop, saved=True)
+        self._signals.waits = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, unless a validation follows."""
+        if validation_due(trainer):
+            return
+        if is_last_step(trainer):
+            self._save_final(trainer)
+            trainer.should_stop = True  # Lightning validates a step that it stops after
+        elif not trainer.is_last_batch:  # between two epochs Lightning's counters are in between too
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after a validation of the schedule."""
+        if not validation_due(trainer):
+            return
+        if is_last_step(trainer):
+            self._save_final(trainer)
+        else:
+            self._save_if_due(trainer, always=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the state after the last step."""
+        self._signals.remove()
+        folder = _folder(trainer)
+        if folder is None:
+            return
+        if self._final_step != trainer.global_step:  # something else has ended the training
+            trainer.save_checkpoint(_final(folder), weights_only=False)
+        if trainer.is_global_zero:
+            _final(folder).replace(folder / LAST)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on, and pass a signal on."""
+        self._signals.remove()
+        if isinstance(exception, Interrupted) and not exception.saved:
+            pass_on(trainer, exception.number)
+        folder = _folder(trainer)
+        if folder is not None and self._saved_step > 0 and not isinstance(exception, SlzoError):
+            say(
+                f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {folder / LAST}"
+            )
+
+    def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
+        """Save if it is time, or a signal has come, after which the next step does not begin."""
+        step = trainer.global_step
+        self._stop = self._signals.requested(trainer)
+        by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
+        if always or self._stop or by_steps or self._is_time(trainer):
+            folder = _folder(trainer)
+            if folder is not None:
+                trainer.save_checkpoint(folder / LAST, weights_only=False)
+                self._saved_step = step
+            self._saved_at = time.monotonic()
+
+    def _save_final(self, trainer: Trainer) -> None:
+        folder = _folder(trainer)
+        if folder is not None:
+            trainer.save_checkpoint(_final(folder), weights_only=False)
+            self._final_step = trainer.global_step
+        self._signals.waits = False
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        if self._saved_step < 0:
+            return True
+        due = self.every_minutes > 0 and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        if trainer.world_size == 1:
+            return due
+        asked = self.every_minutes > 0 and trainer.global_step % _STEPS_BETWEEN_QUESTIONS == 0
+        return asked and trainer.strategy.reduce_boolean_decision(due, all=False)
+
+
+def _folder(trainer: Trainer) -> Path | None:
+    """Folder of the checkpoints; ``None`` where nothing is written."""
+    log_dir = trainer.log_dir  # a collective call: every process must make it
+    return None if log_dir is None or getattr(trainer, "fast_dev_run", False) else Path(log_dir) / "checkpoints"
+
+
+def _final(folder: Path) -> Path:
+    """Where the state after the last step waits until everything else is done."""
+    return folder / f"{LAST}.final"

@@ -1,0 +1,61 @@
+"""The callbacks of every training, in the order in which they run."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+from slzo.callbacks.answer_log import AnswerLog
+from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
+from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.outlier_profiler import OutlierProfiler
+from slzo.callbacks.progress_bar import StepProgressBar
+from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.step_watch import StepWatch
+
+DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
+    {
+        "profiler": OutlierProfiler,  # writes the profile before anything else is said
+        "guard": LossGuard,  # rolls back before a state is saved
+        "watch": StepWatch,
+        "answers": AnswerLog,
+        "record": RunRecord,  # reads what those above have counted
+        "checkpoint": BestCheckpoint,  # Lightning runs checkpoints last
+        "last_checkpoint": LastCheckpoint,  # saves the state of all others
+    }
+)
+"""By the name of their options on the command line. A callback of the user's own runs before ``record``."""
+
+BEST_OPTIONS: Mapping[str, str | bool] = MappingProxyType(
+    {"monitor": AUTO_MONITOR, "mode": "min", "filename": "step={step}", "auto_insert_metric_name": False}
+)
+"""Arguments of BestCheckpoint."""
+
+
+def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
+    """Given callbacks and the default ones that are not among them, in the order in which they run.
+
+    Args:
+        given: The user's callbacks.
+        checkpoints: Whether checkpoints are saved.
+        progress: Whether progress is shown.
+    """
+    kept = [each for each in given if checkpoints or not isinstance(each, Checkpoint)]
+    missing = [kind for kind in DEFAULTS.values() if not any(isinstance(each, kind) for each in kept)]
+    for kind in missing:
+        if issubclass(kind, BestCheckpoint):
+            kept += [BestCheckpoint(**BEST_OPTIONS)] if checkpoints else []  # type: ignore[arg-type]
+        elif checkpoints or not issubclass(kind, Checkpoint):
+            kept.append(kind())
+    if progress and not any(isinstance(each, ProgressBar) for each in kept):
+        kept.insert(0, StepProgressBar())
+    order = list(DEFAULTS.values())
+    own = order.index(RunRecord) - 0.5  # where callbacks of the user's own run
+
+    def place(callback: Callback) -> float:
+        if isinstance(callback, ProgressBar):
+            return -1  # its line ends before others write
+        return next((float(number) for number, kind in enumerate(order) if isinstance(callback, kind)), own)
+
+    return sorted(kept, key=place)

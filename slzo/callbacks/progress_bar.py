@@ -1,0 +1,105 @@
+"""A progress bar that counts steps, not epochs; without a terminal, a line after each validation."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from slzo.utils.console import say
+
+# short: what was found on the dev rows is to be seen in 80 columns
+_FORMAT = "{n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
+
+
+class StepProgressBar(TQDMProgressBar):
+    """One bar from the first to the last step; zeroth-order runs are measured in steps, and epochs mean little.
+
+    Bars are written to standard error, all other lines to standard output. If standard error is not a terminal there is no bar,
+    and a line after each validation instead.
+
+    Args:
+        refresh_rate: Steps between two updates of the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether there are no bars."""
+        return bool(super().is_disabled) or not sys.stderr.isatty()
+
+    def _bar(self, description: str, leave: bool = True, position: int = 0, **options: Any) -> Tqdm:
+        return Tqdm(
+            desc=description,
+            leave=leave,
+            position=position,
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            **options,
+        )
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """Of Lightning's check before training."""
+        return self._bar("Checking", leave=False)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Of a validation: below the training bar, if there is one."""
+        in_fit = self.trainer.state.fn == "fit"
+        return self._bar("Validation", leave=not in_fit, position=int(in_fit))
+
+    def init_test_tqdm(self) -> Tqdm:
+        """Of scoring held-out rows."""
+        return self._bar("Testing")
+
+    def init_predict_tqdm(self) -> Tqdm:
+        """Of predictions."""
+        return self._bar("Predicting")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar at the step of a resumed run."""
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        options: dict[str, Any] = {} if total is None else {"bar_format": _FORMAT}
+        self.train_progress_bar = self._bar(
+            "Training", total=total, initial=trainer.global_step, unit="step", **options
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The bar goes on over epochs."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What stands behind the bar: of the dev rows first, without the version of the run."""
+        found = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("val/"), item[0] == "val/loss")))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        bar = self.train_progress_bar
+        if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == bar.total:
+            bar.set_postfix(self._shown(trainer, pl_module), refresh=False)
+            bar.update(trainer.global_step - bar.n)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what was found."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        shown = self._shown(trainer, pl_module)
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.set_postfix(shown)
+        if not sys.stderr.isatty() and not super().is_disabled:
+            say(f"Step {trainer.global_step:<6d}" + "  ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def _shown(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+        found = self.get_metrics(trainer, pl_module)
+        return {name: f"{value:.4g}" for name, value in found.items() if isinstance(value, float)}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the line, so that a message after it is readable."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()

@@ -1,0 +1,1 @@
+"""Checkpoints and the log of steps: their formats, whole files only."""

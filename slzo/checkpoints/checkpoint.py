@@ -1,0 +1,281 @@
+"""Read, verify and write checkpoints, and find those of the newest run.
+
+The file format is that of :mod:`slzo.checkpoints.checkpoint_file`: safetensors with checksums, no pickles. Beside the state of
+Lightning a checkpoint holds a note: what its tensors are and to which model they belong.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slzo.checkpoints import checkpoint_file
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import replacing
+from slzo.utils.signals import signals_held
+
+CHECKPOINT_FORMAT = 1
+NAMES = ("last", "best")
+"""Accepted in the place of a checkpoint's path: those of the newest run."""
+
+_MISSING = object()
+_ADVICE = "give another one of the run, or last for the newest that is whole"
+# what a state to go on from has besides the tuned tensors
+_TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
+_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "scope": (dict,),
+        "adapter": (dict, type(None)),
+        "tensors": (dict,),
+        "layer": (int, type(None)),
+        "num_evaluations": (int,),
+        "model": (str,),
+        "layer_reason": (str,),
+        "dtype": (str,),
+        "trust_remote_code": (bool,),
+        "noise_seed": (int,),
+        "num_nonfinite": (int,),
+        "base": (dict,),
+        "optimizer": (dict,),
+        "onednn": (bool, type(None)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: Of the file.
+        content: Tensors and primitives, on the CPU.
+    """
+
+    path: str
+    content: dict[str, Any]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What its tensors are and where they belong."""
+        return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it."""
+        return all(name in self.content for name in _TRAINING_STATE)
+
+    def check_resumable(self, optimizer: Mapping[str, Any]) -> None:
+        """Refuse to go on from weights alone, or with an optimizer or scheduler of another class.
+
+        Raises:
+            SlzoError: With the reason.
+        """
+        if not self.is_resumable:
+            raise SlzoError(
+                f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only), and training cannot go on from "
+                "them; give the run's last.ckpt, or use it with test, predict or export"
+            )
+        saved = self.note["optimizer"]
+        for option, name in (("model.optimizer", "class"), ("model.lr_scheduler", "scheduler")):
+            old, new = (str(each.get(name) or "").rpartition(".")[2] for each in (saved, optimizer))
+            if old and new and old != new:
+                raise SlzoError(
+                    f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot take over; resume with {old}, "
+                    "or begin anew without --ckpt_path"
+                )
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Load a checkpoint on the CPU, tensors and primitives only, and verify it.
+
+    Raises:
+        SlzoError: The file is missing, broken, not written by slzo, or holds weights that are not finite.
+    """
+    option = f"ckpt_path {str(path)!r}"
+    if Path(path).is_dir():
+        raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, last or best")
+    if not Path(path).is_file():
+        raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
+    content = _content(path, option)
+    checkpoint_note(content, option)
+    _check_state(content, option)
+    return Checkpoint(str(path), content)
+
+
+def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        SlzoError: It cannot be written, or its weights are not finite.
+    """
+    _check_finite(content["state_dict"], f"training diverged: at step {content.get('global_step')} the checkpoint's")
+    try:
+        with replacing(path) as partial:
+            checkpoint_file.write(content, partial)
+    except SlzoError as error:
+        raise SlzoError(f"{error}; then go on from the checkpoint before it with --ckpt_path last") from error
+
+
+def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
+    """What the module noted in a checkpoint: what its tensors are and where they belong.
+
+    Raises:
+        SlzoError: It was not written by slzo, by a version with another format, or was changed by hand.
+    """
+    note: Any = content.get("slzo") if isinstance(content, dict) else None
+    if not isinstance(note, dict) or "format" not in note:
+        raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
+    if note["format"] != CHECKPOINT_FORMAT:
+        raise SlzoError(
+            f"{option}: has format {note['format']!r}, this slzo reads {CHECKPOINT_FORMAT}; use the version that wrote it"
+        )
+    for name, types in _FIELDS.items():
+        value = note.get(name, _MISSING)
+        is_bool = isinstance(value, bool) and bool not in types
+        if is_bool or not isinstance(value, types):
+            found = "is missing" if value is _MISSING else f"is a {type(value).__name__}"
+            raise SlzoError(f"{option}: its note is broken: {name} {found}; give a checkpoint as slzo wrote it")
+    for name, entry in note["tensors"].items():
+        if not _is_description(entry):
+            raise SlzoError(
+                f"{option}: its note is broken: tensor {name!r} has no usable description; give a checkpoint as slzo wrote it"
+            )
+    return note
+
+
+def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
+    """The model options of a run that are others than a checkpoint was trained with, in words; empty if there are none."""
+    saved = content.get("hyper_parameters", {})
+    different = [name for name in saved if name in own and saved[name] != own[name] and name[0] != "_"]
+    return "; ".join(f"model.{name}: {saved[name]} -> {own[name]}" for name in different)
+
+
+def newest_checkpoint(root: str | Path) -> Path:
+    """The last checkpoint of the newest run below ``root``; where it is damaged, the newest one of all that is whole, and why.
+
+    Raises:
+        SlzoError: There is none.
+    """
+    found = _by_age(root, "last*.ckpt")
+    if not found:
+        raise SlzoError(
+            f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or name a file"
+        )
+    option = f"ckpt_path {str(found[0])!r}"
+    try:
+        with _one_line(option):
+            checkpoint_file.verify(found[0])
+        return found[0]
+    except SlzoError as error:
+        sys.stderr.write(f"slzo: {error}\n")
+    for path in _by_age(root, "*.ckpt"):
+        with suppress(SlzoError):
+            if read_checkpoint(path).is_resumable:
+                sys.stderr.write(f"slzo: {path} is the newest checkpoint that is whole\n")
+                return path
+    raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is whole; start without --ckpt_path")
+
+
+def named_checkpoint(name: str, root: str | Path) -> Path:
+    """The checkpoint of the newest run below ``root`` that goes by a name: its last one, or the one with the best score.
+
+    Raises:
+        SlzoError: There is none.
+    """
+    last = newest_checkpoint(root)
+    return last if name == "last" else _best_of(last)
+
+
+def find_checkpoint(ckpt_path: str | Path, root: str | Path) -> Checkpoint:
+    """Read a checkpoint; ``last`` and ``best`` are those of the newest run below ``root``.
+
+    Raises:
+        SlzoError: There is none, or it cannot be used.
+    """
+    if str(ckpt_path) in NAMES:
+        name, ckpt_path = str(ckpt_path), named_checkpoint(str(ckpt_path), root)
+        say(f"Using the {name} checkpoint of the newest run, {ckpt_path}")
+    return read_checkpoint(ckpt_path)
+
+
+def checkpoint_of_run(folder: str | Path) -> Path:
+    """The best checkpoint of a run, given by its folder, or the last one of a run that was not validated.
+
+    Raises:
+        SlzoError: It has none.
+    """
+    last = newest_checkpoint(folder)
+    try:
+        return _best_of(last)
+    except SlzoError:
+        return last
+
+
+def _best_of(last: Path) -> Path:
+    """The best checkpoint that a run's last one remembers; a resumed run's may be in the folder of the run before."""
+    callbacks = read_checkpoint(last).content.get("callbacks", {})
+    told = [Path(state["best_model_path"]) for state in callbacks.values() if state.get("best_model_path")]
+    for path in (place for best in told for place in (best, last.parent / best.name)):  # the runs may have been moved
+        if path.is_file():
+            return path
+    raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} has none, it was not validated; give last")
+
+
+def _content(path: str | Path, option: str) -> dict[str, Any]:
+    """The content of a file, compared with its checksums."""
+    with _one_line(option):
+        return checkpoint_file.read(path)
+
+
+@contextmanager
+def _one_line(option: str) -> Iterator[None]:
+    """Errors of reading a file as SlzoErrors; a signal waits, since the readers make what its handler raises such an error."""
+    try:
+        with signals_held():
+            yield
+    except checkpoint_file.DamagedError as error:
+        raise SlzoError(f"{option}: damaged, {error} in it is not what was written; {_ADVICE}") from error
+    except OSError as error:
+        raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged header fails in many ways
+        raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
+
+
+def _by_age(root: str | Path, name: str) -> list[Path]:
+    found = Path(root).glob(f"**/checkpoints/{name}")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _check_state(content: Mapping[str, Any], option: str) -> None:
+    state = content.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise SlzoError(f"{option}: has no tensors under state_dict; it was not written by slzo like this")
+    if not isinstance(content.get("global_step"), int):
+        raise SlzoError(f"{option}: has no step under global_step; it was not written by slzo like this")
+    _check_finite(state, f"{option}: its")
+
+
+def _check_finite(state: Mapping[str, Tensor], whose: str) -> None:
+    bad = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise SlzoError(
+            f"{whose} tensor {bad!r} holds values that are infinite or not a number; use an earlier checkpoint, with a lower "
+            "model.optimizer.init_args.lr"
+        )
+
+
+def _is_description(entry: Any) -> bool:
+    """Whether kind, shape and constants of a tuned tensor are of the right types; see TunedTensors.description."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        return False
+    shape = entry.get("shape")
+    sizes = isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
+    constants = [value for name, value in entry.items() if name not in ("kind", "shape")]
+    return sizes and all(isinstance(value, Tensor) for value in constants)

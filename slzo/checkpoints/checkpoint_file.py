@@ -1,0 +1,178 @@
+"""The file of a checkpoint: safetensors, with all that is no tensor as JSON in the header, and a CRC-32 of each.
+
+Nothing in it can be run, and any reader of safetensors reads its tensors. The header's metadata has ``content``, JSON, and
+``crc32``, its checksum; in it are ``tree``, where ``{"$tensor": name}`` stands for a tensor, and ``tensors``, their checksums.
+JSON knows fewer kinds of values than Python: ``$dict``, ``$tuple`` and ``$float`` stand for dicts whose keys are not all
+text, tuples, and floats that are not finite.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from slzo.utils.errors import SlzoError
+
+_TYPES = MappingProxyType(
+    {
+        torch.complex64: "C64",
+        torch.float64: "F64",
+        torch.int64: "I64",
+        torch.float32: "F32",
+        torch.int32: "I32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+)
+
+
+class DamagedError(ValueError):
+    """Something in a file is not what was written; the message names it."""
+
+
+def write(content: Mapping[str, Any], path: Path) -> None:
+    """Write nested dicts, lists and tuples of tensors, numbers, text, ``True``, ``False`` and ``None``.
+
+    Tensor after tensor: the writer of safetensors first copies all of them.
+
+    Raises:
+        SlzoError: Something else is in it.
+        OSError: The file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _encoded(dict(content), (), tensors)
+    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    text = json.dumps({"tree": tree, "tensors": sums}, allow_nan=False)
+    header: dict[str, Any] = {"__metadata__": {"content": text, "crc32": str(zlib.crc32(text.encode()))}}
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # each begins at a multiple of its type's size
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % 8)
+    with path.open("wb") as file:
+        file.write(len(start).to_bytes(8, "little"))
+        file.write(start)
+        for name in order:
+            file.write(_bytes(tensors[name]))
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a file is of this format, not the zip archive that ``torch.save`` writes."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{"  # after the header's size
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What :func:`write` was given, tensors on the CPU, all of it compared with the checksums.
+
+    Raises:
+        DamagedError: Something is not what was written.
+        Exception: Others where the file is not of this format.
+    """
+    with safe_open(path, framework="pt") as file:
+        content = _rest(file)
+        tensors = {name: _tensor(file, name, expected) for name, expected in content["tensors"].items()}
+    tree: dict[str, Any] = _decoded(content["tree"], tensors)
+    return tree
+
+
+def verify(path: str | Path) -> None:
+    """Compare all of a file with the checksums; raises as :func:`read` does."""
+    with safe_open(path, framework="pt") as file:
+        for name, expected in _rest(file)["tensors"].items():
+            _tensor(file, name, expected)
+
+
+def _rest(file: Any) -> dict[str, Any]:
+    """The tree and the checksums of the tensors."""
+    header = file.metadata()
+    text = header["content"]
+    if str(zlib.crc32(text.encode())) != header["crc32"]:
+        raise DamagedError("its header")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def _tensor(file: Any, name: str, expected: int) -> Tensor:
+    tensor: Tensor = file.get_tensor(name).clone()  # not a view of a file that may be replaced
+    if _checksum(tensor) != expected:
+        raise DamagedError(f"tensor {name!r}")
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values of a contiguous tensor on the CPU, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of type, shape and values."""
+    return zlib.crc32(_bytes(tensor), zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode()))
+
+
+def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON knows it; its tensors, named by their places, go into ``tensors``."""
+    if isinstance(value, Tensor):
+        name = ".".join(path)
+        while name in tensors:  # keys with dots
+            name += "'"
+        if value.layout is not torch.strided or value.dtype not in _TYPES:
+            raise SlzoError(
+                f"checkpoint: {name} is a tensor of {value.layout}, {value.dtype}, and a file has no place for it"
+            )
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"$tensor": name}
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, Mapping):
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: _encoded(each, (*path, key), tensors) for key, each in value.items()}
+        pairs = [
+            [_encoded(key, path, tensors), _encoded(each, (*path, str(key)), tensors)] for key, each in value.items()
+        ]
+        return {"$dict": pairs}
+    if isinstance(value, list | tuple):
+        items = [_encoded(each, (*path, str(number)), tensors) for number, each in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    for kind in (bool, int, float, str):  # of a subclass, as numbers of numpy and enums of text are
+        if isinstance(value, kind):
+            return _encoded(kind(value), path, tensors)
+    raise SlzoError(
+        f"checkpoint: {'.'.join(path)} is a {type(value).__name__}, and a checkpoint holds tensors, numbers, text, lists and "
+        "dicts; let the state_dict of what owns it return those"
+    )
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(each, tensors) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((key, inner),) = value.items()
+        if key == "$tensor":
+            return tensors[inner]
+        if key == "$float":
+            return float(inner)
+        if key == "$tuple":
+            return tuple(_decoded(each, tensors) for each in inner)
+        if key == "$dict":
+            return {_decoded(name, tensors): _decoded(each, tensors) for name, each in inner}
+    return {key: _decoded(each, tensors) for key, each in value.items()}

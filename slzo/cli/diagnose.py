@@ -1,0 +1,368 @@
+"""Finds the option that is wrong, and says in one line what it takes.
+
+jsonargparse reports a wrong value with everything that it tried. Here the given options are looked at one by one, with the types
+that the parser has for them; the library's own message is only shown where that finds nothing.
+"""
+
+import difflib
+import inspect
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
+
+from slzo.private.parsers import options_of, type_of
+from slzo.utils.class_paths import import_failure, required_arguments
+from slzo.utils.errors import SlzoError
+
+_MAX_CHOICES = 40
+_LISTED = ("lightning", "slzo", "torch")
+_UNUSABLE = {
+    "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
+}
+_PLAIN = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
+_LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
+_YAML_WORDS = "; YAML reads yes, no, on and off without quotes as true or false"
+
+
+@dataclass(frozen=True)
+class Given:
+    """An option as it was given.
+
+    Attributes:
+        name: Dotted name, without ``init_args``.
+        value: A text from the command line, or a value from a config.
+    """
+
+    name: str
+    value: Any
+
+
+def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
+    """The options on the command line and in configs; a later one does not replace an earlier one."""
+    found = [option for config in configs for option in _flat(config)]
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            continue
+        name, has_value, value = word[2:].partition("=")
+        if not has_value:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        content = _mapping(value)
+        name = _plain_name(name.removesuffix("+"))
+        found += _flat(content, name) if content else [Given(name, value)]
+    return found
+
+
+def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
+    """Import what class paths name, so that what a user's own file raises is one line.
+
+    Raises:
+        SlzoError: One cannot be imported.
+    """
+    hints = {action.dest: type_of(action) for action in options_of(parser)}
+    for option in given:
+        value = option.value
+        if not isinstance(value, str) or "." not in value or not class_names(hints.get(option.name)):
+            continue
+        reason = import_failure(value) if value.replace(".", "").replace("_", "").isalnum() else ""
+        if reason and not (value.partition(".")[0] in _LISTED and " has no " in reason):
+            raise SlzoError(f"{option.name} {value!r}: {reason}")
+
+
+def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str:
+    """One line on the first given option that is wrong; the parser's own message if none is found."""
+    hints = {action.dest: type_of(action) for action in options_of(parser)}
+    classes = _chosen_classes(parser, given, hints)
+    for option in given:
+        line = _problem(option, hints, classes)
+        if line:
+            return line
+    for name, (kind, arguments) in classes.items():
+        missing = [
+            each for each in required_arguments(kind) if each not in arguments and not _takes(hints[name], kind, each)
+        ]
+        if missing:
+            return f"{name}: the chosen class needs {', '.join(missing)}; set {name}.{missing[0]}"
+    return " ".join(message.split())
+
+
+def check_nulls(parser: ArgumentParser, options: Any) -> None:
+    """Refuse null in a config for an option that must have a value; the parser accepts it.
+
+    Raises:
+        SlzoError: With the option.
+    """
+    for action in options_of(parser):
+        hint = type_of(action)
+        if hint is None or action.default is None or type(None) in _types_in(hint):
+            continue
+        if options.get(action.dest, action.default) is None:
+            raise SlzoError(
+                f"{action.dest} null: expected {describe_type(hint)}; leave it out for its default, {action.default}"
+            )
+
+
+def constructor_problem(config: Namespace, groups: Mapping[str, type]) -> SlzoError | None:
+    """What the first class refuses that cannot be made with its options; ``None`` if each can be made alone.
+
+    Args:
+        config: The parsed options.
+        groups: Classes whose arguments are a group of options, by name.
+    """
+    for name, kind in groups.items():
+        if (error := _refusal(name, kind, config.get(name))) is not None:
+            return error
+    for name, path, arguments in _class_values(config):
+        chosen = _imported(path)
+        if chosen is not None and (error := _refusal(name, chosen, arguments)) is not None:
+            return error
+    return None
+
+
+def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "made", fail_untyped=False)
+    try:
+        parser.instantiate_classes(parser.parse_object({"made": arguments or {}}))
+    except SlzoError as error:
+        return error
+    except ArgumentError:  # an argument is filled in by whoever makes it, as an optimizer's parameters are
+        return None
+    except Exception as error:  # whatever a class raises
+        return SlzoError(f"{name}: {' '.join(str(error).split())}; see slzo COMMAND --help")
+    return None
+
+
+def _class_values(value: Any, name: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Option, class path and arguments of every class in parsed options."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _class_values(each, name)
+    elif isinstance(value, Namespace | dict):
+        content = dict(value.items(branches=True)) if isinstance(value, Namespace) else value
+        if isinstance(content.get("class_path"), str):
+            yield name, content["class_path"], content.get("init_args")
+        own = vars(value) if isinstance(value, Namespace) else value
+        for key, inner in own.items():
+            if key not in ("class_path", "init_args"):
+                yield from _class_values(inner, f"{name}.{key}" if name else key)
+
+
+def _imported(path: str) -> type | None:
+    module, _, name = path.rpartition(".")
+    try:
+        found: type = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found
+
+
+def class_names(hint: Any) -> list[str]:
+    """Names of the classes that an option takes; empty if it takes none."""
+    return sorted(_classes(hint))
+
+
+def describe_type(hint: Any) -> str:
+    """What an option takes, in words."""
+    inner = typing.get_args(hint)
+    if not inner:
+        name = getattr(hint, "__name__", str(hint))
+        return _PLAIN.get(name, name)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return " or ".join(str(item) for item in inner)
+    if origin is list:
+        return _LISTS.get(getattr(inner[0], "__name__", ""), "a list")
+    if origin is dict:
+        return "a mapping"
+    return " or ".join(dict.fromkeys(describe_type(item) for item in inner if item is not Tensor))
+
+
+def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tuple[type, set[str]]]) -> str:
+    """What is wrong with an option; empty if nothing is found."""
+    name, value = option.name, option.value
+    if name in hints:
+        if name == "config":
+            return "" if value else "--config: expected a file; check the path"
+        is_group = hints[name] is None and any(each.startswith(f"{name}.") for each in hints)
+        if is_group and not (isinstance(value, str) and Path(value).is_file()):
+            return (
+                f"{name} {_shown(value)}: its options must stand below it, as in --{name}.NAME VALUE, or in a YAML file"
+            )
+        return _value_problem(name, value, hints[name])
+    owner = next((each for each in _parents(name) if class_names(hints.get(each))), None)
+    if owner is None:
+        known = [each for each in hints if "." in each]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        return f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "see slzo COMMAND --help")
+    if owner not in classes:
+        names = ", ".join(class_names(hints[owner]))
+        return f"{name}: the class comes before its options, one of {names}: --{owner} CLASS --{name} VALUE"
+    kind = classes[owner][0]
+    argument = name.removeprefix(f"{owner}.").partition(".")[0]
+    parameters = inspect.signature(kind).parameters
+    if argument == "help" or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return ""
+    if argument not in parameters:
+        listed = ", ".join(each for each in parameters if each != "self")
+        near = difflib.get_close_matches(argument, list(parameters), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{name}: unknown option of the chosen class {kind.__name__}; {hint}it has {listed}"
+    try:
+        own = typing.get_type_hints(kind.__init__).get(argument)  # type: ignore[misc]
+    except (NameError, TypeError):  # annotations that cannot be resolved
+        return ""
+    return "" if own is None or f"{owner}.{argument}" != name else _value_problem(name, value, own)
+
+
+def _value_problem(name: str, value: Any, hint: Any) -> str:
+    if hint is None or fits(hint, value):
+        return ""
+    shown, names = _shown(value), class_names(hint)
+    if names:
+        given = str(value).rpartition(".")[2]
+        if given in names and given in _UNUSABLE:
+            return f"{name} {shown}: cannot be used: {_UNUSABLE[given]}"
+        if given in names:
+            return ""  # the class is right: an argument of it is wrong
+        near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+        listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
+        advice = f"did you mean {near[0]}? " if near else ""
+        return f"{name} {shown}: no such class; {advice}choose one of {listed}, or give the full path of your own class"
+    types = list(_types_in(hint))
+    literals = [
+        str(each) for item in types if typing.get_origin(item) is typing.Literal for each in typing.get_args(item)
+    ]
+    if literals and not any(typing.get_origin(item) is list or item in (int, float) for item in types):
+        return f"{name} {shown}: choose one of {', '.join(literals)}"
+    read = _loaded(value)
+    values = read if isinstance(read, list) else [read]
+    words = _YAML_WORDS if str in types and any(isinstance(each, bool) for each in values) else ""
+    return f"{name} {shown}: expected {describe_type(hint)}{words}"
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether an option of a type takes a value."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        if isinstance(value, str):
+            parser.parse_args([f"--value={value}"])
+        else:
+            parser.parse_object({"value": value})
+    except Exception:  # whatever the parser raises
+        return False
+    return True
+
+
+def _chosen_classes(
+    parser: ArgumentParser, given: Sequence[Given], hints: Mapping[str, Any]
+) -> dict[str, tuple[type, set[str]]]:
+    """Class and given arguments of each option that takes a class; the default's where none is given."""
+    found: dict[str, tuple[type, set[str]]] = {}
+    for option in given:
+        kinds = _classes(hints.get(option.name))
+        value = option.value
+        if kinds and isinstance(value, str) and value:
+            kind = kinds.get(value.rpartition(".")[2])
+            if kind is not None:
+                found[option.name] = (kind, set())
+    for option in given:
+        for owner in _parents(option.name):
+            kinds = _classes(hints.get(owner))
+            if owner not in found and kinds:
+                default = parser.get_defaults().get(owner)
+                path = default.get("class_path") if hasattr(default, "get") else None
+                kind = kinds.get(str(path).rpartition(".")[2])
+                if kind is not None:
+                    found[owner] = (kind, set())
+            if owner in found:
+                found[owner][1].add(option.name.removeprefix(f"{owner}.").partition(".")[0])
+    return found
+
+
+def _takes(hint: Any, kind: type, argument: str) -> bool:
+    """Whether an argument is filled in by the callable that an option takes, as an optimizer's parameters are."""
+    return (
+        any(
+            typing.get_origin(item) in (Callable, typing.Callable, typing.get_origin(Callable[..., Any]))
+            for item in _types_in(hint, into_callables=False)
+        )
+        and argument in list(inspect.signature(kind).parameters)[:1]
+    )
+
+
+def _classes(hint: Any) -> dict[str, type]:
+    found: dict[str, type] = {}
+    for item in _types_in(hint):
+        is_class = inspect.isclass(item) and not typing.get_origin(item) and not issubclass(item, Tensor)
+        if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
+            found |= {kind.__name__: kind for kind in _subclasses(item)}
+    return found
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        if not child.__name__.startswith("_") and not inspect.isabstract(child):
+            yield child
+        yield from _subclasses(child)
+
+
+def _types_in(hint: Any, into_callables: bool = True) -> Iterator[Any]:
+    """A type hint and all hints inside it; of a callable only what it returns."""
+    yield hint
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.get_origin(Callable[..., Any]):
+        inner = inner[-1:] if into_callables else ()
+    if origin is not typing.Literal:
+        for item in inner:
+            yield from _types_in(item, into_callables)
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
+    """The options of a nested mapping; a class as its path, its arguments below it."""
+    for key, value in config.items():
+        name = _plain_name(f"{before}.{key}" if before else str(key))
+        if key == "class_path":
+            yield Given(before, value)
+        elif key in ("init_args", "dict_kwargs") and isinstance(value, Mapping):
+            yield from _flat(value, before)
+        elif isinstance(value, Mapping) and value:
+            yield from _flat(value, name)
+        else:
+            yield Given(name, value)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".init_args.", ".").removesuffix(".class_path")
+
+
+def _mapping(value: str) -> dict[str, Any] | None:
+    content = _loaded(value) if value.lstrip().startswith("{") else None
+    return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else None
+
+
+def _loaded(value: Any) -> Any:
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value) if isinstance(value, str | list | dict) else f"'{value}'"

@@ -1,0 +1,151 @@
+"""``--help``: the command's own options first, then slzo's, one line each; all of Lightning's with ``--help_all``."""
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from slzo.private.parsers import options_of
+
+HELP_ALL = "--help_all"
+
+_TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        "trainer": "trainer: length, validations, devices",
+        "model": "model: what is tuned and how",
+        "data": "data: task, rows, batches",
+        "profiler": "profiler: how the layer is found",
+        "checkpoint": "checkpoint: which state is the best",
+        "last_checkpoint": "last_checkpoint: the state to go on from",
+        "guard": "guard: rolls back when the dev loss spikes",
+        "watch": "watch: warns of steps that make no progress",
+        "record": "record: scores before and after, files of the run",
+        "answers": "answers: generated answers in TensorBoard",
+        "model.engine": "model.engine: speed and memory",
+    }
+)
+"""Groups of the short help, in order."""
+
+_SHOWN = MappingProxyType(
+    {
+        "trainer": ("max_steps", "max_epochs", "val_check_interval", "devices", "accelerator", "strategy", "logger"),
+        "checkpoint": ("monitor", "mode", "save_top_k", "filename"),
+    }
+)
+"""Of Lightning's classes only what is often set."""
+
+_TEXTS: Mapping[str, str] = MappingProxyType(
+    {
+        "config": "YAML file with options; several are read in turn.",
+        "seed_everything": "Seed of rows and directions.",
+        "trainer.accelerator": "cpu, gpu, auto and others.",
+        "trainer.strategy": "auto, ddp and others.",
+        "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
+        "trainer.val_check_interval": "Steps between two validations.",
+    }
+)
+"""Shorter than what the classes themselves say."""
+
+_FIRST = ("config", "ckpt_path", "seed_everything")
+_COLUMN = 38
+
+
+class HelpAll(argparse.Action):
+    """Prints every option, those of Lightning too, and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs.get("help"))
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print."""
+        sys.stdout.write(parser.format_all())
+        parser.exit()
+
+
+def add_help_all(parser: ArgumentParser) -> None:
+    """Add the option that shows the rest."""
+    parser.add_argument(HELP_ALL, action=HelpAll, help="Every option, Lightning's too, with its type.")
+
+
+def short_help(parser: ArgumentParser, command: str, own_only: bool = False) -> str:
+    """The short help of a command; ``own_only`` leaves out options of model, data and trainer."""
+    width = max(60, min(120, shutil.get_terminal_size((110, 24)).columns))
+    actions = [action for action in options_of(parser) if _is_option(action)]
+    blocks = [f"usage: slzo {command} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
+    blocks += _block("options", _own(actions), "", width)
+    for group, title in () if own_only else _TITLES.items():
+        chosen = [action for action in actions if _group(action.dest) == group and _is_shown(action.dest, group)]
+        blocks += _block(title, chosen, f"{group}.", width)
+    blocks.append(
+        f"slzo {command} {HELP_ALL} lists every option with its type, also Lightning's; --model.scope.help LoRA (or "
+        "another class that an option chooses) those of the class."
+    )
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _own(actions: Sequence[argparse.Action]) -> list[argparse.Action]:
+    """The command's own options: those it needs, then the rest, then those that every command has."""
+    own = [action for action in actions if "." not in action.dest and action.dest not in _TITLES]
+    own = [action for action in own if action.dest != argparse.SUPPRESS and not _is_filler(action)]
+    return sorted(own, key=lambda action: (action.dest in _FIRST, not action.required))
+
+
+def _is_option(action: argparse.Action) -> bool:
+    """Whether it can be given, and is no list of another option's classes or links."""
+    name = action.option_strings[0] if action.option_strings else ""
+    return action.help != argparse.SUPPRESS and name.startswith("-") and not name.endswith(".help")
+
+
+def _is_filler(action: argparse.Action) -> bool:
+    return action.dest in ("help", "print_config")
+
+
+def _group(dest: str) -> str:
+    """The longest group that an option is in."""
+    found = [group for group in _TITLES if dest.startswith(f"{group}.")]
+    return max(found, key=len, default="")
+
+
+def _is_shown(dest: str, group: str) -> bool:
+    name = dest.removeprefix(f"{group}.")
+    return dest not in _TITLES and name in _SHOWN.get(group, (name,))
+
+
+def _block(title: str, actions: Sequence[argparse.Action], prefix: str, width: int) -> Iterator[str]:
+    lines = [line for action in actions if (line := _line(action, prefix, width))]
+    if lines:
+        yield "\n".join([f"{title}:", *lines])
+
+
+def _line(action: argparse.Action, prefix: str, width: int) -> str:
+    option = next(name for name in action.option_strings if name.startswith("--") and not name.endswith("+"))
+    text = _first_sentence(_TEXTS.get(action.dest, action.help or ""))
+    if prefix:
+        text = re.split(r"; (?![^()]*\))", text)[0]
+    default = _default(action)
+    text = f"{text} {default}".strip()
+    start = f"  {option}"
+    wrapped = textwrap.wrap(text, width - _COLUMN) or [""]
+    first = f"{start:{_COLUMN - 1}s} {wrapped[0]}" if len(start) < _COLUMN else f"{start}\n{'':{_COLUMN}s}{wrapped[0]}"
+    return "\n".join([first, *(f"{'':{_COLUMN}s}{line}" for line in wrapped[1:])])
+
+
+def _first_sentence(text: str) -> str:
+    plain = " ".join(text.replace("``", "").split())
+    found = re.match(r"(.+?[^.][.])(?:\s+[A-Z\"(]|$)", plain)
+    return (found[1] if found else plain).rstrip(".:;")
+
+
+def _default(action: argparse.Action) -> str:
+    if action.required:
+        return "(required)"
+    value = action.default
+    if isinstance(value, str | int | float) and value != argparse.SUPPRESS:
+        return f"[{str(value).lower() if isinstance(value, bool) else value}]"
+    return ""

@@ -1,0 +1,1 @@
+"""The commands of slzo: one file each, with a function of the command's name."""

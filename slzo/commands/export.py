@@ -1,0 +1,37 @@
+"""``slzo export``."""
+
+from slzo.checkpoints.checkpoint import find_checkpoint
+from slzo.cli.app import App
+from slzo.export import ExportOptions, export_checkpoint
+from slzo.export.facts import Format
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import disk_errors
+
+
+def export(
+    app: App,
+    output: str,
+    ckpt_path: str | None = None,
+    format: Format | None = None,
+    base_model: str | None = None,
+    push_to_hub: str | None = None,
+) -> None:
+    """Write what was tuned to a folder that others can use, with a model card.
+
+    Args:
+        app: Only the model's trust_remote_code is used; the checkpoint names its base model.
+        output: Folder to write.
+        ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
+        format: adapter (peft and, for LoRA and ActivationSubspace, vLLM; kilobytes), merged (a Hugging Face folder), or delta
+            (the tuned tensors alone); left out, an adapter where what was tuned is of low rank, else merged.
+        base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
+        push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.
+    """
+    if ckpt_path is None:
+        raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path best")
+    checkpoint = find_checkpoint(ckpt_path, app.runs_folder)
+    options = ExportOptions(output, format, base_model, push_to_hub, app.model.options.trust_remote_code)
+    with disk_errors():
+        done = export_checkpoint(checkpoint, options)
+    say(f"Wrote {done.folder}, {done.base}")

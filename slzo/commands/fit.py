@@ -1,0 +1,13 @@
+"""``slzo fit``."""
+
+from slzo.cli.app import App
+
+
+def fit(app: App, ckpt_path: str | None = None) -> None:
+    """Find the dominant layer and tune it.
+
+    Args:
+        app: Trainer, model and rows.
+        ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` for the newest run's.
+    """
+    app.trainer.fit(app.model, datamodule=app.rows, ckpt_path=ckpt_path)

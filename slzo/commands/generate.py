@@ -1,0 +1,54 @@
+"""``slzo generate``."""
+
+import sys
+
+from slzo.prompting.pair import Pair, Source, load_pair
+from slzo.prompting.prompts import read_prompts
+from slzo.prompting.stream import Decoding, write_continuation, write_text
+from slzo.utils.errors import SlzoError
+
+
+def generate(
+    ckpt_path: str,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    untuned: bool = True,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    r"""Continue prompts with the untuned and the tuned model, one below the other.
+
+    Args:
+        ckpt_path: A run's folder, a checkpoint, an exported folder (adapter, merged or delta), or last or best of the newest run
+            in runs.
+        prompt: The text to go on from.
+        prompts: A file of them: one a line, or JSON Lines with the field prompt.
+        max_new_tokens: Length of each text, in tokens.
+        temperature: 0 takes the most likely token each time; above 0 draws.
+        seed: Of the draws.
+        untuned: Show the untuned model too.
+        base: The base model of an exported folder, where the one that it names cannot be loaded.
+        trust_remote_code: Run model code that comes with a Hub repository.
+    """
+    if (prompt is None) == (prompts is None):
+        raise SlzoError("prompt: give one with --prompt, or a file of them with --prompts")
+    texts = [prompt] if prompt is not None else read_prompts(str(prompts))
+    decoding = Decoding(max_new_tokens, temperature, seed)
+    pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
+    for number, text in enumerate(texts):
+        write_text(f"{chr(10) if number else ''}{text}\n")
+        ids = _tokens(pair, text)
+        for name, use in pair.both():
+            write_text(f"--- {name}\n")
+            with use() as model:
+                write_continuation(model, pair.tokenizer, ids, decoding, sys.stdout)
+
+
+def _tokens(pair: Pair, text: str) -> list[int]:
+    ids: list[int] = pair.tokenizer(text)["input_ids"]
+    if not ids:
+        raise SlzoError(f"prompt {text!r}: is empty; give some text")
+    return ids

@@ -1,0 +1,16 @@
+"""``slzo predict``."""
+
+from slzo.callbacks.prediction_writer import PredictionWriter
+from slzo.cli.app import App
+
+
+def predict(app: App, ckpt_path: str | None = None, output: str | None = None) -> None:
+    """Write predictions of the held-out rows as JSON Lines.
+
+    Args:
+        app: Trainer, model and rows.
+        ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
+        output: File to write; left out, predictions.jsonl in the run's folder.
+    """
+    app.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+    app.trainer.predict(app.model, datamodule=app.rows, return_predictions=False, ckpt_path=ckpt_path)

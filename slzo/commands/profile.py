@@ -1,0 +1,35 @@
+"""``slzo profile``."""
+
+from pathlib import Path
+
+from slzo.callbacks.outlier_profiler import log_picture
+from slzo.cli.app import App
+from slzo.fit import make_trials
+from slzo.loggers import run_folder
+from slzo.profiling import profile_model
+from slzo.report.profile_files import PICTURE, format_profile, write_profile
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+
+
+def profile(app: App) -> None:
+    """Only find the dominant layer: print, draw and save the outlier profile.
+
+    Args:
+        app: Trainer, model and rows.
+    """
+    with run_folder(app.trainer):
+        parts, rows = app.load()
+        options, profiler = app.model.options, app.profiler
+        trials = make_trials(parts, options, rows, app.run_context())
+        found, choice = profile_model(parts, rows, profiler, trials)
+        say(format_profile(found))
+        if choice.layer < 0:
+            raise SlzoError(choice.reason)
+        log_dir = app.trainer.log_dir
+        if log_dir is not None:
+            write_profile(Path(log_dir), found, choice, options.model, rows.task.name)
+            log_picture(app.trainer, PICTURE, Path(log_dir) / f"{PICTURE}.png")
+            say(f"Files      {log_dir}")
+        if app.trainer.logger is not None:
+            app.trainer.logger.finalize("success")

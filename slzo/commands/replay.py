@@ -1,0 +1,22 @@
+"""``slzo replay``."""
+
+from pathlib import Path
+
+from slzo.cli.app import App
+from slzo.experiments.replay import replay_run
+from slzo.utils.files import disk_errors
+
+
+def replay(app: App, run: str, step: int | None = None, output: str | None = None) -> None:
+    """Rebuild the tuned weights of a run at any step from its log, without data and forward passes.
+
+    Args:
+        app: Model, with the options of the run, which are read from its folder.
+        run: Folder of the run.
+        step: How many steps; left out, all of the log.
+        output: Checkpoint to write, for validate, test, predict and export; left out, checkpoints/replay-step=STEP.ckpt in the
+            run's folder.
+    """
+    with disk_errors():
+        target = None if output is None else Path(output)
+        replay_run(app.model.options, app.rows, Path(run), step, app.trainer.max_steps, target, app.device)

@@ -1,0 +1,91 @@
+"""``slzo sweep``."""
+
+from typing import Literal
+
+from slzo.cli.app import App
+from slzo.experiments.sweep import sweep_layers
+from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, plan_sweep
+from slzo.experiments.sweep_rates import plan_rates, sweep_rates
+from slzo.experiments.trial import LayerTrials
+from slzo.fit import choose_layer
+from slzo.profiling import profile_model
+from slzo.report.profile_files import format_profile
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import disk_errors
+from slzo.zo.profile import OutlierProfile
+
+
+def sweep(
+    app: App,
+    layers: list[int] | None = None,
+    lrs: list[float] | Literal["auto"] | None = None,
+    eps: list[float] | None = None,
+    steps: int = 120,
+    seeds: list[int] | None = None,
+    directions: int = 20,
+    num_rows: int = NUM_ROWS,
+    max_error: float = MAX_ERROR,
+    seconds: float | None = None,
+    sensitivity_only: bool = False,
+    output: str | None = None,
+) -> None:
+    """Train every decoder layer for the same steps and seeds and compare: sweep.csv, sweep.json, sweep.png.
+
+    With lrs or eps it trains the one chosen layer with each of them instead and recommends one: rates.json.
+
+    Interrupted, it goes on where it stopped when the command is given again. The same command in several terminals, or on
+    several machines that share the folder, divides the work; give each its processor cores (OMP_NUM_THREADS).
+
+    Args:
+        app: Trainer, model and rows; the model's scope is tuned in each layer.
+        layers: Layers to train, counted from 0; left out, all. The sensitivity is measured in all layers.
+        lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 to
+            30 times of it.
+        eps: Sizes of the perturbation to compare, with each rate; left out, the configured one.
+        steps: Steps of each training.
+        seeds: One training per layer, or per rate, for each; left out, that of seed_everything.
+        directions: Random directions for the sensitivity of a layer, at most; at least 20.
+        num_rows: Training rows that the sensitivity is measured on, the same for all layers.
+        max_error: A layer's measurement ends when its standard error is below this share of it; 0 takes all directions.
+        seconds: Layers that are done earlier go on until this much training time is used. The states that enter them are
+            computed before. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
+            and over seconds, and the verdict is about both.
+        sensitivity_only: Train nothing.
+        output: Folder of the results; left out, sweeps/MODEL-TASK.
+    """
+    with disk_errors():
+        parts, rows = app.load()
+        options = app.model.options
+        options.check_rows(rows)
+        if app.trainer.world_size > 1:
+            raise SlzoError(
+                f"trainer.devices {app.trainer.world_size}: a sweep divides whole trainings, not rows; set trainer.devices to 1"
+            )
+        trials = LayerTrials(parts, options, rows)
+        own_seeds = [options.noise_seed] if seeds is None else seeds
+        if lrs is not None or eps is not None:
+            if layers is not None or seconds is not None or sensitivity_only:
+                raise SlzoError("lrs: compares rates in one layer; leave layers, seconds and sensitivity_only out")
+            _, choice = choose_layer(parts, options, rows, app.run_context())
+            layer = None if choice is None else choice.layer
+            plan = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
+            sweep_rates(trials, plan, layer, output)
+            return
+
+        def profile() -> OutlierProfile:
+            found, _ = profile_model(parts, rows, app.profiler, "a sweep trains all layers itself")
+            say(format_profile(found))
+            return found
+
+        plan_of_layers = plan_sweep(
+            parts.num_layers,
+            layers,
+            0 if sensitivity_only else steps,
+            own_seeds,
+            directions,
+            num_rows,
+            seconds,
+            max_error,
+        )
+        sweep_layers(trials, plan_of_layers, profile, output)

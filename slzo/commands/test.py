@@ -1,0 +1,13 @@
+"""``slzo test``."""
+
+from slzo.cli.app import App
+
+
+def test(app: App, ckpt_path: str | None = None) -> None:
+    """Score held-out rows.
+
+    Args:
+        app: Trainer, model and rows.
+        ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
+    """
+    app.trainer.test(app.model, datamodule=app.rows, ckpt_path=ckpt_path)

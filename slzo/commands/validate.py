@@ -1,0 +1,13 @@
+"""``slzo validate``."""
+
+from slzo.cli.app import App
+
+
+def validate(app: App, ckpt_path: str | None = None) -> None:
+    """Score dev rows.
+
+    Args:
+        app: Trainer, model and rows.
+        ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
+    """
+    app.trainer.validate(app.model, datamodule=app.rows, ckpt_path=ckpt_path)

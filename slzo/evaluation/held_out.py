@@ -1,0 +1,62 @@
+"""Scores held-out rows, as a whole and row by row."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from slzo.data.batch import EvalBatch
+from slzo.evaluation.evaluator import Evaluator, Outcome, gold_losses, score_rows
+from slzo.evaluation.metrics import TaskMetrics, perplexity_by_row, row_score
+from slzo.rewards.registry import PERPLEXITY
+from slzo.utils.runtime import of_all_processes
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """Held-out rows scored once.
+
+    Attributes:
+        metrics: Metrics of the task, by name.
+        rows: Score of each row in the metric that sums the run up, by row id; for a perplexity the row's part in it. Empty where
+            the metric is not a mean over rows.
+    """
+
+    metrics: dict[str, float]
+    rows: dict[str, float]
+
+
+def score_held_out(
+    evaluator: Evaluator,
+    batches: Iterable[EvalBatch],
+    metrics: TaskMetrics,
+    metric: str,
+    extra_metrics: Sequence[str] = (),
+) -> HeldOutScores:
+    """Score rows with the live weights.
+
+    Args:
+        evaluator: Scores a batch.
+        batches: The rows of this process.
+        metrics: Fresh counters.
+        metric: The metric that sums the run up.
+        extra_metrics: See :class:`slzo.evaluation.evaluator.RunningScore`.
+    """
+    scores: list[tuple[str, float]] = []
+    losses: list[tuple[str, tuple[float, float]]] = []
+
+    def keep(batch: EvalBatch, outcome: Outcome) -> None:
+        if metric == PERPLEXITY:
+            losses.extend(gold_losses(batch, outcome).items())
+            return
+        predictions: Sequence[int | str] = outcome.predictions
+        rewards = outcome.rewarded.totals if outcome.rewarded is not None and metric == "reward" else None
+        for place, (example, prediction) in enumerate(zip(batch.examples, predictions, strict=True)):
+            score = row_score(metric, example, prediction) if rewards is None else rewards[place]
+            if score is not None and math.isfinite(score):
+                scores.append((example.id, score))
+
+    found = score_rows(evaluator, batches, metrics, seen=keep, extra_metrics=extra_metrics)
+    by_row = dict(of_all_processes(scores))
+    if metric == PERPLEXITY:
+        by_row = perplexity_by_row(dict(of_all_processes(losses)))
+    return HeldOutScores({name: value for name, value in found.items() if name != "loss"}, by_row)

@@ -1,0 +1,154 @@
+"""Trains one layer with several learning rates (and eps) for the same steps, from the same weights, and recommends one."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from slzo.experiments.store import CellStore
+from slzo.experiments.trial import LayerTrials
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
+from slzo.zo.trial import Trial
+
+# A change of the dev loss below this share of it is no progress.
+_MIN_PROGRESS = 0.005
+
+
+@dataclass(frozen=True)
+class RatePlan:
+    """What is tried.
+
+    Attributes:
+        lrs: Learning rates, rising.
+        eps: Sizes of the perturbation, rising.
+        steps: Steps of each trial.
+        seeds: Each pair is tried with each of them.
+    """
+
+    lrs: tuple[float, ...]
+    eps: tuple[float, ...]
+    steps: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One pair of settings and what came of it.
+
+    Attributes:
+        lr: Learning rate.
+        eps: Size of the perturbation.
+        loss: Dev loss after the trial, mean over seeds; infinite if a trial diverged.
+        metric: Dev metric after it.
+        diverged: How it diverged, or empty.
+    """
+
+    lr: float
+    eps: float
+    loss: float
+    metric: float
+    diverged: str
+
+
+def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: str | None) -> None:
+    """Do what is not done yet, recommend a pair and write it to ``output``, or sweeps/MODEL-TASK-rates.
+
+    Raises:
+        SlzoError: The folder holds other results.
+    """
+    settings = trials.settings() | {"steps": plan.steps, "layer": layer}
+    store = CellStore(output or f"{trials.default_folder('sweeps')}-rates", settings)
+    tried, before = search(trials, store, plan, layer)
+    best, words = recommend(tried, before)
+    content = {
+        "recommendation": None if best is None else {"lr": best.lr, "eps": best.eps},
+        "reason": words,
+        "settings": settings,
+        "tried": [{**vars(pair), "loss": None if pair.diverged else pair.loss} for pair in tried],
+    }
+    write_json(store.folder / "rates.json", content)
+    say(f"\n{words}")
+    if best is not None:  # the optimizer's other options stay as they are configured
+        say(f"\nOptions    --model.eps {best.eps:.6g} --model.optimizer.lr {best.lr:.6g}")
+    say(f"Files      {store.folder}")
+
+
+def plan_rates(
+    lrs: Sequence[float] | Literal["auto"] | None,
+    eps: Sequence[float] | None,
+    steps: int,
+    seeds: Sequence[int],
+    own: Callable[[], tuple[float, float]],
+) -> RatePlan:
+    """Check the options; without rates, powers of the square root of ten around the run's ``own`` rate (and its own eps).
+
+    Raises:
+        SlzoError: One is out of range.
+    """
+    lrs = None if lrs == "auto" else lrs
+    for name, values in (("lrs", lrs), ("eps", eps)):
+        if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
+            raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
+    if steps < 1:
+        raise SlzoError(f"steps {steps}: must be at least 1; 40 tells rates apart")
+    if not seeds:
+        raise SlzoError("seeds []: give at least one seed")
+    own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
+    rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
+    sizes = [own_eps] if eps is None else eps
+    return RatePlan(tuple(sorted(set(rates))), tuple(sorted(set(sizes))), steps, tuple(dict.fromkeys(seeds)))
+
+
+def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None) -> tuple[list[Tried], float]:
+    """Run the trials that are not finished, the most careful first.
+
+    Returns:
+        What came of every pair, and the dev loss before training.
+    """
+    found = []
+    for eps, lr in product(plan.eps, plan.lrs):
+        done = []
+        for seed in plan.seeds:
+            name = f"lr-{lr:.4g}-eps-{eps:.4g}-seed-{seed}"
+            if store.result(name) is None:
+                store.save(name, trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps).to_dict())
+            done.append(Trial.from_dict(store.result(name)))
+        diverged = next((trial.diverged for trial in done if trial.diverged), "")
+        loss = math.inf if diverged else statistics.fmean(trial.scores[-1].loss for trial in done)
+        metric = statistics.fmean(trial.scores[-1].metric for trial in done)
+        found.append(Tried(lr, eps, loss, metric, diverged))
+        result = f"diverged: {diverged}" if diverged else f"dev loss {loss:.4f}, metric {metric:.4f}"
+        say(f"lr {lr:.3g}, eps {eps:.3g}: {result}")
+    return found, done[0].scores[0].loss
+
+
+def recommend(tried: Sequence[Tried], before: float) -> tuple[Tried | None, str]:
+    """The pair to use, and why, in words.
+
+    The lowest dev loss wins. A rate that wins at the edge of the grid says that the grid should reach further; if nothing
+    made progress on the dev loss ``before`` training there is no recommendation.
+    """
+    good = [pair for pair in tried if not pair.diverged]
+    if not good:
+        lowest = min(pair.lr for pair in tried)
+        return None, f"Every rate diverged, down to lr {lowest:.3g}: try smaller ones."
+    best = min(good, key=lambda pair: pair.loss)
+    if best.loss > (1 - _MIN_PROGRESS) * before:
+        return None, (
+            f"No rate lowered the dev loss of {before:.4f} in these steps (best: lr {best.lr:.3g}, {best.loss:.4f}): try other "
+            "rates or more steps."
+        )
+    words = f"Use lr {best.lr:.3g} and eps {best.eps:.3g}: dev loss {before:.4f} -> {best.loss:.4f}."
+    rates = sorted({pair.lr for pair in tried})
+    if len(rates) > 1 and best.lr == rates[-1]:
+        words += " It is the largest rate of the grid: larger ones may be better still."
+    elif len(rates) > 1 and best.lr == rates[0]:
+        words += " It is the smallest rate of the grid: smaller ones may be better still."
+    diverged = [pair.lr for pair in tried if pair.eps == best.eps and pair.diverged]
+    if diverged:
+        words += f" From lr {min(diverged):.3g} on training diverges."
+    return best, words

@@ -1,0 +1,157 @@
+"""Loggers whose folders belong to one run each, and the folder of a run around a command."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from slzo.utils.console import is_first_process
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import disk_errors, remove_folder, remove_leftovers
+
+RUNS = "runs"
+"""Folder above the runs."""
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's TensorBoardLogger; it makes its folder when it takes a version, so that no other run takes the same one.
+
+    Args:
+        save_dir: Folder above the runs.
+        name: Folder between the two; empty for none.
+        version: Version of the run, a number or a name; left out, the next one.
+        options: Other arguments of :class:`lightning.pytorch.loggers.TensorBoardLogger`.
+    """
+
+    def __init__(self, save_dir: str = RUNS, name: str = "", version: int | str | None = None, **options: Any) -> None:
+        super().__init__(save_dir, name, version, **{"default_hp_metric": False, **options})
+        self._given = version is not None
+        self._taken: int | str | None = None
+
+    @property
+    def version(self) -> int | str:
+        """The version; its folder exists."""
+        if self._taken is None:
+            self._taken = _take(self.root_dir, super().version, self._given)
+        return self._taken
+
+
+class FolderLogger(CSVLogger):
+    """Names the folder of a run, for its config, profile, summary and checkpoints; logs nothing.
+
+    Args:
+        save_dir: Folder above the runs.
+        name: Folder between the two; empty for none.
+    """
+
+    def __init__(self, save_dir: str, name: str = "") -> None:
+        super().__init__(save_dir, name)
+        self._taken: int | str | None = None
+
+    @property
+    def version(self) -> int | str:
+        """The version; its folder exists."""
+        if self._taken is None:
+            self._taken = _take(self.root_dir, super().version, False)
+        return self._taken
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def save(self) -> None:
+        """Nothing."""
+
+    def finalize(self, status: str) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
+    """Around a command: takes a folder for it, and removes it where the command was refused or left it empty.
+
+    Args:
+        trainer: Its loggers name the folder.
+        begun: Step that a refused command has not gone beyond.
+
+    Raises:
+        SlzoError: The folder, or another file that the command needs, cannot be read or written.
+    """
+    taken = [folder for logger in trainer.loggers if (folder := _folder_of(logger)) is not None]
+    try:
+        with disk_errors():
+            yield
+    except (SlzoError, MisconfigurationException):
+        if trainer.global_step <= begun:
+            for folder in taken:
+                remove_folder(folder)
+                with suppress(OSError):  # other runs are in it
+                    folder.parent.rmdir()
+        raise
+    finally:
+        for folder in taken:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def log_dir_of(trainer: Trainer) -> str | None:
+    """Folder of a run whose logger, such as W&B's or MLflow's, has none: that of its checkpoints. A collective call.
+
+    ``None`` where the logger names one itself.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return None
+    if trainer.is_global_zero:
+        _ = getattr(logger, "experiment", None)  # it has no name and version before
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return str(trainer.strategy.broadcast(str(folder)))
+
+
+def _folder_of(logger: object) -> Path | None:
+    """The folder that a logger takes for this run; ``None`` where it takes none, or another process does."""
+    if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
+        return None
+    if not isinstance(logger, RunLogger | FolderLogger):  # Lightning's own do not make theirs yet
+        _take(logger.root_dir, logger.version, given=True)
+    folder = Path(logger.log_dir)
+    for run in folder.parent.glob("version_*"):
+        remove_leftovers(run)
+        remove_leftovers(run / "checkpoints")
+    return folder
+
+
+def _take(root: str, version: int | str, given: bool) -> int | str:
+    """Make the folder of a version, or of the next one that no other process has taken.
+
+    Raises:
+        SlzoError: It cannot be made, or a given version exists already.
+    """
+    if not is_first_process() or "://" in root:
+        return version
+    folder = Path(os.path.expandvars(root)).expanduser()
+    while True:
+        own = folder / (version if isinstance(version, str) else f"version_{version}")
+        try:
+            own.mkdir(parents=True)
+        except FileExistsError as error:
+            if given or isinstance(version, str):
+                raise SlzoError(
+                    f"trainer.logger.version {version!r}: {str(own)!r} exists; give another version, or leave it out for the next"
+                ) from error
+            version += 1
+        except OSError as error:
+            raise SlzoError(
+                f"trainer.logger.save_dir {str(folder)!r}: no folder for the run can be made there ({error.strerror}); give "
+                "another one"
+            ) from error
+        else:
+            return version

@@ -1,0 +1,199 @@
+"""Estimates the memory of a run before its model is loaded, and refuses one that cannot fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from slzo.batches.packing import PackedBatch
+from slzo.data.batch import EvalCollator
+from slzo.models.adapters import Adapter
+from slzo.models.parts import ModelParts
+from slzo.models.shape import model_shape
+from slzo.task_rows import TaskRows
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.runtime import free_bytes
+from slzo.zo.memory import MemoryInputs, MemoryPlan, Workload, tuning_bytes
+from slzo.zo.options import TrainingOptions
+from slzo.zo.scopes import LayerScope, Scope, ScopeContext
+from slzo.zo.tuned import TunedTensors
+
+_GIB = 2**30
+
+
+def plan_memory(
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device
+) -> tuple[MemoryPlan | None, TrainingOptions]:
+    """Estimate the memory of a run before its model is loaded, print the estimate, and refuse a run that cannot fit.
+
+    Args:
+        options: Of the training.
+        rows: Set up for ``fit``.
+        max_steps: Length of the run; -1 for no limit.
+        device: Where it runs.
+
+    Returns:
+        The plan, ``None`` where model or rows are refused for another reason, which is raised where they are used; and the
+        options, whose device map knows what the run takes besides the weights.
+
+    Raises:
+        SlzoError: The run needs more memory than there is.
+    """
+    try:
+        inputs = memory_inputs(options, rows, max_steps, device)
+    except SlzoError:
+        return None, options
+    if options.device_map is not None:
+        options = replace(options, device_map=replace(options.device_map, reserved=inputs.beside_weights))
+    plan, free = inputs.plan(), free_bytes(device)
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.parts.items())
+    line = f"Memory     about {_gib(plan.total)}: {parts}"
+    say(line + ("" if free is None else f"; free: {_gib(free)}") + (f"; {inputs.where}" if inputs.where else ""))
+    if free is not None and plan.needed > free:
+        fits = [f"{option} ({_gib(other.needed)})" for option, other in inputs.alternatives() if other.needed <= free]
+        advice = f"; would fit: {', '.join(fits)}" if fits else "; use a smaller model, or a machine with more"
+        raise SlzoError(
+            f"model.model {options.model!r}: needs about {_gib(plan.needed)} of memory, {_gib(free)} are free{advice}"
+        )
+    return plan, options
+
+
+def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> MemoryInputs:
+    """What a plan is computed from: the options, and rows that are set up; the model is not loaded.
+
+    Raises:
+        SlzoError: The model's config cannot be read, or the options do not fit it.
+    """
+    shape, skeleton = model_shape(options.model, options.trust_remote_code)
+    dtype = getattr(torch, options.dtype)
+    skeleton.to(dtype)
+    parts = ModelParts(skeleton, packed=False, onednn=False)
+    layer = options.layer
+    if layer is None and options.scope.needs_layer:
+        layer = parts.num_layers // 2  # not chosen yet; all layers have the same size
+    context = ScopeContext(parts, layer, _no_prompts)
+    layers = options.scope.changed_layers(context)
+    tuned = tuning_bytes(
+        _tensors(options.scope, context, layers),
+        options.estimator,
+        options.step.num_queries,
+        options.engine.queries_at_once,
+        options.optimizer,
+    )
+    engine = options.engine
+    inputs = MemoryInputs(
+        shape,
+        dtype,
+        options.quantization,
+        tuned,
+        len(layers),
+        min(layers, default=0),
+        _workload(rows, max_steps),
+        int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
+        engine.states_dtype,
+        device.type == "cpu",
+    )
+    if options.device_map is None:
+        return inputs
+    places = replace(options.device_map, reserved=inputs.beside_weights).places(skeleton, device)
+    return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
+
+
+def _no_prompts(num_sequences: int) -> list[PackedBatch]:
+    raise SlzoError("there are no activations yet")
+
+
+def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:
+    """What is tuned, without values; where that depends on values, the layers as a whole: no less."""
+    with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError):
+        adapter = scope.adapter(context)
+        with nullcontext() if adapter is None else _injected(adapter, context.parts.model):
+            tensors = scope.tensors(context)
+        if tensors.masters:
+            return tensors
+    return LayerScope(layers=layers or [0]).tensors(context)
+
+
+@contextmanager
+def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
+    adapter.inject(model)
+    try:
+        yield
+    finally:
+        adapter.remove(model)
+
+
+def _workload(data: TaskRows, max_steps: int) -> Workload:
+    """The largest passes of training and scoring, and the tokens that are seen in so many steps."""
+    training = list(data.training_blocks())[: max_steps if max_steps > 0 else None]
+    largest = max(training, key=lambda block: block.num_tokens).pack()
+    scoring = [packed for stage in ("dev", "test") if (packed := _scored(data, stage)) is not None]
+    rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)
+    longest = max(largest.example_tokens)
+    tokens = min(largest.num_tokens, max(data.tokens_per_pass or largest.num_tokens, longest))
+    return Workload(
+        tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
+        vocabulary_rows=max([rows * tokens // largest.num_tokens, *(_vocabulary_rows(data, p) for p in scoring)]),
+        cached_tokens=sum(block.num_tokens for block in data.prefix_blocks()),
+        prompt_tokens=sum(block.num_tokens for block in data.prompt_blocks()),
+        answer_tokens=_answer_tokens(data),
+    )
+
+
+def _answer_tokens(data: TaskRows) -> int:
+    """Most tokens of prompts and answers that are generated together; in a step each of two points has its own."""
+    new = data.task.max_new_tokens
+    batches = [(batch, 1) for split in ("dev", "test") for batch in data.eval_plan(split).batches]
+    if data.objective.generates:
+        rows = sorted(data.rows("train"), key=lambda row: len(row.prompt))
+        batches.append((rows[-data.batch_size :], 2))
+    return max(
+        (
+            points * sum(len(row.prompt) + new for row in rows)
+            for rows, points in batches
+            if all(row.prompt for row in rows)
+        ),
+        default=0,
+    )
+
+
+def _scored(data: TaskRows, split: str) -> PackedBatch | None:
+    """The first batch of rows that are scored, the longest rows; ``None`` where answers are generated."""
+    plan = data.eval_plan(split)
+    if not plan.batches or plan.batches[0][0].prompt:
+        return None
+    return EvalCollator(data.share_prompts, plan.share)(plan.batches[0]).packed
+
+
+def _vocabulary_rows(data: TaskRows, batch: PackedBatch) -> int:
+    return batch.needed.numel() if data.loss.needs_vocabulary(batch) else 0
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.3g} GiB"
+
+
+def format_plan(inputs: MemoryInputs, free: int | None) -> str:
+    """A plan as a table, with what would make it smaller."""
+    plan, shape = inputs.plan(), inputs.shape
+    lines = [f"{shape.num_parameters:,} parameters in {shape.num_layers} layers"]
+    lines += [f"  {name:30s} {_gib(size):>10s}" for name, size in plan.parts.items()]
+    lines += [f"  {'peak':30s} {_gib(plan.total):>10s}" + (" (while loading)" if plan.loading == plan.total else "")]
+    if plan.mapped:
+        lines.append(
+            f"  {_gib(plan.mapped)} of it are weights that stay in their files: less memory is slower, not too little"
+        )
+    if inputs.where:
+        lines.append(f"  {inputs.where}")
+    if free is not None:
+        lines.append(f"  {'free':30s} {_gib(free):>10s}")
+    lines.append("With one more option:")
+    lines += [
+        f"  {option:30s} {_gib(other.total):>10s}"
+        for option, other in inputs.alternatives()
+        if other.total < plan.total
+    ]
+    return "\n".join(lines)

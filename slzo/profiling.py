@@ -1,0 +1,138 @@
+"""Profiles the activations of a model's layers and lets a rule choose the layer to tune."""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from slzo.batches.packing import PackedBatch
+from slzo.models.parts import ModelParts
+from slzo.task_rows import TaskRows
+from slzo.tasks.base import Example
+from slzo.utils.errors import SlzoError
+from slzo.zo.processes import Processes
+from slzo.zo.profile import (
+    MIN_SEQUENCES,
+    OutlierProfile,
+    bos_note,
+    profile_layers,
+    sequence_notes,
+    too_alike,
+    usable_sequences,
+)
+from slzo.zo.selection import Auto, Choice, SelectionContext, SelectionRule
+from slzo.zo.trial import Trials
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How a model is profiled; see :class:`slzo.callbacks.outlier_profiler.OutlierProfiler`.
+
+    Raises:
+        SlzoError: An option is out of range, or the text file does not exist.
+    """
+
+    rule: SelectionRule = field(default_factory=Auto)
+    num_sequences: int = 16
+    batch_size: int = 16
+    text_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_sequences < MIN_SEQUENCES:
+            raise SlzoError(
+                f"profiler.num_sequences {self.num_sequences}: single sequences mislead, average over at least {MIN_SEQUENCES}"
+            )
+        if self.batch_size < 1:
+            raise SlzoError(f"profiler.batch_size {self.batch_size}: must be at least 1")
+        if self.text_file is not None and not Path(self.text_file).is_file():
+            found = "is a folder" if Path(self.text_file).is_dir() else "no such file"
+            raise SlzoError(
+                f"profiler.text_file {self.text_file!r}: {found}; give a text file with one sequence a line"
+            )
+
+
+def profile_model(
+    parts: ModelParts,
+    rows: TaskRows,
+    options: ProfileOptions,
+    trials: Trials | str,
+    given: Choice | None = None,
+) -> tuple[OutlierProfile, Choice]:
+    """Measure every layer and choose one.
+
+    Args:
+        parts: The model.
+        rows: Their prompts are used, unless the options name a text file.
+        options: How.
+        trials: Runs short trainings for rules that need them; a text says why there can be none.
+        given: The layer, if it is chosen already.
+
+    Returns:
+        Profile and choice; where the rule finds no layer its number is -1 and the reason says why. With several processes all
+        get those of the first one.
+
+    Raises:
+        SlzoError: There are too few sequences, or the output of a layer is not finite.
+    """
+    device = parts.model.device
+    batches = [batch.to(device) for batch in _batches(rows, options)]
+    num_given, sequences = sum(batch.num_examples for batch in batches), usable_sequences(batches)
+    if len(sequences) < MIN_SEQUENCES:
+        longer = " of two tokens or more" if len(sequences) < num_given else ""
+        raise SlzoError(
+            f"profiler: only {len(sequences)} sequences{longer} to profile, at least {MIN_SEQUENCES} are needed; use more "
+            "rows, or give text with --profiler.text_file"
+        )
+    layers, passes = profile_layers(parts, batches)
+    tokenizer = rows.encoder.tokenizer
+    layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
+    if too_alike(sequences):
+        layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
+    runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
+    context = SelectionContext(layers, runs, reason)
+    choice = given if given is not None else _choose(context, options.rule)
+    notes = sequence_notes(options.num_sequences, num_given, sequences)
+    of_bos = None if choice.layer < 0 else bos_note(layers[choice.layer], tokenizer.bos_token_id)
+    notes += [note for note in (choice.note, of_bos) if note]
+    margin = choice.margin if choice.margin is not None and math.isfinite(choice.margin.errors) else None
+    profile = OutlierProfile(
+        choice.layer,
+        choice.reason,
+        len(sequences),
+        passes,
+        tuple(layers),
+        choice.title,
+        None if margin is None else margin.errors,
+        "" if margin is None else margin.description,
+        tuple(notes),
+        choice.thresholds,
+    )
+    return _same_everywhere(profile, choice, rows.processes)
+
+
+def _choose(context: SelectionContext, rule: SelectionRule) -> Choice:
+    try:
+        return rule.select(context)
+    except SlzoError as error:  # the figures are shown all the same: they help to choose thresholds
+        return Choice(-1, str(error))
+
+
+def _same_everywhere(profile: OutlierProfile, choice: Choice, processes: Processes) -> tuple[OutlierProfile, Choice]:
+    """Every process must tune the same layer, whatever rounding did on its device."""
+    if processes.number == 1:
+        return profile, choice
+    profile = OutlierProfile.from_dict(processes.broadcast(profile.to_dict()))
+    return profile, replace(choice, layer=profile.dominant_layer, reason=profile.rule)
+
+
+def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
+    if options.text_file is None:
+        return rows.profile_batches(options.num_sequences, options.batch_size)
+    try:
+        text = Path(options.text_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SlzoError(
+            f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    examples = [Example(str(i), line, ()) for i, line in enumerate(lines[: options.num_sequences])]
+    return rows.prompt_batches(examples, options.batch_size)

@@ -1,0 +1,67 @@
+"""How long a run will take, from its first steps."""
+
+import math
+import statistics
+import time
+
+from slzo.data.splits import Splits
+
+# the first one warms up
+_STEPS = 4
+
+
+class Forecast:
+    """Times the first steps.
+
+    Attributes:
+        row_seconds: Seconds that scoring a row takes; ``None`` if it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.row_seconds: float | None = None
+        self._begun = 0.0
+        self._seconds: list[float] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._begun = time.perf_counter()
+
+    def end(self) -> bool:
+        """A step ends; whether this was the last one that is timed."""
+        if len(self._seconds) >= _STEPS:
+            return False
+        self._seconds.append(time.perf_counter() - self._begun)
+        return len(self._seconds) == _STEPS
+
+    def line(self, steps: int, every: float | None, splits: Splits, memory_gb: float) -> str:
+        """The forecast in one line; empty for a run of few steps.
+
+        Args:
+            steps: Steps that are left.
+            every: Steps between two validations; ``None`` without validations.
+            splits: Rows of the run.
+            memory_gb: Largest memory, GiB.
+        """
+        if steps <= _STEPS:
+            return ""
+        step_seconds, row_seconds = statistics.median(self._seconds[1:]), self.row_seconds
+        validations = math.ceil(steps / every) if every and every < math.inf else 0
+        num_dev, num_test = len(splits.dev), 0 if row_seconds is None else len(splits.test)
+        total = steps * step_seconds + (validations * num_dev + num_test) * (row_seconds or 0.0)
+        parts = [f"{steps} steps of {step_seconds:.2g} s"]
+        if row_seconds is None:
+            parts.append(f"{validations} validations not counted")
+        else:
+            parts.append(f"{validations} validations of {num_dev * row_seconds:.2g} s")
+            parts.append(f"held-out rows {num_test * row_seconds:.2g} s")
+        return f"Expect     up to {duration(total)} more ({', '.join(parts)}); memory about {memory_gb:.2g} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Such as ``45 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,68 @@
+"""What to try after a run that gained nothing."""
+
+import shlex
+from dataclasses import dataclass
+
+from slzo.report.score_change import DevLoss, ScoreChange
+
+
+@dataclass(frozen=True)
+class AdviceFacts:
+    """What the advice depends on besides score and dev loss.
+
+    Attributes:
+        config: Config file of the run; ``None`` where the run was not started by the command line.
+        last: Last checkpoint; ``None`` if there is none.
+        best: Checkpoint that was scored; ``None`` if there is none.
+        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
+        layer: Dominant layer; ``None`` where the scope needs none.
+        num_rows: Held-out rows.
+        asked_rows: Held-out rows that were asked for; ``None`` for all.
+    """
+
+    config: str | None
+    last: str | None
+    best: str | None
+    limit: tuple[str, int]
+    layer: int | None
+    num_rows: int
+    asked_rows: int | None
+
+
+def next_command(change: ScoreChange | None, losses: DevLoss | None, run: AdviceFacts) -> str:
+    """The command to try, with the reason after a #.
+
+    In order: a dev loss that rose means that the learning rate is too large; one that did not move, that it is too small; one
+    that fell while the score clearly fell, that another layer may generalize better; one that was lowest at the end, that
+    more steps may help; one that fell while the score rose within its standard error, that more held-out rows may show it.
+    """
+    search = _command("sweep", run, "--lrs", "auto")
+    if losses is None:
+        return f"{search}  # too few validations to say why; compares learning rates"
+    if losses.rose:
+        return f"{search}  # the learning rate may be too large"
+    if not losses.fell:
+        return f"{search}  # the dev loss hardly moved: the learning rate may be too small"
+    if change is not None and change.worse and change.shown:
+        if run.layer is None:
+            return f"{search}  # the dev loss fell and the score too; compares learning rates"
+        look = _command("sweep", run, "--sensitivity_only", "true")
+        return f"{look}  # the dev loss fell and the score too: another layer than {run.layer} (--model.layer)?"
+    if losses.best == losses.last and run.last is not None and run.limit[1] > 0:
+        options = ("--ckpt_path", run.last, f"--trainer.{run.limit[0]}", str(2 * run.limit[1]))
+        return f"{_command('fit', run, *options)}  # the dev loss was still falling: more steps"
+    if (
+        change is not None
+        and not change.worse
+        and change.change != 0
+        and run.best is not None
+        and run.num_rows == run.asked_rows
+    ):
+        options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", run.best)
+        return f"{_command('test', run, *options)}  # more held-out rows; and without --ckpt_path, to compare"
+    return f"{search}  # compares learning rates"
+
+
+def _command(name: str, run: AdviceFacts, *options: str) -> str:
+    config = ("--config", run.config) if run.config is not None else ()
+    return shlex.join(["slzo", name, *config, *options])

@@ -1,0 +1,229 @@
+"""The summary of a run: what was tuned, what it gained, how long it took and where the files are."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slzo.evaluation.held_out import HeldOutScores
+from slzo.evaluation.selection_metric import SelectionMetric
+from slzo.report.next_command import AdviceFacts, next_command
+from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
+from slzo.tasks.base import Example
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the summary and its advice depend on, besides the held-out scores.
+
+    Attributes:
+        model: Name of the model.
+        task: Name of the task.
+        layer: Dominant layer; ``None`` where the scope needs none.
+        layer_reason: Why this layer.
+        num_layers: Decoder layers of the model.
+        scope: What was tuned, in a few words.
+        needs_layer: Whether the scope needs a dominant layer.
+        estimator: How gradients were estimated, in a few words.
+        optimizer: Name of the optimizer.
+        lr: Learning rate, a number or ``auto``.
+        lr_at_end: Learning rate after the last step.
+        eps: Size of the perturbation.
+        metric: What the run is measured by.
+        num_rows: Held-out rows.
+        asked_rows: Held-out rows that were asked for; ``None`` for all.
+        steps: Steps taken.
+        evaluations: Evaluations of a batch.
+        skipped_steps: Steps without a finite loss.
+        rollbacks: How often the run went back to earlier weights.
+        spikes: Number of steps with a loss far above the usual one, and the largest of them.
+        seconds: Seconds of the whole command.
+        train_seconds: Seconds since the first step.
+        validations: Step, evaluations, seconds and loss of each validation.
+        planned_memory_gb: Estimated peak; ``None`` if it was not estimated.
+        peak_memory_gb: Measured peak.
+        tuned_parameters: Tuned numbers.
+        total_parameters: Numbers of the model.
+        seed: Seed of the directions.
+        config: Config file in the run's folder; ``None`` where the run was not started by the command line.
+        best: Checkpoint that was scored; ``None`` if there is none.
+        last: Last checkpoint; ``None`` if there is none.
+        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
+        command: Command line that started the run; ``None`` in Python.
+        folder: Folder of the run; ``None`` if nothing is written.
+    """
+
+    model: str
+    task: str
+    layer: int | None
+    layer_reason: str
+    num_layers: int
+    scope: str
+    needs_layer: bool
+    estimator: str
+    optimizer: str
+    lr: float | str
+    lr_at_end: float
+    eps: float | None
+    metric: SelectionMetric
+    num_rows: int
+    asked_rows: int | None
+    steps: int
+    evaluations: int
+    skipped_steps: int
+    rollbacks: int
+    spikes: Mapping[str, Any]
+    seconds: float
+    train_seconds: float
+    validations: Sequence[Mapping[str, Any]]
+    planned_memory_gb: float | None
+    peak_memory_gb: float
+    tuned_parameters: int
+    total_parameters: int
+    seed: int
+    config: str | None
+    best: str | None
+    last: str | None
+    limit: tuple[str, int]
+    command: str | None
+    folder: str | None
+
+
+def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
+    """The content of ``summary.json``: primitives only."""
+    metric = run.metric.metric
+    scores_before = {} if before is None else before.metrics
+    change = _change(run, before, after)
+    losses = dev_loss(run.validations, run.metric.description)
+    doubtful = is_doubtful(change, losses)
+    layer = run.layer if run.needs_layer else None
+    advice = AdviceFacts(run.config, run.last, run.best, run.limit, layer, run.num_rows, run.asked_rows)
+    return {
+        "model": run.model,
+        "task": run.task,
+        "dominant_layer": run.layer,
+        "layer_reason": run.layer_reason,
+        "num_layers": run.num_layers,
+        "scope": run.scope,
+        "estimator": run.estimator,
+        "optimizer": run.optimizer,
+        "lr": run.lr,
+        "lr_at_end": run.lr_at_end,
+        "eps": run.eps,
+        "metric": metric,
+        "score_before": scores_before.get(metric),
+        "score_after": after.metrics[metric],
+        "score_change": None if change is None else change.change,
+        "score_change_standard_error": None if change is None else change.standard_error,
+        "score_change_paired": None if change is None else change.paired,
+        "verdict": verdict(change, losses),
+        "next": next_command(change, losses, advice) if doubtful else None,
+        "use": use_commands(run.best, run.config is not None),
+        "scores_before": scores_before,
+        "scores_after": after.metrics,
+        "num_rows": run.num_rows,
+        "steps": run.steps,
+        "evaluations": run.evaluations,
+        "skipped_steps": run.skipped_steps,
+        "rollbacks": run.rollbacks,
+        "loss_spikes": dict(run.spikes),
+        "seconds": round(run.seconds, 2),
+        "train_seconds": round(run.train_seconds, 4),
+        "validations": list(run.validations),
+        "planned_memory_gb": run.planned_memory_gb,
+        "peak_memory_gb": run.peak_memory_gb,
+        "tuned_parameters": run.tuned_parameters,
+        "total_parameters": run.total_parameters,
+        "seed": run.seed,
+        "best_checkpoint": run.best,
+        "command": run.command,
+        "run_dir": run.folder,
+    }
+
+
+def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> ScoreChange | None:
+    """Change of the metric that sums the run up; ``None`` if it is not known before, or not a number."""
+    metric = run.metric.metric
+    if before is None or not math.isfinite(before.metrics.get(metric, math.nan) + after.metrics[metric]):
+        return None
+    scores, rows = (before.metrics[metric], after.metrics[metric]), (before.rows, after.rows)
+    return score_change(metric, scores, rows, run.num_rows, run.metric.lower_is_better)
+
+
+def use_commands(checkpoint: str | None, has_config: bool) -> list[str]:
+    """Commands that use a checkpoint; none without one.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+        has_config: Whether the run's folder holds its options; without them no rows are known.
+    """
+    if checkpoint is None:
+        return []
+    rows = [("test",), ("predict", "--output", "predictions.jsonl")] if has_config else []
+    ways = [*rows, ("export", "--output", "tuned-model"), ("generate", "--prompt", "TEXT")]
+    return [shlex.join(["slzo", name, "--ckpt_path", checkpoint, *options]) for name, *options in ways]
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The summary in a few lines; a verdict that calls for action comes first."""
+    frozen = summary["total_parameters"] - summary["tuned_parameters"]
+    before = summary["score_before"]
+    change = "" if before is None else f"{before:.4f} -> "
+    layer = summary["dominant_layer"]
+    lines = [""]
+    if summary["next"] is not None:
+        lines += [summary["verdict"] or "", f"Next       {summary['next']}", ""]
+    lines.append(f"Scope      {summary['scope']}, {summary['estimator']}, {summary['optimizer']}")
+    if layer is not None:
+        lines.append(f"Layer      {layer} of {summary['num_layers']}: {summary['layer_reason']}")
+    lines += [
+        f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
+        f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
+        f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
+    ]
+    if summary["planned_memory_gb"] is not None:
+        lines.append(
+            f"Memory     {summary['peak_memory_gb']:.2f} GiB at most, {summary['planned_memory_gb']:.2f} planned"
+        )
+    if summary["rollbacks"] == 1:
+        lines.append("Rollback   once, after a dev-loss spike; the learning rate was halved")
+    elif summary["rollbacks"]:
+        lines.append(
+            f"Rollback   {summary['rollbacks']} times, after dev-loss spikes; the learning rate was halved each time"
+        )
+    if summary["skipped_steps"]:
+        lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
+    spikes = summary["loss_spikes"]
+    if spikes["number"]:
+        lines.append(
+            f"Spikes     {spikes['number']} steps with a loss far above the usual one, the largest {spikes['loss']:.4g} at step "
+            f"{spikes['step']}, usually {spikes['usual']:.4g}"
+        )
+    if summary["run_dir"]:
+        lines.append(f"Files      {summary['run_dir']}")
+    if summary["best_checkpoint"]:
+        lines.append(f"Checkpoint {summary['best_checkpoint']}")
+    lines += [f"{'' if number else 'Use it':10s} {command}" for number, command in enumerate(summary["use"])]
+    return "\n".join(lines)
+
+
+def sample_row(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One row: id, prompt, the correct answers as texts, and both predictions.
+
+    Args:
+        after: Record of the row, see :func:`slzo.evaluation.evaluator.records`, with its ``gold_texts``.
+        before: Its record before training; ``None`` if it is not known, as in a resumed run.
+    """
+    return {
+        "id": after["id"],
+        "prompt": after["prompt"],
+        "gold": after["gold_texts"],
+        "before": None if before is None else before["prediction_text"].strip(),
+        "after": after["prediction_text"].strip(),
+    }
+
+
+def gold_texts(example: Example) -> list[str]:
+    """The correct answers as texts."""
+    return list(example.references) or [example.candidates[index].strip() for index in example.gold]

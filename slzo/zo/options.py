@@ -1,0 +1,94 @@
+"""The options of a training."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from slzo.models.device_map import DeviceMapChoice
+from slzo.models.engine import DType, Engine
+from slzo.models.quantization import Quantization, describe_quantization
+from slzo.utils.errors import SlzoError
+from slzo.utils.seeding import global_seed
+from slzo.utils.settings import constructor_settings
+from slzo.zo.estimators import SPSA, Estimator
+from slzo.zo.optim import OptimizerChoice
+from slzo.zo.processes import Parallel
+from slzo.zo.scopes import LayerScope, Scope
+from slzo.zo.stepper import StepOptions
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What :class:`slzo.module.ZOModule` was made with; see there for the meaning of each.
+
+    Raises:
+        SlzoError: An option is out of range, or a class keeps an argument that no checkpoint could hold.
+    """
+
+    optimizer: OptimizerChoice
+    model: str = "smollm2-135m"
+    layer: int | None = None
+    scope: Scope = field(default_factory=LayerScope)
+    estimator: Estimator = field(default_factory=SPSA)
+    step: StepOptions = field(default_factory=StepOptions)
+    dtype: DType = "float32"
+    quantization: Quantization | None = None
+    device_map: DeviceMapChoice | None = None
+    seed: int | None = None
+    parallel: Parallel = "rows"
+    engine: Engine = field(default_factory=Engine)
+    max_nonfinite: int = 10
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_nonfinite < 1:
+            raise SlzoError(f"model.max_nonfinite {self.max_nonfinite}: at least 1 step is needed before giving up")
+        if self.parallel not in ("rows", "directions"):
+            raise SlzoError(f"model.parallel {self.parallel!r}: choose one of rows, directions")
+        self.estimator.check(self.step.num_queries)
+        if self.estimator.differentiates:
+            object.__setattr__(self, "engine", self.engine.with_derivatives(self.estimator.describe()))
+        _ = self.scope_settings, self.estimator_settings
+
+    @property
+    def scope_settings(self) -> dict[str, Any]:
+        """Class and arguments of the scope, primitives only."""
+        return constructor_settings(self.scope, "model.scope")
+
+    @property
+    def estimator_settings(self) -> dict[str, Any]:
+        """Class and arguments of the estimator, primitives only."""
+        return constructor_settings(self.estimator, "model.estimator")
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the directions; without one of its own, that of ``seed_everything``."""
+        return global_seed() if self.seed is None else self.seed
+
+    def with_onednn(self, onednn: bool | None) -> "TrainingOptions":
+        """The same with kernels that were decided before: a new timing might choose others, whose rounding differs."""
+        if onednn is None or self.engine.onednn is not None:
+            return self
+        return replace(self, engine=replace(self.engine, onednn=onednn))
+
+    def check_rows(self, rows: Any) -> None:
+        """Refuse options of model and rows that cannot train together.
+
+        Raises:
+            SlzoError: With the reason.
+        """
+        self.estimator.check(self.step.num_queries, rows.batch_size)
+        if self.estimator.differentiates and not rows.objective.differentiable:
+            raise SlzoError(
+                f"data.objective {rows.objective.describe()}: has no derivative for {self.estimator.describe()}; use SPSA"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the steps depend on, primitives only: for logs of losses and folders of results."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "quantization": describe_quantization(self.quantization),
+            "scope": self.scope_settings,
+            "estimator": self.estimator_settings,
+            "optimizer": self.optimizer.settings,
+        }

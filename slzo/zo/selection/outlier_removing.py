@@ -1,0 +1,44 @@
+"""The layer that removes the outlier from the residual stream."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from slzo.zo.profile import LayerStatistics, format_figure
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, smallest
+
+
+class OutlierRemovingLayer(SelectionRule):
+    """The layer whose output has the largest magnitude furthest below that of its input, in absolute terms.
+
+    Massive activations are written by one layer and removed by another near the end (Sun et al. 2024, arXiv 2402.17762). The
+    second writes as strongly as the first, and it is cheap to tune: all layers below it are a prefix, whose states are computed
+    once for each row. Needs no threshold. Where no layer lowers the largest magnitude it chooses the last one. docs/results.md
+    compares the layers that the rules choose.
+    """
+
+    def select(self, context: SelectionContext) -> Choice:
+        """See the class; the margin is over the next largest fall."""
+        layers = context.layers
+        falls = [below.max_abs - layer.max_abs for below, layer in pairwise(layers)]
+        if not falls or max(falls) <= 0:
+            return Choice(layers[-1].index, "the last layer, as none lowers the largest magnitude")
+        best = max(range(len(falls)), key=falls.__getitem__)
+        margin = smallest(_margin(layers, falls, best, other) for other in range(len(falls)) if other != best)
+        reason = f"largest fall of max |h| over the layer before, by {format_figure(falls[best])}"
+        return Choice(layers[best + 1].index, reason, "outlier-removing layer", margin)
+
+
+def _margin(layers: Sequence[LayerStatistics], falls: list[float], best: int, other: int) -> Margin | None:
+    """Standard errors of the four maxima are taken as independent, though the layers share their sequences: a rough one."""
+    errors = [layers[place].max_abs_se for fall in (best, other) for place in (fall, fall + 1)]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return None
+    spread, ahead = math.sqrt(sum(error**2 for error in known)), falls[best] - falls[other]
+    distance = ahead / spread if spread > 0 else math.inf
+    return Margin(
+        distance,
+        f"layer {layers[best + 1].index}'s fall of {format_figure(falls[best])} is {distance:.1f} standard errors above layer "
+        f"{layers[other + 1].index}'s of {format_figure(falls[other])}",
+    )

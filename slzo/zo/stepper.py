@@ -1,0 +1,354 @@
+"""Training steps: estimate the gradient, clip it, set the learning rate, update the masters, restore the weights.
+
+Every training of slzo takes its steps through :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slzo.checkpoints.step_log import Rollback, StepLogWriter, StepRecord
+from slzo.data.batch import TrainBatch
+from slzo.evaluation.evaluator import Evaluator
+from slzo.utils.errors import SlzoError
+from slzo.zo.auto_step import AutoStep
+from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
+from slzo.zo.loss import LossContext
+from slzo.zo.objectives import Objective
+from slzo.zo.optim import forget, halve_rate
+from slzo.zo.processes import ALONE, DividedDirections, Processes, identity
+from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
+from slzo.zo.tuned_model import TunedModel
+
+_REMEMBERED = 100
+_NEEDED = 10
+
+
+@dataclass
+class ProjectedGradHistory:
+    """Sizes of the projected gradients of the last steps, each the mean magnitude over the queries."""
+
+    sizes: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+
+    def clip_factor(self, estimate: Estimate, multiple: float) -> float:
+        """Factor, at most 1, that brings a finite estimate to ``multiple`` times the median size; its size is noted.
+
+        The first steps are taken as they are.
+        """
+        size = sum(map(abs, estimate.projected_grad)) / len(estimate.projected_grad)
+        limit = multiple * statistics.median(self.sizes) if len(self.sizes) >= _NEEDED else size
+        self.sizes.append(size)
+        return limit / size if 0 < limit < size else 1.0
+
+
+_MAX_EPS = 1e30  # far beyond use, and a direction times it is still a float32
+_MAX_QUERIES = 1_000_000
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Size and number of the perturbations.
+
+    Attributes:
+        eps: Size of the perturbation, absolute, > 0; ``None`` until it is measured.
+        eps_end: Value that eps moves to over the run, by the same factor each step; ``None`` keeps it constant.
+        num_queries: Directions per step.
+        clip_projected_grad: Largest projected gradient, as a multiple of the median of the last steps; ``None`` for no limit.
+
+    Raises:
+        SlzoError: One is out of range.
+    """
+
+    eps: float | None = 1e-3
+    eps_end: float | None = None
+    num_queries: int = 1
+    clip_projected_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.eps is not None and not 0 < self.eps <= _MAX_EPS:
+            raise SlzoError(
+                f"model.eps {self.eps}: the perturbation must be a number above 0 and at most {_MAX_EPS}, or auto; 1e-3 is a "
+                "good start"
+            )
+        if self.eps_end is not None and not 0 < self.eps_end <= _MAX_EPS:
+            raise SlzoError(
+                f"model.eps_end {self.eps_end}: must be a number above 0 and at most {_MAX_EPS}; leave it out to keep eps"
+            )
+        if not 1 <= self.num_queries <= _MAX_QUERIES:
+            raise SlzoError(
+                f"model.num_queries {self.num_queries}: at least 1 direction per step is needed, at most {_MAX_QUERIES}"
+            )
+        if self.clip_projected_grad is not None and not 1 <= self.clip_projected_grad < float("inf"):
+            raise SlzoError(
+                f"model.clip_projected_grad {self.clip_projected_grad}: a multiple of the usual size, at least 1; 10 is a good "
+                "start, or leave it out"
+            )
+
+    def eps_at(self, step: int, max_steps: int) -> float:
+        """Size of the perturbation at a step of a run of ``max_steps``."""
+        if self.eps is None:
+            raise SlzoError("model.eps auto: must be measured first, see slzo.zo.auto_step; or give a number")
+        if self.eps_end is None:
+            return self.eps
+        return self.eps * (self.eps_end / self.eps) ** min(1.0, step / max(1, max_steps - 1))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        estimate: What the estimator found, without the gradient, which is as large as what is tuned.
+        record: Learning rate, eps and losses, as the log of steps keeps them.
+        report: What the loss had to say besides its value.
+        update_norm: Length of the masters' move; ``None`` if it was not measured, or the loss was not finite.
+    """
+
+    estimate: Estimate
+    record: StepRecord
+    report: LossReport
+    update_norm: float | None = None
+
+
+@torch.no_grad()
+def take_step(
+    request: Request,
+    estimator: Estimator,
+    optimizer: Optimizer,
+    *,
+    auto: AutoStep | None = None,
+    clip_factor: Callable[[Estimate], float] | None = None,
+    measure_update: bool = False,
+) -> tuple[Estimate, float | None]:
+    """Take one step on any module.
+
+    An estimate that is not finite moves nothing: the optimizer is called without gradients, so that whoever counts its steps
+    counts this one too.
+
+    Args:
+        request: What the estimator works on.
+        estimator: Estimates the gradient.
+        optimizer: Updates the masters.
+        auto: Clips the gradient, learns from the estimate and sets the learning rate.
+        clip_factor: Gives a factor, at most 1, by which the gradient of a finite estimate is scaled down.
+        measure_update: Measure the length of the update; takes a copy of the masters while the step lasts.
+
+    Returns:
+        The estimate, without its gradient, which is as large as what is tuned; and the length of the masters' move, ``None``
+        if it was not measured or the loss was not finite.
+    """
+    tuned = request.tuned
+    before = [master.clone() for master in tuned.masters] if measure_update else None
+    try:
+        estimate = estimator.estimate(request)
+        if auto is not None and estimate.finite:
+            estimate.scale_gradient(auto.clip_factor(estimate))
+            auto.update(estimate)
+        if auto is not None:
+            auto.set_rate(optimizer, estimator)
+        if clip_factor is not None and estimate.finite:
+            estimate.scale_gradient(clip_factor(estimate))
+        tuned.set_grad(estimate.gradient if estimate.finite else {})
+        optimizer.step()
+    finally:
+        tuned.zero_grad()
+        tuned.restore(tuned.names_of_step(request.seed, request.step))
+    norm = None
+    if before is not None and estimate.finite:
+        moves = [(new - old).norm() for new, old in zip(tuned.masters, before, strict=True)]
+        norm = float(torch.stack(moves).norm())
+    return replace(estimate, gradient={}), norm
+
+
+class Stepper:
+    """Takes the steps of one training.
+
+    Args:
+        model: What is tuned.
+        objective: What the steps minimize.
+        estimator: Estimates the gradient.
+        options: Size and number of the perturbations; with ``eps`` ``None`` the size is that of ``auto``.
+        seed: Seed of the directions, which are drawn from (seed, step, query).
+        max_steps: Length of the training, over which ``eps`` moves.
+        evaluator: Generates answers, for objectives that look at them.
+        processes: Processes that share the work of a step.
+        auto: Measured step size; ``None`` where nothing is measured.
+        sets_rate: Whether ``auto`` sets the learning rate; else only ``eps`` is taken from it.
+        max_nonfinite: Steps in a row with an infinite or NaN loss after which training ends.
+        known: Steps that were taken before, by number: they are taken again from their losses, without forward passes.
+        log: Where steps and rollbacks are written; ``None`` keeps no log.
+
+    Attributes:
+        known: The known steps that are still to come.
+        log: Where steps and rollbacks are written.
+        num_evaluations: Evaluations of the batch so far.
+        num_nonfinite: Steps so far whose loss was not finite.
+    """
+
+    def __init__(
+        self,
+        model: TunedModel,
+        objective: Objective,
+        estimator: Estimator,
+        options: StepOptions,
+        *,
+        seed: int = 0,
+        max_steps: int = 1,
+        evaluator: Evaluator | None = None,
+        processes: Processes = ALONE,
+        auto: AutoStep | None = None,
+        sets_rate: bool = False,
+        max_nonfinite: int = 10,
+        known: Mapping[int, StepRecord] | None = None,
+        log: StepLogWriter | None = None,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.estimator = estimator
+        self.options = replace(options, eps=auto.eps) if options.eps is None and auto is not None else options
+        self.seed, self.max_steps, self.max_nonfinite = seed, max_steps, max_nonfinite
+        self.evaluator = evaluator
+        self.processes = processes
+        self.auto = auto
+        self.sets_rate = sets_rate and auto is not None
+        self.log = log
+        self.known = dict(known or {})
+        self._history = ProjectedGradHistory()
+        self.num_evaluations = 0 if auto is None else auto.evaluations
+        self.num_nonfinite = self._nonfinite_in_row = 0
+
+    def loss(self, batch: TrainBatch, step: int = 0) -> Loss:
+        """The loss of a batch, the rows of this process on the model's device, over the rows of all processes."""
+        divides = self.processes.divide_directions
+        reduce = identity if divides else self.processes.add_up
+        model = self.model
+        context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
+        loss = self.objective.loss(batch, context)
+        return DividedDirections(loss, self.processes, model.parts.model.device) if divides else loss
+
+    @torch.no_grad()
+    def step(
+        self,
+        batch: TrainBatch | None,
+        step: int,
+        optimizer: Optimizer,
+        scheduler: Any = None,
+        measure_update: bool = False,
+    ) -> StepResult:
+        """Take one step, see :func:`take_step`.
+
+        Args:
+            batch: Rows of this process; ``None`` only where the step is known.
+            step: Number of the step, counted from 0.
+            optimizer: Updates the masters.
+            scheduler: Stepped after the optimizer.
+            measure_update: Measure the length of the update; takes a copy of the masters while the step lasts. Left out where
+                that would copy a whole model.
+
+        Raises:
+            SlzoError: The loss was not finite for too many steps in a row, or a known step does not fit.
+        """
+        tensors, eps = self.model.tensors, self.options.eps_at(step, self.max_steps)
+        known = self.known.pop(step, None)
+        if known is None:
+            assert batch is not None
+            loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step))
+        else:
+            loss = ReplayedLoss(known, self.model.parts.model.device)
+        at_once = self.processes.queries_at_once(self.model.queries_at_once(self.options.num_queries))
+        request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
+        measure_update = measure_update and 4 * tensors.num_elements <= tensors.hold_bytes
+        auto = self.auto if self.sets_rate else None
+        multiple = self.options.clip_projected_grad
+        clip = None if multiple is None else partial(self._history.clip_factor, multiple=multiple)
+        estimate, norm = take_step(
+            request,
+            self.estimator,
+            optimizer,
+            auto=auto,
+            clip_factor=clip,
+            measure_update=measure_update,
+        )
+        record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.noted))
+        if scheduler is not None:
+            scheduler.step()
+        self._check_replayed(known, record)
+        if self.log is not None:
+            self.log.append(record)
+        report = loss.report
+        self._count(estimate, step, report)
+        return StepResult(estimate, record, report, norm)
+
+    def rollback(
+        self, masters: Mapping[str, Tensor] | None, optimizer: Optimizer, schedulers: Sequence[Any], steps: int, to: int
+    ) -> None:
+        """Go back to earlier masters, with half the learning rate and an optimizer that has forgotten.
+
+        Args:
+            masters: As :meth:`TunedTensors.copy_of_masters` gives them; ``None`` only halves the rate.
+            optimizer: Its state, which came from what went wrong, is dropped where the masters go back.
+            schedulers: Of the learning rate.
+            steps: Steps taken so far.
+            to: Step of the masters; -1 without them.
+        """
+        if masters is not None:
+            self.model.tensors.load(masters)
+            forget(optimizer)
+        if self.sets_rate and self.auto is not None:
+            self.auto.factor /= 2
+        else:
+            halve_rate(optimizer, schedulers)
+        if self.log is not None:
+            self.log.append(Rollback(steps, to))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later steps depend on besides masters and optimizer: primitives only."""
+        return {
+            "num_evaluations": self.num_evaluations,
+            "num_nonfinite": self.num_nonfinite,
+            "auto_step": None if self.auto is None else self.auto.to_dict(),
+            "projected_grads": list(self._history.sizes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the counters and the history of a checkpoint; its measured step size is given to the constructor."""
+        self.num_evaluations, self.num_nonfinite = state["num_evaluations"], state["num_nonfinite"]
+        self._history.sizes.extend(state["projected_grads"])
+
+    def _count(self, estimate: Estimate, step: int, report: LossReport) -> None:
+        self.num_evaluations += estimate.num_evaluations
+        if estimate.finite:
+            self._nonfinite_in_row = 0
+            return
+        self.num_nonfinite += 1
+        self._nonfinite_in_row += 1
+        if self._nonfinite_in_row < self.max_nonfinite:
+            return
+        if report.problems:
+            raise SlzoError(
+                f"{report.problems[0]}; no step was taken {self._nonfinite_in_row} times in a row (model.max_nonfinite)"
+            )
+        raise SlzoError(
+            f"training diverged: the loss was infinite or NaN {self._nonfinite_in_row} steps in a row, the last at step "
+            f"{step + 1}; lower the learning rate (model.optimizer.init_args.lr) or model.eps, or use model.dtype bfloat16 or "
+            "float32"
+        )
+
+    @staticmethod
+    def _check_replayed(known: StepRecord | None, record: StepRecord) -> None:
+        if known is None:
+            return
+        before, now = ((len(each.losses), each.lr, each.eps) for each in (known, record))
+        if before != now:
+            raise SlzoError(
+                f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
+                f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}: it is not the log of these steps; "
+                "remove it"
+            )
