@@ -1,6 +1,5 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
-import importlib
 import logging
 import signal
 import sys
@@ -56,10 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        run_command = importlib.import_module(
-            "slzo.cli.app"
-        ).run_command  # takes seconds: torch, Lightning, transformers
         with sigterm_raises():
+            from slzo.cli.run import run_command  # imports the parser's packages, which --help does not need
+
             run_command(args[0], args[1:])
     except SlzoError as error:
         sys.stderr.write(f"slzo: error: {error}\n")

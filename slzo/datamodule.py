@@ -1,4 +1,4 @@
-"""The LightningDataModule: Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
+"""Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
 
 from functools import partial
 from typing import Any, cast
@@ -18,7 +18,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
 
     @property
     def processes(self) -> Processes:
-        """The processes of the trainer, and what they share: rows or directions."""
+        """The processes of the trainer, which divide rows or directions among themselves."""
         if self.trainer is None:
             return ALONE
         strategy = self.trainer.strategy
@@ -37,11 +37,11 @@ class TaskDataModule(TaskRows, LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
 
     def prepare_data(self) -> None:
-        """Fetch the tokenizer, once per machine."""
+        """Download the tokenizer once per machine."""
         _ = self.encoder
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Training batches from the run's present step on."""
+        """Return training batches from the current step on."""
         trainer = self.trainer
         sampler = self.sampler(self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0)
         if len(sampler) == 0:
@@ -53,30 +53,30 @@ class TaskDataModule(TaskRows, LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
-        """Dev rows, in an order that is fast to score."""
+        """Return dev rows in an order that is fast to score."""
         return self._eval_loader("dev")
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
-        """Held-out rows, in an order that is fast to score; :attr:`slzo.data.batch.Row.position` is that of the file."""
+        """Return held-out rows in an order that is fast to score; :attr:`slzo.data.batch.Row.position` is the split's order."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """As :meth:`test_dataloader`; answers are generated where the task asks for them."""
+        """Return held-out rows as in :meth:`test_dataloader`; generation tasks always generate answers."""
         return self._eval_loader("predict")
 
     def _eval_loader(self, split: str) -> DataLoader[EvalBatch]:
         plan = self.eval_plan(split)
         collate = EvalCollator(self.share_prompts, plan.share)
-        # an item is a whole batch: Lightning would take a batch sampler apart for predict
+        # an item is a whole batch, because Lightning replaces batch samplers for predict
         return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loss of a step depends on, kept in checkpoints."""
+        """Return the settings that determine the loss of a step, for checkpoints."""
         return self.step_settings()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn where a resumed run's rows or objective are not those it began with."""
-        own = self.step_settings()
-        different = [f"data.{name}: {old} -> {own[name]}" for name, old in state_dict.items() if own.get(name) != old]
+        """Warn if the settings of a resumed run differ from the checkpoint's."""
+        new = self.step_settings()
+        different = [f"data.{name}: {old} -> {new[name]}" for name, old in state_dict.items() if new.get(name) != old]
         if different and self.trainer is not None and self.trainer.state.fn == "fit":
             warn("these data options differ from the checkpoint's: " + "; ".join(different))

@@ -1,41 +1,41 @@
-"""The whole of a fit, in the order in which it happens. Lightning's hooks only call these functions.
+"""The whole of a training run, from top to bottom. Lightning's hooks only call these functions.
 
-    prepare       plan memory, load, profile and choose the layer, make the masters, measure the step   ZOModule.setup
-    score_test_rows, ask_samples   score the held-out rows with the untuned model                        RunRecord
-    ...           Lightning's loop: Stepper.step for each batch, validations, checkpoints
-    finish        score the best checkpoint, write summary, samples and report                            RunRecord
+==========  ==================================  ======================================================================
+when        function                            what happens
+==========  ==================================  ======================================================================
+``setup``   :func:`prepare`                     plan memory, load the model, choose the layer, make the masters,
+                                                measure the first step
+step 0      :func:`score_test_rows`,            score the held-out rows with the untuned model
+            :func:`predict_samples`
+each step   ``Stepper.step``                    prefix, losses at perturbed weights, gradient, optimizer step
+at the end  :func:`finish`                      score the best checkpoint, write summary, samples and report
+==========  ==================================  ======================================================================
 
-Process groups exist only inside of ``Trainer.fit``, and Lightning asks for the optimizer before the first step, so ``prepare``
-is called in the module's ``setup`` hook.
+``prepare`` runs in Lightning's ``setup`` hook: process groups exist only inside ``Trainer.fit``, and Lightning asks for the
+optimizer before the first step.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, Checkpoint, read_checkpoint, write_checkpoint
-from slzo.checkpoints.step_log import NAME as STEP_LOG
-from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.trial import LayerTrials
 from slzo.memory_plan import plan_memory
 from slzo.models.parts import ModelParts
-from slzo.models.quantization import describe_quantization
-from slzo.profiling import ProfileOptions, profile_model
+from slzo.profiling import profile_model
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_files import SAMPLES_FILE, SUMMARY_FILE
 from slzo.report.summary import RunFacts, format_summary, gold_texts, sample_row, summarize
+from slzo.resume import open_step_log, restore
+from slzo.run import Outcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.training import (
-    fit_rows,
+    adapt_rows,
     load_parts,
     make_evaluator,
     make_stepper,
@@ -46,9 +46,8 @@ from slzo.training import (
 )
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import copy_file, write_json
-from slzo.utils.runtime import of_all_processes, peak_memory_gb
-from slzo.utils.settings import differences
+from slzo.utils.files import write_json
+from slzo.utils.runtime import gather_from_processes, peak_memory_gb
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
@@ -60,58 +59,6 @@ from slzo.zo.tuned_model import TunedModel
 _NUM_SAMPLES = 8
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """Where and how long a training runs.
-
-    Attributes:
-        device: Device of this process.
-        max_steps: Limit of the steps, -1 for none; schedules depend on it.
-        planned_steps: Steps that the training will take, as far as that is known before it.
-        folder: Folder of the run; ``None`` where nothing is written.
-        checkpoint: Checkpoint to continue; ``None`` for a new training.
-        profiler: How the model is profiled; ``None`` without a profiler.
-        quick: Whether this is only a trial of the code (``fast_dev_run``): nothing extra is measured or written.
-    """
-
-    device: torch.device
-    max_steps: int = -1
-    planned_steps: int = 0
-    folder: Path | None = None
-    checkpoint: Checkpoint | None = None
-    profiler: ProfileOptions | None = None
-    quick: bool = False
-
-
-@dataclass
-class Prepared:
-    """Everything that the steps of a training need.
-
-    Attributes:
-        options: The options, with what was decided on the way.
-        untuned: The model without what is tuned.
-        model: What is tuned.
-        stepper: Takes the steps.
-        layer: The dominant layer; ``None`` for scopes that need none.
-        layer_reason: Why this layer.
-        choice: The choice of a rule, with its trials; ``None`` where no rule was asked.
-        profile: Outlier profile; ``None`` where there is none.
-        plan: Memory plan; ``None`` where there is none.
-        resumed: Whether a checkpoint is continued.
-    """
-
-    options: TrainingOptions
-    untuned: ModelParts
-    model: TunedModel
-    stepper: Stepper
-    layer: int | None
-    layer_reason: str
-    choice: Choice | None = None
-    profile: OutlierProfile | None = None
-    plan: MemoryPlan | None = None
-    resumed: bool = False
-
-
 def prepare(
     options: TrainingOptions,
     rows: TaskRows,
@@ -119,14 +66,14 @@ def prepare(
     loaded: ModelParts | None = None,
     tuned: TunedModel | None = None,
 ) -> Prepared:
-    """Everything before the first step.
+    """Do everything that comes before the first step.
 
     Args:
-        options: Of the training.
-        rows: Set up for ``fit``.
-        run: Where and how long.
-        loaded: The untuned model, where it is loaded already.
-        tuned: The model of an earlier training, to be tuned further.
+        options: Options of the training.
+        rows: Rows of the task, set up for ``fit``.
+        run: Device, length and folder of the run.
+        loaded: The untuned model, if it is loaded already.
+        tuned: The tuned model of an earlier ``fit``, which is tuned further.
 
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
@@ -140,7 +87,7 @@ def prepare(
     if loaded is None:
         plan, options = plan_memory(options, rows, run.max_steps, run.device)
     parts = load_parts(options, run.device) if loaded is None else loaded
-    fit_rows(rows, parts, options)
+    adapt_rows(rows, parts, options)
     if run.checkpoint is not None:
         return _continue(options, rows, run, parts, run.checkpoint, plan, tuned)
     if tuned is None:
@@ -148,14 +95,13 @@ def prepare(
         model = tune(parts, options, rows, None if choice is None else choice.layer)
     else:
         profile, choice, model = None, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), tuned
-        model.forget_prefix()  # its keys are those of one data module
+        model.clear_prefix()  # its keys are those of one data module
     plan_prefix(model, rows)
     if choice is not None and choice.states is not None:
-        model.forward.cache.take_over(choice.states)
+        model.forward.cache.adopt(choice.states)
     stepper = make_stepper(model, options, rows, max_steps=run.max_steps)
     if needs_measuring(options):
-        auto = measure_step(stepper, rows, eps=options.step.eps)
-        say(auto.describe(options.optimizer.automatic))
+        auto = _measure(stepper, options, rows)
         stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto)
     reason = "" if choice is None else choice.reason
     prepared = Prepared(options, parts, model, stepper, model.layer, reason, choice, profile, plan)
@@ -167,10 +113,12 @@ def prepare(
 def choose_layer(
     parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
 ) -> tuple[OutlierProfile | None, Choice | None]:
-    """The layer to tune: the given one, or that of the profiler's rule, which may run short trainings.
+    """Choose the layer to tune: the given one, or the one that the profiler's rule selects.
+
+    A rule may run short trainings; see :func:`make_trials`.
 
     Returns:
-        The profile, ``None`` where none was made, and the choice, ``None`` for scopes that need no layer.
+        The profile, ``None`` if none was made, and the choice, ``None`` for scopes without a layer.
 
     Raises:
         SlzoError: No layer is given and there is no profiler, or its rule finds none.
@@ -182,7 +130,7 @@ def choose_layer(
     if given is not None:
         if profiler is None or run.quick or not 0 <= given.layer < parts.num_layers:  # tune() names a wrong layer
             return None, given
-        try:  # only for the picture: what is in the way of that is no reason to stop
+        try:  # the profile is only drawn here, so an error must not stop the run
             return profile_model(parts, rows, profiler, "the layer is given", given)[0], given
         except SlzoError as error:
             say(f"No outlier profile: {error}")
@@ -197,7 +145,7 @@ def choose_layer(
 
 
 def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> LayerTrials | str:
-    """Runs short trainings for rules that need them; a text says why there can be none."""
+    """Make what runs short trainings for a rule, or return a text that says why none can run."""
     if not options.scope.needs_layer:
         return f"model.scope {options.scope.describe()} has no dominant layer; choose another rule"
     if rows.processes.number > 1:
@@ -209,35 +157,6 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
         return "trainer.fast_dev_run is set; set model.layer"
     options.check_rows(rows)
     return LayerTrials(parts, options, rows, run.planned_steps)
-
-
-def restore(
-    parts: ModelParts, note: Mapping[str, Any], options: TrainingOptions, for_training: bool = False
-) -> TunedModel:
-    """Make masters of what a checkpoint holds; their values are set afterwards.
-
-    Args:
-        parts: The untuned model.
-        note: Of the checkpoint.
-        options: Of the run.
-        for_training: Refuse another scope than that of the options.
-
-    Raises:
-        SlzoError: The checkpoint does not fit the model or the scope.
-    """
-    if for_training and note["scope"] != options.scope_settings:
-        changes = differences(note["scope"], options.scope_settings)
-        raise SlzoError(
-            f"model.scope: this run and the checkpoint differ ({changes}); resume with the options that it was trained with"
-        )
-    subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
-    try:
-        return TunedModel.of_description(parts, note, options.engine, subset)
-    except KeyError as error:
-        raise SlzoError(
-            f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
-            "with"
-        ) from error
 
 
 def _check_schedules(options: TrainingOptions, run: RunContext) -> None:
@@ -276,11 +195,25 @@ def _continue(
     plan_prefix(model, rows)
     auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
     stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto, seed=note["noise_seed"])
+    evaluations = 0
+    if auto is None and needs_measuring(options):  # the run had given numbers so far
+        model.tensors.load(checkpoint.content["state_dict"])
+        auto = _measure(stepper, options, rows)
+        evaluations = auto.evaluations
+        stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto, seed=note["noise_seed"])
     layer, reason = note["layer"], note["layer_reason"]
     prepared = Prepared(options, parts, model, stepper, layer, reason, plan=plan, resumed=True)
     stepper.load_state_dict(note)
+    stepper.num_evaluations += evaluations
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
     return prepared
+
+
+def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoStep:
+    """Measure the step size where the weights are, and print it."""
+    auto = measure_step(stepper, rows, eps=options.step.eps)
+    say(auto.describe(options.optimizer.automatic))
+    return auto
 
 
 def _announce(prepared: Prepared) -> None:
@@ -297,99 +230,6 @@ def _announce(prepared: Prepared) -> None:
         say(quantized)
 
 
-def checkpoint_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """What a checkpoint says of its tensors and their model: tensors and primitives only."""
-    options, model = prepared.options, prepared.model
-    return {
-        "format": CHECKPOINT_FORMAT,
-        **model.description(),
-        **prepared.stepper.state_dict(),
-        "model": options.model,
-        "layer_reason": prepared.layer_reason,
-        "dtype": options.dtype,
-        "quantization": describe_quantization(options.quantization),
-        "trust_remote_code": options.trust_remote_code,
-        "noise_seed": prepared.stepper.seed,
-        "onednn": model.parts.onednn,
-        "optimizer": options.optimizer.classes,
-        "chat_template": rows.chat_template,
-    }
-
-
-def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """What steps depend on, as JSON gives it back."""
-    options = prepared.options
-    data = rows.step_settings()
-    del data["batch_size"]
-    moves = options.optimizer.make_scheduler is not None or options.step.eps_end is not None
-    found = {
-        "model": {
-            **options.to_dict(),
-            **asdict(options.step),
-            "noise_seed": prepared.stepper.seed,
-            "layer": prepared.layer,
-        },
-        "data": {**data, "rows_per_step": rows.rows_per_step},
-        "max_steps": prepared.stepper.max_steps if moves else None,
-    }
-    return dict(json.loads(json.dumps(found, default=str)))
-
-
-def open_step_log(
-    prepared: Prepared, rows: TaskRows, run: RunContext
-) -> tuple[StepLogWriter | None, dict[int, StepRecord]]:
-    """Begin the log of steps in the run's folder, with that of the run that is continued.
-
-    A run that continues a checkpoint first takes the steps again that the log has after it, without forward passes; not if an
-    option that they depend on has changed. Estimators that differentiate have no log.
-
-    Returns:
-        Where steps are written, ``None`` where they are not; and the steps to take again.
-    """
-    if run.quick or prepared.options.estimator.differentiates:
-        return None, {}
-    settings, first = log_settings(prepared, rows), rows.processes.rank == 0
-    before = rows.processes.broadcast(_log_before(run, settings) if first else None)
-    step = 0 if run.checkpoint is None else int(run.checkpoint.content["global_step"])
-    known = {} if before is None else {number: record for number, record in before.steps.items() if number >= step}
-    if known:
-        say(f"Steps {step} to {max(known)} are in the log of the run: they are taken again from it.")
-    if run.folder is None or not first:
-        return None, known
-    if run.checkpoint is None:
-        write_checkpoint(_start(prepared, rows), run.folder / START)
-    elif (start := Path(run.checkpoint.path).parent.parent / START).is_file():
-        copy_file(start, run.folder / START)
-    return StepLogWriter(run.folder / STEP_LOG, StepLog(settings, () if before is None else before.before(step))), known
-
-
-def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
-    """The log of the run that is continued; ``None`` where there is none, or it is of other steps."""
-    path = None if run.checkpoint is None else Path(run.checkpoint.path).parent.parent / STEP_LOG
-    if path is None or not path.is_file():
-        return None
-    try:
-        log = read_step_log(path)
-    except SlzoError as error:
-        say(f"{error}; its steps are not taken from it")
-        return None
-    if log.settings != settings:
-        say("Options that steps depend on have changed: what the log of the run has after the checkpoint is not used.")
-        return None
-    return log
-
-
-def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """A checkpoint of the first masters, without those that follow from the base model."""
-    tensors = prepared.model.tensors
-    return {
-        "global_step": 0,
-        "pytorch-lightning_version": version("lightning"),
-        "state_dict": {} if prepared.model.adapter is None else tensors.copy_of_masters(),
-        "slzo": checkpoint_note(prepared, rows),
-    }
-
-
 def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutScores:
     """Score the held-out rows with the live weights; ``when`` is for the line that says so."""
     assert rows.splits is not None
@@ -403,7 +243,7 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutSco
     )
 
 
-def ask_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]:
+def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]:
     """Predictions for the first held-out rows, by position in the split; those of all processes."""
     if rows.splits is None or len(rows.splits.test) < rows.processes.number:
         return {}
@@ -413,42 +253,7 @@ def ask_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]
         moved = batch.to(device)
         for row, record in zip(batch.rows, records(moved, evaluator(moved)), strict=True):
             found.append((row.position, {**record, "gold_texts": gold_texts(row.example)}))
-    return dict(of_all_processes(found))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training has to say when its last step is done.
-
-    Attributes:
-        steps: Steps taken.
-        lr: Learning rate at the end.
-        best: Path of the best checkpoint; empty if there is none.
-        last: Path of the last checkpoint; ``None`` if there is none.
-        validations: Step, evaluations, seconds and loss of each validation.
-        before: Held-out scores before training; ``None`` if they are not known.
-        samples: Predictions before training, by position in the split.
-        seconds: Seconds since the command began.
-        train_seconds: Seconds since the first step.
-        rollbacks: How often the run went back to earlier weights.
-        spikes: Number of steps with a loss far above the usual one, and the largest of them.
-        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        command: Command line that started the run; ``None`` in Python.
-    """
-
-    steps: int
-    lr: float
-    best: str
-    last: str | None
-    validations: Sequence[Mapping[str, Any]]
-    before: HeldOutScores | None
-    samples: Mapping[int, Mapping[str, Any]]
-    seconds: float
-    train_seconds: float
-    rollbacks: int = 0
-    spikes: Mapping[str, Any] = field(default_factory=lambda: {"number": 0})
-    limit: tuple[str, int] = ("max_steps", 0)
-    command: str | None = None
+    return dict(gather_from_processes(found))
 
 
 def finish(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | None) -> dict[str, Any]:
@@ -469,7 +274,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | 
     with best_weights(prepared.model, outcome.best) as restored:
         when = f"after training, {Path(outcome.best).name if restored else 'last weights'}"
         after = score_test_rows(prepared, rows, when)
-        samples = ask_samples(prepared, rows)
+        samples = predict_samples(prepared, rows)
     summary = summarize(_facts(prepared, rows, outcome, folder), outcome.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
@@ -521,7 +326,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | 
         eps=stepper.options.eps,
         metric=metric,
         num_rows=num_rows,
-        asked_rows=rows.num_test,
+        requested_rows=rows.num_test,
         steps=outcome.steps,
         evaluations=stepper.num_evaluations,
         skipped_steps=stepper.num_nonfinite,

@@ -47,7 +47,7 @@ def plan_memory(
     except SlzoError:
         return None, options
     if options.device_map is not None:
-        options = replace(options, device_map=replace(options.device_map, reserved=inputs.beside_weights))
+        options = replace(options, device_map=replace(options.device_map, reserved=inputs.non_weight_bytes))
     plan, free = inputs.plan(), free_bytes(device)
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.parts.items())
     line = f"Memory     about {_gib(plan.total)}: {parts}"
@@ -98,7 +98,7 @@ def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, devi
     )
     if options.device_map is None:
         return inputs
-    places = replace(options.device_map, reserved=inputs.beside_weights).places(skeleton, device)
+    places = replace(options.device_map, reserved=inputs.non_weight_bytes).places(skeleton, device)
     return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
 
 

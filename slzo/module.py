@@ -17,13 +17,15 @@ from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
-from slzo.fit import Prepared, RunContext, prepare, restore
-from slzo.fit import checkpoint_note as note_of
+from slzo.fit import prepare
 from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization, describe_quantization
-from slzo.training import fit_rows, load_parts
+from slzo.resume import checkpoint_note as note_of
+from slzo.resume import restore
+from slzo.run import Prepared, RunContext
+from slzo.training import adapt_rows, load_parts
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError
@@ -151,15 +153,23 @@ class ZOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Prepare a fit, see :func:`slzo.fit.prepare`; for other stages load the model."""
         rows = self.rows
+        if self.options.device_map is not None:
+            self.options.device_map.check_processes(self.trainer.world_size)
         if stage == "fit":
             check_interval(self.trainer, rows.steps_per_epoch)
-            path = self.trainer.ckpt_path
-            self._hold(self._prepare(None if path is None else read_checkpoint(str(path))))
+            self._hold(self._prepare(self._checkpoint_to_continue()))
             return
         self._load()
-        fit_rows(rows, self.parts, self.options)
+        adapt_rows(rows, self.parts, self.options)
         if self.tuned_model is not None:
-            self.tuned_model.forget_prefix()  # its keys are those of one data module
+            self.tuned_model.clear_prefix()  # its keys are those of one data module
+
+    def _checkpoint_to_continue(self) -> Checkpoint | None:
+        path = self.trainer.ckpt_path
+        if path is None:
+            return None
+        known = getattr(self.trainer.strategy.checkpoint_io, "known", None)
+        return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> Prepared:
         """Everything before the first step; a model that is tuned already is tuned further."""
@@ -170,11 +180,12 @@ class ZOModule(LightningModule):
         trainer, log_dir = self.trainer, self.trainer.log_dir  # a collective call: every process must make it
         profiler = next((each for each in trainer.callbacks if isinstance(each, OutlierProfiler)), None)  # type: ignore[attr-defined]
         quick = bool(getattr(trainer, "fast_dev_run", False))
+        saves = not quick and bool(trainer.checkpoint_callbacks)
         return RunContext(
             device=trainer.strategy.root_device,
             max_steps=trainer.max_steps,
             planned_steps=self.planned_steps(trainer, self.rows),
-            folder=None if log_dir is None or quick else Path(log_dir),
+            folder=Path(log_dir) if log_dir is not None and saves else None,
             checkpoint=checkpoint,
             profiler=None if profiler is None else profiler.options,
             quick=quick,
@@ -196,8 +207,14 @@ class ZOModule(LightningModule):
     def _load(self) -> None:
         """Load the model; calling it again changes nothing."""
         if self._untuned is None:
-            device = self.device if self._trainer is None else self.trainer.strategy.root_device
-            self._hold_parts(load_parts(self.options, device))
+            trainer = self._attached_trainer()
+            self._hold_parts(load_parts(self.options, self.device if trainer is None else trainer.strategy.root_device))
+
+    def _attached_trainer(self) -> Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # Lightning's word for none
+            return None
 
     def _hold_parts(self, parts: ModelParts) -> None:
         self._untuned = parts
@@ -345,7 +362,7 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
             )
-        if (wrong := self.tuned_model.tensors.misfit(state_dict)) is not None:
+        if (wrong := self.tuned_model.tensors.first_mismatch(state_dict)) is not None:
             raise SlzoError(
                 f"ckpt_path: tensor {wrong!r} of the checkpoint does not fit model {self.options.model!r} with dominant layer "
                 f"{self.tuned_model.layer} and scope {self.options.scope.describe()!r}; use the options it was trained with"
@@ -361,7 +378,8 @@ class ZOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters of what the checkpoint holds, unless they fit already, and say which options differ."""
         note = checkpoint_note(checkpoint)
-        in_fit = self._trainer is not None and self.trainer.state.fn == "fit"
+        trainer = self._attached_trainer()
+        in_fit = trainer is not None and trainer.state.fn == "fit"
         if in_fit and self.prepared is not None and not self.prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
             self._release()
@@ -371,9 +389,9 @@ class ZOModule(LightningModule):
             assert self._untuned is not None
             model = restore(self._untuned, note, self.options)
             self._hold_tuned(model)
-            if model.parts.virtual_tokens is not None and self._trainer is not None:
+            if model.parts.virtual_tokens is not None and trainer is not None:
                 positions = model.parts.virtual_tokens.num_tokens
-                self.rows.fit_to(model.parts.model, self.options.model, positions, model.parts.longest)
+                self.rows.adapt_to_model(model.parts.model, self.options.model, positions, model.parts.longest)
         elif not self.tuned_model.fits(note):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"

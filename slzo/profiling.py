@@ -14,9 +14,9 @@ from slzo.zo.profile import (
     MIN_SEQUENCES,
     OutlierProfile,
     bos_note,
+    has_too_few_distinct,
     profile_layers,
     sequence_notes,
-    too_alike,
     usable_sequences,
 )
 from slzo.zo.selection import Auto, Choice, SelectionContext, SelectionRule
@@ -85,7 +85,7 @@ def profile_model(
     layers, passes = profile_layers(parts, batches)
     tokenizer = rows.encoder.tokenizer
     layers = [replace(layer, token=str(tokenizer.decode([layer.token_id]))) for layer in layers]
-    if too_alike(sequences):
+    if has_too_few_distinct(sequences):
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
     runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
     context = SelectionContext(layers, runs, reason)

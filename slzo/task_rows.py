@@ -1,4 +1,4 @@
-"""The rows of a task as packed, tokenized batches: what training, scoring and profiling read."""
+"""The rows of a task as packed, tokenized batches for training, scoring and profiling."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,8 +30,8 @@ from slzo.data.batch import (
 from slzo.data.chat import ChatEncoder
 from slzo.data.drawing import RowSource
 from slzo.data.encoding import Encoder
+from slzo.data.files import format_left_out, refuse
 from slzo.data.sampler import StepBatchSampler
-from slzo.data.sources import format_left_out, refuse
 from slzo.data.splits import Splits
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, score_rows
 from slzo.evaluation.generation import Decoding
@@ -51,10 +51,10 @@ from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
 from slzo.zo.processes import ALONE, Processes
 
-# A CPU is fastest while a layer's activations fit in its cache; an accelerator wants to be filled.
+# A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
-# Of the prompts that are profiled, which a run does once: enough for speed, too few for the peak of its memory.
+# Tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
 _PROMPT_TOKENS = 4096
 
 
@@ -65,13 +65,13 @@ class TaskRows:
     Args:
         task: Task name ({TASKS}), or a task object
             for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
-        tokenizer: Where the tokenizer comes from; on the command line always model.model.
+        tokenizer: Model whose tokenizer is used; on the command line always model.model.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own.
         hub_config: Configuration of hub_path.
         num_train: Training rows.
-        num_dev: Dev rows, taken from the training split; left out, the task's usual number.
+        num_dev: Dev rows, taken from the training split; left out, the task's default number.
         num_test: Held-out rows, taken from the validation split; left out, all of them.
         batch_size: Training rows per step and process.
         tokens_per_pass: Tokens of a training batch that go through the model at once, at most; a larger batch is run in parts,
@@ -83,17 +83,17 @@ class TaskRows:
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
-        balanced: Draw training batches with all classes alike; rows of a small class then come several times an epoch.
+        balanced: Draw all classes equally often in training; rows of a small class then come several times per epoch.
             For unequal weights instead, see CandidateCrossEntropy.
         objective: What training minimizes: loss, metric, {OBJECTIVES}, or your
             own Objective; left out, Reward with data.reward, else "loss". "loss" is the task's (cross-entropy over candidates, or
-            the answer's likelihood), "metric" what is left to win in its metric (1 - accuracy, or 1 - F1 of generated answers: no
-            gradient exists, and zeroth-order steps need none).
+            the answer's likelihood). "metric" is the task's error (1 - accuracy, or 1 - F1 of generated answers), which has no
+            gradient; zeroth-order steps need none.
         reward: Rewards of generated answers, one or several: built-in ones ({REWARDS}),
-            package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective
-            training maximizes their weighted sum, with one they are only reported.
-        skip_bad_rows: Leave out rows that cannot be used, and tell how many and the first of them; otherwise one ends the run.
-        seed: Seed of the draws; left out, that of seed_everything.
+            package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective,
+            training maximizes their weighted sum; with one, they are only reported.
+        skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
+        seed: Seed of the random draws; left out, that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
     """
 
@@ -150,10 +150,10 @@ class TaskRows:
                 f"data.reward: task {self.task.name!r} has no answers that held-out rows could be scored by; give a data.reward, "
                 "or the rows' answers in data.task.answer_field"
             )
-        # name, version and, if it is made from a config, arguments: before training, since checkpoints hold them
-        own = {"class": self.task.name, "version": self.task.version}
+        # recorded before training, because checkpoints contain them
+        identity = {"class": self.task.name, "version": self.task.version}
         self.task_settings = {
-            **flat_settings("task", constructor_settings(self.task, "data.task") | own),
+            **flat_settings("task", constructor_settings(self.task, "data.task") | identity),
             **flat_settings("objective", constructor_settings(objective, "data.objective")),
             **(
                 {}
@@ -196,33 +196,33 @@ class TaskRows:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Turns text into tokens."""
+        """Encoder of text into tokens."""
         return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
 
     def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
         chat = self.task.chat
         return Encoder(tokenizer, max_length) if chat is None else ChatEncoder(tokenizer, max_length, chat)
 
-    def fit_to(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
-        """Check that the tokenizer is a model's, and cut prompts to the positions that it knows; before rows are used.
+    def adapt_to_model(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
+        """Check the tokenizer against a model and limit sequences to its positions. Call this before using rows.
 
         Args:
             model: The model.
-            name: Of the model, as in model.model.
-            reserved: Positions that come before every sequence.
-            longest: Of its parts, see :class:`slzo.models.parts.ModelParts`.
+            name: Name of the model, as in model.model.
+            reserved: Number of positions before every sequence.
+            longest: Longest sequence that its parts support, see :class:`slzo.models.parts.ModelParts`.
 
         Raises:
-            SlzoError: The tokenizer has tokens that the model does not know.
+            SlzoError: If the tokenizer has more tokens than the model.
         """
-        # the command line gives the rows the model's tokenizer; in Python the two may differ by mistake
-        own, tokens = self.tokenizer_name, len(self.encoder.tokenizer)
+        # the command line uses the model's tokenizer; in Python the two may differ by mistake
+        source, size = self.tokenizer_name, len(self.encoder.tokenizer)
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         advice = f"give TaskDataModule(tokenizer={name!r})"
-        if tokens > known:
-            raise SlzoError(f"data.tokenizer {own!r}: has {tokens} tokens, model {name!r} knows {known}; {advice}")
-        if own != name:
-            warn(f"data.tokenizer {own!r} is not that of model.model {name!r}; {advice}")
+        if size > known:
+            raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, model {name!r} knows {known}; {advice}")
+        if source != name:
+            warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if longest is not None:
             positions = min(longest, positions or longest)
@@ -233,16 +233,16 @@ class TaskRows:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of conversations where it is not the tokenizer's own, else ``None``; an exported folder gets it."""
+        """Chat template if it is not the tokenizer's own, else ``None``; exported folders include it."""
         encoder = self.encoder
         return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
 
     def make_metrics(self) -> TaskMetrics:
-        """Fresh counters of the task's metrics."""
+        """Return new counters of the task's metrics."""
         return make_metrics(self.task)
 
     def metric_names(self, stage: str) -> list[str]:
-        """What is logged of scored rows: ``val/loss`` and so on."""
+        """Return the names of the logged metrics of a stage, such as ``val/loss``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
             names = self.make_metrics().compute()
@@ -252,13 +252,13 @@ class TaskRows:
 
     @property
     def extra_metrics(self) -> tuple[str, ...]:
-        """What scored rows are reported by besides metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
-        perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
-        return (*((PERPLEXITY,) if perplexity else ()), *(("reward",) if self.reward is not None else ()))
+        """Names of reported metrics besides the task's metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
+        has_perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
+        return (*((PERPLEXITY,) if has_perplexity else ()), *(("reward",) if self.reward is not None else ()))
 
     @property
     def selection_metric(self) -> SelectionMetric:
-        """What checkpoints are compared by, and what sums a run up."""
+        """Metric that compares checkpoints and summarizes a run."""
         if isinstance(self.objective, Reward):
             return SelectionMetric("reward", "reward", -self.objective.lowest)
         if isinstance(self.objective, AnswerF1) and "f1" in self.task.metrics:
@@ -266,13 +266,13 @@ class TaskRows:
         return SelectionMetric("loss", self.task.metric)
 
     def step_settings(self) -> dict[str, Any]:
-        """What the loss of a step depends on: task and objective with their arguments, and how batches are drawn."""
+        """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""
         names = ("seed", "batch_size", "num_train", "length_buckets", "balanced")
         return {**self.task_settings, **{name: getattr(self, name) for name in names}}
 
     @property
     def processes(self) -> Processes:
-        """The processes of the run, of which this is one."""
+        """The processes of the run and the rank of this one."""
         return ALONE
 
     @property
@@ -281,10 +281,10 @@ class TaskRows:
         return False
 
     def setup(self, stage: str) -> None:
-        """Read and split the rows; calling it again changes nothing, unless training rows are needed now and were not.
+        """Read and split the rows. A second call does nothing unless it is the first one that needs training rows.
 
         Raises:
-            SlzoError: A split that is needed is missing or broken, or has too few rows for the demonstrations.
+            SlzoError: If a required split is missing or broken, or has too few rows for the demonstrations.
         """
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
@@ -318,15 +318,15 @@ class TaskRows:
 
     @property
     def demonstrations(self) -> tuple[Example, ...]:
-        """Solved rows before each dev and held-out prompt: the first training rows in the drawn order, so by seed."""
+        """Solved rows before each dev and held-out prompt: the first training rows in the drawn order."""
         assert self.splits is not None
         return self.splits.train[: self.num_demonstrations]
 
     def rows(self, split: str) -> list[Row]:
-        """Tokenized rows of ``train``, ``dev`` or ``test``, or ``predict`` (those of ``test``), in the order of the split.
+        """Return the tokenized rows of ``train``, ``dev``, ``test`` or ``predict`` (test rows), in the order of the split.
 
         Raises:
-            SlzoError: No training row has a label, and the objective needs one.
+            SlzoError: If the objective needs labels and no training row has one.
         """
         if split not in self._rows:
             self._rows[split] = self._encode(split)
@@ -336,7 +336,7 @@ class TaskRows:
         assert self.splits is not None
         examples: Sequence[Example] = getattr(self.splits, "test" if split == "predict" else split)
         is_train, objective = split == "train", self.objective
-        before = () if is_train else self.demonstrations
+        demonstrations = () if is_train else self.demonstrations
         generates = objective.generates if is_train else self._generates(split)
         needs_label = is_train and objective.needs_label
         kept = [i for i, example in enumerate(examples) if example.gold or not needs_label]
@@ -346,7 +346,7 @@ class TaskRows:
             )
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")
-        # unique over the splits, whichever of them are loaded
+        # keys are unique over all splits and do not depend on which ones are loaded
         start = {"train": 0, "dev": 1, "test": 2, "predict": 2}[split] << 40
         rows: list[Row] = []
         bad: list[RowError] = []
@@ -355,11 +355,10 @@ class TaskRows:
             prompt: tuple[int, ...] = ()
             with self._on_bad_row(bad):
                 if generates or not example.candidates:
-                    prompt = self.encoder.encode_prompt(example, before, self.task.max_new_tokens)
+                    prompt = self.encoder.encode_prompt(example, demonstrations, self.task.max_new_tokens)
                 if example.candidates:
-                    encoded = self.encoder.encode(
-                        example, start + i, before, only_gold=is_train and objective.only_gold
-                    )
+                    only_gold = is_train and objective.only_gold
+                    encoded = self.encoder.encode(example, start + i, demonstrations, only_gold)
                 else:
                     encoded = prompt_alone(start + i, prompt)
             if encoded is not None:
@@ -371,7 +370,7 @@ class TaskRows:
 
     @contextmanager
     def _on_bad_row(self, bad: list[RowError]) -> Iterator[None]:
-        """Around what a row may turn out not to be usable for: ends the run, or takes note."""
+        """Catch the error of an unusable row: record it with ``skip_bad_rows``, otherwise end the run."""
         try:
             yield
         except RowError as error:
@@ -380,7 +379,7 @@ class TaskRows:
             bad.append(error)
 
     def _generates(self, split: str) -> bool:
-        """Whether answers to the rows of a split are generated when it is scored."""
+        """Whether scoring a split generates answers."""
         is_predicted = split == "predict" and self.task.kind is Kind.GENERATION
         return self.task.generates or self.reward is not None or is_predicted
 
@@ -395,16 +394,16 @@ class TaskRows:
     def sampler(
         self, batch_size: int, seed: int, steps_done: Callable[[], int] = int, rank: int | None = None
     ) -> StepBatchSampler:
-        """Row numbers of the training batches of this process, or of the one with ``rank``."""
-        rows, (own, world_size) = self.rows("train"), self.processes.of_rows
+        """Return the sampler of training rows for this process, or for the process with ``rank``."""
+        rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         classes = self._classes if self.balanced else None
-        rank = own if rank is None else rank
+        rank = own_rank if rank is None else rank
         return StepBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, classes, steps_done)
 
     @cached_property
     def _classes(self) -> list[int]:
-        """The class of each training row."""
+        """Class of each training row."""
         examples = [row.example for row in self.rows("train")]
         classes = classes_of(examples)
         say(describe_balance(examples, classes))
@@ -412,11 +411,11 @@ class TaskRows:
 
     @property
     def collate(self) -> TrainCollator:
-        """Makes a batch of training rows."""
+        """Collator of training batches."""
         return TrainCollator(self.share_prompts, self.tokens_per_pass)
 
     def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
-        """The rows of this process in each step, without end; with the run's own seed and batch size unless given."""
+        """Yield the training batches of this process without end; seed and batch size default to the run's."""
         rows = self.rows("train")
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         sampler = self.sampler(size, seed)
@@ -424,16 +423,16 @@ class TaskRows:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every training row comes once."""
+        """Number of steps in which every training row comes once."""
         return len(self.sampler(self.batch_size, self.seed or 0))
 
     @property
     def rows_per_step(self) -> int:
-        """Training rows of a step, over all processes."""
+        """Number of training rows per step, over all processes."""
         return self.batch_size * self.processes.of_rows[1]
 
     def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
-        """The batches in which this process scores dev or held-out rows; all, or the first ``num_rows``."""
+        """Plan the batches in which this process scores dev or held-out rows: all rows, or the first ``num_rows``."""
         rows, processes = self.rows(split)[:num_rows], self.processes
         if 0 < len(rows) < processes.number:
             name = "test" if split == "predict" else split
@@ -443,7 +442,7 @@ class TaskRows:
         return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, processes.rank, processes.number)
 
     def eval_batches(self, split: str, num_rows: int | None = None) -> Iterator[EvalBatch]:
-        """The batches of :meth:`eval_plan`, packed."""
+        """Return the packed batches of :meth:`eval_plan`."""
         plan = self.eval_plan(split, num_rows)
         return map(EvalCollator(self.share_prompts, plan.share), plan.batches)
 
@@ -455,36 +454,36 @@ class TaskRows:
         return _ACCELERATOR_TOKENS if self.on_accelerator else _CPU_TOKENS
 
     def prefix_blocks(self) -> Iterator[Block]:
-        """With which other rows the prefix of each dev and training row is computed, the most used rows first.
+        """Yield the blocks in which the prefixes of dev and training rows are computed and cached, most used rows first.
 
-        The same after a resume. Of several processes it has the training rows of all: each process sees others in later epochs.
+        The blocks are the same after a resume. They include the training rows of all processes, because each process sees other
+        rows in later epochs.
         """
         yield from evaluation_blocks(self.eval_plan("dev"), self.share_prompts)
         if not self.objective.generates:
             yield from self.training_blocks()
 
     def prompt_blocks(self) -> Iterator[Block]:
-        """The same for rows whose answers are generated."""
+        """Like :meth:`prefix_blocks`, for rows whose answers are generated."""
         yield from evaluation_prompts(self.eval_plan("dev"), self.scoring_tokens)
         if self.objective.generates:
             yield from training_prompts(self.rows("train"), self._first_batches())
 
     def training_blocks(self) -> Iterator[Block]:
-        """The training batches in which rows come first, those of all processes."""
+        """Yield the training batches of all processes in which each row comes first."""
         yield from training_blocks(self.rows("train"), self._first_batches(), self.share_prompts)
 
     def _first_batches(self) -> Iterator[list[int]]:
-        """Row numbers of each process in the first epoch, and in those after it until all rows have come."""
+        """Yield the row numbers of each process's batches in the first epochs, until all rows have been drawn."""
         for epoch in range(epochs_for_all(self._classes) if self.balanced else 1):
             for rank in range(self.processes.of_rows[1]):
                 sampler = self.sampler(self.batch_size, self.seed or 0, rank=rank)
-                yield from (sampler.rows_of_step(epoch * len(sampler) + place) for place in range(len(sampler)))
+                yield from (sampler.rows_of_step(epoch * len(sampler) + number) for number in range(len(sampler)))
 
     def evaluator(
         self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None
     ) -> Evaluator:
-        """Scores rows of this task; arguments as for :class:`slzo.evaluation.evaluator.Evaluator`."""
-        rewards = None if self.reward is None else self.reward.of_rows
+        """Return an evaluator for this task; for the arguments see :class:`slzo.evaluation.evaluator.Evaluator`."""
         return Evaluator(
             parts,
             self.encoder.tokenizer,
@@ -493,29 +492,29 @@ class TaskRows:
             logits=logits,
             prompt_states=prompt_states,
             decoding=self.decoding,
-            rewards=rewards,
+            rewards=None if self.reward is None else self.reward.of_rows,
         )
 
     def score(self, evaluator: Evaluator, batches: Iterable[EvalBatch], keep_prefix: bool = False) -> dict[str, float]:
-        """Loss and metrics of batches of rows, over all processes; see :class:`slzo.evaluation.evaluator.Evaluator`."""
+        """Return the loss and metrics of batches over all processes, see :class:`slzo.evaluation.evaluator.Evaluator`."""
         return score_rows(evaluator, batches, self.make_metrics(), keep_prefix, extra_metrics=self.extra_metrics)
 
     @property
     def decoding(self) -> Decoding:
-        """Where generated answers end."""
-        own = self.encoder.stop if isinstance(self.encoder, ChatEncoder) else ()
-        return Decoding((*own, *self.task.stop), self.task.max_new_tokens)
+        """Stop texts and length limit of generated answers."""
+        template_stop = self.encoder.stop if isinstance(self.encoder, ChatEncoder) else ()
+        return Decoding((*template_stop, *self.task.stop), self.task.max_new_tokens)
 
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
-        """Prompts of the first training rows (or, without any, of held-out rows), for the outlier profile."""
+        """Return prompts of the first training rows for the outlier profile, or of held-out rows if there are none."""
         assert self.splits is not None
         return self.prompt_batches((self.splits.train or self.splits.test)[:num_sequences], batch_size)
 
     def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
-        """Prompts without answers, packed; fewer at once where they are long."""
+        """Return packed prompts without answers; batches of long prompts contain fewer of them."""
         prompts = []
         for example in examples:
-            with self._on_bad_row([]):  # they are told where the split is encoded
+            with self._on_bad_row([]):  # bad rows are reported when the split is encoded
                 prompts.append(self.encoder.encode_prompt(example, max_new_tokens=1))
         chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, batch_size, share=False)
         return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

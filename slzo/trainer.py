@@ -99,7 +99,8 @@ class ZOTrainer(Trainer):
             check_callbacks(self.callbacks, datamodule.metric_names("val"))
         checkpoint = self._find(ckpt_path)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        if checkpoint is not None and 0 < self.max_steps <= begun:
+        checkpoint = None  # its tensors are not needed all the time
+        if path is not None and 0 < self.max_steps <= begun:
             say(
                 f"The checkpoint {path} has all {begun} steps (trainer.max_steps {self.max_steps}); raise trainer.max_steps to "
                 "train on, or score it with slzo test"
@@ -177,7 +178,10 @@ class ZOTrainer(Trainer):
         if ckpt_path is None:
             return None
         root = self.logger.save_dir if self.logger is not None else None
-        return find_checkpoint(ckpt_path, root or self.default_root_dir)
+        found = find_checkpoint(ckpt_path, root or self.default_root_dir)
+        if isinstance(self.strategy.checkpoint_io, WholeCheckpointIO):
+            self.strategy.checkpoint_io.known = found
+        return found
 
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
         """Path of the checkpoint to score; says that there is none, unless the model was just fitted."""

@@ -10,7 +10,7 @@ import torch
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import load_placed
+from slzo.models.placement import load_with_device_map
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
@@ -31,30 +31,30 @@ def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
         check_cache_folder(options.engine.cache_dir)
     common = options.model, options.dtype, options.trust_remote_code
     if options.device_map is not None:
-        model = load_placed(*common, options.device_map, device)
+        model = load_with_device_map(*common, options.device_map, device)
     else:
         model = load_model(*common, options.quantization, device=device)
         if options.quantization is None and model.device != device:
             model = model.to(device)  # type: ignore[arg-type]
     engine = options.engine
-    return split_and_verify(cast("Any", model), engine.packed, engine.onednn, engine.compile)
+    return split_and_verify(cast("Any", model), engine.packed, engine.onednn)
 
 
-def fit_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:
+def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:
     """Check that the rows' tokenizer is the model's, and cut prompts to the positions that it has.
 
     Raises:
         SlzoError: The tokenizer has tokens that the model does not have.
     """
-    rows.fit_to(parts.model, options.model, options.scope.num_positions, parts.longest)
+    rows.adapt_to_model(parts.model, options.model, options.scope.num_positions, parts.longest)
 
 
 def tune(
     parts: ModelParts, options: TrainingOptions, rows: TaskRows, layer: int | None, cache: PrefixCache | None = None
 ) -> TunedModel:
-    """Make masters of what the scope names, from the model's present weights; see :meth:`TunedModel.of_scope`."""
+    """Make masters of what the scope names, from the model's present weights; see :meth:`TunedModel.from_scope`."""
     device = parts.model.device
-    return TunedModel.of_scope(
+    return TunedModel.from_scope(
         parts,
         options.scope,
         layer,

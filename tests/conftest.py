@@ -1,4 +1,4 @@
-"""Tiny random models of every family, a tiny tokenizer and tiny data."""
+"""Fixtures: a tiny model and made-up rows on disk, options of a short run, a clean environment."""
 
 import io
 import logging
@@ -12,84 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from helpers import random_example
+
 import tiny
-from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.models.prefix_cache import PrefixCache
-from slzo.zo.estimators import Request
-from slzo.zo.forward import SuffixForward
-from slzo.zo.scopes import LayerScope, ScopeContext
-from slzo.zo.forward import Span
-from slzo.zo.tuned_model import TunedModel
-from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests take it from here
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card that torch can use (CUDA)")
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": 6},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
-    "gpt_neox": {},
-    "gemma2": {"sliding_window": 6},
-    "gemma3_text": {"sliding_window": 6, "sliding_window_pattern": 2},
-    "phi3": {"head_dim": None},
-}
-
-
-def tiny_model(family="llama", seed=0, scale=3.0, **changes):
-    """A random model whose logits differ enough between tokens to show a mistake."""
-    return tiny.tiny_model(family, seed, scale, **{**FAMILIES.get(family, {}), **changes})
-
-
-def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
-    """An example of random tokens: prompt length and the length of each candidate."""
-
-    def tokens(count):
-        return tuple(generator.choices(range(3, VOCABULARY), k=count))
-
-    start = tokens(prompt)
-    sequences = tuple(EncodedSequence(start + tokens(count), count) for count in answers)
-    return EncodedExample(index, sequences, (gold,))
-
-
-def tune_layer(parts, layer):
-    """Masters of a whole decoder layer."""
-    return LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
-
-
-def tuned_layer(parts, layer, **options):
-    """A whole decoder layer is tuned."""
-    return TunedModel.of_scope(parts, LayerScope(), layer, **options)
-
-
-def layer_forward(parts, layer, cache_gb=1.0, **options):
-    """The loss as a function of one decoder layer."""
-    return SuffixForward(parts, Span(layer, layer + 1), PrefixCache(layer, cache_gb), **options)
-
-
-class LossAt:
-    """A loss for estimators made from a function of the points."""
-
-    def __init__(self, function):
-        self.at = function
-
-
-def estimate(estimator, tuned, function, seed=0, step=0, **settings):
-    """One estimate from a function of the points."""
-    return estimator.estimate(Request(tuned, LossAt(function), seed, step, **settings))
-
-
-def flat(gradient):
-    """The gradient of an estimate as one vector."""
-    return torch.cat([part.flatten() for part in gradient.values()])
 
 
 @pytest.fixture
@@ -145,9 +74,6 @@ def _clean_environment(monkeypatch):
             os.environ.pop(name)
 
 
-# ---- runs of the command line ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def sst2_options(model_dir, data_dir, tmp_path, monkeypatch):
     """The tiny model on the made-up rows, in a folder of its own."""
@@ -162,7 +88,7 @@ def sst2_options(model_dir, data_dir, tmp_path, monkeypatch):
 
 @pytest.fixture
 def options(sst2_options):
-    """Options of a run of a few seconds, with steps of a given size: measuring them is tested in test_step_size.py."""
+    """Options of a run of a few seconds, with steps of a given size: measuring them is tested in test_auto_step.py."""
     return [
         *sst2_options,
         "--data.num_train=40",
@@ -175,25 +101,15 @@ def options(sst2_options):
         "--model.eps=1e-3",
         "--model.optimizer=torch.optim.SGD",
         "--model.optimizer.lr=1e-3",
-        "--report.write=false",  # pictures take as long as such a run
     ]
-
-
-def run_dir(number=0):
-    """The folder of a run, the first one is 0."""
-    return Path("runs") / f"version_{number}"
-
-
-def tuned(path):
-    """The tuned tensors in a checkpoint."""
-    return read_checkpoint(path).content["state_dict"]
 
 
 @pytest.fixture(autouse=True)
 def _blank_pictures(request, monkeypatch):
-    """Rendering a picture takes longer than a tiny run: blank ones, but for tests marked ``pictures``, which look at them."""
+    """Draw blank pictures and no report, which take longer than a tiny run; not in tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures"):
         return
+    monkeypatch.setattr("slzo.fit.write_run_report", lambda folder: folder / "report.html")
     blank = io.BytesIO()
     imsave(blank, np.zeros((1, 1, 3)), format="png")
 

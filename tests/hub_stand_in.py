@@ -7,12 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class HubStandIn:
-    """Keeps what it is given.
-
-    Attributes:
-        repositories: Those that were made.
-        files: Content of the last commit, by path.
-    """
+    """Keeps the names of repositories that were made, and the files of the last commit by path."""
 
     def __init__(self):
         self.repositories, self.files = [], {}
@@ -43,9 +38,9 @@ class HubStandIn:
     def post(self, path, body, authorization):
         assert authorization == "Bearer hf_made_up"
         if path == "/api/repos/create":
-            told = json.loads(body)
-            self.repositories.append("/".join(filter(None, (told.get("organization"), told["name"]))))
-            return {"url": f"{self.address}/{self.repositories[-1]}", "name": told["name"]}
+            wanted = json.loads(body)
+            self.repositories.append("/".join(filter(None, (wanted.get("organization"), wanted["name"]))))
+            return {"url": f"{self.address}/{self.repositories[-1]}", "name": wanted["name"]}
         if "/preupload/" in path:
             files = json.loads(body)["files"]
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}

@@ -1,8 +1,9 @@
-"""A callback that sends its own process a signal at a step and a place."""
+"""Callbacks for runs in other processes: one sends its own process a signal, one writes the weights of each process."""
 
 import os
 import signal
 
+import torch
 from lightning.pytorch import Callback
 
 
@@ -21,3 +22,11 @@ class SignalSender(Callback):
                     os.kill(os.getpid(), getattr(signal, number))
 
         setattr(self, place, send)
+
+
+class WeightWriter(Callback):
+    """Writes the tuned weights of each process after the last step."""
+
+    def on_train_end(self, trainer, pl_module):
+        weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        torch.save(weights, f"weights-{trainer.global_rank}.pt")

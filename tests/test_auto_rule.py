@@ -1,176 +1,134 @@
-"""The default rule: LargestFall's layer, unless it is unclear or its first step promises little; then a race."""
+"""The default rule: the outlier-removing layer, or a race where it is unclear or its first step promises little."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import run_dir
-from test_cli import bad
-from test_profile import statistics
-from test_race import MAGNITUDES, FakeBench
+from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statistics, run_dir, summary
 
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import OutlierProfiler
-from slzo.cli import build
+from slzo.experiments.trial import LayerTrials
 from slzo.utils.errors import SlzoError
-from slzo.experiments.checked_choice import checked_choice
-from slzo.experiments.trial import Workbench
-from slzo.zo import AutoStep
-from slzo.zo.selection import Auto, LargestFall
-from slzo.zo.selection.base import Choice, Margin
+from slzo.zo.auto_step import AutoStep
+from slzo.zo.selection import Auto, Choice, Margin, OutlierRemovingLayer
 
-GAINS = {11: 0.02, 28: 0.001, 29: 0.002}
-STRAIGHT = AutoStep(eps=1e-3, loss=1.0, square=25.0)  # the first step is to lower the loss by 4.5%
+LAYERS = layer_statistics(*SMOLLM2_LAYERS)
+GAINS = {11: 0.1, 28: 0.2, 29: 0.3}
+STRAIGHT = AutoStep(eps=1e-3, loss=1.0, square=25.0)  # the first step should lower the loss by 4.5%
 CURVED = AutoStep(eps=1e-3, loss=1.0, square=25.0, curvature=7500.0)  # by 25 x 0.3 / 7500 = 0.1%
+REMOVING = choose(OutlierRemovingLayer(), LAYERS)
 
 
-class Bench(FakeBench):
-    def __init__(self, step, automatic=True, generates=False):
-        super().__init__(GAINS)
-        self.step, self.measured = step, []
-        self.module.optimizer_choice = SimpleNamespace(automatic=automatic)
-        self.datamodule.objective = SimpleNamespace(generates=generates)
-
-    def measured_step(self, layer):
-        self.measured.append(layer)
-        return self.step
-
-
-def half(bench):
-    bench.module.parts.model.dtype = torch.bfloat16
-    return bench
-
-
-class Unclear(Auto):
-    def select(self, layers):
-        return super().select(layers)._replace(margin=Margin(1.5, "layer 28's fall is near layer 29's"))
-
-
-def chosen(bench, rule=None, steps=3200):
-    return checked_choice(bench, rule or Auto(), statistics(*MAGNITUDES), steps)
-
-
-def test_a_promising_layer_is_taken_after_one_look():
-    bench = Bench(STRAIGHT)
-    assert chosen(bench).choice == LargestFall().select(statistics(*MAGNITUDES))
-    assert (bench.measured, bench.asked) == ([28], [])
+def test_a_promising_layer_is_taken_after_one_measurement():
+    trials = FakeTrials(GAINS, measured=STRAIGHT)
+    assert choose(Auto(), LAYERS, trials) == REMOVING
+    assert (trials.looks, trials.trained) == ([28], [])
 
 
 def test_where_the_first_step_promises_little_a_race_decides(capsys):
-    bench = Bench(CURVED)
-    found = chosen(bench)
-    assert sorted(found.trials) == [11, 28, 29]
-    assert found.choice.layer == max(found.trials, key=lambda layer: found.trials[layer].gain)
-    why = "the first step there is to lower the loss by 0.10%, less than profiler.rule.promise, 1.00%"
-    assert found.choice.note == f"Layer 28 is LargestFall's: {why}."
-    assert f"{why}. A race decides; --model.layer 28 goes without." in capsys.readouterr().out
-    assert chosen(Bench(CURVED), Auto(promise=0.0005)).trials == {}
+    choice = choose(Auto(), LAYERS, FakeTrials(GAINS, measured=CURVED))
+    assert (choice.layer, sorted(choice.trials)) == (29, [11, 28, 29])
+    why = "its first step should lower the loss by 0.10%, less than profiler.rule.promise 1.00%"
+    assert choice.note == f"Layer 28 is OutlierRemovingLayer's: {why}."
+    assert f"{why}. A race decides; --model.layer 28 skips it." in capsys.readouterr().out
+    assert choose(Auto(promise=0.0005), LAYERS, FakeTrials(GAINS, measured=CURVED)) == REMOVING
 
 
-def test_where_the_statistics_are_unclear_a_race_decides_without_a_look():
-    bench = Bench(STRAIGHT)
-    found = chosen(bench, Unclear())
-    assert bench.measured == []
-    assert sorted(found.trials) == [11, 28, 29]
-    assert "not clear, layer 28's fall is near layer 29's" in found.choice.note
+def test_where_the_statistics_are_unclear_a_race_decides_without_a_measurement(monkeypatch):
+    margin = Margin(1.5, "layer 28's fall is near layer 29's")
+    monkeypatch.setattr(OutlierRemovingLayer, "select", lambda self, context: Choice(28, "tested", margin=margin))
+    trials = FakeTrials(GAINS, measured=STRAIGHT)
+    choice = choose(Auto(), LAYERS, trials)
+    assert (choice.layer, trials.looks) == (29, [])
+    assert "not clear, layer 28's fall is near layer 29's" in choice.note
 
 
 @pytest.mark.parametrize(
-    ("bench", "steps", "looks"),
+    ("changes", "looks"),
     [
-        (Bench(CURVED, automatic=False), 3200, 0),
-        (Bench(CURVED, generates=True), 3200, 0),
-        (half(Bench(CURVED)), 3200, 0),
-        (Bench(CURVED), 20, 0),
-        (Bench(AutoStep(eps=1e-3, loss=1.0, square=1e-4, largest=1e-3)), 3200, 1),
+        ({"measures_rate": False}, 0),  # a given rate, or half precision
+        ({"generates": True}, 0),
+        ({"num_dev": 0}, 0),
+        ({"steps": 20}, 0),  # no room for a race
+        ({"measured": AutoStep(eps=1e-3, loss=1.0, square=1e-4, largest=1e-3)}, 1),  # LoRA
     ],
-    ids=["rate given", "generated answers", "half precision", "no room", "LoRA"],
+    ids=str,
 )
-def test_elsewhere_the_statistics_decide(bench, steps, looks):
-    assert chosen(bench, steps=steps).choice.layer == 28
-    assert len(bench.measured) == looks
-    assert bench.asked == []
+def test_elsewhere_the_statistics_decide(changes, looks):
+    trials = FakeTrials(GAINS, **{"measured": CURVED} | changes)
+    assert choose(Auto(), LAYERS, trials) == REMOVING
+    assert (len(trials.looks), trials.trained) == (looks, [])
 
 
-def test_a_step_that_cannot_be_measured_is_left_to_the_training():
-    class Fails(Bench):
-        def measured_step(self, layer):
-            raise SlzoError("the loss is nan before training")
+def test_without_trials_and_with_one_candidate_the_statistics_decide(monkeypatch):
+    assert choose(Auto(), LAYERS) == REMOVING
+    only = Choice(2, "as the others")
+    monkeypatch.setattr(OutlierRemovingLayer, "select", lambda self, context: only)
+    trials = FakeTrials({}, measured=CURVED)
+    assert choose(Auto(), layer_statistics((1, 1), (1, 1), (90000, 2000)), trials) == only
+    assert trials.looks == []
 
-    assert chosen(Fails(None)).choice == LargestFall().select(statistics(*MAGNITUDES))
+
+def test_an_error_while_measuring_is_left_to_the_training(monkeypatch):
+    def fails(layer):
+        raise SlzoError("the loss is nan before training")
+
+    trials = FakeTrials(GAINS)
+    monkeypatch.setattr(trials, "step_size", fails)
+    assert choose(Auto(), LAYERS, trials) == REMOVING
 
 
-def test_a_race_that_nobody_wins_leaves_the_layer_and_says_both():
-    bench = Bench(CURVED)
-    bench.gains = dict.fromkeys(GAINS, -0.001)
-    choice = chosen(bench).choice
+def test_a_race_without_a_winner_keeps_the_layer_and_says_both():
+    choice = choose(Auto(), LAYERS, FakeTrials(dict.fromkeys(GAINS, -0.1), measured=CURVED))
     assert choice.layer == 28
-    assert "less than profiler.rule.promise, 1.00%. LargestFall has chosen: no layer lowered" in choice.note
+    assert "less than profiler.rule.promise 1.00%. OutlierRemovingLayer decided: no layer lowered" in choice.note
 
 
-def test_one_candidate_needs_no_race(monkeypatch):
-    monkeypatch.setattr(LargestFall, "select", lambda self, layers: Choice(2, "as the others"))
-    assert Auto().race(statistics((1, 1), (1, 1), (90000, 2000))) is None
+def test_it_is_the_default():
+    assert isinstance(OutlierProfiler().options.rule, Auto)
 
 
-def test_it_is_the_default(model_dir):
-    assert isinstance(OutlierProfiler().rule, Auto)
-    cli = build([f"--model.model={model_dir}", "--trainer.accelerator=cpu"], run=False)
-    assert cli.config["profiler"]["rule"]["class_path"].endswith("Auto")
+# ---- from the command line -------------------------------------------------------------------------------------------------
+
+STEPS = ["--trainer.max_steps=20", "--model.optimizer.lr=auto"]
+IN_DOUBT = [*STEPS, "--profiler.rule.share=5", "--profiler.rule.promise=100"]
 
 
-@pytest.mark.parametrize(
-    ("option", "told"),
-    [
-        ("promise=-0.1", "profiler.rule.promise -0.1: a share of the loss, 0 or more"),
-        ("share=0", "profiler.rule.share 0.0: must be above 0"),
-    ],
-)
-def test_bad_options_are_one_line(options, capsys, option, told):
-    assert told in bad(capsys, "fit", *options, "--profiler.rule=Auto", f"--profiler.rule.{option}")
+@pytest.mark.parametrize("option", ["promise=-0.1", "share=0"])
+def test_bad_options_are_one_line(options, capsys, option):
+    error = error_line(capsys, "fit", *options, "--profiler.rule=Auto", f"--profiler.rule.{option}")
+    assert f"profiler.rule.{option.replace('=', ' ')}" in error
 
 
-DOUBTED = [
-    "--trainer.max_steps=20",
-    "--profiler.rule=Auto",
-    "--profiler.rule.share=5",
-    "--profiler.rule.promise=100",
-    "--model.optimizer.lr=auto",
-]
+@pytest.fixture
+def in_doubt(options):
+    """Options of a run in which the default rule lets a race decide."""
+    return [*(option for option in options if not option.startswith("--profiler.rule")), *IN_DOUBT]
 
 
-def test_a_fit_in_doubt_tunes_the_winner_of_a_race(options, capsys):
-    assert main(["fit", *options, *DOUBTED]) == 0
-    saved = json.loads((run_dir() / "race.json").read_text())
-    profile = json.loads((run_dir() / "outlier_profile.json").read_text())
-    assert profile["dominant_layer"] == saved["layer"]
-    assert json.loads((run_dir() / "summary.json").read_text())["dominant_layer"] == saved["layer"]
+def test_a_fit_in_doubt_tunes_the_winner_of_a_race(in_doubt, capsys):
+    assert main(["fit", *in_doubt]) == 0
+    winner = json.loads((run_dir() / "race.json").read_text())["layer"]
+    assert json.loads((run_dir() / "outlier_profile.json").read_text())["dominant_layer"] == winner
+    assert summary()["dominant_layer"] == winner
     assert "A race decides" in capsys.readouterr().out
 
 
-def test_a_look_leaves_the_training_as_it_is(options, monkeypatch):
+def test_a_measurement_leaves_the_training_as_it_is(in_doubt, options, monkeypatch):
     """A training after it is the one that model.layer gives."""
-    looks, measured_step = [], Workbench.measured_step
-    monkeypatch.setattr(Auto, "select", lambda self, layers: Choice(1, "tested"))
-    monkeypatch.setattr(
-        Workbench, "measured_step", lambda self, layer: looks.append(layer) or measured_step(self, layer)
-    )
-    assert main(["fit", *options, *DOUBTED, "--profiler.rule.promise=0"]) == 0
+    looks, step_size = [], LayerTrials.step_size
+    monkeypatch.setattr(OutlierRemovingLayer, "select", lambda self, context: Choice(1, "tested"))
+    monkeypatch.setattr(LayerTrials, "step_size", lambda self, layer: looks.append(layer) or step_size(self, layer))
+    assert main(["fit", *in_doubt, "--profiler.rule.promise=0"]) == 0
     assert looks == [1]
-    same = ["--trainer.max_steps=20", "--model.optimizer.lr=auto", "--model.layer=1"]
-    assert main(["fit", *options, *same]) == 0
+    assert main(["fit", *options, *STEPS, "--model.layer=1"]) == 0
     one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
     assert [point["loss"] for point in one] == [point["loss"] for point in other]
 
 
-def test_a_scope_without_a_layer_is_not_looked_at(options, capsys):
-    assert main(["profile", *options, *DOUBTED, "--model.scope=AllParameters"]) == 0
-    assert "A race decides" not in capsys.readouterr().out
-
-
-def test_a_sweep_races_nobody(options, capsys, tmp_path):
-    """It trains the layers itself."""
+def test_a_scope_without_a_layer_and_a_sweep_race_nobody(in_doubt, capsys, tmp_path):
+    """A sweep trains the layers itself."""
+    assert main(["profile", *in_doubt, "--model.scope=AllParameters"]) == 0
     more = ["--layers=[0]", "--steps=2", "--directions=20", f"--output={tmp_path / 'sweep'}"]
-    assert main(["sweep", *options, *DOUBTED, *more]) == 0
+    assert main(["sweep", *in_doubt, *more]) == 0
     assert "A race decides" not in capsys.readouterr().out

@@ -5,25 +5,22 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import run_dir, tuned
+from helpers import last_checkpoint, tuned
 
 from slzo.__main__ import main
 from slzo.data.balance import balanced_order, classes_of, describe_balance, epochs_for_all
-from slzo.data.sampler import EpochBatchSampler
+from slzo.data.sampler import StepBatchSampler
 from slzo.datamodule import TaskDataModule
-from slzo.utils.errors import SlzoError
 from slzo.tasks.base import Example
+from slzo.utils.errors import SlzoError
 
 CLASSES = [0] * 30 + [1] * 7 + [2] * 3
 
 
-def sampler(done=0, rank=0, world_size=1, seed=3):
-    return EpochBatchSampler(40, 6 // world_size, seed, rank, world_size, None, lambda: done, CLASSES)
-
-
 def test_batches_draw_all_classes_alike():
+    sampler = StepBatchSampler(40, 6, 3, classes=CLASSES)
     for epoch in range(3):
-        batches = list(sampler(epoch * 7))
+        batches = [sampler.rows_of_step(7 * epoch + place) for place in range(7)]
         assert [len(batch) for batch in batches] == [6] * 6 + [4]
         for batch in batches[:-1]:
             assert Counter(CLASSES[row] for row in batch) == {0: 2, 1: 2, 2: 2}
@@ -43,13 +40,6 @@ def test_rows_of_a_class_come_equally_often():
 def test_an_order_depends_on_seed_and_epoch_alone():
     assert balanced_order(CLASSES, 0, 5) == balanced_order(CLASSES, 0, 5)
     assert len({tuple(balanced_order(CLASSES, seed, epoch)) for seed in range(2) for epoch in range(3)}) == 6
-    assert list(sampler(7 + 2)) == list(sampler(7))[2:]
-
-
-def test_processes_share_a_batch():
-    whole = list(sampler())
-    parts = [list(sampler(rank=rank, world_size=2)) for rank in (0, 1)]
-    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
 
 
 def example(gold, candidates=(" no", " yes"), number=0):
@@ -62,12 +52,12 @@ def test_classes_are_right_candidates():
     assert describe_balance(rows, [1, 0, 1]) == (
         "Balanced batches: training rows by class 'no' 1, 'yes' 2; an epoch of 3 draws about 2 of each."
     )
-    with pytest.raises(
-        SlzoError, match=r"data\.balanced true: none of the 2 training rows has class 'no'; raise data\.num_train"
+    for others, message in (
+        ([example(1), example(1)], "none of the 2 training rows has class 'no'; raise data.num_train"),
+        ([example(1), example(0, (" a", " b"))], "the rows have different candidates"),
     ):
-        classes_of([example(1), example(1)])
-    with pytest.raises(SlzoError, match=r"data\.balanced true: the rows have different candidates"):
-        classes_of([example(1), example(0, (" a", " b"))])
+        with pytest.raises(SlzoError, match=f"data.balanced true: {message}"):
+            classes_of(others)
 
 
 @pytest.mark.parametrize(
@@ -94,22 +84,19 @@ def unequal(options, tmp_path):
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     more = [f"--data.data_dir={folder.parent}", "--data.num_train=36", "--data.balanced=true", "--model.layer=2"]
-    return ["fit", *options, *more, "--summary.test_before=false", "--trainer.enable_progress_bar=false"]
+    return ["fit", *options, *more, "--record.test_before=false", "--trainer.enable_progress_bar=false"]
 
 
-def test_a_row_is_in_one_block(unequal, caplog):
+def test_a_row_is_in_one_block(unequal, capsys):
     assert main([*unequal, "--trainer.max_steps=2"]) == 0
-    assert "Balanced batches: training rows by class 'terrible' " in caplog.text
-    data = TaskDataModule("sst2", **_of(unequal), num_train=36, num_dev=16, batch_size=8, balanced=True, seed=0)
+    assert "Balanced batches: training rows by class 'terrible' " in capsys.readouterr().out
+    named = dict(option.removeprefix("--").split("=", 1) for option in unequal[1:])
+    places = named["model.model"], named["data.data_dir"]
+    data = TaskDataModule("sst2", *places, num_train=36, num_dev=16, batch_size=8, balanced=True, seed=0)
     data.setup("fit")
     keys = [key for block in data.training_blocks() for key in block.keys]
     assert len(keys) == len(set(keys))
     assert len(keys) >= 34  # of 36 rows
-
-
-def _of(options):
-    named = dict(option.removeprefix("--").split("=", 1) for option in options[1:])
-    return {"tokenizer": named["model.model"], "data_dir": named["data.data_dir"]}
 
 
 @pytest.mark.parametrize("cache", ["1", "1e-4"])
@@ -119,5 +106,5 @@ def test_a_resumed_run_is_the_run(unequal, cache):
     assert main(fit) == 0
     assert main([*fit, "--trainer.max_steps=7"]) == 0
     assert main([*fit, "--ckpt_path=last"]) == 0
-    whole, resumed = (tuned(run_dir(number) / "checkpoints" / "last.ckpt") for number in (0, 2))
+    whole, resumed = (tuned(last_checkpoint(number)) for number in (0, 2))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,29 +1,20 @@
 """The figures of several sizes: kept in one file, and drawn."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))  # as for a script that is run from there
-    return importlib.import_module("benchmark_scale")
+import benchmark_scale as tool
+from slzo.utils.errors import SlzoError
 
 
 def entry(shape, parameters, layer):
-    seconds = {"step_s": 1.5, "forward2_s": 3.0, "share": 0.5}
-    return {
-        "shape": shape, "parameters": parameters, "layers": 4, "layer": layer, "peak_gib": 2.0, "forward_peak_gib": 2.5, **seconds
-    }  # fmt: skip
+    figures = {"step_s": 1.5, "forward2_s": 3.0, "share": 0.5, "peak_gib": 2.0, "forward_peak_gib": 2.5}
+    return {"shape": shape, "parameters": parameters, "layers": 4, "layer": layer, **figures}
 
 
 @pytest.mark.pictures
-def test_shapes_are_added_to_the_file_and_drawn(tool, tmp_path, monkeypatch, capsys):
+def test_shapes_are_added_to_the_file_and_drawn(tmp_path, monkeypatch, capsys):
     sizes = {"0.13B": 10**8, "0.36B": 3 * 10**8}
     monkeypatch.setattr(tool, "run_shape", lambda _, name, __: [entry(name, sizes[name], layer) for layer in (1, 2)])
     output = tmp_path / "scale.json"
@@ -37,7 +28,7 @@ def test_shapes_are_added_to_the_file_and_drawn(tool, tmp_path, monkeypatch, cap
     assert tool.line_of(found[0]) == "| 0.13B | 0.10e9 | 1 of 4 | 1.50 | 3.00 | 0.50 | 2.00 | 2.50 |"
 
 
-def test_a_measurement_that_fails_is_one_line(tool, tmp_path):
+def test_a_measurement_that_fails_is_one_line(tmp_path):
     args = tool.parse_args(["--rounds", "1"])
-    with pytest.raises(tool.SlzoError, match="--shapes: a measurement failed: "):
+    with pytest.raises(SlzoError, match="--shapes: a measurement failed: "):
         tool.measure_apart(args, str(tmp_path), 0, "both")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_model
+from helpers import make_tokenizer, summary, tiny_model
 from transformers import AutoTokenizer
 
 from slzo.__main__ import main
@@ -14,11 +14,11 @@ from slzo.batches.packing import pack
 from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits, part_test
-from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
+from slzo.utils.errors import SlzoError
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -27,6 +27,7 @@ TALK = [
     {"role": "user", "content": "A film?"},
     {"role": "assistant", "content": "It was great."},
 ]
+FORGETS = "{% for m in messages %}{{ '[' + m['role'] + m['content'] if loop.last else '?' }}{% endfor %}"
 
 
 def example_of(row, **options):
@@ -101,20 +102,16 @@ def test_the_loss_is_that_of_a_plain_pass():
     model, made = tiny_model(), encoder()
     generator, rows, total, count = random.Random(0), [], 0.0, 0
     for number in range(4):
-        turns = [
-            {**turn, "content": turn["content"] * generator.randint(1, 3)} for turn in TALK[: 3 if number == 2 else 5]
-        ]
+        talk = TALK[: 3 if number == 2 else 5]
+        turns = [{**turn, "content": turn["content"] * generator.randint(1, 3)} for turn in talk]
         rows.append(made.encode(example_of({"messages": turns}), number))
         ids, mask = [], []
         for turn in turns:  # the template by hand
-            for text, counts in (
-                (f"<|im_start|>{turn['role']}\n", False),
-                (f"{turn['content']}<|im_end|>", turn["role"] == "assistant"),
-                ("\n", False),
-            ):
+            answer = f"{turn['content']}<|im_end|>"
+            for text in (f"<|im_start|>{turn['role']}\n", answer, "\n"):
                 piece = made.tokenizer(text)["input_ids"]
                 ids += piece
-                mask += [counts] * len(piece)
+                mask += [text == answer and turn["role"] == "assistant"] * len(piece)
         logs = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
         total -= sum(float(logs[at - 1, ids[at]]) for at in range(len(ids)) if mask[at])
         count += sum(mask)
@@ -122,8 +119,7 @@ def test_the_loss_is_that_of_a_plain_pass():
     loss = answer_loss(ModelParts(model).logits(batch), batch)
     assert float(loss.weight) == count
     assert float(loss.total) == pytest.approx(total, rel=1e-4)
-    first, second = batch.divide(2)
-    halves = [answer_loss(ModelParts(model).logits(part), part) for part in (first, second)]
+    halves = [answer_loss(ModelParts(model).logits(part), part) for part in batch.divide(2)]
     assert sum(float(half.total) for half in halves) == pytest.approx(total, rel=1e-4)
 
 
@@ -140,9 +136,7 @@ def test_long_conversations_keep_the_last_user_turn_and_the_answer():
     assert text_of(short.ids) == chatml([{**TALK[3], "content": "ilm?"}, TALK[4]]).rstrip("\n")
     assert scored_text(short) == scored_text(cut)
     assert text_of(encoder(len(cut.ids) - 3).encode_prompt(example, max_new_tokens=2)).endswith("assistant\n")
-    with pytest.raises(
-        SlzoError, match=r"^data.max_length 40: the answer with the template of example '7' alone needs"
-    ):
+    with pytest.raises(SlzoError, match=r"^data.max_length 40: the answer with the template of example '7' alone"):
         encoder(40).encode(example, 0)
 
 
@@ -153,28 +147,36 @@ def test_demonstrations_are_former_turns():
     assert text == chatml(shown) + "<|im_start|>assistant\n"
 
 
-def test_templates(tmp_path):
+def test_without_a_template_there_is_a_plain_one():
     plain = encoder(template=None)
     assert plain.note.startswith("The tokenizer has no chat template: using the one called plain")
-    assert text_of(plain.encode(example_of({"messages": TALK}), 0).sequences[0].ids).endswith(
-        "Assistant: It was great.</s>"
-    )
+    (sequence,) = plain.encode(example_of({"messages": TALK}), 0).sequences
+    assert text_of(sequence.ids).endswith("Assistant: It was great.</s>")
     assert plain.stop == ("</s>",)
+
+
+def test_the_template_of_the_tokenizer_is_used():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES["chatml"]
     own = ChatEncoder(tokenizer, 512, ChatFormat())
     assert (own.note, own.stop) == (None, ("<|im_end|>",))
-    forgets = tmp_path / "forgets.jinja"
-    forgets.write_text("{% for m in messages %}{{ '[' + m['role'] + m['content'] if loop.last else '?' }}{% endfor %}")
-    example = example_of({"messages": TALK[1:]})
-    with pytest.raises(SlzoError, match=r"writes former turns anew .* use data.task.turns last, or data.task.template"):
-        encoder(template=str(forgets)).encode(example, 0)
-    with pytest.raises(SlzoError, match=r"^data.task.template 'nope': no such template and no readable file"):
-        encoder(template="nope")
-    broken = tmp_path / "broken.jinja"
-    broken.write_text("{% for %}")
-    with pytest.raises(SlzoError, match=r"^data.task.template: cannot write a conversation of user \("):
-        encoder(template=str(broken))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (FORGETS, "use data.task.turns last, or data.task.template"),
+        ("{% for %}", r"^data.task.template: cannot write a conversation of user \("),
+        (None, "no such template and no readable file"),
+    ],
+    ids=["forgets former turns", "no template", "no file"],
+)
+def test_templates_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "own.jinja"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SlzoError, match=message):
+        encoder(template=str(path)).encode(example_of({"messages": TALK[1:]}), 0)
 
 
 @pytest.mark.parametrize(
@@ -224,48 +226,32 @@ def test_a_dev_split_of_its_own():
     )
 
 
-def test_lines_of_bad_rows_are_told(tmp_path):
+def test_the_line_of_a_bad_row_is_named(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": TALK[2:3]}) + "\n")
     with pytest.raises(SlzoError, match=r"talks.jsonl:2: the answer has no turn before it"):
         load_examples(ChatTask(train_file=str(path)), "train")
 
 
-def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capfd):
+def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["great", "terrible", "good", "bad"]
-    rows = [
-        {"messages": [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": words[i % 4]}]}
-        for i in range(30)
-    ]
+    rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    options = [
-        "--data.task=ChatTask",
-        "--data.task.train_file=talks.jsonl",
-        "--data.task.max_new_tokens=4",
-        "--data.batch_size=8",
-        f"--model.model={model_dir}",
-        "--model.layer=1",
-        "--model.eps=1e-3",
-        "--model.optimizer=SGD",
-        "--model.optimizer.lr=1e-2",
-        "--trainer.max_steps=4",
-        "--trainer.val_check_interval=2",
-        "--trainer.accelerator=cpu",
-    ]
+    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
+    options = [f"--data.task={json.dumps(task)}", "--data.batch_size=8", f"--model.model={model_dir}"]
+    options += ["--model.layer=1", "--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-2"]
+    options += ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
     assert main(["fit", *options]) == 0
-    told = capfd.readouterr()
-    counts = "16 training, 8 dev and 6 held-out rows, drawn from the 31 of talks.jsonl (seed 0; held-out rows as for every seed)"
-    assert f"Task chat: {counts}." in told.err
-    assert "using the one called plain" in told.err
-    summary = json.loads((tmp_path / "runs" / "version_0" / "summary.json").read_text())
-    assert summary["metric"] == "perplexity"
-    assert summary["score_change_standard_error"] > 0
-    assert summary["scores_after"].keys() == {"perplexity"}
-    checkpoint = "runs/version_0/checkpoints/last.ckpt"
-    assert main(["predict", "--ckpt_path", checkpoint, "--output", "found.jsonl"]) == 0
+    output = capsys.readouterr().out
+    assert "Task chat: 16 training, 8 dev and 6 held-out rows, drawn from the 31 of talks.jsonl" in output
+    assert "using the one called plain" in output
+    assert summary()["metric"] == "perplexity"
+    assert summary()["score_change_standard_error"] > 0
+    assert summary()["scores_after"].keys() == {"perplexity"}
+    assert main(["predict", "--ckpt_path=last", "--output=found.jsonl"]) == 0
     found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert len(found) == 6
     assert all(isinstance(record["prediction"], str) and record["gold"][0] in words for record in found)
-    assert main(["export", "--ckpt_path", checkpoint, "--output", "merged"]) == 0
+    assert main(["export", "--ckpt_path=last", "--output=merged"]) == 0
     assert AutoTokenizer.from_pretrained("merged").chat_template == TEMPLATES["plain"]

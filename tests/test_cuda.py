@@ -7,9 +7,17 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, needs_cuda, random_example, tiny_model, tune_layer, tuned_layer
-from test_decoding import NEW_TOKENS, make_prompts
-from test_exactness import EPS, LAYER, OBJECTIVES, plain_two_passes
+from helpers import (
+    FAMILIES,
+    layer_forward,
+    needs_cuda,
+    plain_two_passes,
+    random_example,
+    random_prompts,
+    tiny_model,
+    tune_layer,
+    tuned_layer,
+)
 
 from slzo.__main__ import main
 from slzo.batches.packing import pack
@@ -17,32 +25,33 @@ from slzo.evaluation.generation import generate
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import load_placed
+from slzo.models.placement import load_with_device_map
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.startup_check import split_and_verify
 from slzo.zo.estimators import Point
-from slzo.zo.forward import SuffixForward
-from slzo.zo.forward import Span
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 CARD = torch.device("cuda", 0)
+EPS = 1e-3
+LAYER = 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_equal_the_plain_computation(family, examples):
     direction = tune_layer(ModelParts(tiny_model(family, scale=1.5)), LAYER).draw(0, 0, 0)
-    expected = plain_two_passes(family, examples, direction)
+    expected = plain_two_passes(family, examples, direction, EPS)
     there = {name: z.to(CARD) for name, z in direction.items()}
     points = [Point(there, EPS), Point(there, -EPS)]
     for packed in (True, False):
         parts = ModelParts(tiny_model(family, scale=1.5).to(CARD), packed)
         tuned = tune_layer(parts, LAYER)
         for paired in (True, False):
-            forward = SuffixForward(parts, Span(LAYER, LAYER + 1), PrefixCache(LAYER, 1.0), paired, paired)
+            forward = layer_forward(parts, LAYER, candidate_logits=paired, paired=paired)
             batch = pack(examples).to(CARD)
             forward.prefix(batch)
             hidden = forward.prefix(batch)  # from pinned memory
-            for objective, losses in zip(OBJECTIVES, expected, strict=True):
+            for objective, losses in zip((CandidateCrossEntropy(), AnswerLikelihood()), expected, strict=True):
                 sums = forward.losses(batch, hidden, tuned, points, objective)
                 torch.testing.assert_close((sums[0] / sums[1]).double().cpu(), losses, rtol=1e-4, atol=1e-5)
 
@@ -70,7 +79,7 @@ def test_states_come_on_a_stream_of_their_own():
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # the computing stream is busy
     busy = torch.cuda.current_stream().record_event()
-    arrival = cache.states_of(batch, lambda part: pytest.fail("computed"), torch.float32, keep=True)
+    arrival = cache.get_or_compute(batch, lambda part: pytest.fail("computed"), torch.float32, keep=True)
     assert arrival.copied is not None
     arrival.copied.synchronize()
     assert not busy.query()
@@ -80,19 +89,11 @@ def test_states_come_on_a_stream_of_their_own():
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_the_processor(family):
-    prompts = make_prompts()
-    on_cpu, on_card = (ModelParts(tiny_model(family).to(device)) for device in ("cpu", CARD))
-    found = [generate(parts, prompts, {2}, max_new_tokens=NEW_TOKENS).answers for parts in (on_cpu, on_card)]
+    prompts = [example.sequences[0].ids[:-1] for example in random_prompts(6)]
+    both = [ModelParts(tiny_model(family).to(device)) for device in ("cpu", CARD)]
+    found = [generate(parts, prompts, {2}, max_new_tokens=8).answers for parts in both]
     same = sum(one == other for one, other in zip(*found, strict=True))
     assert same >= len(prompts) - 1  # a near tie may fall otherwise
-
-
-def on_card(options):
-    return [
-        *(option for option in options if "accelerator" not in option),
-        "--trainer.accelerator=gpu",
-        "--trainer.devices=1",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,8 @@ def on_card(options):
     ],
 )
 def test_a_run_trains_scores_and_resumes(options, more):
-    options = [*on_card(options), *more, "--model.layer=2"]
+    rest = [option for option in options if "accelerator" not in option]
+    options = [*rest, "--trainer.accelerator=gpu", "--trainer.devices=1", *more, "--model.layer=2"]
     assert main(["fit", *options]) == 0
     assert main(["fit", *options, "--trainer.max_steps=12", "--ckpt_path=last"]) == 0
     assert main(["test", *options, "--ckpt_path=last"]) == 0
@@ -119,7 +121,7 @@ def test_layers_away_from_the_card_compute_the_same(tmp_path):
     found = []
     for given in ({"model.layers.0": "disk", "model.layers.2": "cpu", "model.layers.3": "disk"}, None):
         plain = load_model(str(tmp_path)).to(CARD) if given is None else None
-        model = plain or load_placed(str(tmp_path), "float32", False, DeviceMapChoice(given), CARD)
+        model = plain or load_with_device_map(str(tmp_path), "float32", False, DeviceMapChoice(given), CARD)
         own = tuned_layer(split_and_verify(model), 2)
         assert all(tensor.live.device == CARD for _, tensor in own.tensors.items())
         found.append(own.logits(batch))

@@ -5,10 +5,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, tiny_model, tuned_layer
+from helpers import FAMILIES, VOCABULARY, tiny_model, tuned_layer
 
-from slzo.batches.packing import Block
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
+from slzo.batches.packing import Block
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.evaluation.generation import generate
 from slzo.evaluation.sampling import Sampling, sample_key
@@ -35,25 +35,21 @@ def plain_answers(family, model, tuned, point, prompts, stops):
     plain = tiny_model(family)
     plain.load_state_dict(model.state_dict())
     tuned.restore()
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": sorted(stops), "pad_token_id": 0}
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        made = plain.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
-            eos_token_id=sorted(stops), pad_token_id=0,
-        )[0, len(prompt) :].tolist()  # fmt: skip
+        made = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
         answers.append([token for token in made if token not in stops])
     return answers
 
 
-def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, kept=None, sampling=None):
+def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, **options):
+    options = {"max_new_tokens": NEW_TOKENS, "prefill_tokens": budget, **options}
+    span = tuned_model.span
     with live_points(tuned_model.tensors, points) as write:
-        varied = VariedLayers(tuned_model.span.start, tuned_model.span.stop, write)
-        return decode(
-            tuned_model.parts, prompts, wanted, stops, max_new_tokens=NEW_TOKENS, prefill_tokens=budget, varied=varied,
-            kept=kept,
-            sampling=sampling,
-        )[0]  # fmt: skip
+        varied = VariedLayers(span.start, span.stop, write)
+        return decode(tuned_model.parts, prompts, wanted, stops, varied=varied, **options)[0]
 
 
 @torch.no_grad()
@@ -123,7 +119,7 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
         assert (below.take(), above.count > 0) == (run + len(histories), True)
     assert states.cache.num_bytes == block.num_tokens * states.token_bytes
     # nothing is left of the budget where the cache beside takes it all
-    tuned_model.forget_prefix()
+    tuned_model.clear_prefix()
     tuned_model.forward.cache.num_bytes = tuned_model.forward.cache.budget
     tuned_model.plan_prefix([], [block])
     assert not any(states.cache.wants(key) for key in keys)
@@ -145,10 +141,10 @@ def test_sampled_answers_are_those_of_one_point_after_the_other():
     for point in points:
         tuned_model.tensors.write(point.direction, point.scale)
         for n, key in zip(rows, keys, strict=True):
-            ids: list[int] = list(prompts[n])
+            ids = list(prompts[n])
             for position in range(NEW_TOKENS):
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
-                ids.append(int(Sampling(2.0, (key,)).disturbed(logits, [0], position).argmax()))
+                ids.append(int(Sampling(2.0, (key,)).with_noise(logits, [0], position).argmax()))
                 if ids[-1] in stops:
                     break
             expected.append([token for token in ids[len(prompts[n]) :] if token not in stops])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import needs_cuda, random_example, tiny_model
+from helpers import needs_cuda, random_example, tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.models.arrival import Arrival, CopyStream
 from slzo.models.engine import Engine
+from slzo.models.pending import CopyStream, PendingTensor
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
 from slzo.zo.estimators import FZO, SPSA, OneSided
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
-from slzo.zo.stepper import StepOptions
+from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
@@ -96,21 +96,17 @@ CASES = {
 }
 
 
-def make_step(scope, estimator, queries, objective=None, dtype=torch.float32, device="cpu"):
+def make_step(scope, estimator, queries, objective=None, dtype=torch.float32, device="cpu", engine=None):
     generator = random.Random(0)
     batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(4)]), ()).to(device)
     parts = split_and_verify(tiny_model().to(device, dtype), onednn=False)
-    model = TunedModel.of_scope(parts, scope, LAYER, engine=Engine(), prompts=lambda _: [batch.packed])
+    model = TunedModel.from_scope(parts, scope, LAYER, engine=engine, prompts=lambda _: [batch.packed])
     optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-4)
-    options = StepOptions(1e-3, num_queries=queries)
-
-    def step(number):
-        loss = model.loss(batch, objective or CandidateCrossEntropy())
-        return model.step(loss, estimator, optimizer, options, seed=0, step=number)
-
+    objective = objective or CandidateCrossEntropy()
+    stepper = Stepper(model, objective, estimator, StepOptions(1e-3, num_queries=queries))
     for number in range(2):  # fills the cache
-        step(number)
-    return step
+        stepper.step(batch, number, optimizer)
+    return lambda: stepper.step(batch, 2, optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,28 +114,23 @@ def make_step(scope, estimator, queries, objective=None, dtype=torch.float32, de
 def test_a_step_reads_its_losses_and_nothing_else(case, dtype):
     step = make_step(*CASES[case], dtype=dtype)
     with counted() as found:
-        step(2)
-    assert found == {"tolist": CASES[case][2]}
+        step()
+    assert found == {"cpu": CASES[case][2]}
 
 
-def test_queries_that_are_evaluated_together_are_read_together():
-    generator = random.Random(0)
-    batch = TrainBatch(pack([random_example(generator, i, 9 + i) for i in range(4)]), ())
-    parts = split_and_verify(tiny_model(), onednn=False)
-    model = TunedModel.of_scope(parts, LayerScope(), LAYER, engine=Engine(queries_at_once=3))
-    optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-4)
-    for number in range(2):
-        loss = model.loss(batch, CandidateCrossEntropy())
-        with counted() as found:
-            model.step(loss, SPSA(), optimizer, StepOptions(1e-3, num_queries=3), seed=0, step=number)
-    assert found == {"tolist": 1}
-
-
-def test_weights_of_classes_are_no_further_read():
-    step = make_step(LayerScope(), SPSA(), 1, CandidateCrossEntropy(class_weights=[1.0, 2.0]))
+@pytest.mark.parametrize(
+    ("queries", "more"),
+    [
+        (3, {"engine": Engine(queries_at_once=3)}),
+        (1, {"objective": CandidateCrossEntropy(class_weights=[1.0, 2.0])}),
+    ],
+    ids=["queries together", "class weights"],
+)
+def test_one_read_is_enough(queries, more):
+    step = make_step(LayerScope(), SPSA(), queries, **more)
     with counted() as found:
-        step(2)
-    assert found == {"tolist": 1}
+        step()
+    assert found == {"cpu": 1}
 
 
 def test_the_counts_see_what_they_are_for():
@@ -187,8 +178,8 @@ def test_kept_states_are_waited_for_after_the_first_direction_is_drawn(monkeypat
 
     monkeypatch.setattr(CopyStream, "arrival", told("copy", CopyStream.arrival))
     monkeypatch.setattr(TunedTensors, "draw", told("draw", TunedTensors.draw))
-    monkeypatch.setattr(Arrival, "wait", told("wait", Arrival.wait))
-    step(2)
+    monkeypatch.setattr(PendingTensor, "wait", told("wait", PendingTensor.wait))
+    step()
     assert happened == ["copy", "draw", "wait"]
 
 
@@ -197,8 +188,7 @@ def test_kept_states_are_waited_for_after_the_first_direction_is_drawn(monkeypat
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_card_nothing_else_waits(case, monkeypatch):
     step = make_step(*CASES[case], device="cuda")
-    reads = []
-    plain = Tensor.tolist
+    reads, plain = [], Tensor.cpu
 
     def allowed(self):
         torch.cuda.set_sync_debug_mode("default")
@@ -208,10 +198,10 @@ def test_on_a_card_nothing_else_waits(case, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("error")
 
-    monkeypatch.setattr(Tensor, "tolist", allowed)
+    monkeypatch.setattr(Tensor, "cpu", allowed)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(2)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(reads) == CASES[case][2]

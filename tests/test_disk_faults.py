@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_dir
+from helpers import error_line, last_checkpoint, run_dir
+from torch.utils.tensorboard import SummaryWriter
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
 
 LOGGER = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.name="]
+ON_DISK = [*LOGGER, "--trainer.logger.save_dir=disk"]
 
 
 @pytest.fixture
@@ -23,29 +25,16 @@ def disk(tmp_path):
     folder.mkdir()
     mounted = []
 
-    def mount(size="1m", more=""):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}{more}", "tmpfs", str(folder)]
-        if (
-            os.name != "posix"
-            or shutil.which("mount") is None
-            or subprocess.run(command, capture_output=True).returncode
-        ):
+    def mount(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("no disk can be mounted here")
         mounted.append(folder)
         return folder
 
     yield mount
     for _ in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def refused(capsys, *args):
-    """The one line of a refused command."""
-    capsys.readouterr()
-    assert main(list(args)) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
+        subprocess.run(["umount", str(folder)], check=True)  # fails where a file is still open
 
 
 def files(folder):
@@ -56,27 +45,28 @@ def files(folder):
 @pytest.mark.parametrize("size", ["4k", "64k", "100k", "400k"])
 def test_a_disk_that_becomes_full_leaves_whole_checkpoints_only(options, disk, capsys, size):
     folder = disk(size)
-    line = refused(capsys, "fit", *options, *LOGGER, "--trainer.logger.save_dir=disk")
+    line = error_line(capsys, "fit", *options, *ON_DISK)
     assert "No space left on device" in line
-    left = [path for path in files(folder) if path.endswith(".ckpt")]
-    assert not [path for path in files(folder) if "partial" in path]
+    left = files(folder)
+    assert not [path for path in left if "partial" in path]
     for path in left:
-        read_checkpoint(folder / path)
+        if path.endswith(".ckpt"):
+            read_checkpoint(folder / path)
     if size == "4k":
-        assert files(folder) == []
+        assert left == []
     if size == "400k":
         assert "go on from the checkpoint before it with --ckpt_path last" in line
         step = read_checkpoint(newest_checkpoint(folder)).content["global_step"]
         subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
-        assert main(["fit", *options, *LOGGER, "--trainer.logger.save_dir=disk", "--ckpt_path=last"]) == 0
+        assert main(["fit", *options, *ON_DISK, "--ckpt_path=last"]) == 0
         assert 0 < step < read_checkpoint(newest_checkpoint(folder)).content["global_step"] == 8
 
 
 def test_no_command_writes_to_a_full_or_read_only_disk_or_in_the_temporary_folder(options, disk, capsys, monkeypatch):
     assert main(["fit", *options]) == 0
-    checkpoint = "--ckpt_path=runs/version_0/checkpoints/last.ckpt"
+    checkpoint = f"--ckpt_path={last_checkpoint()}"
     folder = disk("4k")
-    assert "disk/out' cannot be written" in refused(capsys, "export", checkpoint, "--output=disk/out")
+    assert "disk/out' cannot be written" in error_line(capsys, "export", checkpoint, "--output=disk/out")
     assert files(folder) == []
     (folder / "fill").write_bytes(b"x" * 4096)
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -84,27 +74,26 @@ def test_no_command_writes_to_a_full_or_read_only_disk_or_in_the_temporary_folde
     assert main(["export", checkpoint, "--output=out"]) == 0
     monkeypatch.delenv("TMPDIR")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    for command in ("predict", "export", "sweep", "lr_search"):
-        more = [checkpoint] if command in ("predict", "export") else options
-        assert "Read-only file system" in refused(capsys, command, *more, "--output=disk/out"), command
+    for command in (["predict", checkpoint], ["export", checkpoint], ["sweep", *options]):
+        assert "Read-only file system" in error_line(capsys, *command, "--output=disk/out"), command
     for command in ("fit", "profile", "test"):
-        line = refused(capsys, command, *options, *LOGGER, "--trainer.logger.save_dir=disk")
+        line = error_line(capsys, command, *options, *ON_DISK)
         assert "save_dir 'disk': no folder for the run can be made there (Read-only file system)" in line
     assert files(folder) == ["fill"]
 
 
 def test_a_full_cache_folder_is_one_line(options, disk, capsys):
     folder = disk("16k")
-    line = refused(capsys, "fit", *options, "--model.layer=2", "--model.engine.cache_dir=disk")
+    line = error_line(capsys, "fit", *options, "--model.layer=2", "--model.engine.cache_dir=disk")
     assert "model.engine.cache_dir 'disk': no room for 64 MiB more (No space left on device)" in line
     assert files(folder) == []
 
 
-def test_a_file_in_the_place_of_the_runs_is_one_line(options, capsys):
+@pytest.mark.parametrize("folder", ["file", "file/runs"])
+def test_a_file_in_the_place_of_the_runs_is_one_line(options, capsys, folder):
     Path("file").write_text("")
-    for folder in ("file", "file/runs"):
-        line = refused(capsys, "fit", *options, *LOGGER, f"--trainer.logger.save_dir={folder}")
-        assert f"trainer.logger.init_args.save_dir '{folder}': no folder for the run can be made there" in line
+    line = error_line(capsys, "fit", *options, *LOGGER, f"--trainer.logger.save_dir={folder}")
+    assert f"trainer.logger.save_dir '{folder}': no folder for the run can be made there" in line
     assert Path("file").read_text() == ""
 
 
@@ -121,19 +110,17 @@ def test_a_write_that_fails_is_one_line(options, capsys, monkeypatch, code, comm
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
-    assert os.strerror(code) in refused(capsys, command, *options, *checkpoint)
+    assert os.strerror(code) in error_line(capsys, command, *options, *checkpoint)
     assert not Path("out").exists()
     assert not list(Path.cwd().rglob("*partial"))
 
 
-def test_a_failing_fault_of_the_logger_is_one_line(options, capsys, monkeypatch):
-    from torch.utils.tensorboard import SummaryWriter
-
+def test_a_fault_of_the_logger_is_one_line(options, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/version_0/events")
 
     monkeypatch.setattr(SummaryWriter, "__init__", fail)
-    line = refused(capsys, "fit", *options)
+    line = error_line(capsys, "fit", *options)
     assert "'runs/version_0/events' cannot be used (Permission denied)" in line
     assert not list(Path("runs").glob("*"))
 
@@ -145,7 +132,7 @@ def test_runs_that_start_at_once_get_a_version_each(options):
     assert [run.returncode for run in runs] == [0, 0, 0], errors
     for number in range(3):
         assert (run_dir(number) / "summary.json").is_file()
-        read_checkpoint(run_dir(number) / "checkpoints" / "last.ckpt")
+        read_checkpoint(last_checkpoint(number))
 
 
 def test_the_next_run_removes_what_a_killed_one_left(options):

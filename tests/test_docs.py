@@ -1,7 +1,5 @@
-"""The commands in README and docs are those that there are: their options, files and tools exist."""
+"""The commands in README and docs are real: their options, files and tools exist."""
 
-import contextlib
-import io
 import re
 import shlex
 from functools import cache
@@ -9,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from slzo.__main__ import main
+from slzo.cli.app import parser_of
+from slzo.commands.registry import COMMANDS
+from slzo.private.parsers import options_of, type_of
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _PARTS = re.compile(r"&&|\|")
 
 
-def commands():
-    """Each command in a bash block: document and words."""
+def commands_of(program):
+    """Each command of a program in a bash block, as words."""
     for document in DOCUMENTS:
         for block in re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -25,74 +25,64 @@ def commands():
                     words = shlex.split(part)
                     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                         words.pop(0)
-                    if words:
-                        yield pytest.param(words, id=f"{document.stem}: {' '.join(words)[:60]}")
+                    if words and Path(words[0]).name == program:
+                        yield pytest.param(words[1:], id=f"{document.stem}: {' '.join(words)[:60]}")
 
 
-ALL = list(commands())
+def options_among(words):
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
 
 
-def is_of(program):
-    return [case for case in ALL if Path(case.values[0][0]).name == program]
+def check_files(words):
+    for word in words:
+        assert not word.startswith("configs/") or (ROOT / word).is_file(), word
 
 
 @cache
-def options_of(command):
-    """The options of a command of slzo."""
-    for help_option in ("--help_all", "--help"):
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                status = main([command, help_option])
-            except SystemExit as end:  # jsonargparse's help
-                status = end.code
-        if not status:
-            return set(re.findall(r"--[\w.]+", text.getvalue()))
-    raise AssertionError(f"{command} has no help")
+def options_of_command(name):
+    """The options of a command of slzo, without the groups that they stand in."""
+    actions = options_of(parser_of(COMMANDS[name]))
+    groups = {each.dest.rpartition(".")[0] for each in actions}
+    own = [each for each in actions if type_of(each) is not None or each.dest not in groups]
+    return {option for action in own for option in action.option_strings}
 
 
 def is_known(option, known):
-    """Whether an option is there, or one that takes what it sets: arguments of a class, entries of a dict."""
+    """Whether an option is there, or one that takes what it sets: arguments of a class, entries of a mapping."""
     return any(name in known for name in (option, option.rpartition(".")[0], option.rpartition(".init_args")[0]))
 
 
-@pytest.mark.parametrize("words", is_of("slzo"))
+@pytest.mark.parametrize("words", commands_of("slzo"))
 def test_a_command_of_slzo(words):
-    command, *rest = words[1:]
-    if not command.startswith("-"):
-        known = options_of(command)
-        for word in rest:
-            option = word.partition("=")[0]
-            assert not option.startswith("--") or is_known(option, known), option
-    for word in rest:
-        assert not word.startswith("configs/") or (ROOT / word).is_file(), word
+    if not words[0].startswith("-"):
+        assert words[0] in COMMANDS
+        known = options_of_command(words[0])
+        assert [option for option in options_among(words) if not is_known(option, known)] == []
+    check_files(words)
 
 
-@pytest.mark.parametrize("words", is_of("python"))
-def test_a_tool(words):
-    if not words[1].startswith("tools/"):
-        assert words[1:] == ["-m", "pytest"] or words[1] == "-m", words
+@pytest.mark.parametrize("words", commands_of("python"))
+def test_a_command_of_python(words):
+    if words[0] == "-m":
         return
-    tool = (ROOT / words[1]).read_text(encoding="utf-8")
-    for module in re.findall(r"^from (\w+) import", tool, re.MULTILINE):  # another tool may have the options
-        if (ROOT / "tools" / f"{module}.py").is_file():
-            tool += (ROOT / "tools" / f"{module}.py").read_text(encoding="utf-8")
-    for word in words[2:]:
-        option = word.partition("=")[0]
-        assert not option.startswith("--") or f'"{option}"' in tool, option
-        assert not word.startswith("configs/") or (ROOT / word).is_file(), word
+    path = ROOT / words[0]
+    assert path.is_relative_to(ROOT / "tools")
+    text = path.read_text(encoding="utf-8")
+    for module in re.findall(r"^from (\w+) import", text, re.MULTILINE):  # another tool may have the options
+        if (other := path.with_name(f"{module}.py")).is_file():
+            text += other.read_text(encoding="utf-8")
+    assert [option for option in options_among(words) if f'"{option}"' not in text] == []
+    check_files(words)
 
 
-def test_the_check_would_find_a_wrong_option():
-    known = options_of("fit")
-    assert "--model.layer" in known
-    assert not is_known("--model.lyer", known - {"--model"})
-    assert len(is_of("slzo")) > 15
+def test_the_check_finds_a_wrong_option():
+    known = options_of_command("fit")
+    assert is_known("--model.layer", known)
+    assert is_known("--model.optimizer.init_args.lr", known)
+    assert not is_known("--model.lyer", known)
+    assert len(list(commands_of("slzo"))) > 15
 
 
-def test_every_command_is_in_the_docs(capsys):
-    assert main(["--help"]) == 0
-    listed = re.findall(r"^  ([a-z_]+) {2,}[a-z]", capsys.readouterr().out, re.MULTILINE)
-    told = " ".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
-    assert {"fit", "report"} <= set(listed)
-    assert [name for name in listed if f"slzo {name}" not in told] == []
+def test_every_command_is_in_the_docs():
+    text = " ".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert [name for name in COMMANDS if f"slzo {name}" not in text] == []

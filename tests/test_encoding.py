@@ -1,12 +1,12 @@
-from typing import Any
+"""Prompts and answers as tokens, with tokenizers of several kinds."""
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from slzo.data.encoding import Encoder, newline_token
-from slzo.utils.errors import SlzoError
 from slzo.tasks.base import Example
+from slzo.utils.errors import SlzoError
 
 CORPUS = [
     "the film is good and it was great",
@@ -17,51 +17,43 @@ CORPUS = [
     "Question: where is the film?\nAnswer: Paris\n",
     "Question: who is good?\nAnswer: the bad man\n",
 ] * 20
-SPECIALS = ["<unk>", "<s>", "</s>"]
+COMMON = {"special_tokens": ["<unk>", "<s>", "</s>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
 
 
-def wrap(tokenizer: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
+def wrap(tokenizer, template):
     if template is not None:
         pairs = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in template]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def byte_level(use_regex: bool, template: str | None = None) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return wrap(tokenizer, template)
-
-
-def joining(template: str | None = None) -> PreTrainedTokenizerFast:
-    """Has the tokens "⏎Yes", "⏎No" and "⏎May", but no "⏎Maybe": newlines join the next word."""
-    corpus = ["\nYes", "\nNo", "\nMay"] * 50 + ["be", "?", " it was great"]
-    tokenizer = Tokenizer(models.BPE())
-    pattern = pre_tokenizers.Split(Regex(r"\n[A-Za-z]+|[^\n]+|\n"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=SPECIALS, initial_alphabet=alphabet, min_frequency=20)
+def trained(kind, splitter, decoder, trainer, template, corpus=CORPUS):
+    tokenizer = Tokenizer(kind())
+    tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoder
     tokenizer.train_from_iterator(corpus, trainer)
     return wrap(tokenizer, template)
 
 
-def metaspace(template: str | None = "<s> $A") -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIALS, unk_token="<unk>")
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return wrap(tokenizer, template)
+def byte_level(use_regex, template=None):
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    return trained(models.BPE, splitter, decoders.ByteLevel(), trainers.BpeTrainer(vocab_size=400, **COMMON), template)
 
 
-def characters(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> str:
+def joining(template=None):
+    """Has the tokens "⏎Yes", "⏎No" and "⏎May", but no "⏎Maybe": newlines join the next word."""
+    corpus = ["\nYes", "\nNo", "\nMay"] * 50 + ["be", "?", " it was great"]
+    words = pre_tokenizers.Split(Regex(r"\n[A-Za-z]+|[^\n]+|\n"), "isolated")
+    splitter = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=270, min_frequency=20, **COMMON)
+    return trained(models.BPE, splitter, decoders.ByteLevel(), trainer, template, corpus)
+
+
+def metaspace(template="<s> $A"):
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=COMMON["special_tokens"], unk_token="<unk>")
+    return trained(models.Unigram, pre_tokenizers.Metaspace(), decoders.Metaspace(), trainer, template)
+
+
+def characters(tokenizer, ids):
     """Text of the tokens, not tidied up as decode() does."""
     text = "".join(tokenizer.convert_ids_to_tokens(list(ids)))
     return text.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
@@ -84,14 +76,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=MAKERS)
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+def tokenizer(request):
     return MAKERS[request.param]()
 
 
 @pytest.mark.parametrize("example", CASES, ids=lambda example: example.prompt[-10:])
-def test_answer_tokens_hold_the_candidate_and_no_token_more(
-    tokenizer: PreTrainedTokenizerFast, example: Example
-) -> None:
+def test_answer_tokens_hold_the_candidate_and_no_token_more(tokenizer, example):
     encoded = Encoder(tokenizer).encode(example, 7)
     assert (encoded.index, encoded.gold) == (7, example.gold)
     for candidate, sequence in zip(example.candidates, encoded.sequences, strict=True):
@@ -101,25 +91,22 @@ def test_answer_tokens_hold_the_candidate_and_no_token_more(
         assert not characters(tokenizer, sequence.ids[first + 1 :]).endswith(candidate)
 
 
+@pytest.mark.parametrize("maker", ["byte-level", "metaspace"])
 @pytest.mark.parametrize("example", CASES, ids=lambda example: example.prompt[-10:])
-def test_answer_length_is_what_the_prompt_lacks(example: Example) -> None:
-    for maker in (MAKERS["byte-level"], MAKERS["metaspace"]):
-        tokenizer = maker()
-        for candidate, sequence in zip(
-            example.candidates, Encoder(tokenizer).encode(example, 0).sequences, strict=True
-        ):
-            ids = tokenizer(example.prompt + candidate)["input_ids"]
-            assert list(sequence.ids) == ids
-            assert sequence.num_answer == len(ids) - len(tokenizer(example.prompt)["input_ids"])
+def test_answer_length_is_what_the_prompt_lacks(maker, example):
+    tokenizer = MAKERS[maker]()
+    for candidate, sequence in zip(example.candidates, Encoder(tokenizer).encode(example, 0).sequences, strict=True):
+        ids = tokenizer(example.prompt + candidate)["input_ids"]
+        assert list(sequence.ids) == ids
+        assert sequence.num_answer == len(ids) - len(tokenizer(example.prompt)["input_ids"])
 
 
-def test_newline_joined_with_the_candidate_counts_as_answer() -> None:
+def test_newline_joined_with_the_candidate_counts_as_answer():
     tokenizer = joining("<s> $A")
     encoded = Encoder(tokenizer).encode(CASES[1], 0)
     texts = [[tokenizer.decode([i]) for i in s.ids[-s.num_answer :]] for s in encoded.sequences]
-    # "⏎Maybe" is one token longer than the prompt, which would leave "be" alone as its answer or a part of it.
-    assert texts[0] == ["\nYes"]
-    assert texts[1] == ["\nNo"]
+    # "⏎Maybe" is one token longer than the prompt, which would leave "be" alone as its answer or a part of it
+    assert texts[:2] == [["\nYes"], ["\nNo"]]
     assert texts[2][0] == "\nMay"
     assert "".join(texts[2]) == "\nMaybe"
 
@@ -129,21 +116,21 @@ class WithoutOffsets:
 
     is_fast = False
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer):
         self._tokenizer = tokenizer
 
-    def __call__(self, text: str | list[str], return_offsets_mapping: bool = False, **options: bool) -> Any:
+    def __call__(self, text, return_offsets_mapping=False, **options):
         assert not return_offsets_mapping
         return self._tokenizer(text, **options)
 
 
 @pytest.mark.parametrize("example", CASES, ids=lambda example: example.prompt[-10:])
-def test_tokenizers_without_offsets_give_the_same(tokenizer: PreTrainedTokenizerFast, example: Example) -> None:
-    slow = Encoder(WithoutOffsets(tokenizer))  # type: ignore[arg-type]
+def test_tokenizers_without_offsets_give_the_same(tokenizer, example):
+    slow = Encoder(WithoutOffsets(tokenizer))
     assert slow.encode(example, 0) == Encoder(tokenizer).encode(example, 0)
 
 
-def test_bos_comes_once_and_appended_eos_is_taken_off() -> None:
+def test_bos_comes_once_and_appended_eos_is_taken_off():
     tokenizer = byte_level(True, "<s> $A </s>")
     encoder = Encoder(tokenizer)
     ids = encoder.encode(CASES[0], 0).sequences[1].ids
@@ -154,7 +141,7 @@ def test_bos_comes_once_and_appended_eos_is_taken_off() -> None:
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", None])
-def test_long_prompts_lose_tokens_on_the_left_only(template: str | None) -> None:
+def test_long_prompts_lose_tokens_on_the_left_only(template):
     tokenizer = byte_level(True, template)
     example = Example("long", "the film is good " * 30 + "It was", (" terrible", " great"), (1,))
     whole = Encoder(tokenizer).encode(example, 0)
@@ -171,7 +158,7 @@ def test_long_prompts_lose_tokens_on_the_left_only(template: str | None) -> None
     assert tokenizer.decode(prompt[1:]).endswith("It was")
 
 
-def test_answer_that_does_not_fit_is_an_error() -> None:
+def test_answer_that_does_not_fit_is_an_error():
     example = Example("7", "Is it?", (" terrible terrible terrible terrible",), (0,))
     tokenizer = byte_level(True, "<s> $A")
     needed = Encoder(tokenizer).encode(example, 0).sequences[0].num_answer + 1
@@ -183,22 +170,17 @@ def test_answer_that_does_not_fit_is_an_error() -> None:
         Encoder(tokenizer, 50).encode_prompt(example)
 
 
-def test_demonstrations_stand_in_front_and_do_not_change_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = Encoder(tokenizer)
-    plain = encoder.encode(CASES[1], 0)
-    shown = encoder.encode(CASES[1], 0, demonstrations=[CASES[0], CASES[2]])
-    assert [s.num_answer for s in shown.sequences] == [s.num_answer for s in plain.sequences]
-    text = (
-        "the film is good It was great\n\nQuestion: where is the film?\nAnswer: Paris\n\nIs the film good? Yes or No?\n"
-    )
-    ids = tokenizer(text + "Yes")["input_ids"]
-    assert list(shown.sequences[0].ids) == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
-    ids = tokenizer(text)["input_ids"]
-    prompt = encoder.encode_prompt(CASES[1], [CASES[0], CASES[2]])
-    assert list(prompt) == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+def test_demonstrations_stand_in_front_and_do_not_change_the_answer(tokenizer):
+    encoder, shown = Encoder(tokenizer), [CASES[0], CASES[2]]
+    plain, after = encoder.encode(CASES[1], 0), encoder.encode(CASES[1], 0, demonstrations=shown)
+    assert [s.num_answer for s in after.sequences] == [s.num_answer for s in plain.sequences]
+    text = "the film is good It was great\n\nQuestion: where is the film?\nAnswer: Paris\n\n" + CASES[1].prompt
+    for found, expected in ((after.sequences[0].ids, text + "Yes"), (encoder.encode_prompt(CASES[1], shown), text)):
+        ids = tokenizer(expected)["input_ids"]
+        assert list(found) == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
 
 
-def test_only_gold_leaves_the_first_gold_candidate() -> None:
+def test_only_gold_leaves_the_first_gold_candidate():
     encoder = Encoder(byte_level(True))
     every = encoder.encode(CASES[0], 3)
     gold = encoder.encode(CASES[0], 3, only_gold=True)
@@ -213,7 +195,7 @@ def test_only_gold_leaves_the_first_gold_candidate() -> None:
         encoder.encode(CASES[0], 0, demonstrations=[unlabelled])
 
 
-def test_empty_prompts_and_answers_without_tokens_are_errors() -> None:
+def test_empty_prompts_and_answers_without_tokens_are_errors():
     with pytest.raises(SlzoError, match="example 'e': the prompt is empty"):
         Encoder(byte_level(True)).encode(Example("e", " \n", ("a", "b"), (0,)), 0)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "<s>": 2, "</s>": 3, "a": 4}, unk_token="<unk>"))
@@ -223,10 +205,11 @@ def test_empty_prompts_and_answers_without_tokens_are_errors() -> None:
     assert newline_token(wrap(words, None)) is None
 
 
-def test_newline_token_is_the_one_that_ends_an_answer() -> None:
-    for maker in (lambda: byte_level(True), lambda: byte_level(True, "<s> $A </s>"), joining):
-        tokenizer = maker()
-        token = newline_token(tokenizer)
-        assert token is not None
-        assert tokenizer.decode([token]) == "\n"
+@pytest.mark.parametrize("maker", [lambda: byte_level(True), lambda: byte_level(True, "<s> $A </s>"), joining])
+def test_newline_token_is_the_one_that_ends_an_answer(maker):
+    tokenizer = maker()
+    assert tokenizer.decode([newline_token(tokenizer)]) == "\n"
+
+
+def test_a_newline_may_be_a_space_to_a_tokenizer():
     assert newline_token(metaspace()) is not None

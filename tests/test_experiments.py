@@ -1,4 +1,4 @@
-"""The layer sweep and the search for a learning rate, in process on a tiny model."""
+"""Short trainings in one process on a tiny model: what they compute, the layer sweep, and the sweep over learning rates."""
 
 import csv
 import json
@@ -9,25 +9,247 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_dir
+from helpers import error_line, logged, summary
 
 from slzo.__main__ import main
 from slzo.batches.losses import candidate_scores
-from slzo.cli import build
+from slzo.cli.app import App, SlzoCLI
+from slzo.commands.registry import COMMANDS
 from slzo.data.batch import EvalCollator
-from slzo.utils.errors import SlzoError
 from slzo.experiments import sweep
-from slzo.experiments.lr_search import Tried, make_grid, recommend
+from slzo.experiments import trial as trial_module
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import plan_sweep
+from slzo.experiments.sweep_rates import RateResult, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
-from slzo.experiments.trial import Score, Trial, Workbench, _some
+from slzo.experiments.trial import LayerTrials
+from slzo.training import make_evaluator, make_stepper, tune
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection import FirstOutlierLayer
+from slzo.zo.trial import Score, Trial
+
+AUTO = ["--model.optimizer.lr=auto", "--model.eps=auto"]
+
+
+def trials_of(options, *more):
+    """Trials of a run with these options."""
+    cli = SlzoCLI(COMMANDS["sweep"], [*options, "--trainer.logger=false", *more])
+    parts, rows = App(cli.trainer, cli.model, cli.datamodule).load()
+    return LayerTrials(parts, cli.model.options, rows)
+
+
+def weights(trials):
+    return {name: tensor.clone() for name, tensor in trials.parts.model.named_parameters()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- trials ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--model.scope=LoRA", "--model.scope.rank=4"],
+        ["--model.scope=ActivationSubspace", "--model.scope.rank=4"],
+        ["--data.seed=5"],
+        AUTO,
+    ],
+    ids=lambda extra: " ".join(extra[:1]),
+)
+def test_a_trial_takes_the_steps_of_fit_and_leaves_the_model_untuned(options, extra):
+    """The same losses, scores and measured steps as slzo fit with the same seed and layer."""
+    trials = trials_of(options, *extra)
+    before = weights(trials)
+    trials.run(1, steps=2, seed=3)
+    found, (lr, eps) = trials.run(2, steps=8, seed=0), trials.own_step(2)
+    assert same(weights(trials), before)
+
+    fit = [*options, *extra, "--model.layer=2", "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    assert main(["fit", *fit]) == 0
+    plus, minus = (torch.tensor(logged(f"train/loss_{side}")) for side in ("plus", "minus"))
+    torch.testing.assert_close(torch.tensor(found.losses), (plus + minus) / 2, rtol=1e-4, atol=1e-5)
+    last = found.scores[-1]
+    assert last.loss == pytest.approx(logged("val/loss")[-1], rel=1e-4)
+    assert last.metric == pytest.approx(logged("val/accuracy")[-1])
+    assert last.evaluations == summary()["evaluations"] >= 16
+    assert eps == summary()["eps"]
+    if extra == AUTO:
+        assert last.evaluations > 16
+        assert lr == float(f"{lr:.1g}")
+        assert 0.5 < lr / logged("train/lr")[0] < 2
+    else:
+        assert lr == 1e-3
+
+
+def test_a_step_size_that_is_known_is_not_measured_again(options):
+    plain, looked = trials_of(options, *AUTO), trials_of(options, *AUTO)
+    step = looked.step_size(1)
+    assert looked.cost(16).measured == {1}
+    expected, found = (trials.run(1, steps=3, seed=0) for trials in (plain, looked))
+    assert found.losses == expected.losses
+    assert found.scores[-1].loss == expected.scores[-1].loss
+    assert found.scores[-1].evaluations == expected.scores[-1].evaluations - step.evaluations
+    assert looked.run(1, steps=3, seed=0).losses == expected.losses  # the measurement has not changed
+    assert looked.run(1, steps=3, seed=1).losses == plain.run(1, steps=3, seed=1).losses
+    given = plain.run(1, steps=2, seed=0, lr=1e-3, eps=1e-3)
+    assert given.scores[-1].evaluations == 4
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (AUTO, {"caches": True, "carries": True, "measuring": 25, "measures_rate": True}),
+        (["--model.engine.cache_dtype=bfloat16"], {"carries": False, "measuring": 0, "measures_rate": False}),
+        (["--model.engine.cache_gb=0", "--model.num_queries=3"], {"caches": False, "evaluations": 6, "dev_rows": 10}),
+        ([*AUTO, "--model.dtype=bfloat16"], {"measuring": 25, "measures_rate": False}),
+    ],
+)
+def test_the_cost_of_a_step_follows_the_options(options, extra, expected):
+    trials = trials_of(options, *extra)
+    cost = trials.cost(10)
+    assert (cost.num_layers, cost.batch_size, cost.head_layers) == (4, 8, 0)
+    assert {name: getattr(trials if name == "measures_rate" else cost, name) for name in expected} == expected
+    assert trials.cost(1000).dev_rows == trials.num_dev == 16
+    assert trials.num_train == 40
+
+
+def test_some_dev_rows_are_spread_over_the_batches():
+    batches = [SimpleNamespace(rows=range(32), place=place) for place in range(7)]
+    some = trial_module._some
+    assert [batch.place for batch in some(batches, 96)] == [1, 3, 5]
+    assert [batch.place for batch in some(batches, 32)] == [3]
+    assert some(batches, 1000) == batches
+    assert some([], 96) == []
+
+
+def test_a_trial_may_use_few_batches_and_dev_rows_and_end_early(options):
+    trials, asked = trials_of(options, "--data.eval_batch_size=4"), []
+    trial, cache = trials.train(2, 6, dev_rows=4, num_batches=2, checks={4: lambda score: asked.append(score)})
+    assert [score.step for score in trial.scores] == [0, 4]
+    assert asked == [trial.scores[-1]]
+    assert cache.start == 2
+    every = trials.run(2, steps=4, seed=0)
+    assert trial.losses[:2] == every.losses[:2]
+    assert trial.losses[2:] != every.losses[2:]
+    assert trial.scores[0].loss != every.scores[0].loss
+
+
+class Clock:
+    """Seconds that pass with each look at the clock."""
+
+    def __init__(self, tick):
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self):
+        self.now += self.tick
+        return self.now
+
+
+def test_a_trial_for_a_time_is_scored_on_the_way(options, monkeypatch):
+    """A step looks at the clock twice, 1 s: with 5 steps asked for it goes on until 23 s are used."""
+    trials = trials_of(options)
+    plain = trials.run(2, steps=23, seed=0)
+    assert [score.step for score in plain.scores] == [0, 23]
+    monkeypatch.setattr(trial_module.time, "perf_counter", Clock(1.0))
+    found = trials.run(2, steps=5, seed=0, seconds=22.5)
+    curve = [(score.step, score.seconds, score.evaluations) for score in found.scores]
+    assert curve == [(step, step, 2 * step) for step in (0, 5, 10, 20, 23)]
+    assert found.losses == plain.losses  # scoring on the way changes nothing
+    assert found.scores[-1].loss == plain.scores[-1].loss
+    few = trials.run(2, steps=12, seed=0, seconds=3)
+    assert [score.step for score in few.scores] == [0, 10, 12]  # the steps come first
+
+
+def test_states_of_a_lower_layer_are_carried_to_the_next_one(options):
+    def run(trials):
+        """Losses, and the tokens of each pass through the first layer."""
+        tokens = []
+        first = trials.parts.layers[0]
+        handle = first.register_forward_hook(lambda _, inputs, out: tokens.append(inputs[0].shape[1]))
+        losses = trials.run(3, steps=3, seed=0).losses
+        handle.remove()
+        return losses, tokens
+
+    trials, fresh = trials_of(options), trials_of(options)
+    trials.run(1, steps=3, seed=0)
+    (losses, tokens), (expected, more) = run(trials), run(fresh)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert tokens == run(fresh)[1]  # all are kept by then
+    assert len(tokens) <= len(more) - 3
+
+
+def test_rounded_states_are_not_rounded_again_at_the_next_layer(options):
+    """A trial after others equals one that is the first."""
+    small = [*options, "--model.engine.cache_dtype=bfloat16"]
+    trials = trials_of(small)
+    for layer in (1, 2):
+        trials.run(layer, steps=3, seed=0)
+    assert trials.run(3, steps=4, seed=0).losses == trials_of(small).run(3, steps=4, seed=0).losses
+
+
+def test_sensitivity_is_the_mean_slope(options):
+    """Compared with a plain loop over the whole model, with the same directions."""
+    trials = trials_of(options)
+    found = trials.sensitivity(2, directions=20, seed=5, num_rows=8)
+    rows = next(trials.rows.training_batches(5, 8)).packed
+    tuned, eps = tune(trials.parts, trials.options, trials.rows, 2).tensors, 1e-3
+    slopes = []
+    with torch.no_grad():
+        for query in range(20):
+            losses = []
+            for sign in (1, -1):
+                tuned.write(tuned.draw(5, 0, query), sign * eps)
+                total, weight = CandidateCrossEntropy().of_scores(
+                    candidate_scores(trials.parts.logits(rows), rows), rows
+                )
+                losses.append(float(total / weight))
+            slopes.append(abs(losses[0] - losses[1]) / (2 * eps))
+    slopes = torch.tensor(slopes)
+    assert found.mean == pytest.approx(float(slopes.mean()), rel=1e-2)
+    assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(20)), rel=2e-2)
+
+
+def test_a_sensitivity_ends_when_its_error_is_small_enough(options):
+    trials = trials_of(options)
+
+    def measure(directions=20, max_error=0.0):
+        return trials.sensitivity(2, directions=directions, seed=5, num_rows=8, max_error=max_error)
+
+    assert measure().directions == 20
+    assert measure(max_error=1.0).directions == 8
+    found = measure(max_error=0.25)
+    assert 8 <= found.directions <= 20
+    assert found.directions == 20 or found.standard_error < 0.25 * found.mean
+    assert measure(found.directions) == found
+
+
+def test_divergence_is_reported(options):
+    trial = trials_of(options).run(2, steps=6, seed=0, lr=1e38)
+    assert trial.diverged
+    assert trial.gain == -math.inf
+    assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
+
+
+def test_trials_train_on_the_objective_of_fit(options):
+    trials = trials_of(options, "--data.objective=metric")
+    batch = next(trials.rows.training_batches(0, 4))
+    model = tune(trials.parts, trials.options, trials.rows, 1)
+    with torch.no_grad():
+        found = make_evaluator(trials.rows, model)(EvalCollator()(batch.rows)).predictions
+        (loss,) = make_stepper(model, trials.options, trials.rows).loss(batch).at([Point({}, 0.0)]).tolist()
+    right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
+    assert loss == pytest.approx(1 - sum(right) / 4)
+
+
+# ---- the layer sweep -------------------------------------------------------------------------------------------------------
 
 SWEEP = ["--steps=3", "--output=swept", "--directions=20", "--num_rows=8"]
+ONLY = "--sensitivity_only=true"
 
 
 def sweep_csv(folder="swept"):
@@ -35,44 +257,15 @@ def sweep_csv(folder="swept"):
         return list(csv.DictReader(file))
 
 
-def bench_of(options, *more):
-    cli = build([*options, "--trainer.logger=false", *more], run=False)
-    cli.trainer.attach(cli.model, cli.datamodule)
-    return Workbench(cli.model, cli.datamodule)
-
-
-def test_some_dev_rows_are_spread_over_the_batches():
-    batches = [SimpleNamespace(rows=range(32), place=place) for place in range(7)]
-    assert [batch.place for batch in _some(batches, 96)] == [1, 3, 5]
-    assert [batch.place for batch in _some(batches, 32)] == [3]
-    assert _some(batches, 1000) == batches
-    assert _some([], 96) == []
-
-
-def test_a_step_that_was_looked_at_is_not_measured_again(options):
-    auto = ["--model.optimizer.lr=auto", "--model.eps=auto"]
-    plain, looked = bench_of(options, *auto), bench_of(options, *auto)
-    step = looked.measured_step(1)
-    assert looked.knows_step(1)
-    assert not looked.knows_step(2)
-    expected, found = (bench.trial(1, steps=3, seed=0) for bench in (plain, looked))
-    assert found.losses == expected.losses
-    assert found.scores[-1].loss == expected.scores[-1].loss
-    assert found.scores[-1].evaluations == expected.scores[-1].evaluations - step.evaluations
-    assert looked.trial(1, steps=3, seed=0).losses == expected.losses  # it is as it was
-    assert looked.trial(1, steps=3, seed=1).losses == plain.trial(1, steps=3, seed=1).losses
-
-
 @pytest.mark.pictures
-def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):
+def test_a_sweep_writes_table_json_picture_and_a_verdict(options, capsys):
     assert main(["sweep", *options, *SWEEP, "--layers=[3,1]", "--seeds=[0,1]"]) == 0
     output = capsys.readouterr().out
     rows = sweep_csv()
-    assert [row["layer"] for row in rows] == ["0", "1", "2", "3"]
-    assert list(rows[0])[:4] == ["layer", "sensitivity", "sensitivity_se", "outlier_ratio"]
+    assert [(row["layer"], row["seeds"], bool(row["loss"])) for row in rows] == [
+        ("0", "0", False), ("1", "2", True), ("2", "0", False), ("3", "2", True),
+    ]  # fmt: skip
     assert all(float(row["sensitivity"]) > 0 and float(row["sensitivity_se"]) > 0 for row in rows)
-    assert [row["seeds"] for row in rows] == ["0", "2", "0", "2"]
-    assert [bool(row["loss"]) for row in rows] == [False, True, False, True]
     assert sum(row["dominant"] == "True" for row in rows) == 1
     content = json.loads(Path("swept/sweep.json").read_text())
     assert content["verdict"] in output
@@ -84,106 +277,120 @@ def test_sweep_writes_table_json_figure_and_a_verdict(options, capsys):
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, monkeypatch):
-    calls = []
-    original = Workbench.trial
+    calls, run = [], LayerTrials.run
 
-    def trial(self, layer, **kwargs):
+    def interrupted(self, layer, **kwargs):
         calls.append(layer)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, layer, **kwargs)
+        return run(self, layer, **kwargs)
 
-    monkeypatch.setattr(Workbench, "trial", trial)
-    assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 130
-    assert capsys.readouterr().err.endswith("slzo: interrupted; the same command goes on where it stopped\n")
-    assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 0
+    monkeypatch.setattr(LayerTrials, "run", interrupted)
+    command = ["sweep", *options, *SWEEP, "--layers=[1,2,3]"]
+    assert main(command) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert main(command) == 0
     assert calls == [1, 2, 2, 3]
     first = sweep_csv()
-    assert main(["sweep", *options, *SWEEP, "--layers=[1,2,3]"]) == 0
+    assert main(command) == 0
     assert len(calls) == 4
     assert sweep_csv() == first
 
 
-def test_sensitivity_only_trains_nothing(options, monkeypatch, capsys):
-    monkeypatch.setattr(Workbench, "trial", None)
-    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
-    assert "no layer was trained" in capsys.readouterr().out
-    assert all(row["loss"] == "" for row in sweep_csv())
-
-
 def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):
     common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]"]
-    assert main([*common, "--sensitivity_only=true"]) == 0
+    assert main([*common, ONLY]) == 0
+    assert "no layer was trained" in capsys.readouterr().out
+    assert all(row["loss"] == "" for row in sweep_csv())
     assert main([*common, "--steps=2"]) == 0
     assert sweep_csv()[1]["loss"] != ""
-    assert main([*common, "--steps=3"]) == 2
-    assert "steps: 2 -> 3" in capsys.readouterr().err
-    assert main([*common, "--sensitivity_only=true"]) == 0
-    assert main([*common, "--steps=3"]) == 2
+    assert "steps: 2 -> 3" in error_line(capsys, *common, "--steps=3")
+    assert main([*common, ONLY]) == 0
+    assert "steps: 2 -> 3" in error_line(capsys, *common, "--steps=3")
+
+
+def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, capsys):
+    command = ["sweep", *options, *SWEEP, ONLY]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
+    assert "eps: 0.001 -> 0.002" in error_line(capsys, *command, "--model.eps=2e-3")
+    rademacher = ["--model.estimator=SPSA", "--model.estimator.noise=rademacher"]
+    assert "estimator.noise: gaussian -> rademacher" in error_line(capsys, *command, *rademacher)
+    assert before == {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("precious")
+    assert "holds other files" in error_line(capsys, "sweep", *options, "--output=mine")
+    CellStore("other", {"kind": "reproduce_tables"}).save("x", {})
+    for extra in ([], [ONLY]):
+        refused = error_line(capsys, "sweep", *options, "--output=other", *extra)
+        assert "holds results of other settings" in refused
 
 
 def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):
-    for name, word in (("train", "word"), ("test", "other")):
-        rows = [{"text": f"{word} {n}", "label": n % 2} for n in range(24)]
+    for name in ("train", "test"):
+        rows = [{"text": f"{name} {n}", "label": n % 2} for n in range(24)]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     task = {"candidates": [" bad", " good"], "train_file": "train.jsonl", "test_file": "test.jsonl"}
-    command = ["sweep", *options, *SWEEP, "--sensitivity_only=true", "--data.data_dir=null"]
-    for prompt, status in (("{text} is", 0), ("{text} was", 2)):
+
+    def command(prompt):
         given = json.dumps({"class_path": "slzo.tasks.template.TemplateTask", "init_args": task | {"prompt": prompt}})
-        assert main([*command, f"--data.task={given}"]) == status
-    assert "task.prompt: {text} is -> {text} was" in capsys.readouterr().err
+        return ["sweep", *options, *SWEEP, ONLY, "--data.data_dir=null", f"--data.task={given}"]
 
-
-def test_a_sweep_into_a_folder_of_another_kind_is_refused(options, capsys):
-    CellStore("swept", {"kind": "reproduce_tables"}).save("x", {})
-    for extra in ([], ["--sensitivity_only=true"]):
-        assert main(["sweep", *options, *SWEEP, *extra]) == 2
-        assert "holds results of other settings" in capsys.readouterr().err
-
-
-def test_a_folder_without_results_takes_other_settings(tmp_path):
-    CellStore(tmp_path / "s", {"eps": 1})
-    store = CellStore(tmp_path / "s", {"eps": 2})
-    store.save("x", {})
-    with pytest.raises(SlzoError, match="eps: 2 -> 3"):
-        CellStore(tmp_path / "s", {"eps": 3})
-
-
-def test_a_sweep_folder_of_another_configuration_is_refused_and_kept(options, capsys):
-    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true"]) == 0
-    before = {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
-    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true", "--model.eps=2e-3"]) == 2
-    error = capsys.readouterr().err
-    assert "swept" in error
-    assert "eps: 0.001 -> 0.002" in error
-    assert before == {path: path.read_bytes() for path in Path("swept").rglob("*") if path.is_file()}
-    rademacher = ["--model.estimator=SPSA", "--model.estimator.noise=rademacher"]
-    assert main(["sweep", *options, *SWEEP, "--sensitivity_only=true", *rademacher]) == 2
-    assert "estimator.noise: gaussian -> rademacher" in capsys.readouterr().err
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("precious")
-    assert main(["sweep", *options, "--output=mine"]) == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert main(command("{text} is")) == 0
+    assert "task.prompt: {text} is -> {text} was" in error_line(capsys, *command("{text} was"))
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--layers=[9]"], r"layers 9: the model has 4 decoder layers.* let all be trained"),
+        (["--layers=[9]"], r"layers 9: the model has 4 decoder layers"),
         (["--layers=1"], r"layers '1': expected a list like \[1, 2\] or null"),
         (["--layers=[]"], r"layers \[\]: give at least one layer"),
         (["--max_error=-1"], r"max_error -1.0: give a share"),
         (["--directions=3"], r"directions 3: .*at least 20"),
         (["--steps=-1"], r"steps -1"),
         (["--seeds=[]"], r"seeds \[\]"),
+        (["--seconds=0"], r"seconds 0.0: give a number above 0"),
+        (["--seconds=.inf"], r"seconds inf: give a number above 0"),
         (["--model.scope=AllParameters"], r"model\.scope: a sweep goes over the dominant layer"),
+        (["--lrs=[1e-3]", "--layers=[1]"], r"lrs: .*leave layers, seconds and sensitivity_only out"),
+        (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
     ],
 )
 def test_bad_sweep_options(options, capsys, extra, message):
-    assert main(["sweep", *options, "--output=swept", *extra]) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(rf"slzo: error: {message}.*", error.splitlines()[-1])
+    assert re.match(rf"slzo: error: {message}", error_line(capsys, "sweep", *options, "--output=swept", *extra))
     assert not Path("swept").exists()
+
+
+@pytest.mark.pictures
+def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(options, capsys):
+    assert main(["sweep", *options, *SWEEP, "--layers=[1,3]", "--seconds=0.2"]) == 0
+    content = json.loads(Path("swept/sweep.json").read_text())
+    assert set(content["curves"]) == {"1", "3"}
+    for curve in content["curves"].values():
+        steps, seconds, losses = ([score[name] for score in curve] for name in ("step", "seconds", "loss"))
+        assert steps[0] == seconds[0] == 0
+        assert 3 in steps
+        assert steps == sorted(set(steps))
+        assert seconds == sorted(seconds)
+        assert seconds[-1] >= 0.2
+        assert all(math.isfinite(loss) for loss in losses)
+    assert Path("swept/sweep_curves.png").stat().st_size > 10_000
+    assert content["verdict"] in capsys.readouterr().out
+    assert re.match(r"After 3 steps layer [13] is ahead, .* After 0\.2 s layer [13] is ahead", content["verdict"])
+    assert content["settings"]["seconds"] == 0.2
+
+
+def test_a_sweep_for_a_time_and_one_for_steps_share_no_trainings(options, capsys):
+    common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]", "--steps=2"]
+    assert main([*common, ONLY, "--seconds=1"]) == 0  # no training, no time
+    assert not Path("swept/sweep_curves.png").exists()
+    assert main(common) == 0
+    assert "seconds: None -> 0.05" in error_line(capsys, *common, "--seconds=0.05")
+    timed = [*common, "--output=timed", "--seconds=0.05"]
+    assert main(timed) == 0
+    for other in (common, [*common, "--seconds=0.06"]):
+        assert "seconds: 0.05 -> " in error_line(capsys, *other, "--output=timed")
 
 
 def test_a_cell_is_worked_on_once(tmp_path):
@@ -198,146 +405,27 @@ def test_a_cell_is_worked_on_once(tmp_path):
     assert second.result("x") == {"value": 1}
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        [],
-        ["--model.scope=LoRA", "--model.scope.rank=4"],
-        ["--model.scope=ActivationSubspace", "--model.scope.rank=4"],
-        ["--data.seed=5"],
-    ],
-)
-def test_a_trial_takes_the_steps_of_fit(options, extra):
-    """The same losses as slzo fit with the same seed and layer, and the model is untuned again after it."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    bench = bench_of(options, *extra)
-    before = {name: tensor.clone() for name, tensor in bench.module.model.named_parameters()}
-    bench.trial(1, steps=2, seed=3)
-    found = bench.trial(2, steps=8, seed=0)
-    after = dict(bench.module.model.named_parameters())
-    assert set(before) == set(after)
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-    fit = [*options, *extra, "--model.layer=2", "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
-    assert main(["fit", *fit]) == 0
-    events = EventAccumulator(str(run_dir()))
-    events.Reload()
-    plus, minus = ([e.value for e in events.Scalars(f"train/loss_{side}")] for side in ("plus", "minus"))
-    expected = [(a + b) / 2 for a, b in zip(plus, minus, strict=True)]
-    torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert found.scores[-1].loss == pytest.approx(events.Scalars("val/loss")[-1].value, rel=1e-4)
-    assert found.scores[-1].metric == pytest.approx(events.Scalars("val/accuracy")[-1].value)
-    assert found.scores[-1].evaluations == 16
+def test_a_folder_without_results_takes_other_settings(tmp_path):
+    CellStore(tmp_path / "s", {"eps": 1})
+    CellStore(tmp_path / "s", {"eps": 2}).save("x", {})
+    with pytest.raises(SlzoError, match="eps: 2 -> 3"):
+        CellStore(tmp_path / "s", {"eps": 3})
 
 
-def test_a_trial_measures_what_fit_measures(options):
-    """lr auto and eps auto: the same losses, rates and evaluations as slzo fit with the same seed and layer."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    given = ("--model.eps", "--model.optimizer")
-    auto = [option for option in options if not option.startswith(given)]
-    bench = bench_of(auto)
-    before = {name: tensor.clone() for name, tensor in bench.module.model.named_parameters()}
-    found = bench.trial(2, steps=6, seed=0)
-    lr, eps = bench.own_step(2)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.module.model.named_parameters())
-    assert main(["fit", *auto, "--model.layer=2", "--trainer.max_steps=6", "--trainer.val_check_interval=6"]) == 0
-    events = EventAccumulator(str(run_dir()))
-    events.Reload()
-    plus, minus, rates, sizes = (
-        [event.value for event in events.Scalars(f"train/{name}")] for name in ("loss_plus", "loss_minus", "lr", "eps")
-    )
-    torch.testing.assert_close(
-        torch.tensor(found.losses), (torch.tensor(plus) + torch.tensor(minus)) / 2, rtol=1e-4, atol=1e-5
-    )
-    summary = json.loads((run_dir() / "summary.json").read_text())
-    assert found.scores[-1].evaluations == summary["evaluations"] > 12
-    assert eps == summary["eps"] == pytest.approx(sizes[0])
-    assert lr == float(f"{lr:.1g}")
-    assert 0.5 < lr / rates[0] < 2
-
-
-def test_given_rates_are_not_measured(options):
-    bench = bench_of([option for option in options if not option.startswith("--model.eps")])
-    assert bench.trial(2, steps=2, seed=0, lr=1e-3, eps=1e-3).scores[-1].evaluations == 4
-    assert bench.trial(2, steps=2, seed=0).scores[-1].evaluations > 4  # eps is auto
-
-
-class _Clock:
-    """Seconds that pass with each look at the clock."""
-
-    def __init__(self, tick):
-        self.now, self.tick = 0.0, tick
-
-    def __call__(self):
-        self.now += self.tick
-        return self.now
-
-
-def test_a_trial_for_a_time_is_scored_on_the_way(options, monkeypatch):
-    """A step takes two looks at the clock, 1 s: with 5 steps asked for it goes on until 23 s are used."""
-    from slzo.experiments import trial as trials
-
-    bench = bench_of(options)
-    plain = bench.trial(2, steps=23, seed=0)
-    assert [score.step for score in plain.scores] == [0, 23]
-    monkeypatch.setattr(trials.time, "perf_counter", _Clock(1.0))
-    found = bench.trial(2, steps=5, seed=0, seconds=22.5)
-    assert [score.step for score in found.scores] == [0, 5, 10, 20, 23]
-    assert [score.seconds for score in found.scores] == [0, 5, 10, 20, 23]
-    assert [score.evaluations for score in found.scores] == [0, 10, 20, 40, 46]
-    assert found.losses == plain.losses  # looking on the way changes nothing
-    assert found.scores[-1].loss == plain.scores[-1].loss
-    few = bench.trial(2, steps=12, seed=0, seconds=3)
-    assert [score.step for score in few.scores] == [0, 10, 12]  # the steps come first
-
-
-@pytest.mark.pictures
-def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(options, capsys):
-    command = ["sweep", *options, *SWEEP, "--layers=[1,3]", "--steps=3", "--seconds=0.2"]
-    assert main(command) == 0
-    output = capsys.readouterr().out
-    content = json.loads(Path("swept/sweep.json").read_text())
-    assert set(content["curves"]) == {"1", "3"}
-    for curve in content["curves"].values():
-        steps, seconds, losses = ([score[name] for score in curve] for name in ("step", "seconds", "loss"))
-        assert steps[0] == seconds[0] == 0
-        assert 3 in steps
-        assert steps == sorted(set(steps))
-        assert seconds == sorted(seconds)
-        assert seconds[-1] >= 0.2
-        assert all(math.isfinite(loss) for loss in losses)
-    assert Path("swept/sweep_curves.png").stat().st_size > 10_000
-    assert content["verdict"] in output
-    assert re.fullmatch(
-        r"After 3 steps layer [13] is ahead, at a dev loss of \d\.\d{4}.* After 0\.2 s layer [13] is ahead, .*",
-        content["verdict"],
-    )
-    assert content["settings"]["seconds"] == 0.2
-
-
-def test_a_sweep_for_a_time_and_one_for_steps_share_no_trainings(options, capsys):
-    common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]", "--steps=2"]
-    assert main([*common, "--sensitivity_only=true", "--seconds=1"]) == 0  # no training, no time
-    assert not Path("swept/sweep_curves.png").exists()
-    assert main(common) == 0
-    assert main([*common, "--seconds=0.05"]) == 2
-    assert "seconds: None -> 0.05" in capsys.readouterr().err
-    assert main([*common, "--sensitivity_only=true"]) == 0
-    timed = [*common, "--output=timed", "--seconds=0.05"]
-    assert main(timed) == 0
-    for other in (common, [*common, "--seconds=0.06"]):
-        assert main([*other, "--output=timed"]) == 2
-        assert "seconds: 0.05 -> " in capsys.readouterr().err
-    assert main(timed) == 0
-
-
-@pytest.mark.parametrize("seconds", ["0", "-1", ".inf"])
-def test_bad_seconds(options, capsys, seconds):
-    assert main(["sweep", *options, "--output=swept", f"--seconds={seconds}"]) == 2
-    assert "give a number above 0, or leave it out" in capsys.readouterr().err
-    assert not Path("swept").exists()
+def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
+    """5 s for 10 units: 45 s for the 90 left, and 40 s without 10 that another process has done."""
+    now = [100.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    clock = sweep._Clock({"sensitivity-0": 10.0, "sensitivity-1": 10.0, "train-0-seed-0": 80.0})
+    result = {"mean": 1.0, "standard_error": 0.5, "directions": 20}
+    now[0] = 105.0
+    clock.tick("sensitivity-0", result)
+    clock.forget("sensitivity-1")
+    now[0] = 145.0
+    clock.tick("train-0-seed-0", result)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("(5 s; 2 cells left, about 45 s)")
+    assert lines[1].endswith("(40 s; done)")
 
 
 def curve(*points):
@@ -346,7 +434,8 @@ def curve(*points):
 
 def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     """Seeds end at other steps; those on the way are not mixed with the last ones."""
-    store, plan = CellStore(tmp_path / "s", {}), plan_sweep(4, [2, 3], 20, [0, 1], 20, 8, 30.0)
+    store, plan = CellStore(tmp_path / "s", {}), plan_sweep(4, [2, 3], 20, [0, 1, 1], 20, 8, 30.0)
+    assert plan.seeds == (0, 1)
     scores = {
         (2, 0): curve((0, 0, 1.0), (10, 4, 0.8), (20, 8, 0.6), (71, 30, 0.5)),
         (2, 1): curve((0, 0, 1.0), (10, 6, 0.6), (20, 12, 0.4), (40, 20, 0.3), (59, 31, 0.1)),
@@ -379,213 +468,94 @@ def test_the_verdict_reads_curves_where_they_were_not_scored():
     assert "chosen" not in curves_verdict(curves, plan, 3)
 
 
-def test_moved_prefix_states_are_those_of_the_next_layer(options):
-    bench = bench_of(options)
-    bench.trial(1, steps=3, seed=0)
-    held = set(bench._cache._states)
-    assert held
-    bench.move_prefix(3)
-    assert bench._cache.start == 3
-    assert set(bench._cache._states) == held
-    moved = bench.trial(3, steps=4, seed=0)
-    fresh = bench_of(options).trial(3, steps=4, seed=0)
-    torch.testing.assert_close(torch.tensor(moved.losses), torch.tensor(fresh.losses), rtol=1e-4, atol=1e-5)
-
-
-def test_states_that_are_kept_rounded_are_not_rounded_again_at_the_next_layer(options):
-    """Moved from layer to layer they would be; a trial after others equals one that is the first."""
-    small = [*options, "--model.engine.cache_dtype=bfloat16"]
-    bench = bench_of(small)
-    for layer in (1, 2):
-        bench.move_prefix(layer)
-        bench.trial(layer, steps=3, seed=0)
-    bench.move_prefix(3)
-    moved = bench.trial(3, steps=4, seed=0)
-    fresh = bench_of(small).trial(3, steps=4, seed=0)
-    assert moved.losses == fresh.losses
-
-
-def test_sensitivity_is_the_mean_slope(options):
-    """Against a plain loop over the whole model, with the same directions."""
-    bench = bench_of(options)
-    found = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
-    module = bench.module
-    rows = next(bench.datamodule.training_batches(8, 5))
-    tuned, eps = module.tune(2).tensors, module.step_options.eps
-    slopes = []
-    with torch.no_grad():
-        for query in range(20):
-            losses = []
-            for sign in (1, -1):
-                tuned.write(tuned.draw(5, 0, query), sign * eps)
-                scores = candidate_scores(module.parts.logits(rows.packed), rows.packed)
-                total, weight = CandidateCrossEntropy().of_scores(scores, rows.packed)
-                losses.append(float(total / weight))
-            slopes.append(abs(losses[0] - losses[1]) / (2 * eps))
-    tuned.restore()
-    slopes = torch.tensor(slopes)
-    assert found.mean == pytest.approx(float(slopes.mean()), rel=1e-2)
-    assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(20)), rel=2e-2)
-
-
-def test_divergence_is_named(options):
-    trial = bench_of(options).trial(2, steps=6, seed=0, lr=1e38)
-    assert trial.diverged
-    assert trial.gain == -math.inf
-    assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
-
-
-def test_tune_recommends_and_goes_on(options, capsys, monkeypatch):
-    command = ["lr_search", *options, "--steps=4", "--lrs=[1e-3,1e-2,1e38]", "--output=tuned"]
-    assert main(command) == 0
-    output = capsys.readouterr().out
-    assert "lr 1e+38, eps 0.001: diverged" in output
-    content = json.loads(Path("tuned/lr_search.json").read_text())
-    assert [pair["lr"] for pair in content["tried"]] == [1e-3, 1e-2, 1e38]
-    assert content["tried"][2]["loss"] is None
-    assert content["why"] in output
-    calls = []
-    monkeypatch.setattr(Workbench, "trial", lambda *args, **kwargs: calls.append(kwargs))
-    assert main(command) == 0
-    assert calls == []
-    assert main([*command, "--model.num_queries=2"]) == 2
-    assert "num_queries: 1 -> 2" in capsys.readouterr().err
-
-
-def pair(lr, loss, eps=1e-3, diverged=""):
-    return Tried(lr, eps, math.inf if diverged else loss, 0.5, diverged)
-
-
-def test_recommendations():
-    best, words = recommend([pair(1e-4, 0.9), pair(1e-3, 0.6), pair(1e-2, 0, diverged="up")], 1.0)
-    assert best.lr == 1e-3
-    assert "From lr 0.01 on training diverges" in words
-    assert "of the grid" not in words
-    best, words = recommend([pair(1e-4, 0.9), pair(1e-3, 0.6)], 1.0)
-    assert "largest rate of the grid" in words
-    best, words = recommend([pair(1e-4, 0.5), pair(1e-3, 0.6)], 1.0)
-    assert "smallest rate of the grid" in words
-    best, words = recommend([pair(1e-4, 0.999), pair(1e-3, 1.2)], 1.0)
-    assert best is None
-    assert "No rate lowered" in words
-    best, words = recommend([pair(1e-4, 0, diverged="up")], 1.0)
-    assert best is None
-    assert "Every rate diverged" in words
-
-
-def test_the_grid_spreads_around_the_configured_rate():
-    grid = make_grid(None, None, 40, [0], lambda: (3e-4, 1e-3))
-    assert len(grid.lrs) == 7
-    assert grid.lrs[3] == pytest.approx(3e-4)
-    assert grid.lrs[-1] / grid.lrs[0] == pytest.approx(1000)
-    assert grid.eps == (1e-3,)
-    for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
-        arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
-        with pytest.raises(SlzoError, match=next(iter(bad))):
-            make_grid(**arguments, own=lambda: (1e-3, 1e-3))
-
-
-def test_the_grid_is_around_the_measured_rate_only_if_none_is_given():
-    def fails():
-        raise AssertionError
-
-    assert make_grid([1e-3], [1e-2], 4, [0], fails).eps == (1e-2,)
-    assert make_grid([1e-3], None, 4, [0], lambda: (1.0, 2e-2)).eps == (2e-2,)
-    assert make_grid(None, [1e-2], 4, [0], lambda: (5.0, 1.0)).lrs[3] == 5.0
-
-
 def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
     loss = None if gain is None else 1 - gain
     return LayerResult(layer, sensitivity, 0.1, 10.0, 1, 1.0, loss, se, gain, 0.5, 0.1, 1.0, 1.0, diverged, dominant)
 
 
-def test_verdicts():
-    assert "11, wins: it lowers the dev loss by 0.4000, 0.3000 more" in verdict(
-        [row(2, 0.1), row(11, 0.4, dominant=True)], "accuracy"
-    )
-    assert "21.2 standard errors" in verdict([row(2, 0.1), row(11, 0.4, dominant=True)], "accuracy")
-    near = verdict([row(2, 0.39), row(11, 0.4, dominant=True)], "accuracy")
-    assert "The chosen layer, 11, leads, but not clearly" in near
-    assert "0.7 standard errors" in near
-    behind = verdict([row(2, 0.41), row(11, 0.4, dominant=True)], "accuracy")
-    assert "does not clearly lose: layer 2 lowers the dev loss by 0.4100, 0.0100 more, 0.7 standard errors" in behind
-    alone = verdict([row(2, 0.1, se=None), row(11, 0.4, dominant=True, se=None)], "accuracy")
-    assert "from one seed, so how sure is not known" in alone
-    assert "does not win: layer 2" in verdict([row(2, 0.5), row(11, 0.4, dominant=True)], "accuracy")
-    assert "diverged" in verdict([row(2, 0.5), row(11, None, dominant=True, diverged=1)], "accuracy")
-    assert "number 2 of 2" in verdict([row(2, sensitivity=3.0), row(11, dominant=True)], "accuracy")
-    assert "chooses no layer" in verdict([row(2), row(11)], "accuracy")
-    assert "chooses no layer" in verdict([row(2, 0.5), row(11, 0.1)], "accuracy")
-    assert "Every training diverged" in verdict([row(2, diverged=1), row(11, dominant=True, diverged=1)], "accuracy")
-    assert "No layer lowered the dev loss; the best, layer 11, raised it by 0.1000" in verdict(
-        [row(2, -0.2), row(11, -0.1, dominant=True)], "accuracy"
-    )
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([row(2, 0.1), row(11, 0.4, True)], ["11, wins: it lowers the dev loss by 0.4000, 0.3000 more", "21.2 standard"]),
+        ([row(2, 0.39), row(11, 0.4, True)], ["The chosen layer, 11, leads, but not clearly", "0.7 standard errors"]),
+        ([row(2, 0.41), row(11, 0.4, True)], ["does not clearly lose: layer 2", "0.4100, 0.0100 more, 0.7 standard errors"]),
+        ([row(2, 0.1, se=None), row(11, 0.4, True, se=None)], ["from one seed, so how sure is not known"]),
+        ([row(2, 0.5), row(11, 0.4, True)], ["does not win: layer 2"]),
+        ([row(2, 0.5), row(11, None, True, diverged=1)], ["diverged"]),
+        ([row(2, 0.5), row(11, 0.1)], ["chooses no layer"]),
+        ([row(2, diverged=1), row(11, None, True, diverged=1)], ["Every training diverged", "slzo sweep --lrs auto"]),
+        ([row(2, -0.2), row(11, -0.1, True)], ["No layer lowered the dev loss", "layer 11, raised it by 0.1000"]),
+        ([row(2), row(11)], ["chooses no layer"]),
+        ([row(2, sensitivity=1.2), row(11, None, True), row(12, sensitivity=0.5)],
+         ["number 2 of 3 in sensitivity, at 1 +- 0.1; layer 2 leads at 1.2 +- 0.1", "by 1.4 standard errors, so not clearly"]),
+        ([row(2, sensitivity=3.0), row(11, None, True)], ["number 2 of 2", "by 14.1 standard errors; no layer was trained"]),
+        ([row(2, sensitivity=0.9), row(11, None, True)],
+         ["is the most sensitive, but not clearly, at 1 +- 0.1, 0.7 standard errors ahead of the next, layer 2;"]),
+        ([row(2, sensitivity=0.1), row(11, None, True)], ["The chosen layer, 11, is the most sensitive, at"]),
+    ],
+)  # fmt: skip
+def test_verdicts(rows, parts):
+    found = verdict(rows, "accuracy")
+    assert [part for part in parts if part not in found] == [], found
 
 
-def test_the_verdict_without_training_says_how_sure_it_is():
-    behind = verdict(
-        [row(2, sensitivity=1.2), row(11, dominant=True), row(12, sensitivity=0.5)], "accuracy", "layer that x"
-    )
-    assert behind.startswith(
-        "The layer that x, 11, is number 2 of 3 in sensitivity, at 1 +- 0.1; layer 2 leads at 1.2 +- 0.1, "
-    )
-    assert "by 1.4 standard errors, so not clearly" in behind
-    clear = verdict([row(2, sensitivity=3.0), row(11, dominant=True)], "accuracy")
-    assert "by 14.1 standard errors; no layer was trained" in clear
-    first = verdict([row(2, sensitivity=0.9), row(11, dominant=True)], "accuracy")
-    assert (
-        "is the most sensitive, but not clearly, at 1 +- 0.1, 0.7 standard errors ahead of the next, layer 2;" in first
-    )
-    assert "is the most sensitive, at" in verdict([row(2, sensitivity=0.1), row(11, dominant=True)], "accuracy")
+# ---- the sweep over learning rates -----------------------------------------------------------------------------------------
 
 
-def test_a_layer_that_a_fallback_chose_is_not_called_the_first_outlier():
-    profile = [LayerStatistics(number, 1.0 + number, 1.0, 1.0 + number, 3.0, 0, 0, 0) for number in range(3)]
-    assert "outlier" not in FirstOutlierLayer(fallback="max_ratio_jump").select(profile).title
+def test_a_sweep_over_rates_recommends_one_and_goes_on(options, capsys, monkeypatch):
+    command = ["sweep", *options, "--steps=4", "--lrs=[1e-3,1e-2,1e38]", "--output=rates"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "lr 1e+38, eps 0.001: diverged" in output
+    content = json.loads(Path("rates/rates.json").read_text())
+    assert [pair["lr"] for pair in content["tried"]] == [1e-3, 1e-2, 1e38]
+    assert content["tried"][2]["loss"] is None
+    assert content["reason"] in output
+    monkeypatch.setattr(LayerTrials, "run", None)
+    assert main(command) == 0
+    assert "num_queries: 1 -> 2" in error_line(capsys, *command, "--model.num_queries=2")
 
 
-def test_a_measurement_ends_when_it_is_sure_enough(options):
-    bench = bench_of(options)
-    whole = bench.sensitivity(2, directions=20, seed=5, num_rows=8)
-    assert whole.directions == 20
-    for share in (1.0, 0.25):
-        found = bench.sensitivity(2, directions=20, seed=5, num_rows=8, max_error=share)
-        assert 8 <= found.directions <= 20
-        assert found.directions == 20 or found.standard_error < share * found.mean
-        same = bench.sensitivity(2, directions=found.directions, seed=5, num_rows=8)
-        assert (same.mean, same.standard_error) == (found.mean, found.standard_error)
-    assert bench.sensitivity(2, directions=20, seed=5, num_rows=8, max_error=1.0).directions == 8
+def test_sizes_of_the_perturbation_are_compared_with_each_rate(options):
+    command = ["sweep", *options, "--steps=1", "--lrs=[1e-3,1e-2]", "--eps=[1e-3,1e-2]", "--model.scope=AllParameters"]
+    assert main(command) == 0
+    (file,) = Path("sweeps").glob("*-sst2-rates/rates.json")
+    tried = json.loads(file.read_text())["tried"]
+    assert [(pair["eps"], pair["lr"]) for pair in tried] == [(1e-3, 1e-3), (1e-3, 1e-2), (1e-2, 1e-3), (1e-2, 1e-2)]
 
 
-def test_plans():
-    plan = plan_sweep(4, None, 10, [1, 1, 2], 20, 8)
-    assert plan.layers == (0, 1, 2, 3)
-    assert plan.seeds == (1, 2)
+@pytest.mark.parametrize(
+    ("tried", "best", "words"),
+    [
+        ([(1e-4, 0.9), (1e-3, 0.6), (1e-2, None)], 1e-3, "From lr 0.01 on training diverges"),
+        ([(1e-4, 0.9), (1e-3, 0.6)], 1e-3, "largest rate of the grid"),
+        ([(1e-4, 0.5), (1e-3, 0.6)], 1e-4, "smallest rate of the grid"),
+        ([(1e-4, 0.999), (1e-3, 1.2)], None, "No rate lowered"),
+        ([(1e-4, None)], None, "Every rate diverged"),
+    ],
+)
+def test_recommendations(tried, best, words):
+    pairs = [RateResult(lr, 1e-3, loss or math.inf, 0.5, "" if loss else "up") for lr, loss in tried]
+    found, reason = recommend(pairs, 1.0)
+    assert (found and found.lr) == best
+    assert words in reason
+    assert ("of the grid" in reason) == ("of the grid" in words)
 
 
-def test_the_time_left_follows_the_work_of_the_cells(monkeypatch, capsys):
-    """5 s for 10 units: 45 s for the 90 left, and 40 s without 10 that another process has done."""
-    now = [100.0]
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-    clock = sweep._Clock({"sensitivity-0": 10.0, "sensitivity-1": 10.0, "train-0-seed-0": 80.0})
-    result = {"mean": 1.0, "standard_error": 0.5, "directions": 20}
-    now[0] = 105.0
-    clock.tick("sensitivity-0", result)
-    clock.forget("sensitivity-1")
-    now[0] = 145.0
-    clock.tick("train-0-seed-0", result)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("(5 s; 2 cells left, about 45 s)")
-    assert lines[1].endswith("(40 s; done)")
+def test_rates_are_planned_around_the_own_rate_where_none_are_given():
+    def fails():
+        raise AssertionError
 
-
-def test_trials_train_on_the_metric_that_fit_would(options):
-    cli = build([*options, "--data.objective=metric"], run=False)
-    bench = Workbench(cli.model, cli.trainer.attach(cli.model, cli.datamodule))
-    batch = next(bench.datamodule.training_batches(4, 0))
-    cli.model.tune(1)
-    with torch.no_grad():
-        found = cli.model.evaluator(EvalCollator()(batch.rows)).predictions
-    right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
-    (loss,) = cli.model.loss_of(batch).at([Point({}, 0.0)]).tolist()
-    assert loss == pytest.approx(1 - sum(right) / 4)
+    for lrs in (None, "auto"):
+        plan = plan_rates(lrs, None, 40, [0], lambda: (3e-4, 1e-3))
+        assert len(plan.lrs) == 7
+        assert plan.lrs[3] == pytest.approx(3e-4)
+        assert plan.lrs[-1] / plan.lrs[0] == pytest.approx(1000)
+        assert plan.eps == (1e-3,)
+    assert plan_rates([1e-3], [1e-2], 4, [0], fails).eps == (1e-2,)
+    assert plan_rates([1e-3], None, 4, [0], lambda: (1.0, 2e-2)).eps == (2e-2,)
+    assert plan_rates(None, [1e-2], 4, [0], lambda: (5.0, 1.0)).lrs[3] == 5.0
+    for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
+        arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
+        with pytest.raises(SlzoError, match=next(iter(bad))):
+            plan_rates(**arguments, own=lambda: (1e-3, 1e-3))

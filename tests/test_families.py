@@ -1,27 +1,25 @@
 """Model families: mixtures of experts, attention sinks, windows that only a twin shows, and the table of all types."""
 
-import importlib
 import random
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, random_example, tiny_model, tuned, tuned_layer
+from helpers import error_line, last_checkpoint, make_tokenizer, random_example, tiny_model, tuned, tuned_layer
 from transformers import AutoConfig
 
+import family_table
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.utils.errors import SlzoError
 from slzo.evaluation.generation import generate
 from slzo.models import parts as model_parts
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import ORIGINAL_LENGTH, WINDOW, tiny_config, tiny_twin
-from slzo.utils.settings import with_defaults
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.profile import profile_layers
@@ -35,10 +33,9 @@ from slzo.zo.scopes import (
     ScopeContext,
     SmallestWeights,
 )
-from slzo.zo.stepper import StepOptions
+from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
-TOOLS = Path(__file__).parents[1] / "tools"
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SELECTION = [
@@ -48,25 +45,16 @@ SELECTION = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(TOOLS))  # as for a script that is run from there
-    try:
-        return importlib.import_module("family_table")
-    finally:
-        sys.path.remove(str(TOOLS))
-
-
 def names_of(tensors):
     return {name for name, _ in tensors.items()}
 
 
 @pytest.mark.parametrize("model_type", SELECTION)
-def test_the_table_says_what_happens(tool, model_type):
+def test_the_table_says_what_happens(model_type):
     """What is accepted is compared with plain forward passes there, split before every layer."""
     rows = [[cell.strip() for cell in line.split("|")] for line in TABLE.read_text(encoding="utf-8").splitlines()]
     (row,) = [row for row in rows if len(row) > 5 and row[1].split(" ")[0] == model_type]
-    verdict = tool.verdict_of(model_type)
+    verdict = family_table.verdict_of(model_type)
     assert (verdict.kind, verdict.runs) == (row[2], row[3])
     assert verdict.experts == ("(MoE)" in row[1])
     if model_type in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"):
@@ -74,10 +62,10 @@ def test_the_table_says_what_happens(tool, model_type):
         assert verdict.error < 1e-5
 
 
-def test_a_wrong_model_does_not_get_into_the_table(tool, monkeypatch):
-    monkeypatch.setattr(tool, "split_and_verify", lambda model, **_: ModelParts(model, onednn=False))
+def test_a_wrong_model_does_not_get_into_the_table(monkeypatch):
+    monkeypatch.setattr(family_table, "split_and_verify", lambda model, **_: ModelParts(model, onednn=False))
     with pytest.raises(AssertionError, match=r"lfm2: accepted, and its logits are wrong by \d"):
-        tool.verdict_of("lfm2")
+        family_table.verdict_of("lfm2")
 
 
 # ---- the start-up check ----------------------------------------------------------------------------------------------------
@@ -110,7 +98,7 @@ def test_a_window_that_no_short_row_reaches_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_that_see_each_other_are_noticed_in_any_dtype(dtype):
+def test_rows_that_see_each_other_are_found_in_any_dtype(dtype):
     model = tiny_model("llama")
     # far less than rounding changes in half precision, and only forwards, from row to row
     model.model.layers[2].register_forward_pre_hook(
@@ -123,27 +111,18 @@ def test_rows_that_see_each_other_are_noticed_in_any_dtype(dtype):
     assert "rows of a batch see each other" in str(told[-1].message)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+ORIGINAL = {"original_max_position_embeddings": 40}
+
+
 @pytest.mark.parametrize(
-    ("family", "rope"),
-    [
-        ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        (
-            "phi3",
-            {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 4,
-                "long_factor": [3.0] * 4,
-                "original_max_position_embeddings": 40,
-            },
-        ),
-    ],
+    ("family", "rope", "options", "longest"),
+    [("llama", DYNAMIC, {}, 256), ("phi3", {**LONG, **ORIGINAL}, ORIGINAL, 40)],
 )
-def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family, rope):
-    options = {} if family == "llama" else {"original_max_position_embeddings": 40}
+def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family, rope, options, longest):
     model = tiny_model(family, rope_parameters=rope, **options)
     parts = split_and_verify(model)
-    longest = 256 if family == "llama" else 40
     assert (parts.packed, parts.longest) == (True, longest)
     generator = random.Random(0)
     with torch.no_grad():
@@ -173,20 +152,19 @@ def test_a_model_without_a_twin_is_padded(monkeypatch):
         assert not split_and_verify(tiny_model("llama")).packed
 
 
-def test_a_refused_model_leaves_no_run_folder(tool, tmp_path, sst2_options, capsys):
-    tool.tiny_model("gemma3n_text").save_pretrained(tmp_path / "model")
+def test_a_refused_model_leaves_no_run_folder(tmp_path, sst2_options, capsys):
+    family_table.tiny_model("gemma3n_text").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    assert main(["fit", *sst2_options, f"--model.model={tmp_path / 'model'}"]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is not supported" in line]
-    assert "Gemma3nForCausalLM is not supported: its layers pass on more than one state for each token" in line
+    error = error_line(capsys, "fit", *sst2_options, f"--model.model={tmp_path / 'model'}")
+    assert "Gemma3nForCausalLM is not supported: its layers pass on more than one state for each token" in error
     assert not Path("runs").exists()
 
 
 # ---- experts and sinks -----------------------------------------------------------------------------------------------------
 
 
-def test_sinks_are_seen_while_answers_are_generated(tool):
-    model, generator = tool.tiny_model("gpt_oss"), random.Random(0)
+def test_sinks_are_seen_while_answers_are_generated():
+    model, generator = family_table.tiny_model("gpt_oss"), random.Random(0)
     prompts = [generator.choices(range(3, 300), k=k) for k in (3, 9, 14)]
     expected = []
     for prompt in prompts:
@@ -195,17 +173,17 @@ def test_sinks_are_seen_while_answers_are_generated(tool):
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         expected.append(ids[len(prompt) :])
-    parts = split_and_verify(tool.tiny_model("gpt_oss"))
+    parts = split_and_verify(family_table.tiny_model("gpt_oss"))
     assert parts.packed
     assert generate(parts, prompts, set(), max_new_tokens=6).answers == expected
 
 
-def test_a_model_that_sees_padding_generates_rows_of_equal_length_together(tool):
+def test_a_model_that_sees_padding_generates_rows_of_equal_length_together():
     generator = random.Random(0)
     prompts = [generator.choices(range(3, 300), k=k) for k in (3, 9, 9, 14)]
     with pytest.warns(UserWarning, match="padding is used"):
-        parts = split_and_verify(tool.tiny_model("recurrent_gemma"))
-    assert not parts.pads_left
+        parts = split_and_verify(family_table.tiny_model("recurrent_gemma"))
+    assert not parts.allows_left_padding
     together = generate(parts, prompts, set(), max_new_tokens=5).answers
     assert together == [generate(parts, [prompt], set(), max_new_tokens=5).answers[0] for prompt in prompts]
 
@@ -215,9 +193,8 @@ def test_a_mixture_of_experts_is_tuned_and_its_router_stays(one_token_examples):
     model = tuned_layer(parts, 1)
     before = {name: tensor.clone() for name, tensor in parts.model.named_parameters()}
     optimizer = torch.optim.SGD(model.tensors.masters, lr=1e-3)
-    loss = model.loss(TrainBatch(pack(one_token_examples), ()), CandidateCrossEntropy())
-    model.step(loss, SPSA(), optimizer, StepOptions(1e-3), seed=0, step=0)
-    model.tensors.restore()
+    stepper = Stepper(model, CandidateCrossEntropy(), SPSA(), StepOptions(1e-3))
+    stepper.step(TrainBatch(pack(one_token_examples), ()), 0, optimizer)
     moved = {name for name, tensor in parts.model.named_parameters() if not torch.equal(tensor, before[name])}
     assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= moved
     assert all(name.startswith("model.layers.1.") and "mlp.gate" not in name for name in moved)
@@ -226,8 +203,8 @@ def test_a_mixture_of_experts_is_tuned_and_its_router_stays(one_token_examples):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "jamba"])
-def test_routers_are_tuned_where_asked_for(tool, family):
-    model = tool.tiny_model(family)
+def test_routers_are_tuned_where_asked_for(family):
+    model = family_table.tiny_model(family)
     parts = ModelParts(model, packed=False, onednn=False)
     layer = 3
     context = ScopeContext(parts, layer, lambda _: ())
@@ -257,7 +234,7 @@ def test_routers_are_tuned_where_asked_for(tool, family):
 def test_scopes_of_linear_maps_refuse_experts_in_one_line(scope, message):
     parts = ModelParts(tiny_model("mixtral", **EXPERTS))
     with pytest.raises(SlzoError, match=message):
-        TunedModel.of_scope(parts, scope, 1)
+        TunedModel.from_scope(parts, scope, 1)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +242,7 @@ def test_scopes_of_linear_maps_refuse_experts_in_one_line(scope, message):
 )
 def test_the_attention_beside_experts_is_tuned_as_in_others(scope, examples):
     parts = ModelParts(tiny_model("mixtral", **EXPERTS))
-    model = TunedModel.of_scope(parts, scope, 1, prompts=lambda _: [pack(examples)])
+    model = TunedModel.from_scope(parts, scope, 1, prompts=lambda _: [pack(examples)])
     assert all("self_attn" in name for name in names_of(model.tensors))
 
 
@@ -274,20 +251,14 @@ def test_a_gate_is_a_router_only_beside_experts():
     assert names_of(LayerScope().tensors(context)) == names_of(LayerScope(routers=True).tensors(context))
 
 
-def test_settings_of_a_former_version_get_the_default_of_what_it_did_not_know():
-    old = {"class": "LayerScope", "part": "mlp", "norms": True, "layers": None}
-    assert with_defaults(old, LayerScope()) == {**old, "routers": False}
-    assert with_defaults({"class": "Other", "part": "mlp"}, LayerScope()) == {"class": "Other", "part": "mlp"}
-
-
-def test_the_text_decoder_of_a_model_that_looks_at_images_is_loaded(tool, tmp_path):
-    model = tool.tiny_model("llava")
+def test_the_text_decoder_of_a_model_that_looks_at_images_is_loaded(tmp_path):
+    model = family_table.tiny_model("llava")
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path))
     assert isinstance(loaded, type(model))
     parts = split_and_verify(loaded)
     assert parts.layers is loaded.model.language_model.layers
-    assert tool.largest_error(parts, model) < 1e-5
+    assert family_table.largest_error(parts, model) < 1e-5
 
 
 def test_a_mixture_of_experts_is_fitted_from_a_folder(tmp_path, options):
@@ -295,4 +266,4 @@ def test_a_mixture_of_experts_is_fitted_from_a_folder(tmp_path, options):
     make_tokenizer().save_pretrained(tmp_path / "model")
     steps = ["--trainer.max_steps=2", "--model.scope=LayerScope", "--model.scope.routers=true"]
     assert main(["fit", *options, f"--model.model={tmp_path / 'model'}", *steps]) == 0
-    assert any("mlp.gate" in name for name in tuned("runs/version_0/checkpoints/last.ckpt"))
+    assert any("mlp.gate" in name for name in tuned(last_checkpoint()))

@@ -4,10 +4,8 @@ import errno
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,13 +28,8 @@ def test_a_file_replaces_the_former_one(tmp_path):
     write_json(path, {"a": 2})
     assert path.read_text() == '{\n  "a": 2\n}\n'
     assert names(path.parent) == ["result.json"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_after_an_error_the_former_file_is_whole_and_nothing_else_is_left(tmp_path):
@@ -57,7 +50,7 @@ def test_after_an_error_the_former_file_is_whole_and_nothing_else_is_left(tmp_pa
     assert names(tmp_path) == ["result.txt"]
 
 
-def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     path, flushed = tmp_path / "result.txt", []
 
     def fsync(number):
@@ -135,14 +128,12 @@ def test_many_writers_of_one_file(tmp_path):
         "import sys; from slzo.utils.files import write_text\n"
         "for _ in range(50): write_text(sys.argv[1], sys.argv[2] * 10000)"
     )
-    started = time.monotonic()
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "result.txt"), letter]) for letter in "abc"]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     text = (tmp_path / "result.txt").read_text()
     assert len(set(text)) == 1
     assert len(text) == 10000
     assert names(tmp_path) == ["result.txt"]
-    assert time.monotonic() - started < 60
 
 
 def test_an_interrupt_while_the_hidden_folder_is_removed_stays_one(tmp_path, monkeypatch):
@@ -163,5 +154,5 @@ def test_an_interrupt_while_the_hidden_folder_is_removed_stays_one(tmp_path, mon
             write_text(tmp_path / "a.txt", "whole")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert names(tmp_path) == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "whole"

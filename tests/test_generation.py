@@ -1,10 +1,11 @@
 """Batched greedy generation against a plain loop that runs the whole sequence anew for each token."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, make_tokenizer, tiny_model
+from helpers import FAMILIES, VOCABULARY, make_tokenizer, tiny_model
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
@@ -64,28 +65,25 @@ def test_stop_token_at_once_gives_an_empty_answer():
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [True, False])
 def test_gold_loss_is_that_of_the_answer_tokens(packed):
-    model = tiny_model()
-    prompts = make_prompts()
-    generator = random.Random(3)
+    model, prompts, generator = tiny_model(), make_prompts(), random.Random(3)
     gold, total, count = [], 0.0, 0
     for number, prompt in enumerate(prompts):
         answer = generator.choices(range(3, VOCABULARY), k=1 + number % 3)
-        # a row without a label does not count
-        gold.append(
-            EncodedExample(number, (EncodedSequence((*prompt, *answer), len(answer)),), () if number == 4 else (0,))
-        )
-        if number == 4:
+        own = EncodedSequence((*prompt, *answer), len(answer))
+        gold.append(EncodedExample(number, (own,), () if number == 4 else (0,)))
+        if number == 4:  # a row without a label does not count
             continue
         logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(dim=-1)
         total -= sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
         count += len(answer)
+    parts = ModelParts(model, packed)
     for budget in (1, 10_000):
-        made = generate(ModelParts(model, packed), prompts, {2}, prefill_tokens=budget, gold=gold)
+        made = generate(parts, prompts, {2}, prefill_tokens=budget, gold=gold)
         assert float(made.gold.weight) == count
         assert float(made.gold.total) == pytest.approx(total, rel=1e-5)
-        assert made.answers == generate(ModelParts(model, packed), prompts, {2}).answers
-    unknown = [EncodedExample(row.index, row.sequences, ()) for row in gold]
-    made = generate(ModelParts(model, packed), prompts, {2}, gold=unknown)
+        assert made.answers == generate(parts, prompts, {2}).answers
+    unknown = [replace(row, gold=()) for row in gold]
+    made = generate(parts, prompts, {2}, gold=unknown)
     assert (float(made.gold.total), float(made.gold.weight)) == (0, 0)
 
 

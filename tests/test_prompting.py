@@ -1,15 +1,11 @@
-"""generate and chat show what slzo's own engine generates, tuned and untuned, from every kind of source."""
+"""Generate shows what slzo's own engine generates, tuned and untuned, from every kind of source."""
 
-import io
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import make_tokenizer, run_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers import error_line, last_checkpoint
+from transformers import AutoTokenizer
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -31,57 +27,64 @@ SCOPES = {
 def tuned(options):
     """A short run that moved a scope far."""
 
-    def fit(scope, *more):
-        more = [*more, *SCOPES[scope], "--trainer.max_steps=2", "--summary.test_before=false"]
+    def fit(scope):
+        more = [*SCOPES[scope], "--trainer.max_steps=2", "--record.test_before=false"]
         assert main(["fit", *options, f"--model.scope={scope}", "--trainer.enable_progress_bar=false", *more]) == 0
-        return str(run_dir() / "checkpoints" / "last.ckpt")
+        return str(last_checkpoint())
 
     return fit
 
 
-def plain(checkpoint, model_dir):
+def engine_texts(checkpoint, model_dir):
     """Greedy texts of slzo's packed engine: untuned and tuned."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ids, read = tokenizer(PROMPT)["input_ids"], read_checkpoint(checkpoint)
     parts = ModelParts(load_model(str(model_dir)))
-    texts = []
-    for number in (0, 1):
-        if number:
-            tuned_model = TunedModel.of_description(parts, read.note)
-            tuned_model.tensors.load(read.content["state_dict"])
-            parts = tuned_model.parts
+
+    def text(parts):
         (answer,) = generate(parts, [ids], {tokenizer.eos_token_id}, max_new_tokens=LENGTH).answers
-        texts.append(tokenizer.decode(answer, skip_special_tokens=True))
-    return texts
+        return tokenizer.decode(answer, skip_special_tokens=True).rstrip("\n")
+
+    untuned = text(parts)
+    tuned_model = TunedModel.from_description(parts, read.note)
+    tuned_model.tensors.load(read.content["state_dict"])
+    return {"untuned": untuned, "tuned": text(tuned_model.parts)}
 
 
-def shown(capsys, *args):
-    """Texts of a command by model."""
+def generated(capsys, *args):
+    """Texts that ``slzo generate`` prints, by model."""
     capsys.readouterr()
-    assert main([*args]) == 0
-    output = capsys.readouterr().out
-    return dict(block.split("\n", 1) for block in output.rstrip("\n").split("--- ")[1:])
+    assert main(["generate", *args]) == 0
+    blocks = [block.split("\n", 1) for block in capsys.readouterr().out.split("--- ")[1:]]
+    return {name: text.rstrip("\n") for name, text in blocks}
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_texts_are_those_of_the_engine(tuned, scope, model_dir, capsys):
+@pytest.mark.parametrize(("scope", "formats"), [("LayerScope", ("merged", "delta")), ("LoRA", ("adapter",))])
+def test_texts_are_those_of_the_engine(tuned, scope, formats, model_dir, capsys):
     checkpoint = tuned(scope)
-    before, after = plain(checkpoint, model_dir)
-    assert before != after
-    expected = {"untuned": before.rstrip("\n"), "tuned": after.rstrip("\n")}
+    expected = engine_texts(checkpoint, model_dir)
+    assert expected["untuned"] != expected["tuned"]
     rest = (f"--prompt={PROMPT}", f"--max_new_tokens={LENGTH}")
-
-    def texts(*args):
-        return {name: text.rstrip("\n") for name, text in shown(capsys, "generate", *args, *rest).items()}
-
-    assert texts(f"--ckpt_path={checkpoint}") == expected
-    assert texts("--ckpt_path=last", "--untuned=false") == {"tuned": expected["tuned"]}
-    for format in ("merged", "delta") if scope == "LayerScope" else ("adapter",):
+    assert generated(capsys, f"--ckpt_path={checkpoint}", *rest) == expected
+    assert generated(capsys, "--ckpt_path=last", "--untuned=false", *rest) == {"tuned": expected["tuned"]}
+    for format in formats:
         assert main(["export", f"--ckpt_path={checkpoint}", f"--output={format}", f"--format={format}"]) == 0
-        assert texts(f"--ckpt_path={format}", f"--base={model_dir}") == expected
-    capsys.readouterr()
-    assert main(["generate", "--ckpt_path=merged" if scope == "LayerScope" else "--ckpt_path=adapter", *rest]) == 2
-    assert "nobody else has its base model" in capsys.readouterr().err  # it is a folder that nobody else has
+        assert generated(capsys, f"--ckpt_path={format}", f"--base={model_dir}", *rest) == expected
+    # its base model is a folder that nobody else has
+    assert "nobody else has its base model" in error_line(capsys, "generate", f"--ckpt_path={formats[0]}", *rest)
+
+
+def test_prefix_tuning_is_refused(tuned, model_dir, capsys):
+    """Transformers would leave its virtual tokens out."""
+    checkpoint = tuned("PrefixTuning")
+    assert main(["export", f"--ckpt_path={checkpoint}", "--output=adapter"]) == 0
+    for source in ([f"--ckpt_path={checkpoint}"], ["--ckpt_path=adapter", f"--base={model_dir}"]):
+        capsys.readouterr()
+        assert main(["generate", *source, "--prompt=x"]) == 2
+        printed = capsys.readouterr()
+        assert not printed.out  # not the untuned text either
+        assert "prefix tuning" in printed.err
+        assert "slzo predict" in printed.err
 
 
 def test_a_file_of_prompts_and_a_run(tuned, capsys):
@@ -95,51 +98,27 @@ def test_a_file_of_prompts_and_a_run(tuned, capsys):
         output = capsys.readouterr().out
         assert output.count("--- tuned") == output.count("--- untuned") == len(prompts)
         assert all(prompt in output for prompt in prompts)
-    first, second = (
-        shown(capsys, "generate", "--ckpt_path=last", "--prompt=A", "--temperature=1", f"--seed={seed}")
-        for seed in (1, 2)
-    )
-    assert first != second
+
+
+def test_draws_depend_on_the_seed(tuned, capsys):
+    tuned("LayerScope")
+    drawn = [
+        generated(capsys, "--ckpt_path=last", "--prompt=A", "--temperature=1", f"--seed={seed}") for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_mistakes_are_one_line(tuned, capsys):
-    checkpoint = tuned("LayerScope")
-    for args, told in {
+    checkpoint = f"--ckpt_path={tuned('LayerScope')}"
+    for args, reason in {
         (): "ckpt_path",
-        (f"--ckpt_path={checkpoint}",): "prompt: give one with --prompt",
-        (f"--ckpt_path={checkpoint}", "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
-        (f"--ckpt_path={checkpoint}", "--prompt=x", "--max_new_tokens=400"): "more than the 256 that the model takes",
-        (f"--ckpt_path={checkpoint}", "--prompt=x", "--temperature=-1"): "temperature -1.0",
-        (f"--ckpt_path={checkpoint}", "--prompt=x", "--base=y"): "is no exported folder",
-        (f"--ckpt_path={checkpoint}", "--prompt=x", "--prompt_file=y"): "unknown option",
-        (f"--ckpt_path={checkpoint}", "--prompts=nothing.txt"): "cannot be read",
+        (checkpoint,): "prompt: give one with --prompt",
+        (checkpoint, "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
+        (checkpoint, "--prompt=x", "--max_new_tokens=400"): "more than the 256 that the model takes",
+        (checkpoint, "--prompt=x", "--temperature=-1"): "temperature -1.0",
+        (checkpoint, "--prompt=x", "--base=y"): "is no exported folder",
+        (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",
+        (checkpoint, "--prompts=nothing.txt"): "cannot be read",
         ("--ckpt_path=nothing", "--prompt=x"): "no such file",
     }.items():
-        capsys.readouterr()
-        assert main(["generate", *args]) == 2, args
-        assert told in capsys.readouterr().err.splitlines()[-1], args
-
-
-def test_a_chat_keeps_what_each_model_said(tuned, model_dir, tmp_path, capsys, monkeypatch):
-    checkpoint = tuned("LayerScope")
-    assert main(["chat", f"--ckpt_path={checkpoint}"]) == 2
-    assert "no chat template" in capsys.readouterr().err
-    own = tmp_path / "own"
-    shutil.copytree(model_dir, own)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-    tokenizer.save_pretrained(own)
-    shutil.rmtree("runs")
-    checkpoint = tuned("LayerScope", f"--model.model={own}")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd you?\n/new\nHello\n"))
-    capsys.readouterr()
-    assert main(["chat", f"--ckpt_path={checkpoint}", f"--max_new_tokens={LENGTH}"]) == 0
-    told = [block.split("\n", 1) for block in capsys.readouterr().out.split("--- ")[1:]]
-    assert [name for name, _ in told] == ["untuned", "tuned"] * 3
-    texts = [text.removesuffix("\n") for _, text in told]
-    assert texts[:2] == texts[4:]  # anew
-    model = AutoModelForCausalLM.from_pretrained(own)
-    ids = tokenizer(f"<user>Hello<assistant>{texts[0]}<user>And you?<assistant>", return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**ids, max_new_tokens=LENGTH, do_sample=False, pad_token_id=0)
-    assert texts[2] == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert reason in error_line(capsys, "generate", *args), args

@@ -9,15 +9,15 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
+from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
-from slzo.config_files import check_config_file
+from slzo.cli.config_files import check_config_file
 from slzo.data.files import READERS, read_file
 from slzo.data.sources import load_examples
-from slzo.utils.errors import SlzoError
 from slzo.tasks.template import TemplateTask
 from slzo.trainer import ZOTrainer
+from slzo.utils.errors import SlzoError
 
 # the same examples in every run; a file in the test's folder is written anew for each
 common = settings(
@@ -35,10 +35,16 @@ VALUES = st.recursive(
 )
 
 
-def one_line(error, names=""):
-    assert str(error)
-    assert names in str(error)
-    assert "\n" not in str(error)
+def result(function, *args, names="", error=SlzoError):
+    """What a function returns; ``None`` if it refuses in one line that has the names."""
+    try:
+        return function(*args)
+    except error as refused:
+        told = str(refused)
+    assert told
+    assert names in told
+    assert "\n" not in told
+    return None
 
 
 @common
@@ -52,12 +58,8 @@ def one_line(error, names=""):
 def test_files_of_rows(tmp_path, ending, content):
     path = tmp_path / f"rows{ending}"
     path.write_bytes(content)
-    try:
-        rows = list(read_file(path))
-    except SlzoError as error:
-        one_line(error, str(path))
-    else:
-        assert all(isinstance(row, dict) for _, row in rows)
+    rows = result(lambda: list(read_file(path)), names=str(path))
+    assert all(isinstance(row, dict) for _, row in rows or ())
 
 
 @common
@@ -71,12 +73,8 @@ def test_rows_of_any_fields(tmp_path, rows):
     except ValueError:  # not even JSON can be made of it
         return
     task = TemplateTask("{sentence}", ["good", "bad"], train_file=str(path), test_file=str(path))
-    try:
-        examples = load_examples(task, "test")
-    except SlzoError as error:
-        one_line(error)
-    else:
-        assert len(examples) == len(rows)
+    examples = result(load_examples, task, "test")
+    assert examples is None or len(examples) == len(rows)
 
 
 @common
@@ -89,28 +87,16 @@ def test_rows_of_any_fields(tmp_path, rows):
 )
 @example(prompt="{a:{a}}", candidates=["x", "y"], labels=None, answer_field=None, row={"a": "1", "label": 0})
 def test_templates(prompt, candidates, labels, answer_field, row):
-    try:
-        task = TemplateTask(prompt, candidates, labels=labels, answer_field=answer_field)
-    except SlzoError as error:
-        one_line(error)
-        return
-    try:
-        made = task.example(row, "1")
-    except ValueError as error:
-        one_line(error)
-    else:
-        assert isinstance(made.prompt, str)
+    task = result(lambda: TemplateTask(prompt, candidates, labels=labels, answer_field=answer_field))
+    made = None if task is None else result(task.example, row, "1", error=ValueError)
+    assert made is None or isinstance(made.prompt, str)
 
 
 @common
 @given(note=VALUES | st.fixed_dictionaries({"format": st.just(CHECKPOINT_FORMAT) | VALUES}))
 def test_notes_of_checkpoints(note):
-    try:
-        found = checkpoint_note({"slzo": note})
-    except SlzoError as error:
-        one_line(error)
-    else:
-        assert found["format"] == CHECKPOINT_FORMAT
+    found = result(checkpoint_note, {"slzo": note})
+    assert found is None or found["format"] == CHECKPOINT_FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +116,7 @@ def test_damaged_checkpoints(tmp_path, checkpoint_bytes, cut, flips):
             damaged[round(place * (len(damaged) - 1))] ^= flip
     path = tmp_path / "last.ckpt"
     path.write_bytes(bytes(damaged))
-    try:
-        read_checkpoint(path)
-    except SlzoError as error:
-        one_line(error)
+    result(read_checkpoint, path)
 
 
 @common
@@ -147,10 +130,7 @@ def test_damaged_checkpoints(tmp_path, checkpoint_bytes, cut, flips):
 def test_any_yaml(tmp_path, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    try:
-        assert isinstance(check_config_file(path), dict)
-    except SlzoError as error:
-        one_line(error)
+    assert isinstance(result(check_config_file, path), dict | None)
 
 
 GROUPS = {

@@ -1,4 +1,4 @@
-"""A race between layers: what it plans and costs, who wins, and what it leaves behind."""
+"""A race between layers: what it plans and costs, which layer wins, and what it leaves to the training."""
 
 import json
 import math
@@ -6,288 +6,217 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import run_dir
-from test_cli import bad
-from test_profile import statistics
+from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statistics, run_dir, summary
 
 from slzo.__main__ import main
-from slzo.callbacks.outlier_profiler import OutlierProfiler, _steps
-from slzo.cli import build
-from slzo.utils.errors import SlzoError
-from slzo.experiments.race import Costs, plan_of, plan_race, race
-from slzo.experiments.trial import Score, Trial
-from slzo.models.engine import Engine
 from slzo.models.prefix_cache import PrefixCache
-from slzo.run_trainer import run_trainer
-from slzo.zo.scopes import AllParameters, LayerScope
-from slzo.zo.selection import LargestFall, Race
+from slzo.module import ZOModule
+from slzo.utils.errors import SlzoError
+from slzo.zo.selection import Race
+from slzo.zo.selection.race import plan_race
+from slzo.zo.trial import Score, StepCost, Trial
 
-COSTS = Costs(30, batch_size=16, evaluations=2, measuring=25, total_steps=3200, train_rows=1000, dev_rows=96)
-# as in SmolLM2-135M: the outlier comes in layer 11 and goes in layer 28
-MAGNITUDES = [(40, 59), *[(770, 700)] * 9, (112, 62), *[(25000, 13000)] * 17, (10000, 890), (4400, 300)]
-
-
-def test_entrants_are_what_the_rules_name_their_neighbours_the_last_and_the_middle():
-    assert Race().entrants(statistics(*MAGNITUDES)) == (11, 15, 27, 28, 29)
-    assert Race(layers=[5, 3, 5]).entrants(statistics(*MAGNITUDES)) == (3, 5)
+COST = StepCost(30, batch_size=16, evaluations=2, measuring=25, dev_rows=96)
+LAYERS = layer_statistics(*SMOLLM2_LAYERS)
+CANDIDATES = (11, 15, 27, 28, 29)
 
 
-def cost(plan, costs):
-    """By hand: rows times layers."""
-    rows = costs.evaluations * costs.batch_size
-    total = (costs.dev_rows + 20 * costs.batch_size) * (max(plan.steps) - min(plan.steps))
-    for layer, steps in plan.steps.items():
-        depth = costs.num_layers - layer + 1.5
-        total += depth * (steps * rows + 2 * costs.dev_rows + costs.measuring * costs.batch_size)
-    return total
+def plan(candidates=CANDIDATES, share=0.25, cost=COST, reference=28, total_steps=3200, num_train=1000):
+    return plan_race(candidates, share, cost, reference, total_steps, num_train)
 
 
-@pytest.mark.parametrize("equal", ["work", "steps"])
+# ---- the plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_the_choices_of_the_rules_neighbours_the_last_and_the_middle_layer():
+    assert Race().candidates(LAYERS) == CANDIDATES
+    assert Race(layers=[5, 3, 5]).candidates(LAYERS) == (3, 5)
+
+
 @pytest.mark.parametrize("share", [0.15, 0.25, 1.0])
-def test_a_race_costs_what_it_says_and_no_more_than_its_share(share, equal):
-    entrants = (11, 15, 27, 28, 29)
-    plan = plan_race(entrants, share, equal, COSTS, 28)
-    whole = COSTS.total_steps * COSTS.evaluations * COSTS.batch_size * (30 - 28 + 1.5) + 1000 * 28
-    assert plan.share == pytest.approx(cost(plan, COSTS) / whole)
-    assert 0.5 * share < plan.share <= share or max(plan.steps.values()) == COSTS.total_steps
-    assert set(plan.steps) | set(plan.left_out) == set(entrants)
-    assert min(plan.steps.values()) >= 5
-    if equal == "steps":
-        assert len(set(plan.steps.values())) == 1
-    elif share < 1:
-        work = [(2 * steps + 25) * (30 - layer + 1.5) for layer, steps in plan.steps.items()]
-        assert max(work) < 1.1 * min(work)  # whole steps
+def test_a_race_costs_what_it_says_and_no_more_than_its_share(share):
+    found = plan(share=share)
+    # by hand: rows times layers
+    cost = (COST.dev_rows + 20 * COST.batch_size) * (max(found.steps) - min(found.steps))
+    for layer, steps in found.steps.items():
+        cost += (30 - layer + 1.5) * (32 * steps + 2 * COST.dev_rows + 25 * 16)
+    whole = 3200 * 32 * (30 - 28 + 1.5) + 1000 * 28
+    assert found.share == pytest.approx(cost / whole)
+    assert 0.5 * share < found.share <= share or max(found.steps.values()) == 3200
+    assert set(found.steps) | set(found.left_out) == set(CANDIDATES)
+    assert min(found.steps.values()) >= 5
+    if share < 1:
+        costs = [(2 * steps + 25) * (30 - layer + 1.5) for layer, steps in found.steps.items()]
+        assert max(costs) < 1.1 * min(costs)  # whole steps
 
 
 def test_whole_vocabulary_logits_cost_every_layer_the_same():
-    costs = replace(COSTS, beside_layers=9.0)
-    steps = plan_race((11, 29), 0.25, "work", costs, 29).steps
+    steps = plan((11, 29), cost=replace(COST, head_layers=9.0), reference=29).steps
     assert (2 * steps[29] + 25) / (2 * steps[11] + 25) == pytest.approx((30 - 11 + 9) / (30 - 29 + 9), rel=0.1)
 
 
-def test_entrants_are_left_out_from_below_where_there_is_no_room():
-    small = plan_race((0, 11, 28, 29), 0.06, "work", COSTS, 28)
+def test_the_lowest_candidates_are_left_out_where_there_is_no_room():
+    small = plan((0, 11, 28, 29), share=0.06)
     assert small.left_out
     assert max(small.left_out) < min(small.steps)
-    assert plan_race((11, 28), 0.25, "work", replace(COSTS, total_steps=10), 28).steps == {}
+    assert plan((11, 28), total_steps=10).steps == {}
 
 
-def test_the_cost_is_held_against_the_layer_that_would_be_tuned_without_a_race():
-    assert Race().reference(statistics(*MAGNITUDES)) == 28
-    assert Race(layers=[5, 3]).reference(statistics(*MAGNITUDES)) == 3
-    assert set(plan_race((11, 28, 29), 0.25, "work", COSTS, 11).steps) == {11, 28, 29}
-    quickstart = replace(COSTS, total_steps=320)
-    assert set(plan_race((11, 28, 29), 0.25, "work", quickstart, 28).steps) == {28, 29}
+def test_the_layer_that_the_cost_is_compared_with_stays_in():
+    found = plan((5, 20, 29), reference=5, total_steps=250)
+    assert (set(found.steps), found.left_out) == ({5, 29}, (20,))
+    assert plan((5, 28, 29), share=0.01, reference=5, total_steps=250).steps == {}
+    trials = FakeTrials({})
+    assert Race().plan(LAYERS, trials).reference == 28  # tuned without a race
+    assert Race(layers=[5, 3]).plan(LAYERS, trials).reference == 3
 
 
-def test_a_step_that_was_measured_before_leaves_more_for_all():
-    plain = plan_race((28, 29), 0.25, "work", COSTS, 28)
-    known = plan_race((28, 29), 0.25, "work", replace(COSTS, measured=frozenset({11, 28})), 28)
-    spared = 25 * 16 * (30 - 28 + 1.5)
-    work = sum(
-        (known.steps[layer] - plain.steps[layer]) * 2 * COSTS.batch_size * (30 - layer + 1.5) for layer in (28, 29)
-    )
-    assert work == pytest.approx(spared, abs=2 * 2 * COSTS.batch_size * 3.5)  # whole steps
+def test_a_step_size_that_is_known_leaves_more_steps_for_all():
+    plain, known = (plan((28, 29), cost=replace(COST, measured=frozenset(m))) for m in ((), (11, 28)))
+    more = sum((known.steps[layer] - plain.steps[layer]) * 32 * (30 - layer + 1.5) for layer in (28, 29))
+    assert more == pytest.approx(25 * 16 * (30 - 28 + 1.5), abs=2 * 32 * 3.5)  # whole steps
     assert known.share == pytest.approx(plain.share, rel=0.005)
-    bench = FakeBench({})
-    bench.known = {11, 28}
-    found = plan_of(bench, Race(layers=[28, 29]), statistics(*MAGNITUDES), 3200)
-    assert found.steps == plan_race((28, 29), 0.25, "work", replace(COSTS, train_rows=200, measured={28}), 28).steps
 
 
-def test_the_layer_it_is_held_against_stays_in():
-    small = replace(COSTS, total_steps=250)
-    plan = plan_race((5, 20, 29), 0.25, "work", small, 5)
-    assert (set(plan.steps), plan.left_out) == ({5, 29}, (20,))
-    assert plan_race((5, 28, 29), 0.01, "work", small, 5).steps == {}
-
-
-@pytest.mark.parametrize(("engine", "lost"), [({}, 1), ({"cache_dtype": "bfloat16"}, 29), ({"cache_gb": 0}, 0)])
-def test_states_that_are_not_carried_on_or_not_kept_are_counted(engine, lost):
-    bench = FakeBench({})
-    bench.module.engine = Engine(**engine)
-    plan = plan_of(bench, Race(share=2.0, layers=[28, 29]), statistics(*MAGNITUDES), 320)
-    depth = {layer: 31.5 if lost == 0 else 31.5 - layer for layer in plan.steps}
-    rows = {layer: 32 * steps + 25 * 16 + 2 * 96 for layer, steps in plan.steps.items()}
-    cost = sum(depth[layer] * rows[layer] for layer in plan.steps) + (96 + 200) * lost
+@pytest.mark.parametrize(("cost", "lost"), [({}, 1), ({"carries": False}, 29), ({"caches": False}, 0)])
+def test_states_that_are_not_carried_on_or_not_kept_are_counted(cost, lost):
+    found = plan((28, 29), share=2.0, cost=replace(COST, **cost), total_steps=320, num_train=200)
+    depth = {layer: 31.5 if lost == 0 else 31.5 - layer for layer in found.steps}
+    costs = sum(depth[layer] * (32 * steps + 25 * 16 + 2 * 96) for layer, steps in found.steps.items())
     whole = 320 * 32 * depth[28] + (0 if lost == 0 else 200 * 28)
-    assert plan.share == pytest.approx(cost / whole)
+    assert found.share == pytest.approx((costs + (96 + 200) * lost) / whole)
 
 
-def test_few_training_rows_cost_their_states_once():
-    few = replace(COSTS, train_rows=100)
-    assert few.training(28) == COSTS.training(28) - 900 * 28
-    assert few.beside((28, 29)) == COSTS.beside((28, 29)) - 220
+def test_the_states_of_few_training_rows_are_computed_once():
+    assert COST.training(28, 3200, num_train=100) == COST.training(28, 3200, num_train=1000) - 900 * 28
 
 
-class FakeBench:
-    """Layers whose dev loss falls by so much a step."""
-
-    def __init__(self, gains):
-        self.gains, self.before, self.asked, self.prefix = gains, None, [], None
-        choice = SimpleNamespace(automatic=True)
-        self.module = SimpleNamespace(
-            optimizer_choice=choice,
-            step_options=SimpleNamespace(eps=None, num_queries=1),
-            noise_seed=0,
-            scope=LayerScope(),
-            engine=Engine(),
-            parts=SimpleNamespace(model=SimpleNamespace(dtype=torch.float32)),
-        )
-        self.datamodule = SimpleNamespace(batch_size=16, rows=lambda split: range(200))
-
-    def head_layers(self):
-        return 0.0
-
-    known = frozenset()
-
-    def knows_step(self, layer):
-        return layer in self.known
-
-    def move_prefix(self, layer):
-        pass
-
-    def forget_prefix(self):
-        pass
-
-    def trial(self, layer, *, steps, seed, num_batches, checks):
-        self.prefix = f"states that enter layer {layer}"
-        self.before = Score(0, 0, 0.0, 1.0, 0.5)
-        scores = [self.before]
-        for step in [*checks, steps]:
-            scores.append(Score(step, 2 * step, 0.0, 1.0 - self.gains[layer] * step, 0.5))
-            if step in checks and not checks[step](scores[-1]):
-                break
-        self.asked.append((layer, scores[-1].step, steps))
-        return Trial(tuple(scores), (), 1.0, "")
+# ---- the race --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_lowest_dev_loss_wins_and_the_worse_half_ends_early(capsys):
-    gains = {11: 0.02, 15: 0.001, 27: 0.001, 28: 0.005, 29: 0.0001}
-    bench = FakeBench(gains)
-    found = race(bench, Race(share=1.0, equal="steps"), statistics(*MAGNITUDES), 320)
-    assert (found.choice.layer, found.states) == (11, "states that enter layer 11")
-    ended = {layer: done < steps for layer, done, steps in bench.asked}
+def test_the_lowest_dev_loss_wins_and_poor_trials_end_early(capsys):
+    trials = FakeTrials({11: 0.6, 15: 0.03, 27: 0.03, 28: 0.15, 29: 0.003})
+    choice = choose(Race(share=1.0), LAYERS, trials)
+    assert (choice.layer, choice.states) == (11, "states that enter layer 11")
+    ended = {layer: done < steps for layer, done, steps in trials.trained}
     assert ended == {11: False, 15: True, 27: False, 28: False, 29: True}  # a median counts itself
     printed = capsys.readouterr().out
     assert "costs about" in printed
-    assert "in the worse half so far" in printed
-    found = race(FakeBench(gains), Race(equal="work"), statistics(*MAGNITUDES), 3200)
-    assert found.choice.layer == 28  # more steps for the same work
+    assert "worse than the median: stopped" in printed
 
 
-def test_where_nobody_gains_largest_fall_decides_and_says_so():
-    bench = FakeBench(dict.fromkeys((11, 15, 27, 28, 29), -0.001))
-    choice = race(bench, Race(share=1.0), statistics(*MAGNITUDES), 320).choice
-    assert choice.layer == LargestFall().select(statistics(*MAGNITUDES)).layer
+def test_without_any_gain_the_outlier_removing_layer_is_chosen():
+    trials = FakeTrials(dict.fromkeys(CANDIDATES, -0.1))
+    choice = choose(Race(share=1.0), LAYERS, trials)
+    assert choice.layer == 28
     assert "no layer lowered the dev loss" in choice.note
+    assert set(choice.trials) == set(CANDIDATES)
 
 
-class Failing(FakeBench):
-    """One layer's step cannot be measured, another's dev loss is not finite."""
+def test_without_room_the_outlier_removing_layer_is_chosen():
+    choice = choose(Race(), LAYERS, FakeTrials({}, steps=20))
+    assert (choice.layer, choice.trials) == (28, {})
+    assert "20 steps leave no room for a race" in choice.note
 
-    def trial(self, layer, *, steps, checks, **options):
+
+class Failing(FakeTrials):
+    """Layer 27 cannot be trained, the dev loss of layer 28 is not finite."""
+
+    def train(self, layer, steps, *, checks, **options):
         if layer == 27:
             raise SlzoError("the loss is inf before training")
         if layer == 28:
-            self.before = Score(0, 0, 0.0, 1.0, 0.5)
             score = Score(1, 2, 0.0, math.nan, 0.5)
             assert not checks[max(1, steps // 3)](score)
-            return Trial((self.before, score), (), 1.0, "the dev loss is not finite")
-        return super().trial(layer, steps=steps, checks=checks, **options)
+            return Trial((Score(0, 0, 0.0, 1.0, 0.5), score), (), 1.0, "the dev loss is not finite"), None
+        return super().train(layer, steps, checks=checks, **options)
 
 
-def test_an_entrant_that_cannot_run_does_not_end_the_race(capsys):
-    gains = dict.fromkeys((11, 15, 29), 0.001)
-    bench = Failing(gains)
-    found = race(bench, Race(share=1.0, equal="steps"), statistics(*MAGNITUDES), 320)
-    assert found.choice.layer == 11
-    assert sorted(found.trials) == [11, 15, 28, 29]
-    assert [done == steps for layer, done, steps in bench.asked if layer == 29] == [True]
+def test_a_candidate_that_cannot_be_trained_does_not_end_the_race(capsys):
+    trials = Failing(dict.fromkeys(CANDIDATES, 0.1))
+    choice = choose(Race(share=1.0), LAYERS, trials)
+    assert choice.layer == 11
+    assert sorted(choice.trials) == [11, 15, 28, 29]
+    assert [done == steps for layer, done, steps in trials.trained if layer == 29] == [True]
     assert "layer  27: out of the race, the loss is inf before training" in capsys.readouterr().out
 
 
-def test_where_nobody_can_run_largest_fall_decides():
-    class NoneRuns(FakeBench):
-        def trial(self, layer, **options):
-            raise SlzoError("the loss is nan before training")
+def test_where_no_candidate_can_be_trained_the_outlier_removing_layer_is_chosen(monkeypatch):
+    def fails(*args, **options):
+        raise SlzoError("the loss is nan before training")
 
-    found = race(NoneRuns({}), Race(share=1.0), statistics(*MAGNITUDES), 320)
-    assert (found.choice.layer, found.trials) == (28, {})
-
-
-RACE = [
-    "--trainer.max_steps=20",
-    "--profiler.rule=Race",
-    "--profiler.rule.share=3",
-    "--profiler.rule.dev_rows=16",
-    "--model.optimizer.lr=auto",
-]
+    trials = FakeTrials({})
+    monkeypatch.setattr(trials, "train", fails)
+    choice = choose(Race(share=1.0), LAYERS, trials)
+    assert (choice.layer, choice.trials) == (28, {})
 
 
-def test_a_fit_with_a_race_tunes_the_winner(options, capsys):
+def test_a_race_needs_trials_and_dev_rows():
+    with pytest.raises(SlzoError, match="it trains layers, and only the statistics are known here"):
+        choose(Race(), LAYERS)
+    with pytest.raises(SlzoError, match=r"set data\.num_dev"):
+        choose(Race(), LAYERS, FakeTrials({}, num_dev=0))
+
+
+# ---- from the command line -------------------------------------------------------------------------------------------------
+
+STEPS = ["--trainer.max_steps=20", "--model.optimizer.lr=auto"]
+RACE = [*STEPS, "--profiler.rule=Race", "--profiler.rule.share=3", "--profiler.rule.dev_rows=16"]
+
+
+def race_of(number):
+    """The dev losses of each layer, and the chosen layer."""
+    saved = json.loads((run_dir(number) / "race.json").read_text())
+    return {
+        int(layer): [score["loss"] for score in trial["scores"]] for layer, trial in saved["trials"].items()
+    }, saved["layer"]
+
+
+def test_a_fit_tunes_the_winner_and_a_race_is_the_same_twice(options):
     assert main(["fit", *options, *RACE]) == 0
-    saved = json.loads((run_dir() / "race.json").read_text())
-    losses = {int(layer): trial["scores"][-1]["loss"] for layer, trial in saved["trials"].items()}
+    losses, winner = race_of(0)
     assert len(losses) >= 3
-    assert losses[saved["layer"]] == min(losses.values())
-    profile = json.loads((run_dir() / "outlier_profile.json").read_text())
-    assert profile["dominant_layer"] == saved["layer"]
-    assert json.loads((run_dir() / "summary.json").read_text())["dominant_layer"] == saved["layer"]
+    assert losses[winner][-1] == min(own[-1] for own in losses.values())
+    assert json.loads((run_dir() / "outlier_profile.json").read_text())["dominant_layer"] == winner
+    assert summary()["dominant_layer"] == winner
     assert (run_dir() / "race.png").is_file()
-    assert "after equal work" in capsys.readouterr().out
+    assert main(["profile", *options, *RACE]) == 0
+    assert race_of(1) == (losses, winner)
 
 
-def test_a_race_leaves_the_training_as_it_is_and_its_states(options, monkeypatch):
-    """A training after a race is the one that model.layer gives; it does not compute again what the race had."""
-    taken, take_over = [], PrefixCache.take_over
+def test_a_training_after_a_race_is_that_without_and_takes_over_its_states(options, monkeypatch):
+    taken, adopt = [], PrefixCache.adopt
 
     def counted(self, other):
         before = self.num_bytes
-        take_over(self, other)
+        adopt(self, other)
         taken.append(self.num_bytes - before)
 
-    monkeypatch.setattr(PrefixCache, "take_over", counted)
+    monkeypatch.setattr(PrefixCache, "adopt", counted)
     assert main(["fit", *options, *RACE]) == 0
     assert len(taken) == 1
     assert taken[0] > 0
-    layer = json.loads((run_dir() / "race.json").read_text())["layer"]
-    assert main(["fit", *options, "--trainer.max_steps=20", "--model.optimizer.lr=auto", f"--model.layer={layer}"]) == 0
+    assert main(["fit", *options, *STEPS, f"--model.layer={race_of(0)[1]}"]) == 0
     one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
     assert [point["loss"] for point in one] == [point["loss"] for point in other]
 
 
-def test_a_race_is_the_same_twice(options):
-    for _ in range(2):
-        assert main(["profile", *options, *RACE]) == 0
-    one, other = (json.loads((run_dir(n) / "race.json").read_text()) for n in (0, 1))
-    losses = [{k: [s["loss"] for s in trial["scores"]] for k, trial in each["trials"].items()} for each in (one, other)]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected"),
     [
         (["--profiler.rule.share=0"], "profiler.rule.share 0"),
         (["--profiler.rule.layers=[2]"], "give at least two"),
         (["--profiler.rule.layers=[1,9]"], "profiler.rule.layers 9"),
         (["--profiler.rule.dev_rows=3"], "profiler.rule.dev_rows 3"),
+        (["--data.num_dev=0"], "set data.num_dev"),
     ],
 )
-def test_wrong_options_are_one_line(options, capsys, wrong, told):
-    assert told in bad(capsys, "fit", *options, "--profiler.rule=Race", *wrong)
+def test_wrong_options_are_one_line(options, capsys, wrong, expected):
+    assert expected in error_line(capsys, "fit", *options, *RACE, *wrong)
 
 
-def test_a_scope_without_a_layer_has_no_race():
-    bench = FakeBench({})
-    bench.module.scope = AllParameters()
-    with pytest.raises(SlzoError, match="has none; choose another rule"):
-        race(bench, Race(), statistics(*MAGNITUDES), 320)
-
-
-def test_a_race_without_dev_rows_is_one_line(options, capsys):
-    assert "set data.num_dev" in bad(capsys, "fit", *options, *RACE, "--data.num_dev=0")
+def test_a_scope_without_a_layer_has_no_race(options, capsys):
+    assert "has no dominant layer" in error_line(capsys, "profile", *options, *RACE, "--model.scope=AllParameters")
 
 
 @pytest.mark.parametrize(
@@ -304,24 +233,4 @@ def test_a_race_without_dev_rows_is_one_line(options, capsys):
 def test_the_training_is_as_long_as_its_first_limit(limits, steps):
     rows = SimpleNamespace(rows=lambda split: range(200), batch_size=16)
     trainer = SimpleNamespace(**{"max_steps": -1, "max_epochs": -1, "limit_train_batches": 1.0} | limits)
-    assert _steps(trainer, SimpleNamespace(datamodule=rows)) == steps
-
-
-def test_a_race_of_a_profile_leaves_nothing_to_a_later_fit(options, monkeypatch, tmp_path):
-    """Another data module's rows have the same keys."""
-    taken = []
-    monkeypatch.setattr(PrefixCache, "take_over", lambda self, other: taken.append(other))
-    cli = build([*options, *RACE], run=False)
-    profiler = OutlierProfiler(Race(share=3, dev_rows=16))
-    trainer = run_trainer(profiler, accelerator="cpu", default_root_dir=tmp_path, max_steps=2, val_check_interval=2)
-    trainer.profile(cli.model, cli.datamodule)
-    cli.model.layer = 1
-    trainer.fit(cli.model, cli.datamodule)
-    assert profiler.profile.dominant_layer == 1
-    assert profiler._race is None
-    assert taken == []
-
-
-def test_statistics_alone_choose_nothing():
-    with pytest.raises(SlzoError, match="slzo fit or profile"):
-        Race().select(statistics(*MAGNITUDES))
+    assert ZOModule.planned_steps(trainer, rows) == steps

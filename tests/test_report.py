@@ -1,4 +1,4 @@
-"""The page on a run or on several: what it says, that it needs no network and no torch; and the files it reads."""
+"""The report of a run or of several: what it says, that it needs no network and no torch; and the files it reads."""
 
 import json
 import subprocess
@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import run_dir
+from helpers import error_line, run_dir, summary
 
 from slzo.__main__ import main
-from slzo.report.command import run as report
-from slzo.report.page import differing
-from slzo.report.run_files import flat, read_run
 from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
+from slzo.commands.report import report
+from slzo.report.page import differing_options
+from slzo.report.run_files import flat, read_run
 
 
 class Page(HTMLParser):
@@ -49,55 +49,34 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def write_run(folder, lr=0.1, score=0.75):
+SUMMARY = (
+    {"model": "me/some-model", "task": "sst2", "metric": "accuracy", "score_before": 0.5, "score_after": 0.75}
+    | {"score_change": 0.25, "score_change_standard_error": 0.0125, "score_change_paired": True, "num_rows": 100}
+    | {"steps": 20, "train_seconds": 10.0, "peak_memory_gb": 0.5, "best_checkpoint": "x/step=10.ckpt"}
+    | {"verdict": "It <rose>.", "dominant_layer": 2, "num_layers": 4}
+    | {"tuned_parameters": 1000, "total_parameters": 4000}
+)
+
+
+def write_run(folder, lr=0.1):
     """A run folder as a fit leaves it, by hand."""
     folder.mkdir(parents=True)
-    layers = [
-        {"index": n, "max_abs": 10.0**n, "ratio": 2 * 10.0**n, "max_abs_se": 0.1, "ratio_se": None} for n in range(4)
-    ]
+    magnitudes = {"max_abs_se": 0.1, "ratio_se": None}
+    layers = [{"index": n, "max_abs": 10.0**n, "ratio": 2 * 10.0**n, **magnitudes} for n in range(4)]
+    metrics = {"metrics": {"val/accuracy": 0.6}, "peak_memory_gb": 0.5}
     files = {
-        "summary.json": {
-            "model": "me/some-model",
-            "task": "sst2",
-            "metric": "accuracy",
-            "score_before": 0.5,
-            "score_after": score,
-            "score_change": score - 0.5,
-            "score_change_standard_error": 0.0125,
-            "score_change_paired": True,
-            "num_rows": 100,
-            "steps": 20,
-            "train_seconds": 10.0,
-            "peak_memory_gb": 0.5,
-            "best_checkpoint": "x/step=10.ckpt",
-            "verdict": "It <rose>.",
-            "dominant_layer": 2,
-            "num_layers": 4,
-            "tuned_parameters": 1000,
-            "total_parameters": 4000,
-        },
+        "summary.json": SUMMARY,
         "environment.json": {"versions": {"torch": "9.9"}, "devices": [], "device": "cpu", "command": "slzo fit"},
         "outlier_profile.json": {"dominant_layer": 2, "rule": "a rule", "layers": layers, "thresholds": [["ratio", 7]]},
-        "history.json": {
-            "points": [
-                {"step": s, "seconds": s, "loss": 1 / s, "metrics": {"val/accuracy": 0.6}, "peak_memory_gb": 0.5}
-                for s in (10, 20)
-            ]
-        },
+        "history.json": {"points": [{"step": s, "seconds": s, "loss": 1 / s, **metrics} for s in (10, 20)]},
         "samples.json": {
             "rows": [{"id": "0", "prompt": "<b>good & warm", "gold": ["great"], "before": "bad", "after": "great"}]
         },
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    lines = [
-        "model:",
-        "  optimizer:",
-        "    class_path: torch.optim.SGD",
-        f"    init_args: {{lr: {lr}}}",
-        "data: {seed: 1}",
-    ]
-    (folder / "config.yaml").write_text("\n".join(lines), encoding="utf-8")
+    optimizer = f"{{class_path: torch.optim.SGD, init_args: {{lr: {lr}}}}}"
+    (folder / "config.yaml").write_text(f"model:\n  optimizer: {optimizer}\ndata: {{seed: 1}}", encoding="utf-8")
     log = StepLog({}, [StepRecord(n, lr, 1e-3, (1.0, 3.0)) for n in range(3)])
     StepLogWriter(folder / "zo_log", log).close()
     return folder
@@ -106,13 +85,13 @@ def write_run(folder, lr=0.1, score=0.75):
 @pytest.mark.pictures
 def test_the_page_of_a_run(tmp_path, capsys):
     folder = write_run(tmp_path / "runs" / "version_0")
-    report(["report", str(folder)])
+    report([str(folder)])
     assert capsys.readouterr().out == f"Report     {folder / 'report.html'}\n"
     page = Page(folder / "report.html")
     assert not page.foreign  # opens offline
     assert page.tags.count("svg") == 2
     assert "viewport" in (folder / "report.html").read_text(encoding="utf-8")
-    for said in (
+    for part in (
         "some-model on sst2: version_0",
         "It <rose>.",
         "0.5000 ± 0.0500",  # sqrt(0.5 * 0.5 / 100)
@@ -126,25 +105,25 @@ def test_the_page_of_a_run(tmp_path, capsys):
         "model.optimizer.lr: 0.1",
         "0.5 GiB",
     ):
-        assert said in page.text, said
+        assert part in page.text, part
 
 
-def test_several_runs_side_by_side(tmp_path, monkeypatch, capsys):
+def test_several_runs_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = [write_run(tmp_path / name / "version_0", lr, 0.75) for name, lr in (("a", 0.1), ("b", 0.2))]
-    report(["report", *map(str, runs), "--output=both.html"])
+    runs = [write_run(tmp_path / name / "version_0", lr) for name, lr in (("a", 0.1), ("b", 0.2))]
+    assert main(["report", *map(str, runs), "--output=both.html"]) == 0
     page = Page(Path("both.html"))
     assert not page.foreign
     assert page.tags.count("svg") == 2  # one picture of all curves, and the profile that both share
-    assert "What differs a/version_0 b/version_0 model.optimizer.lr 0.1 0.2 Scores" in page.text
+    assert "Different options a/version_0 b/version_0 model.optimizer.lr 0.1 0.2 Scores" in page.text
     assert "a/version_0, b/version_0" in page.text
 
 
 def test_options_are_told_apart_by_their_names():
     options = flat({"model": {"scope": {"class_path": "slzo.zo.scopes.LoRA", "init_args": {"rank": 4}}, "eps": None}})
     assert options == {"model.scope": "LoRA", "model.scope.rank": 4, "model.eps": None}
-    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == [("b", [2, 3]), ("c", [None, 4])]
-    assert differing([{"a": 1}, {"a": 1}]) == []
+    assert differing_options([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}]) == [("b", [2, 3]), ("c", [None, 4])]
+    assert differing_options([{"a": 1}, {"a": 1}]) == []
 
 
 def test_training_losses_come_from_the_step_log(tmp_path):
@@ -157,41 +136,39 @@ def test_training_losses_come_from_the_step_log(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        ([], "report: give the folder of a run"),
+        ([], "runs"),
         (["nowhere"], "run 'nowhere': no such folder"),
         (["runs"], "run 'runs': not the folder of a run; runs/version_0 is one"),
-        (["runs/version_0", "--output"], "output '': not a file"),
-        (["runs/version_0", "--model=x"], "option '--model': report knows --output FILE only"),
+        (["runs/version_0", "--output="], "output '': not a file"),
+        (["runs/version_0", "--model=x"], "model: unknown option"),
         (["damaged"], "its summary.json cannot be read"),
     ],
 )
-def test_mistakes_in_one_line(tmp_path, monkeypatch, capsys, args, said):
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "version_0").mkdir(parents=True)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "summary.json").write_text("{", encoding="utf-8")
-    assert main(["report", *args]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("slzo: error: ")
-    assert said in error
-    assert error.count("\n") == 1
+    assert message in error_line(capsys, "report", *args)
 
 
-def test_it_needs_no_torch(tmp_path):
+def test_the_page_needs_no_torch(tmp_path):
     folder = write_run(tmp_path / "run")
     code = (
-        f"import sys; from slzo.__main__ import main; assert main(['report', {str(folder)!r}]) == 0; "
+        "import sys; from pathlib import Path; from slzo.report.page import write_run_report; "
+        f"write_run_report(Path({str(folder)!r})); "
         "assert not {'torch', 'lightning', 'transformers', 'tensorboard'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert (folder / "report.html").is_file()
 
 
+@pytest.mark.pictures
 def test_a_run_ends_with_its_page_and_pictures(options, capsys):
-    assert main(["fit", *options, "--report.write=true", "--samples.number=3"]) == 0
-    output = capsys.readouterr().out
-    assert output.rstrip().endswith(f"Report     {run_dir() / 'report.html'}")
+    assert main(["fit", *options]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"Report     {run_dir() / 'report.html'}")
     page = Page(run_dir() / "report.html")
     assert page.tags.count("svg") == 2
     for name in ("curves", "outlier_profile"):
@@ -199,36 +176,19 @@ def test_a_run_ends_with_its_page_and_pictures(options, capsys):
         assert "<svg" in (run_dir() / f"{name}.svg").read_text(encoding="utf-8")
     points = json.loads((run_dir() / "history.json").read_text())["points"]
     assert [point["step"] for point in points] == [2, 4, 6, 8]
-    summary = json.loads((run_dir() / "summary.json").read_text())
-    assert [point["loss"] for point in points] == [found["loss"] for found in summary["validations"]]
+    assert [point["loss"] for point in points] == [found["loss"] for found in summary()["validations"]]
     rows = json.loads((run_dir() / "samples.json").read_text())["rows"]
-    assert len(rows) == 3
+    assert len(rows) == 8
     assert {row["gold"][0] for row in rows} | {row["before"] for row in rows} <= {"great", "terrible"}
-    capsys.readouterr()
-    checkpoint = summary["best_checkpoint"]
-    assert main(["predict", "--ckpt_path", checkpoint, "--output=p.jsonl"]) == 0
+    assert main(["predict", "--ckpt_path", summary()["best_checkpoint"], "--output=p.jsonl"]) == 0
     predicted = [json.loads(line)["prediction_text"].strip() for line in Path("p.jsonl").read_text().splitlines()]
-    assert [row["after"] for row in rows] == predicted[:3]
+    assert [row["after"] for row in rows] == predicted[:8]
 
 
 def test_a_resumed_run_goes_on_with_the_history(options):
     assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
-    assert not (run_dir() / "report.html").exists()  # --report.write=false among the options
-    assert main(["fit", *options, "--trainer.max_steps=6", "--samples.number=0", "--ckpt_path=last"]) == 0
-    points = json.loads((run_dir(1) / "history.json").read_text())["points"]
-    assert [point["step"] for point in points] == [2, 4, 6]
-    assert points[:2] == json.loads((run_dir() / "history.json").read_text())["points"]
-    assert points[2]["seconds"] > points[1]["seconds"]
-    assert not (run_dir(1) / "samples.json").exists()
-
-
-def test_runs_of_former_versions_are_read_from_their_events(options):
-    assert main(["fit", *options]) == 0
-    new = read_run(run_dir())
-    (run_dir() / "history.json").unlink()
-    (run_dir() / "zo_log").unlink()
-    old = read_run(run_dir())
-    assert [point.step for point in old.points] == [point.step for point in new.points]
-    assert [point.loss for point in old.points] == pytest.approx([point.loss for point in new.points])
-    assert [point.score for point in old.points] == pytest.approx([point.score for point in new.points])
-    assert [step for step, _ in old.train] == [step for step, _ in new.train]
+    assert main(["fit", *options, "--trainer.max_steps=6", "--ckpt_path=last"]) == 0
+    first, second = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))
+    assert [point["step"] for point in second] == [2, 4, 6]
+    assert second[:2] == first
+    assert second[2]["seconds"] > second[1]["seconds"]

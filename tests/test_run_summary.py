@@ -1,24 +1,20 @@
 """The end of a run tells the truth first: what the held-out score and the dev loss did, and what to try."""
 
-import json
 import math
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_dir
+from helpers import last_checkpoint, run_dir, summary
 
-from slzo.checkpoints import checkpoint_file
 from slzo.__main__ import main
-from slzo.callbacks.next_command import RunFacts, next_command
-from slzo.callbacks.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
-from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.evaluation.metrics import perplexity_by_row, row_score
+from slzo.report.next_command import AdviceFacts, next_command
+from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.tasks.base import Example
 
-FACTS = RunFacts("run/config.yaml", "run/last.ckpt", "run/best.ckpt", "max_steps", 100, 3, 2000)
+FACTS = AdviceFacts("run/config.yaml", "run/last.ckpt", "run/best.ckpt", ("max_steps", 100), 3, 2000, 2000)
 
 
 def compare(before, after, metric="accuracy"):
@@ -87,7 +83,7 @@ def test_rows_that_do_not_give_the_score_are_not_used():
 
 def test_what_a_row_scores():
     choice = Example("0", "p", (" a", " b"), (1,))
-    answer = Example.of_answers("1", "p", ["red fox"])
+    answer = Example.from_answers("1", "p", ["red fox"])
     assert [row_score("accuracy", choice, i) for i in (0, 1)] == [0.0, 1.0]
     assert row_score("f1", answer, "fox") == pytest.approx(2 / 3)
     assert row_score("exact_match", answer, "Red fox.") == 1.0
@@ -136,45 +132,39 @@ WITHIN = ScoreChange("accuracy", 0.5, 0.51, 0.02, True)
 FELL = ScoreChange("accuracy", 0.5, 0.4, 0.02, True)
 
 
+SEARCH = "slzo sweep --config run/config.yaml --lrs auto  # "
+
+
 @pytest.mark.parametrize(
     ("change", "dev", "expected"),
     [
-        (FELL, losses(0.6, 0.9), "slzo lr_search --config run/config.yaml  # the learning rate may be too large"),
-        (WITHIN, losses(0.6, 0.6), "slzo lr_search .*too small"),
-        (
-            FELL,
-            losses(0.6, 0.5),
-            r"slzo sweep --config run/config.yaml --sensitivity_only true  #.*layer than 3 \(--model",
-        ),
+        (FELL, losses(0.6, 0.9), f"{SEARCH}the learning rate may be too large"),
+        (WITHIN, losses(0.6, 0.6), f"{SEARCH}.*too small"),
+        (FELL, losses(0.6, 0.5), r"slzo sweep --config run/config.yaml --sensitivity_only true  #.*than 3 \(--model"),
         (WITHIN, losses(0.6, 0.5), "slzo fit .*--ckpt_path run/last.ckpt --trainer.max_steps 200  #.*still falling"),
-        (WITHIN, losses(0.6, 0.5, 0.55), "slzo test .*--data.num_test 2000 --ckpt_path run/best.ckpt"),
-        (WITHIN, None, "slzo lr_search .*too few validations"),
+        (WITHIN, losses(0.6, 0.5, 0.55), "slzo test .*--data.num_test 8000 --ckpt_path run/best.ckpt"),
+        (WITHIN, None, f"{SEARCH}too few validations"),
     ],
 )
 def test_the_next_command_fits_the_case(change, dev, expected):
     assert re.match(expected, next_command(change, dev, FACTS))
 
 
-def summary(number=0):
-    return json.loads((run_dir(number) / "summary.json").read_text())
-
-
-def told(output):
-    """The lines after the scoring."""
+def lines_after_scoring(output):
     return output.rpartition("Scoring")[2].partition("\n")[2].strip().splitlines()
 
 
 def test_a_run_that_made_it_worse_says_so_first(options, capsys):
     assert main(["fit", *options, "--model.optimizer.lr=1", "--trainer.enable_progress_bar=false"]) == 0
-    lines, found = told(capsys.readouterr().out), summary()
+    lines, found = lines_after_scoring(capsys.readouterr().out), summary()
     first = next(i for i, line in enumerate(lines) if line.startswith("The held-out accuracy"))
     assert "The dev loss rose from" in lines[first]
     assert lines[first] == found["verdict"]
     assert lines[first + 1] == f"Next       {found['next']}"
     assert not any(line.startswith("Scope") for line in lines[:first])
     command = shlex.split(found["next"], comments=True)
-    assert command == ["slzo", "lr_search", "--config", "runs/version_0/config.yaml"]
-    assert main([*command[1:], "--lrs=[1e-3]", "--steps=1"]) == 0
+    assert command == ["slzo", "sweep", "--config", "runs/version_0/config.yaml", "--lrs", "auto"]
+    assert main([*command[1:-1], "[1e-3]", "--steps=1"]) == 0
 
 
 def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsys):
@@ -182,23 +172,15 @@ def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsy
     assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
     found = summary()
     assert (found["score_change"], found["score_change_standard_error"], found["score_change_paired"]) == (0, 0, True)
-    assert any(line.startswith("The held-out accuracy did not change") for line in told(capsys.readouterr().out))
-    checkpoint = run_dir() / "checkpoints" / "last.ckpt"
-    assert main(["fit", *options, f"--ckpt_path={checkpoint}"]) == 0
+    assert any(
+        line.startswith("The held-out accuracy did not change") for line in lines_after_scoring(capsys.readouterr().out)
+    )
+    assert main(["fit", *options, f"--ckpt_path={last_checkpoint()}"]) == 0
     assert summary(1)["score_change_paired"] is True
-    content = read_checkpoint(checkpoint).content
-    kept = next(state for name, state in content["callbacks"].items() if "RunSummary" in name)
-    assert len(kept.pop("rows_before")) == 24
-    checkpoint_file.write(content, Path("former.ckpt"))  # of a version that kept no rows
-    assert main(["fit", *options, "--ckpt_path=former.ckpt"]) == 0
-    found = summary(2)
-    share = found["score_before"] * (1 - found["score_before"])
-    assert found["score_change_paired"] is False
-    assert found["score_change_standard_error"] == pytest.approx(math.sqrt(2 * share / 24))
 
 
 def test_without_a_score_before_nothing_is_said_of_its_change(options, capsys):
-    assert main(["fit", *options, "--summary.test_before=false", "--trainer.val_check_interval=8"]) == 0
+    assert main(["fit", *options, "--record.test_before=false", "--trainer.val_check_interval=8"]) == 0
     found = summary()
     assert (found["score_change"], found["verdict"], found["next"]) == (None, None, None)
     assert "held-out accuracy" not in capsys.readouterr().out
@@ -206,10 +188,7 @@ def test_without_a_score_before_nothing_is_said_of_its_change(options, capsys):
 
 def test_the_command_for_more_steps_goes_on(options):
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
-    facts = RunFacts(
-        "runs/version_0/config.yaml", "runs/version_0/checkpoints/last.ckpt", None, "max_steps", 2, 3, None
-    )
+    facts = AdviceFacts(str(run_dir() / "config.yaml"), str(last_checkpoint()), None, ("max_steps", 2), 3, 24, None)
     command = shlex.split(next_command(WITHIN, losses(0.6, 0.5), facts), comments=True)
     assert main(command[1:]) == 0
     assert summary(1)["steps"] == 4
-    assert Path("runs/version_1/summary.json").is_file()

@@ -1,54 +1,60 @@
+"""The rows of each step: every row once per epoch, the same after a resume and on any number of processes."""
+
 import pytest
 
-from slzo.data.sampler import EpochBatchSampler
+from slzo.data.sampler import StepBatchSampler
+
+LENGTHS = {"lengths": [i % 7 for i in range(50)]}
+CLASSES = {"classes": [0] * 40 + [1] * 7 + [2] * 3}
 
 
-def batches(**options):
-    done = options.pop("done", 0)
-    return list(EpochBatchSampler(**{"num_rows": 50, "batch_size": 8, "seed": 3, **options}, batches_done=lambda: done))
+def sampler(done=0, **options):
+    return StepBatchSampler(**{"num_rows": 50, "batch_size": 8, "seed": 3, **options}, steps_done=lambda: done)
 
 
-@pytest.mark.parametrize("lengths", [None, [i % 7 for i in range(50)]])
-def test_every_row_comes_once_per_epoch(lengths):
-    drawn = batches(lengths=lengths)
+@pytest.mark.parametrize("options", [{}, LENGTHS])
+def test_every_row_comes_once_per_epoch(options):
+    drawn = list(sampler(**options))
     assert sorted(row for batch in drawn for row in batch) == list(range(50))
     assert len(drawn) == 7
 
 
-@pytest.mark.parametrize("lengths", [None, [i % 7 for i in range(50)]])
-def test_a_resumed_epoch_goes_on_where_it_stopped(lengths):
-    assert batches(lengths=lengths, done=3) == batches(lengths=lengths)[3:]
-    assert batches(lengths=lengths, done=7 + 3) == batches(lengths=lengths, done=7)[3:]
+@pytest.mark.parametrize("options", [{}, LENGTHS, CLASSES])
+@pytest.mark.parametrize("done", [0, 3, 7, 10])
+def test_a_pass_goes_on_from_the_present_step_across_epochs(options, done):
+    whole = [batch for step in (0, 7, 14) for batch in sampler(step, **options)]
+    resumed = sampler(done, **options)
+    assert list(resumed) == whole[done : done + 7]
+    assert len(resumed) == 7
+    assert [resumed.rows_of_step(step) for step in (12, 0, 20)] == [whole[step] for step in (12, 0, 20)]
 
 
-def test_a_pass_begins_where_the_run_stands():
+def test_each_pass_asks_for_the_present_step():
     done = 0
-    sampler = EpochBatchSampler(50, 8, 3, batches_done=lambda: done)
-    first = list(sampler)
-    assert list(sampler) == first
-    done = 7
-    assert len(list(sampler)) == len(sampler) == 7
-    done = 13
-    assert len(list(sampler)) == 1
+    one = StepBatchSampler(50, 8, 3, steps_done=lambda: done)
+    first = list(one)
+    assert list(one) == first
+    done = 2
+    assert list(one)[:5] == first[2:]
 
 
 def test_seed_and_epoch_change_the_order():
-    first = batches()
-    assert batches(done=7) != first
-    assert batches(seed=4) != first
-    assert batches() == first
+    first = list(sampler())
+    assert list(sampler(7)) != first
+    assert list(sampler(seed=4)) != first
 
 
-@pytest.mark.parametrize("lengths", [None, [i % 7 for i in range(50)]])
-def test_processes_share_the_rows_of_one_large_batch(lengths):
-    whole = batches(batch_size=8, lengths=lengths)
-    parts = [batches(batch_size=4, rank=rank, world_size=2, lengths=lengths) for rank in (0, 1)]
+@pytest.mark.parametrize("options", [{}, LENGTHS, CLASSES])
+def test_processes_share_the_rows_of_one_large_batch(options):
+    whole = sampler(**options)
+    parts = [sampler(batch_size=4, rank=rank, world_size=2, **options) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
 
 
 def test_a_rest_too_small_for_every_process_is_left_out():
-    drawn = [batches(num_rows=33, batch_size=8, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [len(part) for part in drawn] == [2, 2]
+    for rank in (0, 1):
+        part = sampler(num_rows=33, rank=rank, world_size=2)
+        assert len(list(part)) == len(part) == 2
 
 
 def test_buckets_hold_rows_of_similar_length():
@@ -57,7 +63,7 @@ def test_buckets_hold_rows_of_similar_length():
     def spread(drawn):
         return sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in drawn) / len(drawn)
 
-    plain = EpochBatchSampler(400, 8, 0)
-    bucketed = EpochBatchSampler(400, 8, 0, lengths=lengths)
+    plain, bucketed = (StepBatchSampler(400, 8, 0, lengths=own) for own in (None, lengths))
     assert spread(bucketed) < spread(plain) / 3
-    assert [sum(lengths[i] for i in b) for b in bucketed] != sorted(sum(lengths[i] for i in b) for b in bucketed)
+    totals = [sum(lengths[i] for i in b) for b in bucketed]
+    assert totals != sorted(totals)

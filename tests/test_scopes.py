@@ -8,24 +8,36 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, layer_forward, random_example, tiny_model, tune_layer
+from helpers import (
+    FAMILIES,
+    PEFT_HEADS,
+    batch_loss,
+    described,
+    layer_forward,
+    packed_prompts,
+    peft_prefix,
+    plain_losses,
+    random_example,
+    tiny_model,
+    tune_layer,
+    tune_scope,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slzo.batches.packing import pack
-from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
+from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings, differences
 from slzo.zo.estimators import SPSA, Point
-from slzo.zo.forward import SuffixForward
+from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import (
     ActivationSubspace,
     AllParameters,
     LayerScope,
-    LayersInTurn,
     LoRA,
     OutlierChannels,
     PrefixTuning,
@@ -35,7 +47,6 @@ from slzo.zo.scopes import (
 )
 from slzo.zo.scopes.inputs import record_inputs
 from slzo.zo.scopes.linear_maps import linears
-from slzo.zo.forward import Span
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
@@ -47,7 +58,6 @@ SCOPES = [
     LayerScope(norms=False),
     LayerScope(layers=[1, 3]),
     LayerScope(layers="all"),
-    LayersInTurn([1, 3]),
     OutlierChannels(5.0),
     OutlierChannels(5.0, complement=True),
     ActivationSubspace(4),
@@ -61,44 +71,29 @@ SCOPES = [
 ]
 
 
-def prompts(count):
-    generator = random.Random(3)
-    return [pack([random_example(generator, i, 12, (1,)) for i in range(count)])]
+each_scope = pytest.mark.parametrize("scope", SCOPES, ids=described)
 
 
-def tune(scope, model, layer=LAYER, engine=None, **options):
-    """The tuned model as the module makes it."""
-    return TunedModel.of_scope(ModelParts(model, **options), scope, layer, prompts=prompts, engine=engine)
+def tensors_of(scope, model):
+    return tune_scope(scope, model).tensors
 
 
-def make(scope, model, layer=LAYER, **options):
-    """Its tuned tensors and its parts."""
-    tuned_model = tune(scope, model, layer, **options)
-    return tuned_model.tensors, tuned_model.parts
-
-
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.named_parameters()}
-
-
-@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+@each_scope
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_a_scope_moves_what_it_names_and_nothing_else(scope, family):
     model = tiny_model(family)
-    tuned, _ = make(scope, model)
-    before = snapshot(model)
+    tuned = tensors_of(scope, model)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     direction = tuned.draw(0, 0, 0)
     tuned.write(direction, 0.1)
     moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
-    assert moved == set(direction)
-    assert moved <= set(tuned.names)
+    assert moved == set(direction) <= set(tuned.names)
     tuned.restore()
-    for name, tensor in model.named_parameters():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=1e-6)
 
 
 def names_of(scope, family="llama"):
-    return set(make(scope, tiny_model(family))[0].names)
+    return set(tensors_of(scope, tiny_model(family)).names)
 
 
 def test_the_parts_of_a_layer_add_up():
@@ -106,6 +101,8 @@ def test_the_parts_of_a_layer_add_up():
     norms = {n for n in whole if "layernorm" in n}
     assert attention.isdisjoint(mlp)
     assert attention | mlp | norms == whole
+    layer = tiny_model("qwen3").model.layers[LAYER]
+    assert whole == {f"model.layers.{LAYER}.{name}" for name, _ in layer.named_parameters()}
     assert any("q_norm" in name for name in attention)
     assert all("mlp" in name for name in mlp)
     without = names_of(LayerScope(norms=False), "qwen3")
@@ -122,15 +119,9 @@ def test_every_family_has_an_mlp_and_an_attention(family):
     assert not any("norm" in name.lower() or ".ln_" in name for name in mlp)
 
 
-def test_the_paper_scope_is_every_parameter_of_the_layer():
-    model = tiny_model("llama")
-    expected = {f"model.layers.{LAYER}.{name}" for name, _ in model.model.layers[LAYER].named_parameters()}
-    assert names_of(LayerScope()) == expected
-
-
 def test_tied_embeddings_are_tuned_once():
     model = tiny_model("llama", tie_word_embeddings=True)
-    tuned, _ = make(AllParameters(), model)
+    tuned = tensors_of(AllParameters(), model)
     assert tuned.num_elements == sum(p.numel() for p in model.parameters())
     assert "lm_head.weight" not in tuned.names
 
@@ -138,15 +129,15 @@ def test_tied_embeddings_are_tuned_once():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_outlier_channels_and_their_complement_are_the_mlp(family):
     model = tiny_model(family)
-    top, parts = make(OutlierChannels(5.0), model)
-    rest, _ = make(OutlierChannels(5.0, complement=True), model)
+    top, rest = (tensors_of(OutlierChannels(5.0, complement=other), model) for other in (False, True))
+    parts = ModelParts(model)
     weights = [linear for linear in linears(parts, LAYER) if linear.part == "mlp"]
     for linear in weights:
         places = torch.cat([dict(t.items())[linear.name].index for t in (top, rest)])
         assert torch.equal(places.sort().values.long(), torch.arange(linear.weight.numel()))
     # the channel with the largest activation is among them: its column of the down projection moves
     down = weights[-1]
-    inputs = record_inputs(parts, [down.module], prompts(16))[0]
+    (inputs,) = record_inputs(parts, [down.module], packed_prompts(16))
     channel = int(inputs.abs().amax(dim=0).argmax())
     before = down.weight.clone()
     top.write(top.draw(0, 0, 0), 1.0)
@@ -158,7 +149,7 @@ def test_outlier_channels_and_their_complement_are_the_mlp(family):
 def test_the_smallest_weights_are_the_smallest():
     model = tiny_model("llama")
     weight = model.model.layers[0].mlp.up_proj.weight.clone()
-    tuned, _ = make(SmallestWeights(0.25), model)
+    tuned = tensors_of(SmallestWeights(0.25), model)
     index = dict(tuned.items())["model.layers.0.mlp.up_proj.weight"].index.long()
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[index] = True
@@ -167,12 +158,12 @@ def test_the_smallest_weights_are_the_smallest():
 
 
 def test_random_layers_change_from_step_to_step_and_are_the_same_again():
-    tuned, parts = make(RandomLayers(0.5), tiny_model("llama"))
+    tuned = tensors_of(RandomLayers(0.5), tiny_model("llama"))
     chosen = []
     for step in range(20):
         names = set(tuned.draw(0, step, 0))
         assert names == set(tuned.draw(0, step, 1)) == set(tuned.draw(0, step, 0))
-        layers = {int(n.split(".")[2]) for n in names if n.startswith(parts.layers_path)}
+        layers = {int(n.split(".")[2]) for n in names if n.startswith("model.layers")}
         assert len(layers) == 2
         assert "model.embed_tokens.weight" in names
         chosen.append(tuple(sorted(layers)))
@@ -185,16 +176,16 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     """V V^T is the identity then, so that moving C is moving W."""
     model = tiny_model(family)
     rank = 32
-    tuned, parts = make(ActivationSubspace(rank, num_sequences=16), model)
-    narrow = next(linear for linear in linears(parts, LAYER) if linear.sizes[1] == rank)
+    tuned = tensors_of(ActivationSubspace(rank, num_sequences=16), model)
+    narrow = next(linear for linear in linears(ModelParts(model), LAYER) if linear.sizes[1] == rank)
     part = dict(tuned.items())[narrow.name]
     gradient = torch.randn(narrow.weight.shape)
     torch.testing.assert_close(part.tangent(part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_the_subspace_of_some_modules_only():
-    tuned, _ = make(ActivationSubspace(4, target_modules=["down_proj", "up_proj"]), tiny_model())
-    assert [name.split(".")[-2] for name, _ in tuned.items()] == ["up_proj", "down_proj"]
+    tuned = tensors_of(ActivationSubspace(4, target_modules=["down_proj", "up_proj"]), tiny_model())
+    assert [name.split(".")[-2] for name in tuned.names] == ["up_proj", "down_proj"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,11 +194,10 @@ def test_the_output_of_the_mlp_by_role(family):
     model = tiny_model(family)
     hidden, inner = 32, 128 if family == "gpt2" else 64
     for scope in (ActivationSubspace(2, target_modules=["mlp_output"]), LoRA(2, target_modules=["mlp_output"])):
-        tuned, _ = make(scope, model)
-        (name,) = {re.sub(r"\.lora_.*|\.weight$", "", name) for name, _ in tuned.items()}
-        assert "attn" not in name
-        assert "attention" not in name
-        sizes = [tuple(tensor.shape) for _, tensor in tuned.named_masters().items()]
+        tuned = tensors_of(scope, model)
+        (name,) = {re.sub(r"\.lora_.*|\.weight$", "", name) for name in tuned.names}
+        assert not re.search("attn|attention", name)
+        sizes = [tuple(master.shape) for master in tuned.masters]
         assert sizes in ([(hidden, 2)], [(2, inner), (hidden, 2)])  # C; LoRA's A and B
 
 
@@ -220,10 +210,10 @@ def test_the_subspace_spans_the_inputs():
     torch.testing.assert_close(rows @ basis @ basis.T, rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+@each_scope
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tangent_and_pull_back_are_transposes(scope, dtype):
-    tuned, _ = make(scope, tiny_model("gpt2").to(dtype))
+    tuned = tensors_of(scope, tiny_model("gpt2").to(dtype))
     generator = torch.Generator().manual_seed(1)
     for _, part in tuned.items():
         z = torch.randn(part.master.shape, generator=generator)
@@ -234,47 +224,48 @@ def test_tangent_and_pull_back_are_transposes(scope, dtype):
         assert left == pytest.approx(right, rel=tolerance, abs=tolerance * g.numel() ** 0.5)
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+@each_scope
 def test_losses_of_a_scope_equal_those_of_the_whole_model(scope, examples):
     """Prefix, pairing and selected rows are right for tensors anywhere in the model."""
-    tuned, parts = make(scope, tiny_model("llama", scale=1.5))
+    tuned_model = tune_scope(scope, tiny_model("llama", scale=1.5))
+    tuned, forward, parts = tuned_model.tensors, tuned_model.forward, tuned_model.parts
     batch = pack(examples)
     points = [Point(tuned.draw(0, 0, query), sign * 1e-2) for query in (0, 1) for sign in (1, -1)]
     expected = []
     for point in points:
         tuned.write(point.direction, point.scale)
-        whole = SuffixForward(
-            parts, Span(0, parts.num_layers, inside=False), PrefixCache(0, budget_gb=0), candidate_logits=False
-        )
+        span = Span(0, parts.num_layers, inside=False)
+        whole = SuffixForward(parts, span, PrefixCache(0, budget_gb=0), candidate_logits=False)
         total, weight = whole.loss(batch, None, CandidateCrossEntropy())
         expected.append(total / weight)
     tuned.restore()
     assert len({round(float(e), 4) for e in expected}) > 1
-    span = Span.of(parts, tuned)
     for paired in (True, False):
-        forward = SuffixForward(parts, span, PrefixCache(span.start, budget_gb=1), paired=paired)
-        sums = forward.losses(batch, forward.prefix(batch), tuned, points, CandidateCrossEntropy())
-        torch.testing.assert_close(sums[0] / sums[1], torch.stack(expected), rtol=2e-5, atol=2e-6)
+        forward.paired = paired
+        found = batch_loss(tuned_model, batch).at(points)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=2e-5, atol=2e-6)
         tuned.restore()
 
 
-def test_spans():
-    for scope, expected in (
+@pytest.mark.parametrize(
+    ("scope", "span"),
+    [
         (LayerScope(), Span(2, 3)),
         (LayerScope(layers=[1, 3]), Span(1, 4)),
         (LoRA(2, layers="all"), Span(0, 4)),
         (AllParameters(), Span(0, 4, inside=False)),
-    ):
-        tuned_model = tune(scope, tiny_model("llama"))
-        assert Span.of(tuned_model.parts, tuned_model.tensors) == expected
-        assert tuned_model.forward.span == expected
-        assert tuned_model.forward.cache.start == expected.start
+    ],
+)
+def test_the_span_of_a_scope(scope, span):
+    forward = tune_scope(scope, tiny_model("llama")).forward
+    assert forward.span == span
+    assert forward.cache.start == span.start
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+@each_scope
 def test_a_description_brings_the_tuned_model_back(scope, tmp_path):
     model = tiny_model("llama")
-    tuned_model = tune(scope, model)
+    tuned_model = tune_scope(scope, model)
     tuned = tuned_model.tensors
     for master in tuned.masters:
         master.data.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1)
@@ -284,16 +275,15 @@ def test_a_description_brings_the_tuned_model_back(scope, tmp_path):
     torch.save(tuned_model.description(), path)
     description = torch.load(path, weights_only=True)
     fresh = tiny_model("llama")
-    again = TunedModel.of_description(ModelParts(fresh), description)
+    again = TunedModel.from_description(ModelParts(fresh), description)
     again.tensors.load(values)
     assert (again.scope, again.adapter, again.layer) == (tuned_model.scope, tuned_model.adapter, LAYER)
-    for (name, tensor), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(tensor, other), name
+    torch.testing.assert_close(dict(fresh.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
 
 
 def test_merged_lora_computes_the_same(tmp_path):
     model = tiny_model("llama")
-    tuned_model = tune(LoRA(4), model)
+    tuned_model = tune_scope(LoRA(4), model)
     tuned = tuned_model.tensors
     assert {name.split(".")[2] for name in tuned.names} == {str(LAYER)}
     assert {name.split(".")[4] for name in tuned.names} == {"q_proj", "v_proj"}
@@ -310,63 +300,40 @@ def test_merged_lora_computes_the_same(tmp_path):
         assert [name for name, _ in merged.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
-@pytest.mark.parametrize("scope", [LoRA(4), PrefixTuning(3), LayerScope()], ids=lambda scope: scope.describe())
+@pytest.mark.parametrize("scope", [LoRA(4), PrefixTuning(3), LayerScope()], ids=described)
 def test_removing_the_adapter_leaves_the_plain_model(scope):
     model, plain = tiny_model("llama"), tiny_model("llama")
-    tuned_model = tune(scope, model)
+    tuned_model = tune_scope(scope, model)
     tuned_model.tensors.write(tuned_model.tensors.draw(0, 0, 0), 0.3)
     tuned_model.tensors.restore()
-    tuned_model.release()
-    tuned_model.release()
-    for (name, tensor), (plain_name, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-        assert name == plain_name
-        assert torch.equal(tensor, expected), name
+    for _ in range(2):
+        tuned_model.release()
+    torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=0, atol=0)
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
 def test_lora_starts_the_same_for_a_seed_and_leaves_the_global_generator_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    first, second = (make(LoRA(4), tiny_model("llama", seed=0))[0].named_masters() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    torch.manual_seed(3)
-    model = tiny_model("llama")
-    torch.manual_seed(3)
-    make(LoRA(4), model)
-    assert torch.equal(torch.rand(2), expected)
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    state = torch.random.get_rng_state()
+    first = tensors_of(LoRA(4), model).copy_of_masters()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(1)
+    torch.testing.assert_close(tensors_of(LoRA(4), plain).copy_of_masters(), first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_learned_prefix_computes_what_peft_does(family, examples):
     """Losses with a moved prefix against peft's own prefix tuning, one sequence at a time."""
-    from peft import PrefixTuningConfig, get_peft_model
-
-    # peft believes a number of key-value heads that these families ignore
-    plain_heads = {"num_key_value_heads": None} if family in ("opt", "gpt2", "gpt_neox") else {}
-    model = tiny_model(family, scale=1.5, **plain_heads)
-    tuned_model = tune(PrefixTuning(3), model, engine=Engine(cache_gb=0))
+    model = tiny_model(family, scale=1.5, **PEFT_HEADS.get(family, {}))
+    tuned_model = tune_scope(PrefixTuning(3), model, engine=Engine(cache_gb=0))
     tuned = tuned_model.tensors
     tuned.write(tuned.draw(0, 0, 0), 0.3)
     (weight,) = (part.live for _, part in tuned.items())
     total, count = tuned_model.forward.loss(pack(examples), None, CandidateCrossEntropy())
-
-    plain = tiny_model(family, scale=1.5, attn_implementation="eager", **plain_heads)
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=4)
-    reference = get_peft_model(plain, config).eval()
     with torch.no_grad():
-        reference.prompt_encoder["default"].embedding.weight.copy_(weight)
-        losses = []
-        for example in examples:
-            scores = []
-            for sequence in example.sequences:
-                log_probs = reference(input_ids=torch.tensor([sequence.ids])).logits[0].double().log_softmax(-1)
-                start = len(sequence.ids) - sequence.num_answer
-                tokens = [log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]
-                scores.append(torch.stack(tokens).mean())
-            losses.append(nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.gold[0]])))
-    assert float(total / count) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+        expected, _ = plain_losses(peft_prefix(family, weight, scale=1.5), examples)
+    assert float(total / count) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_large_direction_is_drawn_again_instead_of_held():
@@ -377,114 +344,88 @@ def test_a_large_direction_is_drawn_again_instead_of_held():
     name = next(iter(first))
     assert first[name] is first[name]
     assert second[name] is not second[name]
-    assert set(first) == set(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
     assert "no such tensor" not in second
+    torch.testing.assert_close(dict(second), dict(first), rtol=0, atol=0)
     forward = layer_forward(ModelParts(model), LAYER, cache_gb=0)
     batch = pack([random_example(random.Random(0))])
-    sums = [
-        forward.losses(batch, forward.prefix(batch), t, [Point(z, 1e-2), Point(z, -1e-2)], CandidateCrossEntropy())
-        for t, z in ((held, first), (drawn, second))
-    ]
-    assert torch.equal(*sums)
+    hidden, objective = forward.prefix(batch), CandidateCrossEntropy()
+    both = ((held, first), (drawn, second))
+    assert torch.equal(*(forward.losses(batch, hidden, t, [Point(z, 1e-2)], objective) for t, z in both))
 
 
 @pytest.mark.parametrize(
-    ("scope", "message"),
+    ("kind", "options", "message"),
     [
-        (lambda: LayerScope("head"), r"model\.scope\.part 'head': choose one of layer, attention, mlp"),
-        (lambda: make(LayerScope(layers=[4]), tiny_model()), r"model\.scope\.layers 4: the model has 4 decoder layers"),
-        (lambda: make(LayerScope(layers=[]), tiny_model()), r"model\.scope\.layers \[\]: give at least one layer"),
-        (lambda: OutlierChannels(0), r"model\.scope\.percent 0: must be above 0"),
-        (lambda: make(OutlierChannels(0.1), tiny_model()), r"percent 0\.1: selects none of the 64 channels.*raise it"),
-        (
-            lambda: make(OutlierChannels(0.1, complement=True), tiny_model()),
-            r"percent 0\.1: selects none of the 64.*raise it",
-        ),
-        (
-            lambda: make(OutlierChannels(100, complement=True), tiny_model()),
-            r"percent 100 with complement: selects all 64.*lower it",
-        ),
-        (lambda: LoRA(alpha=0), r"model\.scope\.alpha 0: must be a number above 0"),
-        (lambda: RandomLayers(0), r"model\.scope\.fraction 0"),
-        (lambda: SmallestWeights(1.5), r"model\.scope\.fraction 1\.5"),
-        (lambda: make(SmallestWeights(1e-5), tiny_model()), r"fraction 1e-05: selects no element of model\.layers\.0"),
-        (lambda: ActivationSubspace(0), r"model\.scope\.rank 0"),
-        (
-            lambda: make(ActivationSubspace(33, 16), tiny_model()),
-            r"rank 33: the inputs of .* span at most 32 directions",
-        ),
-        (
-            lambda: make(ActivationSubspace(4, target_modules=["up"]), tiny_model()),
-            r"target_modules 'up': layer 2 has no such linear map; choose from q_proj, k_proj",
-        ),
-        (
-            lambda: make(ActivationSubspace(4, target_modules=[]), tiny_model()),
-            r"target_modules \[\]: give at least one",
-        ),
-        (
-            lambda: make(LoRA(4, target_modules=["q_proj", "nope"]), tiny_model()),
-            r"target_modules 'nope': layer 2 has no such linear map",
-        ),
-        (lambda: make(LoRA(0), tiny_model()), r"model\.scope\.rank 0: must be at least 1"),
+        (LayerScope, {"part": "head"}, r"model\.scope\.part 'head': choose one of layer, attention, mlp"),
+        (LayerScope, {"layers": [4]}, r"model\.scope\.layers 4: the model has 4 decoder layers"),
+        (LayerScope, {"layers": []}, r"model\.scope\.layers \[\]: give at least one layer"),
+        (OutlierChannels, {"percent": 0}, r"model\.scope\.percent 0: must be above 0"),
+        (OutlierChannels, {"percent": 0.1}, r"percent 0\.1: selects none of the 64 channels.*raise it"),
+        (OutlierChannels, {"percent": 0.1, "complement": True}, r"percent 0\.1: selects none of the 64.*raise it"),
+        (OutlierChannels, {"percent": 100, "complement": True}, "percent 100 with complement: selects all.*lower it"),
+        (RandomLayers, {"fraction": 0}, r"model\.scope\.fraction 0"),
+        (SmallestWeights, {"fraction": 1.5}, r"model\.scope\.fraction 1\.5"),
+        (SmallestWeights, {"fraction": 1e-5}, r"fraction 1e-05: selects no element of model\.layers\.0"),
+        (ActivationSubspace, {"rank": 0}, r"model\.scope\.rank 0"),
+        (ActivationSubspace, {"rank": 33, "num_sequences": 16}, "rank 33: the inputs of .* span at most 32 directions"),
+        (ActivationSubspace, {"target_modules": ["up"]}, "'up': layer 2 has no such linear map; choose from q_proj"),
+        (ActivationSubspace, {"target_modules": []}, r"target_modules \[\]: give at least one"),
+        (LoRA, {"target_modules": ["q_proj", "nope"]}, "target_modules 'nope': layer 2 has no such linear map"),
+        (LoRA, {"rank": 0}, r"model\.scope\.rank 0: must be at least 1"),
+        (LoRA, {"alpha": 0}, r"model\.scope\.alpha 0: must be a number above 0"),
     ],
 )
-def test_bad_scopes_say_what_is_wrong(scope, message):
+def test_bad_scopes_say_what_is_wrong(kind, options, message):
     with pytest.raises(SlzoError, match=message):
-        scope()
+        tensors_of(kind(**options), tiny_model())
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SlzoError, match=r"needs peft, which is not installed; run: pip install 'slzo\[peft\]'"):
-        make(LoRA(4), tiny_model())
+        tensors_of(LoRA(4), tiny_model())
 
 
 def test_a_layer_without_linear_maps_is_named():
     model = tiny_model("llama")
     model.model.layers[LAYER].mlp = nn.Identity()
     with pytest.raises(SlzoError, match=r"model\.scope\.part 'mlp': the layer has no such tensors"):
-        LayerScope("mlp").tensors(ScopeContext(ModelParts(model), LAYER, prompts))
+        LayerScope("mlp").tensors(ScopeContext(ModelParts(model), LAYER, packed_prompts))
 
 
-def test_settings_tell_scopes_and_estimators_apart():
-    pairs = [
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
         (SPSA(), SPSA("rademacher")),
         (LoRA(alpha=1.0), LoRA(alpha=64.0)),
         (ActivationSubspace(num_sequences=1), ActivationSubspace(num_sequences=64)),
         (RandomLayers(0.25), RandomLayers(0.254)),
         (LayerScope(), ActivationSubspace()),
-    ]
-    for one, other in pairs:
-        own, others = (constructor_settings(thing, "model.scope") for thing in (one, other))
-        assert own != others
-        assert differences(own, others)
-        assert json.loads(json.dumps(own)) == own
-    assert constructor_settings(LoRA(4), "model.scope") == {
-        "class": "LoRA", "rank": 4, "alpha": 16.0, "target_modules": None, "layers": None,
-    }  # fmt: skip
+    ],
+)
+def test_settings_tell_scopes_and_estimators_apart(one, other):
+    own, others = (constructor_settings(thing, "model.scope") for thing in (one, other))
+    assert own != others
+    assert differences(own, others)
+    assert json.loads(json.dumps(own)) == own
+
+
+@each_scope
+def test_settings_are_the_class_and_every_argument(scope):
+    assert set(constructor_settings(scope, "model.scope")) == {"class", *inspect.signature(type(scope)).parameters}
+
+
+def test_settings_and_their_differences():
+    expected = {"class": "LoRA", "rank": 4, "alpha": 16.0, "target_modules": None, "layers": None}
+    assert constructor_settings(LoRA(4), "model.scope") == expected
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == "b: 2 -> 3; c: None -> 4"
 
 
-def test_every_argument_of_a_scope_is_an_attribute():
-    """Settings are read from there."""
-    for scope in SCOPES:
-        assert set(constructor_settings(scope, "model.scope")) == {"class", *inspect.signature(type(scope)).parameters}
-
-
 def test_masked_checkpoints_of_another_shape_are_refused():
-    tuned, _ = make(SmallestWeights(0.25), tiny_model())
+    tuned = tensors_of(SmallestWeights(0.25), tiny_model())
     description = tuned.description()
     name = tuned.names[0]
     parameters = dict(tiny_model().named_parameters())
     parameters[name] = torch.zeros(200, 200)
     with pytest.raises(KeyError, match=rf"{name} of shape \[32, 32\]"):
         TunedTensors.from_description(parameters, description)
-
-
-def test_compiled_layers_can_be_looked_into():
-    parts = ModelParts(tiny_model(), onednn=False, compile=True)
-    tuned = ActivationSubspace(4, num_sequences=16).tensors(ScopeContext(parts, LAYER, prompts))
-    assert tuned.num_elements > 0
-    with pytest.raises(SlzoError, match=r"PrefixTuning: .*model\.engine\.compile"):
-        PrefixTuning(2).adapter(ScopeContext(parts, None, prompts))

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 import torch
+from helpers import plain_losses
 from lightning.pytorch import Callback
-from test_exactness import plain_losses
 from transformers import AutoModelForCausalLM
 
 from slzo.datamodule import TaskDataModule
@@ -26,7 +26,6 @@ class Batches(Callback):
         self.rows = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """See Lightning."""
         self.rows.append([row.encoded for row in batch.rows])
 
 
@@ -37,6 +36,7 @@ def plain_direction(parameter, step, query, name):
     return torch.randn(parameter.shape, generator=generator)
 
 
+@torch.no_grad()
 def plain_training(folder, batches, make_optimizer, num_queries):
     """MeZO on one layer: every candidate a forward pass of the whole model, z kept, the weights put back from a copy."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval().requires_grad_(False)
@@ -51,7 +51,7 @@ def plain_training(folder, batches, make_optimizer, num_queries):
             for scale in (EPS, -EPS):
                 for name, p in tuned.items():
                     p.copy_(weights[name] + scale * z[name])
-                losses.append(plain_losses(model, rows)[0])
+                losses.append(float(plain_losses(model, rows)[0]))
             for name in tuned:
                 gradient[name] += (losses[0] - losses[1]) / (2 * EPS) / num_queries * z[name]
         for name, weight in weights.items():
@@ -69,7 +69,8 @@ def test_fit_takes_the_steps_of_plain_mezo(model_dir, data_dir, tmp_path, optimi
     rows = TaskDataModule("sst2", str(model_dir), str(data_dir), num_train=20, num_dev=4, batch_size=6, seed=0)
     batches = Batches()
     options = {"max_steps": STEPS, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
-    ZOTrainer(accelerator="cpu", callbacks=[batches], default_root_dir=tmp_path, **options).fit(module, datamodule=rows)
+    trainer = ZOTrainer(accelerator="cpu", callbacks=[batches], default_root_dir=tmp_path, **options)
+    trainer.fit(module, datamodule=rows)
     assert len(batches.rows) == STEPS
     before = dict(AutoModelForCausalLM.from_pretrained(model_dir).named_parameters())
     expected = plain_training(model_dir, batches.rows, OPTIMIZERS[optimizer], num_queries)

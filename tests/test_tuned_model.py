@@ -4,26 +4,25 @@ import random
 
 import pytest
 import torch
-from conftest import random_example, tiny_model, tuned_layer
+from helpers import described, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.utils.errors import SlzoError
 from slzo.models import startup_check
-from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, Scope
-from slzo.zo.stepper import StepOptions
+from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
 
 def make_batch(count=6):
     generator = random.Random(0)
-    return TrainBatch(pack([random_example(generator, i, 6 + i, (1, 1), i % 2) for i in range(count)]), ())
+    return pack([random_example(generator, i, 6 + i, (1, 1), i % 2) for i in range(count)])
 
 
 def prompts(_):
@@ -31,50 +30,34 @@ def prompts(_):
     return [pack([random_example(generator, i, 9, (1,)) for i in range(8)])]
 
 
-def take_steps(tuned, count=3, lr=1e-2):
-    optimizer = torch.optim.SGD(tuned.tensors.masters, lr=lr)
-    loss = tuned.loss(make_batch(), CandidateCrossEntropy())
-    steps = [tuned.step(loss, SPSA(), optimizer, StepOptions(eps=1e-2), seed=0, step=n) for n in range(count)]
-    return [step.estimate.loss for step in steps]
+def take_steps(tuned):
+    optimizer = torch.optim.SGD(tuned.tensors.masters, lr=1e-2)
+    stepper = Stepper(tuned, CandidateCrossEntropy(), SPSA(), StepOptions(eps=1e-2))
+    return [stepper.step(TrainBatch(make_batch(), ()), step, optimizer).estimate.loss for step in range(3)]
 
 
 @pytest.mark.parametrize(
-    "scope",
-    [LayerScope(), LoRA(), ActivationSubspace(rank=2), OutlierChannels(percent=25)],
-    ids=lambda scope: scope.describe(),
+    "scope", [LayerScope(), LoRA(), ActivationSubspace(rank=2), OutlierChannels(percent=25)], ids=described
 )
-def test_a_description_and_the_masters_restore_it_on_another_copy_of_the_model(scope):
-    tuned = TunedModel.of_scope(ModelParts(tiny_model()), scope, 2, prompts=prompts)
+def test_a_description_and_the_masters_continue_a_training_on_another_copy_of_the_model(scope):
+    tuned = TunedModel.from_scope(ModelParts(tiny_model()), scope, 2, prompts=prompts)
     take_steps(tuned)
-    batch = make_batch().packed
-    again = TunedModel.of_description(ModelParts(tiny_model()), tuned.description())
+    batch = make_batch()
+    again = TunedModel.from_description(ModelParts(tiny_model()), tuned.description())
     assert not torch.equal(again.logits(batch), tuned.logits(batch))
     again.tensors.load(tuned.tensors.copy_of_masters())
     assert torch.equal(again.logits(batch), tuned.logits(batch))
     assert take_steps(again) == take_steps(tuned)
 
 
-def test_what_is_tuned_can_be_told_from_a_description_of_something_else():
+def test_a_description_of_other_bases_does_not_fit():
     one, other = (
-        TunedModel.of_scope(ModelParts(tiny_model()), ActivationSubspace(rank=2), 2, prompts=looks)
-        for looks in (prompts, lambda _: [make_batch().packed])
+        TunedModel.from_scope(ModelParts(tiny_model()), ActivationSubspace(rank=2), 2, prompts=looks)
+        for looks in (prompts, lambda _: [make_batch()])
     )
     assert one.tensors.names == other.tensors.names
     assert one.fits(one.description())
     assert not one.fits(other.description())
-
-
-def test_another_layer_with_lora_leaves_no_adapter_of_the_first():
-    parts = ModelParts(tiny_model())
-    expected = parts.logits(make_batch().packed)
-    for layer in (1, 2):
-        tuned = TunedModel.of_scope(parts, LoRA(), layer)
-        assert all(f".layers.{layer}." in name for name in tuned.tensors.names)
-        adapted = [name for name, _ in parts.model.named_parameters() if "lora_" in name]
-        assert adapted
-        assert all(f".layers.{layer}." in name for name in adapted)
-        tuned.release()
-    assert torch.equal(parts.logits(make_batch().packed), expected)
 
 
 def test_a_scope_that_fails_leaves_the_model_as_it_was():
@@ -85,13 +68,13 @@ def test_a_scope_that_fails_leaves_the_model_as_it_was():
     parts = ModelParts(tiny_model())
     names = [name for name, _ in parts.model.named_parameters()]
     with pytest.raises(SlzoError, match="nothing fits"):
-        TunedModel.of_scope(parts, Broken(), 1)
+        TunedModel.from_scope(parts, Broken(), 1)
     assert [name for name, _ in parts.model.named_parameters()] == names
 
 
 def test_states_of_another_layer_are_not_taken_over():
     parts = ModelParts(tiny_model())
-    batch = make_batch().packed
+    batch = make_batch()
     first = tuned_layer(parts, 1)
     first.forward.prefix(batch)
     same = tuned_layer(parts, 1, cache=first.forward.cache)
@@ -134,10 +117,6 @@ def test_a_model_that_ours_does_not_fit_keeps_its_own_attention_and_is_padded(mo
         parts = split_and_verify(model)
     assert not parts.packed
     assert model.config._attn_implementation == "eager"
-    monkeypatch.setattr(startup_check, "largest_difference", lambda *_: 0.5)
-    with pytest.raises(SlzoError, match=r"other logits than the whole, relative error 0\.5"):
-        split_and_verify(model)
-    assert model.config._attn_implementation == "eager"
 
 
 def test_a_model_whose_packed_run_fails_is_padded(monkeypatch):
@@ -155,41 +134,16 @@ def test_a_model_whose_packed_run_fails_is_padded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("scope", "layer", "message"),
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        (LayerScope(), 4, r"model\.layer 4: the model has 4 decoder layers"),
+        (ActivationSubspace(rank=2), 1, "looks at prompts, and none are given"),
     ],
 )
-def test_a_compiled_layer_that_runs_out_of_memory_does_not_run_again(error):
-    calls = []
-
-    class Layer(torch.nn.Module):
-        def forward(self, x):
-            calls.append(x)
-            return x
-
-    class Full(torch.nn.Module):
-        def forward(self, x):
-            raise error
-
-    layer = CompiledLayer(Layer())
-    layer._compiled = Full()
-    with pytest.raises(type(error)):
-        layer(torch.ones(1))
-    assert not calls
+def test_what_cannot_be_tuned(scope, layer, message):
+    with pytest.raises(SlzoError, match=message):
+        TunedModel.from_scope(ModelParts(tiny_model()), scope, layer)
 
 
-def test_a_layer_that_the_model_lacks():
-    with pytest.raises(SlzoError, match=r"model\.layer 4: the model has 4 decoder layers"):
-        tuned_layer(ModelParts(tiny_model()), 4)
-
-
-def test_a_scope_that_looks_at_prompts_says_that_there_are_none():
-    with pytest.raises(SlzoError, match="none are given"):
-        TunedModel.of_scope(ModelParts(tiny_model()), ActivationSubspace(rank=2), 1)
-
-
-def test_a_scope_has_few_things_to_say():
-    """What the contract asks of a new scope: two methods."""
+def test_a_scope_needs_two_methods():
     assert Scope.__abstractmethods__ == {"tensors", "describe"}

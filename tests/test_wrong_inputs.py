@@ -3,13 +3,18 @@
 
 import json
 import random
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_dir
+from helpers import error_line, make_tokenizer, run_dir, summary
+from transformers import AutoConfig, AutoModel
 
 from slzo.__main__ import main
+from slzo.checkpoints import checkpoint_file
+from slzo.zo import stepper
 
 TEMPLATE = (
     "--data.task=slzo.tasks.template.TemplateTask --data.task.train_file=rows.jsonl --data.task.test_file=rows.jsonl "
@@ -23,10 +28,16 @@ WRONG = """
 --model.scope=PrefixTuning --model.scope.tokens=3 | model.scope.tokens: unknown option of the chosen class
 --model.scope=OutlierChannels --model.scope.percent=0 | model.scope.percent 0.0: must be above 0
 --model.scope=OutlierChannels --model.scope.percent=101 | model.scope.percent 101.0: must be above 0 and at most 100
+--model.scope=ActivationSubspace --model.scope.rank=1000 | model.scope.rank 1000
 --model.scope=LoRA --model.scope.rank=0 | model.scope.rank 0: must be at least 1
+--model.scope=LoRA --model.scope.rank=abc | model.scope.rank 'abc': expected a whole number
+--model.scope.rank=4 --model.scope=LoRA | model.scope.rank: the class comes before its options, one of A
+--model.scope=LoRA --model.scope.layer=3 | model.scope.layer: unknown option of the chosen class LoRA
+--model.scope=LoRA --model.scope.layers=3 | model.scope.layers '3': expected a list like [1, 2] or all
 --model.scope=LoRA --model.scope.alpha=-1 | model.scope.alpha -1.0: must be a number above 0
 --model.scope=LoRA --model.scope.target_modules=[nope] | model.scope.target_modules 'nope': layer 0 has no such linear map
 --model.scope=LoRA --model.scope.layers=[99] | model.scope.layers 99: the model has 4 decoder layers
+--model.scope=LayerScope --model.scope.part=mpl | model.scope.part 'mpl': choose one of layer
 --model.scope=LayerScope --model.scope.layers=[] | model.scope.layers []: give at least one layer
 --model.scope=SmallestWeights --model.scope.fraction=2 | model.scope.fraction 2.0: the share of weights must be above 0
 --model.scope=nope.Nope | model.scope 'nope.Nope': nope cannot be imported
@@ -38,21 +49,32 @@ WRONG = """
 --model.estimator=FZO | model.num_queries 1: FZO divides by the spread of several losses
 --model.estimator=EvolutionStrategy --model.estimator.shaping=log | model.estimator.shaping 'log': choose one of raw, zscore, rank
 --model.estimator=EvolutionStrategy --model.estimator.antithetic=false | model.num_queries 1: EvolutionStrategy compares the members
+--model.estimator=SPSA --model.estimator.noise=x | model.estimator.noise 'x': choose one of gaussian, r
+--model.estimator=SPSA --model.estimator.divide_rows=true --model.num_queries=9 | model.num_queries 9
 --model.estimator=SPSA --model.estimator.divide_rows=3 | model.estimator.divide_rows '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative for Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop
+--model.eps=0 | model.eps 0.0: the perturbation must be a number above 0
+--model.eps=-1 | model.eps -1.0: the perturbation must be a number above 0
+--model.eps=abc | model.eps 'abc': expected a number or auto
+--model.epz=1 | model.epz: unknown option; did you mean model.eps?
 --model.eps=1e39 | model.eps 1e+39: the perturbation must be a number above 0 and at most 1e+30
 --model.eps=inf | model.eps 'inf': expected a number
 --model.eps=nan | model.eps 'nan': expected a number
 --model.eps= | model.eps '': expected a number
 --model.eps_end=0 | model.eps_end 0.0: must be a number above 0
 --model.eps_end=1e39 | model.eps_end 1e+39: must be a number above 0 and at most
+--model.eps_end=1e-4 --trainer.max_steps=-1 --trainer.max_epochs=1 | model.eps_end 0.0001: eps moves over trainer.max_steps
+--model.num_queries=0 | model.num_queries 0: at least 1 direction
 --model.num_queries=1.5 | model.num_queries '1.5': expected a whole number
 --model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: at least 1 direction
 --model.max_nonfinite=0 | model.max_nonfinite 0: at least 1 step
 --model.layer=1.5 | model.layer '1.5': expected a whole number or null
---model.layer=4 | model.layer 4: the model has 4 decoder layers
+--model.layer=4 | model.layer 4: the model has 4 decoder layers, choose 0 to 3
+--model.layer=-1 | model.layer -1: the model has 4 decoder layers
 --model.model= | model.model '': is empty; give a built-in name
+--model.model=./nope | model.model './nope': no such folder
+--model.model=nope.gguf | model.model 'nope.gguf': no such GGUF file
 --model.model=. | model.model '.': the folder has no config.json
 --model.model=/dev/null | model.model '/dev/null': no such folder
 --model.dtype=int8 | model.dtype 'int8': choose one of float32
@@ -63,7 +85,11 @@ WRONG = """
 --model.optimizer=SGD --model.optimizer.nesterov=true | model.optimizer: Nesterov momentum requires a momentum
 --model.optimizer=SGD --model.optimizer.lr=nan | model.optimizer.lr 'nan': expected a number
 --model.optimizer=SparseAdam | model.optimizer SparseAdam: cannot take a zeroth-order gradient
---model.optimizer=null | model.optimizer 'None': no such class
+--model.optimizer=LBFGS | model.optimizer LBFGS: cannot take
+--model.optimizer=Muon | model.optimizer Muon: cannot take
+--model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
+--model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
+--model.optimizer=null | model.optimizer 'null': no such class
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3, and trainer.max_steps is 8
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=-1 | model.lr_scheduler: Expected positive integer total_steps
 --model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0 | model.lr_scheduler: takes no step (integer modulo by zero)
@@ -71,11 +97,14 @@ WRONG = """
 --model.lr_scheduler=CosineAnnealingLR --model.lr_scheduler.T_max=0 | model.lr_scheduler: takes no step
 --model.lr_scheduler=LinearLR --model.lr_scheduler.start_factor=3 | model.lr_scheduler: Starting multiplicative factor
 --model.lr_scheduler=ChainedScheduler | model.lr_scheduler: object of type 'SGD' has no len()
+--model.lr_scheduler=ReduceLROnPlateau | model.lr_scheduler 'ReduceLROnPlateau': cannot be used: it needs
+--model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=1 | model.lr_scheduler: You must define either total_steps
 --model.lr_scheduler=Nope | model.lr_scheduler 'Nope': no such class
 --model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: give 0 to switch the cache off
 --model.engine.cache_dir=/dev/null/x | model.engine.cache_dir '/dev/null/x': cannot be written
+--model.engine.queries_at_once=0 | model.engine.queries_at_once 0
 --model.engine.nope=1 | model.engine.nope: unknown option
---model.engine=3 | model.engine: Unable to load config '3'
+--model.engine=3 | model.engine '3': its options must stand below it
 --checkpoint.monitor=x | checkpoint.monitor 'x': no such metric; choose one of val/loss, val/accuracy
 --checkpoint.mode=x | checkpoint: `mode` can be min, max but got x
 --checkpoint.save_top_k=-2 | checkpoint: Invalid value for save_top_k=-2
@@ -86,8 +115,14 @@ WRONG = """
 --checkpoint.every_n_train_steps=2 --checkpoint.every_n_epochs=2 | checkpoint: Combination of parameters every_n_train_steps=2
 --checkpoint.nope=1 | checkpoint.nope: unknown option; did you mean checkpoint.mode?
 --checkpoint.train_time_interval=x | checkpoint.train_time_interval 'x': expected timedelta or null
+--last_checkpoint.every_n_steps=0 | last_checkpoint.every_n_steps 0: must be at least 1
+--last_checkpoint.every_minutes=-1 | last_checkpoint.every_minutes -1.0: must be 0 or more
+--last_checkpoint.every_minutes=nan | last_checkpoint.every_minutes 'nan': expected a number
+--guard.factor=1 | guard.factor 1.0: must be above 1, or auto, or null
+--guard.factor=-2 | guard.factor -2.0: must be above 1
+--guard.factor=.inf | guard.factor inf: must be above 1
 --last_checkpoint.nope=1 | last_checkpoint.nope: unknown option
---summary.test_before=maybe | summary.test_before 'maybe': expected true or false
+--record.test_before=maybe | record.test_before 'maybe': expected true or false
 --trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=nope | EarlyStopping.monitor 'nope': no such metric
 --trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/loss --trainer.callbacks.mode=x | trainer.callbacks: `mode` can be min, max, got x
 --trainer.callbacks=EarlyStopping | trainer.callbacks: the chosen class needs monitor
@@ -104,14 +139,18 @@ WRONG = """
 --trainer.accelerator=tpu | trainer: Requirement 'torch_xla>=1.13' not met
 --trainer.accelerator=nope | trainer: You selected an invalid accelerator name: `accelerator='nope'`
 --trainer.strategy=dp | trainer: You selected an invalid strategy name: `strategy='dp'`
---trainer.strategy=ddp_notebook | trainer.strategy 'ddp_notebook': copies this process
+--trainer.strategy=ddp_notebook | trainer.strategy 'ddp_notebook': it copies this process
 --trainer.num_nodes=0 | trainer: `num_nodes` must be a positive integer
+--trainer.precision=16-mixed | trainer.precision '16-mixed': the masters of the tuned layer stay in float32
+--trainer.gradient_clip_val=1 | trainer.gradient_clip_val 1: there is no back-propagated gradient
+--trainer.accumulate_grad_batches=2 | trainer.accumulate_grad_batches 2: a forward-only step needs no accumulation
 --trainer.precision=64 | trainer.precision 64: the masters of the tuned layer stay in float32
---trainer.logger=CometLogger | trainer.logger: CometLogger: Requirement 'comet-ml
+--trainer.logger=CometLogger | trainer.logger: Requirement 'comet-ml
 --trainer.logger=Nope | trainer.logger 'Nope': no such class
 --trainer.check_val_every_n_epoch=0 | trainer.check_val_every_n_epoch 0: must be at least 1
 --trainer.check_val_every_n_epoch=-1 | trainer.check_val_every_n_epoch -1: must be at least 1
---trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer: `val_check_interval` (99) must be less than or equal to the number of the training batches (5)
+--trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99 | trainer.val_check_interval 99: an epoch has 5 batches
+--trainer.val_check_interval=0 | trainer.val_check_interval 0: give the number of steps
 --trainer.val_check_interval=-1 | trainer: You have passed invalid value -1 for val_check_interval
 --trainer.val_check_interval=0.5 | trainer: `val_check_interval` should be an integer
 --trainer.val_check_interval=x | trainer: Invalid time format for `val_check_interval`: 'x'
@@ -127,14 +166,17 @@ WRONG = """
 --trainer.profiler=x | trainer: When passing string value for the `profiler`
 --trainer.barebones=true | trainer: `Trainer(barebones=True, logger=
 --trainer.nope=1 | trainer.nope: unknown option
---trainer=3 | trainer: Unable to load config '3'
---model=null | model: Unable to load config 'null'
+--trainer=3 | trainer '3': its options must stand below it
+--model=null | model 'null': its options must stand below it
 --seed_everything=x | seed_everything 'x': expected true or false or a whole number
---seed_everything=99999999999 | seed_everything: 99999999999 is not in bounds
+--seed_everything=99999999999 | seed_everything 99999999999: give a number from 0 to 4294967295
+--seed_everything=-1 | seed_everything -1: give a number from 0
+--data.task=sst9 | data.task 'sst9': unknown task; choose one of
+--data.task.class_path=slzo.Foo | data.task 'slzo.Foo': no such class; choose one of
 --data.task= | data.task '': unknown task; choose one of boolq
 --data.task=TemplateTask | data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask
 TEMPLATE --data.task.prompt={a | data.task.prompt '{a': expected '}' before end of string
-TEMPLATE --data.task.prompt={} | data.task.prompt '{}': expected a text
+TEMPLATE --data.task.prompt={} | data.task.prompt {}: expected a text
 TEMPLATE --data.task.prompt={sentence.__class__} | data.task.prompt '{sentence.__class__}': {sentence.__class__} is not a plain field name
 TEMPLATE --data.task.prompt={sentence:>99999999999} | data.task.prompt '{sentence:>99999999999}': {sentence} is not a plain field name
 TEMPLATE --data.task.prompt=x | data.task.prompt 'x': names no field of the row
@@ -152,21 +194,31 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.parquet | noi
 TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.csv | noise.csv:1: neither UTF-8 nor Windows-1252
 TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise.jsonl:1: not valid UTF-8
 --data.data_dir=text.txt | data.data_dir 'text.txt': is a file
+--data.data_dir=nowhere | data.data_dir 'nowhere'
+--data.batch_size=0 | data.batch_size 0
 --data.data_dir=/proc | data.data_dir '/proc': the test split of task 'sst2' is missing
 --data.num_train=-1 | data.num_train -1: must be a whole number of at least 1
 --data.num_test=0 | data.num_test 0: must be a whole number of at least 1
 --data.eval_batch_tokens=0 | data.eval_batch_tokens 0: must be at least 1
 --data.num_demonstrations=999 | data.num_demonstrations 999: only 40 training rows
---data.max_length=1 | data.max_length 1: leaves no room for a prompt
+--data.max_length=1 | data.max_length 1: the answer ' terrible' of example
 --data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
 --data.nope=1 | data.nope: unknown option
---profiler.rule=FixedLayer --profiler.rule.index=99 | profiler.rule.index 99: the model has layers 0 to 3
---profiler.num_sequences=0 | profiler.num_sequences 0: single sequences mislead
+--profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
+--profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
+--profiler.num_sequences=3 | profiler.num_sequences 3: single sequences mislead
+--profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
+--profiler.text_file=few.txt | only 1 sequences of two tokens or more to profile, at least 10 are needed
 --profiler.text_file=. | profiler.text_file '.': is a folder
 --profiler.text_file=noise.csv | profiler.text_file 'noise.csv': not UTF-8
+--ckpt_path=last | ckpt_path 'last': no run below 'runs'
+--ckpt_path=nothing | ckpt_path 'nothing': no such file; give a .ckpt file from a run's checkpoints folder, last or best
+--ckpt_path=other.ckpt | ckpt_path 'other.ckpt': not a checkpoint written by slzo
 --ckpt_path=. | ckpt_path '.': is a folder; give a .ckpt file
 --ckpt_path=text.txt | ckpt_path 'text.txt': not a readable checkpoint
 --ckpt_path=noise.csv | ckpt_path 'noise.csv': not a readable checkpoint
+--config=nope.yaml | --config 'nope.yaml': no such file
+--config=unknown.yaml | model.layr: unknown option; did you mean model.layer?
 --config=. | --config '.': is a folder; give a YAML file
 --config=noise.csv | --config 'noise.csv': not a text in UTF-8
 --config=empty.yaml | --config 'empty.yaml': holds no options
@@ -181,10 +233,12 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=yes.yaml | --config 'yes.yaml': candidates: YAML reads yes, no, on, off, true and false without quotes
 --nope | nope: unknown option
 nope | unrecognized arguments: nope
---model.eps | argument --model.eps: expected one argument
+--model.eps | model.eps '': expected a number
 """
 FILES = {
     "text.txt": "hello",
+    "few.txt": "x\n" * 12 + "two tokens and more\n",
+    "unknown.yaml": "model:\n  layr: 3\n",
     "empty.yaml": "",
     "list.yaml": "- 1\n- 2\n",
     "null.yaml": "model: null\n",
@@ -199,7 +253,7 @@ CASES = [tuple(line.split(" | ", 1)) for line in WRONG.strip().splitlines()]
 
 
 def test_the_table_is_large():
-    assert len({arguments for arguments, _ in CASES}) == len(CASES) >= 120
+    assert len({arguments for arguments, _ in CASES}) == len(CASES) >= 200
 
 
 @pytest.fixture
@@ -210,17 +264,14 @@ def wrong_files(options):
         Path(name).write_text(text)
     for ending in ("csv", "jsonl", "parquet"):
         Path(f"noise.{ending}").write_bytes(b"\xc5" + random.Random(0).randbytes(500))
+    checkpoint_file.write({"state_dict": {}}, Path("other.ckpt"))
     return options
 
 
 @pytest.mark.parametrize(("arguments", "expected"), CASES, ids=[arguments for arguments, _ in CASES])
 def test_a_wrong_input_is_one_line(wrong_files, capsys, arguments, expected):
-    assert main(["fit", *wrong_files, *shlex.split(arguments.replace("TEMPLATE", TEMPLATE))]) == 2
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("slzo: error:")]
-    assert len(lines) == 1
-    assert error.strip().endswith(lines[0])
-    assert expected in lines[0]
+    line = error_line(capsys, "fit", *wrong_files, *shlex.split(arguments.replace("TEMPLATE", TEMPLATE)))
+    assert expected in line
     assert not list(Path("runs").glob("*"))
 
 
@@ -235,16 +286,64 @@ def test_without_a_logger_a_run_still_has_its_folder(options):
 
 def test_another_layer_on_resume_is_refused(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--model.layer=1"]) == 0
-    assert main(["fit", *options, "--ckpt_path=last", "--model.layer=2"]) == 2
-    assert "model.layer 2: the checkpoint tunes layer 1; leave model.layer out" in capsys.readouterr().err
+    line = error_line(capsys, "fit", *options, "--ckpt_path=last", "--model.layer=2")
+    assert "model.layer 2: the checkpoint tunes layer 1" in line
     assert main(["fit", *options, "--ckpt_path=last", "--model.layer=1"]) == 0
-    assert json.loads((run_dir(1) / "summary.json").read_text())["dominant_layer"] == 1
+    assert summary(1)["dominant_layer"] == 1
 
 
 def test_a_mistake_in_our_own_code_stays_a_traceback(options, monkeypatch):
     """It must not look like the user's."""
-    from slzo.zo import step
-
-    monkeypatch.setattr(step, "_MOST_EPS", "a bug")
+    monkeypatch.setattr(stepper, "_MAX_EPS", "a bug")
     with pytest.raises(TypeError, match="not supported between"):
         main(["fit", *options])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{not json", r"train\.jsonl:3"),
+        ('{"sentence": "x", "label": 7}', r"train\.jsonl:3.*7"),
+        ('{"sentence": "x"}', r"train\.jsonl:3.*label"),
+        ("[1]", r"train\.jsonl:3"),
+        (None, r"\.jsonl.*(empty|no rows)"),
+    ],
+)
+def test_a_broken_row_and_an_empty_file_are_named(options, data_dir, tmp_path, capsys, line, expected):
+    folder = tmp_path / "broken" / "sst2"
+    shutil.copytree(data_dir / "sst2", folder)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("" if line is None else "\n".join([*lines[:2], line, *lines[3:]]))
+    assert re.search(expected, error_line(capsys, "fit", *options, f"--data.data_dir={folder.parent}"))
+
+
+def test_rows_without_a_label_do_not_train(options, data_dir, tmp_path, capsys):
+    rows = [json.loads(line) for line in (data_dir / "sst2" / "train.jsonl").read_text().splitlines()]
+
+    def without_labels(unlabeled):
+        shutil.copytree(data_dir / "sst2", tmp_path / "rows" / "sst2", dirs_exist_ok=True)
+        changed = [{**row, "label": -1} if unlabeled(row["idx"]) else row for row in rows]
+        (tmp_path / "rows" / "sst2" / "train.jsonl").write_text("\n".join(map(json.dumps, changed)))
+        return f"--data.data_dir={tmp_path / 'rows'}"
+
+    line = error_line(capsys, "fit", *options, without_labels(lambda index: True))
+    assert "none of the 40 training rows has a label" in line
+    assert main(["fit", *options, without_labels(lambda index: index % 4 == 0), "--trainer.max_steps=20"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"Left out \d+ training rows without a label", printed.out + printed.err)
+    assert summary()["skipped_steps"] == 0
+
+
+def test_models_that_cannot_be_split_are_refused(options, tmp_path, capsys):
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=320, **sizes)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    assert "is not supported" in error_line(capsys, "fit", *options, f"--model.model={folder}")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    assert "cannot be loaded" in error_line(capsys, "fit", *options, f"--model.model={folder}")
+
+
+def test_divergence_stops_the_run_and_says_so(options, capsys):
+    more = ["--guard.factor=null", "--model.optimizer.lr=1e38", "--model.max_nonfinite=2"]  # no rollback
+    assert "training diverged" in error_line(capsys, "fit", *options, *more)

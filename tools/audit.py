@@ -10,20 +10,11 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_COMMAND = (
-    sys.executable,
-    "-m",
-    "pip_audit",
-    "--format",
-    "json",
-    "--progress-spinner",
-    "off",
-    "--local",
-    "--skip-editable",
-)
+_OPTIONS = ("--format", "json", "--progress-spinner", "off", "--local", "--skip-editable")
+_COMMAND = (sys.executable, "-m", "pip_audit", *_OPTIONS)
 _TIMEOUT_S = 300
 
 
@@ -47,21 +38,19 @@ def summarize(found: Mapping[str, Any]) -> Report:
     if not audited:
         return not_audited(f"none of {len(packages)} packages was found in the database; it may be out of reach")
     lines = [
-        f"{package['name']} {package['version']}: {vulnerability['id']}, "
-        + (
-            f"mended in {', '.join(vulnerability['fix_versions'])}"
-            if vulnerability["fix_versions"]
-            else "not mended yet"
-        )
+        f"{package['name']} {package['version']}: {vulnerability['id']}, {_fix(vulnerability['fix_versions'])}"
         for package in audited
         for vulnerability in package["vulns"]
     ]
     last = f"audit: {len(audited)} packages looked up, {len(lines)} known vulnerabilities, {len(skipped)} skipped"
     if skipped:
-        last += (
-            f" ({', '.join(sorted(package['name'] for package in skipped)[:10])}{', ...' if len(skipped) > 10 else ''})"
-        )
+        names = sorted(package["name"] for package in skipped)
+        last += f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
     return Report((*(f"warning: {line}" for line in lines), last), not lines)
+
+
+def _fix(versions: Sequence[str]) -> str:
+    return f"fixed in {', '.join(versions)}" if versions else "not fixed yet"
 
 
 def not_audited(reason: str) -> Report:
@@ -77,8 +66,8 @@ def audit() -> Report:
     except subprocess.TimeoutExpired:
         return not_audited(f"pip-audit took more than {_TIMEOUT_S} s")
     except (ValueError, KeyError, TypeError):
-        told = done.stderr.strip().splitlines()
-        return not_audited(f"pip-audit ended with status {done.returncode}: {told[-1] if told else 'no output'}")
+        errors = done.stderr.strip().splitlines()
+        return not_audited(f"pip-audit ended with status {done.returncode}: {errors[-1] if errors else 'no output'}")
 
 
 def main() -> int:

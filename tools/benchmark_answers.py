@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import load_examples
-from slzo.utils.errors import SlzoError
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
-from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
+from slzo.utils.errors import SlzoError
+from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import Point
 from slzo.zo.loss import live_points
 from slzo.zo.scopes import LayerScope
@@ -59,7 +59,7 @@ class Step:
     def __init__(self, args: argparse.Namespace, model: PreTrainedModel, layer: int) -> None:
         self.args = args
         self.parts = split_and_verify(model)
-        self.tuned_model = TunedModel.of_scope(self.parts, LayerScope(), layer)
+        self.tuned_model = TunedModel.from_scope(self.parts, LayerScope(), layer)
         self.count = 0
 
     def points(self, eps: float) -> list[Point]:
@@ -277,7 +277,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; 2 after a mistake that the user can mend."""
+    """Run the comparison; 2 after a mistake of the user's."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for both ways alike

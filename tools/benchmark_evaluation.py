@@ -20,12 +20,12 @@ import torch
 from transformers import PreTrainedModel
 
 from slzo.data.batch import Row
-from slzo.datamodule import TaskDataModule
-from slzo.utils.errors import SlzoError
 from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, stop_tokens
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
+from slzo.task_rows import TaskRows
+from slzo.utils.errors import SlzoError
 
 TIE = 1e-4
 
@@ -89,10 +89,8 @@ def compare(
     task: str, num_rows: int, options: argparse.Namespace, parts: ModelParts, plain: PreTrainedModel
 ) -> Comparison:
     """Measure one task."""
-    data = TaskDataModule(
-        task, options.model, data_dir=options.data_dir, num_test=None, eval_batch_size=options.eval_batch_size,
-        eval_batch_tokens=options.eval_batch_tokens,
-    )  # fmt: skip
+    sizes = {"eval_batch_size": options.eval_batch_size, "eval_batch_tokens": options.eval_batch_tokens}
+    data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None, **sizes)
     data.setup("test")
     rows = data.rows("test")[:num_rows]
     generates = bool(rows[0].prompt)
@@ -100,7 +98,7 @@ def compare(
 
     def run_fast() -> dict[int, Any]:
         found: dict[int, Any] = {}
-        for batch in data.eval_loader("test", num_rows):
+        for batch in data.eval_batches("test", num_rows):
             outcome = evaluator(batch)
             values = outcome.predictions if generates else outcome.scores
             found.update(zip((row.position for row in batch.rows), values, strict=True))
@@ -112,7 +110,7 @@ def compare(
         stops = stop_tokens(evaluator.tokenizer)
         return [answer_text(evaluator.tokenizer, plain_answer(plain, row, stops)) for row in rows]
 
-    evaluator(next(iter(data.eval_loader("test", 4))))  # nothing is timed cold
+    evaluator(next(data.eval_batches("test", 4)))  # nothing is timed cold
     first, fast = timed(run_fast)
     slow, expected = timed(run_plain)
     second, _ = timed(run_fast)

@@ -22,19 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).parent / "research"))
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
-from slzo.pictures.style import BLUE, GREY, ORANGE, picture, svg_of, tidy
+from slzo.pictures.style import BLUE, GREY, ORANGE, new_figure, style_axis, svg_of
+from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import LayerScope
-from slzo.zo.stepper import StepOptions
+from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 from write_shape import parse, write_shape
 
@@ -63,15 +64,15 @@ class Steps:
     """Steps on one layer with a warm prefix cache."""
 
     def __init__(self, model: Any, layer: int, rows: Sequence[EncodedExample]) -> None:
-        self.model = TunedModel.of_scope(split_and_verify(model), LayerScope(), layer, engine=Engine(cache_gb=8.0))
+        tuned = TunedModel.from_scope(split_and_verify(model), LayerScope(), layer, engine=Engine(cache_gb=8.0))
+        self.stepper = Stepper(tuned, CandidateCrossEntropy(), SPSA(), StepOptions(_EPS))
         self.batch = TrainBatch(pack(rows), ())
-        self.optimizer = torch.optim.SGD(self.model.tensors.masters, lr=1e-6)
+        self.optimizer = torch.optim.SGD(tuned.tensors.masters, lr=1e-6)
         self.count = 0
 
     def __call__(self) -> None:
         """One step."""
-        loss = self.model.loss(self.batch, CandidateCrossEntropy())
-        self.model.step(loss, SPSA(), self.optimizer, StepOptions(_EPS), seed=0, step=self.count)
+        self.stepper.step(self.batch, self.count, self.optimizer)
         self.count += 1
 
 
@@ -160,7 +161,7 @@ HEAD = (
 
 def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
     """Seconds and peak memory over the number of parameters, as ``scale.svg``."""
-    figure = picture(8.4, 3.3, "A step over the size of the model", "random bfloat16 weights, medians")
+    figure = new_figure(8.4, 3.3, "A step over the size of the model", "random bfloat16 weights, medians")
     left, right = figure.subplots(1, 2)
     of_layers = {
         "layer 1": [e for e in entries if e["layer"] == 1],
@@ -175,7 +176,7 @@ def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
     left.plot(size, plain["forward2_s"], "--", marker="o", color=GREY, label="two plain forward passes")
     right.plot(size, plain["forward_peak_gib"], "--", marker="o", color=GREY, label="plain forward passes")
     for axis, words in ((left, "seconds"), (right, "peak memory, GiB")):
-        tidy(axis, "parameters, billions", words, whole=False)
+        style_axis(axis, "parameters, billions", words, whole=False)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all shapes; 2 after a mistake that the user can mend."""
+    """Measure all shapes; 2 after a mistake of the user's."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does

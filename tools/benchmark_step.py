@@ -36,17 +36,17 @@ from slzo.data.batch import TrainBatch
 from slzo.data.encoding import Encoder
 from slzo.data.sources import load_examples
 from slzo.data.splits import draw_splits
-from slzo.utils.errors import SlzoError
 from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
-from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.tasks.registry import get_task
+from slzo.utils.errors import SlzoError
+from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
 from slzo.zo.scopes import LayerScope
-from slzo.zo.stepper import StepOptions
+from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
@@ -65,8 +65,9 @@ class SlzoStep:
     ) -> None:
         self.objective = objective
         self.share_prompts = share_prompts
-        self.model = TunedModel.of_scope(parts, LayerScope(), layer, engine=Engine(**engine))
+        self.model = TunedModel.from_scope(parts, LayerScope(), layer, engine=Engine(**engine))
         self.parts, self.forward, self.tuned = parts, self.model.forward, self.model.tensors
+        self.stepper = Stepper(self.model, objective, SPSA(), StepOptions(EPS))
         self.optimizer = torch.optim.SGD(self.tuned.masters, lr=LEARNING_RATE)
         self.step = 0
 
@@ -78,8 +79,7 @@ class SlzoStep:
 
     def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
         """One step; returns both losses."""
-        loss = self.model.loss(TrainBatch(self.pack(examples), ()), self.objective)
-        estimate = self.model.step(loss, SPSA(), self.optimizer, StepOptions(EPS), seed=0, step=self.step).estimate
+        estimate = self.stepper.step(TrainBatch(self.pack(examples), ()), self.step, self.optimizer).estimate
         self.step += 1
         return estimate.loss_plus, estimate.loss_minus
 
@@ -459,7 +459,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; 2 after a mistake that the user can mend."""
+    """Run the comparison; 2 after a mistake of the user's."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for all variants alike

@@ -1,32 +1,27 @@
 """A hook of mkdocs: the reference of options and of Python, written from the code when the site is built."""
 
 import inspect
-from collections.abc import Iterator
+from argparse import SUPPRESS, Action
+from collections.abc import Callable
 from typing import Any
 
+from jsonargparse import Namespace
 from mkdocs.structure.files import File, Files
 
-from slzo.cli_completion import schema
-from slzo.commands import COMMANDS
+from slzo.callbacks.defaults import DEFAULTS
+from slzo.cli.app import parser_of
+from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
+from slzo.export import ExportOptions, export_checkpoint
 from slzo.module import ZOModule
-from slzo.run_trainer import run_trainer
+from slzo.private.parsers import options_of
 from slzo.trainer import ZOTrainer
 from slzo.zo import ClosureLoss, Request, TunedTensors, take_step
 
-_OWN_GROUPS = [
-    "model",
-    "data",
-    "profiler",
-    "guard",
-    "checkpoint",
-    "summary",
-    "samples",
-    "report",
-    "watch",
-    "last_checkpoint",
-]
-_PUBLIC = (run_trainer, ZOTrainer, ZOModule, TaskDataModule, take_step, Request, ClosureLoss, TunedTensors)
+_GROUPS = ("model", "data", *DEFAULTS)
+_TRAINER = (ZOTrainer.fit, ZOTrainer.validate, ZOTrainer.test, ZOTrainer.predict)
+_CORE = (take_step, Request, ClosureLoss, TunedTensors)
+_PUBLIC = (ZOTrainer, *_TRAINER, ZOModule, TaskDataModule, export_checkpoint, ExportOptions, *_CORE)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -38,24 +33,36 @@ def on_files(files: Files, config: Any) -> Files:
 
 def options_page() -> str:
     """Every command, and slzo's options with their defaults."""
-    found = schema("fit")["properties"]
+    options = [action for action in options_of(parser_of(COMMANDS["fit"])) if _is_option(action)]
     lines = ["# Options", "", "Lightning's own are those of its Trainer; `slzo fit --help_all` lists them.", ""]
     lines += ["| command | does |", "|---|---|"]
     lines += [f"| `slzo {command.name}` | {_cell(command.help)} |" for command in COMMANDS.values()]
-    for group in _OWN_GROUPS:
+    for group in _GROUPS:
         lines += ["", f"## {group}", "", "| option | default | |", "|---|---|---|"]
-        for name, told in _leaves(found[group], group):
-            default = f"`{_cell(str(told['default']))}`" if "default" in told else ""
-            lines.append(f"| `{name}` | {default} | {_cell(told.get('description', ''))} |")
+        for action in options:
+            if action.dest.startswith(f"{group}."):
+                lines.append(f"| `{action.dest}` | {_default(action.default)} | {_cell(action.help or '')} |")
     return "\n".join(lines) + "\n"
 
 
-def _leaves(place: dict[str, Any], before: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, told in place["properties"].items():
-        if told.get("properties"):
-            yield from _leaves(told, f"{before}.{name}")
-        else:
-            yield f"{before}.{name}", told
+def _is_option(action: Action) -> bool:
+    """Whether it has a value of its own: no group of options, and no list of a class's options."""
+    name = action.option_strings[0] if action.option_strings else ""
+    return (
+        name.startswith("--") and not name.endswith(".help") and action.help != SUPPRESS and action.dest not in _PARTS
+    )
+
+
+_PARTS = frozenset({"model.engine"})
+"""Groups within groups."""
+
+
+def _default(value: Any) -> str:
+    if value is None or value == SUPPRESS:
+        return ""
+    if isinstance(value, Namespace | dict) and "class_path" in value:
+        value = value["class_path"].rpartition(".")[2]
+    return f"`{_cell(str(value))}`"
 
 
 def _cell(text: str) -> str:
@@ -64,19 +71,15 @@ def _cell(text: str) -> str:
 
 def python_page() -> str:
     """Signature and docstring of what is used from Python."""
-    lines = ["# Python", "", "What the command line does, from Python: `run_trainer` makes a trainer as it does.", ""]
+    lines = ["# Python", "", "What the command line does, from Python: a `ZOTrainer` runs as `slzo fit` does.", ""]
     for thing in _PUBLIC:
-        lines += [f"## {thing.__name__}", "", f"`{thing.__module__}.{thing.__qualname__}`", ""]
-        lines += _documented(thing)
-        if thing is ZOTrainer:
-            for name in COMMANDS:
-                method = vars(ZOTrainer).get(name)
-                if method is not None:
-                    lines += [f"### ZOTrainer.{name}", "", *_documented(method)]
+        level = "###" if thing in _TRAINER else "##"
+        place = [] if thing in _TRAINER else [f"`{thing.__module__}.{thing.__qualname__}`", ""]
+        lines += [f"{level} {thing.__qualname__}", "", *place, *_documented(thing)]
     return "\n".join(lines) + "\n"
 
 
-def _documented(thing: Any) -> list[str]:
+def _documented(thing: Callable[..., Any]) -> list[str]:
     name = thing.__name__
     parameters = [str(parameter) for parameter in inspect.signature(thing).parameters.values()]
     signature = f"{name}(\n    " + ",\n    ".join(parameters) + "\n)" if parameters else f"{name}()"

@@ -33,10 +33,10 @@ from transformers.models.auto.modeling_auto import (
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.utils.errors import SlzoError
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
+from slzo.utils.errors import SlzoError
 
 # what a type's default configuration leaves out, and no model of it does
 _LEFT_OUT: dict[str, dict[str, Any]] = {

@@ -1,1 +1,1 @@
-"""The ground floor: tokens, packed batches, and losses over their logits; plain tensors only."""
+"""Token sequences, packed batches, and losses over their logits."""

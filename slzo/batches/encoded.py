@@ -1,17 +1,17 @@
-"""Token ids of prompts with their answers."""
+"""Token ids of prompts and their answers."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSequence:
-    """One prompt + candidate.
+    """A prompt followed by a candidate.
 
     Attributes:
-        ids: Token ids of prompt + candidate, special tokens as the tokenizer adds them in front.
-        num_answer: How many of the last ids belong to the candidate (>= 1).
-        counts: For each of these, whether it is scored and trained on, at least one is; ``None``: all are. In a conversation what
-            the user says between two answers is not.
+        ids: Token ids of prompt and candidate, after the special tokens that the tokenizer adds in front.
+        num_answer: Number of ids, at the end, that belong to the candidate (>= 1).
+        counts: For each of these ids, whether it is scored and trained on; ``None`` for all. At least one is. In a conversation
+            the user's messages between two answers are not.
     """
 
     ids: tuple[int, ...]
@@ -20,7 +20,7 @@ class EncodedSequence:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where the scored ids are, counted from the end: -1 is the last one."""
+        """Positions of the scored ids, counted from the end: -1 is the last one."""
         last = range(-self.num_answer, 0)
         return tuple(last) if self.counts is None else tuple(place for place in last if self.counts[place])
 
@@ -30,9 +30,9 @@ class EncodedExample:
     """All candidates of one example.
 
     Attributes:
-        index: Number of the example, unique over the splits of a data set; the key of the prefix cache.
-        sequences: One per candidate, in the task's order.
-        gold: As in :class:`slzo.tasks.base.Example`.
+        index: Number of the example, unique over the splits of a data set. It is the key of the prefix cache.
+        sequences: One sequence per candidate, in the task's order.
+        gold: Numbers of the right candidates, as in :class:`slzo.tasks.base.Example`.
     """
 
     index: int
@@ -41,13 +41,13 @@ class EncodedExample:
 
 
 def prompt_alone(index: int, ids: tuple[int, ...]) -> EncodedExample:
-    """A prompt without an answer."""
-    # the last id of a sequence predicts nothing and is dropped; a copy stands for the first answer token
+    """Return an example with only a prompt."""
+    # packing drops the last id of a sequence, which predicts nothing; a copy of it takes the place of the answer's first token
     return EncodedExample(index, (EncodedSequence((*ids, ids[-1]), 1),), ())
 
 
 def prompt_with_gold(index: int, prompt: tuple[int, ...], gold: EncodedExample | None) -> EncodedExample:
-    """A prompt as candidate 0 and its gold answer after it, where it is known, as candidate 1."""
+    """Return an example with the prompt alone as candidate 0 and, if it is known, the gold answer as candidate 1."""
     alone = prompt_alone(index, prompt)
     if gold is None or not gold.gold:
         return alone
@@ -55,5 +55,5 @@ def prompt_with_gold(index: int, prompt: tuple[int, ...], gold: EncodedExample |
 
 
 def prompt_key(index: int) -> int:
-    """Key under which an example's prompt alone is kept, beside that of the example with its answers."""
+    """Return the cache key of an example's prompt alone, which differs from the key of the example with its answers."""
     return -1 - index

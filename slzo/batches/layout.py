@@ -1,6 +1,6 @@
-"""Which packed tokens form which sequence: all index arithmetic between packed rows and padded groups.
+"""The layout of packed tokens: index arithmetic between a packed row and padded groups of sequences.
 
-Shapes used here: ``T`` packed tokens, ``N`` sequences, ``L`` the longest sequence of a group.
+Shapes: ``T`` packed tokens, ``N`` sequences, ``L`` length of the longest sequence of a group.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A sequence joins a group of longer ones while it is at least this fraction of the longest: each group is one
-# attention call, and attention over padding costs more than a few calls.
+# A sequence joins a group if its length is at least this fraction of the longest one. Each group takes one attention call, and
+# attention over padding costs more than a few calls.
 _GROUP_RATIO = 0.75
 
 
 @dataclass(frozen=True)
 class Movable:
-    """Moves every tensor field of a dataclass to a device."""
+    """A dataclass whose tensor fields can be moved to a device."""
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """Copy on another device; left out, ``non_blocking`` waits only for what comes to the CPU, where it is read at once."""
+        """Return a copy on another device. By default only copies to the CPU block, because the values are read at once there."""
         if non_blocking is None:
             non_blocking = torch.device(device).type != "cpu"
 
@@ -40,10 +40,10 @@ class PackedLayout(Movable):
     """Which packed tokens form which sequence.
 
     Attributes:
-        groups: Per group of similar lengths, packed token positions, shape (N_g, L_g), int64. A shared prompt appears in
-            every sequence that contains it. Padding, always on the right, repeats position 0.
-        valid: Per group, shape (N_g, L_g), bool, ``False`` on padding.
-        inverse: For each packed token its place in the concatenation of the flattened groups, shape (T,), int64.
+        groups: For each group of sequences of similar length, the packed positions of their tokens, shape (N_g, L_g), int64. A
+            shared prompt is part of every sequence that contains it. Padding is on the right and has position 0.
+        valid: For each group, ``False`` on padding, shape (N_g, L_g), bool.
+        inverse: Index of each packed token in the concatenation of the flattened groups, shape (T,), int64.
     """
 
     groups: tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class PackedLayout(Movable):
     inverse: Tensor
 
     def sequences(self) -> list[list[int]]:
-        """Packed positions of each sequence, group by group."""
+        """Return the packed positions of each sequence, group by group."""
         return [
             positions[:length]
             for group, valid in zip(self.groups, self.valid, strict=True)
@@ -59,26 +59,26 @@ class PackedLayout(Movable):
         ]
 
     def sequences_up_to(self, last: Tensor) -> list[Tensor]:
-        """For each packed position in ``last`` the packed positions of its sequence up to it."""
+        """For each packed position in ``last``, return the packed positions of its sequence up to this one."""
         found = []
-        for place in self.inverse[last].tolist():
+        for index in self.inverse[last].tolist():
             for group in self.groups:
-                if place < group.numel():
-                    row, column = divmod(place, group.shape[1])
+                if index < group.numel():
+                    row, column = divmod(index, group.shape[1])
                     found.append(group[row, : column + 1])
                     break
-                place -= group.numel()
+                index -= group.numel()
         return found
 
     def repeat(self, times: int) -> "PackedLayout":
-        """The layout of ``times`` copies of the batch, one after the other in the packed row."""
+        """Return the layout of ``times`` copies of the batch, one after the other in the packed row."""
         num_tokens = self.inverse.numel()
         inverse, start = [self.inverse] * times, 0
         for group in self.groups:
-            inside = (self.inverse >= start) & (self.inverse < start + group.numel())
+            in_group = (self.inverse >= start) & (self.inverse < start + group.numel())
             for copy in range(times):
                 moved = self.inverse + (times - 1) * start + copy * group.numel()
-                inverse[copy] = torch.where(inside, moved, inverse[copy])  # no host sync, unlike a masked write
+                inverse[copy] = torch.where(in_group, moved, inverse[copy])  # no host sync, unlike a masked write
             start += group.numel()
         return PackedLayout(
             groups=tuple(torch.cat([group + copy * num_tokens for copy in range(times)]) for group in self.groups),
@@ -87,25 +87,25 @@ class PackedLayout(Movable):
         )
 
     def in_one_group(self) -> "PackedLayout":
-        """The layout with all sequences padded to the longest."""
+        """Return the layout with all sequences padded to the longest one."""
         if len(self.groups) == 1:
             return self
         width = max(group.shape[1] for group in self.groups)
         inverse = torch.empty_like(self.inverse)
         start = rows = 0
         for group in self.groups:
-            inside = (self.inverse >= start) & (self.inverse < start + group.numel())
-            place = self.inverse[inside] - start
-            inverse[inside] = (rows + place // group.shape[1]) * width + place % group.shape[1]
+            in_group = (self.inverse >= start) & (self.inverse < start + group.numel())
+            index = self.inverse[in_group] - start
+            inverse[in_group] = (rows + index // group.shape[1]) * width + index % group.shape[1]
             start += group.numel()
             rows += group.shape[0]
-        index = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in self.groups])
+        positions = torch.cat([F.pad(group, (0, width - group.shape[1])) for group in self.groups])
         valid = torch.cat([F.pad(valid, (0, width - valid.shape[1])) for valid in self.valid])
-        return PackedLayout((index,), (valid,), inverse)
+        return PackedLayout((positions,), (valid,), inverse)
 
 
 def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Sequence numbers, sorted by falling length and cut into groups of similar length."""
+    """Return the numbers of the sequences, sorted by descending length and cut into groups of similar length."""
     groups: list[list[int]] = []
     for number in sorted(range(len(sequences)), key=lambda n: -len(sequences[n])):
         if groups and len(sequences[number]) >= _GROUP_RATIO * len(sequences[groups[-1][0]]):
@@ -116,7 +116,7 @@ def group_by_length(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def build_layout(sequences: Sequence[Sequence[int]], num_tokens: int, grouped: bool) -> PackedLayout:
-    """The layout of sequences of packed positions; ``grouped`` puts only similar lengths together."""
+    """Return the layout of sequences of packed positions, in groups of similar length if ``grouped``, else in one group."""
     groups, valid, offset = [], [], 0
     inverse = torch.zeros(num_tokens, dtype=torch.int64)
     members = group_by_length(sequences) if grouped else [list(range(len(sequences)))]

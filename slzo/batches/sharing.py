@@ -1,4 +1,4 @@
-"""Batches in which rows that start alike share that start: one paragraph, many questions."""
+"""Batches that store the common beginnings of rows once, for example one paragraph with many questions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,34 +12,34 @@ from slzo.batches.packing import PackedBatch
 
 
 def share_beginnings(batch: PackedBatch) -> PackedBatch:
-    """A packed batch with every common beginning of its sequences stored, and thus evaluated, once.
+    """Return a packed batch that stores, and so evaluates, every common beginning of its sequences once.
 
-    A token's hidden state depends on the tokens before it only, so the result is the same. The tokens no longer belong to
-    single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
+    The result is the same, because the hidden state of a token depends only on the tokens before it. The tokens no longer belong
+    to single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
     """
-    return common_beginnings(batch)[0]
+    return merge_common_prefixes(batch)[0]
 
 
-def common_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
-    """The same, and where each of its tokens is in the given batch, shape (tokens,), int64; on the CPU."""
+def merge_common_prefixes(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    """:func:`share_beginnings` of a batch on the CPU, and the position of each token in that batch, shape (tokens,), int64."""
     ids = batch.input_ids.tolist()
     merged = [-1] * len(ids)
     kept: list[int] = []
-    nodes: dict[tuple[int, int], int] = {}
+    nodes: dict[tuple[int, int], int] = {}  # a trie: node by parent and token id
     paths: dict[int, tuple[int, ...]] = {}
     inner: set[int] = set()
-    for places in batch.layout.sequences():
+    for positions in batch.layout.sequences():
         path: list[int] = []
-        for place in places:
+        for position in positions:
             parent = path[-1] if path else -1
-            if merged[place] < 0:
-                merged[place] = nodes.setdefault((parent, ids[place]), len(kept))
-                if merged[place] == len(kept):
-                    kept.append(place)
-            path.append(merged[place])
+            if merged[position] < 0:
+                merged[position] = nodes.setdefault((parent, ids[position]), len(kept))
+                if merged[position] == len(kept):
+                    kept.append(position)
+            path.append(merged[position])
         paths[path[-1]] = tuple(path)
         inner.update(path[:-1])
-    # a sequence that another one begins with needs no attention of its own
+    # a sequence that is the beginning of another one needs no separate attention
     sequences = [path for last, path in paths.items() if last not in inner]
     source = torch.tensor(kept)
     shared = replace(
@@ -56,9 +56,10 @@ def common_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
 def chunk_by_tokens(
     sequences: Sequence[Sequence[int]], max_tokens: int | None, max_rows: int | None = None, *, share: bool = True
 ) -> list[list[int]]:
-    """Places of consecutive sequences of token ids, cut into chunks of at most so many tokens and rows; ``None`` for no limit.
+    """Cut sequences of token ids, in order, into chunks of at most ``max_tokens`` tokens and ``max_rows`` sequences.
 
-    A longer sequence is a chunk of its own. ``share`` counts what a sequence has in common with the one before it once.
+    Returns the numbers of the sequences in each chunk. A longer sequence is a separate chunk, and ``None`` is no limit. With
+    ``share``, tokens that a sequence has in common with the one before it are not counted again.
     """
     chunks: list[list[int]] = []
     used = 0
@@ -75,7 +76,7 @@ def chunk_by_tokens(
 
 
 def num_distinct_tokens(sequences: Iterable[Sequence[int]]) -> int:
-    """Tokens of the sequences, common beginnings counted once."""
+    """Return the number of tokens of the sequences, with common beginnings counted once."""
     ordered = sorted(map(tuple, sequences))
     return sum(map(len, ordered)) - sum(_common(first, second) for first, second in pairwise(ordered))
 

@@ -45,9 +45,9 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Saves after validations, between them, at the end, and when a signal stops the run.
 
-    It saves only where Lightning's counters are complete and restart exactly: after a step that no validation follows, and
-    after a validation. Ctrl-C and SIGTERM stop a run at the next such place, on all processes at the same one; a second signal
-    stops it at once, and nothing is saved. A later resume takes the steps that this loses from the log of losses.
+    It saves only where Lightning restarts exactly: after a step that no validation follows, and after a validation. Ctrl-C and
+    SIGTERM stop a run at the next such place, on all processes at the same one. A second signal stops it at once, and nothing
+    is saved. A later resume takes the steps that this loses from the log of losses.
 
     The state after the last step replaces ``last.ckpt`` when everything else is done: a run that is killed while its held-out
     rows are scored then still has steps left, and ends as others do when it is resumed. The last step is validated in any case,
@@ -71,8 +71,11 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._signals = StopSignals()
+        self._in_epoch = False
+        self._every_n_epoch: int | None = None  # of the schedule, while the last validation is brought about
         self._saved_step = self._final_step = -1
         self._saved_at = -math.inf
+        self._saved: Path | None = None
         self._stop = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,14 +83,14 @@ class LastCheckpoint(Checkpoint):
         if trainer.received_sigterm:  # Lightning's handler was there first
             raise Interrupted(15)
         self._saved_step = self._final_step = -1
-        self._saved_at, self._stop = -math.inf, 0
+        self._saved_at, self._saved, self._stop = -math.inf, None, 0
         self._signals.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before the step, or wait until it is done."""
         if self._stop:
             raise Interrupted(self._stop, saved=True)
-        self._signals.waits = True
+        self._signals.waits = self._in_epoch = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,9 +100,15 @@ class LastCheckpoint(Checkpoint):
             return
         if is_last_step(trainer):
             self._save_final(trainer)
-            trainer.should_stop = True  # Lightning validates a step that it stops after
-        elif not trainer.is_last_batch:  # between two epochs Lightning's counters are in between too
+            # Lightning validates a step that it stops after, but not in an epoch without validations
+            self._every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, None
+            trainer.should_stop = True
+        else:
             self._save_if_due(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the schedule back that was changed for the last validation."""
+        self._restore_schedule(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after a validation of the schedule."""
@@ -110,27 +119,47 @@ class LastCheckpoint(Checkpoint):
         else:
             self._save_if_due(trainer, always=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the epoch is over."""
+        self._in_epoch = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the present epoch as begun.
+
+        Lightning does not count the epoch after a restart from an epoch's last step, and would miscount at the next restart.
+        """
+        if self._in_epoch:
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                counts["ready"] = counts["started"] = counts["processed"] + 1
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state after the last step."""
         self._signals.remove()
+        self._restore_schedule(trainer)
         folder = _folder(trainer)
         if folder is None:
             return
-        if self._final_step != trainer.global_step:  # something else has ended the training
-            trainer.save_checkpoint(_final(folder), weights_only=False)
-        if trainer.is_global_zero:
+        if self._final_step != trainer.global_step:  # another callback has ended the training
+            if self._saved_step != trainer.global_step:
+                trainer.save_checkpoint(folder / LAST, weights_only=False)
+        elif trainer.is_global_zero:
             _final(folder).replace(folder / LAST)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on, and pass a signal on."""
         self._signals.remove()
+        self._restore_schedule(trainer)
         if isinstance(exception, Interrupted) and not exception.saved:
             pass_on(trainer, exception.number)
-        folder = _folder(trainer)
-        if folder is not None and self._saved_step > 0 and not isinstance(exception, SlzoError):
+        # no collective call: the other processes may be elsewhere
+        if self._saved is not None and not isinstance(exception, SlzoError):
             say(
-                f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {folder / LAST}"
+                f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self._saved}"
             )
+
+    def _restore_schedule(self, trainer: Trainer) -> None:
+        if self._every_n_epoch is not None:
+            trainer.check_val_every_n_epoch, self._every_n_epoch = self._every_n_epoch, None
 
     def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
         """Save if it is time, or a signal has come, after which the next step does not begin."""
@@ -141,15 +170,18 @@ class LastCheckpoint(Checkpoint):
             folder = _folder(trainer)
             if folder is not None:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
-                self._saved_step = step
+                self._saved_step, self._saved = step, folder / LAST
             self._saved_at = time.monotonic()
 
     def _save_final(self, trainer: Trainer) -> None:
+        """Save the state after the last step, and stop if a signal has come."""
         folder = _folder(trainer)
         if folder is not None:
             trainer.save_checkpoint(_final(folder), weights_only=False)
             self._final_step = trainer.global_step
         self._signals.waits = False
+        if stop := self._signals.requested(trainer):
+            raise Interrupted(stop, saved=True)
 
     def _is_time(self, trainer: Trainer) -> bool:
         if self._saved_step < 0:

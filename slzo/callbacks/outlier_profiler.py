@@ -6,9 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from slzo.fit import Prepared
 from slzo.profiling import ProfileOptions
 from slzo.report.profile_files import PICTURE, write_profile
+from slzo.run import Prepared
 from slzo.utils.docs import class_names, with_lists
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import RULES, Auto, SelectionRule

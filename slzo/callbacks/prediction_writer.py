@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_writable, replacing
-from slzo.utils.runtime import of_all_processes
+from slzo.utils.runtime import gather_from_processes
 
 
 class PredictionWriter(Callback):
@@ -38,7 +38,7 @@ class PredictionWriter(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather and write."""
-        records, self._records = of_all_processes(self._records), []
+        records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else Path(self.output)
         if not trainer.is_global_zero:

@@ -25,6 +25,7 @@ class StepProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self._steps: Tqdm | None = None
 
     @property
     def is_disabled(self) -> bool:
@@ -63,9 +64,8 @@ class StepProgressBar(TQDMProgressBar):
         """Start the bar at the step of a resumed run."""
         total = trainer.max_steps if trainer.max_steps > 0 else None
         options: dict[str, Any] = {} if total is None else {"bar_format": _FORMAT}
-        self.train_progress_bar = self._bar(
-            "Training", total=total, initial=trainer.global_step, unit="step", **options
-        )
+        self._steps = self._bar("Training", total=total, initial=trainer.global_step, unit="step", **options)
+        self.train_progress_bar = self._steps
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The bar goes on over epochs."""
@@ -90,8 +90,8 @@ class StepProgressBar(TQDMProgressBar):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         shown = self._shown(trainer, pl_module)
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.set_postfix(shown)
+        if self._steps is not None:
+            self._steps.set_postfix(shown)
         if not sys.stderr.isatty() and not super().is_disabled:
             say(f"Step {trainer.global_step:<6d}" + "  ".join(f"{name} {value}" for name, value in shown.items()))
 
@@ -101,5 +101,5 @@ class StepProgressBar(TQDMProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the line, so that a message after it is readable."""
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.close()
+        if self._steps is not None:
+            self._steps.close()

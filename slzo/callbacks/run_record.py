@@ -13,10 +13,11 @@ from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.step_watch import StepWatch
 from slzo.evaluation.held_out import HeldOutScores
-from slzo.fit import Outcome, Prepared, ask_samples, finish, score_test_rows
+from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
+from slzo.run import Outcome, Prepared
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
@@ -66,7 +67,7 @@ class RunRecord(Callback):
                 self._before = score_test_rows(prepared, rows, "before training")
                 _log_scores(trainer, self._before)
                 self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
-            self._samples = ask_samples(prepared, rows)
+            self._samples = predict_samples(prepared, rows)
         self._points = _points_before(trainer)
         self._offset = self._points[-1]["seconds"] if self._points else 0.0
         self._train_started = time.monotonic()
@@ -124,6 +125,11 @@ class RunRecord(Callback):
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
             trainer.logger.log_hyperparams(dict(pl_module.hparams), metrics=metrics)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the log of steps: Lightning calls no hook of the module then."""
+        if isinstance(pl_module, ZOModule):
+            pl_module.teardown("fit")
 
     def _outcome(self, trainer: Trainer) -> Outcome:
         """What the summary says of the training; a collective call."""

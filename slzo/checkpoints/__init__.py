@@ -1,1 +1,1 @@
-"""Checkpoints and the log of steps: their formats, whole files only."""
+"""Checkpoints and the log of steps: their file formats, and how they are read and written."""

@@ -1,7 +1,7 @@
 """Read, verify and write checkpoints, and find those of the newest run.
 
-The file format is that of :mod:`slzo.checkpoints.checkpoint_file`: safetensors with checksums, no pickles. Beside the state of
-Lightning a checkpoint holds a note: what its tensors are and to which model they belong.
+The file format is safetensors with checksums, without pickles, see :mod:`slzo.checkpoints.checkpoint_file`. In addition to the
+state of Lightning, a checkpoint holds a note that says what its tensors are and to which model they belong.
 """
 
 import sys
@@ -23,11 +23,11 @@ from slzo.utils.signals import signals_held
 
 CHECKPOINT_FORMAT = 1
 NAMES = ("last", "best")
-"""Accepted in the place of a checkpoint's path: those of the newest run."""
+"""Names that stand for the last and the best checkpoint of the newest run."""
 
 _MISSING = object()
 _ADVICE = "give another one of the run, or last for the newest that is whole"
-# what a state to go on from has besides the tuned tensors
+# entries that a resumable checkpoint has in addition to the tuned tensors
 _TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
@@ -42,6 +42,8 @@ _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "trust_remote_code": (bool,),
         "noise_seed": (int,),
         "num_nonfinite": (int,),
+        "auto_step": (dict, type(None)),
+        "projected_grads": (list,),
         "base": (dict,),
         "optimizer": (dict,),
         "onednn": (bool, type(None)),
@@ -54,8 +56,8 @@ class Checkpoint:
     """A checkpoint that was read.
 
     Attributes:
-        path: Of the file.
-        content: Tensors and primitives, on the CPU.
+        path: Path of the file.
+        content: Tensors, on the CPU, and primitives.
     """
 
     path: str
@@ -63,19 +65,19 @@ class Checkpoint:
 
     @property
     def note(self) -> dict[str, Any]:
-        """What its tensors are and where they belong."""
+        """The checkpoint's note, see :func:`checkpoint_note`."""
         return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
 
     @property
     def is_resumable(self) -> bool:
-        """Whether training can go on from it."""
+        """Whether training can be resumed from it."""
         return all(name in self.content for name in _TRAINING_STATE)
 
     def check_resumable(self, optimizer: Mapping[str, Any]) -> None:
-        """Refuse to go on from weights alone, or with an optimizer or scheduler of another class.
+        """Check that training with this optimizer can be resumed from the checkpoint.
 
         Raises:
-            SlzoError: With the reason.
+            SlzoError: It holds only weights, or its optimizer or scheduler is of another class.
         """
         if not self.is_resumable:
             raise SlzoError(
@@ -84,7 +86,7 @@ class Checkpoint:
             )
         saved = self.note["optimizer"]
         for option, name in (("model.optimizer", "class"), ("model.lr_scheduler", "scheduler")):
-            old, new = (str(each.get(name) or "").rpartition(".")[2] for each in (saved, optimizer))
+            old, new = (str(settings.get(name) or "").rpartition(".")[2] for settings in (saved, optimizer))
             if old and new and old != new:
                 raise SlzoError(
                     f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot take over; resume with {old}, "
@@ -93,24 +95,25 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Load a checkpoint on the CPU, tensors and primitives only, and verify it.
+    """Load a checkpoint, tensors and primitives only, on the CPU and verify it.
 
     Raises:
-        SlzoError: The file is missing, broken, not written by slzo, or holds weights that are not finite.
+        SlzoError: The file is missing, damaged, not written by slzo, or holds weights that are not finite.
     """
     option = f"ckpt_path {str(path)!r}"
     if Path(path).is_dir():
         raise SlzoError(f"{option}: is a folder; give a .ckpt file from a run's checkpoints folder, last or best")
     if not Path(path).is_file():
         raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
-    content = _content(path, option)
+    with _one_line(option):
+        content = checkpoint_file.read(path)
     checkpoint_note(content, option)
     _check_state(content, option)
     return Checkpoint(str(path), content)
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
         SlzoError: It cannot be written, or its weights are not finite.
@@ -124,10 +127,10 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
 
 
 def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
-    """What the module noted in a checkpoint: what its tensors are and where they belong.
+    """Return the note of a checkpoint, which says what its tensors are and to which model they belong.
 
     Raises:
-        SlzoError: It was not written by slzo, by a version with another format, or was changed by hand.
+        SlzoError: It was not written by slzo, was written in another format, or is broken.
     """
     note: Any = content.get("slzo") if isinstance(content, dict) else None
     if not isinstance(note, dict) or "format" not in note:
@@ -151,17 +154,17 @@ def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
 
 
 def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
-    """The model options of a run that are others than a checkpoint was trained with, in words; empty if there are none."""
+    """Return the model options that differ from those of a checkpoint, as text; empty if there are none."""
     saved = content.get("hyper_parameters", {})
     different = [name for name in saved if name in own and saved[name] != own[name] and name[0] != "_"]
     return "; ".join(f"model.{name}: {saved[name]} -> {own[name]}" for name in different)
 
 
 def newest_checkpoint(root: str | Path) -> Path:
-    """The last checkpoint of the newest run below ``root``; where it is damaged, the newest one of all that is whole, and why.
+    """Return the last checkpoint of the newest run below ``root``; if it is damaged, report it and return the newest intact one.
 
     Raises:
-        SlzoError: There is none.
+        SlzoError: There is no intact checkpoint.
     """
     found = _by_age(root, "last*.ckpt")
     if not found:
@@ -184,7 +187,7 @@ def newest_checkpoint(root: str | Path) -> Path:
 
 
 def named_checkpoint(name: str, root: str | Path) -> Path:
-    """The checkpoint of the newest run below ``root`` that goes by a name: its last one, or the one with the best score.
+    """Return the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`.
 
     Raises:
         SlzoError: There is none.
@@ -194,7 +197,7 @@ def named_checkpoint(name: str, root: str | Path) -> Path:
 
 
 def find_checkpoint(ckpt_path: str | Path, root: str | Path) -> Checkpoint:
-    """Read a checkpoint; ``last`` and ``best`` are those of the newest run below ``root``.
+    """Read a checkpoint, given by its path or by a name, see :func:`named_checkpoint`.
 
     Raises:
         SlzoError: There is none, or it cannot be used.
@@ -206,10 +209,10 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path) -> Checkpoint:
 
 
 def checkpoint_of_run(folder: str | Path) -> Path:
-    """The best checkpoint of a run, given by its folder, or the last one of a run that was not validated.
+    """Return the best checkpoint in the folder of a run, or the last one if the run was not validated.
 
     Raises:
-        SlzoError: It has none.
+        SlzoError: There is none.
     """
     last = newest_checkpoint(folder)
     try:
@@ -219,24 +222,18 @@ def checkpoint_of_run(folder: str | Path) -> Path:
 
 
 def _best_of(last: Path) -> Path:
-    """The best checkpoint that a run's last one remembers; a resumed run's may be in the folder of the run before."""
+    """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
     callbacks = read_checkpoint(last).content.get("callbacks", {})
-    told = [Path(state["best_model_path"]) for state in callbacks.values() if state.get("best_model_path")]
-    for path in (place for best in told for place in (best, last.parent / best.name)):  # the runs may have been moved
+    saved = [Path(state["best_model_path"]) for state in callbacks.values() if state.get("best_model_path")]
+    for path in (place for best in saved for place in (best, last.parent / best.name)):  # the runs may have been moved
         if path.is_file():
             return path
     raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} has none, it was not validated; give last")
 
 
-def _content(path: str | Path, option: str) -> dict[str, Any]:
-    """The content of a file, compared with its checksums."""
-    with _one_line(option):
-        return checkpoint_file.read(path)
-
-
 @contextmanager
 def _one_line(option: str) -> Iterator[None]:
-    """Errors of reading a file as SlzoErrors; a signal waits, since the readers make what its handler raises such an error."""
+    """Convert errors of reading a file to SlzoErrors; hold signals, since readers would convert what their handlers raise."""
     try:
         with signals_held():
             yield
@@ -244,7 +241,7 @@ def _one_line(option: str) -> Iterator[None]:
         raise SlzoError(f"{option}: damaged, {error} in it is not what was written; {_ADVICE}") from error
     except OSError as error:
         raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged header fails in many ways
+    except Exception as error:  # a damaged header can cause many errors
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
 
 
@@ -272,7 +269,7 @@ def _check_finite(state: Mapping[str, Tensor], whose: str) -> None:
 
 
 def _is_description(entry: Any) -> bool:
-    """Whether kind, shape and constants of a tuned tensor are of the right types; see TunedTensors.description."""
+    """Whether kind, shape and constants of a tuned tensor have the right types; see TunedTensors.description."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return False
     shape = entry.get("shape")

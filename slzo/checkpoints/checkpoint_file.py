@@ -1,9 +1,9 @@
-"""The file of a checkpoint: safetensors, with all that is no tensor as JSON in the header, and a CRC-32 of each.
+"""The file format of checkpoints: safetensors, with all other values as JSON in the header, and CRC-32 checksums.
 
-Nothing in it can be run, and any reader of safetensors reads its tensors. The header's metadata has ``content``, JSON, and
-``crc32``, its checksum; in it are ``tree``, where ``{"$tensor": name}`` stands for a tensor, and ``tensors``, their checksums.
-JSON knows fewer kinds of values than Python: ``$dict``, ``$tuple`` and ``$float`` stand for dicts whose keys are not all
-text, tuples, and floats that are not finite.
+The file contains no code, and any safetensors reader can read its tensors. The header's metadata has two entries: ``content``,
+which is JSON, and ``crc32``, the checksum of ``content``. In ``content``, ``tree`` is the nested content in which
+``{"$tensor": name}`` stands for a tensor, and ``tensors`` has the checksum of each tensor. ``$dict``, ``$tuple`` and ``$float``
+encode what JSON lacks: dicts with keys that are not all text, tuples, and floats that are not finite.
 """
 
 import json
@@ -38,16 +38,16 @@ _TYPES = MappingProxyType(
 
 
 class DamagedError(ValueError):
-    """Something in a file is not what was written; the message names it."""
+    """A part of a file differs from its checksum; the message names the part."""
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, text, ``True``, ``False`` and ``None``.
 
-    Tensor after tensor: the writer of safetensors first copies all of them.
+    Tensors are written one by one, since the writer of safetensors would first copy all of them.
 
     Raises:
-        SlzoError: Something else is in it.
+        SlzoError: The content holds a value of another type.
         OSError: The file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     text = json.dumps({"tree": tree, "tensors": sums}, allow_nan=False)
     header: dict[str, Any] = {"__metadata__": {"content": text, "crc32": str(zlib.crc32(text.encode()))}}
-    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # each begins at a multiple of its type's size
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each is aligned to its item size
     end = 0
     for name in order:
         tensor = tensors[name]
@@ -70,36 +70,29 @@ def write(content: Mapping[str, Any], path: Path) -> None:
             file.write(_bytes(tensors[name]))
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether a file is of this format, not the zip archive that ``torch.save`` writes."""
-    with Path(path).open("rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{"  # after the header's size
-
-
 def read(path: str | Path) -> dict[str, Any]:
-    """What :func:`write` was given, tensors on the CPU, all of it compared with the checksums.
+    """Read what :func:`write` wrote, with tensors on the CPU, and verify the checksums.
 
     Raises:
-        DamagedError: Something is not what was written.
-        Exception: Others where the file is not of this format.
+        DamagedError: A part does not match its checksum.
+        Exception: Other errors, if the file does not have this format.
     """
     with safe_open(path, framework="pt") as file:
-        content = _rest(file)
+        content = _metadata(file)
         tensors = {name: _tensor(file, name, expected) for name, expected in content["tensors"].items()}
     tree: dict[str, Any] = _decoded(content["tree"], tensors)
     return tree
 
 
 def verify(path: str | Path) -> None:
-    """Compare all of a file with the checksums; raises as :func:`read` does."""
+    """Verify all checksums of a file; raises the errors of :func:`read`."""
     with safe_open(path, framework="pt") as file:
-        for name, expected in _rest(file)["tensors"].items():
+        for name, expected in _metadata(file)["tensors"].items():
             _tensor(file, name, expected)
 
 
-def _rest(file: Any) -> dict[str, Any]:
-    """The tree and the checksums of the tensors."""
+def _metadata(file: Any) -> dict[str, Any]:
+    """Return the tree and the checksums of the tensors."""
     header = file.metadata()
     text = header["content"]
     if str(zlib.crc32(text.encode())) != header["crc32"]:
@@ -116,17 +109,17 @@ def _tensor(file: Any, name: str, expected: int) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The values of a contiguous tensor on the CPU, not copied."""
+    """Return the values of a contiguous tensor on the CPU without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(tensor: Tensor) -> int:
-    """CRC-32 of type, shape and values."""
+    """Return the CRC-32 of dtype, shape and values."""
     return zlib.crc32(_bytes(tensor), zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode()))
 
 
 def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON knows it; its tensors, named by their places, go into ``tensors``."""
+    """Encode a value for JSON; add its tensors to ``tensors``, named by their paths."""
     if isinstance(value, Tensor):
         name = ".".join(path)
         while name in tensors:  # keys with dots
@@ -151,7 +144,7 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
     if isinstance(value, list | tuple):
         items = [_encoded(each, (*path, str(number)), tensors) for number, each in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    for kind in (bool, int, float, str):  # of a subclass, as numbers of numpy and enums of text are
+    for kind in (bool, int, float, str):  # subclasses, such as NumPy numbers and text enums
         if isinstance(value, kind):
             return _encoded(kind(value), path, tensors)
     raise SlzoError(

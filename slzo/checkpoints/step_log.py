@@ -1,7 +1,7 @@
-"""The log of a run's steps: a few bytes each, enough to take them again without the model's forward passes.
+"""The log of a run's steps: a few bytes per step, enough to repeat the steps without the model's forward passes.
 
-A line of JSON, then records: kind, step and number of losses; learning rate and eps (float64), the losses (float32) as the
-estimator was given them, and a CRC-32, all little-endian. A record that a crash cut off ends what is read.
+The file begins with a line of JSON. Each record holds kind, step, number of losses, learning rate and eps (float64), the losses
+as the estimator got them (float32), and a CRC-32, all little-endian. Reading stops at a record that a crash cut off.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from slzo.utils.errors import SlzoError
 
 NAME = "zo_log"
-"""Of the file in a run's folder."""
+"""Name of the log file in a run's folder."""
 
 START = "zo_start.ckpt"
-"""What the steps begin with, beside the base model: bases, masks, and the first values of added matrices."""
+"""Checkpoint with the initial state, in addition to the base model: bases, masks, and initial values of added matrices."""
 
 _FORMAT = 1
 _HEAD = struct.Struct("<BIHdd")
@@ -31,10 +31,10 @@ class StepRecord(NamedTuple):
     """One step.
 
     Attributes:
-        step: Counted from 0.
+        step: Number of the step, counted from 0.
         lr: Learning rate that the optimizer used.
         eps: Size of the perturbation.
-        losses: As the estimator was given them, in its order.
+        losses: Losses as the estimator got them, in its order.
     """
 
     step: int
@@ -44,7 +44,7 @@ class StepRecord(NamedTuple):
 
 
 class Rollback(NamedTuple):
-    """After ``steps`` steps the run went back to the weights that it had after ``to`` steps; -1 if only the rate was halved."""
+    """After ``steps`` steps, the run returned to its weights after ``to`` steps; -1 if only the learning rate was halved."""
 
     steps: int
     to: int
@@ -52,11 +52,11 @@ class Rollback(NamedTuple):
 
 @dataclass(frozen=True)
 class StepLog:
-    """What a file holds.
+    """Content of a log file.
 
     Attributes:
-        settings: What the steps depend on.
-        records: In the order in which they were written.
+        settings: Settings that the steps depend on.
+        records: Records in the order in which they were written.
     """
 
     settings: Mapping[str, Any]
@@ -69,25 +69,25 @@ class StepLog:
 
     @property
     def rollbacks(self) -> dict[int, int]:
-        """To which step's weights the run went back after how many steps; a resumed run may have written it twice."""
+        """Targets of the rollbacks, by the number of steps taken; a resumed run may have written a rollback twice."""
         return {record.steps: record.to for record in self.records if isinstance(record, Rollback)}
 
     def before(self, step: int) -> list[StepRecord | Rollback]:
-        """What happened up to a step, which is not part of it."""
+        """Return the records before a step."""
         return [r for r in self.records if (r.step < step if isinstance(r, StepRecord) else r.steps <= step)]
 
 
 class StepLogWriter:
-    """Appends to a new file, each record at once.
+    """Writes a new file and appends records to it without a buffer.
 
     Args:
-        path: Of the file.
-        log: What it begins with.
+        path: Path of the file.
+        log: Settings and records to begin with.
     """
 
     def __init__(self, path: Path, log: StepLog) -> None:
         header = json.dumps({"format": _FORMAT, "settings": log.settings}, sort_keys=True)
-        # unbuffered: what a step wrote outlives the process
+        # unbuffered, so that records survive a killed process
         self._file = path.open("wb", buffering=0)
         self._file.write(header.encode() + b"\n" + b"".join(map(_packed, log.records)))
 
@@ -96,23 +96,25 @@ class StepLogWriter:
         self._file.write(_packed(record))
 
     def close(self) -> None:
-        """Flush to the disk and close the file; again is harmless."""
+        """Flush to the disk and close the file; may be called again."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
 
 def read_step_log(path: Path) -> StepLog:
-    """Read a log, up to what a crash left of its last record.
+    """Read a log up to its last complete record.
 
     Raises:
-        SlzoError: It is no log of slzo, or of another format.
+        SlzoError: The file is missing, is not a log of slzo, or has another format.
     """
     option = f"run {str(path.parent)!r}: its {NAME}"
     try:
         header, _, content = path.read_bytes().partition(b"\n")
-        told = json.loads(header)
-        found, settings = told["format"], told["settings"]
+        decoded = json.loads(header)
+        found, settings = decoded["format"], decoded["settings"]
     except FileNotFoundError:
         raise SlzoError(f"{option} is missing; give the folder of a run of slzo 0.2 or later") from None
     except (ValueError, KeyError, TypeError):

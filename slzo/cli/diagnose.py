@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor
 
 from slzo.private.parsers import options_of, type_of
 from slzo.utils.class_paths import import_failure, required_arguments
@@ -39,10 +38,12 @@ class Given:
     Attributes:
         name: Dotted name, without ``init_args``.
         value: A text from the command line, or a value from a config.
+        is_class_path: Whether it was given as the ``class_path`` of the option.
     """
 
     name: str
     value: Any
+    is_class_path: bool = False
 
 
 def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
@@ -57,8 +58,8 @@ def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> 
         if not has_value:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
         content = _mapping(value)
-        name = _plain_name(name.removesuffix("+"))
-        found += _flat(content, name) if content else [Given(name, value)]
+        plain = _plain_name(name.removesuffix("+"))
+        found += _flat(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
     return found
 
 
@@ -82,8 +83,8 @@ def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str
     """One line on the first given option that is wrong; the parser's own message if none is found."""
     hints = {action.dest: type_of(action) for action in options_of(parser)}
     classes = _chosen_classes(parser, given, hints)
-    for option in given:
-        line = _problem(option, hints, classes)
+    for number, option in enumerate(given):
+        line = _problem(option, hints, classes) or _order_problem(parser, option, hints, given[:number], given[number:])
         if line:
             return line
     for name, (kind, arguments) in classes.items():
@@ -184,29 +185,25 @@ def describe_type(hint: Any) -> str:
         return _LISTS.get(getattr(inner[0], "__name__", ""), "a list")
     if origin is dict:
         return "a mapping"
-    return " or ".join(dict.fromkeys(describe_type(item) for item in inner if item is not Tensor))
+    return " or ".join(dict.fromkeys(describe_type(item) for item in inner if not _is_tensor(item)))
 
 
 def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tuple[type, set[str]]]) -> str:
     """What is wrong with an option; empty if nothing is found."""
     name, value = option.name, option.value
     if name in hints:
-        if name == "config":
-            return "" if value else "--config: expected a file; check the path"
         is_group = hints[name] is None and any(each.startswith(f"{name}.") for each in hints)
         if is_group and not (isinstance(value, str) and Path(value).is_file()):
             return (
                 f"{name} {_shown(value)}: its options must stand below it, as in --{name}.NAME VALUE, or in a YAML file"
             )
-        return _value_problem(name, value, hints[name])
+        return _value_problem(name, value, hints[name], option.is_class_path)
     owner = next((each for each in _parents(name) if class_names(hints.get(each))), None)
     if owner is None:
-        known = [each for each in hints if "." in each]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, list(hints), n=1, cutoff=0.6)
         return f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "see slzo COMMAND --help")
     if owner not in classes:
-        names = ", ".join(class_names(hints[owner]))
-        return f"{name}: the class comes before its options, one of {names}: --{owner} CLASS --{name} VALUE"
+        return _class_comes_first(name, owner, hints)
     kind = classes[owner][0]
     argument = name.removeprefix(f"{owner}.").partition(".")[0]
     parameters = inspect.signature(kind).parameters
@@ -221,11 +218,31 @@ def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tupl
         own = typing.get_type_hints(kind.__init__).get(argument)  # type: ignore[misc]
     except (NameError, TypeError):  # annotations that cannot be resolved
         return ""
-    return "" if own is None or f"{owner}.{argument}" != name else _value_problem(name, value, own)
+    if own is None or f"{owner}.{argument}" != name:
+        return ""
+    # the parser makes a mapping of this text, whatever the type
+    return _value_problem(name, {} if value == "{}" else value, own)
 
 
-def _value_problem(name: str, value: Any, hint: Any) -> str:
-    if hint is None or fits(hint, value):
+def _order_problem(
+    parser: ArgumentParser, option: Given, hints: Mapping[str, Any], before: Sequence[Given], after: Sequence[Given]
+) -> str:
+    """What is wrong with an option whose class is given only after it and has no default; empty if that is not so."""
+    known, later = ({each.name for each in options} for options in (before, after))
+    for owner in _parents(option.name):
+        is_late = owner in later - known and parser.get_defaults().get(owner) is None
+        if is_late and class_names(hints.get(owner)):
+            return _class_comes_first(option.name, owner, hints)
+    return ""
+
+
+def _class_comes_first(name: str, owner: str, hints: Mapping[str, Any]) -> str:
+    names = ", ".join(class_names(hints[owner]))
+    return f"{name}: the class comes before its options, one of {names}: --{owner} CLASS --{name} VALUE"
+
+
+def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False) -> str:
+    if hint is None or fits(hint, {"class_path": value} if is_class_path else value):
         return ""
     shown, names = _shown(value), class_names(hint)
     if names:
@@ -273,7 +290,7 @@ def _chosen_classes(
         kinds = _classes(hints.get(option.name))
         value = option.value
         if kinds and isinstance(value, str) and value:
-            kind = kinds.get(value.rpartition(".")[2])
+            kind = _by_path(kinds, value)
             if kind is not None:
                 found[option.name] = (kind, set())
     for option in given:
@@ -282,12 +299,18 @@ def _chosen_classes(
             if owner not in found and kinds:
                 default = parser.get_defaults().get(owner)
                 path = default.get("class_path") if hasattr(default, "get") else None
-                kind = kinds.get(str(path).rpartition(".")[2])
+                kind = _by_path(kinds, str(path))
                 if kind is not None:
                     found[owner] = (kind, set())
             if owner in found:
                 found[owner][1].add(option.name.removeprefix(f"{owner}.").partition(".")[0])
     return found
+
+
+def _by_path(kinds: Mapping[str, type], path: str) -> type | None:
+    """The class of a path or a name; of several packages with one name, the path tells which is meant."""
+    kind = kinds.get(path.rpartition(".")[2])
+    return kind if kind is None else _imported(path) or kind
 
 
 def _takes(hint: Any, kind: type, argument: str) -> bool:
@@ -304,10 +327,16 @@ def _takes(hint: Any, kind: type, argument: str) -> bool:
 def _classes(hint: Any) -> dict[str, type]:
     found: dict[str, type] = {}
     for item in _types_in(hint):
-        is_class = inspect.isclass(item) and not typing.get_origin(item) and not issubclass(item, Tensor)
+        is_class = inspect.isclass(item) and not typing.get_origin(item) and not _is_tensor(item)
         if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
-            found |= {kind.__name__: kind for kind in _subclasses(item)}
+            for kind in _subclasses(item):
+                found.setdefault(kind.__name__, kind)  # torch's before another package's of the same name
     return found
+
+
+def _is_tensor(hint: Any) -> bool:
+    """Whether a type is torch's tensor, which nobody gives as an option; torch may not be loaded."""
+    return getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -331,10 +360,10 @@ def _types_in(hint: Any, into_callables: bool = True) -> Iterator[Any]:
 
 def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
     """The options of a nested mapping; a class as its path, its arguments below it."""
-    for key, value in config.items():
+    for key, value in sorted(config.items(), key=lambda item: item[0] != "class_path"):
         name = _plain_name(f"{before}.{key}" if before else str(key))
         if key == "class_path":
-            yield Given(before, value)
+            yield Given(before, value, True)
         elif key in ("init_args", "dict_kwargs") and isinstance(value, Mapping):
             yield from _flat(value, before)
         elif isinstance(value, Mapping) and value:

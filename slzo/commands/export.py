@@ -2,18 +2,19 @@
 
 from slzo.checkpoints.checkpoint import find_checkpoint
 from slzo.cli.app import App
-from slzo.export import ExportOptions, export_checkpoint
-from slzo.export.facts import Format
+from slzo.export import FORMATS, ExportOptions, export_checkpoint
 from slzo.utils.console import say
+from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import disk_errors
 
 
+@with_lists(FORMATS=[f"{name} ({each.summary})" for name, each in FORMATS.items()])
 def export(
     app: App,
     output: str,
     ckpt_path: str | None = None,
-    format: Format | None = None,
+    format: str | None = None,
     base_model: str | None = None,
     push_to_hub: str | None = None,
 ) -> None:
@@ -23,8 +24,7 @@ def export(
         app: Only the model's trust_remote_code is used; the checkpoint names its base model.
         output: Folder to write.
         ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
-        format: adapter (peft and, for LoRA and ActivationSubspace, vLLM; kilobytes), merged (a Hugging Face folder), or delta
-            (the tuned tensors alone); left out, an adapter where what was tuned is of low rank, else merged.
+        format: {FORMATS}; left out, an adapter if the tuned change has a low rank, else merged.
         base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
         push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.
     """

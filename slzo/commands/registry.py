@@ -18,6 +18,7 @@ class Command:
         name: Name of the command, of its file and of its function.
         help: What it does, in one line.
         has_app: Whether it takes the options of trainer, model and data.
+        runs_model: Whether it runs a model; without one, torch is not imported.
         reads_run_config: With a checkpoint and no config, the config of the checkpoint's run is read.
         resumes: Given again after an interrupt, it goes on where it stopped.
         own_help: Its help lists its own options only: few others matter.
@@ -27,6 +28,7 @@ class Command:
     name: str
     help: str
     has_app: bool = True
+    runs_model: bool = True
     reads_run_config: bool = True
     resumes: bool = False
     own_help: bool = False
@@ -48,6 +50,8 @@ _ALL = (
         own_help=True,
     ),
     Command("generate", "continue prompts with the untuned and the tuned model", has_app=False),
-    Command("report", "write a page on a run, or on several side by side", has_app=False, words="runs"),
+    Command(
+        "report", "write a page on a run, or on several side by side", has_app=False, runs_model=False, words="runs"
+    ),
 )
 COMMANDS: Mapping[str, Command] = MappingProxyType({command.name: command for command in _ALL})

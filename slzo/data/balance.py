@@ -1,4 +1,4 @@
-"""Classes in equal shares: the class of each training row, and an order that draws all classes alike."""
+"""Class-balanced sampling: the class of each training row, and an order that draws all classes equally often."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from slzo.utils.seeding import derive_seed
 
 
 def check_has_classes(task: Task) -> None:
-    """Refuse a task whose rows belong to no classes.
+    """Check that the rows of a task belong to classes.
 
     Raises:
-        SlzoError: It generates answers, or each row has candidates of its own.
+        SlzoError: If the task generates answers, or the candidates differ between rows.
     """
     if task.kind is not Kind.CLASSIFICATION:
-        what = "generates answers" if task.kind is Kind.GENERATION else "has other candidates in each row"
+        reason = "generates answers" if task.kind is Kind.GENERATION else "has other candidates in each row"
         raise SlzoError(
-            f"data.balanced true: task {task.name!r} {what}, and there are no classes to balance; leave it out"
+            f"data.balanced true: task {task.name!r} {reason}, and there are no classes to balance; leave it out"
         )
 
 
 def classes_of(examples: Sequence[Example]) -> list[int]:
-    """The class of each labelled row: its first right candidate, by number.
+    """Return the class of each labelled row: the index of its first correct candidate.
 
     Raises:
-        SlzoError: The rows do not have the same candidates, or one is right in none of them.
+        SlzoError: If the rows have different candidates, or a candidate is never correct.
     """
     candidates = examples[0].candidates
     if any(example.candidates != candidates for example in examples):
@@ -46,45 +46,45 @@ def classes_of(examples: Sequence[Example]) -> list[int]:
 
 
 def describe_balance(examples: Sequence[Example], classes: Sequence[int]) -> str:
-    """In a line, how many rows each class has, and how many of it an epoch draws."""
+    """Describe in one line how many rows each class has, and how many rows of each class an epoch draws."""
     counts = Counter(classes)
-    told = ", ".join(f"{examples[0].candidates[own].strip()!r} {counts[own]}" for own in sorted(counts))
+    sizes = ", ".join(f"{examples[0].candidates[label].strip()!r} {counts[label]}" for label in sorted(counts))
     each = ceil(len(classes) / len(counts))
-    return f"Balanced batches: training rows by class {told}; an epoch of {len(classes)} draws about {each} of each."
+    return f"Balanced batches: training rows by class {sizes}; an epoch of {len(classes)} draws about {each} of each."
 
 
 def balanced_order(classes: Sequence[int], seed: int, epoch: int) -> list[int]:
-    """Rows of an epoch, as many as there are: one of each class in turn, the classes of a turn in random order.
+    """Draw as many rows for an epoch as there are: one row of each class per round, the classes of a round in random order.
 
-    Each class goes through its rows in a random order, then in another, across the epochs: all rows of a class come equally
-    often, those of a small one several times an epoch, those of a large one not in every epoch. Drawn from (seed, epoch).
+    Across epochs, each class runs through one random permutation of its rows after another. All rows of a class are drawn
+    equally often: rows of a small class several times per epoch, rows of a large class not in every epoch.
 
     Args:
-        classes: Of each row.
-        seed: Of the draws.
-        epoch: Counted from 0.
+        classes: Class of each row.
+        seed: Seed of the draws.
+        epoch: Number of the epoch, from 0.
     """
-    rows: dict[int, list[int]] = {own: [] for own in sorted(set(classes))}
-    for row, own in enumerate(classes):
-        rows[own].append(row)
-    turns = ceil(len(classes) / len(rows))
-    drawn = [_in_turn(members, (seed, own), epoch * turns, turns) for own, members in rows.items()]
+    rows: dict[int, list[int]] = {label: [] for label in sorted(set(classes))}
+    for row, label in enumerate(classes):
+        rows[label].append(row)
+    rounds = ceil(len(classes) / len(rows))
+    drawn = [_draw_rows(members, (seed, label), epoch * rounds, rounds) for label, members in rows.items()]
     generator = torch.Generator().manual_seed(derive_seed("classes", seed, epoch))
-    places = [torch.randperm(len(drawn), generator=generator).tolist() for _ in range(turns)]
-    return [drawn[place][turn] for turn, order in enumerate(places) for place in order][: len(classes)]
+    orders = [torch.randperm(len(drawn), generator=generator).tolist() for _ in range(rounds)]
+    return [drawn[position][number] for number, order in enumerate(orders) for position in order][: len(classes)]
 
 
 def epochs_for_all(classes: Sequence[int]) -> int:
-    """Epochs in which every row has come, but for those that the end of an epoch cut off."""
+    """Return the number of epochs that draw every row, except for rows cut off at the end of an epoch."""
     counts = Counter(classes)
     return ceil(max(counts.values()) / ceil(len(classes) / len(counts)))
 
 
-def _in_turn(rows: Sequence[int], key: tuple[int, int], first: int, count: int) -> list[int]:
-    """Some of an endless series of permutations of rows."""
-    found: list[int] = []
+def _draw_rows(rows: Sequence[int], key: tuple[int, int], first: int, count: int) -> list[int]:
+    """Return ``count`` rows from position ``first`` on in an endless series of permutations."""
+    drawn: list[int] = []
     for number in range(first // len(rows), ceil((first + count) / len(rows))):
         generator = torch.Generator().manual_seed(derive_seed("class", *key, number))
-        found += [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+        drawn += [rows[position] for position in torch.randperm(len(rows), generator=generator).tolist()]
     skipped = first % len(rows)
-    return found[skipped : skipped + count]
+    return drawn[skipped : skipped + count]

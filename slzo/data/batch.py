@@ -1,4 +1,4 @@
-"""What the data loaders yield."""
+"""Batches that the data loaders yield, and their planning."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from slzo.batches.packing import Block, PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.tasks.base import Example
 
-# Common beginnings are looked for across rows where that saves at least this share of the tokens.
+# Rows share common prefixes if that saves at least this fraction of the tokens.
 _MIN_SAVING = 0.15
 
 
@@ -21,8 +21,8 @@ class Row:
 
     Attributes:
         example: The text.
-        encoded: The candidates' tokens.
-        position: Place in its split.
+        encoded: Tokens of the candidates.
+        position: Position in the split.
         prompt: Tokens to generate an answer from; empty for tasks with candidates.
     """
 
@@ -39,7 +39,7 @@ class TrainBatch:
     Attributes:
         packed: The rows' candidates, or their gold answers only, in the order of ``rows``.
         rows: The rows.
-        max_tokens: Tokens that go through the model at once, at most; ``None`` for all.
+        max_tokens: Most tokens in one forward pass; ``None`` for no limit.
     """
 
     packed: PackedBatch
@@ -57,7 +57,7 @@ class EvalBatch:
 
     Attributes:
         rows: The rows.
-        packed: The rows' candidates, in the order of ``rows``; ``None`` where answers are generated.
+        packed: The rows' candidates, in the order of ``rows``; ``None`` if answers are generated.
     """
 
     rows: tuple[Row, ...]
@@ -65,7 +65,7 @@ class EvalBatch:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """The rows' examples."""
+        """Examples of the rows."""
         return tuple(row.example for row in self.rows)
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
@@ -81,7 +81,7 @@ class TrainCollator:
 
     Args:
         share_prompts: Store a prompt once for all of its candidates.
-        max_tokens: That of the batches.
+        max_tokens: Value of :attr:`TrainBatch.max_tokens`.
     """
 
     share_prompts: bool = True
@@ -99,7 +99,7 @@ class EvalCollator:
 
     Args:
         share_prompts: Store a prompt once for all of its candidates.
-        share_rows: Store common beginnings of different rows once.
+        share_rows: Store common prefixes of different rows once.
     """
 
     share_prompts: bool = True
@@ -115,21 +115,21 @@ class EvalCollator:
 
 @dataclass(frozen=True, slots=True)
 class EvalPlan:
-    """Batches of one process and whether the rows of a batch share common beginnings."""
+    """Batches of one process, and whether the rows of a batch share common prefixes."""
 
     batches: list[list[Row]]
     share: bool
 
 
 def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1) -> EvalPlan:
-    """Put the rows of this process in batches: rows with one paragraph together, else rows of similar length.
+    """Divide the rows of this process into batches: by common prefix if that saves enough, otherwise by length.
 
     Args:
         rows: All rows.
-        max_rows: Rows of a batch.
-        max_tokens: Tokens of a batch, common beginnings counted once; a longer row is a batch of its own. Not a limit
-            where answers are generated: there the prompts are run in parts, and more rows decode faster.
-        rank: This process.
+        max_rows: Most rows in a batch.
+        max_tokens: Most tokens in a batch, with common prefixes counted once. A longer row is a batch by itself. There is no
+            limit if answers are generated: prompts run in parts then, and more rows decode faster.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
     sequences = [row.prompt or row.encoded.sequences[0].ids for row in rows]
@@ -143,11 +143,11 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
     generates = any(row.prompt for row in rows)
     budget = None if generates else max_tokens
     chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=share)
-    return EvalPlan([[rows[order[place]] for place in chunk] for chunk in chunks], share)
+    return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], share)
 
 
 def evaluation_blocks(plan: EvalPlan, share_prompts: bool) -> Iterator[Block]:
-    """The batches that dev rows are scored in; none where they share beginnings, or generate, and nothing is kept of a row."""
+    """Yield the batches that dev rows are scored in, except with shared prefixes or generated answers: these are not cached."""
     if plan.share:
         return
     for rows in plan.batches:
@@ -156,15 +156,15 @@ def evaluation_blocks(plan: EvalPlan, share_prompts: bool) -> Iterator[Block]:
 
 
 def training_blocks(rows: Sequence[Row], batches: Iterable[Sequence[int]], share_prompts: bool) -> Iterator[Block]:
-    """The batches in which the rows come first, given by row numbers; each row once."""
+    """Yield batches, given by row numbers, with each row only in the first batch that contains it."""
     for numbers in _first_batches(batches):
         yield Block([rows[number].encoded for number in numbers], share_prompts)
 
 
 def evaluation_prompts(plan: EvalPlan, max_tokens: int) -> Iterator[Block]:
-    """Prompts of dev rows whose answers are generated, their gold answers after them, in parts of so many tokens.
+    """Yield the prompts and gold answers of dev rows whose answers are generated, in parts of at most ``max_tokens`` tokens.
 
-    None where they share beginnings: computing these once saves more.
+    Yields nothing if rows share prefixes, because computing these once saves more.
     """
     if plan.share:
         return
@@ -175,13 +175,13 @@ def evaluation_prompts(plan: EvalPlan, max_tokens: int) -> Iterator[Block]:
 
 
 def training_prompts(rows: Sequence[Row], batches: Iterable[Sequence[int]]) -> Iterator[Block]:
-    """The prompts of these batches, as :func:`training_blocks`."""
+    """Yield the prompts of the batches of :func:`training_blocks`."""
     for numbers in _first_batches(batches):
         yield Block([prompt_alone(prompt_key(rows[number].encoded.index), rows[number].prompt) for number in numbers])
 
 
 def _first_batches(batches: Iterable[Sequence[int]]) -> Iterator[list[int]]:
-    """Row numbers of batches, without those that an earlier one had, as balanced classes may."""
+    """Drop row numbers that an earlier batch contains; balanced classes repeat rows."""
     seen: set[int] = set()
     for numbers in batches:
         new = [number for number in dict.fromkeys(numbers) if number not in seen]

@@ -1,4 +1,4 @@
-"""From conversations to token ids: the chat template, which tokens are the assistant's, and what is cut of long ones."""
+"""Tokenization of conversations: chat templates, the tokens to train on, and the truncation of long conversations."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -28,21 +28,21 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""Templates by name, for tokenizers without one: speakers' names before what they say, and ChatML."""
+"""Templates by name, for tokenizers without one: ``plain`` puts the role before each message."""
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple[str, str | None]:
-    """The text of a template, and a sentence for the log where it is not the tokenizer's.
+    """Return the text of a template, and a sentence for the log if it is not the tokenizer's template.
 
     Raises:
-        SlzoError: It is no known name and no file.
+        SlzoError: If the name is neither a known template nor a readable file.
     """
-    own = tokenizer.chat_template
-    if isinstance(own, dict):  # several by name
-        own = own.get("default")
-    if name is None and isinstance(own, str):
-        return own, None
     if name is None:
+        own = tokenizer.chat_template
+        if isinstance(own, dict):  # several templates by name
+            own = own.get("default")
+        if isinstance(own, str):
+            return own, None
         return TEMPLATES[DEFAULT_TEMPLATE], (
             f"The tokenizer has no chat template: using the one called {DEFAULT_TEMPLATE} (data.task.template; there are "
             f"{', '.join(TEMPLATES)}, or a file)."
@@ -59,10 +59,10 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
 
 
 class ChatEncoder(Encoder):
-    """Token ids of conversations as a chat template writes them.
+    """Encodes conversations with a chat template.
 
-    A prompt is what the template writes up to where the assistant speaks; an answer is what it writes from there to its end of
-    the turn. Both are tokenized on their own, as they are when the model answers.
+    The prompt is the templated text up to the assistant's answer. The answer is the text from there to the end of the turn.
+    Both are tokenized separately, as in generation.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -71,8 +71,8 @@ class ChatEncoder(Encoder):
 
     Attributes:
         template: Text of the template.
-        note: A sentence for the log where the template is not the tokenizer's, else ``None``.
-        shortened: Sequences that were too long so far.
+        note: Sentence for the log if the template is not the tokenizer's, else ``None``.
+        shortened: Number of sequences that were too long so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
@@ -84,19 +84,20 @@ class ChatEncoder(Encoder):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """What the template writes after the assistant's answer."""
+        """Text that the template puts after the assistant's answer."""
         return (self._end,) if self._end else ()
 
     def encode(
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
     ) -> EncodedExample:
         if not example.candidates:
-            raise SlzoError(f"{example.told}: has no answer; training and demonstrations need one")
+            raise SlzoError(f"{example.location}: has no answer; training and demonstrations need one")
         turns = self._with_demonstrations(example, demonstrations)
         ids, counts = self._fit(turns, example.candidates[0], self.max_length, example)
         first = counts.index(True)
-        own = tuple(counts[first:])
-        return EncodedExample(index, (EncodedSequence(tuple(ids), len(own), None if all(own) else own),), example.gold)
+        mask = tuple(counts[first:])
+        sequence = EncodedSequence(tuple(ids), len(mask), None if all(mask) else mask)
+        return EncodedExample(index, (sequence,), example.gold)
 
     def encode_prompt(
         self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = 50
@@ -113,7 +114,7 @@ class ChatEncoder(Encoder):
         solved: list[Message] = []
         for shown in demonstrations:
             if not shown.candidates:
-                raise SlzoError(f"{shown.told}: has no answer; training and demonstrations need one")
+                raise SlzoError(f"{shown.location}: has no answer; training and demonstrations need one")
             solved += [turn for turn in shown.messages if turn.role != "system"]
             solved.append(Message("assistant", shown.candidates[0]))
         front = sum(turn.role == "system" for turn in example.messages[:1])
@@ -122,16 +123,16 @@ class ChatEncoder(Encoder):
     def _fit(
         self, turns: tuple[Message, ...], answer: str | None, room: int, example: Example
     ) -> tuple[list[int], list[bool]]:
-        """Tokens of the longest version of a conversation that fits, and which of them are trained on."""
+        """Return the tokens of the longest version of a conversation that fits, and which of them are trained on."""
         ids, counts = self._tokens(turns, answer)
         if len(ids) <= room:
             return ids, counts
         self.shortened += 1
-        for shorter in _shorter(turns):
+        for shorter in _shorter_versions(turns):
             ids, counts = self._tokens(shorter, answer)
             if len(ids) <= room:
                 return ids, counts
-        # the last turn alone is too long: the most of its end that fits
+        # the last turn alone is too long: keep as much of its end as fits
         last, low, high = shorter[-1], 0, len(shorter[-1].content)
         best = None
         while low <= high:
@@ -143,26 +144,26 @@ class ChatEncoder(Encoder):
             else:
                 high = kept - 1
         if best is None:
-            what = "the template" if answer is None else "the answer with the template"
+            subject = "the template" if answer is None else "the answer with the template"
             raise RowError(
-                f"data.max_length {self.max_length}: {what} of {example.told} alone needs {len(ids)} tokens, {room} are "
+                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {len(ids)} tokens, {room} are "
                 "there; raise it, or leave out the example"
             )
         return best
 
     def _tokens(self, turns: tuple[Message, ...], answer: str | None) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation; all of them if there is no answer, up to where it begins."""
+        """Return the tokens of a conversation and which of them are trained on; without an answer, the tokens of the prompt."""
         prompt = self._render(turns, True)
         if answer is None:
             return self._ids(prompt), []
-        full = self._without_tail(self._render((*turns, Message("assistant", answer)), False))
+        full = self._strip_tail(self._render((*turns, Message("assistant", answer)), False))
         spans = [(len(prompt), len(full))]
         starts = [prompt]
         if self.chat.turns == "all":
             for number, turn in enumerate(turns):
                 if turn.role == "assistant" and number:
                     before = self._render(turns[:number], True)
-                    after = self._without_tail(self._render(turns[: number + 1], False))
+                    after = self._strip_tail(self._render(turns[: number + 1], False))
                     starts += [before, after]
                     spans.append((len(before), len(after)))
         if not all(full.startswith(start) for start in starts):
@@ -177,16 +178,16 @@ class ChatEncoder(Encoder):
         ids: list[int] = []
         counts: list[bool] = []
         for start, stop in pairwise(bounds):
-            piece = self._ids(full[start:stop])
-            ids += piece
-            counts += [start in trained] * len(piece)
+            tokens = self._ids(full[start:stop])
+            ids += tokens
+            counts += [start in trained] * len(tokens)
         return ids, counts
 
-    def _render(self, turns: Sequence[Message], asks: bool) -> str:
+    def _render(self, turns: Sequence[Message], generate: bool) -> str:
         messages = [turn.to_dict() for turn in turns]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks, chat_template=self.template
+                messages, tokenize=False, add_generation_prompt=generate, chat_template=self.template
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(
@@ -195,25 +196,25 @@ class ChatEncoder(Encoder):
             ) from error
         return str(text)
 
-    def _without_tail(self, text: str) -> str:
-        """A text up to the end of its last turn; white space after that is none of the answer."""
+    def _strip_tail(self, text: str) -> str:
+        """Remove white space after the end of the last turn, which is not part of the answer."""
         return text.rstrip() if self._end and text.rstrip().endswith(self._end) else text
 
     def _end_of_turn(self) -> str:
         turns = (Message("user", "a"),)
         prompt = self._render(turns, True)
         full = self._render((*turns, Message("assistant", "b")), False)
-        _, found, end = full[len(prompt) :].partition("b")
-        return end.strip() if found else ""
+        _, answer, end = full[len(prompt) :].partition("b")
+        return end.strip() if answer else ""
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _shorter(turns: tuple[Message, ...]) -> list[tuple[Message, ...]]:
-    """A conversation without its oldest turns, more and more of them, and at last without its system prompt."""
-    front = turns[:1] if turns[0].role == "system" else ()
-    rest = turns[len(front) :]
-    begins = [number for number, turn in enumerate(rest) if turn.role == "user" and number] or []
-    last = rest[begins[-1] :] if begins else rest
-    return [*((*front, *rest[number:]) for number in begins), last]
+def _shorter_versions(turns: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+    """Return shorter versions of a conversation: without more and more of its oldest turns, then without its system prompt."""
+    system = turns[:1] if turns[0].role == "system" else ()
+    rest = turns[len(system) :]
+    starts = [number for number, turn in enumerate(rest) if turn.role == "user" and number]
+    last = rest[starts[-1] :] if starts else rest
+    return [*((*system, *rest[number:]) for number in starts), last]

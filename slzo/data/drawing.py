@@ -1,8 +1,9 @@
-"""From a task's sources to its splits."""
+"""Read a task's rows from their source and draw its splits."""
 
 from dataclasses import dataclass, replace
 
-from slzo.data.sources import format_left_out, load_examples
+from slzo.data.files import format_left_out
+from slzo.data.sources import load_examples
 from slzo.data.splits import Splits, check_shared_ids, draw_splits, least_rows, part_test
 from slzo.tasks.base import Example, Split, Task
 from slzo.utils.errors import RowError
@@ -10,13 +11,13 @@ from slzo.utils.errors import RowError
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where the rows of a task come from.
+    """Source of a task's rows; for the arguments see :func:`slzo.data.sources.load_examples`.
 
     Attributes:
         task: The task.
-        data_dir: As for :func:`slzo.data.sources.load_examples`, and so the next three.
-        hub_path: Another Hub repository.
-        hub_config: Another configuration.
+        data_dir: Folder with local files.
+        hub_path: Hub repository that replaces the task's own.
+        hub_config: Configuration of the Hub repository.
         columns: Keep the fields of each row.
         skip_bad_rows: Leave out rows that cannot be used.
     """
@@ -29,10 +30,10 @@ class RowSource:
     skip_bad_rows: bool = False
 
     def read(self, split: Split, notes: list[str]) -> list[Example]:
-        """All rows of a split that can be used; what was left out is added to the notes.
+        """Read all usable rows of a split; if rows are left out, a sentence about them is added to ``notes``.
 
         Raises:
-            SlzoError: The source or one of its rows cannot be used.
+            SlzoError: If the source or one of its rows cannot be used.
         """
         left_out: list[RowError] | None = [] if self.skip_bad_rows else None
         rows = load_examples(
@@ -49,37 +50,37 @@ class RowSource:
         return rows
 
     def draw(self, *, num_train: int, num_dev: int, num_test: int | None, seed: int, needs_train: bool) -> Splits:
-        """The splits; a custom task's one file is divided among them.
+        """Draw the splits, see :func:`slzo.data.splits.draw_splits`. The only file of a custom task is divided among them.
 
         Args:
-            num_train: Training examples, as for :func:`slzo.data.splits.draw_splits`, and so the next three.
-            num_dev: Dev examples.
-            num_test: Test examples.
+            num_train: Number of training examples.
+            num_dev: Number of dev examples.
+            num_test: Number of test examples; ``None`` for all.
             seed: Seed of the training and dev draw.
-            needs_train: Whether training and dev examples are wanted too.
+            needs_train: Whether training and dev examples are needed too.
 
         Raises:
-            SlzoError: A split that is needed is missing or broken, or has too few rows.
+            SlzoError: If a required split is missing or broken, or has too few rows.
         """
         files, origin = self.task.files, ""
         notes: list[str] = []
-        own = "train" in files and "test" not in files
-        test = [] if own else self.read("test", notes)
-        train = self.read("train", notes) if needs_train or own else None
+        divided = "train" in files and "test" not in files
+        test = [] if divided else self.read("test", notes)
+        train = self.read("train", notes) if needs_train or divided else None
         dev = self.read("dev", notes) if needs_train and "dev" in files else None
         if self.task.id_field is not None:
             check_shared_ids(self.task.id_field, test, train or (), dev or ())
-        if own and train is not None:
+        if divided and train is not None:
             origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; held-out rows as for every seed)"
             least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
-            train, test, twins = part_test(train, num_test, least)
-            notes += twins
+            train, test, repeats = part_test(train, num_test, least)
+            notes += repeats
         drawn = draw_splits(
             train if needs_train else None,
             test,
             num_train=num_train,
             num_dev=num_dev,
-            num_test=None if own else num_test,
+            num_test=None if divided else num_test,
             seed=seed,
             dev_pool=dev,
         )

@@ -1,4 +1,4 @@
-"""From text to token ids: which tokens belong to the answer, and what is cut when a prompt is too long."""
+"""Tokenization of prompts with answers: which tokens belong to the answer, and the truncation of long prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ DEMONSTRATION_SEPARATOR = "\n\n"
 @dataclass(frozen=True, slots=True)
 class _Tokens:
     ids: list[int]
-    ends: list[int] | None  # for each token, where it ends in the text; only fast tokenizers know
+    ends: list[int] | None  # end of each token in the text; only fast tokenizers know it
 
 
 class Encoder:
-    """Token ids of prompts with their candidates.
+    """Encodes prompts with their candidates.
 
-    The candidate's tokens are those beyond the length of the tokenized prompt (MeZO), and at least all that hold a
-    character of the candidate: a tokenizer may join the prompt's closing newline and the candidate in one token.
-    Special tokens that the tokenizer appends at the end are taken off: no answer contains them.
+    The candidate's tokens are those beyond the length of the tokenized prompt (MeZO), and at least all that contain a
+    character of the candidate: a tokenizer may join the prompt's last newline and the candidate in one token.
+    Special tokens that the tokenizer appends at the end are removed, because they are not part of the answer.
 
     Args:
         tokenizer: The model's tokenizer.
-        max_length: Longest sequence, in tokens; longer ones lose tokens on the left, but not BOS.
+        max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
@@ -39,17 +39,17 @@ class Encoder:
     def encode(
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
     ) -> EncodedExample:
-        """All candidates after the prompt, or the first gold one only (training on the answer).
+        """Encode the prompt with all candidates, or with the first gold candidate only (training on the answer).
 
         Args:
-            example: What to encode.
+            example: Example to encode.
             index: Number of the example, see :class:`EncodedExample`.
-            demonstrations: Solved examples to put in front of the prompt.
+            demonstrations: Solved examples to put before the prompt.
             only_gold: Leave out the other candidates; ``gold`` is then ``(0,)``.
 
         Raises:
-            RowError: The answer does not fit in ``max_length``, or the prompt is empty.
-            SlzoError: A label is needed and missing.
+            RowError: If the answer does not fit in ``max_length``, or the prompt is empty.
+            SlzoError: If a required label is missing.
         """
         candidates, gold = example.candidates, example.gold
         if only_gold:
@@ -71,10 +71,10 @@ class Encoder:
     def encode_prompt(
         self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = 50
     ) -> tuple[int, ...]:
-        """The prompt alone, at most ``max_length - max_new_tokens`` tokens, for generation.
+        """Encode the prompt for generation, with at most ``max_length - max_new_tokens`` tokens.
 
         Raises:
-            SlzoError: No room is left for the prompt, or it is empty.
+            SlzoError: If no room is left for the prompt, or it is empty.
         """
         self._check_prompt(example)
         room = self.max_length - max_new_tokens
@@ -87,22 +87,22 @@ class Encoder:
 
     def _check_prompt(self, example: Example) -> None:
         if not example.prompt.strip():
-            raise RowError(f"{example.told}: the prompt is empty; give its fields some text")
+            raise RowError(f"{example.location}: the prompt is empty; give its fields some text")
 
     def _check_answer(self, example: Example, candidate: str, count: int, length: int) -> None:
         shown = repr(candidate if len(candidate) <= 40 else f"{candidate[:37]}...")
         if count < 1:
-            raise RowError(f"{example.told}: the tokenizer makes no token of answer {shown}; change the answer")
+            raise RowError(f"{example.location}: the tokenizer makes no token of answer {shown}; change the answer")
         if count >= length:
             raise RowError(
-                f"{example.told}: the tokenizer joins the whole prompt with answer {shown}; no token is left to "
+                f"{example.location}: the tokenizer joins the whole prompt with answer {shown}; no token is left to "
                 "predict it from: use a longer prompt"
             )
         # At least one token must come before the answer, to predict its first token from.
         needed = count + max(self._num_front, 1)
         if needed > self.max_length:
             raise RowError(
-                f"data.max_length {self.max_length}: the answer {shown} of {example.told} needs {needed} tokens"
+                f"data.max_length {self.max_length}: the answer {shown} of {example.location} needs {needed} tokens"
                 " with the one before it; raise it, or leave out the example"
             )
 
@@ -114,7 +114,7 @@ class Encoder:
 
     def _tokenize(self, texts: list[str]) -> list[_Tokens]:
         is_fast = self.tokenizer.is_fast
-        # verbose=False: too long sequences are cut later, a warning would mislead.
+        # verbose=False: long sequences are truncated later, so a warning would be misleading
         batch = self.tokenizer(texts, return_offsets_mapping=is_fast, verbose=False)
         offsets = batch["offset_mapping"] if is_fast else [None] * len(texts)
         return [
@@ -127,7 +127,7 @@ class Encoder:
 
 
 def newline_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The one token that a newline after a word becomes, ``None`` if it is not one token of its own."""
+    """Return the token of a newline after a word, ``None`` if it is not a separate single token."""
     word, line = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a\n"))
     if len(line) != len(word) + 1 or line[:-1] != word or line[-1] == tokenizer.unk_token_id:
         return None
@@ -147,7 +147,7 @@ def _num_answer(prompt: _Tokens, full: _Tokens, prompt_length: int) -> int:
 
 
 def _num_specials(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """How many special tokens the tokenizer puts before and after a text."""
+    """Return how many special tokens the tokenizer adds before and after a text."""
     for probe in "a0.":
         plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
         full = tokenizer(probe)["input_ids"]
@@ -159,7 +159,7 @@ def _num_specials(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 def _gold_answer(example: Example) -> str:
     if not example.gold:
-        raise SlzoError(f"{example.told}: has no label; training and demonstrations need labelled rows")
+        raise SlzoError(f"{example.location}: has no label; training and demonstrations need labelled rows")
     return example.candidates[example.gold[0]]
 
 

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, CSV and Parquet files, each with the place it came from."""
+"""Readers of JSON Lines, CSV and Parquet files. Each row comes with its location."""
 
 import codecs
 import csv
@@ -18,25 +18,24 @@ _log = logging.getLogger(__name__)
 _DELIMITERS = (",", ";", "\t", "|")
 
 PlacedRow = tuple[str, Fields]
-"""Where a row is (``file:line``, or ``file row number`` counted from 1) and its fields."""
-
+"""Location of a row (``file:line``, or ``file row number`` counted from 1) and its fields."""
 
 OnBadRow = Callable[[RowError], None]
-"""What to do with a row that cannot be used: raise, or take note of it; the next one follows."""
+"""Handler of a row that cannot be used. It raises, or records the error so that reading continues."""
 
-_TOLD = 3
+_NUM_SHOWN = 3
 
 
 def refuse(error: RowError) -> NoReturn:
-    """Raise, with the option that leaves such rows out."""
+    """Raise the error and name the option that leaves such rows out."""
     raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
 
 
 def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str:
-    """Lines for the log: how many rows of a source were left out, and the first of them.
+    """Return log lines with the number of rows that were left out of a source, and the first of them.
 
     Raises:
-        SlzoError: No row can be used.
+        SlzoError: If no row can be used.
     """
     total = len(left_out) + used
     if not used:
@@ -44,8 +43,8 @@ def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str
             f"{source}: none of the {total} rows can be used (data.skip_bad_rows leaves them out); mend them, the first is"
             f" {left_out[0]}"
         )
-    first = [f"  {error}" for error in left_out[:_TOLD]]
-    more = ["  ..."] if len(left_out) > _TOLD else []
+    first = [f"  {error}" for error in left_out[:_NUM_SHOWN]]
+    more = ["  ..."] if len(left_out) > _NUM_SHOWN else []
     return "\n".join(
         [
             f"Left out {len(left_out)} of {total} rows of {source} that cannot be used (data.skip_bad_rows):",
@@ -56,14 +55,14 @@ def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str
 
 
 def read_file(path: Path, on_bad: OnBadRow = refuse) -> Iterator[PlacedRow]:
-    """The rows of a file, by the ending of its name.
+    """Read the rows of a file in the format that its extension names.
 
     Args:
         path: The file.
-        on_bad: Called for each row that cannot be read where others can.
+        on_bad: Called for each unreadable row if the other rows are readable.
 
     Raises:
-        SlzoError: The file cannot be read, or is not what its name says; the message has the line.
+        SlzoError: If the file cannot be read or has another format; the message contains the line.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -72,9 +71,9 @@ def read_file(path: Path, on_bad: OnBadRow = refuse) -> Iterator[PlacedRow]:
 
 
 def _read_lines(path: Path, on_bad: OnBadRow) -> list[tuple[int, str]]:
-    """The lines of a text file with their numbers, from 1."""
+    """Return the lines of a text file with their numbers, from 1."""
     lines = []
-    # Not splitlines(): JSON strings may contain other line ends, such as U+2028.
+    # not splitlines(): JSON strings may contain other line separators, such as U+2028
     for number, line in enumerate(_read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         try:
             lines.append((number, line.decode("utf-8")))
@@ -104,7 +103,7 @@ def _read_jsonl(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
 
 
 def _json_object(line: str) -> Fields:
-    """The object in a line; ValueError with the reason if there is none."""
+    """Parse the JSON object in a line; raise ValueError with the reason if there is none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -133,27 +132,27 @@ def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     names: list[str] = []
     try:
         while True:
-            begins = lines.line_num + 1  # a cell may hold newlines
+            start = lines.line_num + 1  # a cell may contain newlines
             cells = next(lines, None)
             if cells is None:
                 return
             if not any(cell.strip() for cell in cells):
                 continue
             if not names:
-                names = _column_names(cells, f"{path}:{begins}")
+                names = _column_names(cells, f"{path}:{start}")
                 continue
             if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
-                told = f"more columns than the first line names; quote texts that contain {delimiter!r}"
-                on_bad(RowError(f"{path}:{begins}: {told}"))
+                reason = f"more columns than the first line names; quote texts that contain {delimiter!r}"
+                on_bad(RowError(f"{path}:{start}: {reason}"))
                 continue
             pairs = zip(names, cells, strict=False)
-            yield f"{path}:{begins}", {name: _csv_value(name, value) for name, value in pairs if name}
+            yield f"{path}:{start}", {name: _csv_value(name, value) for name, value in pairs if name}
     except csv.Error as error:
         raise SlzoError(f"{path}:{max(1, lines.line_num)}: not CSV ({error}); check quotes and commas") from None
 
 
 def _read_csv_text(path: Path) -> str:
-    """The text of a CSV file: UTF-8, UTF-16 with its mark, or what Windows writes, which is told."""
+    """Read the text of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252 with a warning."""
     data = _read_bytes(path)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -169,7 +168,7 @@ def _read_csv_text(path: Path) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """What stands between columns: the most frequent of some in the first line, those in quotes left out."""
+    """Return the most frequent delimiter outside quotes in the first line."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     plain = re.sub(r'"[^"]*"', "", first)
     return max(_DELIMITERS, key=plain.count)
@@ -184,7 +183,7 @@ def _column_names(cells: list[str], place: str) -> list[str]:
 
 
 def _csv_value(name: str, value: str) -> str | int:
-    # CSV has no types; the Hub's labels are numbers.
+    # CSV has no types, but labels on the Hub are numbers
     return int(value) if name == "label" and re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value
 
 
@@ -204,4 +203,4 @@ def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
 READERS: Mapping[str, Callable[[Path, OnBadRow], Iterator[PlacedRow]]] = MappingProxyType(
     {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
 )
-"""Reader by the ending of the file's name."""
+"""Readers by file extension."""

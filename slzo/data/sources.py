@@ -1,4 +1,4 @@
-"""Where a task's rows come from: the user's files, a folder, a package, or the Hugging Face Hub."""
+"""Load a task's rows from the user's files, a folder, a package or the Hugging Face Hub."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from slzo.tasks.fields import Fields, shown
 from slzo.utils.errors import RowError, SlzoError
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
-"""File names in a data folder, without ending. Test rows are those of the validation split, as in MeZO."""
+"""File names in a data folder, without extension. Test rows come from the validation split, as in MeZO."""
 
 _IDX_PARTS = ("paragraph", "passage", "question", "query", "answer")
 _NUMBERS = re.compile(r"-?\d+(-\d+)*")
@@ -29,30 +29,30 @@ def load_examples(
     columns: bool = False,
     left_out: list[RowError] | None = None,
 ) -> list[Example]:
-    """All examples of a split, in the order of the file, from the first source that applies.
+    """Load all examples of a split, in the order of the file, from the first source that applies.
 
-    These are a custom task's own file; ``data_dir``; the rows that come with the task; the Hub.
+    The sources in this order are a custom task's own file, ``data_dir``, the rows that come with the task, and the Hub.
 
     Args:
-        task: What to load.
-        split: ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` of a task with a file for it.
+        task: The task.
+        split: ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` for a task with a dev file.
         data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
             the task's own folder in one of these forms.
-        hub_path: Another Hub repository with the same fields.
-        hub_config: Another configuration of the repository.
+        hub_path: Hub repository with the same fields that replaces the task's own.
+        hub_config: Configuration of the Hub repository.
         columns: Keep the fields of each row in :attr:`Example.columns`.
-        left_out: Rows that cannot be used are left out, and why is added here; ``None`` to raise at the first.
+        left_out: List to collect the errors of rows that are left out; ``None`` to raise the first error.
 
     Raises:
-        SlzoError: The source is missing, broken or empty, a row lacks a field or has one of the wrong type, a label is
-            outside the candidates, a prompt or candidate is empty, or two rows have one id.
+        SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
+            the candidates, a prompt or candidate is empty, or two rows have the same id.
     """
     on_bad = refuse if left_out is None else left_out.append
     origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config)
     examples: list[Example] = []
     places: dict[str, str] = {}
     for place, values in placed:
-        position = len(examples) + len(left_out or ())  # ids of good rows do not depend on bad ones
+        position = len(examples) + len(left_out or ())  # bad rows count, so that other ids stay the same
         try:
             example = _example(task, split, values, position)
             if example.id in places:
@@ -70,7 +70,7 @@ def load_examples(
 
 
 def _example(task: Task, split: Split, values: Fields, position: int) -> Example:
-    """A row as the task reads it; ValueError with the reason if it cannot be used."""
+    """Turn a row into an example; raise ValueError with the reason if it cannot be used."""
     missing = [field for field in task.fields if values.get(field) is None]
     if missing:
         present = ", ".join(str(name) for name, value in values.items() if value is not None)
@@ -85,13 +85,13 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
 
 
 def row_id(values: Fields, position: int, split: Split, field: str | None = None) -> str:
-    """Id of a row: its ``id``, ``query_id`` or ``idx`` (MultiRC: ``paragraph-question-answer``), else its position.
+    """Return the id of a row: its ``id``, ``query_id`` or ``idx`` (MultiRC: ``paragraph-question-answer``), else its position.
 
-    Numbers start from 0 in every split, so those of training rows get ``train-`` in front (dev rows: ``dev-``): an id never
-    stands for two different rows. With a ``field`` that the user named the id is what stands there.
+    Numbers start from 0 in every split, so numeric ids of training rows get the prefix ``train-`` (dev rows: ``dev-``) to stay
+    unique. If the user named a ``field``, its value is the id.
 
     Raises:
-        ValueError: The id is neither text nor a whole number.
+        ValueError: If the id is neither text nor a whole number.
     """
     known = ("id", "query_id", "idx") if field is None else (field,)
     name = next((name for name in known if values.get(name) is not None), None)
@@ -115,12 +115,12 @@ def _open(
     hub_path: str | None,
     hub_config: str | None,
 ) -> tuple[str, Iterable[PlacedRow]]:
-    """Name of the source, for messages, and its rows."""
+    """Return the name of the source, for messages, and its rows."""
     if split in task.files:
         path = Path(task.files[split]).expanduser()
         if not path.is_file():
-            found = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
-            raise SlzoError(f"data.task.{split}_file {str(path)!r}: {found}")
+            reason = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
+            raise SlzoError(f"data.task.{split}_file {str(path)!r}: {reason}")
         return str(path), read_file(path, on_bad)
     if data_dir is not None:
         path = _find_file(task, split, Path(data_dir).expanduser())
@@ -140,11 +140,11 @@ def _open(
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:
     if not root.is_dir():
-        found = "is a file" if root.exists() else "no such folder"
-        raise SlzoError(f"data.data_dir {str(root)!r}: {found}; give one with {task.name}/train.jsonl and so on")
+        reason = "is a file" if root.exists() else "no such folder"
+        raise SlzoError(f"data.data_dir {str(root)!r}: {reason}; give one with {task.name}/train.jsonl and so on")
     folders = [root / task.name, *([root / FOLDERS[task.name]] if task.name in FOLDERS else []), root]
-    for folder, stem, ending in product(folders, FILE_STEMS[split], READERS):
-        path = folder / f"{stem}{ending}"
+    for folder, stem, suffix in product(folders, FILE_STEMS[split], READERS):
+        path = folder / f"{stem}{suffix}"
         if path.is_file():
             return path
     raise SlzoError(
@@ -170,7 +170,7 @@ def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterato
         import datasets
 
         rows = datasets.load_dataset(source.path, source.config, split=name)
-    except Exception as error:  # the libraries below raise a dozen unrelated classes
+    except Exception as error:  # datasets and its dependencies raise many unrelated classes
         reason = " ".join(str(error).split())[:200].rstrip(" .")
         raise SlzoError(
             f"data.task {task.name!r}: cannot load {origin} from the Hub ({type(error).__name__}: {reason});"

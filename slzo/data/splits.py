@@ -1,9 +1,8 @@
-"""Seeded training, dev and test splits, the same on every machine.
+"""Seeded training, dev and test splits that are the same on every machine.
 
-Examples are put in the order of ``sha256(f"{seed}:{id}")``; no random generator of a library takes part. Training takes
-the first ``num_train`` of the training split, dev the next ``num_dev``, or rows of a dev split in that order. Test rows come from
-the test split in an order that does not depend on the seed, and keep the order of the file; without a test split they are taken
-out of the training split in the same way.
+Examples are sorted by ``sha256(f"{seed}:{id}")``, without any library's random generator. Training takes the first ``num_train``
+rows of the training split. Dev takes the next ``num_dev`` rows, or the first rows of a dev split. Test rows come from the test
+split, or from the training split if there is none. Their choice does not depend on the seed, and they keep the file's order.
 """
 
 import hashlib
@@ -14,20 +13,20 @@ from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 
 _TEST_ORDER = "test"
-# Of the training split, where test rows are drawn from it.
+# Test rows drawn from the training split are at most one row in this many.
 _LARGEST_TEST_SHARE = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """What was drawn.
+    """The splits of a task.
 
     Attributes:
         train: Training examples, in the drawn order.
-        dev: Examples that choose the checkpoint, in the drawn order.
+        dev: Examples for choosing the checkpoint, in the drawn order.
         test: Held-out examples, in the order of the file.
-        notes: Sentences for the log where fewer were taken than asked for, or some left out.
-        origin: In words, what all are drawn from where that is one file; else empty.
+        notes: Sentences for the log about missing or omitted rows.
+        origin: Description of the file if all splits come from a single one; else empty.
     """
 
     train: tuple[Example, ...]
@@ -47,22 +46,22 @@ def draw_splits(
     seed: int,
     dev_pool: Sequence[Example] | None = None,
 ) -> Splits:
-    """Draw the splits; no two of them share an id or a prompt.
+    """Draw the splits so that no two share an id or a prompt.
 
-    A pool too small for ``num_train + num_dev`` is divided in their proportion, dev getting at least one row and at most a
-    third of it unless training has all it asked for.
+    A pool with fewer than ``num_train + num_dev`` rows is divided in proportion. Dev then gets at least one row, and at most a
+    third of the pool unless training gets all its rows.
 
     Args:
         train_pool: Rows for training and dev; ``None`` if only test rows are needed.
         test_pool: Rows for test.
-        num_train: Training examples, at least 1.
-        num_dev: Dev examples, 0 or more.
-        num_test: Test examples, at least 1; ``None`` takes all. Rows of one group are not parted, so a few less.
+        num_train: Number of training examples, at least 1.
+        num_dev: Number of dev examples, 0 or more.
+        num_test: Number of test examples, at least 1; ``None`` for all. Groups are not divided, so there may be fewer.
         seed: Seed of the training and dev draw.
         dev_pool: Rows for dev; ``None`` takes them from ``train_pool``.
 
     Raises:
-        SlzoError: A number is out of range, or there are too few rows for a split that is asked for.
+        SlzoError: If a number is out of range, or there are too few rows for a requested split.
     """
     for option, value, least in (("num_train", num_train, 1), ("num_dev", num_dev, 0), ("num_test", num_test, 1)):
         if value is not None and value < least:
@@ -73,7 +72,15 @@ def draw_splits(
         return Splits((), (), test, tuple(notes))
     pool = _without_repeats(train_pool, test_pool, notes)
     if dev_pool is not None:
-        return _with_dev_pool(pool, dev_pool, test_pool, test, num_train, num_dev, seed, notes)
+        dev = _without_repeats(dev_pool, test_pool, notes, "dev") if num_dev else []
+        pool = _without_repeats(pool, dev_pool, notes, other="dev") if dev_pool else pool
+        if len(pool) < num_train or len(dev) < num_dev:
+            notes.append(
+                f"Took {min(num_train, len(pool))} of {num_train} training examples and {min(num_dev, len(dev))} of {num_dev} "
+                "dev examples: there are no more usable rows."
+            )
+        train, dev = _in_drawn_order(pool, seed)[:num_train], _in_drawn_order(dev, seed)[:num_dev]
+        return Splits(tuple(train), tuple(dev), test, tuple(notes))
     take_train, take_dev = divide(len(pool), num_train, num_dev)
     if num_dev and not take_dev:
         raise SlzoError(
@@ -86,24 +93,24 @@ def draw_splits(
             f"The training split has {len(pool)} usable rows: took {take_train} of {num_train} training examples and"
             f" {take_dev} of {num_dev} dev examples."
         )
-    ordered = sorted(pool, key=lambda example: order_key(str(seed), example.id))
+    ordered = _in_drawn_order(pool, seed)
     return Splits(tuple(ordered[:take_train]), tuple(ordered[take_train : take_train + take_dev]), test, tuple(notes))
 
 
 def part_test(
     pool: Sequence[Example], num_test: int | None, least: int = 0
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
-    """Training and test rows of a task with training rows only, at most a fifth of them for test, and sentences for the log.
+    """Divide the rows of a task without test rows into training and test rows, and return them with notes for the log.
 
-    Of rows whose prompts are equal the first is taken, in the order of :func:`draw_splits`; the draw does not depend on a seed.
+    At most a fifth of the rows are for test. Of rows with equal prompts, only the first is drawn. No seed affects the draw.
 
     Args:
         pool: All rows.
-        num_test: Test rows wanted; ``None`` for a fifth.
-        least: Rows with different prompts that must be left for the other splits.
+        num_test: Number of test rows; ``None`` for a fifth.
+        least: Number of rows with different prompts to leave for the other splits.
 
     Raises:
-        SlzoError: There are too few rows.
+        SlzoError: If there are too few rows.
     """
     ids = {example.prompt: example.id for example in reversed(pool)}  # the first row of each prompt
     if len(ids) <= least:
@@ -117,16 +124,16 @@ def part_test(
     taken = set(first[:wanted])
     test = [example for example in pool if example.prompt in taken and example.id == ids[example.prompt]]
     train = [example for example in pool if example.prompt not in taken]
-    twins = len(pool) - len(train) - len(test)
-    notes = (f"Left out {twins} rows with the prompts of held-out ones.",) if twins else ()
+    repeats = len(pool) - len(train) - len(test)
+    notes = (f"Left out {repeats} rows with the prompts of held-out ones.",) if repeats else ()
     return train, test, notes
 
 
 def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
-    """Refuse ids of a field that stand for different rows in different splits; the same row may be in two.
+    """Check that rows with the same id in different splits have the same prompt.
 
     Raises:
-        SlzoError: With both places.
+        SlzoError: If they do not; the message names both rows.
     """
     seen: dict[str, Example] = {}
     for example in (example for pool in pools for example in pool):
@@ -139,12 +146,12 @@ def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
 
 
 def order_key(salt: str, id: str) -> tuple[bytes, str]:
-    """Sort key of an id in the drawing order of a salt (the seed)."""
+    """Return the sort key of an id; the salt is the seed."""
     return hashlib.sha256(f"{salt}:{id}".encode()).digest(), id
 
 
 def divide(size: int, num_train: int, num_dev: int) -> tuple[int, int]:
-    """Training and dev examples to take of ``size``, see :func:`draw_splits`."""
+    """Return the numbers of training and dev examples to take from ``size`` rows, see :func:`draw_splits`."""
     if size >= num_train + num_dev:
         return num_train, num_dev
     share = min(max(1, size * num_dev // (num_train + num_dev)), size // 3)
@@ -153,29 +160,12 @@ def divide(size: int, num_train: int, num_dev: int) -> tuple[int, int]:
 
 
 def least_rows(num_train: int, num_dev: int) -> int:
-    """The fewest rows of which :func:`divide` leaves neither split empty that is asked for."""
+    """Return the fewest rows for which :func:`divide` leaves no requested split empty."""
     return next(size for size in (1, 2, 3) if num_dev == 0 or divide(size, num_train, num_dev)[1])
 
 
-def _with_dev_pool(
-    pool: list[Example],
-    dev_pool: Sequence[Example],
-    test_pool: Sequence[Example],
-    test: tuple[Example, ...],
-    num_train: int,
-    num_dev: int,
-    seed: int,
-    notes: list[str],
-) -> Splits:
-    dev = _without_repeats(dev_pool, test_pool, notes, "dev") if num_dev else []
-    pool = _without_repeats(pool, dev_pool, notes, other="dev") if dev_pool else pool
-    if len(pool) < num_train or len(dev) < num_dev:
-        notes.append(
-            f"Took {min(num_train, len(pool))} of {num_train} training examples and {min(num_dev, len(dev))} of {num_dev} dev "
-            "examples: there are no more usable rows."
-        )
-    train, dev = (sorted(rows, key=lambda example: order_key(str(seed), example.id)) for rows in (pool, dev))
-    return Splits(tuple(train[:num_train]), tuple(dev[:num_dev]), test, tuple(notes))
+def _in_drawn_order(rows: Sequence[Example], seed: int) -> list[Example]:
+    return sorted(rows, key=lambda example: order_key(str(seed), example.id))
 
 
 def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) -> tuple[Example, ...]:
@@ -204,7 +194,7 @@ def _without_repeats(
     name: str = "training",
     other: str = "test",
 ) -> list[Example]:
-    """The pool without rows that are also in another split, each prompt once (the first in the file)."""
+    """Drop rows that are also in another split, and all but the first row of each prompt."""
     others = list(others)
     other_ids = {example.id for example in others}
     other_prompts = {example.prompt for example in others}

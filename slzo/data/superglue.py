@@ -1,8 +1,8 @@
-"""Rows of the official SuperGLUE download (https://super.gluebenchmark.com/tasks) as rows with the Hub's fields.
+"""Convert rows of the official SuperGLUE download (https://super.gluebenchmark.com/tasks) to the Hub's fields.
 
-The official files have string and boolean labels, a nested ``target`` (WSC), and one line a passage (MultiRC, ReCoRD).
-A row that already has the Hub's fields passes unchanged. The Hub's ``wsc.fixed`` corrects the capitals of a few noun
-spans that the official file has wrong ("The table" for "the table"); these stay as they are in the file.
+The official files have string and boolean labels, a nested ``target`` (WSC), and one line per passage (MultiRC, ReCoRD).
+A row that already has the Hub's fields does not change. The Hub's ``wsc.fixed`` corrects the capitals of a few noun
+spans of the official file ("The table" for "the table"); the conversion does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from slzo.tasks.fields import Fields, shown
 FOLDERS: Mapping[str, str] = MappingProxyType(
     {name.lower(): name for name in ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")}
 )
-"""Name of a task's folder in the download."""
+"""Names of the tasks' folders in the download."""
 
 _BOOLEAN_TASKS = frozenset({"boolq", "wic", "wsc"})
 _LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -23,10 +23,10 @@ _LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def hub_rows(task: str, row: Fields) -> Iterator[Fields]:
-    """The rows that one line stands for, with the Hub's fields.
+    """Yield the rows that one line contains, with the Hub's fields.
 
     Raises:
-        ValueError: The line is of the official form, but a part of it is missing or of the wrong type.
+        ValueError: If the line has the official format, but a part is missing or has the wrong type.
     """
     if task == "multirc" and "passage" in row:
         yield from _multirc(row)
@@ -62,7 +62,7 @@ def _multirc(row: Fields) -> Iterator[Fields]:
 def _record(row: Fields) -> Iterator[Fields]:
     passage = _part(row, "passage", Mapping)
     text = _part(passage, "text", str)
-    # An entity's end is the index of its last character.
+    # the end of an entity is the index of its last character
     spans = [(_part(entity, "start", int), _part(entity, "end", int)) for entity in _objects(passage, "entities")]
     for query in _objects(row, "qas"):
         yield {
@@ -74,10 +74,10 @@ def _record(row: Fields) -> Iterator[Fields]:
         }
 
 
-def _part(row: Fields, name: str, kind: type) -> Any:
+def _part(row: Fields, name: str, expected: type) -> Any:
     value = row.get(name)
-    if not isinstance(value, kind):
-        wanted = {str: "text", int: "a number", Mapping: "an object", Sequence: "a list"}[kind]
+    if not isinstance(value, expected):
+        wanted = {str: "text", int: "a number", Mapping: "an object", Sequence: "a list"}[expected]
         raise ValueError(f"field {name!r} is {shown(value)}; it must be {wanted}")
     return value
 

@@ -1,9 +1,9 @@
-"""One way from a batch to predictions, scores and loss, for every command and every kind of task."""
+"""Evaluate batches: predictions, scores and loss, the same way for every command and every kind of task."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,33 +21,30 @@ from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
-from slzo.rewards.runner import Rewarded
+from slzo.rewards.runner import RewardResult
 from slzo.tasks.base import Example
 
 Logits = Callable[[PackedBatch, bool], Tensor]
-"""Full-vocabulary logits at the needed positions, shape (U, vocabulary), float32; the flag keeps hidden states for next time."""
+"""Full-vocabulary logits at the needed positions, shape (U, vocabulary), float32; the flag adds hidden states to the cache."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found for the rows of a batch, in their order.
+    """Results for the rows of a batch, in the order of the rows.
 
     Attributes:
         predictions: Candidate indices, or generated texts.
-        scores: Log-likelihood of each candidate, the mean over its tokens; empty where answers are generated.
-        loss: The reported loss, a sum over labelled rows or their answer tokens.
-        num_tokens: Tokens of each generated answer; empty where none are generated.
-        rewarded: Rewards of the generated answers; ``None`` where nobody asks for them.
+        scores: Log-likelihood of each candidate, the mean over its tokens; empty if answers are generated.
+        loss: The reported loss, summed over labelled rows or over their answer tokens.
+        num_tokens: Number of tokens of each generated answer; empty if no answers are generated.
+        rewarded: Rewards of the generated answers; ``None`` without reward functions.
     """
 
     predictions: list[int] | list[str]
     scores: list[list[float]]
     loss: LossSum
     num_tokens: tuple[int, ...] = ()
-    rewarded: Rewarded | None = None
-
-
-_DECODING = Decoding()
+    rewarded: RewardResult | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +53,13 @@ class Evaluator:
 
     Attributes:
         parts: The model.
-        tokenizer: The model's.
-        loss: What is reported as the loss where candidates are scored.
-        tokens_per_pass: Prompt tokens per forward pass where answers are generated.
+        tokenizer: The model's tokenizer.
+        loss: The loss to report when candidates are scored.
+        tokens_per_pass: Prompt tokens per forward pass when answers are generated.
         logits: Evaluates a packed batch; ``None`` runs the whole model each time.
         decoding: Where generated answers end.
-        rewards: Scores generated answers to examples; ``None`` if nobody asks for it.
-        prompt_states: What prompts leave below the tuned layers, kept; ``None`` runs the whole model each time.
+        rewards: Rewards generated answers to examples; ``None`` for no rewards.
+        prompt_states: Cached states of prompts below the tuned layers; ``None`` runs the whole model each time.
     """
 
     parts: ModelParts
@@ -70,20 +67,20 @@ class Evaluator:
     loss: LogitLoss
     tokens_per_pass: int = 1024
     logits: Logits | None = None
-    decoding: Decoding = _DECODING
-    rewards: Callable[[Sequence[str], Sequence[Example]], Rewarded] | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    rewards: Callable[[Sequence[str], Sequence[Example]], RewardResult] | None = None
     prompt_states: PromptStates | None = None
 
     @torch.no_grad()
     def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
-        """Evaluate one batch; ``keep_prefix`` keeps hidden states for the next time it is scored, else the cache is only read."""
+        """Evaluate one batch; with ``keep_prefix`` new hidden states are cached, otherwise the cache is only read."""
         if batch.packed is None:
             answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows], keep_prefix)
             assert gold_loss is not None
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
             return Outcome(texts, [], gold_loss, tuple(answer.num_tokens for answer in answers), rewarded)
-        # without tokens per example the batch shares beginnings over examples, so there is nothing to keep for one of them
+        # without example_tokens, examples of the batch share tokens, so no states belong to a single example
         if self.logits is None or not batch.packed.example_tokens:
             logits = self.parts.logits(batch.packed)
         else:
@@ -94,37 +91,38 @@ class Evaluator:
         return Outcome(table.argmax(dim=1).tolist(), lists, loss)
 
     def answers(self, rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
-        """Generated answers; ``sampling`` has a key for each row, the likeliest tokens are taken without."""
+        """Generate answers; ``sampling`` has one key per row, ``None`` takes the most likely tokens."""
         return self._generate(rows, None, keep=False, sampling=sampling)[0]
 
     def answers_at_points(
         self, rows: Sequence[Sequence[Row]], varied: VariedLayers, sampling: Sampling | None = None
     ) -> list[list[Answer]]:
-        """Generated answers to the rows of each of several points, made together.
+        """Generate answers to the rows of each of several points, all together.
 
-        ``sampling`` has a key for each of them, the points one after the other.
+        ``sampling`` has one key per answer, one point after the other; ``None`` takes the most likely tokens.
         """
-        known = {row.encoded.index: row for own in rows for row in own}
-        place = {key: number for number, key in enumerate(known)}
+        distinct = {row.encoded.index: row for of_point in rows for row in of_point}
+        place = {index: number for number, index in enumerate(distinct)}
         answers, _ = decode(
             self.parts,
-            [row.prompt for row in known.values()],
-            [Wanted(place[row.encoded.index], point) for point, own in enumerate(rows) for row in own],
+            [row.prompt for row in distinct.values()],
+            [Wanted(place[row.encoded.index], point) for point, of_point in enumerate(rows) for row in of_point],
             stop_tokens(self.tokenizer, self.decoding.stop),
             max_new_tokens=self.decoding.max_new_tokens,
             prefill_tokens=self.tokens_per_pass,
             ended=ends_with(self.tokenizer, self.decoding.stop),
             sampling=sampling,
             varied=varied,
-            kept=self._kept([prompt_key(key) for key in known], keep=True),
+            kept=self._kept([prompt_key(index) for index in distinct], keep=True),
         )
-        made = iter(answers)
-        return [[self._answer(next(made)) for _ in own] for own in rows]
+        remaining = iter(answers)
+        return [[self._answer(next(remaining)) for _ in of_point] for of_point in rows]
 
     def _generate(
         self, rows: Sequence[Row], gold: list[EncodedExample] | None, keep: bool, sampling: Sampling | None = None
     ) -> tuple[list[Answer], LossSum | None]:
-        made = generate(
+        indices = [row.encoded.index for row in rows]
+        generated = generate(
             self.parts,
             [row.prompt for row in rows],
             stop_tokens(self.tokenizer, self.decoding.stop),
@@ -133,9 +131,9 @@ class Evaluator:
             gold=gold,
             ended=ends_with(self.tokenizer, self.decoding.stop),
             sampling=sampling,
-            kept=self._kept([prompt_key(n) if gold is None else n for n in (row.encoded.index for row in rows)], keep),
+            kept=self._kept(indices if gold is not None else [prompt_key(index) for index in indices], keep),
         )
-        return [self._answer(ids) for ids in made.answers], made.gold
+        return [self._answer(ids) for ids in generated.answers], generated.gold
 
     def _answer(self, ids: Sequence[int]) -> Answer:
         return Answer(answer_text(self.tokenizer, ids, self.decoding.stop), len(ids))
@@ -145,24 +143,24 @@ class Evaluator:
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
-    """What is written of each row's prediction.
+    """Return one record per row, as it is written to prediction files.
 
     Returns:
-        id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the candidates,
-        ``None`` for a generated answer) and gold (candidate index, a list of them if there are several right ones, accepted
-        answers, or ``None`` without a label); reward, where there is one (``None`` if it failed).
+        Records with id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the
+        candidates, ``None`` for a generated answer), gold (candidate index, a list of indices if several are right, a list of
+        accepted answers, or ``None`` without a label) and, with reward functions, reward (``None`` if one of them failed).
     """
     predictions: Sequence[int | str] = outcome.predictions
     scores: Sequence[list[float] | None] = outcome.scores or [None] * len(batch.rows)
     found = []
-    for example, prediction, own in zip(batch.examples, predictions, scores, strict=True):
+    for example, prediction, log_likelihoods in zip(batch.examples, predictions, scores, strict=True):
         text = str(prediction)
         gold: Any = list(example.references) or None
         if isinstance(prediction, int):
             text = example.candidates[prediction]
             gold = example.gold[0] if len(example.gold) == 1 else list(example.gold) or None
-        shown = {"id": example.id, "prompt": example.prompt, "prediction": prediction, "prediction_text": text}
-        found.append({**shown, "scores": own, "gold": gold})
+        entry = {"id": example.id, "prompt": example.prompt, "prediction": prediction, "prediction_text": text}
+        found.append({**entry, "scores": log_likelihoods, "gold": gold})
     if outcome.rewarded is not None:
         for record, reward in zip(found, outcome.rewarded.totals, strict=True):
             record["reward"] = reward if math.isfinite(reward) else None
@@ -170,9 +168,9 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def gold_losses(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
-    """Negative log-likelihood of each row's gold answer and its number of tokens, by the row's id.
+    """Return the negative log-likelihood and the number of tokens of each row's gold answer, by row id.
 
-    Rows without one are left out; empty where answers were generated, whose gold answers' losses are not told apart.
+    Rows without a gold answer are left out. Empty if answers were generated: only the sum of their gold losses is known.
     """
     if batch.packed is None:
         return {}
@@ -186,12 +184,12 @@ def gold_losses(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, fl
 
 
 class RunningScore:
-    """Metrics, from fresh counters, and loss over the rows seen so far; they add up over processes.
+    """Metrics and loss over the rows seen so far, summed over processes.
 
     Args:
-        metrics: The task's.
-        device: Where they are kept.
-        extra_metrics: Names of what else is computed: perplexity, reward (with its spread over rows and the answers' tokens).
+        metrics: Fresh counters of the task's metrics.
+        device: Device of the counters.
+        extra_metrics: Names of further values: "perplexity", and "reward", which adds all of :data:`REWARD_NAMES`.
     """
 
     def __init__(self, metrics: TaskMetrics, device: torch.device, extra_metrics: Sequence[str] = ()) -> None:
@@ -201,27 +199,25 @@ class RunningScore:
         self._means = {name: MeanMetric().to(device) for name in _REWARD_MEANS} if "reward" in extra_metrics else {}
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
-        """Count a batch."""
+        """Add the results of a batch."""
         self._metrics.update(batch.examples, outcome.predictions)
         total, weight = outcome.loss
         if weight > 0:
             self._loss.update(total / weight, weight=weight)
         if self._means and outcome.rewarded is not None:
             rewards = torch.tensor(outcome.rewarded.totals, dtype=torch.float64)
-            rewards = rewards[rewards.isfinite()]  # what failed is told elsewhere
+            rewards = rewards[rewards.isfinite()]  # failed rewards are reported by Rewards
             tokens = torch.tensor(outcome.num_tokens, dtype=torch.float64)
             for mean, values in zip(self._means.values(), (rewards, rewards**2, tokens), strict=True):
                 if len(values):
                     mean.update(values.to(mean.device, torch.float32))
 
     def compute(self) -> dict[str, Tensor]:
-        """Each metric by name, and ``loss`` (not where rows are rewarded and none has a label); 0-dimensional."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*was called before the ``update`` method.*"
-            )  # no labels, or no rows
+        """Return each metric by name, 0-dimensional, and ``loss`` unless rows are rewarded and none has a label."""
+        with warnings.catch_warnings():  # of torchmetrics, if there are no labels or no rows
+            warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
             found = {**self._metrics.compute(), "loss": self._loss.compute()}
-        if self._means and found["loss"].isnan():  # rows that are rewarded need no answer of their own
+        if self._means and found["loss"].isnan():  # rewarded rows need no gold answer
             del found["loss"]
         elif "perplexity" in self._extra:
             found["perplexity"] = found["loss"].exp()
@@ -234,7 +230,7 @@ class RunningScore:
 
 _REWARD_MEANS = ("reward", "reward_square", "answer_tokens")
 REWARD_NAMES = ("reward", "reward_std", "answer_tokens")
-"""What is computed where rows are rewarded."""
+"""Values of rewarded rows: mean reward, its standard deviation over rows, and mean number of answer tokens."""
 
 
 def score_rows(
@@ -245,14 +241,14 @@ def score_rows(
     seen: Callable[[EvalBatch, Outcome], None] | None = None,
     extra_metrics: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Metrics and loss of the live weights over the rows of this process.
+    """Return metrics and loss of the live weights on rows.
 
     Args:
-        evaluator: Scores a batch.
-        batches: The rows.
+        evaluator: Evaluates a batch.
+        batches: The rows of this process.
         metrics: Fresh counters.
-        keep_prefix: As in :class:`Evaluator`.
-        seen: Called with each batch and what was found for its rows.
+        keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
+        seen: Function that is called with each batch and its outcome.
         extra_metrics: See :class:`RunningScore`.
     """
     device = evaluator.parts.model.device

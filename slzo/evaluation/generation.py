@@ -1,7 +1,7 @@
-"""Answers to many prompts at once, greedy or sampled.
+"""Generate answers to many prompts at once, greedily or by sampling.
 
-Prompts are run packed, a common beginning once. Decoding then feeds one token per unfinished row; keys and values lie in
-buffers of rows of similar length, so that little padding is attended to, and a finished row leaves the buffers at once: see
+Prompts run packed, and a common beginning runs once. Decoding then feeds one token per unfinished row. Keys and values are
+stored in buffers of rows of similar length, so that attention covers little padding, and finished rows are removed at once; see
 :mod:`slzo.evaluation.decoding`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import LossSum, add_up, answer_loss, no_loss
+from slzo.batches.losses import LossSum, all_reduce_sum, answer_loss, no_loss
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.encoding import newline_token
@@ -23,7 +23,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 
 MAX_NEW_TOKENS = 50
-"""Longest answer, in tokens (MeZO)."""
+"""Default length limit of an answer, in tokens, as in MeZO (Malladi et al. 2023)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Decoding:
     """Where an answer ends.
 
     Attributes:
-        stop: Texts that end it, beside the EOS token.
-        max_new_tokens: Its most tokens, >= 1.
+        stop: Texts that end an answer, in addition to the EOS token.
+        max_new_tokens: Largest number of tokens, >= 1.
     """
 
     stop: tuple[str, ...] = ("\n",)
@@ -44,8 +44,8 @@ class Answer:
     """A generated answer.
 
     Attributes:
-        text: Without what ended it, stripped.
-        num_tokens: Tokens that were generated for it, the one that ended it left out.
+        text: The text before the stop token or text, stripped.
+        num_tokens: Number of generated tokens, without the stop token.
     """
 
     text: str
@@ -54,11 +54,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated.
+    """Output of :func:`generate`.
 
     Attributes:
-        answers: New tokens of each prompt, the stop token left out.
-        gold: Summed loss of the gold answers' tokens, if they were asked for.
+        answers: New tokens of each prompt, without the stop token.
+        gold: Summed loss of the gold answers' tokens; ``None`` if no gold answers were given.
     """
 
     answers: list[list[int]]
@@ -66,26 +66,25 @@ class Generation:
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ("\n",)) -> set[int]:
-    """The tokens that end an answer: EOS, and each of these texts that is one token of its own."""
-    return {
-        token for token in (tokenizer.eos_token_id, *(_token(tokenizer, text) for text in stop)) if token is not None
-    }
+    """Return the tokens that end an answer: EOS, and each stop text that is a single token."""
+    tokens = (tokenizer.eos_token_id, *(_single_token(tokenizer, text) for text in stop))
+    return {token for token in tokens if token is not None}
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str] = ("\n",)) -> str:
-    """The answer in generated tokens: the text before the first of the texts that end one, stripped."""
+    """Decode generated tokens and return the text before the first stop text, stripped."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     return text[: min((text.find(end) for end in stop if end in text), default=len(text))].strip()
 
 
-def _token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """The one token that a text is wherever it stands, ``None`` if there is none."""
+def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the token that always encodes this text, whatever surrounds it; ``None`` if there is none."""
     return newline_token(tokenizer) if text == "\n" else tokenizer.get_added_vocab().get(text)
 
 
 def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-    """Whether generated tokens end in a text that ends an answer and is more than one token; ``None`` if no text is."""
-    texts = [text for text in stop if _token(tokenizer, text) is None]
+    """Return a function that says whether tokens end in a stop text of several tokens; ``None`` if there is no such text."""
+    texts = [text for text in stop if _single_token(tokenizer, text) is None]
     if not texts:
         return None
     longest = max(len(text.encode()) for text in texts) + 1
@@ -110,21 +109,21 @@ def generate(
     sampling: Sampling | None = None,
     kept: Kept | None = None,
 ) -> Generation:
-    """Continuations of prompts.
+    """Generate continuations of prompts.
 
     Args:
         parts: The model with its live weights.
-        prompts: Token ids, at least one each.
+        prompts: Token ids of each prompt, at least one id each.
         stops: Tokens that end an answer, see :func:`stop_tokens`.
-        max_new_tokens: Longest answer, >= 1.
+        max_new_tokens: Longest answer, in tokens, >= 1.
         prefill_tokens: Prompt tokens per forward pass.
-        gold: Gold answers after their prompts, one example per prompt; their loss is taken in the same passes.
-        ended: Whether an answer's tokens so far end it, see :func:`ends_with`; a model that pads does not ask.
-        sampling: Draws the tokens, one key per prompt; ``None``: the likeliest are taken.
-        kept: States of the prompts that are kept from earlier.
+        gold: Examples whose gold answers' loss is computed in the same passes, one per prompt.
+        ended: Says whether an answer's tokens so far end it, see :func:`ends_with`; ignored by models that pad.
+        sampling: Samples the tokens, with one key per prompt; ``None`` takes the most likely token.
+        kept: Cached states of the prompts.
     """
-    if not parts.packed or parts.compile:
-        loss = None if gold is None else _separate_loss(parts, gold, prefill_tokens)
+    if not parts.packed:
+        loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
         return Generation(_generate_padded(parts, prompts, stops, max_new_tokens, sampling), loss)
     answers, loss = decode(
         parts,
@@ -141,13 +140,13 @@ def generate(
     return Generation(answers, loss)
 
 
-def _separate_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
+def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
     losses = []
     known = [example for example in gold if example.gold]
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
         batch = pack([known[number] for number in chunk]).to(parts.model.device)
         losses.append(answer_loss(parts.logits(batch), batch))
-    return add_up(losses) if losses else no_loss(parts.model.device)
+    return all_reduce_sum(losses) if losses else no_loss(parts.model.device)
 
 
 def _generate_padded(
@@ -157,25 +156,27 @@ def _generate_padded(
     max_new_tokens: int,
     sampling: Sampling | None,
 ) -> list[list[int]]:
-    """For models whose attention cannot be exchanged: transformers' own generation, padded on the left."""
+    """Generate with transformers, padded on the left, for models whose attention cannot be replaced."""
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
-    if not parts.pads_left and len(set(lengths)) > 1:  # padding would be seen: equal lengths together
+    if (
+        not parts.allows_left_padding and len(set(lengths)) > 1
+    ):  # the model would see padding: run equal lengths together
         answers: dict[int, list[int]] = {}
         for length in set(lengths):
-            rows = [row for row, own in enumerate(lengths) if own == length]
-            own_sampling = None if sampling is None else sampling.of(rows)
-            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, own_sampling)
+            rows = [row for row, row_length in enumerate(lengths) if row_length == length]
+            of_rows = None if sampling is None else sampling.of(rows)
+            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, of_rows)
             answers.update(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(prompts))]
     width = max(lengths)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=parts.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
 
-    def _disturb(so_far: Tensor, logits: Tensor) -> Tensor:
+    def add_noise(so_far: Tensor, logits: Tensor) -> Tensor:
         assert sampling is not None
-        return sampling.disturbed(logits, range(len(prompts)), so_far.shape[1] - width)
+        return sampling.with_noise(logits, range(len(prompts)), so_far.shape[1] - width)
 
     output = parts.model.generate(  # type: ignore[operator]
         input_ids=ids,
@@ -184,6 +185,6 @@ def _generate_padded(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops) or None,
         pad_token_id=0,
-        logits_processor=None if sampling is None else [_disturb],
+        logits_processor=None if sampling is None else [add_noise],
     )
     return [list(takewhile(lambda token: token not in stops, new)) for new in output[:, width:].tolist()]

@@ -1,4 +1,4 @@
-"""Scores held-out rows, as a whole and row by row."""
+"""Score held-out rows: metrics, and the score of each row."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,17 +8,17 @@ from slzo.data.batch import EvalBatch
 from slzo.evaluation.evaluator import Evaluator, Outcome, gold_losses, score_rows
 from slzo.evaluation.metrics import TaskMetrics, perplexity_by_row, row_score
 from slzo.rewards.registry import PERPLEXITY
-from slzo.utils.runtime import of_all_processes
+from slzo.utils.runtime import gather_from_processes
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Held-out rows scored once.
+    """Scores of the held-out rows.
 
     Attributes:
         metrics: Metrics of the task, by name.
-        rows: Score of each row in the metric that sums the run up, by row id; for a perplexity the row's part in it. Empty where
-            the metric is not a mean over rows.
+        rows: Score of each row in the metric that summarizes the run, by row id; for a perplexity see
+            :func:`slzo.evaluation.metrics.perplexity_by_row`. Empty if the metric is not a mean over rows.
     """
 
     metrics: dict[str, float]
@@ -35,10 +35,10 @@ def score_held_out(
     """Score rows with the live weights.
 
     Args:
-        evaluator: Scores a batch.
+        evaluator: Evaluates a batch.
         batches: The rows of this process.
         metrics: Fresh counters.
-        metric: The metric that sums the run up.
+        metric: Name of the metric that summarizes the run.
         extra_metrics: See :class:`slzo.evaluation.evaluator.RunningScore`.
     """
     scores: list[tuple[str, float]] = []
@@ -56,7 +56,7 @@ def score_held_out(
                 scores.append((example.id, score))
 
     found = score_rows(evaluator, batches, metrics, seen=keep, extra_metrics=extra_metrics)
-    by_row = dict(of_all_processes(scores))
+    by_row = dict(gather_from_processes(scores))
     if metric == PERPLEXITY:
-        by_row = perplexity_by_row(dict(of_all_processes(losses)))
+        by_row = perplexity_by_row(dict(gather_from_processes(losses)))
     return HeldOutScores({name: value for name, value in found.items() if name != "loss"}, by_row)

@@ -1,4 +1,4 @@
-"""Keys and values of prompts and answers: attention that keeps them, and attention of one new token to what is kept.
+"""Key-value buffers: attention that records the keys and values of prompts, and attention of new tokens to recorded ones.
 
 Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` packed tokens, ``m`` rows in one buffer of
 width ``W``.
@@ -26,12 +26,12 @@ from slzo.models.placement import placement_of
 from slzo.utils.errors import SlzoError
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
-"""What attention layers find in place of a packed layout: layer, query, key, value and options to output (1, tokens, H, D)."""
+"""Takes the place of a packed layout: attention from layer, query, key, value and options to output (1, tokens, H, D)."""
 
 KeyValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
 """Keys and values of packed tokens by attention layer, shape (G, T, D) each."""
 
-_NO_ROOM = 4  # slots that a full buffer grows by at least
+_MIN_GROWTH = 4  # slots by which a full buffer grows at least
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Buffer:
 
     Attributes:
         rows: Row numbers, in the order of the buffer's slots; a finished row is replaced by the last one.
-        lengths: Tokens held for each slot, shape (m,), int64.
-        width: Tokens that there is room for (W).
-        keys: Per attention layer, shape (slots, G, W, D).
-        values: Like keys.
+        lengths: Number of tokens stored in each slot, shape (m,), int64.
+        width: Capacity of a slot, in tokens (W).
+        keys: Keys per attention layer, shape (slots, G, W, D).
+        values: Values per attention layer, same shape.
     """
 
     rows: list[int]
@@ -54,7 +54,7 @@ class Buffer:
 
     @classmethod
     def of(cls, lengths: Mapping[int, int], num_new: int, device: torch.device) -> list[Self]:
-        """Empty buffers for rows with prompts of these lengths, and as many new tokens each."""
+        """Make empty buffers for rows with prompts of these lengths, by row, and ``num_new`` more tokens each."""
         rows = list(lengths)
         groups = [[rows[n] for n in group] for group in group_by_length([range(lengths[row]) for row in rows])]
         return [
@@ -63,19 +63,19 @@ class Buffer:
         ]
 
     def fill(self, states: KeyValues, positions: Mapping[int, Tensor]) -> None:
-        """Put the keys and values of prompts, at these packed positions, into their rows' slots."""
-        own = [(slot, positions[row]) for slot, row in enumerate(self.rows) if row in positions]
-        if not own:
+        """Store the keys and values of prompts; ``positions`` has the packed positions of each row's prompt."""
+        sources = [(slot, positions[row]) for slot, row in enumerate(self.rows) if row in positions]
+        if not sources:
             return
         device = self.lengths.device
-        source = torch.cat([found for _, found in own])
-        slots = torch.cat([torch.full((len(found),), slot, device=device) for slot, found in own])
-        places = torch.cat([torch.arange(len(found), device=device) for _, found in own])
+        source = torch.cat([packed for _, packed in sources])
+        slots = torch.cat([torch.full((len(packed),), slot, device=device) for slot, packed in sources])
+        places = torch.cat([torch.arange(len(packed), device=device) for _, packed in sources])
         for layer, pair in states.items():
             for store, new in zip((self.keys, self.values), pair, strict=True):
                 if layer not in store:
                     heads, _, size = new.shape
-                    # what is masked must be a number all the same
+                    # zeros, since masked values must be finite too
                     store[layer] = new.new_zeros(len(self.rows), heads, self.width, size)
                 store[layer][slots, :, places] = new.index_select(1, source).transpose(0, 1)
 
@@ -93,12 +93,12 @@ class Buffer:
             self.lengths = self.lengths[:last]
 
     def fork(self, row: int, new: int) -> None:
-        """Add a row that holds what another one does."""
+        """Add the row ``new`` as a copy of ``row``."""
         slot, free = self.rows.index(row), len(self.rows)
         for store in (self.keys, self.values):
             for layer, states in store.items():
                 if free == len(states):
-                    more = states.new_zeros(max(_NO_ROOM, free // 2), *states.shape[1:])
+                    more = states.new_zeros(max(_MIN_GROWTH, free // 2), *states.shape[1:])
                     store[layer] = torch.cat([states, more])
         self._copy(slot, free)
         self.rows.append(new)
@@ -112,7 +112,7 @@ class Buffer:
 
 @dataclass
 class Recording:
-    """Packed attention that keeps the keys and values."""
+    """Packed attention that records the keys and values."""
 
     layout: PackedLayout
     states: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Recording:
 
 
 class NewTokens:
-    """One new token per row attends to what its buffer holds, and to itself."""
+    """Attention of one new token per row to the tokens in its buffer and to itself."""
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
         self.buffers = buffers
@@ -141,27 +141,28 @@ class NewTokens:
         """See :data:`Attend`."""
         sizes = [len(buffer.rows) for buffer in self.buffers]
         outputs = []
-        own = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
+        by_buffer = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
         virtual = options[VIRTUAL_ARGUMENT]
         masks = self._window_masks(options["sliding_window"], 0 if virtual is None else virtual.num_tokens)
-        for buffer, used, slots, mask, q, k, v in zip(self.buffers, self.used, self.slots, masks, *own, strict=True):
+        inputs = zip(self.buffers, self.used, self.slots, masks, *by_buffer, strict=True)
+        for buffer, used, slots, mask, q, k, v in inputs:
             keys, values = buffer.keys[layer], buffer.values[layer]
             keys[slots, :, buffer.lengths] = k
             values[slots, :, buffer.lengths] = v
-            # the heads that share keys become queries of one head: nothing has to be repeated
+            # heads that share keys become several queries of one head, so that keys need not be repeated
             grouped = q.reshape(len(slots), k.shape[1], -1, q.shape[-1])
             seen = keys[: len(slots), :, :used], values[: len(slots), :, :used]
             if virtual is not None:
                 seen = with_virtual_tokens(virtual, layer, *seen)
             sinks = options["s_aux"]
-            if sinks is not None:  # one for each query, as they are grouped
+            if sinks is not None:  # one per query, in the grouped shape
                 sinks = sinks.view(1, k.shape[1], -1, 1)
             output = masked_attention(grouped, *seen, mask, options["scaling"], options["softcap"], sinks)
             outputs.append(output.flatten(1, 2))
         return torch.cat(outputs).unsqueeze(0), None
 
     def _window_masks(self, window: int | None, num_before: int) -> list[Tensor]:
-        """Which tokens are seen, learned ones before the held ones, per buffer, shape (m, 1, 1, before + used), bool."""
+        """Return a mask per buffer, shape (m, 1, 1, before + used), bool; virtual tokens come before the stored ones."""
         if window not in self._masks:
             masks = []
             for buffer, used in zip(self.buffers, self.used, strict=True):
@@ -176,7 +177,7 @@ class NewTokens:
 def _attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Hands over to what came in with the inputs; the mask is a stand-in. Without, transformers' own attention."""
+    """Call the attention that came with the inputs, which needs no mask; without one, call transformers' own."""
     if LAYOUT_ARGUMENT not in kwargs:
         return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     attend: Attend = kwargs[LAYOUT_ARGUMENT]
@@ -186,10 +187,10 @@ def _attention_forward(
 
 @contextmanager
 def keeping_attention(parts: ModelParts) -> Iterator[None]:
-    """The model's layers use this module's attention.
+    """Let the model's layers use this module's attention within the context.
 
     Raises:
-        SlzoError: Some layers run on another card, where what is kept is not.
+        SlzoError: Some layers run on another device than the buffers.
     """
     placement = placement_of(parts.model)
     if placement is not None and placement.places.elsewhere:

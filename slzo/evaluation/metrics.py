@@ -1,4 +1,4 @@
-"""Accuracy, MultiRC's answer F1 and exact match, and what generated answers score."""
+"""Task metrics: accuracy, MultiRC's answer F1 and exact match, and scores of generated answers."""
 
 import hashlib
 import math
@@ -26,9 +26,9 @@ __all__ = [
 
 
 def row_score(metric: str, example: Example, prediction: int | str) -> float | None:
-    """What one row scores, 0 to 1, in a metric that is the mean over rows.
+    """Return the score of one row, 0 to 1, in a metric that is a mean over rows.
 
-    ``None`` for a row without a label, and for metrics that are no such mean (MultiRC's answer_f1 and question_em, perplexity).
+    ``None`` for a row without a label, and for other metrics (MultiRC's answer_f1 and question_em, perplexity).
     """
     if not (example.gold or example.references):
         return None
@@ -38,13 +38,13 @@ def row_score(metric: str, example: Example, prediction: int | str) -> float | N
 
 
 def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Each row's part in a perplexity: values whose mean it is and whose spread gives its standard error.
+    """Return one value per row; their mean is the perplexity, and their spread gives its standard error.
 
-    The perplexity is exp(R) with R = sum S / sum N, over rows with summed loss S and N answer tokens. Its first-order change by
-    a row is exp(R) (S - R N) / mean(N) (the delta method for a ratio), to which exp(R) is added.
+    The perplexity is exp(R) with R = sum S / sum N, over rows with summed loss S and N answer tokens. A row's first-order effect
+    on it is exp(R) (S - R N) / mean(N) (the delta method for a ratio). The value of a row is this effect plus exp(R).
 
     Args:
-        rows: S and N of each row, by its id.
+        rows: S and N of each row, by row id.
     """
     tokens = sum(count for _, count in rows.values())
     if not tokens:
@@ -55,12 +55,12 @@ def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, floa
 
 
 class TaskMetrics(Metric):
-    """All metrics of a task; states add up over processes.
+    """All metrics of a task; states are summed over processes.
 
     Args:
-        kind: Generation compares texts, the other kinds candidate indices.
+        kind: Kind of the task: generation compares texts, the other kinds compare candidate indices.
         grouped: Also compute answer F1 and exact match per :attr:`Example.group` (MultiRC).
-        names: Generation: what answers are scored by; empty if none are generated.
+        names: Metrics of generated answers; ignored by the other kinds.
     """
 
     full_state_update = False
@@ -86,26 +86,26 @@ class TaskMetrics(Metric):
             self._add_to_groups([], [])
 
     def update(self, examples: Sequence[Example], predictions: Sequence[int] | Sequence[str] | Tensor) -> None:
-        """Add labelled examples, each with a predicted candidate index or a generated text; the others do not count."""
+        """Add examples with their predictions, candidate indices or generated texts; examples without a label are ignored."""
         values = predictions.tolist() if isinstance(predictions, Tensor) else list(predictions)
         pairs = [pair for pair in zip(examples, values, strict=True) if pair[0].gold or pair[0].references]
         self.rows = self.rows + len(pairs)
         if self.kind is Kind.GENERATION:
             for name in self.names:
-                found = sum(answer_metric(name, str(text), example.references) for example, text in pairs)
-                setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + found)
+                total = sum(answer_metric(name, str(text), example.references) for example, text in pairs)
+                setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + total)
             return
         right = [index in example.gold for example, index in pairs]
         self.correct = self.correct + sum(right)
         if self.grouped:
-            # Label 1 is "this answer is right".
+            # label 1 means "this answer is right"
             self.hits = self.hits + sum(index == 1 and 1 in example.gold for example, index in pairs)
             self.misses = self.misses + sum((index == 1) != (1 in example.gold) for example, index in pairs)
             groups = [example.id if example.group is None else example.group for example, _ in pairs]
             self._add_to_groups([_stable_hash(group) for group in groups], right)
 
     def compute(self) -> dict[str, Tensor]:
-        """Each metric by name, 0-dimensional, in 0..1; not a number if there was no labelled row."""
+        """Return each metric by name, 0-dimensional, in 0..1; NaN if there was no labelled row."""
         if self.kind is Kind.GENERATION:
             return {name: getattr(self, f"{name}_sum") / self.rows for name in self.names}
         scores = {"accuracy": self.correct / self.rows}
@@ -117,7 +117,7 @@ class TaskMetrics(Metric):
         return scores
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Reset all states."""
         super().reset()
         if self.grouped:
             self._add_to_groups([], [])  # a process without rows must still gather integers like the others
@@ -128,7 +128,7 @@ class TaskMetrics(Metric):
 
 
 def make_metrics(task: Task) -> TaskMetrics:
-    """The metrics of a task; :attr:`Task.metric` is one of their names."""
+    """Make the metrics of a task; :attr:`Task.metric` is one of their names."""
     return TaskMetrics(task.kind, task.grouped, [name for name in task.metrics if name != PERPLEXITY])
 
 

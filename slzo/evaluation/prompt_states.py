@@ -1,4 +1,4 @@
-"""What prompts leave in the layers below the tuned ones, kept per row: these layers never change."""
+"""Cache the states of prompts in the layers below the tuned ones; these layers never change."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -18,7 +18,7 @@ from slzo.models.prefix_cache import PrefixCache
 def recorded(
     parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None
 ) -> tuple[Tensor, KeyValues]:
-    """What :meth:`ModelParts.run` returns, and the keys and values of these layers; within :func:`keeping_attention`."""
+    """Run layers within :func:`keeping_attention`; return the states after them, and their keys and values."""
     recording = Recording(batch.layout)
     return run_with(parts, batch, recording.attend, start, stop, hidden), recording.states
 
@@ -26,18 +26,18 @@ def recorded(
 def run_with(
     parts: ModelParts, batch: TokenBatch, attend: Callable[..., object], start: int, stop: int, hidden: Tensor | None
 ) -> Tensor:
-    """:meth:`ModelParts.run` with an attention of one's own; within :func:`keeping_attention`."""
-    # the layout only travels through the model, from here to the attention
-    own = TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend))
-    return parts.run(own, start, stop, hidden)
+    """Run layers with the attention ``attend``, within :func:`keeping_attention`; see :meth:`ModelParts.run`."""
+    # the model only passes the layout on to the attention, so the function can take its place
+    tokens = TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend))
+    return parts.run(tokens, start, stop, hidden)
 
 
 class PromptStates:
-    """Hidden states that enter a layer, and keys and values of the layers before it, side by side for each packed token.
+    """Cache of the hidden states that enter a layer, and of the keys and values below it, in one row per packed token.
 
     Args:
         parts: The model, packed.
-        cache: Keeps them; says which layer.
+        cache: Stores the states; its ``start`` is the layer that they enter.
     """
 
     def __init__(self, parts: ModelParts, cache: PrefixCache) -> None:
@@ -51,7 +51,7 @@ class PromptStates:
 
     @property
     def token_bytes(self) -> int:
-        """Space that a token takes in the cache."""
+        """Size of one token's states in the cache, in bytes."""
         model = self.parts.model
         width = model.config.get_text_config(decoder=True).hidden_size + sum(
             sum(sizes) for _, _, sizes in self._columns
@@ -59,12 +59,14 @@ class PromptStates:
         return int(width) * (self.cache.dtype or model.dtype).itemsize
 
     def of(self, batch: PackedBatch, keep: bool, max_tokens: int | None = None) -> tuple[Tensor, KeyValues]:
-        """States (T, hidden) that enter the layer, and keys and values below it, of prompts with what follows them.
+        """Return the states that enter the layer, shape (T, hidden), and the keys and values below it.
 
-        Those of rows that the cache does not hold are computed, and offered to it with ``keep``; ``max_tokens`` is
-        that of :meth:`slzo.models.prefix_cache.PrefixCache.states_of`.
+        Args:
+            batch: Prompts, with answers or without; those that are not cached are computed.
+            keep: Whether computed states are added to the cache.
+            max_tokens: See :meth:`slzo.models.prefix_cache.PrefixCache.get_or_compute`.
         """
-        wide = self.cache.states_of(batch, self._run, self.parts.model.dtype, keep, max_tokens).wait()
+        wide = self.cache.get_or_compute(batch, self._run, self.parts.model.dtype, keep, max_tokens).wait()
         states, start = {}, wide.shape[1]
         for layer, heads, sizes in reversed(self._columns):
             start -= sum(sizes)
@@ -75,12 +77,12 @@ class PromptStates:
     def _run(self, batch: TokenBatch) -> Tensor:
         with keeping_attention(self.parts):
             hidden, states = recorded(self.parts, batch, 0, self.start, None)
-        pieces = [states[layer][own].transpose(0, 1).flatten(1) for layer, _, _ in self._columns for own in (0, 1)]
+        pieces = [state.transpose(0, 1).flatten(1) for layer, _, _ in self._columns for state in states[layer]]
         return torch.cat([hidden, *pieces], dim=1)
 
     @cached_property
     def _columns(self) -> list[tuple[nn.Module, int, tuple[int, int]]]:
-        """Each attention layer with its key-value heads and columns of keys and values, after those of the hidden state."""
+        """Attention layers with their number of key-value heads and of columns for keys and for values."""
         probe = pack([prompt_alone(0, (0,))]).to(self.parts.model.device)
         with torch.no_grad(), keeping_attention(self.parts):
             _, states = recorded(self.parts, probe, 0, self.start, None)
@@ -91,5 +93,5 @@ class PromptStates:
 
 
 def _by_head(states: Tensor, heads: int) -> Tensor:
-    """Columns of all heads (T, G * D) as (G, T, D)."""
+    """Split columns of all heads, shape (T, G * D), into shape (G, T, D)."""
     return states.unflatten(1, (heads, -1)).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""What a reward function is given of a row and its answer."""
+"""Convert rows and their answers to the arguments of reward functions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,30 +6,30 @@ from typing import Any
 from slzo.rewards.calls import Answers
 from slzo.tasks.base import Example
 
-# what stands for the prompt and the answer themselves
-_TAKEN = ("prompt", "prompts", "completion", "completions")
+# columns that would hide the prompts and answers
+_RESERVED = ("prompt", "prompts", "completion", "completions")
 
 
-def to_reward(answers: Sequence[str], examples: Sequence[Example]) -> Answers:
-    """Answers to examples' prompts as reward functions get them.
+def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Answers:
+    """Convert answers to examples' prompts to what reward functions get.
 
-    Where a row is a conversation (a field with a list of turns), prompts and completions are lists of messages, else texts.
-    Columns are the row's fields, and ``references``, the accepted answers, where it has no such field.
+    If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
+    texts. The columns are the rows' fields. If there is no field ``references``, it is added and holds the accepted answers.
     """
-    names = {str(name) for example in examples for name in example.columns if name not in _TAKEN}
+    names = {str(name) for example in examples for name in example.columns if name not in _RESERVED}
     columns: dict[str, list[Any]] = {
         name: [example.columns.get(name) for example in examples] for name in sorted(names)
     }
     columns.setdefault("references", [list(example.references) for example in examples])
-    talks = [_is_conversation(example) for example in examples]
-    prompts: list[Any] = [
-        [turn.to_dict() for turn in example.messages] if talk else example.prompt
-        for example, talk in zip(examples, talks, strict=True)
-    ]
-    completions: list[Any] = [
-        [{"role": "assistant", "content": answer}] if talk else answer
-        for answer, talk in zip(answers, talks, strict=True)
-    ]
+    prompts: list[Any] = []
+    completions: list[Any] = []
+    for example, answer in zip(examples, answers, strict=True):
+        if _is_conversation(example):
+            prompts.append([turn.to_dict() for turn in example.messages])
+            completions.append([{"role": "assistant", "content": answer}])
+        else:
+            prompts.append(example.prompt)
+            completions.append(answer)
     return Answers([example.id for example in examples], prompts, completions, columns)
 
 

@@ -1,4 +1,4 @@
-"""Tokens drawn with random numbers that depend on what they are for, and on nothing else."""
+"""Sample tokens with random numbers that depend only on the answer and the position, not on batch or device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ from slzo.utils.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Sampling:
-    """Samples by the Gumbel-max trick: the largest of logit / temperature + Gumbel noise.
+    """Samples tokens with the Gumbel-max trick: the token with the largest logit / temperature + Gumbel noise.
 
-    The noise of a token comes from a counter-based generator (Philox; Salmon et al. 2011), keyed by its answer and counted by its
-    position in it. So the same answer is drawn on any process and device and in any batch, and at two points of the weights the
-    random numbers are common: answers differ only where the probabilities do.
+    The noise comes from a counter-based generator (Philox; Salmon et al. 2011). Its key is the answer's key, its counter the
+    position in the answer. So every process, device and batch samples the same answer. Two points of the weights use common
+    random numbers: their answers differ only where the probabilities differ.
 
     Attributes:
         temperature: Divides the logits, > 0.
-        keys: One per answer, see :func:`sample_key`.
+        keys: One key per answer, see :func:`sample_key`.
     """
 
     temperature: float
     keys: tuple[int, ...]
 
-    def disturbed(self, logits: Tensor, rows: Sequence[int], position: int) -> Tensor:
-        """Logits over temperature, plus noise; shape as ``logits``, (rows, vocabulary), float32."""
-        # answers at several points of the weights have one key
-        drawn = {key: self._noise(key, position, logits.shape[-1]) for key in {self.keys[row] for row in rows}}
-        noise = np.stack([drawn[self.keys[row]] for row in rows])
+    def with_noise(self, logits: Tensor, rows: Sequence[int], position: int) -> Tensor:
+        """Return logits / temperature + noise, shape (rows, vocabulary), float32, from logits of the same shape."""
+        # answers at several points share a key
+        by_key = {key: self._noise(key, position, logits.shape[-1]) for key in {self.keys[row] for row in rows}}
+        noise = np.stack([by_key[self.keys[row]] for row in rows])
         return logits.float() / self.temperature + torch.from_numpy(noise).to(logits.device)
 
     def of(self, rows: Sequence[int]) -> "Sampling":
-        """That of some of the prompts."""
+        """Return the sampling of some of the answers."""
         return Sampling(self.temperature, tuple(self.keys[row] for row in rows))
 
     @staticmethod
@@ -45,5 +45,5 @@ class Sampling:
 
 
 def sample_key(seed: int, step: int, row: str, sample: int) -> int:
-    """Key of one answer: the run's seed, the step, the row's id, and which of its samples it is."""
+    """Return the key of one answer, from the run's seed, the step, the row's id and the number of the row's sample."""
     return derive_seed("sample", seed, step, row, sample)

@@ -1,4 +1,4 @@
-"""What checkpoints of a run are compared by."""
+"""The metric that checkpoints of a run are compared by."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from slzo.rewards.registry import PERPLEXITY
 
 @dataclass(frozen=True)
 class SelectionMetric:
-    """The value that chooses a checkpoint, and the metric that sums a run up.
+    """The value that selects a checkpoint, and the metric that summarizes a run.
 
     Attributes:
-        name: Value of the dev rows that chooses a checkpoint: loss, or reward or f1 where training maximizes that.
-        metric: Metric that sums a run up on held-out rows.
+        name: Value on the dev rows that selects a checkpoint: "loss", or "reward" or "f1" if training maximizes that.
+        metric: Metric that summarizes a run on held-out rows.
         best: Largest possible reward or F1; ``None`` for a loss.
     """
 
@@ -29,7 +29,7 @@ class SelectionMetric:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether smaller values of the metric are better."""
+        """Whether smaller values of ``metric`` are better."""
         return self.metric == PERPLEXITY
 
     @property
@@ -38,6 +38,6 @@ class SelectionMetric:
         return "dev loss" if self.best is None else f"dev distance to the best {self.name}, {self.best:g},"
 
     def distance(self, found: Mapping[str, Any], prefix: str = "") -> float:
-        """Distance of scored rows from the best possible: the loss, or how much of the reward or F1 is missing."""
+        """Return the loss, or the difference between the best possible and the actual reward or F1; NaN if it is unknown."""
         value = float(found.get(f"{prefix}{self.name}", math.nan))
         return value if self.best is None else self.best - value

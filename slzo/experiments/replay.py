@@ -1,4 +1,4 @@
-"""Rebuilds the tuned weights of a run at any step, from the losses that its log holds."""
+"""Rebuild the tuned weights of a run at any step from the losses in its log."""
 
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,21 @@ def replay_run(
     output: Path | None = None,
     device: torch.device | None = None,
 ) -> Path:
-    """Take the first steps of a run again with the losses of its log, and write a checkpoint; returns its path.
+    """Take the first steps of a run again with the losses of its log, write a checkpoint, and return its path.
 
-    On the same machine and number of threads the weights are those of the run, bit by bit.
+    On the same machine with the same number of threads the weights are bit-identical to those of the run.
 
     Args:
-        options: Those of the run.
-        rows: Those of the run; only their objective is used, and none is read.
+        options: Options of the run.
+        rows: Rows of the run; only their objective is used, no row is read.
         run: Folder of the run.
-        steps: How many; ``None`` for all of the log.
-        max_steps: Of the run; schedules depend on it.
-        output: Checkpoint to write; ``None`` for one in the run's folder.
-        device: Where the steps are taken; ``None`` for the CPU.
+        steps: Number of steps; ``None`` for all steps of the log.
+        max_steps: Maximum number of steps of the run; schedules depend on it.
+        output: Checkpoint to write; ``None`` for a file in the run's folder.
+        device: Device of the model; ``None`` for the CPU.
 
     Raises:
-        SlzoError: The run has no whole log of so many steps, or it is of other options.
+        SlzoError: The folder holds no complete log of so many steps, or the estimator needs no losses.
     """
     if not run.is_dir() or str(run) == ".":
         raise SlzoError(
@@ -62,30 +62,30 @@ def replay_run(
     stepper = _stepper(parts, options, rows, start.note, log, max_steps)
     if first := start.content["state_dict"]:
         stepper.model.tensors.load(first)
-    state = _take_steps(stepper, options, log, number)
+    masters = _take_steps(stepper, options, log, number)
     note = {**start.note, **stepper.state_dict()}
-    write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": state}, output)
+    write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, output)
     say(f"Checkpoint {output}, the tuned weights after {number} steps")
     return output
 
 
-def _number_of_steps(log: StepLog, asked: int | None, run: Path) -> int:
+def _number_of_steps(log: StepLog, requested: int | None, run: Path) -> int:
     known = log.steps
-    whole = next((step for step in range(len(known) + 1) if step not in known), 0)
-    if known and not whole:
+    available = next((step for step in range(len(known) + 1) if step not in known), 0)
+    if known and not available:
         raise SlzoError(
             f"run {str(run)!r}: its log begins at step {min(known)}, that of the run it continues is not whole"
         )
-    if asked is not None and not 0 <= asked <= whole:
-        raise SlzoError(f"step {asked}: the log of {str(run)!r} has {whole} steps; give 0 to {whole}")
-    return whole if asked is None else asked
+    if requested is not None and not 0 <= requested <= available:
+        raise SlzoError(f"step {requested}: the log of {str(run)!r} has {available} steps; give 0 to {available}")
+    return available if requested is None else requested
 
 
 def _stepper(
     parts: ModelParts, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog, max_steps: int
 ) -> Stepper:
     subset = options.scope.subset(tuple(note["tensors"]), parts)
-    model = TunedModel.of_description(parts, note, options.engine, subset)
+    model = TunedModel.from_description(parts, note, options.engine, subset)
     auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
     return Stepper(
         model,
@@ -102,16 +102,16 @@ def _stepper(
 
 
 def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps: int) -> dict[str, Tensor]:
-    """The masters after some steps."""
+    """Take steps and return a copy of the masters after them."""
     tensors, choice = stepper.model.tensors, options.optimizer
     optimizer = choice.make(tensors.masters)
     scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
-    good = {to: tensors.copy_of_masters() for to in log.rollbacks.values() if to == 0}
+    targets = {to: tensors.copy_of_masters() for to in log.rollbacks.values() if to == 0}
     for step in range(steps):
         stepper.step(None, step, optimizer, scheduler)
         if step + 1 in log.rollbacks.values():
-            good[step + 1] = tensors.copy_of_masters()
+            targets[step + 1] = tensors.copy_of_masters()
         to = log.rollbacks.get(step + 1)
         if to is not None:
-            stepper.rollback(good.get(to), optimizer, [] if scheduler is None else [scheduler], step + 1, to)
+            stepper.rollback(targets.get(to), optimizer, [] if scheduler is None else [scheduler], step + 1, to)
     return tensors.copy_of_masters()

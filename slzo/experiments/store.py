@@ -1,4 +1,4 @@
-"""A folder of results, one file a cell: interrupted work goes on, and several processes share it out."""
+"""A folder of results with one file per cell, so that interrupted work continues and several processes can share it."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -16,15 +16,16 @@ _SETTINGS_FILE = "settings.json"
 
 
 class CellStore:
-    """Results by name.
+    """Results of cells, by name.
 
     Args:
-        folder: Made if it does not exist.
-        settings: What the results depend on, primitives only.
-        open_settings: Settings that some work does not depend on and leaves at ``None``; work that does sets them for the folder.
+        folder: Folder of the results; it is created if it does not exist.
+        settings: Settings that the results depend on, primitives only.
+        open_settings: Names of settings that may be ``None``, if the present work does not depend on them; the first work that
+            does sets them for the folder.
 
     Raises:
-        SlzoError: The folder holds results of other settings, or other files.
+        SlzoError: The folder holds results of other settings or other files, or cannot be written.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], open_settings: Collection[str] = ()) -> None:
@@ -33,11 +34,11 @@ class CellStore:
         settings = json.loads(json.dumps(settings))
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
             old = json.loads(path.read_text(encoding="utf-8"))
-            # a folder of another kind may know nothing of them
-            opened = {name: old.get(name) for name in open_settings}
+            # a folder of another experiment may lack them
+            old_open = {name: old.get(name) for name in open_settings}
             if all(settings[name] is None for name in open_settings):
-                settings |= opened
-            elif all(value is None for value in opened.values()):
+                settings |= old_open
+            elif all(value is None for value in old_open.values()):
                 old |= {name: settings[name] for name in open_settings}
             changes = differences(old, settings)
             if changes:
@@ -45,7 +46,7 @@ class CellStore:
                     f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder or the "
                     "same settings"
                 )
-        # a process that starts at the same time may be at writing its own
+        # another process that starts at the same time may be writing its settings
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
         if any(file.suffix != PARTIAL for file in files) and not path.is_file():
             raise SlzoError(f"output {str(self.folder)!r}: holds other files; give a new folder, or one to continue")
@@ -59,19 +60,19 @@ class CellStore:
             ) from error
 
     def result(self, name: str) -> Any:
-        """A finished cell's result, or ``None``."""
+        """Return a cell's result; ``None`` if the cell is not finished."""
         path = self._path(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def save(self, name: str, result: Any) -> None:
-        """Keep a cell's result."""
+        """Write a cell's result."""
         write_json(self._path(name), result)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Whether the caller shall work on a cell: nobody has finished it or is at it.
+        """Lock a cell and yield whether the caller should compute it: it is not finished and no other process works on it.
 
-        The lock goes with the process, so a killed one blocks nothing.
+        The operating system releases the lock of a killed process.
         """
         lock = FileLock(self._path(name).with_suffix(".lock"))
         try:

@@ -1,4 +1,4 @@
-"""Trains every decoder layer for the same steps, or the same time, and seeds: does the chosen layer win?"""
+"""Train each decoder layer with the same seeds for the same steps, or the same time, and compare it with the chosen layer."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +29,7 @@ _WAIT_SECONDS = 2.0
 def sweep_layers(
     trials: LayerTrials, plan: SweepPlan, profile_model: Callable[[], OutlierProfile], output: str | None
 ) -> None:
-    """Do what is not done yet and write the results to ``output``, or sweeps/MODEL-TASK.
+    """Compute all cells that are not finished and write the results to ``output``, by default to sweeps/MODEL-TASK.
 
     Raises:
         SlzoError: The scope has no dominant layer, or the folder holds other results.
@@ -45,7 +45,7 @@ def sweep_layers(
         "seconds": plan.seconds if plan.steps else None,
         "seed_of_sensitivity": plan.seeds[0],
     }
-    # the sensitivity does not depend on the steps: a first look may be followed by trainings
+    # the sensitivity does not depend on the steps, so trainings may be added later
     store = CellStore(output or trials.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
     profile = profile_model()
     names = run_cells(trials, store, plan)
@@ -62,7 +62,7 @@ def sweep_layers(
 
 
 def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[str]:
-    """Work on every cell that is not finished and that no other process is at, layer by layer from below.
+    """Compute each cell that is not finished and not claimed by another process, lowest layer first.
 
     Returns:
         The names of all cells.
@@ -75,7 +75,7 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[st
     }
     evaluations = options.estimator.evaluations(options.step.num_queries)
     rows = evaluations * plan.steps * trials.rows.batch_size + trials.num_dev
-    if plan.seconds is not None:  # all cost the same, about as much as the sensitivity of the first layers
+    if plan.seconds is not None:  # all trainings cost the same, about twice the sensitivity of layer 0
         work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), 2 * work[sensitivity_cell(0)])
     else:
         work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
@@ -83,10 +83,10 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[st
 
     def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: Any) -> None:
         if store.result(name) is not None:
-            clock.forget(name)  # another process has done it
+            clock.forget(name)  # another process computed it
             return
-        with store.claim(name) as mine:
-            if mine:
+        with store.claim(name) as claimed:
+            if claimed:
                 result = asdict(function(layer, **options))
                 store.save(name, result)
                 clock.tick(name, result)
@@ -99,17 +99,17 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[st
     }
     for layer in range(num_layers):
         run(sensitivity_cell(layer), layer, trials.sensitivity, **measured)
-    trials.forget_prefix()  # the rows of the sensitivity are few; training begins at its own first layer
+    trials.clear_prefix()  # the sensitivity used few rows, and the trainings begin at a lower layer again
     for layer, seed in plan.trainings:
         run(training_cell(layer, seed), layer, trials.run, steps=plan.steps, seed=seed, seconds=plan.seconds)
     return list(work)
 
 
 class _Clock:
-    """Says what was done and how long the rest will take, at the pace of this process.
+    """Reports each finished cell and the estimated time for the others, at the pace of this process.
 
     Args:
-        work: What each cell that is left costs, in any unit.
+        work: Cost of each remaining cell, in any unit.
     """
 
     def __init__(self, work: Mapping[str, float]) -> None:
@@ -118,11 +118,11 @@ class _Clock:
         self._started = self._last = time.monotonic()
 
     def forget(self, name: str) -> None:
-        """Leave a cell out that this process need not do."""
+        """Drop a cell that another process computed."""
         self._left.pop(name, None)
 
     def tick(self, name: str, result: dict[str, Any]) -> None:
-        """Note a finished cell."""
+        """Report a finished cell."""
         now = time.monotonic()
         self._done += self._left.pop(name)
         if "scores" in result:
@@ -138,10 +138,10 @@ class _Clock:
 
 
 def wait_for_others(store: CellStore, names: Iterable[str]) -> None:
-    """Wait until cells that other processes are at are finished or given up.
+    """Wait until other processes have finished their cells.
 
     Raises:
-        SlzoError: Some were given up.
+        SlzoError: A process stopped before it finished its cell.
     """
     for name in names:
         while store.result(name) is None:

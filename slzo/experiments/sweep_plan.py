@@ -1,4 +1,4 @@
-"""What a sweep does: which cells it works on."""
+"""Options of a sweep, and the names of its cells."""
 
 import math
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ from slzo.zo.scopes.base import check_layer
 
 MIN_DIRECTIONS = 20
 NUM_ROWS = 16
-"""Training rows that the sensitivity is measured on, by default."""
+"""Default number of training rows that the sensitivity is measured on."""
 MAX_ERROR = 0.25
-"""Standard error of a sensitivity, as a share of it, that is small enough, by default."""
+"""Default relative standard error of a sensitivity at which the measurement stops."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep does.
+    """Options of a sweep.
 
     Attributes:
-        layers: Layers to train, rising; the sensitivity is measured in all layers of the model.
-        steps: Steps of each training; 0 measures the sensitivity only.
-        seeds: One training a layer for each.
-        directions: Random directions for the sensitivity, at most.
-        num_rows: Training rows that the sensitivity is measured on.
-        seconds: Training time of each, scoring left out: layers that are done with the steps earlier go on until then.
-        max_error: Standard error of a sensitivity, as a share of it, at which no more directions are drawn.
+        layers: Layers to train, in rising order; the sensitivity is measured in all layers of the model.
+        steps: Steps of each training; 0 measures only the sensitivity.
+        seeds: Seeds; each layer is trained once with each.
+        directions: Largest number of random directions for the sensitivity.
+        num_rows: Number of training rows that the sensitivity is measured on.
+        seconds: Training time of each layer, without scoring; layers that finish their steps earlier continue until then.
+        max_error: Relative standard error of a sensitivity at which no more directions are drawn.
     """
 
     layers: tuple[int, ...]
@@ -56,7 +56,7 @@ def plan_sweep(
     """Check the options of a sweep.
 
     Raises:
-        SlzoError: One is out of range.
+        SlzoError: An option is out of range.
     """
     if directions < MIN_DIRECTIONS:
         raise SlzoError(
@@ -82,10 +82,10 @@ def plan_sweep(
 
 
 def sensitivity_cell(layer: int) -> str:
-    """Name of the cell that measures a layer."""
+    """Return the name of the cell that measures a layer's sensitivity."""
     return f"sensitivity-{layer}"
 
 
 def training_cell(layer: int, seed: int) -> str:
-    """Name of the cell that trains a layer."""
+    """Return the name of the cell that trains a layer with a seed."""
     return f"train-{layer}-seed-{seed}"

@@ -1,4 +1,4 @@
-"""Trains one layer with several learning rates (and eps) for the same steps, from the same weights, and recommends one."""
+"""Train one layer with several learning rates (and eps) for the same steps from the same weights, and recommend one."""
 
 import math
 import statistics
@@ -9,24 +9,22 @@ from typing import Literal
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.trial import LayerTrials
+from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.trial import Trial
 
-# A change of the dev loss below this share of it is no progress.
-_MIN_PROGRESS = 0.005
-
 
 @dataclass(frozen=True)
 class RatePlan:
-    """What is tried.
+    """Options of a learning-rate search.
 
     Attributes:
-        lrs: Learning rates, rising.
-        eps: Sizes of the perturbation, rising.
+        lrs: Learning rates, in rising order.
+        eps: Sizes of the perturbation, in rising order.
         steps: Steps of each trial.
-        seeds: Each pair is tried with each of them.
+        seeds: Seeds; each pair of learning rate and eps is tried with each.
     """
 
     lrs: tuple[float, ...]
@@ -36,15 +34,15 @@ class RatePlan:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One pair of settings and what came of it.
+class RateResult:
+    """Result of one pair of learning rate and eps.
 
     Attributes:
         lr: Learning rate.
         eps: Size of the perturbation.
         loss: Dev loss after the trial, mean over seeds; infinite if a trial diverged.
-        metric: Dev metric after it.
-        diverged: How it diverged, or empty.
+        metric: Dev metric after the trial, mean over seeds.
+        diverged: How a trial diverged; empty if none did.
     """
 
     lr: float
@@ -55,7 +53,7 @@ class Tried:
 
 
 def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: str | None) -> None:
-    """Do what is not done yet, recommend a pair and write it to ``output``, or sweeps/MODEL-TASK-rates.
+    """Run the trials that are not finished, recommend a pair and write it to ``output``, by default sweeps/MODEL-TASK-rates.
 
     Raises:
         SlzoError: The folder holds other results.
@@ -84,10 +82,10 @@ def plan_rates(
     seeds: Sequence[int],
     own: Callable[[], tuple[float, float]],
 ) -> RatePlan:
-    """Check the options; without rates, powers of the square root of ten around the run's ``own`` rate (and its own eps).
+    """Check the options. The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
 
     Raises:
-        SlzoError: One is out of range.
+        SlzoError: An option is out of range.
     """
     lrs = None if lrs == "auto" else lrs
     for name, values in (("lrs", lrs), ("eps", eps)):
@@ -103,11 +101,11 @@ def plan_rates(
     return RatePlan(tuple(sorted(set(rates))), tuple(sorted(set(sizes))), steps, tuple(dict.fromkeys(seeds)))
 
 
-def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None) -> tuple[list[Tried], float]:
-    """Run the trials that are not finished, the most careful first.
+def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None) -> tuple[list[RateResult], float]:
+    """Run the trials that are not finished, smallest eps and learning rate first.
 
     Returns:
-        What came of every pair, and the dev loss before training.
+        The result of each pair, and the dev loss before training.
     """
     found = []
     for eps, lr in product(plan.eps, plan.lrs):
@@ -120,24 +118,24 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
         diverged = next((trial.diverged for trial in done if trial.diverged), "")
         loss = math.inf if diverged else statistics.fmean(trial.scores[-1].loss for trial in done)
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)
-        found.append(Tried(lr, eps, loss, metric, diverged))
+        found.append(RateResult(lr, eps, loss, metric, diverged))
         result = f"diverged: {diverged}" if diverged else f"dev loss {loss:.4f}, metric {metric:.4f}"
         say(f"lr {lr:.3g}, eps {eps:.3g}: {result}")
     return found, done[0].scores[0].loss
 
 
-def recommend(tried: Sequence[Tried], before: float) -> tuple[Tried | None, str]:
-    """The pair to use, and why, in words.
+def recommend(tried: Sequence[RateResult], before: float) -> tuple[RateResult | None, str]:
+    """Return the pair to use, and the reason in words.
 
-    The lowest dev loss wins. A rate that wins at the edge of the grid says that the grid should reach further; if nothing
-    made progress on the dev loss ``before`` training there is no recommendation.
+    The pair with the lowest dev loss wins. The reason says so if its rate is at an edge of the grid. There is no recommendation
+    if no pair improved on ``before``, the dev loss before training, by a share of at least ``MIN_PROGRESS``.
     """
     good = [pair for pair in tried if not pair.diverged]
     if not good:
         lowest = min(pair.lr for pair in tried)
         return None, f"Every rate diverged, down to lr {lowest:.3g}: try smaller ones."
     best = min(good, key=lambda pair: pair.loss)
-    if best.loss > (1 - _MIN_PROGRESS) * before:
+    if best.loss > (1 - MIN_PROGRESS) * before:
         return None, (
             f"No rate lowered the dev loss of {before:.4f} in these steps (best: lr {best.lr:.3g}, {best.loss:.4f}): try other "
             "rates or more steps."

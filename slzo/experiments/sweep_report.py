@@ -1,4 +1,4 @@
-"""What a sweep found: the figures of each layer, in words, as a table and as a picture."""
+"""Results of a sweep: the figures of each layer, a verdict in words, a table and pictures."""
 
 import csv
 import math
@@ -20,30 +20,30 @@ from slzo.utils.files import replacing, write_json
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.trial import Score, Trial
 
-# Standard errors that a difference between two layers must have to be called one.
+# A difference between two layers is clear from this number of standard errors on.
 _CLEAR = 2.0
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer's figures; means over seeds, empty where the layer was not trained.
+    """Figures of one layer: means over the seeds that did not diverge, ``None`` if there are none.
 
     Attributes:
-        layer: Counted from 0.
+        layer: Decoder layer, counted from 0.
         sensitivity: Mean of |L+ - L-| / (2 eps) before training.
-        sensitivity_se: Its standard error.
-        outlier_ratio: Largest over median magnitude of the layer's output.
-        seeds: Trainings that were finished.
+        sensitivity_se: Standard error of the sensitivity.
+        outlier_ratio: Largest magnitude of the layer's output, divided by the median.
+        seeds: Number of finished trainings.
         loss_before: Dev loss before training.
-        loss: Dev loss after it.
-        loss_se: Its standard error over seeds.
+        loss: Dev loss after training.
+        loss_se: Standard error of the loss over seeds.
         gain: ``loss_before - loss``.
-        metric: Dev metric after it.
-        metric_se: Its standard error over seeds.
+        metric: Dev metric after training.
+        metric_se: Standard error of the metric over seeds.
         mean_abs_projected_grad: Mean magnitude of the projected gradients in training.
-        seconds: Training seconds, the scoring left out.
-        diverged: Trainings that diverged.
-        dominant: Whether the profile's rule chose it.
+        seconds: Training time in seconds, without scoring.
+        diverged: Number of trainings that diverged.
+        dominant: Whether the profile's rule chose the layer.
     """
 
     layer: int
@@ -64,7 +64,7 @@ class LayerResult:
 
 
 def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) -> list[LayerResult]:
-    """The figures of each layer, from finished cells."""
+    """Collect the figures of each layer from finished cells."""
     rows = []
     for measured in profile.layers:
         layer = measured.index
@@ -101,24 +101,24 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean; ``None`` for fewer than two values."""
+    """Return the standard error of the mean; ``None`` for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen layer") -> str:
-    """One sentence: does the layer that the profile chose, called ``chosen``, win, by how much, and how sure is that?"""
+    """Return a sentence that says whether the layer that the profile chose, called ``chosen``, wins, and how clearly."""
     rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
     if not trained and any(row.diverged for row in rows):
-        return "Every training diverged: lower the learning rate (slzo lr_search tries several)."
+        return "Every training diverged: lower the learning rate (slzo sweep --lrs auto tries several)."
     if not trained:
         return _sensitivity_verdict(rows, dominant, chosen)
     best = trained[0]
     if (best.gain or 0) <= 0:
         return (
             f"No layer lowered the dev loss; the best, layer {best.layer}, raised it by {-(best.gain or 0):.4f}. Try other "
-            "learning rates (slzo lr_search) or more steps."
+            "learning rates (slzo sweep --lrs auto) or more steps."
         )
     if dominant is None:
         return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the profile chooses no layer."
@@ -146,7 +146,7 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
 
 
 def _sensitivity_verdict(rows: Sequence[LayerResult], dominant: LayerResult | None, chosen: str) -> str:
-    """Where the chosen layer stands among measured ones, and how sure that is."""
+    """Return a sentence on the rank of the chosen layer by sensitivity, and how clear it is."""
     first, *others = sorted(rows, key=lambda row: -row.sensitivity)
     if dominant is None:
         return f"The profile chooses no layer; the most sensitive one is layer {first.layer}, at {_measured(first)}."
@@ -174,7 +174,7 @@ def _measured(row: LayerResult) -> str:
 
 
 def _errors(difference: float, one: LayerResult, other: LayerResult) -> float | None:
-    """A difference of two layers' losses in its standard errors over seeds; ``None``: not known."""
+    """Return a difference of two layers' losses in standard errors over seeds; ``None`` if these are unknown."""
     if one.loss_se is None or other.loss_se is None:
         return None
     spread = math.hypot(one.loss_se, other.loss_se)
@@ -186,7 +186,7 @@ def _how_sure(errors: float | None) -> str:
 
 
 def format_rows(rows: Sequence[LayerResult]) -> str:
-    """The rows as a table."""
+    """Format the results as a table."""
     lines = ["layer  sensitivity (se)      outlier ratio    dev loss    metric  |proj. grad|"]
     for row in rows:
         trained = "         -         -             -"
@@ -210,7 +210,7 @@ def write_sweep(
     curves: Mapping[int, Sequence[Score]],
     title: str = "",
 ) -> None:
-    """Write sweep.csv, sweep.json and the pictures, which have ``title``, as .png and .svg."""
+    """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg."""
     names = [field.name for field in fields(LayerResult)]
     with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -234,7 +234,7 @@ def write_sweep(
 
 
 def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Score]]]:
-    """Dev scores on the way of each training that did not diverge, by layer."""
+    """Return the dev scores during each training that did not diverge, by layer."""
     found: dict[int, list[Sequence[Score]]] = {}
     for layer, seed in plan.trainings:
         trial = Trial.from_dict(store.result(training_cell(layer, seed)))
@@ -244,9 +244,9 @@ def seed_curves(store: CellStore, plan: SweepPlan) -> dict[int, list[Sequence[Sc
 
 
 def layer_curves(curves: Mapping[int, Sequence[Sequence[Score]]]) -> dict[int, list[Score]]:
-    """The mean curve of each layer over its seeds: at the steps at which all were scored, and of the last scores.
+    """Return each layer's curve, the mean over its seeds at the steps at which all were scored, and at the end.
 
-    These may be of different steps.
+    The last scores of the seeds may be of different steps.
     """
     means = {}
     for layer, good in curves.items():
@@ -265,42 +265,42 @@ def _mean_score(scores: Sequence[Score]) -> Score:
 
 
 def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, chosen: int) -> str:
-    """Two sentences: which layer is ahead after the same steps, which after the same time, and how sure is that?
+    """Return two sentences: which layer is ahead after the same steps, and which after the same time.
 
     Args:
-        curves: Of each layer, one a seed.
-        plan: What the sweep did.
+        curves: The curves of each layer, one per seed.
+        plan: Options of the sweep.
         chosen: The profile's layer.
     """
     assert plan.seconds is not None
     at_steps = {
-        layer: [_interpolated([(score.step, score.loss) for score in curve], plan.steps) for curve in own]
-        for layer, own in curves.items()
+        layer: [_interpolated([(score.step, score.loss) for score in curve], plan.steps) for curve in of_seeds]
+        for layer, of_seeds in curves.items()
     }
     at_time = {
-        layer: [_interpolated([(score.seconds, score.loss) for score in curve], plan.seconds) for curve in own]
-        for layer, own in curves.items()
+        layer: [_interpolated([(score.seconds, score.loss) for score in curve], plan.seconds) for curve in of_seeds]
+        for layer, of_seeds in curves.items()
     }
     return f"{_ahead(at_steps, f'{plan.steps} steps', chosen)} {_ahead(at_time, f'{plan.seconds:g} s', chosen)}"
 
 
 def _ahead(losses: Mapping[int, Sequence[float]], after: str, chosen: int) -> str:
-    means = {layer: statistics.fmean(own) for layer, own in losses.items()}
+    means = {layer: statistics.fmean(of_seeds) for layer, of_seeds in losses.items()}
     best = min(means, key=means.__getitem__)
-    own = (
-        "" if chosen not in means or chosen == best else f", the chosen layer {chosen} at {_with_error(losses[chosen])}"
-    )
-    return f"After {after} layer {best} is ahead, at a dev loss of {_with_error(losses[best])}{own}."
+    rest = ""
+    if chosen in means and chosen != best:
+        rest = f", the chosen layer {chosen} at {_with_error(losses[chosen])}"
+    return f"After {after} layer {best} is ahead, at a dev loss of {_with_error(losses[best])}{rest}."
 
 
 def _with_error(losses: Sequence[float]) -> str:
-    """The mean, with its standard error where there are several seeds."""
+    """Format the mean, with its standard error if there are several seeds."""
     error = standard_error(losses)
     return f"{statistics.fmean(losses):.4f}" + (" (one seed)" if error is None else f" +- {error:.4f}")
 
 
 def _interpolated(points: Sequence[tuple[float, float]], place: float) -> float:
-    """The loss between the scores before and after a place; the last one beyond it."""
+    """Interpolate the loss linearly at a place; beyond the last score, return the last loss."""
     for (left, low), (right, high) in pairwise(points):
         if left <= place <= right:
             return low + (high - low) * (place - left) / max(right - left, 1e-9)

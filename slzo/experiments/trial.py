@@ -1,4 +1,4 @@
-"""Short trainings in one process that share model, rows and the states that enter the tuned layer."""
+"""Short trainings in one process that share the model, the rows and the states that enter the tuned layer."""
 
 import math
 import statistics
@@ -25,23 +25,23 @@ from slzo.zo.options import TrainingOptions
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
 
-# Dev loss this many times that before training, or no finite loss, is divergence.
+# A training diverged if its dev loss is this many times the loss before training, or is not finite.
 _DIVERGED = 1.5
 # Steps at which a curve is scored.
 _CURVE = tuple(10 * 2**power for power in range(16))
-# Where the slopes are taken if model.eps is auto: layers are compared at one distance.
+# Eps of the sensitivity if model.eps is auto, so that all layers are compared at the same distance.
 _SENSITIVITY_EPS = 1e-3
-# Evaluations that measuring a step size takes at most, on average.
+# Average number of evaluations that measuring a step size takes, at most.
 _MEASURING = 25
-# What whole-vocabulary logits and their softmax cost besides the product alone: COPA on both built-in models, two cores.
+# Cost of whole-vocabulary logits and their softmax relative to the matrix product alone: COPA, both built-in models, two cores.
 _LOGITS = 2.7
-# The spread of fewer directions says little about the error of their mean.
+# With fewer directions the estimated standard error is unreliable.
 _LEAST_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much the loss changes along random directions before training: |L+ - L-| / (2 eps).
+    """Sensitivity of the loss to random directions before training, |L+ - L-| / (2 eps).
 
     Attributes:
         mean: Mean over the directions.
@@ -55,13 +55,13 @@ class Sensitivity:
 
 
 class LayerTrials(Trials):
-    """Trains and measures again and again, each time from the untuned model.
+    """Runs trainings and measurements, each of which starts from the untuned model.
 
     Args:
         parts: The untuned model.
         options: Options of the trainings.
-        rows: Set up for ``fit``, and fitted to the model.
-        steps: Steps of the training to come, which the trials are for.
+        rows: Rows that are set up for ``fit`` and fitted to the model.
+        steps: Steps of the main training, which the trials prepare.
     """
 
     def __init__(self, parts: ModelParts, options: TrainingOptions, rows: TaskRows, steps: int = 0) -> None:
@@ -73,7 +73,7 @@ class LayerTrials(Trials):
         self._cache: PrefixCache | None = None
         self._measured: dict[int | None, AutoStep] = {}
 
-    # ---- what selection rules use, see slzo.zo.trial.Trials --------------------------------------------------------------
+    # ---- used by selection rules, see slzo.zo.trial.Trials ---------------------------------------------------------------
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""
@@ -118,7 +118,7 @@ class LayerTrials(Trials):
         )
         return trial, self._cache
 
-    # ---- what a sweep uses -----------------------------------------------------------------------------------------------
+    # ---- used by sweeps --------------------------------------------------------------------------------------------------
 
     def run(
         self,
@@ -133,52 +133,53 @@ class LayerTrials(Trials):
         checks: Mapping[int, Callable[[Score], bool]] | None = None,
         dev_rows: int | None = None,
     ) -> Trial:
-        """Train for some steps, score the dev rows, and give the model its untuned weights back.
+        """Train for some steps, score the dev rows, and restore the untuned weights.
 
-        With the seed of the options the steps are those of ``fit``; other seeds give other directions and batches of the same
-        rows, from the same initial values of added matrices.
+        With the noise seed of the options, the steps are those of ``fit``. Other seeds give other directions and other batches of
+        the same rows; the initial values of added matrices stay the same.
 
         Args:
             layer: Layer to tune; ``None`` for scopes that need none.
-            steps: Steps to take; fewer are taken if the loss is not finite, more if there is time left.
+            steps: Number of steps; fewer are taken if the loss is not finite, more if ``seconds`` allows.
             seed: Seed of directions and batches.
-            lr: Learning rate instead of the optimizer's own.
-            eps: Size of the perturbation instead of that of the options.
-            seconds: Go on until this much training time is used, and score the dev rows on the way too. The states that enter
-                the tuned layer are computed beforehand: their time depends on the layers tuned before.
-            num_batches: Use the first so many batches again and again; ``None`` for all.
-            checks: After so many steps score the dev rows, and stop if the function returns ``False``.
+            lr: Learning rate; ``None`` for that of the options.
+            eps: Size of the perturbation; ``None`` for that of the options.
+            seconds: Continue until this training time is used, and score the dev rows on the way too. The states that enter
+                the tuned layer are computed beforehand, since their time depends on the layers tuned before.
+            num_batches: Use only so many batches, in a cycle; ``None`` for all.
+            checks: After these numbers of steps, score the dev rows, and stop if the function returns ``False``.
             dev_rows: Score about so many dev rows, in whole batches; ``None`` for all.
         """
         self._carry_prefix(layer)
         options, choice = self.options, self.options.optimizer
-        own = options.step if eps is None else replace(options.step, eps=eps)
+        step_options = options.step if eps is None else replace(options.step, eps=eps)
         losses: list[float] = []
         slopes: list[float] = []
         scores: list[Score] = []
         with self._tuned(layer) as model:
             optimizer = choice.make(model.tensors.masters)
-            batches: Iterator[TrainBatch] = self._batches(seed)
+            batches: Iterator[TrainBatch] = self.rows.training_batches(self._row_seed(seed))
             if num_batches is not None:
                 batches = cycle(islice(batches, num_batches))
             auto, used = None, 0.0
-            if own.eps is None or (lr is None and choice.automatic):
+            if step_options.eps is None or (lr is None and choice.automatic):
                 started = time.perf_counter()
-                auto = self._step_of(layer, model, own.eps, seed)
+                auto = self._initial_step(layer, model, step_options.eps, seed)
                 used = time.perf_counter() - started
             stepper = make_stepper(
                 model,
                 options,
                 self.rows,
-                step=own,
+                step=step_options,
                 seed=seed,
                 max_steps=steps,
                 auto=auto,
                 sets_rate=lr is None and choice.automatic,
                 max_nonfinite=1 << 60,
             )
-            for group in optimizer.param_groups if lr is not None else ():
-                group["lr"] = lr
+            if lr is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
             if dev_rows not in self._before:  # the same for every trial
                 self._before[dev_rows] = self._score(model, dev_rows)
@@ -207,7 +208,7 @@ class LayerTrials(Trials):
         return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
     def own_step(self, layer: int | None) -> tuple[float, float]:
-        """Learning rate and eps of the options, measured where they are auto; a measured rate has one significant digit."""
+        """Return learning rate and eps of the options; ``auto`` is measured, and such a rate has one significant digit."""
         choice, eps = self.options.optimizer, self.options.step.eps
         if not needs_measuring(self.options):
             assert eps is not None
@@ -223,14 +224,14 @@ class LayerTrials(Trials):
     def sensitivity(
         self, layer: int, *, directions: int, seed: int, num_rows: int, max_error: float = 0.0
     ) -> Sensitivity:
-        """Measure one layer along random directions, by the loss of the first ``num_rows`` training rows of a run.
+        """Measure the sensitivity of one layer along random directions, on the first ``num_rows`` training rows of a run.
 
         Args:
             layer: Decoder layer, counted from 0.
-            directions: Number of directions, at most.
-            seed: Seed of directions and rows, so both are the same for every layer.
-            num_rows: Rows whose mean loss is taken.
-            max_error: Enough directions are drawn, but at least 8, when the standard error is below this share of the mean.
+            directions: Largest number of directions.
+            seed: Seed of directions and rows; both are the same for every layer.
+            num_rows: Number of rows; the loss is their mean.
+            max_error: Stop after at least 8 directions when the standard error is below this share of the mean.
         """
         self._carry_prefix(layer)
         eps = self.options.step.eps or _SENSITIVITY_EPS
@@ -247,39 +248,37 @@ class LayerTrials(Trials):
         return Sensitivity(statistics.fmean(slopes), _standard_error(slopes), len(slopes))
 
     def settings(self) -> dict[str, Any]:
-        """What the results depend on, besides steps and seeds: primitives only."""
+        """Return the settings that the results depend on, in addition to steps and seeds, as primitives."""
         options, rows = self.options, self.rows
-        own = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length length_buckets balanced seed"
+        names = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length length_buckets balanced seed"
         described = options.to_dict()
         return {
             **{name: described[name] for name in ("model", "dtype", "quantization")},
             **rows.task_settings,
-            **{
-                k: v
-                for name in ("scope", "estimator", "optimizer")
-                for k, v in flat_settings(name, described[name]).items()
-            },
+            **flat_settings("scope", described["scope"]),
+            **flat_settings("estimator", described["estimator"]),
+            **flat_settings("optimizer", described["optimizer"]),
             **asdict(options.step),
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
             "cache_dtype": options.engine.cache_dtype,
-            **{name: getattr(rows, name) for name in own.split()},
+            **{name: getattr(rows, name) for name in names.split()},
             "data_dir": None if rows.data_dir is None else str(Path(rows.data_dir).expanduser().resolve()),
         }
 
     def default_folder(self, kind: str) -> Path:
-        """Where results go if no folder is given."""
+        """Return the default folder of results below the folder ``kind``."""
         return Path(kind) / f"{Path(self.options.model).name}-{self.rows.task.name}"
 
-    def forget_prefix(self) -> None:
-        """Drop all kept states."""
+    def clear_prefix(self) -> None:
+        """Drop all cached states."""
         self._cache = None
 
     # ---- helpers ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _tuned(self, layer: int | None) -> Iterator[TunedModel]:
-        """Tune the scope for a while; the model gets its untuned weights back."""
+        """Tune the scope within the context; restore the untuned weights afterwards."""
         model = tune(self.parts, self.options, self.rows, layer, self._cache)
         plan_prefix(model, self.rows)
         self._cache = model.forward.cache
@@ -290,39 +289,36 @@ class LayerTrials(Trials):
             model.tensors.load(initial)
             model.release()
 
-    def _batches(self, seed: int) -> Iterator[TrainBatch]:
-        """Those of ``fit`` where the directions are: rows may have a seed of their own."""
-        own = seed == self.options.noise_seed
-        return self.rows.training_batches(self.rows.seed or 0 if own else seed)
+    def _row_seed(self, seed: int) -> int:
+        """Return the seed of the batches: with the noise seed of the options, the rows' own seed, as in ``fit``."""
+        return self.rows.seed or 0 if seed == self.options.noise_seed else seed
 
-    def _step_of(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoStep:
-        """A step size to begin with: one that was measured before with this eps and seed, or a new one."""
-        own = eps == self.options.step.eps and seed == self.options.noise_seed
-        if layer in self._measured and own:
+    def _initial_step(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoStep:
+        """Return the step size that was measured in the layer with this eps and seed; measure it if there is none."""
+        if layer in self._measured and eps == self.options.step.eps and seed == self.options.noise_seed:
             return replace(self._measured[layer], evaluations=0)
         return self._measure(model, eps, seed)
 
     def _measure(self, model: TunedModel, eps: float | None, seed: int) -> AutoStep:
         stepper = make_stepper(model, self.options, self.rows, seed=seed)
-        own = seed == self.options.noise_seed
-        return measure_step(stepper, self.rows, self.rows.seed or 0 if own else seed, eps)
+        return measure_step(stepper, self.rows, self._row_seed(seed), eps)
 
     def _fill_prefix(self, model: TunedModel) -> None:
-        """Compute the states of every row that the cache has room for."""
+        """Compute the states of every row for which the cache has room."""
         for block in self.rows.prefix_blocks():
             model.forward.prefix(block.pack().to(model.parts.model.device))
 
     def _carry_prefix(self, layer: int | None) -> None:
-        """Run kept states up to the next layer to be tuned, so that the layers in between are run once."""
+        """Run cached states from their layer to the next layer to tune, so that the layers in between run only once."""
         cache, parts = self._cache, self.parts
         if cache is None or layer is None or not 0 < cache.start < layer:
             return
-        if cache.rounds(parts.model.dtype):  # rounding again at each layer would add up
+        if cache.rounds(parts.model.dtype):  # errors of repeated rounding would add up
             self._cache = None
             return
-        moved = cache.empty_for(layer)
+        moved = cache.empty_like(layer)
         with torch.no_grad():
-            for block in self.rows.prefix_blocks():  # as they were computed
+            for block in self.rows.prefix_blocks():  # in the same blocks as they were computed
                 if not all(key in cache for key in block.keys):
                     continue
                 batch = block.pack()
@@ -343,7 +339,7 @@ class LayerTrials(Trials):
         return Score(step, evaluations, seconds, metric.distance(found), found[metric.metric])
 
     def _head_layers(self) -> float:
-        """What whole-vocabulary logits of a training batch cost, as a number of layers; 0 where the loss needs none."""
+        """Return the cost of a training batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
         objective, parts = self.rows.objective, self.parts
         if not isinstance(objective, LogitObjective):
             return 0.0
@@ -360,11 +356,11 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def _some(batches: Iterable[EvalBatch], rows: int) -> list[EvalBatch]:
-    """Whole batches of about so many rows, evenly spaced: they are sorted by length, or by text."""
-    found = list(batches)
-    all_rows = sum(len(batch.rows) for batch in found)
-    number = min(len(found), math.ceil(len(found) * rows / max(1, all_rows)))
-    return [found[int((place + 0.5) * len(found) / number)] for place in range(number)]
+    """Return whole batches with about so many rows, evenly spaced, since batches are sorted by length or text."""
+    known = list(batches)
+    all_rows = sum(len(batch.rows) for batch in known)
+    number = min(len(known), math.ceil(len(known) * rows / max(1, all_rows)))
+    return [known[int((place + 0.5) * len(known) / number)] for place in range(number)]
 
 
 def _mean(values: Sequence[float]) -> float:

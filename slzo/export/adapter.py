@@ -1,9 +1,10 @@
-"""An adapter that peft loads, and, for LoRA, vLLM and others: kilobytes that go on top of the base model."""
+"""Export an adapter that peft loads and, for LoRA, vLLM and others: kilobytes to use on top of the base model."""
 
 from pathlib import Path
 
 from safetensors.torch import save
 
+from slzo.export.base import ExportFormat, load_base_code
 from slzo.export.facts import Facts
 from slzo.models.peft_files import PeftFiles
 from slzo.utils.errors import SlzoError
@@ -17,7 +18,7 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        SlzoError: What was tuned is of no low rank.
+        SlzoError: The tuned change does not have a low rank.
     """
     files = tuned_model.peft_files()
     if files is None:
@@ -28,7 +29,24 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     write_peft_files(files, facts.origin.name, folder)
 
 
+def load_code(facts: Facts) -> str:
+    """Return the Python code that loads the adapter."""
+    base, tokenizer = load_base_code(facts)
+    imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
+    return f'{imports}\n\n{base}\nmodel = PeftModel.from_pretrained(base, "PATH_OR_REPOSITORY")\n{tokenizer}'
+
+
 def write_peft_files(files: PeftFiles, base_model: str, folder: Path) -> None:
     """Write the two files that peft reads."""
     write_json(folder / CONFIG_FILE, {"base_model_name_or_path": base_model, **files.config})
     (folder / "adapter_model.safetensors").write_bytes(save(dict(files.tensors), {"format": "pt"}))
+
+
+ADAPTER = ExportFormat(
+    write_adapter,
+    "peft and, for LoRA and ActivationSubspace, vLLM; kilobytes",
+    load_code,
+    base_words="for",
+    library="peft",
+    hub_relation="adapter",
+)

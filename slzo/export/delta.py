@@ -1,4 +1,4 @@
-"""The tuned tensors alone, for scopes that are of no low rank."""
+"""Export only the tuned tensors, for scopes whose change does not have a low rank."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slzo.export.base import ExportFormat, load_base_code
 from slzo.export.facts import Facts
 from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
@@ -17,10 +18,10 @@ DELTA_FILE = "delta.safetensors"
 
 
 def write_delta(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
-    """Write ``delta.safetensors``: by the model's names, the tensors that were tuned, whole and in the model's type.
+    """Write ``delta.safetensors``: the complete tuned tensors in the model's type, by their names in the model.
 
     Raises:
-        SlzoError: What was tuned is no tensor of the base model.
+        SlzoError: An adapter was tuned, not tensors of the base model.
     """
     if tuned_model.adapter is not None:
         raise SlzoError(f"format delta: {facts.scope} tunes none of the base model's own tensors; use --format adapter")
@@ -28,11 +29,19 @@ def write_delta(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     (folder / DELTA_FILE).write_bytes(save(tensors, {"format": "pt"}))
 
 
+def load_code(facts: Facts) -> str:
+    """Return the Python code that loads the tensors into the base model."""
+    base, tokenizer = load_base_code(facts)
+    imports = "from safetensors.torch import load_file\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
+    load = 'base.load_state_dict(load_file("PATH/delta.safetensors"), strict=False)'
+    return f"{imports}\n\n{base}\n{load}\n{tokenizer}"
+
+
 def read_delta(folder: Path) -> dict[str, Tensor]:
-    """The tensors of such a folder.
+    """Read the tensors that :func:`write_delta` wrote.
 
     Raises:
-        SlzoError: They cannot be read.
+        SlzoError: The file cannot be read.
     """
     try:
         return load_file(folder / DELTA_FILE)
@@ -42,16 +51,19 @@ def read_delta(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def swap(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write tensors into a model; what was there is returned, to be written back.
+    """Write tensors into a model and return copies of the values that they replace.
 
     Raises:
-        SlzoError: The model has none of that name and shape; it is as it was.
+        SlzoError: The model has no parameter of a tensor's name and shape; it is unchanged.
     """
-    own = dict(model.named_parameters())
-    wrong = [name for name, t in tensors.items() if name not in own or own[name].shape != t.shape]
+    parameters = dict(model.named_parameters())
+    wrong = [name for name, t in tensors.items() if name not in parameters or parameters[name].shape != t.shape]
     if wrong:
         raise SlzoError(f"tensor {wrong[0]!r} does not fit the base model; give the one that it was tuned on")
-    before = {name: own[name].detach().clone() for name in tensors}
+    before = {name: parameters[name].detach().clone() for name in tensors}
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        parameters[name].copy_(tensor)
     return before
+
+
+DELTA = ExportFormat(write_delta, "the tuned tensors alone", load_code)

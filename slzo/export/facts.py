@@ -1,35 +1,33 @@
-"""What is known of a run whose result is handed on."""
+"""Facts about an exported run, and the options of an export."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slzo import __version__
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.origin import Origin
 from slzo.zo.tuned_model import TunedModel
 
-Format = Literal["adapter", "merged", "delta"]
-
 _SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What was asked for.
+    """Options of an export.
 
     Attributes:
         output: Folder to write.
-        format: ``None``: an adapter where what was tuned is of low rank, else merged.
-        base_model: Hub id of the base model; ``None``: what is known of it.
-        push_to_hub: Repository to upload to; ``None``: none.
-        trust_remote_code: Run the model's own code.
+        format: Format to write; ``None`` for an adapter if the tuned change has a low rank, otherwise merged.
+        base_model: Hub id of the base model; ``None`` to take the known one.
+        push_to_hub: Hub repository to upload to; ``None`` for no upload.
+        trust_remote_code: Whether to run code from the model's repository.
     """
 
     output: str
-    format: Format | None = None
+    format: str | None = None
     base_model: str | None = None
     push_to_hub: str | None = None
     trust_remote_code: bool = False
@@ -37,11 +35,11 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        folder: Of the result.
-        base: What it was merged into, or goes on, in words, as in ``merged into smollm2-135m``.
+        folder: Folder that was written.
+        base: The model that it was merged into or belongs to, in words, such as ``merged into smollm2-135m``.
     """
 
     folder: Path
@@ -50,20 +48,20 @@ class Exported:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card says.
+    """Facts for the model card.
 
     Attributes:
-        format: How it was exported.
-        origin: Of the base model.
-        note: The checkpoint's, see :func:`slzo.checkpoints.checkpoint.checkpoint_note`.
-        step: Steps that were taken.
-        scope: What was tuned, in words.
-        num_tuned: Tuned numbers.
-        num_layers: Decoder layers of the model.
-        rank: Of a LoRA adapter; ``None`` for anything else.
-        data: What a step's loss depended on: the task, its version and arguments, rows, batch size.
+        format: Format of the export.
+        origin: Origin of the base model.
+        note: The checkpoint's note, see :func:`slzo.checkpoints.checkpoint.checkpoint_note`.
+        step: Number of steps that were taken.
+        scope: Description of the scope.
+        num_tuned: Number of tuned parameters.
+        num_layers: Number of decoder layers of the model.
+        rank: Rank of a LoRA adapter; ``None`` for anything else.
+        data: Settings of the data: the task with its version and arguments, rows, batch size.
         summary: The run's ``summary.json``; empty if there is none.
-        scored: Whether the summary's score after training is this checkpoint's.
+        scored: Whether the summary's score after training is that of this checkpoint.
     """
 
     format: str
@@ -79,8 +77,8 @@ class Facts:
     scored: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """What is kept beside the weights: enough to tell the base model, and to refuse another."""
-        template = self.note.get("chat_template")  # of conversations, where it is not the tokenizer's
+        """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
+        template = self.note.get("chat_template")  # of conversations, if it is not the tokenizer's own
         return {
             "slzo": __version__,
             "format": self.format,
@@ -96,7 +94,7 @@ class Facts:
 
 
 def facts_of(checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel) -> Facts:
-    """Collect them from a checkpoint and its run's folder."""
+    """Collect the facts from a checkpoint and from the folder of its run."""
     note, files = checkpoint.note, tuned_model.peft_files()
     summary = _summary(Path(checkpoint.path))
     best = summary.get("best_checkpoint")
@@ -120,7 +118,7 @@ def facts_of(checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: T
 
 
 def _summary(checkpoint: Path) -> dict[str, Any]:
-    """The summary of the run that a checkpoint lies in."""
+    """Read the summary of the run that a checkpoint belongs to; empty if there is none."""
     try:
         found = json.loads((checkpoint.parent.parent / _SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):

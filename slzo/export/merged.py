@@ -1,10 +1,11 @@
-"""A plain Hugging Face folder with what was tuned merged."""
+"""Export a plain Hugging Face model folder with the tuned weights merged."""
 
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from slzo.export.base import ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.load import load_tokenizer, resolve_model
 from slzo.models.save import leave_unquantized, save_model
@@ -15,28 +16,40 @@ _GENERATION = "generation_config.json"
 
 
 def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
-    """Write model, tokenizer with its chat template, and generation config; any program that reads such folders loads it.
+    """Write the model, the tokenizer with its chat template, and the generation config, so that transformers can load them.
 
-    A run with ``model.quantization`` is merged into the model as it was before: its frozen layers need not be rounded. A model
-    that was quantized already stays so, but for the layers that were tuned.
+    A run with ``model.quantization`` is merged into the unquantized model. A model that was quantized before the run stays
+    quantized, except for the tuned layers.
 
     Raises:
-        SlzoError: No weight can hold what was tuned.
+        SlzoError: The tuned change cannot be merged into weights.
     """
-    model, note, exchanged = tuned_model.parts.model, facts.note, tuned_model.exchanged
-    if exchanged is not None:
-        leave_unquantized(model, tuple(exchanged.quantized))
+    model, note, full_precision = tuned_model.parts.model, facts.note, tuned_model.full_precision
+    if full_precision is not None:
+        leave_unquantized(model, tuple(full_precision.quantized))
     try:
         tuned_model.merge()
     except SlzoError as error:
         raise SlzoError(f"format merged: {error}") from error
     original = Path(resolve_model(note["model"])) / _GENERATION
-    if original.is_file():  # copied as it is: transformers refuses to write some that it reads
+    if original.is_file():  # copied below: transformers refuses to write some configs that it reads
         model.generation_config = GenerationConfig()
     try:
         save_model(model, str(folder))
-    except SafetensorError as error:  # a full disk, for one
+    except SafetensorError as error:  # such as a full disk
         raise OSError(str(error)) from error
     if original.is_file():
         (folder / _GENERATION).write_bytes(original.read_bytes())
     load_tokenizer(note["model"], note["trust_remote_code"], note.get("chat_template")).save_pretrained(folder)
+
+
+def load_code(facts: Facts) -> str:
+    """Return the Python code that loads the folder."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")'
+    )
+
+
+MERGED = ExportFormat(write_merged, "a Hugging Face folder", load_code, base_words="merged into")

@@ -1,4 +1,4 @@
-"""Puts an exported folder on the Hugging Face Hub."""
+"""Upload an exported folder to the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -7,23 +7,23 @@ from slzo.utils.errors import SlzoError
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what cannot be a repository, before long work.
+    """Check the name of a repository before long work.
 
     Raises:
-        SlzoError: It is no Hub id.
+        SlzoError: It is not a Hub id.
     """
     if not HUB_ID.fullmatch(repository):
         raise SlzoError(f"push_to_hub {repository!r}: must be a Hub id like 'me/my-model'")
 
 
 def push(folder: Path, repository: str) -> str:
-    """Make a repository if there is none, and upload a folder as one commit, with the token of ``hf auth login`` or ``HF_TOKEN``.
+    """Create a repository if needed and upload a folder as one commit, with the token of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        SlzoError: The Hub cannot be reached or refuses; the folder stays.
+        SlzoError: The Hub cannot be reached or rejects the upload; the folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -33,7 +33,7 @@ def push(folder: Path, repository: str) -> str:
         commit = api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Tuned with slzo, forward passes only"
         )
-    except Exception as error:  # its own, those of files, and those of an HTTP library that differs between versions
+    except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
         reason = " ".join(str(error).split())[:200]
         raise SlzoError(
             f"push_to_hub {repository!r}: not uploaded ({reason}); check the name, the connection and `hf auth login`; the "

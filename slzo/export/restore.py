@@ -1,4 +1,4 @@
-"""A tuned model from a checkpoint, to be read, written and used as transformers does, not by slzo's own engine."""
+"""Restore a tuned model from a checkpoint for use with transformers, without slzo's own engine."""
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.load import load_model
@@ -8,10 +8,10 @@ from slzo.zo.tuned_model import TunedModel
 
 
 def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
-    """The base model of a checkpoint with what was tuned in its live weights; it keeps its own attention.
+    """Load the base model of a checkpoint and write the tuned values into its live weights; its attention is not replaced.
 
     Raises:
-        SlzoError: It runs code of its own that is not trusted, or the checkpoint does not fit it.
+        SlzoError: The model needs code that is not trusted, or the checkpoint does not fit it.
     """
     tuned_model = untuned(checkpoint, trust_remote_code)
     load_values(tuned_model, checkpoint)
@@ -19,7 +19,7 @@ def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
 
 
 def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
-    """The same before :func:`load_values`: the live weights are those of the base model."""
+    """Load the base model like :func:`restore`, but leave its live weights untuned; see :func:`load_values`."""
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
@@ -28,8 +28,8 @@ def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
         )
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
     try:
-        # padded and without oneDNN: the model stays as transformers made it
-        return TunedModel.of_description(ModelParts(model, packed=False, onednn=False), note)
+        # padded and without oneDNN, so that the model stays as transformers made it
+        return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)
     except (KeyError, RuntimeError) as error:
         raise _misfit(checkpoint, error) from error
 
@@ -38,7 +38,7 @@ def load_values(tuned_model: TunedModel, checkpoint: Checkpoint) -> None:
     """Write the values of a checkpoint into the masters and the live weights.
 
     Raises:
-        SlzoError: They do not fit.
+        SlzoError: The values do not fit the model.
     """
     try:
         tuned_model.tensors.load(checkpoint.content["state_dict"])

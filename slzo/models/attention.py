@@ -1,7 +1,7 @@
 """Attention over packed sequences, plugged into transformers through its attention interface.
 
-Every layer between two attention calls works token by token, so a packed row needs no padding there. Here the tokens are
-gathered into right-padded sequences; causality keeps the padding from touching a real token, so no mask is needed.
+All other layers work on each token separately and need no padding. Attention gathers the tokens into right-padded sequences.
+A causal model never attends to padding on the right, so no mask is needed.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ class VirtualTokens(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """How many there are."""
+        """Number of virtual tokens."""
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each of shape (key_value_heads, tokens, head_dim)."""
+        """Return the keys and values of one layer, each of shape (key_value_heads, tokens, head_dim)."""
 
 
 def use_attention(model: PreTrainedModel, name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
-    """Make an implementation known to transformers by a name, and have the model's layers call it."""
+    """Register an attention implementation with transformers and switch the model to it."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)
@@ -53,22 +53,22 @@ def packed_attention_forward(
     virtual_tokens: VirtualTokens | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence; without a layout, transformers' own attention.
+    """Causal attention within each packed sequence. Without a layout, transformers' own attention is used.
 
     Args:
         module: The attention layer.
         query: Shape (1, heads, T, head_dim) when packed.
-        key: Like ``query``, with as many heads or fewer.
-        value: Like ``key``.
+        key: Keys, shaped like ``query`` but possibly with fewer heads.
+        value: Values, shaped like ``key``.
         attention_mask: Used only without a layout.
         scaling: See :func:`masked_attention`.
-        dropout: Must be 0, both evaluations of a step have to see the same function.
-        sliding_window: A token attends to this many last tokens, itself included.
+        dropout: Must be 0, because both evaluations of a step must see the same function.
+        sliding_window: Number of last tokens that a token attends to, including itself.
         softcap: See :func:`masked_attention`.
         s_aux: Attention sinks, shape (heads,); see :func:`masked_attention`.
         packed_layout: The packed sequences.
         virtual_tokens: Keys and values before those of every sequence; needs a layout.
-        kwargs: Passed on when there is no layout.
+        kwargs: Passed on to transformers' attention.
 
     Returns:
         The output, shape (1, T, heads, head_dim), and no attention weights.
@@ -89,7 +89,7 @@ def packed_attention_forward(
         q, k, v = (states[start:stop].unflatten(0, index.shape).transpose(1, 2) for states in rows)
         if virtual_tokens is not None:
             k, v = with_virtual_tokens(virtual_tokens, module, k, v)
-        # learned keys come before the queries
+        # with virtual tokens there are more keys than queries
         narrow = virtual_tokens is not None or (sliding_window is not None and sliding_window < index.shape[1])
         mask = _causal_mask(q, k, sliding_window) if narrow else None
         output = masked_attention(q, k, v, mask, scaling, softcap, sinks)
@@ -100,16 +100,16 @@ def packed_attention_forward(
 
 
 def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (N, heads, L, head_dim) of a layer with the learned ones before them."""
+    """Prepend the learned keys and values to those of a layer, shape (N, heads, L, head_dim)."""
     keys, values = (
-        torch.cat([learned.to(own).expand(len(own), -1, -1, -1), own], dim=2)
-        for learned, own in zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True)  # type: ignore[arg-type]
+        torch.cat([learned.to(states).expand(len(states), -1, -1, -1), states], dim=2)
+        for learned, states in zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True)  # type: ignore[arg-type]
     )
     return keys, values
 
 
 def _causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Boolean mask, shape (queries, keys), ``True`` where attention is allowed; the last query sees the last key."""
+    """Return a mask of shape (queries, keys), ``True`` where attention is allowed; the last query sees the last key."""
     keys = torch.arange(key.shape[-2], device=key.device)
     distance = keys[-query.shape[-2] :, None] - keys
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -124,16 +124,16 @@ def masked_attention(
     softcap: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention, also with bounded scores (Gemma 2, arXiv 2408.00118) and sinks (GPT-OSS), which fused kernels lack.
+    """Attention that supports bounded scores (Gemma 2, arXiv 2408.00118) and sinks (GPT-OSS), which fused kernels lack.
 
     Args:
-        query: Shape (N, heads, queries, head_dim).
-        key: Shape (N, key_value_heads, keys, head_dim); their number divides that of the heads.
-        value: Like ``key``, or with a head_dim of its own.
-        mask: Bool, broadcasts to (N, heads, queries, keys), ``True`` where attention is allowed; ``None`` for causal attention.
-        scaling: Factor of the scores; 1/sqrt(head_dim) when ``None``.
-        softcap: Scores become ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
-        sinks: Scores of a key without a value that every query sees, broadcasts to (N, heads, queries, 1).
+        query: Queries, shape (N, heads, queries, head_dim).
+        key: Keys, shape (N, key_value_heads, keys, head_dim); key_value_heads divides heads.
+        value: Values, shaped like ``key``; their head_dim may differ.
+        mask: Boolean, broadcastable to (N, heads, queries, keys), ``True`` where attention is allowed; ``None`` is causal.
+        scaling: Factor of the scores; ``None`` for 1/sqrt(head_dim).
+        softcap: Bound of the scores, ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
+        sinks: Scores of a key without a value that every query sees, broadcastable to (N, heads, queries, 1).
     """
     repeats = query.shape[1] // key.shape[1]
     if softcap is None and sinks is None:

@@ -1,6 +1,6 @@
-"""Which device each decoder layer goes to: what ``model.device_map`` says, or what fits, by accelerate's rules.
+"""Device of each decoder layer: as ``model.device_map`` says, or as accelerate infers from the free memory.
 
-Embeddings, final norm and head are needed at every step and stay on the main device, where rows and tuned layer are.
+Every step needs embeddings, final norm and head. They stay on the main device, with the rows and the tuned layer.
 """
 
 import importlib.util
@@ -21,24 +21,24 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 
 DeviceMap = str | dict[str, Any]
-"""``auto``, ``balanced`` or ``sequential``, or a device (a number, ``cpu``, ``disk``) by module name."""
+"""``auto``, ``balanced`` or ``sequential``, or a mapping of module names to devices (a number, ``cpu``, ``disk``)."""
 
 DISK = "disk"
 AUTOMATIC = ("auto", "balanced", "sequential")
-# Where nothing says what a run takes beside the weights: activations and what is tuned.
+# Default for the memory that a run takes in addition to the frozen weights: activations and tuned tensors.
 _RESERVED = 2**30
-# Of a card's free memory, as accelerate counts: the rest goes to fragments.
+# Usable share of a GPU's free memory, as in accelerate: the rest is lost to fragmentation.
 _USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class LayerPlaces:
-    """Where each decoder layer lies.
+    """The device of each decoder layer.
 
     Attributes:
-        path: Of the list of layers in the model.
-        main: The device of everything else, like ``cpu`` or ``cuda:0``.
-        places: For each layer a device, or ``disk``.
+        path: Path of the list of layers in the model.
+        main: Device of everything else, such as ``cpu`` or ``cuda:0``.
+        places: Device of each layer, or ``disk``.
     """
 
     path: str
@@ -47,33 +47,33 @@ class LayerPlaces:
 
     @property
     def away(self) -> list[int]:
-        """Layers that are not on the main device."""
+        """Numbers of the layers that are not on the main device."""
         return [number for number, place in enumerate(self.places) if place != self.main]
 
     @property
     def offloaded(self) -> list[int]:
-        """Layers whose weights come to the main device each time they run: those on disk, or in memory beside a card."""
+        """Numbers of the layers whose weights are copied to the main device for each run, from disk or from CPU memory."""
         return [number for number in self.away if self.places[number] in (DISK, "cpu")]
 
     @property
     def elsewhere(self) -> list[int]:
-        """Layers that run on another card."""
+        """Numbers of the layers that run on another GPU."""
         return sorted(set(self.away) - set(self.offloaded))
 
     def of_modules(self, model: nn.Module) -> dict[str, str]:
-        """What ``from_pretrained`` takes: a place for every module, none of them within another."""
-        found: dict[str, str] = {}
-        _outside(model, "", self.path, self.main, found)
-        return found | {f"{self.path}.{number}": place for number, place in enumerate(self.places)}
+        """Return the map for ``from_pretrained``: a device for every module, without nested entries."""
+        modules: dict[str, str] = {}
+        _add_outside(model, "", self.path, self.main, modules)
+        return modules | {f"{self.path}.{number}": place for number, place in enumerate(self.places)}
 
     def describe(self) -> str:
-        """Like ``layers 0 to 3 on cpu, 4 to 29 on disk``."""
-        words, start = [], 0
+        """Return a summary such as ``layers 0 to 3 on cpu, 4 to 29 on disk``."""
+        ranges, start = [], 0
         for place, run in groupby(self.places):
             stop = start + len(list(run)) - 1
-            words.append(f"{start} to {stop} on {place}" if stop > start else f"{start} on {place}")
+            ranges.append(f"{start} to {stop} on {place}" if stop > start else f"{start} on {place}")
             start = stop + 1
-        return "layers " + ", ".join(words)
+        return "layers " + ", ".join(ranges)
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class DeviceMapChoice:
     """The options ``model.device_map`` and ``model.offload_folder``.
 
     Attributes:
-        device_map: See :data:`DeviceMap`.
-        offload_folder: Where layers on disk are written that the model's files do not hold as they are.
-        reserved: Bytes of the main device that the run takes beside the frozen weights.
+        device_map: Value of the option; see :data:`DeviceMap`.
+        offload_folder: Folder for layers on disk that cannot be read directly from the model's files.
+        reserved: Bytes on the main device that the run needs in addition to the frozen weights.
 
     Raises:
-        SlzoError: A value is not allowed, or accelerate is missing.
+        SlzoError: If a value is not allowed, or accelerate is missing.
     """
 
     device_map: DeviceMap
@@ -97,10 +97,10 @@ class DeviceMapChoice:
     def of(
         cls, device_map: DeviceMap | None, offload_folder: str | None, engine: Engine, quantization: Any
     ) -> "DeviceMapChoice | None":
-        """The choice, checked against other options; ``None`` where there is none.
+        """Check the options against each other; return ``None`` if there is no device map.
 
         Raises:
-            SlzoError: They do not go together.
+            SlzoError: If options exclude each other.
         """
         if device_map is None:
             if offload_folder is not None:
@@ -110,7 +110,6 @@ class DeviceMapChoice:
             return None
         choice = cls(device_map, offload_folder)
         others = {
-            "model.engine.compile true": engine.compile,
             "model.engine.paired false": engine.paired is False,
             f"model.quantization {quantization}": quantization is not None,
         }
@@ -132,10 +131,10 @@ class DeviceMapChoice:
             raise SlzoError("model.device_map: needs accelerate, which is not installed; run: pip install accelerate")
 
     def check_processes(self, count: int) -> None:
-        """Refuse a run of several processes.
+        """Check that the run has a single process.
 
         Raises:
-            SlzoError: It is one.
+            SlzoError: If it has more.
         """
         if count > 1:
             raise SlzoError(
@@ -144,10 +143,10 @@ class DeviceMapChoice:
             )
 
     def folder(self) -> "tempfile.TemporaryDirectory[str] | None":
-        """A folder of its own in the offload folder, which is gone with the object; ``None`` without one.
+        """Create a temporary folder in the offload folder, deleted with the returned object; ``None`` without one.
 
         Raises:
-            SlzoError: It cannot be written.
+            SlzoError: If the offload folder cannot be written.
         """
         if self.offload_folder is None:
             return None
@@ -160,30 +159,30 @@ class DeviceMapChoice:
             ) from error
 
     def places(self, skeleton: PreTrainedModel, main: torch.device) -> LayerPlaces:
-        """The place of each layer.
+        """Choose the device of each layer.
 
         Args:
-            skeleton: The model, of the type that it is loaded in; without values.
-            main: Where rows, embeddings, head and the tuned layer are.
+            skeleton: The model without values, in the dtype that it is loaded in.
+            main: Device of the rows, the embeddings, the head and the tuned layer.
 
         Raises:
-            SlzoError: A name is none of the model, a device does not exist, or the map splits a layer.
+            SlzoError: If the model has no such module, a device does not exist, or the map splits a layer.
         """
         path, layers = find_decoder_layers(skeleton)
         if isinstance(self.device_map, str):
-            outside = _num_bytes(skeleton) - _num_bytes(layers)
-            return LayerPlaces(path, _name(main), _that_fit(self.device_map, layers, main, self.reserved + outside))
+            taken = self.reserved + _num_bytes(skeleton) - _num_bytes(layers)
+            return LayerPlaces(path, _name(main), _infer_places(self.device_map, layers, main, taken))
         named = {name: self._place(value, main) for name, value in self.device_map.items()}
         self._check_names(named, skeleton, path, _name(main))
-        found = [_of_longest_name(f"{path}.{number}", named, _name(main)) for number in range(len(layers))]
-        return LayerPlaces(path, _name(main), tuple(found))
+        places = [_lookup(f"{path}.{number}", named, _name(main)) for number in range(len(layers))]
+        return LayerPlaces(path, _name(main), tuple(places))
 
     def _place(self, value: int | str, main: torch.device) -> str:
-        kind = main.type if main.type != "cpu" else "cuda"
-        name = f"{kind}:{value}" if isinstance(value, int) or value.isdecimal() else value
-        name = f"{name}:0" if name == kind else name
-        # beside a trainer on the CPU a card is none of the run's
-        cards = [f"{kind}:{number}" for number in range(_num_cards(main))]
+        device_type = main.type if main.type != "cpu" else "cuda"
+        name = f"{device_type}:{value}" if isinstance(value, int) or value.isdecimal() else value
+        name = f"{name}:0" if name == device_type else name
+        # a trainer on the CPU does not use any GPU
+        cards = [f"{device_type}:{number}" for number in range(_num_cards(main))]
         if name not in (known := ["cpu", DISK, *cards]):
             raise SlzoError(
                 f"model.device_map {value!r}: no such device for a run on {main.type}; choose one of {', '.join(known)}"
@@ -200,7 +199,7 @@ class DeviceMapChoice:
                 )
             layer, _, inside = name.removeprefix(f"{path}.").partition(".")
             if name.startswith(f"{path}.") and inside:
-                if place != _of_longest_name(f"{path}.{layer}", named, main):
+                if place != _lookup(f"{path}.{layer}", named, main):
                     raise SlzoError(
                         f"model.device_map {name!r}: splits decoder layer {layer}; give the place of {path}.{layer} as a whole"
                     )
@@ -210,27 +209,27 @@ class DeviceMapChoice:
                 )
 
 
-def _outside(module: nn.Module, name: str, path: str, main: str, found: dict[str, str]) -> None:
-    """Every module and tensor that is outside of the layers, as few as cover all."""
+def _add_outside(module: nn.Module, name: str, path: str, main: str, modules: dict[str, str]) -> None:
+    """Add the fewest modules and tensors that cover everything outside the layers."""
     start = f"{name}." if name else ""
-    found |= {f"{start}{own}": main for own, _ in module.named_parameters(recurse=False)}
-    found |= {f"{start}{own}": main for own, _ in module.named_buffers(recurse=False)}
-    for own, child in module.named_children():
-        inner = f"{start}{own}"
+    modules |= {f"{start}{tensor}": main for tensor, _ in module.named_parameters(recurse=False)}
+    modules |= {f"{start}{tensor}": main for tensor, _ in module.named_buffers(recurse=False)}
+    for child_name, child in module.named_children():
+        inner = f"{start}{child_name}"
         if path.startswith(f"{inner}."):
-            _outside(child, inner, path, main, found)
+            _add_outside(child, inner, path, main, modules)
         elif inner != path:
-            found[inner] = main
+            modules[inner] = main
 
 
-def _of_longest_name(name: str, named: Mapping[str, str], otherwise: str) -> str:
-    """The entry of a module, or of the innermost one around it."""
-    around = [each for each in named if not each or name == each or name.startswith(f"{each}.")]
-    return named[max(around, key=len)] if around else otherwise
+def _lookup(name: str, named: Mapping[str, str], default: str) -> str:
+    """Return the entry of a module, or of the innermost module that contains it."""
+    containing = [each for each in named if not each or name == each or name.startswith(f"{each}.")]
+    return named[max(containing, key=len)] if containing else default
 
 
-def _that_fit(how: str, layers: nn.ModuleList, main: torch.device, taken: int) -> tuple[str, ...]:
-    """As many layers as fit on the main device beside what is taken, then on other cards, in memory, and on disk."""
+def _infer_places(strategy: str, layers: nn.ModuleList, main: torch.device, taken: int) -> tuple[str, ...]:
+    """Fill the main device, of which ``taken`` bytes are in use, then other GPUs, CPU memory and disk."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -241,12 +240,12 @@ def _that_fit(how: str, layers: nn.ModuleList, main: torch.device, taken: int) -
     room["cpu"] = free_bytes(torch.device("cpu")) or 0
     first = "cpu" if main.type == "cpu" else main.index or 0
     room[first] = max(0, room[first] - taken)
-    kinds = sorted({type(layer).__name__ for layer in layers})
-    if how != "sequential" and len(cards) > 1:
-        room = get_balanced_memory(layers, max_memory=room, no_split_module_classes=kinds)
-    found = infer_auto_device_map(layers, max_memory=room, no_split_module_classes=kinds, clean_result=False)
-    names = {name: f"{main.type}:{place}" if isinstance(place, int) else str(place) for name, place in found.items()}
-    return tuple(_of_longest_name(str(number), names, _name(main)) for number in range(len(layers)))
+    classes = sorted({type(layer).__name__ for layer in layers})
+    if strategy != "sequential" and len(cards) > 1:
+        room = get_balanced_memory(layers, max_memory=room, no_split_module_classes=classes)
+    inferred = infer_auto_device_map(layers, max_memory=room, no_split_module_classes=classes, clean_result=False)
+    names = {name: f"{main.type}:{place}" if isinstance(place, int) else str(place) for name, place in inferred.items()}
+    return tuple(_lookup(str(number), names, _name(main)) for number in range(len(layers)))
 
 
 def _num_cards(main: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""How the loss of a batch is computed: switches of speed and memory."""
+"""Speed and memory options for computing the loss of a batch."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +12,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Engine:
-    """How the loss is computed; except for a smaller cache_dtype, which rounds, nothing here changes it.
+    """Options for computing the loss. Only a smaller cache_dtype, which rounds, changes its value.
 
     Args:
         packed: Run batches without padding.
@@ -21,13 +21,12 @@ class Engine:
         queries_at_once: Directions evaluated together; more than 1 fills the processor with small batches, and takes the memory
             of the tuned tensors for each.
         onednn: Run float32 linear layers on the CPU through oneDNN; left out, a short timing decides.
-        compile: Compile the decoder layers with torch.compile; falls back with a warning.
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
         cache_dtype: Type in which they are kept; left out, that of the model.
         cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
 
     Raises:
-        SlzoError: A number is out of range.
+        SlzoError: If a number is out of range.
     """
 
     packed: bool = True
@@ -35,7 +34,6 @@ class Engine:
     paired: bool | None = None
     queries_at_once: int = 1
     onednn: bool | None = None
-    compile: bool = False
     cache_gb: float = 2.0
     cache_dtype: DType | None = None
     cache_dir: str | None = None
@@ -48,16 +46,15 @@ class Engine:
 
     @property
     def states_dtype(self) -> torch.dtype | None:
-        """``cache_dtype``; ``None``: that of the model."""
+        """``cache_dtype`` as a torch dtype; ``None`` for the model's dtype."""
         return None if self.cache_dtype is None else getattr(torch, self.cache_dtype)
 
     def with_derivatives(self, needed_by: str) -> "Engine":
-        """The same with operations that have derivatives.
+        """Return a copy that uses only operations with derivatives.
 
         Raises:
-            SlzoError: Others are asked for.
+            SlzoError: If an option asks for other operations.
         """
-        for name in ("onednn", "compile"):
-            if getattr(self, name):
-                raise SlzoError(f"model.engine.{name} true: has no derivative for {needed_by}; leave it out")
+        if self.onednn:
+            raise SlzoError(f"model.engine.onednn true: has no derivative for {needed_by}; leave it out")
         return replace(self, onednn=False)

@@ -1,4 +1,4 @@
-"""Tells one base model from another, so that tuned weights never go into the wrong one."""
+"""Fingerprint of a base model, which keeps tuned weights out of the wrong model."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slzo.models.placement import values_of
+from slzo.models.placement import named_values
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
 
-# values of each tensor in the sample, evenly spread
+# number of values of each tensor in the sample, evenly spaced
 _VALUES = 1024
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# what a config says besides the function that the model computes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# config fields that do not change what the model computes
 _OTHER_FIELDS = frozenset(
     {
         "architectures",
@@ -40,13 +40,13 @@ _OTHER_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of a base model before anything of it is tuned.
+    """Fingerprint of a base model before tuning.
 
     Attributes:
-        config: What its config says of the function that it computes.
-        sample: Hash of some values of every tensor, for each type that they can be rounded to, so that a model that is loaded in
-            another type can be compared; of a quantized model by its quantization, as the quantized values are stored.
-        tuned: Hash of all values of the tensors that are tuned, by the type that they have.
+        config: The config fields that determine what the model computes.
+        sample: Hash of some values of every tensor, by each dtype that they can be rounded to, so that a model loaded in another
+            dtype can be compared. For a quantized model: hash of the stored quantized values, by quantization and dtype.
+        tuned: Hash of all values of the tuned tensors, by their dtype.
     """
 
     config: Mapping[str, Any]
@@ -55,39 +55,39 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """That of a model, without anything tuned."""
+        """Compute the fingerprint of a model; ``tuned`` is empty."""
         method = method_of(model)
         if method is None:
-            some = {name: _some(tensor).clone() for name, tensor in values_of(model)}
-            types = [kind for kind in _TYPES if all(own.dtype in (torch.float32, kind) for own in some.values())]
-            sample = {_name(kind): _hash((name, own.to(kind)) for name, own in some.items()) for kind in types}
-        else:  # not to be compared with a plain model, whose values differ, nor rounded
+            some = {name: _sample(tensor).clone() for name, tensor in named_values(model)}
+            dtypes = [dtype for dtype in _DTYPES if all(part.dtype in (torch.float32, dtype) for part in some.values())]
+            sample = {_name(dtype): _hash((name, part.to(dtype)) for name, part in some.items()) for dtype in dtypes}
+        else:  # never comparable to a plain model, whose values differ
             tensors: dict[str, Tensor] = dict(model.named_parameters())
             tensors |= {name: b for name, b in model.named_buffers() if not b.is_floating_point()}
-            packed = (pair for name, tensor in tensors.items() for pair in _packed(name, tensor))
-            sample = {f"{method}, {_name(model.dtype)}": _hash((name, _some(part)) for name, part in packed)}
+            packed = (pair for name, tensor in tensors.items() for pair in _plain_tensors(name, tensor))
+            sample = {f"{method}, {_name(model.dtype)}": _hash((name, _sample(part)) for name, part in packed)}
         config = {name: value for name, value in model.config.to_dict().items() if name[0] != "_"}
         config = {name: value for name, value in config.items() if name not in _OTHER_FIELDS}
         return cls(json.loads(json.dumps(config, default=str)), sample, {})
 
     def with_tuned(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same with those of the model's own tensors that are tuned, before they change."""
+        """Add the model's tensors that are tuned, before they change."""
         if not tensors:
             return self
-        kinds = "+".join(sorted({_name(tensor.dtype) for tensor in tensors.values()}))
-        return replace(self, tuned={kinds: _hash(tensors.items())})
+        dtypes = "+".join(sorted({_name(tensor.dtype) for tensor in tensors.values()}))
+        return replace(self, tuned={dtypes: _hash(tensors.items())})
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for checkpoints."""
+        """Return primitives only, for checkpoints."""
         return {name: dict(value) for name, value in vars(self).items()}
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Refuse a model whose fingerprint differs from a saved one, where both say something.
+        """Check that the fingerprint agrees with a saved one wherever both have a value.
 
         Raises:
-            SlzoError: With what differs.
+            SlzoError: If they differ; the message names the differences.
         """
-        both = saved.get("config", {}).keys() & self.config.keys()  # other versions of transformers know other fields
+        both = saved.get("config", {}).keys() & self.config.keys()  # versions of transformers differ in their fields
         old, new = ({name: config[name] for name in both} for config in (saved.get("config", {}), self.config))
         changes = differences(old, new)
         if not changes and _differ(saved.get("sample", {}), self.sample):
@@ -104,30 +104,30 @@ def _differ(saved: Mapping[str, str], own: Mapping[str, str]) -> bool:
     return any(saved[name] != own[name] for name in saved.keys() & own.keys())
 
 
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _packed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors that a quantized one consists of; none where their order depends on the processor."""
-    if type(tensor).__name__ == "Params4bit":  # bitsandbytes packs it anew when it is first used
+def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the plain tensors of a quantized tensor; nothing if their layout depends on the processor."""
+    if type(tensor).__name__ == "Params4bit":  # bitsandbytes repacks it on first use
         return
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
     for inner in tensor.__tensor_flatten__()[0]:
-        yield from _packed(f"{name}.{inner}", getattr(tensor, inner))
+        yield from _plain_tensors(f"{name}.{inner}", getattr(tensor, inner))
 
 
-def _some(tensor: Tensor) -> Tensor:
+def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _VALUES)]
 
 
 def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in tensors:
-        found.update(f"{name} {_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        digest.update(f"{name} {_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().reshape(-1).contiguous().cpu()
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

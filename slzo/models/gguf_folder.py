@@ -1,6 +1,6 @@
-"""GGUF files as plain Hugging Face folders in the cache.
+"""Conversion of GGUF files to plain Hugging Face folders in the cache.
 
-transformers can load a GGUF file, but slowly, and then refuses to save the model; so each file is converted once.
+transformers loads a GGUF file slowly and refuses to save the model, so each file is converted once.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def gguf_to_folder(gguf: Path) -> Path:
     """Return a Hugging Face folder with the content of a GGUF file, converted on first use.
 
-    The folder takes 2 or 4 bytes per weight. A changed file (path, size or time) is converted anew.
+    The folder takes 2 or 4 bytes per weight. A file whose path, size or modification time changed is converted again.
 
     Args:
-        gguf: The user's file; it is only read.
+        gguf: The user's file; it is not modified.
 
     Returns:
         ``<cache>/gguf/<name>-<key>``.
 
     Raises:
-        SlzoError: The file is missing, is not GGUF, or transformers cannot read it; or the ``gguf`` package is missing.
+        SlzoError: If the file is missing or not GGUF, transformers cannot read it, or the ``gguf`` package is missing.
     """
     gguf = gguf.expanduser()
     _check_magic(gguf)
@@ -47,19 +47,19 @@ def gguf_to_folder(gguf: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path, name: str) -> Path:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder, in the smallest type that loses nothing.
+    """Write the model and tokenizer of a GGUF file as a Hugging Face folder, in the smallest dtype that is exact.
 
     Args:
         gguf: The file.
-        folder: Does not exist yet.
-        name: What the user calls the model, for messages.
+        folder: Folder to create.
+        name: The user's name of the model, for messages.
 
     Returns:
         ``folder``.
 
     Raises:
-        SlzoError: transformers cannot read the file.
-        OSError: The folder cannot be written.
+        SlzoError: If transformers cannot read the file.
+        OSError: If the folder cannot be written.
     """
     import torch
     from safetensors import SafetensorError
@@ -69,37 +69,33 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        except Exception as error:  # transformers raises whatever its parsers run into
+        except Exception as error:  # transformers raises many kinds of errors
             reason = " ".join(str(error).split())[:200]
             raise SlzoError(
                 f"model.model {name!r}: transformers cannot read this GGUF file ({type(error).__name__}: {reason}); "
                 "use another quantization of the model, or its Hugging Face folder"
             ) from error
-        _forget_gguf(model)
+        # the weights are dequantized already; without these marks the model is a plain one
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.to(_smallest_exact_dtype(model.state_dict()))
         try:
             model.save_pretrained(folder)
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # for example, a full disk
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(folder)
-    _forget_tokens(folder / "tokenizer.json", model.config.vocab_size)
+    _remove_unknown_tokens(folder / "tokenizer.json", model.config.vocab_size)
     return folder
 
 
-def _forget_tokens(file: Path, vocab_size: int) -> None:
-    """Take out of a saved tokenizer what transformers adds to any of GGUF, beyond the tokens that the model knows."""
-    known = json.loads(file.read_text(encoding="utf-8"))
-    own = [entry for entry in known["added_tokens"] if entry["id"] < vocab_size]
-    if len(own) < len(known["added_tokens"]):
-        file.write_text(json.dumps(known | {"added_tokens": own}, ensure_ascii=False), encoding="utf-8")
-
-
-def _forget_gguf(model: Any) -> None:
-    """Make a model that was loaded from GGUF a plain one: its weights are dequantized already."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+def _remove_unknown_tokens(file: Path, vocab_size: int) -> None:
+    """Remove the tokens that transformers adds to every GGUF tokenizer and that the model does not know."""
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    kept = [entry for entry in saved["added_tokens"] if entry["id"] < vocab_size]
+    if len(kept) < len(saved["added_tokens"]):
+        file.write_text(json.dumps(saved | {"added_tokens": kept}, ensure_ascii=False), encoding="utf-8")
 
 
 def _smallest_exact_dtype(weights: Mapping[str, "torch.Tensor"]) -> "torch.dtype":
@@ -132,10 +128,10 @@ def _check_magic(gguf: Path) -> None:
 
 
 def need_gguf_package(name: str) -> None:
-    """Check that the package ``gguf`` is there.
+    """Check that the package ``gguf`` is installed.
 
     Raises:
-        SlzoError: It is not.
+        SlzoError: If it is not.
     """
     if importlib.util.find_spec("gguf") is None:
         raise SlzoError(f"model.model {name!r}: reading a GGUF file needs the package gguf; run `pip install gguf`")
@@ -150,7 +146,7 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # One of its bars obeys neither setting.
+        # One progress bar ignores both settings.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

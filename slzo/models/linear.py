@@ -1,8 +1,8 @@
-"""Matrix products through oneDNN where that beats torch's default.
+"""Matrix products through oneDNN where it is faster than torch's default.
 
 On CPUs that are not Intel's, torch's float32 ``linear`` runs MKL code for AVX2 only, while oneDNN uses AVX-512: on a Zen 5 core
-255 against 114 GFLOP/s (on Zen 4, with AVX-512 units of half the width, 105 against 97). The weights stay as they are, oneDNN
-packs them on the fly, so perturbed weights and memory are no concern.
+255 against 114 GFLOP/s (on Zen 4, whose AVX-512 units are half as wide, 105 against 97). oneDNN packs the weights on the fly:
+they can change between calls, and no copy takes memory.
 """
 
 import copy
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from slzo.models.quantization import is_plain
 
-# Rows of the probe product: about the tokens of a small batch.
+# Rows of the timed product, about as many as the tokens of a small batch.
 _TRIAL_ROWS = 128
-# Near one both are as good, and the choice should not depend on noise.
+# Near 1 both are equally fast, and the choice should not depend on noise.
 _CLEAR_GAIN = 1.25
 
 
 class OneDNNLinear(nn.Module):
-    """Computes what a given ``nn.Linear``, float32 and on the CPU, does; shares its weights."""
+    """Runs a float32 ``nn.Linear`` on the CPU through oneDNN and shares its weights."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -39,47 +39,47 @@ class OneDNNLinear(nn.Module):
         return self._linear[0].bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The product, shape (..., out_features)."""
+        """Apply the linear map; the result has shape (..., out_features)."""
         if inputs.device.type != "cpu":  # the model was moved after the timing
             return F.linear(inputs, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
 
 def with_onednn(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module tree with a :class:`OneDNNLinear` for each plain ``nn.Linear``; the original stays untouched."""
+    """Copy a module tree with a :class:`OneDNNLinear` for each plain ``nn.Linear``; the weights are shared."""
     if _is_plain_linear(module):
         return OneDNNLinear(module)
-    twin = copy.copy(module)
-    twin._modules = {name: None if child is None else with_onednn(child) for name, child in module._modules.items()}
-    return twin
+    clone = copy.copy(module)
+    clone._modules = {name: None if child is None else with_onednn(child) for name, child in module._modules.items()}
+    return clone
 
 
 @torch.no_grad()
 def onednn_is_faster(module: nn.Module) -> bool:
-    """Whether oneDNN clearly wins for the largest linear of a module, by timing them for a few milliseconds.
+    """Whether oneDNN is clearly faster for the largest linear of a module, measured in a few milliseconds.
 
-    ``False`` unless the module is in float32 on a CPU: elsewhere torch already takes the best there is.
+    Returns ``False`` unless the module is in float32 on a CPU: elsewhere torch already uses the fastest kernel.
     """
     linears = [child for child in module.modules() if _is_plain_linear(child)]
     if not linears or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
-    if largest.weight.is_meta:  # its values are on disk; any do
+    if largest.weight.is_meta:  # the values are on disk; any others have the same timing
         largest = nn.Linear(largest.in_features, largest.out_features, dtype=largest.weight.dtype)
     if largest.weight.dtype != torch.float32 or largest.weight.device.type != "cpu":
         return False
     inputs = torch.ones(_TRIAL_ROWS, largest.in_features)
-    probe = OneDNNLinear(largest)
+    onednn_linear = OneDNNLinear(largest)
     try:
-        ours, plain = [], []
+        onednn, plain = [], []
         for _ in range(8):
-            ours.append(timeit(lambda: probe(inputs), number=1))
+            onednn.append(timeit(lambda: onednn_linear(inputs), number=1))
             plain.append(timeit(lambda: F.linear(inputs, largest.weight, largest.bias), number=1))
     except RuntimeError:  # a build of torch without the kernel
         return False
-    return min(plain) > _CLEAR_GAIN * min(ours)
+    return min(plain) > _CLEAR_GAIN * min(onednn)
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is an ``nn.Linear`` that no quantization has changed."""
+    """Whether a module is an unquantized ``nn.Linear``."""
     return type(module) is nn.Linear and is_plain(module.weight)

@@ -36,10 +36,10 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(name: str) -> str:
-    """Where transformers finds a model given by built-in name, folder, ``.gguf`` file or Hub id: a local folder, or a Hub id.
+    """Turn a built-in name, folder, ``.gguf`` file or Hub id into what transformers loads: a local folder or a Hub id.
 
     Raises:
-        SlzoError: There is no such file or folder, and it cannot be a Hub id.
+        SlzoError: If there is no such file or folder, and the name cannot be a Hub id.
     """
     if not name.strip():
         raise SlzoError(
@@ -69,7 +69,7 @@ def resolve_model(name: str) -> str:
 
 
 def _load(name: str, loader: Any, **kwargs: Any) -> Any:
-    """Call a transformers loader and turn its errors into one line."""
+    """Call ``from_pretrained`` of a transformers class; raise SlzoError with a one-line message if it fails."""
     where = resolve_model(name)
     try:
         return loader.from_pretrained(where, **kwargs)
@@ -92,7 +92,7 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model; SlzoError if it cannot be read."""
+    """Load the config of a model; raise SlzoError if it cannot be read."""
     return _load(name, AutoConfig, trust_remote_code=trust_remote_code)
 
 
@@ -105,15 +105,21 @@ def load_model(
     offload_folder: str | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A frozen causal language model in evaluation mode on the CPU; its name is one for :func:`resolve_model`.
+    """Load a frozen causal language model in evaluation mode on the CPU.
 
-    A model that is quantized already is loaded as it is; ``quantization`` quantizes another one, layer by layer while it is read.
-    ``device`` is where quantized weights are made, the CPU if left out. ``device_map`` and ``offload_folder`` are those of
-    transformers, whose hooks then are in the model (see :mod:`slzo.models.placement`).
-    A model that looks at images too is loaded whole; its text decoder is what :mod:`slzo.models.parts` finds.
+    A vision-language model is loaded completely; :mod:`slzo.models.parts` finds its text decoder.
+
+    Args:
+        name: Name of the model, see :func:`resolve_model`.
+        dtype: Type of the weights.
+        trust_remote_code: Run code from the model's Hub repository.
+        quantization: Quantize the model layer by layer while it is read. Not for a model that is quantized already.
+        device_map: Map for transformers, whose hooks then are in the model (see :mod:`slzo.models.placement`).
+        offload_folder: Folder for transformers to write layers on disk to.
+        device: Device of quantized weights; the CPU if left out.
 
     Raises:
-        SlzoError: It cannot be loaded or is not a decoder-only language model.
+        SlzoError: If the model cannot be loaded, or is not a decoder-only language model.
     """
     if dtype not in get_args(DType):
         raise SlzoError(f"model.dtype {dtype!r}: choose one of {', '.join(get_args(DType))}")
@@ -124,25 +130,25 @@ def load_model(
             "models such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma and Phi-3"
         )
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-    own = getattr(config, "quantization_config", None)
-    if own is not None:
-        _check_quantized(name, method_of_config(own), quantization)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        _check_quantized(name, method_of_config(stored), quantization)
     elif quantization is not None:
         kwargs["quantization_config"] = quantization_config(quantization, kwargs["dtype"])
-    if own is not None or quantization is not None:
-        # quantized weights are made where they stay: bitsandbytes packs those that ran on a CPU for it
+    if stored is not None or quantization is not None:
+        # quantize on the final device: bitsandbytes repacks weights for the CPU once they have run there
         kwargs["device_map"] = {"": "cpu" if device is None else str(device)}
     if device_map is not None:
-        if own is not None:
+        if stored is not None:
             raise SlzoError(
-                f"model.device_map: model {name!r} is quantized ({method_of_config(own)}); leave the option out"
+                f"model.device_map: model {name!r} is quantized ({method_of_config(stored)}); leave the option out"
             )
         kwargs |= {"device_map": dict(device_map), "offload_folder": offload_folder}
     return _load(name, auto_class(config), **kwargs).eval().requires_grad_(False)
 
 
 def _check_quantized(name: str, method: str, quantization: Any) -> None:
-    """Refuse to quantize a quantized model again, or to load it without its package."""
+    """Check that a quantized model is not quantized again and that its package is installed."""
     if quantization is not None:
         raise SlzoError(
             f"model.quantization {describe_quantization(quantization)!r}: model {name!r} is quantized already ({method}); leave "
@@ -154,16 +160,16 @@ def _check_quantized(name: str, method: str, quantization: Any) -> None:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that loads a model: of causal ones, or of those that look at images too, whole."""
-    kind = type(config)
-    only_with_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
+    """Return the transformers class that loads a model: for causal language models, or for vision-language models."""
+    cls = type(config)
+    needs_images = cls in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and cls not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if needs_images else AutoModelForCausalLM
 
 
 def load_tokenizer(
     name: str, trust_remote_code: bool = False, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with another chat template if one is given; SlzoError if it cannot be loaded."""
+    """Load a model's tokenizer, with another chat template if given; raise SlzoError if it cannot be loaded."""
     tokenizer: PreTrainedTokenizerBase = _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template

@@ -1,4 +1,4 @@
-"""Where a base model comes from, in words that others can use: its name, the GGUF file it was made of, its licence."""
+"""Origin of a base model: its public name, its GGUF file and its licence."""
 
 import json
 import re
@@ -16,20 +16,20 @@ from slzo.utils.assets import sha256_of
 from slzo.utils.errors import SlzoError
 
 _HUB = "https://huggingface.co/"
-# of the models that the Gemma terms are about; later ones have another licence
+# models under the Gemma terms; later Gemma models have another licence
 _GEMMA_TYPES = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"})
 _DOCUMENTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].*)?|\w*TERMS\w*(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class KnownLicence:
-    """A licence as the Hub's cards name it.
+    """A licence, named as in the model cards of the Hub.
 
     Attributes:
-        name: The Hub's key, like ``apache-2.0`` or ``gemma``; ``other`` for those with a name of their own.
-        title: What it is called.
-        address: Of its text; empty if not known.
-        notice: A sentence that has to go with every copy; empty if there is none.
+        name: The Hub's key, such as ``apache-2.0`` or ``gemma``; ``other`` for licences without a key.
+        title: Full name.
+        address: URL of the text; empty if unknown.
+        notice: Sentence that every copy must include; empty if there is none.
     """
 
     name: str
@@ -40,14 +40,14 @@ class KnownLicence:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a base model comes from.
+    """The origin of a base model.
 
     Attributes:
-        name: A Hub id; of a local folder only its own name, if nothing says more.
-        public: Whether others can find it under that name.
-        gguf: Name and SHA-256 of the GGUF file that it was made of; ``None`` if it was made of none.
-        licence: Of the weights; ``None`` if not known.
-        documents: Texts of the licence that lie beside the model.
+        name: Hub id, or the folder or file name of a local model whose Hub id is unknown.
+        public: Whether others can find the model under that name.
+        gguf: Name and SHA-256 of the GGUF file that the model was converted from; ``None`` if there is none.
+        licence: Licence of the weights; ``None`` if unknown.
+        documents: Licence files in the model's folder.
     """
 
     name: str
@@ -57,21 +57,21 @@ class Origin:
     documents: tuple[Path, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, without places on this machine."""
+        """Return primitives only, without local paths."""
         gguf = None if self.gguf is None else {"file": self.gguf[0], "sha256": self.gguf[1]}
         licence = None if self.licence is None else self.licence.name
         return {"name": self.name, "public": self.public, "gguf": gguf, "licence": licence}
 
 
 def origin_of(model: str, given: str | None = None) -> Origin:
-    """The origin of a model.
+    """Find the origin of a model.
 
     Args:
-        model: As in ``model.model``: built-in name, folder, GGUF file or Hub id.
-        given: What the user calls it; ``None`` to find out.
+        model: Built-in name, folder, GGUF file or Hub id, as in ``model.model``.
+        given: Name that the user gave; ``None`` to detect it.
 
     Raises:
-        SlzoError: There is no such model, or ``given`` is no Hub id.
+        SlzoError: If the model does not exist, or ``given`` is not a Hub id.
     """
     if given is not None and not HUB_ID.fullmatch(given):
         raise SlzoError(
@@ -79,93 +79,94 @@ def origin_of(model: str, given: str | None = None) -> Origin:
             "is known"
         )
     name: str | None
-    own: KnownLicence | None = None
+    licence: KnownLicence | None = None
     gguf: tuple[str, str] | None = None
     path = Path(model).expanduser()
     if model in BUILTIN_MODELS:
         builtin = BUILTIN_MODELS[model]
         folder = builtin_model_path(model)
-        name, own, gguf = hub_id(builtin), _of_builtin(builtin), (builtin.gguf_name, builtin.sha256)
+        name, licence = hub_id(builtin), _licence_of_builtin(builtin)
+        gguf = (builtin.gguf_name, builtin.sha256)
     elif path.suffix == ".gguf":
         folder = Path(resolve_model(model))
-        name, own = _named_by_gguf(path)
+        name, licence = _name_and_licence_of_gguf(path)
         gguf = (path.name, sha256_of(path))
     else:
         folder = Path(resolve_model(model))
-        name = _named_by_folder(folder) if folder.is_dir() else model
+        name = _name_of_folder(folder) if folder.is_dir() else model
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     documents = tuple(file for file in files if file.is_file() and _DOCUMENTS.fullmatch(file.name))
-    licence = own or _of_card(folder) or _of_type(folder)
+    licence = licence or _licence_of_card(folder) or _licence_of_type(folder)
     public = given or name
     local = path.stem if gguf is not None else folder.resolve().name
     return Origin(public or local, public is not None, gguf, licence, documents)
 
 
 def hub_id(builtin: BuiltinModel) -> str:
-    """Where a built-in model comes from."""
+    """Return the Hub id that a built-in model comes from."""
     return builtin.source.removeprefix(_HUB)
 
 
 def loadable(name: str) -> str:
-    """What :func:`slzo.models.load.load_model` takes for the name of an origin: built-in models are known by theirs."""
-    return next((own for own, builtin in BUILTIN_MODELS.items() if hub_id(builtin) == name), name)
+    """Return what :func:`slzo.models.load.load_model` accepts for the name of an origin, such as a built-in model's name."""
+    return next((known for known, builtin in BUILTIN_MODELS.items() if hub_id(builtin) == name), name)
 
 
-def _of_builtin(builtin: BuiltinModel) -> KnownLicence:
+def _licence_of_builtin(builtin: BuiltinModel) -> KnownLicence:
     licence = builtin.licence
     return KnownLicence((licence.consent or licence.name).lower(), licence.name, licence.address, licence.notice)
 
 
-def _named_by_folder(folder: Path) -> str | None:
-    """The Hub id of a folder in the Hub's cache, or one that its config tells."""
+def _name_of_folder(folder: Path) -> str | None:
+    """Return the Hub id from the folder's path in the Hub's cache, or from its config."""
     for part in folder.resolve().parts:
         if part.startswith("models--") and part.count("--") == 2:
             return part.removeprefix("models--").replace("--", "/")
-    told = _read_json(folder / "config.json").get("_name_or_path")
-    return told if isinstance(told, str) and "/" in told and HUB_ID.fullmatch(told) else None
+    name = _read_json(folder / "config.json").get("_name_or_path")
+    return name if isinstance(name, str) and "/" in name and HUB_ID.fullmatch(name) else None
 
 
-def _named_by_gguf(path: Path) -> tuple[str | None, KnownLicence | None]:
-    """The Hub id and the licence that a GGUF file tells."""
+def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, KnownLicence | None]:
+    """Return the Hub id and the licence in the metadata of a GGUF file."""
     import gguf
 
     try:
         fields = gguf.GGUFReader(path).fields
-        told = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
-    except Exception:  # its metadata may be of any kind; the model was read from it by another reader
+        metadata = {key: field.contents() for key, field in fields.items() if key.startswith("general.")}
+    except Exception:  # the metadata may be of any kind; another reader has loaded the model from this file
         return None, None
     name = None
     for key in ("general.base_model.0.repo_url", "general.source.huggingface.repository", "general.repo_url"):
-        found = str(told.get(key, "")).removeprefix(_HUB)
-        if "/" in found and HUB_ID.fullmatch(found):
-            name = found
+        repository = str(metadata.get(key, "")).removeprefix(_HUB)
+        if "/" in repository and HUB_ID.fullmatch(repository):
+            name = repository
             break
-    licence = told.get("general.license")
-    link = str(told.get("general.license.link", ""))
+    licence = metadata.get("general.license")
+    link = str(metadata.get("general.license.link", ""))
     return name, None if not licence else KnownLicence(str(licence), str(licence), link)
 
 
-def _of_card(folder: Path) -> KnownLicence | None:
-    """What the card in a folder says of the licence."""
+def _licence_of_card(folder: Path) -> KnownLicence | None:
+    """Return the licence that the model card in a folder names."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        told = yaml.safe_load(found[1]) if found else None
+        metadata = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:
         return None
-    if not isinstance(told, Mapping) or not isinstance(told.get("license"), str):
+    if not isinstance(metadata, Mapping) or not isinstance(metadata.get("license"), str):
         return None
-    if told["license"] == "gemma":
-        return _of_builtin(GEMMA3_270M)
-    title = str(told.get("license_name") or told["license"])
-    return KnownLicence(told["license"], title, str(told.get("license_link") or ""))
+    if metadata["license"] == "gemma":
+        return _licence_of_builtin(GEMMA3_270M)
+    title = str(metadata.get("license_name") or metadata["license"])
+    return KnownLicence(metadata["license"], title, str(metadata.get("license_link") or ""))
 
 
-def _of_type(folder: Path) -> KnownLicence | None:
-    """Of an architecture whose models come under one licence."""
+def _licence_of_type(folder: Path) -> KnownLicence | None:
+    """Return the licence of an architecture whose models all have the same one."""
     kind = _read_json(folder / "config.json").get("model_type")
-    return _of_builtin(GEMMA3_270M) if kind in _GEMMA_TYPES else None
+    return _licence_of_builtin(GEMMA3_270M) if kind in _GEMMA_TYPES else None
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

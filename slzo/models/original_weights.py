@@ -1,4 +1,4 @@
-"""Tensors of a model's own files, read one by one: what they were before the model was quantized."""
+"""Full-precision tensors from a model's own files, read one at a time: their values before quantization."""
 
 import json
 import math
@@ -13,16 +13,15 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_BY_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_FULL = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class OriginalWeights:
-    """The full-precision tensors in the files that a model came from.
+    """The full-precision tensors in the files that a model was loaded from.
 
     Args:
-        source: Folder or Hub id; what is in the Hub's cache is read, nothing is fetched.
-        prefix: That the files may have before a parameter's name or leave out, like ``model``.
+        source: Folder or Hub id. Only the Hub's local cache is read; nothing is downloaded.
+        prefix: Optional prefix of parameter names in the files, such as ``model``.
     """
 
     def __init__(self, source: str, prefix: str) -> None:
@@ -31,37 +30,37 @@ class OriginalWeights:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "OriginalWeights":
-        """Those of a model that ``from_pretrained`` made."""
+        """Return the original weights of a model loaded by ``from_pretrained``."""
         return cls(model.name_or_path or "", model.base_model_prefix)
 
     def read(self, name: str, shape: torch.Size) -> Tensor | None:
-        """A parameter by the model's name; ``None`` if the files hold none of this shape in full precision."""
+        """Read a parameter by its name in the model; ``None`` if the files do not have it in this shape and in full precision."""
         for known in self._names(name):
             path = self._files.get(known)
             if path is None:
                 continue
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(known)
-            if tensor.shape == shape and tensor.dtype in _FULL:
+            if tensor.shape == shape and tensor.dtype in _DTYPES.values():
                 return tensor
         return None
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files; 0 where there are none."""
+        """Size of the files; 0 if there are none."""
         return sum(Path(path).stat().st_size for path in set(self._files.values()))
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Type of the largest tensor, from its file's header; ``None`` where there are no files."""
-        largest, kind = 0, None
+        """Type of the largest tensor, read from the file headers; ``None`` if there are no files."""
+        largest, dtype = 0, None
         for name, path in self._files.items():
             with safe_open(path, framework="pt") as file:
                 part = file.get_slice(name)
                 size = math.prod(part.get_shape())
                 if size > largest:
-                    largest, kind = size, _BY_NAME.get(part.get_dtype())
-        return kind
+                    largest, dtype = size, _DTYPES.get(part.get_dtype())
+        return dtype
 
     def _names(self, name: str) -> Iterator[str]:
         yield name
@@ -71,13 +70,13 @@ class OriginalWeights:
 
     @cached_property
     def _files(self) -> dict[str, str]:
-        """The file of each tensor; empty where there are no safetensors."""
+        """File of each tensor; empty if there are no safetensors files."""
         try:
             index = self._find(_INDEX)
             if index is not None:
                 names: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-                found = {file: self._find(file) for file in set(names.values())}
-                return {name: path for name, file in names.items() if (path := found[file]) is not None}
+                paths = {file: self._find(file) for file in set(names.values())}
+                return {name: path for name, file in names.items() if (path := paths[file]) is not None}
             single = self._find(_SINGLE)
             if single is None:
                 return {}

@@ -1,8 +1,8 @@
-"""Run any Hugging Face decoder in parts, prefix and suffix, without code for single families.
+"""Run the prefix and the suffix of any Hugging Face decoder separately, without code for single model families.
 
-A view is a shallow copy of the module that owns the decoder layers: it shares every weight, but some layers are replaced by
-stand-ins that pass, inject or record hidden states. The model's own forward then prepares masks, positions and rotary
-embeddings for each layer as its authors meant, and the original model is never modified.
+A view is a shallow copy of the module that owns the decoder layers. It shares every weight, but stand-ins that pass, inject or
+record hidden states replace some layers. The model's own forward still prepares masks, positions and rotary embeddings for
+each layer. The original model is never modified.
 """
 
 import copy
@@ -23,7 +23,6 @@ from slzo.models.attention import (
     packed_attention_forward,
     use_attention,
 )
-from slzo.models.compiled_layer import CompiledLayer
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
 from slzo.utils.errors import SlzoError
@@ -32,7 +31,7 @@ _PACKED = "slzo_packed"
 
 
 class _StandIn(nn.Module):
-    """In place of a module, whose other attributes the code around it may read."""
+    """Replaces a module, but still gives access to the attributes of the original."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class _StandIn(nn.Module):
 
 
 class _Pass(_StandIn):
-    """Stands for a layer that is not run; ``num_outputs`` are those of the layer, 0 if it does not return a tuple."""
+    """Replaces a layer that is not run; ``num_outputs`` is the length of the layer's output tuple, 0 if it returns no tuple."""
 
     def __init__(self, layer: nn.Module, num_outputs: int) -> None:
         super().__init__(layer)
@@ -57,7 +56,7 @@ class _Pass(_StandIn):
 
 
 class _Inject(_Pass):
-    """Hands on given hidden states in place of its input."""
+    """Returns given hidden states instead of its input."""
 
     value: Tensor | None = None
 
@@ -67,7 +66,7 @@ class _Inject(_Pass):
 
 
 class _Capture(_Pass):
-    """Keeps the hidden states that arrive."""
+    """Stores the hidden states that it receives."""
 
     value: Tensor | None = None
 
@@ -77,9 +76,9 @@ class _Capture(_Pass):
 
 
 class _Precomputed(_StandIn):
-    """Stands for the whole decoder and returns final hidden states that are already known.
+    """Replaces the whole decoder and returns final hidden states that are already computed.
 
-    Its output is of the decoder's own class, as heads read other fields of it (a mixture of experts' ``router_logits``).
+    The output has the decoder's own class, because some heads read other fields, such as ``router_logits``.
     """
 
     value: Tensor | None = None
@@ -93,7 +92,7 @@ class _Precomputed(_StandIn):
 
 
 class _SelectedHead(nn.Module):
-    """The language-model head for a few tokens of the vocabulary."""
+    """The language-model head, restricted to a few tokens of the vocabulary."""
 
     token_ids: Tensor | None = None
 
@@ -103,13 +102,13 @@ class _SelectedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Rows of the head's weight; some models ask for their type."""
+        """Selected rows of the head's weight; some models read its dtype."""
         assert self.token_ids is not None
         return self._head[0].weight.index_select(0, self.token_ids)
 
     @property
     def bias(self) -> Tensor | None:
-        """The same of its bias."""
+        """Selected entries of the head's bias."""
         bias = self._head[0].bias
         assert self.token_ids is not None
         return None if bias is None else bias.index_select(0, self.token_ids)
@@ -119,43 +118,43 @@ class _SelectedHead(nn.Module):
 
 
 def _replace(root: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
-    """Copy of ``root`` in which the module at ``path`` is another one; all else is shared."""
-    twin = copy.copy(root)
+    """Copy ``root`` with another module at ``path``; everything else is shared."""
+    view = copy.copy(root)
     head, _, rest = path.partition(".")
-    twin._modules = {**root._modules, head: _replace(getattr(root, head), rest, stand_in) if rest else stand_in}
-    return twin
+    view._modules = {**root._modules, head: _replace(getattr(root, head), rest, stand_in) if rest else stand_in}
+    return view
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers.
+    """Return the path and the list of the decoder layers.
 
     Raises:
-        SlzoError: The model has no unique list of ``num_hidden_layers`` layers.
+        SlzoError: If the model does not have exactly one list of ``num_hidden_layers`` layers.
     """
     config = model.config.get_text_config(decoder=True)
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", None)
     ]
-    # an inner list (experts, adapters) can have the same length by chance; the outermost one holds the layers
-    found = [(name, module) for name, module in found if not any(name.startswith(f"{other}.") for other, _ in found)]
-    if len(found) > 1:  # beside the text decoder one for images, as deep
+    # a list within a layer (experts, adapters) can have the same length by chance; keep the outermost lists
+    lists = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    if len(lists) > 1:  # an image encoder has as many layers as the text decoder
         decoder = model.get_decoder()
         inside = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
-        found = [(name, module) for name, module in found if name.startswith(inside)]
-    if getattr(config, "is_encoder_decoder", False) or len(found) != 1:
+        lists = [(name, module) for name, module in lists if name.startswith(inside)]
+    if getattr(config, "is_encoder_decoder", False) or len(lists) != 1:
         raise refusal(
             model,
-            f"expected a decoder-only language model with one list of decoder layers, found {len(found)} such lists",
+            f"expected a decoder-only language model with one list of decoder layers, found {len(lists)} such lists",
         )
     if model.get_output_embeddings() is None:
         raise refusal(model, "it has no language-model head")
-    return found[0]
+    return lists[0]
 
 
 def _decoder_of(model: PreTrainedModel, layers_path: str) -> tuple[str, str]:
-    """Path of the innermost module around the decoder layers that takes token ids, and the layers' path in it."""
+    """Return the path of the innermost module that contains the layers and takes token ids, and the layers' path in it."""
     steps = layers_path.split(".")
     for depth in range(len(steps) - 1, 0, -1):
         path = ".".join(steps[:depth])
@@ -168,31 +167,29 @@ class ModelParts:
     """Runs parts of a decoder-only model on packed batches.
 
     Args:
-        model: In evaluation mode; its weights are shared, not copied.
-        packed: Run without padding. ``False`` pads on the right and uses the model's own attention; models that do not use
-            transformers' attention interface always run this way.
+        model: The model, in evaluation mode. Its weights are shared, not copied.
+        packed: Run without padding. ``False`` pads on the right and uses the model's own attention. Models without
+            transformers' attention interface are always padded.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by timing both.
-        compile: Compile the decoder layers (see :mod:`slzo.models.compiled_layer`); they do not use oneDNN then.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
 
     Attributes:
-        longest: Longest sequence in tokens that is computed alike whatever it is batched with; ``None`` for no limit.
-        selects: Whether the head can be run for some tokens of the vocabulary only; else it is run for all of them.
-        pads_left: Whether padding before a sequence is as good as none, where sequences are padded for generation.
+        longest: Longest sequence in tokens whose result does not depend on the rest of its batch; ``None`` for no limit.
+        selects: Whether the head can be run for some tokens of the vocabulary; otherwise it is run for all of them.
+        allows_left_padding: Whether left padding leaves results unchanged when sequences are padded for generation.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
 
     longest: int | None = None
     selects: bool = True
-    pads_left: bool = True
+    allows_left_padding: bool = True
 
     def __init__(
         self,
         model: PreTrainedModel,
         packed: bool = True,
         onednn: bool | None = None,
-        compile: bool = False,
         virtual_tokens: VirtualTokens | None = None,
     ) -> None:
         self.model = model
@@ -200,32 +197,30 @@ class ModelParts:
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
-        self.compile = compile
-        self.onednn = not compile and (onednn_is_faster(self.layers[0]) if onednn is None else onednn)
-        stand_in = CompiledLayer if compile else with_onednn
-        self._runnable = [stand_in(layer) for layer in self.layers] if compile or self.onednn else list(self.layers)
+        self.onednn = onednn_is_faster(self.layers[0]) if onednn is None else onednn
+        self._runnable = [with_onednn(layer) for layer in self.layers] if self.onednn else list(self.layers)
         self._stack_path, self._layers_name = _decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
-        self._seen: tuple[int, type[ModelOutput]] | None = None
+        self._known_outputs: tuple[int, type[ModelOutput]] | None = None
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> "ModelParts":
-        """Parts of the same model with the same switches, made again: its modules were exchanged, or others added."""
-        twin = ModelParts(self.model, self.packed, self.onednn, self.compile, virtual_tokens)
-        twin.longest, twin.selects, twin.pads_left = self.longest, self.selects, self.pads_left
-        twin._seen = self._seen
-        return twin
+        """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
+        parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
+        parts.longest, parts.selects, parts.allows_left_padding = self.longest, self.selects, self.allows_left_padding
+        parts._known_outputs = self._known_outputs
+        return parts
 
     @property
     def _outputs(self) -> tuple[int, type[ModelOutput]]:
-        """Of a layer and the decoder, found when one is first run: loading and saving need no forward pass."""
-        if self._seen is None:
-            self._seen = _seen_outputs(self.model, self.layers[0], self._stack)
-        return self._seen
+        """Outputs of a layer and of the decoder, see :func:`_inspect_outputs`. Lazy: loading and saving need no forward pass."""
+        if self._known_outputs is None:
+            self._known_outputs = _inspect_outputs(self.model, self.layers[0], self._stack)
+        return self._known_outputs
 
     def prepare(self) -> None:
-        """Look at the model's outputs now: before hooks are set, or another attention takes the place of the model's own."""
+        """Inspect the model's outputs now, before hooks are registered or another attention replaces the model's own."""
         _ = self._outputs
 
     def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
@@ -234,14 +229,14 @@ class ModelParts:
         Args:
             batch: Tokens and layout.
             start: First layer to run.
-            stop: One past the last layer. With all layers run, the final norm is applied too.
+            stop: One past the last layer to run. After the last layer of the model, the final norm is applied too.
             hidden: Input of layer ``start``, shape (T, hidden); not needed for ``start == 0``.
 
         Returns:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
 
         Raises:
-            SlzoError: A sequence is longer than :attr:`longest`.
+            SlzoError: If a sequence is longer than :attr:`longest`.
         """
         before = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
         if self.longest is not None and int(batch.position_ids.max()) + before >= self.longest:
@@ -265,31 +260,24 @@ class ModelParts:
             if capture is not None:
                 capture.value = None
 
-    def runs_as(self, path: str) -> nn.Module | None:
-        """The module that runs for the model's one at a path, inside of a decoder layer; ``None`` where there is none."""
-        if not path.startswith(f"{self.layers_path}."):
-            return None
-        number, _, rest = path.removeprefix(f"{self.layers_path}.").partition(".")
-        return self._runnable[int(number)].get_submodule(rest)
-
     def head(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        """Logits of final hidden states.
+        """Compute the logits of final hidden states.
 
         Args:
-            hidden: Shape (U, hidden).
-            token_ids: Compute only these tokens' logits, shape (K,); ``None`` for the whole vocabulary.
+            hidden: Final hidden states, shape (U, hidden).
+            token_ids: Tokens to compute logits for, shape (K,); ``None`` for the whole vocabulary.
 
         Returns:
-            Shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
+            Logits, shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
         """
         if token_ids is not None and not (self.selects and is_plain(self.model.get_output_embeddings().weight)):
-            return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be taken out
+            return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be selected
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)
         if selected is not None:
             selected.token_ids = token_ids
         try:
-            # the stand-in ignores the ids, some forwards only read their shape
+            # the stand-in ignores the ids, but some models read their shape
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
             return view(input_ids=ids, use_cache=False).logits[0].float()
         finally:
@@ -298,7 +286,7 @@ class ModelParts:
     def logits(
         self, batch: PackedBatch, start: int = 0, hidden: Tensor | None = None, token_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits at ``batch.needed`` from layer ``start`` up, (U, K or vocabulary), float32; see :meth:`run` and :meth:`head`."""
+        """Run layer ``start`` and all above; return logits at ``batch.needed`` as in :meth:`head`, shape (U, K or vocabulary)."""
         final = self.run(batch, start, self.num_layers, hidden)
         return self.head(final.index_select(0, batch.needed), token_ids)
 
@@ -339,10 +327,9 @@ class ModelParts:
                 **before,
                 "input_ids": batch.input_ids.unsqueeze(0),
                 "position_ids": batch.position_ids.unsqueeze(0) + shift,
-                # a four-dimensional mask is passed on untouched: no (T, T) mask is built
+                # transformers passes on a four-dimensional mask and builds no (T, T) mask
                 "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool),
-                # compiled code is made for one number of groups
-                LAYOUT_ARGUMENT: batch.layout.in_one_group() if self.compile else batch.layout,
+                LAYOUT_ARGUMENT: batch.layout,
             }
         layout = batch.layout.in_one_group()
         return {
@@ -352,12 +339,12 @@ class ModelParts:
         }
 
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        """Hidden states as the model shapes them, in packed form (T, hidden)."""
+        """Convert hidden states from the model's shape to packed form, shape (T, hidden)."""
         return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, batch.layout.in_one_group().inverse)
 
 
 def _use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch the model to packed attention; ``False`` where its attention is not exchangeable."""
+    """Switch the model to packed attention; return ``False`` if its attention cannot be replaced."""
     if not model._can_set_attn_implementation():
         return False
     use_attention(model, _PACKED, packed_attention_forward)
@@ -365,8 +352,8 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _seen_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) -> tuple[int, type[ModelOutput]]:
-    """Length of the tuple that decoder layers return, 0 if it is none, and the class of what the decoder returns."""
+def _inspect_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) -> tuple[int, type[ModelOutput]]:
+    """Return the length of a decoder layer's output tuple, 0 if it returns no tuple, and the class of the decoder's output."""
     seen: dict[nn.Module, Any] = {}
     handles = [
         module.register_forward_hook(lambda module, _inputs, output: seen.update({module: output}))
@@ -383,12 +370,12 @@ def _seen_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) ->
         raise refusal(
             model, f"its layers pass on more than one state for each token, of shape {tuple(hidden.shape)} for two"
         )
-    kind = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
-    return len(returned) if isinstance(returned, tuple | list) else 0, kind
+    output_class = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
+    return len(returned) if isinstance(returned, tuple | list) else 0, output_class
 
 
 def refusal(model: PreTrainedModel, reason: str) -> SlzoError:
-    """The error for a model that cannot be run in parts."""
+    """Return the error for a model that cannot be run in parts."""
     return SlzoError(
         f"model.model: architecture {type(model).__name__} is not supported: {reason}; use a causal language model such as "
         "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3 (docs/families.md lists those that work)"
@@ -396,5 +383,5 @@ def refusal(model: PreTrainedModel, reason: str) -> SlzoError:
 
 
 def attention_of(model: PreTrainedModel) -> str:
-    """Name of the attention that the decoder uses."""
+    """Return the name of the attention implementation that the decoder uses."""
     return str(model.config.get_text_config(decoder=True)._attn_implementation)

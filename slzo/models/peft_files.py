@@ -1,7 +1,7 @@
-"""Adapters as peft keeps them on disk: settings and tensors; made without peft, which needs not be there to write them.
+"""Adapters in peft's file format. Writing them does not need peft.
 
-``PeftModel.from_pretrained`` loads the layout, ``adapter_config.json`` and ``adapter_model.safetensors``; vLLM's
-``--enable-lora`` takes that of LoRA too.
+``PeftModel.from_pretrained`` loads the two files, ``adapter_config.json`` and ``adapter_model.safetensors``. vLLM's
+``--enable-lora`` also loads those of LoRA.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """Content of the two files.
+    """Content of the two files of an adapter.
 
     Attributes:
-        config: Of ``adapter_config.json``, without the name of the base model.
-        tensors: Of ``adapter_model.safetensors``, float32, contiguous, on the CPU.
+        config: Content of ``adapter_config.json`` without the name of the base model.
+        tensors: Content of ``adapter_model.safetensors``: float32, contiguous, on the CPU.
     """
 
     config: Mapping[str, Any]
@@ -29,11 +29,11 @@ class PeftFiles:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A linear map W (outputs, inputs) that moves to W + scaling * B A.
+    """A low-rank change of a linear map from W, shape (outputs, inputs), to W + scaling * B A.
 
     Attributes:
-        a: Shape (rank, inputs).
-        b: Shape (outputs, rank).
+        a: Matrix A, shape (rank, inputs).
+        b: Matrix B, shape (outputs, rank).
         scaling: alpha / rank.
         transposed: Whether the model stores W as (inputs, outputs), as GPT-2 does.
     """
@@ -45,10 +45,10 @@ class LowRank:
 
 
 def lora_files(maps: Mapping[str, LowRank]) -> PeftFiles:
-    """A LoRA adapter with one rank and one alpha: smaller ranks are padded with zeros, other scalings go into B.
+    """Make a LoRA adapter with one rank and one alpha: smaller ranks are padded with zeros, other scalings go into B.
 
     Args:
-        maps: By the path of the linear map in the model, like ``model.layers.3.mlp.down_proj``; at least one.
+        maps: At least one low-rank change, by the path of its linear map, such as ``model.layers.3.mlp.down_proj``.
     """
     rank = max(pair.a.shape[0] for pair in maps.values())
     scalings = {pair.scaling for pair in maps.values()}
@@ -71,18 +71,18 @@ def lora_files(maps: Mapping[str, LowRank]) -> PeftFiles:
         "use_rslora": False,
         "modules_to_save": None,
         "fan_in_fan_out": any(pair.transposed for pair in maps.values()),
-        "target_modules": sorted(maps),  # whole paths: no other layer has them
+        "target_modules": sorted(maps),  # full paths do not match other layers
     }
     return PeftFiles(config, tensors)
 
 
 def prefix_files(states: Tensor, num_layers: int, num_heads: int) -> PeftFiles:
-    """A prefix-tuning adapter, which peft alone loads.
+    """Make a prefix-tuning adapter, which only peft loads.
 
     Args:
-        states: Shape (tokens, layers * 2 * width), a token's keys and values of each layer, width being heads * head size.
-        num_layers: Decoder layers.
-        num_heads: Heads of the keys and values.
+        states: Keys and values of each token in each layer, shape (tokens, layers * 2 * width) with width heads * head size.
+        num_layers: Number of decoder layers.
+        num_heads: Number of key and value heads.
     """
     width = states.shape[1] // (2 * num_layers)
     config = {

@@ -1,7 +1,7 @@
-"""A model whose decoder layers lie on several devices or on disk: accelerate's hooks bring weights and states together.
+"""Models whose decoder layers lie on several devices or on disk; accelerate's hooks bring weights and states together.
 
-They run as hooks of torch, one pair a layer: a layer's weights come once for each time it runs, and copies of a layer that share
-its weights (views of a part of the model, layers through oneDNN) have them too.
+The hooks run as torch hooks, one pair per layer. A layer's weights are copied once for each run of the layer. Copies of a layer
+that share its weights (views of a part of the model, layers that run through oneDNN) use the same hooks.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,13 +24,13 @@ from slzo.utils.errors import SlzoError
 
 
 class Placement:
-    """The layers of a loaded model that are away from its main device.
+    """Manages the layers of a loaded model that are not on its main device.
 
     Args:
-        model: Its layers are where ``places`` says, those on disk without values.
-        places: Of all layers.
-        stored: Weights of the layers on disk, by the model's names; read when they are asked for.
-        folder: Is kept as long as the model.
+        model: The model; its layers are where ``places`` says, without values if on disk.
+        places: Device of each layer.
+        stored: Weights of the layers on disk, by their names in the model; read on access.
+        folder: Temporary folder to keep as long as the model.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class Placement:
         self._layers = model.get_submodule(places.path)
         self._stored = stored
         self._folder = folder
-        self._skipped = [*(model._skip_keys_device_placement or ()), VIRTUAL_ARGUMENT]
+        self._skip_keys = [*(model._skip_keys_device_placement or ()), VIRTUAL_ARGUMENT]
         self._weights: dict[int, Mapping[str, Tensor]] = {}
         self._handles: dict[int, list[RemovableHandle]] = {}
         for number in places.away:
-            self._send_away(number)
+            self._add_hooks(number)
 
     @property
     def offloads(self) -> bool:
-        """Whether weights are read or copied at each visit of a layer."""
+        """Whether some layers need their weights read or copied for each run."""
         return bool(self.places.offloaded)
 
     @torch.no_grad()
-    def bring(self, numbers: Collection[int]) -> None:
-        """Have layers on the main device, in memory of their own, until :meth:`give_back`: they are to be changed.
+    def load_layers(self, numbers: Collection[int]) -> None:
+        """Copy layers to the main device so that they can be changed, until :meth:`return_layers`.
 
         Raises:
-            SlzoError: That is all of them, while some are meant to be away.
+            SlzoError: If ``numbers`` are all layers, but some belong elsewhere.
         """
         if self.places.away and len(set(numbers)) == len(self.places.places):
             raise SlzoError(
@@ -75,27 +75,28 @@ class Placement:
                 layer.to(self.places.main)
                 continue
             for name, tensor in list(layer.named_parameters()):
-                own = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.places.main).copy_(weights[name])
-                _set(layer, name, nn.Parameter(own, requires_grad=False))
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.places.main).copy_(weights[name])
+                path, _, last = name.rpartition(".")
+                layer.get_submodule(path)._parameters[last] = nn.Parameter(copy, requires_grad=False)
 
-    def give_back(self, numbers: Collection[int]) -> None:
-        """Send layers away again, but for those whose values have changed."""
+    def return_layers(self, numbers: Collection[int]) -> None:
+        """Move layers back to their own devices, except for those whose values have changed."""
         for number in set(numbers) & set(self.places.away) - self._handles.keys():
-            own = dict(self._layers.get_submodule(str(number)).named_parameters())
+            current = dict(self._layers.get_submodule(str(number)).named_parameters())
             weights = self._weights.get(number)
             if weights is None or all(
-                name in weights and torch.equal(tensor.cpu(), weights[name].cpu()) for name, tensor in own.items()
+                name in weights and torch.equal(tensor.cpu(), weights[name].cpu()) for name, tensor in current.items()
             ):
-                self._send_away(number)
+                self._add_hooks(number)
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Name and values of each of the model's parameters, those that are away one after the other."""
+        """Yield the name and the values of each parameter of the model, reading those on disk one at a time."""
         start = f"{self.places.path}."
         for name, parameter in model.named_parameters():
             number, _, inside = name.removeprefix(start).partition(".")
             yield name, self._weights[int(number)][inside] if parameter.is_meta else parameter
 
-    def _send_away(self, number: int) -> None:
+    def _add_hooks(self, number: int) -> None:
         from accelerate.hooks import AlignDevicesHook
         from accelerate.utils import PrefixedDataset
 
@@ -111,7 +112,7 @@ class Placement:
             io_same_device=not offloaded,
             weights_map=self._weights.get(number),
             place_submodules=True,
-            skip_keys=self._skipped,
+            skip_keys=self._skip_keys,
         )
         hook.init_hook(layer)
         self._handles[number] = [
@@ -128,40 +129,29 @@ def _after(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, _args: 
     return call(layer, output)
 
 
-def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, own = name.rpartition(".")
-    module.get_submodule(path)._parameters[own] = parameter
-
-
 _PLACED: "WeakKeyDictionary[nn.Module, Placement]" = WeakKeyDictionary()
 
 
 def placement_of(model: nn.Module) -> Placement | None:
-    """Where the layers of a model are; ``None`` for one that is on one device."""
+    """Return the placement of a model; ``None`` if the model is on one device."""
     return _PLACED.get(model)
 
 
-def to_device(model: PreTrainedModel, device: torch.device) -> None:
-    """Move a model, but for one whose layers have their places."""
-    if placement_of(model) is None:
-        model.to(device)  # type: ignore[arg-type]
-
-
-def values_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of each of a model's parameters, wherever they are."""
+def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the values of each parameter of a model, wherever they are stored."""
     placement = placement_of(model)
     return model.named_parameters() if placement is None else placement.values(model)
 
 
-def load_placed(
+def load_with_device_map(
     name: str, dtype: DType, trust_remote_code: bool, choice: DeviceMapChoice, main: torch.device
 ) -> PreTrainedModel:
-    """A frozen causal language model whose layers are where a map says; see :func:`slzo.models.load.load_model`.
+    """Load a frozen causal language model with a device map; see :func:`slzo.models.load.load_model`.
 
-    ``main`` is that of :meth:`DeviceMapChoice.places`.
+    ``main`` is the main device, as for :meth:`DeviceMapChoice.places`.
 
     Raises:
-        SlzoError: It cannot be loaded like that.
+        SlzoError: If the model cannot be loaded with the map.
     """
     from accelerate.hooks import remove_hook_from_module
 
@@ -177,17 +167,17 @@ def load_placed(
         offload_folder=None if folder is None else folder.name,
     )
     stored = _stored(model) if DISK in places.places else {}
-    remove_hook_from_module(model, recurse=True)  # they are one a linear map, and in the way of copies
+    remove_hook_from_module(model, recurse=True)  # they are per linear map, and break copies of a layer
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-            del module.forward  # left over: a copy of the module would run the original
+            del module.forward  # left by the hooks; a copy of the module would run the original
     if places.away:
         _PLACED[model] = Placement(model, places, stored, folder)
     return model
 
 
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:
-    """What accelerate's hooks read offloaded weights from, by the model's names."""
+    """Return the weights that accelerate's hooks read for offloaded layers, by their names in the model."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     maps = (getattr(hook, "weights_map", None) for hook in hooks if getattr(hook, "offload", False))
-    return next(found.dataset for found in maps if found is not None)
+    return next(weights.dataset for weights in maps if weights is not None)

@@ -1,4 +1,4 @@
-"""Hidden states that enter the tuned layer, kept per example: the layers before it never change."""
+"""Cache of the hidden states that enter the tuned layer, by example. The layers before it never change."""
 
 import os
 import tempfile
@@ -10,27 +10,27 @@ from torch import Tensor
 
 from slzo.batches.packing import Block, PackedBatch, TokenBatch
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.models.arrival import Arrival, CopyStream
+from slzo.models.pending import CopyStream, PendingTensor
 from slzo.utils.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
 
 
 class PrefixCache:
-    """Keeps hidden states by example until a budget is spent; the rest is recomputed each time.
+    """Stores hidden states by example until the budget is used up. All other states are recomputed each time.
 
-    Packed hidden states of an example do not depend on the batch but for rounding, so they fit any later batch. With a
-    :meth:`plan` they do not depend on it at all.
+    Apart from rounding, the packed hidden states of an example do not depend on its batch, so any later batch can use them.
+    With a :meth:`plan` they do not depend on the batch at all.
 
     Args:
-        start: The layer that the states enter.
-        budget_gb: Space to use, in GiB; 0 keeps nothing.
-        dtype: Type to store, ``None`` for that of the states. A smaller one saves space and rounds.
-        directory: Use a memory-mapped file in this folder instead of memory; it has no name and vanishes with the process.
-        beside: Another cache that the budget is shared with, and that comes first.
+        start: Number of the layer that the states enter.
+        budget_gb: Size limit in GiB; 0 disables the cache.
+        dtype: Type of the stored states; ``None`` keeps their own. A smaller type saves space and rounds the values.
+        directory: Folder for an unnamed memory-mapped file, which replaces memory. It disappears with the process.
+        beside: Another cache with the same budget, which is served first.
 
     Raises:
-        SlzoError: The folder cannot be written.
+        SlzoError: If the folder cannot be written.
     """
 
     def __init__(
@@ -55,70 +55,81 @@ class PrefixCache:
         self._plan: dict[int, Block] | None = None
         self._block: Tensor | None = None
         self._used = 0
-        self._copies = CopyStream()
+        self._copy_stream = CopyStream()
 
     def __contains__(self, key: int) -> bool:
         return key in self._states
 
     def plan(self, blocks: Iterable[Block], token_bytes: int) -> None:
-        """Fix what is kept, and with which others each example is computed: whole blocks, in this order, as long as they fit.
+        """Choose the examples to store and the examples that each is computed with: whole blocks in this order, while they fit.
 
-        The states then are those of any other run with the same blocks and budget, whatever was asked for before. Kept states of
-        examples that are in no block are forgotten.
+        The states are then the same in every run with the same blocks and budget, regardless of earlier requests. A cache that
+        holds an example outside the plan is cleared.
 
         Args:
-            blocks: Each example is in one of them at most.
-            token_bytes: Space that a packed token's states take.
+            blocks: The planned batches; each example is in at most one of them.
+            token_bytes: Bytes that the states of one packed token take.
         """
         self._plan, self._planned = {}, 0
         for block in blocks:
             size = block.num_tokens * token_bytes
-            if self._planned + size <= self._room:
+            if self._planned + size <= self._limit:
                 self._planned += size
                 self._plan |= dict.fromkeys(block.keys, block)
         if not self._states.keys() <= self._plan.keys():
             self.clear()
 
     def wants(self, key: int) -> bool:
-        """Whether an example's states are kept, or would be."""
-        return key in self or (not self._full and self._room > 0 if self._plan is None else key in self._plan)
+        """Whether the states of an example are stored, or will be when they are computed."""
+        return key in self or (not self._full and self._limit > 0 if self._plan is None else key in self._plan)
 
     @property
-    def _room(self) -> int:
-        """What the cache beside this one leaves of the budget."""
+    def _limit(self) -> int:
+        """Bytes of the budget that the other cache leaves to this one."""
         return self.budget - (0 if self.beside is None else max(self.beside.num_bytes, self.beside._planned))
 
-    def states_of(
+    def get_or_compute(
         self,
         batch: PackedBatch,
         run: Callable[[TokenBatch], Tensor],
         dtype: torch.dtype,
         keep: bool,
         max_tokens: int | None = None,
-    ) -> Arrival:
-        """States of a batch, shape (T, hidden), of a type, rounded as they would come back; ``run`` computes those of tokens.
+    ) -> PendingTensor:
+        """Return the states of a batch, rounded as if they all came from the cache.
 
-        Only examples that are not held are run; their states are kept with ``keep``. Those that the plan has are run with the
-        others of their block. With ``max_tokens`` no more than these are run at once; the examples must not share tokens then.
+        Only missing examples are computed. With ``keep``, a planned example is computed together with the rest of its block.
+
+        Args:
+            batch: The examples.
+            run: Computes the states of tokens.
+            dtype: Type of the returned states.
+            keep: Whether to store the new states.
+            max_tokens: Most tokens to compute at once; ``None`` for no limit. The examples must not share tokens then.
+
+        Returns:
+            The states, shape (T, hidden).
         """
         keys, device = batch.example_index, batch.input_ids.device
         if keep:
-            for block in self.blocks_of(key for key in keys if key not in self):
-                if block.keys != keys:  # else the batch is the block, and is run below
-                    whole = block.pack().to(device)
-                    states = self._run(run, whole, range(whole.num_examples), max_tokens)
-                    self.put(whole.example_index, whole.example_tokens, states)
+            plan = self._plan or {}
+            blocks = {id(plan[key]): plan[key] for key in keys if key in plan and key not in self}
+            for block in blocks.values():
+                if block.keys != keys:  # otherwise the batch is the block, and is computed below
+                    packed = block.pack().to(device)
+                    states = self._run(run, packed, range(packed.num_examples), max_tokens)
+                    self.put(packed.example_index, packed.example_tokens, states)
         missing = [number for number, key in enumerate(keys) if key not in self]
         if not missing:
-            return self._copies.arrival(lambda: self.gather(keys, {}, device, dtype), device)
+            return self._copy_stream.copy(lambda: self.gather(keys, {}, device, dtype), device)
         fresh = self._run(run, batch, missing, max_tokens)
         lengths = [batch.example_tokens[number] for number in missing]
         if keep:
             self.put([keys[number] for number in missing], lengths, fresh)
         if len(missing) == batch.num_examples:
-            return Arrival(fresh)
+            return PendingTensor(fresh)
         new = dict(zip(missing, fresh.split(lengths), strict=True))
-        return Arrival(self.gather(keys, new, device, dtype))
+        return PendingTensor(self.gather(keys, new, device, dtype))
 
     def _run(
         self,
@@ -127,81 +138,76 @@ class PrefixCache:
         numbers: Sequence[int],
         max_tokens: int | None,
     ) -> Tensor:
-        """States of some of the batch's examples, shape (T, hidden)."""
+        """Compute the states of some examples of a batch, shape (T, hidden)."""
         chunks: Sequence[Sequence[int]] = [range(len(numbers))]
         if max_tokens is not None:
             sizes = [range(batch.example_tokens[number]) for number in numbers]
             chunks = chunk_by_tokens(sizes, max_tokens, share=False)
         states = []
-        for places in chunks:
-            whole = len(places) == batch.num_examples
-            states.append(run(batch if whole else batch.select([numbers[place] for place in places])))
+        for chunk in chunks:
+            is_whole = len(chunk) == batch.num_examples
+            states.append(run(batch if is_whole else batch.select([numbers[position] for position in chunk])))
         return self.round(states[0] if len(states) == 1 else torch.cat(states))
 
-    def blocks_of(self, keys: Iterable[int]) -> list[Block]:
-        """The planned blocks of some examples."""
-        plan = self._plan or {}
-        return list({id(plan[key]): plan[key] for key in keys if key in plan}.values())
-
     def round(self, hidden: Tensor) -> Tensor:
-        """The states as they come back from the cache, so that a loss does not depend on what is cached."""
+        """Round states as the cache does, so that a loss does not depend on what is cached."""
         if self.dtype is None or not self.budget:
             return hidden
         return hidden.to(self.dtype).to(hidden.dtype)
 
     def rounds(self, dtype: torch.dtype) -> bool:
-        """Whether states of a type lose something in the cache."""
+        """Whether the cache rounds states of this type."""
         return self.dtype is not None and torch.promote_types(self.dtype, dtype) != self.dtype
 
     def gather(
         self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Concatenated hidden states of examples, shape (T, hidden); those not cached are in ``new``, by place in ``keys``."""
+        """Concatenate the states of examples, shape (T, hidden); ``new`` holds uncached ones by their position in ``keys``."""
         pieces = [
-            new[place] if place in new else self._states[key].to(device, non_blocking=True).to(dtype)
-            for place, key in enumerate(keys)
+            new[position] if position in new else self._states[key].to(device, non_blocking=True).to(dtype)
+            for position, key in enumerate(keys)
         ]
         return torch.cat(pieces)
 
     def put(self, keys: Sequence[int], lengths: Sequence[int], hidden: Tensor) -> None:
-        """Keep what fits of the hidden states (T, hidden) of examples, given by key and number of packed tokens."""
+        """Store hidden states (T, hidden) as far as they fit; an example is given by its key and its number of packed tokens."""
         dtype = self.dtype or hidden.dtype
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
             size = states.numel() * dtype.itemsize
             planned = self._plan is None or key in self._plan
             if not planned or key in self._states:
                 continue
-            if self.num_bytes + size > self._room:
+            if self.num_bytes + size > self._limit:
                 self._full = True
                 continue
-            place = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
-            self._states[key] = place.copy_(states.detach().flatten()).view(states.shape)
+            storage = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
+            self._states[key] = storage.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
 
-    def take_over(self, other: "PrefixCache") -> None:
-        """Keep what fits of another's states, without a copy, if they enter the same layer and are of the same type."""
+    def adopt(self, other: "PrefixCache") -> None:
+        """Share the states of another cache, as far as they fit, if it has the same layer and type; nothing is copied."""
         if (other.start, other.dtype) != (self.start, self.dtype):
             return
         for key, states in other._states.items():
             size = states.numel() * states.element_size()
-            if key not in self and self.wants(key) and self.num_bytes + size <= self._room:
+            if key not in self and self.wants(key) and self.num_bytes + size <= self._limit:
                 self._states[key] = states
                 self.num_bytes += size
 
-    def empty_for(self, start: int) -> "PrefixCache":
-        """A cache of the same settings for states that enter another layer."""
+    def empty_like(self, start: int) -> "PrefixCache":
+        """Return an empty cache with the same settings for another layer."""
         return PrefixCache(start, self.budget / 2**30, self.dtype, self.directory)
 
     def clear(self) -> None:
-        """Forget everything; needed when the layers before the tuned one change."""
+        """Remove all states; needed when the layers before the tuned one change."""
         self._states.clear()
         self._block, self._used, self.num_bytes, self._full = None, 0, 0, False
 
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-        """Room for ``count`` values in the present block, or in a new one."""
+        """Reserve ``count`` values in the current block, or in a new one."""
         if self._block is None or self._used + count > self._block.numel():
             size = max(count, min(_BLOCK_BYTES, self.budget) // dtype.itemsize)
-            if self.directory is None:  # pinned: copies to the GPU need no wait
+            if self.directory is None:  # copies from pinned memory to the GPU are asynchronous
                 self._block = torch.empty(size, dtype=dtype, pin_memory=pinned)
             else:
                 self._block = _file_block(self.directory, size, dtype)
@@ -211,15 +217,15 @@ class PrefixCache:
 
 
 def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
-    """Room for ``size`` values in a file without a name.
+    """Return a tensor of ``size`` values in a file without a name.
 
     Raises:
-        SlzoError: The disk has not that much room.
+        SlzoError: If the disk is full.
     """
     num_bytes = size * dtype.itemsize
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix="prefix-cache-") as file:
-            if hasattr(os, "posix_fallocate"):  # a mapped file that outgrows its disk kills the process
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk kills the process
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     except OSError as error:
@@ -230,7 +236,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_cache_folder(directory: str) -> None:
-    """Make the folder; SlzoError if it cannot be written."""
+    """Create the folder; raise SlzoError if it cannot be written."""
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)

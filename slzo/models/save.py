@@ -1,4 +1,4 @@
-"""Write a model to a folder, also one that was quantized when it was loaded."""
+"""Save a model to a folder, including a model that was quantized on loading."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,16 +13,16 @@ _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def save_model(model: PreTrainedModel, folder: str) -> None:
-    """Write config and weights, quantized ones as they are."""
-    # what made quantized tensors of the files cannot be undone by transformers
+    """Save config and weights. Quantized weights stay quantized."""
+    # transformers cannot convert quantized tensors back to the original file format
     model.save_pretrained(folder, save_original_format=method_of(model) is None)
 
 
 def leave_unquantized(model: PreTrainedModel, paths: Sequence[str]) -> None:
-    """Write into a quantized model's config that some modules, by path, are in full precision, so that it loads as it is saved.
+    """List modules, given by path, in a quantized model's config as unquantized, so that the model loads as it was saved.
 
     Raises:
-        SlzoError: Its quantization has no such list.
+        SlzoError: If the quantization has no such list.
     """
     config: Any = model.config.quantization_config
     field = next((name for name in _SKIP_LISTS if hasattr(config, name)), None)
@@ -32,5 +32,5 @@ def leave_unquantized(model: PreTrainedModel, paths: Sequence[str]) -> None:
             "was quantized, if you have it"
         )
     known = getattr(config, field)
-    # left out, the list stands for the head
+    # without a list, transformers keeps only the head in full precision
     setattr(config, field, [*(get_keys_to_not_convert(model) if known is None else known), *paths])

@@ -1,7 +1,7 @@
-"""The sizes of a model from its config, without its weights: a skeleton on no device, and how large its files are."""
+"""Sizes of a model from its config, without loading weights: a skeleton on the meta device, and the size of its files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,20 +18,20 @@ from slzo.utils.errors import SlzoError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers of parameters and widths; bytes are of the stored files.
+    """Widths and parameter counts of a model, and the format of its files.
 
     Attributes:
-        num_layers: Decoder layers.
+        num_layers: Number of decoder layers.
         hidden: Width of the hidden states.
-        inner: Widest output of a linear map in a layer, of the MLP as a rule.
-        vocabulary: Tokens that it knows.
-        linear: Parameters in the linear maps of a layer: what a quantization changes.
-        layer_rest: Other parameters of a layer.
-        key_values: Values that a layer's attention keeps for each token, keys and values together; 0 where it is not known.
-        outside: Parameters outside of the layers, tied ones once.
-        stored_bytes: Size of the weight files; ``None`` where there are none yet.
-        stored_dtype: Type of their values; ``None`` where it is not known.
-        stored_method: How they are quantized; ``None`` if they are not.
+        inner: Widest output of a linear map in a layer, usually of the MLP.
+        vocabulary: Vocabulary size.
+        linear: Number of parameters in the linear maps of a layer, which quantization changes.
+        layer_rest: Number of other parameters of a layer.
+        key_values: Values per token in the key-value cache of a layer, keys and values together; 0 if unknown.
+        outside: Number of parameters outside the layers; tied parameters count once.
+        stored_bytes: Size of the weight files; ``None`` if there are none yet.
+        stored_dtype: Type of the stored values; ``None`` if unknown.
+        stored_method: Quantization method of the files; ``None`` if they are not quantized.
     """
 
     num_layers: int
@@ -48,16 +48,15 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return self.outside + self.num_layers * (self.linear + self.layer_rest)
 
     def weight_bytes(self, dtype: torch.dtype, quantization: Quantization | None, full_layers: int = 0) -> int:
-        """Memory of the weights with so many layers in full precision; a quantization that slzo does not know counts 8 bits."""
-        rest = (self.outside + self.num_layers * self.layer_rest) * dtype.itemsize
-        full = full_layers if quantization is not None or self.stored_method is not None else self.num_layers
+        """Return the bytes of the weights with ``full_layers`` layers in full precision; unknown quantizations count 8 bits."""
         if self.stored_method is not None:
-            stored = self.stored_bytes or 0
-            return stored + full_layers * self.linear * dtype.itemsize
+            return (self.stored_bytes or 0) + full_layers * self.linear * dtype.itemsize
+        full = full_layers if quantization is not None else self.num_layers
+        rest = (self.outside + self.num_layers * self.layer_rest) * dtype.itemsize
         preset = PRESETS.get(quantization) if isinstance(quantization, str) else None
         bits = 8.0 if preset is None else preset.bits
         quantized = (self.num_layers - full) * self.linear * bits / 8
@@ -65,32 +64,29 @@ class ModelShape:
 
 
 def model_shape(name: str, trust_remote_code: bool = False) -> tuple[ModelShape, PreTrainedModel]:
-    """The shape of a model by its name, see :func:`slzo.models.load.resolve_model`, and a skeleton of it on the meta device.
+    """Return the shape of a model and its skeleton on the meta device; for names see :func:`slzo.models.load.resolve_model`.
 
     Raises:
-        SlzoError: Its config cannot be read, or is none of a decoder-only language model.
+        SlzoError: If the config cannot be read, or is not that of a decoder-only language model.
     """
     config = load_config(name, trust_remote_code)
     skeleton = skeleton_of(config, trust_remote_code)
     quantized = getattr(config, "quantization_config", None)
-    where = resolve_model(name)
-    files = OriginalWeights(where, skeleton.base_model_prefix)
-    return (
-        shape_of(
-            skeleton,
-            files.num_bytes or None,
-            files.dtype,
-            None if quantized is None else method_of_config(quantized),
-        ),
-        skeleton,
+    files = OriginalWeights(resolve_model(name), skeleton.base_model_prefix)
+    shape = replace(
+        shape_of(skeleton),
+        stored_bytes=files.num_bytes or None,
+        stored_dtype=files.dtype,
+        stored_method=None if quantized is None else method_of_config(quantized),
     )
+    return shape, skeleton
 
 
 def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without values.
+    """Make a model without values.
 
     Raises:
-        SlzoError: The config is none of a causal language model.
+        SlzoError: If the config is not that of a causal language model.
     """
     try:
         with torch.device("meta"), no_init_weights():
@@ -101,18 +97,13 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
         raise SlzoError(f"model.model: no model can be made of its config ({' '.join(str(error).split())})") from error
 
 
-def shape_of(
-    model: PreTrainedModel,
-    stored_bytes: int | None = None,
-    stored_dtype: torch.dtype | None = None,
-    stored_method: str | None = None,
-) -> ModelShape:
-    """The shape of a model or skeleton; the layers count as equal."""
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """Return the shape of a model or skeleton; sizes of a layer are averages over the layers."""
     _, layers = find_decoder_layers(model)
     config = model.config.get_text_config(decoder=True)
     maps = [[m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)] for layer in layers]
-    in_layers, linear = _count(layers), _count([each for own in maps for each in own])
-    widths = [max(m.weight.shape[0 if isinstance(m, nn.Linear) else 1] for m in own) for own in maps]
+    in_layers, linear = _count(layers), _count([m for layer_maps in maps for m in layer_maps])
+    widths = [m.weight.shape[0 if isinstance(m, nn.Linear) else 1] for layer_maps in maps for m in layer_maps]
     count = len(layers)
     return ModelShape(
         num_layers=count,
@@ -123,24 +114,21 @@ def shape_of(
         layer_rest=(in_layers - linear) // count,
         outside=_count([model]) - in_layers,
         key_values=_key_values(config),
-        stored_bytes=stored_bytes,
-        stored_dtype=stored_dtype,
-        stored_method=stored_method,
     )
 
 
 def _key_values(config: PretrainedConfig) -> int:
     try:
         heads = getattr(config, "num_attention_heads", None)
-        own = getattr(config, "num_key_value_heads", None) or heads
+        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None)
-    except RuntimeError:  # how transformers refuses a number that differs from layer to layer, as in Gemma 4
+    except RuntimeError:  # transformers raises this for numbers that differ between layers, as in Gemma 4
         return 0
-    if not (isinstance(heads, int) and isinstance(own, int) and heads > 0):  # no attention, or a list
+    if not (isinstance(heads, int) and isinstance(key_value_heads, int) and heads > 0):  # no attention, or a list
         return 0
-    return int(2 * own * (size or config.hidden_size // heads))
+    return int(2 * key_value_heads * (size or config.hidden_size // heads))
 
 
 def _count(modules: Sequence[nn.Module] | nn.ModuleList) -> int:
-    own = {id(p): p.numel() for module in modules for p in module.parameters()}
-    return sum(own.values())
+    sizes = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(sizes.values())

@@ -1,7 +1,7 @@
-"""Whether a model in parts computes what the whole one does: on a tiny twin in depth, on the model itself with short rows.
+"""Check that a model run in parts computes the same as the whole model: in depth on a tiny twin, briefly on the model itself.
 
-The twin (:mod:`slzo.models.twin`) shows within a few dozen tokens what rows of thousands would: windows, chunks, the length that
-rotary embeddings were made for. It is in float32, where rounding hides nothing.
+A few dozen tokens exercise in the twin (:mod:`slzo.models.twin`) what takes thousands of tokens in the model: windows, chunks
+and the original length of rotary embeddings. The twin runs in float32, so that rounding hides no error.
 """
 
 import inspect
@@ -19,20 +19,20 @@ from slzo.models.twin import tiny_twin
 
 # Measured on twins of 150 model types: at most 2e-5 where the parts are right, at least 8e-4 where they are wrong.
 _TWIN_TOLERANCE = 1e-4
-# Roundings of one value on its way through a layer: norms, attention, MLP and the two sums of the residual stream.
+# Number of roundings of a value in one layer: norms, attention, MLP and the two sums of the residual stream.
 _ROUNDINGS = 10
-# Some quantizations round activations too, with the largest of the whole batch: LLM.int8 differed by 0.06.
+# Some quantizations also round activations, scaled by the largest value of the batch: LLM.int8 differed by 0.06.
 _QUANTIZED_TOLERANCE = 0.1
-# What no arithmetic excuses: beyond it half of the largest logit is another.
-_MOST = 0.25
+# Upper bound of every tolerance: rounding does not explain a larger error.
+_MAX_TOLERANCE = 0.25
 
-# Prompt and answers of each made-up row. For the model itself:
+# Number of prompt tokens and of tokens in each answer, for each made-up row. For the model itself:
 _FEW: "_Rows" = ((5, (1,)), (4, (1,)), (6, (2,)))
-# for a twin a shared prompt, windows and chunks crossed, all within the length its rotary embeddings were made for:
+# For a twin: a shared prompt, and rows longer than windows and chunks but within the original length of rotary embeddings:
 _SHORT: "_Rows" = ((9, (3, 2)), (5, (2,)), (11, (2,)))
-# and beyond it, beside rows that are within:
+# For a twin: rows within that length and rows beyond it:
 _LONG: "_Rows" = ((9, (3, 2)), (28, (2,)), (11, (2,)), (38, (1, 1)))
-# Row that is changed to see whether the others notice. Not the first: its first token fills up shorter sequences.
+# Row that is changed to test whether it affects the others. Not the first row: its first token pads shorter sequences.
 _CHANGED = 1
 
 _FAILURES = (
@@ -48,22 +48,20 @@ _FAILURES = (
 )
 
 
-def split_and_verify(
-    model: PreTrainedModel, packed: bool = True, onednn: bool | None = None, compile: bool = False
-) -> ModelParts:
-    """The parts of a model, checked to compute together what the whole does.
+def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> ModelParts:
+    """Split a model into parts and check that they compute the same as the whole model.
 
-    Arguments are those of :class:`ModelParts`, but a model that does not run right with packed attention keeps its own and is
-    padded, with a warning.
+    The arguments are those of :class:`ModelParts`. If packed attention gives wrong results, the model keeps its own attention
+    and runs with padding, after a warning.
 
     Raises:
-        SlzoError: The architecture cannot be run in parts; the model is as it was.
+        SlzoError: If the architecture cannot be run in parts; the model is then unchanged.
     """
     find_decoder_layers(model)
     own_attention = attention_of(model)
     packed = packed and model._can_set_attn_implementation()
     try:
-        # before any attention is exchanged, so that a feature that ours lacks shows as a difference
+        # before the attention is replaced, so that a feature that packed attention lacks shows up as a difference
         expected = _plain_logits(model, _FEW)
     except _FAILURES as failure:
         raise refusal(model, f"a plain forward pass failed ({_first_words(failure)})") from failure
@@ -73,11 +71,11 @@ def split_and_verify(
     for without_padding in (True, False) if packed else (False,):
         try:
             longest = twin.longest(without_padding)
-            parts = ModelParts(model, without_padding, onednn, compile)
+            parts = ModelParts(model, without_padding, onednn)
             _check_model(parts, expected)
             parts.longest = longest
-            parts.pads_left = parts.packed or twin.pads_left()
-        except _WrongError as wrong:
+            parts.allows_left_padding = parts.packed or twin.allows_left_padding()
+        except _MismatchError as wrong:
             cause, reason = None, str(wrong)
         except _FAILURES as failure:
             cause, reason = failure, f"running its layers failed: {_first_words(failure)}"
@@ -91,69 +89,67 @@ def split_and_verify(
     raise refusal(model, f"run in parts, {reason}") from cause
 
 
-class _WrongError(Exception):
-    """The parts do not compute what the whole does."""
+class _MismatchError(Exception):
+    """The parts and the whole model give different results."""
 
 
 class _Twin:
-    """A model's tiny twin, and what the whole of it computes."""
+    """The tiny twin of a model, with the logits of its plain forward pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PreTrainedModel | None = None
         self.reason = ""
-        self.original = _original_length(model)
+        self.original_length = _original_length(model)
         try:
             self.model = tiny_twin(model)
             self.expected = {rows: _plain_logits(self.model, rows) for rows in (_LONG, _SHORT)}
             self.attention = attention_of(self.model)
         except _FAILURES as failure:
-            self.model, self.reason = (
-                None,
-                f"no tiny model of its kind can be made to try it on: {_first_words(failure)}",
-            )
+            self.model = None
+            self.reason = f"no tiny model of its kind can be made to try it on: {_first_words(failure)}"
 
     def longest(self, packed: bool) -> int | None:
-        """Longest sequence that the parts compute rightly beside any others, ``None`` for no limit.
+        """Return the longest sequence that the parts compute correctly in any batch, ``None`` for no limit.
 
         Raises:
-            _WrongError: They do not for short ones.
+            _MismatchError: If short sequences are wrong too.
         """
         if self.model is None:
             if packed:
-                raise _WrongError(self.reason)
-            return self.original
+                raise _MismatchError(self.reason)
+            return self.original_length
         try:
             parts = ModelParts(self.model, packed, onednn=False)
             if packed and not parts.packed:
-                return None  # as the model itself
+                return None  # the model itself cannot run packed either
             self._check(parts, _SHORT)
             try:
                 self._check(parts, _LONG)
-            except _WrongError:
-                if self.original is None:
+            except _MismatchError:
+                if self.original_length is None:
                     raise
-                return self.original
+                return self.original_length
             return None
         finally:
             if self.attention != attention_of(self.model):
                 self.model.set_attn_implementation(self.attention)
 
     @torch.no_grad()
-    def pads_left(self) -> bool:
-        """Whether padding before a sequence is as good as none with the model's own attention; no if it cannot be said."""
+    def allows_left_padding(self) -> bool:
+        """Whether left padding leaves the results of the model's own attention unchanged; ``False`` if this cannot be tested."""
         if self.model is None:
             return False
-        alone, beside = (example.sequences[0].ids for example in _examples(self.model, ((5, (1,)), (20, (1,)))))
-        filled = len(beside) - len(alone)
-        ids = torch.tensor([[0] * filled + list(alone), list(beside)], device=self.model.device)
+        short, long = (example.sequences[0].ids for example in _examples(self.model, ((5, (1,)), (20, (1,)))))
+        padding = len(long) - len(short)
+        ids = torch.tensor([[0] * padding + list(short), list(long)], device=self.model.device)
         mask = torch.ones_like(ids)
-        mask[0, :filled] = 0
-        places = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+        mask[0, :padding] = 0
+        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            places = {}
+            positions = {}
         try:
-            plain = self.model(input_ids=ids[:1, filled:], use_cache=False).logits[0, -1]
-            padded = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits[0, -1]
+            plain = self.model(input_ids=ids[:1, padding:], use_cache=False).logits[0, -1]
+            padded = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[0, -1]
         except _FAILURES:
             return False
         return bool((padded - plain).abs().max() <= _TWIN_TOLERANCE * plain.abs().max())
@@ -161,8 +157,8 @@ class _Twin:
     def _check(self, parts: ModelParts, rows: "_Rows") -> None:
         for layer in range(parts.num_layers):
             error = largest_difference(parts, self.expected[rows], rows, layer)
-            if not error <= _TWIN_TOLERANCE:  # NaN is refused too
-                raise _WrongError(
+            if not error <= _TWIN_TOLERANCE:  # also true for NaN
+                raise _MismatchError(
                     f"a tiny model of its kind gives other logits than the whole, relative error {error:.2g}"
                 )
         _check_leaks(parts)
@@ -174,26 +170,26 @@ _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 def _check_model(parts: ModelParts, expected: Tensor) -> None:
     error = largest_difference(parts, expected)
     if not error <= _tolerance(parts):
-        raise _WrongError(f"its logits differ from the whole model's, relative error {error:.2g}")
+        raise _MismatchError(f"its logits differ from the whole model's, relative error {error:.2g}")
     _check_leaks(parts)
 
 
 def _tolerance(parts: ModelParts) -> float:
-    """Relative error of logits that comes from rounding: it adds up like a random walk.
+    """Return the relative error of logits that rounding explains; rounding errors add up like a random walk.
 
-    Sums over the hidden size round at each addend in float32; in half precision they are kept in float32 and rounded once.
+    In float32, a sum over the hidden size rounds at each addend. In half precision, it is kept in float32 and rounded once.
     """
     config, dtype = parts.model.config.get_text_config(decoder=True), parts.model.dtype
     addends = config.hidden_size if dtype == torch.float32 else 1
     walk = torch.finfo(dtype).eps * (_ROUNDINGS * parts.num_layers * addends) ** 0.5
     if method_of(parts.model) is not None:
         walk = max(walk, _QUANTIZED_TOLERANCE)
-    return min(max(walk, _TWIN_TOLERANCE), _MOST)
+    return min(max(walk, _TWIN_TOLERANCE), _MAX_TOLERANCE)
 
 
 @torch.no_grad()
 def _check_leaks(parts: ModelParts) -> None:
-    """Change one row into NaN where it enters the second layer; in any type of numbers, the others must not see it."""
+    """Check that NaN in one row, where it enters the second layer, does not reach the others; this works in every dtype."""
     if parts.num_layers < 2:
         return
     batch = pack(_examples(parts.model, _FEW)).to(parts.model.device)
@@ -203,7 +199,7 @@ def _check_leaks(parts: ModelParts) -> None:
     seen = parts.run(batch, 1, parts.num_layers, hidden).isfinite().flatten(1).all(dim=1)
     seen[changed] = True
     if not seen.all():
-        raise _WrongError("rows of a batch see each other")
+        raise _MismatchError("rows of a batch see each other")
 
 
 def _first_words(failure: Exception) -> str:
@@ -211,20 +207,20 @@ def _first_words(failure: Exception) -> str:
 
 
 def _original_length(model: PreTrainedModel) -> int | None:
-    """Length beyond which rotary embeddings depend on the longest sequence of a batch; ``None`` if they do not."""
+    """Return the length beyond which rotary embeddings depend on the longest sequence of a batch, ``None`` if they never do."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    entries = [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
     lengths = [
-        kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
-        for kind in kinds
-        if kind.get("rope_type") in ("dynamic", "longrope")
+        entry.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        for entry in entries
+        if entry.get("rope_type") in ("dynamic", "longrope")
     ]
     return min((length for length in lengths if length), default=None)
 
 
 def _examples(model: PreTrainedModel, rows: _Rows) -> list[EncodedExample]:
-    """Rows of made-up tokens."""
+    """Make rows of random tokens."""
     generator = torch.Generator().manual_seed(0)
     size = min(model.config.get_text_config(decoder=True).vocab_size, 1000)
 
@@ -241,20 +237,21 @@ def _examples(model: PreTrainedModel, rows: _Rows) -> list[EncodedExample]:
 
 @torch.no_grad()
 def _plain_logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
-    """Logits that predict each answer token, one whole forward pass per sequence, shape (R, vocabulary), float32."""
-    found = []
+    """Return the logits that predict each answer token, from one plain forward pass per sequence; (R, vocabulary), float32."""
+    answers = []
     for sequence in (sequence for example in _examples(model, rows) for sequence in example.sequences):
         logits = model(input_ids=torch.tensor([sequence.ids], device=model.device), use_cache=False).logits[0]
-        found.append(logits[-sequence.num_answer - 1 : -1].float())
-    return torch.cat(found)
+        answers.append(logits[-sequence.num_answer - 1 : -1].float())
+    return torch.cat(answers)
 
 
 @torch.no_grad()
 def largest_difference(parts: ModelParts, expected: Tensor, rows: _Rows = _FEW, layer: int | None = None) -> float:
-    """Largest difference between the logits of parts, cut before a layer, and ``expected``, relative to the largest of these.
+    """Return the largest difference between the logits of the parts and ``expected``, relative to the largest expected logit.
 
-    The head for some of the tokens is tried too; where it fails or differs it is not used. Of a mixture of experts in half
-    precision, whose router sends a token elsewhere after rounding, it is the median over the rows of logits.
+    The model is split before ``layer``, by default in the middle. The function also tests the head for selected tokens, and
+    disables it if it fails or differs. For a mixture of experts in half precision it returns the median over the rows of logits
+    instead of the maximum, because rounding can route a token to another expert.
     """
     batch = pack(_examples(parts.model, rows)).to(parts.model.device)
     layer = parts.num_layers // 2 if layer is None else layer

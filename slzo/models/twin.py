@@ -1,7 +1,7 @@
-"""A tiny twin of a model: the same classes and configuration, with widths, windows and lengths scaled down.
+"""Tiny twin of a model: the same classes and configuration, with widths, windows and lengths scaled down.
 
-What a row of a few thousand tokens would show of the real model, a row of a few dozen shows of its twin: windows, chunks of
-attention, a change of the rotary frequencies at some length.
+A few dozen tokens exercise in the twin what takes a few thousand in the real model: windows, chunks of attention, and a change
+of the rotary frequencies at some length.
 """
 
 import copy
@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slzo.models.parts import attention_of
+
 WINDOW = 6
-"""Sliding windows of a twin, in tokens; other things that reach so far are of 4 to 8 tokens."""
+"""Sliding window of a twin, in tokens. Other ranges, such as chunks, have 4 to 8 tokens."""
 
 ORIGINAL_LENGTH = 16
-"""Length in tokens that a twin's rotary embeddings were made for, where they change beyond one."""
+"""Original length of a twin's rotary embeddings, in tokens, if they change beyond a length."""
 
 MAX_LENGTH = 64
-"""Positions of a twin that has a fixed number."""
+"""Number of positions of a twin with a fixed number."""
 
-# where a configuration has a positive number of one of these names
+# new value of each config field that holds a positive number
 _SIZES_BY_VALUE: tuple[tuple[int, str], ...] = (
     (
         32,
@@ -71,7 +73,7 @@ _SIZES_BY_VALUE: tuple[tuple[int, str], ...] = (
         "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     ),
     (
-        # of sparse attention: few of them give keys of equal score, and which is taken is then a matter of chance
+        # heads of sparse attention; with few heads keys have equal scores, and the choice among them is arbitrary
         32,
         "index_n_heads",
     ),
@@ -80,7 +82,7 @@ _SIZES_BY_VALUE: tuple[tuple[int, str], ...] = (
         "ngram_vocab_size_base",
     ),
 )
-# no more than these, as a smaller one may be all that there is
+# upper limit of each config field, which may already be smaller
 _MOST_BY_VALUE: tuple[tuple[int, str], ...] = (
     (8, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
     (
@@ -92,7 +94,7 @@ _MOST_BY_VALUE: tuple[tuple[int, str], ...] = (
 )
 _SIZES = {name: size for size, names in _SIZES_BY_VALUE for name in names.split()}
 _MOST = {name: most for most, names in _MOST_BY_VALUE for name in names.split()}
-# at least this many heads or groups share something where fewer keys than queries are there
+# pairs of fields whose ratio is kept: grouped-query attention stays grouped
 _SHARED = (
     ("num_attention_heads", "num_key_value_heads"),
     ("num_attention_heads", "num_kv_heads"),
@@ -106,30 +108,30 @@ _FEWEST_LAYERS = 4
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a configuration, of a model with a few thousand parameters a layer and a layer of each kind."""
+    """Copy a configuration for a model with a few thousand parameters per layer and a layer of each kind."""
     twin = copy.deepcopy(config)
     _shrink(twin)
     return twin
 
 
 def tiny_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The twin of a model: float32, on its device, with random weights so large that no layer is lost in the residual stream.
+    """Make the twin of a model: float32, on its device, with random weights so large that every layer matters.
 
-    Any exception may be raised where the model's own code does not work in the small.
+    The model's code may raise any exception if it does not support small sizes.
     """
-    own = _attention_of(model.config)
+    attention = attention_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         twin = type(model)._from_config(tiny_config(model.config), dtype=torch.float32)
         enlarge(twin)
-    if own != _attention_of(twin.config):
-        twin.set_attn_implementation(own)
+    if attention != attention_of(twin):
+        twin.set_attn_implementation(attention)
     return twin.to(model.device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def enlarge(model: PreTrainedModel) -> None:
-    """Draw weights: matrices that enlarge what they map a little, vectors moved away from zeros and ones."""
+    """Draw random weights: matrices slightly enlarge their inputs, vectors differ from zeros and ones."""
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
@@ -139,16 +141,12 @@ def enlarge(model: PreTrainedModel) -> None:
             parameter.nan_to_num_().clamp_(-10, 10).add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def _attention_of(config: PretrainedConfig) -> str:
-    return str(config.get_text_config(decoder=True)._attn_implementation)
-
-
 def _shrink(config: PretrainedConfig) -> None:
     before = dict(vars(config))
     for value in before.values():
         if isinstance(value, PretrainedConfig):
             _shrink(value)
-    # layers that differ from the others in some sizes; those are ambiguous to read while they stand
+    # sizes that differ in single layers; config fields cannot be read while these are set
     single = {} if "_heterogeneity_spec" not in before else config.to_dict().get("per_layer_config") or {}
     if single:
         config.per_layer_config = None
@@ -159,8 +157,8 @@ def _shrink(config: PretrainedConfig) -> None:
     for queries, keys in _SHARED:
         if isinstance(before.get(keys), int) and isinstance(before.get(queries), int):
             ratio, heads = before[queries] / before[keys], getattr(config, queries)
-            own = heads if ratio == 1 else 2 * heads if ratio < 1 else 1 if before[keys] == 1 else max(1, heads // 2)
-            setattr(config, keys, own)
+            count = heads if ratio == 1 else 2 * heads if ratio < 1 else 1 if before[keys] == 1 else max(1, heads // 2)
+            setattr(config, keys, count)
     _shrink_tokens(config, before)
     _shrink_rope(config, before)
     if single:
@@ -175,7 +173,7 @@ def _shrink(config: PretrainedConfig) -> None:
 
 
 def _resized(name: str, value: Any) -> Any:
-    if isinstance(value, list):  # one for each layer
+    if isinstance(value, list):  # one value per layer
         return [_resized(name, item) for item in value]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return value
@@ -192,7 +190,7 @@ def _shrink_tokens(config: PretrainedConfig, before: Mapping[str, Any]) -> None:
 
 
 def _shrink_layers(config: PretrainedConfig, before: Mapping[str, Any]) -> int:
-    """Keep the first layers, as many as show each kind of layer that the configuration tells apart; returns their number."""
+    """Keep the fewest first layers that include each kind of layer; return their number."""
     name = next((name for name in _LAYERS if isinstance(before.get(name), int)), None)
     if name is None:
         return 0
@@ -201,7 +199,7 @@ def _shrink_layers(config: PretrainedConfig, before: Mapping[str, Any]) -> int:
     needed = [_FEWEST_LAYERS]
     for values in lists.values():
         kinds = [str(value) for value in values]
-        if len(set(kinds)) < len(kinds):  # else these are numbers of layers
+        if len(set(kinds)) < len(kinds):  # otherwise these are layer numbers
             needed.append(max(kinds.index(kind) for kind in set(kinds)) + 1)
     for key, value in before.items():
         if isinstance(value, int) and not isinstance(value, bool) and 1 < value < total:
@@ -213,7 +211,7 @@ def _shrink_layers(config: PretrainedConfig, before: Mapping[str, Any]) -> int:
                 needed.append(value + 1)
     num_layers = max(needed)
     sharing = before.get("num_kv_shared_layers")
-    if isinstance(sharing, int) and sharing > 0:  # the last layers use keys of earlier ones, of each kind
+    if isinstance(sharing, int) and sharing > 0:  # the last layers reuse keys of earlier layers of their kind
         config.num_kv_shared_layers = min(sharing, num_layers)
         num_layers *= 2
     num_layers = min(total, num_layers)
@@ -231,19 +229,19 @@ def _shrink_rope(config: PretrainedConfig, before: Mapping[str, Any]) -> None:
     if not isinstance(rope, dict):
         return
     old = before.get("head_dim") or (before.get("hidden_size") or 1) // (before.get("num_attention_heads") or 1)
-    own = vars(config)
-    new = own.get("head_dim") or (own.get("hidden_size") or 1) // (own.get("num_attention_heads") or 1)
-    for kind in [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]:
-        if isinstance(kind.get("original_max_position_embeddings"), int):
-            kind["original_max_position_embeddings"] = ORIGINAL_LENGTH
-        elif kind.get("rope_type") in ("dynamic", "longrope"):
+    after = vars(config)
+    new = after.get("head_dim") or (after.get("hidden_size") or 1) // (after.get("num_attention_heads") or 1)
+    for entry in [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]:
+        if isinstance(entry.get("original_max_position_embeddings"), int):
+            entry["original_max_position_embeddings"] = ORIGINAL_LENGTH
+        elif entry.get("rope_type") in ("dynamic", "longrope"):
             config.max_position_embeddings = ORIGINAL_LENGTH
-        # one entry for each frequency that the heads' width has room for
+        # one entry per rotary frequency; their number depends on the head dimension
         for name in ("short_factor", "long_factor"):
-            if isinstance(kind.get(name), list):
-                kind[name] = kind[name][: max(1, len(kind[name]) * new // old)]
-        sections = kind.get("mrope_section")
+            if isinstance(entry.get(name), list):
+                entry[name] = entry[name][: max(1, len(entry[name]) * new // old)]
+        sections = entry.get("mrope_section")
         if isinstance(sections, list) or "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
-            part = kind.get("partial_rotary_factor") or before.get("partial_rotary_factor") or 1
+            part = entry.get("partial_rotary_factor") or before.get("partial_rotary_factor") or 1
             total = sum(sections) * new // old if isinstance(sections, list) else int(new * part) // 2
-            kind["mrope_section"] = [total // 3, total // 3, total - total // 3 * 2]
+            entry["mrope_section"] = [total // 3, total // 3, total - total // 3 * 2]

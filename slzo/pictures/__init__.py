@@ -1,1 +1,1 @@
-"""Pictures of profiles, runs and sweeps, drawn from plain figures: no torch, no display, no state of matplotlib's."""
+"""Draw profiles, runs and sweeps from plain numbers, without torch, a display or matplotlib's global state."""

@@ -1,4 +1,4 @@
-"""Loss, score, time and memory of one run or of several."""
+"""Draw loss, score, time and memory of one run or several."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slzo.pictures.style import lines, picture, tidy
+from slzo.pictures.style import lines, new_figure, style_axis
 
 _MOST_POINTS = 300
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What is known after some steps.
+    """One validation of a run; values are ``None`` if they are unknown.
 
     Attributes:
-        step: Steps taken.
-        seconds: Training seconds, validations included; ``None``: not known.
-        loss: Dev loss; ``None``: not finite.
-        score: The task's metric on the dev rows; ``None``: not known.
-        memory_gb: Largest memory so far, GiB; ``None``: not known.
+        step: Number of steps taken.
+        seconds: Training seconds, validations included.
+        loss: Dev loss; ``None`` also if it is not finite.
+        score: The task's metric on the dev rows.
+        memory_gb: Peak memory so far, GiB.
     """
 
     step: int
@@ -34,12 +34,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A score of the held-out rows.
+    """A score on the held-out rows.
 
     Attributes:
-        step: Steps that the scored weights had taken.
+        step: Number of steps of the scored weights.
         value: The task's metric.
-        standard_error: Over the rows; ``None``: not known.
+        standard_error: Standard error over the rows; ``None`` if it is unknown.
     """
 
     step: int
@@ -52,12 +52,12 @@ class RunCurves:
     """The curves of a run.
 
     Attributes:
-        name: What the run is called.
-        metric: The task's metric.
-        points: One a validation, by step.
-        train: Step and training loss.
+        name: Name of the run.
+        metric: Name of the task's metric.
+        points: One point per validation, by step.
+        train: Steps and training losses.
         before: The held-out score before training.
-        after: That of the checkpoint that was kept.
+        after: The held-out score of the selected checkpoint.
     """
 
     name: str
@@ -69,8 +69,8 @@ class RunCurves:
 
 
 def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
-    """Four panels over the steps: loss, score with the held-out points before and after, seconds, memory."""
-    figure = picture(9, 6, title)
+    """Draw four panels over the steps: loss, score with the held-out scores before and after, seconds, and memory."""
+    figure = new_figure(9, 6, title)
     (loss, score), (time, memory) = figure.subplots(2, 2)
     alone = len(runs) == 1
     for run, (colour, dashes) in zip(runs, lines(len(runs)), strict=True):
@@ -84,7 +84,7 @@ def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
         _line(memory, run, lambda point: point.memory_gb, color=colour, linestyle=dashes)
     metrics = sorted({run.metric for run in runs})
     for axis, label in ((loss, "loss"), (score, " / ".join(metrics)), (time, "seconds"), (memory, "peak memory, GiB")):
-        tidy(axis, "step", label)
+        style_axis(axis, "step", label)
     for axis in (time, memory):
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     for axis in (loss, score, time, memory):
@@ -96,9 +96,9 @@ def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
 
 
 def _line(axis: Axes, run: RunCurves, value: Callable[[CurvePoint], float | None], **style: Any) -> None:
-    found = [(point.step, own) for point in run.points if (own := value(point)) is not None]
-    if found:
-        axis.plot(*zip(*found, strict=True), marker="o", markersize=3, linewidth=1.3, **style)
+    known = [(point.step, y) for point in run.points if (y := value(point)) is not None]
+    if known:
+        axis.plot(*zip(*known, strict=True), marker="o", markersize=3, linewidth=1.3, **style)
 
 
 def _held_out(axis: Axes, run: RunCurves, colour: str, alone: bool) -> None:
@@ -112,7 +112,7 @@ def _held_out(axis: Axes, run: RunCurves, colour: str, alone: bool) -> None:
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """Means of neighbours where there are more points than a picture shows."""
+    """Average neighbouring points if there are more than a picture can show."""
     size = -(-len(points) // _MOST_POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [group[-1][0] for group in groups], [fmean(loss for _, loss in group) for group in groups]

@@ -1,11 +1,11 @@
-"""What all pictures share: size, colours, whole layer ticks, and how they are saved."""
+"""Common style of all pictures: size, colours, integer ticks for layers, and the file formats."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,10 +18,10 @@ _DASHES = ("-", "--", ":", "-.")
 _DISTINCT = 10
 
 
-def picture(width: float, height: float, title: str = "", below: str = "") -> Figure:
-    """An empty figure, in inches, with a title and a smaller line below it.
+def new_figure(width: float, height: float, title: str = "", below: str = "") -> Figure:
+    """Make an empty figure, size in inches, with a title and a smaller line below it.
 
-    Margins are set, not found: finding them would take as long again as drawing.
+    The margins are fixed: a layout engine would double the time to draw.
     """
     figure = Figure(figsize=(width, height))
     head = 0.35 * bool(title) + 0.22 * bool(below)
@@ -38,8 +38,8 @@ def picture(width: float, height: float, title: str = "", below: str = "") -> Fi
     return figure
 
 
-def tidy(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:
-    """Name the axes and draw a light grid; ``whole``: the x axis counts, so that it has whole ticks."""
+def style_axis(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:
+    """Label the axes and draw a light grid; with ``whole`` the x axis has only integer ticks."""
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(labelsize=8)
@@ -50,32 +50,28 @@ def tidy(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:
 
 
 def lines(count: int) -> list[tuple[str, str]]:
-    """Colour and dashes for each of some lines: ten colours that are told apart, then the same ones with other dashes."""
-    tones = [str(tone) for tone in _hex(colormaps["tab10"].colors)]  # type: ignore[attr-defined]
-    return [(tones[n % _DISTINCT], _DASHES[n // _DISTINCT % len(_DASHES)]) for n in range(count)]
-
-
-def _hex(colours: Sequence[Sequence[float]]) -> list[str]:
-    return ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in colours]
+    """Return a colour and dashes for each line: ten distinct colours, then the same colours with other dashes."""
+    colours = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    return [(colours[n % _DISTINCT], _DASHES[n // _DISTINCT % len(_DASHES)]) for n in range(count)]
 
 
 def svg_of(figure: Figure, name: str) -> str:
-    """The figure as SVG, its texts as texts; ``name`` keeps the ids of several on one page apart."""
-    text = io.StringIO()
+    """Return the figure as SVG with text elements; ``name`` makes its ids unique within a page."""
+    file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), signals_held():
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    found = text.getvalue()
-    return found[found.index("<svg") :]
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write ``name.png`` and ``name.svg``.
 
     Returns:
-        The SVG, for a page.
+        The SVG as text.
 
     Raises:
-        SlzoError: They cannot be written.
+        SlzoError: The files cannot be written.
     """
     with replacing(folder / f"{name}.png") as partial, signals_held():
         figure.savefig(partial, dpi=120)

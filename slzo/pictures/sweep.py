@@ -1,22 +1,22 @@
-"""What a sweep over the layers found, as pictures."""
+"""Draw the results of a sweep over the layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from slzo.pictures.style import BLUE, GREEN, LAYER, ORANGE, RED, lines, picture, tidy
+from slzo.pictures.style import BLUE, GREEN, LAYER, ORANGE, RED, lines, new_figure, style_axis
 
 
 def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str = "") -> Figure:
-    """Sensitivity, outlier ratio and gain by layer, one above the other, with standard errors, the chosen layer marked.
+    """Draw sensitivity, outlier ratio and gain by layer with standard errors, and mark the chosen layer.
 
     Args:
-        rows: As under ``layers`` in ``sweep.json``.
-        title: Of the picture.
-        below: A line under it.
+        rows: Rows as under ``layers`` in ``sweep.json``.
+        title: Title of the picture.
+        below: Line below the title.
     """
-    figure = picture(8, 8, title, below)
+    figure = new_figure(8, 8, title, below)
     axes = figure.subplots(3, sharex=True)
     layers = [row["layer"] for row in rows]
     style = {"color": BLUE, "markersize": 4, "capsize": 3, "linewidth": 1.2}
@@ -28,16 +28,16 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str
     if trained:
         at, gains = [row["layer"] for row in trained], [row["gain"] for row in trained]
         axes[2].bar(at, gains, color=GREEN)
-        sure = [row for row in trained if row["loss_se"] is not None]
-        if sure:
-            at, gains = [row["layer"] for row in sure], [row["gain"] for row in sure]
-            axes[2].errorbar(at, gains, [row["loss_se"] for row in sure], fmt="none", color="black", capsize=3)
+        repeated = [row for row in trained if row["loss_se"] is not None]
+        if repeated:
+            at, gains = [row["layer"] for row in repeated], [row["gain"] for row in repeated]
+            axes[2].errorbar(at, gains, [row["loss_se"] for row in repeated], fmt="none", color="black", capsize=3)
     chosen = next((row["layer"] for row in rows if row["dominant"]), None)
     names = ("|L+ - L-| / (2 eps)", "outlier ratio max / median", "gain: dev loss before - after")
     for axis, name in zip(axes, names, strict=True):
         if chosen is not None:
             axis.axvline(chosen, color=RED, linewidth=6, alpha=0.25, label=f"chosen layer {chosen}")
-        tidy(axis, "", name)
+        style_axis(axis, "", name)
     axes[2].set_xlabel(LAYER, fontsize=9)
     if chosen is not None:
         axes[0].legend(fontsize=8, frameon=False)
@@ -47,14 +47,14 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str
 def sweep_curves_picture(
     curves: Mapping[int, Sequence[Mapping[str, Any]]], title: str = "", chosen: int | None = None
 ) -> Figure:
-    """Dev loss of each trained layer over steps and over seconds, the chosen layer drawn thicker.
+    """Draw the dev loss of each trained layer over steps and over seconds; the chosen layer's lines are thicker.
 
     Args:
-        curves: As in ``sweep.json``: scores by layer.
-        title: Of the picture.
-        chosen: The profile's layer.
+        curves: Scores by layer, as in ``sweep.json``.
+        title: Title of the picture.
+        chosen: The chosen layer; ``None`` if there is none.
     """
-    figure = picture(11, 4.8, title)
+    figure = new_figure(11, 4.8, title)
     steps, seconds = figure.subplots(1, 2, sharey=True)
     for (layer, curve), (colour, dashes) in zip(sorted(curves.items()), lines(len(curves)), strict=True):
         losses = [score["loss"] for score in curve]
@@ -64,7 +64,7 @@ def sweep_curves_picture(
         steps.plot([max(1, score["step"]) for score in curve], losses, label=label, **style)
         seconds.plot([score["seconds"] for score in curve], losses, **style)
     steps.set_xscale("log")
-    tidy(steps, "steps", "dev loss", whole=False)
-    tidy(seconds, "training seconds", "", whole=False)
+    style_axis(steps, "steps", "dev loss", whole=False)
+    style_axis(seconds, "training seconds", "", whole=False)
     steps.legend(fontsize=8, ncols=2, frameon=False)
     return figure

@@ -1,1 +1,1 @@
-"""Ask the tuned and the untuned model the same, from a run, a checkpoint or an exported folder."""
+"""Prompt the tuned and the untuned model with the same texts, from a run, a checkpoint or an exported folder."""

@@ -1,4 +1,4 @@
-"""A tuned model and what it was before, each at hand."""
+"""Load a tuned model together with its untuned base model."""
 
 import json
 import tempfile
@@ -25,17 +25,17 @@ from slzo.utils.errors import SlzoError
 _RUNS = "runs"
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
-"""Within the context the model is the one meant; only one context at a time."""
+"""Function that returns a context in which the model can be used; only one context may be open at a time."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models of one tokenizer.
+    """Two models with the same tokenizer.
 
     Attributes:
-        tokenizer: Of both.
+        tokenizer: The tokenizer.
         tuned: The tuned model.
-        untuned: Its base model; ``None`` where it is not wanted.
+        untuned: The base model; ``None`` if it was not requested.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class Pair:
     untuned: Use | None
 
     def both(self) -> Iterator[tuple[str, Use]]:
-        """The models by name, the untuned one first."""
+        """Yield names and models, the untuned model first."""
         if self.untuned is not None:
             yield "untuned", self.untuned
         yield "tuned", self.tuned
@@ -51,13 +51,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pair comes from.
+    """Where to load a pair from.
 
     Attributes:
-        path: A run's folder, a checkpoint, an exported folder, or last or best for the newest run.
-        base: The base model of an exported folder; ``None``: the one that it names.
-        untuned: Whether the base model is wanted too.
-        trust_remote_code: Run the model's own code.
+        path: A run's folder, a checkpoint, an exported folder, or "last" or "best" for the newest run.
+        base: The base model of an exported folder; ``None`` for the one that it names.
+        untuned: Whether to load the base model too.
+        trust_remote_code: Whether to run code from the model's repository.
     """
 
     path: str
@@ -70,11 +70,11 @@ def load_pair(source: Source) -> Pair:
     """Load both models.
 
     Raises:
-        SlzoError: There is nothing usable at the path, or its base model is not found or another one.
+        SlzoError: There is nothing usable at the path, or its base model is missing or a different one.
     """
     path = Path(source.path).expanduser()
     if any((path / name).is_file() for name in (FACTS_FILE, CONFIG_FILE)):
-        return _of_export(path, source)
+        return _from_export(path, source)
     if source.base is not None:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is no exported folder, and a checkpoint names its own base"
@@ -83,10 +83,10 @@ def load_pair(source: Source) -> Pair:
         path = named_checkpoint(source.path, _RUNS)
     elif (path / "checkpoints").is_dir():
         path = checkpoint_of_run(path)
-    return _of_checkpoint(read_checkpoint(path), source)
+    return _from_checkpoint(read_checkpoint(path), source)
 
 
-def _of_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
+def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
     tokenizer = load_tokenizer(note["model"], note["trust_remote_code"], note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
@@ -97,12 +97,12 @@ def _of_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     files = tuned_model.peft_files()
     assert files is not None
     tuned_model.release()
-    with tempfile.TemporaryDirectory() as folder:  # as one that was exported
+    with tempfile.TemporaryDirectory() as folder:  # load the adapter like an exported one
         write_peft_files(files, "", Path(folder))
         return _with_adapter(model, Path(folder), tokenizer, source)
 
 
-def _of_export(folder: Path, source: Source) -> Pair:
+def _from_export(folder: Path, source: Source) -> Pair:
     facts = _read(folder / FACTS_FILE)
     name = source.base or loadable(_base_name(folder, facts))
     if (folder / "config.json").is_file():
@@ -117,16 +117,16 @@ def _of_export(folder: Path, source: Source) -> Pair:
 
 
 def _base_name(folder: Path, facts: Mapping[str, Any]) -> str:
-    told = facts.get("base_model", {})
-    name = told.get("name") or _read(folder / CONFIG_FILE).get("base_model_name_or_path")
-    if not name or told.get("public") is False:  # a folder on the machine of whoever tuned it
+    base = facts.get("base_model", {})
+    name = base.get("name") or _read(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not name or base.get("public") is False:  # a local folder on the machine where it was tuned
         which = f", a local folder called {name!r} when it was tuned" if name else ""
         raise SlzoError(f"ckpt_path {str(folder)!r}: nobody else has its base model{which}; give a copy with --base")
     return str(name)
 
 
 def _base(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedModel:
-    """The base model of an exported folder, which is the one that was trained on unless the user names another copy."""
+    """Load the base model of an exported folder; check that it is the original one unless the user gave another copy."""
     try:
         model = _load(name, facts, source)
     except SlzoError as error:
@@ -143,7 +143,7 @@ def _load(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedMode
 def _with_tensors(
     model: PreTrainedModel, tuned: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Source
 ) -> Pair:
-    """The model holds the untuned weights; the tuned ones are put in while they are used."""
+    """Make a pair from a model with untuned weights; the tuned ones are written into it while they are used."""
 
     @contextmanager
     def swapped() -> Iterator[PreTrainedModel]:
@@ -163,6 +163,10 @@ def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTok
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
+    if adapted.active_peft_config.is_prompt_learning:  # transformers 5.24 ignores peft 0.21's virtual tokens
+        raise SlzoError(
+            f"ckpt_path {source.path!r}: prefix tuning: transformers cannot generate with its virtual tokens; use slzo predict"
+        )
 
     @contextmanager
     def plain() -> Iterator[PreTrainedModel]:

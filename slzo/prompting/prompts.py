@@ -1,4 +1,4 @@
-"""Prompts from a file."""
+"""Read prompts from a file."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from slzo.utils.errors import SlzoError
 
 
 def read_prompts(path: str) -> list[str]:
-    """One prompt a line; of a ``.jsonl`` file (what ``slzo predict`` writes, for one) the field ``prompt`` of each line.
+    """Read one prompt per line, or from a ``.jsonl`` file, such as ``slzo predict`` writes, the field ``prompt`` of each line.
 
     Raises:
         SlzoError: The file cannot be read, or has no prompts.

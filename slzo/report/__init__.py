@@ -1,1 +1,1 @@
-"""What a run folder holds as one page that opens without a network; no torch here."""
+"""Report a run: its summary, and one HTML page on a run folder that opens without a network."""

@@ -1,4 +1,4 @@
-"""The figures of a run as a person reads them."""
+"""Format the figures of a run for readers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from slzo.pictures.curves import HeldOut
 from slzo.report.run_files import RunFiles
 
 Rows = Mapping[str, str]
-"""Text by what it is called; empty where a run does not have it."""
+"""Texts by name; a text is empty if the run lacks the figure."""
 
 
 def scores(run: RunFiles) -> Rows:
-    """Held-out scores with their standard errors, and the dev loss."""
+    """Format the held-out scores with their standard errors, and the dev loss."""
     summary = run.summary
     change, error = summary.get("score_change"), summary.get("score_change_standard_error")
     kind = "paired" if summary.get("score_change_paired") else "unpaired"
@@ -33,7 +33,7 @@ def _held_out(score: HeldOut | None) -> str:
 
 
 def method(run: RunFiles) -> Rows:
-    """What was tuned and how."""
+    """Format what was tuned and how."""
     summary = run.summary
     layer, total = summary.get("dominant_layer"), summary.get("num_layers")
     tuned, parameters = summary.get("tuned_parameters"), summary.get("total_parameters")
@@ -57,7 +57,7 @@ def _rate(summary: Mapping[str, Any]) -> str:
 
 
 def speed(run: RunFiles) -> Rows:
-    """Steps, time and memory."""
+    """Format steps, time and memory."""
     summary = run.summary
     steps, training = summary.get("steps"), summary.get("train_seconds")
     memory = summary.get("peak_memory_gb")
@@ -74,20 +74,20 @@ def speed(run: RunFiles) -> Rows:
 
 
 def versions(run: RunFiles) -> Rows:
-    """What it ran on, and how it was called."""
-    found = run.environment
-    devices = ", ".join(found.get("devices") or [])
-    rows = {name: str(version) for name, version in (found.get("versions") or {}).items()}
-    rows |= {
-        "commit": str(found.get("commit") or ""),
-        "system": str(found.get("system", "")),
-        "processor": str(found.get("processor", "")),
-        "device": devices if str(found.get("device", "")).startswith("cuda") else str(found.get("device", "")),
-        "threads": _number(found.get("threads")),
-        "processes": _number(found.get("processes")),
-        "command": str(found.get("command", "")),
+    """Format software versions, hardware and the command."""
+    environment = run.environment
+    device = str(environment.get("device", ""))
+    devices = ", ".join(environment.get("devices") or [])
+    return {
+        **{name: str(version) for name, version in (environment.get("versions") or {}).items()},
+        "commit": str(environment.get("commit") or ""),
+        "system": str(environment.get("system", "")),
+        "processor": str(environment.get("processor", "")),
+        "device": devices if device.startswith("cuda") else device,
+        "threads": _number(environment.get("threads")),
+        "processes": _number(environment.get("processes")),
+        "command": str(environment.get("command", "")),
     }
-    return rows
 
 
 def _number(value: Any) -> str:

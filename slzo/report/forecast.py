@@ -1,4 +1,4 @@
-"""How long a run will take, from its first steps."""
+"""Estimate how long a run will take from its first steps."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ import time
 
 from slzo.data.splits import Splits
 
-# the first one warms up
+# timed steps; the first one warms up and is not used
 _STEPS = 4
 
 
@@ -14,7 +14,7 @@ class Forecast:
     """Times the first steps.
 
     Attributes:
-        row_seconds: Seconds that scoring a row takes; ``None`` if it is not known.
+        row_seconds: Time to score a row, in seconds; ``None`` if it is unknown.
     """
 
     def __init__(self) -> None:
@@ -23,24 +23,24 @@ class Forecast:
         self._seconds: list[float] = []
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start timing a step."""
         self._begun = time.perf_counter()
 
     def end(self) -> bool:
-        """A step ends; whether this was the last one that is timed."""
+        """Stop timing a step; return whether it was the last timed step."""
         if len(self._seconds) >= _STEPS:
             return False
         self._seconds.append(time.perf_counter() - self._begun)
         return len(self._seconds) == _STEPS
 
     def line(self, steps: int, every: float | None, splits: Splits, memory_gb: float) -> str:
-        """The forecast in one line; empty for a run of few steps.
+        """Return the forecast in one line; empty for a run of few steps.
 
         Args:
-            steps: Steps that are left.
+            steps: Number of remaining steps.
             every: Steps between two validations; ``None`` without validations.
             splits: Rows of the run.
-            memory_gb: Largest memory, GiB.
+            memory_gb: Peak memory, GiB.
         """
         if steps <= _STEPS:
             return ""
@@ -58,7 +58,7 @@ class Forecast:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``45 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    """Format a duration, such as ``45 s``, ``3 min 20 s`` or ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""What to try after a run that gained nothing."""
+"""Suggest a command after a run that did not improve the score."""
 
 import shlex
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from slzo.report.score_change import DevLoss, ScoreChange
 
 @dataclass(frozen=True)
 class AdviceFacts:
-    """What the advice depends on besides score and dev loss.
+    """Inputs of the advice in addition to score and dev loss.
 
     Attributes:
-        config: Config file of the run; ``None`` where the run was not started by the command line.
+        config: Config file of the run; ``None`` if the run was not started from the command line.
         last: Last checkpoint; ``None`` if there is none.
         best: Checkpoint that was scored; ``None`` if there is none.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        layer: Dominant layer; ``None`` where the scope needs none.
-        num_rows: Held-out rows.
-        asked_rows: Held-out rows that were asked for; ``None`` for all.
+        layer: Dominant layer; ``None`` if the scope needs none.
+        num_rows: Number of held-out rows.
+        requested_rows: Requested number of held-out rows; ``None`` for all.
     """
 
     config: str | None
@@ -26,15 +26,15 @@ class AdviceFacts:
     limit: tuple[str, int]
     layer: int | None
     num_rows: int
-    asked_rows: int | None
+    requested_rows: int | None
 
 
 def next_command(change: ScoreChange | None, losses: DevLoss | None, run: AdviceFacts) -> str:
-    """The command to try, with the reason after a #.
+    """Return the command to try, with the reason after a #.
 
-    In order: a dev loss that rose means that the learning rate is too large; one that did not move, that it is too small; one
-    that fell while the score clearly fell, that another layer may generalize better; one that was lowest at the end, that
-    more steps may help; one that fell while the score rose within its standard error, that more held-out rows may show it.
+    The first case that applies decides. If the dev loss rose, the learning rate may be too large; if it hardly changed, too
+    small. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss was
+    lowest at the end, more steps may help. If the score improved within its standard error, more held-out rows may show it.
     """
     search = _command("sweep", run, "--lrs", "auto")
     if losses is None:
@@ -56,7 +56,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
         and not change.worse
         and change.change != 0
         and run.best is not None
-        and run.num_rows == run.asked_rows
+        and run.num_rows == run.requested_rows
     ):
         options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", run.best)
         return f"{_command('test', run, *options)}  # more held-out rows; and without --ckpt_path, to compare"

@@ -1,4 +1,4 @@
-"""The HTML page on one run, or on several side by side."""
+"""Write the HTML page on one run, or on several runs side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,63 +16,59 @@ from slzo.utils.files import write_text
 
 
 def write_report(runs: Sequence[RunFiles], path: Path, curves: str | None = None) -> None:
-    """Write the page: one file that opens without a network.
+    """Write the page, one file that opens without a network.
 
     Args:
         runs: One run, or several to show side by side.
         path: File to write.
-        curves: Their curves as SVG, where they are drawn already.
+        curves: Curves of the runs as SVG; ``None`` to draw them.
 
     Raises:
         SlzoError: The file cannot be written.
     """
-    write_text(path, report_page(runs, curves))
-
-
-def report_page(runs: Sequence[RunFiles], curves: str | None = None) -> str:
-    """The page as HTML; see :func:`write_report`."""
     environment = Environment(
         loader=PackageLoader("slzo", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     tables = {"Method": method, "Time and memory": speed, "Versions": versions}
-    return environment.get_template("template.html").render(
+    page = environment.get_template("template.html").render(
         title=_title(runs),
         runs=runs,
         tiles={run.folder: _tiles(run) for run in runs},
-        differences=differing([run.config for run in runs]),
+        differences=differing_options([run.config for run in runs]),
         scores=_table(runs, scores),
         curves=curves or _curves(runs),
         profiles=_profiles(runs),
         tables={title: _table(runs, figures) for title, figures in tables.items()},
         version=__version__,
     )
+    write_text(path, page)
 
 
 def _title(runs: Sequence[RunFiles]) -> str:
     kinds = list(dict.fromkeys(" on ".join(part for part in (run.model, run.task) if part) for run in runs))
-    what = ", ".join(kind for kind in kinds if kind) or "slzo"
-    return f"{what}: {runs[0].name}" if len(runs) == 1 else f"{what}: {len(runs)} runs"
+    subject = ", ".join(kind for kind in kinds if kind) or "slzo"
+    return f"{subject}: {runs[0].name}" if len(runs) == 1 else f"{subject}: {len(runs)} runs"
 
 
 def _tiles(run: RunFiles) -> Rows:
-    """The most important figures by name; those that a run does not have are empty."""
-    found = {**scores(run), **method(run), **speed(run)}
-    before, after = found["before"], found["after"]
+    """Return the most important figures."""
+    figures = {**scores(run), **method(run), **speed(run)}
+    before, after = figures["before"], figures["after"]
     return {
         f"held-out {run.metric}": f"{before.partition(' ')[0]} → {after.partition(' ')[0]}" if before else after,
-        "change": found["change"],
-        "tuned parameters": found["tuned parameters"].partition(" of ")[0],
-        "layer": found["layer"].partition(":")[0],
-        "seconds in all": found["seconds in all"],
-        "peak memory": found["peak memory"],
+        "change": figures["change"],
+        "tuned parameters": figures["tuned parameters"].partition(" of ")[0],
+        "layer": figures["layer"].partition(":")[0],
+        "seconds in all": figures["seconds in all"],
+        "peak memory": figures["peak memory"],
     }
 
 
 def _table(runs: Sequence[RunFiles], figures: Callable[[RunFiles], Rows]) -> list[tuple[str, list[str]]]:
-    """Name and text for each run, of the figures that at least one run has."""
-    found = [figures(run) for run in runs]
-    names = dict.fromkeys(name for rows in found for name in rows if rows[name])
-    return [(name, [rows.get(name) or "-" for rows in found]) for name in names]
+    """Return the name of each figure that at least one run has, with one text per run."""
+    columns = [figures(run) for run in runs]
+    names = dict.fromkeys(name for rows in columns for name in rows if rows[name])
+    return [(name, [rows.get(name) or "-" for rows in columns]) for name in names]
 
 
 def _curves(runs: Sequence[RunFiles]) -> str:
@@ -81,7 +77,7 @@ def _curves(runs: Sequence[RunFiles]) -> str:
 
 
 def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Names, picture and notes of each profile; one that several runs share is drawn once."""
+    """Return names, picture and notes of each distinct profile."""
     drawn: list[tuple[list[str], RunFiles]] = []
     for run in runs:
         same = next((names for names, other in drawn if other.profile == run.profile), None)
@@ -99,25 +95,26 @@ def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     ]
 
 
-_OF_THE_RUN = ("ckpt_path", "trainer.logger.version", "weights_only")
+# options that differ between any two runs
+_IGNORED = ("ckpt_path", "trainer.logger.version", "weights_only")
 
 
-def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Name and values, one a run, of each option that is not the same in all; an option that a run lacks is ``None``."""
-    names = sorted({name for config in configs for name in config} - set(_OF_THE_RUN))
+def differing_options(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """Return each option that differs between runs, with one value per run; ``None`` if a run lacks the option."""
+    names = sorted({name for config in configs for name in config} - set(_IGNORED))
     rows = [(name, [config.get(name) for config in configs]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
 CURVES = "curves"
-"""Name of the picture, without .png and .svg."""
+"""Name of the picture, without the endings .png and .svg."""
 
 
 def write_run_report(folder: Path) -> Path:
     """Draw the curves of a run and write its page, from the files in its folder.
 
     Returns:
-        The page, ``report.html``; ``curves.png`` and ``curves.svg`` lie next to it.
+        Path of the page, ``report.html``; ``curves.png`` and ``curves.svg`` are written next to it.
     """
     run = read_run(folder)
     svg = save(curves_picture([run.curves], f"{run.model} on {run.task}"), folder, CURVES)

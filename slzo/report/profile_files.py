@@ -1,4 +1,4 @@
-"""Writes an outlier profile, and the race that decided it, to a folder."""
+"""Write an outlier profile, and the race that decided it, to a folder."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +13,17 @@ from slzo.zo.selection.base import CLEAR
 
 PROFILE_FILE = "outlier_profile.json"
 PICTURE = "outlier_profile"
-"""Name of the picture, without .png and .svg."""
+"""Name of the picture, without the endings .png and .svg."""
 _RACE = "race"
 
 
 def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, model: str, task: str) -> None:
-    """Write ``outlier_profile.json`` with its picture, and ``race.json`` with the curves of a race.
+    """Write ``outlier_profile.json`` with its picture and, after a race, ``race.json`` with its curves.
 
     Args:
         folder: Folder to write to.
         profile: The profile.
-        choice: Choice of the layer; its trials are those of the race.
+        choice: Choice of the layer, with the trials of a race.
         model: Name or path of the model, for the pictures.
         task: Name of the task, for the pictures.
     """
@@ -38,10 +38,10 @@ def write_profile(folder: Path, profile: OutlierProfile, choice: Choice | None, 
 
 
 def format_profile(profile: OutlierProfile) -> str:
-    """The profile as a table, the chosen layer marked, and how clear the choice is.
+    """Format the profile as a table with the chosen layer marked, and say how clear the choice is.
 
-    "+-" is the standard error of the figure before it, "same" the share of the sequences whose largest magnitude is in that
-    channel, or at that position.
+    The column "+-" is the standard error of the figure before it. The column "same" is the share of sequences whose largest
+    magnitude is in that channel, or at that position.
     """
     lines = [
         "                                                                          without first token",
@@ -74,7 +74,7 @@ def _row(layer: LayerStatistics) -> str:
 
 
 def _cell(value: float | None, form: str) -> str:
-    """A figure in its column; a dash where it is not known."""
+    """Format a figure; a dash of the same width if it is unknown."""
     width = form.partition(".")[0]
     return f"{'-':>{width}}" if value is None else f"{value:{form}}"
 

@@ -1,4 +1,4 @@
-"""Reads the files of a run folder, without loading a model."""
+"""Read the files of a run folder, without loading a model."""
 
 import json
 import math
@@ -13,34 +13,33 @@ import yaml
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import read_step_log
 from slzo.pictures.curves import CurvePoint, HeldOut, RunCurves
+from slzo.report.score_change import PROPORTIONS
 from slzo.utils.errors import SlzoError
 
 SUMMARY_FILE = "summary.json"
 ENVIRONMENT_FILE = "environment.json"
 HISTORY_FILE = "history.json"
-"""What each validation found."""
+"""Results of each validation."""
 
 SAMPLES_FILE = "samples.json"
 """Predictions of some held-out rows."""
 
 REPORT_FILE = "report.html"
 
-_SHARES = ("accuracy", "exact_match")
-
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds; what is not there is empty.
+    """Contents of a run folder; the value of a missing file is empty.
 
     Attributes:
-        folder: Of the run.
-        name: What it is called beside others.
+        folder: Folder of the run.
+        name: Name of the run among others.
         config: Options by dotted name.
-        summary: As in summary.json.
-        environment: As in environment.json.
-        profile: As in outlier_profile.json.
-        points: One a validation.
-        train: Step and training loss.
+        summary: Content of summary.json.
+        environment: Content of environment.json.
+        profile: Content of outlier_profile.json.
+        points: One point per validation.
+        train: Steps and training losses.
         samples: Records of some held-out rows.
     """
 
@@ -61,7 +60,7 @@ class RunFiles:
 
     @property
     def model(self) -> str:
-        """What the model is called: the last part of its path."""
+        """The model's name: the last part of its path."""
         given = self.summary.get("model") or self.config.get("model.model") or ""
         return str(given).rstrip("/").rpartition("/")[2]
 
@@ -72,22 +71,22 @@ class RunFiles:
         return str(given).rpartition(".")[2]
 
     def held_out(self, when: str) -> HeldOut | None:
-        """The held-out score ``before`` or ``after``, at its step, with a standard error where it is a share of the rows."""
+        """Return the held-out score ``before`` or ``after``, with a standard error if the metric is a proportion of rows."""
         value = self.summary.get(f"score_{when}")
         if not isinstance(value, int | float) or not math.isfinite(value):
             return None
         rows = self.summary.get("num_rows") or 0
-        error = math.sqrt(value * (1 - value) / rows) if self.metric in _SHARES and rows else None
-        return HeldOut(self._kept_step() if when == "after" else 0, float(value), error)
+        error = math.sqrt(value * (1 - value) / rows) if self.metric in PROPORTIONS and rows else None
+        return HeldOut(self._scored_step() if when == "after" else 0, float(value), error)
 
-    def _kept_step(self) -> int:
-        """The step of the checkpoint that was scored, by its name; without one the last step."""
-        kept = Path(str(self.summary.get("best_checkpoint") or "")).stem.rpartition("=")[2]
-        return int(kept) if kept.isdecimal() else int(self.summary.get("steps") or 0)
+    def _scored_step(self) -> int:
+        """Return the step in the name of the scored checkpoint; the last step without one."""
+        step = Path(str(self.summary.get("best_checkpoint") or "")).stem.rpartition("=")[2]
+        return int(step) if step.isdecimal() else int(self.summary.get("steps") or 0)
 
     @property
     def curves(self) -> RunCurves:
-        """What is drawn of it."""
+        """The curves to draw."""
         before, after = self.held_out("before"), self.held_out("after")
         return RunCurves(self.name, self.metric, self.points, self.train, before, after)
 
@@ -96,7 +95,7 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
     """Read a run folder.
 
     Raises:
-        SlzoError: It is none, or one of its files is damaged.
+        SlzoError: The folder is not that of a run, or one of its files is damaged.
     """
     if not folder.is_dir():
         raise SlzoError(f"run {str(folder)!r}: no such folder; give the folder of a run, such as runs/version_0")
@@ -122,7 +121,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The options that the command line saved; of a run in Python those that its step log has."""
+    """Read the options that the command line saved; for a run from Python, those in its step log."""
     try:
         return flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
     except FileNotFoundError:
@@ -133,18 +132,18 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Options by dotted name; classes without their modules' names, and their arguments below them."""
-    found: dict[str, Any] = {}
+    """Flatten options to dotted names; a class becomes its name without the module, followed by its arguments."""
+    flattened: dict[str, Any] = {}
     for key, value in options.items():
         name = before + str(key)
         if isinstance(value, Mapping) and "class_path" in value:
-            found[name] = str(value["class_path"]).rpartition(".")[2]
-            found |= flat(value.get("init_args") or {}, f"{name}.")
+            flattened[name] = str(value["class_path"]).rpartition(".")[2]
+            flattened |= flat(value.get("init_args") or {}, f"{name}.")
         elif isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
+            flattened |= flat(value, f"{name}.")
         else:
-            found[name] = value
-    return found
+            flattened[name] = value
+    return flattened
 
 
 def _points(folder: Path, summary: Mapping[str, Any]) -> tuple[CurvePoint, ...]:
@@ -156,7 +155,7 @@ def _points(folder: Path, summary: Mapping[str, Any]) -> tuple[CurvePoint, ...]:
 
 
 def _step_losses(folder: Path) -> tuple[tuple[int, float], ...]:
-    """The mean of the losses that each step evaluated."""
+    """Return the mean of the losses that each step evaluated."""
     if not (folder / STEP_LOG).is_file():
         return ()
     steps = read_step_log(folder / STEP_LOG).steps.values()

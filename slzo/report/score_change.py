@@ -1,4 +1,4 @@
-"""The change of a held-out score, with its standard error, in figures and in a sentence."""
+"""The change of a held-out score with its standard error, in figures and in a sentence."""
 
 import math
 import statistics
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# A change of the dev loss below this share of it is no change; a sweep of learning rates uses the same share.
-_MIN_PROGRESS = 0.005
-_SHARES = ("accuracy", "exact_match")
+MIN_PROGRESS = 0.005
+"""A relative change of the dev loss below this is no progress; the learning-rate search uses the same bound."""
+
+PROPORTIONS = ("accuracy", "exact_match")
+"""Metrics that are proportions of rows."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,12 @@ class ScoreChange:
     """A held-out score before and after training.
 
     Attributes:
-        metric: Its name.
-        before: Score before.
-        after: Score after.
-        standard_error: Of ``after - before``; ``None`` where it cannot be had (see :func:`score_change`).
-        paired: Whether it is that of the mean difference of the same rows, else that of two independent shares.
-        lower_is_better: Whether less of the metric is better.
+        metric: Name of the metric.
+        before: Score before training.
+        after: Score after training.
+        standard_error: Standard error of ``after - before``; ``None`` if unknown (see :func:`score_change`).
+        paired: Whether it is the standard error of a mean difference over the same rows, not of independent proportions.
+        lower_is_better: Whether smaller values of the metric are better.
     """
 
     metric: str
@@ -43,19 +45,20 @@ class ScoreChange:
 
     @property
     def shown(self) -> bool:
-        """Whether the change is larger than its standard error (or, without one, is any)."""
-        error = 0.0 if self.standard_error is None else self.standard_error * (1 + 1e-6)  # one row more is exactly one
+        """Whether the change is larger than its standard error or, without one, is not zero."""
+        # a change by one row can be exactly one standard error: allow for rounding
+        error = 0.0 if self.standard_error is None else self.standard_error * (1 + 1e-6)
         return abs(self.change) > error
 
     def figures(self) -> str:
-        """The change with its standard error."""
+        """Return the change with its standard error as text."""
         if self.standard_error is None:
             return f"{self.change:+.4f}"
         kind = "paired" if self.paired else "unpaired"
         return f"{self.change:+.4f}, {kind} standard error {self.standard_error:.4f}"
 
     def sentence(self) -> str:
-        """What happened to the score."""
+        """Return a sentence on the change, without a full stop."""
         moved = f"from {self.before:.4f} to {self.after:.4f} ({self.figures()})"
         if self.change == 0:
             return f"The held-out {self.metric} did not change: {self.after:.4f} before and after"
@@ -71,30 +74,30 @@ def score_change(
     num_rows: int,
     lower_is_better: bool = False,
 ) -> ScoreChange:
-    """Compare the scores before and after.
+    """Compare the scores before and after training.
 
-    With the same rows scored both times the standard error is that of the mean of their differences, s / sqrt(n) with the
-    sample standard deviation s. With other rows it is that of the difference of two
-    independent shares, sqrt((p (1 - p) + q (1 - q)) / n), for metrics that are shares of rows; else there is none.
+    If the same rows were scored both times, the standard error is that of the mean of their differences, s / sqrt(n) with the
+    sample standard deviation s. Otherwise, for metrics that are proportions of rows, it is that of the difference of two
+    independent proportions, sqrt((p (1 - p) + q (1 - q)) / n). For other metrics there is none.
 
     Args:
-        metric: Its name.
-        scores: Before and after.
-        rows: What each row scored, by its id, before and after; see :func:`slzo.evaluation.metrics.row_score`.
-        num_rows: Rows that were scored after training.
-        lower_is_better: Whether less of the metric is better.
+        metric: Name of the metric.
+        scores: Scores before and after.
+        rows: Score of each row by id, before and after; see :func:`slzo.evaluation.metrics.row_score`.
+        num_rows: Number of rows that were scored after training.
+        lower_is_better: Whether smaller values of the metric are better.
     """
     before, after = scores
     first, second = rows
     if first and second and first.keys() == second.keys() and len(first) > 1:
         differences = [second[name] - first[name] for name in second]
-        # rows of which a metric is no mean, or with ids that are not unique, would give another change
+        # the mean differs if the metric is not a mean over rows, or if ids are not unique
         if math.isclose(
             statistics.fmean(differences), after - before, abs_tol=1e-4 * max(1.0, abs(before), abs(after))
         ):
             error = statistics.stdev(differences) / math.sqrt(len(differences))
             return ScoreChange(metric, before, after, error, True, lower_is_better)
-    if metric in _SHARES and num_rows > 0:
+    if metric in PROPORTIONS and num_rows > 0:
         error = math.sqrt((before * (1 - before) + after * (1 - after)) / num_rows)
         return ScoreChange(metric, before, after, error, False, lower_is_better)
     return ScoreChange(metric, before, after, None, False, lower_is_better)
@@ -102,13 +105,13 @@ def score_change(
 
 @dataclass(frozen=True)
 class DevLoss:
-    """The dev loss of a run, by its first, best and last validation.
+    """The dev loss of a run at its first, best and last validation.
 
     Attributes:
-        first: Step and loss.
-        best: Step and loss.
-        last: Step and loss.
-        description: Name of it; for a reward its distance to the best one takes the place of the loss.
+        first: Step and loss of the first validation.
+        best: Step and loss of the validation with the lowest loss.
+        last: Step and loss of the last validation.
+        description: Name of the loss; for a reward, the loss is the distance to the best possible reward.
     """
 
     first: tuple[int, float]
@@ -118,16 +121,16 @@ class DevLoss:
 
     @property
     def rose(self) -> bool:
-        """Whether it is higher at the end than at the first validation, by as much as would be progress, or not finite."""
-        return not math.isfinite(self.last[1]) or self.last[1] > (1 + _MIN_PROGRESS) * self.first[1]
+        """Whether the last loss is above the first by more than ``MIN_PROGRESS``, or is not finite."""
+        return not math.isfinite(self.last[1]) or self.last[1] > (1 + MIN_PROGRESS) * self.first[1]
 
     @property
     def fell(self) -> bool:
-        """Whether the best is lower than the first by enough to be progress."""
-        return self.best[1] < (1 - _MIN_PROGRESS) * self.first[1]
+        """Whether the best loss is below the first by more than ``MIN_PROGRESS``."""
+        return self.best[1] < (1 - MIN_PROGRESS) * self.first[1]
 
     def sentence(self) -> str:
-        """Said where it rose."""
+        """Return a sentence on a loss that rose, without a full stop."""
         if not math.isfinite(self.last[1]):
             return f"The {self.description} was not finite at step {self.last[0]}"
         (step, loss), (last_step, last_loss) = self.first, self.last
@@ -135,7 +138,7 @@ class DevLoss:
 
 
 def dev_loss(validations: Sequence[Mapping[str, Any]], description: str = "dev loss") -> DevLoss | None:
-    """The dev loss of this process's validations, an infinite one being ``None`` there; ``None`` for fewer than two."""
+    """Return the dev loss of validations, in which ``None`` is infinite; ``None`` for fewer than two validations."""
     if len(validations) < 2:
         return None
     found = [(int(v["step"]), math.inf if v["loss"] is None else float(v["loss"])) for v in validations]
@@ -143,13 +146,13 @@ def dev_loss(validations: Sequence[Mapping[str, Any]], description: str = "dev l
 
 
 def verdict(change: ScoreChange | None, losses: DevLoss | None) -> str | None:
-    """What became of score and dev loss, in plain sentences; ``None`` where nothing is known."""
-    said = [] if change is None else [change.sentence()]
+    """Return sentences on the change of the score and a rise of the dev loss; ``None`` if there is nothing to say."""
+    sentences = [] if change is None else [change.sentence()]
     if losses is not None and losses.rose:
-        said.append(losses.sentence())
-    return ". ".join(said) + "." if said else None
+        sentences.append(losses.sentence())
+    return ". ".join(sentences) + "." if sentences else None
 
 
 def is_doubtful(change: ScoreChange | None, losses: DevLoss | None) -> bool:
-    """Whether the run did not do what it was for, as far as its figures show."""
+    """Whether the figures do not show an improvement: the score is worse or unchanged within its error, or the loss rose."""
     return (change is not None and (change.worse or not change.shown)) or (losses is not None and losses.rose)

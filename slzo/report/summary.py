@@ -1,4 +1,4 @@
-"""The summary of a run: what was tuned, what it gained, how long it took and where the files are."""
+"""Summarize a run: what was tuned, how the score changed, how long it took and where the files are."""
 
 import math
 import shlex
@@ -15,43 +15,43 @@ from slzo.tasks.base import Example
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the summary and its advice depend on, besides the held-out scores.
+    """Inputs of the summary and its advice, in addition to the held-out scores.
 
     Attributes:
         model: Name of the model.
         task: Name of the task.
-        layer: Dominant layer; ``None`` where the scope needs none.
-        layer_reason: Why this layer.
-        num_layers: Decoder layers of the model.
-        scope: What was tuned, in a few words.
+        layer: Dominant layer; ``None`` if the scope needs none.
+        layer_reason: Reason for the choice of the layer.
+        num_layers: Number of decoder layers of the model.
+        scope: Description of the scope.
         needs_layer: Whether the scope needs a dominant layer.
-        estimator: How gradients were estimated, in a few words.
+        estimator: Description of the estimator.
         optimizer: Name of the optimizer.
         lr: Learning rate, a number or ``auto``.
         lr_at_end: Learning rate after the last step.
         eps: Size of the perturbation.
-        metric: What the run is measured by.
-        num_rows: Held-out rows.
-        asked_rows: Held-out rows that were asked for; ``None`` for all.
-        steps: Steps taken.
-        evaluations: Evaluations of a batch.
-        skipped_steps: Steps without a finite loss.
-        rollbacks: How often the run went back to earlier weights.
-        spikes: Number of steps with a loss far above the usual one, and the largest of them.
-        seconds: Seconds of the whole command.
+        metric: The metric of the run.
+        num_rows: Number of held-out rows.
+        requested_rows: Requested number of held-out rows; ``None`` for all.
+        steps: Number of steps taken.
+        evaluations: Number of batch evaluations.
+        skipped_steps: Number of steps without a finite loss.
+        rollbacks: Number of returns to earlier weights.
+        spikes: Number of steps with a loss far above the usual one, and the largest such loss.
+        seconds: Duration of the whole command, in seconds.
         train_seconds: Seconds since the first step.
         validations: Step, evaluations, seconds and loss of each validation.
-        planned_memory_gb: Estimated peak; ``None`` if it was not estimated.
-        peak_memory_gb: Measured peak.
-        tuned_parameters: Tuned numbers.
-        total_parameters: Numbers of the model.
+        planned_memory_gb: Estimated peak memory, GiB; ``None`` if it was not estimated.
+        peak_memory_gb: Measured peak memory, GiB.
+        tuned_parameters: Number of tuned parameters.
+        total_parameters: Number of parameters of the model.
         seed: Seed of the directions.
-        config: Config file in the run's folder; ``None`` where the run was not started by the command line.
+        config: Config file in the run's folder; ``None`` if the run was not started from the command line.
         best: Checkpoint that was scored; ``None`` if there is none.
         last: Last checkpoint; ``None`` if there is none.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        command: Command line that started the run; ``None`` in Python.
-        folder: Folder of the run; ``None`` if nothing is written.
+        command: Command line that started the run; ``None`` for a run from Python.
+        folder: Folder of the run; ``None`` if no files are written.
     """
 
     model: str
@@ -68,7 +68,7 @@ class RunFacts:
     eps: float | None
     metric: SelectionMetric
     num_rows: int
-    asked_rows: int | None
+    requested_rows: int | None
     steps: int
     evaluations: int
     skipped_steps: int
@@ -91,14 +91,14 @@ class RunFacts:
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
-    """The content of ``summary.json``: primitives only."""
+    """Return the content of ``summary.json``, primitives only."""
     metric = run.metric.metric
     scores_before = {} if before is None else before.metrics
     change = _change(run, before, after)
     losses = dev_loss(run.validations, run.metric.description)
     doubtful = is_doubtful(change, losses)
     layer = run.layer if run.needs_layer else None
-    advice = AdviceFacts(run.config, run.last, run.best, run.limit, layer, run.num_rows, run.asked_rows)
+    advice = AdviceFacts(run.config, run.last, run.best, run.limit, layer, run.num_rows, run.requested_rows)
     return {
         "model": run.model,
         "task": run.task,
@@ -143,7 +143,7 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
 
 
 def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> ScoreChange | None:
-    """Change of the metric that sums the run up; ``None`` if it is not known before, or not a number."""
+    """Return the change of the run's metric; ``None`` if a score is missing or not finite."""
     metric = run.metric.metric
     if before is None or not math.isfinite(before.metrics.get(metric, math.nan) + after.metrics[metric]):
         return None
@@ -152,11 +152,11 @@ def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -
 
 
 def use_commands(checkpoint: str | None, has_config: bool) -> list[str]:
-    """Commands that use a checkpoint; none without one.
+    """Return commands that use a checkpoint.
 
     Args:
-        checkpoint: Path of the checkpoint.
-        has_config: Whether the run's folder holds its options; without them no rows are known.
+        checkpoint: Path of the checkpoint; without one there are no commands.
+        has_config: Whether the run's folder holds its options, which commands on rows need.
     """
     if checkpoint is None:
         return []
@@ -166,7 +166,7 @@ def use_commands(checkpoint: str | None, has_config: bool) -> list[str]:
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The summary in a few lines; a verdict that calls for action comes first."""
+    """Format the summary in a few lines; the verdict on a doubtful run comes first."""
     frozen = summary["total_parameters"] - summary["tuned_parameters"]
     before = summary["score_before"]
     change = "" if before is None else f"{before:.4f} -> "
@@ -209,11 +209,11 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def sample_row(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One row: id, prompt, the correct answers as texts, and both predictions.
+    """Return id, prompt, correct answers as texts, and both predictions of a row.
 
     Args:
         after: Record of the row, see :func:`slzo.evaluation.evaluator.records`, with its ``gold_texts``.
-        before: Its record before training; ``None`` if it is not known, as in a resumed run.
+        before: Record of the row before training; ``None`` if it is unknown, as in a resumed run.
     """
     return {
         "id": after["id"],
@@ -225,5 +225,5 @@ def sample_row(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> di
 
 
 def gold_texts(example: Example) -> list[str]:
-    """The correct answers as texts."""
+    """Return the correct answers as texts."""
     return list(example.references) or [example.candidates[index].strip() for index in example.gold]

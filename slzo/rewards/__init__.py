@@ -1,1 +1,1 @@
-"""Rewards: functions that say how good answers are, and the process that runs them. Text only."""
+"""Reward functions, which score answers as texts, and the process that runs them."""

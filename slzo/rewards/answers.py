@@ -1,4 +1,4 @@
-"""Comparing answers with references.
+"""Compare answers with references.
 
 Answers are normalized and compared as in the SQuAD 1.1 evaluation: lower case, no punctuation, no articles.
 """
@@ -13,7 +13,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def text_of(completion: object) -> str:
-    """The text of a completion: itself, or the contents of its messages where rows are conversations."""
+    """Return a completion's text: the completion itself, or the contents of its messages if the row is a conversation."""
     if isinstance(completion, str):
         return completion
     turns = completion if isinstance(completion, Sequence) else ()
@@ -21,17 +21,17 @@ def text_of(completion: object) -> str:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, words one space apart."""
+    """Convert to lower case, remove ASCII punctuation and English articles, and put one space between words."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals a reference after normalization; an empty prediction matches empty texts only."""
+    """Return 1.0 if the prediction equals a reference after normalization; an empty prediction matches only empty texts."""
     return max((float(_equal(prediction, text)) for text in references), default=float(not prediction.strip()))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of word precision and recall in 0..1, the best over the references."""
+    """Return the harmonic mean of word precision and recall, 0 to 1, the best over the references."""
     return max((_pair_f1(prediction, text) for text in references), default=float(not prediction.strip()))
 
 
@@ -42,8 +42,8 @@ def _equal(prediction: str, reference: str) -> bool:
 
 
 def _pair_f1(prediction: str, reference: str) -> float:
-    found, wanted = normalize_answer(prediction).split(), normalize_answer(reference).split()
-    if not found or not wanted:
+    predicted, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if not predicted or not expected:
         return float(_equal(prediction, reference))
-    common = (Counter(found) & Counter(wanted)).total()
-    return 2 * common / (len(found) + len(wanted))
+    common = (Counter(predicted) & Counter(expected)).total()
+    return 2 * common / (len(predicted) + len(expected))

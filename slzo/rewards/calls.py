@@ -1,4 +1,4 @@
-"""Finding reward functions by name and calling them; what the worker process does, and this one if that is wanted."""
+"""Find reward functions by name and call them, in the worker process or in this one."""
 
 import importlib
 import importlib.util
@@ -16,12 +16,12 @@ from slzo.utils.class_paths import format_error, format_place
 
 @dataclass(frozen=True)
 class Wanted:
-    """One reward function.
+    """One reward function of a config.
 
     Attributes:
-        function: Name of a built-in one, import path (``package.module.function``), or ``file.py:function``.
-        weight: Of its value in the sum.
-        arguments: Given to it beside prompts, completions and columns.
+        function: Name of a built-in function, import path (``package.module.function``), or ``file.py:function``.
+        weight: Weight of its value in the sum.
+        arguments: Arguments in addition to prompts, completions and columns.
     """
 
     function: str
@@ -31,13 +31,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Answers:
-    """What is rewarded: all lists are of one length.
+    """Answers to reward; all lists have the same length.
 
     Attributes:
-        ids: Of the rows.
-        prompts: Texts, or lists of messages where the rows are conversations.
+        ids: Ids of the rows.
+        prompts: Texts, or lists of messages if the rows are conversations.
         completions: Texts, or lists of one message.
-        columns: The rows' fields.
+        columns: Fields of the rows.
     """
 
     ids: Sequence[str]
@@ -46,22 +46,22 @@ class Answers:
     columns: Mapping[str, Sequence[Any]]
 
     def some(self, places: Sequence[int]) -> "Answers":
-        """Those at some places."""
+        """Return the answers at some indices."""
 
-        def taken(values: Sequence[Any]) -> list[Any]:
+        def select(values: Sequence[Any]) -> list[Any]:
             return [values[place] for place in places]
 
-        columns = {name: taken(values) for name, values in self.columns.items()}
-        return Answers(taken(self.ids), taken(self.prompts), taken(self.completions), columns)
+        columns = {name: select(values) for name, values in self.columns.items()}
+        return Answers(select(self.ids), select(self.prompts), select(self.completions), columns)
 
 
 class RewardFailure(Exception):  # noqa: N818
-    """A function did not give each answer a number.
+    """A function did not return a number for each answer.
 
     Attributes:
-        function: Its name.
-        reason: What it did, as a verb.
-        place: The answer it did so at; ``None`` if that is not known.
+        function: Name of the function.
+        reason: What it did, as a phrase that begins with a verb.
+        place: Index of the answer at which it failed; ``None`` if unknown.
     """
 
     def __init__(self, function: str, reason: str, place: int | None = None) -> None:
@@ -70,30 +70,30 @@ class RewardFailure(Exception):  # noqa: N818
 
 
 def find_function(name: str) -> RewardFunction:
-    """The function of that name.
+    """Find a reward function by the name that a config gives.
 
     Raises:
-        LookupError: There is none, or its file cannot be run; one line.
+        LookupError: There is no such function, or its file cannot be run; the message is one line.
     """
     if name in REWARDS:
         return REWARDS[name]
-    where, separator, own = name.rpartition(":" if ":" in name else ".")
-    if not separator or not where or not own:
+    where, separator, attribute = name.rpartition(":" if ":" in name else ".")
+    if not separator or not where or not attribute:
         raise LookupError(
             f"no such reward; choose one of {', '.join(sorted(REWARDS))}, or give package.module.function or file.py:function"
         )
     try:
         module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # whatever the user's file raises
+    except Exception as error:  # the user's file may raise anything
         raise LookupError(f"{where} cannot be imported ({format_error(error)}){format_place(error)}") from error
-    function = getattr(module, own, None)
+    function = getattr(module, attribute, None)
     if not callable(function):
-        raise LookupError(f"{where} has no function {own}")
+        raise LookupError(f"{where} has no function {attribute}")
     return function
 
 
 def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[float]:
-    """A number for each answer.
+    """Call a reward function; return one number per answer.
 
     Raises:
         RewardFailure: The function raised, or returned something else.
@@ -101,9 +101,8 @@ def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[flo
     given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns, **wanted.arguments}
     given = {name: value for name, value in given.items() if name in _accepted(function, given)}
     try:
-        found = function(**given)
-        values = list(found)
-    except Exception as error:  # whatever the user's function raises
+        values = list(function(**given))
+    except Exception as error:  # the user's function may raise anything
         raise RewardFailure(
             wanted.function, f"raised {format_error(error)}", _place(function, wanted, answers)
         ) from error
@@ -122,7 +121,7 @@ def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[flo
 
 
 def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
-    """Names of arguments that a function takes: all if it has ``**columns``."""
+    """Return the names of arguments that a function takes; all of them if it has ``**columns``."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -133,7 +132,7 @@ def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
 
 
 def _place(function: RewardFunction, wanted: Wanted, answers: Answers) -> int | None:
-    """The first answer that the function raises at when it is called with that one alone."""
+    """Return the index of the first answer at which the function fails when it is called with that answer alone."""
     if len(answers.ids) == 1:
         return 0
     for place in range(len(answers.ids)):
@@ -154,7 +153,7 @@ def _run_file(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look there
+    sys.modules[name] = module  # dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -1,10 +1,9 @@
-"""Starts the worker process, waits for it no longer than is allowed, and starts it anew."""
+"""Run reward functions in a worker process with a time limit; after a failure it is started again."""
 
 import os
 import pickle
 import select
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -13,19 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from slzo.rewards.calls import Answers, RewardFailure, Wanted
-from slzo.rewards.worker import write_frame
+from slzo.rewards.worker import LENGTH, write_frame
 from slzo.utils.errors import SlzoError
 
 _LOADING_SECONDS = 120.0
-_LENGTH = struct.Struct("<Q")
 
 
 class RewardProcess:
-    """Calls reward functions in a process of its own, which is killed with all that it started when it takes too long.
+    """Calls reward functions in a separate process, which is killed with its child processes when it takes too long.
 
     Args:
-        functions: What it calls.
-        timeout: Seconds that a call may take, for all functions together.
+        functions: The functions to call.
+        timeout: Time limit of a call, in seconds, for all functions together.
     """
 
     def __init__(self, functions: Sequence[Wanted], timeout: float) -> None:
@@ -35,7 +33,7 @@ class RewardProcess:
         self._stop: Any = None
 
     def load(self) -> None:
-        """Start the process, if there is none.
+        """Start the process if it is not running, and load the functions.
 
         Raises:
             SlzoError: A function cannot be found.
@@ -49,7 +47,7 @@ class RewardProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # so that it can be killed with its children, and Ctrl-C does not reach it
+            start_new_session=True,  # it can be killed with its children, and Ctrl-C does not reach it
         )
         self._stop = weakref.finalize(self, _kill, self._process)
         try:
@@ -61,10 +59,10 @@ class RewardProcess:
             raise SlzoError(f"data.reward {problem[0]!r}: {problem[1]}")
 
     def __call__(self, answers: Answers) -> list[list[float]]:
-        """For each function a number an answer.
+        """Return one number per answer for each function.
 
         Raises:
-            RewardFailure: A function failed, ended the process or took too long; the process has been killed then.
+            RewardFailure: A function failed, ended the process or took too long; in the last two cases the process is gone.
         """
         self.load()
         reply = self._ask(answers, self.timeout)
@@ -73,7 +71,7 @@ class RewardProcess:
         return list(reply)
 
     def kill(self) -> None:
-        """End the process."""
+        """Kill the process."""
         if self._stop is not None:
             self._stop()
         self._process = self._stop = None
@@ -85,7 +83,7 @@ class RewardProcess:
         until = time.monotonic() + limit
         try:
             write_frame(self._process.stdin, (request, limit))
-            length = _LENGTH.unpack(self._read(_LENGTH.size, until))[0]
+            length = LENGTH.unpack(self._read(LENGTH.size, until))[0]
             return pickle.loads(self._read(length, until))
         except TimeoutError:
             self.kill()
@@ -96,7 +94,7 @@ class RewardProcess:
             self.kill()
             how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
             raise RewardFailure(names, f"ended its process {how}") from None
-        except BaseException:  # an interrupt: the reply would be taken for that of the next request
+        except BaseException:  # an interrupt: the next request would read the reply to this one
             self.kill()
             raise
 
@@ -125,5 +123,5 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
         if pipe is not None:
             try:
                 pipe.close()
-            except OSError:  # what could not be written
+            except OSError:  # buffered data cannot be written
                 continue

@@ -1,4 +1,4 @@
-"""The built-in rewards by name; each is one file, with its import and its name in this list."""
+"""The built-in rewards by name. Each reward is one file; it is imported and listed here."""
 
 import difflib
 import importlib.util
@@ -17,7 +17,7 @@ from slzo.rewards.builtin.token_f1 import token_f1
 from slzo.utils.errors import SlzoError
 
 RewardFunction = Callable[..., Sequence[float]]
-"""``f(prompts, completions, **columns)``: one number a completion. It is given those of these that it has parameters for."""
+"""``f(prompts, completions, **columns)`` returns one number per completion. It gets only the arguments that it declares."""
 
 _ALL: tuple[Callable[..., list[float]], ...] = (
     accuracy,
@@ -31,33 +31,33 @@ _ALL: tuple[Callable[..., list[float]], ...] = (
 REWARDS: Mapping[str, RewardFunction] = MappingProxyType({function.__name__: function for function in _ALL})
 
 PERPLEXITY = "perplexity"
-"""The one metric that needs no answers."""
+"""The only metric that needs no generated answers."""
 
 
-def _scores_alone(function: RewardFunction) -> bool:
-    """Whether a reward needs nothing but the answer and its references, so that it can be a metric."""
+def _is_metric(function: RewardFunction) -> bool:
+    """Whether a reward needs only the answer and its references, so that it can be a metric."""
     given = ("completions", "references")
     parameters = inspect.signature(function).parameters.values()
     return all(each.name in given or each.default is not each.empty for each in parameters)
 
 
 _METRICS: Mapping[str, RewardFunction] = MappingProxyType(
-    {"f1" if name == "token_f1" else name: function for name, function in REWARDS.items() if _scores_alone(function)}
+    {"f1" if name == "token_f1" else name: function for name, function in REWARDS.items() if _is_metric(function)}
 )
 
 
 def check_package(name: str) -> None:
-    """Refuse a built-in reward whose package is not installed; other names pass."""
+    """Raise an error if a built-in reward needs a package that is not installed; other names pass."""
     package = getattr(REWARDS.get(name), "package", None)
     if package is not None and importlib.util.find_spec(package) is None:
         raise SlzoError(f"{name}: needs {package}, which is not installed; pip install 'slzo[rewards]'")
 
 
 def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics of a generation task, at least one and each known.
+    """Check the names of a generation task's metrics and return them without duplicates.
 
     Raises:
-        SlzoError: One is not.
+        SlzoError: There are none, a name is unknown, or a package is not installed.
     """
     known = [PERPLEXITY, *sorted(_METRICS)]
     if not names:
@@ -74,7 +74,7 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def answer_metric(name: str, answer: str, references: Sequence[str]) -> float:
-    """What one generated answer scores, 0 to 1, in a metric of that name."""
+    """Return the score of one generated answer, 0 to 1, in the metric of that name."""
     function = _METRICS[name]
     arguments: dict[str, Any] = {"completions": [answer]}
     if "references" in inspect.signature(function).parameters:

@@ -1,4 +1,4 @@
-"""Rewards of answers: several functions with weights, and what is made of one that fails."""
+"""Reward answers with several weighted functions, and handle their failures."""
 
 import logging
 import math
@@ -15,17 +15,17 @@ from slzo.utils.errors import SlzoError
 _log = logging.getLogger(__name__)
 
 Functions = str | list[str | dict[str, Any]]
-"""Reward functions as they stand in a config: a name, or a list of names and of mappings with function, weight and arguments."""
+"""Reward functions in a config: a name, or a list of names and of mappings with function, weight and arguments."""
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class RewardResult:
     """Rewards of some answers.
 
     Attributes:
-        totals: Weighted sum of each answer; not a number where a function failed.
-        parts: The same of each function, by its short name, without weights.
-        problems: What failed, a line each.
+        totals: Weighted sum of each answer; NaN if a function failed.
+        parts: Values of each function without weights, by its short name.
+        problems: Messages about failures, one line each.
     """
 
     totals: tuple[float, ...]
@@ -38,11 +38,11 @@ class Rewards:
 
     Args:
         functions: See :data:`Functions`.
-        timeout: Seconds that a call may take, > 0.
-        in_process: Call them in this process: no limit of time then, and one that ends the process ends the run.
+        timeout: Time limit of a call, in seconds, > 0.
+        in_process: Call the functions in this process: without a time limit, and a function that exits ends the run.
 
     Raises:
-        SlzoError: An argument is wrong.
+        SlzoError: An argument is invalid.
     """
 
     def __init__(self, functions: Functions, timeout: float = 60.0, in_process: bool = False) -> None:
@@ -56,14 +56,14 @@ class Rewards:
 
     @property
     def best(self) -> float:
-        """The largest reward, if each function goes from 0 to 1."""
+        """The largest possible reward if each function returns 0 to 1."""
         return sum(max(one.weight, 0.0) for one in self.functions)
 
     def load(self) -> None:
-        """Find the functions.
+        """Load the functions.
 
         Raises:
-            SlzoError: One is not found.
+            SlzoError: A function cannot be found.
         """
         if self._process is not None:
             self._process.load()
@@ -74,11 +74,11 @@ class Rewards:
             except LookupError as error:
                 raise SlzoError(f"data.reward {one.function!r}: {error}") from error
 
-    def __call__(self, answers: Answers, all_or_none: bool = False) -> Rewarded:
+    def __call__(self, answers: Answers, all_or_none: bool = False) -> RewardResult:
         """Reward answers.
 
-        An answer at which a function fails is left out, and the others are tried once more; if that fails too, they are left out.
-        ``all_or_none``: they are not tried again. Each failure is told on standard error, in a line.
+        If a function fails at an answer, that answer is left out and the others are tried once more. If this fails too, all are
+        left out; with ``all_or_none`` they are left out at once. Each failure is logged as a warning of one line.
         """
         places = list(range(len(answers.ids)))
         values = [[math.nan] * len(places) for _ in self.functions]
@@ -91,21 +91,21 @@ class Rewards:
                 found = self._call(part)
             except RewardFailure as failure:
                 place = failure.place if failure.place is not None else self._search(part)
-                problems.append(_told(failure, part, place))
+                problems.append(_message(failure, part, place))
                 _log.warning("%s; %s", problems[-1], "the step is not taken" if all_or_none else "it does not count")
                 if place is None:
                     break
                 del places[place]
                 continue
-            for own, new in zip(values, found, strict=True):
+            for of_function, new in zip(values, found, strict=True):
                 for place, value in zip(places, new, strict=True):
-                    own[place] = value
+                    of_function[place] = value
             break
         totals = [
             sum(w.weight * v for w, v in zip(self.functions, row, strict=True)) for row in zip(*values, strict=True)
         ]
-        parts = {name: tuple(own) for name, own in zip(self.names, values, strict=True)}
-        return Rewarded(tuple(totals), parts, tuple(problems))
+        parts = {name: tuple(of_function) for name, of_function in zip(self.names, values, strict=True)}
+        return RewardResult(tuple(totals), parts, tuple(problems))
 
     def _call(self, answers: Answers) -> list[list[float]]:
         if self._process is not None:
@@ -113,7 +113,7 @@ class Rewards:
         return [call(one, find_function(one.function), answers) for one in self.functions]
 
     def _search(self, answers: Answers) -> int | None:
-        """The first answer that fails when it is rewarded alone; ``None`` where none does, or looking took too long."""
+        """Return the index of the first answer that fails alone; ``None`` if none does or the search takes too long."""
         if len(answers.ids) == 1:
             return 0
         until = time.monotonic() + self.timeout
@@ -128,10 +128,10 @@ class Rewards:
 
 
 def read_functions(given: object) -> tuple[Wanted, ...]:
-    """The functions in a config.
+    """Read the reward functions of a config, see :data:`Functions`.
 
     Raises:
-        SlzoError: It is something else.
+        SlzoError: The value is not of this form, or names an unknown function.
     """
     entries = [given] if isinstance(given, str | Mapping) else given
     if not isinstance(entries, Sequence) or not entries:
@@ -171,7 +171,7 @@ def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name if short.index(name) == place else f"{name}_{place}" for place, name in enumerate(short))
 
 
-def _told(failure: RewardFailure, answers: Answers, place: int | None) -> str:
+def _message(failure: RewardFailure, answers: Answers, place: int | None) -> str:
     if place is not None:
         where = f"at row {answers.ids[place]!r}"
     else:

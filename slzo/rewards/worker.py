@@ -1,6 +1,6 @@
-"""The process that reward functions run in: requests on standard input, answers on a pipe of its own.
+"""Main loop of the process that runs reward functions: it reads requests from standard input and writes replies to a pipe.
 
-A frame is its length in 8 bytes and a pickle. The first request is the list of functions, the others are answers to reward.
+A frame is a length in 8 bytes and a pickle. The first request is the list of functions; the others are answers to reward.
 """
 
 import os
@@ -14,19 +14,19 @@ from typing import IO, Any
 from slzo.rewards.calls import RewardFailure, Wanted, call, find_function
 from slzo.rewards.registry import RewardFunction
 
-_LENGTH = struct.Struct("<Q")
+LENGTH = struct.Struct("<Q")
 
 
 def write_frame(file: IO[bytes], content: Any) -> None:
     """Write one frame and flush."""
     data = pickle.dumps(content)
-    file.write(_LENGTH.pack(len(data)) + data)
+    file.write(LENGTH.pack(len(data)) + data)
     file.flush()
 
 
 def read_frame(file: IO[bytes]) -> Any:
-    """Read one frame; EOFError at the end."""
-    length = _LENGTH.unpack(_read(file, _LENGTH.size))[0]
+    """Read one frame; raise EOFError at the end of the file."""
+    length = LENGTH.unpack(_read(file, LENGTH.size))[0]
     return pickle.loads(_read(file, length))
 
 
@@ -40,7 +40,7 @@ def _read(file: IO[bytes], size: int) -> bytes:
 def main() -> None:
     """Serve requests until the input ends."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # what a function prints, or a program that it starts, goes where errors go; it reads nothing
+    # output of a function, or of a program that it starts, goes to standard error; it has no input
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
@@ -51,7 +51,7 @@ def main() -> None:
             request, limit = read_frame(requests)
         except EOFError:
             return
-        # if this process is left alone in a function that never ends, the system ends it
+        # if the parent process is gone and the function never returns, the alarm ends this process
         signal.setitimer(signal.ITIMER_REAL, 2 * limit + 10)
         if isinstance(request, list):
             wanted, functions = request, []

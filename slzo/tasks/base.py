@@ -1,4 +1,4 @@
-"""What a task is: how a row becomes a prompt with candidates, and how the answers are scored."""
+"""Base class of tasks: how a row becomes a prompt with candidates, and how the answers are scored."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import SlzoError
 
 Split = Literal["train", "dev", "test"]
-"""The pools that rows are read from; without a file of their own dev examples are drawn from the first."""
+"""The pools that rows are read from. Without a dev file, dev examples are drawn from ``train``."""
 
 
 class Kind(StrEnum):
@@ -31,16 +31,16 @@ class Example:
     """One prompt and its possible answers.
 
     Attributes:
-        id: Unique within the data set; used to keep splits apart and to name predictions.
-        prompt: Text before the answer, outer spaces (not newlines) removed.
-        candidates: Answer texts, a leading space included where the answer needs one. Classification and multiple
-            choice: the options. Generation: the one text that is trained on.
-        gold: Indices of the right candidates, the first is the training target. Empty when the row has no label.
+        id: Id that is unique within the data set. It keeps splits apart and names predictions.
+        prompt: Text before the answer, without outer spaces (newlines stay).
+        candidates: Answer texts, with a leading space if needed. Classification and multiple choice: the options.
+            Generation: the single text to train on.
+        gold: Indices of the correct candidates; the first is the training target. Empty if the row has no label.
         references: Accepted answers of a generation task, without outer white space.
-        group: Key that joins rows scored together (MultiRC: the question), else ``None``.
-        messages: A conversation's turns up to the answer; ``prompt`` is then only shown and compared.
-        columns: All fields of the row, for rewards; empty where nobody asks for them.
-        place: Where the row is, for messages; empty if that is not known.
+        group: Key of rows that are scored together (MultiRC: the question), else ``None``.
+        messages: Turns of a conversation before the answer; ``prompt`` is then only displayed and compared.
+        columns: All fields of the row, for rewards; empty if not requested.
+        place: Location of the row, for messages; empty if unknown.
     """
 
     id: str
@@ -54,13 +54,13 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
 
     @property
-    def told(self) -> str:
-        """Id and place, for messages."""
+    def location(self) -> str:
+        """Id and location, for messages."""
         return f"example {self.id!r}" + (f" ({self.place})" if self.place else "")
 
     @classmethod
-    def of_answers(cls, id: str, prompt: str, answers: Sequence[str], stop: str = "\n") -> Self:
-        """For generation: trained on the first answer, closed by ``stop``, scored against all of them; none: no label."""
+    def from_answers(cls, id: str, prompt: str, answers: Sequence[str], stop: str = "\n") -> Self:
+        """Make a generation example: it trains on the first answer and ``stop``, and is scored against all answers."""
         references = tuple(answer.strip() for answer in answers)
         target = (f" {references[0]}{stop}",) if references else ()
         return cls(id, prompt.strip(" "), target, gold=(0,) if references else (), references=references)
@@ -68,7 +68,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """Where a task's rows live on the Hugging Face Hub."""
+    """Location of a task's rows on the Hugging Face Hub."""
 
     path: str
     config: str | None = None
@@ -77,24 +77,24 @@ class HubSource:
 
 
 class Task(ABC):
-    """Contract of a task. One file, one class, one line in the registry.
+    """Base class of tasks. A built-in task has one file, one class and one line in the registry.
 
     Attributes (of the class; a task made from a template sets them on the instance):
-        name: The task's name in configs.
-        version: Raised whenever prompts, candidates or scoring change.
-        kind: See :class:`Kind`.
-        hub: Where the rows are on the Hub, ``None`` for a task without a Hub data set.
-        fields: Row fields that :meth:`example` reads; a missing one is reported with file and row.
-        metric: Name of the metric that a run is summed up by.
-        metrics: Of a generation task: what held-out rows are scored by, ``metric`` among them. Each needs generated answers, but
-            for ``perplexity``.
-        stop: Texts that end a generated answer, beside the end-of-sequence token; they are no part of it.
+        name: Name of the task in configs.
+        version: Version, which increases whenever prompts, candidates or scoring change.
+        kind: Kind of the task, see :class:`Kind`.
+        hub: Location of the rows on the Hub; ``None`` for a task without a Hub data set.
+        fields: Row fields that :meth:`example` reads; a missing field is reported with file and row.
+        metric: Name of the metric that summarizes a run.
+        metrics: For a generation task: metrics of held-out rows, including ``metric``. All except ``perplexity`` need generated
+            answers.
+        stop: Texts that end a generated answer, in addition to the end-of-sequence token; they are not part of it.
         max_new_tokens: Longest generated answer, in tokens.
-        chat: How conversations are written; ``None`` for a task of plain prompts.
-        grouped: Rows of one :attr:`Example.group` are also scored together (MultiRC).
-        default_num_dev: Dev rows drawn from the training split when the user gives no number.
-        files: A custom task's own files, by split; empty for the others.
-        id_field: Field that holds a row's id; ``None`` for the usual ones, see :func:`slzo.data.sources.row_id`.
+        chat: Format of conversations; ``None`` for a task with plain prompts.
+        grouped: Whether rows with the same :attr:`Example.group` are also scored together (MultiRC).
+        default_num_dev: Number of dev rows drawn from the training split if the user gives none.
+        files: Files of a custom task, by split; empty for other tasks.
+        id_field: Field with a row's id; ``None`` for the default fields, see :func:`slzo.data.sources.row_id`.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Task(ABC):
 
     @property
     def generates(self) -> bool:
-        """Whether answers are generated to score a row."""
+        """Whether scoring a row generates an answer."""
         return self.kind is Kind.GENERATION and any(name != "perplexity" for name in self.metrics)
 
     @abstractmethod
@@ -122,23 +122,23 @@ class Task(ABC):
         """Turn one row (the Hub's fields) into an example.
 
         Raises:
-            ValueError: A field has a wrong type or a label lies outside the candidates; the caller adds file and row.
+            ValueError: If a field has a wrong type or a label does not match the candidates; the caller adds file and row.
         """
 
     def shipped_rows(self, split: Split) -> Sequence[Fields] | None:
-        """Rows of a data set that comes as a package; ``None`` if they must be read from files or the Hub."""
+        """Return the rows of a data set from a package; ``None`` if they are read from files or the Hub."""
         return None
 
 
 def check_max_new_tokens(value: int) -> int:
-    """A number of tokens that an answer may have; SlzoError if it is none."""
+    """Return a valid maximum length of an answer; raise SlzoError if it is not positive."""
     if value < 1:
         raise SlzoError(f"data.task.max_new_tokens {value}: must be at least 1")
     return value
 
 
 def check_stop(texts: Sequence[str]) -> tuple[str, ...]:
-    """Texts that may end an answer; SlzoError if one is empty."""
+    """Return the texts that end an answer; raise SlzoError if one is empty."""
     if not all(texts):
         raise SlzoError(f"data.task.stop {list(texts)}: one is empty and would end every answer at once; leave it out")
     return tuple(texts)

@@ -1,7 +1,7 @@
 """BoolQ: a yes/no question about a passage.
 
 Source: https://huggingface.co/datasets/aps/super_glue (config boolq); splits: train, validation.
-Prompt: ``{passage} {Question}?⏎``, the question with a capital and one question mark.
+Prompt: ``{passage} {Question}?⏎``, the question with a capital letter and a question mark.
 Candidates: ``No``, ``Yes`` (label 0, 1).
 Metric: accuracy.
 """
@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class BoolQ(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "boolq"
     kind = Kind.CLASSIFICATION

@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Cb(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "cb"
     kind = Kind.CLASSIFICATION

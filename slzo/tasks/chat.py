@@ -1,8 +1,8 @@
-"""Conversations of one's own, described in the config: written by the model's chat template, trained on what the assistant says.
+"""Task on your own conversations, described in the config. The model trains on the assistant's turns.
 
-Source: ``train_file`` (and ``dev_file``, ``test_file``), a folder or the Hub. A row is ``messages`` (turns with role and
+Source: ``train_file`` (and ``dev_file``, ``test_file``), a folder or the Hub. A row has ``messages`` (turns with role and
 content), or ``prompt`` and ``completion`` (texts or turns), or ``instruction``, ``input`` and ``output`` (Alpaca).
-Metric: perplexity of the answers, or of generated ones what ``metrics`` names.
+Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 """
 
 from slzo.rewards.registry import check_metrics
@@ -15,27 +15,27 @@ from slzo.utils.errors import SlzoError
 class ChatTask(Task):
     """Chat data: rows of ``messages``, of ``prompt`` and ``completion``, or of ``instruction``, ``input`` and ``output``.
 
-    The last turn is the answer where the assistant speaks it; a row without an answer can be answered and rewarded, but not
-    trained on by its likelihood. Where a conversation is too long, former turns are left out, then the system prompt, and then
-    the last user turn is cut at its beginning; the answer stays whole.
+    The last turn is the answer if it is the assistant's. Rows without an answer can be used for generation and rewards, but not
+    for training on the answer's likelihood. If a conversation is too long, its oldest turns are left out first, then the system
+    prompt; then the last user turn is cut at its beginning. The answer is never cut.
 
     Args:
         train_file: JSON Lines, CSV or Parquet.
         dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
-        system: System prompt of rows that have none of their own; left out, the template may add its own.
-        turns: Train on all of the assistant's turns, or on the last alone.
-        template: Chat template: chatml, plain, or a file with one; left out, the tokenizer's, or plain where it has none.
+        system: System prompt of rows without one; left out, the template may add its own.
+        turns: Train on all of the assistant's turns, or on the last one only.
+        template: Chat template: chatml, plain, or a file with one; left out, the tokenizer's, or plain if it has none.
         max_new_tokens: Longest generated answer, in tokens.
-        stop: Texts that end a generated answer, beside the template's end of a turn.
-        metrics: What held-out rows are scored by, the first sums a run up: perplexity, or of generated answers f1, exact_match
-            and other built-in rewards.
+        stop: Texts that end a generated answer, in addition to the template's end of turn.
+        metrics: Metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated answers f1,
+            exact_match and other built-in rewards.
         name: Name of the task in logs and file names.
-        id_field: Field with a row's id, which predictions and messages name, unique over all files; left out, id, query_id or
-            idx, else the row's place.
+        id_field: Field with a row's id for predictions and messages, unique over all files; left out, id, query_id or idx,
+            else the row's position.
 
     Raises:
-        SlzoError: An argument is wrong.
+        SlzoError: If an argument is wrong.
     """
 
     kind = Kind.GENERATION
@@ -83,13 +83,13 @@ class ChatTask(Task):
         if self.system is not None and turns[0].role != "system":
             turns = (Message("system", self.system), *turns)
         known = () if answer is None else (answer,)
-        shown_as = turns[0].content if len(turns) == 1 else "\n".join(f"{t.role}: {t.content}" for t in turns)
+        prompt = turns[0].content if len(turns) == 1 else "\n".join(f"{t.role}: {t.content}" for t in turns)
         references = tuple(text.strip() for text in known)
-        return Example(id, shown_as.strip(" "), known, tuple(range(len(known))), references, messages=turns)
+        return Example(id, prompt.strip(" "), known, tuple(range(len(known))), references, messages=turns)
 
 
 def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
-    """The turns up to the answer, and the answer if there is one."""
+    """Return the turns before the answer, and the answer if there is one."""
     if row.get("messages") is not None:
         return _split_off_answer(read_messages(row["messages"], "messages"))
     if row.get("prompt") is not None:
@@ -99,9 +99,9 @@ def _turns(row: Fields) -> tuple[tuple[Message, ...], str | None]:
             return turns, answer
         return _split_off_answer((*turns, *read_messages(answer, "completion")))
     if row.get("instruction") is not None:
-        instruction, more, answer = (_text(row, name) for name in ("instruction", "input", "output"))
-        asked = instruction if not more.strip() else f"{instruction}\n\n{more}"
-        return (Message("user", asked),), answer if row.get("output") is not None else None
+        instruction, context, answer = (_text(row, name) for name in ("instruction", "input", "output"))
+        prompt = instruction if not context.strip() else f"{instruction}\n\n{context}"
+        return (Message("user", prompt),), answer if row.get("output") is not None else None
     present = ", ".join(str(name) for name, value in row.items() if value is not None)
     raise ValueError(f"field 'messages' is missing, and so are 'prompt' and 'instruction'; the row has {present}")
 

@@ -15,7 +15,7 @@ CONJUNCTIONS = MappingProxyType({"effect": "so", "cause": "because"})
 
 
 class Copa(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "copa"
     kind = Kind.MULTIPLE_CHOICE

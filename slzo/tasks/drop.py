@@ -1,9 +1,9 @@
-"""DROP: a question that takes some reasoning (counting, sorting) over a passage.
+"""DROP: a question that needs reasoning (counting, sorting) over a passage.
 
 Source: https://huggingface.co/datasets/ucinlp/drop; splits: train, validation.
 Prompt: ``Passage: {passage}⏎Question: {question}⏎Answer:``, the question without outer white space.
-Trained on: a space, the first answer, a newline.
-Metric: token F1, best over the answers; exact match beside it.
+Target: a space, the first answer and a newline.
+Metric: token F1, best over the answers; also exact match.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, text_field, texts_field
 
 
 class Drop(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "drop"
     kind = Kind.GENERATION
@@ -22,4 +22,4 @@ class Drop(Task):
     def example(self, row: Fields, id: str) -> Example:
         passage, question = text_field(row, "passage"), text_field(row, "question").strip()
         prompt = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
-        return Example.of_answers(id, prompt, texts_field(row, "answers_spans", "spans"))
+        return Example.from_answers(id, prompt, texts_field(row, "answers_spans", "spans"))

@@ -1,4 +1,4 @@
-"""Reading one field of a row, with errors that name the field and the value."""
+"""Read single fields of a row; errors name the field and its value."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ Fields = Mapping[str, Any]
 
 
 def shown(value: object) -> str:
-    """Repr of a value, cut to what fits in a one-line message."""
+    """Return the repr of a value, truncated to fit in a one-line message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:
-    """A field that must hold text.
+    """Read a text field.
 
     Raises:
-        ValueError: The field is missing, not text, or only white space unless ``allow_empty``.
+        ValueError: If the field is missing or not text, or is only white space without ``allow_empty``.
     """
     value = row.get(name)
     if not isinstance(value, str):
@@ -28,10 +28,10 @@ def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:
 
 
 def texts_field(row: Fields, name: str, key: str | None = None) -> tuple[str, ...]:
-    """A field that must hold a list of texts, or an object whose ``key`` holds one.
+    """Read a field with a list of texts, or with an object that has such a list under ``key``.
 
     Raises:
-        ValueError: It does not, or one of the texts is only white space.
+        ValueError: If there is no such list, or one of the texts is only white space.
     """
     value = row.get(name)
     where = repr(name)
@@ -46,10 +46,10 @@ def texts_field(row: Fields, name: str, key: str | None = None) -> tuple[str, ..
 
 
 def label_field(row: Fields, num_labels: int, name: str = "label") -> tuple[int, ...]:
-    """The gold index of a row, as a tuple of one; empty for the Hub's -1, which marks a row without a label.
+    """Read the gold index of a row as a tuple of one; empty for the Hub's -1, which marks a row without a label.
 
     Raises:
-        ValueError: The label is not an integer or lies outside -1 .. ``num_labels`` - 1.
+        ValueError: If the label is not an integer between -1 and ``num_labels`` - 1.
     """
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < num_labels:

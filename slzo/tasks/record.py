@@ -1,9 +1,9 @@
-"""ReCoRD: which entity of a news passage belongs at the blank of a sentence?
+"""ReCoRD: which entity of a news passage fills the blank in a sentence?
 
 Source: https://huggingface.co/datasets/aps/super_glue (config record); splits: train, validation.
 Prompt: the passage with ``@highlight⏎`` replaced by ``- ``, then ``⏎-``.
 Candidates: a space and the query with ``@placeholder`` replaced by each entity, in alphabetical order.
-Metric: accuracy, any listed answer counts.
+Metric: accuracy; any listed answer is correct.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, shown, text_field, texts_field
 
 
 class Record(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "record"
     kind = Kind.MULTIPLE_CHOICE
@@ -23,7 +23,7 @@ class Record(Task):
         query = text_field(row, "query")
         if "@placeholder" not in query:
             raise ValueError(f"field 'query' is {shown(query)}; it must contain @placeholder")
-        # The Hub and the official files list the entities in different orders.
+        # the Hub and the official files list the entities in different orders
         entities = sorted(set(texts_field(row, "entities")))
         if not entities:
             raise ValueError("field 'entities' is []; it must name at least one")

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""Registry of tasks by name."""
 
 import difflib
 import importlib
@@ -25,19 +25,18 @@ from slzo.utils.class_paths import import_failure, required_arguments
 from slzo.utils.errors import SlzoError
 
 _ALL = (BoolQ, Cb, Copa, Drop, MovieReviews, MultiRc, Record, Rte, Squad, Sst2, Wic, Wsc)
-_OF_ONES_OWN = (TemplateTask.__name__, ChatTask.__name__)
 TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in _ALL})
 
 
 def get_task(name: str) -> Task:
-    """The task of that name, or of that class path: one that needs no options arrives as its name.
+    """Return the task with a name or class path, made without options.
 
     Raises:
-        SlzoError: There is none.
+        SlzoError: If there is no such task, or it needs options.
     """
     if name in TASKS:
         return TASKS[name]()
-    if name == ChatTask.__name__:  # a class without options arrives as its name
+    if name == ChatTask.__name__:  # the command line passes a class without options as its name
         return ChatTask()
     if name == TemplateTask.__name__:
         raise SlzoError(
@@ -46,7 +45,7 @@ def get_task(name: str) -> Task:
     if "." in name:
         return _task_at(name)
     close = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    own = " or ".join(_OF_ONES_OWN)
+    own = f"{TemplateTask.__name__} or {ChatTask.__name__}"
     hint = f"; did you mean {close[0]!r}?" if close else f"; one on your own files is {own}"
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")
 
@@ -55,11 +54,11 @@ def _task_at(path: str) -> Task:
     if reason := import_failure(path):
         raise SlzoError(f"data.task {path!r}: {reason}")
     module, _, name = path.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
-    if not inspect.isclass(kind) or not issubclass(kind, Task) or inspect.isabstract(kind):
+    cls = getattr(importlib.import_module(module), name)
+    if not inspect.isclass(cls) or not issubclass(cls, Task) or inspect.isabstract(cls):
         raise SlzoError(f"data.task {path!r}: is no task; give a subclass of slzo.tasks.base.Task that defines example")
-    if needed := required_arguments(kind):
+    if needed := required_arguments(cls):
         raise SlzoError(
             f"data.task {path!r}: needs data.task.{needed[0]}; give it as data.task.init_args or --data.task.{needed[0]}"
         )
-    return kind()
+    return cls()

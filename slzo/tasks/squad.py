@@ -2,8 +2,8 @@
 
 Source: https://huggingface.co/datasets/rajpurkar/squad; splits: train, validation.
 Prompt: ``Title: {title}⏎Context: {context}⏎Question: {question}⏎Answer:``, the question without outer white space.
-Trained on: a space, the first answer, a newline.
-Metric: token F1, best over the answers; exact match beside it.
+Target: a space, the first answer and a newline.
+Metric: token F1, best over the answers; also exact match.
 """
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, text_field, texts_field
 
 
 class Squad(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "squad"
     kind = Kind.GENERATION
@@ -23,4 +23,4 @@ class Squad(Task):
         title, context = text_field(row, "title"), text_field(row, "context")
         question = text_field(row, "question").strip()
         prompt = f"Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
-        return Example.of_answers(id, prompt, texts_field(row, "answers", "text"))
+        return Example.from_answers(id, prompt, texts_field(row, "answers", "text"))

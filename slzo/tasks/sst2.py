@@ -1,4 +1,4 @@
-"""SST-2: is a film review's sentence negative or positive?
+"""SST-2: is a sentence of a movie review negative or positive?
 
 Source: https://huggingface.co/datasets/nyu-mll/glue (config sst2); splits: train, validation.
 Prompt: ``{sentence} It was``, the sentence without outer white space.
@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Sst2(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "sst2"
     kind = Kind.CLASSIFICATION

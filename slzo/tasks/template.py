@@ -1,7 +1,7 @@
-"""A task on the user's own files, described in the config: no Python needed.
+"""Task on your own files, described in the config without Python.
 
 Source: ``train_file`` (and ``dev_file``, ``test_file``). Prompt: a template with the row's fields in braces. Metric: accuracy
-over the candidates, or of generated answers token F1 or what else ``metrics`` names.
+over the candidates, or the ``metrics`` of generated answers, by default token F1.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from slzo.utils.errors import SlzoError
 class TemplateTask(Task):
     """Candidates chosen by a label, or free answers, after a prompt made from a template.
 
-    Answers are generated where answer_field, references_field or max_new_tokens is given; a reward needs no answer in the row.
+    Answers are generated if an option for generation is given. A reward does not need an answer in the row.
 
     Args:
-        prompt: Text, of several lines if need be, with ``{field}`` for the row's fields; ``{{`` and ``}}`` are plain braces.
-        candidates: Answer texts, with a leading space where they need one. Empty for generation.
+        prompt: Text of one or more lines with ``{field}`` for the row's fields; ``{{`` and ``}}`` are plain braces.
+        candidates: Answer texts, with a leading space if they need one. Empty for generation.
         label_field: Field with the label.
         labels: The rows' labels in the order of the candidates. By default 0, 1, ... or a candidate's own text
             without outer spaces. A row label of -1, or an empty cell, means that the row has none.
@@ -28,18 +28,18 @@ class TemplateTask(Task):
         references_field: Generation: field with further accepted answers, a text or a list of texts.
         stop: Generation: texts that end an answer; the first one ends those trained on. Left out, a newline.
         max_new_tokens: Generation: longest answer, in tokens; left out, 50.
-        metrics: Generation: what held-out rows are scored by, the first sums a run up: perplexity, or of generated answers f1,
-            exact_match and other built-in rewards. Left out, f1 and exact_match, or without answers in the rows the reward
-            alone.
+        metrics: Generation: metrics of held-out rows; the first one summarizes a run. Choose perplexity, or for generated
+            answers f1, exact_match and other built-in rewards. Left out, f1 and exact_match; only the reward if the rows have
+            no answers.
         train_file: JSON Lines, CSV or Parquet.
         dev_file: As ``train_file``; left out, dev rows are drawn from the training rows.
         test_file: As ``train_file``; left out, held-out rows are drawn from the training rows.
         name: Name of the task in logs and file names.
-        id_field: Field with a row's id, which predictions and messages name, unique over all files; left out, id, query_id or
-            idx, else the row's place.
+        id_field: Field with a row's id for predictions and messages, unique over all files; left out, id, query_id or idx,
+            else the row's position.
 
     Raises:
-        SlzoError: An argument is wrong.
+        SlzoError: If an argument is wrong.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class TemplateTask(Task):
             self.stop = check_stop(["\n"] if stop is None else stop)
             if not self.stop:
                 raise SlzoError("data.task.stop []: give at least one text that ends an answer, or leave it out")
-            answered = answer_field is not None or references_field is not None
-            usual = Task.metrics if answered else ()
-            self.metrics = usual if metrics is None else check_metrics(metrics)
+            has_answers = answer_field is not None or references_field is not None
+            default_metrics = Task.metrics if has_answers else ()
+            self.metrics = default_metrics if metrics is None else check_metrics(metrics)
             self.metric = self.metrics[0] if self.metrics else "reward"
             self.fields = self._in_prompt if answer_field is None else (*self._in_prompt, answer_field)
         else:
@@ -107,19 +107,19 @@ class TemplateTask(Task):
         values = {field: _as_text(row[field], field) for field in self._in_prompt}
         prompt = self.prompt.format_map(values).strip(" ")
         if self.kind is Kind.GENERATION:
-            return Example.of_answers(id, prompt, self._answers(row), self.stop[0])
+            return Example.from_answers(id, prompt, self._answers(row), self.stop[0])
         return Example(id, prompt, self.candidates, self._gold(row[self.label_field]))
 
     def _answers(self, row: Fields) -> tuple[str, ...]:
-        """Accepted answers, the one that is trained on first; none if the row has no field for them."""
-        found: tuple[str, ...] = ()
+        """Return the accepted answers, the one to train on first; empty if the row has no such field."""
+        answers: tuple[str, ...] = ()
         for field in (self.answer_field, self.references_field):
             if field is not None and row.get(field) is not None:
-                found += _answers(row[field], field)
+                answers += _answers(row[field], field)
         for end in self.stop:
-            if any(end in answer.strip() for answer in found):
+            if any(end in answer.strip() for answer in answers):
                 raise ValueError(f"an answer holds {end!r}, which ends an answer; give other texts in data.task.stop")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(answers))
 
     def _gold(self, label: object) -> tuple[int, ...]:
         if isinstance(label, float) and label.is_integer():  # Parquet files made with pandas

@@ -11,7 +11,7 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Wic(Task):
-    """See the module."""
+    """See the module docstring."""
 
     name = "wic"
     kind = Kind.CLASSIFICATION

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of models or tasks."""
+"""Small helpers that do not depend on models or tasks."""

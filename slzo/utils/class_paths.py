@@ -1,4 +1,4 @@
-"""Class paths: importing what they name, from the current folder too, and saying in one line why that fails."""
+"""Import class paths, also from the current folder, and describe errors in one line."""
 
 import importlib
 import inspect
@@ -7,46 +7,45 @@ from pathlib import Path
 
 
 def import_failure(path: str) -> str:
-    """Why what a class path names cannot be imported; empty if it can."""
+    """Return why a class path cannot be imported; empty if it can."""
     module, _, name = path.rpartition(".")
     try:
         found = hasattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         return f"{module} cannot be imported ({format_error(error)}){format_place(error)}"
     return "" if found else f"{module} has no {name}"
 
 
 def format_error(error: BaseException) -> str:
-    """Class and message of an error, on one line."""
+    """Return class and message of an error, on one line."""
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
 
 
 def format_place(error: BaseException) -> str:
-    """Where in a file that was being imported an error is, as ``, line 3 of FILE``; empty if in none."""
+    """Return the place of an error in an imported file, as ``, line 3 of FILE``; empty if there is none."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f", line {error.lineno} of {_short(error.filename)}"
-    # files of the current folder, and what others run when they are imported
+    # the user's files, and module-level code of installed packages
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.name == "<module>" or "site-packages" not in frame.filename
+        if (frame.name == "<module>" or "site-packages" not in frame.filename)
+        and not frame.filename.startswith("<")
+        and not _is_internal(frame.filename)
     ]
-    own = [frame for frame in frames if not frame.filename.startswith("<") and not _is_ours(frame.filename)]
-    return f", line {own[-1].lineno} of {_short(own[-1].filename)}" if own else ""
+    return f", line {frames[-1].lineno} of {_short(frames[-1].filename)}" if frames else ""
 
 
 def required_arguments(kind: type) -> list[str]:
-    """Names of the arguments that a class cannot be made without."""
-    usual = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    """Return the names of a class's arguments that have no default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(kind).parameters.values()
-    return [
-        parameter.name for parameter in parameters if parameter.kind in usual and parameter.default is parameter.empty
-    ]
+    return [each.name for each in parameters if each.kind in named and each.default is each.empty]
 
 
-def _is_ours(file: str) -> bool:
-    """Whether a file is of this package, or of the imports of Python."""
+def _is_internal(file: str) -> bool:
+    """Whether a file belongs to this package or to Python's import system."""
     return Path(__file__).parent in Path(file).parents or Path(file).parent == Path(importlib.__file__).parent
 
 

@@ -1,23 +1,24 @@
-"""Plain lines on standard output, from the first process of a run only."""
+"""Write plain lines to the console, from the first process of a run only."""
 
 import os
 import sys
 
-import torch.distributed
-
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-"""Set by launchers before there is a process group."""
+"""Variables that launchers set before there is a process group."""
 
 
 def is_first_process() -> bool:
     """Whether this process has rank 0."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
+    if "torch" in sys.modules:  # without torch there is no process group
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank() == 0
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 def say(text: str = "") -> None:
-    """Write one or more lines."""
+    """Write one or more lines to standard output."""
     if is_first_process():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()

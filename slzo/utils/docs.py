@@ -1,24 +1,24 @@
-"""Lists in docstrings, made from registries."""
+"""Insert lists of registered names into docstrings."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-_Kind = TypeVar("_Kind", bound=type)
+_Documented = TypeVar("_Documented", bound=Callable)
 
 
-def with_lists(**lists: Iterable[str]) -> Callable[[_Kind], _Kind]:
-    """Put names in the place of ``{NAME}`` in the docstring of a class; help and pages are made from it."""
+def with_lists(**lists: Iterable[str]) -> Callable[[_Documented], _Documented]:
+    """Return a decorator that replaces ``{NAME}`` in the docstring, from which help texts are made, with names."""
 
-    def fill(kind: _Kind) -> _Kind:
-        text = kind.__doc__ or ""
+    def fill(documented: _Documented) -> _Documented:
+        text = documented.__doc__ or ""
         for name, names in lists.items():
             text = text.replace(f"{{{name}}}", ", ".join(names))
-        kind.__doc__ = text
-        return kind
+        documented.__doc__ = text
+        return documented
 
     return fill
 
 
 def class_names(kinds: Iterable[type]) -> list[str]:
-    """Names of registered classes."""
+    """Return the names of registered classes."""
     return [kind.__name__ for kind in kinds]

@@ -1,11 +1,10 @@
-"""What a run ran on, for whoever wants the same numbers."""
+"""Describe software and hardware of a run, so that its numbers can be reproduced."""
 
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,21 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "CUBLAS_WORKSPAC
 
 
 def command_line() -> str | None:
-    """The command that started this process, if it is one of slzo's; ``None`` in other Python programs."""
+    """Return the slzo command that started this process; ``None`` in other Python programs."""
     program = Path(sys.argv[0]) if sys.argv else Path()
     is_ours = program.stem == "slzo" or program.parts[-2:] == ("slzo", "__main__.py")
     return shlex.join(["slzo", *sys.argv[1:]]) if is_ours else None
 
 
 def environment() -> dict[str, Any]:
-    """Versions, command, processor, threads and choices of kernels: strings, numbers and lists of them."""
+    """Return versions, command, processor, threads and kernel settings, as primitives."""
+    installed = {package: _version(package) for package in _PACKAGES}
     return {
         "command": shlex.join(sys.argv),
         "versions": {
             "python": platform.python_version(),
             "slzo": _version("slzo"),
-            **_versions(_PACKAGES),
+            **{package: version for package, version in installed.items() if version is not None},
             "torch": torch.__version__,
         },
         "commit": git_commit(Path(__file__).parent),
@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that a folder's files are of, with ``+`` where they were changed; ``None`` if they are in no repository."""
+    """Return the commit of a folder's files, with ``+`` if they were changed; ``None`` if they are in no repository."""
     try:
         if not _git(folder, "ls-files", "."):  # installed somewhere below another project
             return None
@@ -82,12 +82,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    return {package: found for package in packages if (found := _version(package)) is not None}
-
-
 def _processor() -> str:
-    """The processor's name; on Linux the one that the system tells."""
+    """Return the processor's name, on Linux from /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

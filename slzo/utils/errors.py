@@ -1,4 +1,4 @@
-"""The exception for an error that the user can fix, and the one for a signal."""
+"""Exceptions for errors that the user can fix, and for signals."""
 
 import signal
 
@@ -12,15 +12,15 @@ class SlzoError(Exception):
 
 
 class RowError(SlzoError):
-    """A row that cannot be used, with its place; see :mod:`slzo.data.sources`."""
+    """A row that cannot be used; the message names its place. See :mod:`slzo.data.sources`."""
 
 
-class Interrupted(BaseException):  # nothing that handles errors may swallow it
-    """A signal ended the run; the command line exits with status 128 and its number, as shells report it.
+class Interrupted(BaseException):  # not an Exception, so that error handlers do not catch it
+    """A signal ended the run; the command line exits with status 128 + number, as shells report it.
 
     Args:
-        number: Of the signal.
-        saved: Whether the state after the last step was saved, on every process alike.
+        number: Number of the signal.
+        saved: Whether the state after the last step was saved; the same on every process.
     """
 
     def __init__(self, number: int, saved: bool = False) -> None:

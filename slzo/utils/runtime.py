@@ -1,4 +1,4 @@
-"""Facts about the running process."""
+"""Memory and settings of the running process."""
 
 import ctypes
 import os
@@ -15,20 +15,20 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Largest memory used so far, GiB: of the accelerator, or of the process on a CPU."""
+    """Return the peak memory so far, GiB, of the accelerator or, on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20
-    # on Linux this one can be that of the process that started this one
+    # on Linux this can be the peak of the parent process
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; ``None`` where it is not known."""
+    """Return the free memory of a device, in bytes; ``None`` if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
@@ -44,8 +44,8 @@ def free_bytes(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def of_all_processes(items: list[_Item]) -> list[_Item]:
-    """The items of every process, in the order of the processes; a collective call where there are several."""
+def gather_from_processes(items: list[_Item]) -> list[_Item]:
+    """Gather the items of all processes, in the order of the processes; a collective operation."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return items
     gathered: list[list[_Item]] = [[] for _ in range(torch.distributed.get_world_size())]
@@ -54,11 +54,11 @@ def of_all_processes(items: list[_Item]) -> list[_Item]:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for the next tensor instead of giving it back to the system page by page.
+    """Let the C library keep freed memory for the next tensor instead of returning it to the system.
 
-    A forward pass on the CPU makes and drops tensors of some megabytes all the time; with glibc's defaults every one of them is
-    mapped and zeroed anew, which takes about a quarter of a step. A setting of the whole process, so only programs should call
-    it, not libraries. Returns whether the C library took the settings; other libraries than glibc have none.
+    A forward pass on the CPU allocates and frees tensors of some megabytes all the time. With glibc's defaults each of them is
+    mapped and zeroed again, which takes about a quarter of a step. This is a setting of the whole process, so only programs
+    should call it, not libraries. Returns whether the settings were applied; C libraries other than glibc lack them.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -72,11 +72,11 @@ def keep_freed_memory() -> bool:
 
 
 def bound_kernel_caches() -> None:
-    """Keep the kernels that oneDNN compiles for the last shapes only.
+    """Limit oneDNN's cache of compiled kernels to the last 64 shapes.
 
-    Every batch has another number of tokens, so a run asks for thousands of shapes and comes back to few. oneDNN and torch's
-    layer above it each keep the last 1024 kernels, up to half a GiB; a shape that returns within a step is still among 64. What
-    the environment says already is left as it is. For programs, as :func:`keep_freed_memory`, and before the first product.
+    Each batch has another number of tokens, so a run needs thousands of shapes and repeats few. By default oneDNN and torch each
+    keep the last 1024 kernels, up to half a GiB. A cache of 64 still has the shapes that repeat within a step. Variables that are
+    already set are kept. Call it in programs only, like :func:`keep_freed_memory`, before the first matrix product.
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, "64")

@@ -1,4 +1,4 @@
-"""What an object was made with, to tell whether results or checkpoints are of the same options."""
+"""Settings of objects, used to check whether results or checkpoints were made with the same options."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ from slzo.utils.errors import SlzoError
 
 
 def constructor_settings(thing: object, option: str) -> dict[str, Any]:
-    """Class and constructor arguments, which scopes, estimators, rules and tasks keep as attributes of the same names.
+    """Return the class name and the constructor arguments, which the object must keep as attributes of the same names.
 
     Args:
-        thing: The object.
-        option: That chose it, for the message.
+        thing: A scope, estimator, rule or task.
+        option: Name of the option that chose it, for messages.
 
     Returns:
-        Primitives, lists and dictionaries of them; a path as its text, an enum's member as its name.
+        Primitives, and lists and dictionaries of them; a path becomes its text, a member of an enum its name.
 
     Raises:
-        SlzoError: An argument is not kept, or of another type, which no checkpoint could hold.
+        SlzoError: An argument is not kept as an attribute, or has a type that a checkpoint cannot hold.
     """
     parameters = inspect.signature(type(thing)).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -32,13 +32,6 @@ def constructor_settings(thing: object, option: str) -> dict[str, Any]:
             )
     values = {name: _primitive(getattr(thing, name), f"{option}.{name}") for name in names}
     return {"class": type(thing).__qualname__, **values}
-
-
-def with_defaults(settings: Mapping[str, Any], thing: object) -> dict[str, Any]:
-    """Settings of a former version, with what it did not know as its present class has it when it is left out."""
-    own = type(thing)
-    parameters = inspect.signature(own).parameters.values() if settings.get("class") == own.__qualname__ else ()
-    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **settings}
 
 
 def _primitive(value: object, option: str) -> Any:
@@ -60,11 +53,11 @@ def _primitive(value: object, option: str) -> Any:
 
 
 def flat_settings(option: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of one object as ``option``, its class, and ``option.NAME`` for each argument."""
+    """Flatten the settings of one object: its class as ``option``, and each argument as ``option.NAME``."""
     return {option if name == "class" else f"{option}.{name}": value for name, value in settings.items()}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs, as ``name: old -> new``."""
+    """Return the settings that differ, as ``name: old -> new``."""
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)

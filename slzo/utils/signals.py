@@ -1,4 +1,4 @@
-"""Signals that come at a bad moment."""
+"""Hold signals during short pieces of work."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from types import FrameType
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the end of a short piece of work.
+    """Delay Ctrl-C and SIGTERM until the context ends.
 
-    C code that calls back to Python turns what a signal's handler raises into errors of its own.
+    Otherwise C code that calls back to Python would convert what a signal handler raises to its own errors.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Step sizes from forward passes: how far to look, and how far to go."""
+"""Measured step sizes: the size of the perturbation and the learning rate, from forward passes alone."""
 
 import math
 import statistics
@@ -13,32 +13,32 @@ from slzo.zo.estimators.base import Estimate, Estimator, Loss, Point
 from slzo.zo.optim import gradient_power
 from slzo.zo.tuned import TunedTensors
 
-# The first step is to lower the loss by this share of it, if the slope held: shares around it came within 3% of the best of five
-# constant rates on SmolLM2-135M (layers 28 and 29) and Gemma 3 270M (layer 17), whose best rates differ by a factor of 100.
+# The first step should lower the loss by this share of it, if the loss were linear. Similar shares came within 3% of the best of
+# five constant rates on SmolLM2-135M (layers 28 and 29) and Gemma 3 270M (layer 17), whose best rates differ by a factor of 100.
 _SHARE = 0.045
-# A perturbation is to change the loss by this share of it: far above rounding, and near enough for a straight line.
+# A perturbation should change the loss by this share of it: far more than rounding, and little enough for a linear loss.
 _EPS_SHARE = {"float32": 0.01, "half": 0.03}
 HALF = (torch.bfloat16, torch.float16)
 """Types in which rounding hides the curvature."""
 _FIRST_EPS, _LARGEST_EPS = 1e-3, 1.0
-_LOOKS = 3
-# A mean loss above this many times that at the weights is beyond the straight line.
+_MAX_PROBES = 3
+# A mean loss above this many times the loss at the weights is beyond the linear range.
 _TOO_FAR = 2.0
-_LOOK_DIRECTIONS, _DIRECTIONS = 2, 8
-_MEMORY = 20.0
-# Share of the rate at which the curvature along random directions eats up what a step wins.
+_PROBE_DIRECTIONS, _DIRECTIONS = 2, 8
+_MEAN_STEPS = 20.0
+# Share of the rate at which the curvature along random directions cancels the gain of a step.
 _CURVATURE_SHARE = 0.3
-# Where some matrices begin at 0 and multiply others (LoRA), slopes are small at first and grow with every step: the rate stays
-# below that at which the first step moves an element of the others by this share of their size. SmolLM2-135M, layer 28: dev loss
-# 0.593 on SST-2 after 100 steps (best constant rate that was tried: 0.620); twice as much diverged on COPA.
-_SHARE_BESIDE_ZEROS = 0.1
-# A slope above this many times the usual one is taken for so much: along a few directions the loss explodes, and one step there
-# undoes many. Of slopes that are normally distributed it is 1 in 400.
-_FAR = 3.0
-# Steps after which the share is half of it, and falls with their number, for noise to average out (Robbins and Monro, 1951). With
-# 0.03 and the root of the steps, three runs of 320 steps on movie reviews ended 1 to 3 points lower.
+# If some matrices start at 0 and multiply others (LoRA), slopes are small at first and grow with every step. The rate is limited
+# so that the first step moves an element of the other matrices by at most this share of their size. SmolLM2-135M, layer 28: dev
+# loss 0.593 on SST-2 after 100 steps (0.620 with the best constant rate that was tried); twice the share diverged on COPA.
+_NONZERO_SHARE = 0.1
+# Slopes above this many times the usual one are clipped: along a few directions the loss explodes, and one step there undoes many
+# others. Of normally distributed slopes 1 in 400 is clipped.
+_CLIP_MULTIPLE = 3.0
+# After this many steps the rate is halved. It falls with the number of steps, so that noise averages out (Robbins and Monro,
+# 1951). With 0.03 and the square root of the steps, three runs of 320 steps on movie reviews ended 1 to 3 points lower.
 _HALF_STEPS = 100
-# Directions of the measurement are drawn as of this step, which no training reaches: those of training stay as they are.
+# The measurement draws its directions as if in this step, which no training reaches, so it does not use directions of training.
 _PROBE_STEP = 2**40
 
 
@@ -46,29 +46,28 @@ _PROBE_STEP = 2**40
 class AutoStep:
     r"""A learning rate that follows the loss and its slopes (Polyak's step, 1987, for directional derivatives).
 
-    A step :math:`-\eta s z` along a direction z with slope s lowers the loss L by about :math:`\eta s^2`. That shall be a share
-    :math:`\kappa` of L, whatever the model's scale. Along random directions of mean curvature c it also raises the loss, by
+    A step :math:`-\eta s z` along a direction z with slope s lowers the loss L by about :math:`\eta s^2`. The rate is chosen so
+    that this is a share :math:`\kappa` of L. Along random directions of mean curvature c the step also raises the loss, by
     :math:`\eta^2 s^2 c / 2`, so the rate stays well below :math:`1 / c`:
 
     .. math:: \eta_t = \min(\kappa \, \bar L_t \, / \, \overline{s^2}_t, \; 0.3 / c) \, / \, (1 + t / 100)
 
-    with running means over about 20 steps; c is that of the beginning, and taken to grow as the mean squared slope does. Slopes
-    that shrink as the loss flattens out make the rate grow, batches that disagree make it smaller, and it falls with the number
-    of steps for noise to average out. LoRA's matrices have a third limit, see ``largest``.
+    The means are running means over about 20 steps. c is measured before training and assumed to grow like the mean squared
+    slope. The rate grows if slopes shrink as the loss flattens out, and shrinks if batches disagree. It falls with the number of
+    steps, so that noise averages out. LoRA's matrices have a third limit, see ``largest``.
 
     Attributes:
         eps: Size of the perturbation.
-        loss: Running mean of the loss.
+        loss: Running mean of the loss above ``lowest``.
         square: Running mean of the squared slopes.
-        curvature: Mean second derivative of the loss along random directions, before training; 0 where it is not known.
-        weight: Steps that the means stand for.
-        steps: Steps taken.
-        factor: What the rate is multiplied by; halved when training goes wrong.
+        curvature: Mean second derivative of the loss along random directions, before training; 0 if unknown.
+        weight: Number of steps that the means are taken over.
+        steps: Steps so far.
+        factor: Factor of the rate, halved at each rollback.
         evaluations: Batch evaluations that the measurement took.
-        lowest: The lowest loss there can be; ``loss`` is the distance to it.
-        largest: What the rate may be at most, where matrices that are 0 multiply others; 0 where there are none.
-        first_square: Mean squared slope before training; 0 where it is not known, or where slopes are to grow
-            (``largest``).
+        lowest: Lower bound of the loss.
+        largest: Upper limit of the rate if some matrices are 0 and multiply others; 0 for no limit.
+        first_square: Mean squared slope before training; 0 if unknown, or if ``largest`` is set, since slopes grow then.
     """
 
     eps: float
@@ -93,29 +92,30 @@ class AutoStep:
         half: bool = False,
         lowest: float = 0.0,
     ) -> Self:
-        """Look along some random directions from where the masters are; 17 to 29 evaluations of the batch.
+        """Measure the loss along random directions around the masters, with 17 to 29 evaluations of the batch.
 
-        The eps that is found changes the loss by a hundredth of it, and nowhere does the curvature change it more than the slope:
-        further away the loss is no straight line.
+        The measured eps changes the loss by about 1%. It is at most the distance at which the curvature changes the loss as much
+        as the slope, because the loss is not linear beyond.
 
         Args:
-            tuned: What is tuned; its live weights are at the masters, before and after.
-            loss: Of a batch.
-            seed: Of the directions.
-            eps: Size of the perturbation; ``None`` to find one.
-            half: The model computes in half precision: three hundredths then, and no curvature.
-            lowest: The lowest loss there can be.
+            tuned: The tuned tensors. Their live weights equal the masters before and after.
+            loss: Loss of a batch.
+            seed: Seed of the directions.
+            eps: Size of the perturbation; ``None`` to measure it.
+            half: Whether the model computes in half precision. Then eps changes the loss by about 3%, and the curvature is not
+                measured.
+            lowest: Lower bound of the loss.
 
         Raises:
-            SlzoError: The loss is not finite or not above the lowest, or does not change at any distance.
+            SlzoError: The loss is not finite or not above ``lowest``, or does not change at any distance.
         """
-        look, given = _Look(tuned, loss, seed, lowest), eps
+        probe, given = _Probe(tuned, loss, seed, lowest), eps
         try:
-            here = look.here()
+            here = probe.here()
             _check(here)
             if eps is None:
-                eps = _find_eps(look, here, _EPS_SHARE["half" if half else "float32"])
-            mean, square = look.at(eps, _DIRECTIONS)
+                eps = _find_eps(probe, here, _EPS_SHARE["half" if half else "float32"])
+            mean, square = probe.at(eps, _DIRECTIONS)
         finally:
             tuned.restore()
         _check(mean)
@@ -128,20 +128,19 @@ class AutoStep:
             raise SlzoError(
                 f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; {advice}"
             )
-        curvature = 0.0 if half else 2 * (mean - here) / eps**2  # in half precision it drowns in rounding
+        curvature = 0.0 if half else 2 * (mean - here) / eps**2  # rounding hides it in half precision
         if given is None and curvature > 0:
             eps = min(eps, float(f"{2 * math.sqrt(square) / curvature:.2g}"))
-        largest = _SHARE_BESIDE_ZEROS * _size_beside_zeros(tuned) / math.sqrt(square)
-        first = 0.0 if largest > 0 else square
+        largest = _NONZERO_SHARE * _size_of_nonzero(tuned) / math.sqrt(square)
         return cls(
             eps,
             mean,
             square,
             curvature,
-            evaluations=look.evaluations,
+            evaluations=probe.evaluations,
             lowest=lowest,
             largest=largest,
-            first_square=first,
+            first_square=0.0 if largest > 0 else square,
         )
 
     @property
@@ -151,33 +150,33 @@ class AutoStep:
 
     @property
     def promise(self) -> float:
-        """Share of the loss that the first step is to lower it by, if the slope held."""
-        return self._before_falling() * self.square / max(self.loss, 1e-30)
+        """Share of the loss that the first step removes, if the loss were linear."""
+        return self._undecayed_rate() * self.square / max(self.loss, 1e-30)
 
     def clip_factor(self, estimate: Estimate) -> float:
-        """Factor, at most 1, that brings slopes far above the usual ones down to the limit."""
-        square, limit = _mean_square(estimate), _FAR**2 * self.square
+        """Return the factor, at most 1, that clips slopes to 3 times the usual size."""
+        square, limit = _mean_square(estimate), _CLIP_MULTIPLE**2 * self.square
         return math.sqrt(limit / square) if 0 < limit < square else 1.0
 
     def update(self, estimate: Estimate) -> None:
-        """Take a finite estimate's loss and slopes, these up to the limit, into the running means."""
-        square, limit = _mean_square(estimate), _FAR**2 * self.square
+        """Add the loss and the clipped slopes of a finite estimate to the running means."""
+        square, limit = _mean_square(estimate), _CLIP_MULTIPLE**2 * self.square
         if limit > 0:
             square = min(square, limit)
         self.steps += 1
-        self.weight = min(self.weight + 1, _MEMORY)
+        self.weight = min(self.weight + 1, _MEAN_STEPS)
         self.loss += (estimate.loss - self.lowest - self.loss) / self.weight
         self.square += (square - self.square) / self.weight
 
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
-        r"""The learning rate.
+        r"""Return the learning rate for the next step.
 
-        Optimizers and estimators that divide the gradient by its size move every element by about the rate: it is then the
-        length that plain gradient descent would move an element, :math:`\eta` times the slope.
+        Optimizers and estimators that divide the gradient by its size move every element by about the rate. For them the rate is
+        the distance that plain gradient descent would move an element: :math:`\eta` times the slope.
 
         Args:
-            optimizer: Whose rate it is.
-            estimator: Of the gradient.
+            optimizer: The optimizer.
+            estimator: The estimator of the gradient.
 
         Raises:
             SlzoError: No rate is known for this optimizer.
@@ -185,15 +184,15 @@ class AutoStep:
         power, share = gradient_power(optimizer)
         power = 0 if estimator.normalizes else power
         share = share * self.factor / (1 + self.steps / _HALF_STEPS)
-        return share * self._before_falling() * (self.slope if power == 0 else 1.0)
+        return share * self._undecayed_rate() * (self.slope if power == 0 else 1.0)
 
     def set_rate(self, optimizer: Optimizer, estimator: Estimator) -> None:
-        """Give an optimizer its learning rate for the next step."""
+        """Set an optimizer's learning rate for the next step."""
         for group in optimizer.param_groups:
             group["lr"] = self.rate(optimizer, estimator)
 
     def describe(self, sets_rate: bool = True) -> str:
-        """What was measured, in a line; and what the first step is to bring, where it sets the rate."""
+        """Describe the measurement in one line, with the expected gain of the first step if this sets the rate."""
         curvature = f"{self.curvature:.3g}" if self.curvature != 0 else "not known"
         line = (
             f"Step size: eps {self.eps:.2g}, loss {self.loss:.4g}, slopes {self.slope:.3g} (root mean square), "
@@ -204,8 +203,8 @@ class AutoStep:
         less = "" if self.promise > 0.99 * _SHARE else f", by {_SHARE:.1%} if nothing limited the rate"
         return f"{line}; the first step is to lower the loss by {self.promise:.2%}{less}"
 
-    def _before_falling(self) -> float:
-        """The rate of plain gradient descent, were it the first step."""
+    def _undecayed_rate(self) -> float:
+        """The rate of plain gradient descent, without the decay over the steps."""
         rate = _SHARE * max(self.loss, 0.0) / max(self.square, 1e-30)
         if self.curvature > 0:
             grown = max(1.0, self.square / self.first_square) if self.first_square > 0 else 1.0
@@ -215,7 +214,7 @@ class AutoStep:
         return rate
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers only, for checkpoints."""
+        """Return numbers only, for checkpoints."""
         return asdict(self)
 
 
@@ -224,7 +223,7 @@ def _mean_square(estimate: Estimate) -> float:
 
 
 @dataclass
-class _Look:
+class _Probe:
     tuned: TunedTensors
     loss: Loss
     seed: int
@@ -232,12 +231,12 @@ class _Look:
     evaluations: int = 0
 
     def here(self) -> float:
-        """Loss without a perturbation; the live weights must be at the masters."""
+        """Return the loss without a perturbation; the live weights must equal the masters."""
         self.evaluations += 1
         return float(self.loss.at([Point({}, 0.0)])[0]) - self.lowest
 
     def at(self, eps: float, directions: int) -> tuple[float, float]:
-        """Mean loss and mean squared slope at a distance along some directions."""
+        """Return mean loss and mean squared slope at distance ``eps`` along some directions."""
         losses, squares = [], []
         for query in range(directions):
             z = self.tuned.draw(self.seed, _PROBE_STEP, query)
@@ -248,11 +247,11 @@ class _Look:
         return statistics.fmean(losses), statistics.fmean(squares)
 
 
-def _find_eps(look: _Look, here: float, share: float) -> float:
-    """The distance that changes the loss by a share of it; two significant digits."""
+def _find_eps(probe: _Probe, here: float, share: float) -> float:
+    """Return the distance that changes the loss by a share of it, with two significant digits."""
     eps = _FIRST_EPS
-    for _ in range(_LOOKS):
-        loss, square = look.at(eps, _LOOK_DIRECTIONS)
+    for _ in range(_MAX_PROBES):
+        loss, square = probe.at(eps, _PROBE_DIRECTIONS)
         change = eps * math.sqrt(square) if math.isfinite(square) else math.inf
         if not math.isfinite(change) or not loss < _TOO_FAR * here:
             eps /= 30
@@ -265,13 +264,13 @@ def _find_eps(look: _Look, here: float, share: float) -> float:
     return float(f"{eps:.2g}")
 
 
-def _size_beside_zeros(tuned: TunedTensors) -> float:
-    """Root mean square of the matrices that are tuned, where some others among them are 0; else 0."""
+def _size_of_nonzero(tuned: TunedTensors) -> float:
+    """Return the root mean square of the tuned matrices that are not 0 if some others are; otherwise 0."""
     matrices = [master.detach() for master in tuned.masters if master.dim() > 1]
-    others = [master for master in matrices if master.any()]
-    if len(others) in (0, len(matrices)):
+    nonzero = [master for master in matrices if master.any()]
+    if len(nonzero) in (0, len(matrices)):
         return 0.0
-    return math.sqrt(sum(float(m.square().sum()) for m in others) / sum(m.numel() for m in others))
+    return math.sqrt(sum(float(m.square().sum()) for m in nonzero) / sum(m.numel() for m in nonzero))
 
 
 def _check(loss: float) -> None:

@@ -1,4 +1,4 @@
-"""A loss for the estimators from any torch module and a function that evaluates it."""
+"""A loss for the estimators, made from any torch module and a closure that evaluates it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,22 +6,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slzo.batches.losses import LossSum
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import Sums, back_propagate, forward_derivative
+from slzo.zo.derivatives import back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors
 
 
 @dataclass(frozen=True)
 class ClosureLoss(Loss):
-    """The loss of one batch on any ``torch.nn.Module``: no language model and no tokens needed.
+    """The loss of one batch on any ``torch.nn.Module``.
 
-    It cannot take the loss of a share of the rows (SlzoError).
+    It cannot evaluate a share of the batch's rows; :meth:`at` raises SlzoError then.
 
     Attributes:
-        module: Holds the tuned tensors. It must compute the same function at each call: no dropout, no running statistics.
+        module: The module to tune. It must compute the same function at each call: no dropout, no running statistics.
         tuned: Masters of some of its parameters.
-        closure: Evaluates the batch with the module's present weights; the mean loss, 0-dimensional.
+        closure: Evaluates the batch with the current weights and returns the mean loss, a 0-dimensional tensor.
     """
 
     module: nn.Module
@@ -46,6 +47,6 @@ class ClosureLoss(Loss):
         loss, slope, _ = forward_derivative(self.module, self.tuned, direction, self._sums)
         return float(loss), float(slope)
 
-    def _sums(self) -> Sums:
+    def _sums(self) -> LossSum:
         loss = self.closure()
-        return loss, torch.ones_like(loss)
+        return LossSum(loss, torch.ones_like(loss))

@@ -1,4 +1,4 @@
-"""Exact derivatives of a loss by the masters, for any module: back-propagation and forward mode."""
+"""Exact derivatives of a loss with respect to the masters of any module: back-propagation and forward mode."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,38 +8,45 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slzo.batches.losses import LossSum
 from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import Direction, TunedTensors
 
-Sums = tuple[Tensor, Tensor]
-"""A loss summed over some rows, and what to divide it by, both 0-dimensional."""
-
 
 def back_propagate(
-    module: nn.Module, tuned: TunedTensors, function: Callable[[], Sums]
-) -> tuple[Sums, dict[str, Tensor]]:
-    """The value, without a graph, of a function that runs a module, and the gradient of its first part by each master, float32.
+    module: nn.Module, tuned: TunedTensors, function: Callable[[], LossSum]
+) -> tuple[LossSum, dict[str, Tensor]]:
+    """Compute a loss and its gradient by back-propagation.
 
-    The module's live tensors must be at the masters.
+    Args:
+        module: The module that ``function`` runs. Its live tensors must equal the masters.
+        tuned: Masters of some of its parameters.
+        function: Returns the summed loss and its weight.
+
+    Returns:
+        What ``function`` returned, detached, and the gradient of the summed loss for each master, float32.
     """
     live = {name: tensor.live.detach().requires_grad_() for name, tensor in tuned.items()}
     with torch.enable_grad():
         total, weight = _call_with(module, tuned, live, function)
         gradients = torch.autograd.grad(total, list(live.values()), allow_unused=True)
     pulled = {
-        # a layer norm of a layer that feeds nothing, say, has no gradient
+        # a tensor that the loss does not depend on has no gradient
         name: torch.zeros_like(tensor.master) if gradient is None else tensor.pull_back(gradient)
         for (name, tensor), gradient in zip(tuned.items(), gradients, strict=True)
     }
-    return (total.detach(), weight.detach()), pulled
+    return LossSum(total.detach(), weight.detach()), pulled
 
 
 def forward_derivative(
-    module: nn.Module, tuned: TunedTensors, direction: Direction, function: Callable[[], Sums]
+    module: nn.Module, tuned: TunedTensors, direction: Direction, function: Callable[[], LossSum]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First part of the value of a function that runs a module, its derivative along a direction, and the second part.
+    """Compute a loss and its derivative along a direction by forward-mode differentiation.
 
-    The module's live tensors must be at the masters.
+    Arguments are as for :func:`back_propagate`.
+
+    Returns:
+        The summed loss, its derivative along ``direction``, and the weight.
 
     Raises:
         SlzoError: The module has an operation without a forward derivative.
@@ -63,21 +70,21 @@ def forward_derivative(
 
 
 def _call_with(
-    module: nn.Module, tuned: TunedTensors, live: Mapping[str, Tensor], function: Callable[[], Sums]
-) -> Sums:
-    """The function's value with other tensors in the place of the live ones; only for the time of the call."""
+    module: nn.Module, tuned: TunedTensors, live: Mapping[str, Tensor], function: Callable[[], LossSum]
+) -> LossSum:
+    """Call the function with other tensors in place of the live ones."""
     paths = {id(parameter): name for name, parameter in module.named_parameters()}
     tensors = {f"module.{paths[id(tensor.live)]}": live[name] for name, tensor in tuned.items() if name in live}
     return functional_call(_Call(module, function), tensors, ())
 
 
 class _Call(nn.Module):
-    """Calls a function as the forward of a module around another, so that ``functional_call`` can exchange its tensors."""
+    """Wraps a module and runs a function as its forward, so that ``functional_call`` can replace the module's tensors."""
 
-    def __init__(self, module: nn.Module, function: Callable[[], Sums]) -> None:
+    def __init__(self, module: nn.Module, function: Callable[[], LossSum]) -> None:
         super().__init__()
         self.module = module
         self._function = function
 
-    def forward(self) -> Sums:
+    def forward(self) -> LossSum:
         return self._function()

@@ -1,4 +1,4 @@
-"""The loss of one batch of rows, as estimators ask for it."""
+"""The loss of one batch of rows, as the estimators evaluate it."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from slzo.evaluation.decoding import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
-from slzo.models.arrival import Arrival
+from slzo.models.pending import PendingTensor
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import back_propagate, forward_derivative
@@ -25,14 +25,14 @@ from slzo.zo.tuned import Direction, TunedTensors
 
 @dataclass(frozen=True)
 class LossContext:
-    """What an objective makes the loss of a batch from.
+    """What an objective needs to compute the loss of a batch.
 
     Attributes:
-        forward: Evaluates logits.
-        tuned: What the loss is a function of.
-        reduce: Adds tensors up over processes.
-        evaluator: Generates answers; ``None`` where the objective needs none.
-        seed: Seed of the run, for what is drawn at random.
+        forward: Computes logits.
+        tuned: The tensors that the loss is a function of.
+        reduce: Returns the sum of a tensor over the processes.
+        evaluator: Generates answers; ``None`` if the objective needs none.
+        seed: Seed of the run.
         step: Step of the run.
     """
 
@@ -46,9 +46,9 @@ class LossContext:
     def answers(
         self, points: Sequence[Point], rows: Sequence[Sequence[Row]], sampling: Sampling | None = None
     ) -> list[list[Answer]]:
-        """Generated answers to the rows of each point; the live weights stay at one of the points.
+        """Generate answers to the rows of each point. The live weights stay at one of the points.
 
-        ``sampling`` has a key for each answer, the points one after the other; without it the likeliest tokens are taken.
+        ``sampling`` has one key for each answer, ordered by point; ``None`` decodes greedily.
 
         Raises:
             SlzoError: There is no evaluator.
@@ -70,10 +70,10 @@ class LossContext:
 
 @dataclass
 class _SummedLoss(Loss):
-    """Sums and what to divide them by travel together: averages of processes with other counts would be another loss.
+    """A loss whose sum and weight are added up over the processes before dividing, since processes may have other weights.
 
     Attributes:
-        context: Model, masters and processes.
+        context: Model, tuned tensors and the sum over processes.
         batch: The rows of this process.
     """
 
@@ -82,7 +82,7 @@ class _SummedLoss(Loss):
 
     @abstractmethod
     def sums(self, points: Sequence[Point]) -> Tensor:
-        """Totals and weights of the rows of this process, shape (2, P)."""
+        """Return totals and weights of the rows of this process, shape (2, P)."""
 
     def at(self, points: Sequence[Point]) -> Tensor:
         sums = self.context.reduce(self.sums(points))
@@ -96,16 +96,17 @@ class BatchLogitLoss(_SummedLoss):
     """A loss of the logits at the answers' positions.
 
     Attributes:
-        objective: The loss.
-        states: Those that enter the first tuned layer, the same at all points; directions are drawn while they come.
+        objective: The loss as a function of logits.
+        states: Hidden states that enter the first tuned layer, the same at all points. They may still be on their way to the GPU
+            while directions are drawn.
     """
 
     objective: LogitLoss
-    states: Arrival | None
+    states: PendingTensor | None
 
     @property
     def hidden(self) -> Tensor | None:
-        """The states, waited for."""
+        """The states, after waiting for them."""
         return None if self.states is None else self.states.wait()
 
     def sums(self, points: Sequence[Point]) -> Tensor:
@@ -132,10 +133,10 @@ class BatchLogitLoss(_SummedLoss):
 
 @dataclass
 class RowsLoss(_SummedLoss):
-    """A loss of what is generated for rows. At all points together: see :mod:`slzo.evaluation.decoding`."""
+    """A loss of generated answers. All points can be decoded together, see :mod:`slzo.evaluation.decoding`."""
 
     def rows_of(self, point: Point) -> tuple[Row, ...]:
-        """The rows that a point is evaluated on."""
+        """Return the rows that a point is evaluated on."""
         rows, (number, shares) = self.batch.rows, point.rows
         return rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
 
@@ -148,31 +149,34 @@ class RowsLoss(_SummedLoss):
 
 @dataclass
 class BatchAnswerLoss(RowsLoss):
-    """A loss of each generated answer.
+    """A loss that is computed for each generated answer.
 
     Attributes:
-        of_answers: The loss of each example from its generated answer.
+        answer_losses: Returns the losses of some answers, given the answers and their examples.
     """
 
-    of_answers: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
+    answer_losses: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         device = self.batch.packed.input_ids.device
         chosen = [self.rows_of(point) for point in points]
-        found = []
-        for rows, answers in zip(chosen, self.context.answers(points, chosen, None), strict=True):
-            losses = self.of_answers([answer.text for answer in answers], [row.example for row in rows]) if rows else []
-            found.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
-        return stack(found)
+        sums = []
+        for rows, answers in zip(chosen, self.context.answers(points, chosen), strict=True):
+            losses = (
+                self.answer_losses([answer.text for answer in answers], [row.example for row in rows]) if rows else []
+            )
+            sums.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
+        return stack(sums)
 
 
 @contextmanager
 @torch.no_grad()
 def live_points(tuned: TunedTensors, points: Sequence[Point]) -> Iterator[Callable[[int], None]]:
-    """Gives a function that makes a point's weights the live ones, by its number in ``points``.
+    """Yield a function that sets the live weights to a point, given by its index in ``points``.
 
-    Copies of the weights are held where they take no more than ``tuned.hold_bytes``, and a change is one of addresses; else
-    each change writes. Afterwards the live weights are in their own place, at one of the points.
+    If copies of the weights for all points take at most ``tuned.hold_bytes``, they are held, and a change of point only swaps
+    pointers. Otherwise each change writes the weights. Afterwards the live weights use their original memory again and are at
+    one of the points.
     """
     names = {name for point in points for name in point.direction}
     live = {name: tensor.live for name, tensor in tuned.items() if name in names}
@@ -180,13 +184,13 @@ def live_points(tuned: TunedTensors, points: Sequence[Point]) -> Iterator[Callab
     if len(points) * num_bytes > tuned.hold_bytes:
         yield lambda number: _write(tuned, points[number])
         return
-    own = {name: tensor.data for name, tensor in live.items()}
+    original = {name: tensor.data for name, tensor in live.items()}
     copies: list[dict[str, Tensor]] = []
     for point in points[:-1]:
         _write(tuned, point)
         copies.append({name: tensor.data.clone() for name, tensor in live.items()})
     _write(tuned, points[-1])
-    copies.append(own)
+    copies.append(original)
 
     def change(number: int) -> None:
         for name, tensor in live.items():
@@ -201,5 +205,5 @@ def live_points(tuned: TunedTensors, points: Sequence[Point]) -> Iterator[Callab
 def _write(tuned: TunedTensors, point: Point) -> None:
     if point.direction:
         tuned.write(point.direction, point.scale)
-    else:  # the masters themselves: what an earlier point moved goes back
+    else:  # an empty direction is the masters themselves, and undoes an earlier point
         tuned.restore()

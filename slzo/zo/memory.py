@@ -1,4 +1,4 @@
-"""What a run takes in memory, estimated before its model is loaded: arithmetic only."""
+"""Estimates the memory of a run before its model is loaded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,27 +11,27 @@ from slzo.zo.estimators import Estimator
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.tuned import TunedTensors
 
-# Python, torch, transformers and Lightning on a CPU, measured: 400 MiB after the imports, about 500 with rows and a run.
+# Python, torch, transformers and Lightning on a CPU: 400 MiB were measured after the imports, about 500 MiB during a run.
 PROGRAM_BYTES = 512 * 2**20
-# Live tensors of a layer's width per token at the widest place: gate, its activation, up, their product; and those of the
-# hidden width: what enters and leaves, the normed states, queries, keys and values, gathered and not.
+# Live tensors per token where a layer takes most memory. With the MLP's width: gate, its activation, up, and their product. With
+# the hidden width: input, output, normalized states, queries, keys and values, each before and after they are gathered.
 _INNER_COPIES, _HIDDEN_COPIES = 4, 8
-# float32 copies of the largest tuned tensor while it is found out what rounding left of a direction
+# float32 copies of the largest tuned tensor that TunedTensor.applied takes
 _ROUNDING_COPIES = 3
-# float32 logits, their exponentials, and what they were before
+# float32 logits, their exponentials, and the logits before they were converted
 _LOGIT_COPIES = 3
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through the model at once.
+    """Numbers of tokens that a run processes at once or keeps.
 
     Attributes:
-        tokens: Of the largest forward pass.
-        vocabulary_rows: Positions of it whose whole-vocabulary logits are computed.
-        cached_tokens: Tokens whose states the cache would hold with room for all.
-        prompt_tokens: Tokens of prompts to generate from, whose keys and values below the tuned layers it would hold too.
-        answer_tokens: Tokens of the prompts and answers that are generated together.
+        tokens: Number of tokens in the largest forward pass.
+        vocabulary_rows: Number of positions in that pass whose logits are computed for the whole vocabulary.
+        cached_tokens: Number of tokens whose states the prefix cache would hold with enough room.
+        prompt_tokens: Number of prompt tokens for which the cache would also hold keys and values below the tuned layers.
+        answer_tokens: Number of tokens in the prompts and answers that are generated together.
     """
 
     tokens: int
@@ -43,12 +43,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by what takes them.
+    """Memory use in bytes, by purpose.
 
     Attributes:
-        parts: Of a running training, the frozen weights among them.
-        loading: Most while the model is loaded.
-        mapped: Of ``parts``, weights that stay in their files: the system reads them again if it takes their pages away.
+        parts: Memory use during training by purpose, frozen weights included.
+        loading: Peak while the model is loaded.
+        mapped: The share of ``parts`` that are memory-mapped weights. The system may drop these pages and read them again.
     """
 
     parts: Mapping[str, int]
@@ -57,31 +57,31 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Peak memory use."""
         return max(self.loading, sum(self.parts.values()))
 
     @property
     def needed(self) -> int:
-        """What must be there: the peak without what stays in files."""
+        """Memory that must be available: the use during training without memory-mapped weights."""
         return sum(self.parts.values()) - self.mapped
 
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What a plan is made of.
+    """Inputs of a memory plan.
 
     Attributes:
-        shape: The model.
-        dtype: Of its weights.
-        quantization: Of its frozen layers.
-        tuned: Bytes of tuning, by what takes them; see :func:`tuning_bytes`.
-        full_layers: Layers that are tuned.
-        start: First of them.
-        workload: Tokens.
+        shape: Sizes of the model.
+        dtype: Type of its weights.
+        quantization: Quantization of its frozen layers.
+        tuned: Bytes that tuning takes, by purpose, see :func:`tuning_bytes`.
+        full_layers: Number of tuned layers.
+        start: The first tuned layer.
+        workload: Numbers of tokens.
         cache_bytes: Budget of the prefix cache.
-        cache_dtype: Type of the states in it.
+        cache_dtype: Type of the cached states; ``None`` for that of the model.
         on_cpu: Whether program, weights and cache share one memory.
-        away: Frozen layers that ``model.device_map`` has put elsewhere; one at a time is here, where it runs here.
+        away: Number of frozen layers that ``model.device_map`` puts elsewhere. One of them at a time takes memory here.
         where: Where the layers are, in words; empty if all are here.
     """
 
@@ -99,12 +99,12 @@ class MemoryInputs:
     where: str = ""
 
     @property
-    def beside_weights(self) -> int:
-        """Bytes of everything but the weights."""
+    def non_weight_bytes(self) -> int:
+        """Bytes of everything except the weights."""
         return sum(size for name, size in self.plan().parts.items() if name != "weights")
 
     def plan(self) -> MemoryPlan:
-        """The estimate."""
+        """Return the estimate."""
         shape, work = self.shape, self.workload
         weights = shape.weight_bytes(self.dtype, self.quantization, self.full_layers)
         same = shape.stored_dtype == self.dtype and shape.stored_method is None
@@ -125,22 +125,23 @@ class MemoryInputs:
         parts["activations"] = work.tokens * width * self.dtype.itemsize
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
         loading = 0
-        if self.on_cpu and not (same and self.quantization is None):  # the files are read beside what is made of them
-            whole = shape.weight_bytes(self.dtype, self.quantization)
-            # the files of layers on disk are not read then
-            loading = PROGRAM_BYTES + (stored + whole) * (whole - elsewhere) // whole
+        if self.on_cpu and not (same and self.quantization is None):
+            # stored and converted weights are in memory together, except for layers that stay on disk
+            converted = shape.weight_bytes(self.dtype, self.quantization)
+            loading = PROGRAM_BYTES + (stored + converted) * (converted - elsewhere) // converted
         return MemoryPlan({name: int(size) for name, size in parts.items() if size > 0}, loading, mapped)
 
     def alternatives(self) -> Iterator[tuple[str, "MemoryPlan"]]:
-        """Options that take less memory, each with its plan."""
+        """Iterate over options that take less memory, each with its plan."""
         if self.dtype == torch.float32:
             yield "model.dtype bfloat16", replace(self, dtype=torch.bfloat16).plan()
-        if self.quantization is None and self.shape.stored_method is None:
+        placed = bool(self.where)  # a device map is set, and quantization cannot be combined with it
+        if not placed and self.quantization is None and self.shape.stored_method is None:
             yield "model.quantization int8", replace(self, quantization="int8").plan()
             yield "model.quantization nf4", replace(self, quantization="nf4").plan()
         most = self.shape.num_layers - self.full_layers
-        if self.quantization is None and self.away < most:
-            yield "model.device_map auto", replace(self, away=most).plan()
+        if not placed and self.quantization is None:
+            yield 'model.device_map \'{"": "disk"}\'', replace(self, away=most).plan()
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()
         half = replace(
@@ -152,13 +153,13 @@ class MemoryInputs:
 def tuning_bytes(
     tensors: TunedTensors, estimator: Estimator, num_queries: int, queries_at_once: int, optimizer: OptimizerChoice
 ) -> dict[str, int]:
-    """What tuning takes beside the model, by what takes it."""
+    """Return the bytes that tuning takes in addition to the model, by purpose."""
     masters = 4 * tensors.num_elements
     named = tensors.named_masters()
     moved = 4 * sum(named[name].numel() for name in tensors.names_of_step(0, 0))
     at_once = estimator.directions_at_once(num_queries, queries_at_once)
-    # the first direction becomes the gradient; later queries are drawn beside it
-    # of a rounded direction what was applied is the gradient, and the direction stays beside it
+    # The gradient takes the memory of the first direction, so later directions are in addition to it. With rounding the gradient
+    # is a tensor of its own, and all directions are in addition to it.
     rounded = any(tensor.live.dtype != torch.float32 for _, tensor in tensors.items())
     held = moved * (at_once + (num_queries > at_once or rounded)) if moved <= tensors.hold_bytes else moved
     largest = max(master.numel() for master in tensors.masters)

@@ -1,4 +1,4 @@
-"""Directions that can be drawn again from three numbers and a name."""
+"""Random directions that can be reproduced from seed, step, query and tensor name."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from slzo.utils.seeding import derive_seed
 
 Noise = Callable[[Tensor, int, int, int, str], Tensor]
-"""Draws float32 noise of unit variance: like (gives shape and device), seed of the run, step, query in it, tensor's name."""
+"""Draws float32 noise of unit variance. Arguments: a tensor of the wanted shape and device, seed, step, query, tensor name."""
 
 
 def _generator(like: Tensor, *key: int | str) -> torch.Generator:
@@ -18,35 +18,40 @@ def _generator(like: Tensor, *key: int | str) -> torch.Generator:
 
 
 def gaussian(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
-    """Standard normal noise, see :data:`Noise`.
+    """Draw standard normal noise; for the arguments see :data:`Noise`.
 
-    It does not depend on the global generator, on which other tensors are tuned, on the data order, or on resumes.
+    The noise does not depend on the global generator, on which other tensors are tuned, on the order of the data, or on
+    whether the run was resumed.
     """
     generator = _generator(like, seed, step, query, name)
     return torch.empty(like.shape, dtype=torch.float32, device=like.device).normal_(generator=generator)
 
 
 def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
-    """Independent signs, -1 or 1 with equal chance, see :data:`Noise`."""
+    """Draw independent random signs, -1 or 1 with equal probability; for the arguments see :data:`Noise`."""
     generator = _generator(like, seed, step, query, name)
     bits = torch.empty(like.shape, dtype=torch.float32, device=like.device).random_(0, 2, generator=generator)
     return bits.mul_(2).sub_(1)
 
 
 def low_rank(rank: int, interval: int | None) -> Noise:
-    r"""Noise of matrices as :math:`U V^T / \sqrt{r}` with r the rank, >= 1; other tensors get :func:`gaussian` noise.
+    r"""Return noise of the form :math:`U V^T / \sqrt{r}` for matrices; other tensors get :func:`gaussian` noise.
 
-    U (rows, r) is drawn anew for each query, V (columns, r) stays for ``interval`` steps, >= 1, or is drawn with U where that is
-    ``None``; both are standard normal, so that every entry has unit variance (LOZO, arXiv 2410.07698, whose lazily sampled V this
-    takes, and EGGROLL, arXiv 2511.16652, for ``None``; the scale is EGGROLL's).
+    U (rows, r) and V (columns, r) are standard normal, so every entry has unit variance. U is new for each query. Keeping V for
+    some steps is LOZO's lazy sampling (arXiv 2410.07698). A new V for each query, and the scale, are EGGROLL's (arXiv
+    2511.16652).
+
+    Args:
+        rank: r, >= 1.
+        interval: Steps between two draws of V, >= 1; ``None`` draws V for each query.
     """
 
     def draw(like: Tensor, seed: int, step: int, query: int, name: str) -> Tensor:
         if like.dim() != 2:
             return gaussian(like, seed, step, query, name)
         left = gaussian(like.new_empty(like.shape[0], rank), seed, step, query, f"{name}/left")
-        lasting = (step, query) if interval is None else (step // interval, 0)
-        right = gaussian(like.new_empty(like.shape[1], rank), seed, *lasting, f"{name}/right")
+        key = (step, query) if interval is None else (step // interval, 0)
+        right = gaussian(like.new_empty(like.shape[1], rank), seed, *key, f"{name}/right")
         return left.div_(rank**0.5) @ right.T
 
     return draw

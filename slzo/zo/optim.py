@@ -1,4 +1,4 @@
-"""Optimizers: which can take a zeroth-order gradient, what they cost, and one that torch lacks."""
+"""Optimizers: checks of the user's choice, the memory that they take, and the sign optimizer that torch lacks."""
 
 import math
 import warnings
@@ -23,26 +23,26 @@ _REASONS = {
 }
 _PROBE_SIZE = 64
 AUTO_LR = math.inf
-"""The learning rate that stands for ``auto`` (every torch optimizer takes it): :mod:`slzo.zo.auto_step` sets one each step."""
+"""The learning rate that stands for ``auto``; every torch optimizer accepts it. :mod:`slzo.zo.auto_step` sets one each step."""
 
-# Optimizers by what a step is made of: the gradient, or the gradient over its size. Left out are RAdam, which begins with the
-# one and goes on with the other, and RMSprop, whose first steps are ten times as long as later ones.
+# Optimizers whose step is proportional to the gradient, and optimizers that divide the gradient by its size. RAdam changes from
+# the first kind to the second, and the first steps of RMSprop are ten times as long as later ones, so neither is listed.
 _PLAIN = (torch.optim.SGD, torch.optim.ASGD)
 _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)
 _TRIED_STEPS = 20_000
 
 
 class SignSGD(Optimizer):
-    r"""Steps of one size for every element: ZO-signSGD (Liu et al. 2019), with momentum Signum (arXiv 1802.04434).
+    r"""Moves every element by the same step size: ZO-signSGD (Liu et al. 2019), or Signum (arXiv 1802.04434) with momentum.
 
     .. math:: w \leftarrow w - \eta \, \mathrm{sign}(m)
 
-    with m the gradient or its running mean.
+    where m is the gradient or its running mean.
 
     Args:
-        params: Parameters or groups.
-        lr: Step size, absolute, > 0.
-        momentum: Share of the old mean that is kept, in [0, 1); 0 keeps no state.
+        params: Parameters or parameter groups.
+        lr: Absolute step size, > 0.
+        momentum: Decay factor of the running mean, in [0, 1); 0 keeps no state.
 
     Raises:
         ValueError: An argument is out of range.
@@ -74,10 +74,14 @@ class SignSGD(Optimizer):
 
 
 def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
-    """How an optimizer's steps go with the gradient: 1 in proportion, 0 whatever its size; and the rate's share for momentum.
+    """Return how the length of an optimizer's step depends on the gradient.
+
+    Returns:
+        The power of the gradient's size, 1 for a proportional step and 0 for a step that does not depend on it; and the factor
+        of the learning rate that makes up for momentum.
 
     Raises:
-        SlzoError: It is not known.
+        SlzoError: This is not known for the optimizer's class.
     """
     if isinstance(optimizer, _PLAIN):
         momentum, dampening = (float(optimizer.param_groups[0].get(name, 0.0)) for name in ("momentum", "dampening"))
@@ -92,15 +96,15 @@ def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """An optimizer and its scheduler, and what is known of them before there is anything to optimize.
+    """An optimizer and its scheduler, described before the parameters exist.
 
     Attributes:
-        make: Builds the optimizer for given parameters.
-        make_scheduler: Builds its scheduler; ``None`` for a constant rate.
-        name: Of the optimizer's class.
-        lr: Its learning rate; ``AUTO_LR`` if it is measured.
-        settings: Its class and options, and the scheduler's, primitives only.
-        state_copies: Elements of state that it keeps per parameter element (2 for Adam).
+        make: Creates the optimizer for given parameters.
+        make_scheduler: Creates its scheduler; ``None`` for a constant rate.
+        name: Name of the optimizer's class.
+        lr: Learning rate; ``AUTO_LR`` if it is measured.
+        settings: Class and options of optimizer and scheduler, primitives only.
+        state_copies: Elements of optimizer state per parameter element (2 for Adam).
     """
 
     make: MakeOptimizer
@@ -117,16 +121,16 @@ class OptimizerChoice:
 
     @property
     def classes(self) -> dict[str, str | None]:
-        """What a state fits to: the class of the optimizer, and that of the scheduler."""
+        """Classes of optimizer and scheduler; a saved state can be loaded only into the same classes."""
         scheduler = self.settings["scheduler"]
         return {"class": self.settings["class"], "scheduler": None if scheduler is None else scheduler["class"]}
 
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
-        """Try both on a made-up matrix: what cannot work is refused before anything expensive is done.
+        """Try optimizer and scheduler on a small matrix, so that errors appear before anything expensive is done.
 
         Raises:
-            SlzoError: With the reason.
+            SlzoError: One of them cannot be created, cannot take a step, or does not fit the other.
         """
         try:
             probe = make([nn.Parameter(torch.zeros(_PROBE_SIZE, _PROBE_SIZE))])
@@ -152,35 +156,35 @@ class OptimizerChoice:
         return cls(make, make_scheduler, name, lr, settings, _state_copies(probe))
 
     def check_schedule(self, num_steps: int) -> None:
-        """Try the scheduler for as many steps as a run takes, or as can be tried in a moment.
+        """Step the scheduler as often as the run does, at most 20 000 times.
 
         Raises:
-            SlzoError: It ends before them.
+            SlzoError: The scheduler ends earlier.
         """
         if self.make_scheduler is None:
             return
         try:
             scheduler = self.make_scheduler(self.make([nn.Parameter(torch.zeros(1, 1))]))
-            _stepped(scheduler, min(num_steps, _TRIED_STEPS))
+            _take_steps(scheduler, min(num_steps, _TRIED_STEPS))
         except (ValueError, ArithmeticError) as error:
             raise SlzoError(
                 f"model.lr_scheduler: {error}, and trainer.max_steps is {num_steps}; make its init_args fit"
             ) from error
 
 
-def _stepped(scheduler: Any, num_steps: int) -> None:
+def _take_steps(scheduler: Any, num_steps: int) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the probe takes no steps of its own
+        warnings.simplefilter("ignore")  # schedulers warn if the optimizer takes no steps
         for _ in range(num_steps):
             scheduler.step()
 
 
 def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
-    """Class and state of a scheduler; the optimizer's rate may be changed."""
+    """Return class and state of a scheduler. The optimizer's learning rate may change."""
     try:
         scheduler = make(probe)
         state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
-        _stepped(scheduler, 2)
+        _take_steps(scheduler, 2)
     except ArithmeticError as error:
         raise SlzoError(f"model.lr_scheduler: takes no step ({error}); an argument must not be 0") from error
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
@@ -189,7 +193,7 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
 
 
 def _state_copies(probe: Optimizer) -> float:
-    """Elements of state per parameter element; the optimizer is stepped."""
+    """Take a step and return the elements of optimizer state per parameter element."""
     (parameter,) = probe.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
     probe.step()
@@ -198,22 +202,22 @@ def _state_copies(probe: Optimizer) -> float:
     return held / parameter.numel()
 
 
-def forget(optimizer: Optimizer) -> None:
+def reset_state(optimizer: Optimizer) -> None:
     """Drop the optimizer's state, such as momentum."""
     optimizer.state = defaultdict(dict)
 
 
 def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
-    """Halve a constant learning rate, and those between which schedulers (or schedulers of schedulers) move it."""
+    """Halve the learning rate and the bounds between which schedulers, nested ones included, move it."""
     for group in optimizer.param_groups:
         for name in ("lr", "initial_lr", "max_lr", "min_lr"):
             if name in group:
                 group[name] /= 2
-    for scheduler in [inner for one in schedulers for inner in _with_inner(one)]:
+    for scheduler in [nested for outer in schedulers for nested in _with_nested(outer)]:
         for name in ("base_lrs", "max_lrs"):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
 
 
-def _with_inner(scheduler: Any) -> list[Any]:
-    return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in _with_inner(inner))]
+def _with_nested(scheduler: Any) -> list[Any]:
+    return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in _with_nested(inner))]

@@ -18,10 +18,10 @@ from slzo.zo.stepper import StepOptions
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What :class:`slzo.module.ZOModule` was made with; see there for the meaning of each.
+    """The options of :class:`slzo.module.ZOModule`; see there for their meaning.
 
     Raises:
-        SlzoError: An option is out of range, or a class keeps an argument that no checkpoint could hold.
+        SlzoError: An option is out of range, or an argument of a scope or estimator cannot be stored in a checkpoint.
     """
 
     optimizer: OptimizerChoice
@@ -47,7 +47,7 @@ class TrainingOptions:
         self.estimator.check(self.step.num_queries)
         if self.estimator.differentiates:
             object.__setattr__(self, "engine", self.engine.with_derivatives(self.estimator.describe()))
-        _ = self.scope_settings, self.estimator_settings
+        _ = self.scope_settings, self.estimator_settings  # raises if a checkpoint could not store them
 
     @property
     def scope_settings(self) -> dict[str, Any]:
@@ -61,20 +61,20 @@ class TrainingOptions:
 
     @property
     def noise_seed(self) -> int:
-        """Seed of the directions; without one of its own, that of ``seed_everything``."""
+        """Seed of the directions: ``seed``, or that of ``seed_everything`` if it is ``None``."""
         return global_seed() if self.seed is None else self.seed
 
     def with_onednn(self, onednn: bool | None) -> "TrainingOptions":
-        """The same with kernels that were decided before: a new timing might choose others, whose rounding differs."""
+        """Return the options with an earlier choice of kernels: a new timing may choose kernels that round differently."""
         if onednn is None or self.engine.onednn is not None:
             return self
         return replace(self, engine=replace(self.engine, onednn=onednn))
 
     def check_rows(self, rows: Any) -> None:
-        """Refuse options of model and rows that cannot train together.
+        """Check that the options of model and rows fit together.
 
         Raises:
-            SlzoError: With the reason.
+            SlzoError: The estimator cannot use the batch size, or needs a derivative that the objective does not have.
         """
         self.estimator.check(self.step.num_queries, rows.batch_size)
         if self.estimator.differentiates and not rows.objective.differentiable:
@@ -83,7 +83,7 @@ class TrainingOptions:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """What the steps depend on, primitives only: for logs of losses and folders of results."""
+        """Return the options that the steps depend on, primitives only, for step logs and result folders."""
         return {
             "model": self.model,
             "dtype": self.dtype,

@@ -1,4 +1,4 @@
-"""What each of several processes evaluates of a step: its rows at all points, or some points on all rows."""
+"""Division of a step's evaluations over processes: each evaluates its rows at all points, or some points on all rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,67 +11,61 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Loss, LossReport, Point
 from slzo.zo.tuned import Direction
 
-AddUp = Callable[[Tensor], Tensor]
-"""Adds tensors up over processes; each is given the sum."""
-
 Parallel = Literal["rows", "directions"]
 
 
-def identity(values: Tensor) -> Tensor:
-    """The values of one process are their own sum."""
-    return values
-
-
-def _same(value: Any) -> Any:
+def identity(value: Any) -> Any:
+    """Return the value. This is the sum and the broadcast of a single process."""
     return value
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, of which this is one.
+    """The processes of a run, as seen from one of them.
 
     Attributes:
-        number: How many.
-        rank: Which of them this is, counted from 0.
-        parallel: ``rows``: each process has its own rows and evaluates every point on them. ``directions``: all have the same
-            rows, each evaluates some of the points, and only losses are exchanged, as in evolution strategies (arXiv 1703.03864).
-        add_up: Adds a tensor up over the processes.
-        broadcast: Gives every process the value of the first one.
+        number: Number of processes.
+        rank: Rank of this process, counted from 0.
+        parallel: ``rows``: each process has its own rows and evaluates every point on them. ``directions``: all processes have
+            the same rows, and each evaluates some of the points. Then only losses are exchanged, as in evolution strategies
+            (arXiv 1703.03864).
+        all_reduce_sum: Returns the sum of a tensor over the processes (all-reduce).
+        broadcast: Returns the value of the first process.
     """
 
     number: int = 1
     rank: int = 0
     parallel: Parallel = "rows"
-    add_up: AddUp = identity
-    broadcast: Callable[[Any], Any] = _same
+    all_reduce_sum: Callable[[Tensor], Tensor] = identity
+    broadcast: Callable[[Any], Any] = identity
 
     @property
     def divide_directions(self) -> bool:
-        """Whether directions are divided, over more than one process."""
+        """Whether the directions of a step are divided over several processes."""
         return self.parallel == "directions" and self.number > 1
 
     @property
     def of_rows(self) -> tuple[int, int]:
-        """Rank and number of the processes that training rows are divided over."""
+        """Rank and number of the processes that the training rows are divided over."""
         return (self.rank, self.number) if self.parallel == "rows" else (0, 1)
 
     def queries_at_once(self, own: int) -> int:
-        """Queries that all processes evaluate together, where this one evaluates ``own``."""
+        """Return how many queries all processes evaluate together when each of them evaluates ``own``."""
         return own * self.number if self.divide_directions else own
 
 
 ALONE = Processes()
-"""One process."""
+"""The only process of a run."""
 
 
 @dataclass(frozen=True)
 class DividedDirections(Loss):
-    """Each process evaluates its share of the points and gets the other losses from the other processes.
+    """A loss whose points are divided over processes, which exchange the results.
 
     Attributes:
-        loss: That of all rows.
-        processes: That share the points.
-        device: Where losses are exchanged.
+        loss: The loss of all rows, on this process.
+        processes: The processes that divide the points.
+        device: Device on which the losses are exchanged.
     """
 
     loss: Loss
@@ -80,13 +74,13 @@ class DividedDirections(Loss):
 
     def at(self, points: Sequence[Point]) -> Tensor:
         number, rank = self.processes.number, self.processes.rank
-        shares = points[0].rows.of  # points that share the rows out stay together
+        shares = points[0].rows.of  # the points that divide one batch stay on one process
         copies = len(points) // shares
-        first, stop = (copies * place // number * shares for place in (rank, rank + 1))
+        first, stop = (copies * process // number * shares for process in (rank, rank + 1))
         losses = torch.zeros(len(points), device=self.device)
         if first < stop:
             losses[first:stop] = self.loss.at(points[first:stop])
-        return self.processes.add_up(losses)  # one loss and zeros: exact
+        return self.processes.all_reduce_sum(losses)  # exact: each entry is the sum of one loss and zeros
 
     def gradient(self) -> tuple[float, Direction]:
         raise SlzoError(_NO_POINTS)
@@ -96,7 +90,7 @@ class DividedDirections(Loss):
 
     @property
     def report(self) -> LossReport:
-        """That of this process's share."""
+        """The report of the points that this process evaluated last."""
         return self.loss.report
 
 

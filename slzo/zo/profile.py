@@ -1,4 +1,4 @@
-"""Activation statistics of every decoder layer from a few forward passes."""
+"""Activation statistics of every decoder layer, from a few forward passes."""
 
 import math
 import statistics
@@ -17,28 +17,28 @@ from slzo.utils.errors import SlzoError
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a layer outputs into the residual stream.
+    """Statistics of the hidden states that a layer outputs.
 
-    Every figure is taken per sequence, without padding, and averaged over the sequences; ``token`` and ``channel`` are where
-    the largest magnitude lies in most sequences. A standard error is that of the average: the sample standard deviation over
-    the sequences over the root of their number.
+    Each figure is computed per sequence, without padding, and averaged over the sequences. ``channel`` and ``position`` are
+    where the largest magnitude is most often. Standard errors are those of the average: the sample standard deviation over the
+    sequences divided by the square root of their number.
 
     Attributes:
         index: Layer, counted from 0.
         max_abs: Largest magnitude.
         median_abs: Median magnitude.
-        ratio: Largest over median magnitude, averaged as a ratio.
+        ratio: Mean over the sequences of largest over median magnitude.
         kurtosis: Fourth standardized moment (3 for a normal distribution).
         channel: Hidden dimension of the largest magnitude.
-        position: Position of the token that has it.
-        token_id: That token.
-        token: Its text, filled in by whoever has the tokenizer.
-        max_abs_se: Standard error of ``max_abs``; ``None`` where it is not known.
-        ratio_se: Standard error of ``ratio``; ``None`` where it is not known.
+        position: Position of the token with the largest magnitude.
+        token_id: Id of this token.
+        token: Text of this token; empty until a caller with the tokenizer sets it.
+        max_abs_se: Standard error of ``max_abs``; ``None`` if unknown.
+        ratio_se: Standard error of ``ratio``; ``None`` if unknown.
         same_channel: Share of the sequences, 0 to 1, whose largest magnitude is in ``channel``.
         same_position: Share of the sequences, 0 to 1, whose largest magnitude is at ``position``.
-        rest_max_abs: As ``max_abs``, without each sequence's first token, which may hold outliers of its own.
-        rest_ratio: As ``ratio``, without each sequence's first token.
+        rest_max_abs: Like ``max_abs``, without the first token of each sequence, which may have outliers of its own.
+        rest_ratio: Like ``ratio``, without the first token of each sequence.
     """
 
     index: int
@@ -60,19 +60,20 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class OutlierProfile:
-    """Statistics of all layers and the layer that a rule chose.
+    """Statistics of all layers, and the layer that a rule chose.
 
     Attributes:
         dominant_layer: The chosen layer.
         rule: The rule in words.
-        num_sequences: Sequences averaged over.
-        num_forward_passes: Forward passes spent, in whole batches.
-        layers: One entry per layer.
-        title: What to call the chosen layer.
-        margin: How far the nearest deciding figure is from deciding otherwise, in its standard errors; ``None``: not known.
-        margin_reason: Which figure that is, in words.
-        notes: What is to be known of the figures and the choice, a line each.
-        thresholds: Name and value of each figure's threshold that the rule has.
+        num_sequences: Number of sequences that the figures are averaged over.
+        num_forward_passes: Number of forward passes, each over a batch.
+        layers: Statistics of each layer.
+        title: Name of the chosen layer, for the table.
+        margin: Distance, in standard errors, of the closest figure from a value that would change the choice; ``None`` if
+            unknown.
+        margin_reason: That figure, in words.
+        notes: Remarks on the figures and the choice, one line each.
+        thresholds: Names of the figures that the rule compares with a threshold, and the thresholds.
     """
 
     dominant_layer: int
@@ -87,12 +88,12 @@ class OutlierProfile:
     thresholds: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for JSON and checkpoints."""
+        """Return primitives only, for JSON and checkpoints."""
         return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":
-        """Inverse of :meth:`to_dict`."""
+        """Create a profile from the result of :meth:`to_dict`."""
         layers = tuple(LayerStatistics(**layer) for layer in data["layers"])
         thresholds = tuple((name, value) for name, value in data["thresholds"])
         notes = tuple(data["notes"])
@@ -100,7 +101,7 @@ class OutlierProfile:
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class _SequenceStatistics:
     max_abs: float
     median_abs: float
     kurtosis: float
@@ -119,18 +120,18 @@ class _Sequence:
         return self.rest_max_abs / max(self.rest_median_abs, 1e-30)
 
 
-def _sequence_statistics(hidden: Tensor, ids: Tensor) -> _Sequence:
-    """Statistics of one sequence of at least two tokens; hidden (L, hidden), ids (L,)."""
+def _sequence_statistics(hidden: Tensor, ids: Tensor) -> _SequenceStatistics:
+    """Return the statistics of one sequence of at least two tokens; ``hidden`` (L, hidden), ``ids`` (L,)."""
     hidden = hidden.float()
     magnitude = hidden.abs()
-    place = int(magnitude.argmax())
-    position, channel = divmod(place, hidden.shape[1])
-    centred = hidden - hidden.mean()
-    variance = centred.square().mean()
-    return _Sequence(
-        max_abs=float(magnitude.flatten()[place]),
+    largest = int(magnitude.argmax())
+    position, channel = divmod(largest, hidden.shape[1])
+    centered = hidden - hidden.mean()
+    variance = centered.square().mean()
+    return _SequenceStatistics(
+        max_abs=float(magnitude.flatten()[largest]),
         median_abs=float(magnitude.median()),
-        kurtosis=float(centred.pow(4).mean() / variance.square().clamp_min(1e-30)),
+        kurtosis=float(centered.pow(4).mean() / variance.square().clamp_min(1e-30)),
         channel=channel,
         position=position,
         token_id=int(ids[position]),
@@ -139,13 +140,13 @@ def _sequence_statistics(hidden: Tensor, ids: Tensor) -> _Sequence:
     )
 
 
-def _average(index: int, sequences: list[_Sequence]) -> LayerStatistics:
+def _average(index: int, sequences: list[_SequenceStatistics]) -> LayerStatistics:
     count = len(sequences)
     channel = Counter(sequence.channel for sequence in sequences).most_common(1)[0][0]
-    inside = [sequence for sequence in sequences if sequence.channel == channel]
-    (position, token_id), _ = Counter((sequence.position, sequence.token_id) for sequence in inside).most_common(1)[0]
+    same = [sequence for sequence in sequences if sequence.channel == channel]
+    (position, token_id), _ = Counter((sequence.position, sequence.token_id) for sequence in same).most_common(1)[0]
 
-    def mean(figure: Callable[[_Sequence], float]) -> float:
+    def mean(figure: Callable[[_SequenceStatistics], float]) -> float:
         return sum(map(figure, sequences)) / count
 
     return LayerStatistics(
@@ -159,7 +160,7 @@ def _average(index: int, sequences: list[_Sequence]) -> LayerStatistics:
         token_id=token_id,
         max_abs_se=_standard_error([sequence.max_abs for sequence in sequences]),
         ratio_se=_standard_error([sequence.ratio for sequence in sequences]),
-        same_channel=len(inside) / count,
+        same_channel=len(same) / count,
         same_position=mean(lambda sequence: sequence.position == position),
         rest_max_abs=mean(lambda sequence: sequence.rest_max_abs),
         rest_ratio=mean(lambda sequence: sequence.rest_ratio),
@@ -172,27 +173,24 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 @torch.no_grad()
 def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[list[LayerStatistics], int]:
-    """Statistics of each layer's output, read by forward hooks; sequences of one token are left out.
+    """Compute the statistics of each layer's output.
 
-    In a single token largest and median magnitude are those of its own vector, and often it is the first token, whose vector
-    has outliers in any prompt.
+    Sequences of one token are skipped, because a first token often has outliers in any prompt. The outputs are read by forward
+    hooks, because the last of Hugging Face's ``hidden_states`` is taken after the final norm.
 
     Args:
         parts: The model.
         batches: Prompts, one sequence per example, on the model's device.
 
     Returns:
-        Statistics by layer, and the number of forward passes (batches) spent.
+        The statistics of each layer, and the number of forward passes (batches).
 
     Raises:
         SlzoError: The output of a layer is not finite.
-
-    Note:
-        The last entry of Hugging Face's ``hidden_states`` is taken after the final norm, hence the hooks.
     """
-    found: list[list[_Sequence]] = [[] for _ in range(parts.num_layers)]
+    found: list[list[_SequenceStatistics]] = [[] for _ in range(parts.num_layers)]
     passes = 0
-    parts.prepare()  # what it runs must not be recorded
+    parts.prepare()  # runs the model, so it must come before the hooks
     for batch in batches:
         handles = [
             layer.register_forward_hook(_recorder(index, found[index], parts, batch))
@@ -208,12 +206,12 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
 
 
 def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
-    """Tokens of the sequences that :func:`profile_layers` averages over, those of two tokens or more."""
+    """Return the token ids of the sequences that :func:`profile_layers` uses, those of two tokens or more."""
     split = (ids for batch in batches for ids in batch.input_ids.split(batch.example_tokens))
     return [tuple(ids.tolist()) for ids in split if len(ids) > 1]
 
 
-def _recorder(index: int, found: list[_Sequence], parts: ModelParts, batch: PackedBatch) -> Any:
+def _recorder(index: int, found: list[_SequenceStatistics], parts: ModelParts, batch: PackedBatch) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden = parts.to_packed(output[0] if isinstance(output, tuple | list) else output, batch).flatten(1)
         if not hidden.isfinite().all():
@@ -234,23 +232,23 @@ def _recorder(index: int, found: list[_Sequence], parts: ModelParts, batch: Pack
 
 
 MIN_SEQUENCES = 10
-"""Fewer sequences mislead."""
+"""Smallest number of sequences for a reliable average."""
 
 
 def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]]) -> list[str]:
-    """What was wrong with the prompts, and what was done about it, a line each.
+    """Return remarks on problems with the prompts and how they were handled, one line each.
 
     Args:
-        asked: Sequences asked for.
-        given: Sequences that there were.
-        sequences: Tokens of those that are averaged over.
+        asked: Number of sequences that was asked for.
+        given: Number of sequences that were available.
+        sequences: Token ids of the sequences that the figures are averaged over.
     """
     notes = []
     if given < asked:
         notes.append(f"Asked for {asked} sequences (profiler.num_sequences), there were {given}: averaged over those.")
     if len(sequences) < given:
         notes.append(f"{given - len(sequences)} of {given} sequences have one token only: they are left out.")
-    if too_alike(sequences):
+    if has_too_few_distinct(sequences):
         distinct = len(set(sequences))
         found = f"All {len(sequences)} prompts are equal" if distinct == 1 else f"Only {distinct} prompts are different"
         notes.append(
@@ -259,13 +257,13 @@ def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]])
     return notes
 
 
-def too_alike(sequences: Sequence[tuple[int, ...]]) -> bool:
-    """Whether so many sequences are equal that their spread says nothing of other prompts."""
+def has_too_few_distinct(sequences: Sequence[tuple[int, ...]]) -> bool:
+    """Return whether fewer than 10 sequences are different, so that their spread says nothing about other prompts."""
     return len(set(sequences)) < MIN_SEQUENCES
 
 
 def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
-    """Says so where a layer's outliers are at the beginning-of-sequence token in all sequences; ``None`` elsewhere."""
+    """Return a remark if a layer's outliers are at the beginning-of-sequence token in all sequences, else ``None``."""
     if bos_token_id is None or layer.token_id != bos_token_id or layer.position != 0 or layer.same_position != 1:
         return None
     rest = ""
@@ -275,5 +273,5 @@ def bos_note(layer: LayerStatistics, bos_token_id: int | None) -> str | None:
 
 
 def format_figure(value: float) -> str:
-    """A figure as it is shown in a sentence."""
+    """Format a figure for use in a sentence."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

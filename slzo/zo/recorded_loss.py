@@ -1,4 +1,4 @@
-"""The losses of a step, noted as the estimator asks for them, or given again from a log."""
+"""Losses that record what an estimator evaluates, or replay it from a log."""
 
 from collections.abc import Sequence
 
@@ -12,70 +12,70 @@ from slzo.zo.tuned import Direction
 
 
 class RecordedLoss(Loss):
-    """Notes the losses that are asked for.
+    """Records every loss that the estimator evaluates.
 
     Args:
-        loss: Computes them.
+        loss: The loss to evaluate.
     """
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
-        self.noted: list[float] = []
+        self.losses: list[float] = []
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        """Losses at several points, on the CPU: the estimator reads them too, so they are copied once."""
-        found = self._loss.at(points).cpu()
-        self.noted += found.tolist()
-        return found
+        """Return the losses at several points, on the CPU. The estimator reads them too, so they are copied only once."""
+        losses = self._loss.at(points).cpu()
+        self.losses += losses.tolist()
+        return losses
 
     def gradient(self) -> tuple[float, Direction]:
-        """Loss and gradient; not noted."""
+        """Return loss and gradient without recording them."""
         return self._loss.gradient()
 
     def slope(self, direction: Direction) -> tuple[float, float]:
-        """Loss and slope; not noted."""
+        """Return loss and slope without recording them."""
         return self._loss.slope(direction)
 
     @property
     def report(self) -> LossReport:
-        """That of the loss."""
+        """The report of the wrapped loss."""
         return self._loss.report
 
 
 class ReplayedLoss(Loss):
-    """Gives the losses of a step again, without the model.
+    """Replays the losses of a step, without forward passes.
 
-    Directions are drawn from seed, step and query, so the same losses make the same step, bit by bit.
+    Directions are drawn from seed, step and query, so the same losses give the same step bit for bit.
 
     Args:
-        record: The step.
-        device: Where losses are wanted.
+        record: The recorded step.
+        device: Device of the returned losses.
     """
 
     def __init__(self, record: StepRecord, device: torch.device) -> None:
         self._record, self._device = record, device
-        self.noted: list[float] = []
+        self.losses: list[float] = []
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        """The next losses of the step.
+        """Return the next losses of the step.
 
         Raises:
-            SlzoError: The step has fewer.
+            SlzoError: The step has fewer losses.
         """
-        first = len(self.noted)
-        found = self._record.losses[first : first + len(points)]
-        if len(found) < len(points):
+        first = len(self.losses)
+        losses = self._record.losses[first : first + len(points)]
+        if len(losses) < len(points):
             raise SlzoError(
                 f"zo_log: step {self._record.step} has {len(self._record.losses)} losses and more are asked for: it is not the "
                 "log of these steps; remove it"
             )
-        self.noted += found
-        return torch.tensor(found, dtype=torch.float32, device=self._device)
+        self.losses += losses
+        return torch.tensor(losses, dtype=torch.float32, device=self._device)
 
     def gradient(self) -> tuple[float, Direction]:
-        """Not possible."""
+        """Raise NotImplementedError, because a log holds no gradient."""
         raise NotImplementedError("a log of losses holds no gradient")
 
     def slope(self, direction: Direction) -> tuple[float, float]:
-        """Not possible."""
+        """Raise NotImplementedError, because a log holds no slope."""
         raise NotImplementedError("a log of losses holds no slope")

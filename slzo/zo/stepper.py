@@ -1,11 +1,11 @@
-"""Training steps: estimate the gradient, clip it, set the learning rate, update the masters, restore the weights.
+"""The training steps of a language model.
 
-Every training of slzo takes its steps through :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
+Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
 """
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,33 +22,34 @@ from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
 from slzo.zo.loss import LossContext
 from slzo.zo.objectives import Objective
-from slzo.zo.optim import forget, halve_rate
+from slzo.zo.optim import halve_rate, reset_state
 from slzo.zo.processes import ALONE, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
+from slzo.zo.step import take_step
 from slzo.zo.tuned_model import TunedModel
 
-_REMEMBERED = 100
-_NEEDED = 10
+_HISTORY_STEPS = 100
+_MIN_HISTORY = 10
 
 
 @dataclass
 class ProjectedGradHistory:
-    """Sizes of the projected gradients of the last steps, each the mean magnitude over the queries."""
+    """Sizes of the projected gradients of the last 100 steps: the mean magnitude over the queries of each step."""
 
-    sizes: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    sizes: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY_STEPS))
 
     def clip_factor(self, estimate: Estimate, multiple: float) -> float:
-        """Factor, at most 1, that brings a finite estimate to ``multiple`` times the median size; its size is noted.
+        """Add a finite estimate, and return the factor that clips it to ``multiple`` times the median size.
 
-        The first steps are taken as they are.
+        The factor is at most 1. The first 10 steps are not clipped.
         """
         size = sum(map(abs, estimate.projected_grad)) / len(estimate.projected_grad)
-        limit = multiple * statistics.median(self.sizes) if len(self.sizes) >= _NEEDED else size
+        limit = multiple * statistics.median(self.sizes) if len(self.sizes) >= _MIN_HISTORY else size
         self.sizes.append(size)
         return limit / size if 0 < limit < size else 1.0
 
 
-_MAX_EPS = 1e30  # far beyond use, and a direction times it is still a float32
+_MAX_EPS = 1e30  # far more than is useful; a direction times this still fits into float32
 _MAX_QUERIES = 1_000_000
 
 
@@ -57,13 +58,13 @@ class StepOptions:
     """Size and number of the perturbations.
 
     Attributes:
-        eps: Size of the perturbation, absolute, > 0; ``None`` until it is measured.
-        eps_end: Value that eps moves to over the run, by the same factor each step; ``None`` keeps it constant.
+        eps: Absolute size of the perturbation, > 0; ``None`` until it is measured.
+        eps_end: Value of eps at the end of the run, reached by the same factor in each step; ``None`` keeps eps constant.
         num_queries: Directions per step.
         clip_projected_grad: Largest projected gradient, as a multiple of the median of the last steps; ``None`` for no limit.
 
     Raises:
-        SlzoError: One is out of range.
+        SlzoError: A value is out of range.
     """
 
     eps: float | None = 1e-3
@@ -92,7 +93,7 @@ class StepOptions:
             )
 
     def eps_at(self, step: int, max_steps: int) -> float:
-        """Size of the perturbation at a step of a run of ``max_steps``."""
+        """Return the size of the perturbation at a step of a run of ``max_steps``."""
         if self.eps is None:
             raise SlzoError("model.eps auto: must be measured first, see slzo.zo.auto_step; or give a number")
         if self.eps_end is None:
@@ -102,13 +103,13 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """Result of a step.
 
     Attributes:
-        estimate: What the estimator found, without the gradient, which is as large as what is tuned.
-        record: Learning rate, eps and losses, as the log of steps keeps them.
-        report: What the loss had to say besides its value.
-        update_norm: Length of the masters' move; ``None`` if it was not measured, or the loss was not finite.
+        estimate: The estimate without its gradient, which is as large as the tuned tensors.
+        record: Learning rate, eps and losses, as in the step log.
+        report: Values and problems that the loss reported.
+        update_norm: Norm of the update; ``None`` if it was not measured or the loss was not finite.
     """
 
     estimate: Estimate
@@ -117,77 +118,27 @@ class StepResult:
     update_norm: float | None = None
 
 
-@torch.no_grad()
-def take_step(
-    request: Request,
-    estimator: Estimator,
-    optimizer: Optimizer,
-    *,
-    auto: AutoStep | None = None,
-    clip_factor: Callable[[Estimate], float] | None = None,
-    measure_update: bool = False,
-) -> tuple[Estimate, float | None]:
-    """Take one step on any module.
-
-    An estimate that is not finite moves nothing: the optimizer is called without gradients, so that whoever counts its steps
-    counts this one too.
-
-    Args:
-        request: What the estimator works on.
-        estimator: Estimates the gradient.
-        optimizer: Updates the masters.
-        auto: Clips the gradient, learns from the estimate and sets the learning rate.
-        clip_factor: Gives a factor, at most 1, by which the gradient of a finite estimate is scaled down.
-        measure_update: Measure the length of the update; takes a copy of the masters while the step lasts.
-
-    Returns:
-        The estimate, without its gradient, which is as large as what is tuned; and the length of the masters' move, ``None``
-        if it was not measured or the loss was not finite.
-    """
-    tuned = request.tuned
-    before = [master.clone() for master in tuned.masters] if measure_update else None
-    try:
-        estimate = estimator.estimate(request)
-        if auto is not None and estimate.finite:
-            estimate.scale_gradient(auto.clip_factor(estimate))
-            auto.update(estimate)
-        if auto is not None:
-            auto.set_rate(optimizer, estimator)
-        if clip_factor is not None and estimate.finite:
-            estimate.scale_gradient(clip_factor(estimate))
-        tuned.set_grad(estimate.gradient if estimate.finite else {})
-        optimizer.step()
-    finally:
-        tuned.zero_grad()
-        tuned.restore(tuned.names_of_step(request.seed, request.step))
-    norm = None
-    if before is not None and estimate.finite:
-        moves = [(new - old).norm() for new, old in zip(tuned.masters, before, strict=True)]
-        norm = float(torch.stack(moves).norm())
-    return replace(estimate, gradient={}), norm
-
-
 class Stepper:
     """Takes the steps of one training.
 
     Args:
-        model: What is tuned.
-        objective: What the steps minimize.
+        model: The model with its tuned tensors.
+        objective: The objective to minimize.
         estimator: Estimates the gradient.
-        options: Size and number of the perturbations; with ``eps`` ``None`` the size is that of ``auto``.
+        options: Size and number of the perturbations. If ``eps`` is ``None``, ``auto`` gives the size.
         seed: Seed of the directions, which are drawn from (seed, step, query).
-        max_steps: Length of the training, over which ``eps`` moves.
-        evaluator: Generates answers, for objectives that look at them.
+        max_steps: Length of the training, over which ``eps`` changes.
+        evaluator: Generates answers, for objectives that need them.
         processes: Processes that share the work of a step.
-        auto: Measured step size; ``None`` where nothing is measured.
-        sets_rate: Whether ``auto`` sets the learning rate; else only ``eps`` is taken from it.
-        max_nonfinite: Steps in a row with an infinite or NaN loss after which training ends.
-        known: Steps that were taken before, by number: they are taken again from their losses, without forward passes.
-        log: Where steps and rollbacks are written; ``None`` keeps no log.
+        auto: Measured step size; ``None`` if nothing is measured.
+        sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
+        max_nonfinite: Training ends after so many steps in a row with an infinite or NaN loss.
+        known: Recorded steps by number. They are replayed from their losses, without forward passes.
+        log: Writes steps and rollbacks to a file; ``None`` keeps no log.
 
     Attributes:
-        known: The known steps that are still to come.
-        log: Where steps and rollbacks are written.
+        known: The recorded steps that have not been replayed yet.
+        log: Writes steps and rollbacks to a file.
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
     """
@@ -225,9 +176,9 @@ class Stepper:
         self.num_nonfinite = self._nonfinite_in_row = 0
 
     def loss(self, batch: TrainBatch, step: int = 0) -> Loss:
-        """The loss of a batch, the rows of this process on the model's device, over the rows of all processes."""
+        """Return the loss over the rows of all processes; ``batch`` has those of this process, on the model's device."""
         divides = self.processes.divide_directions
-        reduce = identity if divides else self.processes.add_up
+        reduce = identity if divides else self.processes.all_reduce_sum
         model = self.model
         context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
         loss = self.objective.loss(batch, context)
@@ -245,15 +196,15 @@ class Stepper:
         """Take one step, see :func:`take_step`.
 
         Args:
-            batch: Rows of this process; ``None`` only where the step is known.
+            batch: Rows of this process; ``None`` only if the step is in ``known``.
             step: Number of the step, counted from 0.
             optimizer: Updates the masters.
-            scheduler: Stepped after the optimizer.
-            measure_update: Measure the length of the update; takes a copy of the masters while the step lasts. Left out where
-                that would copy a whole model.
+            scheduler: Learning-rate scheduler, stepped after the optimizer.
+            measure_update: Measure the norm of the update. This holds a copy of the masters during the step, so it is not done
+                if the masters take more than the ``hold_bytes`` of :class:`TunedTensors`.
 
         Raises:
-            SlzoError: The loss was not finite for too many steps in a row, or a known step does not fit.
+            SlzoError: The loss was not finite for too many steps in a row, or a recorded step does not fit.
         """
         tensors, eps = self.model.tensors, self.options.eps_at(step, self.max_steps)
         known = self.known.pop(step, None)
@@ -269,14 +220,9 @@ class Stepper:
         multiple = self.options.clip_projected_grad
         clip = None if multiple is None else partial(self._history.clip_factor, multiple=multiple)
         estimate, norm = take_step(
-            request,
-            self.estimator,
-            optimizer,
-            auto=auto,
-            clip_factor=clip,
-            measure_update=measure_update,
+            request, self.estimator, optimizer, auto=auto, clip_factor=clip, measure_update=measure_update
         )
-        record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.noted))
+        record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
             scheduler.step()
         self._check_replayed(known, record)
@@ -289,18 +235,18 @@ class Stepper:
     def rollback(
         self, masters: Mapping[str, Tensor] | None, optimizer: Optimizer, schedulers: Sequence[Any], steps: int, to: int
     ) -> None:
-        """Go back to earlier masters, with half the learning rate and an optimizer that has forgotten.
+        """Go back to earlier masters, halve the learning rate, and reset the optimizer's state.
 
         Args:
-            masters: As :meth:`TunedTensors.copy_of_masters` gives them; ``None`` only halves the rate.
-            optimizer: Its state, which came from what went wrong, is dropped where the masters go back.
-            schedulers: Of the learning rate.
+            masters: The earlier masters, see :meth:`TunedTensors.copy_of_masters`; ``None`` only halves the learning rate.
+            optimizer: The optimizer. Its state is reset only if ``masters`` are given.
+            schedulers: Learning-rate schedulers.
             steps: Steps taken so far.
-            to: Step of the masters; -1 without them.
+            to: Step of the earlier masters; -1 without them.
         """
         if masters is not None:
             self.model.tensors.load(masters)
-            forget(optimizer)
+            reset_state(optimizer)
         if self.sets_rate and self.auto is not None:
             self.auto.factor /= 2
         else:
@@ -309,7 +255,7 @@ class Stepper:
             self.log.append(Rollback(steps, to))
 
     def state_dict(self) -> dict[str, Any]:
-        """What later steps depend on besides masters and optimizer: primitives only."""
+        """Return the state that later steps depend on, except masters and optimizer; primitives only."""
         return {
             "num_evaluations": self.num_evaluations,
             "num_nonfinite": self.num_nonfinite,
@@ -318,7 +264,7 @@ class Stepper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the counters and the history of a checkpoint; its measured step size is given to the constructor."""
+        """Restore counters and history. The measured step size is restored by the constructor's ``auto``."""
         self.num_evaluations, self.num_nonfinite = state["num_evaluations"], state["num_nonfinite"]
         self._history.sizes.extend(state["projected_grads"])
 

@@ -1,7 +1,7 @@
-"""How one of a model's tensors is tuned: all of it, some elements, or its part in a subspace.
+"""The ways to tune one of a model's tensors: all of its elements, some of them, or a low-rank subspace.
 
-A kind maps a float32 master to the model's own (live) tensor. Directions, gradients and optimizers live in the space of the
-master; ``tangent`` and ``pull_back`` translate to and from the space of the live tensor.
+Each class maps a float32 master to the model's own (live) tensor. Directions, gradients and optimizer states have the shape of
+the master. ``tangent`` and ``pull_back`` map to and from the shape of the live tensor.
 """
 
 from abc import ABC, abstractmethod
@@ -15,10 +15,10 @@ from slzo.models.peft_files import LowRank
 
 
 class TunedTensor(nn.Module, ABC):
-    """One tensor of the model, and the master that it is written from.
+    """A tensor of the model and its float32 master.
 
     Args:
-        live: The model's tensor; it is overwritten in place.
+        live: The model's tensor. It is overwritten in place.
         master: Initial value of the master, float32.
     """
 
@@ -27,7 +27,7 @@ class TunedTensor(nn.Module, ABC):
     def __init__(self, live: Tensor, master: Tensor) -> None:
         super().__init__()
         self._live = (live,)  # in a tuple, so that it is not registered as a parameter a second time
-        # requires_grad is what optimizers and Lightning expect of a trained tensor; no graph is ever built
+        # optimizers and Lightning expect requires_grad of a trained tensor; no graph is ever built
         self.master = nn.Parameter(master)
 
     @property
@@ -36,28 +36,27 @@ class TunedTensor(nn.Module, ABC):
         return self._live[0]
 
     def moved(self, direction: Tensor | None, scale: float) -> Tensor:
-        """``master + scale * direction``, a new tensor unless there is no direction."""
+        """Return ``master + scale * direction``: a new tensor, or the master itself without a direction."""
         return self.master.detach() if direction is None else torch.add(self.master.detach(), direction, alpha=scale)
 
     @abstractmethod
     def write(self, direction: Tensor | None, scale: float) -> None:
-        """Write ``master + scale * direction`` to the live tensor, rounded once to its dtype."""
+        """Write ``master + scale * direction`` to the live tensor, with one rounding to its dtype."""
 
     @abstractmethod
     def tangent(self, direction: Tensor) -> Tensor:
-        """How the live tensor moves when the master moves along ``direction``; shape and dtype of the live tensor."""
+        """Return how the live tensor changes when the master moves along ``direction``, in the live tensor's shape and dtype."""
 
     @abstractmethod
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """The gradient by the master from that by the live tensor, float32: the transpose of :meth:`tangent`."""
+        """Return the gradient of the master, float32, from that of the live tensor: the transpose of :meth:`tangent`."""
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
-        """What rounding leaves of a direction.
+        """Return the direction that the live tensor really moves along, after rounding to its dtype.
 
-        Returns:
-            The difference of the live tensors at ``high`` and ``low`` along ``direction``, over ``high - low``, in the space of
-            the master. In float32 it differs from ``direction`` by less than the noise of an estimate, and ``direction``
-            itself is returned.
+        This is the difference of the live tensors at ``high`` and ``low`` along ``direction``, divided by ``high - low``, in the
+        shape of the master. In float32 it differs from ``direction`` by less than the noise of an estimate, so ``direction``
+        itself is returned.
         """
         if self.live.dtype == torch.float32:
             return direction
@@ -65,24 +64,24 @@ class TunedTensor(nn.Module, ABC):
         return self._coordinates((ends[0] - ends[1]) / (high - low))
 
     def _unrounded(self, master: Tensor) -> Tensor:
-        """The elements of the live tensor that a master stands for, before they are rounded."""
+        """The elements of the live tensor for a value of the master, before rounding."""
         return master
 
     def _coordinates(self, difference: Tensor) -> Tensor:
-        """A difference of what :meth:`_unrounded` returns, in the space of the master."""
+        """Map a difference of two results of :meth:`_unrounded` to the shape of the master."""
         return difference
 
     def constants(self) -> dict[str, Tensor]:
-        """Tensors besides the master that the constructor takes, by argument; a checkpoint holds them."""
+        """Return the tensors, other than the master, that a checkpoint must hold, by name of the constructor argument."""
         return {}
 
     def low_rank(self) -> LowRank | None:
-        """How it moved from its first value, as LoRA has it; ``None`` where that is of no low rank."""
+        """Return the change from the initial value in LoRA's form, or ``None`` if the change is not of low rank."""
         return None
 
 
 class Whole(TunedTensor):
-    """Every element of a tensor."""
+    """Tunes every element of a tensor."""
 
     kind = "whole"
 
@@ -103,11 +102,11 @@ class Whole(TunedTensor):
 
 
 class Masked(TunedTensor):
-    """Some elements of a tensor; the master holds only these.
+    """Tunes some elements of a tensor; the master holds only these.
 
     Args:
         live: The model's tensor, contiguous.
-        index: Their places in the flattened tensor, shape (K,), int64 or int32, K >= 1.
+        index: Indices of the elements in the flattened tensor, shape (K,), int64 or int32, K >= 1.
     """
 
     kind = "masked"
@@ -118,7 +117,7 @@ class Masked(TunedTensor):
             raise ValueError("its index is no list of places")
         if int(index.min()) < 0 or int(index.max()) >= live.numel():
             raise ValueError("its index points outside of the tensor")
-        # 8 bytes an element would be more than the master itself takes
+        # int64 would take more memory than the master itself
         index = index.to(live.device, torch.int32 if live.numel() < 2**31 else torch.int64)
         super().__init__(live, live.detach().view(-1)[index].to(torch.float32, copy=True))
         self.register_buffer("index", index, persistent=False)
@@ -139,12 +138,12 @@ class Masked(TunedTensor):
 
 
 class Subspace(TunedTensor):
-    """A matrix moves within a subspace of its inputs: W = W0 + C V^T, and C is tuned (ZO-Act, arXiv 2607.01125).
+    """Tunes a matrix within a subspace of its inputs: W = W0 + C V^T, where C is tuned (ZO-Act, arXiv 2607.01125).
 
     Args:
         live: W, shape (out, in), or (in, out) if ``transposed``.
         basis: V, shape (in, r), orthonormal columns, float32.
-        transposed: Whether the weight is stored as (in, out), as GPT-2 does.
+        transposed: Whether the weight is stored as (in, out), as in GPT-2.
     """
 
     kind = "subspace"
@@ -166,7 +165,7 @@ class Subspace(TunedTensor):
         return self._full(master).add_(self.base)
 
     def _coordinates(self, difference: Tensor) -> Tensor:
-        return self.pull_back(difference)  # what rounding adds outside of the subspace is left out
+        return self.pull_back(difference)  # drops the part of the rounding error that is outside the subspace
 
     def _full(self, coordinates: Tensor) -> Tensor:
         full = coordinates @ self.basis.T
@@ -186,4 +185,4 @@ class Subspace(TunedTensor):
 
 
 KINDS: Mapping[str, Callable[..., TunedTensor]] = {each.kind: each for each in (Whole, Masked, Subspace)}
-"""Makes a tuned tensor of each kind from the model's tensor and :meth:`TunedTensor.constants`."""
+"""The classes by kind. Each is called with the model's tensor and the items of :meth:`TunedTensor.constants`."""

@@ -1,4 +1,4 @@
-"""What a short training reports."""
+"""Short trainings in single layers: their cost and their results."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,23 +9,23 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.auto_step import AutoStep
 
 OVERHEAD_LAYERS = 1.5
-"""Cost of noise, update and head, as a number of layers: fitted to docs/results.md, within 3% of its seconds."""
+"""Cost of noise, update and head, as a number of layers. Fitted to the times in docs/results.md, within 3% of them."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of training in one layer or another.
+    """Cost of training in a layer. The unit is one row that runs through one layer.
 
     Attributes:
         num_layers: Decoder layers of the model.
-        batch_size: Rows of a step.
-        evaluations: Evaluations of the batch in a step.
-        measuring: Evaluations before the first step, where the step size is measured.
-        dev_rows: Rows of a dev score.
-        head_layers: Cost of whole-vocabulary logits, as a number of layers.
-        measured: Layers whose step size is known already.
-        caches: Whether states that enter a layer are kept.
-        carries: Whether kept states are run on to the next layer instead of computed from the first one.
+        batch_size: Rows per step.
+        evaluations: Evaluations of the batch per step.
+        measuring: Evaluations that measure the step size before the first step.
+        dev_rows: Rows per dev score.
+        head_layers: Cost of logits over the whole vocabulary, as a number of layers.
+        measured: Layers whose step size is already known.
+        caches: Whether the states that enter a layer are cached.
+        carries: Whether a trial computes its states from the cached states of an earlier trial in a lower layer.
     """
 
     num_layers: int
@@ -39,23 +39,23 @@ class StepCost:
     carries: bool = True
 
     def layers(self, lowest: int) -> float:
-        """Layers that are run where ``lowest`` is tuned."""
+        """Return the cost of one evaluation of a row if ``lowest`` is the first tuned layer."""
         return self.num_layers - (lowest if self.caches else 0) + OVERHEAD_LAYERS + self.head_layers
 
     def step(self, layer: int) -> float:
-        """One step in a layer."""
+        """Return the cost of one step in a layer."""
         return self.evaluations * self.batch_size * self.layers(layer)
 
     def measure(self, layer: int) -> float:
-        """Measuring the step size in a layer."""
+        """Return the cost of measuring the step size in a layer."""
         return self.measuring * self.batch_size * self.layers(layer)
 
     def spared(self, layers: Iterable[int]) -> float:
-        """Measuring that some layers do not need any more."""
+        """Return the cost of measurements that were already made in some of the layers."""
         return sum(self.measure(layer) for layer in self.measured.intersection(layers))
 
     def training(self, layer: int, steps: int, num_train: int) -> float:
-        """A training of so many steps in a layer, with the states of each row below it; without dev scores."""
+        """Return the cost of a training in a layer, including the states of each row below it, without dev scores."""
         states = min(num_train, steps * self.batch_size) * layer if self.caches else 0
         return steps * self.step(layer) + states
 
@@ -65,9 +65,9 @@ class Score:
     """Score of the dev rows after some steps.
 
     Attributes:
-        step: Steps taken.
-        evaluations: Batch evaluations spent on them.
-        seconds: Training seconds spent on them, without scoring.
+        step: Steps so far.
+        evaluations: Batch evaluations so far.
+        seconds: Training time so far in seconds, without scoring.
         loss: Dev loss.
         metric: The task's metric.
     """
@@ -81,13 +81,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Trial:
-    """Outcome of a short training.
+    """Result of a short training.
 
     Attributes:
-        scores: Dev scores, the first before training, the last after it; with a curve also at steps 10, 20, 40 and so on.
+        scores: Dev scores before and after training; with a curve also those at steps 10, 20, 40 and so on.
         losses: Training loss of each step.
         mean_abs_slope: Mean magnitude of all projected gradients.
-        diverged: How it diverged; empty if it did not.
+        diverged: How the training diverged; empty if it did not.
     """
 
     scores: tuple[Score, ...]
@@ -96,32 +96,32 @@ class Trial:
     diverged: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for JSON."""
+        """Return primitives only, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Trial":
-        """Inverse of :meth:`to_dict`."""
+        """Create a trial from the result of :meth:`to_dict`."""
         scores = tuple(Score(**score) for score in data["scores"])
         return cls(**{**data, "scores": scores, "losses": tuple(data["losses"])})
 
     @property
     def gain(self) -> float:
-        """Dev loss before training minus that after it; minus infinity if it diverged."""
+        """Decrease of the dev loss; minus infinity if the training diverged."""
         return -math.inf if self.diverged else self.scores[0].loss - self.scores[-1].loss
 
 
 class Trials(Protocol):
-    """Short trainings in single layers, each from the untuned model; what a selection rule may use to decide.
+    """Short trainings in single layers, which a selection rule may use to compare the layers.
 
-    All trials share model, rows and the states that enter the tuned layer.
+    Each trial starts from the untuned model. All trials share the model, the rows and the cached states.
 
     Attributes:
-        steps: Steps of the training to come.
-        measures_rate: Whether that training measures its learning rate, so that :meth:`step_size` tells how fast it begins.
-        generates: Whether a loss takes generated answers, which makes trials slow.
-        num_train: Training rows.
-        num_dev: Dev rows.
+        steps: Steps of the main training.
+        measures_rate: Whether the main training measures its learning rate. Then :meth:`step_size` tells how fast it starts.
+        generates: Whether the loss needs generated answers, which makes trials slow.
+        num_train: Number of training rows.
+        num_dev: Number of dev rows.
     """
 
     steps: int
@@ -131,13 +131,13 @@ class Trials(Protocol):
     num_dev: int
 
     def cost(self, dev_rows: int) -> StepCost:
-        """Cost of steps and scores, with at most so many dev rows per score."""
+        """Return the cost of steps and scores, with at most ``dev_rows`` rows per score."""
 
     def step_size(self, layer: int) -> AutoStep:
-        """The measured step size in a layer; a later trial there does not measure it again.
+        """Measure the step size in a layer. A later trial in this layer does not measure it again.
 
         Raises:
-            SlzoError: It cannot be measured.
+            SlzoError: The step size cannot be measured.
         """
 
     def train(
@@ -149,18 +149,19 @@ class Trials(Protocol):
         num_batches: int | None = None,
         checks: Mapping[int, Callable[[Score], bool]] | None = None,
     ) -> tuple[Trial, PrefixCache | None]:
-        """Train in a layer and score the dev rows before and after.
+        """Train a layer, and score the dev rows before and after.
 
         Args:
-            layer: Decoder layer, counted from 0. Layers in rising order reuse each other's states.
-            steps: Steps to take.
-            dev_rows: Score about so many dev rows, in whole batches.
-            num_batches: Use the first so many batches again and again; ``None`` for all.
-            checks: After so many steps the dev rows are scored, and the trial ends if the function returns ``False``.
+            layer: Decoder layer, counted from 0. Train layers in rising order, so that they reuse the cached states.
+            steps: Number of steps.
+            dev_rows: Approximate number of dev rows to score; batches are not cut.
+            num_batches: Repeat the first ``num_batches`` batches; ``None`` uses all batches.
+            checks: Functions by step. After that step the dev rows are scored, and the trial stops if the function returns
+                ``False`` for the score.
 
         Returns:
-            The outcome, and the states that enter the layer, which the training to come can start with.
+            The result, and the cached states that enter the layer, with which the main training can start.
 
         Raises:
-            SlzoError: It cannot be trained.
+            SlzoError: The layer cannot be trained.
         """

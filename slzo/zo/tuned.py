@@ -1,4 +1,4 @@
-"""The tensors being tuned: float32 masters beside the live weights of the model."""
+"""The tensors being tuned: float32 masters of some of the model's weights."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -10,24 +10,23 @@ from slzo.zo.noise import Noise, gaussian
 from slzo.zo.tensors import KINDS, TunedTensor, Whole
 
 Direction = Mapping[str, Tensor]
-"""One float32 tensor per tuned tensor that moves, by name."""
+"""One float32 tensor for each tuned tensor that moves, by name."""
 
 Subset = Callable[[int, int], Collection[str]]
-"""Names of the tensors that are perturbed in a step: seed, step."""
+"""Returns the names of the tensors that a step perturbs. Arguments: seed, step."""
 
-# Directions of more bytes are drawn anew each time they are needed: for a whole model, holding them would cost more than
-# the model itself.
+# Larger directions are drawn again at each use. For all parameters of a model, holding one would take more memory than the model.
 _HOLD_BYTES = 2 * 2**30
 
 
-class _DrawnAgain(Mapping[str, Tensor]):
-    """A direction that is never held as a whole: each access draws."""
+class _LazyDirection(Mapping[str, Tensor]):
+    """A direction that is not held in memory: each access draws the tensor."""
 
     def __init__(self, names: Collection[str], draw: Callable[[str], Tensor]) -> None:
         self._names = names
         self._draw = draw
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would draw
+    def __contains__(self, name: object) -> bool:  # the default of Mapping would draw the tensor
         return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
@@ -45,16 +44,16 @@ class _DrawnAgain(Mapping[str, Tensor]):
 class TunedTensors(nn.Module):
     """Float32 masters of some of a model's tensors.
 
-    Perturbed weights are always written from the masters, never by adding and subtracting in place: nothing drifts, and
-    restoring is exact. The masters are what the optimizer updates and a checkpoint stores, so that small updates are not
-    lost when the model itself is in bfloat16 or float16.
+    Perturbed weights are always written from the masters, never by adding and subtracting in place. So nothing drifts, and
+    restoring is exact. The optimizer updates the masters and a checkpoint stores them, so small updates are not lost when the
+    model itself is in bfloat16 or float16.
+
+    This takes the memory of one float32 copy of the tuned tensors, and of one more while a direction is held.
 
     Args:
-        tensors: By name; a plain tensor is tuned as a whole.
-        subset: Which of them are perturbed in a step; ``None`` for all.
-        hold_bytes: Directions above this size are drawn anew each time instead of held.
-
-    Extra memory: one float32 copy of what is tuned, and one more while a direction is held.
+        tensors: The tensors by name; all elements of a plain tensor are tuned.
+        subset: Chooses the tensors that a step perturbs; ``None`` for all.
+        hold_bytes: Directions of more bytes are drawn again at each use instead of held.
     """
 
     def __init__(
@@ -67,49 +66,49 @@ class TunedTensors(nn.Module):
         self.hold_bytes = hold_bytes
 
     def items(self) -> Iterator[tuple[str, TunedTensor]]:
-        """Tuned tensors by name."""
+        """Iterate over names and tuned tensors."""
         return zip(self.names, self.tensors, strict=True)  # type: ignore[arg-type]
 
     @property
     def masters(self) -> list[nn.Parameter]:
-        """What the optimizer updates, in the order of the names."""
+        """The masters in the order of their names; the optimizer updates these."""
         return [tensor.master for _, tensor in self.items()]
 
     @property
     def num_elements(self) -> int:
-        """Number of tuned scalars."""
+        """Number of tuned elements."""
         return sum(master.numel() for master in self.masters)
 
     def named_masters(self) -> dict[str, nn.Parameter]:
-        """Masters by name."""
+        """Return the masters by name."""
         return dict(zip(self.names, self.masters, strict=True))
 
     def names_of_step(self, seed: int, step: int) -> Sequence[str]:
-        """The tensors that move in a step of a run with this seed."""
+        """Return the names of the tensors that a step perturbs."""
         return self.names if self.subset is None else tuple(self.subset(seed, step))
 
     def draw(self, seed: int, step: int, query: int, noise: Noise = gaussian) -> Direction:
-        """The direction of one query of a step, on the masters' device."""
+        """Draw the direction of one query of a step, on the masters' device."""
         masters = self.named_masters()
         names = self.names_of_step(seed, step)
 
-        def one(name: str) -> Tensor:
+        def draw_tensor(name: str) -> Tensor:
             return noise(masters[name], seed, step, query, name)
 
         if 4 * sum(masters[name].numel() for name in names) > self.hold_bytes:
-            return _DrawnAgain(names, one)
-        return {name: one(name) for name in names}
+            return _LazyDirection(names, draw_tensor)
+        return {name: draw_tensor(name) for name in names}
 
     @torch.no_grad()
     def write(self, direction: Direction, scale: float) -> None:
-        """Set the live weights to ``master + scale * direction``; tensors that are not part of it stay as they are."""
+        """Set the live weights to ``master + scale * direction``. Tensors that are not in the direction stay as they are."""
         for name, tensor in self.items():
             if name in direction:
                 tensor.write(direction[name], scale)
 
     @torch.no_grad()
     def restore(self, names: Collection[str] | None = None) -> None:
-        """Set the live weights to the masters; of some tensors alone, where the others are there already."""
+        """Set the live weights to the masters, for all tensors or only for the given ones."""
         for name, tensor in self.items():
             if names is None or name in names:
                 tensor.write(None, 0.0)
@@ -118,9 +117,10 @@ class TunedTensors(nn.Module):
     def accumulate(
         self, gradient: dict[str, Tensor], direction: Direction, factor: float, ends: tuple[float, float] | None = None
     ) -> None:
-        """Add ``factor * direction`` to a gradient, in place; the direction may be consumed.
+        """Add ``factor * direction`` to a gradient, in place. The direction may be overwritten.
 
-        With ``ends``, the two scales at which the loss was taken along it, what rounding left of the direction is used.
+        ``ends`` are the two scales at which the loss was evaluated along the direction. With them, the direction is replaced by
+        the one that the rounded live weights moved along, see :meth:`TunedTensor.applied`.
         """
         for name, tensor in self.items():
             if name in direction:
@@ -128,17 +128,17 @@ class TunedTensors(nn.Module):
                 gradient[name] = gradient[name].add_(moved, alpha=factor) if name in gradient else moved.mul_(factor)
 
     def set_grad(self, gradient: Mapping[str, Tensor]) -> None:
-        """Give the masters their gradients; those without one get none."""
+        """Set ``grad`` of all masters; it is ``None`` for masters without a gradient."""
         for name, master in self.named_masters().items():
             master.grad = gradient.get(name)
 
     def copy_of_masters(self) -> dict[str, Tensor]:
-        """What :meth:`load` takes."""
+        """Return copies of the masters by name, for :meth:`load`."""
         return {name: master.detach().clone() for name, master in self.named_masters().items()}
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:
-        """Set all masters, given by name, and the live weights; KeyError if one is missing or of another shape."""
+        """Set all masters, by name, and the live weights. KeyError if one is missing or has another shape."""
         own = self.named_masters()
         for name, master in own.items():
             if masters[name].shape != master.shape:
@@ -147,14 +147,14 @@ class TunedTensors(nn.Module):
             master.copy_(masters[name])
         self.restore()
 
-    def misfit(self, masters: Mapping[str, Tensor]) -> str | None:
-        """Name of the first tensor that :meth:`load` would not take, or miss; ``None`` if there is none."""
+    def first_mismatch(self, masters: Mapping[str, Tensor]) -> str | None:
+        """Return the name of a tensor that is unknown, missing or of another shape, or ``None`` if all fit."""
         own = self.named_masters()
         wrong = [name for name, given in masters.items() if name not in own or own[name].shape != given.shape]
         return next(iter([*wrong, *(name for name in own if name not in masters)]), None)
 
     def description(self) -> dict[str, dict[str, Any]]:
-        """How each tensor is tuned, besides the values of its master: tensors, strings and numbers only, for checkpoints."""
+        """Describe how each tensor is tuned, for checkpoints: tensors, strings and numbers only, without the masters' values."""
         return {
             name: {"kind": tensor.kind, "shape": list(tensor.live.shape), **tensor.constants()}
             for name, tensor in self.items()
@@ -167,10 +167,10 @@ class TunedTensors(nn.Module):
         description: Mapping[str, Mapping[str, Any]],
         subset: Subset | None = None,
     ) -> Self:
-        """Tuned tensors as :meth:`description` says, of an untuned model's parameters; :meth:`load` then sets their values.
+        """Create the tuned tensors of a :meth:`description` from an untuned model. Set their values with :meth:`load`.
 
         Raises:
-            KeyError: The model has no such tensor, or one of another shape, or it cannot be tuned like this.
+            KeyError: The model has no such tensor, or one of another shape, or the tensor cannot be tuned like this.
         """
         tensors = {}
         for name, entry in description.items():

@@ -1,7 +1,7 @@
-"""A language model of which a small part is tuned: everything that training it needs, without Lightning."""
+"""A language model with tuned tensors, adapter and prefix cache."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -23,12 +23,9 @@ from slzo.models.quantization import is_plain, method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.forward import Span, SuffixForward
-from slzo.zo.processes import Processes
 from slzo.zo.scopes import Scope, ScopeContext
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.tuned import Subset, TunedTensors
-
-_ALONE = Processes()
 
 
 def _no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
@@ -36,21 +33,21 @@ def _no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
 
 
 class TunedModel:
-    """The model's parts, the masters of what is tuned, and the cached states that enter it; ready when made.
+    """A language model of which some tensors are tuned.
 
-    Make one with :meth:`of_scope` or :meth:`of_description`.
+    Create one with :meth:`from_scope` or :meth:`from_description`.
 
     Args:
-        parts: The model, with the adapter's modules in it.
-        tensors: Masters of what is tuned.
-        scope: What the scope was made with, primitives only.
-        adapter: Modules that the scope added.
-        layer: The dominant layer; ``None`` where the scope has none.
-        engine: How losses are computed; ``packed``, ``onednn`` and ``compile`` are those of the parts.
-        cache: Prefix states of an earlier tuned model on the same rows; taken over if they enter the same layer.
-        base: Of the model before any adapter; ``None`` where it is not known.
-        exchanged: Quantized linear maps of the layers that the scope changes.
-        brought: Layers that are on the model's main device as long as they are tuned.
+        parts: The model, including the modules of the adapter.
+        tensors: Masters of the tuned tensors.
+        scope: Class and arguments of the scope, primitives only.
+        adapter: The modules that the scope added; ``None`` if there are none.
+        layer: The dominant layer; ``None`` if the scope needs none.
+        engine: How losses are computed. ``packed`` and ``onednn`` are not used here; ``parts`` has its own.
+        cache: Prefix cache of an earlier tuned model on the same rows. It is used if its states enter the same layer.
+        base: Fingerprint of the model before the adapter was added; ``None`` if unknown.
+        full_precision: The quantized linear maps that full-precision ones replace while they are tuned.
+        moved_layers: Layers that were moved to the model's main device while they are tuned.
     """
 
     def __init__(
@@ -63,37 +60,36 @@ class TunedModel:
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
         base: Fingerprint | None = None,
-        exchanged: FullPrecision | None = None,
-        brought: Sequence[int] = (),
+        full_precision: FullPrecision | None = None,
+        moved_layers: Sequence[int] = (),
     ) -> None:
         engine = Engine() if engine is None else engine
         self.parts = parts
         self.tensors = tensors.to(parts.model.device)
         self.scope = dict(scope)
         self.adapter = adapter
-        self.exchanged = exchanged
-        self._brought = brought
+        self.full_precision = full_precision
+        self._moved_layers = moved_layers
         self.layer = layer
         self.engine = engine
-        # an adapter's own tensors are none of the base model's, and dequantized ones depend on the processor
-        foreign = adapter is not None or (exchanged is not None and exchanged.dequantized)
-        own = {} if foreign else {name: tensor.live for name, tensor in self.tensors.items()}
-        self.base = None if base is None else base.with_tuned(own)
+        # an adapter's tensors are not in the base model, and dequantized values depend on the processor
+        comparable = adapter is None and (full_precision is None or not full_precision.dequantized)
+        live = {name: tensor.live for name, tensor in self.tensors.items()} if comparable else {}
+        self.base = None if base is None else base.with_tuned(live)
         self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
             cache = PrefixCache(span.start, engine.cache_gb, engine.states_dtype, engine.cache_dir)
         placement = placement_of(parts.model)
-        # weights that are read from files or another device are read once a step, so all points run through them together
-        self._visits_once = placement is not None and placement.offloads
-        paired = True if self._visits_once else engine.paired
-        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, paired)
+        # weights on disk or another device should be read only once a step, so all points are evaluated together
+        self._offloads = placement is not None and placement.offloads
+        self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, self._offloads or engine.paired)
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.forward.decodes_together:
-            beside = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
-            self.prompt_states = PromptStates(parts, beside)
+            prompt_cache = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
+            self.prompt_states = PromptStates(parts, prompt_cache)
 
     @classmethod
-    def of_scope(
+    def from_scope(
         cls,
         parts: ModelParts,
         scope: Scope,
@@ -104,41 +100,43 @@ class TunedModel:
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
     ) -> Self:
-        """What a scope names is tuned, from the model's present weights; it has no adapter yet.
+        """Create the tuned tensors that a scope chooses, from the current weights of a model without an adapter.
 
-        ``prompts`` and ``seed`` are those of :class:`slzo.zo.scopes.base.ScopeContext`.
+        ``layer``, ``prompts`` and ``seed`` are passed on to the scope, see :class:`slzo.zo.scopes.base.ScopeContext`.
 
         Raises:
-            SlzoError: The model has no such layer, or the scope finds nothing to tune; the model is as it was.
+            SlzoError: The model has no such layer, or the scope finds nothing to tune. The model is unchanged then.
         """
         if layer is not None:
             check_layer(layer, parts.num_layers)
         context = ScopeContext(parts, layer, prompts, seed)
         settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
-        with ExitStack() as stack:
-            brought = stack.enter_context(_brought_in(parts, partial(scope.changed_layers, context)))
-            whole, exchanged = stack.enter_context(_full_precision_in(parts, partial(_changed_layers, scope, context)))
-            adapter = scope.adapter(replace(context, parts=whole))
-            own = stack.enter_context(_adapter_in(whole, adapter))
-            tensors = scope.tensors(replace(context, parts=own))
+        with ExitStack() as undo:
+            moved = _move_to_main_device(parts, partial(scope.changed_layers, context), undo)
+            plain, full_precision = _put_in_full_precision(parts, partial(_changed_layers, scope, context), undo)
+            adapter = scope.adapter(replace(context, parts=plain))
+            adapted = _add_adapter(plain, adapter, undo)
+            tensors = scope.tensors(replace(context, parts=adapted))
             _check_plain(tensors)
-            return cls(own, tensors, settings, adapter, layer, engine, cache, base, exchanged, brought)
+            model = cls(adapted, tensors, settings, adapter, layer, engine, cache, base, full_precision, moved)
+            undo.pop_all()
+            return model
 
     @classmethod
-    def of_description(
+    def from_description(
         cls,
         parts: ModelParts,
         description: Mapping[str, Any],
         engine: Engine | None = None,
         subset: Subset | None = None,
     ) -> Self:
-        """What a checkpoint's :meth:`description` says is tuned; :meth:`slzo.zo.tuned.TunedTensors.load` then sets the values.
+        """Create the tuned tensors of a :meth:`description`. Set their values with :meth:`slzo.zo.tuned.TunedTensors.load`.
 
-        The parts are untuned and without an adapter; ``subset`` says what a training step moves, ``None`` for all.
+        ``parts`` is the untuned model without an adapter. ``subset`` is that of :class:`slzo.zo.tuned.TunedTensors`.
 
         Raises:
-            SlzoError: It is of another base model.
-            KeyError: It does not fit the model, which is as it was.
+            SlzoError: The description is of another base model. The model is unchanged then.
+            KeyError: The description does not fit the model. The model is unchanged then.
         """
         base = Fingerprint.of(parts.model)
         base.check(description.get("base", {}))
@@ -148,20 +146,21 @@ class TunedModel:
         except TypeError as error:
             raise KeyError(f"{settings} as adapter ({error})") from error
         layers = _layers_of(parts, description["tensors"])
-        with ExitStack() as stack:
-            brought = stack.enter_context(_brought_in(parts, lambda: layers))
-            whole, exchanged = stack.enter_context(_full_precision_in(parts, lambda: layers))
-            own = stack.enter_context(_adapter_in(whole, adapter))
+        with ExitStack() as undo:
+            moved = _move_to_main_device(parts, lambda: layers, undo)
+            plain, full_precision = _put_in_full_precision(parts, lambda: layers, undo)
+            adapted = _add_adapter(plain, adapter, undo)
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
             scope, layer = description["scope"], description["layer"]
-            made = cls(own, tensors, scope, adapter, layer, engine, None, base, exchanged, brought)
-            made.check_base(description)
-            return made
+            model = cls(adapted, tensors, scope, adapter, layer, engine, None, base, full_precision, moved)
+            model.check_base(description)
+            undo.pop_all()
+            return model
 
     def description(self) -> dict[str, Any]:
-        """What :meth:`of_description` takes: tensors and primitives only."""
+        """Describe what is tuned, for :meth:`from_description`: tensors and primitives only."""
         return {
             "scope": self.scope,
             "adapter": None if self.adapter is None else self.adapter.to_dict(),
@@ -171,56 +170,58 @@ class TunedModel:
         }
 
     def check_base(self, description: Mapping[str, Any]) -> None:
-        """Refuse a description of another base model; one without a fingerprint passes.
+        """Check that a description is of the same base model. A description without a fingerprint passes.
 
         Raises:
-            SlzoError: With what differs.
+            SlzoError: The base models differ; the message says in what.
         """
         if self.base is not None:
             self.base.check(description.get("base", {}))
 
     def fits(self, description: Mapping[str, Any]) -> bool:
-        """Whether a description is that of what is tuned here, bases and masks included; for another base model, see above."""
+        """Return whether a description is equal to this model's, including bases and masks. The base model is not compared."""
         own = self.description()
         own.pop("base")
         return all(_same(own[name], description[name]) for name in own)
 
     def release(self) -> None:
-        """Take the scope's extra modules out of the model, and put quantized ones back; other weights stay as they are.
+        """Remove the adapter's modules from the model and restore quantized ones. Other weights stay as they are.
 
-        This object is of no use then.
+        Do not use this object afterwards.
         """
         if self.adapter is not None:
             self.adapter.remove(self.parts.model)
             self.adapter = None
-        if self.exchanged is not None:
-            self.exchanged.undo(self.parts.model)
-            self.exchanged = None
+        if self.full_precision is not None:
+            self.full_precision.undo(self.parts.model)
+            self.full_precision = None
         if (placement := placement_of(self.parts.model)) is not None:
-            placement.give_back(self._brought)
+            placement.return_layers(self._moved_layers)
 
     def merge(self) -> None:
-        """Have the model's own weights hold what is tuned, without an adapter's modules. This object is of no use then.
+        """Merge the adapter into the model's weights. Do not use this object afterwards.
 
         Raises:
-            SlzoError: No weight can hold it.
+            SlzoError: The adapter cannot be merged into weights.
         """
         if self.adapter is not None:
             self.adapter.merge(self.parts.model)
             self.adapter = None
 
     def peft_files(self) -> PeftFiles | None:
-        """What is tuned as an adapter of peft; ``None`` where that is of no low rank."""
+        """Return what is tuned as a peft adapter, or ``None`` if the change of a tensor is not of low rank."""
         if self.adapter is not None:
             return self.adapter.peft_files(self.parts.model)
         maps = {name.removesuffix(".weight"): tensor.low_rank() for name, tensor in self.tensors.items()}
-        low_rank = {path: moved for path, moved in maps.items() if moved is not None}
+        low_rank = {path: change for path, change in maps.items() if change is not None}
         return lora_files(low_rank) if len(low_rank) == len(maps) else None
 
     def plan_prefix(self, blocks: Iterable[Block], prompts: Iterable[Block] = ()) -> None:
-        """Fix which rows' states are kept, and with which others each is computed; see :meth:`PrefixCache.plan`.
+        """Decide which rows' states are cached, and with which other rows each is computed; see :meth:`PrefixCache.plan`.
 
-        ``prompts`` are of rows whose answers are generated; they get what the others leave.
+        Args:
+            blocks: Rows whose hidden states are cached.
+            prompts: Prompts of rows whose answers are generated. They get the rest of the cache's budget.
         """
         cache, model = self.forward.cache, self.parts.model
         width = model.config.get_text_config(decoder=True).hidden_size
@@ -228,76 +229,59 @@ class TunedModel:
         if self.prompt_states is not None:
             self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes)
 
-    def forget_prefix(self) -> None:
-        """Drop all kept states: their keys are those of one data module."""
+    def clear_prefix(self) -> None:
+        """Drop all cached states. Their keys are valid for one data module only."""
         self.forward.cache.clear()
         if self.prompt_states is not None:
             self.prompt_states.cache.clear()
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
-        """See :data:`slzo.evaluation.evaluator.Logits`."""
+        """Return the logits of a batch, see :data:`slzo.evaluation.evaluator.Logits`."""
         return self.forward.logits(batch, self.forward.prefix(batch, keep_prefix))
 
     def queries_at_once(self, num_queries: int) -> int:
-        """Directions of a step that are evaluated together."""
-        return num_queries if self._visits_once else self.engine.queries_at_once
+        """Return how many directions of a step are evaluated together."""
+        return num_queries if self._offloads else self.engine.queries_at_once
 
     def describe_quantization(self) -> str | None:
-        """What is quantized and what is not, in one line; ``None`` for a model that is not quantized."""
-        exchanged = self.exchanged
-        if exchanged is None or not exchanged.quantized:
+        """Describe in one line what is quantized; ``None`` for a model that is not quantized."""
+        full_precision = self.full_precision
+        if full_precision is None or not full_precision.quantized:
             return None
-        return f"Frozen layers are quantized ({method_of(self.parts.model)}); what is tuned is {exchanged.source}."
+        return f"Frozen layers are quantized ({method_of(self.parts.model)}); what is tuned is {full_precision.source}."
 
 
-@contextmanager
-def _adapter_in(parts: ModelParts, adapter: Adapter | None) -> Iterator[ModelParts]:
-    """The parts with an adapter's modules, which are taken out again if anything fails."""
-    if adapter is None:
-        yield parts
-        return
-    virtual_tokens = adapter.inject(parts.model)
-    try:
-        yield parts.with_virtual_tokens(virtual_tokens)
-    except BaseException:
-        adapter.remove(parts.model)
-        raise
-
-
-@contextmanager
-def _brought_in(parts: ModelParts, layers: Callable[[], Sequence[int]]) -> Iterator[Sequence[int]]:
-    """Layers that are to be changed, on the model's main device; those that were away go back if anything fails."""
+# The next three functions change the model and register the reverse change with ``undo``.
+def _move_to_main_device(parts: ModelParts, layers: Callable[[], Sequence[int]], undo: ExitStack) -> Sequence[int]:
     placement = placement_of(parts.model)
     if placement is None:
-        yield ()
-        return
+        return ()
     numbers = layers()
-    placement.bring(numbers)
-    try:
-        yield numbers
-    except BaseException:
-        placement.give_back(numbers)
-        raise
+    placement.load_layers(numbers)
+    undo.callback(placement.return_layers, numbers)
+    return numbers
 
 
-@contextmanager
-def _full_precision_in(
-    parts: ModelParts, layers: Callable[[], Sequence[int]]
-) -> Iterator[tuple[ModelParts, FullPrecision | None]]:
-    """The parts of a quantized model with some layers in full precision, which are put back if anything fails."""
+def _put_in_full_precision(
+    parts: ModelParts, layers: Callable[[], Sequence[int]], undo: ExitStack
+) -> tuple[ModelParts, FullPrecision | None]:
     if method_of(parts.model) is None:
-        yield parts, None
-        return
-    exchanged = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
-    try:
-        yield parts.with_virtual_tokens(parts.virtual_tokens), exchanged
-    except BaseException:
-        exchanged.undo(parts.model)
-        raise
+        return parts, None
+    full_precision = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
+    undo.callback(full_precision.undo, parts.model)
+    return parts.with_virtual_tokens(parts.virtual_tokens), full_precision
+
+
+def _add_adapter(parts: ModelParts, adapter: Adapter | None, undo: ExitStack) -> ModelParts:
+    if adapter is None:
+        return parts
+    virtual_tokens = adapter.inject(parts.model)
+    undo.callback(adapter.remove, parts.model)
+    return parts.with_virtual_tokens(virtual_tokens)
 
 
 def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
-    """The layers that a scope changes in a quantized model; SlzoError if that is all of them."""
+    """Return the layers that a scope changes in a quantized model, and refuse a scope that changes all."""
     changed = scope.changed_layers(context)
     if scope.layers == "all" and changed:
         raise SlzoError(
@@ -308,14 +292,13 @@ def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
 
 
 def _layers_of(parts: ModelParts, names: Iterable[str]) -> list[int]:
-    """The decoder layers that tensors belong to, by the model's names."""
+    """Return the decoder layers of some tensors, given by name."""
     start = f"{parts.layers_path}."
     found = {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
     return sorted(int(layer) for layer in found if layer.isdecimal() and int(layer) < parts.num_layers)
 
 
 def _check_plain(tensors: TunedTensors) -> None:
-    """Refuse to tune a quantized tensor."""
     for name, tensor in tensors.items():
         if not is_plain(tensor.live):
             raise SlzoError(

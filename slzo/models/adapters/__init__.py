@@ -1,4 +1,4 @@
-"""Modules that a scope adds to a model, through peft; each kind is one file, and this list registers it."""
+"""Modules that a scope adds to a model through peft. Each kind has its own file and is registered here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ ADAPTERS: Mapping[str, type[Adapter]] = {adapter.kind: adapter for adapter in (L
 
 
 def adapter_from_dict(data: Mapping[str, Any]) -> Adapter:
-    """Inverse of :meth:`Adapter.to_dict`; KeyError if there is no such kind."""
+    """Invert :meth:`Adapter.to_dict`; raise KeyError if the kind is unknown."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     return ADAPTERS[data["kind"]](**values)
 

@@ -1,4 +1,4 @@
-"""What an adapter is: modules that a scope adds to a model."""
+"""Base class of adapters, the modules that a scope adds to a model."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
@@ -14,46 +14,46 @@ ADAPTER_NAME = "slzo"
 
 
 class Adapter(ABC):
-    """Settings of extra modules: a dataclass of primitives and tuples of them, so that a checkpoint can hold them.
+    """Settings of extra modules: a dataclass of primitives and tuples of primitives, so that a checkpoint can store it.
 
     Attributes:
-        kind: Name in checkpoints.
+        kind: Name of the adapter in checkpoints.
     """
 
     kind: ClassVar[str]
 
     @abstractmethod
     def inject(self, model: PreTrainedModel) -> VirtualTokens | None:
-        """Add the modules to a model, in place; returns virtual tokens that its attention has to see.
+        """Add the modules to a model in place; return virtual tokens if its attention needs them.
 
         Raises:
-            SlzoError: peft is missing, or the model has no place for them.
+            SlzoError: If peft is missing, or the model does not support the modules.
         """
 
     @abstractmethod
     def remove(self, model: PreTrainedModel) -> None:
-        """Take them out again; the model's own weights stay as they are."""
+        """Remove the modules; the model's own weights do not change."""
 
     @abstractmethod
     def merge(self, model: PreTrainedModel) -> None:
-        """Have the model's own weights do what the modules do, in place, and take the modules out.
+        """Merge the modules into the model's own weights in place, and remove them.
 
         Raises:
-            SlzoError: No weight can hold it.
+            SlzoError: If they cannot be merged.
         """
 
     @abstractmethod
     def peft_files(self, model: PreTrainedModel) -> PeftFiles:
-        """The modules, which are in the model, as peft keeps them on disk."""
+        """Return the modules of the model in peft's file format."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Kind and settings."""
+        """Return kind and settings."""
         settings = asdict(self)  # type: ignore[call-overload]
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
 
 def import_peft(scope: str) -> Any:
-    """The peft package, or an SlzoError that says how to install it."""
+    """Import peft; raise an SlzoError that says how to install it if it is missing."""
     try:
         import peft
     except ImportError as error:

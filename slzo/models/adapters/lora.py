@@ -14,14 +14,14 @@ from slzo.utils.errors import SlzoError
 
 @dataclass(frozen=True)
 class LoRAMatrices(Adapter):
-    """Where LoRA matrices go.
+    """LoRA matrices and the linear maps that they are added to.
 
     Attributes:
-        rank: Their rank.
+        rank: Rank of the matrices.
         alpha: Their product is scaled by alpha / rank.
-        target_modules: Names of linear maps; ``None`` for peft's choice.
-        layers: Decoder layers.
-        seed: Of their first values: A random, B zero, so that the model is unchanged.
+        target_modules: Names of linear maps; ``None`` for peft's default.
+        layers: Numbers of the decoder layers.
+        seed: Seed of the initial values. A is random and B zero, so that the model is unchanged.
     """
 
     kind = "lora"
@@ -69,7 +69,7 @@ class LoRAMatrices(Adapter):
 
 
 def lora_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The matrices by the model's names."""
+    """Return the LoRA matrices by their names in the model."""
     return {
         name: tensor for name, tensor in model.named_parameters() if f".{ADAPTER_NAME}." in name and ".lora_" in name
     }

@@ -20,8 +20,8 @@ class PrefixTokens(Adapter):
     """Learned keys and values before every sequence, in every layer (prefix tuning).
 
     Attributes:
-        first_tokens: Its first values are the keys and values of these tokens, one position each.
-        model_name: The base model, which an exported adapter names.
+        first_tokens: Tokens whose keys and values are the initial values, one position each.
+        model_name: Name of the base model, for exported adapters.
     """
 
     kind = "prefix"
@@ -51,9 +51,9 @@ class PrefixTokens(Adapter):
             base_model_name_or_path=self.model_name,
         )
         encoder = peft.PrefixEncoder(config).to(model.device, model.dtype)
-        # peft's order: one row a token, in it keys and values of each layer
+        # peft's order: one row per token, with the keys and values of each layer
         encoder.embedding.weight.copy_(torch.stack(states).permute(2, 0, 1, 3).flatten(1))
-        virtual_tokens = _Encoded(encoder, config).requires_grad_(False)
+        virtual_tokens = _EncoderTokens(encoder, config).requires_grad_(False)
         model.add_module(_MODULE, virtual_tokens)
         return virtual_tokens
 
@@ -67,12 +67,12 @@ class PrefixTokens(Adapter):
 
     def peft_files(self, model: PreTrainedModel) -> PeftFiles:
         learned = model.get_submodule(_MODULE)
-        assert isinstance(learned, _Encoded)
+        assert isinstance(learned, _EncoderTokens)
         return prefix_files(learned.weight, learned.config.num_layers, learned.config.num_attention_heads)
 
 
-class _Encoded(nn.Module):
-    """Reads keys and values out of peft's encoder."""
+class _EncoderTokens(nn.Module):
+    """Gives access to the keys and values in peft's encoder."""
 
     def __init__(self, encoder: nn.Module, config: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _Encoded(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """One row a token, in it keys and values of each layer."""
+        """Learned states: one row per token, with the keys and values of each layer."""
         return self.encoder.embedding.weight  # type: ignore[union-attr, return-value]
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -95,5 +95,5 @@ class _Encoded(nn.Module):
 
 
 def virtual_token_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The learned keys and values by their name in the model."""
+    """Return the learned keys and values by their names in the model."""
     return {n: tensor for n, tensor in model.named_parameters() if n.startswith(f"{_MODULE}.")}

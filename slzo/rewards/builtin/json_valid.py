@@ -1,4 +1,4 @@
-"""The answer is JSON, and of a schema."""
+"""Reward for an answer that is JSON and follows a schema."""
 
 import json
 import re
@@ -21,9 +21,9 @@ def json_valid(
     without one any JSON will do. An answer may stand between ``` marks. Schemas need jsonschema (pip install
     'slzo[rewards]').
     """
-    alone = schema is None or isinstance(schema, str | Mapping)
-    schemas: list[Any] = [schema] * len(completions) if alone else list(schema or ())
-    return [_score(text_of(text), own, partial) for text, own in zip(completions, schemas, strict=True)]
+    is_shared = schema is None or isinstance(schema, str | Mapping)
+    schemas: list[Any] = [schema] * len(completions) if is_shared else list(schema or ())
+    return [_score(text_of(text), of_row, partial) for text, of_row in zip(completions, schemas, strict=True)]
 
 
 def _score(text: str, schema: Mapping[str, Any] | str | None, partial: float) -> float:

@@ -1,4 +1,4 @@
-"""The last number of the answer is that of a reference."""
+"""Reward for an answer whose last number is the last number of a reference."""
 
 import math
 import re
@@ -18,17 +18,17 @@ def number_match(
     Commas within a number are taken for thousands: "The total is 1,250." matches "#### 1250".
     """
     pairs = zip(completions, references, strict=True)
-    return [float(_matches(last_number(text_of(completion)), own, tolerance)) for completion, own in pairs]
+    return [float(_matches(last_number(text_of(completion)), texts, tolerance)) for completion, texts in pairs]
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text; ``None`` if there is none."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    """Return the last number in a text; ``None`` if there is none."""
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _matches(number: float | None, references: Sequence[str], tolerance: float) -> bool:
-    wanted = [last_number(text) for text in references]
+    expected = [last_number(text) for text in references]
     return number is not None and any(
-        each is not None and math.isclose(number, each, rel_tol=tolerance, abs_tol=tolerance) for each in wanted
+        each is not None and math.isclose(number, each, rel_tol=tolerance, abs_tol=tolerance) for each in expected
     )

@@ -1,4 +1,4 @@
-"""The answer matches a regular expression."""
+"""Reward for an answer that matches a regular expression."""
 
 import re
 from collections.abc import Sequence
@@ -14,4 +14,5 @@ def regex(completions: Sequence[Any], pattern: str | Sequence[str], whole: bool 
     """
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
     pairs = zip(patterns, completions, strict=True)
-    return [float(bool((re.fullmatch if whole else re.search)(own, text_of(completion)))) for own, completion in pairs]
+    match = re.fullmatch if whole else re.search
+    return [float(bool(match(own, text_of(completion)))) for own, completion in pairs]

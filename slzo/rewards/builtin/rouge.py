@@ -1,4 +1,4 @@
-"""ROUGE by rouge-score."""
+"""Reward by ROUGE, computed by the package rouge-score."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +18,9 @@ def rouge(
     scorer = RougeScorer([variant], use_stemmer=stemmer)
     pairs = zip(completions, references, strict=True)
     return [
-        max((float(scorer.score(text, text_of(completion))[variant].fmeasure) for text in own), default=0.0)
-        for completion, own in pairs
+        max((float(scorer.score(text, text_of(completion))[variant].fmeasure) for text in texts), default=0.0)
+        for completion, texts in pairs
     ]
 
 
-rouge.package = "rouge_score"  # type: ignore[attr-defined]  # named where it is missing
+rouge.package = "rouge_score"  # type: ignore[attr-defined]  # for slzo.rewards.registry.check_package

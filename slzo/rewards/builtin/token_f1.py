@@ -1,4 +1,4 @@
-"""Words in common with a reference."""
+"""Reward for words in common with a reference."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Gradient estimates from loss values; each estimator is one file, with its import and its name in this list."""
+"""Estimators of the gradient. Each is one file, imported and listed here."""
 
 from slzo.zo.estimators.backprop import Backprop
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request, RowShare
@@ -10,7 +10,7 @@ from slzo.zo.estimators.one_sided import OneSided
 from slzo.zo.estimators.spsa import SPSA
 
 ESTIMATORS = (Backprop, EvolutionStrategy, ForwardGradient, FZO, LOZO, OneSided, SPSA)
-"""What the command line offers by name."""
+"""The estimators that the command line offers by name."""
 
 __all__ = [
     "ESTIMATORS",

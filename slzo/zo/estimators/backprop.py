@@ -1,4 +1,4 @@
-"""The first-order reference."""
+"""The gradient by back-propagation, as a first-order reference."""
 
 import math
 
@@ -6,10 +6,10 @@ from slzo.zo.estimators.base import Estimate, Estimator, Request
 
 
 class Backprop(Estimator):
-    """The gradient itself by back-propagation: the first-order reference, with the same data, losses and metrics.
+    """The exact gradient by back-propagation: the first-order reference, with the same data, losses and metrics.
 
     Combine it with model.optimizer AdamW and any scope. Keeps the activations of the layers above the first tuned one; eps and
-    the number of queries have no meaning here. A step counts as 3 evaluations: the backward pass costs about two forward passes.
+    the number of queries have no effect. A step counts as 3 evaluations: the backward pass costs about two forward passes.
     """
 
     differentiates = True
@@ -17,10 +17,10 @@ class Backprop(Estimator):
     def estimate(self, request: Request) -> Estimate:
         loss, gradient = request.loss.gradient()
         names = request.tuned.names_of_step(request.seed, request.step)
-        gradient = {name: own for name, own in gradient.items() if name in names}
-        norm = math.sqrt(sum(float(own.square().sum()) for own in gradient.values()))
+        gradient = {name: tensor for name, tensor in gradient.items() if name in names}
+        norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in gradient.values()))
         finite = math.isfinite(loss) and math.isfinite(norm)
         return Estimate(loss, loss, loss, (norm,), 3, gradient if finite else {})
 
     def evaluations(self, num_queries: int) -> float:
-        return 3  # the backward pass costs about two forward passes
+        return 3

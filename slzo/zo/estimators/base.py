@@ -1,4 +1,4 @@
-"""What an estimator is given and what it returns."""
+"""The base class of estimators, what an estimator receives and what it returns."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,14 +12,14 @@ from slzo.zo.tuned import Direction, TunedTensors
 
 
 class RowShare(NamedTuple):
-    """A share of a batch's rows: the ``number``-th, counted from 0, of ``of`` shares of nearly the same size."""
+    """A share of a batch's rows: share ``number``, counted from 0, of ``of`` shares of nearly the same size."""
 
     number: int = 0
     of: int = 1
 
 
 class Point(NamedTuple):
-    """A place to evaluate the loss, ``masters + scale * direction``, and the rows to evaluate it on."""
+    """A point ``masters + scale * direction`` at which the loss is evaluated, and the rows to evaluate it on."""
 
     direction: Direction
     scale: float
@@ -28,11 +28,11 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class LossReport:
-    """What a loss has to say of its last evaluation besides its value.
+    """Additional results of the last evaluation of a loss.
 
     Attributes:
         values: Numbers to log, by name.
-        problems: What failed, a line each; not empty where the loss is not finite for a known reason.
+        problems: Failures, one line each. Not empty if the loss is not finite for a known reason.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
@@ -44,39 +44,40 @@ class Loss(ABC):
 
     @abstractmethod
     def at(self, points: Sequence[Point]) -> Tensor:
-        """Losses at several points, shape (P,), float32; forward passes only.
+        """Return the losses at P points, shape (P,), float32, from forward passes alone.
 
-        The points' row shares have one ``of`` and come in turn, 0 to ``of - 1``, once or several times. The loss of a share is
-        what it adds to the batch's, times ``of``: the mean over the shares is the batch's loss, whatever their sizes.
+        The row shares of all points have the same ``of``, and their numbers run from 0 to ``of - 1``, once or several times. The
+        loss of a share is its contribution to the loss of the batch, times ``of``. So the mean over the shares is the loss of
+        the batch, even if the shares differ in size.
         """
 
     @abstractmethod
     def gradient(self) -> tuple[float, Direction]:
-        """Loss and gradient at the masters, by back-propagation; the live weights must be at the masters."""
+        """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters."""
 
     @abstractmethod
     def slope(self, direction: Direction) -> tuple[float, float]:
-        """Loss and its derivative along a direction at the masters, by forward-mode differentiation."""
+        """Return the loss at the masters and its derivative along a direction, by forward-mode differentiation."""
 
     @property
     def report(self) -> LossReport:
-        """What the last evaluation has to say besides the loss; most have nothing."""
+        """Additional results of the last evaluation; empty by default."""
         return LossReport()
 
 
 @dataclass(frozen=True)
 class Request:
-    """One step's question.
+    """What an estimator needs for one step.
 
     Attributes:
-        tuned: Draws directions.
-        loss: Evaluates the batch.
-        seed: The run's seed.
-        step: Training step; directions are drawn from (seed, step, query).
-        eps: Size of the perturbation, absolute, > 0.
-        num_queries: Directions, >= 1.
-        queries_at_once: Directions drawn and evaluated together, so that small batches can be paired over several queries;
-            each takes the memory of what is tuned.
+        tuned: The tuned tensors, which draw the directions.
+        loss: The loss of the batch.
+        seed: Seed of the run.
+        step: Training step. Directions are drawn from (seed, step, query).
+        eps: Absolute size of the perturbation, > 0.
+        num_queries: Number of directions, >= 1.
+        queries_at_once: Number of directions that are drawn and evaluated together, so that small batches can be joined over
+            several queries. Each takes as much memory as the masters.
     """
 
     tuned: TunedTensors
@@ -88,23 +89,23 @@ class Request:
     queries_at_once: int = 1
 
     def queries_in_turn(self) -> Iterator[range]:
-        """The queries, as many together as are evaluated together."""
+        """Iterate over the queries in groups that are evaluated together."""
         for start in range(0, self.num_queries, self.queries_at_once):
             yield range(start, min(start + self.queries_at_once, self.num_queries))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step learned.
+    """Result of an estimator for one step.
 
     Attributes:
-        loss: Loss at or around the present weights.
+        loss: Loss at or around the current weights.
         loss_plus: Loss at ``w + eps z``, mean over queries.
-        loss_minus: Loss at ``w - eps z``, mean over queries; that at ``w`` where an estimator evaluates one side only, or
-            ``loss_plus`` where it does not evaluate there either.
+        loss_minus: Loss at ``w - eps z``, mean over queries. Estimators that do not evaluate this point give the loss at ``w``,
+            or ``loss_plus`` if they do not evaluate that either.
         projected_grad: Slope of the loss along each direction.
-        num_evaluations: Times that the batch was evaluated.
-        gradient: By name of the tuned tensor, float32; empty if the estimate is not finite.
+        num_evaluations: Number of evaluations of the batch.
+        gradient: Gradient by name of the tuned tensor, float32; empty if the estimate is not finite.
     """
 
     loss: float
@@ -116,22 +117,22 @@ class Estimate:
 
     @property
     def finite(self) -> bool:
-        """Whether every loss was a number: neither infinite nor NaN."""
+        """Whether all losses and slopes are finite."""
         return all(map(math.isfinite, (self.loss, self.loss_plus, self.loss_minus, *self.projected_grad)))
 
     def scale_gradient(self, factor: float) -> None:
-        """Multiply the gradient in place; the slopes stay as they were found."""
+        """Multiply the gradient in place. The slopes stay as they are."""
         if factor != 1.0:
-            for own in self.gradient.values():
-                own.mul_(factor)
+            for tensor in self.gradient.values():
+                tensor.mul_(factor)
 
 
 class Estimator(ABC):
-    """Estimates the gradient at the masters; who calls it restores the live weights, which evaluations move.
+    """Estimates the gradient at the masters. Evaluations change the live weights; the caller restores them.
 
     Attributes:
-        differentiates: Whether it needs operations with derivatives; the model then runs without oneDNN.
-        normalizes: Whether it divides the gradient by its size.
+        differentiates: Whether the estimator differentiates the loss. Then the model runs without oneDNN.
+        normalizes: Whether the estimator divides the gradient by its size.
     """
 
     differentiates: bool = False
@@ -139,24 +140,24 @@ class Estimator(ABC):
 
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:
-        """One estimate; nothing of it stays behind in the estimator, nor in the masters."""
+        """Estimate the gradient. Neither the estimator nor the masters keep any state of it."""
 
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
-        """Refuse settings that this kind cannot work with: directions and, if known, rows a step; most work with any.
+        """Check that the estimator can work with a number of directions and, if known, of rows per step.
 
         Raises:
-            SlzoError: It cannot.
+            SlzoError: It cannot. By default all settings are accepted.
         """
         return
 
     @abstractmethod
     def evaluations(self, num_queries: int) -> float:
-        """Forward passes of the whole batch that a step with so many directions takes; what costs more counts as more."""
+        """Return the cost of a step with ``num_queries`` directions, as a number of forward passes of the whole batch."""
 
     def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
-        """How many directions a step holds at the same time."""
+        """Return how many directions a step holds in memory at the same time."""
         return min(num_queries, queries_at_once)
 
     def describe(self) -> str:
-        """In a few words, for the summary."""
+        """Describe the estimator in a few words, for the summary."""
         return type(self).__name__

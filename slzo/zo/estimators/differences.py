@@ -1,4 +1,4 @@
-"""Finite differences of the loss along random directions, two-sided and one-sided; estimators are made of them."""
+"""Two-sided and one-sided finite differences of the loss along random directions. The estimators use them."""
 
 import math
 from itertools import chain
@@ -10,7 +10,10 @@ from slzo.zo.noise import Noise
 
 
 def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Estimate:
-    """The mean over the queries of ``(L(w + eps z) - L(w - eps z)) / (2 eps) z``; with ``divide_rows`` each of other rows."""
+    """Return the mean over the queries of ``(L(w + eps z) - L(w - eps z)) / (2 eps) z``.
+
+    With ``divide_rows`` each query evaluates its own share of the rows.
+    """
     tuned, eps, count = request.tuned, request.eps, request.num_queries
     plus: list[float] = []
     minus: list[float] = []
@@ -19,9 +22,9 @@ def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Esti
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         rows = [RowShare(query, count) if divide_rows else RowShare() for query in queries]
         pairs = [[Point(z, sign * eps, share) for sign in (1, -1)] for z, share in zip(directions, rows, strict=True)]
-        if divide_rows:  # the shares of a copy of the batch come in turn
+        if divide_rows:  # the numbers of the row shares must run from 0 to count - 1
             highs, lows = request.loss.at([*chain(*zip(*pairs, strict=True))]).view(2, -1).tolist()
-        else:  # in an order that the number of queries at once does not change: a log of losses fits any
+        else:  # this order does not depend on the number of queries at once, so a step log can be replayed with any number
             highs, lows = request.loss.at([*chain(*pairs)]).view(-1, 2).T.tolist()
         plus += highs
         minus += lows
@@ -42,7 +45,7 @@ def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Esti
 
 
 def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
-    """The mean over the queries of ``(L(w + eps z) - L(w)) / eps z``, and the losses at ``w + eps z``."""
+    """Return the mean over the queries of ``(L(w + eps z) - L(w)) / eps z``, and the losses at ``w + eps z``."""
     tuned, eps = request.tuned, request.eps
     gradient: dict[str, Tensor] = {}
     base: float | None = None
@@ -50,15 +53,15 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
     for queries in request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         points = [Point(z, eps) for z in directions]
-        if base is None:  # first, with the live weights at the masters: an empty direction moves nothing
-            base, *found = request.loss.at([Point({}, 0.0), *points]).tolist()
+        if base is None:  # must be the first point: with an empty direction the live weights stay at the masters
+            base, *highs = request.loss.at([Point({}, 0.0), *points]).tolist()
         else:
-            found = request.loss.at(points).tolist()
-        losses += found
-        if not all(map(math.isfinite, [base, *found])):
+            highs = request.loss.at(points).tolist()
+        losses += highs
+        if not all(map(math.isfinite, [base, *highs])):
             gradient = {}
             break
-        for z, loss in zip(directions, found, strict=True):
+        for z, loss in zip(directions, highs, strict=True):
             tuned.accumulate(gradient, z, (loss - base) / eps / request.num_queries, (eps, 0.0))
     assert base is not None
     estimate = Estimate(

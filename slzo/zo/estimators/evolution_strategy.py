@@ -1,4 +1,4 @@
-"""Evolution strategies: a population around the weights, whose losses are shaped before they weigh its directions."""
+"""Evolution strategies: directions of a population, weighted by shaped losses."""
 
 import math
 import statistics
@@ -22,28 +22,30 @@ class EvolutionStrategy(Estimator):
 
     .. math:: \hat g = \frac{1}{n} \sum_j f_j \, e_j, \quad L_j = L(w + \epsilon e_j)
 
-    q = model.num_queries directions z are drawn. With ``antithetic`` the population is n = 2 q members, e = z and -z of each;
-    else n = q members, e = z. With :math:`\bar L` and :math:`\sigma` mean and standard deviation of the n losses, f is
+    q = model.num_queries directions z are drawn. With ``antithetic`` the population has n = 2 q members, e = z and e = -z of
+    each direction; otherwise n = q members, e = z. :math:`\bar L` and :math:`\sigma` are mean and standard deviation of the n
+    losses. f is
 
-    * raw: :math:`(L_j - b_j) / \epsilon` with :math:`b_j` the mean loss of the other members, or 0 in pairs, where it would
-      cancel. Its mean is the gradient of the loss smoothed over the population; with ``antithetic`` it is SPSA's mean over q.
-    * zscore: :math:`(L_j - \bar L) / \sigma`. The estimate is raw's over :math:`\sigma / \epsilon`, about the gradient's length:
-      the learning rate depends neither on :math:`\epsilon` nor on the scale of loss or reward, and is what it is for FZO.
-    * rank: zscore of the losses' ranks, equal losses sharing theirs, so that one outlier weighs no more than another first
-      place. Salimans et al. have ranks from -1/2 to 1/2, which are these times :math:`1 / \sqrt{12}` in a large population.
+    * raw: :math:`(L_j - b_j) / \epsilon`, where :math:`b_j` is the mean loss of the other members, or 0 with pairs, where it
+      would cancel. The expectation is the gradient of the loss smoothed over the population. With ``antithetic`` the estimate is
+      that of SPSA.
+    * zscore: :math:`(L_j - \bar L) / \sigma`. This is the raw estimate divided by :math:`\sigma / \epsilon`, about the length of
+      the gradient. So the learning rate depends neither on :math:`\epsilon` nor on the scale of loss or reward, as for FZO.
+    * rank: the zscore of the losses' ranks, where equal losses share a rank. So the weight of an outlier does not depend on its
+      distance. Salimans et al. use ranks from -1/2 to 1/2, which are :math:`1 / \sqrt{12}` times these in a large population.
 
-    If all losses are equal, f is 0. Losses take the place of minus the returns: the optimizer descends. Logged slopes are those
-    of the loss itself, (L+ - L-) / (2 eps), or (L - mean of the others) / eps, whatever the shaping. A direction is drawn again
-    for the update unless all are evaluated together (model.engine.queries_at_once).
+    If all losses are equal, f is 0. Losses replace negative returns, since the optimizer descends. The logged slopes are those
+    of the loss itself, (L+ - L-) / (2 eps) or (L - mean of the others) / eps, for any shaping. A direction is drawn again for
+    the update unless all are evaluated together (model.engine.queries_at_once).
 
     After Salimans et al. 2017, arXiv 1703.03864 (antithetic pairs, ranks); Qiu et al. 2025, arXiv 2509.24372 (z-scores, no
     pairs); Sarkar et al. 2025, arXiv 2511.16652 (EGGROLL: directions of low rank).
 
     Args:
-        shaping: What a loss counts for: raw, zscore or rank.
-        antithetic: Each direction has a member on either side of the weights.
-        direction_rank: Directions of matrices are U V^T / sqrt(r) of this rank, U and V drawn anew for each; left out, of full
-            rank. Refuses scopes that tune no whole matrix.
+        shaping: How losses become weights: raw, zscore or rank.
+        antithetic: Use two members for each direction, on either side of the weights.
+        direction_rank: Directions of matrices are U V^T / sqrt(r) of this rank r, with U and V drawn for each direction; left
+            out, they are of full rank. Refuses scopes that tune no whole matrix.
     """
 
     def __init__(
@@ -113,13 +115,13 @@ class EvolutionStrategy(Estimator):
         return [(loss - (total - loss) / others) / eps for loss in losses]
 
     def _weights(self, losses: Sequence[float], slopes: Sequence[float]) -> list[float]:
-        """What each direction is multiplied by."""
+        """Factor of each direction in the estimate."""
         if self.shaping == "raw":
             return [slope / len(slopes) for slope in slopes]
         shaped = z_scores(losses if self.shaping == "zscore" else middle_ranks(losses))
         if self.antithetic:
             return [(high - low) / len(losses) for high, low in _pairs(shaped)]
-        return [own / len(losses) for own in shaped]
+        return [value / len(losses) for value in shaped]
 
     def evaluations(self, num_queries: int) -> float:
         return 2 * num_queries if self.antithetic else num_queries
@@ -131,13 +133,13 @@ class EvolutionStrategy(Estimator):
 
 
 def z_scores(values: Sequence[float]) -> list[float]:
-    """Distance of finite values from their mean, in standard deviations; 0 if all are equal."""
+    """Return the distance of finite values from their mean, in standard deviations; 0 if all are equal."""
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     return [(value - mean) / spread if spread > 0 else 0.0 for value in values]
 
 
 def middle_ranks(values: Sequence[float]) -> list[float]:
-    """Place of each value in their order, counted from 0; equal ones share the middle of their places."""
+    """Return the rank of each value, counted from 0; equal values share the mean of their ranks."""
     order = sorted(values)
     return [(bisect_left(order, value) + bisect_right(order, value) - 1) / 2 for value in values]
 

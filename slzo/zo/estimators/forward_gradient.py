@@ -1,4 +1,4 @@
-"""Exact slopes by forward-mode differentiation, to compare with."""
+"""Exact slopes by forward-mode differentiation, as a reference."""
 
 import math
 
@@ -12,8 +12,9 @@ class ForwardGradient(Estimator):
 
     .. math:: \hat g = \frac{1}{q} \sum_i (\nabla L(w) \cdot z_i) \, z_i, \quad z_i \sim N(0, I)
 
-    Unbiased, with the variance of SPSA and neither :math:`\epsilon` nor rounding. A query costs one evaluation of the loss and
-    its derivative together, about three plain ones. For comparison: needs attention without a fused kernel, and no oneDNN.
+    Unbiased, with the variance of SPSA, but without :math:`\epsilon` and without rounding. A query evaluates the loss together
+    with its derivative, which costs about three plain evaluations. For comparison: needs attention without a fused kernel, and
+    no oneDNN.
     """
 
     differentiates = True

@@ -1,4 +1,4 @@
-"""Batched differences along random signs with normalized steps."""
+"""Batched differences along random signs, divided by the spread of the losses."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ class FZO(Estimator):
 
     .. math:: \hat g = \frac{1}{q} \sum_i \frac{L(w + \epsilon u_i) - L(w)}{\sigma} u_i, \quad u_i \in \{-1, 1\}^d
 
-    with :math:`\sigma` the standard deviation of the q losses. Taken from FZO: random signs in one batch, one base loss, division
-    by the losses' spread. Here :math:`\sigma` stands in the place of :math:`\epsilon`, so that the learning rate does not depend
-    on :math:`\epsilon`: it is about the length of a step per coordinate times :math:`\sqrt q`, as in normalized descent.
-    Needs model.num_queries >= 2; 8 is usual. model.engine.queries_at_once of the same size puts them in one batch.
+    where :math:`\sigma` is the standard deviation of the q losses. Taken from FZO: random signs in one batch, one base loss,
+    division by the spread of the losses. Here :math:`\sigma` replaces :math:`\epsilon`, so the learning rate does not depend on
+    :math:`\epsilon`: it is about the length of a step per coordinate times :math:`\sqrt q`, as in normalized descent.
+    Needs model.num_queries >= 2; 8 is usual. model.engine.queries_at_once of the same size evaluates all in one batch.
 
     Args:
-        antithetic: Evaluate at w + eps u and w - eps u, without a base: twice the evaluations, no curvature in the slopes.
+        antithetic: Evaluate at w + eps u and w - eps u, without a base loss: twice the evaluations, no curvature in the slopes.
     """
 
     normalizes = True
@@ -44,9 +44,8 @@ class FZO(Estimator):
             estimate, losses = one_sided(request, rademacher)
         if estimate.finite:
             spread = statistics.stdev(losses)
-            # equal losses say nothing, as with a metric that no direction changes: no step then
-            for own in estimate.gradient.values():
-                own.mul_(request.eps / spread if spread > 0 else 0.0)
+            # take no step if all losses are equal, as with a metric that no direction changes
+            estimate.scale_gradient(request.eps / spread if spread > 0 else 0.0)
         return estimate
 
     def evaluations(self, num_queries: int) -> float:

@@ -10,10 +10,9 @@ from slzo.zo.tuned import TunedTensors
 class LOZO(Estimator):
     r"""Two-point estimate along low-rank directions :math:`z = U V^T / \sqrt{r}` (after LOZO, arXiv 2410.07698).
 
-    U is drawn for each query, V stays for some steps, so that these steps explore one subspace. What is taken from the paper is
-    this sampling; the scale keeps entries at unit variance, so that eps and learning rates mean what they mean for SPSA.
-    Averaged over V too, its mean is the gradient. The optimizer here sees the full matrix, not its factors. Refuses scopes that
-    tune no whole matrix.
+    U is drawn for each query. V is kept for some steps, so these steps explore one subspace. This sampling is taken from the
+    paper. The scale gives entries of unit variance, so eps and learning rates mean the same as for SPSA. Over U and V the
+    expectation is the gradient. The optimizer gets the full matrix, not its factors. Refuses scopes that tune no whole matrix.
 
     Args:
         rank: r, >= 1.
@@ -39,10 +38,10 @@ class LOZO(Estimator):
 
 
 def check_has_matrices(tuned: TunedTensors, name: str) -> None:
-    """Refuse directions of low rank, asked for by the estimator or its option ``name``, where no matrix is tuned.
+    """Check that a matrix is tuned, as directions of low rank need; ``name`` is the estimator or option for the message.
 
     Raises:
-        SlzoError: None is.
+        SlzoError: No matrix is tuned.
     """
     if all(master.dim() != 2 for master in tuned.masters):
         raise SlzoError(

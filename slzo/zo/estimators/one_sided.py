@@ -1,4 +1,4 @@
-"""One-sided estimates with a base evaluation that all queries share."""
+"""One-sided estimates with one base evaluation for all queries."""
 
 from slzo.zo.estimators.base import Estimate, Estimator, Request
 from slzo.zo.estimators.differences import one_sided
@@ -10,8 +10,8 @@ class OneSided(Estimator):
 
     .. math:: \hat g = \frac{1}{q} \sum_i \frac{L(w + \epsilon z_i) - L(w)}{\epsilon} z_i, \quad z_i \sim N(0, I)
 
-    Its mean differs from the gradient by a term of order :math:`\epsilon^2` only, since odd moments of z vanish, but each slope
-    is off by the curvature, :math:`\epsilon z^T H z / 2`, which adds variance that two-point slopes do not have.
+    Its expectation differs from the gradient only by a term of order :math:`\epsilon^2`, since odd moments of z vanish. The
+    curvature adds an error of :math:`\epsilon z^T H z / 2` to each slope, a variance that two-point slopes do not have.
     """
 
     def estimate(self, request: Request) -> Estimate:

@@ -1,4 +1,4 @@
-"""Two-point estimates along Gaussian or random-sign directions."""
+"""Two-point estimates along Gaussian or Rademacher directions."""
 
 from typing import Literal
 
@@ -15,16 +15,17 @@ class SPSA(Estimator):
 
     .. math:: \hat g = \frac{1}{q} \sum_i \frac{L(w + \epsilon z_i) - L(w - \epsilon z_i)}{2 \epsilon} z_i
 
-    Its mean is the gradient, up to a term of order :math:`\epsilon^2`. Each query costs two evaluations, an antithetic pair.
+    Its expectation is the gradient, up to a term of order :math:`\epsilon^2`. Each query costs two evaluations, an antithetic
+    pair.
 
-    With ``divide_rows`` the q queries share the rows out: query i takes its losses on the i-th of q shares of the batch, so that
-    a step costs two evaluations in all. The mean is the same. With :math:`g = \sum_i h_i`, :math:`h_i` what the i-th share adds,
-    the squared error falls from :math:`(d + 1) |g|^2` to :math:`(d + 1) \sum_i |h_i|^2`: to 1/q of it where all rows pull the
-    same way, to nothing less where each pulls another way.
+    With ``divide_rows`` query i evaluates the i-th of q shares of the batch, so a step costs two evaluations in total. The
+    expectation is the same. Let :math:`g = \sum_i h_i`, where :math:`h_i` is the contribution of share i. The squared error falls
+    from :math:`(d + 1) |g|^2` to :math:`(d + 1) \sum_i |h_i|^2`: to 1/q of it if all shares have the same gradient, and not at
+    all if their gradients are orthogonal.
 
     Args:
         noise: Entries of the directions: standard normal as in MeZO, or random signs as in Spall's SPSA.
-        divide_rows: Each query takes its own share of the batch; all directions of a step are held at once.
+        divide_rows: Evaluate each query on its own share of the batch; all directions of a step are held at once.
     """
 
     def __init__(self, noise: Literal["gaussian", "rademacher"] = "gaussian", divide_rows: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What training minimizes; each objective is one file, with its import and its name in this list."""
+"""The objectives that training can minimize. Each is one file, imported and listed here."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from slzo.zo.objectives.candidate_errors import CandidateErrors
 from slzo.zo.objectives.reward import Reward
 
 OBJECTIVES = (AnswerF1, AnswerLikelihood, CandidateCrossEntropy, CandidateErrors, Reward)
-"""What the command line offers by name."""
+"""The objectives that the command line offers by name."""
 
 __all__ = [
     "LOSS_OBJECTIVES",
@@ -33,11 +33,11 @@ LOSS_OBJECTIVES: Mapping[Kind, type[LogitObjective]] = {
     Kind.MULTIPLE_CHOICE: AnswerLikelihood,
     Kind.GENERATION: AnswerLikelihood,
 }
-"""The loss of each kind of task, which evaluation reports."""
+"""The loss that evaluation reports, by kind of task."""
 
 METRIC_OBJECTIVES: Mapping[Kind, type[Objective]] = {
     Kind.CLASSIFICATION: CandidateErrors,
     Kind.MULTIPLE_CHOICE: CandidateErrors,
     Kind.GENERATION: AnswerF1,
 }
-"""What is left to win in each kind of task's metric."""
+"""1 - the metric, by kind of task."""

@@ -1,4 +1,4 @@
-"""The gold answer's likelihood."""
+"""Negative log-likelihood of the gold answer."""
 
 from torch import Tensor
 

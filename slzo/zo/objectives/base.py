@@ -1,4 +1,4 @@
-"""What an objective is: the loss of training rows as a function of logits or of generated answers."""
+"""Base classes of objectives: losses of training rows as a function of logits or of generated answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,14 +14,16 @@ from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
 
 
 class Objective(ABC):
-    """What training minimizes. Most are a :class:`LogitObjective`, a :class:`CandidateObjective` or an :class:`AnswerObjective`.
+    """A loss that training minimizes.
+
+    Most objectives derive from :class:`LogitObjective`, :class:`CandidateObjective` or :class:`AnswerObjective`.
 
     Attributes:
-        only_gold: Training rows hold the gold answer only, not the other candidates.
-        generates: Training rows hold a prompt to generate an answer from.
-        differentiable: Whether it has a derivative by the logits; estimators that differentiate need one.
-        needs_label: Whether rows without a label are of no use; they are left out then.
-        lowest: The lowest loss there can be, which step sizes measure the distance to.
+        only_gold: Whether training rows contain only the gold answer, without the other candidates.
+        generates: Whether training rows contain a prompt from which an answer is generated.
+        differentiable: Whether the loss has a derivative with respect to the logits, as some estimators need.
+        needs_label: Whether rows without a label cannot be used and are left out.
+        lowest: Lower bound of the loss. Measured step sizes are relative to the distance from it.
     """
 
     only_gold: bool = False
@@ -32,23 +34,23 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        """The loss of a batch as a function of what is tuned."""
+        """Return the loss of a batch as a function of the tuned tensors."""
 
     def describe(self) -> str:
-        """In a few words; equal for equal objectives."""
+        """Describe the objective in a few words. Equal objectives have equal descriptions."""
         return type(self).__name__
 
 
 class LogitObjective(Objective):
-    """A loss of the logits at the answers' positions; it runs with the prefix cached."""
+    """A loss of the logits at the answers' positions. It uses the prefix cache."""
 
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
-        """Whether it needs the whole vocabulary's logits, or only those of ``batch.choice_ids``."""
+        """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
         return True
 
     @abstractmethod
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        """The loss of a batch, see :class:`slzo.batches.losses.LogitLoss` for the arguments."""
+        """Return the loss of a batch; for the arguments see :class:`slzo.batches.losses.LogitLoss`."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         return BatchLogitLoss(context, batch, self, context.forward.fetch(batch.packed, max_tokens=batch.max_tokens))
@@ -58,14 +60,16 @@ class CandidateObjective(LogitObjective):
     """A loss of the candidates' scores."""
 
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
-        # between candidates of one token after one prompt the vocabulary's normalizer cancels
+        # the normalizer over the vocabulary cancels between one-token candidates of the same prompt
         return batch.choice_ids is None
 
     @abstractmethod
     def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:
-        """The loss of a batch from the mean log-likelihood of each candidate's tokens, shape (C,), float32.
+        """Return the loss of a batch.
 
-        The scores of an example are up to a constant; the batch says which candidates belong together and which are right.
+        Args:
+            scores: Mean log-likelihood of each candidate's tokens, shape (C,), float32; up to a constant for each example.
+            batch: The batch. It holds the example and the slot of each candidate, and which candidates are right.
         """
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
@@ -74,15 +78,15 @@ class CandidateObjective(LogitObjective):
 
 
 class AnswerObjective(Objective):
-    """A loss of generated answers: anything that can be computed from texts."""
+    """A loss of generated answers, computed from their texts."""
 
     only_gold = True
     generates = True
     differentiable = False
 
     @abstractmethod
-    def of_answers(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
-        """The loss of each answer to its example's prompt."""
+    def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
+        """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.of_answers)
+        return BatchAnswerLoss(context, batch, self.answer_losses)

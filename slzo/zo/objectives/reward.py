@@ -12,10 +12,10 @@ from torch import Tensor
 from slzo.batches.losses import LossSum, stack
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
-from slzo.evaluation.rewarding import to_reward
+from slzo.evaluation.rewarding import reward_inputs
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.rewards.registry import REWARDS
-from slzo.rewards.runner import Rewarded, Rewards
+from slzo.rewards.runner import RewardResult, Rewards
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
@@ -26,11 +26,11 @@ from slzo.zo.objectives.base import Objective
 
 @with_lists(REWARDS=sorted(REWARDS))
 class Reward(Objective):
-    """Minus the mean reward of generated answers: whatever Python functions say of them. It has no gradient and needs none here.
+    """Minus the mean reward of generated answers. Python functions compute the reward; no gradient is needed.
 
     A function has TRL's signature, f(prompts, completions, **columns) -> list[float]; columns are the row's other fields, and
-    references, the accepted answers. The functions run in a process of their own. One that raises, returns something else than a
-    finite number an answer, ends its process or takes too long is told with the row, and the step is not taken.
+    references, the accepted answers. The functions run in a separate process. If one raises an error, does not return a finite
+    number for each answer, ends its process or takes too long, it is reported with the row, and the step is not taken.
 
     Args:
         functions: A name, or a list of names and of mappings with function, weight and arguments. A name is a built-in reward
@@ -38,11 +38,11 @@ class Reward(Objective):
             file.py:function.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
             step and on all processes; 0: the likeliest tokens.
-        samples: Answers a training row, more than one only with a temperature.
+        samples: Answers per training row; more than one only with a temperature.
         timeout: Seconds that a call of the functions may take.
-        in_process: Call them in this process, without a limit of time.
-        best: The largest reward there can be, which lr auto and the guard measure the distance to; left out, the sum of the
-            weights above 0: each function then goes from 0 to 1.
+        in_process: Call the functions in this process, without a time limit.
+        best: The largest possible reward, which lr auto and the guard measure the distance to; left out, the sum of the
+            weights above 0, for functions that return 0 to 1.
 
     Raises:
         SlzoError: An argument is wrong.
@@ -73,9 +73,9 @@ class Reward(Objective):
         self.rewards = Rewards(functions, timeout, in_process)
         self.lowest = -(self.rewards.best if best is None else best)
 
-    def of_rows(self, answers: Sequence[str], examples: Sequence[Example]) -> Rewarded:
-        """Rewards of one answer an example, for evaluation."""
-        return self.rewards(to_reward(answers, examples))
+    def of_rows(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardResult:
+        """Return the rewards of one answer per example, for evaluation."""
+        return self.rewards(reward_inputs(answers, examples))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         return _RewardLoss(context, batch, self)
@@ -86,77 +86,75 @@ class Reward(Objective):
 
 
 @dataclass
-class _Asked:
-    """Distinct answers of a step: what comes at several points is rewarded once, and the same at all of them."""
+class _DistinctAnswers:
+    """The distinct answers of a step. An answer that occurs at several points is rewarded once, so its reward is the same."""
 
     answers: list[str] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
-    places: dict[tuple[str, str], int] = field(default_factory=dict)
+    numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def place(self, answer: Answer, example: Example) -> int:
+    def number(self, answer: Answer, example: Example) -> int:
+        """Return the index of an answer, which is added if it is new."""
         key = (example.id, answer.text)
-        if key not in self.places:
-            self.places[key] = len(self.answers)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.answers)
             self.answers.append(answer.text)
             self.examples.append(example)
-        return self.places[key]
+        return self.numbers[key]
 
 
 @dataclass
 class _RewardLoss(RowsLoss):
-    """Minus the mean reward of a batch.
-
-    Attributes:
-        objective: How it is computed.
-    """
+    """Minus the mean reward of a batch."""
 
     objective: Reward
     _report: LossReport = field(default_factory=LossReport)
 
     @property
     def report(self) -> LossReport:
-        """Rewards over the rows, points and samples of this process, and what failed."""
+        """Rewards over the rows, points and samples of this process, and the functions that failed."""
         return self._report
 
     def sums(self, points: Sequence[Point]) -> Tensor:
-        objective, asked = self.objective, _Asked()
-        made = self._answers(points)
-        places = [[asked.place(answer, row.example) for answer, row in own] for own in made]
-        rewarded = objective.rewards(to_reward(asked.answers, asked.examples), all_or_none=True)
-        self._report = _report(rewarded, [place for own in places for place in own], made)
+        objective, distinct = self.objective, _DistinctAnswers()
+        answers = self._answers(points)
+        numbers = [[distinct.number(answer, row.example) for answer, row in of_point] for of_point in answers]
+        rewarded = objective.rewards(reward_inputs(distinct.answers, distinct.examples), all_or_none=True)
+        num_tokens = [answer.num_tokens for of_point in answers for answer, _ in of_point]
+        self._report = _report(rewarded, [number for of_point in numbers for number in of_point], num_tokens)
         device = self.batch.packed.input_ids.device
-        found = []
-        for own in places:
-            total = -sum(rewarded.totals[place] for place in own) / objective.samples
-            found.append(LossSum(*torch.tensor([total, len(own) / objective.samples], device=device)))
-        return stack(found)
+        sums = []
+        for of_point in numbers:
+            total = -sum(rewarded.totals[number] for number in of_point) / objective.samples
+            sums.append(LossSum(*torch.tensor([total, len(of_point) / objective.samples], device=device)))
+        return stack(sums)
 
     def _answers(self, points: Sequence[Point]) -> list[list[tuple[Answer, Row]]]:
-        """Answers with their rows at each point, the samples of a row one after the other."""
+        """Generate the answers at each point, each with its row; the samples of a row follow each other."""
         objective, context = self.objective, self.context
         rows = [[row for row in self.rows_of(point) for _ in range(objective.samples)] for point in points]
         sampling = None
         if objective.temperature > 0:
             keys = (
                 sample_key(context.seed, context.step, row.example.id, number % objective.samples)
-                for own in rows
-                for number, row in enumerate(own)
+                for of_point in rows
+                for number, row in enumerate(of_point)
             )
             sampling = Sampling(objective.temperature, tuple(keys))
-        made = context.answers(points, rows, sampling)
-        return [list(zip(answers, own, strict=True)) for answers, own in zip(made, rows, strict=True)]
+        answers = context.answers(points, rows, sampling)
+        return [list(zip(*answers_and_rows, strict=True)) for answers_and_rows in zip(answers, rows, strict=True)]
 
 
-def _report(rewarded: Rewarded, places: Sequence[int], made: Sequence[Sequence[tuple[Answer, Row]]]) -> LossReport:
-    tokens = [answer.num_tokens for own in made for answer, _ in own]
-    totals = [rewarded.totals[place] for place in places]
+def _report(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:
+    """Summarize the rewards of the answers ``numbers``, which have ``num_tokens`` tokens each."""
+    totals = [rewarded.totals[number] for number in numbers]
     values: dict[str, float] = {}
     if totals and all(map(math.isfinite, totals)):
         values = {"reward": statistics.fmean(totals), "reward_std": statistics.pstdev(totals)}
-        values["answer_tokens"] = statistics.fmean(tokens)
+        values["answer_tokens"] = statistics.fmean(num_tokens)
         if len(rewarded.parts) > 1:
             values |= {
-                f"reward_{name}": statistics.fmean(own[place] for place in places)
-                for name, own in rewarded.parts.items()
+                f"reward_{name}": statistics.fmean(rewards[number] for number in numbers)
+                for name, rewards in rewarded.parts.items()
             }
     return LossReport(values, rewarded.problems)

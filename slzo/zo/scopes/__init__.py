@@ -1,4 +1,4 @@
-"""Which tensors are tuned; each scope is one file, with its import and its name in this list."""
+"""Scopes choose the tensors to tune. Each is one file, imported and listed here."""
 
 from slzo.zo.scopes.activation_subspace import ActivationSubspace
 from slzo.zo.scopes.all_parameters import AllParameters
@@ -20,7 +20,7 @@ SCOPES = (
     RandomLayers,
     SmallestWeights,
 )
-"""What the command line offers by name."""
+"""The scopes that the command line offers by name."""
 
 __all__ = [
     "SCOPES",

@@ -1,4 +1,4 @@
-"""A low-rank subspace of what enters the linear maps of the dominant layer."""
+"""A low-rank subspace of the inputs of the dominant layer's linear maps."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from slzo.zo.scopes.linear_maps import targets
 from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
 
-# Rows for the singular value decomposition; the subspace of a few thousand tokens is that of all.
+# Tokens for the singular value decomposition. A few thousand span the same subspace as all tokens.
 _MAX_TOKENS = 2048
 
 
@@ -18,9 +18,9 @@ class ActivationSubspace(Scope):
     """Each linear map W of the layer moves as W0 + C V^T, with V spanning its inputs; only C (outputs, rank) is tuned.
 
     The gradient of a linear map lies in the span of its inputs, and the noise of a zeroth-order estimate grows with the number of
-    tuned elements. V holds the top right singular vectors of inputs on some prompts, each token's scaled to unit norm, since a
-    single outlier would fill the first direction otherwise. The idea is that of ZO-Act (arXiv 2607.01125), which does it in all
-    layers.
+    tuned elements. V holds the top right singular vectors of the inputs on some prompts. Each token's input is scaled to unit
+    norm, since otherwise a single outlier would determine the first direction. The idea is from ZO-Act (arXiv 2607.01125), which
+    tunes all layers.
 
     Args:
         rank: Directions per linear map, >= 1.
@@ -49,7 +49,7 @@ class ActivationSubspace(Scope):
         return TunedTensors({m.name: Subspace(m.weight, v, m.transposed) for m, v in zip(maps, bases, strict=True)})
 
     def _basis(self, name: str, inputs: Tensor) -> Tensor:
-        """Top right singular vectors of inputs (tokens, in), shape (in, rank)."""
+        """Return the top right singular vectors of ``inputs`` (tokens, in), shape (in, rank)."""
         rows = inputs[torch.linspace(0, len(inputs) - 1, min(len(inputs), _MAX_TOKENS), device=inputs.device).long()]
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
         if self.rank > min(rows.shape):

@@ -9,7 +9,7 @@ class AllParameters(Scope):
     """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor.
 
     Args:
-        routers: In a mixture of experts tune the routers too; left out they stay.
+        routers: Also tune the routers of a mixture of experts; left out, they stay as they are.
     """
 
     layers = "all"

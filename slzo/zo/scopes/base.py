@@ -1,4 +1,4 @@
-"""What a scope is given and what it returns."""
+"""The base class of scopes and what a scope can use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,18 +12,18 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import Subset, TunedTensors
 
 Layers = list[int] | Literal["all"] | None
-"""Decoder layers, counted from 0; ``None`` is the dominant layer."""
+"""Numbers of decoder layers, counted from 0; ``None`` means the dominant layer."""
 
 
 @dataclass(frozen=True)
 class ScopeContext:
-    """What a scope may look at.
+    """What a scope can use to choose tensors.
 
     Attributes:
         parts: The model.
-        layer: The dominant layer, unless the scope does not need one.
-        prompts: Packed prompts of so many training rows, on the model's device.
-        seed: The run's seed.
+        layer: The dominant layer; may be ``None`` for scopes that need none.
+        prompts: Returns the packed prompts of a number of training rows, on the model's device.
+        seed: Seed of the run.
     """
 
     parts: ModelParts
@@ -33,55 +33,55 @@ class ScopeContext:
 
 
 class Scope(ABC):
-    """Names the tensors, or elements of them, that are tuned.
+    """Chooses the tensors to tune, or some of their elements.
 
     Attributes:
-        layers: The decoder layers that it is about; those that are about the whole model say ``"all"``.
+        layers: The decoder layers of the scope, or ``"all"`` for the whole model.
     """
 
     layers: Layers = None
 
     @abstractmethod
     def tensors(self, context: ScopeContext) -> TunedTensors:
-        """Masters of what is tuned, made from the model's present weights.
+        """Create the masters of the tuned tensors from the current weights.
 
         Raises:
-            SlzoError: Nothing in the model fits.
+            SlzoError: The model has no such tensors.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """In a few words, for the summary; equal for equal scopes."""
+        """Describe the scope in a few words, for the summary. Equal scopes have equal descriptions."""
 
     @property
     def needs_layer(self) -> bool:
-        """Whether the dominant layer has to be known."""
+        """Whether the scope needs the dominant layer."""
         return self.layers is None
 
     @property
     def num_positions(self) -> int:
-        """Positions that the scope puts before every sequence."""
+        """Number of positions that the scope adds before every sequence."""
         return 0
 
     def changed_layers(self, context: ScopeContext) -> list[int]:
-        """Layers whose weights it changes; those of a quantized model are put in full precision first.
+        """Return the layers whose weights the scope changes. In a quantized model these are first put in full precision.
 
         Raises:
-            SlzoError: The model lacks one of them.
+            SlzoError: The model does not have one of them.
         """
         return resolve_layers(self.layers, context)
 
     def adapter(self, context: ScopeContext) -> Adapter | None:
-        """Modules to add to the model first; the model's parts are made again after that."""
+        """Return modules to add to the model before :meth:`tensors` is called, or ``None``."""
         return None
 
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset | None:
-        """Which of the tuned tensors are perturbed in a step; ``None`` for all in each step."""
+        """Return the function that chooses the tensors to perturb in a step, or ``None`` to perturb all of them."""
         return None
 
 
 def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_out: str = "the profile choose") -> int:
-    """Return ``layer``, which ``option`` gave, if the model has it; ``left_out`` says what happens without the option.
+    """Return ``layer`` if the model has it. ``option`` and ``left_out`` are parts of the error message.
 
     Raises:
         SlzoError: The model has no such layer.
@@ -95,7 +95,11 @@ def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_o
 
 
 def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
-    """The layers as sorted numbers; SlzoError if the model lacks one of them, or the list is empty."""
+    """Return the layers as sorted numbers.
+
+    Raises:
+        SlzoError: The model does not have one of them, the list is empty, or the dominant layer is not known.
+    """
     num_layers = context.parts.num_layers
     if layers is None:
         if context.layer is None:
@@ -109,7 +113,7 @@ def resolve_layers(layers: Layers, context: ScopeContext) -> list[int]:
 
 
 def describe_layers(layers: Layers) -> str:
-    """``the dominant layer``, ``all layers`` or ``layers 1, 2``."""
+    """Return ``the dominant layer``, ``all layers`` or, for example, ``layers 1, 2``."""
     if layers is None:
         return "the dominant layer"
     return "all layers" if layers == "all" else "layers " + ", ".join(map(str, sorted(set(layers))))

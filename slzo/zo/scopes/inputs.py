@@ -1,4 +1,4 @@
-"""What enters the linear maps of a layer, recorded on a few prompts."""
+"""Records the inputs of linear maps on some prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,27 +12,27 @@ from slzo.models.parts import ModelParts
 
 @torch.no_grad()
 def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """Inputs of some linear maps over all tokens of some batches, one tensor per module, shape (tokens, inputs), float32."""
-    # oneDNN's stand-ins and compiled layers would not call the hooks
-    plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn or parts.compile else parts
-    plain.prepare()  # what it runs must not be recorded
-    found: list[list[Tensor]] = [[] for _ in modules]
+    """Return the inputs of linear maps for all tokens of some batches: for each module a float32 tensor (tokens, inputs)."""
+    # layers that run through oneDNN do not call the hooks
+    plain = ModelParts(parts.model, parts.packed, onednn=False) if parts.onednn else parts
+    plain.prepare()  # runs the model, so it must come before the hooks
+    recorded: list[list[Tensor]] = [[] for _ in modules]
 
-    def recorder(place: int, batch: PackedBatch) -> Any:
+    def recorder(number: int, batch: PackedBatch) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             states = inputs[0].detach()
-            if states.dim() == 2:  # OPT flattens what enters its MLP
+            if states.dim() == 2:  # OPT flattens the input of its MLP
                 rows = 1 if plain.packed else sum(group.shape[0] for group in batch.layout.groups)
                 states = states.unflatten(0, (rows, -1))
-            found[place].append(plain.to_packed(states, batch).float())
+            recorded[number].append(plain.to_packed(states, batch).float())
 
         return hook
 
     for batch in batches:
-        handles = [m.register_forward_pre_hook(recorder(place, batch)) for place, m in enumerate(modules)]
+        handles = [m.register_forward_pre_hook(recorder(number, batch)) for number, m in enumerate(modules)]
         try:
             plain.run(batch, 0, plain.num_layers)
         finally:
             for handle in handles:
                 handle.remove()
-    return [torch.cat(pieces) for pieces in found]
+    return [torch.cat(pieces) for pieces in recorded]

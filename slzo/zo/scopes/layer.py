@@ -1,4 +1,4 @@
-"""Decoder layers as a whole, or their attention or MLP."""
+"""Whole decoder layers, or their attention or MLP."""
 
 from typing import Literal, get_args
 
@@ -11,14 +11,14 @@ Part = Literal["layer", "attention", "mlp"]
 
 
 class LayerScope(Scope):
-    """Every parameter of a decoder layer (the paper's "FT"), or of its attention or MLP; biases included, and experts in an MLP.
+    """Every parameter of a decoder layer (the paper's "FT"), or of its attention or MLP, including biases and experts.
 
     Args:
         part: The whole layer, its attention, or its MLP.
-        norms: Tune norms too: with the whole layer all of its norms, else those inside of the part (Qwen3's attention has some).
+        norms: Also tune norms: all norms of a whole layer, or those inside the part (Qwen3's attention has some).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
-        routers: In a mixture of experts tune the router too. Left out it stays: a moved one sends tokens to other experts, and
-            the loss jumps.
+        routers: Also tune the router of a mixture of experts. Left out, it stays as it is: a changed router sends tokens to other
+            experts, and the loss jumps.
     """
 
     def __init__(self, part: Part = "layer", norms: bool = True, layers: Layers = None, routers: bool = False) -> None:
@@ -35,9 +35,9 @@ class LayerScope(Scope):
         for layer in resolve_layers(self.layers, context):
             module = parts.layers[layer]
             for path, tensor in module.named_parameters():
-                inside = self.part == "layer" or part_of(module, path) == self.part
-                kept = (self.norms or not is_norm(module, path)) and (self.routers or not is_router(module, path))
-                if inside and kept:
+                in_part = self.part == "layer" or part_of(module, path) == self.part
+                wanted = (self.norms or not is_norm(module, path)) and (self.routers or not is_router(module, path))
+                if in_part and wanted:
                     chosen[f"{parts.layers_path}.{layer}.{path}"] = tensor
         if not chosen:
             raise SlzoError(

@@ -1,4 +1,4 @@
-"""Parts of a decoder layer, in any family: its attention, its MLP, the norms between, experts and their router."""
+"""Finds the parts of a decoder layer in any model family: attention, MLP, norms, experts and routers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 
 ATTENTION, MLP, BETWEEN = "attention", "mlp", "between"
-# stands for the map from the MLP back to the hidden states: down_proj, fc2, c_proj and so on, by family
+# name for the linear map from the MLP back to the hidden states, which model families call down_proj, fc2, c_proj and so on
 MLP_OUTPUT = "mlp_output"
 
 
 def layer_parameters(parts: ModelParts, layer: int) -> dict[str, Tensor]:
-    """Parameters of one decoder layer by the model's names."""
-    own = f"{parts.layers_path}.{layer}"
-    return {f"{own}.{name}": tensor for name, tensor in parts.layers[layer].named_parameters()}
+    """Return the parameters of one decoder layer by their names in the model."""
+    path = f"{parts.layers_path}.{layer}"
+    return {f"{path}.{name}": tensor for name, tensor in parts.layers[layer].named_parameters()}
 
 
 def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
-    """Parameters of the model by name, with or without the routers of mixtures of experts."""
+    """Return the parameters of the model by name, with or without the routers of mixtures of experts."""
     left_out = {
         f"{parts.layers_path}.{number}.{name}"
         for number, layer in enumerate(parts.layers)
@@ -32,15 +32,15 @@ def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
 
 
 def is_norm(layer: nn.Module, name: str) -> bool:
-    """Whether a parameter of a layer, given by its path, belongs to a norm."""
+    """Return whether a parameter of a layer, given by its path, belongs to a norm."""
     owner = layer.get_submodule(name.rpartition(".")[0])
     return "norm" in type(owner).__name__.lower()
 
 
 def part_of(layer: nn.Module, name: str) -> str:
-    """Which part of its layer a parameter belongs to, given by its path.
+    """Return the part of the layer that a parameter, given by its path, belongs to.
 
-    Attention is told by its name; what is neither that nor a norm between the parts belongs to the MLP.
+    Attention is recognized by its name. Everything else is the MLP, except for norms between the two.
     """
     steps = name.split(".")
     if len(steps) == 2 and is_norm(layer, name):
@@ -49,16 +49,16 @@ def part_of(layer: nn.Module, name: str) -> str:
 
 
 def has_experts(layer: nn.Module) -> bool:
-    """Whether a layer is a mixture of experts."""
+    """Return whether a layer is a mixture of experts."""
     return any(_is_experts(name, module) for name, module in layer.named_modules())
 
 
 def is_router(layer: nn.Module, name: str) -> bool:
-    """Whether a parameter of a layer, given by its path, decides which experts a token goes to."""
+    """Return whether a parameter of a layer, given by its path, decides which experts a token goes to."""
     steps = name.split(".")
     if any("router" in step for step in steps) or steps[-1] in ("expert_bias", "e_score_correction_bias"):
         return True
-    # many are just called gate; other things are too
+    # many routers are called gate, but so are other modules
     return any(
         step == "gate"
         and any(_is_experts(*child) for child in layer.get_submodule(".".join(steps[:depth])).named_children())
@@ -76,9 +76,9 @@ class Linear:
     """A linear map of a layer.
 
     Attributes:
-        name: The model's name of its weight.
-        path: Where it is in its layer, like ``mlp.down_proj``.
-        module: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight is (in, out).
+        name: Name of its weight in the model.
+        path: Path in its layer, like ``mlp.down_proj``.
+        module: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight has shape (in, out).
         part: ``attention`` or ``mlp``.
     """
 
@@ -103,16 +103,16 @@ class Linear:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+        """Numbers of outputs and inputs."""
         rows, columns = self.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
 
 def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[Linear]:
-    """The linear maps of one decoder layer that go by some names, ``mlp_output`` among them; ``None`` for all.
+    """Return the linear maps of one decoder layer with the given short names or ``mlp_output``; ``None`` returns all.
 
     Raises:
-        SlzoError: There are no names, or the layer has no linear map of one, or all are asked for and some are experts.
+        SlzoError: ``names`` is empty, the layer has no such linear map, or ``names`` is ``None`` and the layer has experts.
     """
     found = linears(parts, layer)
     if names is None:
@@ -132,10 +132,10 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
 
 
 def check_no_experts(parts: ModelParts, layer: int, option: str) -> None:
-    """Refuse a layer whose MLP is a mixture of experts: their weights are not linear maps that all tokens go through.
+    """Check that a layer is no mixture of experts, because the weights of experts are not linear maps of all tokens.
 
     Raises:
-        SlzoError: With the names that could be given.
+        SlzoError: The layer has experts; the message lists its other linear maps.
     """
     if has_experts(parts.layers[layer]):
         others = ", ".join(dict.fromkeys(linear.short_name for linear in linears(parts, layer))) or "none"
@@ -146,12 +146,12 @@ def check_no_experts(parts: ModelParts, layer: int, option: str) -> None:
 
 
 def mlp_output(found: Sequence[Linear]) -> Linear | None:
-    """The last linear map of the MLP among those of a layer; ``None`` without an MLP."""
+    """Return the last linear map of the MLP among the linear maps of a layer, or ``None`` without an MLP."""
     return next((linear for linear in reversed(found) if linear.part == MLP), None)
 
 
 def linears(parts: ModelParts, layer: int) -> list[Linear]:
-    """The linear maps of one decoder layer, in the order of its modules; those of experts and routers are left out."""
+    """Return the linear maps of one decoder layer in the order of its modules, without those of experts and routers."""
     module = parts.layers[layer]
     experts = tuple(f"{name}." for name, child in module.named_modules() if name and _is_experts(name, child))
     return [

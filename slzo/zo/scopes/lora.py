@@ -10,12 +10,13 @@ from slzo.zo.tuned import TunedTensors
 class LoRA(Scope):
     """LoRA matrices (arXiv 2106.09685), added to the model by peft and merged on export.
 
-    MeZO's: query and value projections, rank 8, alpha 16, with eps 1e-2 and learning rates of 1e-4 and 5e-5 at 13B parameters.
+    MeZO uses query and value projections, rank 8 and alpha 16, with eps 1e-2 and learning rates of 1e-4 and 5e-5 at 13B
+    parameters.
 
     Args:
         rank: Rank of the matrices, >= 1.
-        alpha: Their product is scaled by alpha / rank; above 0.
-        target_modules: Names of the linear maps that get them, mlp_output for the MLP's last one; left out, peft's choice for the
+        alpha: The product of the matrices is scaled by alpha / rank; above 0.
+        target_modules: Names of the linear maps to adapt, mlp_output for the MLP's last one; left out, peft's choice for the
             architecture (query and value).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
     """
@@ -36,7 +37,7 @@ class LoRA(Scope):
         layers = tuple(resolve_layers(self.layers, context))
         names = None
         if self.target_modules is not None:
-            # peft only looks for one name that fits, and does not know mlp_output
+            # peft only checks that one name matches, and does not know mlp_output
             found = [linear for layer in layers for linear in targets(context.parts, layer, self.target_modules)]
             names = tuple(dict.fromkeys(linear.path for linear in found))
         return LoRAMatrices(self.rank, self.alpha, names, layers, context.seed)

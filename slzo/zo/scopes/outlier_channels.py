@@ -1,4 +1,4 @@
-"""The outlier channels of a layer's MLP, or everything in the MLP but them."""
+"""The outlier channels of a layer's MLP, or all its other channels."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ class OutlierChannels(Scope):
     """The hidden channels of the dominant layer's MLP with the largest activations, or all others.
 
     A channel is an input of the down projection: one of its columns, and the rows (with their biases) of the projections that
-    make it. Its size is the largest magnitude that it takes on some prompts. Dominant-Layer ZO has two such ablations: the top
-    1% of the channels only, and those frozen.
+    compute it. Its size is its largest magnitude on some prompts. Dominant-Layer ZO has two such ablations: tuning only the top
+    1% of the channels, and freezing them.
 
     Args:
         percent: Share of the channels that counts as outliers, in (0, 100].
@@ -72,7 +72,7 @@ class OutlierChannels(Scope):
 
 
 def _places(linear: Linear, chosen: Tensor, of_inputs: bool) -> Tensor:
-    """Places of the rows or columns of some inputs or outputs in the flattened weight."""
+    """Return the indices, in the flattened weight, of the elements of the chosen inputs or outputs."""
     outputs, inputs = linear.sizes
     mask = chosen[None, :].expand(outputs, inputs) if of_inputs else chosen[:, None].expand(outputs, inputs)
     return (mask.T if linear.transposed else mask).flatten().nonzero()[:, 0]

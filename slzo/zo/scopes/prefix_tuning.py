@@ -9,8 +9,8 @@ from slzo.zo.tuned import TunedTensors
 class PrefixTuning(Scope):
     """Keys and values that every sequence sees before its tokens, in all layers (arXiv 2101.00190).
 
-    As in MeZO their first values are those of real tokens, here the beginning of a training prompt. MeZO has 5 tokens, eps 1e-1
-    and learning rates of 1e-2 and 1e-3 at 13B parameters. Export writes an adapter that peft loads: no weight can hold them.
+    As in MeZO they are initialized from real tokens, here the beginning of a training prompt. MeZO uses 5 tokens, eps 1e-1 and
+    learning rates of 1e-2 and 1e-3 at 13B parameters. Export writes an adapter that peft loads, because no weight can hold them.
     Refuses models whose attention cannot be extended: it needs packed batches.
 
     Args:
@@ -35,10 +35,6 @@ class PrefixTuning(Scope):
         if not context.parts.packed:
             raise SlzoError(
                 "model.scope PrefixTuning: needs packed batches, which this model or model.engine.packed false rules out"
-            )
-        if context.parts.compile:
-            raise SlzoError(
-                "model.scope PrefixTuning: generated answers would not see it with model.engine.compile true; leave that out"
             )
         batch = context.prompts(1)[0]
         ids = batch.input_ids[: batch.example_tokens[0]].tolist()

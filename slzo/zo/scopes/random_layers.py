@@ -1,4 +1,4 @@
-"""Random layers anew in each step."""
+"""A new random choice of layers in each step."""
 
 import random
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from slzo.zo.tuned import Subset, TunedTensors
 class RandomLayers(Scope):
     """All parameters, but each step perturbs and updates a random choice of decoder layers only (LeZO, arXiv 2410.09823).
 
-    Embeddings, final norm and head take part in every step; whether the paper's do is not known to us.
+    Embeddings, final norm and head take part in every step; we do not know whether they do in the paper.
 
     Args:
-        fraction: Decoder layers that a step keeps, in (0, 1]; the paper drops typically 75% of them.
-        routers: In a mixture of experts tune the routers too; left out they stay.
+        fraction: Share of the decoder layers that a step perturbs, in (0, 1]; the paper typically drops 75% of the layers.
+        routers: Also tune the routers of a mixture of experts; left out, they stay as they are.
     """
 
     layers = "all"

@@ -1,4 +1,4 @@
-"""Rules that choose the dominant layer; each rule is one file, with its import and its name in this list."""
+"""Rules that choose the dominant layer. Each is one file, imported and listed here."""
 
 from slzo.zo.selection.auto import Auto
 from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule
@@ -8,7 +8,7 @@ from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
 from slzo.zo.selection.race import Race
 
 RULES = (Auto, FirstOutlierLayer, MaxRatioJump, OutlierRemovingLayer, Race)
-"""What the command line offers by name."""
+"""The rules that the command line offers by name."""
 
 __all__ = [
     "RULES",

@@ -1,4 +1,4 @@
-"""The layer that removes the outlier, or the winner of a race where that choice is in doubt."""
+"""The layer that removes the outlier, or the winner of a race if that choice is in doubt."""
 
 import math
 from dataclasses import replace
@@ -11,19 +11,19 @@ from slzo.zo.selection.race import Race, outlier_layers
 
 
 class Auto(SelectionRule):
-    """OutlierRemovingLayer's layer where it is clear and its first step is promising; else the winner of a Race.
+    """OutlierRemovingLayer's layer if this choice is clear and its first step is promising; otherwise the winner of a Race.
 
     The race compares that layer, the last one, and if there is room the choices of FirstOutlierLayer and MaxRatioJump.
 
     The first step is promising if the measured step size (model.optimizer.lr auto) expects it to lower the loss by at least
-    ``promise``. Where it expects a fraction of a percent, because the loss is curved along random directions, the layer learns
-    slowly on this task and others may not: so it is with tasks whose loss is that of a free answer (COPA, SQuAD, DROP);
-    docs/results.md has the figures. With a given rate, and in half precision, where rounding hides the curvature, only the margin
-    of the statistics is checked. With generated answers, several processes, no dev rows or too few steps for a race nothing is
-    checked.
+    ``promise``. If it expects only a fraction of a percent, because the loss is curved along random directions, the layer learns
+    slowly on this task, and other layers may not. This happens with tasks whose loss is that of a free answer (COPA, SQuAD,
+    DROP); docs/results.md has the figures. With a given rate, and in half precision, where rounding hides the curvature, only the
+    margin of the statistics is checked. With generated answers, several processes, no dev rows or too few steps for a race,
+    nothing is checked.
 
     Args:
-        share: Largest cost of a race, as a share of the whole training in OutlierRemovingLayer's layer, > 0; where it is too
+        share: Largest cost of a race, as a share of the whole training in OutlierRemovingLayer's layer, > 0; if it is too
             small for all candidates, the lowest ones are left out.
         promise: Smallest share of the loss that the first step should remove; 0 only checks whether the choice is clear.
     """
@@ -33,7 +33,7 @@ class Auto(SelectionRule):
             raise SlzoError(
                 f"profiler.rule.promise {promise}: a share of the loss, 0 or more; 0.01 is a hundredth of it"
             )
-        Race(share)  # refuses what it cannot use
+        Race(share)  # validates share
         self.share = share
         self.promise = promise
 
@@ -41,10 +41,8 @@ class Auto(SelectionRule):
         """See the class."""
         choice = OutlierRemovingLayer().select(context)
         race = self._race(context, choice)
-        if race is None:
-            return choice
-        doubt = self._doubt(context, choice)
-        if not doubt:
+        doubt = "" if race is None else self._doubt(context, choice)
+        if race is None or not doubt:
             return choice
         say(f"Layer {choice.layer} ({choice.reason}): {doubt}. A race decides; --model.layer {choice.layer} skips it.")
         winner = race.select(context)
@@ -52,7 +50,7 @@ class Auto(SelectionRule):
         return replace(winner, note=note)
 
     def _race(self, context: SelectionContext, choice: Choice) -> Race | None:
-        """The race to run if the choice is in doubt; ``None`` if it cannot be run or has one candidate only."""
+        """Return the race to run if the choice is in doubt, or ``None`` if it cannot run or has only one candidate."""
         layers, trials = context.layers, context.trials
         candidates = {choice.layer, layers[-1].index, *outlier_layers(layers)}
         if trials is None or trials.generates or not trials.num_dev or len(candidates) < 2:
@@ -61,7 +59,7 @@ class Auto(SelectionRule):
         return race if race.plan(layers, trials).steps else None
 
     def _doubt(self, context: SelectionContext, choice: Choice) -> str:
-        """Why the choice may be a poor one; empty if nothing speaks against it."""
+        """Return why the choice is in doubt; empty if it is not."""
         trials = context.trials
         if choice.margin is not None and choice.margin.errors < CLEAR:
             return f"not clear, {choice.margin.description}"
@@ -69,8 +67,9 @@ class Auto(SelectionRule):
             return ""
         try:
             step = trials.step_size(choice.layer)
-        except SlzoError:  # the training measures too, and reports it
+        except SlzoError:  # the main training also measures, and reports the error
             return ""
-        if step.largest > 0 or step.promise >= self.promise:  # of matrices that begin at 0 the first step says nothing
+        # with matrices that start at 0 (step.largest > 0) the first step says nothing about later ones
+        if step.largest > 0 or step.promise >= self.promise:
             return ""
         return f"its first step should lower the loss by {step.promise:.2%}, less than profiler.rule.promise {self.promise:.2%}"

@@ -1,9 +1,10 @@
-"""What a selection rule is given and what it returns."""
+"""The base class of selection rules, what a rule can use and what it returns."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.profile import LayerStatistics, format_figure
@@ -12,11 +13,11 @@ from slzo.zo.trial import Trial, Trials
 
 @dataclass(frozen=True)
 class Margin:
-    """How far one figure is from changing the decision.
+    """Distance of a figure from a value that would change the choice.
 
     Attributes:
         errors: Distance in standard errors of the figure, at least 0.
-        description: Which layer and figure, and how far from what.
+        description: Layer, figure and distance in words.
     """
 
     errors: float
@@ -25,18 +26,18 @@ class Margin:
 
 @dataclass(frozen=True)
 class Choice:
-    """The dominant layer.
+    """The choice of a rule.
 
     Attributes:
-        layer: Decoder layer, counted from 0.
-        reason: Why, in a few words, for the table, the summary and the JSON file.
+        layer: The dominant layer, counted from 0.
+        reason: Why this layer, in a few words, for the table, the summary and the JSON file.
         title: Name for the layer.
-        margin: How clear the choice is: the smallest distance by which it would be another one, over the chosen layer and those
-            that nearly won. ``None`` if it is not known: there are no standard errors, or nothing measured decides.
-        note: Anything else about the choice, in one line; empty if there is nothing.
-        thresholds: ``max_abs`` or ``ratio`` and the value that it was compared with, for the picture.
+        margin: The smallest distance from another choice, over the chosen layer and those that nearly won. ``None`` if unknown:
+            there are no standard errors, or no measured figure decides.
+        note: A remark on the choice, in one line; may be empty.
+        thresholds: ``max_abs`` or ``ratio``, and the value that it was compared with, for the picture.
         trials: Short trainings that the rule ran, by layer.
-        states: Kept states that enter the chosen layer, for the training to start with.
+        states: Cached states that enter the chosen layer, with which the main training can start.
     """
 
     layer: int
@@ -51,12 +52,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """What a rule may look at.
+    """What a rule can use to choose a layer.
 
     Attributes:
-        layers: Statistics of all decoder layers, the first layer first.
-        trials: Runs short trainings; ``None`` where that is not possible.
-        no_trials: Why it is not possible.
+        layers: Statistics of all decoder layers, in order.
+        trials: Runs short trainings; ``None`` if this is not possible.
+        no_trials: Why short trainings are not possible.
     """
 
     layers: Sequence[LayerStatistics]
@@ -69,19 +70,19 @@ class SelectionRule(ABC):
 
     @abstractmethod
     def select(self, context: SelectionContext) -> Choice:
-        """The dominant layer.
+        """Choose the dominant layer.
 
         Raises:
-            SlzoError: No layer qualifies, or the rule needs trainings and there can be none.
+            SlzoError: No layer qualifies, or the rule needs short trainings and they are not possible.
         """
 
 
 CLEAR = 2.0
-"""Standard errors from which a choice is clear: about 95% of the averages over other prompts lie within."""
+"""Standard errors from which on a choice is clear: about 95% of the averages over other prompts are within this distance."""
 
 
 def threshold_margin(layer: LayerStatistics, figure: str, threshold: float) -> Margin | None:
-    """How far a layer's ``max_abs`` or ``ratio`` is from a threshold; ``None`` without a standard error."""
+    """Return the distance of a layer's ``max_abs`` or ``ratio`` from a threshold, or ``None`` without a standard error."""
     value, error = getattr(layer, figure), getattr(layer, f"{figure}_se")
     if error is None:
         return None
@@ -96,22 +97,17 @@ def threshold_margin(layer: LayerStatistics, figure: str, threshold: float) -> M
 
 
 def smallest(margins: Iterable[Margin | None]) -> Margin | None:
-    """The smallest margin; ``None`` if one is not known."""
-    found = list(margins)
-    known = _known(found)
-    return min(known, key=_errors, default=None) if len(known) == len(found) else None
+    """Return the smallest margin, or ``None`` if one of them is unknown."""
+    return min(_all_known(margins), key=attrgetter("errors"), default=None)
 
 
 def largest(margins: Iterable[Margin | None]) -> Margin | None:
-    """The largest margin; ``None`` if one is not known."""
-    found = list(margins)
-    known = _known(found)
-    return max(known, key=_errors, default=None) if len(known) == len(found) else None
+    """Return the largest margin, or ``None`` if one of them is unknown."""
+    return max(_all_known(margins), key=attrgetter("errors"), default=None)
 
 
-def _known(margins: list[Margin | None]) -> list[Margin]:
-    return [margin for margin in margins if margin is not None]
-
-
-def _errors(margin: Margin) -> float:
-    return margin.errors
+def _all_known(margins: Iterable[Margin | None]) -> list[Margin]:
+    """Return the margins, or an empty list if one of them is unknown."""
+    given = list(margins)
+    known = [margin for margin in given if margin is not None]
+    return known if len(known) == len(given) else []

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.profile import LayerStatistics
+from slzo.zo.profile import LayerStatistics, format_figure
 from slzo.zo.selection.base import (
     Choice,
     Margin,
     SelectionContext,
     SelectionRule,
-    format_figure,
     largest,
     smallest,
     threshold_margin,
@@ -35,18 +34,19 @@ class FirstOutlierLayer(SelectionRule):
         self.fallback = fallback
 
     def select(self, context: SelectionContext) -> Choice:
-        """See :class:`SelectionRule`; the margin is over the chosen layer and those before it.
+        """See :class:`SelectionRule`. The margin is the smallest of the chosen layer and the layers before it.
 
         Raises:
             SlzoError: No layer qualifies and ``fallback`` is ``error``.
         """
         layers = context.layers
         rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
-        over = [layer for layer in layers if self._qualifies(layer)]
-        if over:
-            first = over[0]
-            margin = smallest(self._margin(layer) for layer in layers if layer.index <= first.index)
-            return Choice(first.index, rule, "first outlier layer", margin, self._note(over, layers), self._thresholds)
+        qualified = [layer for layer in layers if self._qualifies(layer)]
+        if qualified:
+            first = qualified[0].index
+            margin = smallest(self._margin(layer) for layer in layers if layer.index <= first)
+            note = self._note(qualified, layers)
+            return Choice(first, rule, "first outlier layer", margin, note, self._thresholds)
         if self.fallback == "max_ratio_jump":
             choice = MaxRatioJump().select(context)
             margin = smallest([*(self._margin(layer) for layer in layers), choice.margin])
@@ -68,19 +68,18 @@ class FirstOutlierLayer(SelectionRule):
         return layer.max_abs > self.max_abs and layer.ratio > self.ratio
 
     def _margin(self, layer: LayerStatistics) -> Margin | None:
-        """How far the layer is from changing sides: one figure must fall, or all that are too low must rise."""
-        figures = [("max_abs", self.max_abs), ("ratio", self.ratio)]
+        """Return how far the layer is from the other side: one figure must fall below, or all low figures must rise above."""
         if self._qualifies(layer):
-            return smallest(threshold_margin(layer, *figure) for figure in figures)
-        low = [figure for figure in figures if getattr(layer, figure[0]) <= figure[1]]
-        return largest(threshold_margin(layer, *figure) for figure in low)
+            return smallest(threshold_margin(layer, *threshold) for threshold in self._thresholds)
+        too_low = [(figure, value) for figure, value in self._thresholds if getattr(layer, figure) <= value]
+        return largest(threshold_margin(layer, *threshold) for threshold in too_low)
 
-    def _note(self, over: list[LayerStatistics], layers: Sequence[LayerStatistics]) -> str:
-        """What to say where the thresholds tell hardly any layer from another; outliers may fade in the last layers."""
-        if over[0].index > 0 or len(over) <= len(layers) / 2:
+    def _note(self, qualified: list[LayerStatistics], layers: Sequence[LayerStatistics]) -> str:
+        """Return a remark if the thresholds hardly distinguish the layers; outliers may fade in the last layers."""
+        if qualified[0].index > 0 or len(qualified) <= len(layers) / 2:
             return ""
-        count, worth = f"{len(over)} of {len(layers)} layers are over the thresholds, from the first on", "little"
-        if len(over) == len(layers):
+        count, worth = f"{len(qualified)} of {len(layers)} layers are over the thresholds, from the first on", "little"
+        if len(qualified) == len(layers):
             count, worth = f"All {len(layers)} layers are over the thresholds", "no"
         return (
             f"{count}: the rule's answer carries {worth} information here; try another rule (--profiler.rule), let slzo sweep "

@@ -1,4 +1,4 @@
-"""The layer where outliers grow most."""
+"""The layer in which outliers grow most."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class MaxRatioJump(SelectionRule):
     """
 
     def select(self, context: SelectionContext) -> Choice:
-        """See :class:`SelectionRule`; the first layer is compared with a ratio of 1.
+        """See :class:`SelectionRule`. The first layer is compared with a ratio of 1.
 
-        The margin is the distance between the logarithms of the largest growth and of another one, whose standard errors are
-        taken as independent: the layers share their sequences, so this is a rough one.
+        The margin is the smallest distance between the logarithm of the largest growth and that of another layer. Standard errors
+        are treated as independent. This is approximate, because the layers share their sequences.
         """
         layers = context.layers
         before = [1.0] + [layer.ratio for layer in layers[:-1]]
@@ -32,8 +32,8 @@ def _margin(layers: Sequence[LayerStatistics], jumps: list[float], best: int, ot
     known = [variance for variance in variances if variance is not None]
     if len(known) < len(variances) or jumps[other] <= 0:
         return None
-    spread, ahead = math.sqrt(sum(known)), math.log(jumps[best] / jumps[other])
-    errors = ahead / spread if spread > 0 else math.inf
+    error, lead = math.sqrt(sum(known)), math.log(jumps[best] / jumps[other])
+    errors = lead / error if error > 0 else math.inf
     return Margin(
         errors,
         f"layer {best}'s growth of {jumps[best]:.3g} times is {errors:.1f} standard errors above layer {other}'s of "
@@ -42,7 +42,7 @@ def _margin(layers: Sequence[LayerStatistics], jumps: list[float], best: int, ot
 
 
 def _log_variance(layers: Sequence[LayerStatistics], layer: int) -> float | None:
-    """Of the logarithm of a layer's growth, to first order."""
+    """Return the variance of the logarithm of a layer's growth, to first order."""
     total = 0.0
     for one in layers[max(layer - 1, 0) : layer + 1]:
         if one.ratio_se is None or one.ratio <= 0:

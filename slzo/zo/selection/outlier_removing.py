@@ -13,12 +13,12 @@ class OutlierRemovingLayer(SelectionRule):
 
     Massive activations are written by one layer and removed by another near the end (Sun et al. 2024, arXiv 2402.17762). The
     second writes as strongly as the first, and it is cheap to tune: all layers below it are a prefix, whose states are computed
-    once for each row. Needs no threshold. Where no layer lowers the largest magnitude it chooses the last one. docs/results.md
+    once for each row. Needs no threshold. If no layer lowers the largest magnitude, it chooses the last one. docs/results.md
     compares the layers that the rules choose.
     """
 
     def select(self, context: SelectionContext) -> Choice:
-        """See the class; the margin is over the next largest fall."""
+        """See the class. The margin is the smallest distance from the fall of another layer."""
         layers = context.layers
         falls = [below.max_abs - layer.max_abs for below, layer in pairwise(layers)]
         if not falls or max(falls) <= 0:
@@ -30,15 +30,15 @@ class OutlierRemovingLayer(SelectionRule):
 
 
 def _margin(layers: Sequence[LayerStatistics], falls: list[float], best: int, other: int) -> Margin | None:
-    """Standard errors of the four maxima are taken as independent, though the layers share their sequences: a rough one."""
-    errors = [layers[place].max_abs_se for fall in (best, other) for place in (fall, fall + 1)]
-    known = [error for error in errors if error is not None]
-    if len(known) < len(errors):
+    """Treat the standard errors of the four maxima as independent. This is approximate: the layers share their sequences."""
+    standard_errors = [layers[index].max_abs_se for fall in (best, other) for index in (fall, fall + 1)]
+    known = [error for error in standard_errors if error is not None]
+    if len(known) < len(standard_errors):
         return None
-    spread, ahead = math.sqrt(sum(error**2 for error in known)), falls[best] - falls[other]
-    distance = ahead / spread if spread > 0 else math.inf
+    error, lead = math.sqrt(sum(one**2 for one in known)), falls[best] - falls[other]
+    errors = lead / error if error > 0 else math.inf
     return Margin(
-        distance,
-        f"layer {layers[best + 1].index}'s fall of {format_figure(falls[best])} is {distance:.1f} standard errors above layer "
+        errors,
+        f"layer {layers[best + 1].index}'s fall of {format_figure(falls[best])} is {errors:.1f} standard errors above layer "
         f"{layers[other + 1].index}'s of {format_figure(falls[other])}",
     )

@@ -1,4 +1,4 @@
-"""Layers that the statistics point at, compared by short trainings."""
+"""Compares the layers that the statistics suggest by short trainings."""
 
 import math
 import statistics
@@ -17,9 +17,8 @@ from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 
-# Fewer steps say nothing.
 _MIN_STEPS = 5
-# Batches that all trials use again and again: the states below a layer are computed once for each of their rows.
+# All trials repeat these batches, because the states below a layer are computed once for each row.
 _NUM_BATCHES = 20
 _MIN_DEV_ROWS = 16
 
@@ -29,13 +28,13 @@ class Race(SelectionRule):
 
     The candidates are the choices of OutlierRemovingLayer, FirstOutlierLayer and MaxRatioJump, the neighbours of the first, the
     last layer, and the middle one as a control. They share rows, directions and the states below them, and each has its own
-    measured step size where model.optimizer.lr is auto. After a third of its steps a trial worse than the median stops. A late
-    layer's step is cheap, since only the layers from it on are run, so a late layer takes more steps at equal cost.
+    measured step size if model.optimizer.lr is auto. After a third of its steps a trial worse than the median stops. A step in a
+    late layer is cheap, since only this layer and those above it are run, so a late layer takes more steps at equal cost.
 
     Args:
         share: Largest cost of the race, as a share of the whole training in OutlierRemovingLayer's layer (in the lowest
-            candidate if that one is not among them), > 0; where it is too small for all, the lowest candidates are left out.
-        layers: Candidates, counted from 0; left out, those above.
+            candidate if that layer is no candidate), > 0; if it is too small for all, the lowest candidates are left out.
+        layers: Candidates, counted from 0; left out, the candidates named above.
         dev_rows: Rows that the dev loss is computed on, at least 16.
     """
 
@@ -53,21 +52,21 @@ class Race(SelectionRule):
         self.dev_rows = dev_rows
 
     def candidates(self, layers: Sequence[LayerStatistics]) -> tuple[int, ...]:
-        """The layers to train, rising.
+        """Return the layers to train, in rising order.
 
         Raises:
-            SlzoError: The model lacks one of ``layers``.
+            SlzoError: The model does not have one of ``layers``.
         """
         if self.layers is not None:
             for layer in self.layers:
                 check_layer(layer, len(layers), "profiler.rule.layers", left_out="the race choose")
             return tuple(sorted(set(self.layers)))
-        fall = OutlierRemovingLayer().select(SelectionContext(layers)).layer
-        found = {fall - 1, fall, fall + 1, len(layers) - 1, len(layers) // 2, *outlier_layers(layers)}
+        removing = OutlierRemovingLayer().select(SelectionContext(layers)).layer
+        found = {removing - 1, removing, removing + 1, len(layers) - 1, len(layers) // 2, *outlier_layers(layers)}
         return tuple(sorted(layer for layer in found if 0 <= layer < len(layers)))
 
     def plan(self, layers: Sequence[LayerStatistics], trials: Trials) -> "RacePlan":
-        """Which layers take how many steps."""
+        """Return which layers train, and for how many steps."""
         candidates = self.candidates(layers)
         removing = OutlierRemovingLayer().select(SelectionContext(layers)).layer
         reference = removing if removing in candidates else min(candidates)
@@ -75,7 +74,7 @@ class Race(SelectionRule):
         return plan_race(candidates, self.share, cost, reference, trials.steps, trials.num_train)
 
     def select(self, context: SelectionContext) -> Choice:
-        """Run the race; without room for it, or if no layer gains, the choice is that of OutlierRemovingLayer."""
+        """Run the race. If there is no room for it, or no layer lowers the dev loss, OutlierRemovingLayer chooses."""
         trials, layers = context.trials, context.layers
         if trials is None:
             raise SlzoError(f"profiler.rule Race: it trains layers, and {context.no_trials}")
@@ -88,27 +87,27 @@ class Race(SelectionRule):
             return _fallback(context, reason)
         say(plan.describe(self.share))
         outcomes: dict[int, Trial] = {}
-        halfway: list[float] = []
+        early_losses: list[float] = []
         best, states = -1, None
 
-        def goes_on(score: Score) -> bool:
+        def continues(score: Score) -> bool:
             if math.isfinite(score.loss):
-                halfway.append(score.loss)
-            return bool(halfway) and score.loss <= statistics.median(halfway)
+                early_losses.append(score.loss)
+            return bool(early_losses) and score.loss <= statistics.median(early_losses)
 
         for layer, steps in plan.steps.items():
-            checks = {max(1, steps // 3): goes_on}
-            own: PrefixCache | None
+            checks = {max(1, steps // 3): continues}
+            cache: PrefixCache | None
             try:
-                outcomes[layer], own = trials.train(
+                outcomes[layer], cache = trials.train(
                     layer, steps, dev_rows=self.dev_rows, num_batches=_NUM_BATCHES, checks=checks
                 )
-            except SlzoError as error:  # the others may well run
+            except SlzoError as error:  # other layers may still be trainable
                 say(f"layer {layer:3d}: out of the race, {error}")
                 continue
             say(_line(layer, outcomes[layer], steps))
             if best < 0 or outcomes[layer].gain > outcomes[best].gain:
-                best, states = layer, own
+                best, states = layer, cache
         before = next(iter(outcomes.values())).scores[0].loss if outcomes else 0.0
         if best < 0 or outcomes[best].gain <= 0:
             choice = _fallback(context, f"no layer lowered the dev loss of {before:.4f} in the race")
@@ -119,20 +118,20 @@ class Race(SelectionRule):
 
 
 def outlier_layers(layers: Sequence[LayerStatistics]) -> Iterable[int]:
-    """The choices of the rules that look for where outliers appear."""
+    """Return the choices of the rules that find the layer where outliers appear."""
     for rule in (FirstOutlierLayer(), MaxRatioJump()):
-        with suppress(SlzoError):  # it finds none
+        with suppress(SlzoError):  # no layer qualifies
             yield rule.select(SelectionContext(layers)).layer
 
 
 @dataclass(frozen=True)
 class RacePlan:
-    """Which layers train for how long.
+    """Steps of each layer in a race.
 
     Attributes:
-        steps: Steps by layer, rising; empty if there is no room for a race.
-        left_out: Candidates for whose steps there is no room.
-        share: Expected cost as a share of the whole training in the reference layer.
+        steps: Steps by layer, in rising order of the layers; empty if there is no room for a race.
+        left_out: Candidates that are left out for lack of room.
+        share: Expected cost, as a share of the whole training in the reference layer.
         reference: Layer whose training the cost is compared with.
     """
 
@@ -142,7 +141,7 @@ class RacePlan:
     reference: int
 
     def describe(self, allowed: float) -> str:
-        """The plan in one line; ``allowed`` is the share that was asked for."""
+        """Describe the plan in one line; ``allowed`` is the largest share that the user allows."""
         runs = ", ".join(f"{layer} ({steps} steps)" for layer, steps in self.steps.items())
         line = f"Race       layers {runs}; costs about {self.share:.0%} of the whole training in layer {self.reference}"
         if self.left_out:
@@ -154,16 +153,16 @@ class RacePlan:
 def plan_race(
     candidates: Sequence[int], share: float, cost: StepCost, reference: int, total_steps: int, num_train: int
 ) -> RacePlan:
-    """Steps of each candidate so that the race costs at most ``share`` of a training of ``total_steps`` in ``reference``.
+    """Plan a race that costs at most ``share`` of a training of ``total_steps`` steps in layer ``reference``.
 
-    All candidates get the same cost, measuring included. The reference is never left out.
+    All candidates get the same cost, including the measurement of the step size. The reference is never left out.
     """
     training = cost.training(reference, total_steps, num_train)
     running = sorted(candidates)
     while len(running) > 1:
         overhead = _overhead(running, cost, num_train)
-        own = (share * training - overhead + cost.spared(running)) / len(running)
-        steps = {layer: min(int((own - cost.measure(layer)) / cost.step(layer)), total_steps) for layer in running}
+        budget = (share * training - overhead + cost.spared(running)) / len(running)
+        steps = {layer: min(int((budget - cost.measure(layer)) / cost.step(layer)), total_steps) for layer in running}
         if min(steps.values()) >= _MIN_STEPS:
             runs = sum(cost.measure(layer) + number * cost.step(layer) for layer, number in steps.items())
             spent = (overhead + runs - cost.spared(running)) / training
@@ -173,10 +172,10 @@ def plan_race(
 
 
 def _overhead(candidates: Sequence[int], cost: StepCost, num_train: int) -> float:
-    """Cost besides measuring and steps: dev losses, and states that the winner's training has no use for."""
+    """Return the cost other than measurements and steps: dev losses, and states that the main training cannot reuse."""
     rows = cost.dev_rows + min(num_train, _NUM_BATCHES * cost.batch_size)
-    lost = (max(candidates) if cost.carries else sum(candidates)) - min(candidates) if cost.caches else 0
-    return rows * lost + sum(2 * cost.dev_rows * cost.layers(layer) for layer in candidates)
+    extra_layers = (max(candidates) if cost.carries else sum(candidates)) - min(candidates) if cost.caches else 0
+    return rows * extra_layers + sum(2 * cost.dev_rows * cost.layers(layer) for layer in candidates)
 
 
 def _fallback(context: SelectionContext, reason: str) -> Choice:

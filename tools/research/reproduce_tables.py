@@ -1,8 +1,8 @@
 """Runs methods on tasks with several seeds, each run in a process of its own, and makes tables of them as in the paper.
 
-    python tools/reproduce_tables.py --config configs/tables/smollm2.yaml
-    python tools/reproduce_tables.py --config configs/tables/smollm2.yaml --only zero-shot dominant-ft
-    python tools/reproduce_tables.py --config configs/tables/smollm2.yaml --report
+    python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml
+    python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml --only zero-shot dominant-ft
+    python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml --report
 
 A table config is a YAML file of these keys; options are those of ``slzo fit``, written without the dashes:
 
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int:
-    """Run; 1 if runs failed, 2 after a mistake that the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run; 1 if runs failed, 2 after an error of the user, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         argv: Options; left out, those of the process.
@@ -111,9 +111,8 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
     if not options.report:
         check_options(table, methods)
     work = Work(table, output, runner, options.keep_checkpoints)
-    command = (
-        f"python tools/reproduce_tables.py --config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
-    )
+    paths = f"--config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
+    command = f"python tools/research/reproduce_tables.py {paths}"
     status = 0
     if not options.report:
         try:

@@ -1,31 +1,34 @@
 """Where the gradient of a decoder layer lies: each linear map's share, and what an activation subspace keeps of it.
 
-    python tools/gradient_share.py --task sst2 --data_dir DIR --layer 11 --ranks 2 16
+    python tools/research/gradient_share.py --task sst2 --data_dir DIR --layer 11 --ranks 2 16
 
 The mean gradient over some batches is taken by back-propagation on the untuned model.
 """
 
 import argparse
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
-from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
+from slzo.task_rows import TaskRows
+from slzo.training import adapt_rows, load_parts, make_stepper
 from slzo.zo.estimators import Backprop, Request
+from slzo.zo.options import TrainingOptions
 from slzo.zo.scopes import ActivationSubspace, LayerScope, ScopeContext
 from slzo.zo.scopes.linear_maps import linears
 from slzo.zo.tuned_model import TunedModel
 
 
-def mean_gradients(tuned_model: TunedModel, datamodule: TaskDataModule, batches: int) -> dict[str, Tensor]:
+def mean_gradients(model: TunedModel, options: TrainingOptions, rows: TaskRows, batches: int) -> dict[str, Tensor]:
     """Mean gradient of each of the tuned tensors over the first training batches, float32."""
-    total = {name: torch.zeros_like(master) for name, master in tuned_model.tensors.named_masters().items()}
-    for _, batch in zip(range(batches), datamodule.train_dataloader(), strict=False):
-        loss = tuned_model.loss(batch.to(tuned_model.parts.model.device), datamodule.objective)
-        gradient = Backprop().estimate(Request(tuned_model.tensors, loss, seed=0, step=0)).gradient
+    stepper = make_stepper(model, options, rows)
+    total = {name: torch.zeros_like(master) for name, master in model.tensors.named_masters().items()}
+    for batch in islice(rows.training_batches(), batches):
+        loss = stepper.loss(batch.to(model.parts.model.device))
+        gradient = Backprop().estimate(Request(model.tensors, loss, seed=0, step=0)).gradient
         for name in total:
             total[name] += gradient[name] / batches
     return total
@@ -41,15 +44,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="of 16 training rows")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="of the subspaces")
     args = parser.parse_args()
-    module = ZOModule(args.model, estimator=Backprop(), seed=0)
-    rows = TaskDataModule(args.task, tokenizer=args.model, data_dir=args.data_dir, num_dev=200, seed=0)
-    datamodule = ZOTrainer(logger=False, enable_checkpointing=False).attach(module, rows)
-    parts = module.parts
-    gradients = mean_gradients(TunedModel.of_scope(parts, LayerScope(), args.layer), datamodule, args.batches)
+    options = ZOModule(args.model, estimator=Backprop(), eps=1e-3, seed=0).options
+    rows = TaskRows(args.task, tokenizer=args.model, data_dir=args.data_dir, num_dev=200, seed=0)
+    rows.setup("fit")
+    parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    adapt_rows(rows, parts, options)
+    gradients = mean_gradients(TunedModel.from_scope(parts, LayerScope(), args.layer), options, rows, args.batches)
     squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
 
     def prompts(num_sequences: int) -> list[PackedBatch]:
-        return [batch.to(parts.model.device) for batch in datamodule.profile_batches(num_sequences, batch_size=16)]
+        return [batch.to(parts.model.device) for batch in rows.profile_batches(num_sequences, batch_size=16)]
 
     context = ScopeContext(parts, args.layer, prompts)
     kept = {rank: dict(ActivationSubspace(rank).tensors(context).items()) for rank in args.ranks}

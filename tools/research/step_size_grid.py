@@ -1,7 +1,7 @@
-"""Holds ``lr: auto`` against a grid of constant learning rates: dev loss after the same steps of the same rows.
+"""Compares ``lr: auto`` with a grid of constant learning rates: dev loss after the same steps of the same rows.
 
-    python tools/step_size_grid.py --data_dir DIR --output grids
-    python tools/step_size_grid.py --data_dir DIR --output grids --models gemma3-270m --tasks sst2 --scopes layer lora
+    python tools/research/step_size_grid.py --data_dir DIR --output grids
+    python tools/research/step_size_grid.py --data_dir DIR --output grids --models gemma3-270m --tasks sst2 --scopes layer lora
 
 A cell is a model, a task and a scope: one training with measured step sizes, and five with constant rates a factor of three
 apart, around the one that was measured before the first step (--lrs sets others). eps is measured for all. Results are written
@@ -15,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slzo.datamodule import TaskDataModule
+import torch
+
 from slzo.experiments.store import CellStore
-from slzo.experiments.trial import Workbench
+from slzo.experiments.trial import LayerTrials
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer
+from slzo.task_rows import TaskRows
+from slzo.training import adapt_rows, load_parts
 from slzo.zo.profile import profile_layers
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
-from slzo.zo.selection import LargestFall
+from slzo.zo.selection import OutlierRemovingLayer, SelectionContext
 
 SCOPES: dict[str, Callable[[], Scope]] = {
     "layer": LayerScope,
@@ -36,18 +38,20 @@ FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 CLOSE = 0.05
 
 
-def bench_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | None) -> tuple[Workbench, int | None]:
-    """A workbench and the layer that is tuned: the given one, else the one that takes the outlier out."""
+def trials_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | None) -> tuple[LayerTrials, int | None]:
+    """Trials, and the layer that is tuned: the given one, else the one that removes the outlier."""
     train, dev, test = ROWS.get(task, (1000, 200, 200))
-    module = ZOModule(model, scope=scope, seed=0)
-    rows = TaskDataModule(
+    options = ZOModule(model, scope=scope, seed=0).options
+    rows = TaskRows(
         task, tokenizer=model, data_dir=data_dir, num_train=train, num_dev=dev, num_test=test, batch_size=16, seed=0
     )
-    ZOTrainer(logger=False, enable_checkpointing=False).attach(module, rows)
+    rows.setup("fit")
+    parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    adapt_rows(rows, parts, options)
     if scope.needs_layer and layer is None:
-        layers, _ = profile_layers(module.parts, rows.profile_batches(16, 8))
-        layer = LargestFall().select(layers).layer
-    return Workbench(module, rows), layer if scope.needs_layer else None
+        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16, 8)]
+        layer = OutlierRemovingLayer().select(SelectionContext(profile_layers(parts, batches)[0])).layer
+    return LayerTrials(parts, options, rows), layer if scope.needs_layer else None
 
 
 def run_cell(store: CellStore, name: str, model: str, task: str, scope: str, args: argparse.Namespace) -> None:
@@ -55,14 +59,14 @@ def run_cell(store: CellStore, name: str, model: str, task: str, scope: str, arg
     tried = [store.result(f"{name}-auto"), *(store.result(f"{name}-{number}") for number in range(len(FACTORS)))]
     if None not in tried:
         return
-    bench, layer = bench_of(model, task, SCOPES[scope](), args.data_dir, args.layer)
-    lr, eps = bench.own_step(layer)
+    trials, layer = trials_of(model, task, SCOPES[scope](), args.data_dir, args.layer)
+    lr, eps = trials.own_step(layer)
     rates = [lr * factor for factor in FACTORS] if args.lrs is None else args.lrs
     for number, rate in [(-1, None), *enumerate(rates)]:
         key = f"{name}-auto" if rate is None else f"{name}-{number}"
         if store.result(key) is not None:
             continue
-        trial = bench.trial(layer, steps=args.steps, seed=0, lr=rate, eps=eps if rate is not None else None)
+        trial = trials.run(layer, steps=args.steps, seed=0, lr=rate, eps=eps if rate is not None else None)
         last = trial.scores[-1]
         row = {
             "model": model,
@@ -121,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "copa", "cb"], help="as data.task")
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=list(SCOPES))
     parser.add_argument("--data_dir", required=True, help="as data.data_dir")
-    parser.add_argument("--layer", type=int, help="left out, the layer that takes the outlier out")
+    parser.add_argument("--layer", type=int, help="left out, the layer that removes the outlier")
     parser.add_argument("--lrs", type=float, nargs=5, help="instead of five around the measured rate")
     parser.add_argument("--steps", type=int, default=100, help="of each training")
     parser.add_argument("--output", default="step_size_grid", help="folder of the results")

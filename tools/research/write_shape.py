@@ -1,7 +1,7 @@
 """Write a model of a given shape with random weights, to measure memory and time without a download.
 
-    python tools/write_shape.py --output DIR                                  # Llama-2-7B: 13.5 GB in bfloat16
-    python tools/write_shape.py --output DIR --layers 16 --hidden 2048 --inner 5632 --heads 32 --kv_heads 8
+    python tools/research/write_shape.py --output DIR                                  # Llama-2-7B: 13.5 GB in bfloat16
+    python tools/research/write_shape.py --output DIR --layers 16 --hidden 2048 --inner 5632 --heads 32 --kv_heads 8
 
 A Llama in safetensors, one file a layer, with a tokenizer of single bytes.
 """

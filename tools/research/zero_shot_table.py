@@ -2,7 +2,7 @@
 
 Scores every row of ``DIR/<task>/validation.jsonl``, in file order, as ``slzo test`` does; no training rows are needed.
 
-    python tools/zero_shot_table.py --model smollm2-135m --data_dir DIR --json scores.json --markdown docs/zero_shot.md
+    python tools/research/zero_shot_table.py --model smollm2-135m --data_dir DIR --json scores.json --markdown docs/zero_shot.md
 """
 
 import argparse
@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slzo.datamodule import TaskDataModule
-from slzo.utils.errors import SlzoError
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
+from slzo.task_rows import TaskRows
 from slzo.tasks.registry import TASKS
+from slzo.utils.errors import SlzoError
 
 NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")
 
 
-def score_task(data: TaskDataModule, evaluator: Evaluator, num_rows: int | None = None) -> dict[str, Any]:
+def score_task(data: TaskRows, evaluator: Evaluator, num_rows: int | None = None) -> dict[str, Any]:
     """Metrics and predictions of a task's held-out rows, in file order.
 
     Args:
@@ -34,7 +34,7 @@ def score_task(data: TaskDataModule, evaluator: Evaluator, num_rows: int | None 
     device = evaluator.parts.model.device
     metrics = data.make_metrics()
     predictions: dict[int, int | str] = {}
-    for batch in data.eval_loader("test", num_rows):
+    for batch in data.eval_batches("test", num_rows):
         found = evaluator(batch.to(device)).predictions
         metrics.update(batch.examples, found)
         predictions.update(zip((row.position for row in batch.rows), found, strict=True))
@@ -81,7 +81,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def shown_command(options: argparse.Namespace) -> str:
     """The command with placeholders for the user's own paths."""
-    parts = [f"python tools/zero_shot_table.py --model {options.model} --data_dir DIR --json FILE --markdown FILE"]
+    parts = [
+        f"python tools/research/zero_shot_table.py --model {options.model} --data_dir DIR --json FILE --markdown FILE"
+    ]
     if options.tasks != list(NINE_TASKS):
         parts.append(f"--tasks {' '.join(options.tasks)}")
     if options.num_rows is not None:
@@ -90,14 +92,14 @@ def shown_command(options: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 2 after a mistake that the user can mend."""
+    """Run; 2 after an error of the user."""
     options = parse(argv)
     results: dict[str, Any] = {}
     try:
         parts = split_and_verify(load_model(options.model))
         for task in options.tasks:
             started = time.perf_counter()
-            data = TaskDataModule(task, options.model, data_dir=options.data_dir, num_test=None)
+            data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None)
             data.setup("test")
             results[task] = score_task(data, data.evaluator(parts), options.num_rows)
             figures = ", ".join(f"{k} {v:.4f}" for k, v in results[task].items() if k not in ("n", "predictions"))

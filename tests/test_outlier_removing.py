@@ -1,36 +1,36 @@
-"""The rule that chooses the layer which takes the outlier out: on made-up figures, and on the built-in models."""
+"""The rule that chooses the layer which removes the outlier: on made-up figures, and on the built-in models."""
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED_DATA, tiny_model
-from test_profile import prompts, statistics
+from helpers import SHARED_DATA, choose, layer_statistics, random_prompts, tiny_model
 
-from slzo.utils.assets import cache_dir
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
-from slzo.callbacks.profile_report import format_profile
 from slzo.data.encoding import Encoder
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.registry import get_task
-from slzo.zo.profile import OutlierProfile, profile_layers
-from slzo.zo.selection import Choice, FirstOutlierLayer, LargestFall
+from slzo.utils.assets import cache_dir
+from slzo.zo.profile import profile_layers
+from slzo.zo.selection import Choice, FirstOutlierLayer, OutlierRemovingLayer
+
+RULE = OutlierRemovingLayer()
 
 
 def falling(*magnitudes, error=None):
     """Layers of these largest magnitudes; their ratios must not matter."""
-    return statistics(*((magnitude, 10.0) for magnitude in magnitudes), error=error)
+    return layer_statistics(*((magnitude, 10.0) for magnitude in magnitudes), error=error)
 
 
 @pytest.mark.parametrize(
     ("magnitudes", "layer", "fall"),
     [
         ((20, 800, 900, 23000, 23000, 8000, 3000), 5, "15,000"),
-        ((20, 800, 900, 23000, 23000, 3000, 2500), 5, "20,000"),
         ((1000, 1, 0.5, 0.1), 1, "999"),  # in absolute terms, not in shares
         ((5, 3, 10, 4, 9, 4.5), 3, "6"),
         ((8, 4, 8, 4), 1, "4"),  # the first of two
@@ -39,23 +39,22 @@ def falling(*magnitudes, error=None):
     ],
 )
 def test_the_layer_after_the_largest_fall(magnitudes, layer, fall):
-    assert LargestFall().select(falling(*magnitudes)) == Choice(
-        layer, f"largest fall of max |h| over the layer before, by {fall}", "outlier-removing layer"
-    )
+    reason = f"largest fall of max |h| over the layer before, by {fall}"
+    assert choose(RULE, falling(*magnitudes)) == Choice(layer, reason, "outlier-removing layer")
 
 
-@pytest.mark.parametrize("magnitudes", [(1, 2, 3), (1, 1, 1), (7,), (2, 2)])
+@pytest.mark.parametrize("magnitudes", [(1, 2, 3), (1, 1, 1), (7,)])
 def test_without_a_fall_it_is_the_last_layer(magnitudes):
-    choice = LargestFall().select(falling(*magnitudes, error=0.1))
+    choice = choose(RULE, falling(*magnitudes, error=0.1))
     assert choice == Choice(len(magnitudes) - 1, "the last layer, as none lowers the largest magnitude")
 
 
-def test_the_margin_is_over_the_fall_that_comes_next():
-    choice = LargestFall().select(falling(20, 23000, 8000, 3000, 2900, error=0.01))
+def test_the_margin_is_over_the_next_largest_fall():
+    choice = choose(RULE, falling(20, 23000, 8000, 3000, 2900, error=0.01))
     spread = math.hypot(230, 80, 80, 30)  # the layer between takes part in both falls
     assert choice.layer == 2
     assert choice.margin.errors == pytest.approx((15000 - 5000) / spread)
-    assert choice.margin.words == (
+    assert choice.margin.description == (
         f"layer 2's fall of 15,000 is {10000 / spread:.1f} standard errors above layer 3's of 5,000"
     )
 
@@ -63,37 +62,26 @@ def test_the_margin_is_over_the_fall_that_comes_next():
 def test_the_nearest_rival_is_the_one_with_fewest_standard_errors():
     """A smaller fall of noisy figures may be nearer than a larger one of clear figures."""
     layers = falling(100, 50, 400, 380, 100, 80)
-    errors = (1, 1, 5, 5, 60, 60)
-    layers = [type(layer)(**{**vars(layer), "max_abs_se": e}) for layer, e in zip(layers, errors, strict=True)]
-    choice = LargestFall().select(layers)  # falls of 50, -350, 20, 280 and 20
+    layers = [replace(layer, max_abs_se=e) for layer, e in zip(layers, (1, 1, 5, 5, 60, 60), strict=True)]
+    choice = choose(RULE, layers)  # falls of 50, -350, 20, 280 and 20
     assert choice.layer == 4
-    assert choice.margin.words.endswith("above layer 5's of 20")
+    assert choice.margin.description.endswith("above layer 5's of 20")
     assert choice.margin.errors == pytest.approx(260 / math.hypot(5, 60, 60, 60))
 
 
-def test_without_standard_errors_or_rivals_there_is_no_margin():
-    assert LargestFall().select(falling(5, 9, 1, 2)).margin is None
-    assert LargestFall().select(falling(5, 1, error=0.1)).margin is None
-
-
-def test_figures_without_an_error_are_infinitely_clear():
-    assert LargestFall().select(falling(5, 9, 1, 2, error=0.0)).margin.errors == math.inf
+def test_the_margin_is_infinite_without_errors_and_unknown_without_figures():
+    assert choose(RULE, falling(5, 9, 1, 2, error=0.0)).margin.errors == math.inf
+    assert choose(RULE, falling(5, 9, 1, 2)).margin is None
+    assert choose(RULE, falling(5, 1, error=0.1)).margin is None  # no rival
 
 
 def test_a_planted_fall_is_found():
-    """One layer writes a huge value into a channel, another one takes it out."""
+    """One layer writes a huge value into a channel, another one removes it."""
     model = tiny_model("llama", scale=1.0)
     model.model.layers[1].mlp.down_proj.weight[13] *= 1e7
     model.model.layers[3].register_forward_hook(lambda module, inputs, out: out * 1e-4)
-    layers, _ = profile_layers(ModelParts(model), [pack(prompts())])
-    assert LargestFall().select(layers).layer == 3
-
-
-def test_a_clear_choice_is_told():
-    layers = falling(20, 23000, 8000, 3000, error=0.01)
-    choice = LargestFall().select(layers)
-    profile = OutlierProfile(choice.layer, choice.reason, 16, 1, tuple(layers), choice.title, *choice.margin)
-    assert "Clear for prompts like these: layer 2's fall of 15,000 is" in format_profile(profile)
+    layers, _ = profile_layers(ModelParts(model), [pack(random_prompts())])
+    assert choose(RULE, layers).layer == 3
 
 
 # ---- the built-in models ---------------------------------------------------------------------------------------------------
@@ -108,24 +96,18 @@ In the morning the younger one went down to look at the mill.
 Its wheel had been taken away, and grass grew on the steps.
 He sat there for an hour and thought of what their father had said.
 The elder one had stayed behind to write a letter.
-It began with an apology and ended with a question.
-By noon the rain had set in, and the road was a stream.
-So they stayed for another day, and then for another.""".splitlines()
-CHAT = [
-    f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    for question in (
-        "What is the capital of France?",
-        "Write a poem about rain.",
-        "How do I sort a list in Python?",
-        "Translate 'good morning' into German.",
-        "Why is the sky blue?",
-        "Give me three ideas for dinner.",
-        "Summarize the plot of Hamlet.",
-        "What is 17 times 23?",
-        "Explain photosynthesis to a child.",
-        "Who wrote War and Peace?",
-    )
-]
+It began with an apology and ended with a question.""".splitlines()
+QUESTIONS = """What is the capital of France?
+Write a poem about rain.
+How do I sort a list in Python?
+Translate 'good morning' into German.
+Why is the sky blue?
+Give me three ideas for dinner.
+Summarize the plot of Hamlet.
+What is 17 times 23?
+Explain photosynthesis to a child.
+Who wrote War and Peace?""".splitlines()
+CHAT = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in QUESTIONS]
 CODE = [
     "def add(a, b):\n    return a + b\n",
     "for (int i = 0; i < n; i++) {\n  sum += x[i];\n}\n",
@@ -198,10 +180,10 @@ def test_every_source_of_prompts_gives_the_same_layer(model, source, loaded):
         for number, text in enumerate(texts)
     ]
     layers, _ = profile_layers(parts, [pack(encoded[start : start + 16]) for start in range(0, len(encoded), 16)])
-    choice = LargestFall().select(layers)
+    choice = choose(RULE, layers)
     assert choice.layer == ANSWERS[model]
     assert choice.margin.errors > 1
     if model == "smollm2-135m" and source in ("sst2", "rte", "64 movie reviews"):  # the paper's rule
-        assert FirstOutlierLayer().select(layers).layer == 11
+        assert choose(FirstOutlierLayer(), layers).layer == 11
         assert layers[11].channel == 507
         assert layers[2].ratio < 1000 < layers[11].ratio

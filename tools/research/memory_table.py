@@ -1,6 +1,6 @@
 """What tuning one layer takes on cards and CPUs, by model and quantization; prints the table of docs/memory.md.
 
-    python tools/memory_table.py
+    python tools/research/memory_table.py
 
 The models' sizes are in this file, nothing is downloaded.
 """
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedMod
 from slzo.models.parts import ModelParts
 from slzo.models.shape import ModelShape, shape_of, skeleton_of
 from slzo.zo.estimators import SPSA
-from slzo.zo.memory import Setup, Workload, tuning_bytes
+from slzo.zo.memory import MemoryInputs, Workload, tuning_bytes
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import LayerScope, ScopeContext
 
@@ -58,12 +58,12 @@ MODELS: dict[str, PretrainedConfig] = {
 QUANTIZATIONS: dict[str, str | None] = {"float16": None, "int8": "int8", "nf4": "nf4"}
 
 
-def setup(model: PreTrainedModel, shape: ModelShape, quantization: str | None, on_cpu: bool) -> Setup:
+def memory_inputs(model: PreTrainedModel, shape: ModelShape, quantization: str | None, on_cpu: bool) -> MemoryInputs:
     """A third of the way up one layer, SPSA with one query and SGD, 16 rows of 256 tokens, candidates' logits only."""
     parts, layer = ModelParts(model, packed=False, onednn=False), shape.num_layers // 3
     tensors = LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
     optimizer = OptimizerChoice.of(partial(torch.optim.SGD, lr=1e-3))
-    return Setup(
+    return MemoryInputs(
         shape=shape,
         dtype=torch.bfloat16 if on_cpu else torch.float16,
         quantization=quantization,
@@ -87,9 +87,9 @@ def table() -> str:
         model = skeleton_of(config).to(torch.bfloat16)  # type: ignore[arg-type]
         shape = shape_of(model)
         for word, quantization in QUANTIZATIONS.items():
-            card = setup(model, shape, quantization, on_cpu=False).plan().total / _GB
+            card = memory_inputs(model, shape, quantization, on_cpu=False).plan().total / _GB
             own = ModelShape(**{**vars(shape), "stored_dtype": torch.bfloat16})
-            cpu = setup(model, own, quantization, on_cpu=True).plan()
+            cpu = memory_inputs(model, own, quantization, on_cpu=True).plan()
             fits = ["yes" if card + _RESERVED <= size * 1e9 / _GB else "no" for size in _CARDS]
             kind = word if quantization else "float16 (CPU: bfloat16)"
             lines.append(

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from slzo.utils.errors import SlzoError
 from slzo.tasks.registry import get_task
+from slzo.utils.errors import SlzoError
 
 _KEYS = ("configs", "seeds", "common", "tasks", "methods", "target_loss")
 _SET_HERE = re.compile(
-    r"config|seed_everything|data\.task|summary\..*|trainer\.logger.*|model\.optimizer\.(init_args\.)?lr"
+    r"config|seed_everything|data\.task|record\..*|trainer\.logger.*|model\.optimizer\.(init_args\.)?lr"
 )
 
 
@@ -75,7 +75,7 @@ class Table:
         options = {"data.task": task, **self.common, **self.tasks[task], **row.options, "seed_everything": str(seed)}
         if lr is not None:
             # the score before training is the same for all methods: a row of its own gives it once
-            options |= {"model.optimizer.lr": f"{lr:g}", "summary.test_before": "false"}
+            options |= {"model.optimizer.lr": f"{lr:g}", "record.test_before": "false"}
         return Cell(method, task, seed, lr, row.command, tuple(f"--{k}={v}" for k, v in options.items()))
 
     def grid(self, method: str, task: str) -> list["Cell"]:
@@ -263,7 +263,8 @@ def check_options(table: Table, methods: Sequence[str]) -> None:
     Raises:
         SlzoError: It refuses some.
     """
-    from slzo.cli import build
+    from slzo.cli.app import SlzoCLI
+    from slzo.commands.registry import COMMANDS
 
     tasks = list(table.tasks)
     pairs = [(method, tasks[0]) for method in methods] + [(methods[0], task) for task in tasks[1:]]
@@ -272,7 +273,8 @@ def check_options(table: Table, methods: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
         for method, task in pairs:
             try:
-                build(table.grid(method, task)[0].arguments(table)[1:], run=False)
+                command, *options = table.grid(method, task)[0].arguments(table)
+                SlzoCLI(COMMANDS[command], options)
             except SlzoError as error:
                 raise SlzoError(f"method {method}, task {task}: {error}") from error
 

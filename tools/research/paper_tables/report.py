@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from paper_tables.config import Table
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
-from slzo.utils.files import replacing, write_json, write_text
 from slzo.tasks.registry import get_task
+from slzo.utils.files import replacing, write_json, write_text
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import slzo
 from paper_tables.config import Cell, Table
-from slzo.utils.errors import SlzoError
 from slzo.experiments.store import CellStore
-from slzo.utils.files import write_json
 from slzo.tasks.registry import get_task
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 
 FINISHED, DIVERGED = "finished", "diverged"
 _WAIT_SECONDS = 2.0

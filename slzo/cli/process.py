@@ -1,0 +1,32 @@
+"""Settings of the process for commands that run a model."""
+
+import logging
+import re
+import warnings
+
+import transformers
+
+from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory
+
+_IRRELEVANT_WARNINGS = (
+    ".*does not have many workers.*",  # the rows are tokenized in memory, loading takes microseconds
+    ".*every_n_train_steps.*",  # written for automatic optimization; manual optimization counts the same steps here
+    ".*args parameter is intended to run from within Python.*",  # main([...]) is meant to
+    ".*module\\(s\\) in eval mode.*",  # both evaluations of a step must see the same function: no dropout
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*your dataloader is not resumable.*",  # its batches follow from the step
+)
+
+
+def prepare_process() -> None:
+    """Set up memory allocation, and silence advice that does not apply to forward-only training."""
+    keep_freed_memory()
+    bound_kernel_caches()
+    for message in _IRRELEVANT_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        # an advertisement, and what the summary says too
+        lambda record: not re.search("litlogger|stopped: `max_(steps|epochs)", record.getMessage())
+    )
+    transformers.utils.logging.disable_progress_bar()

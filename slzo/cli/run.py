@@ -1,0 +1,45 @@
+"""Runs a command with its options; imports what this command needs and nothing else."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slzo.cli.parser import command_function, plain_parser, read_given
+from slzo.commands.registry import COMMANDS, Command
+
+
+def run_command(name: str, args: Sequence[str]) -> None:
+    """Run a command with its options.
+
+    Raises:
+        SlzoError: An option or a file is wrong.
+    """
+    command = COMMANDS[name]
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
+    if command.runs_model:
+        from slzo.cli.process import prepare_process
+
+        prepare_process()
+    if command.has_app:
+        from slzo.cli.app import run_with_app
+
+        run_with_app(command, args)
+    else:
+        _run_plain(command, args)
+
+
+def _run_plain(command: Command, args: Sequence[str]) -> None:
+    parser, args = plain_parser(command), _named(command, args)
+    parser.given = read_given(args)
+    options = parser.parse_args(list(args)).as_dict()
+    options.pop("config", None)
+    command_function(command)(**options)
+
+
+def _named(command: Command, args: Sequence[str]) -> list[str]:
+    """Give the words before the first option to the option that takes them."""
+    words, rest = [], list(args)
+    while command.words and rest and not rest[0].startswith("-"):
+        words.append(rest.pop(0))
+    return [f"--{command.words}={words}", *rest] if words else rest

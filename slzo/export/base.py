@@ -1,0 +1,36 @@
+"""Contract of an export format."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slzo.export.facts import Facts
+from slzo.zo.tuned_model import TunedModel
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A way to write a tuned model to a folder.
+
+    Attributes:
+        write: Writes the tuned model to an existing, empty folder.
+        summary: What the format is, for the help.
+        load_code: Returns the Python code that loads the folder, for the model card.
+        base_words: Words between the folder and its base model, such as ``merged into``.
+        library: ``library_name`` of the model card.
+        hub_relation: ``base_model_relation`` of the model card: ``adapter`` or ``finetune``.
+    """
+
+    write: Callable[[TunedModel, Facts, Path], None]
+    summary: str
+    load_code: Callable[[Facts], str]
+    base_words: str = "on"
+    library: str = "transformers"
+    hub_relation: str = "finetune"
+
+
+def load_base_code(facts: Facts) -> tuple[str, str]:
+    """Return the lines of Python that load the base model as ``base``, and its tokenizer."""
+    name = facts.origin.name
+    base = f'base = AutoModelForCausalLM.from_pretrained("{name}", dtype="{facts.note["dtype"]}")'
+    return base, f'tokenizer = AutoTokenizer.from_pretrained("{name}")'

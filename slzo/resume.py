@@ -1,0 +1,144 @@
+"""How a run is resumed: from a checkpoint, and from the log of the steps that were taken after it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
+from slzo.checkpoints.step_log import NAME as STEP_LOG
+from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
+from slzo.models.parts import ModelParts
+from slzo.models.quantization import describe_quantization
+from slzo.run import Prepared, RunContext
+from slzo.task_rows import TaskRows
+from slzo.utils.console import say
+from slzo.utils.errors import SlzoError
+from slzo.utils.files import copy_file
+from slzo.utils.settings import differences
+from slzo.zo.options import TrainingOptions
+from slzo.zo.tuned_model import TunedModel
+
+
+def restore(
+    parts: ModelParts, note: Mapping[str, Any], options: TrainingOptions, for_training: bool = False
+) -> TunedModel:
+    """Make masters of what a checkpoint holds; their values are set afterwards.
+
+    Args:
+        parts: The untuned model.
+        note: Of the checkpoint.
+        options: Of the run.
+        for_training: Refuse another scope than that of the options.
+
+    Raises:
+        SlzoError: The checkpoint does not fit the model or the scope.
+    """
+    if for_training and note["scope"] != options.scope_settings:
+        changes = differences(note["scope"], options.scope_settings)
+        raise SlzoError(
+            f"model.scope: this run and the checkpoint differ ({changes}); resume with the options that it was trained with"
+        )
+    subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
+    try:
+        return TunedModel.from_description(parts, note, options.engine, subset)
+    except KeyError as error:
+        raise SlzoError(
+            f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
+            "with"
+        ) from error
+
+
+def checkpoint_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+    """What a checkpoint says of its tensors and their model: tensors and primitives only."""
+    options, model = prepared.options, prepared.model
+    return {
+        "format": CHECKPOINT_FORMAT,
+        **model.description(),
+        **prepared.stepper.state_dict(),
+        "model": options.model,
+        "layer_reason": prepared.layer_reason,
+        "dtype": options.dtype,
+        "quantization": describe_quantization(options.quantization),
+        "trust_remote_code": options.trust_remote_code,
+        "noise_seed": prepared.stepper.seed,
+        "onednn": model.parts.onednn,
+        "optimizer": options.optimizer.classes,
+        "chat_template": rows.chat_template,
+    }
+
+
+def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+    """What steps depend on, as JSON gives it back."""
+    options = prepared.options
+    data = rows.step_settings()
+    del data["batch_size"]
+    moves = options.optimizer.make_scheduler is not None or options.step.eps_end is not None
+    found = {
+        "model": {
+            **options.to_dict(),
+            **asdict(options.step),
+            "noise_seed": prepared.stepper.seed,
+            "layer": prepared.layer,
+        },
+        "data": {**data, "rows_per_step": rows.rows_per_step},
+        "max_steps": prepared.stepper.max_steps if moves else None,
+    }
+    return dict(json.loads(json.dumps(found, default=str)))
+
+
+def open_step_log(
+    prepared: Prepared, rows: TaskRows, run: RunContext
+) -> tuple[StepLogWriter | None, dict[int, StepRecord]]:
+    """Begin the log of steps in the run's folder, with that of the run that is continued.
+
+    A run that continues a checkpoint first takes the steps again that the log has after it, without forward passes; not if an
+    option that they depend on has changed. Estimators that differentiate have no log.
+
+    Returns:
+        Where steps are written, ``None`` where they are not; and the steps to take again.
+    """
+    if run.quick or prepared.options.estimator.differentiates:
+        return None, {}
+    settings, first = log_settings(prepared, rows), rows.processes.rank == 0
+    before = rows.processes.broadcast(_log_before(run, settings) if first else None)
+    step = 0 if run.checkpoint is None else int(run.checkpoint.content["global_step"])
+    known = {} if before is None else {number: record for number, record in before.steps.items() if number >= step}
+    if known:
+        say(f"Steps {step} to {max(known)} are in the log of the run: they are taken again from it.")
+    if run.folder is None or not first:
+        return None, known
+    if run.checkpoint is None:
+        write_checkpoint(_start(prepared, rows), run.folder / START)
+    elif (start := Path(run.checkpoint.path).parent.parent / START).is_file():
+        copy_file(start, run.folder / START)
+    return StepLogWriter(run.folder / STEP_LOG, StepLog(settings, () if before is None else before.before(step))), known
+
+
+def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
+    """The log of the run that is continued; ``None`` where there is none, or it is of other steps."""
+    path = None if run.checkpoint is None else Path(run.checkpoint.path).parent.parent / STEP_LOG
+    if path is None or not path.is_file():
+        return None
+    try:
+        log = read_step_log(path)
+    except SlzoError as error:
+        say(f"{error}; its steps are not taken from it")
+        return None
+    if log.settings != settings:
+        say("Options that steps depend on have changed: what the log of the run has after the checkpoint is not used.")
+        return None
+    return log
+
+
+def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+    """A checkpoint of the first masters, without those that follow from the base model."""
+    tensors = prepared.model.tensors
+    return {
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": {} if prepared.model.adapter is None else tensors.copy_of_masters(),
+        "slzo": checkpoint_note(prepared, rows),
+    }

@@ -1,0 +1,106 @@
+"""What a training run is made of: where it runs, what its steps need, and how it ended."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.evaluation.held_out import HeldOutScores
+from slzo.models.parts import ModelParts
+from slzo.profiling import ProfileOptions
+from slzo.zo.memory import MemoryPlan
+from slzo.zo.options import TrainingOptions
+from slzo.zo.profile import OutlierProfile
+from slzo.zo.selection import Choice
+from slzo.zo.stepper import Stepper
+from slzo.zo.tuned_model import TunedModel
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where and how long a training runs.
+
+    Attributes:
+        device: Device of this process.
+        max_steps: Limit of the steps, -1 for none; schedules depend on it.
+        planned_steps: Steps that the training will take, as far as that is known before it.
+        folder: Folder of the run, for the log of steps; ``None`` where no checkpoints are written.
+        checkpoint: Checkpoint to continue; ``None`` for a new training.
+        profiler: How the model is profiled; ``None`` without a profiler.
+        quick: Whether this is only a trial of the code (``fast_dev_run``): nothing extra is measured or written.
+    """
+
+    device: torch.device
+    max_steps: int = -1
+    planned_steps: int = 0
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+    profiler: ProfileOptions | None = None
+    quick: bool = False
+
+
+@dataclass
+class Prepared:
+    """Everything that the steps of a training need.
+
+    Attributes:
+        options: The options, with what was decided on the way.
+        untuned: The model without what is tuned.
+        model: What is tuned.
+        stepper: Takes the steps.
+        layer: The dominant layer; ``None`` for scopes that need none.
+        layer_reason: Why this layer.
+        choice: The choice of a rule, with its trials; ``None`` where no rule was asked.
+        profile: Outlier profile; ``None`` where there is none.
+        plan: Memory plan; ``None`` where there is none.
+        resumed: Whether a checkpoint is continued.
+    """
+
+    options: TrainingOptions
+    untuned: ModelParts
+    model: TunedModel
+    stepper: Stepper
+    layer: int | None
+    layer_reason: str
+    choice: Choice | None = None
+    profile: OutlierProfile | None = None
+    plan: MemoryPlan | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training has to say when its last step is done.
+
+    Attributes:
+        steps: Steps taken.
+        lr: Learning rate at the end.
+        best: Path of the best checkpoint; empty if there is none.
+        last: Path of the last checkpoint; ``None`` if there is none.
+        validations: Step, evaluations, seconds and loss of each validation.
+        before: Held-out scores before training; ``None`` if they are not known.
+        samples: Predictions before training, by position in the split.
+        seconds: Seconds since the command began.
+        train_seconds: Seconds since the first step.
+        rollbacks: How often the run went back to earlier weights.
+        spikes: Number of steps with a loss far above the usual one, and the largest of them.
+        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
+        command: Command line that started the run; ``None`` in Python.
+    """
+
+    steps: int
+    lr: float
+    best: str
+    last: str | None
+    validations: Sequence[Mapping[str, Any]]
+    before: HeldOutScores | None
+    samples: Mapping[int, Mapping[str, Any]]
+    seconds: float
+    train_seconds: float
+    rollbacks: int = 0
+    spikes: Mapping[str, Any] = field(default_factory=lambda: {"number": 0})
+    limit: tuple[str, int] = ("max_steps", 0)
+    command: str | None = None

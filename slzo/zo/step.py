@@ -1,0 +1,60 @@
+"""One step on any module: estimate the gradient, clip it, set the learning rate, update the masters, restore the weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.optim import Optimizer
+
+from slzo.zo.auto_step import AutoStep
+from slzo.zo.estimators.base import Estimate, Estimator, Request
+
+
+@torch.no_grad()
+def take_step(
+    request: Request,
+    estimator: Estimator,
+    optimizer: Optimizer,
+    *,
+    auto: AutoStep | None = None,
+    clip_factor: Callable[[Estimate], float] | None = None,
+    measure_update: bool = False,
+) -> tuple[Estimate, float | None]:
+    """Take one step on any module.
+
+    If the estimate is not finite, the masters do not move. The optimizer is still called, without gradients, so that hooks
+    which count its steps count this one too.
+
+    Args:
+        request: Tuned tensors, loss and random seed of the step.
+        estimator: Estimates the gradient.
+        optimizer: Updates the masters.
+        auto: Clips the gradient, updates its running means and sets the learning rate.
+        clip_factor: Returns the factor, at most 1, by which the gradient of a finite estimate is scaled.
+        measure_update: Measure the norm of the update. This holds a copy of the masters during the step.
+
+    Returns:
+        The estimate without its gradient, which is as large as the tuned tensors, and the norm of the update. The norm is
+        ``None`` if it was not measured or the loss was not finite.
+    """
+    tuned = request.tuned
+    before = [master.clone() for master in tuned.masters] if measure_update else None
+    try:
+        estimate = estimator.estimate(request)
+        if auto is not None and estimate.finite:
+            estimate.scale_gradient(auto.clip_factor(estimate))
+            auto.update(estimate)
+        if auto is not None:
+            auto.set_rate(optimizer, estimator)
+        if clip_factor is not None and estimate.finite:
+            estimate.scale_gradient(clip_factor(estimate))
+        tuned.set_grad(estimate.gradient if estimate.finite else {})
+        optimizer.step()
+    finally:
+        tuned.zero_grad()
+        tuned.restore(tuned.names_of_step(request.seed, request.step))
+    norm = None
+    if before is not None and estimate.finite:
+        moves = [(new - old).norm() for new, old in zip(tuned.masters, before, strict=True)]
+        norm = float(torch.stack(moves).norm())
+    return replace(estimate, gradient={}), norm

@@ -1,0 +1,375 @@
+"""Tiny random models of every family and what tests do with them; run folders."""
+
+import copy
+import hashlib
+import json
+import random
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
+
+import tiny
+from slzo.__main__ import main
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.packing import PackedBatch, pack
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.data.batch import TrainBatch
+from slzo.models.engine import Engine
+from slzo.models.parts import ModelParts
+from slzo.models.prefix_cache import PrefixCache
+from slzo.utils.assets import WheelFile
+from slzo.utils.errors import SlzoError
+from slzo.zo.closure import ClosureLoss
+from slzo.zo.estimators import SPSA, Request
+from slzo.zo.forward import Span, SuffixForward
+from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.processes import ALONE
+from slzo.zo.profile import LayerStatistics
+from slzo.zo.scopes import LayerScope, ScopeContext
+from slzo.zo.selection import SelectionContext
+from slzo.zo.stepper import StepOptions, Stepper
+from slzo.zo.trial import Score, StepCost, Trial
+from slzo.zo.tuned import TunedTensors
+from slzo.zo.tuned_model import TunedModel
+from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests take it from here
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card that torch can use (CUDA)")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {},
+    "gemma2": {"sliding_window": 6},
+    "gemma3_text": {"sliding_window": 6, "sliding_window_pattern": 2},
+    "phi3": {"head_dim": None},
+}
+
+
+def tiny_model(family="llama", seed=0, scale=3.0, **changes):
+    """A random model whose logits differ enough between tokens to show a mistake."""
+    return tiny.tiny_model(family, seed, scale, **{**FAMILIES.get(family, {}), **changes})
+
+
+def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
+    """An example of random tokens: prompt length and the length of each candidate."""
+
+    def tokens(count):
+        return tuple(generator.choices(range(3, VOCABULARY), k=count))
+
+    start = tokens(prompt)
+    sequences = tuple(EncodedSequence(start + tokens(count), count) for count in answers)
+    return EncodedExample(index, sequences, (gold,))
+
+
+def tune_layer(parts, layer):
+    """Masters of a whole decoder layer."""
+    return LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
+
+
+def tuned_layer(parts, layer, **options):
+    """A whole decoder layer is tuned."""
+    return TunedModel.from_scope(parts, LayerScope(), layer, **options)
+
+
+def layer_forward(parts, layer, cache_gb=1.0, **options):
+    """The loss as a function of one decoder layer."""
+    return SuffixForward(parts, Span(layer, layer + 1), PrefixCache(layer, cache_gb), **options)
+
+
+class LossAt:
+    """A loss for estimators made from a function of the points."""
+
+    def __init__(self, function):
+        self.at = function
+
+
+def estimate(estimator, tuned, function, seed=0, step=0, **settings):
+    """One estimate from a function of the points."""
+    return estimator.estimate(Request(tuned, LossAt(function), seed, step, **settings))
+
+
+def flat(gradient):
+    """The gradient of an estimate as one vector."""
+    return torch.cat([part.flatten() for part in gradient.values()])
+
+
+def run_dir(number=0):
+    """The folder of a run, the first one is 0."""
+    return Path("runs") / f"version_{number}"
+
+
+def tuned(path):
+    """The tuned tensors in a checkpoint."""
+    return read_checkpoint(path).content["state_dict"]
+
+
+def layer_statistics(*pairs, error=None):
+    """Layers of these magnitudes and ratios; their standard errors are this share of them."""
+    layers = [LayerStatistics(i, m, m / r, r, 3.0, 0, 0, 0) for i, (m, r) in enumerate(pairs)]
+    if error is None:
+        return layers
+    return [replace(layer, max_abs_se=layer.max_abs * error, ratio_se=layer.ratio * error) for layer in layers]
+
+
+def choose(rule, layers, trials=None):
+    """The choice of a selection rule."""
+    return rule.select(SelectionContext(layers, trials))
+
+
+def random_prompts(count=12):
+    """Prompts of several lengths for an outlier profile."""
+    generator = random.Random(2)
+    return [random_example(generator, i, 4 + i % 5, (1,)) for i in range(count)]
+
+
+def last_checkpoint(number=0):
+    """The file of a run's newest state."""
+    return run_dir(number) / "checkpoints" / "last.ckpt"
+
+
+def summary(number=0):
+    """The summary of a run."""
+    return json.loads((run_dir(number) / "summary.json").read_text())
+
+
+def error_line(capsys, *args):
+    """The one line of a command that is refused."""
+    capsys.readouterr()
+    assert main(list(args)) == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("slzo: error:")]
+    assert error.strip().endswith(line)
+    assert "Traceback" not in error
+    return line
+
+
+# as in SmolLM2-135M: the outlier appears in layer 11 and is removed in layer 28
+SMOLLM2_LAYERS = [(40, 59), *[(770, 700)] * 9, (112, 62), *[(25000, 13000)] * 17, (10000, 890), (4400, 300)]
+
+
+class FakeTrials:
+    """Short trainings of SmolLM2-135M that lower each layer's dev loss from 1 by a given amount, at an even pace."""
+
+    measures_rate, generates, num_train, num_dev = True, False, 200, 96
+
+    def __init__(self, gains, steps=3200, measured=None, **changes):
+        self.gains, self.steps, self.measured = gains, steps, measured
+        self.looks, self.trained = [], []
+        vars(self).update(changes)
+
+    def cost(self, dev_rows):
+        rows = min(dev_rows, self.num_dev)
+        return StepCost(30, 16, 2, measuring=25, dev_rows=rows, measured=frozenset(self.looks))
+
+    def step_size(self, layer):
+        self.looks.append(layer)
+        return self.measured
+
+    def train(self, layer, steps, *, dev_rows, num_batches, checks):
+        scores = [Score(0, 0, 0.0, 1.0, 0.5)]
+        for step in [*checks, steps]:
+            scores.append(Score(step, 2 * step, 0.0, 1 - self.gains[layer] * step / steps, 0.5))
+            if step in checks and not checks[step](scores[-1]):
+                break
+        self.trained.append((layer, scores[-1].step, steps))
+        return Trial(tuple(scores), (), 1.0, ""), f"states that enter layer {layer}"
+
+
+def logged(name, number=0):
+    """The values of a figure that a run logged, as ``train/loss``."""
+    events = EventAccumulator(str(run_dir(number)), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+# ---- gradients and losses to compare with ----------------------------------------------------------------------------------
+
+
+def described(thing):
+    """The name of a scope, an estimator or an objective, for the names of tests."""
+    return thing.describe()
+
+
+def plain_scores(model, example):
+    """Log-probabilities of each candidate's tokens, float64: a forward pass of the whole model for each candidate."""
+    scores = []
+    for sequence in example.sequences:
+        log_probs = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0].double().log_softmax(-1)
+        start = len(sequence.ids) - sequence.num_answer
+        scores.append(torch.stack([log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]))
+    return scores
+
+
+def plain_losses(model, examples):
+    """Cross-entropy over the candidates, and the negative log-likelihood of the gold answers; gradients may flow."""
+    scores = [(plain_scores(model, example), example.gold[0]) for example in examples]
+    means = [(torch.stack([tokens.mean() for tokens in own]), gold) for own, gold in scores]
+    entropies = [F.cross_entropy(own[None], torch.tensor([gold])) for own, gold in means]
+    return torch.stack(entropies).mean(), -torch.cat([own[gold] for own, gold in scores]).mean()
+
+
+@torch.no_grad()
+def plain_two_passes(family, examples, direction, eps):
+    """Both plain losses at ``eps`` and at ``-eps`` along a direction, shape (losses, 2)."""
+    model = tiny_model(family, scale=1.5, attn_implementation="eager")
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].clone() for name in direction}
+    losses = []
+    for sign in (1, -1):
+        for name, z in direction.items():
+            parameters[name].copy_(before[name] + sign * eps * z)
+        losses.append(torch.stack(plain_losses(model, examples)))
+    return torch.stack(losses, dim=1)
+
+
+def autograd_gradient(model, examples, names):
+    """The gradient of the cross-entropy over the candidates, by back-propagation through a copy of the model."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    parameters = dict(reference.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(True)
+    plain_losses(reference, examples)[0].backward()
+    return {name: parameters[name].grad for name in names}
+
+
+def batch_loss(model, examples, objective=None, processes=ALONE, max_tokens=None):
+    """The loss of a batch as a function of what is tuned."""
+    objective = CandidateCrossEntropy() if objective is None else objective
+    stepper = Stepper(model, objective, SPSA(), StepOptions(), processes=processes)
+    packed = examples if isinstance(examples, PackedBatch) else pack(examples)
+    return stepper.loss(TrainBatch(packed, (), max_tokens=max_tokens))
+
+
+def tiny_loss(examples, family="llama", scope=None, objective=None, paired=None):
+    """A tiny model with layer 2 tuned, or what the scope says, and the loss of a batch."""
+    parts, engine = ModelParts(tiny_model(family, scale=1.0), onednn=False), Engine(cache_gb=0, paired=paired)
+    model = TunedModel.from_scope(parts, LayerScope() if scope is None else scope, 2, engine=engine)
+    return model, batch_loss(model, examples, objective)
+
+
+def packed_prompts(count):
+    """Made-up prompts for scopes to look at."""
+    generator = random.Random(3)
+    return [pack([random_example(generator, i, 12, (1,)) for i in range(count)])]
+
+
+def tune_scope(scope, model, layer=2, engine=None):
+    """What a scope names is tuned."""
+    return TunedModel.from_scope(ModelParts(model), scope, layer, prompts=packed_prompts, engine=engine)
+
+
+# peft believes a number of key-value heads that these families ignore
+PEFT_HEADS = {family: {"num_key_value_heads": None} for family in ("opt", "gpt2", "gpt_neox")}
+
+
+def peft_prefix(family, weight, **options):
+    """A tiny model with peft's own prefix tuning."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    plain = tiny_model(family, attn_implementation="eager", **options, **PEFT_HEADS.get(family, {}))
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(weight), num_layers=4)
+    model = get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(weight)
+    return model
+
+
+class Quadratic:
+    """L(w) = g.w + curvature * w.w / 2 of a matrix and a vector, 37 elements, in float64."""
+
+    def __init__(self, curvature=0.0, scale=1.0):
+        generator = torch.Generator().manual_seed(0)
+        self.live = {"matrix": torch.randn(6, 5, generator=generator), "vector": torch.randn(7, generator=generator)}
+        self.slope = scale * torch.cat([torch.randn(t.numel(), generator=generator) for t in self.live.values()])
+        self.tuned = TunedTensors(self.live)
+        self.curvature = curvature
+
+    def at(self, points):
+        losses = []
+        for point in points:
+            self.tuned.write(point.direction, point.scale)
+            here = flat(self.live).double()
+            losses.append(self.slope.double().dot(here) + self.curvature * here.dot(here) / 2)
+        return torch.stack(losses)
+
+    @property
+    def gradient(self):
+        return self.slope + self.curvature * flat(self.tuned.named_masters()).detach()
+
+    def estimates(self, estimator, steps, **settings):
+        """The estimates of some steps, a row each."""
+        rows = []
+        for step in range(steps):
+            rows.append(flat(estimate(estimator, self.tuned, self.at, step=step, **settings).gradient))
+            self.tuned.restore()
+        return torch.stack(rows)
+
+
+def images(count=64, seed=0):
+    """Noise with a bright left or right half: two classes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    pixels = torch.randn(count, 1, 8, 8, generator=generator)
+    pixels[labels == 0, :, :, :4] += 0.7
+    pixels[labels == 1, :, :, 4:] += 0.7
+    return pixels, labels
+
+
+def cnn():
+    """A small convolutional network for these images."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(16, 2)]
+    return nn.Sequential(*layers).eval()
+
+
+def image_loss(model, data):
+    """Masters of a whole module, and its cross-entropy on images as a function of them."""
+    tuned, (x, y) = TunedTensors(dict(model.named_parameters())), data
+    return tuned, ClosureLoss(model, tuned, lambda: F.cross_entropy(model(x), y))
+
+
+# ---- wheels -----------------------------------------------------------------------------------------------------------------
+
+
+def make_wheel(folder, package, members):
+    """A wheel of version 1.0 with these files in it, which nobody could install: it needs a package that there is not."""
+    module = package.replace("-", "_")
+    wheel, info = folder / f"{module}-1.0-py3-none-any.whl", f"{module}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: no-such-package\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{module}/{name}", content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return [
+        WheelFile(package, "1.0", digest, f"{module}/{name}", hashlib.sha256(content).hexdigest())
+        for name, content in members.items()
+    ]
+
+
+def visible(folder):
+    """Names in a folder, without the lock files that may stay."""
+    return sorted(path.name for path in folder.rglob("*") if path.suffix != ".lock")
+
+
+def slzo_error(call, *args):
+    """The one line of what a call refuses."""
+    with pytest.raises(SlzoError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -1,0 +1,82 @@
+"""States that enter the tuned layer are kept within a budget, and come back as they were."""
+
+import pytest
+import torch
+from helpers import layer_forward, tiny_model
+
+from slzo.batches.packing import pack
+from slzo.models.parts import ModelParts
+from slzo.models.prefix_cache import PrefixCache
+from slzo.zo.forward import Span, SuffixForward
+
+LAYER = 2
+TOKEN_BYTES = 32 * 4  # hidden size, float32
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_only_missing_examples_are_run_and_states_fit_any_batch(family, examples, monkeypatch):
+    parts = ModelParts(tiny_model(family))
+    forward, batch = layer_forward(parts, LAYER), pack(examples)
+    expected = layer_forward(parts, LAYER, cache_gb=0).prefix(batch)
+    forward.prefix(pack([examples[4], examples[1]]))
+    sizes, plain = [], ModelParts.run
+
+    def run(self, part, *args):
+        sizes.append(part.input_ids.numel())
+        return plain(self, part, *args)
+
+    monkeypatch.setattr(ModelParts, "run", run)
+    known = batch.example_tokens[1] + batch.example_tokens[4]
+    for _ in range(2):
+        torch.testing.assert_close(forward.prefix(batch), expected, rtol=1e-5, atol=1e-6)
+        assert sizes == [batch.num_tokens - known]
+    assert forward.cache.num_bytes == batch.num_tokens * TOKEN_BYTES
+
+
+def test_scoring_may_read_the_cache_without_filling_it(examples):
+    forward = layer_forward(ModelParts(tiny_model("llama")), LAYER)
+    forward.prefix(pack(examples), keep=False)
+    assert forward.cache.num_bytes == 0
+
+
+def test_the_cache_keeps_to_its_budget(examples):
+    batch = pack(examples)
+    budget = sum(batch.example_tokens[:2]) * TOKEN_BYTES
+    forward = layer_forward(ModelParts(tiny_model("llama")), LAYER, budget / 2**30)
+    expected = forward.prefix(batch)
+    assert forward.cache.num_bytes == forward.cache.budget == budget
+    assert [key in forward.cache for key in (0, 1, 2)] == [True, True, False]
+    torch.testing.assert_close(forward.prefix(batch), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_in_a_mapped_file_and_in_another_dtype(tmp_path, dtype, examples):
+    parts = ModelParts(tiny_model("llama"))
+    batch = pack(examples)
+    expected = layer_forward(parts, LAYER, cache_gb=0).prefix(batch)
+    cache = PrefixCache(LAYER, 1e-3, dtype, str(tmp_path / "cache"))
+    forward = SuffixForward(parts, Span(LAYER, LAYER + 1), cache)
+    for _ in range(2):  # the loss must not depend on what is cached
+        states = forward.prefix(batch)
+        assert states.dtype == expected.dtype
+        assert torch.equal(states, expected.to(dtype).float())
+    assert cache.num_bytes == expected.numel() * dtype.itemsize
+    assert list((tmp_path / "cache").iterdir()) == []  # the file has no name
+    cache.clear()
+    assert batch.example_index[0] not in cache
+
+
+def test_a_cache_takes_over_what_fits_of_another(examples):
+    batch = pack(examples)
+    states, keys = torch.randn(batch.num_tokens, 4), batch.example_index
+    cache, taken = PrefixCache(LAYER, 1.0), PrefixCache(LAYER, 1.0)
+    cache.put(keys, batch.example_tokens, states)
+    taken.adopt(cache)
+    assert torch.equal(taken.gather(keys, {}, states.device, states.dtype), states)
+    assert taken.num_bytes == cache.num_bytes == states.numel() * 4
+    small = PrefixCache(LAYER, batch.example_tokens[0] * 4 * 4 / 2**30)
+    small.adopt(cache)
+    assert [key in small for key in keys[:2]] == [True, False]
+    for other in (PrefixCache(LAYER + 1, 1.0), PrefixCache(LAYER, 1.0, torch.bfloat16)):
+        other.adopt(cache)
+        assert keys[0] not in other
