@@ -368,7 +368,7 @@ class ZOModule(LightningModule):
                 f"{self.tuned_model.layer} and scope {self.options.scope.describe()!r}; use the options it was trained with"
             )
         self.tuned_model.tensors.load(state_dict)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
+        return torch.nn.Module().load_state_dict({})  # nothing is missing or unexpected
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what is needed to use the tensors elsewhere."""

@@ -176,7 +176,7 @@ def test_kept_states_are_waited_for_after_the_first_direction_is_drawn(monkeypat
 
         return call
 
-    monkeypatch.setattr(CopyStream, "arrival", told("copy", CopyStream.arrival))
+    monkeypatch.setattr(CopyStream, "copy", told("copy", CopyStream.copy))
     monkeypatch.setattr(TunedTensors, "draw", told("draw", TunedTensors.draw))
     monkeypatch.setattr(PendingTensor, "wait", told("wait", PendingTensor.wait))
     step()

@@ -1,15 +1,29 @@
-"""Private names of Lightning and jsonargparse are used in ``slzo/private`` only, and work in the installed versions."""
+"""Private names of other libraries are used in ``slzo/private`` only, and work in the installed versions."""
 
 import ast
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from jsonargparse import ArgumentParser
+from torch import nn
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, SequentialLR
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from slzo.private.models import (
+    arguments_of_any_device,
+    attention_of,
+    can_replace_attention,
+    device_hook_of,
+    model_from_config,
+)
+from slzo.private.modules import copy_modules, nested_schedulers, onednn_linear, with_submodule
 from slzo.private.parsers import options_of, type_of
 
 PACKAGE = Path(__file__).parents[1] / "slzo"
-LIBRARIES = ("lightning", "jsonargparse")
+LIBRARIES = ("lightning", "jsonargparse", "torch", "transformers", "accelerate")
+NAMED_TUPLE = ("_replace", "_asdict", "_fields")  # public, whatever their names
 
 
 class Engine:
@@ -26,6 +40,55 @@ def test_options_of_a_parser_and_their_types():
     assert found["count"] == int | None
     assert found["plain"] is str
     assert (found["engine.cache"], found["engine.name"]) == (float, str | None)
+
+
+def test_a_model_is_made_of_its_class_and_its_attention_read_and_set():
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    model = model_from_config(LlamaForCausalLM, config, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert can_replace_attention(model)
+    model.set_attn_implementation("eager")
+    assert attention_of(model) == "eager"
+
+
+def test_a_copied_tree_shares_all_but_what_is_replaced():
+    tree = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.LayerNorm(2)))
+    clone = copy_modules(tree, lambda module: nn.ReLU() if isinstance(module, nn.Linear) else None)
+    assert isinstance(clone[0], nn.ReLU)
+    assert isinstance(tree[0], nn.Linear)
+    assert clone[1][0] is not tree[1][0]
+    assert clone[1][0].weight is tree[1][0].weight
+
+
+def test_a_product_through_onednn_is_that_of_torch():
+    linear, inputs = nn.Linear(8, 4), torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(onednn_linear(inputs, linear.weight, linear.bias), linear(inputs))
+
+
+def test_a_tree_is_copied_with_another_submodule():
+    tree = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.LayerNorm(2), nn.ReLU()))
+    clone = with_submodule(tree, "1.0", nn.Identity())
+    assert isinstance(clone[1][0], nn.Identity)
+    assert isinstance(tree[1][0], nn.LayerNorm)
+    assert clone[0] is tree[0]
+    assert clone[1][1] is tree[1][1]
+
+
+def test_a_hook_of_a_device_map_is_found():
+    model = nn.Linear(2, 2)
+    assert device_hook_of(model) is None
+    hook = AlignDevicesHook("cpu")
+    add_hook_to_module(model, hook)
+    assert device_hook_of(model) is hook
+    assert arguments_of_any_device(LlamaForCausalLM)
+
+
+def test_nested_schedulers_are_found():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    inner = [LinearLR(optimizer), LinearLR(optimizer)]
+    sequential = SequentialLR(optimizer, inner, [2])
+    assert nested_schedulers(ChainedScheduler([sequential]))[1:] == [sequential, *inner]
 
 
 def is_private(name):
@@ -56,9 +119,9 @@ def private_names(code):
         node.attr for node in attributes if isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self"
     }
     found = [name for name in imported if any(map(is_private, name.split(".")))]
-    found += [ast.unparse(node) for node in attributes if node.attr not in own]
+    found += [ast.unparse(node) for node in attributes if node.attr not in own and node.attr not in NAMED_TUPLE]
     found += [name for name in map(named_attribute, nodes) if is_private(name)]
-    return [name for name in found if not name.startswith("torch.")]
+    return found
 
 
 def test_no_private_name_outside_of_its_folder():
@@ -76,13 +139,14 @@ def test_no_private_name_outside_of_its_folder():
         "import lightning\ntrainer._x = 1\nprint(trainer._x)",
         "import lightning\nclass A(lightning.LightningModule):\n    def f(self):\n        return self._trainer",
         "import jsonargparse\ngetattr(parser, '_x')",
+        "from torch import nn\nnn._x",
+        "import transformers\nmodel._x()",
     ],
 )
 def test_the_check_sees_a_private_name(code):
     assert private_names(code)
 
 
-def test_own_names_and_those_of_other_libraries_are_allowed():
+def test_own_names_are_allowed():
     own = "class A:\n    def _f(self):\n        self._x = self._f()\n        return self._x"
-    assert private_names(f"import lightning\n{own}\ntorch.nn._x") == []
-    assert private_names("import torch\nmodel._x") == []
+    assert private_names(f"import lightning\n{own}") == []

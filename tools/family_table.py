@@ -36,6 +36,7 @@ from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
+from slzo.private.models import model_from_config
 from slzo.utils.errors import SlzoError
 
 # what a type's default configuration leaves out, and no model of it does
@@ -83,7 +84,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(1)
-    model = kind._from_config(tiny_config(config), dtype=torch.float32)
+    model = model_from_config(kind, tiny_config(config), torch.float32)
     enlarge(model)
     return model.eval().requires_grad_(False)
 

@@ -23,6 +23,7 @@ from slzo.models.attention import (
 )
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
+from slzo.private.models import attention_of
 from slzo.utils.errors import SlzoError
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
@@ -198,7 +199,7 @@ def keeping_attention(parts: ModelParts) -> Iterator[None]:
             f"model.device_map: {placement.places.describe()}; answers are generated on one card, so put the other layers on cpu "
             "or disk"
         )
-    before = parts.model.config.get_text_config(decoder=True)._attn_implementation
+    before = attention_of(parts.model)
     use_attention(parts.model, "slzo_generate", _attention_forward)
     try:
         yield

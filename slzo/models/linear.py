@@ -5,7 +5,6 @@ On CPUs that are not Intel's, torch's float32 ``linear`` runs MKL code for AVX2 
 they can change between calls, and no copy takes memory.
 """
 
-import copy
 from timeit import timeit
 from typing import TypeGuard
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slzo.models.quantization import is_plain
+from slzo.private.modules import copy_modules, onednn_linear
 
 # Rows of the timed product, about as many as the tokens of a small batch.
 _TRIAL_ROWS = 128
@@ -42,16 +42,12 @@ class OneDNNLinear(nn.Module):
         """Apply the linear map; the result has shape (..., out_features)."""
         if inputs.device.type != "cpu":  # the model was moved after the timing
             return F.linear(inputs, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return onednn_linear(inputs, self.weight, self.bias)
 
 
 def with_onednn(module: nn.Module) -> nn.Module:
     """Copy a module tree with a :class:`OneDNNLinear` for each plain ``nn.Linear``; the weights are shared."""
-    if _is_plain_linear(module):
-        return OneDNNLinear(module)
-    clone = copy.copy(module)
-    clone._modules = {name: None if child is None else with_onednn(child) for name, child in module._modules.items()}
-    return clone
+    return copy_modules(module, lambda child: OneDNNLinear(child) if _is_plain_linear(child) else None)
 
 
 @torch.no_grad()

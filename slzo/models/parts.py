@@ -5,7 +5,6 @@ record hidden states replace some layers. The model's own forward still prepares
 each layer. The original model is never modified.
 """
 
-import copy
 import inspect
 from typing import Any
 
@@ -25,6 +24,8 @@ from slzo.models.attention import (
 )
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
+from slzo.private.models import attention_of, can_replace_attention
+from slzo.private.modules import with_submodule
 from slzo.utils.errors import SlzoError
 
 _PACKED = "slzo_packed"
@@ -115,14 +116,6 @@ class _SelectedHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.linear(hidden_states, self.weight, self.bias)
-
-
-def _replace(root: nn.Module, path: str, stand_in: nn.Module) -> nn.Module:
-    """Copy ``root`` with another module at ``path``; everything else is shared."""
-    view = copy.copy(root)
-    head, _, rest = path.partition(".")
-    view._modules = {**root._modules, head: _replace(getattr(root, head), rest, stand_in) if rest else stand_in}
-    return view
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -302,20 +295,20 @@ class ModelParts:
                 layers[start - 1] = inject
             if capture is not None:
                 layers[stop] = capture
-            view = _replace(self._stack, self._layers_name, nn.ModuleList(layers).eval())
+            view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
             self._views[start, stop] = (view, inject, capture)
         return self._views[start, stop]
 
     def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
         if selected not in self._head_views:
             precomputed = _Precomputed(self._stack, self._outputs[1])
-            view = _replace(self.model, self._stack_path, precomputed)
+            view = with_submodule(self.model, self._stack_path, precomputed)
             head = None
             if selected:
                 original = self.model.get_output_embeddings()
                 path = next(name for name, module in self.model.named_modules() if module is original)
                 head = _SelectedHead(original)
-                view = _replace(view, path, head)
+                view = with_submodule(view, path, head)
             self._head_views[selected] = (view, precomputed, head)
         return self._head_views[selected]
 
@@ -345,7 +338,7 @@ class ModelParts:
 
 def _use_packed_attention(model: PreTrainedModel) -> bool:
     """Switch the model to packed attention; return ``False`` if its attention cannot be replaced."""
-    if not model._can_set_attn_implementation():
+    if not can_replace_attention(model):
         return False
     use_attention(model, _PACKED, packed_attention_forward)
     return attention_of(model) == _PACKED
@@ -380,8 +373,3 @@ def refusal(model: PreTrainedModel, reason: str) -> SlzoError:
         f"model.model: architecture {type(model).__name__} is not supported: {reason}; use a causal language model such as "
         "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3 (docs/families.md lists those that work)"
     )
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """Return the name of the attention implementation that the decoder uses."""
-    return str(model.config.get_text_config(decoder=True)._attn_implementation)

@@ -20,6 +20,7 @@ from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
 from slzo.models.engine import DType
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape
+from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
 
 
@@ -44,7 +45,7 @@ class Placement:
         self._layers = model.get_submodule(places.path)
         self._stored = stored
         self._folder = folder
-        self._skip_keys = [*(model._skip_keys_device_placement or ()), VIRTUAL_ARGUMENT]
+        self._skip_keys = [*arguments_of_any_device(model), VIRTUAL_ARGUMENT]
         self._weights: dict[int, Mapping[str, Tensor]] = {}
         self._handles: dict[int, list[RemovableHandle]] = {}
         for number in places.away:
@@ -77,7 +78,7 @@ class Placement:
             for name, tensor in list(layer.named_parameters()):
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.places.main).copy_(weights[name])
                 path, _, last = name.rpartition(".")
-                layer.get_submodule(path)._parameters[last] = nn.Parameter(copy, requires_grad=False)
+                setattr(layer.get_submodule(path), last, nn.Parameter(copy, requires_grad=False))
 
     def return_layers(self, numbers: Collection[int]) -> None:
         """Move layers back to their own devices, except for those whose values have changed."""
@@ -178,6 +179,6 @@ def load_with_device_map(
 
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:
     """Return the weights that accelerate's hooks read for offloaded layers, by their names in the model."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks = (device_hook_of(module) for module in model.modules())
     maps = (getattr(hook, "weights_map", None) for hook in hooks if getattr(hook, "offload", False))
     return next(weights.dataset for weights in maps if weights is not None)

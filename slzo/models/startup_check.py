@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.models.parts import ModelParts, attention_of, find_decoder_layers, refusal
+from slzo.models.parts import ModelParts, find_decoder_layers, refusal
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
+from slzo.private.models import attention_of, can_replace_attention
 
 # Measured on twins of 150 model types: at most 2e-5 where the parts are right, at least 8e-4 where they are wrong.
 _TWIN_TOLERANCE = 1e-4
@@ -59,7 +60,7 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     """
     find_decoder_layers(model)
     own_attention = attention_of(model)
-    packed = packed and model._can_set_attn_implementation()
+    packed = packed and can_replace_attention(model)
     try:
         # before the attention is replaced, so that a feature that packed attention lacks shows up as a difference
         expected = _plain_logits(model, _FEW)

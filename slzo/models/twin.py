@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slzo.models.parts import attention_of
+from slzo.private.models import attention_of, model_from_config
 
 WINDOW = 6
 """Sliding window of a twin, in tokens. Other ranges, such as chunks, have 4 to 8 tokens."""
@@ -122,11 +122,12 @@ def tiny_twin(model: PreTrainedModel) -> PreTrainedModel:
     attention = attention_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        twin = type(model)._from_config(tiny_config(model.config), dtype=torch.float32)
+        twin = model_from_config(type(model), tiny_config(model.config), torch.float32)
         enlarge(twin)
     if attention != attention_of(twin):
         twin.set_attn_implementation(attention)
-    return twin.to(model.device).eval().requires_grad_(False)
+    twin.to(model.device)  # type: ignore[arg-type]  # transformers wraps it without its own type
+    return twin.eval().requires_grad_(False)
 
 
 @torch.no_grad()

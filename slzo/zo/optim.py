@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from slzo.private.modules import nested_schedulers
 from slzo.utils.errors import SlzoError
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
@@ -213,11 +214,7 @@ def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
         for name in ("lr", "initial_lr", "max_lr", "min_lr"):
             if name in group:
                 group[name] /= 2
-    for scheduler in [nested for outer in schedulers for nested in _with_nested(outer)]:
+    for scheduler in [nested for outer in schedulers for nested in nested_schedulers(outer)]:
         for name in ("base_lrs", "max_lrs"):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
-
-
-def _with_nested(scheduler: Any) -> list[Any]:
-    return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in _with_nested(inner))]
