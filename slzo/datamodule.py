@@ -77,6 +77,8 @@ class TaskDataModule(TaskRows, LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn if the settings of a resumed run differ from the checkpoint's."""
         new = self.step_settings()
-        different = [f"data.{name}: {old} -> {new[name]}" for name, old in state_dict.items() if new.get(name) != old]
+        different = [
+            f"data.{name}: {old} -> {new.get(name)}" for name, old in state_dict.items() if new.get(name) != old
+        ]
         if different and self.trainer is not None and self.trainer.state.fn == "fit":
             warn("these data options differ from the checkpoint's: " + "; ".join(different))

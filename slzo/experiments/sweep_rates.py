@@ -66,7 +66,7 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
         "recommendation": None if best is None else {"lr": best.lr, "eps": best.eps},
         "reason": words,
         "settings": settings,
-        "tried": [{**vars(pair), "loss": None if pair.diverged else pair.loss} for pair in tried],
+        "tried": [vars(pair) | ({"loss": None, "metric": None} if pair.diverged else {}) for pair in tried],
     }
     write_json(store.folder / "rates.json", content)
     say(f"\n{words}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -161,3 +162,16 @@ class Estimator(ABC):
     def describe(self) -> str:
         """Describe the estimator in a few words, for the summary."""
         return type(self).__name__
+
+
+def check_has_matrices(tuned: TunedTensors, name: str) -> None:
+    """Check that a matrix is tuned, as directions of low rank need; ``name`` is the estimator or option for the message.
+
+    Raises:
+        SlzoError: No matrix is tuned.
+    """
+    if all(master.dim() != 2 for master in tuned.masters):
+        raise SlzoError(
+            f"model.estimator {name}: this scope tunes single elements and no whole matrix that could move along low-rank "
+            "directions; use SPSA"
+        )

@@ -9,8 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, Point, Request
-from slzo.zo.estimators.lozo import check_has_matrices
+from slzo.zo.estimators.base import Estimate, Estimator, Point, Request, check_has_matrices
 from slzo.zo.noise import gaussian, low_rank
 from slzo.zo.tuned import Direction
 

@@ -1,10 +1,9 @@
 """Two-point estimates along directions of low rank."""
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, Request, check_has_matrices
 from slzo.zo.estimators.differences import two_point
 from slzo.zo.noise import low_rank
-from slzo.zo.tuned import TunedTensors
 
 
 class LOZO(Estimator):
@@ -35,16 +34,3 @@ class LOZO(Estimator):
 
     def describe(self) -> str:
         return f"LOZO(rank={self.rank}, interval={self.interval})"
-
-
-def check_has_matrices(tuned: TunedTensors, name: str) -> None:
-    """Check that a matrix is tuned, as directions of low rank need; ``name`` is the estimator or option for the message.
-
-    Raises:
-        SlzoError: No matrix is tuned.
-    """
-    if all(master.dim() != 2 for master in tuned.masters):
-        raise SlzoError(
-            f"model.estimator {name}: this scope tunes single elements and no whole matrix that could move along low-rank "
-            "directions; use SPSA"
-        )
