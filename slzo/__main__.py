@@ -25,7 +25,7 @@ options:
 
 exit status:
   0 done   2 an error in options or files, explained in one line   1 any other error: a bug, please report it
-  130 ended by Ctrl-C   143 ended by SIGTERM; fit stops after its present step, saves it and says how to go on
+  130 ended by Ctrl-C   143 ended by SIGTERM; fit finishes its current step, saves it and prints how to continue
 
 examples:
   slzo fit --config configs/quickstart.yaml
@@ -37,7 +37,7 @@ examples:
   slzo generate --ckpt_path best --prompt "A warm and funny film. It was"
 """
 
-# warn of kernels for other machines when they are imported, and at each product
+# these packages warn about kernels for other machines on import and at each matrix product
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
@@ -66,17 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _interrupt_status(stop)
         if status is None:
             raise
-        resumes = "; the same command goes on where it stopped" if COMMANDS[args[0]].resumes else ""
+        resumes = "; the same command continues where it stopped" if COMMANDS[args[0]].resumes else ""
         sys.stderr.write(f"slzo: interrupted{resumes}\n")
         return status
     return 0
 
 
 def _interrupt_status(stop: BaseException) -> int | None:
-    """The exit status of a run that a signal ended; ``None`` if none did."""
+    """Return the exit status of a run that a signal ended; ``None`` if no signal did."""
     if isinstance(stop, Interrupted):
         return stop.status
-    # Lightning makes an exit of Ctrl-C, and of SIGTERM an exit of its own kind
+    # Lightning turns Ctrl-C into an exit, and SIGTERM into an exception of its own
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return 128 + signal.SIGTERM if type(stop).__name__ == "SIGTERMException" else None
@@ -84,7 +84,7 @@ def _interrupt_status(stop: BaseException) -> int | None:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Unwind at SIGTERM, as at Ctrl-C, where nothing else is to happen."""
+    """Raise at SIGTERM, as at Ctrl-C, unless another handler is installed."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)

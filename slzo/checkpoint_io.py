@@ -1,4 +1,4 @@
-"""How Lightning writes and reads checkpoints: whole files with checksums, without pickles."""
+"""The plugin with which Lightning writes and reads checkpoints: atomically, with checksums, without pickles."""
 
 from pathlib import Path
 from typing import Any
@@ -9,25 +9,25 @@ from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_check
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes local checkpoints in slzo's own format, whole or not at all; other file systems are left to Lightning.
+    """Writes local checkpoints atomically in slzo's own format; other file systems are left to Lightning.
 
-    Lightning's own writes in ``$TMPDIR`` and moves, which on another disk is a copy that can end half-way.
+    Lightning's plugin writes to ``$TMPDIR`` and moves the file. On another disk the move is a copy, which can be interrupted.
 
     Attributes:
-        known: A checkpoint that was read before Lightning loads it; its file is not read again.
+        known: A checkpoint that was already read; its file is not read again when Lightning loads it.
     """
 
     known: Checkpoint | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write one."""
+        """Write a checkpoint."""
         if storage_options is None and "://" not in str(path):
             write_checkpoint(checkpoint, Path(path))
         else:
             super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read one."""
+        """Read a checkpoint."""
         known, self.known = self.known, None
         if known is not None and known.path == str(path):
             return known.content

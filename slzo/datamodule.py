@@ -57,7 +57,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
         return self._eval_loader("dev")
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
-        """Return held-out rows in an order that is fast to score; :attr:`slzo.data.batch.Row.position` is the split's order."""
+        """Return held-out rows in an order that is fast to score; :attr:`slzo.data.batch.Row.position` has the split's order."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:

@@ -1,4 +1,4 @@
-"""The whole of a training run, from top to bottom. Lightning's hooks only call these functions.
+"""A training run from start to end. Lightning's hooks only call these functions.
 
 ==========  ==================================  ======================================================================
 when        function                            what happens
@@ -72,8 +72,8 @@ def prepare(
         options: Options of the training.
         rows: Rows of the task, set up for ``fit``.
         run: Device, length and folder of the run.
-        loaded: The untuned model, if it is loaded already.
-        tuned: The tuned model of an earlier ``fit``, which is tuned further.
+        loaded: The untuned model, if it is already loaded.
+        tuned: The tuned model of an earlier ``fit``, to tune it further.
 
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
@@ -95,7 +95,7 @@ def prepare(
         model = tune(parts, options, rows, None if choice is None else choice.layer)
     else:
         profile, choice, model = None, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), tuned
-        model.clear_prefix()  # its keys are those of one data module
+        model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows)
     if choice is not None and choice.states is not None:
         model.forward.cache.adopt(choice.states)
@@ -136,7 +136,9 @@ def choose_layer(
             say(f"No outlier profile: {error}")
             return None, given
     if profiler is None:
-        raise SlzoError("model.layer is not set and no OutlierProfiler is among the callbacks: set one or the other")
+        raise SlzoError(
+            "model.layer: not set, and there is no OutlierProfiler to choose a layer; set it, or add the callback"
+        )
     profile, choice = profile_model(parts, rows, profiler, make_trials(parts, options, rows, run))
     say(format_profile(profile))
     if choice.layer < 0:
@@ -145,7 +147,7 @@ def choose_layer(
 
 
 def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> LayerTrials | str:
-    """Make what runs short trainings for a rule, or return a text that says why none can run."""
+    """Return the runner of short trainings for a rule, or a text that says why they cannot run."""
     if not options.scope.needs_layer:
         return f"model.scope {options.scope.describe()} has no dominant layer; choose another rule"
     if rows.processes.number > 1:
@@ -170,7 +172,7 @@ def _check_schedules(options: TrainingOptions, run: RunContext) -> None:
 
 
 def _as_trained(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
-    """The options with the kernels of a checkpoint; SlzoError where they name another layer than its own."""
+    """Return the options with the kernels of a checkpoint; refuse options that name another layer."""
     layer = checkpoint.note["layer"]
     if layer is not None and options.layer not in (None, layer):
         raise SlzoError(
@@ -189,14 +191,14 @@ def _continue(
     plan: MemoryPlan | None,
     tuned: TunedModel | None,
 ) -> Prepared:
-    """The same from a checkpoint, whose tensors and optimizer Lightning restores next."""
+    """Prepare a run that continues a checkpoint; Lightning restores tensors and optimizer afterwards."""
     note = checkpoint.note
     model = restore(parts, note, options, for_training=True) if tuned is None else tuned
     plan_prefix(model, rows)
     auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
     stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto, seed=note["noise_seed"])
     evaluations = 0
-    if auto is None and needs_measuring(options):  # the run had given numbers so far
+    if auto is None and needs_measuring(options):  # so far the run used given numbers
         model.tensors.load(checkpoint.content["state_dict"])
         auto = _measure(stepper, options, rows)
         evaluations = auto.evaluations
@@ -210,14 +212,14 @@ def _continue(
 
 
 def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoStep:
-    """Measure the step size where the weights are, and print it."""
+    """Measure the step size at the current weights, and print it."""
     auto = measure_step(stepper, rows, eps=options.step.eps)
     say(auto.describe(options.optimizer.automatic))
     return auto
 
 
 def _announce(prepared: Prepared) -> None:
-    """Say what is tuned, how, and what memory it takes besides the model."""
+    """Print what is tuned and how, and how the model is quantized."""
     options, model = prepared.options, prepared.model
     total = model.parts.model.num_parameters()
     layer = prepared.layer
@@ -231,7 +233,7 @@ def _announce(prepared: Prepared) -> None:
 
 
 def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutScores:
-    """Score the held-out rows with the live weights; ``when`` is for the line that says so."""
+    """Score the held-out rows with the live weights; ``when`` is part of the printed line."""
     assert rows.splits is not None
     say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
     return score_held_out(
@@ -244,7 +246,7 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutSco
 
 
 def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]:
-    """Predictions for the first held-out rows, by position in the split; those of all processes."""
+    """Return predictions for the first held-out rows of all processes, by position in the split."""
     if rows.splits is None or len(rows.splits.test) < rows.processes.number:
         return {}
     found: list[tuple[int, dict[str, Any]]] = []
@@ -257,14 +259,14 @@ def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, A
 
 
 def finish(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | None) -> dict[str, Any]:
-    """Everything after the last step: score the best checkpoint, print the summary, write the run's files.
+    """Do everything after the last step: score the best checkpoint, print the summary, write the run's files.
 
-    The model has its last weights again afterwards.
+    Afterwards the model has its last weights again.
 
     Args:
-        prepared: Of the training.
-        rows: Its rows.
-        outcome: What happened.
+        prepared: The prepared training.
+        rows: Rows of the task.
+        outcome: Results of the training.
         folder: Folder of the run; ``None`` to write nothing.
 
     Returns:
@@ -289,10 +291,10 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | 
 
 @contextmanager
 def best_weights(model: TunedModel, path: str) -> Iterator[bool]:
-    """Around work with the weights of a checkpoint; the model has its last ones again afterwards.
+    """Load the weights of a checkpoint for a ``with`` block; afterwards the model has its last weights again.
 
     Yields:
-        Whether there is such a checkpoint; without it the last weights stay.
+        Whether the checkpoint exists; otherwise the last weights stay.
     """
     if not path or not Path(path).is_file():
         yield False
@@ -306,7 +308,7 @@ def best_weights(model: TunedModel, path: str) -> Iterator[bool]:
 
 
 def _facts(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | None) -> RunFacts:
-    """What the summary and its advice depend on."""
+    """Collect the facts for the summary and its advice."""
     options, model, metric = prepared.options, prepared.model, rows.selection_metric
     config = None if folder is None else folder / "config.yaml"
     num_rows = len(rows.splits.test) if rows.splits else 0

@@ -1,4 +1,4 @@
-"""Loggers whose folders belong to one run each, and the folder of a run around a command."""
+"""Loggers with one folder per run, and the folder of a run around a command."""
 
 import os
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ RUNS = "runs"
 
 
 class RunLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger; it makes its folder when it takes a version, so that no other run takes the same one.
+    """Lightning's TensorBoardLogger; it makes its folder when it takes a version, so that no other run gets the same one.
 
     Args:
         save_dir: Folder above the runs.
-        name: Folder between the two; empty for none.
-        version: Version of the run, a number or a name; left out, the next one.
+        name: Folder between ``save_dir`` and the run's folder; empty for none.
+        version: Version of the run, a number or a name; by default the next one.
         options: Other arguments of :class:`lightning.pytorch.loggers.TensorBoardLogger`.
     """
 
@@ -42,11 +42,11 @@ class RunLogger(TensorBoardLogger):
 
 
 class FolderLogger(CSVLogger):
-    """Names the folder of a run, for its config, profile, summary and checkpoints; logs nothing.
+    """Provides the folder of a run for its config, profile, summary and checkpoints; logs nothing.
 
     Args:
         save_dir: Folder above the runs.
-        name: Folder between the two; empty for none.
+        name: Folder between ``save_dir`` and the run's folder; empty for none.
     """
 
     def __init__(self, save_dir: str, name: str = "") -> None:
@@ -61,25 +61,25 @@ class FolderLogger(CSVLogger):
         return self._taken
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def save(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finalize(self, status: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @contextmanager
 def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
-    """Around a command: takes a folder for it, and removes it where the command was refused or left it empty.
+    """Make the folder of a run around a command, and remove it if the command was refused or left it empty.
 
     Args:
         trainer: Its loggers name the folder.
-        begun: Step that a refused command has not gone beyond.
+        begun: Step at which the run starts; an error at this step means that the command was refused.
 
     Raises:
         SlzoError: The folder, or another file that the command needs, cannot be read or written.
@@ -92,7 +92,7 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
         if trainer.global_step <= begun:
             for folder in taken:
                 remove_folder(folder)
-                with suppress(OSError):  # other runs are in it
+                with suppress(OSError):  # it contains other runs
                     folder.parent.rmdir()
         raise
     finally:
@@ -102,25 +102,25 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
 
 
 def log_dir_of(trainer: Trainer) -> str | None:
-    """Folder of a run whose logger, such as W&B's or MLflow's, has none: that of its checkpoints. A collective call.
+    """Return the folder of a run whose logger has none, such as W&B's or MLflow's. A collective call.
 
-    ``None`` where the logger names one itself.
+    ``None`` if the logger has a folder.
     """
     logger = trainer.logger
     if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
         return None
     if trainer.is_global_zero:
-        _ = getattr(logger, "experiment", None)  # it has no name and version before
+        _ = getattr(logger, "experiment", None)  # without it the logger has no name and version
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
     return str(trainer.strategy.broadcast(str(folder)))
 
 
 def _folder_of(logger: object) -> Path | None:
-    """The folder that a logger takes for this run; ``None`` where it takes none, or another process does."""
+    """Return the folder that a logger takes for this run; ``None`` if it takes none, or another process takes it."""
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
         return None
-    if not isinstance(logger, RunLogger | FolderLogger):  # Lightning's own do not make theirs yet
+    if not isinstance(logger, RunLogger | FolderLogger):  # Lightning's own loggers make theirs later
         _take(logger.root_dir, logger.version, given=True)
     folder = Path(logger.log_dir)
     for run in folder.parent.glob("version_*"):
@@ -130,10 +130,10 @@ def _folder_of(logger: object) -> Path | None:
 
 
 def _take(root: str, version: int | str, given: bool) -> int | str:
-    """Make the folder of a version, or of the next one that no other process has taken.
+    """Make the folder of a version, or of the next version that is free, and return the version.
 
     Raises:
-        SlzoError: It cannot be made, or a given version exists already.
+        SlzoError: The folder cannot be made, or a given version already exists.
     """
     if not is_first_process() or "://" in root:
         return version
@@ -145,13 +145,14 @@ def _take(root: str, version: int | str, given: bool) -> int | str:
         except FileExistsError as error:
             if given or isinstance(version, str):
                 raise SlzoError(
-                    f"trainer.logger.version {version!r}: {str(own)!r} exists; give another version, or leave it out for the next"
+                    f"trainer.logger.version {version!r}: {str(own)!r} exists; give another version, or leave it out to "
+                    "get the next one"
                 ) from error
             version += 1
         except OSError as error:
             raise SlzoError(
-                f"trainer.logger.save_dir {str(folder)!r}: no folder for the run can be made there ({error.strerror}); give "
-                "another one"
+                f"trainer.logger.save_dir {str(folder)!r}: cannot make a folder for the run there ({error.strerror}); give "
+                "another folder"
             ) from error
         else:
             return version

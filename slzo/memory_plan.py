@@ -30,17 +30,17 @@ def plan_memory(
     """Estimate the memory of a run before its model is loaded, print the estimate, and refuse a run that cannot fit.
 
     Args:
-        options: Of the training.
-        rows: Set up for ``fit``.
+        options: Options of the training.
+        rows: Rows of the task, set up for ``fit``.
         max_steps: Length of the run; -1 for no limit.
-        device: Where it runs.
+        device: Device of the run.
 
     Returns:
-        The plan, ``None`` where model or rows are refused for another reason, which is raised where they are used; and the
-        options, whose device map knows what the run takes besides the weights.
+        The plan, and the options with the memory besides the weights set in the device map. The plan is ``None`` if model or
+        rows have another error, which is raised where they are used.
 
     Raises:
-        SlzoError: The run needs more memory than there is.
+        SlzoError: The run needs more memory than is free.
     """
     try:
         inputs = memory_inputs(options, rows, max_steps, device)
@@ -54,15 +54,15 @@ def plan_memory(
     say(line + ("" if free is None else f"; free: {_gib(free)}") + (f"; {inputs.where}" if inputs.where else ""))
     if free is not None and plan.needed > free:
         fits = [f"{option} ({_gib(other.needed)})" for option, other in inputs.alternatives() if other.needed <= free]
-        advice = f"; would fit: {', '.join(fits)}" if fits else "; use a smaller model, or a machine with more"
+        advice = f"; set one of: {', '.join(fits)}" if fits else "; use a smaller model, or more memory"
         raise SlzoError(
-            f"model.model {options.model!r}: needs about {_gib(plan.needed)} of memory, {_gib(free)} are free{advice}"
+            f"model.model {options.model!r}: needs about {_gib(plan.needed)} of memory, but {_gib(free)} is free{advice}"
         )
     return plan, options
 
 
 def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> MemoryInputs:
-    """What a plan is computed from: the options, and rows that are set up; the model is not loaded.
+    """Collect the inputs of a plan from the options and the rows, which are set up; the model is not loaded.
 
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
@@ -107,7 +107,7 @@ def _no_prompts(num_sequences: int) -> list[PackedBatch]:
 
 
 def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:
-    """What is tuned, without values; where that depends on values, the layers as a whole: no less."""
+    """Return the tuned tensors without values; if they depend on values, all tensors of the layers, an upper bound."""
     with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError):
         adapter = scope.adapter(context)
         with nullcontext() if adapter is None else _injected(adapter, context.parts.model):
@@ -127,7 +127,7 @@ def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
 
 
 def _workload(data: TaskRows, max_steps: int) -> Workload:
-    """The largest passes of training and scoring, and the tokens that are seen in so many steps."""
+    """Return the largest passes of training and scoring, and the tokens that are cached."""
     training = list(data.training_blocks())[: max_steps if max_steps > 0 else None]
     largest = max(training, key=lambda block: block.num_tokens).pack()
     scoring = [packed for stage in ("dev", "test") if (packed := _scored(data, stage)) is not None]
@@ -144,7 +144,7 @@ def _workload(data: TaskRows, max_steps: int) -> Workload:
 
 
 def _answer_tokens(data: TaskRows) -> int:
-    """Most tokens of prompts and answers that are generated together; in a step each of two points has its own."""
+    """Return the most tokens of prompts and answers that are generated together; a step generates at two points."""
     new = data.task.max_new_tokens
     batches = [(batch, 1) for split in ("dev", "test") for batch in data.eval_plan(split).batches]
     if data.objective.generates:
@@ -161,7 +161,7 @@ def _answer_tokens(data: TaskRows) -> int:
 
 
 def _scored(data: TaskRows, split: str) -> PackedBatch | None:
-    """The first batch of rows that are scored, the longest rows; ``None`` where answers are generated."""
+    """Return the first scoring batch, which has the longest rows; ``None`` if answers are generated."""
     plan = data.eval_plan(split)
     if not plan.batches or plan.batches[0][0].prompt:
         return None
@@ -177,14 +177,14 @@ def _gib(size: int) -> str:
 
 
 def format_plan(inputs: MemoryInputs, free: int | None) -> str:
-    """A plan as a table, with what would make it smaller."""
+    """Format a plan as a table, with options that would make it smaller."""
     plan, shape = inputs.plan(), inputs.shape
     lines = [f"{shape.num_parameters:,} parameters in {shape.num_layers} layers"]
     lines += [f"  {name:30s} {_gib(size):>10s}" for name, size in plan.parts.items()]
     lines += [f"  {'peak':30s} {_gib(plan.total):>10s}" + (" (while loading)" if plan.loading == plan.total else "")]
     if plan.mapped:
         lines.append(
-            f"  {_gib(plan.mapped)} of it are weights that stay in their files: less memory is slower, not too little"
+            f"  {_gib(plan.mapped)} of it are weights mapped from their files; with less memory the run is slower, but fits"
         )
     if inputs.where:
         lines.append(f"  {inputs.where}")

@@ -22,8 +22,7 @@ from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization, describe_quantization
-from slzo.resume import checkpoint_note as note_of
-from slzo.resume import restore
+from slzo.resume import make_note, restore
 from slzo.run import Prepared, RunContext
 from slzo.training import adapt_rows, load_parts
 from slzo.utils.console import warn
@@ -43,7 +42,7 @@ _ENGINE = Engine()
 
 
 def sgd(params: Iterable) -> Optimizer:
-    """The optimizer when none is given: plain SGD, with a measured learning rate."""
+    """The default optimizer: plain SGD, with a measured learning rate."""
     return torch.optim.SGD(params, lr=AUTO_LR)
 
 
@@ -54,29 +53,29 @@ class ZOModule(LightningModule):
     Args:
         model: Built-in name (smollm2-135m, or gemma3-270m, fetched only with SLZO_ACCEPT_LICENSE=gemma in the environment),
             local Hugging Face folder, .gguf file or Hub id.
-        layer: Dominant layer, counted from 0; left out, the outlier profile chooses it.
-        scope: What is tuned: {SCOPES}, or your own Scope; left out, LayerScope, all of the dominant layer.
-        estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator; left out, SPSA. Backprop is the first-order
-            reference.
-        eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by a hundredth of it.
-        eps_end: Let eps go to this value over trainer.max_steps, by the same factor each step; left out, it stays.
+        layer: Dominant layer, counted from 0; by default the outlier profile chooses it.
+        scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
+        estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator; by default SPSA. Backprop is the
+            first-order reference.
+        eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by 1%.
+        eps_end: Change eps to this value over trainer.max_steps, by the same factor each step; by default eps is constant.
         num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
-        clip_projected_grad: Scale a step down whose projected gradient is above this multiple of the median of the last 100.
-        optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and lets it follow the loss.
+        clip_projected_grad: Scale down a step whose projected gradient is above this multiple of the median of the last 100.
+        optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and adapts it to the loss.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
-        dtype: Type of the model's weights. The tuned tensors have a float32 master copy in any case.
-        quantization: Of the frozen layers: int8, fp8 (torchao), nf4, fp4 (bitsandbytes), or a config of transformers; that
-            by its class path, with arguments as class_path and init_args. The tuned layer stays in full precision. A model
-            that is quantized already needs none.
-        device_map: Where the decoder layers are: auto, balanced, sequential, or a place by module name; auto and balanced take
-            all cards, sequential one after the other, each with what does not fit in memory and on disk. A place is the number
-            of a card, cpu or disk. What is tuned, embeddings and head are on the trainer's device in any case.
-        offload_folder: Folder for layers on disk that the model's files do not hold as they are.
-        seed: Seed of the directions; left out, that of seed_everything.
-        parallel: What several processes share in training: rows, each process has data.batch_size rows of its own; or
-            directions, all processes have the same rows and each evaluates some of the step's points, such as the members of a
-            population.
-        engine: How the loss is computed: switches of speed and memory.
+        dtype: Type of the model's weights. The tuned tensors always have a float32 master copy.
+        quantization: Quantization of the frozen layers: int8, fp8 (torchao), nf4, fp4 (bitsandbytes), or a transformers config,
+            given by its class path, with arguments as class_path and init_args. The tuned layer stays in full precision. A
+            model that is already quantized needs none.
+        device_map: Where the decoder layers are: auto, balanced, sequential, or a place by module name; auto and balanced use
+            all cards, sequential fills one after the other. Layers that do not fit are in CPU memory and on disk. A place is
+            the number of a card, cpu or disk. Tuned tensors, embeddings and head are always on the trainer's device.
+        offload_folder: Folder for layers on disk that differ from the model's files.
+        seed: Seed of the directions; by default that of seed_everything.
+        parallel: What is divided among processes in training, rows or directions. With rows, each process has data.batch_size
+            rows of its own. With directions, all processes have the same rows and each evaluates some of the step's points,
+            such as the members of a population.
+        engine: How the loss is computed: options for speed and memory.
         max_nonfinite: Stop after this many steps in a row whose loss is infinite or NaN.
         trust_remote_code: Run model code that comes with a Hub repository.
     """
@@ -128,7 +127,7 @@ class ZOModule(LightningModule):
         self.tuned_tensors: TunedTensors | None = None
         self._untuned: ModelParts | None = None
         self._score: RunningScore | None = None
-        # shown by loggers and kept in checkpoints; nothing reads the options from there
+        # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
             {
                 "model": model,
@@ -172,11 +171,11 @@ class ZOModule(LightningModule):
         return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> Prepared:
-        """Everything before the first step; a model that is tuned already is tuned further."""
+        """Do everything before the first step; a model that is already tuned is tuned further."""
         return prepare(self.options, self.rows, self._run(checkpoint), self._untuned, self.tuned_model)
 
     def _run(self, checkpoint: Checkpoint | None) -> RunContext:
-        """Where and how long the trainer trains."""
+        """Return where and how long the trainer trains."""
         trainer, log_dir = self.trainer, self.trainer.log_dir  # a collective call: every process must make it
         profiler = next((each for each in trainer.callbacks if isinstance(each, OutlierProfiler)), None)  # type: ignore[attr-defined]
         quick = bool(getattr(trainer, "fast_dev_run", False))
@@ -193,7 +192,7 @@ class ZOModule(LightningModule):
 
     @staticmethod
     def planned_steps(trainer: Trainer, rows: TaskDataModule) -> int:
-        """Steps of the training to come, as far as they are known before it; of one epoch where no limit is set."""
+        """Return the expected number of training steps; the steps of one epoch if no limit is set."""
         limit = trainer.limit_train_batches
         batches = math.ceil(len(rows.rows("train")) / rows.batch_size)
         if limit is not None:
@@ -213,14 +212,14 @@ class ZOModule(LightningModule):
     def _attached_trainer(self) -> Trainer | None:
         try:
             return self.trainer
-        except RuntimeError:  # Lightning's word for none
+        except RuntimeError:  # Lightning raises it if there is none
             return None
 
     def _hold_parts(self, parts: ModelParts) -> None:
         self._untuned = parts
         if self.options.device_map is None:
             self.model = parts.model
-        else:  # no submodule, which strategies would move to one device
+        else:  # not a submodule, which strategies would move to one device
             vars(self)["model"] = parts.model
 
     def _hold(self, prepared: Prepared) -> None:
@@ -236,7 +235,7 @@ class ZOModule(LightningModule):
 
     @property
     def parts(self) -> ModelParts:
-        """The model's parts, with what the scope added."""
+        """The model's parts, with the modules that the scope added."""
         self._load()
         assert self._untuned is not None
         return self._untuned if self.tuned_model is None else self.tuned_model.parts
@@ -251,7 +250,7 @@ class ZOModule(LightningModule):
 
     @property
     def stepper(self) -> Stepper:
-        """Takes the steps of the present fit."""
+        """The stepper of the current fit."""
         assert self.prepared is not None
         return self.prepared.stepper
 
@@ -267,7 +266,7 @@ class ZOModule(LightningModule):
     # ---- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult]:
-        """One zeroth-order step; callbacks are given its result."""
+        """Take one zeroth-order step; callbacks get its result."""
         started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
         measure_update = every > 0 and (self.global_step + 1) % every == 0
         optimizer, scheduler = cast("Optimizer", self.optimizers()), self.lr_schedulers()
@@ -300,7 +299,7 @@ class ZOModule(LightningModule):
         self.log("loss", torch.tensor(estimate.loss), prog_bar=True, logger=False, batch_size=1)
 
     def teardown(self, stage: str) -> None:
-        """Close the log of steps."""
+        """Close the log of losses."""
         if self.prepared is not None and self.stepper.log is not None:
             self.stepper.log.close()
             self.stepper.log = None
@@ -316,13 +315,13 @@ class ZOModule(LightningModule):
         return self.rows.evaluator(self.parts, tuned.logits, tuned.prompt_states)
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting anew."""
+        """Reset the scores."""
         self._score = RunningScore(self.rows.make_metrics(), self.device, self.rows.extra_metrics)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Outcome]:
-        """Score one batch of dev or held-out rows; callbacks are given what was found."""
+        """Score one batch of dev or held-out rows; callbacks get the outcome."""
         assert self._score is not None
         # dev rows are scored again and again, so their prefix is worth keeping
         outcome = self.evaluator(batch, keep_prefix=not self.trainer.testing)
@@ -341,7 +340,7 @@ class ZOModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[tuple[int, dict[str, Any]]]:
-        """For each held-out row its position in the split and its record, see :func:`slzo.evaluation.evaluator.records`."""
+        """Return position in the split and record of each held-out row, see :func:`slzo.evaluation.evaluator.records`."""
         written = records(batch, self.evaluator(batch))
         return [(row.position, record) for row, record in zip(batch.rows, written, strict=True)]
 
@@ -371,12 +370,12 @@ class ZOModule(LightningModule):
         return torch.nn.Module().load_state_dict({})  # nothing is missing or unexpected
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what is needed to use the tensors elsewhere."""
+        """Add what is needed to use the tensors elsewhere."""
         assert self.prepared is not None
-        checkpoint["slzo"] = note_of(self.prepared, self.rows)
+        checkpoint["slzo"] = make_note(self.prepared, self.rows)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make masters of what the checkpoint holds, unless they fit already, and say which options differ."""
+        """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
         note = checkpoint_note(checkpoint)
         trainer = self._attached_trainer()
         in_fit = trainer is not None and trainer.state.fn == "fit"
@@ -394,18 +393,18 @@ class ZOModule(LightningModule):
                 self.rows.adapt_to_model(model.parts.model, self.options.model, positions, model.parts.longest)
         elif not self.tuned_model.fits(note):
             raise SlzoError(
-                "ckpt_path: holds other tensors, bases or masks than this module tunes already; load it into a new ZOModule"
+                "ckpt_path: holds other tensors, bases or masks than this module already tunes; load it into a new ZOModule"
             )
         else:
             self.tuned_model.check_base(note)
         if in_fit and (different := changed_options(checkpoint, self.hparams)):
             warn(
-                f"these model options differ from the checkpoint's: {different}; the new ones are used, but seed, optimizer "
-                "state and learning rate go on from the checkpoint"
+                f"these model options differ from the checkpoint's: {different}; the new values are used, but seed, "
+                "optimizer state and learning rate continue from the checkpoint"
             )
 
     def _release(self) -> None:
-        """Take what is tuned out of the model."""
+        """Remove the tuned tensors from the model."""
         if self.tuned_model is not None:
             self.teardown("fit")
             self.tuned_model.release()

@@ -39,14 +39,14 @@ class ProfileOptions:
     def __post_init__(self) -> None:
         if self.num_sequences < MIN_SEQUENCES:
             raise SlzoError(
-                f"profiler.num_sequences {self.num_sequences}: single sequences mislead, average over at least {MIN_SEQUENCES}"
+                f"profiler.num_sequences {self.num_sequences}: too few for a reliable average; give at least {MIN_SEQUENCES}"
             )
         if self.batch_size < 1:
             raise SlzoError(f"profiler.batch_size {self.batch_size}: must be at least 1")
         if self.text_file is not None and not Path(self.text_file).is_file():
             found = "is a folder" if Path(self.text_file).is_dir() else "no such file"
             raise SlzoError(
-                f"profiler.text_file {self.text_file!r}: {found}; give a text file with one sequence a line"
+                f"profiler.text_file {self.text_file!r}: {found}; give a text file with one sequence per line"
             )
 
 
@@ -61,14 +61,14 @@ def profile_model(
 
     Args:
         parts: The model.
-        rows: Their prompts are used, unless the options name a text file.
-        options: How.
-        trials: Runs short trainings for rules that need them; a text says why there can be none.
-        given: The layer, if it is chosen already.
+        rows: Rows of the task; their prompts are used, unless the options name a text file.
+        options: Options of the profile.
+        trials: Runs short trainings for rules that need them; a text says why they cannot run.
+        given: The layer, if it is already chosen.
 
     Returns:
-        Profile and choice; where the rule finds no layer its number is -1 and the reason says why. With several processes all
-        get those of the first one.
+        Profile and choice. If the rule finds no layer, its number is -1 and the reason says why. All processes get the results
+        of the first one.
 
     Raises:
         SlzoError: There are too few sequences, or the output of a layer is not finite.
@@ -112,12 +112,12 @@ def profile_model(
 def _choose(context: SelectionContext, rule: SelectionRule) -> Choice:
     try:
         return rule.select(context)
-    except SlzoError as error:  # the figures are shown all the same: they help to choose thresholds
+    except SlzoError as error:  # the profile is still shown: it helps to choose thresholds
         return Choice(-1, str(error))
 
 
 def _same_everywhere(profile: OutlierProfile, choice: Choice, processes: Processes) -> tuple[OutlierProfile, Choice]:
-    """Every process must tune the same layer, whatever rounding did on its device."""
+    """Make all processes tune the same layer, even if rounding differs between their devices."""
     if processes.number == 1:
         return profile, choice
     profile = OutlierProfile.from_dict(processes.broadcast(profile.to_dict()))

@@ -1,4 +1,4 @@
-"""How a run is resumed: from a checkpoint, and from the log of the steps that were taken after it."""
+"""Resumes a run from a checkpoint and from the log of the steps after it."""
 
 import json
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ from slzo.zo.tuned_model import TunedModel
 def restore(
     parts: ModelParts, note: Mapping[str, Any], options: TrainingOptions, for_training: bool = False
 ) -> TunedModel:
-    """Make masters of what a checkpoint holds; their values are set afterwards.
+    """Make masters for the tensors of a checkpoint; their values are set afterwards.
 
     Args:
         parts: The untuned model.
-        note: Of the checkpoint.
-        options: Of the run.
-        for_training: Refuse another scope than that of the options.
+        note: Note of the checkpoint.
+        options: Options of the run.
+        for_training: Whether to refuse a scope other than that of the options.
 
     Raises:
         SlzoError: The checkpoint does not fit the model or the scope.
@@ -39,7 +39,7 @@ def restore(
     if for_training and note["scope"] != options.scope_settings:
         changes = differences(note["scope"], options.scope_settings)
         raise SlzoError(
-            f"model.scope: this run and the checkpoint differ ({changes}); resume with the options that it was trained with"
+            f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
         )
     subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
     try:
@@ -51,8 +51,8 @@ def restore(
         ) from error
 
 
-def checkpoint_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """What a checkpoint says of its tensors and their model: tensors and primitives only."""
+def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
+    """Return the note of a checkpoint on its tensors and their model; it holds only tensors and primitives."""
     options, model = prepared.options, prepared.model
     return {
         "format": CHECKPOINT_FORMAT,
@@ -71,7 +71,7 @@ def checkpoint_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
 
 
 def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """What steps depend on, as JSON gives it back."""
+    """Return the options that steps depend on, as they are read back from JSON."""
     options = prepared.options
     data = rows.step_settings()
     del data["batch_size"]
@@ -92,13 +92,13 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
 def open_step_log(
     prepared: Prepared, rows: TaskRows, run: RunContext
 ) -> tuple[StepLogWriter | None, dict[int, StepRecord]]:
-    """Begin the log of steps in the run's folder, with that of the run that is continued.
+    """Begin the log of losses in the run's folder, with the log of the continued run.
 
-    A run that continues a checkpoint first takes the steps again that the log has after it, without forward passes; not if an
-    option that they depend on has changed. Estimators that differentiate have no log.
+    A resumed run first repeats the steps that the log has after the checkpoint, without forward passes, unless an option that
+    they depend on has changed. Estimators that differentiate have no log.
 
     Returns:
-        Where steps are written, ``None`` where they are not; and the steps to take again.
+        The writer of the log, ``None`` if no log is written; and the steps to repeat.
     """
     if run.quick or prepared.options.estimator.differentiates:
         return None, {}
@@ -107,7 +107,7 @@ def open_step_log(
     step = 0 if run.checkpoint is None else int(run.checkpoint.content["global_step"])
     known = {} if before is None else {number: record for number, record in before.steps.items() if number >= step}
     if known:
-        say(f"Steps {step} to {max(known)} are in the log of the run: they are taken again from it.")
+        say(f"Steps {step} to {max(known)} are in the log of the run and are repeated from it.")
     if run.folder is None or not first:
         return None, known
     if run.checkpoint is None:
@@ -118,27 +118,29 @@ def open_step_log(
 
 
 def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
-    """The log of the run that is continued; ``None`` where there is none, or it is of other steps."""
+    """Return the log of the continued run; ``None`` if there is none, or if its options differ."""
     path = None if run.checkpoint is None else Path(run.checkpoint.path).parent.parent / STEP_LOG
     if path is None or not path.is_file():
         return None
     try:
         log = read_step_log(path)
     except SlzoError as error:
-        say(f"{error}; its steps are not taken from it")
+        say(f"{error}; its steps are not used")
         return None
     if log.settings != settings:
-        say("Options that steps depend on have changed: what the log of the run has after the checkpoint is not used.")
+        say(
+            "Options that steps depend on have changed; the steps after the checkpoint in the log of the run are not used."
+        )
         return None
     return log
 
 
 def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
-    """A checkpoint of the first masters, without those that follow from the base model."""
+    """Return a checkpoint of the first masters; without an adapter they follow from the base model and are left out."""
     tensors = prepared.model.tensors
     return {
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
         "state_dict": {} if prepared.model.adapter is None else tensors.copy_of_masters(),
-        "slzo": checkpoint_note(prepared, rows),
+        "slzo": make_note(prepared, rows),
     }

@@ -1,4 +1,4 @@
-"""What a training run is made of: where it runs, what its steps need, and how it ended."""
+"""The parts of a training run: where it runs, what its steps need, and how it ended."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +26,11 @@ class RunContext:
     Attributes:
         device: Device of this process.
         max_steps: Limit of the steps, -1 for none; schedules depend on it.
-        planned_steps: Steps that the training will take, as far as that is known before it.
-        folder: Folder of the run, for the log of steps; ``None`` where no checkpoints are written.
+        planned_steps: Expected number of steps.
+        folder: Folder of the run, for the log of losses; ``None`` if no checkpoints are written.
         checkpoint: Checkpoint to continue; ``None`` for a new training.
         profiler: How the model is profiled; ``None`` without a profiler.
-        quick: Whether this is only a trial of the code (``fast_dev_run``): nothing extra is measured or written.
+        quick: Whether this is a ``fast_dev_run``, in which nothing extra is measured or written.
     """
 
     device: torch.device
@@ -47,15 +47,15 @@ class Prepared:
     """Everything that the steps of a training need.
 
     Attributes:
-        options: The options, with what was decided on the way.
-        untuned: The model without what is tuned.
-        model: What is tuned.
+        options: The options, with the decisions made in preparation.
+        untuned: The untuned model.
+        model: The tuned model.
         stepper: Takes the steps.
         layer: The dominant layer; ``None`` for scopes that need none.
         layer_reason: Why this layer.
-        choice: The choice of a rule, with its trials; ``None`` where no rule was asked.
-        profile: Outlier profile; ``None`` where there is none.
-        plan: Memory plan; ``None`` where there is none.
+        choice: The choice of a rule, with its trials; ``None`` if no rule was used.
+        profile: Outlier profile; ``None`` if there is none.
+        plan: Memory plan; ``None`` if there is none.
         resumed: Whether a checkpoint is continued.
     """
 
@@ -73,7 +73,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training has to say when its last step is done.
+    """Results of a training after its last step.
 
     Attributes:
         steps: Steps taken.

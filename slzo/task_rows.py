@@ -71,14 +71,14 @@ class TaskRows:
         hub_path: Hub data set to use instead of the task's own.
         hub_config: Configuration of hub_path.
         num_train: Training rows.
-        num_dev: Dev rows, taken from the training split; left out, the task's default number.
-        num_test: Held-out rows, taken from the validation split; left out, all of them.
+        num_dev: Dev rows, taken from the training split; by default the task's own number.
+        num_test: Held-out rows, taken from the validation split; null takes all of them.
         batch_size: Training rows per step and process.
-        tokens_per_pass: Tokens of a training batch that go through the model at once, at most; a larger batch is run in parts,
-            with the same result but for rounding. Left out, all of them.
-        eval_batch_size: Rows per batch when scoring, at most; more rows make generation faster and take more memory.
-        eval_batch_tokens: Tokens per forward pass when scoring, at most; left out, a number that suits the device.
-        num_demonstrations: Solved training rows to put before each dev and held-out prompt (in-context learning; MeZO has
+        tokens_per_pass: Largest number of tokens of a training batch per forward pass; by default all of them. A larger batch is
+            run in parts, with the same result up to rounding.
+        eval_batch_size: Largest number of rows per batch when scoring; more rows make generation faster and take more memory.
+        eval_batch_tokens: Largest number of tokens per forward pass when scoring; by default a number that suits the device.
+        num_demonstrations: Solved training rows to put before each dev and held-out prompt (in-context learning; MeZO uses
             32). Training batches never contain any.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
@@ -86,14 +86,14 @@ class TaskRows:
         balanced: Draw all classes equally often in training; rows of a small class then come several times per epoch.
             For unequal weights instead, see CandidateCrossEntropy.
         objective: What training minimizes: loss, metric, {OBJECTIVES}, or your
-            own Objective; left out, Reward with data.reward, else "loss". "loss" is the task's (cross-entropy over candidates, or
-            the answer's likelihood). "metric" is the task's error (1 - accuracy, or 1 - F1 of generated answers), which has no
-            gradient; zeroth-order steps need none.
+            own Objective; by default Reward with data.reward, otherwise "loss". "loss" is the task's loss (cross-entropy over
+            candidates, or the answer's likelihood). "metric" is the task's error (1 - accuracy, or 1 - F1 of generated
+            answers), which has no gradient; zeroth-order steps need none.
         reward: Rewards of generated answers, one or several: built-in ones ({REWARDS}),
             package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective,
             training maximizes their weighted sum; with one, they are only reported.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
-        seed: Seed of the random draws; left out, that of seed_everything.
+        seed: Seed of the random draws; by default that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
     """
 
@@ -137,7 +137,7 @@ class TaskRows:
                 raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
             objective = named[objective][self.task.kind]()
         if isinstance(objective, Reward) and given not in (None, objective):
-            raise SlzoError("data.reward: the objective names its own functions; leave out one of the two")
+            raise SlzoError("data.reward: data.objective names its own functions; leave out one of the two")
         self.reward = objective if isinstance(objective, Reward) else given
         if self.reward is not None and self.task.kind is not Kind.GENERATION:
             raise SlzoError(
@@ -147,7 +147,7 @@ class TaskRows:
         self.objective = objective
         if self.task.metric == "reward" and self.reward is None:
             raise SlzoError(
-                f"data.reward: task {self.task.name!r} has no answers that held-out rows could be scored by; give a data.reward, "
+                f"data.reward: task {self.task.name!r} has no answers to score held-out rows with; give a data.reward, "
                 "or the rows' answers in data.task.answer_field"
             )
         # recorded before training, because checkpoints contain them
@@ -180,7 +180,7 @@ class TaskRows:
             check_has_classes(task)
         if balanced and length_buckets:
             raise SlzoError(
-                "data.balanced true: data.length_buckets makes batches of rows of one length, whatever their class; leave one out"
+                "data.balanced true: data.length_buckets chooses the rows of a batch by length, not by class; leave one out"
             )
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
@@ -220,7 +220,7 @@ class TaskRows:
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         advice = f"give TaskDataModule(tokenizer={name!r})"
         if size > known:
-            raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, model {name!r} knows {known}; {advice}")
+            raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
         if source != name:
             warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -386,8 +386,8 @@ class TaskRows:
     def _say_shortened(self, split: str) -> None:
         if isinstance(self.encoder, ChatEncoder) and self.encoder.shortened:
             say(
-                f"Shortened {self.encoder.shortened} sequences of {split} rows to {self.encoder.max_length} tokens: former turns "
-                "were left out first (data.max_length)."
+                f"Shortened {self.encoder.shortened} sequences of {split} rows to {self.encoder.max_length} tokens: earlier "
+                "turns were left out first (data.max_length)."
             )
             self.encoder.shortened = 0
 

@@ -39,11 +39,10 @@ _MAX_LAUNCHED = 64
 
 
 class ZOTrainer(Trainer):
-    """Lightning's Trainer as the command line makes it: a run has a folder, checkpoints, a summary and a page.
+    """Lightning's Trainer as the command line makes it: a run has a folder, checkpoints, a summary and a report.
 
-    Takes every option of :class:`lightning.pytorch.Trainer`; those that only make sense with back-propagation are refused. The
-    callbacks of :mod:`slzo.callbacks.defaults` are added where they are not given. Runs are written to ``runs/``, or below
-    ``default_root_dir``.
+    Takes the options of :class:`lightning.pytorch.Trainer`, but refuses those that only make sense with back-propagation. It
+    adds the missing callbacks of :mod:`slzo.callbacks.defaults`. Runs are written to ``runs/``, or below ``default_root_dir``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -86,10 +85,10 @@ class ZOTrainer(Trainer):
 
         Args:
             model: A ZOModule.
-            train_dataloaders: Not needed with a data module, which may come in their place.
+            train_dataloaders: Not needed with a data module, which can be given here instead.
             val_dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
-            ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` for the newest run's.
+            ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` of the newest run.
             weights_only: Passed on.
         """
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
@@ -99,15 +98,15 @@ class ZOTrainer(Trainer):
             check_callbacks(self.callbacks, datamodule.metric_names("val"))
         checkpoint = self._find(ckpt_path)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        checkpoint = None  # its tensors are not needed all the time
+        checkpoint = None  # frees its tensors
         if path is not None and 0 < self.max_steps <= begun:
             say(
-                f"The checkpoint {path} has all {begun} steps (trainer.max_steps {self.max_steps}); raise trainer.max_steps to "
-                "train on, or score it with slzo test"
+                f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); raise "
+                "trainer.max_steps to continue, or score it with slzo test"
             )
             return
         with run_folder(self, begun):
-            self.ckpt_path = path  # known before the module's setup
+            self.ckpt_path = path  # the module's setup needs it
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, None, weights_only)
             finally:
@@ -115,7 +114,7 @@ class ZOTrainer(Trainer):
 
     @property
     def log_dir(self) -> str | None:
-        """Folder of the run; without a logger none, unless ``default_root_dir`` is given."""
+        """Folder of the run; ``None`` without a logger, unless ``default_root_dir`` is given."""
         return (log_dir_of(self) or super().log_dir) if self._writes else None
 
     def test(
@@ -165,7 +164,7 @@ class ZOTrainer(Trainer):
             model: A ZOModule.
             dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
-            return_predictions: Return the records, batch by batch; left out, they are.
+            return_predictions: Whether to return the records, batch by batch; by default true.
             ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
             weights_only: Passed on.
         """
@@ -174,7 +173,7 @@ class ZOTrainer(Trainer):
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
-        """A checkpoint, read; ``last`` and ``best`` are the newest run's."""
+        """Read a checkpoint; ``last`` and ``best`` are those of the newest run."""
         if ckpt_path is None:
             return None
         root = self.logger.save_dir if self.logger is not None else None
@@ -184,7 +183,7 @@ class ZOTrainer(Trainer):
         return found
 
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
-        """Path of the checkpoint to score; says that there is none, unless the model was just fitted."""
+        """Return the path of the checkpoint to score; print that there is none, unless the model was just fitted."""
         checkpoint = self._find(ckpt_path)
         if checkpoint is None and getattr(model, "tuned_model", None) is None:
             say("No --ckpt_path given: scoring the untuned model.")
@@ -195,28 +194,28 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Refuse options that would fail late, do nothing or never end, before anything is loaded.
 
     Raises:
-        SlzoError: With the option and what is allowed.
+        SlzoError: An option cannot be used.
     """
     if options.get("precision") not in _FULL_PRECISION:
         raise SlzoError(
-            f"trainer.precision {options['precision']!r}: the masters of the tuned layer stay in float32, leave it at 32-true; "
+            f"trainer.precision {options['precision']!r}: the masters of the tuned layer stay in float32; leave it at 32-true; "
             "for a model in half precision set model.dtype to bfloat16 or float16"
         )
     if options.get("gradient_clip_val") is not None:
         raise SlzoError(
             f"trainer.gradient_clip_val {options['gradient_clip_val']}: there is no back-propagated gradient to clip; lower "
-            "model.optimizer.init_args.lr, or set model.clip_projected_grad"
+            "model.optimizer.lr, or set model.clip_projected_grad"
         )
     if options.get("accumulate_grad_batches", 1) != 1:
         raise SlzoError(
-            f"trainer.accumulate_grad_batches {options['accumulate_grad_batches']}: a forward-only step needs no accumulation, "
+            f"trainer.accumulate_grad_batches {options['accumulate_grad_batches']}: a forward-only step needs no accumulation; "
             "raise data.batch_size or model.num_queries; data.tokens_per_pass runs a large batch in parts"
         )
     if options.get("val_check_interval") == 0:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
     strategy = options.get("strategy")
     if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
-        raise SlzoError(f"trainer.strategy {strategy!r}: it copies this process, which slzo cannot work with; use ddp")
+        raise SlzoError(f"trainer.strategy {strategy!r}: it copies this process, which slzo does not support; use ddp")
     for name in ("check_val_every_n_epoch", "log_every_n_steps"):
         value = options.get(name)
         if isinstance(value, int) and value < (name == "check_val_every_n_epoch"):
@@ -228,20 +227,20 @@ def check_options(options: Mapping[str, Any]) -> None:
     devices = options.get("devices")
     most = max(_MAX_LAUNCHED, os.cpu_count() or 1, torch.cuda.device_count())
     if str(devices).isdecimal() and int(str(devices)) > most:
-        raise SlzoError(f"trainer.devices {devices}: each is a process of its own; give at most {most}")
+        raise SlzoError(f"trainer.devices {devices}: each device has a process of its own; give at most {most}")
 
 
 def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
-    """Refuse checkpoints and stops that watch, or are named after, what does not exist; ``metrics`` of validations exist.
+    """Refuse callbacks that monitor, or name a file after, a metric that does not exist; ``metrics`` lists those of validations.
 
     Raises:
-        SlzoError: With the option and what is allowed.
+        SlzoError: There is no such metric, or a file cannot be named.
     """
     for callback in callbacks:
         option = "checkpoint" if isinstance(callback, BestCheckpoint) else type(callback).__name__
         monitor = getattr(callback, "monitor", None)
         own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
-        # other callbacks may log names of their own, and training steps log many
+        # other callbacks may log metrics of their own, and training steps log many
         if (
             own
             and isinstance(monitor, str)

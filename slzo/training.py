@@ -1,6 +1,6 @@
-"""Makes what a training needs, from its options and rows: the model in parts, the masters, the measured step, the stepper.
+"""Makes the pieces of a training from its options and rows: model parts, masters, measured step and stepper.
 
-``fit``, sweep, race and replay are made of these calls.
+``fit``, sweep, race and replay use these functions.
 """
 
 from typing import Any, cast
@@ -25,7 +25,7 @@ def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
     """Load the model on a device and split it into parts; nothing is tuned yet.
 
     Raises:
-        SlzoError: It cannot be loaded, or its architecture cannot be run in parts.
+        SlzoError: The model cannot be loaded, or cannot be run in parts.
     """
     if options.engine.cache_dir is not None:
         check_cache_folder(options.engine.cache_dir)
@@ -41,7 +41,7 @@ def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
 
 
 def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:
-    """Check that the rows' tokenizer is the model's, and cut prompts to the positions that it has.
+    """Check that the rows' tokenizer is the model's, and limit prompts to its number of positions.
 
     Raises:
         SlzoError: The tokenizer has tokens that the model does not have.
@@ -52,7 +52,7 @@ def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> N
 def tune(
     parts: ModelParts, options: TrainingOptions, rows: TaskRows, layer: int | None, cache: PrefixCache | None = None
 ) -> TunedModel:
-    """Make masters of what the scope names, from the model's present weights; see :meth:`TunedModel.from_scope`."""
+    """Make masters of the tensors of the scope from the model's current weights; see :meth:`TunedModel.from_scope`."""
     device = parts.model.device
     return TunedModel.from_scope(
         parts,
@@ -66,19 +66,19 @@ def tune(
 
 
 def plan_prefix(model: TunedModel, rows: TaskRows) -> None:
-    """Decide which rows' states are kept, and with which other rows each is computed."""
+    """Decide which rows have their prefix states cached, and which rows are computed together."""
     model.plan_prefix(rows.prefix_blocks(), rows.prompt_blocks())
 
 
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:
-    """Scores rows with the live weights."""
+    """Return an evaluator that scores rows with the live weights."""
     return rows.evaluator(model.parts, model.logits, model.prompt_states)
 
 
 def make_stepper(
     model: TunedModel, options: TrainingOptions, rows: TaskRows, *, step: StepOptions | None = None, **state: Any
 ) -> Stepper:
-    """The stepper of a training, with the objective of the rows; ``state`` as for :class:`Stepper`."""
+    """Return the stepper of a training with the objective of the rows; ``state`` is passed on to :class:`Stepper`."""
     return Stepper(
         model,
         rows.objective,
@@ -104,9 +104,9 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps:
     """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
 
     Args:
-        stepper: Of the training.
-        rows: Its rows.
-        seed: Seed of the batches; left out, that of the rows.
+        stepper: Stepper of the training.
+        rows: Rows of the training.
+        seed: Seed of the batches; by default that of the rows.
         eps: Size of the perturbation; ``None`` to find one.
 
     Raises:
@@ -121,6 +121,6 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps:
     except SlzoError as error:
         if problems := loss.report.problems:
             raise SlzoError(
-                f"{problems[0]}; so no step could be measured (model.eps or model.optimizer.lr auto)"
+                f"{problems[0]}; therefore no step could be measured (model.eps or model.optimizer.lr auto)"
             ) from error
         raise

@@ -1,6 +1,7 @@
 """Checkpoints between validations: a resumed run is the one that was never stopped, and little is lost."""
 
 import shutil
+from itertools import count
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from slzo.__main__ import main
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.evaluation.evaluator import RunningScore
 
 
 @pytest.fixture
@@ -81,3 +83,24 @@ def test_a_state_is_saved_every_so_many_minutes(options, saved, monkeypatch, min
     assert sorted(set(found.values())) == steps
     assert all(before <= step for step, before in found.items())
     assert read_checkpoint(last_checkpoint()).content["global_step"] == 9
+
+
+@pytest.mark.parametrize("longer", [5, 6])
+def test_the_best_checkpoint_of_the_last_validation_is_known_afterwards(options, longer, monkeypatch):
+    """The schedule has none after step 3; it is the best one, for which the older file is deleted."""
+    falling = count(1000, -1)
+    monkeypatch.setattr(RunningScore, "compute", lambda self: {"loss": float(next(falling)), "accuracy": 0.5})
+    options = [*options, "--trainer.val_check_interval=2", "--checkpoint.monitor=val/loss", "--checkpoint.mode=min"]
+    assert main(["fit", *options, "--trainer.max_steps=3"]) == 0
+    best = run_dir() / "checkpoints/step=3.ckpt"
+    assert [path.name for path in best.parent.glob("step=*.ckpt")] == [best.name]
+    assert main(["fit", *options, f"--trainer.max_steps={longer}", f"--ckpt_path={last_checkpoint()}"]) == 0
+    unbroken = [*options, f"--trainer.max_steps={longer}"]
+    assert main(["fit", *unbroken]) == 0
+    resumed, whole = tuned(last_checkpoint(1)), tuned(last_checkpoint(2))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for number in (1, 2):
+        callbacks = read_checkpoint(last_checkpoint(number)).content["callbacks"].values()
+        paths = [state["best_model_path"] for state in callbacks if "best_model_path" in state]
+        assert [path.endswith(f"step={longer}.ckpt") for path in paths] == [True]
+    assert main(["export", "--ckpt_path=best", "--output=exported"]) == 0

@@ -15,7 +15,7 @@ class AnswerLog(Callback):
     """Logs generated answers to dev rows as text in TensorBoard.
 
     Args:
-        num_examples: Dev rows whose answers are shown after each validation, the same ones each time.
+        num_examples: Number of dev rows whose answers are shown after each validation; always the same rows.
     """
 
     def __init__(self, num_examples: int = 4) -> None:
@@ -23,7 +23,7 @@ class AnswerLog(Callback):
         self._shown: dict[str, str] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Forget the answers of the last validation."""
         self._shown.clear()
 
     def on_validation_batch_end(
@@ -35,7 +35,7 @@ class AnswerLog(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first answers."""
+        """Keep the answers to the first rows."""
         outcome = outputs.get("outcome") if isinstance(outputs, dict) else None
         if not isinstance(outcome, Outcome) or not isinstance(batch, EvalBatch) or not outcome.num_tokens:
             return
@@ -45,13 +45,13 @@ class AnswerLog(Callback):
             self._shown[row.example.id] = f"**prompt**\n\n{prompt}\n\n**answer**\n\n{answer}{reward}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
+        """Write the answers."""
         if isinstance(trainer.logger, TensorBoardLogger) and not trainer.sanity_checking:
             for id, text in self._shown.items():
                 trainer.logger.experiment.add_text(f"answers/{id}", text, trainer.global_step)
 
 
 def _shown(text: str) -> str:
-    """A text as a block of Markdown, cut to what one reads."""
+    """Return a text as a Markdown code block, cut to a readable length."""
     cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return "\n".join(f"    {line}" for line in cut.split("\n"))

@@ -17,18 +17,18 @@ from slzo.utils.errors import Interrupted, SlzoError
 
 AUTO_MONITOR = "auto"
 LAST = "last.ckpt"
-# With several processes all must agree that it is time to save; asking costs a message.
+# With several processes, all must agree that it is time to save; each question costs a message.
 _STEPS_BETWEEN_QUESTIONS = 10
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint; a resumed run knows the best state of the run that it continues.
+    """Lightning's ModelCheckpoint; a resumed run takes over the best state of the run that it continues.
 
-    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 where training maximizes that.
+    With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose what to watch where ``monitor`` is auto."""
+        """Choose the metric to watch if ``monitor`` is auto."""
         rows = getattr(trainer, "datamodule", None)
         if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
             metric = rows.selection_metric
@@ -45,20 +45,20 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Saves after validations, between them, at the end, and when a signal stops the run.
 
-    It saves only where Lightning restarts exactly: after a step that no validation follows, and after a validation. Ctrl-C and
-    SIGTERM stop a run at the next such place, on all processes at the same one. A second signal stops it at once, and nothing
-    is saved. A later resume takes the steps that this loses from the log of losses.
+    It saves only where Lightning can restart exactly: after a validation, and after a step that no validation follows. Ctrl-C
+    and SIGTERM stop a run at the next such place, which is the same for all processes. A second signal stops it at once without
+    saving. A later resume repeats the lost steps from the log of losses.
 
-    The state after the last step replaces ``last.ckpt`` when everything else is done: a run that is killed while its held-out
-    rows are scored then still has steps left, and ends as others do when it is resumed. The last step is validated in any case,
-    since it may be the best one.
+    The state after the last step replaces ``last.ckpt`` only when everything else is done. A run that is killed while its
+    held-out rows are scored therefore has steps left, and a resume finishes it normally. The last step is always validated,
+    because it may be the best one.
 
     As a ``Checkpoint`` it runs after :class:`BestCheckpoint`, whose state it saves.
 
     Args:
-        every_n_steps: Save after so many steps too; left out, by time alone.
-        every_minutes: Save when the last save is so long ago: a crash loses at most this much; 0 saves by steps and validations
-            alone.
+        every_n_steps: Interval between two saves in steps; by default only the time counts.
+        every_minutes: Interval between two saves in minutes, which is the most that a crash loses; 0 saves only by steps and
+            after validations.
     """
 
     def __init__(self, every_n_steps: int | None = None, every_minutes: float = 5.0) -> None:
@@ -66,28 +66,28 @@ class LastCheckpoint(Checkpoint):
             raise SlzoError(f"last_checkpoint.every_n_steps {every_n_steps}: must be at least 1, or left out")
         if not every_minutes >= 0:
             raise SlzoError(
-                f"last_checkpoint.every_minutes {every_minutes}: must be 0 or more; 0 does not look at the time"
+                f"last_checkpoint.every_minutes {every_minutes}: must be 0 or more; 0 saves only by steps and validations"
             )
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._signals = StopSignals()
         self._in_epoch = False
-        self._every_n_epoch: int | None = None  # of the schedule, while the last validation is brought about
+        self._every_n_epoch: int | None = None  # the schedule's value while the last validation is forced
         self._saved_step = self._final_step = -1
         self._saved_at = -math.inf
         self._saved: Path | None = None
         self._stop = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals; save after the first step, from which a crash can go on with the log of losses."""
-        if trainer.received_sigterm:  # Lightning's handler was there first
+        """Handle signals. The first step is saved, so that a resume after a crash can use the log of losses."""
+        if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(15)
         self._saved_step = self._final_step = -1
         self._saved_at, self._saved, self._stop = -math.inf, None, 0
         self._signals.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop before the step, or wait until it is done."""
+        """Stop before the step if a signal came; otherwise later signals wait until the step is done."""
         if self._stop:
             raise Interrupted(self._stop, saved=True)
         self._signals.waits = self._in_epoch = True
@@ -98,25 +98,26 @@ class LastCheckpoint(Checkpoint):
         """Save, unless a validation follows."""
         if validation_due(trainer):
             return
-        if is_last_step(trainer):
-            self._save_final(trainer)
-            # Lightning validates a step that it stops after, but not in an epoch without validations
+        if not is_last_step(trainer):
+            self._save_if_due(trainer)
+        elif trainer.enable_validation:
+            # Lightning validates the step at which it stops, but not in an epoch without validations
             self._every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, None
             trainer.should_stop = True
         else:
-            self._save_if_due(trainer)
+            self._save_final(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the schedule back that was changed for the last validation."""
+        """Restore the schedule that was changed for the last validation."""
         self._restore_schedule(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after a validation of the schedule."""
-        if not validation_due(trainer):
+        """Save; what :class:`BestCheckpoint` has just written or deleted is part of the state."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if is_last_step(trainer):
             self._save_final(trainer)
-        else:
+        elif validation_due(trainer):
             self._save_if_due(trainer, always=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,9 +125,9 @@ class LastCheckpoint(Checkpoint):
         self._in_epoch = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the present epoch as begun.
+        """Count the current epoch as started.
 
-        Lightning does not count the epoch after a restart from an epoch's last step, and would miscount at the next restart.
+        After a restart from an epoch's last step, Lightning does not count the epoch, and the next restart would miscount.
         """
         if self._in_epoch:
             for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
@@ -146,7 +147,7 @@ class LastCheckpoint(Checkpoint):
             _final(folder).replace(folder / LAST)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on, and pass a signal on."""
+        """Print how to continue, and forward a signal."""
         self._signals.remove()
         self._restore_schedule(trainer)
         if isinstance(exception, Interrupted) and not exception.saved:
@@ -162,7 +163,7 @@ class LastCheckpoint(Checkpoint):
             trainer.check_val_every_n_epoch, self._every_n_epoch = self._every_n_epoch, None
 
     def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
-        """Save if it is time, or a signal has come, after which the next step does not begin."""
+        """Save if it is time or a signal came; after a signal, the next step does not begin."""
         step = trainer.global_step
         self._stop = self._signals.requested(trainer)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
@@ -174,7 +175,7 @@ class LastCheckpoint(Checkpoint):
             self._saved_at = time.monotonic()
 
     def _save_final(self, trainer: Trainer) -> None:
-        """Save the state after the last step, and stop if a signal has come."""
+        """Save the state after the last step, and stop if a signal came."""
         folder = _folder(trainer)
         if folder is not None:
             trainer.save_checkpoint(_final(folder), weights_only=False)
@@ -194,11 +195,11 @@ class LastCheckpoint(Checkpoint):
 
 
 def _folder(trainer: Trainer) -> Path | None:
-    """Folder of the checkpoints; ``None`` where nothing is written."""
+    """Folder of the checkpoints; ``None`` if nothing is written."""
     log_dir = trainer.log_dir  # a collective call: every process must make it
     return None if log_dir is None or getattr(trainer, "fast_dev_run", False) else Path(log_dir) / "checkpoints"
 
 
 def _final(folder: Path) -> Path:
-    """Where the state after the last step waits until everything else is done."""
+    """File that holds the state after the last step until everything else is done."""
     return folder / f"{LAST}.final"

@@ -16,25 +16,25 @@ from slzo.callbacks.step_watch import StepWatch
 
 DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
     {
-        "profiler": OutlierProfiler,  # writes the profile before anything else is said
+        "profiler": OutlierProfiler,  # writes the profile before the others print
         "guard": LossGuard,  # rolls back before a state is saved
         "watch": StepWatch,
         "answers": AnswerLog,
-        "record": RunRecord,  # reads what those above have counted
+        "record": RunRecord,  # reads the counts of the callbacks above
         "checkpoint": BestCheckpoint,  # Lightning runs checkpoints last
         "last_checkpoint": LastCheckpoint,  # saves the state of all others
     }
 )
-"""By the name of their options on the command line. A callback of the user's own runs before ``record``."""
+"""Classes by the name of their option group. The user's own callbacks run before ``record``."""
 
 BEST_OPTIONS: Mapping[str, str | bool] = MappingProxyType(
     {"monitor": AUTO_MONITOR, "mode": "min", "filename": "step={step}", "auto_insert_metric_name": False}
 )
-"""Arguments of BestCheckpoint."""
+"""Default arguments of BestCheckpoint."""
 
 
 def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
-    """Given callbacks and the default ones that are not among them, in the order in which they run.
+    """Return the given callbacks and the missing default ones, in the order in which they run.
 
     Args:
         given: The user's callbacks.
@@ -51,11 +51,11 @@ def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progre
     if progress and not any(isinstance(each, ProgressBar) for each in kept):
         kept.insert(0, StepProgressBar())
     order = list(DEFAULTS.values())
-    own = order.index(RunRecord) - 0.5  # where callbacks of the user's own run
+    own = order.index(RunRecord) - 0.5  # where the user's own callbacks run
 
     def place(callback: Callback) -> float:
         if isinstance(callback, ProgressBar):
-            return -1  # its line ends before others write
+            return -1  # ends its line before the others print
         return next((float(number) for number, kind in enumerate(order) if isinstance(callback, kind)), own)
 
     return sorted(kept, key=place)

@@ -1,4 +1,4 @@
-"""Goes back to earlier weights when the dev loss spikes: smaller steps from the last good weights."""
+"""Rolls back to the last good weights and takes smaller steps when the dev loss spikes."""
 
 import math
 from typing import Any, Literal
@@ -12,27 +12,27 @@ from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 
-# How far the loss of n dev rows may rise above its lowest, times the root of n: 5% with 200 rows. Rewards and F1 vary more.
+# Allowed relative rise of the loss of n dev rows, times sqrt(n): 5% with 200 rows. Rewards and F1 vary more.
 _OF_LOSSES, _OF_METRICS = 0.7, 2.0
 
 
 class LossGuard(Callback):
-    """Rolls back to the last good weights and halves the learning rate when the dev loss rises too far above its lowest.
+    """Rolls back to the last good weights and halves the learning rate when the dev loss rises too far above its lowest value.
 
-    Where training maximizes a reward, its distance to the best reward takes the place of the loss.
+    If training maximizes a reward, the guard uses its distance to the best reward instead of the loss.
 
-    The optimizer forgets its momentum too, which came from what went wrong. The guard keeps one more float32 copy of what is
-    tuned; where that is more than 2 GiB it only halves the rate, and momentum stays. It looks at the validations of the
-    schedule, not at the one that only the end of a run brings.
+    A rollback also clears the optimizer's momentum. The guard keeps one more float32 copy of the tuned tensors. If that takes
+    more than 2 GiB, the guard only halves the rate, and the momentum stays. It ignores a validation that is not scheduled, such
+    as the one at the end of a run.
 
     Args:
-        factor: Largest dev loss as a multiple of the lowest so far, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200 (for
-            rewards and F1 1 + 2 / sqrt(dev rows)); null never rolls back.
+        factor: Largest allowed dev loss as a multiple of the lowest so far, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200
+            (1 + 2 / sqrt(dev rows) for rewards and F1); null never rolls back.
     """
 
     def __init__(self, factor: float | Literal["auto"] | None = "auto") -> None:
         if factor is not None and factor != "auto" and not 1 < factor < math.inf:
-            raise SlzoError(f"guard.factor {factor}: must be above 1, or auto, or null to guard nothing; 1.05 is usual")
+            raise SlzoError(f"guard.factor {factor}: must be above 1, or auto, or null for no rollback; 1.05 is usual")
         self.factor = factor
         self.rollbacks = 0
         self._lowest = math.inf

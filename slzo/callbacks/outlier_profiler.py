@@ -1,4 +1,4 @@
-"""Finds the dominant layer before training, by forward passes only."""
+"""Finds the dominant layer before training, with forward passes only."""
 
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from slzo.zo.selection import RULES, Auto, SelectionRule
 class OutlierProfiler(Callback):
     """Measures activation outliers of every decoder layer and lets a rule choose the layer to tune.
 
-    Reports how clear the choice is, in standard errors over the sequences, and what was wrong with the prompts.
+    Reports how clear the choice is, in standard errors over the sequences, and problems with the prompts.
 
-    The model is profiled when a fit is prepared, see :func:`slzo.fit.prepare`; this callback holds the options, writes the
-    profile to the run's folder and keeps it in checkpoints. When model.layer is set the profile is only made for the picture,
-    and when model.scope needs no layer there is none. A resumed run takes layer and profile from its checkpoint. A rule that
-    trains layers (Race, Auto in doubt) does so under a plain Lightning Trainer too.
+    :func:`slzo.fit.prepare` profiles the model; this callback holds the options, writes the profile to the run's folder and
+    keeps it in checkpoints. If model.layer is set, the profile is only drawn. If model.scope needs no layer, there is no
+    profile. A resumed run takes layer and profile from its checkpoint. Rules that train layers (Race, and Auto in doubt) also
+    work with a plain Lightning Trainer.
 
     Args:
-        rule: {RULES}, or your own SelectionRule; left out, Auto.
-        num_sequences: Prompts to average over, at least 10; if fewer are there, those. Prompts of one token are left out.
+        rule: {RULES}, or your own SelectionRule; by default Auto.
+        num_sequences: Prompts to average over, at least 10; all of them if there are fewer. Prompts of one token are left out.
         batch_size: Prompts per forward pass.
-        text_file: Take sequences from this file, one a line, instead of the task's prompts.
+        text_file: Take sequences from this file, one per line, instead of the task's prompts.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class OutlierProfiler(Callback):
         self.profile: OutlierProfile | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the profile; that of a resumed run is its checkpoint's."""
+        """Write the profile; a resumed run has it from its checkpoint."""
         prepared = getattr(pl_module, "prepared", None)
         log_dir = trainer.log_dir  # a collective call: every process must make it
         if not isinstance(prepared, Prepared) or getattr(trainer, "fast_dev_run", False):
@@ -68,7 +68,7 @@ class OutlierProfiler(Callback):
 
 
 def log_picture(trainer: Trainer, name: str, file: Path) -> None:
-    """Give a PNG file to every logger that takes pictures."""
+    """Send a PNG file to every logger that accepts images."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             from matplotlib.image import imread

@@ -13,10 +13,10 @@ from slzo.utils.runtime import gather_from_processes
 
 
 class PredictionWriter(Callback):
-    """Collects what predict_step returns, from every process, in one file.
+    """Collects the records of predict_step from all processes in one file.
 
     Args:
-        output: File to write; left out, predictions.jsonl in the run's folder.
+        output: File to write; by default predictions.jsonl in the run's folder.
 
     Raises:
         SlzoError: The file cannot be written.
@@ -26,7 +26,9 @@ class PredictionWriter(Callback):
         self.output = output
         self._records: list[tuple[int, dict[str, Any]]] = []
         if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-            raise SlzoError(f"output {output!r}: not a file in an existing folder; give one such as predictions.jsonl")
+            raise SlzoError(
+                f"output {output!r}: not a file in an existing folder; give a path such as predictions.jsonl"
+            )
         if output is not None:
             check_writable(output)
 
@@ -37,7 +39,7 @@ class PredictionWriter(Callback):
         self._records.extend(outputs)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather and write."""
+        """Gather the records and write them."""
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else Path(self.output)

@@ -9,15 +9,15 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from slzo.utils.console import say
 
-# short: what was found on the dev rows is to be seen in 80 columns
+# short, so that the dev metrics fit into 80 columns
 _FORMAT = "{n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
 
 
 class StepProgressBar(TQDMProgressBar):
     """One bar from the first to the last step; zeroth-order runs are measured in steps, and epochs mean little.
 
-    Bars are written to standard error, all other lines to standard output. If standard error is not a terminal there is no bar,
-    and a line after each validation instead.
+    Bars are written to standard error, all other lines to standard output. If standard error is not a terminal, a
+    line after each validation replaces the bar.
 
     Args:
         refresh_rate: Steps between two updates of the bar.
@@ -29,7 +29,7 @@ class StepProgressBar(TQDMProgressBar):
 
     @property
     def is_disabled(self) -> bool:
-        """Whether there are no bars."""
+        """Whether no bars are shown."""
         return bool(super().is_disabled) or not sys.stderr.isatty()
 
     def _bar(self, description: str, leave: bool = True, position: int = 0, **options: Any) -> Tqdm:
@@ -44,20 +44,20 @@ class StepProgressBar(TQDMProgressBar):
         )
 
     def init_sanity_tqdm(self) -> Tqdm:
-        """Of Lightning's check before training."""
+        """Make the bar of Lightning's check before training."""
         return self._bar("Checking", leave=False)
 
     def init_validation_tqdm(self) -> Tqdm:
-        """Of a validation: below the training bar, if there is one."""
+        """Make the bar of a validation, below the training bar if there is one."""
         in_fit = self.trainer.state.fn == "fit"
         return self._bar("Validation", leave=not in_fit, position=int(in_fit))
 
     def init_test_tqdm(self) -> Tqdm:
-        """Of scoring held-out rows."""
+        """Make the bar for scoring held-out rows."""
         return self._bar("Testing")
 
     def init_predict_tqdm(self) -> Tqdm:
-        """Of predictions."""
+        """Make the bar of predictions."""
         return self._bar("Predicting")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,24 +68,24 @@ class StepProgressBar(TQDMProgressBar):
         self.train_progress_bar = self._steps
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The bar goes on over epochs."""
+        """Do nothing: the bar continues across epochs."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar: of the dev rows first, without the version of the run."""
+        """Return the metrics shown after the bar: dev metrics first, without the version of the run."""
         found = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
         return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("val/"), item[0] == "val/loss")))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         bar = self.train_progress_bar
         if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == bar.total:
             bar.set_postfix(self._shown(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what was found."""
+        """Show the dev metrics."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -100,6 +100,6 @@ class StepProgressBar(TQDMProgressBar):
         return {name: f"{value:.4g}" for name, value in found.items() if isinstance(value, float)}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the line, so that a message after it is readable."""
+        """End the line of the bar, so that the next message is readable."""
         if self._steps is not None:
             self._steps.close()

@@ -1,4 +1,4 @@
-"""Writes what a run depends on, finds and gains to the files of its folder."""
+"""Writes the environment, the history, samples and the summary of a run to its folder."""
 
 import json
 import math
@@ -28,15 +28,15 @@ class RunRecord(Callback):
     """Writes the files of a run's folder and prints its summary.
 
     * ``environment.json`` when training begins: versions, commit, command, seeds, devices, threads and kernels.
-    * ``history.json`` after each validation: step, evaluations, seconds, loss, metrics and peak memory. A run that continues a
-      checkpoint begins with the points of the run before it.
+    * ``history.json`` after each validation: step, evaluations, seconds, loss, metrics and peak memory. A resumed run begins
+      with the points of the run that it continues.
     * ``samples.json``, ``summary.json``, ``curves.png`` and ``report.html`` at the end, see :func:`slzo.fit.finish`.
 
     The held-out rows are scored with the untuned model before the first step, and with the best checkpoint at the end. After the
-    first steps it prints how long the run will take. It comes after the callbacks whose counts it reports.
+    first steps it prints a forecast of the run time. It runs after the callbacks whose counts it reports.
 
     Args:
-        test_before: Score the held-out rows before training too.
+        test_before: Also score the held-out rows before training.
     """
 
     def __init__(self, test_before: bool = True) -> None:
@@ -49,14 +49,14 @@ class RunRecord(Callback):
         self._forecast = Forecast()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the run depends on, and score the held-out rows with the untuned model."""
+        """Write the environment, and score the held-out rows with the untuned model."""
         if not isinstance(pl_module, ZOModule):
             return
         prepared = pl_module.prepared
         assert prepared is not None
         folder, rows = _folder(trainer), pl_module.rows
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):  # it shows each set of options as a run of its own
+            if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
                 logger.log_hyperparams(_options(trainer, pl_module))
         if folder is not None and trainer.is_global_zero:
             write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, pl_module, prepared)})
@@ -73,13 +73,13 @@ class RunRecord(Callback):
         self._train_started = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note when a step begins."""
+        """Record when a step begins."""
         self._forecast.begin()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After some steps, print what the rest of the run will take; a run of few steps is not worth it."""
+        """After some steps, print the forecast for the rest of the run; short runs print none."""
         if self._forecast.end() and isinstance(pl_module, ZOModule) and not getattr(trainer, "fast_dev_run", False):
             splits = pl_module.rows.splits
             assert splits is not None
@@ -93,7 +93,7 @@ class RunRecord(Callback):
                 say(line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what was found."""
+        """Add the results to the history."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
             return
         folder = _folder(trainer)
@@ -115,7 +115,7 @@ class RunRecord(Callback):
             write_json(folder / HISTORY_FILE, {"points": self._points})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the best checkpoint, print and write the summary."""
+        """Score the best checkpoint; print and write the summary."""
         if not isinstance(pl_module, ZOModule) or getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
             return
         prepared = pl_module.prepared
@@ -127,12 +127,12 @@ class RunRecord(Callback):
             trainer.logger.log_hyperparams(dict(pl_module.hparams), metrics=metrics)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the log of steps: Lightning calls no hook of the module then."""
+        """Close the log of losses; Lightning calls no hook of the module after an exception."""
         if isinstance(pl_module, ZOModule):
             pl_module.teardown("fit")
 
     def _outcome(self, trainer: Trainer) -> Outcome:
-        """What the summary says of the training; a collective call."""
+        """Collect the results of the training for the summary. A collective call."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         folder = _folder(trainer)
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
@@ -171,20 +171,20 @@ class RunRecord(Callback):
 
 
 def _folder(trainer: Trainer) -> Path | None:
-    """Folder of the run; ``None`` where nothing is written."""
+    """Folder of the run; ``None`` if nothing is written."""
     log_dir = trainer.log_dir  # a collective call: every process must make it
     return None if log_dir is None or getattr(trainer, "fast_dev_run", False) else Path(log_dir)
 
 
 def _log_scores(trainer: Trainer, scores: HeldOutScores) -> None:
-    """Give every logger the held-out scores, at the present step."""
+    """Log the held-out scores at the current step."""
     for logger in trainer.loggers:
         logger.log_metrics({f"test/{name}": value for name, value in scores.metrics.items()}, step=trainer.global_step)
         logger.save()
 
 
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
-    """Options that are not the model's, which Lightning gives to loggers itself."""
+    """Return the options to log besides those of the model, which Lightning logs itself."""
     rows = {f"data.{name}": value for name, value in module.rows.step_settings().items()}
     assert module.prepared is not None
     return {
@@ -212,26 +212,26 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
 
 
 def _points_before(trainer: Trainer) -> list[dict[str, Any]]:
-    """The points that the continued run has up to its checkpoint."""
+    """Return the points of the continued run up to the checkpoint."""
     if trainer.ckpt_path is None:
         return []
     path = Path(trainer.ckpt_path).parent.parent / HISTORY_FILE
     try:
         points = json.loads(path.read_text(encoding="utf-8"))["points"]
         return [point for point in points if point["step"] <= trainer.global_step]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: the curve begins here
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the curve begins here
         return []
 
 
 def _planned_steps(trainer: Trainer) -> int:
-    """Steps of the whole run, as far as they are known."""
+    """Return the number of steps of the run; 0 if it is not known."""
     epochs = (trainer.max_epochs or -1) * trainer.num_training_batches
     limits = [int(limit) for limit in (trainer.max_steps, epochs) if 0 < limit < math.inf]
     return min(limits, default=0)
 
 
 def _cache_growth(trainer: Trainer, module: ZOModule) -> float:
-    """GiB that the prefix cache will still take for training rows that were not seen yet, on the CPU."""
+    """Return the GiB of CPU memory that the prefix cache will still take for unseen training rows."""
     assert module.tuned_model is not None
     cache, rows = module.tuned_model.forward.cache, module.rows
     seen = trainer.global_step * rows.batch_size

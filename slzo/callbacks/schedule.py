@@ -8,11 +8,10 @@ from slzo.utils.errors import SlzoError
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Whether the schedule has a validation after the present step of a fit; a longer run would do it at this step too.
+    """Whether a scheduled validation follows the current step of a fit.
 
-    What changes a run looks at these validations alone, not at the one that only the end of a run brings: a run that is
-    continued must not differ from one that was longer from the beginning. With ``val_check_interval`` as a wall-clock time
-    there is no such step, and it is ``False``.
+    An extra validation at the end of a run is not scheduled. Callbacks that change a run ignore it, so that a continued run
+    equals one that was longer from the start. If ``val_check_interval`` is a wall-clock time, the result is always ``False``.
     """
     every, every_epoch = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.enable_validation or every is None:
@@ -26,7 +25,7 @@ def validation_due(trainer: Trainer) -> bool:
 
 
 def is_last_step(trainer: Trainer) -> bool:
-    """Whether training ends after the present step, as far as that is known before it ends."""
+    """Whether training ends after the current step, as far as this is known in advance."""
     if trainer.should_stop or trainer.global_step == trainer.max_steps:
         return True
     epochs = trainer.max_epochs
@@ -34,14 +33,14 @@ def is_last_step(trainer: Trainer) -> bool:
 
 
 def check_interval(trainer: Trainer, num_batches: int) -> None:
-    """Refuse an interval between validations that is longer than an epoch of so many batches, where epochs are counted.
+    """Refuse an interval between validations that is longer than an epoch, if validations are counted per epoch.
 
     Raises:
-        SlzoError: It is.
+        SlzoError: The interval is longer than ``num_batches``.
     """
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > num_batches:
         raise SlzoError(
-            f"trainer.val_check_interval {every}: an epoch has {num_batches} batches; give at most so many, or set "
-            "trainer.check_val_every_n_epoch to null to count steps over epochs"
+            f"trainer.val_check_interval {every}: an epoch has {num_batches} batches; give at most {num_batches}, or set "
+            "trainer.check_val_every_n_epoch to null to count steps across epochs"
         )

@@ -18,10 +18,11 @@ _GREW = 100.0
 
 
 class StepWatch(Callback):
-    """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops the run after some of them.
+    """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops the run after several of them.
 
-    Losses that are metrics often do not change; then it only warns. A loss is a spike if it is above twice the median of the last
-    50 steps and above the median by ten times the median distance from it; the summary has their number and the largest.
+    If the loss is a metric, it often does not change, and the callback only warns. A spike is a loss above twice the median of
+    the last 50 steps and more than ten median absolute deviations above that median. The summary has the number of spikes and
+    the largest one.
 
     Args:
         max_zero_steps: Stop after this many steps in a row whose projected gradients are exactly 0.
@@ -37,7 +38,7 @@ class StepWatch(Callback):
         self.spikes: dict[str, Any] = {"number": 0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how large the tuned tensors are; a resumed run knows how large they were at first."""
+        """Record the size of the tuned tensors; a resumed run keeps the size at the first start."""
         if isinstance(pl_module, ZOModule) and not (_resumed(pl_module) and self._size_at_start is not None):
             self._losses.clear()
             self._zeros, self.spikes, self._size_at_start = 0, {"number": 0}, _size(pl_module)
@@ -45,7 +46,7 @@ class StepWatch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the step."""
+        """Check the step."""
         result = outputs.get("result") if isinstance(outputs, dict) else None
         if not isinstance(result, StepResult) or not isinstance(pl_module, ZOModule) or not result.estimate.finite:
             return
@@ -57,11 +58,11 @@ class StepWatch(Callback):
         self._zeros += 1
         if estimate.loss == 0 or not pl_module.rows.objective.differentiable:
             if self._zeros == self.max_zero_steps:
-                warn(f"the loss, {estimate.loss:.4g}, changed along no direction for {self._zeros} steps")
+                warn(f"the loss, {estimate.loss:.4g}, did not change along any direction for {self._zeros} steps")
             return
         if self._zeros == 1:
             warn(
-                f"the projected gradient is exactly 0 at step {trainer.global_step}, nothing is learned: "
+                f"the projected gradient is exactly 0 at step {trainer.global_step}, so nothing is learned: "
                 f"{_reason(pl_module, self._size_at_start)}"
             )
         if self._zeros >= self.max_zero_steps:
@@ -82,7 +83,7 @@ class StepWatch(Callback):
         known.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Return the state for a checkpoint."""
         return {
             "losses": list(self._losses),
             "size_at_start": self._size_at_start,
@@ -91,7 +92,7 @@ class StepWatch(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._losses.extend(state_dict["losses"])
         self._size_at_start, self._zeros = state_dict["size_at_start"], state_dict["zeros"]
         self.spikes = dict(state_dict["spikes"])
@@ -102,25 +103,25 @@ def _resumed(module: ZOModule) -> bool:
 
 
 def _size(module: ZOModule) -> float:
-    """Root mean square of what is tuned."""
+    """Return the root mean square of the tuned tensors."""
     assert module.tuned_model is not None
     norms = torch.stack([master.detach().float().norm() for master in module.tuned_model.tensors.masters])
     return float(norms.norm()) / math.sqrt(module.tuned_model.tensors.num_elements)
 
 
 def _reason(module: ZOModule, at_start: float | None) -> str:
-    """Why no direction changes the loss, and what to do."""
+    """Return why no direction changes the loss, and what to do."""
     now, eps = _size(module), module.stepper.options.eps_at(module.global_step, module.trainer.max_steps)
     if at_start and not now < _GREW * at_start:
         return (
-            f"the tuned tensors grew by a factor of {now / at_start:.3g}, the steps are far too large; lower the learning rate "
-            f"(model.optimizer.init_args.lr {module.options.optimizer.lr:.3g})"
+            f"the tuned tensors grew by a factor of {now / at_start:.3g} because the steps are too large; lower the learning "
+            f"rate (model.optimizer.lr {module.options.optimizer.lr:.3g})"
         )
     smallest_change = now * torch.finfo(getattr(torch, module.options.dtype)).eps
     if not module.options.estimator.differentiates and eps < smallest_change:
         return (
-            f"model.eps {eps:.3g} is lost in rounding: entries of size {now:.2g} in {module.options.dtype} change by steps of "
-            f"about {smallest_change:.1g}; raise it, 1e-3 is a good start"
+            f"model.eps {eps:.3g} is lost in rounding: entries of size {now:.2g} in {module.options.dtype} change in steps of "
+            f"about {smallest_change:.1g}; raise it, for example to 1e-3"
         )
     return (
         f"no direction changes the loss (eps {eps:.3g}, entries of size {now:.2g}); raise model.eps, or lower the "

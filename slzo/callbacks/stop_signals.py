@@ -15,10 +15,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Notes the first signal and raises at the second one, or outside of the steps at the first one.
+    """Records the first signal and raises at the second one; outside of the steps it raises at the first one.
 
     Attributes:
-        waits: Whether a step or a validation is under way, at whose end the state is saved.
+        waits: Whether a step or a validation is running, so that a signal waits until the state is saved.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Handle the signals; after Lightning, which has put its own handlers in place when training starts."""
+        """Handle the signals. Call this when training starts, after Lightning has installed its own handlers."""
         self.waits, self._requested = False, 0
         if threading.current_thread() is not threading.main_thread():
             return
@@ -36,7 +36,7 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._handle)
 
     def remove(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the previous handlers."""
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
@@ -45,12 +45,12 @@ class StopSignals:
         if not self.waits or self._requested:
             raise Interrupted(number)
         self._requested = number
-        # print could be what was interrupted
+        # not print, which may be what the signal interrupted
         name = signal.Signals(number).name
-        os.write(2, f"\nslzo: {name}: stops after this step or validation; once more to stop at once\n".encode())
+        os.write(2, f"\nslzo: {name}: stopping after this step or validation; send it again to stop at once\n".encode())
 
     def requested(self, trainer: Trainer) -> int:
-        """Number of the signal that came, 0 for none; with several processes that of any. A collective call."""
+        """Return the number of the signal that any process received, 0 for none. A collective call."""
         if trainer.world_size == 1:
             return self._requested
         own = torch.tensor(float(self._requested), device=trainer.strategy.root_device)
@@ -58,7 +58,7 @@ class StopSignals:
 
 
 def pass_on(trainer: Trainer, number: int) -> None:
-    """Send a signal that ends this process to the processes that it has started."""
+    """Forward a signal that ends this process to the processes that it started."""
     kill = getattr(trainer.strategy.launcher, "kill", None)
     if kill is not None:
         kill(number)

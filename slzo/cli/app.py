@@ -1,4 +1,4 @@
-"""The LightningCLI of slzo: options and YAML in, one clear line out when they are wrong."""
+"""The LightningCLI of slzo: parses options and YAML, and reports an error in one line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.profiling import ProfileOptions
 from slzo.run import RunContext
-from slzo.tasks.template import TemplateTask  # noqa: F401  --data.task.help knows it by its name then
+from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer
 from slzo.training import adapt_rows, load_parts
 from slzo.utils.console import say
@@ -44,7 +44,7 @@ _MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class App:
-    """What a command works with.
+    """The objects that a command works with.
 
     Attributes:
         trainer: Runs fit, validate, test and predict.
@@ -81,14 +81,14 @@ class App:
         return self.rows
 
     def load(self) -> tuple[ModelParts, TaskDataModule]:
-        """Read the rows, load the model and fit them to each other."""
+        """Read the rows, load the model and adapt them to each other."""
         rows = self.set_up_rows()
         parts = load_parts(self.model.options, self.device)
         adapt_rows(rows, parts, self.model.options)
         return parts, rows
 
     def run_context(self) -> RunContext:
-        """The training that ``fit`` would do with these options."""
+        """Describe the training that ``fit`` would run with these options."""
         return RunContext(
             device=self.device,
             max_steps=self.trainer.max_steps,
@@ -107,7 +107,7 @@ class AppParser(CommandParser, LightningArgumentParser):
 
 
 class RunConfig(SaveConfigCallback):
-    """Saves the options of trainer, model, data and callbacks in the run's folder, not those of the command alone."""
+    """Saves the options of trainer, model, data and callbacks in the run's folder, without the command's own options."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         kept = config.clone()
@@ -138,7 +138,7 @@ class SlzoCLI(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The command's own options, then model, data and callbacks; Lightning's trainer last."""
+        """Add the command's own options, then model, data and callbacks, and Lightning's trainer last."""
         assert isinstance(parser, AppParser)
         add_command_arguments(parser, self._command)
         parser.add_lightning_class_args(ZOModule, "model")
@@ -159,7 +159,7 @@ class SlzoCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; refuse what the parser accepts and nothing can work with."""
+        """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
         parser.given = read_given(self._options)
         check_class_paths(parser, parser.given)
@@ -170,13 +170,13 @@ class SlzoCLI(LightningCLI):
             raise SlzoError(f"seed_everything {seed}: give a number from 0 to {_MAX_SEED}")
 
     def before_instantiate_classes(self) -> None:
-        """Runs are written below ``trainer.default_root_dir`` where it is given."""
+        """Write runs below ``trainer.default_root_dir`` if it is given."""
         root, place = self.config.get("trainer.default_root_dir"), "trainer.logger.init_args.save_dir"
         if root is not None and self.config.get(place) == RUNS:
             self.config[place] = str(Path(root) / RUNS)
 
     def instantiate_classes(self) -> None:
-        """Make trainer, model and data; what a class says of its arguments is one line."""
+        """Make trainer, model and data; report an error of a class in one line."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
@@ -186,7 +186,7 @@ class SlzoCLI(LightningCLI):
             raise problem from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; a run without a logger has a folder of its own too."""
+        """Make the trainer; a run without a logger also gets its own folder."""
         options = self.config_init["trainer"]
         if options.get("logger") is False:
             if options.get("default_root_dir") is not None:
@@ -208,12 +208,12 @@ def run_with_app(command: Command, args: Sequence[str]) -> None:
         app = App(cli.trainer, cli.model, cli.datamodule)
         own = {name: cli.config_init.get(name) for name in command_arguments(command)}
         command_function(command)(app, **own)
-    except MisconfigurationException as error:  # Lightning found an error of the user's in the run
+    except MisconfigurationException as error:  # Lightning found a user's error during the run
         raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def parser_of(command: Command) -> CommandParser:
-    """The parser of a command's options."""
+    """Return the parser of a command's options."""
     if not command.has_app:
         return plain_parser(command)
     return _ParserOnly(command).parser
@@ -231,9 +231,9 @@ class _ParserOnly(SlzoCLI):
 
 
 def _with_run_config(command: Command, args: Sequence[str]) -> list[str]:
-    """Options with the config of the run that a checkpoint, or a replay's run folder, belongs to; and its path.
+    """Return the options, preceded by the config of the run that the checkpoint or the replayed run folder belongs to.
 
-    Where the logger's folder is known only from a config, the trainer looks for ``last`` and ``best`` there.
+    ``last`` and ``best`` become the path of the checkpoint. If only a config names the logger's folder, the trainer finds them.
     """
     if option_values(args, "-c", "--config"):
         return list(args)

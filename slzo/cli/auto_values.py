@@ -1,7 +1,7 @@
-"""Words in options and configs that the parser would not take as they are meant.
+"""Replaces words in options and configs that the parser would misread.
 
-``lr: auto``: optimizers of torch take numbers only, so the parser sees one that stands for it. ``SGD`` and other names of torch's
-optimizers: another package may have one of the same name, which makes it ambiguous once that package is loaded.
+``lr: auto`` becomes a special number, because torch's optimizers take only numbers. ``SGD`` and other names of torch's optimizers
+become class paths, because another loaded package may have a class of the same name.
 """
 
 import re
@@ -22,7 +22,7 @@ _NUMBER = ".inf"
 
 
 def spelled_out(args: Sequence[str]) -> list[str]:
-    """Options with a number for ``auto`` as learning rate and full names of torch's optimizers; in the text of configs too."""
+    """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
     found = list(args)
     for place, arg in enumerate(args):
         name, given, value = arg.partition("=")
@@ -42,28 +42,28 @@ def spelled_out(args: Sequence[str]) -> list[str]:
 
 
 def read_config(value: str) -> str | None:
-    """The text of a config file; ``None`` if there is no such file: the parser takes the text of a config too."""
+    """Return the text of a config file; ``None`` if there is no such file, since the parser also accepts a config as text."""
     try:
         return Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else None
-    except OSError:  # too long for a name
+    except OSError:  # a text that is too long for a file name
         return None
 
 
 def with_words(dumped: str) -> str:
-    """A dumped config in which the number is ``auto`` again."""
+    """Return a dumped config with ``auto`` in place of the number."""
     return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
 
 
 def _loaded(text: str) -> dict[str, Any] | None:
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError:  # the parser says what is wrong with it
+    except yaml.YAMLError:  # the parser reports the error
         return None
     return content if isinstance(content, dict) else None
 
 
 def _replace(content: dict[str, Any], name: str) -> bool:
-    """Spell out a config, or what is given for ``model`` or ``model.optimizer``; whether anything changed."""
+    """Replace words in a config, or in the value of ``model`` or ``model.optimizer``; return whether anything changed."""
     path: list[str] = {"--model.optimizer": [], "--model": ["optimizer"]}.get(name, ["model", "optimizer"])
     changed = False
     for key in path:
@@ -83,7 +83,7 @@ def _replace(content: dict[str, Any], name: str) -> bool:
 
 
 def _full_name(name: str) -> str:
-    """The class path of an optimizer of torch, given by its name alone."""
+    """Return the class path of a torch optimizer given by its name; return other names unchanged."""
     kind = getattr(torch.optim, name, None)
     known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     return f"torch.optim.{name}" if known else name

@@ -1,4 +1,4 @@
-"""Looks at the files given as --config before the parser does, which cannot say what is wrong with some."""
+"""Checks the files given as --config before the parser reads them, since it cannot explain some of their errors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +12,10 @@ _MOST_ALIASES = 30
 
 
 def check_config_file(path: Path) -> dict[str, Any]:
-    """The content of a config file.
+    """Return the content of a config file.
 
     Raises:
-        SlzoError: It is a folder, no text, no YAML, empty, or something other than options.
+        SlzoError: The file is a folder, empty, not text, not YAML, or does not contain options.
     """
     option = f"--config {str(path)!r}"
     if path.is_dir():
@@ -23,59 +23,57 @@ def check_config_file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise SlzoError(
-            f"{option}: not a text in UTF-8 ({error.reason} at byte {error.start}); give a YAML file"
-        ) from error
+        raise SlzoError(f"{option}: not UTF-8 text ({error.reason} at byte {error.start}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SlzoError(f"{option}: not YAML ({' '.join(str(error).split())})") from error
     except OSError as error:
         raise SlzoError(f"{option}: cannot be read ({error.strerror})") from error
     if content is None:
-        raise SlzoError(f"{option}: holds no options; write some like `model: {{eps: 1e-3}}`, or leave the file out")
+        raise SlzoError(f"{option}: holds no options; add some, such as `model: {{eps: 1e-3}}`, or leave out --config")
     if not isinstance(content, dict):
         raise SlzoError(f"{option}: holds a {type(content).__name__} instead of options; write them as `NAME: VALUE`")
     for name, value in content.items():
-        # a text is the path of another file
+        # a string is the path of another file
         if name in ("model", "data", "trainer") and not isinstance(value, dict | str):
             shown = "null" if value is None else repr(value)
-            raise SlzoError(f"{option}: {name} {shown}: options must stand below it; give some, or leave it out")
+            raise SlzoError(f"{option}: {name} {shown}: must contain options; add some below {name}, or leave it out")
     for name, texts in _texts(content):
         if any(isinstance(text, bool) for text in texts):
             raise SlzoError(
-                f"{option}: {name}: YAML reads yes, no, on, off, true and false without quotes as true or false; write them "
-                'in quotes, like " yes"'
+                f"{option}: {name}: YAML reads yes, no, on, off, true and false without quotes as true or false; put them in "
+                'quotes, such as " yes"'
             )
     return content
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what would be lost or never ends: a name that is there twice, an alias inside what it stands for."""
+    """A loader that refuses duplicate names, whose first value would be lost, and aliases inside their own anchor."""
 
     aliases = 0
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping with each name once."""
+        """Make a mapping; refuse a duplicate name."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
-            raise ValueError(f"{twice} is there twice, line {node.start_mark.line + 1} on")
+            raise ValueError(f"{twice} is given twice in the mapping from line {node.start_mark.line + 1} on")
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node; an alias must not stand inside its own anchor."""
+        """Make a node; refuse an alias inside its own anchor."""
         if self.check_event(yaml.AliasEvent):
             self.aliases += 1
-            if self.aliases > _MOST_ALIASES:  # a few lines of them can stand for more than fits into memory
+            if self.aliases > _MOST_ALIASES:  # a few lines of aliases can expand to more than fits into memory
                 raise ValueError(f"more than {_MOST_ALIASES} aliases")
             anchor = self.peek_event().anchor
             node = self.anchors.get(anchor)
             if node is not None and node.end_mark is None:
-                raise ValueError(f"*{anchor} stands inside &{anchor}")
+                raise ValueError(f"alias *{anchor} is inside its own anchor &{anchor}")
         return super().compose_node(parent, index)
 
 
 def _texts(content: Any) -> Iterator[tuple[str, list[Any]]]:
-    """The lists of texts that a task takes."""
+    """Yield the lists of candidates and labels of a task."""
     if isinstance(content, dict):
         for name, value in content.items():
             if name in ("candidates", "labels") and isinstance(value, list):

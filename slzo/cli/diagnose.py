@@ -1,7 +1,7 @@
-"""Finds the option that is wrong, and says in one line what it takes.
+"""Finds the wrong option, and says in one line what it takes.
 
-jsonargparse reports a wrong value with everything that it tried. Here the given options are looked at one by one, with the types
-that the parser has for them; the library's own message is only shown where that finds nothing.
+For a wrong value, jsonargparse lists everything that it tried. This module checks the given options one by one against the types
+of the parser. It shows the message of the library only if it finds nothing.
 """
 
 import difflib
@@ -22,11 +22,12 @@ from slzo.utils.class_paths import import_failure, required_arguments
 from slzo.utils.errors import SlzoError
 
 _MAX_CHOICES = 40
+_MAX_LISTED = 8
 _LISTED = ("lightning", "slzo", "torch")
 _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
 }
-_PLAIN = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
+_PLAIN = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
 _LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
 _YAML_WORDS = "; YAML reads yes, no, on and off without quotes as true or false"
 
@@ -37,7 +38,7 @@ class Given:
 
     Attributes:
         name: Dotted name, without ``init_args``.
-        value: A text from the command line, or a value from a config.
+        value: A string from the command line, or a value from a config.
         is_class_path: Whether it was given as the ``class_path`` of the option.
     """
 
@@ -47,7 +48,7 @@ class Given:
 
 
 def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
-    """The options on the command line and in configs; a later one does not replace an earlier one."""
+    """Return the options in configs and on the command line; repeated options are all kept."""
     found = [option for config in configs for option in _flat(config)]
     rest = list(args)
     while rest:
@@ -64,10 +65,10 @@ def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> 
 
 
 def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
-    """Import what class paths name, so that what a user's own file raises is one line.
+    """Import the classes of class paths, so that an error in a user's own file is reported in one line.
 
     Raises:
-        SlzoError: One cannot be imported.
+        SlzoError: A class cannot be imported.
     """
     hints = {action.dest: type_of(action) for action in options_of(parser)}
     for option in given:
@@ -80,7 +81,7 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
 
 
 def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str:
-    """One line on the first given option that is wrong; the parser's own message if none is found."""
+    """Return one line about the first wrong option; the parser's own message if none is found."""
     hints = {action.dest: type_of(action) for action in options_of(parser)}
     classes = _chosen_classes(parser, given, hints)
     for number, option in enumerate(given):
@@ -93,6 +94,11 @@ def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str
         ]
         if missing:
             return f"{name}: the chosen class needs {', '.join(missing)}; set {name}.{missing[0]}"
+    names = {option.name for option in given}
+    for action in options_of(parser):
+        if action.required and action.dest not in names:
+            text = " ".join((action.help or "a value").split()).removesuffix(".")
+            return f"{action.dest}: is required; give --{action.dest} VALUE: {text[0].lower()}{text[1:]}"
     return " ".join(message.split())
 
 
@@ -100,7 +106,7 @@ def check_nulls(parser: ArgumentParser, options: Any) -> None:
     """Refuse null in a config for an option that must have a value; the parser accepts it.
 
     Raises:
-        SlzoError: With the option.
+        SlzoError: Such an option is null.
     """
     for action in options_of(parser):
         hint = type_of(action)
@@ -113,7 +119,7 @@ def check_nulls(parser: ArgumentParser, options: Any) -> None:
 
 
 def constructor_problem(config: Namespace, groups: Mapping[str, type]) -> SlzoError | None:
-    """What the first class refuses that cannot be made with its options; ``None`` if each can be made alone.
+    """Return the error of the first class that cannot be made with its options; ``None`` if each can be made.
 
     Args:
         config: The parsed options.
@@ -136,7 +142,7 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
         parser.instantiate_classes(parser.parse_object({"made": arguments or {}}))
     except SlzoError as error:
         return error
-    except ArgumentError:  # an argument is filled in by whoever makes it, as an optimizer's parameters are
+    except ArgumentError:  # an argument is passed later, such as an optimizer's parameters
         return None
     except Exception as error:  # whatever a class raises
         return SlzoError(f"{name}: {' '.join(str(error).split())}; see slzo COMMAND --help")
@@ -144,7 +150,7 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
 
 
 def _class_values(value: Any, name: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Option, class path and arguments of every class in parsed options."""
+    """Yield option, class path and arguments of every class in parsed options."""
     if isinstance(value, list):
         for each in value:
             yield from _class_values(each, name)
@@ -168,12 +174,12 @@ def _imported(path: str) -> type | None:
 
 
 def class_names(hint: Any) -> list[str]:
-    """Names of the classes that an option takes; empty if it takes none."""
+    """Return the names of the classes that an option takes; empty if it takes none."""
     return sorted(_classes(hint))
 
 
 def describe_type(hint: Any) -> str:
-    """What an option takes, in words."""
+    """Describe in words what an option takes."""
     inner = typing.get_args(hint)
     if not inner:
         name = getattr(hint, "__name__", str(hint))
@@ -189,19 +195,19 @@ def describe_type(hint: Any) -> str:
 
 
 def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tuple[type, set[str]]]) -> str:
-    """What is wrong with an option; empty if nothing is found."""
+    """Return what is wrong with an option; empty if nothing is found."""
     name, value = option.name, option.value
     if name in hints:
         is_group = hints[name] is None and any(each.startswith(f"{name}.") for each in hints)
         if is_group and not (isinstance(value, str) and Path(value).is_file()):
             return (
-                f"{name} {_shown(value)}: its options must stand below it, as in --{name}.NAME VALUE, or in a YAML file"
+                f"{name} {_shown(value)}: a group of options takes no value; set its options with --{name}.NAME VALUE, or "
+                "give a YAML file"
             )
         return _value_problem(name, value, hints[name], option.is_class_path)
     owner = next((each for each in _parents(name) if class_names(hints.get(each))), None)
     if owner is None:
-        near = difflib.get_close_matches(name, list(hints), n=1, cutoff=0.6)
-        return f"{name}: unknown option; " + (f"did you mean {near[0]}?" if near else "see slzo COMMAND --help")
+        return f"{name}: unknown option; {_suggestion(name, list(hints))}"
     if owner not in classes:
         return _class_comes_first(name, owner, hints)
     kind = classes[owner][0]
@@ -212,22 +218,36 @@ def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tupl
     if argument not in parameters:
         listed = ", ".join(each for each in parameters if each != "self")
         near = difflib.get_close_matches(argument, list(parameters), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{name}: unknown option of the chosen class {kind.__name__}; {hint}it has {listed}"
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {listed}{hint}"
     try:
         own = typing.get_type_hints(kind.__init__).get(argument)  # type: ignore[misc]
     except (NameError, TypeError):  # annotations that cannot be resolved
         return ""
     if own is None or f"{owner}.{argument}" != name:
         return ""
-    # the parser makes a mapping of this text, whatever the type
+    # the parser turns this text into a mapping, whatever the type
     return _value_problem(name, {} if value == "{}" else value, own)
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """Suggest an option for an unknown name, from the same group if that exists; otherwise list a small group."""
+    for group in _parents(name):
+        members = [option for option in known if option.startswith(f"{group}.")]
+        if not members:
+            continue
+        last, ends = name.removeprefix(f"{group}."), {option.removeprefix(f"{group}."): option for option in members}
+        if near := difflib.get_close_matches(last, list(ends), n=1, cutoff=0.5):
+            return f"did you mean {ends[near[0]]}?"
+        return f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else "see slzo COMMAND --help"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "see slzo COMMAND --help"
 
 
 def _order_problem(
     parser: ArgumentParser, option: Given, hints: Mapping[str, Any], before: Sequence[Given], after: Sequence[Given]
 ) -> str:
-    """What is wrong with an option whose class is given only after it and has no default; empty if that is not so."""
+    """Return the error of an option that comes before its class, if the class has no default; otherwise empty."""
     known, later = ({each.name for each in options} for options in (before, after))
     for owner in _parents(option.name):
         is_late = owner in later - known and parser.get_defaults().get(owner) is None
@@ -238,7 +258,7 @@ def _order_problem(
 
 def _class_comes_first(name: str, owner: str, hints: Mapping[str, Any]) -> str:
     names = ", ".join(class_names(hints[owner]))
-    return f"{name}: the class comes before its options, one of {names}: --{owner} CLASS --{name} VALUE"
+    return f"{name}: give the class before its options, as in --{owner} CLASS --{name} VALUE; choose one of {names}"
 
 
 def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False) -> str:
@@ -250,7 +270,7 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
         if given in names and given in _UNUSABLE:
             return f"{name} {shown}: cannot be used: {_UNUSABLE[given]}"
         if given in names:
-            return ""  # the class is right: an argument of it is wrong
+            return ""  # the class is right, but one of its arguments is wrong
         near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
         listed = ", ".join(names[:_MAX_CHOICES]) + (", ..." if len(names) > _MAX_CHOICES else "")
         advice = f"did you mean {near[0]}? " if near else ""
@@ -268,7 +288,7 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether an option of a type takes a value."""
+    """Whether an option of a type accepts a value."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
@@ -284,7 +304,7 @@ def fits(hint: Any, value: Any) -> bool:
 def _chosen_classes(
     parser: ArgumentParser, given: Sequence[Given], hints: Mapping[str, Any]
 ) -> dict[str, tuple[type, set[str]]]:
-    """Class and given arguments of each option that takes a class; the default's where none is given."""
+    """Return class and given arguments of each option that takes a class; the default class if none is given."""
     found: dict[str, tuple[type, set[str]]] = {}
     for option in given:
         kinds = _classes(hints.get(option.name))
@@ -308,13 +328,13 @@ def _chosen_classes(
 
 
 def _by_path(kinds: Mapping[str, type], path: str) -> type | None:
-    """The class of a path or a name; of several packages with one name, the path tells which is meant."""
+    """Return the class of a path or a name; a path is exact if several packages have a class of that name."""
     kind = kinds.get(path.rpartition(".")[2])
     return kind if kind is None else _imported(path) or kind
 
 
 def _takes(hint: Any, kind: type, argument: str) -> bool:
-    """Whether an argument is filled in by the callable that an option takes, as an optimizer's parameters are."""
+    """Whether slzo passes an argument itself when it calls the chosen class, such as an optimizer's parameters."""
     return (
         any(
             typing.get_origin(item) in (Callable, typing.Callable, typing.get_origin(Callable[..., Any]))
@@ -330,12 +350,12 @@ def _classes(hint: Any) -> dict[str, type]:
         is_class = inspect.isclass(item) and not typing.get_origin(item) and not _is_tensor(item)
         if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
             for kind in _subclasses(item):
-                found.setdefault(kind.__name__, kind)  # torch's before another package's of the same name
+                found.setdefault(kind.__name__, kind)  # torch comes before other packages with the same name
     return found
 
 
 def _is_tensor(hint: Any) -> bool:
-    """Whether a type is torch's tensor, which nobody gives as an option; torch may not be loaded."""
+    """Whether a type is torch's tensor, which no option takes; works without loading torch."""
     return getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
 
 
@@ -348,7 +368,7 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def _types_in(hint: Any, into_callables: bool = True) -> Iterator[Any]:
-    """A type hint and all hints inside it; of a callable only what it returns."""
+    """Yield a type hint and all hints inside it; for a callable only its return type."""
     yield hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.get_origin(Callable[..., Any]):
@@ -359,7 +379,7 @@ def _types_in(hint: Any, into_callables: bool = True) -> Iterator[Any]:
 
 
 def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
-    """The options of a nested mapping; a class as its path, its arguments below it."""
+    """Yield the options of a nested mapping; a class comes as its path, followed by its arguments."""
     for key, value in sorted(config.items(), key=lambda item: item[0] != "class_path"):
         name = _plain_name(f"{before}.{key}" if before else str(key))
         if key == "class_path":

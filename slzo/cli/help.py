@@ -1,4 +1,4 @@
-"""``--help``: the command's own options first, then slzo's, one line each; all of Lightning's with ``--help_all``."""
+"""``--help`` lists the command's own options, then slzo's, one line each; ``--help_all`` also lists Lightning's."""
 
 import argparse
 import re
@@ -22,7 +22,7 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "data": "data: task, rows, batches",
         "profiler": "profiler: how the layer is found",
         "checkpoint": "checkpoint: which state is the best",
-        "last_checkpoint": "last_checkpoint: the state to go on from",
+        "last_checkpoint": "last_checkpoint: the state to continue from",
         "guard": "guard: rolls back when the dev loss spikes",
         "watch": "watch: warns of steps that make no progress",
         "record": "record: scores before and after, files of the run",
@@ -38,11 +38,11 @@ _SHOWN = MappingProxyType(
         "checkpoint": ("monitor", "mode", "save_top_k", "filename"),
     }
 )
-"""Of Lightning's classes only what is often set."""
+"""Options of Lightning's classes that are often set; the short help leaves out the others."""
 
 _TEXTS: Mapping[str, str] = MappingProxyType(
     {
-        "config": "YAML file with options; several are read in turn.",
+        "config": "YAML file with options; several files are read in order.",
         "seed_everything": "Seed of rows and directions.",
         "trainer.accelerator": "cpu, gpu, auto and others.",
         "trainer.strategy": "auto, ddp and others.",
@@ -50,31 +50,31 @@ _TEXTS: Mapping[str, str] = MappingProxyType(
         "trainer.val_check_interval": "Steps between two validations.",
     }
 )
-"""Shorter than what the classes themselves say."""
+"""Short help texts that replace those of the classes."""
 
 _FIRST = ("config", "ckpt_path", "seed_everything")
 _COLUMN = 38
 
 
 class HelpAll(argparse.Action):
-    """Prints every option, those of Lightning too, and exits."""
+    """Prints every option, including Lightning's, and exits."""
 
     def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs.get("help"))
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Print."""
+        """Print the help."""
         sys.stdout.write(parser.format_all())
         parser.exit()
 
 
 def add_help_all(parser: ArgumentParser) -> None:
-    """Add the option that shows the rest."""
-    parser.add_argument(HELP_ALL, action=HelpAll, help="Every option, Lightning's too, with its type.")
+    """Add the option that lists every option."""
+    parser.add_argument(HELP_ALL, action=HelpAll, help="List every option with its type, including Lightning's.")
 
 
 def short_help(parser: ArgumentParser, command: str, own_only: bool = False) -> str:
-    """The short help of a command; ``own_only`` leaves out options of model, data and trainer."""
+    """Return the short help of a command; ``own_only`` leaves out the options of model, data and trainer."""
     width = max(60, min(120, shutil.get_terminal_size((110, 24)).columns))
     actions = [action for action in options_of(parser) if _is_option(action)]
     blocks = [f"usage: slzo {command} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
@@ -83,21 +83,21 @@ def short_help(parser: ArgumentParser, command: str, own_only: bool = False) -> 
         chosen = [action for action in actions if _group(action.dest) == group and _is_shown(action.dest, group)]
         blocks += _block(title, chosen, f"{group}.", width)
     blocks.append(
-        f"slzo {command} {HELP_ALL} lists every option with its type, also Lightning's; --model.scope.help LoRA (or "
-        "another class that an option chooses) those of the class."
+        f"slzo {command} {HELP_ALL} lists every option with its type, including Lightning's; --model.scope.help LoRA "
+        "lists the options of a class."
     )
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def _own(actions: Sequence[argparse.Action]) -> list[argparse.Action]:
-    """The command's own options: those it needs, then the rest, then those that every command has."""
+    """Return the command's own options: required ones, then optional ones, then those of every command."""
     own = [action for action in actions if "." not in action.dest and action.dest not in _TITLES]
     own = [action for action in own if action.dest != argparse.SUPPRESS and not _is_filler(action)]
     return sorted(own, key=lambda action: (action.dest in _FIRST, not action.required))
 
 
 def _is_option(action: argparse.Action) -> bool:
-    """Whether it can be given, and is no list of another option's classes or links."""
+    """Whether a user can give the option; the help of a class and linked options do not count."""
     name = action.option_strings[0] if action.option_strings else ""
     return action.help != argparse.SUPPRESS and name.startswith("-") and not name.endswith(".help")
 
@@ -107,7 +107,7 @@ def _is_filler(action: argparse.Action) -> bool:
 
 
 def _group(dest: str) -> str:
-    """The longest group that an option is in."""
+    """Return the innermost group of an option."""
     found = [group for group in _TITLES if dest.startswith(f"{group}.")]
     return max(found, key=len, default="")
 

@@ -1,4 +1,4 @@
-"""Parsers of commands: one-line errors, short help, and the options as they were given."""
+"""Parsers of commands, with one-line errors and short help."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class CommandParser(ArgumentParser):
         raise SlzoError(explain(self, self.given, message)) from ex
 
     def format_help(self) -> str:  # type: ignore[override]
-        """Return the short help of a command; for the arguments of a class the full help."""
+        """Return the short help of a command, or the full help of a class."""
         command = getattr(self, "command", None)
         if command is None:
             return str(super().format_help())
@@ -87,7 +87,7 @@ def read_given(args: Sequence[str]) -> list[Given]:
         path = Path(value)
         if _exists(path):
             configs.append(check_config_file(path))
-        elif ":" not in value:  # options as text have a colon
+        elif ":" not in value:  # a config given as text contains a colon
             raise SlzoError(f"--config {value!r}: no such file; check the path")
     return given_options(args, configs)
 
@@ -95,5 +95,5 @@ def read_given(args: Sequence[str]) -> list[Given]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # options as text can be too long for a path
+    except (OSError, ValueError):  # a config given as text can be too long for a path
         return False

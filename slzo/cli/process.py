@@ -11,11 +11,11 @@ from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory
 _IRRELEVANT_WARNINGS = (
     ".*does not have many workers.*",  # the rows are tokenized in memory, loading takes microseconds
     ".*every_n_train_steps.*",  # written for automatic optimization; manual optimization counts the same steps here
-    ".*args parameter is intended to run from within Python.*",  # main([...]) is meant to
+    ".*args parameter is intended to run from within Python.*",  # main([...]) does this on purpose
     ".*module\\(s\\) in eval mode.*",  # both evaluations of a step must see the same function: no dropout
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
     ".*Checkpoint directory .* exists and is not empty.*",
-    ".*your dataloader is not resumable.*",  # its batches follow from the step
+    ".*your dataloader is not resumable.*",  # its batches depend only on the step
 )
 
 
@@ -26,7 +26,7 @@ def prepare_process() -> None:
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        # an advertisement, and what the summary says too
+        # an advertisement, and a message that the summary repeats
         lambda record: not re.search("litlogger|stopped: `max_(steps|epochs)", record.getMessage())
     )
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Runs a command with its options; imports what this command needs and nothing else."""
+"""Runs a command with its options; imports only what the command needs."""
 
 import sys
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def _run_plain(command: Command, args: Sequence[str]) -> None:
 
 
 def _named(command: Command, args: Sequence[str]) -> list[str]:
-    """Give the words before the first option to the option that takes them."""
+    """Pass the words before the first option to the option that takes them."""
     words, rest = [], list(args)
     while command.words and rest and not rest[0].startswith("-"):
         words.append(rest.pop(0))

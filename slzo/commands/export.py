@@ -18,15 +18,15 @@ def export(
     base_model: str | None = None,
     push_to_hub: str | None = None,
 ) -> None:
-    """Write what was tuned to a folder that others can use, with a model card.
+    """Export the tuned model to a folder that others can use, with a model card.
 
     Args:
         app: Only the model's trust_remote_code is used; the checkpoint names its base model.
         output: Folder to write.
         ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
-        format: {FORMATS}; left out, an adapter if the tuned change has a low rank, else merged.
-        base_model: Hub id of the base model, where slzo does not know it: adapter and card name it.
-        push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, as in me/my-model.
+        format: {FORMATS}; by default adapter if the tuned change has a low rank, otherwise merged.
+        base_model: Hub id of the base model for the adapter and the card, if slzo does not know it.
+        push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, such as me/my-model.
     """
     if ckpt_path is None:
         raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path best")

@@ -22,19 +22,19 @@ def generate(
     r"""Continue prompts with the untuned and the tuned model, one below the other.
 
     Args:
-        ckpt_path: A run's folder, a checkpoint, an exported folder (adapter, merged or delta), or last or best of the newest run
-            in runs.
-        prompt: The text to go on from.
-        prompts: A file of them: one a line, or JSON Lines with the field prompt.
+        ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
+            runs.
+        prompt: The text to continue.
+        prompts: File with prompts: one per line, or JSON Lines with the field prompt.
         max_new_tokens: Length of each text, in tokens.
-        temperature: 0 takes the most likely token each time; above 0 draws.
-        seed: Of the draws.
+        temperature: 0 takes the most likely token each time; above 0 tokens are drawn.
+        seed: Seed of the drawn tokens.
         untuned: Show the untuned model too.
-        base: The base model of an exported folder, where the one that it names cannot be loaded.
+        base: Base model of an exported folder, if the one that it names cannot be loaded.
         trust_remote_code: Run model code that comes with a Hub repository.
     """
     if (prompt is None) == (prompts is None):
-        raise SlzoError("prompt: give one with --prompt, or a file of them with --prompts")
+        raise SlzoError("prompt: give either one prompt with --prompt, or a file of prompts with --prompts")
     texts = [prompt] if prompt is not None else read_prompts(str(prompts))
     decoding = Decoding(max_new_tokens, temperature, seed)
     pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))

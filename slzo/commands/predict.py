@@ -10,7 +10,7 @@ def predict(app: App, ckpt_path: str | None = None, output: str | None = None) -
     Args:
         app: Trainer, model and rows.
         ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
-        output: File to write; left out, predictions.jsonl in the run's folder.
+        output: File to write; by default predictions.jsonl in the run's folder.
     """
     app.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
     app.trainer.predict(app.model, datamodule=app.rows, return_predictions=False, ckpt_path=ckpt_path)

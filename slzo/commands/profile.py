@@ -13,7 +13,7 @@ from slzo.utils.errors import SlzoError
 
 
 def profile(app: App) -> None:
-    """Only find the dominant layer: print, draw and save the outlier profile.
+    """Find the dominant layer without tuning it: print, draw and save the outlier profile.
 
     Args:
         app: Trainer, model and rows.

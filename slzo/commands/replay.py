@@ -8,14 +8,14 @@ from slzo.utils.files import disk_errors
 
 
 def replay(app: App, run: str, step: int | None = None, output: str | None = None) -> None:
-    """Rebuild the tuned weights of a run at any step from its log, without data and forward passes.
+    """Rebuild the tuned weights of a run at any step from its log, without data or forward passes.
 
     Args:
-        app: Model, with the options of the run, which are read from its folder.
+        app: Options of the model, which are read from the run's folder.
         run: Folder of the run.
-        step: How many steps; left out, all of the log.
-        output: Checkpoint to write, for validate, test, predict and export; left out, checkpoints/replay-step=STEP.ckpt in the
-            run's folder.
+        step: Number of steps to replay; by default all steps of the log.
+        output: Checkpoint to write, for validate, test, predict and export; by default checkpoints/replay-step=STEP.ckpt in
+            the run's folder.
     """
     with disk_errors():
         target = None if output is None else Path(output)

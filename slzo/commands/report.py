@@ -12,17 +12,17 @@ from slzo.utils.errors import SlzoError
 def report(runs: list[str], output: str | None = None) -> None:
     """Write one HTML page that opens without a network.
 
-    It shows scores with errors, curves, the outlier profile, predictions before and after, time and memory, versions and options
-    of a run; of several side by side, with the options that differ.
+    It shows scores with errors, curves, the outlier profile, predictions before and after, time and memory, versions and options.
+    Several runs are shown side by side, with the options that differ.
 
     Args:
-        runs: Folders of the runs, such as runs/version_0; given without the option's name too.
-        output: Page to write; left out, report.html in the run's folder, or in the current folder for several runs.
+        runs: Folders of the runs, such as runs/version_0; the option's name can be left out.
+        output: Page to write; by default report.html in the run's folder, or in the current folder for several runs.
     """
     if not runs:
-        raise SlzoError("runs: give the folder of a run, or of several, such as slzo report runs/version_0")
+        raise SlzoError("runs: is empty; give one or more run folders, such as slzo report runs/version_0")
     if output is not None and (not output or Path(output).is_dir()):
-        raise SlzoError(f"output {output!r}: not a file; give one such as --output report.html")
+        raise SlzoError(f"output {output!r}: not a file; give a file such as --output report.html")
     folders = [Path(run) for run in runs]
     read = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     path = Path(output or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE)
@@ -31,7 +31,7 @@ def report(runs: list[str], output: str | None = None) -> None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Names that tell runs apart: the last parts of their paths."""
+    """Return different names for the runs: the last parts of their paths."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-count:]) for own in parts]

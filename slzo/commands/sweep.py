@@ -32,27 +32,27 @@ def sweep(
 ) -> None:
     """Train every decoder layer for the same steps and seeds and compare: sweep.csv, sweep.json, sweep.png.
 
-    With lrs or eps it trains the one chosen layer with each of them instead and recommends one: rates.json.
+    With lrs or eps it trains only the chosen layer, with each of the values, and recommends one: rates.json.
 
-    Interrupted, it goes on where it stopped when the command is given again. The same command in several terminals, or on
-    several machines that share the folder, divides the work; give each its processor cores (OMP_NUM_THREADS).
+    After an interrupt, the same command continues where it stopped. To divide the work, run the same command in several
+    terminals, or on several machines that share the folder; set OMP_NUM_THREADS so that each has its own processor cores.
 
     Args:
         app: Trainer, model and rows; the model's scope is tuned in each layer.
-        layers: Layers to train, counted from 0; left out, all. The sensitivity is measured in all layers.
+        layers: Layers to train, counted from 0; by default all. The sensitivity is measured in all layers.
         lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 to
             30 times of it.
-        eps: Sizes of the perturbation to compare, with each rate; left out, the configured one.
+        eps: Sizes of the perturbation to compare, with each rate; by default the configured one.
         steps: Steps of each training.
-        seeds: One training per layer, or per rate, for each; left out, that of seed_everything.
-        directions: Random directions for the sensitivity of a layer, at most; at least 20.
+        seeds: Seeds of the trainings, one training per layer or rate for each; by default that of seed_everything.
+        directions: Largest number of random directions for the sensitivity of a layer, at least 20.
         num_rows: Training rows that the sensitivity is measured on, the same for all layers.
-        max_error: A layer's measurement ends when its standard error is below this share of it; 0 takes all directions.
-        seconds: Layers that are done earlier go on until this much training time is used. The states that enter them are
-            computed before. The dev rows are scored on the way: sweep_curves.png shows the loss over steps
-            and over seconds, and the verdict is about both.
-        sensitivity_only: Train nothing.
-        output: Folder of the results; left out, sweeps/MODEL-TASK.
+        max_error: The measurement of a layer ends when its standard error is below this share of it; 0 uses all directions.
+        seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The states that
+            enter them are computed before. The dev rows are scored during training; sweep_curves.png shows the loss over
+            steps and over seconds, and the verdict covers both.
+        sensitivity_only: Only measure the sensitivity; train nothing.
+        output: Folder of the results; by default sweeps/MODEL-TASK.
     """
     with disk_errors():
         parts, rows = app.load()
@@ -60,13 +60,13 @@ def sweep(
         options.check_rows(rows)
         if app.trainer.world_size > 1:
             raise SlzoError(
-                f"trainer.devices {app.trainer.world_size}: a sweep divides whole trainings, not rows; set trainer.devices to 1"
+                f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
             )
         trials = LayerTrials(parts, options, rows)
         own_seeds = [options.noise_seed] if seeds is None else seeds
         if lrs is not None or eps is not None:
             if layers is not None or seconds is not None or sensitivity_only:
-                raise SlzoError("lrs: compares rates in one layer; leave layers, seconds and sensitivity_only out")
+                raise SlzoError("lrs: compares rates in one layer; leave out layers, seconds and sensitivity_only")
             _, choice = choose_layer(parts, options, rows, app.run_context())
             layer = None if choice is None else choice.layer
             plan = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
