@@ -7,7 +7,7 @@ import random
 import sys
 from pathlib import Path
 
-# one thread a worker, and in what it starts: several share the cores
+# one thread per worker and its child processes, because several share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -45,7 +45,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Made-up SST-2 rows in the Hub's fields."""
+    """Made-up SST-2 rows with the Hub's fields."""
     folder = tmp_path_factory.mktemp("data")
     tiny.write_rows(folder)
     return folder
@@ -61,9 +61,9 @@ class _CurrentStderr:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
-    """Seeds that Lightning leaves in the environment must not reach the next test."""
+    """Remove seeds that Lightning leaves in the environment, so that they do not reach the next test."""
     before = dict(os.environ)
-    # log handlers keep the stream of the test that imported their library, which is closed by now
+    # log handlers keep the closed stream of the test that imported their library
     for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]:
         for handler in getattr(logger, "handlers", ()):
             if type(handler) is logging.StreamHandler:
@@ -76,7 +76,7 @@ def _clean_environment(monkeypatch):
 
 @pytest.fixture
 def sst2_options(model_dir, data_dir, tmp_path, monkeypatch):
-    """The tiny model on the made-up rows, in a folder of its own."""
+    """Options for the tiny model and the made-up rows, in a new working folder."""
     monkeypatch.chdir(tmp_path)
     return [
         f"--model.model={model_dir}",
@@ -88,7 +88,7 @@ def sst2_options(model_dir, data_dir, tmp_path, monkeypatch):
 
 @pytest.fixture
 def options(sst2_options):
-    """Options of a run of a few seconds, with steps of a given size: measuring them is tested in test_auto_step.py."""
+    """Options of a run of a few seconds with given step sizes; test_auto_step.py tests measured ones."""
     return [
         *sst2_options,
         "--data.num_train=40",
@@ -106,7 +106,7 @@ def options(sst2_options):
 
 @pytest.fixture(autouse=True)
 def _blank_pictures(request, monkeypatch):
-    """Draw blank pictures and no report, which take longer than a tiny run; not in tests marked ``pictures``."""
+    """Skip pictures and reports, which take longer than a tiny run, except in tests marked ``pictures``."""
     if request.node.get_closest_marker("pictures"):
         return
     monkeypatch.setattr("slzo.fit.write_run_report", lambda folder: folder / "report.html")

@@ -1,4 +1,4 @@
-"""Tiny random models of every family and what tests do with them; run folders."""
+"""Helpers of the tests: tiny random models of every family, references to compare with, run folders."""
 
 import copy
 import hashlib
@@ -37,7 +37,7 @@ from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.trial import Score, StepCost, Trial
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
-from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests take it from here
+from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests import it from here
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card that torch can use (CUDA)")
 
@@ -58,12 +58,12 @@ FAMILIES = {
 
 
 def tiny_model(family="llama", seed=0, scale=3.0, **changes):
-    """A random model whose logits differ enough between tokens to show a mistake."""
+    """A random model whose logits differ enough between tokens to reveal errors."""
     return tiny.tiny_model(family, seed, scale, **{**FAMILIES.get(family, {}), **changes})
 
 
 def random_example(generator, index=0, prompt=8, answers=(1, 1), gold=0):
-    """An example of random tokens: prompt length and the length of each candidate."""
+    """An example of random tokens, given the lengths of prompt and candidates."""
 
     def tokens(count):
         return tuple(generator.choices(range(3, VOCABULARY), k=count))
@@ -79,7 +79,7 @@ def tune_layer(parts, layer):
 
 
 def tuned_layer(parts, layer, **options):
-    """A whole decoder layer is tuned."""
+    """A model in which one decoder layer is tuned."""
     return TunedModel.from_scope(parts, LayerScope(), layer, **options)
 
 
@@ -145,7 +145,7 @@ def summary(number=0):
 
 
 def error_line(capsys, *args):
-    """The one line of a command that is refused."""
+    """The error line of a command that fails."""
     capsys.readouterr()
     assert main(list(args)) == 2
     error = capsys.readouterr().err
@@ -160,7 +160,7 @@ SMOLLM2_LAYERS = [(40, 59), *[(770, 700)] * 9, (112, 62), *[(25000, 13000)] * 17
 
 
 class FakeTrials:
-    """Short trainings of SmolLM2-135M that lower each layer's dev loss from 1 by a given amount, at an even pace."""
+    """Short trainings of SmolLM2-135M that lower each layer's dev loss linearly from 1 by a given amount."""
 
     measures_rate, generates, num_train, num_dev = True, False, 200, 96
 
@@ -246,7 +246,7 @@ def autograd_gradient(model, examples, names):
 
 
 def batch_loss(model, examples, objective=None, processes=ALONE, max_tokens=None):
-    """The loss of a batch as a function of what is tuned."""
+    """The loss of a batch as a function of the tuned tensors."""
     objective = CandidateCrossEntropy() if objective is None else objective
     stepper = Stepper(model, objective, SPSA(), StepOptions(), processes=processes)
     packed = examples if isinstance(examples, PackedBatch) else pack(examples)
@@ -254,24 +254,24 @@ def batch_loss(model, examples, objective=None, processes=ALONE, max_tokens=None
 
 
 def tiny_loss(examples, family="llama", scope=None, objective=None, paired=None):
-    """A tiny model with layer 2 tuned, or what the scope says, and the loss of a batch."""
+    """A tiny model with layer 2 or the given scope tuned, and the loss of a batch."""
     parts, engine = ModelParts(tiny_model(family, scale=1.0), onednn=False), Engine(cache_gb=0, paired=paired)
     model = TunedModel.from_scope(parts, LayerScope() if scope is None else scope, 2, engine=engine)
     return model, batch_loss(model, examples, objective)
 
 
 def packed_prompts(count):
-    """Made-up prompts for scopes to look at."""
+    """Made-up prompts for scopes that need some."""
     generator = random.Random(3)
     return [pack([random_example(generator, i, 12, (1,)) for i in range(count)])]
 
 
 def tune_scope(scope, model, layer=2, engine=None):
-    """What a scope names is tuned."""
+    """A model with the tensors of a scope tuned."""
     return TunedModel.from_scope(ModelParts(model), scope, layer, prompts=packed_prompts, engine=engine)
 
 
-# peft believes a number of key-value heads that these families ignore
+# peft uses a number of key-value heads that these families ignore
 PEFT_HEADS = {family: {"num_key_value_heads": None} for family in ("opt", "gpt2", "gpt_neox")}
 
 
@@ -310,7 +310,7 @@ class Quadratic:
         return self.slope + self.curvature * flat(self.tuned.named_masters()).detach()
 
     def estimates(self, estimator, steps, **settings):
-        """The estimates of some steps, a row each."""
+        """The estimates of some steps, one per row."""
         rows = []
         for step in range(steps):
             rows.append(flat(estimate(estimator, self.tuned, self.at, step=step, **settings).gradient))
@@ -345,7 +345,7 @@ def image_loss(model, data):
 
 
 def make_wheel(folder, package, members):
-    """A wheel of version 1.0 with these files in it, which nobody could install: it needs a package that there is not."""
+    """A wheel of version 1.0 with these files; it cannot be installed, because it needs a package that does not exist."""
     module = package.replace("-", "_")
     wheel, info = folder / f"{module}-1.0-py3-none-any.whl", f"{module}-1.0.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: no-such-package\n"
@@ -363,12 +363,12 @@ def make_wheel(folder, package, members):
 
 
 def visible(folder):
-    """Names in a folder, without the lock files that may stay."""
+    """Names in a folder, without lock files."""
     return sorted(path.name for path in folder.rglob("*") if path.suffix != ".lock")
 
 
 def slzo_error(call, *args):
-    """The one line of what a call refuses."""
+    """The error line of a call that fails."""
     with pytest.raises(SlzoError) as error:
         call(*args)
     assert "\n" not in str(error.value)

@@ -228,7 +228,9 @@ def test_a_run_that_is_resumed_with_a_given_rate_says_so(auto, capsys):
     assert main(["fit", *auto, "--trainer.max_steps=2"]) == 0
     given = ["--model.optimizer=SGD", "--model.optimizer.lr=1e-3", "--model.eps=1e-2"]
     assert main(["fit", *auto, *given, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
-    assert "model.lr: auto -> 0.001; model.eps: auto -> 0.01; the new ones are used" in capsys.readouterr().err
+    assert (
+        "model.optimizer.lr: auto -> 0.001; model.eps: auto -> 0.01; the new values are used" in capsys.readouterr().err
+    )
     assert summary(1)["eps"] == 1e-2
 
 
@@ -264,9 +266,9 @@ def test_two_processes_measure_the_same_and_hold_the_same_weights(auto):
     ("arguments", "expected"),
     [
         (["--model.lr_scheduler=LinearLR"], r"model\.lr_scheduler: needs a number for model\.optimizer\.lr, which is auto"),
-        (["--model.optimizer=Adagrad"], r"model\.optimizer\.lr auto: not known for Adagrad; give a number, or use one of SGD"),
-        (["--model.optimizer=RMSprop", "--model.optimizer.lr=auto"], r"model\.optimizer\.lr auto: not known for RMSprop"),
-        (["--model.eps=1e-12"], r"model\.eps 1e-12: no direction changes the loss of .*; give a larger one, or leave it out"),
+        (["--model.optimizer=Adagrad"], r"model\.optimizer\.lr auto: no rate is known for Adagrad; give a number, or use one of"),
+        (["--model.optimizer=RMSprop", "--model.optimizer.lr=auto"], r"model\.optimizer\.lr auto: no rate is known for RMSprop"),
+        (["--model.eps=1e-12"], r"model\.eps 1e-12: rounding hides the effect of every direction on .*; give a larger value"),
         (["--model.eps=automatic"], r"model\.eps 'automatic': expected a number or auto"),
     ],
 )  # fmt: skip

@@ -29,8 +29,8 @@ def test_where_the_first_step_promises_little_a_race_decides(capsys):
     choice = choose(Auto(), LAYERS, FakeTrials(GAINS, measured=CURVED))
     assert (choice.layer, sorted(choice.trials)) == (29, [11, 28, 29])
     why = "its first step should lower the loss by 0.10%, less than profiler.rule.promise 1.00%"
-    assert choice.note == f"Layer 28 is OutlierRemovingLayer's: {why}."
-    assert f"{why}. A race decides; --model.layer 28 skips it." in capsys.readouterr().out
+    assert choice.note == f"OutlierRemovingLayer chose layer 28: {why}."
+    assert f"{why}. A race will decide; --model.layer 28 skips it." in capsys.readouterr().out
     assert choose(Auto(promise=0.0005), LAYERS, FakeTrials(GAINS, measured=CURVED)) == REMOVING
 
 
@@ -111,7 +111,7 @@ def test_a_fit_in_doubt_tunes_the_winner_of_a_race(in_doubt, capsys):
     winner = json.loads((run_dir() / "race.json").read_text())["layer"]
     assert json.loads((run_dir() / "outlier_profile.json").read_text())["dominant_layer"] == winner
     assert summary()["dominant_layer"] == winner
-    assert "A race decides" in capsys.readouterr().out
+    assert "A race will decide" in capsys.readouterr().out
 
 
 def test_a_measurement_leaves_the_training_as_it_is(in_doubt, options, monkeypatch):
@@ -131,4 +131,4 @@ def test_a_scope_without_a_layer_and_a_sweep_race_nobody(in_doubt, capsys, tmp_p
     assert main(["profile", *in_doubt, "--model.scope=AllParameters"]) == 0
     more = ["--layers=[0]", "--steps=2", "--directions=20", f"--output={tmp_path / 'sweep'}"]
     assert main(["sweep", *in_doubt, *more]) == 0
-    assert "A race decides" not in capsys.readouterr().out
+    assert "A race will decide" not in capsys.readouterr().out

@@ -16,6 +16,8 @@ from slzo.zo.auto_step import _PROBE_STEP
 from slzo.zo.estimators import FZO, SPSA, Estimate
 from slzo.zo.optim import SignSGD
 
+pytestmark = pytest.mark.fast
+
 SIZE, TARGET = 30, torch.linspace(-1, 2, 30)
 
 
@@ -168,7 +170,7 @@ def test_an_estimator_that_normalizes_is_like_an_optimizer_that_does(antithetic)
 
 @pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.RAdam])
 def test_other_optimizers_are_refused_in_one_line(kind):
-    message = rf"^model\.optimizer\.lr auto: not known for {kind.__name__}; .*SGD.*Adam[^\n]*$"
+    message = rf"^model\.optimizer\.lr auto: no rate is known for {kind.__name__}; .*SGD.*Adam[^\n]*$"
     with pytest.raises(SlzoError, match=message):
         AutoStep(**MEASURED).rate(made(kind), SPSA())
 
@@ -229,9 +231,9 @@ def test_a_slope_far_above_the_usual_is_taken_for_three_times_that(slope, taken)
 
 def test_what_is_measured_is_told_and_what_the_first_step_is_to_bring():
     straight, bent = AutoStep(**MEASURED), AutoStep(**MEASURED, curvature=3000.0)
-    assert straight.describe().endswith("; the first step is to lower the loss by 4.50%")
+    assert straight.describe().endswith("; the first step should lower the loss by 4.50%")
     # 1e-4 x 25 / 2
-    assert "the first step is to lower the loss by 0.12%, by 4.5% if nothing limited the rate" in bent.describe()
+    assert "the first step should lower the loss by 0.12% (4.5% without the limit on the rate)" in bent.describe()
     assert bent.describe(sets_rate=False).endswith("curvature 3e+03, 0 evaluations")
 
 
@@ -251,8 +253,16 @@ def test_numbers_only_and_back():
         *((eps, math.inf, r"auto: the loss is inf before training; use model\.dtype") for eps in (None, 1e-3)),
         *((eps, -2.0, "auto: the loss is -2, .* above 0; give numbers instead of auto") for eps in (None, 1e-3)),
         (None, 0.0, "auto: the loss is 0, .* above 0"),
-        (None, 1.0, r"model\.eps 1: no direction changes the loss of 1, rounding hides it; use model\.dtype float32"),
-        (1e-12, 1.0, r"model\.eps 1e-12: no direction changes the loss of 1, rounding hides it; give a larger one"),
+        (
+            None,
+            1.0,
+            r"model\.eps 1: rounding hides the effect of every direction on the loss of 1; use model\.dtype float32",
+        ),
+        (
+            1e-12,
+            1.0,
+            r"model\.eps 1e-12: rounding hides the effect of every direction on the loss of 1; give a larger value",
+        ),
     ],
 )
 def test_a_loss_that_no_step_can_be_measured_from_is_an_error(eps, value, message):

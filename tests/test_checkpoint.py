@@ -59,7 +59,7 @@ def change(function):
 def test_the_format_is_noted_and_another_one_refused(run, capsys):
     assert read_checkpoint(CHECKPOINT).note["format"] == CHECKPOINT_FORMAT == 1
     change(put(2, "slzo", "format"))
-    assert "has format 2, this slzo reads 1" in error_line(capsys, *EXPORT)
+    assert "has format 2, and this slzo reads 1" in error_line(capsys, *EXPORT)
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def other_config(model):
 @pytest.mark.parametrize(
     ("become", "told"),
     [
-        (other_weights, "other weights"),
-        (other_frozen_weights, "other weights"),
-        (one_tuned_weight, "other weights"),
+        (other_weights, "different weights"),
+        (other_frozen_weights, "different weights"),
+        (one_tuned_weight, "different weights"),
         (other_config, "rms_norm_eps: 1e-06 -> 1e-05"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_folder_that_holds_another_model_of_the_same_shape_is_refused(run, cap
     given = f"--ckpt_path={CHECKPOINT}"
     for command in (FIT, EXPORT, ["validate", given], ["test", given], ["predict", given, "--output=p.jsonl"]):
         line = error_line(capsys, *command)
-        assert "does not fit model.model" in line, command
+        assert "was trained on another model than model.model" in line, command
         assert told in line, command
     assert not Path("out").exists()
     assert not Path("p.jsonl").exists()
@@ -112,7 +112,7 @@ def test_another_type_of_the_same_weights_is_the_same_model(run, capsys):
     other_weights(model)
     model.save_pretrained("model")
     line = error_line(capsys, "test", f"--ckpt_path={CHECKPOINT}", "--model.dtype=bfloat16")
-    assert "other weights" in line
+    assert "different weights" in line
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
@@ -124,7 +124,7 @@ def test_a_fingerprint_does_not_depend_on_how_the_model_is_loaded(tmp_path, save
     for one in found:
         for other in found:
             one.check(other.to_dict())
-        with pytest.raises(SlzoError, match="other weights"):
+        with pytest.raises(SlzoError, match="different weights"):
             one.check(Fingerprint.of(model).to_dict())
 
 
@@ -147,7 +147,7 @@ def test_every_scope_knows_its_base_model(options, capsys, tmp_path, model_dir, 
     shutil.copytree(model_dir, other)
     tiny_model("llama", scale=1.0, seed=1).save_pretrained(other)
     line = error_line(capsys, "test", *options, f"--model.model={other}", "--ckpt_path=last")
-    assert "the same shape, other weights" in line
+    assert "the same shape, different weights" in line
 
 
 def test_all_of_what_is_tuned_and_a_sample_of_the_rest_is_compared():
@@ -162,7 +162,7 @@ def test_all_of_what_is_tuned_and_a_sample_of_the_rest_is_compared():
     frozen[0, 1] += 1  # not in the sample
     found().check(before)
     tuned[0, 1] += 1
-    with pytest.raises(SlzoError, match="other weights in what is tuned"):
+    with pytest.raises(SlzoError, match="different weights in the tuned tensors"):
         found().check(before)
 
 
@@ -234,9 +234,9 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys):
     assert main(["test", "--ckpt_path=last"]) == 0
     printed = capsys.readouterr()
     assert "last.ckpt': not a readable checkpoint" in printed.err
-    assert "step=2.ckpt is the newest checkpoint that is whole" in printed.err
+    assert "step=2.ckpt is the newest intact checkpoint" in printed.err
     (folder / "step=2.ckpt").write_bytes(b"")
-    assert "no checkpoint below 'runs' is whole" in error_line(capsys, "test", "--ckpt_path=last")
+    assert "no checkpoint below 'runs' is intact" in error_line(capsys, "test", "--ckpt_path=last")
 
 
 # ---- what is in it --------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_weights_alone_can_be_scored_but_not_continued(options, capsys):
     assert main(["test", *options, f"--ckpt_path={best}"]) == 0
     assert main(["export", f"--ckpt_path={best}", "--output=out"]) == 0
     last_checkpoint().write_bytes(b"")
-    assert "is whole" in error_line(capsys, "fit", *options, "--ckpt_path=last")
+    assert "is intact" in error_line(capsys, "fit", *options, "--ckpt_path=last")
 
 
 def test_another_optimizer_or_scheduler_on_resume_is_refused(run, capsys):

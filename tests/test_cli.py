@@ -188,7 +188,7 @@ def test_in_python_the_tokenizer_must_fit_the_model(model_dir, data_dir, tmp_pat
 
     train("other")
     assert re.search(r"data\.tokenizer '.*other' is not that of model\.model", capsys.readouterr().err)
-    with pytest.raises(SlzoError, match=r"data\.tokenizer '.*larger': has \d+ tokens, model '.*' knows \d+"):
+    with pytest.raises(SlzoError, match=r"data\.tokenizer '.*larger': has \d+ tokens, but model '.*' has \d+"):
         train("larger")
 
 
@@ -251,7 +251,7 @@ def test_epochs_can_be_resumed_and_a_finished_run_is_left_alone(options, capsys)
     assert [summary(i)["steps"] for i in (0, 1)] == [10, 20]
     capsys.readouterr()
     assert main(["fit", *options, "--trainer.max_steps=20", "--ckpt_path=last"]) == 0
-    assert "has all 20 steps" in capsys.readouterr().out
+    assert "already has all 20 steps" in capsys.readouterr().out
     assert not run_dir(2).exists()
 
 
@@ -260,7 +260,7 @@ def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys):
     more = ["--seed_everything=5", "--model.optimizer.lr=7", "--model.eps=2e-3"]
     assert main(["fit", *options, "--ckpt_path=last", *more]) == 0
     text = capsys.readouterr().err
-    for expected in ("model.lr: 0.001 -> 7", "model.eps: 0.001 -> 0.002", "data.seed: 0 -> 5"):
+    for expected in ("model.optimizer.lr: 0.001 -> 7", "model.eps: 0.001 -> 0.002", "data.seed: 0 -> 5"):
         assert expected in text
     assert summary(1)["seed"] == 0
 
@@ -343,8 +343,8 @@ def profile_of_lines(options, capsys, lines):
 
 def test_a_profile_of_fewer_sequences_than_asked_for_says_so(options, capsys):
     printed, profile = profile_of_lines(options, capsys, [f"Sentence number {i} of a text." for i in range(11)] + ["x"])
-    assert "Asked for 16 sequences (profiler.num_sequences), there were 12: averaged over those." in printed
-    assert "1 of 12 sequences have one token only: they are left out." in printed
+    assert "Averaged over all 12 sequences; 16 were requested (profiler.num_sequences)." in printed
+    assert "Left out 1 of 12 sequences, which have only one token." in printed
     assert profile["num_sequences"] == 11
     assert re.search(r"^(Clear for prompts like these|Not clear): layer \d's growth", printed, re.MULTILINE)
     assert profile["margin"] > 0
@@ -353,7 +353,7 @@ def test_a_profile_of_fewer_sequences_than_asked_for_says_so(options, capsys):
 
 def test_equal_prompts_have_no_standard_error(options, capsys):
     printed, profile = profile_of_lines(options, capsys, ["The very same text."] * 20)
-    assert "All 16 prompts are equal: standard errors would mean nothing and are left out" in printed
+    assert "All 16 prompts are equal: standard errors would be meaningless and are left out" in printed
     assert profile["margin"] is None
     assert profile["layers"][0]["ratio_se"] is None
 
@@ -361,7 +361,7 @@ def test_equal_prompts_have_no_standard_error(options, capsys):
 def test_every_layer_over_the_thresholds_is_told(options, capsys):
     rule = ["--profiler.rule=FirstOutlierLayer", "--profiler.rule.max_abs=0", "--profiler.rule.ratio=0"]
     assert main(["profile", *options, *rule]) == 0
-    assert "All 4 layers are over the thresholds" in capsys.readouterr().out
+    assert "All 4 layers are above the thresholds" in capsys.readouterr().out
 
 
 def test_what_export_refuses(options, capsys):
@@ -385,4 +385,4 @@ def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):
     tiny_model("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     line = error_line(capsys, "test", *options, f"--model.model={tmp_path / 'other'}", "--ckpt_path=last")
-    assert "does not fit model" in line
+    assert "was trained on another model" in line

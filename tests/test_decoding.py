@@ -17,6 +17,8 @@ from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point
 from slzo.zo.loss import live_points
 
+pytestmark = pytest.mark.fast
+
 NEW_TOKENS = 8
 EPS = 0.01
 

@@ -109,7 +109,7 @@ def test_a_layer_goes_back_unless_it_has_changed(model_dir):
 
 def test_scopes_of_the_whole_model_are_refused(model_dir):
     parts = split_and_verify(placed(model_dir), onednn=False)
-    with pytest.raises(SlzoError, match=r"model.device_map: .* model.scope tunes all; tune some"):
+    with pytest.raises(SlzoError, match=r"model.device_map: .* model.scope tunes all; tune only some"):
         TunedModel.from_scope(parts, AllParameters())
 
 
@@ -141,7 +141,9 @@ def pickled(tmp_path):
 
 
 def test_layers_that_the_files_do_not_hold_are_written_to_the_folder(pickled, tmp_path):
-    with pytest.raises(SlzoError, match=r"files do not hold the layers .* as they are \(set model.offload_folder to"):
+    with pytest.raises(
+        SlzoError, match=r"layers on disk cannot be read directly from its files\); set model.offload_folder to"
+    ):
         placed(pickled)
     found = placed(pickled, offload_folder=str(tmp_path / "offload"))
     written = list((tmp_path / "offload").rglob("*.safetensors"))
@@ -184,13 +186,13 @@ def test_places_on_cards(monkeypatch):
     [
         ("all", "'all': choose one of auto, balanced, sequential, or give a device"),
         ({}, "{}: choose one of"),
-        ({"model.layers.0": None}, "None: is no device; give a number, cpu or disk"),
+        ({"model.layers.0": None}, "None: not a device; give a number, cpu or disk"),
         ({"model.layers.0": "dsk"}, "'dsk': no such device for a run on cpu; choose one of cpu, disk"),
         ({"model.layers.0": 0}, "0: no such device for a run on cpu"),
         ({"model.layer.0": "disk"}, r"'model.layer.0': .* its decoder layers are model.layers.0 to .*\.3"),
         ({"model.layers.9": "disk"}, "'model.layers.9': the model has no such module"),
-        ({"model.layers.1.mlp": "disk"}, "'model.layers.1.mlp': splits decoder layer 1; give the place"),
-        ({"lm_head": "disk"}, "'lm_head': is needed at every step and stays on cpu; put decoder layers"),
+        ({"model.layers.1.mlp": "disk"}, "'model.layers.1.mlp': splits decoder layer 1; give one device"),
+        ({"lm_head": "disk"}, "'lm_head': is needed at every step and stays on cpu; put only decoder layers"),
         ({"model.norm": "disk"}, "'model.norm': is needed at every step"),
     ],
 )
@@ -212,12 +214,12 @@ def test_a_layer_may_be_named_in_pieces_that_are_in_one_place():
     ],
 )
 def test_options_that_do_not_go_together(engine, quantization, message):
-    with pytest.raises(SlzoError, match=f"model.device_map 'auto': does not go together with {message}; leave one out"):
+    with pytest.raises(SlzoError, match=f"model.device_map 'auto': cannot be combined with {message}; leave one out"):
         DeviceMapChoice.of("auto", None, engine, quantization)
 
 
 def test_wrong_folders_are_refused(model_dir, tmp_path):
-    with pytest.raises(SlzoError, match=r"model.offload_folder 'x': is used with model.device_map only"):
+    with pytest.raises(SlzoError, match=r"model.offload_folder 'x': is used only with model.device_map"):
         DeviceMapChoice.of(None, "x", Engine(), None)
     (tmp_path / "file").touch()
     with pytest.raises(SlzoError, match=r"model.offload_folder .*file': cannot be written \(File exists\)"):
@@ -231,7 +233,7 @@ def test_a_full_folder(pickled, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.integrations.accelerate.save_file", full)
-    with pytest.raises(SlzoError, match=r"No space left .* \(model.offload_folder needs room for every"):
+    with pytest.raises(SlzoError, match=r"No space left .*; model.offload_folder needs room for every"):
         placed(pickled, offload_folder=str(tmp_path / "offload"))
     assert list((tmp_path / "offload").iterdir()) == []
 
@@ -290,7 +292,7 @@ def test_several_processes_are_refused_before_loading(options, capsys, monkeypat
     monkeypatch.setattr(ZOTrainer, "world_size", 2)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     error = error_line(capsys, "fit", *options, "--model.device_map=auto")
-    assert "model.device_map 'auto': is for one process, and this run has 2; set trainer" in error
+    assert "model.device_map 'auto': works only in one process, and this run has 2; set trainer" in error
 
 
 def test_wrong_options_are_one_line(options, capsys):

@@ -55,7 +55,7 @@ def test_a_disk_that_becomes_full_leaves_whole_checkpoints_only(options, disk, c
     if size == "4k":
         assert left == []
     if size == "400k":
-        assert "go on from the checkpoint before it with --ckpt_path last" in line
+        assert "resume from the checkpoint before it with --ckpt_path last" in line
         step = read_checkpoint(newest_checkpoint(folder)).content["global_step"]
         subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
         assert main(["fit", *options, *ON_DISK, "--ckpt_path=last"]) == 0
@@ -66,7 +66,7 @@ def test_no_command_writes_to_a_full_or_read_only_disk_or_in_the_temporary_folde
     assert main(["fit", *options]) == 0
     checkpoint = f"--ckpt_path={last_checkpoint()}"
     folder = disk("4k")
-    assert "disk/out' cannot be written" in error_line(capsys, "export", checkpoint, "--output=disk/out")
+    assert "disk/out': cannot be written" in error_line(capsys, "export", checkpoint, "--output=disk/out")
     assert files(folder) == []
     (folder / "fill").write_bytes(b"x" * 4096)
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -78,7 +78,7 @@ def test_no_command_writes_to_a_full_or_read_only_disk_or_in_the_temporary_folde
         assert "Read-only file system" in error_line(capsys, *command, "--output=disk/out"), command
     for command in ("fit", "profile", "test"):
         line = error_line(capsys, command, *options, *ON_DISK)
-        assert "save_dir 'disk': no folder for the run can be made there (Read-only file system)" in line
+        assert "save_dir 'disk': cannot make a folder for the run there (Read-only file system)" in line
     assert files(folder) == ["fill"]
 
 
@@ -93,7 +93,7 @@ def test_a_full_cache_folder_is_one_line(options, disk, capsys):
 def test_a_file_in_the_place_of_the_runs_is_one_line(options, capsys, folder):
     Path("file").write_text("")
     line = error_line(capsys, "fit", *options, *LOGGER, f"--trainer.logger.save_dir={folder}")
-    assert f"trainer.logger.save_dir '{folder}': no folder for the run can be made there" in line
+    assert f"trainer.logger.save_dir '{folder}': cannot make a folder for the run there" in line
     assert Path("file").read_text() == ""
 
 
@@ -121,7 +121,7 @@ def test_a_fault_of_the_logger_is_one_line(options, capsys, monkeypatch):
 
     monkeypatch.setattr(SummaryWriter, "__init__", fail)
     line = error_line(capsys, "fit", *options)
-    assert "'runs/version_0/events' cannot be used (Permission denied)" in line
+    assert "'runs/version_0/events': cannot be used (Permission denied)" in line
     assert not list(Path("runs").glob("*"))
 
 

@@ -8,6 +8,8 @@ from slzo.data.encoding import Encoder, newline_token
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 
+pytestmark = pytest.mark.fast
+
 CORPUS = [
     "the film is good and it was great",
     "a bad film it was terrible",
@@ -166,7 +168,7 @@ def test_answer_that_does_not_fit_is_an_error():
     message = rf"^data.max_length {needed - 1}: the answer ' terrible.* of example '7' needs {needed} tokens"
     with pytest.raises(SlzoError, match=message):
         Encoder(tokenizer, needed - 1).encode(example, 0)
-    with pytest.raises(SlzoError, match=r"data.max_length 50: leaves no room for a prompt beside 50 new tokens"):
+    with pytest.raises(SlzoError, match=r"data.max_length 50: leaves no room for a prompt with 50 new tokens"):
         Encoder(tokenizer, 50).encode_prompt(example)
 
 
@@ -200,7 +202,7 @@ def test_empty_prompts_and_answers_without_tokens_are_errors():
         Encoder(byte_level(True)).encode(Example("e", " \n", ("a", "b"), (0,)), 0)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "<s>": 2, "</s>": 3, "a": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(SlzoError, match=r"example 'w': the tokenizer makes no token of answer '\\n'"):
+    with pytest.raises(SlzoError, match=r"example 'w': the tokenizer makes no tokens from answer '\\n'"):
         Encoder(wrap(words, None)).encode(Example("w", "good", ("\n", " good"), (0,)), 0)
     assert newline_token(wrap(words, None)) is None
 

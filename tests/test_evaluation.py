@@ -355,7 +355,7 @@ def test_class_weights_are_those_of_torch():
     total, weight = CandidateCrossEntropy([1.0, 3.0]).of_scores(scores, batch)
     expected = torch.nn.functional.cross_entropy(scores.view(4, 2), gold, torch.tensor([1.0, 3.0]), ignore_index=-1)
     assert float(total / weight) == pytest.approx(float(expected), rel=1e-6)
-    with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: the task has 2 candidates; give a weight for each"):
+    with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: the task has 2 candidates; give one weight for each"):
         CandidateCrossEntropy([1.0]).of_scores(scores, batch)
     with pytest.raises(SlzoError, match=r"class_weights \[0.0, 1.0\]: give a number above 0 for each candidate"):
         CandidateCrossEntropy([0.0, 1.0])

@@ -288,7 +288,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
     monkeypatch.setattr(LayerTrials, "run", interrupted)
     command = ["sweep", *options, *SWEEP, "--layers=[1,2,3]"]
     assert main(command) == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert "the same command continues where it stopped" in capsys.readouterr().err
     assert main(command) == 0
     assert calls == [1, 2, 2, 3]
     first = sweep_csv()
@@ -352,7 +352,7 @@ def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):
         (["--seeds=[]"], r"seeds \[\]"),
         (["--seconds=0"], r"seconds 0.0: give a number above 0"),
         (["--seconds=.inf"], r"seconds inf: give a number above 0"),
-        (["--model.scope=AllParameters"], r"model\.scope: a sweep goes over the dominant layer"),
+        (["--model.scope=AllParameters"], r"model\.scope: a sweep varies the dominant layer"),
         (["--lrs=[1e-3]", "--layers=[1]"], r"lrs: .*leave layers, seconds and sensitivity_only out"),
         (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
     ],
@@ -479,7 +479,7 @@ def row(layer, gain=None, dominant=False, sensitivity=1.0, diverged=0, se=0.01):
         ([row(2, 0.1), row(11, 0.4, True)], ["11, wins: it lowers the dev loss by 0.4000, 0.3000 more", "21.2 standard"]),
         ([row(2, 0.39), row(11, 0.4, True)], ["The chosen layer, 11, leads, but not clearly", "0.7 standard errors"]),
         ([row(2, 0.41), row(11, 0.4, True)], ["does not clearly lose: layer 2", "0.4100, 0.0100 more, 0.7 standard errors"]),
-        ([row(2, 0.1, se=None), row(11, 0.4, True, se=None)], ["from one seed, so how sure is not known"]),
+        ([row(2, 0.1, se=None), row(11, 0.4, True, se=None)], ["from one seed, so without a standard error"]),
         ([row(2, 0.5), row(11, 0.4, True)], ["does not win: layer 2"]),
         ([row(2, 0.5), row(11, None, True, diverged=1)], ["diverged"]),
         ([row(2, 0.5), row(11, 0.1)], ["chooses no layer"]),

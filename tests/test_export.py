@@ -135,9 +135,9 @@ def test_an_adapter_with_its_card(run, model_dir, capsys, monkeypatch):
     command = f"slzo fit --model.model={model_dir.name}"
     for part in (told["layer_reason"], "20 held-out rows", "task sst2", f"{told['score_before']:.4f}", command):
         assert part in text
-    assert "put yours in its place" not in text
+    assert "no public name" not in text
     line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=no", "--base_model=/home/me/model")
-    assert "must be a name that others can load" in line
+    assert "must be a Hub id that others can load" in line
 
 
 def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):
@@ -162,7 +162,7 @@ def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained("merged").chat_template == tokenizer.chat_template
     metadata, text = card("merged")
     assert "base_model" not in metadata  # nobody could find it
-    assert "put yours in its place" in text
+    assert "no public name" in text
     assert "`own`, a local folder" in text
     line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=no", "--format=adapter")
     assert "use --format merged, or delta" in line
@@ -222,7 +222,7 @@ def test_the_licence_of_a_folder_is_that_of_its_card(tmp_path, model_dir):
     assert (origin.licence.name, origin.licence.title, origin.licence.address) == ("other", "mine", "https://x.y")
     assert [document.name for document in origin.documents] == ["LICENSE.txt"]
     assert origin_of(str(folder), "you/other").name == "you/other"
-    with pytest.raises(SlzoError, match="must be a name that others can load"):
+    with pytest.raises(SlzoError, match="must be a Hub id that others can load"):
         origin_of(str(folder), "/a/folder")
 
 

@@ -64,7 +64,7 @@ def test_the_table_says_what_happens(model_type):
 
 def test_a_wrong_model_does_not_get_into_the_table(monkeypatch):
     monkeypatch.setattr(family_table, "split_and_verify", lambda model, **_: ModelParts(model, onednn=False))
-    with pytest.raises(AssertionError, match=r"lfm2: accepted, and its logits are wrong by \d"):
+    with pytest.raises(AssertionError, match=r"lfm2: accepted, but its logits are wrong by \d"):
         family_table.verdict_of("lfm2")
 
 
@@ -93,7 +93,7 @@ def test_a_window_that_no_short_row_reaches_is_seen(monkeypatch):
 
     monkeypatch.setattr(model_parts, "packed_attention_forward", without_window)
     assert split_and_verify(tiny_model("llama")).packed
-    with pytest.warns(UserWarning, match="a tiny model of its kind gives other logits than the whole"):
+    with pytest.warns(UserWarning, match="a tiny model of this type gives different logits"):
         assert not split_and_verify(tiny_model("mistral", sliding_window=4096)).packed
 
 
@@ -108,7 +108,7 @@ def test_rows_that_see_each_other_are_found_in_any_dtype(dtype):
         warnings.simplefilter("always")
         parts = split_and_verify(model.to(dtype))
     assert not parts.packed
-    assert "rows of a batch see each other" in str(told[-1].message)
+    assert "rows of a batch affect each other" in str(told[-1].message)
 
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -148,7 +148,7 @@ def test_a_model_without_a_twin_is_padded(monkeypatch):
         raise KeyError("no such layer")
 
     monkeypatch.setattr("slzo.models.startup_check.tiny_twin", fails)
-    with pytest.warns(UserWarning, match="no tiny model of its kind can be made to try it on: 'no such layer'"):
+    with pytest.warns(UserWarning, match="no tiny model of this type can be made for the check: 'no such layer'"):
         assert not split_and_verify(tiny_model("llama")).packed
 
 
@@ -156,7 +156,7 @@ def test_a_refused_model_leaves_no_run_folder(tmp_path, sst2_options, capsys):
     family_table.tiny_model("gemma3n_text").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     error = error_line(capsys, "fit", *sst2_options, f"--model.model={tmp_path / 'model'}")
-    assert "Gemma3nForCausalLM is not supported: its layers pass on more than one state for each token" in error
+    assert "Gemma3nForCausalLM is not supported: its layers pass on more than one state per token" in error
     assert not Path("runs").exists()
 
 

@@ -13,6 +13,8 @@ import pytest
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import PARTIAL, check_writable, remove_leftovers, replacing, write_json, write_text
 
+pytestmark = pytest.mark.fast
+
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
@@ -44,7 +46,7 @@ def test_after_an_error_the_former_file_is_whole_and_nothing_else_is_left(tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         write(KeyboardInterrupt())
-    with pytest.raises(SlzoError, match=r"result\.txt' cannot be written \(No space left on device\)"):
+    with pytest.raises(SlzoError, match=r"result\.txt': cannot be written \(No space left on device\)"):
         write(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert path.read_text() == "before"
     assert names(tmp_path) == ["result.txt"]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(__file__).parents[1] / "slzo"
 # from the top; a room imports from floors below its own, never from a neighbour
 FLOORS = [

@@ -177,7 +177,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(run, whole,
     expected = whole(*more)
     assert run(*more, place="on_before_optimizer_step", step=7, times=2) == 130
     error = capfd.readouterr().err
-    assert "SIGINT: stops after this step or validation; once more to stop at once" in error
+    assert "SIGINT: stopping after this step or validation; send it again to stop at once" in error
     assert "Traceback" not in error
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     # nothing is saved after the validation; the log has the step since then, and what was cut off is lost

@@ -128,7 +128,7 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(options, capsys, monkey
     monkeypatch.setattr(memory_plan, "free_bytes", lambda device: 2**20)
     error = error_line(capsys, "fit", *options)
     assert error.startswith("slzo: error: model.model ")
-    assert "GiB of memory, 0.000977 GiB are free; use a smaller model" in error
+    assert "GiB of memory, but 0.000977 GiB is free; use a smaller model" in error
     assert not list(Path("runs").glob("*"))
 
 

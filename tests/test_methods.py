@@ -160,7 +160,7 @@ def test_memory_of_a_subspace_has_the_base_weights_and_the_bases():
             r"model\.num_queries 9: .*data\.batch_size is 8",
         ),
         ("model.scope=PrefixTuning model.engine.packed=false", r"model\.scope PrefixTuning: needs packed"),
-        ("model.scope=PrefixTuning model.scope.num_tokens=900", r"num_tokens 900: longer than the first prompt"),
+        ("model.scope=PrefixTuning model.scope.num_tokens=900", r"num_tokens 900: must be at most "),
     ],
 )
 def test_bad_methods_end_in_one_line(extra, message, options, capsys):

@@ -12,6 +12,8 @@ from slzo.evaluation.metrics import exact_match, make_metrics, normalize_answer,
 from slzo.tasks.base import Example, Kind
 from slzo.tasks.registry import TASKS, get_task
 
+pytestmark = pytest.mark.fast
+
 
 def test_normalization():
     assert normalize_answer("  The U.S.  Army's\nan  Anthem, a theory") == "us armys anthem theory"

@@ -12,6 +12,8 @@ from slzo.models.parts import ModelParts
 from slzo.zo.estimators import Point, RowShare
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def packed():

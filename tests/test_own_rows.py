@@ -61,7 +61,7 @@ def test_one_file_makes_three_splits_down_to_four_rows(tmp_path, make, rows):
     for count in (1, 3):
         path = write(tmp_path / "rows.jsonl", rows(count))
         with pytest.raises(
-            SlzoError, match=rf"^data.task.train_file: .* at least 4 rows .* and it has {count}; add some"
+            SlzoError, match=rf"^data.task.train_file: .* at least 4 rows .* and it has {count}; add rows"
         ):
             set_up(make(train_file=path))
         TaskRows(make(train_file=path), seed=0).setup("test")
@@ -84,7 +84,7 @@ def test_an_id_stands_for_one_row_in_all_files(tmp_path):
         return write(tmp_path / f"{name}.jsonl", rows)
 
     twice = file("twice", [*rows_of(3), rows_of(1)[0] | {"text": "other"}])
-    with pytest.raises(SlzoError, match=r"twice.jsonl:4: id '100' is also that of .*twice.jsonl:1"):
+    with pytest.raises(SlzoError, match=r"twice.jsonl:4: id '100' is also the id of .*twice.jsonl:1"):
         set_up(template(train_file=twice, id_field="key"))
     train, same = file("train", rows_of(10)), file("same", rows_of(2))
     data = set_up(template(train_file=train, test_file=same, id_field="key"))

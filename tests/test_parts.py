@@ -13,6 +13,8 @@ from slzo.models.parts import ModelParts, find_decoder_layers
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
 
+pytestmark = pytest.mark.fast
+
 
 def plain_logits(model, examples):
     """Logits that predict each answer token: one candidate at a time, the model's own forward, nothing shared."""

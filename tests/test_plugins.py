@@ -155,7 +155,7 @@ def test_what_is_wrong_with_a_class_path_is_told(config, capsys, request, option
     ("name", "told"),
     [
         ("Needs", "needs data.task.folder"),
-        ("NUMBER", "is no task; give a subclass of slzo.tasks.base.Task"),
+        ("NUMBER", "not a task; give a subclass of slzo.tasks.base.Task"),
         ("Gone", "plain_tasks has no Gone"),
         ("Plain", None),
     ],

@@ -9,6 +9,8 @@ from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.forward import Span, SuffixForward
 
+pytestmark = pytest.mark.fast
+
 LAYER = 2
 TOKEN_BYTES = 32 * 4  # hidden size, float32
 

@@ -21,6 +21,8 @@ from slzo.private.models import (
 from slzo.private.modules import copy_modules, nested_schedulers, onednn_linear, with_submodule
 from slzo.private.parsers import options_of, type_of
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(__file__).parents[1] / "slzo"
 LIBRARIES = ("lightning", "jsonargparse", "torch", "transformers", "accelerate")
 NAMED_TUPLE = ("_replace", "_asdict", "_fields")  # public, whatever their names

@@ -16,6 +16,8 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile, bos_note, profile_layers, sequence_notes, usable_sequences
 from slzo.zo.selection import Choice, FirstOutlierLayer, MaxRatioJump
 
+pytestmark = pytest.mark.fast
+
 
 def with_outlier(layer, channel):
     """A tiny Llama in which one layer writes a huge value into one channel."""
@@ -75,7 +77,10 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_layer():
     half.model.layers[1].mlp.gate_proj.weight *= 3e4
     broken = tiny_model("llama", scale=1.0)
     broken.model.layers[3].mlp.down_proj.weight[0, 0] = math.nan
-    for model, words in ((half, "float16: .*layer 1 .*bfloat16"), (broken, "float32: .*layer 3 .*weights are broken")):
+    for model, words in (
+        (half, "float16: .*layer 1 .*bfloat16"),
+        (broken, "float32: .*layer 3 .*weights may be damaged"),
+    ):
         with pytest.raises(SlzoError, match=rf"model\.dtype {words}"):
             profile_layers(ModelParts(model), [pack(random_prompts())])
 
@@ -149,10 +154,10 @@ def test_a_rule_that_does_not_tell_the_layers_apart_says_so():
         return choose(FirstOutlierLayer(), layer_statistics(*layers)).note
 
     every = note(*[over] * 4)
-    assert every.startswith("All 4 layers are over the thresholds: the rule's answer carries no information here; ")
+    assert every.startswith("All 4 layers are above the thresholds: the rule's choice carries no information here; ")
     assert "slzo sweep" in every
     assert "--model.layer" in every
-    assert note(over, over, over, under).startswith("3 of 4 layers are over the thresholds, from the first on")
+    assert note(over, over, over, under).startswith("3 of 4 layers, starting with the first, are above the thresholds")
     assert not note(over, under, under, under)
     assert not note(under, over, over, over)
 
@@ -196,8 +201,8 @@ def test_problems_with_the_prompts_are_reported():
     different = [(1, i) for i in range(12)]
     assert sequence_notes(12, 12, different) == []
     assert sequence_notes(16, 14, different) == [
-        "Asked for 16 sequences (profiler.num_sequences), there were 14: averaged over those.",
-        "2 of 14 sequences have one token only: they are left out.",
+        "Averaged over all 14 sequences; 16 were requested (profiler.num_sequences).",
+        "Left out 2 of 14 sequences, which have only one token.",
     ]
     assert sequence_notes(12, 12, [(1, 2)] * 12)[0].startswith("All 12 prompts are equal: standard errors would")
     assert sequence_notes(12, 12, [(1, i % 3) for i in range(12)])[0].startswith("Only 3 prompts are different: ")

@@ -70,8 +70,8 @@ def test_texts_are_those_of_the_engine(tuned, scope, formats, model_dir, capsys)
     for format in formats:
         assert main(["export", f"--ckpt_path={checkpoint}", f"--output={format}", f"--format={format}"]) == 0
         assert generated(capsys, f"--ckpt_path={format}", f"--base={model_dir}", *rest) == expected
-    # its base model is a folder that nobody else has
-    assert "nobody else has its base model" in error_line(capsys, "generate", f"--ckpt_path={formats[0]}", *rest)
+    # its base model is a local folder
+    assert "its base model is not public" in error_line(capsys, "generate", f"--ckpt_path={formats[0]}", *rest)
 
 
 def test_prefix_tuning_is_refused(tuned, model_dir, capsys):
@@ -112,11 +112,11 @@ def test_mistakes_are_one_line(tuned, capsys):
     checkpoint = f"--ckpt_path={tuned('LayerScope')}"
     for args, reason in {
         (): "ckpt_path",
-        (checkpoint,): "prompt: give one with --prompt",
+        (checkpoint,): "prompt: give either one prompt with --prompt",
         (checkpoint, "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
-        (checkpoint, "--prompt=x", "--max_new_tokens=400"): "more than the 256 that the model takes",
+        (checkpoint, "--prompt=x", "--max_new_tokens=400"): "exceeds the model's limit of 256",
         (checkpoint, "--prompt=x", "--temperature=-1"): "temperature -1.0",
-        (checkpoint, "--prompt=x", "--base=y"): "is no exported folder",
+        (checkpoint, "--prompt=x", "--base=y"): "is not an exported folder",
         (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",
         (checkpoint, "--prompts=nothing.txt"): "cannot be read",
         ("--ckpt_path=nothing", "--prompt=x"): "no such file",

@@ -62,25 +62,25 @@ def test_the_tuned_layer_has_its_original_weights_and_the_rest_stays_quantized(f
     plain, model = load_model(str(folder)), load_model(str(folder), quantization=quantization)
     before = dict(model.named_modules())
     expected = dict(plain.model.layers[LAYER].named_parameters())
-    exchanged = one_layer(model)
-    assert len(exchanged.quantized) == 7
-    assert not exchanged.dequantized
+    replaced = one_layer(model)
+    assert len(replaced.quantized) == 7
+    assert not replaced.dequantized
     found = dict(model.model.layers[LAYER].named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     others = [name for name, module in model.named_modules() if module is not before[name]]
-    assert sorted(others) == sorted(exchanged.quantized)
-    exchanged.undo(model)
+    assert sorted(others) == sorted(replaced.quantized)
+    replaced.undo(model)
     assert all(module is before[name] for name, module in model.named_modules())
 
 
 @pytest.mark.parametrize("quantization", BOTH)
 def test_a_model_that_is_quantized_already_is_dequantized_in_the_tuned_layer(folder, tmp_path, quantization):
     model = load_model(str(quantized_folder(folder, tmp_path / "quantized", quantization)))
-    exchanged = one_layer(model)
-    assert exchanged.dequantized
+    replaced = one_layer(model)
+    assert replaced.dequantized
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    for path, module in exchanged.quantized.items():
+    for path, module in replaced.quantized.items():
         own = model.get_submodule(path)
         assert type(own) is nn.Linear
         given = inputs if own.in_features == 64 else inputs.repeat(1, 2)
@@ -167,7 +167,7 @@ def test_the_fingerprint_tells_quantized_models_apart(folder, tmp_path):
         Fingerprint.of(load_model(str(path), quantization="int8")) for path in (folder, folder, tmp_path)
     )
     own.check(same.to_dict())
-    with pytest.raises(SlzoError, match="other weights"):
+    with pytest.raises(SlzoError, match="different weights"):
         own.check(other.to_dict())
     Fingerprint.of(load_model(str(folder))).check(own.to_dict())  # the base that export merges into
 
@@ -194,8 +194,8 @@ def test_scopes_that_add_to_a_layer_and_those_that_tune_all(folder):
     [
         ("int9", "'int9': no such class; choose one of int8, fp8, nf4, fp4, or"),
         ("torch.nn.Linear", "'torch.nn.Linear': .*required positional"),
-        ({"class_path": "torch.nn.ReLU"}, ".*ReLU is no quantization config of transformers"),
-        ({"path": "int8"}, ".*a mapping holds class_path and init_args"),
+        ({"class_path": "torch.nn.ReLU"}, ".*ReLU is not a quantization config of transformers"),
+        ({"path": "int8"}, ".*a mapping must have class_path and init_args"),
         (
             {"class_path": "transformers.BitsAndBytesConfig", "init_args": {"load_in_8bit": 3}},
             "'transformers.BitsAndBytesConfig': load_in_8bit must be",
@@ -213,10 +213,10 @@ def test_wrong_quantizations(folder, monkeypatch, quantization, words):
 @needs("bitsandbytes")
 def test_a_quantized_model_is_not_quantized_again(folder, tmp_path, monkeypatch):
     source = quantized_folder(folder, tmp_path / "quantized", "nf4")
-    with pytest.raises(SlzoError, match=r"model.quantization 'nf4': model .* is quantized already \(bitsandbytes\)"):
+    with pytest.raises(SlzoError, match=r"model.quantization 'nf4': model .* is already quantized \(bitsandbytes\)"):
         load_model(str(source), quantization="nf4")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SlzoError, match="is quantized and needs bitsandbytes, which is not installed"):
+    with pytest.raises(SlzoError, match="its quantization needs bitsandbytes, which is not installed"):
         load_model(str(source))
 
 

@@ -138,7 +138,7 @@ def test_a_candidate_that_cannot_be_trained_does_not_end_the_race(capsys):
     assert choice.layer == 11
     assert sorted(choice.trials) == [11, 15, 28, 29]
     assert [done == steps for layer, done, steps in trials.trained if layer == 29] == [True]
-    assert "layer  27: out of the race, the loss is inf before training" in capsys.readouterr().out
+    assert "layer  27: left out of the race, the loss is inf before training" in capsys.readouterr().out
 
 
 def test_where_no_candidate_can_be_trained_the_outlier_removing_layer_is_chosen(monkeypatch):
@@ -152,7 +152,7 @@ def test_where_no_candidate_can_be_trained_the_outlier_removing_layer_is_chosen(
 
 
 def test_a_race_needs_trials_and_dev_rows():
-    with pytest.raises(SlzoError, match="it trains layers, and only the statistics are known here"):
+    with pytest.raises(SlzoError, match="needs short trainings, and none are possible here"):
         choose(Race(), LAYERS)
     with pytest.raises(SlzoError, match=r"set data\.num_dev"):
         choose(Race(), LAYERS, FakeTrials({}, num_dev=0))

@@ -127,7 +127,7 @@ def test_a_run_with_a_rollback_is_rebuilt(fit):
 def test_differentiating_estimators_have_no_log(fit, capsys):
     assert main([*fit, "--model.estimator=Backprop", "--trainer.max_steps=2"]) == 0
     assert not (run_dir() / "zo_log").exists()
-    assert "it differentiates, so there is no log" in error_line(capsys, "replay", "--run=runs/version_0")
+    assert "differentiates, so there is no log" in error_line(capsys, "replay", "--run=runs/version_0")
 
 
 @pytest.mark.parametrize(

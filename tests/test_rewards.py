@@ -137,10 +137,10 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
     ("function", "reason", "others"),
     [
         ("raises", "raised ValueError: boom on two lines, at row 'row-b'", [0.5, math.nan, 0.5]),
-        ("busy", "took longer than 0.6 s (timeout) and was ended, at row 'row-b'", [0.5, math.nan, 0.5]),
-        ("leaves", "ended its process with status 3, at row 'row-b'", [0.5, math.nan, 0.5]),
+        ("busy", "took longer than 0.6 s (timeout) and was stopped, at row 'row-b'", [0.5, math.nan, 0.5]),
+        ("leaves", "ended the reward process with status 3, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("not_a_number", "returned nan, at row 'row-b'", [0.5, math.nan, 0.5]),
-        ("nothing", "returned 'None', no number, at row 'row-a'", [math.nan] * 3),
+        ("nothing", "returned 'None', which is not a number, at row 'row-a'", [math.nan] * 3),
         ("too_few", "returned 1 values for 3 answers, at row 'row-a'", [math.nan] * 3),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
     assert found.totals == pytest.approx(others, nan_ok=True)
     assert found.problems[0] == f"data.reward mine.py:{function}: {reason}"
     endings = [record.message.partition("; ")[2] for record in caplog.records]
-    assert endings == ["it does not count"] * len(found.problems)
+    assert endings == ["the row is not counted"] * len(found.problems)
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
 
 
@@ -205,7 +205,10 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
     ("arguments", "message"),
     [
         ({"temperature": -1}, "data.objective.temperature -1: must be 0 or more"),
-        ({"samples": 2}, "data.objective.samples 2: must be at least 1, and 1 without a temperature"),
+        (
+            {"samples": 2},
+            "data.objective.samples 2: must be at least 1; for more than 1, set data.objective.temperature",
+        ),
         ({"timeout": 0}, "data.objective.timeout 0: must be a number of seconds above 0"),
     ],
 )
@@ -322,7 +325,9 @@ def test_no_step_is_taken_when_a_reward_fails(folder, caplog):
     result = stepper.step(batch_of(), 0, torch.optim.SGD(tensors.masters, lr=1.0))
     assert not result.estimate.finite
     assert all(torch.equal(before[name], now) for name, now in tensors.named_masters().items())
-    assert result.report.problems == ("data.reward mine.py:nothing: returned 'None', no number, at row 'r0'",)
+    assert result.report.problems == (
+        "data.reward mine.py:nothing: returned 'None', which is not a number, at row 'r0'",
+    )
     assert caplog.records[0].message.endswith("the step is not taken")
 
 
@@ -392,7 +397,9 @@ def test_a_run_whose_reward_fails_stops_in_one_line(reward_options, options, end
     options = [*reward_options, "--data.reward=mine.py:nothing", "--record.test_before=false", *options]
     assert main(["fit", *options]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("slzo: error: data.reward mine.py:nothing: returned 'None', no number, at row 'train-")
+    assert last.startswith(
+        "slzo: error: data.reward mine.py:nothing: returned 'None', which is not a number, at row 'train-"
+    )
     assert last.endswith(ending)
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from slzo.data.sampler import StepBatchSampler
 
+pytestmark = pytest.mark.fast
+
 LENGTHS = {"lengths": [i % 7 for i in range(50)]}
 CLASSES = {"classes": [0] * 40 + [1] * 7 + [2] * 3}
 

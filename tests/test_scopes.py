@@ -50,6 +50,8 @@ from slzo.zo.scopes.linear_maps import linears
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
+pytestmark = pytest.mark.fast
+
 LAYER = 2
 SCOPES = [
     LayerScope(),

@@ -16,6 +16,8 @@ from slzo.tasks.registry import get_task
 from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
 
+pytestmark = pytest.mark.fast
+
 needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data beside the checkout")
 
 SST2 = [{"sentence": f"film {i} ", "label": i % 2, "idx": i + 10} for i in range(3)]
@@ -174,7 +176,7 @@ def test_template_files(tmp_path):
     assert [e.gold for e in load_examples(template(train_file=path), "train")] == [(1,), (0,)]
     (tmp_path / "my.xlsx").write_bytes(b"x")
     for task, message in (
-        (template(train_file=path), r"^data.task.test_file None: task 'custom' has no test rows; give it a file"),
+        (template(train_file=path), r"^data.task.test_file None: task 'custom' has no test rows; give a file"),
         (template(test_file=tmp_path / "gone.csv"), r"^data.task.test_file '.*gone.csv': no such file"),
         (template(test_file=tmp_path / "my.xlsx"), r"my.xlsx: unknown kind of file; use .* .jsonl, .parquet, .csv"),
     ):
@@ -225,16 +227,16 @@ GOOD = json.dumps(SST2[0])
         ("jsonl", '{"sentence": "x", "label": 2}\n', ":1: field 'label' is 2; it must be one of the numbers 0, 1"),
         ("jsonl", '{"sentence": 5, "label": 1}\n', ":1: field 'sentence' is 5; it must be text"),
         ("jsonl", '{"sentence": " ", "label": 1}\n', ":1: field 'sentence' is empty"),
-        ("jsonl", f"{GOOD}\n{GOOD}\n", "validation.jsonl:2: id '10' is also that of "),
+        ("jsonl", f"{GOOD}\n{GOOD}\n", "validation.jsonl:2: id '10' is also the id of "),
         ("jsonl", '{"sentence": "x", "label": 1, "idx": 1.5}\n', ":1: field 'idx' is 1.5; an id must be text or"),
         ("jsonl", '{"sentence": "\\ud800", "label": 1}\n', ":1: half of a surrogate pair"),
         ("jsonl", "", "validation.jsonl: holds no rows; task 'sst2' needs at least one"),
         ("jsonl", b"{}\n\xff\xfe\n", ":2: not valid UTF-8"),
-        ("csv", "sentence,label\nx,1\ny,1,z\n", ":3: more columns than the first line names"),
+        ("csv", "sentence,label\nx,1\ny,1,z\n", ":3: more columns than the first line has"),
         ("csv", "sentence,label\nx,1\ny\n", ":3: field 'label' is missing"),
         ("csv", 'sentence,label\n"x,1\n', ": not CSV (unexpected end of data)"),
         ("csv", 'sentence,label\n"x\ny",1\n"a\nb",7\n', ":4: field 'label' is 7; it must be one of the numbers"),
-        ("csv", "label,sentence, label\n", ":1: two columns are called 'label'; give each a name of its own"),
+        ("csv", "label,sentence, label\n", ":1: two columns are called 'label'; give each its own name"),
         ("csv", b"sentence,label\nx\x81,1\n", ":2: neither UTF-8 nor Windows-1252; save the file as UTF-8"),
         ("csv", "sentence,label\nx,fine\n", ":2: field 'label' is 'fine'; it must be one of the numbers 0, 1"),
         ("csv", "sentence,label\n", "validation.csv: holds no rows"),

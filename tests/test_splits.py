@@ -9,6 +9,8 @@ from slzo.data.splits import divide, draw_splits, least_rows, part_test
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 
+pytestmark = pytest.mark.fast
+
 # made with sha256sum of "1:r0", "1:r1", ... and "test:id:t0", ...: the lowest digests come first
 TRAIN_OF_SEED_1 = ["r6", "r11", "r15", "r10"]
 DEV_OF_SEED_1 = ["r5", "r19"]
@@ -58,7 +60,7 @@ def test_no_row_is_in_two_splits():
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (60, 30, 10)
     assert splits.notes == (
         "Left out 12 training rows that are also in the test split.",
-        "Left out 10 training rows whose prompt is there twice.",
+        "Left out 10 training rows with repeated prompts.",
     )
 
 
@@ -101,7 +103,9 @@ def test_no_split_that_is_asked_for_is_empty(num_train, num_dev, least):
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(SlzoError, match=r"^data.num_dev 500: .* at least 3 with different prompts, and there are 2;"):
+    with pytest.raises(
+        SlzoError, match=r"^data.num_dev 500: .* at least 3 rows with different prompts, and there are 2;"
+    ):
         draw(pool("r", 2), pool("t", 2), 1000, 500, 2)
     assert len(draw(pool("r", 2), pool("t", 2), 5, 0, 2).train) == 2
 
@@ -111,7 +115,7 @@ def test_held_out_rows_leave_enough_for_the_others():
     train, test, notes = part_test(repeated, None, least=3)
     assert len(test) == 1
     assert len({example.prompt for example in train}) == 3
-    assert notes == ("Left out 14 rows with the prompts of held-out ones.",)
+    assert notes == ("Left out 14 rows whose prompts are also in held-out rows.",)
     with pytest.raises(SlzoError, match=r"^data.task.train_file: .* at least 5 rows with different .*, and it has 4"):
         part_test(repeated, None, least=4)
 
@@ -120,7 +124,7 @@ def test_notes_say_what_was_taken():
     splits = draw(pool("r", 554), pool("t", 70), 1000, 500, 1000)
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (370, 184, 70)
     assert splits.notes == (
-        "The test split has 70 rows: took all, 1000 were asked for.",
+        "The test split has 70 rows: took all; 1000 were requested.",
         "The training split has 554 usable rows: took 370 of 1000 training examples and 184 of 500 dev examples.",
     )
 
@@ -150,5 +154,5 @@ def test_numbers_out_of_range(option, value):
 
 
 def test_training_rows_that_are_all_test_rows():
-    with pytest.raises(SlzoError, match="none of the 5 training rows is usable"):
+    with pytest.raises(SlzoError, match="none of the 5 training rows can be used"):
         draw(pool("t", 5), pool("t", 5))

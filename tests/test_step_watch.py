@@ -38,7 +38,7 @@ def test_weights_that_run_away_are_told(options, capsys):
 def test_a_metric_that_no_direction_changes_does_not_end_a_run(options, capsys):
     more = ["--data.objective=metric", "--model.eps=1e-9", "--watch.max_zero_steps=3"]
     assert main(["fit", *options, *more]) == 0
-    assert "changed along no direction for 3 steps" in capsys.readouterr().err
+    assert "did not change along any direction for 3 steps" in capsys.readouterr().err
 
 
 def test_spikes_are_counted():

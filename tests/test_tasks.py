@@ -8,6 +8,8 @@ from slzo.tasks.registry import TASKS, get_task
 from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
 
+pytestmark = pytest.mark.fast
+
 NO_YES = ("No", "Yes")
 CB = "``Who knows? The point is, do we go with it or not?'' Do we assume there is a shipment?"
 VISA = "Visa policy of Iraq -- In accordance with the law, citizens of all countries require a visa."
@@ -188,7 +190,7 @@ def test_boolq_keeps_a_question_mark_and_copa_has_two_conjunctions():
     ("name", "message"),
     [
         ("sst9", r"^data.task 'sst9': unknown task; choose one of boolq, .*wsc; did you mean 'sst2'"),
-        ("!!", r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; one on your own files is [a-zA-Z. ]*$"),
+        ("!!", r"^data.task '!!': unknown task; choose one of [a-z0-9_, ]*; for your own files use [a-zA-Z. ]*$"),
     ],
 )
 def test_unknown_task(name, message):
@@ -225,7 +227,7 @@ class TestTemplate:
         assert example.references == ("a\nb 3", "b 3")
         assert (task.metric, task.metrics) == ("number_match", ("number_match", "perplexity"))
         assert (task.stop, task.max_new_tokens, task.generates) == (("\n###",), 99, True)
-        with pytest.raises(ValueError, match="an answer holds '\\\\n###', which ends an answer"):
+        with pytest.raises(ValueError, match="an answer contains '\\\\n###', which is a stop text"):
             task.example({**row, "summary": "a\n### b"}, "3")
         assert not TemplateTask("{q}", answer_field="a", metrics=["perplexity"]).generates
 
@@ -265,7 +267,7 @@ class TestTemplate:
             ({"candidates": [" x"]}, r"data.task.candidates \[' x'\]: give at least two answer texts"),
             ({"candidates": None}, r"data.task.candidates \[\]: give at least two answer texts"),
             ({"candidates": [" x", " "]}, r"data.task.candidates \[' x', ' '\]: a candidate is empty"),
-            ({"candidates": [" x", " x"]}, "a candidate is there twice"),
+            ({"candidates": [" x", " x"]}, "two candidates are equal"),
             ({"candidates": [" 1", " 2"]}, "give the rows' labels in data.task.labels"),
             ({"labels": ["a"]}, r"data.task.labels \['a'\]: give 2 different labels"),
             ({"labels": ["a", "a"]}, r"data.task.labels \['a', 'a'\]: give 2 different labels"),

@@ -12,6 +12,8 @@ from slzo.datamodule import TaskDataModule
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 
+pytestmark = pytest.mark.fast
+
 LAYER, SEED, STEPS, EPS = 2, 5, 3, 1e-2
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),

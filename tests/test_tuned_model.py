@@ -19,6 +19,8 @@ from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
+pytestmark = pytest.mark.fast
+
 
 def make_batch(count=6):
     generator = random.Random(0)
@@ -113,7 +115,7 @@ def test_a_model_that_ours_does_not_fit_keeps_its_own_attention_and_is_padded(mo
         return plain(parts, *args) if attention == "eager" else 0.5
 
     monkeypatch.setattr(startup_check, "largest_difference", differs)
-    with pytest.warns(UserWarning, match="does not run right without padding"):
+    with pytest.warns(UserWarning, match="does not run correctly without padding"):
         parts = split_and_verify(model)
     assert not parts.packed
     assert model.config._attn_implementation == "eager"
@@ -137,7 +139,7 @@ def test_a_model_whose_packed_run_fails_is_padded(monkeypatch):
     ("scope", "layer", "message"),
     [
         (LayerScope(), 4, r"model\.layer 4: the model has 4 decoder layers"),
-        (ActivationSubspace(rank=2), 1, "looks at prompts, and none are given"),
+        (ActivationSubspace(rank=2), 1, "needs prompts, and none were given"),
     ],
 )
 def test_what_cannot_be_tuned(scope, layer, message):

@@ -31,7 +31,7 @@ WRONG = """
 --model.scope=ActivationSubspace --model.scope.rank=1000 | model.scope.rank 1000
 --model.scope=LoRA --model.scope.rank=0 | model.scope.rank 0: must be at least 1
 --model.scope=LoRA --model.scope.rank=abc | model.scope.rank 'abc': expected a whole number
---model.scope.rank=4 --model.scope=LoRA | model.scope.rank: the class comes before its options, one of A
+--model.scope.rank=4 --model.scope=LoRA | model.scope.rank: give the class before its options, as in --model.scope CLASS --model.scope.rank VALUE; choose one of A
 --model.scope=LoRA --model.scope.layer=3 | model.scope.layer: unknown option of the chosen class LoRA
 --model.scope=LoRA --model.scope.layers=3 | model.scope.layers '3': expected a list like [1, 2] or all
 --model.scope=LoRA --model.scope.alpha=-1 | model.scope.alpha -1.0: must be a number above 0
@@ -52,25 +52,25 @@ WRONG = """
 --model.estimator=SPSA --model.estimator.noise=x | model.estimator.noise 'x': choose one of gaussian, r
 --model.estimator=SPSA --model.estimator.divide_rows=true --model.num_queries=9 | model.num_queries 9
 --model.estimator=SPSA --model.estimator.divide_rows=3 | model.estimator.divide_rows '3': expected true or false
---model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative for Backprop
+--model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative, which Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop
---model.eps=0 | model.eps 0.0: the perturbation must be a number above 0
---model.eps=-1 | model.eps -1.0: the perturbation must be a number above 0
+--model.eps=0 | model.eps 0.0: must be a number above 0
+--model.eps=-1 | model.eps -1.0: must be a number above 0
 --model.eps=abc | model.eps 'abc': expected a number or auto
 --model.epz=1 | model.epz: unknown option; did you mean model.eps?
---model.eps=1e39 | model.eps 1e+39: the perturbation must be a number above 0 and at most 1e+30
+--model.eps=1e39 | model.eps 1e+39: must be a number above 0 and at most 1e+30
 --model.eps=inf | model.eps 'inf': expected a number
 --model.eps=nan | model.eps 'nan': expected a number
 --model.eps= | model.eps '': expected a number
 --model.eps_end=0 | model.eps_end 0.0: must be a number above 0
 --model.eps_end=1e39 | model.eps_end 1e+39: must be a number above 0 and at most
 --model.eps_end=1e-4 --trainer.max_steps=-1 --trainer.max_epochs=1 | model.eps_end 0.0001: eps moves over trainer.max_steps
---model.num_queries=0 | model.num_queries 0: at least 1 direction
+--model.num_queries=0 | model.num_queries 0: must be 1 to
 --model.num_queries=1.5 | model.num_queries '1.5': expected a whole number
---model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: at least 1 direction
---model.max_nonfinite=0 | model.max_nonfinite 0: at least 1 step
+--model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: must be 1 to
+--model.max_nonfinite=0 | model.max_nonfinite 0: must be at least 1 step
 --model.layer=1.5 | model.layer '1.5': expected a whole number or null
---model.layer=4 | model.layer 4: the model has 4 decoder layers, choose 0 to 3
+--model.layer=4 | model.layer 4: the model has 4 decoder layers; choose 0 to 3
 --model.layer=-1 | model.layer -1: the model has 4 decoder layers
 --model.model= | model.model '': is empty; give a built-in name
 --model.model=./nope | model.model './nope': no such folder
@@ -90,21 +90,22 @@ WRONG = """
 --model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
 --model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
 --model.optimizer=null | model.optimizer 'null': no such class
---model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3, and trainer.max_steps is 8
+--model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3 (trainer.max_steps is 8)
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=-1 | model.lr_scheduler: Expected positive integer total_steps
---model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0 | model.lr_scheduler: takes no step (integer modulo by zero)
+--model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0 | model.lr_scheduler: cannot take a step (integer modulo by zero)
 --model.lr_scheduler=StepLR | model.lr_scheduler: the chosen class needs step_size
---model.lr_scheduler=CosineAnnealingLR --model.lr_scheduler.T_max=0 | model.lr_scheduler: takes no step
+--model.lr_scheduler=CosineAnnealingLR --model.lr_scheduler.T_max=0 | model.lr_scheduler: cannot take a step
 --model.lr_scheduler=LinearLR --model.lr_scheduler.start_factor=3 | model.lr_scheduler: Starting multiplicative factor
 --model.lr_scheduler=ChainedScheduler | model.lr_scheduler: object of type 'SGD' has no len()
 --model.lr_scheduler=ReduceLROnPlateau | model.lr_scheduler 'ReduceLROnPlateau': cannot be used: it needs
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=1 | model.lr_scheduler: You must define either total_steps
 --model.lr_scheduler=Nope | model.lr_scheduler 'Nope': no such class
---model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: give 0 to switch the cache off
+--model.engine.cache_gb=-1 | model.engine.cache_gb -1.0: must be 0 or more; 0 switches the cache off
 --model.engine.cache_dir=/dev/null/x | model.engine.cache_dir '/dev/null/x': cannot be written
 --model.engine.queries_at_once=0 | model.engine.queries_at_once 0
---model.engine.nope=1 | model.engine.nope: unknown option
---model.engine=3 | model.engine '3': its options must stand below it
+--model.engine.nope=1 | model.engine.nope: unknown option; model.engine has packed, candidate_logits
+--model.engine.cache=1 | model.engine.cache: unknown option; did you mean model.engine.cache_gb?
+--model.engine=3 | model.engine '3': a group of options takes no value; set its options with --model.engine.NAME VALUE
 --checkpoint.monitor=x | checkpoint.monitor 'x': no such metric; choose one of val/loss, val/accuracy
 --checkpoint.mode=x | checkpoint: `mode` can be min, max but got x
 --checkpoint.save_top_k=-2 | checkpoint: Invalid value for save_top_k=-2
@@ -121,7 +122,7 @@ WRONG = """
 --guard.factor=1 | guard.factor 1.0: must be above 1, or auto, or null
 --guard.factor=-2 | guard.factor -2.0: must be above 1
 --guard.factor=.inf | guard.factor inf: must be above 1
---last_checkpoint.nope=1 | last_checkpoint.nope: unknown option
+--last_checkpoint.nope=1 | last_checkpoint.nope: unknown option; last_checkpoint has every_n_steps, every_minutes
 --record.test_before=maybe | record.test_before 'maybe': expected true or false
 --trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=nope | EarlyStopping.monitor 'nope': no such metric
 --trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/loss --trainer.callbacks.mode=x | trainer.callbacks: `mode` can be min, max, got x
@@ -135,7 +136,7 @@ WRONG = """
 --trainer.devices=0 | trainer: `Trainer(devices='0')` value is not a valid input
 --trainer.devices=x | trainer: `devices` selected with `CPUAccelerator` should be
 --trainer.devices=[0,0] | trainer: `devices` selected with `CPUAccelerator` should be
---trainer.devices=1000000 | trainer.devices 1000000: each is a process of its own; give at most
+--trainer.devices=1000000 | trainer.devices 1000000: each device has a process of its own; give at most
 --trainer.accelerator=tpu | trainer: Requirement 'torch_xla>=1.13' not met
 --trainer.accelerator=nope | trainer: You selected an invalid accelerator name: `accelerator='nope'`
 --trainer.strategy=dp | trainer: You selected an invalid strategy name: `strategy='dp'`
@@ -166,8 +167,8 @@ WRONG = """
 --trainer.profiler=x | trainer: When passing string value for the `profiler`
 --trainer.barebones=true | trainer: `Trainer(barebones=True, logger=
 --trainer.nope=1 | trainer.nope: unknown option
---trainer=3 | trainer '3': its options must stand below it
---model=null | model 'null': its options must stand below it
+--trainer=3 | trainer '3': a group of options takes no value
+--model=null | model 'null': a group of options takes no value
 --seed_everything=x | seed_everything 'x': expected true or false or a whole number
 --seed_everything=99999999999 | seed_everything 99999999999: give a number from 0 to 4294967295
 --seed_everything=-1 | seed_everything -1: give a number from 0
@@ -176,12 +177,12 @@ WRONG = """
 --data.task= | data.task '': unknown task; choose one of boolq
 --data.task=TemplateTask | data.task TemplateTask: needs data.task.prompt; slzo fit --data.task.help TemplateTask
 TEMPLATE --data.task.prompt={a | data.task.prompt '{a': expected '}' before end of string
-TEMPLATE --data.task.prompt={} | data.task.prompt {}: expected a text
+TEMPLATE --data.task.prompt={} | data.task.prompt {}: expected text
 TEMPLATE --data.task.prompt={sentence.__class__} | data.task.prompt '{sentence.__class__}': {sentence.__class__} is not a plain field name
 TEMPLATE --data.task.prompt={sentence:>99999999999} | data.task.prompt '{sentence:>99999999999}': {sentence} is not a plain field name
 TEMPLATE --data.task.prompt=x | data.task.prompt 'x': names no field of the row
 TEMPLATE --data.task.prompt={nope} | rows.jsonl:1: field 'nope' is missing
-TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[x,x] | data.task.candidates ['x', 'x']: a candidate is there twice
+TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[x,x] | data.task.candidates ['x', 'x']: two candidates are equal
 TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[x] | data.task.candidates ['x']: give at least two answer texts
 TEMPLATE --data.task.prompt={sentence} --data.task.candidates=[yes,no] | YAML reads yes, no, on and off without quotes as true or false
 TEMPLATE --data.task.prompt={sentence} --data.task.labels=[1] | data.task.labels [1]: give 2 different labels
@@ -206,7 +207,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.nope=1 | data.nope: unknown option
 --profiler.rule=MaxRatioJmp | profiler.rule 'MaxRatioJmp': no such class; did you mean MaxRatioJump?
 --profiler.rule=FirstOutlierLayer | profiler.rule: no layer has max > 100
---profiler.num_sequences=3 | profiler.num_sequences 3: single sequences mislead
+--profiler.num_sequences=3 | profiler.num_sequences 3: too few for a reliable average; give at least 10
 --profiler.text_file=no.txt | profiler.text_file 'no.txt': no such file
 --profiler.text_file=few.txt | only 1 sequences of two tokens or more to profile, at least 10 are needed
 --profiler.text_file=. | profiler.text_file '.': is a folder
@@ -220,14 +221,14 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=nope.yaml | --config 'nope.yaml': no such file
 --config=unknown.yaml | model.layr: unknown option; did you mean model.layer?
 --config=. | --config '.': is a folder; give a YAML file
---config=noise.csv | --config 'noise.csv': not a text in UTF-8
+--config=noise.csv | --config 'noise.csv': not UTF-8 text
 --config=empty.yaml | --config 'empty.yaml': holds no options
 --config=text.txt | --config 'text.txt': holds a str instead of options
 --config=list.yaml | --config 'list.yaml': holds a list instead of options
---config=null.yaml | --config 'null.yaml': model null: options must stand below it
---config=twice.yaml | --config 'twice.yaml': not YAML (eps is there twice, line 2 on)
+--config=null.yaml | --config 'null.yaml': model null: must contain options; add some below model
+--config=twice.yaml | --config 'twice.yaml': not YAML (eps is given twice in the mapping from line 2 on)
 --config=broken.yaml | --config 'broken.yaml': not YAML (while parsing a flow node
---config=endless.yaml | --config 'endless.yaml': not YAML (*a stands inside &a)
+--config=endless.yaml | --config 'endless.yaml': not YAML (alias *a is inside its own anchor &a)
 --config=bomb.yaml | --config 'bomb.yaml': not YAML (more than 30 aliases)
 --config=code.yaml | --config 'code.yaml': not YAML (could not determine a constructor for the tag
 --config=yes.yaml | --config 'yes.yaml': candidates: YAML reads yes, no, on, off, true and false without quotes
@@ -273,6 +274,19 @@ def test_a_wrong_input_is_one_line(wrong_files, capsys, arguments, expected):
     line = error_line(capsys, "fit", *wrong_files, *shlex.split(arguments.replace("TEMPLATE", TEMPLATE)))
     assert expected in line
     assert not list(Path("runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("replay", "run: is required; give --run VALUE: folder of the run"),
+        ("export", "output: is required; give --output VALUE: folder to write"),
+        ("generate", "ckpt_path: is required; give --ckpt_path VALUE: "),
+        ("report", "runs: is required; give --runs VALUE: folders of the runs"),
+    ],
+)
+def test_a_missing_option_is_named(capsys, command, expected):
+    assert expected in error_line(capsys, command)
 
 
 def test_without_a_logger_a_run_still_has_its_folder(options):

@@ -19,6 +19,8 @@ from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_restoring_is_exact(dtype):

@@ -1,9 +1,9 @@
-"""Look for known vulnerabilities of the installed packages with pip-audit, and warn.
+"""Check the installed packages for known vulnerabilities with pip-audit.
 
 Usage: ``python tools/audit.py``.
 
-A package is clean only if the database knew it. What was skipped is counted, and where nothing could be looked up the answer is
-"not audited". The exit status is 0 unless ``--strict`` is given: then it is 1 for findings, and for "not audited".
+A package counts as clean only if the database has it. Skipped packages are counted. If no package could be looked up, the result
+is "not audited". With ``--strict`` the exit status is 1 for findings and for "not audited", otherwise it is always 0.
 """
 
 import argparse
@@ -19,11 +19,11 @@ _TIMEOUT_S = 300
 
 
 class Report(NamedTuple):
-    """What was found.
+    """Result of an audit.
 
     Attributes:
-        lines: To print.
-        passed: Whether something was looked up, and nothing was found.
+        lines: Lines to print.
+        passed: Whether packages were looked up and no vulnerability was found.
     """
 
     lines: tuple[str, ...]
@@ -31,7 +31,7 @@ class Report(NamedTuple):
 
 
 def summarize(found: Mapping[str, Any]) -> Report:
-    """Read what ``pip-audit --format json`` printed."""
+    """Read the output of ``pip-audit --format json``."""
     packages = found["dependencies"]
     skipped = [package for package in packages if "skip_reason" in package]
     audited = [package for package in packages if "skip_reason" not in package]
@@ -54,7 +54,7 @@ def _fix(versions: Sequence[str]) -> str:
 
 
 def not_audited(reason: str) -> Report:
-    """The answer where nothing could be looked up."""
+    """Return the result if no package could be looked up."""
     return Report((f"warning: not audited: {reason}",), False)
 
 
@@ -71,7 +71,7 @@ def audit() -> Report:
 
 
 def main() -> int:
-    """Print what was found."""
+    """Print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--strict", action="store_true", help="exit with status 1 unless packages were looked up and are clean"

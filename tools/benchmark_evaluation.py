@@ -1,7 +1,7 @@
-"""Rows per second of slzo's scoring and generation against the plain way, in one run, with the same predictions.
+"""Compare the rows per second of slzo's scoring and generation with a plain method, and compare the predictions.
 
-The plain way runs transformers' model once per candidate with logits at every position, and generates one row at a time with a
-key-value cache. Both ways take turns: fast, plain, fast.
+The plain method runs transformers' model once per candidate with logits at every position, and generates one row at a time with
+a key-value cache. Both methods alternate: fast, plain, fast.
 
     python tools/benchmark_evaluation.py --data_dir DIR --json FILE
 """
@@ -36,9 +36,9 @@ class Comparison:
 
     Attributes:
         task: The task.
-        rows: Rows scored.
+        rows: Number of scored rows.
         fast: Rows per second of slzo, the mean of its runs.
-        plain: Rows per second of the plain way.
+        plain: Rows per second of the plain method.
         speedup: ``fast / plain``.
         disagreements: Rows with different predictions, and the gap between the two scores (0 for a generated answer).
     """
@@ -53,7 +53,7 @@ class Comparison:
 
 @torch.inference_mode()
 def plain_scores(model: PreTrainedModel, row: Row) -> list[float]:
-    """Mean log-likelihood of each candidate, one forward pass with full logits per candidate."""
+    """Return the mean log-likelihood of each candidate, from one forward pass with full logits per candidate."""
     scores = []
     for sequence in row.encoded.sequences:
         ids = torch.tensor([sequence.ids])
@@ -65,7 +65,7 @@ def plain_scores(model: PreTrainedModel, row: Row) -> list[float]:
 
 @torch.inference_mode()
 def plain_answer(model: PreTrainedModel, row: Row, stops: set[int]) -> list[int]:
-    """Greedy answer of one row with a key-value cache."""
+    """Return the greedy answer of one row with a key-value cache."""
     output = model(input_ids=torch.tensor([row.prompt]), use_cache=True, logits_to_keep=1)
     answer: list[int] = []
     while True:
@@ -79,7 +79,7 @@ def plain_answer(model: PreTrainedModel, row: Row, stops: set[int]) -> list[int]
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call takes, and its result."""
+    """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
@@ -110,7 +110,7 @@ def compare(
         stops = stop_tokens(evaluator.tokenizer)
         return [answer_text(evaluator.tokenizer, plain_answer(plain, row, stops)) for row in rows]
 
-    evaluator(next(data.eval_batches("test", 4)))  # nothing is timed cold
+    evaluator(next(data.eval_batches("test", 4)))  # warm up before timing
     first, fast = timed(run_fast)
     slow, expected = timed(run_plain)
     second, _ = timed(run_fast)
@@ -130,18 +130,18 @@ def compare(
 
 
 def best(scores: list[float]) -> int:
-    """Index of the largest."""
+    """Return the index of the largest value."""
     return max(range(len(scores)), key=scores.__getitem__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and print the table."""
-    parser = argparse.ArgumentParser(description="slzo's evaluation against the plain way.")
+    """Run the comparison and print the table."""
+    parser = argparse.ArgumentParser(description="Compare slzo's evaluation with a plain method.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data_dir", required=True, help="folder with TASK/validation.jsonl in the Hub's fields")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--tasks", nargs="+", default=["sst2:500", "boolq:200", "squad:100"], metavar="TASK:ROWS")
-    parser.add_argument("--threads", type=int, help="CPU threads for both ways")
+    parser.add_argument("--threads", type=int, help="CPU threads for both methods")
     parser.add_argument("--eval_batch_size", type=int, default=128)
     parser.add_argument("--eval_batch_tokens", type=int)
     options = parser.parse_args(argv)

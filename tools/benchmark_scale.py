@@ -1,10 +1,10 @@
-"""What a step costs on models of several sizes: seconds, share of two plain forward passes, and peak memory.
+"""Measure a step on models of several sizes: seconds, ratio to two plain forward passes, and peak memory.
 
     OMP_NUM_THREADS=2 python tools/benchmark_scale.py --threads 2 --output FILE.json --figure docs/images
 
-Llamas of a given shape with random bfloat16 weights (``write_shape.py``), candidates of one token, a warm prefix cache. Each
-shape and layer runs in a process of its own; steps and forward passes of the same rows alternate in it. Peak memory is that of
-two more processes, of steps alone and of forward passes alone.
+The models are Llamas of a given shape with random bfloat16 weights (``write_shape.py``). Candidates have one token. The prefix
+cache is warm. Each shape and layer runs in a separate process, in which steps and forward passes of the same rows alternate. Peak
+memory is measured in two more processes, one for the steps and one for the forward passes.
 """
 
 import argparse
@@ -51,7 +51,7 @@ _EPS = 1e-3
 
 
 def rows_of(args: argparse.Namespace, vocabulary: int) -> list[EncodedExample]:
-    """Rows of random tokens, each with two candidates of one token."""
+    """Make rows of random tokens, each with two candidates of one token."""
     generator = random.Random(args.seed)
     rows = []
     for index in range(args.batch_size):
@@ -61,7 +61,7 @@ def rows_of(args: argparse.Namespace, vocabulary: int) -> list[EncodedExample]:
 
 
 class Steps:
-    """Steps on one layer with a warm prefix cache."""
+    """Takes steps on one layer with a warm prefix cache."""
 
     def __init__(self, model: Any, layer: int, rows: Sequence[EncodedExample]) -> None:
         tuned = TunedModel.from_scope(split_and_verify(model), LayerScope(), layer, engine=Engine(cache_gb=8.0))
@@ -71,20 +71,20 @@ class Steps:
         self.count = 0
 
     def __call__(self) -> None:
-        """One step."""
+        """Take one step."""
         self.stepper.step(self.batch, self.count, self.optimizer)
         self.count += 1
 
 
 def forward_twice(model: Any, ids: Tensor) -> None:
-    """Two plain forward passes on the same prompts, with the last position's logits only."""
+    """Run two plain forward passes on the same prompts, with the last position's logits only."""
     for _ in range(2):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own: seconds of each step and pair of passes, or the peak of one kind."""
+    """Return the seconds of each step and pair of passes, or the peak memory of one kind; run it in a separate process."""
     model = load_model(args.folder, "bfloat16")
     rows = rows_of(args, model.config.vocab_size)
     ids = torch.tensor([row.sequences[0].ids[:-1] for row in rows])
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_apart(args: argparse.Namespace, folder: str, layer: int, what: str) -> dict[str, Any]:
-    """The same from a process of its own."""
+    """Run the same measurement in a separate process."""
     options = {"tokens": args.tokens, "batch_size": args.batch_size, "threads": args.threads, "seed": args.seed}
     options["rounds"] = args.rounds if what == "both" else 1
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -119,7 +119,7 @@ def measure_apart(args: argparse.Namespace, folder: str, layer: int, what: str) 
 
 
 def run_shape(args: argparse.Namespace, name: str, folder: str) -> list[dict[str, Any]]:
-    """The figures of one shape, an entry for each layer."""
+    """Return the figures of one shape, one entry per layer."""
     sizes = SHAPES[name]
     words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
     parameters = write_shape(parse(["--output", folder, *words]))
@@ -146,7 +146,7 @@ def run_shape(args: argparse.Namespace, name: str, folder: str) -> list[dict[str
 
 
 def line_of(entry: dict[str, Any]) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     peaks = f"{entry['peak_gib']:.2f} | {entry['forward_peak_gib']:.2f}"
     seconds = f"{entry['step_s']:.2f} | {entry['forward2_s']:.2f} | {entry['share']:.2f}"
     size = f"{entry['parameters'] / 1e9:.2f}e9 | {entry['layer']} of {entry['layers']}"
@@ -160,7 +160,7 @@ HEAD = (
 
 
 def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Seconds and peak memory over the number of parameters, as ``scale.svg``."""
+    """Draw seconds and peak memory over the number of parameters, as ``scale.svg``."""
     figure = new_figure(8.4, 3.3, "A step over the size of the model", "random bfloat16 weights, medians")
     left, right = figure.subplots(1, 2)
     of_layers = {
@@ -186,24 +186,24 @@ def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the tool."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", nargs="+", choices=list(SHAPES), default=_SMALL, help="sizes to measure; 7B takes 14 GiB"
     )
-    parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows a step")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per prompt")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per step")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="steps and pairs of passes that are timed, in alternation"
+        "--rounds", type=int, default=5, help="number of timed steps and pairs of passes, in alternation"
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--cpu_time", action="store_true", help="processor seconds: on a machine that others use too")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file, beside those of other shapes")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="measure processor seconds, for a machine that does other work too"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
+    parser.add_argument("--output", type=Path, help="add the figures to this JSON file")
     parser.add_argument("--figure", type=Path, metavar="FOLDER", help="draw scale.svg in this folder")
-    parser.add_argument(
-        "--weights", type=Path, help="folder for the weights while they are needed (the system's, if left out)"
-    )
+    parser.add_argument("--weights", type=Path, help="temporary folder for the weights (default: the system's)")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--layer", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=["step", "forward2", "both"], help=argparse.SUPPRESS)
@@ -211,7 +211,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all shapes; 2 after a mistake of the user's."""
+    """Measure all shapes; return 2 after a user error."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does
@@ -239,16 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What figures that belong together have in common."""
+    """Return the settings that figures in one file must share."""
     names = ("threads", "cpu_time", "tokens", "batch_size", "rounds")
     return {"torch": torch.__version__, **{name: getattr(args, name) for name in names}}
 
 
 def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The figures in the output file, so that shapes can be measured one after the other.
+    """Return the figures in the output file, so that shapes can be measured one after another.
 
     Raises:
-        SlzoError: They were measured in another way.
+        SlzoError: They were measured with other settings.
     """
     if args.output is None or not args.output.is_file():
         return []

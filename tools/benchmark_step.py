@@ -1,15 +1,15 @@
-"""Times one training step: published MeZO, MeZO on one layer, two forward passes, and slzo.
+"""Compare the time of one training step: published MeZO, MeZO on one layer, two forward passes, and slzo.
 
     python tools/benchmark_step.py --task sst2 --data_dir DIR --dtype float32 --threads 1 --json FILE
-    python tools/benchmark_step.py --device cuda --dtype bfloat16                # on a card: seconds and peaks only
+    python tools/benchmark_step.py --device cuda --dtype bfloat16                # on a GPU: seconds and peaks only
 
 All variants get the same random batches of real rows, in alternation, in one process. ``mezo`` and ``mezo-layer`` are those of
 ``published_step.py``:
 
-* mezo: every candidate is a sequence of its own, left-padded to a multiple of 8; log-softmax over the whole vocabulary at all
-  positions; three perturbation passes and one update pass over all parameters, each drawing z again.
-* mezo-layer: the same with the perturbation and update of one layer only, which is what the Dominant-Layer paper does.
-* forward2: two plain forward passes on one sequence per example, nothing else.
+* mezo: every candidate is a separate sequence, left-padded to a multiple of 8; log-softmax over the whole vocabulary at all
+  positions; three perturbation passes and one update pass over all parameters, each of which draws z again.
+* mezo-layer: the same, but only one layer is perturbed and updated, as in the Dominant-Layer paper.
+* forward2: two plain forward passes on one sequence per example.
 * slzo: the step of the package with a warm prefix cache; ``slzo-cold`` is the same without a cache.
 """
 
@@ -58,7 +58,7 @@ PUBLISHED = ("mezo", "mezo-layer", "forward2")
 
 
 class SlzoStep:
-    """What ``ZOModule.training_step`` does, without Lightning around it."""
+    """The work of ``ZOModule.training_step``, without Lightning."""
 
     def __init__(
         self, parts: ModelParts, layer: int, objective: LogitObjective, share_prompts: bool = True, **engine: Any
@@ -72,23 +72,23 @@ class SlzoStep:
         self.step = 0
 
     def pack(self, examples: Sequence[EncodedExample]) -> PackedBatch:
-        """What the data loader's collator does; generation and choice tasks train on the gold answer only."""
+        """Pack rows as the data loader does; generation and choice tasks train on the gold answer only."""
         if self.objective.only_gold:
             examples = [EncodedExample(e.index, (e.sequences[e.gold[0]],), (0,)) for e in examples]
         return pack(examples, share_prompts=self.share_prompts).to(self.parts.model.device)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
-        """One step; returns both losses."""
+        """Take one step; return both losses."""
         estimate = self.stepper.step(TrainBatch(self.pack(examples), ()), self.step, self.optimizer).estimate
         self.step += 1
         return estimate.loss_plus, estimate.loss_minus
 
     def head_ids(self, batch: PackedBatch) -> Tensor | None:
-        """Tokens whose logits are needed; ``None`` for the whole vocabulary."""
+        """Return the tokens whose logits are needed; ``None`` for the whole vocabulary."""
         return batch.choice_ids if self.forward.selects(self.objective, batch) else None
 
     def breakdown(self, examples: Sequence[EncodedExample]) -> dict[str, float]:
-        """Seconds of each part of a step, run one by one."""
+        """Return the seconds of each part of a step, run one by one."""
         spent = dict.fromkeys(("data", "prefix", "perturb", "suffix", "head", "update"), 0.0)
 
         def timed(part: str, function: Callable[[], Any]) -> Any:
@@ -127,7 +127,7 @@ class SlzoStep:
 
 
 def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[float, float]:
-    """Seconds and floating-point operations of one evaluation's matrix products alone, suffix layers and needed logits.
+    """Return seconds and floating-point operations of one evaluation's matrix products, suffix layers and needed logits.
 
     A plain loop over the weights in the order of the suffix, with inputs of the same shapes.
     """
@@ -158,9 +158,9 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
 
 
 def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
-    """Seconds of one evaluation's attention products alone (scores and values), in a plain loop over the suffix layers.
+    """Return the seconds of one evaluation's attention products (scores and values), in a plain loop over the suffix layers.
 
-    Full squares are timed and the causal part of them, (L + 1) / 2L, is counted: no kernel can do with fewer operations.
+    Full squares are timed. Only their causal part, (L + 1) / 2L, is counted, because no kernel needs fewer operations.
     """
     config = step.parts.model.config
     heads = config.num_attention_heads
@@ -180,9 +180,9 @@ def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
 
 
 def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[str, float]:
-    """Shares of a step's time, by torch's profiler: linear layers and head, fused attention (products and softmax), the rest.
+    """Return shares of a step's time from torch's profiler: linear layers and head, fused attention (products and softmax), rest.
 
-    ``outside products`` is what neither the linear layers nor attention's two products, timed alone, account for.
+    ``outside products`` is the time outside the linear layers and attention's two products, which are timed alone.
     """
     batch = step.pack(examples)
     products = 2 * attention_product_seconds(step, batch)
@@ -206,7 +206,7 @@ def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[s
 
 @dataclass
 class Timings:
-    """Seconds of each variant and step, and the parts of slzo's."""
+    """Seconds of each variant and step, and of the parts of slzo's step."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     parts: list[dict[str, float]] = field(default_factory=list)
@@ -216,7 +216,7 @@ class Timings:
     shares: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, variant: str, function: Callable[[], Any]) -> Any:
-        """Time one step."""
+        """Add the time of one step."""
         wait_for_device()
         start = time.perf_counter()
         result = function()
@@ -226,18 +226,18 @@ class Timings:
 
 
 def wait_for_device() -> None:
-    """Have a card finish what it was given, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def loaded(args: argparse.Namespace) -> Any:
-    """The model on its device."""
+    """Load the model on its device."""
     return load_model(args.model, args.dtype).to(args.device)
 
 
 def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObjective]:
-    """Training rows of the task, tokenized, and the loss that the task is trained with."""
+    """Return tokenized training rows of the task, and the loss that the task is trained with."""
     task = get_task(args.task)
     pool = load_examples(task, "train", data_dir=args.data_dir)
     rows = draw_splits(pool, pool[:1], num_train=1000, num_dev=0, num_test=1, seed=0).train
@@ -246,7 +246,7 @@ def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObje
 
 
 def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[list[EncodedExample]]:
-    """Random batches without replacement."""
+    """Return random batches without replacement."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     count = min(args.batches, len(order) // args.batch_size)
     return [[rows[i] for i in order[b * args.batch_size : (b + 1) * args.batch_size]] for b in range(count)]
@@ -287,7 +287,7 @@ def compare(args: argparse.Namespace) -> Timings:
             run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
         for name, step in {"slzo": warm, "slzo-cold": cold, **switched}.items():
             timings.add(name, partial(step, examples))
-        if args.device != "cpu":  # what follows is about a processor
+        if args.device != "cpu":  # the rest is measured on a CPU only
             continue
         timings.parts.append(warm.breakdown(examples))
         batch = warm.pack(examples)
@@ -315,7 +315,7 @@ def run_published(
     number: int,
     timings: Timings,
 ) -> None:
-    """The three variants that know nothing of slzo."""
+    """Return the three variants that do not use slzo."""
     everything = list(plain.parameters())
     of_layer = list(plain.get_submodule(f"{layers_path}.{args.layer}").parameters())
     padded = pad_left(examples, only_gold).to(args.device)
@@ -336,7 +336,7 @@ def run_published(
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peak resident memory in GiB of plain inference and of slzo steps on the same batch, each in a process of its own."""
+    """Return the peak resident memory in GiB of plain inference and of slzo steps on the same batch, in separate processes."""
     peaks = {}
     for what in ("inference", "slzo"):
         command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", what]
@@ -346,7 +346,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, float]:
 
 
 def memory_of(args: argparse.Namespace) -> float:
-    """Peak resident memory of this process after some steps, GiB."""
+    """Return the peak resident memory of this process after some steps, GiB."""
     rows, objective = load_rows(args)
     examples = draw_batches(rows, args)[0]
     model = loaded(args)
@@ -363,14 +363,14 @@ def memory_of(args: argparse.Namespace) -> float:
 
 
 def report_of_parts(timings: Timings) -> dict[str, Any]:
-    """Print what a step on a processor consists of; return it for the JSON file."""
+    """Print the parts of a step on a CPU; return them for the JSON file."""
     parts = {part: statistics.fmean(p[part] for p in timings.parts) for part in timings.parts[0]}
     whole = sum(parts.values())
     print("slzo step: " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in parts.items()))
     suffix = sum(p["suffix"] + p["head"] for p in timings.parts)
     rate = 2 * sum(timings.operations) / suffix / 1e9
     print(
-        f"suffix and head: {rate:.0f} GFLOP/s of their matrix products, {statistics.fmean(timings.tokens):.0f} tokens a batch"
+        f"suffix and head: {rate:.0f} GFLOP/s of their matrix products, {statistics.fmean(timings.tokens):.0f} tokens per batch"
     )
     rates = {}
     for name, seconds in timings.product.items():
@@ -391,7 +391,7 @@ def report_of_parts(timings: Timings) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float]) -> dict[str, Any]:
-    """Print the tables; return what goes into the JSON file."""
+    """Print the tables; return the content of the JSON file."""
     median = {name: statistics.median(values) for name, values in timings.seconds.items()}
     mean = {name: statistics.fmean(values) for name, values in timings.seconds.items()}
     print(
@@ -427,30 +427,30 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
 
 
 def step_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of tools that time steps of one layer on batches of real rows."""
+    """Return the options of tools that time steps of one layer on batches of real rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="movie_reviews", help="task name")
     parser.add_argument("--data_dir", help="folder with the task's rows (see data.data_dir)")
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
     parser.add_argument("--layer", type=int, default=11, help="tuned layer")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
-    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once in each way")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
+    parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once with each variant")
     parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the tool."""
+    """Parse the options."""
     parser = step_parser(__doc__)
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of the weights"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the model")
     parser.add_argument(
-        "--variants", nargs="*", default=list(PUBLISHED), choices=PUBLISHED, help="what to time beside slzo"
+        "--variants", nargs="*", default=list(PUBLISHED), choices=PUBLISHED, help="variants to time in addition to slzo"
     )
-    parser.add_argument("--ablations", action="store_true", help="also time slzo with each optimization switched")
+    parser.add_argument("--ablations", action="store_true", help="also time slzo with each optimization changed")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--memory_of", choices=["inference", "slzo"], help=argparse.SUPPRESS)
@@ -459,15 +459,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; 2 after a mistake of the user's."""
+    """Run the comparison; return 2 after a user error."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the slzo command does, for all variants alike
+    keep_freed_memory()  # as the slzo command does, for all variants
     bound_kernel_caches()
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise SlzoError("--device cuda: torch finds no card here; leave it out")
-        load_rows(args)  # before minutes of work, and before processes that measure memory
+            raise SlzoError("--device cuda: torch finds no GPU; leave it out")
+        load_rows(args)  # before long work, and before processes that measure memory
         if args.memory_of:
             print(memory_of(args))
             return 0

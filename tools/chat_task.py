@@ -1,9 +1,9 @@
-"""Conversations of two questions about made-up people, answered briefly, as chat data.
+"""Write chat data: conversations of two questions about made-up people, with short answers.
 
     python tools/chat_task.py --output chat_task
     slzo fit --config configs/chat.yaml
 
-Writes train.jsonl and test.jsonl with ``messages``; no sentence is in both.
+The files train.jsonl and test.jsonl hold ``messages``; no sentence is in both.
 """
 
 import random
@@ -19,7 +19,7 @@ _QUESTIONS = {
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with ``messages``: a sentence with a question, its answer, another question and its answer."""
+    """Return rows with ``messages``: a sentence with a question, its answer, another question and its answer."""
     generator = random.Random(seed)
     return [{"messages": _conversation(person, generator)} for person in people(count, seed)]
 

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the reference of options and of Python, written from the code when the site is built."""
+"""A hook of mkdocs that generates the reference of options and of the Python API from the code."""
 
 import inspect
 from argparse import SUPPRESS, Action
@@ -32,10 +32,15 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def options_page() -> str:
-    """Every command, and slzo's options with their defaults."""
+    """Return the page of all commands, and of slzo's options with their defaults."""
     options = [action for action in options_of(parser_of(COMMANDS["fit"])) if _is_option(action)]
-    lines = ["# Options", "", "Lightning's own are those of its Trainer; `slzo fit --help_all` lists them.", ""]
-    lines += ["| command | does |", "|---|---|"]
+    lines = [
+        "# Options",
+        "",
+        "The options of Lightning are those of its Trainer; `slzo fit --help_all` lists them.",
+        "",
+    ]
+    lines += ["| command | what it does |", "|---|---|"]
     lines += [f"| `slzo {command.name}` | {_cell(command.help)} |" for command in COMMANDS.values()]
     for group in _GROUPS:
         lines += ["", f"## {group}", "", "| option | default | |", "|---|---|---|"]
@@ -46,7 +51,7 @@ def options_page() -> str:
 
 
 def _is_option(action: Action) -> bool:
-    """Whether it has a value of its own: no group of options, and no list of a class's options."""
+    """Whether the action is an option with a value, not a group of options or the help of a class."""
     name = action.option_strings[0] if action.option_strings else ""
     return (
         name.startswith("--") and not name.endswith(".help") and action.help != SUPPRESS and action.dest not in _PARTS
@@ -54,7 +59,7 @@ def _is_option(action: Action) -> bool:
 
 
 _PARTS = frozenset({"model.engine"})
-"""Groups within groups."""
+"""Groups that are inside other groups."""
 
 
 def _default(value: Any) -> str:
@@ -70,8 +75,8 @@ def _cell(text: str) -> str:
 
 
 def python_page() -> str:
-    """Signature and docstring of what is used from Python."""
-    lines = ["# Python", "", "What the command line does, from Python: a `ZOTrainer` runs as `slzo fit` does.", ""]
+    """Return the page of signatures and docstrings of the Python API."""
+    lines = ["# Python", "", "A `ZOTrainer` runs in the same way as `slzo fit`.", ""]
     for thing in _PUBLIC:
         level = "###" if thing in _TRAINER else "##"
         place = [] if thing in _TRAINER else [f"`{thing.__module__}.{thing.__qualname__}`", ""]

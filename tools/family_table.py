@@ -1,8 +1,8 @@
-"""Which model types of transformers slzo can tune, found by trying each on a tiny random model.
+"""Find which model types of transformers slzo can tune, by testing each on a tiny random model.
 
-The tiny model of a type has the type's default configuration with widths, windows and lengths scaled down. What the start-up
-check accepts is held against plain forward passes of a second copy, with its own attention, on other rows and split before
-every layer; a wrong one ends the tool.
+The tiny model of a type has the type's default configuration with widths, windows and lengths scaled down. A model that the
+start-up check accepts is compared with plain forward passes of a second copy, with its own attention, on other rows and split
+before every layer. The tool stops at a wrong result.
 
     python tools/family_table.py --markdown docs/families.md
     python tools/family_table.py --types llama mixtral
@@ -39,7 +39,7 @@ from slzo.models.twin import MAX_LENGTH, enlarge, tiny_config
 from slzo.private.models import model_from_config
 from slzo.utils.errors import SlzoError
 
-# what a type's default configuration leaves out, and no model of it does
+# fields that default configurations lack, but that all models of the type have
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -55,15 +55,15 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a model type.
+    """Result for a model type.
 
     Attributes:
-        model_type: As in ``config.json``.
-        kind: The model's class, or empty if no model was made.
+        model_type: Name in ``config.json``.
+        kind: Class of the model; empty if no model was made.
         runs: ``packed``, ``padded``, ``refused``, or ``not built``.
-        note: Why it is not packed, in a few words.
+        note: Why the model does not run packed, in a few words.
         error: Largest relative difference of logits from plain forward passes.
-        experts: Whether it is a mixture of experts.
+        experts: Whether the model is a mixture of experts.
     """
 
     model_type: str
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    """A tiny random model of a type; any exception may be raised where its default configuration does not make one."""
+    """Make a tiny random model of a type; may raise any exception if its default configuration is not sufficient."""
     config = AutoConfig.for_model(model_type, **_LEFT_OUT.get(model_type, {}))
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     kind: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
@@ -90,40 +90,40 @@ def tiny_model(model_type: str) -> PreTrainedModel:
 
 
 def verdict_of(model_type: str) -> Verdict:
-    """Try one model type.
+    """Test one model type.
 
     Raises:
-        AssertionError: The start-up check accepts a model that is computed wrongly.
+        AssertionError: The start-up check accepts a model whose results are wrong.
     """
     try:
         model = tiny_model(model_type)
     except Exception as error:
         return Verdict(model_type, "", "not built", _first_words(error))
     kind = type(model).__name__
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             parts = split_and_verify(model, onednn=False)
         except SlzoError as error:
             reason = str(error).partition(" is not supported: ")[2].partition("; use a causal")[0]
-            # a plain pass that fails, unless for want of other inputs, is a fault of the tiny model
+            # if a plain pass fails for another reason than missing inputs, the tiny model is at fault
             works = not reason.startswith("a plain forward pass failed") or "pixel_values" in reason
             return Verdict(model_type, kind, "refused" if works else "not built", reason)
-    told_of_padding = [str(warning.message) for warning in told if "padding is used" in str(warning.message)]
-    reason = told_of_padding[0].partition("(")[2].rpartition(")")[0] if told_of_padding else ""
+    padded = [str(warning.message) for warning in caught if "padding is used" in str(warning.message)]
+    reason = padded[0].partition("(")[2].rpartition(")")[0] if padded else ""
     difference = largest_error(parts, tiny_model(model_type))
-    assert difference <= _TOLERANCE, f"{model_type}: accepted, and its logits are wrong by {difference:.2g}"
+    assert difference <= _TOLERANCE, f"{model_type}: accepted, but its logits are wrong by {difference:.2g}"
     limit = "" if parts.longest is None else f"up to {parts.longest} tokens of {MAX_LENGTH}"
     experts = any("expert" in name for name, _ in model.named_parameters())
     if not parts.packed:
-        reason = reason or "its attention cannot be exchanged"
+        reason = reason or "its attention cannot be replaced"
     note = "; ".join(text for text in (reason, limit) if text)
     return Verdict(model_type, kind, "packed" if parts.packed else "padded", note, difference, experts)
 
 
 @torch.no_grad()
 def largest_error(parts: ModelParts, whole: PreTrainedModel) -> float:
-    """Largest difference from one plain forward pass per sequence, over all splits, relative to the largest logit."""
+    """Return the largest difference from plain forward passes, over all splits, relative to the largest logit."""
     generator, longest = random.Random(5), parts.longest or 44
     examples = []
     for number, (prompt, answers) in enumerate(((7, (1, 1)), (longest - 3, (3, 2)), (10, (2,)), (longest // 2, (1,)))):
@@ -147,7 +147,7 @@ def _first_words(error: Exception) -> str:
 
 
 def all_types() -> list[str]:
-    """Model types with a causal model, and those of the models that look at images too; without encoder-decoders."""
+    """Return all model types with a causal model, also those with image input, without encoder-decoders."""
     names = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
     return [name for name in names if not _encodes(name)]
 
@@ -160,22 +160,31 @@ def _encodes(model_type: str) -> bool:
 
 
 def markdown_table(verdicts: Iterable[Verdict]) -> str:
-    """The table, types that run alike together."""
+    """Return the table, sorted by result."""
     verdicts = list(verdicts)
     counts = {runs: sum(v.runs == runs for v in verdicts) for runs in ("packed", "padded", "refused", "not built")}
     lines = [
         "# Model types",
         "",
-        f"Every causal model type of transformers {transformers.__version__}, encoder-decoders left out, tried on a tiny random "
-        f"model: {counts['packed']} run packed, {counts['padded']} padded, {counts['refused']} are refused, and of "
-        f"{counts['not built']} no tiny model could be made from the default configuration. Made by",
+        "| result | model types | meaning |",
+        "|---|---:|---|",
+        f"| packed | {counts['packed']} | The model runs without padding. |",
+        f"| padded | {counts['padded']} | The model runs with its own attention and masks. The results are as exact. |",
+        f"| refused | {counts['refused']} | slzo refuses the model. The note has the reason. |",
+        f"| not built | {counts['not built']} | No tiny model could be made from the default configuration. |",
         "",
-        "    python tools/family_table.py --markdown docs/families.md",
+        f"These are all causal model types of transformers {transformers.__version__}, without encoder-decoders. Each was tested "
+        "on a tiny random model:",
         "",
-        "*Packed* runs without padding; *padded* uses the model's own attention and masks and is as exact. *Error* is the "
-        "largest difference of logits from plain forward passes, one sequence at a time, relative to the largest logit, in "
-        "float32, over every layer that the model can be split before. (MoE) marks mixtures of experts, (images) models that "
-        "look at images too, of which the text decoder is tuned.",
+        "```bash",
+        "python tools/family_table.py --markdown docs/families.md",
+        "```",
+        "",
+        "- **Error** is the largest difference of the logits from plain forward passes, one sequence at a time, relative to the "
+        "largest logit. It is measured in",
+        "  float32, over every layer that the model can be split before.",
+        "- **(MoE)** marks mixtures of experts.",
+        "- **(images)** marks models with image input. Their text decoder is tuned.",
         "",
         "| type | class | runs | error | note |",
         "|---|---|---|---:|---|",
@@ -191,10 +200,10 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Which model types of transformers slzo can tune.")
-    parser.add_argument("--markdown", help="file to write the table to; else it is printed")
-    parser.add_argument("--types", nargs="+", metavar="TYPE", help="only these model types")
+    """Parse the options."""
+    parser = argparse.ArgumentParser(description="Find which model types of transformers slzo can tune.")
+    parser.add_argument("--markdown", help="file to write the table to; left out, the table is printed")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types to test (default: all)")
     options = parser.parse_args(argv)
     unknown = sorted(set(options.types or []) - set(all_types()))
     if unknown:
@@ -203,9 +212,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run."""
+    """Test the model types and write the table."""
     options = parse(argv)
-    logging.disable(logging.WARNING)  # transformers' notes on each configuration
+    logging.disable(logging.WARNING)  # transformers logs warnings about many configurations
     verdicts = []
     for model_type in options.types or all_types():
         verdicts.append(verdict_of(model_type))

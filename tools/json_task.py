@@ -1,9 +1,9 @@
-"""A task with a rule for a reward: sentences about made-up people, whose jobs are to be written as JSON.
+"""Write a task with a reward: sentences about made-up people, and their jobs as JSON.
 
     python tools/json_task.py --output json_task
     slzo fit --config configs/json_reward.yaml
 
-Writes train.jsonl and test.jsonl; no sentence is in both. The config names :func:`right_fields` as the reward.
+No sentence is in both train.jsonl and test.jsonl. The config names :func:`right_fields` as the reward.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _SENTENCES = (
 
 
 def people(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Made-up people: ``name``, ``age``, ``job``, ``city`` and ``text``, a sentence with all four; no text comes twice."""
+    """Return made-up people: ``name``, ``age``, ``job``, ``city`` and ``text``, a sentence with all four. All texts differ."""
     generator = random.Random(seed)
     found: dict[str, dict[str, Any]] = {}
     while len(found) < count:
@@ -38,12 +38,12 @@ def people(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with ``text`` and the ``fields`` that an answer should hold; no text comes twice."""
+    """Return rows with ``text`` and the ``fields`` that an answer should have. All texts differ."""
     return [{"text": person["text"], "fields": {"job": person["job"]}} for person in people(count, seed)]
 
 
 def right_fields(completions: Sequence[str], fields: Sequence[dict[str, Any]], **columns: Any) -> list[float]:
-    """0 if an answer is no JSON object, else 0.2, and 0.8 times the share of keys, wanted or there, with the right value."""
+    """0 if an answer is not a JSON object, else 0.2 plus 0.8 times the share of wanted and given keys with the right value."""
     return [_score(answer, wanted) for answer, wanted in zip(completions, fields, strict=True)]
 
 
@@ -59,15 +59,15 @@ def _score(answer: str, wanted: dict[str, Any]) -> float:
 
 
 def write_task(make_rows: Callable[[int, int], list[dict[str, Any]]], doc: str | None, folder: str) -> None:
-    """The command: ask for numbers of rows, and write train.jsonl and test.jsonl."""
+    """Parse the options, and write train.jsonl and test.jsonl."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(folder), help="folder to write")
     parser.add_argument("--train", type=int, default=600, help="training rows")
     parser.add_argument("--test", type=int, default=200, help="held-out rows")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
     options = parser.parse_args()
     if options.train < 1 or options.test < 1 or options.train + options.test > 5000:
-        parser.error("--train and --test must be at least 1, and 5000 together at most")
+        parser.error("--train and --test must be at least 1, and at most 5000 together")
     rows = make_rows(options.train + options.test, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", rows[: options.train]), ("test", rows[options.train :])):

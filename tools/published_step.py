@@ -1,4 +1,4 @@
-"""One training step as published (MeZO, arXiv 2305.17333, ``large_models``), plainly and for comparison only."""
+"""One training step as published (MeZO, arXiv 2305.17333, ``large_models``), for comparison only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class PaddedBatch:
     gold: Tensor
 
     def to(self, device: str) -> "PaddedBatch":
-        """Copy on another device."""
+        """Return a copy on another device."""
         ids, mask, answer = (part.to(device) for part in (self.input_ids, self.attention_mask, self.is_answer))
         return PaddedBatch(ids, mask, answer, self.num_candidates, self.gold.to(device))
 
 
 def pad_left(examples: Sequence[EncodedExample], only_gold: bool) -> PaddedBatch:
-    """Sequences as MeZO's collator makes them: candidates apart, padded on the left to a multiple of 8."""
+    """Make sequences as MeZO's collator does: one per candidate, padded on the left to a multiple of 8."""
     chosen = [
         sequence
         for example in examples
@@ -49,7 +49,7 @@ def pad_left(examples: Sequence[EncodedExample], only_gold: bool) -> PaddedBatch
 
 
 def published_loss(model: nn.Module, batch: PaddedBatch, only_gold: bool) -> Tensor:
-    """MeZO's loss: log-softmax over the vocabulary at every position, then the answers are picked."""
+    """Return MeZO's loss: log-softmax over the vocabulary at every position, of which the answers' positions are used."""
     # positions count real tokens, so that padding on the left does not shift them
     positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
@@ -69,7 +69,7 @@ def _noise(parameter: nn.Parameter) -> Tensor:
 def published_step(
     model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, only_gold: bool, seed: int
 ) -> tuple[float, float]:
-    """One MeZO step on the given parameters; returns both losses."""
+    """Take one MeZO step on the given parameters; return both losses."""
 
     def perturb(scale: float) -> None:
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A tiny random model with its tokenizer, and made-up rows: enough for a run of a second."""
+"""A tiny random model with its tokenizer, and made-up rows, for runs of a second."""
 
 import json
 import random
@@ -26,7 +26,7 @@ SIZES = {
 
 
 def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **changes: Any) -> PreTrainedModel:
-    """A random model of a family; ``scale`` enlarges its weights, so that logits differ enough between tokens."""
+    """Make a random model of a family; ``scale`` enlarges its weights, so that logits differ enough between tokens."""
     options = {**SIZES, **changes}
     config = AutoConfig.for_model(family, **{name: value for name, value in options.items() if value is not None})
     torch.manual_seed(seed)
@@ -37,7 +37,7 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **chang
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer without merges: every text has tokens, none is unknown."""
+    """Make a byte-level BPE tokenizer without merges, which has tokens for every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,13 +52,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_model(folder: Path) -> None:
-    """A tiny Llama as a Hugging Face folder."""
+    """Write a tiny Llama as a Hugging Face folder."""
     tiny_model("llama", scale=1.0).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
 def write_rows(folder: Path) -> None:
-    """Made-up SST-2 rows in the Hub's fields, in a folder of their own below ``folder``."""
+    """Write made-up SST-2 rows with the Hub's fields to a folder below ``folder``."""
     (folder / "sst2").mkdir(parents=True)
     generator = random.Random(1)
     words = {0: ["bad", "dull", "poor", "weak"], 1: ["good", "fine", "warm", "sharp"]}

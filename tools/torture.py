@@ -1,15 +1,15 @@
-"""Kills and interrupts runs of a tiny model, at random and while they write, and looks at what can be gone on with.
+"""Kill and interrupt runs of a tiny model, at random times and during writes, and check whether they can be resumed.
 
     python tools/torture.py --trials 200 --json torture.json
 
-Each trial runs a command until a signal ends it, at a random time or at one of its writes, renames and deletes, then gives the
-command again (a training with ``--ckpt_path last``), sometimes interrupted once more, until it is done, and compares what
-it came to with a run that nobody stopped: tuned weights, best checkpoint and score of ``fit``, figures of ``sweep``, the bytes
-of ``export``. After every signal each checkpoint there is read.
+Each trial runs a command until a signal ends it, at a random time or at one of its writes, renames and deletes. It then repeats
+the command (a training with ``--ckpt_path last``), sometimes with further interrupts, until it finishes. The result is compared
+with that of an uninterrupted run: tuned weights, best checkpoint and score of ``fit``, figures of ``sweep``, bytes of ``export``.
+After every signal all checkpoints are read.
 
-Columns: trials; faults that hit; ``differ``: ends that are not those of the run that nobody stopped; ``unreadable``: checkpoints
-that cannot be read; ``status``: exit statuses that are not those of the signal; ``hung``; ``lost``: steps taken again beyond the
-one that was cut off, or, where no checkpoint was there yet, beyond the first ones. The last five must be 0.
+Columns: trials; faults that hit; ``differ``: results that differ from the uninterrupted run; ``unreadable``: checkpoints that
+cannot be read; ``status``: exit statuses that do not fit the signal; ``hung``; ``lost``: repeated steps beyond the interrupted
+one, or, without a checkpoint, beyond the first ones. The last five must be 0.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: children are forked
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, because children are forked
 
 import torch
 
@@ -53,11 +53,11 @@ _TIMES = ("second", "time", "memory", "path", "folder")
 
 
 class Fault(NamedTuple):
-    """A signal and when it comes.
+    """A signal and the time at which it is sent.
 
     Attributes:
-        number: Of the signal.
-        share: Of the time that the command takes; ``None``: at an event.
+        number: Number of the signal.
+        share: Time in seconds after the start; ``None`` for an event.
         event: Number of the write, rename or delete.
     """
 
@@ -67,7 +67,7 @@ class Fault(NamedTuple):
 
 
 class Counters:
-    """What children count, in memory that they share: writes, renames and deletes, and steps that looked at the model."""
+    """Counters of children in shared memory: writes, renames and deletes, and steps that ran the model."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 16)
@@ -76,33 +76,33 @@ class Counters:
         return int(struct.unpack_from("<q", self._memory, place)[0])
 
     def add(self, place: int) -> int:
-        """Count one; returns how many."""
+        """Increment a counter and return its value."""
         value = self._at(place) + 1
         struct.pack_into("<q", self._memory, place, value)
         return value
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset the counters."""
         struct.pack_into("<qq", self._memory, 0, 0, 0)
 
     @property
     def events(self) -> int:
-        """Writes, renames and deletes."""
+        """Number of writes, renames and deletes."""
         return self._at(0)
 
     @property
     def steps(self) -> int:
-        """Steps that looked at the model."""
+        """Number of steps that ran the model."""
         return self._at(8)
 
 
 class Child(NamedTuple):
-    """How a process ended.
+    """How a child process ended.
 
     Attributes:
         status: Exit status, negative for a signal; ``None`` if it hung.
-        seconds: How long it took.
-        hit: Whether the fault was there before it ended.
+        seconds: Duration in seconds.
+        hit: Whether the fault occurred before it ended.
     """
 
     status: int | None
@@ -111,7 +111,7 @@ class Child(NamedTuple):
 
 
 def run_child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
-    """Call something in a forked process, in a folder, with a fault."""
+    """Call a function in a forked process, in a folder, with a fault."""
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -135,7 +135,7 @@ def run_child(call: Callable[[], int], folder: Path, counters: Counters, fault: 
 
 
 def _child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None) -> None:
-    """The forked process; never returns."""
+    """Run in the forked process; never returns."""
     status = 1
     try:
         os.chdir(folder)
@@ -175,10 +175,10 @@ def _at_event(event: str, args: tuple[Any, ...], folder: str, counters: Counters
 
 
 class Scenario(ABC):
-    """A command that is tortured.
+    """A command under test.
 
     Args:
-        options: Of the tiny model and the made-up rows.
+        options: Options of the tiny model and the made-up rows.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
@@ -186,19 +186,19 @@ class Scenario(ABC):
 
     @abstractmethod
     def call(self, folder: Path) -> Callable[[], int]:
-        """What to call, first and again."""
+        """Return the function to call, at first and after a fault."""
 
     @abstractmethod
     def result(self, folder: Path) -> Any:
-        """What it came to; compared with ``==``."""
+        """Return the result, which is compared with ``==``."""
 
     def prepare(self, folder: Path) -> None:
-        """Make what the command needs."""
+        """Create the files that the command needs."""
         return
 
 
 class Fit(Scenario):
-    """A training of two epochs and a bit, with the prefix cache."""
+    """A training of more than two epochs, with the prefix cache."""
 
     def call(self, folder: Path) -> Callable[[], int]:
         args = ["fit", *self.options, f"--last_checkpoint.every_n_steps={_EVERY}"]
@@ -232,7 +232,7 @@ class Export(Scenario):
 
     def call(self, folder: Path) -> Callable[[], int]:
         output = folder / "exported"
-        if output.is_dir():  # a whole one, or the command would be refused
+        if output.is_dir():  # complete, and a second export would be refused
             return lambda: 0
         return lambda: slzo(["export", "--ckpt_path=last", "--output=exported"])
 
@@ -246,7 +246,7 @@ _SHARES = {"fit": 0.7, "sweep": 0.15, "export": 0.15}
 
 
 def _figures(content: Any) -> Any:
-    """What does not depend on the time or the place."""
+    """Return the figures that do not depend on time or place."""
     if isinstance(content, dict):
         return {name: _figures(value) for name, value in content.items() if not any(word in name for word in _TIMES)}
     return [_figures(value) for value in content] if isinstance(content, list) else content
@@ -254,17 +254,17 @@ def _figures(content: Any) -> Any:
 
 @dataclass
 class Outcome:
-    """What became of a trial.
+    """Result of a trial.
 
     Attributes:
         scenario: The command.
-        faults: Signal and place of each that hit.
-        same: Whether the end is that of a run that nobody stopped.
-        unreadable: Checkpoints that could not be read, after any fault.
-        wrong_status: Exit statuses that are not those of the signal.
-        hung: Processes that did not end.
-        lost: Steps taken again beyond those that may be lost.
-        note: Why it is not the same.
+        faults: Signal and place of each fault that hit.
+        same: Whether the result is that of an uninterrupted run.
+        unreadable: Number of checkpoints that could not be read, after any fault.
+        wrong_status: Number of exit statuses that do not fit the signal.
+        hung: Number of processes that did not end.
+        lost: Number of repeated steps beyond those that may be lost.
+        note: Why the result differs.
     """
 
     scenario: str
@@ -278,19 +278,19 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
-        """Whether anything was not as it should be."""
+        """Whether the trial found a fault of slzo."""
         return not self.same or bool(self.unreadable or self.wrong_status or self.hung or self.lost)
 
 
 @dataclass
 class Reference:
-    """A run that nobody stopped.
+    """An uninterrupted run.
 
     Attributes:
-        result: What it came to.
-        seconds: How long it took.
-        events: Its writes, renames and deletes.
-        steps: Its steps that looked at the model.
+        result: Result of the command.
+        seconds: Duration in seconds.
+        events: Number of writes, renames and deletes.
+        steps: Number of steps that ran the model.
     """
 
     result: Any
@@ -303,7 +303,7 @@ class Torture:
     """Runs trials.
 
     Args:
-        root: Folder for everything.
+        root: Folder for all files.
     """
 
     def __init__(self, root: Path) -> None:
@@ -320,7 +320,7 @@ class Torture:
         self._references: dict[str, Reference] = {}
 
     def reference(self, name: str) -> Reference:
-        """The run of a scenario that nobody stops."""
+        """Return the uninterrupted run of a scenario."""
         if name not in self._references:
             scenario, folder = self._scenario(name, f"whole-{name}")
             self.counters.clear()
@@ -332,7 +332,7 @@ class Torture:
         return self._references[name]
 
     def trial(self, number: int, name: str, draw: random.Random) -> Outcome:
-        """One trial."""
+        """Run one trial."""
         reference = self.reference(name)
         scenario, folder = self._scenario(name, f"trial-{number}")
         outcome, steps, allowed = Outcome(name, []), 0, 0
@@ -348,7 +348,7 @@ class Torture:
                 outcome.faults.append(fault.number.name + ("" if fault.share is None else " at a time"))
             outcome.unreadable += _unreadable(folder)
             outcome.hung += ended.status is None
-            # a signal before the first line of slzo, or after its last one, ends the process itself: the same to a shell
+            # a signal before the first or after the last line of slzo ends the process itself, which a shell reports alike
             outcome.wrong_status += ended.status not in (None, -fault.number, 128 + fault.number)
             allowed += 1 if before or any(folder.glob("runs/**/checkpoints/last.ckpt")) else _EVERY + 1
             if outcome.wrong_status or outcome.hung:
@@ -381,7 +381,7 @@ def _fault(reference: Reference, draw: random.Random) -> Fault:
 
 
 def _unreadable(folder: Path) -> int:
-    """Checkpoints under their names that cannot be read."""
+    """Return the number of visible checkpoints that cannot be read."""
     bad = 0
     for path in folder.rglob("*.ckpt"):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -393,7 +393,7 @@ def _unreadable(folder: Path) -> int:
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table, one line a command."""
+    """Return a Markdown table with one line per command."""
     lines = [
         "| command | trials | faults | differ | unreadable | status | hung | lost |",
         "|---|---|---|---|---|---|---|---|",
@@ -409,14 +409,14 @@ def report(outcomes: Sequence[Outcome]) -> str:
 def torture(
     trials: int, seed: int, root: Path, only: Sequence[str], say: Callable[[str], None] = print
 ) -> list[Outcome]:
-    """Run some trials, each command its share of them.
+    """Run trials, a fixed share of them for each command.
 
     Args:
-        trials: How many.
-        seed: Of commands, signals and times.
-        root: Folder for everything.
-        only: Commands.
-        say: Told of each trial that is not as it should be.
+        trials: Number of trials.
+        seed: Seed of commands, signals and times.
+        root: Folder for all files.
+        only: Commands to test.
+        say: Called with a line about each trial that found a fault.
     """
     torch.set_num_threads(1)
     bench, outcomes = Torture(root), []
@@ -429,11 +429,13 @@ def torture(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run trials and print their table; 1 if anything was not as it should be."""
+    """Run trials and print their table; return 1 if one of them found a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=200, help="how many (200)")
-    parser.add_argument("--seed", type=int, default=0, help="of commands, signals and times (0)")
-    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="commands (all)")
+    parser.add_argument("--trials", type=int, default=200, help="number of trials (200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of commands, signals and times (0)")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="commands to test (all)"
+    )
     parser.add_argument("--json", type=Path, help="file for the outcomes")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="torture-") as root:

@@ -25,8 +25,9 @@ CHECKPOINT_FORMAT = 1
 NAMES = ("last", "best")
 """Names that stand for the last and the best checkpoint of the newest run."""
 
+_OPTIONS = {"lr": "optimizer.lr"}  # options that have another name among the hyper-parameters
 _MISSING = object()
-_ADVICE = "give another one of the run, or last for the newest that is whole"
+_ADVICE = "give another one of the run, or last for the newest intact one"
 # entries that a resumable checkpoint has in addition to the tuned tensors
 _TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
@@ -81,7 +82,7 @@ class Checkpoint:
         """
         if not self.is_resumable:
             raise SlzoError(
-                f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only), and training cannot go on from "
+                f"ckpt_path {self.path!r}: holds weights only (checkpoint.save_weights_only), and training cannot resume from "
                 "them; give the run's last.ckpt, or use it with test, predict or export"
             )
         saved = self.note["optimizer"]
@@ -89,8 +90,8 @@ class Checkpoint:
             old, new = (str(settings.get(name) or "").rpartition(".")[2] for settings in (saved, optimizer))
             if old and new and old != new:
                 raise SlzoError(
-                    f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot take over; resume with {old}, "
-                    "or begin anew without --ckpt_path"
+                    f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot load; resume with {old}, "
+                    "or start again without --ckpt_path"
                 )
 
 
@@ -123,32 +124,32 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
         with replacing(path) as partial:
             checkpoint_file.write(content, partial)
     except SlzoError as error:
-        raise SlzoError(f"{error}; then go on from the checkpoint before it with --ckpt_path last") from error
+        raise SlzoError(f"{error}; then resume from the checkpoint before it with --ckpt_path last") from error
 
 
 def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
     """Return the note of a checkpoint, which says what its tensors are and to which model they belong.
 
     Raises:
-        SlzoError: It was not written by slzo, was written in another format, or is broken.
+        SlzoError: It was not written by slzo, was written in another format, or is damaged.
     """
     note: Any = content.get("slzo") if isinstance(content, dict) else None
     if not isinstance(note, dict) or "format" not in note:
         raise SlzoError(f"{option}: not a checkpoint written by slzo; give one from a run's checkpoints folder")
     if note["format"] != CHECKPOINT_FORMAT:
         raise SlzoError(
-            f"{option}: has format {note['format']!r}, this slzo reads {CHECKPOINT_FORMAT}; use the version that wrote it"
+            f"{option}: has format {note['format']!r}, and this slzo reads {CHECKPOINT_FORMAT}; use the version that wrote it"
         )
     for name, types in _FIELDS.items():
         value = note.get(name, _MISSING)
         is_bool = isinstance(value, bool) and bool not in types
         if is_bool or not isinstance(value, types):
             found = "is missing" if value is _MISSING else f"is a {type(value).__name__}"
-            raise SlzoError(f"{option}: its note is broken: {name} {found}; give a checkpoint as slzo wrote it")
+            raise SlzoError(f"{option}: its note is damaged: {name} {found}; give an unchanged checkpoint of slzo")
     for name, entry in note["tensors"].items():
         if not _is_description(entry):
             raise SlzoError(
-                f"{option}: its note is broken: tensor {name!r} has no usable description; give a checkpoint as slzo wrote it"
+                f"{option}: its note is damaged: tensor {name!r} has no usable description; give an unchanged checkpoint of slzo"
             )
     return note
 
@@ -157,7 +158,7 @@ def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
     """Return the model options that differ from those of a checkpoint, as text; empty if there are none."""
     saved = content.get("hyper_parameters", {})
     different = [name for name in saved if name in own and saved[name] != own[name] and name[0] != "_"]
-    return "; ".join(f"model.{name}: {saved[name]} -> {own[name]}" for name in different)
+    return "; ".join(f"model.{_OPTIONS.get(name, name)}: {saved[name]} -> {own[name]}" for name in different)
 
 
 def newest_checkpoint(root: str | Path) -> Path:
@@ -169,7 +170,7 @@ def newest_checkpoint(root: str | Path) -> Path:
     found = _by_age(root, "last*.ckpt")
     if not found:
         raise SlzoError(
-            f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or name a file"
+            f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or give a file"
         )
     option = f"ckpt_path {str(found[0])!r}"
     try:
@@ -181,9 +182,9 @@ def newest_checkpoint(root: str | Path) -> Path:
     for path in _by_age(root, "*.ckpt"):
         with suppress(SlzoError):
             if read_checkpoint(path).is_resumable:
-                sys.stderr.write(f"slzo: {path} is the newest checkpoint that is whole\n")
+                sys.stderr.write(f"slzo: {path} is the newest intact checkpoint\n")
                 return path
-    raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is whole; start without --ckpt_path")
+    raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is intact; start without --ckpt_path")
 
 
 def named_checkpoint(name: str, root: str | Path) -> Path:
@@ -228,7 +229,7 @@ def _best_of(last: Path) -> Path:
     for path in (place for best in saved for place in (best, last.parent / best.name)):  # the runs may have been moved
         if path.is_file():
             return path
-    raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} has none, it was not validated; give last")
+    raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} was not validated and has no best one; give last")
 
 
 @contextmanager
@@ -238,7 +239,7 @@ def _one_line(option: str) -> Iterator[None]:
         with signals_held():
             yield
     except checkpoint_file.DamagedError as error:
-        raise SlzoError(f"{option}: damaged, {error} in it is not what was written; {_ADVICE}") from error
+        raise SlzoError(f"{option}: damaged: {error} does not match its checksum; {_ADVICE}") from error
     except OSError as error:
         raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged header can cause many errors
@@ -253,9 +254,9 @@ def _by_age(root: str | Path, name: str) -> list[Path]:
 def _check_state(content: Mapping[str, Any], option: str) -> None:
     state = content.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise SlzoError(f"{option}: has no tensors under state_dict; it was not written by slzo like this")
+        raise SlzoError(f"{option}: has no tensors under state_dict; give an unchanged checkpoint of slzo")
     if not isinstance(content.get("global_step"), int):
-        raise SlzoError(f"{option}: has no step under global_step; it was not written by slzo like this")
+        raise SlzoError(f"{option}: has no step under global_step; give an unchanged checkpoint of slzo")
     _check_finite(state, f"{option}: its")
 
 

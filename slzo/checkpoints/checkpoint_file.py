@@ -96,7 +96,7 @@ def _metadata(file: Any) -> dict[str, Any]:
     header = file.metadata()
     text = header["content"]
     if str(zlib.crc32(text.encode())) != header["crc32"]:
-        raise DamagedError("its header")
+        raise DamagedError("the header")
     content: dict[str, Any] = json.loads(text)
     return content
 
@@ -126,7 +126,7 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
             name += "'"
         if value.layout is not torch.strided or value.dtype not in _TYPES:
             raise SlzoError(
-                f"checkpoint: {name} is a tensor of {value.layout}, {value.dtype}, and a file has no place for it"
+                f"checkpoint: {name} is a tensor of {value.layout}, {value.dtype}, which the file format does not support"
             )
         tensors[name] = value.detach().cpu().contiguous()
         return {"$tensor": name}
@@ -149,7 +149,7 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
             return _encoded(kind(value), path, tensors)
     raise SlzoError(
         f"checkpoint: {'.'.join(path)} is a {type(value).__name__}, and a checkpoint holds tensors, numbers, text, lists and "
-        "dicts; let the state_dict of what owns it return those"
+        "dicts; let its owner's state_dict return only these"
     )
 
 

@@ -120,7 +120,7 @@ def read_step_log(path: Path) -> StepLog:
     except (ValueError, KeyError, TypeError):
         raise SlzoError(f"{option} was not written by slzo; give the folder of another run") from None
     if found != _FORMAT:
-        raise SlzoError(f"{option} has format {found!r}, this slzo reads {_FORMAT}; use the version that wrote it")
+        raise SlzoError(f"{option} has format {found!r}, and this slzo reads {_FORMAT}; use the version that wrote it")
     return StepLog(settings, tuple(_records(content)))
 
 

@@ -18,9 +18,9 @@ def check_has_classes(task: Task) -> None:
         SlzoError: If the task generates answers, or the candidates differ between rows.
     """
     if task.kind is not Kind.CLASSIFICATION:
-        reason = "generates answers" if task.kind is Kind.GENERATION else "has other candidates in each row"
+        reason = "generates answers" if task.kind is Kind.GENERATION else "has different candidates in each row"
         raise SlzoError(
-            f"data.balanced true: task {task.name!r} {reason}, and there are no classes to balance; leave it out"
+            f"data.balanced true: task {task.name!r} {reason}, so there are no classes to balance; leave it out"
         )
 
 
@@ -33,14 +33,14 @@ def classes_of(examples: Sequence[Example]) -> list[int]:
     candidates = examples[0].candidates
     if any(example.candidates != candidates for example in examples):
         raise SlzoError(
-            "data.balanced true: the rows have different candidates, and no classes to balance; leave it out"
+            "data.balanced true: the rows have different candidates, so there are no classes to balance; leave it out"
         )
     classes = [example.gold[0] for example in examples]
     for number, candidate in enumerate(candidates):
         if number not in classes:
             raise SlzoError(
                 f"data.balanced true: none of the {len(examples)} training rows has class {candidate.strip()!r}; raise "
-                "data.num_train, give rows of it, or leave data.balanced out"
+                "data.num_train, add rows of this class, or leave data.balanced out"
             )
     return classes
 

@@ -44,7 +44,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
         if isinstance(own, str):
             return own, None
         return TEMPLATES[DEFAULT_TEMPLATE], (
-            f"The tokenizer has no chat template: using the one called {DEFAULT_TEMPLATE} (data.task.template; there are "
+            f"The tokenizer has no chat template: using the one called {DEFAULT_TEMPLATE} (data.task.template can be "
             f"{', '.join(TEMPLATES)}, or a file)."
         )
     if name in TEMPLATES:
@@ -53,8 +53,8 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
         return Path(name).expanduser().read_text(encoding="utf-8"), f"Using the chat template in {name}."
     except (OSError, UnicodeDecodeError):
         raise SlzoError(
-            f"data.task.template {name!r}: no such template and no readable file; choose one of {', '.join(TEMPLATES)}, give a "
-            "file with a Jinja template, or leave it out"
+            f"data.task.template {name!r}: neither a known template nor a readable file; choose one of {', '.join(TEMPLATES)}, "
+            "give a file with a Jinja template, or leave it out"
         ) from None
 
 
@@ -105,7 +105,7 @@ class ChatEncoder(Encoder):
         room = self.max_length - max_new_tokens
         if room < 1:
             raise SlzoError(
-                f"data.max_length {self.max_length}: leaves no room for a prompt beside {max_new_tokens} new tokens; raise it, "
+                f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; raise it, "
                 "or lower data.task.max_new_tokens"
             )
         return tuple(self._fit(self._with_demonstrations(example, demonstrations), None, room, example)[0])
@@ -146,8 +146,8 @@ class ChatEncoder(Encoder):
         if best is None:
             subject = "the template" if answer is None else "the answer with the template"
             raise RowError(
-                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {len(ids)} tokens, {room} are "
-                "there; raise it, or leave out the example"
+                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {len(ids)} tokens, and {room} "
+                "are available; raise it, or leave out the example"
             )
         return best
 
@@ -169,8 +169,8 @@ class ChatEncoder(Encoder):
         if not all(full.startswith(start) for start in starts):
             advice = "" if self.chat.turns == "last" else "data.task.turns last, or "
             raise SlzoError(
-                "data.task.template: this template writes former turns anew when others follow, so the tokens of an answer "
-                f"cannot be told; use {advice}data.task.template {', '.join(TEMPLATES)}"
+                "data.task.template: this template changes earlier turns when others follow, so the tokens of an answer "
+                f"cannot be found; use {advice}data.task.template {', '.join(TEMPLATES)}"
             )
         spans.sort()
         bounds = sorted({0, *(bound for span in spans for bound in span)})
@@ -191,8 +191,8 @@ class ChatEncoder(Encoder):
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(
-                f"data.task.template: cannot write a conversation of {', '.join(turn.role for turn in turns)} "
-                f"({' '.join(str(error).split())}); give rows that it knows, or another template"
+                f"data.task.template: cannot format a conversation of {', '.join(turn.role for turn in turns)} "
+                f"({' '.join(str(error).split())}); give rows that it supports, or another template"
             ) from error
         return str(text)
 

@@ -71,7 +71,9 @@ class RowSource:
         if self.task.id_field is not None:
             check_shared_ids(self.task.id_field, test, train or (), dev or ())
         if divided and train is not None:
-            origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; held-out rows as for every seed)"
+            origin = (
+                f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"
+            )
             least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
             train, test, repeats = part_test(train, num_test, least)
             notes += repeats

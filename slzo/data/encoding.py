@@ -80,7 +80,7 @@ class Encoder:
         room = self.max_length - max_new_tokens
         if room <= self._num_front:
             raise SlzoError(
-                f"data.max_length {self.max_length}: leaves no room for a prompt beside {max_new_tokens} new tokens;"
+                f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens;"
                 " raise it"
             )
         return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
@@ -92,18 +92,18 @@ class Encoder:
     def _check_answer(self, example: Example, candidate: str, count: int, length: int) -> None:
         shown = repr(candidate if len(candidate) <= 40 else f"{candidate[:37]}...")
         if count < 1:
-            raise RowError(f"{example.location}: the tokenizer makes no token of answer {shown}; change the answer")
+            raise RowError(f"{example.location}: the tokenizer makes no tokens from answer {shown}; change the answer")
         if count >= length:
             raise RowError(
-                f"{example.location}: the tokenizer joins the whole prompt with answer {shown}; no token is left to "
-                "predict it from: use a longer prompt"
+                f"{example.location}: the tokenizer joins the whole prompt with answer {shown}, so no token is left "
+                "to predict it from; use a longer prompt"
             )
         # At least one token must come before the answer, to predict its first token from.
         needed = count + max(self._num_front, 1)
         if needed > self.max_length:
             raise RowError(
-                f"data.max_length {self.max_length}: the answer {shown} of {example.location} needs {needed} tokens"
-                " with the one before it; raise it, or leave out the example"
+                f"data.max_length {self.max_length}: the answer {shown} of {example.location} needs {needed} tokens,"
+                " including the one before it; raise it, or leave out the example"
             )
 
     def _cut(self, ids: list[int], length: int) -> tuple[int, ...]:

@@ -40,8 +40,8 @@ def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str
     total = len(left_out) + used
     if not used:
         raise SlzoError(
-            f"{source}: none of the {total} rows can be used (data.skip_bad_rows leaves them out); mend them, the first is"
-            f" {left_out[0]}"
+            f"{source}: none of the {total} rows can be used (data.skip_bad_rows leaves them out); correct them; the first error"
+            f" is {left_out[0]}"
         )
     first = [f"  {error}" for error in left_out[:_NUM_SHOWN]]
     more = ["  ..."] if len(left_out) > _NUM_SHOWN else []
@@ -107,13 +107,13 @@ def _json_object(line: str) -> Fields:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); one object a line") from None
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); write one object per line") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({type(error).__name__}); one object a line") from None
+        raise ValueError(f"not JSON ({type(error).__name__}); write one object per line") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}; each line must be an object with the row's fields")
     if re.search(r"\\u[dD][89a-fA-F]", line) and _has_lone_surrogate(row):
-        raise ValueError("half of a surrogate pair; write whole characters")
+        raise ValueError("half of a surrogate pair; write complete characters")
     return row
 
 
@@ -142,7 +142,7 @@ def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
                 names = _column_names(cells, f"{path}:{start}")
                 continue
             if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
-                reason = f"more columns than the first line names; quote texts that contain {delimiter!r}"
+                reason = f"more columns than the first line has; quote texts that contain {delimiter!r}"
                 on_bad(RowError(f"{path}:{start}: {reason}"))
                 continue
             pairs = zip(names, cells, strict=False)
@@ -178,7 +178,7 @@ def _column_names(cells: list[str], place: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = next((name for number, name in enumerate(names) if name and name in names[:number]), None)
     if twice is not None:
-        raise SlzoError(f"{place}: two columns are called {twice!r}; give each a name of its own")
+        raise SlzoError(f"{place}: two columns are called {twice!r}; give each its own name")
     return names
 
 
@@ -195,7 +195,7 @@ def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
         rows = parquet.read_table(io.BytesIO(_read_bytes(path))).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise SlzoError(f"{path}: not a Parquet file ({reason}); write it anew, or use JSON Lines") from None
+        raise SlzoError(f"{path}: not a Parquet file ({reason}); write it again, or use JSON Lines") from None
     for number, row in enumerate(rows, start=1):
         yield f"{path} row {number}", row
 

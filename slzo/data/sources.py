@@ -56,7 +56,7 @@ def load_examples(
         try:
             example = _example(task, split, values, position)
             if example.id in places:
-                raise ValueError(f"id {example.id!r} is also that of {places[example.id]}; give each row its own id")
+                raise ValueError(f"id {example.id!r} is also the id of {places[example.id]}; give each row its own id")
         except ValueError as error:
             on_bad(RowError(f"{place}: {error}"))
             continue
@@ -74,7 +74,7 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
     missing = [field for field in task.fields if values.get(field) is None]
     if missing:
         present = ", ".join(str(name) for name, value in values.items() if value is not None)
-        raise ValueError(f"field {missing[0]!r} is missing; task {task.name!r} needs it, the row has {present}")
+        raise ValueError(f"field {missing[0]!r} is missing; task {task.name!r} needs it, and the row has {present}")
     example = task.example(values, row_id(values, position, split, task.id_field))
     if not example.prompt.strip():
         raise ValueError("the prompt is empty; give its fields some text")
@@ -134,7 +134,7 @@ def _open(
     if hub_path is not None:
         source = HubSource(hub_path) if source is None else replace(source, path=hub_path)
     if source is None:
-        raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give it a file")
+        raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
     return _read_hub(task, source if hub_config is None else replace(source, config=hub_config), split)
 
 

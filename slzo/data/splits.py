@@ -84,9 +84,9 @@ def draw_splits(
     take_train, take_dev = divide(len(pool), num_train, num_dev)
     if num_dev and not take_dev:
         raise SlzoError(
-            f"data.num_dev {num_dev}: dev rows are drawn from the training rows, which takes at least"
-            f" {least_rows(num_train, num_dev)} with different prompts, and there are {len(pool)}; add some, give dev"
-            " rows of their own, or set data.num_dev 0"
+            f"data.num_dev {num_dev}: dev rows are drawn from the training rows; this needs at least"
+            f" {least_rows(num_train, num_dev)} rows with different prompts, and there are {len(pool)}; add rows, give"
+            " separate dev rows, or set data.num_dev 0"
         )
     if take_train < num_train or take_dev < num_dev:
         notes.append(
@@ -115,8 +115,8 @@ def part_test(
     ids = {example.prompt: example.id for example in reversed(pool)}  # the first row of each prompt
     if len(ids) <= least:
         raise SlzoError(
-            f"data.task.train_file: held-out rows are drawn from it too, which takes at least {least + 1} rows with different"
-            f" prompts, and it has {len(ids)}; add some, or give data.task.test_file"
+            f"data.task.train_file: held-out rows are drawn from it too; this needs at least {least + 1} rows with different"
+            f" prompts, and it has {len(ids)}; add rows, or give data.task.test_file"
         )
     most = max(1, len(ids) // _LARGEST_TEST_SHARE)
     wanted = most if num_test is None else min(num_test, most)
@@ -125,7 +125,7 @@ def part_test(
     test = [example for example in pool if example.prompt in taken and example.id == ids[example.prompt]]
     train = [example for example in pool if example.prompt not in taken]
     repeats = len(pool) - len(train) - len(test)
-    notes = (f"Left out {repeats} rows with the prompts of held-out ones.",) if repeats else ()
+    notes = (f"Left out {repeats} rows whose prompts are also in held-out rows.",) if repeats else ()
     return train, test, notes
 
 
@@ -140,8 +140,8 @@ def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
         other = seen.setdefault(example.id, example)
         if other.prompt != example.prompt:
             raise SlzoError(
-                f"data.task.id_field {field!r}: {example.place} has id {example.id!r}, which {other.place} has too; give each row"
-                " its own id, over all files"
+                f"data.task.id_field {field!r}: {example.place} has id {example.id!r}, as does {other.place}; give each row"
+                " its own id across all files"
             )
 
 
@@ -171,7 +171,7 @@ def _in_drawn_order(rows: Sequence[Example], seed: int) -> list[Example]:
 def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) -> tuple[Example, ...]:
     if num_test is None or len(pool) <= num_test:
         if num_test is not None and len(pool) < num_test:
-            notes.append(f"The test split has {len(pool)} rows: took all, {num_test} were asked for.")
+            notes.append(f"The test split has {len(pool)} rows: took all; {num_test} were requested.")
         return tuple(pool)
     groups: dict[str, list[int]] = {}
     for position, example in enumerate(pool):
@@ -183,7 +183,7 @@ def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) 
             break
         taken.extend(groups[key])
     if len(taken) != num_test:
-        notes.append(f"Took {len(taken)} test rows, {num_test} were asked for: rows of one question stay together.")
+        notes.append(f"Took {len(taken)} test rows; {num_test} were requested, but rows of one question stay together.")
     return tuple(pool[position] for position in sorted(taken))
 
 
@@ -211,11 +211,11 @@ def _without_repeats(
     if leaked:
         notes.append(f"Left out {leaked} {name} rows that are also in the {other} split.")
     if repeated:
-        notes.append(f"Left out {repeated} {name} rows whose prompt is there twice.")
+        notes.append(f"Left out {repeated} {name} rows with repeated prompts.")
     if not kept:
         split = "num_train" if name == "training" else f"num_{name}"
         raise SlzoError(
-            f"data.{split}: none of the {len(pool)} {name} rows is usable, all are in the {other} split too; give a"
-            f" {name} split of other rows"
+            f"data.{split}: none of the {len(pool)} {name} rows can be used, because all are also in the {other} split; give"
+            f" other {name} rows"
         )
     return kept

@@ -196,7 +196,7 @@ def keeping_attention(parts: ModelParts) -> Iterator[None]:
     placement = placement_of(parts.model)
     if placement is not None and placement.places.elsewhere:
         raise SlzoError(
-            f"model.device_map: {placement.places.describe()}; answers are generated on one card, so put the other layers on cpu "
+            f"model.device_map: {placement.places.describe()}; answers are generated on one GPU; put the other layers on cpu "
             "or disk"
         )
     before = attention_of(parts.model)

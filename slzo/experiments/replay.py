@@ -43,15 +43,15 @@ def replay_run(
         device: Device of the model; ``None`` for the CPU.
 
     Raises:
-        SlzoError: The folder holds no complete log of so many steps, or the estimator needs no losses.
+        SlzoError: The folder has no complete log of that many steps, or the estimator needs no losses.
     """
     if not run.is_dir() or str(run) == ".":
         raise SlzoError(
-            f"run {'' if str(run) == '.' else str(run)!r}: no such folder; give that of a run, as runs/version_0"
+            f"run {'' if str(run) == '.' else str(run)!r}: no such folder; give the folder of a run, such as runs/version_0"
         )
     if options.estimator.differentiates:
         raise SlzoError(
-            f"model.estimator {options.estimator.describe()}: it differentiates, so there is no log of losses; use a checkpoint"
+            f"model.estimator {options.estimator.describe()}: differentiates, so there is no log of losses; use a checkpoint"
         )
     log = read_step_log(run / NAME)
     number = _number_of_steps(log, steps, run)
@@ -74,7 +74,7 @@ def _number_of_steps(log: StepLog, requested: int | None, run: Path) -> int:
     available = next((step for step in range(len(known) + 1) if step not in known), 0)
     if known and not available:
         raise SlzoError(
-            f"run {str(run)!r}: its log begins at step {min(known)}, that of the run it continues is not whole"
+            f"run {str(run)!r}: its log begins at step {min(known)}; the log of the run that it continues is incomplete"
         )
     if requested is not None and not 0 <= requested <= available:
         raise SlzoError(f"step {requested}: the log of {str(run)!r} has {available} steps; give 0 to {available}")

@@ -49,7 +49,9 @@ class CellStore:
         # another process that starts at the same time may be writing its settings
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")
         if any(file.suffix != PARTIAL for file in files) and not path.is_file():
-            raise SlzoError(f"output {str(self.folder)!r}: holds other files; give a new folder, or one to continue")
+            raise SlzoError(
+                f"output {str(self.folder)!r}: holds other files; give a new folder, or the folder of a run to continue"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)

@@ -36,7 +36,9 @@ def sweep_layers(
     """
     scope, task = trials.options.scope, trials.rows.task.name
     if not scope.needs_layer:
-        raise SlzoError(f"model.scope: a sweep goes over the dominant layer, and {scope.describe()} has none")
+        raise SlzoError(
+            f"model.scope: a sweep varies the dominant layer, and {scope.describe()} has none; use LayerScope"
+        )
     settings = trials.settings() | {
         "directions": plan.directions,
         "num_rows": plan.num_rows,

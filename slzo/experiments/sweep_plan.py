@@ -60,7 +60,7 @@ def plan_sweep(
     """
     if directions < MIN_DIRECTIONS:
         raise SlzoError(
-            f"directions {directions}: a mean over so few says little, give at least {MIN_DIRECTIONS} random directions"
+            f"directions {directions}: too few for a reliable mean; give at least {MIN_DIRECTIONS} random directions"
         )
     for name, value, least in (("steps", steps, 0), ("num_rows", num_rows, 1)):
         if value < least:

@@ -92,7 +92,7 @@ def plan_rates(
         if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
             raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
     if steps < 1:
-        raise SlzoError(f"steps {steps}: must be at least 1; 40 tells rates apart")
+        raise SlzoError(f"steps {steps}: must be at least 1; 40 is enough to compare rates")
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")
     own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)

@@ -123,7 +123,7 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
     if dominant is None:
         return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the profile chooses no layer."
     if dominant.gain is None:
-        why = "diverged" if dominant.diverged else "was not trained beside it"
+        why = "diverged" if dominant.diverged else "was not trained"
         return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
     if best is not dominant:
         behind = (best.gain or 0) - dominant.gain
@@ -182,7 +182,9 @@ def _errors(difference: float, one: LayerResult, other: LayerResult) -> float | 
 
 
 def _how_sure(errors: float | None) -> str:
-    return "from one seed, so how sure is not known" if errors is None else f"{errors:.1f} standard errors over seeds"
+    return (
+        "from one seed, so without a standard error" if errors is None else f"{errors:.1f} standard errors over seeds"
+    )
 
 
 def format_rows(rows: Sequence[LayerResult]) -> str:

@@ -146,9 +146,9 @@ class LayerTrials(Trials):
             eps: Size of the perturbation; ``None`` for that of the options.
             seconds: Continue until this training time is used, and score the dev rows on the way too. The states that enter
                 the tuned layer are computed beforehand, since their time depends on the layers tuned before.
-            num_batches: Use only so many batches, in a cycle; ``None`` for all.
+            num_batches: Use only this many batches, in a cycle; ``None`` for all.
             checks: After these numbers of steps, score the dev rows, and stop if the function returns ``False``.
-            dev_rows: Score about so many dev rows, in whole batches; ``None`` for all.
+            dev_rows: Score about this many dev rows, in complete batches; ``None`` for all.
         """
         self._carry_prefix(layer)
         options, choice = self.options, self.options.optimizer
@@ -356,7 +356,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def _some(batches: Iterable[EvalBatch], rows: int) -> list[EvalBatch]:
-    """Return whole batches with about so many rows, evenly spaced, since batches are sorted by length or text."""
+    """Return complete batches with about this many rows, evenly spaced, since batches are sorted by length or text."""
     known = list(batches)
     all_rows = sum(len(batch.rows) for batch in known)
     number = min(len(known), math.ceil(len(known) * rows / max(1, all_rows)))

@@ -67,9 +67,9 @@ def _base(tuned_model: TunedModel, facts: Facts) -> str:
     """Describe the model that the result was merged into, or is to be used with."""
     name, method, quantization = facts.note["model"], method_of(tuned_model.parts.model), facts.note.get("quantization")
     if method is not None:
-        return f"{name}, quantized ({method}) as it is but for what was tuned, which is in {facts.note['dtype']}"
+        return f"{name}, still quantized ({method}) except for the tuned layers, which are in {facts.note['dtype']}"
     if quantization is not None:
-        return f"the unquantized base {name}; it was tuned beside frozen layers in {quantization}"
+        return f"the unquantized base {name}; its frozen layers were quantized ({quantization}) during tuning"
     return str(name)
 
 

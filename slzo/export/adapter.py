@@ -23,8 +23,8 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     files = tuned_model.peft_files()
     if files is None:
         raise SlzoError(
-            f"format adapter: {facts.scope} is of no low rank, and adapters are; use --format merged, or delta for the "
-            "tuned tensors alone"
+            f"format adapter: the change of {facts.scope} does not have a low rank; use --format merged, or delta for "
+            "the tuned tensors alone"
         )
     write_peft_files(files, facts.origin.name, folder)
 

@@ -85,14 +85,12 @@ def _what(facts: Facts) -> str:
         f"slzo {__version__}: {facts.num_tuned:,} tuned numbers."
     ]
     if not origin.public:
-        lines.append(
-            "The base model has no name that others can load; put yours in its place where this card names it."
-        )
+        lines.append("The base model has no public name. Replace its name in this card with that of your copy.")
     if origin.gguf is not None:
         file, digest = origin.gguf
         lines.append(
-            f"It was tuned on weights that came from the GGUF file `{file}` (SHA-256 `{digest}`), so on quantized values: on "
-            "the original weights it computes something slightly different, and its scores may differ."
+            f"It was tuned on weights that came from the GGUF file `{file}` (SHA-256 `{digest}`), so on quantized "
+            "values. With the original weights the results differ slightly, and the scores may differ."
         )
     return "\n\n".join(lines)
 
@@ -149,12 +147,12 @@ def _scores(facts: Facts) -> str:
 def _licence(facts: Facts) -> str:
     licence = facts.origin.licence
     if licence is None:
-        return f"That of the base model, which is not known here; see `{facts.origin.name}`."
+        return f"The licence of the base model applies. It is not known here; see `{facts.origin.name}`."
     link = f"[{licence.title}]({licence.address})" if licence.address else licence.title
     files = ", ".join(f"`{document.name}`" for document in facts.origin.documents)
-    text = f"That of the base model holds for this too: {link}."
+    text = f"The licence of the base model applies: {link}."
     if files:
-        text += f" Its texts lie beside this card: {files}."
+        text += f" This folder contains its text: {files}."
     return f"{text}\n\n{licence.notice}." if licence.notice else text
 
 

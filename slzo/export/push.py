@@ -37,6 +37,6 @@ def push(folder: Path, repository: str) -> str:
         reason = " ".join(str(error).split())[:200]
         raise SlzoError(
             f"push_to_hub {repository!r}: not uploaded ({reason}); check the name, the connection and `hf auth login`; the "
-            f"folder is whole, so `hf upload {repository} {folder}` is enough"
+            f"folder is complete, so `hf upload {repository} {folder}` is enough"
         ) from error
     return str(commit.commit_url)

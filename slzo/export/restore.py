@@ -23,7 +23,7 @@ def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
-            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs code of its own; if you trust it, give "
+            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give "
             "--model.trust_remote_code true"
         )
     model = load_model(note["model"], note["dtype"], note["trust_remote_code"])

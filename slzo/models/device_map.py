@@ -105,7 +105,7 @@ class DeviceMapChoice:
         if device_map is None:
             if offload_folder is not None:
                 raise SlzoError(
-                    f"model.offload_folder {offload_folder!r}: is used with model.device_map only; give both"
+                    f"model.offload_folder {offload_folder!r}: is used only with model.device_map; give both"
                 )
             return None
         choice = cls(device_map, offload_folder)
@@ -114,7 +114,7 @@ class DeviceMapChoice:
             f"model.quantization {quantization}": quantization is not None,
         }
         if wrong := next((option for option, given in others.items() if given), None):
-            raise SlzoError(f"model.device_map {device_map!r}: does not go together with {wrong}; leave one out")
+            raise SlzoError(f"model.device_map {device_map!r}: cannot be combined with {wrong}; leave one out")
         return choice
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class DeviceMapChoice:
                 "module name"
             )
         if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | str)]:
-            raise SlzoError(f"model.device_map {wrong[0]!r}: is no device; give a number, cpu or disk")
+            raise SlzoError(f"model.device_map {wrong[0]!r}: not a device; give a number, cpu or disk")
         if importlib.util.find_spec("accelerate") is None:
             raise SlzoError("model.device_map: needs accelerate, which is not installed; run: pip install accelerate")
 
@@ -138,8 +138,8 @@ class DeviceMapChoice:
         """
         if count > 1:
             raise SlzoError(
-                f"model.device_map {self.device_map!r}: is for one process, and this run has {count}; set trainer.devices to 1 "
-                "(one process uses all cards of the map), or leave the map out"
+                f"model.device_map {self.device_map!r}: works only in one process, and this run has {count}; set "
+                "trainer.devices to 1 (one process uses all GPUs of the map), or leave the map out"
             )
 
     def folder(self) -> "tempfile.TemporaryDirectory[str] | None":
@@ -155,7 +155,8 @@ class DeviceMapChoice:
             return tempfile.TemporaryDirectory(prefix="layers-", dir=self.offload_folder)
         except OSError as error:
             raise SlzoError(
-                f"model.offload_folder {self.offload_folder!r}: cannot be written ({error.strerror or error}); give another"
+                f"model.offload_folder {self.offload_folder!r}: cannot be written ({error.strerror or error}); give "
+                "another folder"
             ) from error
 
     def places(self, skeleton: PreTrainedModel, main: torch.device) -> LayerPlaces:
@@ -201,11 +202,11 @@ class DeviceMapChoice:
             if name.startswith(f"{path}.") and inside:
                 if place != _lookup(f"{path}.{layer}", named, main):
                     raise SlzoError(
-                        f"model.device_map {name!r}: splits decoder layer {layer}; give the place of {path}.{layer} as a whole"
+                        f"model.device_map {name!r}: splits decoder layer {layer}; give one device for {path}.{layer}"
                     )
             elif not f"{path}.".startswith(f"{name}." if name else "") and not name.startswith(path) and place != main:
                 raise SlzoError(
-                    f"model.device_map {name!r}: is needed at every step and stays on {main}; put decoder layers on {place}"
+                    f"model.device_map {name!r}: is needed at every step and stays on {main}; put only decoder layers on {place}"
                 )
 
 

@@ -42,7 +42,7 @@ class Engine:
         if self.queries_at_once < 1:
             raise SlzoError(f"model.engine.queries_at_once {self.queries_at_once}: must be at least 1")
         if self.cache_gb < 0:
-            raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: give 0 to switch the cache off, or more")
+            raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: must be 0 or more; 0 switches the cache off")
 
     @property
     def states_dtype(self) -> torch.dtype | None:
@@ -56,5 +56,5 @@ class Engine:
             SlzoError: If an option asks for other operations.
         """
         if self.onednn:
-            raise SlzoError(f"model.engine.onednn true: has no derivative for {needed_by}; leave it out")
+            raise SlzoError(f"model.engine.onednn true: has no derivatives, which {needed_by} needs; leave it out")
         return replace(self, onednn=False)

@@ -91,12 +91,12 @@ class Fingerprint:
         old, new = ({name: config[name] for name in both} for config in (saved.get("config", {}), self.config))
         changes = differences(old, new)
         if not changes and _differ(saved.get("sample", {}), self.sample):
-            changes = "the same shape, other weights"
+            changes = "the same shape, different weights"
         if not changes and _differ(saved.get("tuned", {}), self.tuned):
-            changes = "other weights in what is tuned"
+            changes = "different weights in the tuned tensors"
         if changes:
             raise SlzoError(
-                f"ckpt_path: does not fit model.model as it is now: not the one that it was trained on ({changes}); give that one"
+                f"ckpt_path: was trained on another model than model.model ({changes}); give the model that it was trained on"
             )
 
 

@@ -48,8 +48,8 @@ class FullPrecision:
         for path, module, template in _quantized_modules(model, paths):
             if not isinstance(template, nn.Linear | Conv1D):
                 raise SlzoError(
-                    f"model.quantization: {path} is a quantized {type(module).__name__}, which cannot be tuned; let the config "
-                    "leave it out (modules_to_not_convert, or llm_int8_skip_modules), or set another model.layer"
+                    f"model.quantization: {path} is a quantized {type(module).__name__}, which cannot be tuned; exclude it in "
+                    "the config (modules_to_not_convert, or llm_int8_skip_modules), or set another model.layer"
                 )
             device = next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
             linear = copy.deepcopy(template).to_empty(device=device).to(model.dtype)
@@ -59,7 +59,7 @@ class FullPrecision:
             plain[path], replaced[path] = linear.eval().requires_grad_(False), module
         for path, linear in plain.items():
             model.set_submodule(path, linear)
-        source = "dequantized" if dequantized else f"its original weights in {originals.source}"
+        source = "dequantized" if dequantized else f"from the original weights in {originals.source}"
         return cls(replaced, source, dequantized)
 
     def undo(self, model: PreTrainedModel) -> None:

@@ -81,14 +81,14 @@ def _load(name: str, loader: Any, **kwargs: Any) -> Any:
         elif "quantization_config" in kwargs:
             advice = "model.quantization may need another package or an accelerator; int8 and nf4 run on CPUs"
         elif "offload_folder" in str(error):
-            reason = "its files do not hold the layers that are to be on disk as they are"
+            reason = "layers on disk cannot be read directly from its files"
             advice = "set model.offload_folder to a folder with room for them"
         elif kwargs.get("offload_folder") is not None and "space" in str(error):
-            advice = "model.offload_folder needs room for every layer that is to be on disk; give another folder"
+            advice = "model.offload_folder needs room for every layer on disk; give another folder"
         elif where == name and not Path(name).is_dir():
             known = ", ".join(BUILTIN_MODELS)
             advice = f"check the name and the connection, or use a local folder, or a built-in name ({known})"
-        raise SlzoError(f"model.model {name!r} cannot be loaded: {reason} ({advice})") from error
+        raise SlzoError(f"model.model {name!r}: cannot be loaded ({reason}); {advice}") from error
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -151,12 +151,12 @@ def _check_quantized(name: str, method: str, quantization: Any) -> None:
     """Check that a quantized model is not quantized again and that its package is installed."""
     if quantization is not None:
         raise SlzoError(
-            f"model.quantization {describe_quantization(quantization)!r}: model {name!r} is quantized already ({method}); leave "
+            f"model.quantization {describe_quantization(quantization)!r}: model {name!r} is already quantized ({method}); leave "
             "the option out"
         )
     missing = missing_package(method)
     if missing is not None:
-        raise SlzoError(f"model.model {name!r}: is quantized and {missing}")
+        raise SlzoError(f"model.model {name!r}: its quantization {missing}")
 
 
 def auto_class(config: PretrainedConfig) -> Any:

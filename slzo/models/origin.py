@@ -75,8 +75,8 @@ def origin_of(model: str, given: str | None = None) -> Origin:
     """
     if given is not None and not HUB_ID.fullmatch(given):
         raise SlzoError(
-            f"base_model {given!r}: must be a name that others can load, a Hub id like 'Qwen/Qwen3-8B'; leave it out for what "
-            "is known"
+            f"base_model {given!r}: must be a Hub id that others can load, like 'Qwen/Qwen3-8B'; or leave it out to use the "
+            "known one"
         )
     name: str | None
     licence: KnownLicence | None = None

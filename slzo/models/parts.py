@@ -361,7 +361,7 @@ def _inspect_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module)
     hidden = returned[0] if isinstance(returned, tuple | list) else returned
     if hidden.shape[:2] != (1, 2):
         raise refusal(
-            model, f"its layers pass on more than one state for each token, of shape {tuple(hidden.shape)} for two"
+            model, f"its layers pass on more than one state per token, of shape {tuple(hidden.shape)} for two tokens"
         )
     output_class = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
     return len(returned) if isinstance(returned, tuple | list) else 0, output_class

@@ -1,4 +1,4 @@
-"""Models whose decoder layers lie on several devices or on disk; accelerate's hooks bring weights and states together.
+"""Models whose decoder layers are on several devices or on disk; accelerate's hooks bring weights and states together.
 
 The hooks run as torch hooks, one pair per layer. A layer's weights are copied once for each run of the layer. Copies of a layer
 that share its weights (views of a part of the model, layers that run through oneDNN) use the same hooks.
@@ -65,8 +65,8 @@ class Placement:
         """
         if self.places.away and len(set(numbers)) == len(self.places.places):
             raise SlzoError(
-                "model.device_map: some layers are not on the main device, and model.scope tunes all; tune some layers "
-                "(LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the map out"
+                "model.device_map: some layers are not on the main device, and model.scope tunes all; tune only some "
+                "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the map out"
             )
         for number in [number for number in numbers if number in self._handles]:
             for handle in self._handles.pop(number):

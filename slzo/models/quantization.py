@@ -68,7 +68,7 @@ def quantization_config(quantization: Quantization | QuantizationConfigMixin, dt
         return preset.make(dtype)
     config = _instantiate(quantization if isinstance(quantization, dict) else {"class_path": quantization})
     if not isinstance(config, QuantizationConfigMixin):
-        raise _error(quantization, f"{type(config).__name__} is no quantization config of transformers")
+        raise _error(quantization, f"{type(config).__name__} is not a quantization config of transformers")
     return config
 
 
@@ -109,7 +109,7 @@ def _instantiate(entry: Mapping[str, Any]) -> Any:
     """Make the object of a class path and its arguments, which may contain further objects."""
     path, arguments = entry.get("class_path"), entry.get("init_args", {})
     if not isinstance(path, str) or not isinstance(arguments, dict) or entry.keys() - {"class_path", "init_args"}:
-        raise _error(dict(entry), "a mapping holds class_path and init_args")
+        raise _error(dict(entry), "a mapping must have class_path and init_args")
     module, _, name = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module or "transformers"), name)
@@ -117,7 +117,7 @@ def _instantiate(entry: Mapping[str, Any]) -> Any:
         missing = missing_package(module.partition(".")[0])
         raise _error(path, missing or "no such class") from error
     if not inspect.isclass(cls):
-        raise _error(path, "no class")
+        raise _error(path, "not a class")
     inner = {
         key: _instantiate(value) if isinstance(value, dict) and "class_path" in value else value
         for key, value in arguments.items()

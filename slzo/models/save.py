@@ -28,8 +28,8 @@ def leave_unquantized(model: PreTrainedModel, paths: Sequence[str]) -> None:
     field = next((name for name in _SKIP_LISTS if hasattr(config, name)), None)
     if field is None:
         raise SlzoError(
-            f"output: a {type(config).__name__} cannot leave out layers, so the tuned model cannot be saved; tune the model that "
-            "was quantized, if you have it"
+            f"output: a {type(config).__name__} cannot exclude layers, so the tuned model cannot be saved; tune the unquantized "
+            "model, if you have it"
         )
     known = getattr(config, field)
     # without a list, transformers keeps only the head in full precision

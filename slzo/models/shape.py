@@ -94,7 +94,9 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
         model.tie_weights()
         return model
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise SlzoError(f"model.model: no model can be made of its config ({' '.join(str(error).split())})") from error
+        raise SlzoError(
+            f"model.model: no model can be made from its config ({' '.join(str(error).split())})"
+        ) from error
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

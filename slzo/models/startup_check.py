@@ -83,7 +83,9 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
         else:
             if packed and not without_padding:
                 name = type(model).__name__
-                warnings.warn(f"{name} does not run right without padding ({reason}): padding is used", stacklevel=2)
+                warnings.warn(
+                    f"{name} does not run correctly without padding ({reason}); padding is used", stacklevel=2
+                )
             return parts
         if own_attention != attention_of(model):
             model.set_attn_implementation(own_attention)
@@ -107,7 +109,7 @@ class _Twin:
             self.attention = attention_of(self.model)
         except _FAILURES as failure:
             self.model = None
-            self.reason = f"no tiny model of its kind can be made to try it on: {_first_words(failure)}"
+            self.reason = f"no tiny model of this type can be made for the check: {_first_words(failure)}"
 
     def longest(self, packed: bool) -> int | None:
         """Return the longest sequence that the parts compute correctly in any batch, ``None`` for no limit.
@@ -159,9 +161,7 @@ class _Twin:
         for layer in range(parts.num_layers):
             error = largest_difference(parts, self.expected[rows], rows, layer)
             if not error <= _TWIN_TOLERANCE:  # also true for NaN
-                raise _MismatchError(
-                    f"a tiny model of its kind gives other logits than the whole, relative error {error:.2g}"
-                )
+                raise _MismatchError(f"a tiny model of this type gives different logits, relative error {error:.2g}")
         _check_leaks(parts)
 
 
@@ -171,7 +171,7 @@ _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 def _check_model(parts: ModelParts, expected: Tensor) -> None:
     error = largest_difference(parts, expected)
     if not error <= _tolerance(parts):
-        raise _MismatchError(f"its logits differ from the whole model's, relative error {error:.2g}")
+        raise _MismatchError(f"its logits differ from those of a plain forward pass, relative error {error:.2g}")
     _check_leaks(parts)
 
 
@@ -200,7 +200,7 @@ def _check_leaks(parts: ModelParts) -> None:
     seen = parts.run(batch, 1, parts.num_layers, hidden).isfinite().flatten(1).all(dim=1)
     seen[changed] = True
     if not seen.all():
-        raise _MismatchError("rows of a batch see each other")
+        raise _MismatchError("rows of a batch affect each other")
 
 
 def _first_words(failure: Exception) -> str:

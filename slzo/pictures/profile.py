@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from slzo.pictures.style import BLUE, GREY, LAYER, ORANGE, RED, new_figure, style_axis
 
 PAPER = {"max_abs": 100.0, "ratio": 1000.0}
-"""Thresholds of the first outlier layer (Sun et al. 2024, arXiv 2402.17762); drawn if a rule has no thresholds of its own."""
+"""Thresholds of the first outlier layer (Sun et al. 2024, arXiv 2402.17762); drawn if a rule has no thresholds."""
 
 _PANELS = (("max_abs", "largest |h|", BLUE), ("ratio", "largest / median |h|", ORANGE))
 

@@ -1,4 +1,4 @@
-"""What transformers and accelerate know of a model and have no public names for."""
+"""Properties of a model for which transformers and accelerate have no public names."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,22 +9,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 def attention_of(model: PreTrainedModel) -> str:
-    """Return the name of the attention implementation that the decoder uses; there is a public setter only."""
+    """Return the name of the attention implementation that the decoder uses; only its setter is public."""
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 def can_replace_attention(model: PreTrainedModel) -> bool:
-    """Whether the attention implementation can be set; setting it elsewhere only logs a warning."""
+    """Whether the attention implementation can be set; for other models, setting it only logs a warning."""
     return model._can_set_attn_implementation()
 
 
 def model_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model with random weights of its class, which may be in no Auto class."""
+    """Make a model of a class with random weights; the class need not be in an Auto class."""
     return kind._from_config(config, dtype=dtype)
 
 
 def arguments_of_any_device(model: PreTrainedModel) -> Iterable[str]:
-    """Names of the forward arguments that the hooks of a device map leave where they are."""
+    """Return the names of the forward arguments that the hooks of a device map do not move."""
     return model._skip_keys_device_placement or ()
 
 

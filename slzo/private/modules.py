@@ -1,4 +1,4 @@
-"""What torch knows of modules and schedulers, and its oneDNN product, without public names."""
+"""Parts of torch for modules, schedulers and oneDNN that have no public names."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def copy_modules(module: nn.Module, replace: Callable[[nn.Module], nn.Module | N
 
     Args:
         module: The root of the tree.
-        replace: Returns what stands for a module, or ``None`` for a copy.
+        replace: Returns the replacement of a module, or ``None`` to copy it.
     """
     if (replacement := replace(module)) is not None:
         return replacement
@@ -45,5 +45,5 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def nested_schedulers(scheduler: Any) -> list[Any]:
-    """A learning rate scheduler and those that it combines, as ``SequentialLR`` and ``ChainedScheduler`` do."""
+    """Return a learning-rate scheduler and those that it combines, such as ``SequentialLR`` and ``ChainedScheduler`` do."""
     return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in nested_schedulers(inner))]

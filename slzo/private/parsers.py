@@ -1,4 +1,4 @@
-"""What jsonargparse knows of a parser's options; it has no public way to list them with their types."""
+"""The options of a jsonargparse parser; jsonargparse has no public way to list them with their types."""
 
 from argparse import Action
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from jsonargparse import ArgumentParser
 
 
 def options_of(parser: ArgumentParser) -> Sequence[Action]:
-    """The options of a parser: for help in our own order, and to name the one that is wrong."""
+    """Return the options of a parser, for the short help and to name a wrong option."""
     return parser._actions
 
 
 def type_of(action: Action) -> Any:
-    """The type hint of an option; jsonargparse keeps it apart from argparse's ``type``."""
+    """Return the type hint of an option; jsonargparse keeps it apart from argparse's ``type``."""
     return getattr(action, "_typehint", None) or action.type

@@ -77,7 +77,7 @@ def load_pair(source: Source) -> Pair:
         return _from_export(path, source)
     if source.base is not None:
         raise SlzoError(
-            f"base {source.base!r}: {source.path!r} is no exported folder, and a checkpoint names its own base"
+            f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
         )
     if source.path in NAMES:
         path = named_checkpoint(source.path, _RUNS)
@@ -120,8 +120,8 @@ def _base_name(folder: Path, facts: Mapping[str, Any]) -> str:
     base = facts.get("base_model", {})
     name = base.get("name") or _read(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not name or base.get("public") is False:  # a local folder on the machine where it was tuned
-        which = f", a local folder called {name!r} when it was tuned" if name else ""
-        raise SlzoError(f"ckpt_path {str(folder)!r}: nobody else has its base model{which}; give a copy with --base")
+        which = f" (a local folder called {name!r} when it was tuned)" if name else ""
+        raise SlzoError(f"ckpt_path {str(folder)!r}: its base model is not public{which}; give a copy with --base")
     return str(name)
 
 
@@ -165,7 +165,7 @@ def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTok
         raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
     if adapted.active_peft_config.is_prompt_learning:  # transformers 5.24 ignores peft 0.21's virtual tokens
         raise SlzoError(
-            f"ckpt_path {source.path!r}: prefix tuning: transformers cannot generate with its virtual tokens; use slzo predict"
+            f"ckpt_path {source.path!r}: transformers cannot generate with the virtual tokens of prefix tuning; use slzo predict"
         )
 
     @contextmanager

@@ -17,7 +17,7 @@ def read_prompts(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise SlzoError(f"prompts {path!r}: cannot be read ({error}); give a text or JSON Lines file") from error
     if not lines:
-        raise SlzoError(f"prompts {path!r}: is empty; write one prompt a line")
+        raise SlzoError(f"prompts {path!r}: is empty; write one prompt per line")
     return [_field(line, f"{path}:{number}") for number, line in enumerate(lines, 1)] if path.endswith("l") else lines
 
 
@@ -27,5 +27,5 @@ def _field(line: str, place: str) -> str:
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise SlzoError(f"prompts {place}: is no JSON with a text under prompt")
+        raise SlzoError(f"prompts {place}: not a JSON object with a text under prompt; write one per line")
     return str(row["prompt"])

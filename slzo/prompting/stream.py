@@ -34,7 +34,7 @@ class Decoding:
         if self.max_new_tokens < 1:
             raise SlzoError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise SlzoError(f"temperature {self.temperature}: must be 0 (the most likely token) or above")
+            raise SlzoError(f"temperature {self.temperature}: must be 0 (the most likely token) or more")
 
 
 class _Stream(TextStreamer):
@@ -64,8 +64,8 @@ def write_continuation(
     known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(known, int) and len(ids) + decoding.max_new_tokens > known:
         raise SlzoError(
-            f"the prompt has {len(ids)} tokens; with max_new_tokens {decoding.max_new_tokens} that is more than the {known} that "
-            "the model takes; shorten one of them"
+            f"the prompt has {len(ids)} tokens; with max_new_tokens {decoding.max_new_tokens} this exceeds the model's limit of "
+            f"{known}; shorten the prompt or lower max_new_tokens"
         )
     stream, prompt = _Stream(tokenizer, out), torch.tensor([list(ids)], device=model.device)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

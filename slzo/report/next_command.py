@@ -38,19 +38,19 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
     """
     search = _command("sweep", run, "--lrs", "auto")
     if losses is None:
-        return f"{search}  # too few validations to say why; compares learning rates"
+        return f"{search}  # too few validations to find the reason: compares learning rates"
     if losses.rose:
         return f"{search}  # the learning rate may be too large"
     if not losses.fell:
         return f"{search}  # the dev loss hardly moved: the learning rate may be too small"
     if change is not None and change.worse and change.shown:
         if run.layer is None:
-            return f"{search}  # the dev loss fell and the score too; compares learning rates"
+            return f"{search}  # the dev loss fell but the score became worse: compares learning rates"
         look = _command("sweep", run, "--sensitivity_only", "true")
-        return f"{look}  # the dev loss fell and the score too: another layer than {run.layer} (--model.layer)?"
+        return f"{look}  # the dev loss fell but the score became worse: try another layer than {run.layer} (--model.layer)"
     if losses.best == losses.last and run.last is not None and run.limit[1] > 0:
         options = ("--ckpt_path", run.last, f"--trainer.{run.limit[0]}", str(2 * run.limit[1]))
-        return f"{_command('fit', run, *options)}  # the dev loss was still falling: more steps"
+        return f"{_command('fit', run, *options)}  # the dev loss was still falling: takes more steps"
     if (
         change is not None
         and not change.worse
@@ -59,7 +59,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
         and run.num_rows == run.requested_rows
     ):
         options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", run.best)
-        return f"{_command('test', run, *options)}  # more held-out rows; and without --ckpt_path, to compare"
+        return f"{_command('test', run, *options)}  # more held-out rows; repeat without --ckpt_path to compare"
     return f"{search}  # compares learning rates"
 
 

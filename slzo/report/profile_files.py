@@ -81,7 +81,7 @@ def _cell(value: float | None, form: str) -> str:
 
 def _how_clear(margin: float, reason: str) -> str:
     if margin >= CLEAR:
-        return f"Clear for prompts like these: {reason}, and nothing is closer."
+        return f"Clear for prompts like these: {reason}, and no other figure is closer."
     return (
         f"Not clear: {reason}; compare with other prompts (--profiler.text_file FILE) or more of them "
         "(--profiler.num_sequences N), or set --model.layer."

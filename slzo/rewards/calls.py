@@ -113,7 +113,9 @@ def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[flo
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise RewardFailure(wanted.function, f"returned {str(value)[:60]!r}, no number", place) from None
+            raise RewardFailure(
+                wanted.function, f"returned {str(value)[:60]!r}, which is not a number", place
+            ) from None
         if not math.isfinite(number):
             raise RewardFailure(wanted.function, f"returned {number}", place)
         numbers.append(number)

@@ -87,13 +87,13 @@ class RewardProcess:
             return pickle.loads(self._read(length, until))
         except TimeoutError:
             self.kill()
-            raise RewardFailure(names, f"took longer than {limit:g} s (timeout) and was ended") from None
+            raise RewardFailure(names, f"took longer than {limit:g} s (timeout) and was stopped") from None
         except (OSError, EOFError):
             process = self._process
             status = process.wait(timeout=10)
             self.kill()
             how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-            raise RewardFailure(names, f"ended its process {how}") from None
+            raise RewardFailure(names, f"ended the reward process {how}") from None
         except BaseException:  # an interrupt: the next request would read the reply to this one
             self.kill()
             raise

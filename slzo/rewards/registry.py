@@ -50,7 +50,7 @@ def check_package(name: str) -> None:
     """Raise an error if a built-in reward needs a package that is not installed; other names pass."""
     package = getattr(REWARDS.get(name), "package", None)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise SlzoError(f"{name}: needs {package}, which is not installed; pip install 'slzo[rewards]'")
+        raise SlzoError(f"{name}: needs {package}, which is not installed; run: pip install 'slzo[rewards]'")
 
 
 def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise SlzoError(
-                f"data.task.metrics {name!r}: no such metric; {hint}choose of {', '.join(known)}; others can be a data.reward"
+                f"data.task.metrics {name!r}: no such metric; {hint}choose from {', '.join(known)}, or use data.reward"
             )
         check_package(name)
     return tuple(dict.fromkeys(names))

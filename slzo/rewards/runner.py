@@ -92,7 +92,9 @@ class Rewards:
             except RewardFailure as failure:
                 place = failure.place if failure.place is not None else self._search(part)
                 problems.append(_message(failure, part, place))
-                _log.warning("%s; %s", problems[-1], "the step is not taken" if all_or_none else "it does not count")
+                _log.warning(
+                    "%s; %s", problems[-1], "the step is not taken" if all_or_none else "the row is not counted"
+                )
                 if place is None:
                     break
                 del places[place]
@@ -175,5 +177,5 @@ def _message(failure: RewardFailure, answers: Answers, place: int | None) -> str
     if place is not None:
         where = f"at row {answers.ids[place]!r}"
     else:
-        where = f"at {len(answers.ids)} rows together, the first is {answers.ids[0]!r}"
+        where = f"for {len(answers.ids)} rows together, the first of which is {answers.ids[0]!r}"
     return f"data.reward {failure.function}: {failure.reason}, {where}"

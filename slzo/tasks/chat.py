@@ -73,11 +73,11 @@ class ChatTask(Task):
     def example(self, row: Fields, id: str) -> Example:
         turns, answer = _turns(row)
         if not turns:
-            raise ValueError("the answer has no turn before it; begin with one of the user's")
+            raise ValueError("the answer has no turn before it; begin with a user turn")
         if turns[-1].role in ("system", "assistant"):
-            raise ValueError(f"the turn before the answer is the {turns[-1].role}'s; it must be the user's")
+            raise ValueError(f"the turn before the answer has role {turns[-1].role}; it must be a user turn")
         if not any(turn.content.strip() for turn in turns if turn.role != "system"):
-            raise ValueError("what the user says is empty; give it some text")
+            raise ValueError("the user turn is empty; give it some text")
         if answer is not None and not answer.strip():
             raise ValueError("the answer is empty; give it some text, or leave it out")
         if self.system is not None and turns[0].role != "system":

@@ -46,7 +46,7 @@ def get_task(name: str) -> Task:
         return _task_at(name)
     close = difflib.get_close_matches(name.lower(), TASKS, n=1)
     own = f"{TemplateTask.__name__} or {ChatTask.__name__}"
-    hint = f"; did you mean {close[0]!r}?" if close else f"; one on your own files is {own}"
+    hint = f"; did you mean {close[0]!r}?" if close else f"; for your own files use {own}"
     raise SlzoError(f"data.task {name!r}: unknown task; choose one of {', '.join(sorted(TASKS))}{hint}")
 
 
@@ -56,7 +56,7 @@ def _task_at(path: str) -> Task:
     module, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     if not inspect.isclass(cls) or not issubclass(cls, Task) or inspect.isabstract(cls):
-        raise SlzoError(f"data.task {path!r}: is no task; give a subclass of slzo.tasks.base.Task that defines example")
+        raise SlzoError(f"data.task {path!r}: not a task; give a subclass of slzo.tasks.base.Task that defines example")
     if needed := required_arguments(cls):
         raise SlzoError(
             f"data.task {path!r}: needs data.task.{needed[0]}; give it as data.task.init_args or --data.task.{needed[0]}"

@@ -118,7 +118,9 @@ class TemplateTask(Task):
                 answers += _answers(row[field], field)
         for end in self.stop:
             if any(end in answer.strip() for answer in answers):
-                raise ValueError(f"an answer holds {end!r}, which ends an answer; give other texts in data.task.stop")
+                raise ValueError(
+                    f"an answer contains {end!r}, which is a stop text; give other texts in data.task.stop"
+                )
         return tuple(dict.fromkeys(answers))
 
     def _gold(self, label: object) -> tuple[int, ...]:
@@ -162,19 +164,19 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int] | None) 
     if not all(texts):
         raise SlzoError(f"data.task.candidates {list(candidates)}: a candidate is empty; give each a text")
     if len(set(candidates)) < len(candidates):
-        raise SlzoError(f"data.task.candidates {list(candidates)}: a candidate is there twice; make them differ")
+        raise SlzoError(f"data.task.candidates {list(candidates)}: two candidates are equal; make them differ")
     if labels is not None:
         keys = [str(label).strip() for label in labels]
         if len(keys) != len(candidates) or len(set(keys)) < len(keys):
             raise SlzoError(
-                f"data.task.labels {list(labels)}: give {len(candidates)} different labels, one a candidate"
+                f"data.task.labels {list(labels)}: give {len(candidates)} different labels, one per candidate"
             )
         return {key: index for index, key in enumerate(keys)}
     numbers = [str(index) for index in range(len(candidates))]
     if len(set(texts) | set(numbers)) < 2 * len(candidates) or "-1" in texts:
         raise SlzoError(
-            f"data.task.candidates {list(candidates)}: cannot be told from row numbers or each other; give the rows'"
-            " labels in data.task.labels"
+            f"data.task.candidates {list(candidates)}: equal apart from spaces, or equal to a number that can be a label;"
+            " give the rows' labels in data.task.labels"
         )
     return {key: index for keys in (numbers, texts) for index, key in enumerate(keys)}
 

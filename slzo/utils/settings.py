@@ -27,8 +27,8 @@ def constructor_settings(thing: object, option: str) -> dict[str, Any]:
     for name in names:
         if not hasattr(thing, name):
             raise SlzoError(
-                f"{option}: {type(thing).__qualname__} must keep its argument {name} as an attribute of that name, so that runs "
-                "with another value can be told apart"
+                f"{option}: {type(thing).__qualname__} must keep its argument {name} as an attribute of that name, so that a "
+                "checkpoint can record its value"
             )
     values = {name: _primitive(getattr(thing, name), f"{option}.{name}") for name in names}
     return {"class": type(thing).__qualname__, **values}

@@ -121,12 +121,12 @@ class AutoStep:
         _check(mean)
         if square == 0:
             advice = (
-                "give a larger one, or leave it out"
+                "give a larger value, or leave it out"
                 if given is not None
                 else "use model.dtype float32, or another scope"
             )
             raise SlzoError(
-                f"model.eps {eps:g}: no direction changes the loss of {mean:.4g}, rounding hides it; {advice}"
+                f"model.eps {eps:g}: rounding hides the effect of every direction on the loss of {mean:.4g}; {advice}"
             )
         curvature = 0.0 if half else 2 * (mean - here) / eps**2  # rounding hides it in half precision
         if given is None and curvature > 0:
@@ -200,8 +200,8 @@ class AutoStep:
         )
         if not sets_rate:
             return line
-        less = "" if self.promise > 0.99 * _SHARE else f", by {_SHARE:.1%} if nothing limited the rate"
-        return f"{line}; the first step is to lower the loss by {self.promise:.2%}{less}"
+        less = "" if self.promise > 0.99 * _SHARE else f" ({_SHARE:.1%} without the limit on the rate)"
+        return f"{line}; the first step should lower the loss by {self.promise:.2%}{less}"
 
     def _undecayed_rate(self) -> float:
         """The rate of plain gradient descent, without the decay over the steps."""
@@ -281,6 +281,6 @@ def _check(loss: float) -> None:
         )
     if loss <= 0:
         raise SlzoError(
-            f"model.eps or model.optimizer.lr auto: the loss is {loss:.4g}, and a share of it needs one above 0; give numbers "
-            "instead of auto"
+            f"model.eps or model.optimizer.lr auto: the loss is {loss:.4g}, and the measurement needs a loss above 0; give "
+            "numbers instead of auto"
         )

@@ -34,7 +34,7 @@ class ClosureLoss(Loss):
         losses = []
         for point in points:
             if point.rows.of != 1:
-                raise SlzoError("estimator: a closure evaluates its whole batch; leave divide_rows out")
+                raise SlzoError("estimator: a closure evaluates only whole batches; leave divide_rows out")
             self.tuned.write(point.direction, point.scale)
             losses.append(self.closure().float())
         return torch.stack(losses)

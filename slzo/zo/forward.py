@@ -82,7 +82,7 @@ class SuffixForward:
         Args:
             batch: The batch, T tokens.
             keep: Offer new states to the cache.
-            max_tokens: Run at most so many tokens at once; the examples must not share tokens then. ``None`` for no limit.
+            max_tokens: Run at most this many tokens at once; the examples must not share tokens then. ``None`` for no limit.
 
         Returns:
             The states, shape (T, hidden), or ``None`` if there is no layer before the first tuned one.
@@ -127,7 +127,7 @@ class SuffixForward:
             tuned: The tuned tensors.
             points: P points and their row shares, see :meth:`slzo.zo.estimators.base.Loss.at`.
             objective: The loss as a function of logits.
-            max_tokens: Run at most so many tokens at once; ``None`` for no limit.
+            max_tokens: Run at most this many tokens at once; ``None`` for no limit.
 
         Returns:
             The total loss of each point's rows and the weight to divide it by, shape (2, P), float32.

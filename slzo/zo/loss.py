@@ -54,7 +54,7 @@ class LossContext:
             SlzoError: There is no evaluator.
         """
         if self.evaluator is None:
-            raise SlzoError("data.objective: it generates answers, and no evaluator is given")
+            raise SlzoError("data.objective: generates answers and needs an evaluator, and none was given; pass one")
         span = self.forward.span
         if self.forward.decodes_together:
             with live_points(self.tuned, points) as write:

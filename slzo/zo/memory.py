@@ -159,7 +159,7 @@ def tuning_bytes(
     moved = 4 * sum(named[name].numel() for name in tensors.names_of_step(0, 0))
     at_once = estimator.directions_at_once(num_queries, queries_at_once)
     # The gradient takes the memory of the first direction, so later directions are in addition to it. With rounding the gradient
-    # is a tensor of its own, and all directions are in addition to it.
+    # is a separate tensor, and all directions are in addition to it.
     rounded = any(tensor.live.dtype != torch.float32 for _, tensor in tensors.items())
     held = moved * (at_once + (num_queries > at_once or rounded)) if moved <= tensors.hold_bytes else moved
     largest = max(master.numel() for master in tensors.masters)

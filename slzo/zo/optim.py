@@ -91,7 +91,7 @@ def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
         return 0, 1.0
     names = ", ".join(kind.__name__ for kind in (*_PLAIN, *_NORMALIZED, SignSGD))
     raise SlzoError(
-        f"model.optimizer.lr auto: not known for {type(optimizer).__name__}; give a number, or use one of {names}"
+        f"model.optimizer.lr auto: no rate is known for {type(optimizer).__name__}; give a number, or use one of {names}"
     )
 
 
@@ -151,7 +151,8 @@ class OptimizerChoice:
             settings["lr"] = "auto"
             if make_scheduler is not None:
                 raise SlzoError(
-                    "model.lr_scheduler: needs a number for model.optimizer.lr, which is auto; give one, or no scheduler"
+                    "model.lr_scheduler: needs a number for model.optimizer.lr, which is auto; give a number, or leave "
+                    "the scheduler out"
                 )
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(make, make_scheduler, name, lr, settings, _state_copies(probe))
@@ -169,7 +170,7 @@ class OptimizerChoice:
             _take_steps(scheduler, min(num_steps, _TRIED_STEPS))
         except (ValueError, ArithmeticError) as error:
             raise SlzoError(
-                f"model.lr_scheduler: {error}, and trainer.max_steps is {num_steps}; make its init_args fit"
+                f"model.lr_scheduler: {error} (trainer.max_steps is {num_steps}); correct its init_args"
             ) from error
 
 
@@ -187,7 +188,7 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
         state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
         _take_steps(scheduler, 2)
     except ArithmeticError as error:
-        raise SlzoError(f"model.lr_scheduler: takes no step ({error}); an argument must not be 0") from error
+        raise SlzoError(f"model.lr_scheduler: cannot take a step ({error}); change the argument that is 0") from error
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise SlzoError(f"model.lr_scheduler: {error}; correct its init_args") from error
     return {"class": type(scheduler).__qualname__, **state}

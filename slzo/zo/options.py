@@ -41,7 +41,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if self.max_nonfinite < 1:
-            raise SlzoError(f"model.max_nonfinite {self.max_nonfinite}: at least 1 step is needed before giving up")
+            raise SlzoError(f"model.max_nonfinite {self.max_nonfinite}: must be at least 1 step before the run stops")
         if self.parallel not in ("rows", "directions"):
             raise SlzoError(f"model.parallel {self.parallel!r}: choose one of rows, directions")
         self.estimator.check(self.step.num_queries)
@@ -79,7 +79,8 @@ class TrainingOptions:
         self.estimator.check(self.step.num_queries, rows.batch_size)
         if self.estimator.differentiates and not rows.objective.differentiable:
             raise SlzoError(
-                f"data.objective {rows.objective.describe()}: has no derivative for {self.estimator.describe()}; use SPSA"
+                f"data.objective {rows.objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
+                "SPSA"
             )
 
     def to_dict(self) -> dict[str, Any]:

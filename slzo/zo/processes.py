@@ -94,4 +94,6 @@ class DividedDirections(Loss):
         return self.loss.report
 
 
-_NO_POINTS = "model.parallel directions: this model.estimator differentiates and has no points; use rows, or SPSA"
+_NO_POINTS = (
+    "model.parallel directions: this model.estimator differentiates and has no points to divide; use rows, or SPSA"
+)

@@ -37,7 +37,7 @@ class LayerStatistics:
         ratio_se: Standard error of ``ratio``; ``None`` if unknown.
         same_channel: Share of the sequences, 0 to 1, whose largest magnitude is in ``channel``.
         same_position: Share of the sequences, 0 to 1, whose largest magnitude is at ``position``.
-        rest_max_abs: Like ``max_abs``, without the first token of each sequence, which may have outliers of its own.
+        rest_max_abs: Like ``max_abs``, without the first token of each sequence, which often has its own outliers.
         rest_ratio: Like ``ratio``, without the first token of each sequence.
     """
 
@@ -218,9 +218,9 @@ def _recorder(index: int, found: list[_SequenceStatistics], parts: ModelParts, b
             kind = str(hidden.dtype).removeprefix("torch.")
             advice = "use model.dtype bfloat16 or float32, whose range is larger"
             if kind != "float16":
-                advice = "its weights are broken or the model is not computed rightly; try model.dtype float32 and another copy"
+                advice = "its weights may be damaged or computed wrongly; try model.dtype float32 and another copy"
             raise SlzoError(
-                f"model.dtype {kind}: what layer {index} puts out is not finite, so no layer can be chosen; {advice}"
+                f"model.dtype {kind}: the output of layer {index} is not finite, so no layer can be chosen; {advice}"
             )
         for states, ids in zip(
             hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True
@@ -239,20 +239,20 @@ def sequence_notes(asked: int, given: int, sequences: Sequence[tuple[int, ...]])
     """Return remarks on problems with the prompts and how they were handled, one line each.
 
     Args:
-        asked: Number of sequences that was asked for.
+        asked: Requested number of sequences.
         given: Number of sequences that were available.
         sequences: Token ids of the sequences that the figures are averaged over.
     """
     notes = []
     if given < asked:
-        notes.append(f"Asked for {asked} sequences (profiler.num_sequences), there were {given}: averaged over those.")
+        notes.append(f"Averaged over all {given} sequences; {asked} were requested (profiler.num_sequences).")
     if len(sequences) < given:
-        notes.append(f"{given - len(sequences)} of {given} sequences have one token only: they are left out.")
+        notes.append(f"Left out {given - len(sequences)} of {given} sequences, which have only one token.")
     if has_too_few_distinct(sequences):
         distinct = len(set(sequences))
         found = f"All {len(sequences)} prompts are equal" if distinct == 1 else f"Only {distinct} prompts are different"
         notes.append(
-            f"{found}: standard errors would mean nothing and are left out; give more prompts (--profiler.text_file FILE)."
+            f"{found}: standard errors would be meaningless and are left out; give more prompts (--profiler.text_file FILE)."
         )
     return notes
 

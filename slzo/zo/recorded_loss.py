@@ -66,8 +66,8 @@ class ReplayedLoss(Loss):
         losses = self._record.losses[first : first + len(points)]
         if len(losses) < len(points):
             raise SlzoError(
-                f"zo_log: step {self._record.step} has {len(self._record.losses)} losses and more are asked for: it is not the "
-                "log of these steps; remove it"
+                f"zo_log: step {self._record.step} has {len(self._record.losses)} losses, and more are needed, so it is not "
+                "the log of these steps; remove it"
             )
         self.losses += losses
         return torch.tensor(losses, dtype=torch.float32, device=self._device)

@@ -75,27 +75,24 @@ class StepOptions:
     def __post_init__(self) -> None:
         if self.eps is not None and not 0 < self.eps <= _MAX_EPS:
             raise SlzoError(
-                f"model.eps {self.eps}: the perturbation must be a number above 0 and at most {_MAX_EPS}, or auto; 1e-3 is a "
-                "good start"
+                f"model.eps {self.eps}: must be a number above 0 and at most {_MAX_EPS}, or auto; 1e-3 is a good start"
             )
         if self.eps_end is not None and not 0 < self.eps_end <= _MAX_EPS:
             raise SlzoError(
                 f"model.eps_end {self.eps_end}: must be a number above 0 and at most {_MAX_EPS}; leave it out to keep eps"
             )
         if not 1 <= self.num_queries <= _MAX_QUERIES:
-            raise SlzoError(
-                f"model.num_queries {self.num_queries}: at least 1 direction per step is needed, at most {_MAX_QUERIES}"
-            )
+            raise SlzoError(f"model.num_queries {self.num_queries}: must be 1 to {_MAX_QUERIES} directions per step")
         if self.clip_projected_grad is not None and not 1 <= self.clip_projected_grad < float("inf"):
             raise SlzoError(
-                f"model.clip_projected_grad {self.clip_projected_grad}: a multiple of the usual size, at least 1; 10 is a good "
-                "start, or leave it out"
+                f"model.clip_projected_grad {self.clip_projected_grad}: must be a multiple of the usual size, at least 1; 10 is "
+                "a good start, or leave it out"
             )
 
     def eps_at(self, step: int, max_steps: int) -> float:
         """Return the size of the perturbation at a step of a run of ``max_steps``."""
         if self.eps is None:
-            raise SlzoError("model.eps auto: must be measured first, see slzo.zo.auto_step; or give a number")
+            raise SlzoError("model.eps auto: must be measured first (see slzo.zo.auto_step); or give a number")
         if self.eps_end is None:
             return self.eps
         return self.eps * (self.eps_end / self.eps) ** min(1.0, step / max(1, max_steps - 1))
@@ -132,7 +129,7 @@ class Stepper:
         processes: Processes that share the work of a step.
         auto: Measured step size; ``None`` if nothing is measured.
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
-        max_nonfinite: Training ends after so many steps in a row with an infinite or NaN loss.
+        max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
         known: Recorded steps by number. They are replayed from their losses, without forward passes.
         log: Writes steps and rollbacks to a file; ``None`` keeps no log.
 
@@ -295,6 +292,6 @@ class Stepper:
         if before != now:
             raise SlzoError(
                 f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
-                f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}: it is not the log of these steps; "
+                f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}, so it is not the log of these steps; "
                 "remove it"
             )

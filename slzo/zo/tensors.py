@@ -114,9 +114,9 @@ class Masked(TunedTensor):
 
     def __init__(self, live: Tensor, index: Tensor) -> None:
         if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not index.numel():
-            raise ValueError("its index is no list of places")
+            raise ValueError("its index is not a list of element numbers")
         if int(index.min()) < 0 or int(index.max()) >= live.numel():
-            raise ValueError("its index points outside of the tensor")
+            raise ValueError("its index is out of the tensor's range")
         # int64 would take more memory than the master itself
         index = index.to(live.device, torch.int32 if live.numel() < 2**31 else torch.int64)
         super().__init__(live, live.detach().view(-1)[index].to(torch.float32, copy=True))
@@ -153,7 +153,7 @@ class Subspace(TunedTensor):
     def __init__(self, live: Tensor, basis: Tensor, transposed: bool | Tensor = False) -> None:
         self.transposed = bool(transposed)
         if live.dim() != 2 or basis.dim() != 2 or basis.shape[0] != live.shape[1 - int(self.transposed)]:
-            raise ValueError(f"its basis of shape {list(basis.shape)} does not fit")
+            raise ValueError(f"its basis of shape {list(basis.shape)} does not match the weight")
         super().__init__(live, torch.zeros(live.shape[int(self.transposed)], basis.shape[1], device=live.device))
         self.register_buffer("basis", basis.to(live.device, torch.float32), persistent=False)
         self.register_buffer("base", live.detach().clone(), persistent=False)

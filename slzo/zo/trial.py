@@ -118,7 +118,7 @@ class Trials(Protocol):
 
     Attributes:
         steps: Steps of the main training.
-        measures_rate: Whether the main training measures its learning rate. Then :meth:`step_size` tells how fast it starts.
+        measures_rate: Whether the main training measures its learning rate. Then :meth:`step_size` shows how fast it starts.
         generates: Whether the loss needs generated answers, which makes trials slow.
         num_train: Number of training rows.
         num_dev: Number of dev rows.

@@ -29,7 +29,7 @@ from slzo.zo.tuned import Subset, TunedTensors
 
 
 def _no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
-    raise SlzoError("model.scope: it looks at prompts, and none are given")
+    raise SlzoError("model.scope: needs prompts, and none were given; pass prompts")
 
 
 class TunedModel:
@@ -248,7 +248,10 @@ class TunedModel:
         full_precision = self.full_precision
         if full_precision is None or not full_precision.quantized:
             return None
-        return f"Frozen layers are quantized ({method_of(self.parts.model)}); what is tuned is {full_precision.source}."
+        method = method_of(self.parts.model)
+        return (
+            f"Frozen layers are quantized ({method}); the tuned layers are in full precision, {full_precision.source}."
+        )
 
 
 # The next three functions change the model and register the reverse change with ``undo``.
@@ -285,8 +288,8 @@ def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
     changed = scope.changed_layers(context)
     if scope.layers == "all" and changed:
         raise SlzoError(
-            f"model.scope: tunes {scope.describe()}, and model.quantization is for frozen layers; tune some layers "
-            "(LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the quantization out"
+            f"model.scope: tunes {scope.describe()}, and model.quantization is for frozen layers; tune only some "
+            "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the quantization out"
         )
     return changed
 

@@ -1,8 +1,8 @@
-"""Where the gradient of a decoder layer lies: each linear map's share, and what an activation subspace keeps of it.
+"""Show where the gradient of a decoder layer lies: the share of each linear map, and the part in an activation subspace.
 
     python tools/research/gradient_share.py --task sst2 --data_dir DIR --layer 11 --ranks 2 16
 
-The mean gradient over some batches is taken by back-propagation on the untuned model.
+The mean gradient over some batches is computed by back-propagation on the untuned model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from slzo.zo.tuned_model import TunedModel
 
 
 def mean_gradients(model: TunedModel, options: TrainingOptions, rows: TaskRows, batches: int) -> dict[str, Tensor]:
-    """Mean gradient of each of the tuned tensors over the first training batches, float32."""
+    """Return the mean gradient of each of the tuned tensors over the first training batches, float32."""
     stepper = make_stepper(model, options, rows)
     total = {name: torch.zeros_like(master) for name, master in model.tensors.named_masters().items()}
     for batch in islice(rows.training_batches(), batches):
@@ -37,12 +37,12 @@ def mean_gradients(model: TunedModel, options: TrainingOptions, rows: TaskRows, 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="as model.model")
-    parser.add_argument("--task", default="movie_reviews", help="as data.task")
-    parser.add_argument("--data_dir", help="as data.data_dir")
+    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
+    parser.add_argument("--task", default="movie_reviews", help="task, as in data.task")
+    parser.add_argument("--data_dir", help="folder of the data, as in data.data_dir")
     parser.add_argument("--layer", type=int, default=11, help="decoder layer, counted from 0")
-    parser.add_argument("--batches", type=int, default=12, help="of 16 training rows")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="of the subspaces")
+    parser.add_argument("--batches", type=int, default=12, help="number of batches of 16 training rows")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="ranks of the subspaces")
     args = parser.parse_args()
     options = ZOModule(args.model, estimator=Backprop(), eps=1e-3, seed=0).options
     rows = TaskRows(args.task, tokenizer=args.model, data_dir=args.data_dir, num_dev=200, seed=0)

@@ -1,8 +1,8 @@
-"""What tuning one layer takes on cards and CPUs, by model and quantization; prints the table of docs/memory.md.
+"""Print the memory that tuning one layer takes on GPUs and CPUs, by model and quantization: the table of docs/memory.md.
 
     python tools/research/memory_table.py
 
-The models' sizes are in this file, nothing is downloaded.
+The sizes of the models are in this file. Nothing is downloaded.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from slzo.zo.scopes import LayerScope, ScopeContext
 
 _GB = 2**30
 _CARDS = (16, 24, 80)
-_RESERVED = 0.5  # GiB of a card that its driver and libraries take
+_RESERVED = 0.5  # GiB of a GPU that its driver and libraries take
 _TOKENS = 4096
 
-# sizes as their authors published them
+# sizes as published by the authors
 MODELS: dict[str, PretrainedConfig] = {
     "Llama-2-7B": LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
@@ -59,7 +59,7 @@ QUANTIZATIONS: dict[str, str | None] = {"float16": None, "int8": "int8", "nf4": 
 
 
 def memory_inputs(model: PreTrainedModel, shape: ModelShape, quantization: str | None, on_cpu: bool) -> MemoryInputs:
-    """A third of the way up one layer, SPSA with one query and SGD, 16 rows of 256 tokens, candidates' logits only."""
+    """Return the inputs for one layer at a third of the depth: SPSA with one query, SGD, 16 rows of 256 tokens."""
     parts, layer = ModelParts(model, packed=False, onednn=False), shape.num_layers // 3
     tensors = LayerScope().tensors(ScopeContext(parts, layer, lambda _: ()))
     optimizer = OptimizerChoice.of(partial(torch.optim.SGD, lr=1e-3))
@@ -77,7 +77,7 @@ def memory_inputs(model: PreTrainedModel, shape: ModelShape, quantization: str |
 
 
 def table() -> str:
-    """Markdown."""
+    """Return the table as Markdown."""
     cards = " | ".join(f"{card} GB card" for card in _CARDS)
     lines = [
         f"| model | frozen layers | on a card, GiB | {cards} | on a CPU, GiB | of it in files |",
@@ -100,7 +100,7 @@ def table() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    argparse.ArgumentParser(description="Print the table of memory in docs/memory.md.").parse_args(arguments)
+    argparse.ArgumentParser(description="Print the memory table of docs/memory.md.").parse_args(arguments)
     print(table(), end="")
 
 

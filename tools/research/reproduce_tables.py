@@ -1,12 +1,12 @@
-"""Runs methods on tasks with several seeds, each run in a process of its own, and makes tables of them as in the paper.
+"""Run methods on tasks with several seeds, each run in a separate process, and make tables like those of the paper.
 
     python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml
     python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml --only zero-shot dominant-ft
     python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml --report
 
-A table config is a YAML file of these keys; options are those of ``slzo fit``, written without the dashes:
+A table config is a YAML file with these keys; options are those of ``slzo fit``, without the dashes:
 
-    configs: [../quickstart.yaml]            # given to slzo with --config; relative to the table config
+    configs: [../quickstart.yaml]            # passed to slzo with --config; relative to the table config
     seeds: [0, 1, 2]
     common: {data.num_train: 1000}           # options of every run
     tasks:
@@ -14,19 +14,19 @@ A table config is a YAML file of these keys; options are those of ``slzo fit``, 
       cb: {data.num_dev: 100}                # options of this task
     methods:
       zero-shot: {command: test}             # scores the untuned model
-      mezo:                                  # options of this method; they win over those of the task and the common ones
+      mezo:                                  # options of this method; they override those of the task and the common ones
         model.scope: AllParameters
         lr: [1.0e-7, 1.0e-6]                 # grid, or one number
-    target_loss: {sst2: 0.55}                # optional: what does each method take to reach this dev loss?
+    target_loss: {sst2: 0.55}                # optional: measure the cost of reaching this dev loss
 
-The grid is run on the first seed; the learning rate with the lowest dev loss there is used on the other seeds. To compare at
-equal time instead of equal steps give ``trainer.max_time: {seconds: 600}``, ``trainer.max_steps: -1`` and, so that slow methods
+The grid is run on the first seed. The learning rate with the lowest dev loss is then used for the other seeds. To compare at
+equal time instead of equal steps, set ``trainer.max_time: {seconds: 600}``, ``trainer.max_steps: -1`` and, so that slow methods
 are validated as often, ``trainer.val_check_interval: {seconds: 60}``.
 
-The output folder holds table.md, table.csv, table.json and table.png, ``cells`` (a finished run's figures each), ``failed`` (the
-reasons of runs that failed) and ``runs`` (logs and run folders). The same command goes on where it stopped. Finished cells are
-not run again; failed ones are, since what they lacked may have been put right. A run that was interrupted begins anew, so that
-its seconds and memory are those of a whole run. Several terminals may share the work out by giving the same command.
+The output folder holds table.md, table.csv, table.json and table.png, ``cells`` (figures of each finished run), ``failed``
+(reasons of failed runs) and ``runs`` (logs and run folders). The same command continues where it stopped. Finished cells are not
+run again. Failed cells are, since the cause may have been fixed. An interrupted run starts again, so that its seconds and memory
+are those of a complete run. To share the work, start the same command in several terminals.
 """
 
 import argparse
@@ -42,14 +42,14 @@ from paper_tables.runs import Runner, Work, run_process
 from slzo.__main__ import sigterm_raises
 from slzo.utils.errors import Interrupted, SlzoError
 
-INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
+INTERRUPTED = 130  # the status that shells report after Ctrl-C
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Turn the message into one line.
+        """Raise the message as an error of one line.
 
         Raises:
             SlzoError: Always.
@@ -58,17 +58,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Parse the options.
 
     Raises:
-        SlzoError: It is wrong.
+        SlzoError: An option is wrong.
     """
-    parser = _Parser(prog="reproduce_tables", description="Runs methods x tasks x seeds and makes the paper's tables.")
+    parser = _Parser(prog="reproduce_tables", description="Run methods x tasks x seeds and make the paper's tables.")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="table config, see configs/tables and configs/paper"
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="folder of the results; left out, tables/ and the config's name"
+        "--output", metavar="DIR", help="folder of the results (default: tables/ and the config's name)"
     )
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="run these methods only; the tables still show all")
     parser.add_argument(
@@ -77,16 +77,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep_checkpoints",
         action="store_true",
-        help="keep the checkpoints of finished cells; those of full tuning hold the whole model in float32, two a cell",
+        help="keep the checkpoints of finished cells; those of full tuning hold the complete model in float32, two per cell",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int:
-    """Run; 1 if runs failed, 2 after an error of the user, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run; return 1 if runs failed, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
-        argv: Options; left out, those of the process.
+        argv: Options; ``None`` for those of the process.
         runner: Calls slzo.
     """
     try:
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int
         print(f"reproduce_tables: error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Interrupted) as stop:
-        print("\nInterrupted; the same command goes on with the cells that are not finished.", flush=True)
+        print("\nInterrupted; the same command continues with the cells that are not finished.", flush=True)
         return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
 
 

@@ -1,11 +1,11 @@
-"""Compares ``lr: auto`` with a grid of constant learning rates: dev loss after the same steps of the same rows.
+"""Compare ``lr: auto`` with a grid of constant learning rates: dev loss after the same steps on the same rows.
 
     python tools/research/step_size_grid.py --data_dir DIR --output grids
     python tools/research/step_size_grid.py --data_dir DIR --output grids --models gemma3-270m --tasks sst2 --scopes layer lora
 
-A cell is a model, a task and a scope: one training with measured step sizes, and five with constant rates a factor of three
-apart, around the one that was measured before the first step (--lrs sets others). eps is measured for all. Results are written
-as they come; given again, the command goes on where it stopped. --report prints the table of what there is.
+A cell is a model, a task and a scope. It has one training with measured step sizes and five with constant rates, a factor of 3
+apart, around the rate that was measured before the first step (--lrs sets other rates). eps is measured for all. Results are
+saved at once, and the same command continues where it stopped. --report prints the table of the finished cells.
 """
 
 import argparse
@@ -32,14 +32,14 @@ SCOPES: dict[str, Callable[[], Scope]] = {
     "lora": LoRA,
     "all": AllParameters,
 }
-# rows for training, dev and held-out; CB and COPA have few
+# training, dev and held-out rows; CB and COPA have few
 ROWS = {"cb": (200, 50, 50), "copa": (300, 100, 100)}
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 CLOSE = 0.05
 
 
 def trials_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | None) -> tuple[LayerTrials, int | None]:
-    """Trials, and the layer that is tuned: the given one, else the one that removes the outlier."""
+    """Return trials, and the layer to tune: the given one, or the one that removes the outlier."""
     train, dev, test = ROWS.get(task, (1000, 200, 200))
     options = ZOModule(model, scope=scope, seed=0).options
     rows = TaskRows(
@@ -55,7 +55,7 @@ def trials_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | N
 
 
 def run_cell(store: CellStore, name: str, model: str, task: str, scope: str, args: argparse.Namespace) -> None:
-    """Do what is missing of a cell."""
+    """Run the missing trainings of a cell."""
     tried = [store.result(f"{name}-auto"), *(store.result(f"{name}-{number}") for number in range(len(FACTORS)))]
     if None not in tried:
         return
@@ -88,7 +88,7 @@ def run_cell(store: CellStore, name: str, model: str, task: str, scope: str, arg
 
 
 def report(store: CellStore, names: list[str]) -> str:
-    """The table of finished cells."""
+    """Return the table of the finished cells."""
     lines = [
         "| model | task | scope | layer | before | auto | best of the grid | at lr | auto / best |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
@@ -119,17 +119,19 @@ def _loss(row: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Run the cells that are missing and print the table."""
+    """Run the missing cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m"], help="as model.model")
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "copa", "cb"], help="as data.task")
+    parser.add_argument(
+        "--models", nargs="+", default=["smollm2-135m", "gemma3-270m"], help="models, as in model.model"
+    )
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "copa", "cb"], help="tasks, as in data.task")
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=list(SCOPES))
-    parser.add_argument("--data_dir", required=True, help="as data.data_dir")
-    parser.add_argument("--layer", type=int, help="left out, the layer that removes the outlier")
-    parser.add_argument("--lrs", type=float, nargs=5, help="instead of five around the measured rate")
-    parser.add_argument("--steps", type=int, default=100, help="of each training")
+    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
+    parser.add_argument("--layer", type=int, help="layer to tune (default: the layer that removes the outlier)")
+    parser.add_argument("--lrs", type=float, nargs=5, help="learning rates (default: five around the measured rate)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each training")
     parser.add_argument("--output", default="step_size_grid", help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--report", action="store_true", help="print the table without training")
     parser.add_argument("--json", help="also write all results to this file")
     args = parser.parse_args()
     store = CellStore(args.output, {"steps": args.steps, "layer": args.layer, "lrs": args.lrs})

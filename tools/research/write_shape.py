@@ -3,7 +3,7 @@
     python tools/research/write_shape.py --output DIR                                  # Llama-2-7B: 13.5 GB in bfloat16
     python tools/research/write_shape.py --output DIR --layers 16 --hidden 2048 --inner 5632 --heads 32 --kv_heads 8
 
-A Llama in safetensors, one file a layer, with a tokenizer of single bytes.
+The model is a Llama in safetensors, one file per layer, with a tokenizer of single bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ _SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description="Write a Llama of a given shape with random weights.")
     parser.add_argument("--output", type=Path, required=True)
     for name, default in (
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_shape(options: argparse.Namespace) -> int:
-    """Write config, tokenizer and weights; returns the number of parameters."""
+    """Write config, tokenizer and weights; return the number of parameters."""
     folder, dtype = options.output, getattr(torch, options.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
@@ -106,7 +106,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
+    """Return a tokenizer with one token per byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Zero-shot scores of a model on local rows of the tasks.
+"""Score an untuned model on local rows of the tasks.
 
 Scores every row of ``DIR/<task>/validation.jsonl``, in file order, as ``slzo test`` does; no training rows are needed.
 
@@ -24,12 +24,12 @@ NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "
 
 
 def score_task(data: TaskRows, evaluator: Evaluator, num_rows: int | None = None) -> dict[str, Any]:
-    """Metrics and predictions of a task's held-out rows, in file order.
+    """Return metrics and predictions of a task's held-out rows, in file order.
 
     Args:
-        data: The task, set up for test.
+        data: The rows, set up for test.
         evaluator: The model.
-        num_rows: Only the first rows; ``None`` for all.
+        num_rows: Number of rows, from the first one; ``None`` for all.
     """
     device = evaluator.parts.model.device
     metrics = data.make_metrics()
@@ -43,17 +43,12 @@ def score_task(data: TaskRows, evaluator: Evaluator, num_rows: int | None = None
 
 
 def markdown_table(results: dict[str, Any], model: str, command: str) -> str:
-    """The results as a table, with the command that made it."""
+    """Return the results as a table, with the command that made it."""
     names = list(
         dict.fromkeys(name for result in results.values() for name in result if name not in ("n", "predictions"))
     )
     lines = [
         f"# Zero-shot scores of {model}",
-        "",
-        "Prompts, candidates and metrics are those of MeZO; all rows of each task's `validation.jsonl` are scored, in float32.",
-        "Made by",
-        "",
-        f"    {command}",
         "",
         f"| task | rows | {' | '.join(names)} |",
         f"|---|---:|{'---:|' * len(names)}",
@@ -61,12 +56,17 @@ def markdown_table(results: dict[str, Any], model: str, command: str) -> str:
     for task, result in results.items():
         cells = [f"{result[name]:.4f}" if name in result else "" for name in names]
         lines.append(f"| {task} | {result['n']} | {' | '.join(cells)} |")
+    lines += ["", "```bash", command, "```", ""]
+    lines.append(
+        "The model is scored in float32 on all rows of each task's `validation.jsonl`. Prompts, candidates and metrics are "
+        "those of MeZO."
+    )
     return "\n".join(lines) + "\n"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Zero-shot scores of a model on local rows of the tasks.")
+    """Parse the options."""
+    parser = argparse.ArgumentParser(description="Score an untuned model on local rows of the tasks.")
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder, .gguf file or Hub id")
     parser.add_argument("--data_dir", required=True, help="folder with TASK/validation.jsonl in the Hub's fields")
     parser.add_argument("--json", required=True, help="file to write: {task: {n, metric: value, predictions}}")
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def shown_command(options: argparse.Namespace) -> str:
-    """The command with placeholders for the user's own paths."""
+    """Return the command with placeholders for the user's own paths."""
     parts = [
         f"python tools/research/zero_shot_table.py --model {options.model} --data_dir DIR --json FILE --markdown FILE"
     ]
@@ -92,7 +92,7 @@ def shown_command(options: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 2 after an error of the user."""
+    """Run; return 2 after a user error."""
     options = parse(argv)
     results: dict[str, Any] = {}
     try:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[task] = score_task(data, data.evaluator(parts), options.num_rows)
             figures = ", ".join(f"{k} {v:.4f}" for k, v in results[task].items() if k not in ("n", "predictions"))
             print(f"{task}: {results[task]['n']} rows, {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
-            # after each task, so that a long run that is stopped leaves something
+            # after each task, so that a stopped run keeps its results
             Path(options.json).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     except SlzoError as error:
         print(f"error: {error}", file=sys.stderr)

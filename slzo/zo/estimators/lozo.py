@@ -11,7 +11,7 @@ class LOZO(Estimator):
 
     U is drawn for each query. V is kept for some steps, so these steps explore one subspace. This sampling is taken from the
     paper. The scale gives entries of unit variance, so eps and learning rates mean the same as for SPSA. Over U and V the
-    expectation is the gradient. The optimizer gets the full matrix, not its factors. Refuses scopes that tune no whole matrix.
+    expectation is the gradient. The optimizer gets the full matrix, not its factors. Needs a scope that tunes complete matrices.
 
     Args:
         rank: r, >= 1.

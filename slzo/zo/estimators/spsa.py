@@ -40,8 +40,8 @@ class SPSA(Estimator):
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
         if self.divide_rows and batch_size is not None and num_queries > batch_size:
             raise SlzoError(
-                f"model.num_queries {num_queries}: with model.estimator.divide_rows each query takes rows of its own, and "
-                f"data.batch_size is {batch_size}; lower the one or raise the other"
+                f"model.num_queries {num_queries}: with model.estimator.divide_rows each query needs its own rows, and "
+                f"data.batch_size is {batch_size}; lower model.num_queries or raise data.batch_size"
             )
 
     def evaluations(self, num_queries: int) -> float:

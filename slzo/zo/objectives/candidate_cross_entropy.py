@@ -35,8 +35,8 @@ class CandidateCrossEntropy(CandidateObjective):
             return LossSum(total, (batch.gold >= 0).sum().to(total.dtype))
         if len(self.class_weights) != batch.most_candidates:
             raise SlzoError(
-                f"data.objective.class_weights {self.class_weights}: the task has {batch.most_candidates} candidates; give a "
-                "weight for each"
+                f"data.objective.class_weights {self.class_weights}: the task has {batch.most_candidates} candidates; give "
+                "one weight for each"
             )
         weights = torch.tensor(self.class_weights, dtype=table.dtype).to(table.device, non_blocking=True)
         total = F.cross_entropy(table, batch.gold, weights, reduction="sum", ignore_index=-1)

@@ -63,9 +63,13 @@ class Reward(Objective):
         best: float | None = None,
     ) -> None:
         if not 0 <= temperature < math.inf:
-            raise SlzoError(f"data.objective.temperature {temperature}: must be 0 or more; 1 samples as the model does")
+            raise SlzoError(
+                f"data.objective.temperature {temperature}: must be 0 or more; 1 samples from the model's own distribution"
+            )
         if samples < 1 or (samples > 1 and temperature == 0):
-            raise SlzoError(f"data.objective.samples {samples}: must be at least 1, and 1 without a temperature")
+            raise SlzoError(
+                f"data.objective.samples {samples}: must be at least 1; for more than 1, set data.objective.temperature"
+            )
         self.functions = functions
         self.temperature, self.samples = temperature, samples
         self.timeout, self.in_process = timeout, in_process

@@ -9,7 +9,7 @@ class AllParameters(Scope):
     """Every parameter of the model (MeZO, arXiv 2305.17333); tied embeddings are one tensor.
 
     Args:
-        routers: Also tune the routers of a mixture of experts; left out, they stay as they are.
+        routers: Also tune the routers of a mixture of experts; left out, they are not tuned.
     """
 
     layers = "all"

@@ -88,7 +88,7 @@ def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_o
     """
     if not 0 <= layer < num_layers:
         raise SlzoError(
-            f"{option} {layer}: the model has {num_layers} decoder layers, choose 0 to {num_layers - 1} "
+            f"{option} {layer}: the model has {num_layers} decoder layers; choose 0 to {num_layers - 1} "
             f"or leave it out to let {left_out}"
         )
     return layer

@@ -17,7 +17,7 @@ class LayerScope(Scope):
         part: The whole layer, its attention, or its MLP.
         norms: Also tune norms: all norms of a whole layer, or those inside the part (Qwen3's attention has some).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
-        routers: Also tune the router of a mixture of experts. Left out, it stays as it is: a changed router sends tokens to other
+        routers: Also tune the router of a mixture of experts. Left out, it is not tuned: a changed router sends tokens to other
             experts, and the loss jumps.
     """
 

@@ -132,7 +132,7 @@ def targets(parts: ModelParts, layer: int, names: Sequence[str] | None) -> list[
 
 
 def check_no_experts(parts: ModelParts, layer: int, option: str) -> None:
-    """Check that a layer is no mixture of experts, because the weights of experts are not linear maps of all tokens.
+    """Check that a layer is not a mixture of experts, because the weights of experts are not linear maps of all tokens.
 
     Raises:
         SlzoError: The layer has experts; the message lists its other linear maps.
@@ -140,8 +140,8 @@ def check_no_experts(parts: ModelParts, layer: int, option: str) -> None:
     if has_experts(parts.layers[layer]):
         others = ", ".join(dict.fromkeys(linear.short_name for linear in linears(parts, layer))) or "none"
         raise SlzoError(
-            f"{option}: layer {layer} is a mixture of experts, whose weights are no linear maps of all tokens; use LayerScope, "
-            f"or a scope with target_modules of its other maps ({others})"
+            f"{option}: layer {layer} is a mixture of experts, whose weights are not linear maps of all tokens; use "
+            f"LayerScope, or set target_modules to its other linear maps ({others})"
         )
 
 

@@ -25,9 +25,9 @@ class LoRA(Scope):
         self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None, layers: Layers = None
     ) -> None:
         if rank < 1:
-            raise SlzoError(f"model.scope.rank {rank}: must be at least 1; MeZO has 8")
+            raise SlzoError(f"model.scope.rank {rank}: must be at least 1; MeZO uses 8")
         if not 0 < alpha < float("inf"):
-            raise SlzoError(f"model.scope.alpha {alpha}: must be a number above 0, or nothing would be tuned")
+            raise SlzoError(f"model.scope.alpha {alpha}: must be a number above 0; with 0 nothing would be tuned")
         self.rank = rank
         self.alpha = alpha
         self.target_modules = target_modules

@@ -21,7 +21,7 @@ class PrefixTuning(Scope):
 
     def __init__(self, num_tokens: int = 5) -> None:
         if num_tokens < 1:
-            raise SlzoError(f"model.scope.num_tokens {num_tokens}: must be at least 1; MeZO has 5")
+            raise SlzoError(f"model.scope.num_tokens {num_tokens}: must be at least 1; MeZO uses 5")
         self.num_tokens = num_tokens
 
     @property
@@ -34,13 +34,14 @@ class PrefixTuning(Scope):
     def adapter(self, context: ScopeContext) -> PrefixTokens:
         if not context.parts.packed:
             raise SlzoError(
-                "model.scope PrefixTuning: needs packed batches, which this model or model.engine.packed false rules out"
+                "model.scope PrefixTuning: needs packed batches, which this model or model.engine.packed false does not "
+                "allow; use LoRA"
             )
         batch = context.prompts(1)[0]
         ids = batch.input_ids[: batch.example_tokens[0]].tolist()
         if len(ids) < self.num_tokens:
             raise SlzoError(
-                f"model.scope.num_tokens {self.num_tokens}: longer than the first prompt ({len(ids)} tokens)"
+                f"model.scope.num_tokens {self.num_tokens}: must be at most {len(ids)}, the length of the first prompt; lower it"
             )
         return PrefixTokens(tuple(ids[: self.num_tokens]), context.parts.model.name_or_path or "")
 

@@ -18,7 +18,7 @@ class RandomLayers(Scope):
 
     Args:
         fraction: Share of the decoder layers that a step perturbs, in (0, 1]; the paper typically drops 75% of the layers.
-        routers: Also tune the routers of a mixture of experts; left out, they stay as they are.
+        routers: Also tune the routers of a mixture of experts; left out, they are not tuned.
     """
 
     layers = "all"

@@ -30,9 +30,7 @@ class Auto(SelectionRule):
 
     def __init__(self, share: float = 0.25, promise: float = 0.01) -> None:
         if not (math.isfinite(promise) and promise >= 0):
-            raise SlzoError(
-                f"profiler.rule.promise {promise}: a share of the loss, 0 or more; 0.01 is a hundredth of it"
-            )
+            raise SlzoError(f"profiler.rule.promise {promise}: must be a share of the loss, 0 or more; 0.01 is 1%")
         Race(share)  # validates share
         self.share = share
         self.promise = promise
@@ -44,9 +42,11 @@ class Auto(SelectionRule):
         doubt = "" if race is None else self._doubt(context, choice)
         if race is None or not doubt:
             return choice
-        say(f"Layer {choice.layer} ({choice.reason}): {doubt}. A race decides; --model.layer {choice.layer} skips it.")
+        say(
+            f"Layer {choice.layer} ({choice.reason}): {doubt}. A race will decide; --model.layer {choice.layer} skips it."
+        )
         winner = race.select(context)
-        note = f"Layer {choice.layer} is OutlierRemovingLayer's: {doubt}. {winner.note}".rstrip()
+        note = f"OutlierRemovingLayer chose layer {choice.layer}: {doubt}. {winner.note}".rstrip()
         return replace(winner, note=note)
 
     def _race(self, context: SelectionContext, choice: Choice) -> Race | None:
@@ -62,7 +62,7 @@ class Auto(SelectionRule):
         """Return why the choice is in doubt; empty if it is not."""
         trials = context.trials
         if choice.margin is not None and choice.margin.errors < CLEAR:
-            return f"not clear, {choice.margin.description}"
+            return f"the choice is not clear, {choice.margin.description}"
         if trials is None or not trials.measures_rate:
             return ""
         try:

@@ -62,7 +62,7 @@ class SelectionContext:
 
     layers: Sequence[LayerStatistics]
     trials: Trials | None = None
-    no_trials: str = "only the statistics are known here"
+    no_trials: str = "none are possible here; choose another rule"
 
 
 class SelectionRule(ABC):

@@ -50,7 +50,7 @@ class FirstOutlierLayer(SelectionRule):
         if self.fallback == "max_ratio_jump":
             choice = MaxRatioJump().select(context)
             margin = smallest([*(self._margin(layer) for layer in layers), choice.margin])
-            why = f"{rule}; none, so {choice.reason}"
+            why = f"{rule}; there is none, so {choice.reason}"
             return Choice(choice.layer, why, choice.title, margin, thresholds=self._thresholds)
         best = max(layers, key=lambda layer: layer.ratio)
         raise SlzoError(
@@ -78,11 +78,14 @@ class FirstOutlierLayer(SelectionRule):
         """Return a remark if the thresholds hardly distinguish the layers; outliers may fade in the last layers."""
         if qualified[0].index > 0 or len(qualified) <= len(layers) / 2:
             return ""
-        count, worth = f"{len(qualified)} of {len(layers)} layers are over the thresholds, from the first on", "little"
+        count, worth = (
+            f"{len(qualified)} of {len(layers)} layers, starting with the first, are above the thresholds",
+            "little",
+        )
         if len(qualified) == len(layers):
-            count, worth = f"All {len(layers)} layers are over the thresholds", "no"
+            count, worth = f"All {len(layers)} layers are above the thresholds", "no"
         return (
-            f"{count}: the rule's answer carries {worth} information here; try another rule (--profiler.rule), let slzo sweep "
+            f"{count}: the rule's choice carries {worth} information here; try another rule (--profiler.rule), let slzo sweep "
             "train the layers, or set --model.layer."
         )
 

@@ -33,7 +33,7 @@ class Race(SelectionRule):
 
     Args:
         share: Largest cost of the race, as a share of the whole training in OutlierRemovingLayer's layer (in the lowest
-            candidate if that layer is no candidate), > 0; if it is too small for all, the lowest candidates are left out.
+            candidate if that layer is not a candidate), > 0; if it is too small for all, the lowest candidates are left out.
         layers: Candidates, counted from 0; left out, the candidates named above.
         dev_rows: Rows that the dev loss is computed on, at least 16.
     """
@@ -77,9 +77,11 @@ class Race(SelectionRule):
         """Run the race. If there is no room for it, or no layer lowers the dev loss, OutlierRemovingLayer chooses."""
         trials, layers = context.trials, context.layers
         if trials is None:
-            raise SlzoError(f"profiler.rule Race: it trains layers, and {context.no_trials}")
+            raise SlzoError(f"profiler.rule Race: needs short trainings, and {context.no_trials}")
         if not trials.num_dev:
-            raise SlzoError("profiler.rule Race: it compares dev losses, and there are no dev rows; set data.num_dev")
+            raise SlzoError(
+                "profiler.rule Race: needs dev rows to compare layers, and there are none; set data.num_dev"
+            )
         plan = self.plan(layers, trials)
         if not plan.steps:
             candidates = ", ".join(map(str, self.candidates(layers)))
@@ -103,7 +105,7 @@ class Race(SelectionRule):
                     layer, steps, dev_rows=self.dev_rows, num_batches=_NUM_BATCHES, checks=checks
                 )
             except SlzoError as error:  # other layers may still be trainable
-                say(f"layer {layer:3d}: out of the race, {error}")
+                say(f"layer {layer:3d}: left out of the race, {error}")
                 continue
             say(_line(layer, outcomes[layer], steps))
             if best < 0 or outcomes[layer].gain > outcomes[best].gain:

@@ -1,1 +1,1 @@
-"""The parts of reproduce_tables.py: the table config, the runs, and the tables made of them."""
+"""The parts of reproduce_tables.py: the table config, the runs, and the tables."""

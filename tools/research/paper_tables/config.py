@@ -1,4 +1,4 @@
-"""The table config: methods, tasks and seeds, and the runs of slzo that they stand for."""
+"""The table config: methods, tasks and seeds, and their runs of slzo."""
 
 import difflib
 import hashlib
@@ -30,9 +30,9 @@ class Method:
     """A row of the table.
 
     Attributes:
-        name: Its name.
+        name: Name of the row.
         command: ``fit``, or ``test`` for the untuned model.
-        options: slzo's options by name, as texts.
+        options: Options of slzo by name, as texts.
         lrs: Learning rates to try on the first seed; ``test`` has none.
     """
 
@@ -47,13 +47,13 @@ class Table:
     """A table config.
 
     Attributes:
-        path: Its file.
-        configs: slzo's configs that every run is given.
+        path: File of the config.
+        configs: Configs of slzo for every run.
         common: Options of every run.
         tasks: Options by task.
         methods: The rows by name.
-        seeds: One run each; learning rates are chosen on the first.
-        target_losses: Dev loss by task; the table tells what each method takes to reach it.
+        seeds: Seeds, with one run each; learning rates are chosen on the first.
+        target_losses: Dev loss by task; the table shows the cost of reaching it.
     """
 
     path: Path
@@ -65,27 +65,27 @@ class Table:
     target_losses: dict[str, float] = field(default_factory=dict)
 
     def settings(self) -> dict[str, str]:
-        """What every cell of an output folder depends on; what a single one does is kept with it."""
+        """Return the settings that all cells of an output folder share; those of single cells are stored with the cells."""
         configs = {f"configs {path.name}": _digest(path) for path in self.configs}
         return {"kind": "reproduce_tables", **configs, **{f"common {k}": v for k, v in self.common.items()}}
 
     def cell(self, method: str, task: str, seed: int, lr: float | None) -> "Cell":
-        """One run."""
+        """Return one run."""
         row = self.methods[method]
         options = {"data.task": task, **self.common, **self.tasks[task], **row.options, "seed_everything": str(seed)}
         if lr is not None:
-            # the score before training is the same for all methods: a row of its own gives it once
+            # the score before training is the same for all methods, so a separate row has it
             options |= {"model.optimizer.lr": f"{lr:g}", "record.test_before": "false"}
         return Cell(method, task, seed, lr, row.command, tuple(f"--{k}={v}" for k, v in options.items()))
 
     def grid(self, method: str, task: str) -> list["Cell"]:
-        """The runs on the first seed."""
+        """Return the runs on the first seed."""
         return [self.cell(method, task, self.seeds[0], lr) for lr in self.methods[method].lrs or (None,)]
 
     def seeds_of(self, method: str, task: str) -> tuple[int, ...]:
-        """The seeds of a method: held-out rows are the same for all of them, so the untuned model needs one.
+        """Return the seeds of a method; the untuned model needs only one, because held-out rows do not depend on the seed.
 
-        Demonstrations before the prompts are drawn by seed.
+        Demonstrations before the prompts do depend on the seed.
         """
         row = self.methods[method]
         options = {**self.common, **self.tasks[task], **row.options}
@@ -100,10 +100,10 @@ class Cell:
     Attributes:
         method: Row of the table.
         task: Column of the table.
-        seed: Of rows and directions.
-        lr: Learning rate, ``None`` without training.
+        seed: Seed of rows and directions.
+        lr: Learning rate; ``None`` without training.
         command: ``fit`` or ``test``.
-        options: All options but the configs and the run's folder.
+        options: All options except the configs and the run's folder.
     """
 
     method: str
@@ -115,11 +115,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of the run's files."""
         return f"{self.method}-{self.task}-seed-{self.seed}" + ("" if self.lr is None else f"-lr-{self.lr:g}")
 
     def arguments(self, table: Table) -> list[str]:
-        """What slzo is called with."""
+        """Return the arguments of slzo."""
         configs = [part for path in table.configs for part in ("--config", str(path))]
         return [self.command, *configs, *self.options]
 
@@ -173,10 +173,10 @@ def _configs(value: Any, table: Path) -> tuple[Path, ...]:
 
 
 def _named(value: Any, option: str) -> dict[str, Any]:
-    """A mapping by name; a list of names stands for names without options."""
+    """Return a mapping by name; a list of names means names without options."""
     if isinstance(value, list) and (wrong := [name for name in value if not isinstance(name, str)]):
         raise SlzoError(
-            f"{option} {wrong[0]!r}: a list holds names only; write options as a mapping, like name: {{...}}"
+            f"{option} {wrong[0]!r}: a list can hold names only; write options as a mapping, like name: {{...}}"
         )
     found = dict.fromkeys(value) if isinstance(value, list) else value
     if not isinstance(found, dict) or not found:
@@ -184,7 +184,7 @@ def _named(value: Any, option: str) -> dict[str, Any]:
     for name in found:
         if not re.fullmatch(r"[\w.+-]+", str(name)):
             raise SlzoError(
-                f"{option} {name!r}: a name is made of letters, digits and _ . + -, since files are named so"
+                f"{option} {name!r}: must consist of letters, digits and _ . + -, because files get this name"
             )
     return {str(name): options for name, options in found.items()}
 
@@ -199,7 +199,7 @@ def _options(value: Any, option: str) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Return a value as text for the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -221,7 +221,7 @@ def _method(name: str, value: Any) -> Method:
 
 
 def _number_of(value: Any) -> float:
-    """A number, not a number for anything else; PyYAML takes 1e-3 for a text."""
+    """Return a number, or NaN for anything else; PyYAML reads 1e-3 as text."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -229,10 +229,10 @@ def _number_of(value: Any) -> float:
 
 
 def check_name(name: str, known: Iterable[str], option: str, what: str) -> None:
-    """Refuse a name that is not known, with the nearest one that is.
+    """Check that a name is known; the error suggests the nearest one.
 
     Raises:
-        SlzoError: It is not known.
+        SlzoError: The name is not known.
     """
     known = list(known)
     if name not in known:
@@ -242,7 +242,7 @@ def check_name(name: str, known: Iterable[str], option: str, what: str) -> None:
 
 
 def _load(path: Path, option: str) -> Any:
-    """What a YAML file holds."""
+    """Return the content of a YAML file."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -252,16 +252,16 @@ def _load(path: Path, option: str) -> Any:
 
 
 def _digest(path: Path) -> str:
-    """Of a YAML file's content; comments do not count."""
+    """Return a hash of a YAML file's content, without comments."""
     content = json.dumps(_load(path, "configs"), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def check_options(table: Table, methods: Sequence[str]) -> None:
-    """Let slzo parse the options of each method and of each task, before hours of work.
+    """Parse the options of each method and each task with slzo, before hours of work.
 
     Raises:
-        SlzoError: It refuses some.
+        SlzoError: An option is wrong.
     """
     from slzo.cli.app import SlzoCLI
     from slzo.commands.registry import COMMANDS
@@ -269,7 +269,7 @@ def check_options(table: Table, methods: Sequence[str]) -> None:
     tasks = list(table.tasks)
     pairs = [(method, tasks[0]) for method in methods] + [(methods[0], task) for task in tasks[1:]]
     with _quiet_lightning(), warnings.catch_warnings():
-        # the options are not those of this process
+        # the options do not come from this process's command line
         warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
         for method, task in pairs:
             try:
@@ -281,7 +281,7 @@ def check_options(table: Table, methods: Sequence[str]) -> None:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Without what Lightning says of each trainer that is built."""
+    """Silence Lightning's messages about each trainer."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     loggers += [logging.getLogger(f"{logger.name}.utilities.rank_zero") for logger in loggers]
     levels = [logger.level for logger in loggers]

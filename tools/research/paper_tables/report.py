@@ -1,4 +1,4 @@
-"""The tables: Markdown, CSV, JSON and a figure of what is finished."""
+"""The tables of the finished runs: Markdown, CSV, JSON and a figure."""
 
 import csv
 import json
@@ -18,27 +18,27 @@ from slzo.utils.files import replacing, write_json, write_text
 
 @dataclass(frozen=True)
 class Entry:
-    """A method on a task: means over the seeds that were finished with the chosen learning rate.
+    """A method on a task: means over the finished seeds with the chosen learning rate.
 
     Attributes:
         method: Row.
         task: Column.
         metric: Name of the task's metric.
-        score: Its mean on held-out rows, 0 to 1.
-        score_se: Its standard error over seeds.
-        num_seeds: Seeds that were finished.
-        num_planned: Seeds that the table asks for.
-        num_diverged: Seeds that diverged.
+        score: Mean of the metric on held-out rows, 0 to 1.
+        score_se: Standard error of the score over seeds.
+        num_seeds: Number of finished seeds.
+        num_planned: Number of seeds in the table config.
+        num_diverged: Number of seeds that diverged.
         lr: Chosen learning rate.
         dev_loss: Mean of the lowest dev losses.
         steps: Training steps.
         evaluations: Evaluations of a training batch.
-        train_seconds: Seconds of training, the scoring of dev rows included.
-        peak_memory_gb: Largest memory in GiB.
-        tuned_parameters: Elements that are tuned.
+        train_seconds: Seconds of training, including the scoring of dev rows.
+        peak_memory_gb: Peak memory in GiB.
+        tuned_parameters: Number of tuned elements.
         layer: Dominant layer of the first seed.
-        target_evaluations: Evaluations until a validation found the task's target loss, if all seeds reach it.
-        target_seconds: Seconds until then, the scoring of dev rows included.
+        target_evaluations: Evaluations until a validation reached the task's target loss, if all seeds reach it.
+        target_seconds: Seconds until then, including the scoring of dev rows.
     """
 
     method: str
@@ -63,12 +63,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Average:
-    """A method over all tasks; empty while one of them is missing, since an average of others is another figure.
+    """A method over all tasks; empty until all tasks are finished.
 
     Attributes:
         method: Row.
         score: Mean over the tasks.
-        score_se: Standard error, that of each task taken as independent.
+        score_se: Standard error; the tasks' errors are treated as independent.
     """
 
     method: str
@@ -77,7 +77,7 @@ class Average:
 
 
 def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
-    """The figures of a method on a task."""
+    """Return the figures of a method on a task."""
     best = choose(table.grid(method, task), result)
     seeds = table.seeds_of(method, task)
     cells = [] if best is None else [table.cell(method, task, seed, best.lr) for seed in seeds]
@@ -115,7 +115,7 @@ def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
 
 
 def _reached(result: Mapping[str, Any], target: float | None) -> tuple[float | None, float | None]:
-    """Evaluations and seconds until the first validation with a loss of at most the target."""
+    """Return evaluations and seconds until the first validation with a loss of at most the target."""
     for point in result.get("dev_curve", []):
         if target is not None and point["loss"] is not None and point["loss"] <= target:
             return point["evaluations"], point["seconds"]
@@ -123,13 +123,13 @@ def _reached(result: Mapping[str, Any], target: float | None) -> tuple[float | N
 
 
 def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    """The mean, if none is missing."""
+    """Return the mean; ``None`` if a value is missing."""
     found = [value for value in values if value is not None]
     return _mean(found) if len(found) == len(values) else None
 
 
 def make_average(entries: Sequence[Entry]) -> Average:
-    """The average of one method's entries over all tasks."""
+    """Return the average of one method's entries over all tasks."""
     scores = [entry.score for entry in entries if entry.score is not None]
     errors = [entry.score_se for entry in entries if entry.score_se is not None]
     complete = len(scores) == len(entries)
@@ -146,7 +146,7 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 
 def write_tables(work: Work, command: str) -> None:
-    """Write table.md, table.csv, table.json and table.png from what is finished.
+    """Write table.md, table.csv, table.json and table.png from the finished cells.
 
     Args:
         work: The cells.
@@ -188,7 +188,7 @@ def markdown(
     failures: Sequence[Mapping[str, Any]],
     command: str,
 ) -> str:
-    """The scores, what they cost, and how they were made."""
+    """Return the scores, their costs, and how they were made."""
     place = {(entry.method, entry.task): entry for entry in entries}
     tasks = list(table.tasks)
     lines = ["# Scores", "", _row(["method", *tasks, "average"]), _row(["---", *["---:"] * (len(tasks) + 1)])]
@@ -215,13 +215,13 @@ def markdown(
         lines.append(_row([entry.method, entry.task, *figures]))
     lines += [
         "",
-        f"Means over seeds. lr: of the grid the one with the lowest dev loss on seed {table.seeds[0]}. dev loss: the lowest of a "
-        "run. tuned: elements that are tuned. seconds: of training, with the scoring of dev rows, without profile and held-out "
-        "rows. peak GiB: of the accelerator, or of the whole process on a CPU; each run has a process of its own."
+        f"Means over seeds. lr: the rate of the grid with the lowest dev loss on seed {table.seeds[0]}. dev loss: the lowest of "
+        "a run. tuned: number of tuned elements. seconds: training with the scoring of dev rows, without profile and held-out "
+        "rows. peak GiB: memory of the accelerator, or of the process on a CPU; each run has a separate process."
         + _target_note(table),
         "",
         *_trouble(results, failures),
-        "# How this was made",
+        "# How these tables were made",
         "",
         f"    {command}",
         "",
@@ -231,7 +231,7 @@ def markdown(
         f"Configs: {', '.join(path.name for path in table.configs)}. Options of every run: {common or 'none'}."
     )
     lines += [f"Made with {_environment(item)}." for item in _distinct([result["environment"] for result in results])]
-    lines += ["", "One run of each method; table.json has the command of every run.", ""]
+    lines += ["", "The command of one run of each method follows; table.json has all commands.", ""]
     for method in table.methods:
         mine = [result for result in results if result["method"] == method]
         lines += [f"    {mine[-1]['command']}"] if mine else []
@@ -242,7 +242,7 @@ def _target_note(table: Table) -> str:
     if not table.target_losses:
         return ""
     targets = ", ".join(f"{loss:g} on {task}" for task, loss in table.target_losses.items())
-    return f" to target: until the first validation with a dev loss of at most {targets}; -: not on every seed."
+    return f" to target: until the first validation with a dev loss of at most {targets}; -: not reached on every seed."
 
 
 def _score_notes(table: Table, entries: Sequence[Entry]) -> list[str]:
@@ -252,18 +252,18 @@ def _score_notes(table: Table, entries: Sequence[Entry]) -> list[str]:
     names = "; ".join(f"{metric}: {', '.join(tasks)}" for metric, tasks in metrics.items())
     seeds = ", ".join(map(str, table.seeds))
     notes = [
-        f"Percent of held-out rows ({names}), the checkpoint with the lowest dev loss. Mean ± standard error over seeds {seeds}; "
-        "the untuned model gives the same answers with every seed and is scored once. -: not finished."
+        f"Percent of held-out rows ({names}), for the checkpoint with the lowest dev loss. Mean ± standard error over seeds "
+        f"{seeds}; the untuned model gives the same answers with every seed and is scored once. -: not finished."
     ]
     if any(0 < entry.num_seeds < entry.num_planned for entry in entries):
-        notes.append("(n of m): so many of the seeds were finished and did not diverge.")
+        notes.append("(n of m): n of the m seeds finished and did not diverge.")
     return notes
 
 
 def _trouble(results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"- {_title(item)} diverged: {item['reason']}" for item in results if item["state"] == DIVERGED]
     lines += [f"- {_title(item)} failed: {item['reason']}" for item in failures]
-    return ["# Runs that did not end well", "", *lines, ""] if lines else []
+    return ["# Runs that diverged or failed", "", *lines, ""] if lines else []
 
 
 def _title(item: Mapping[str, Any]) -> str:
@@ -298,7 +298,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def bar_chart(table: Table, entries: Sequence[Entry], averages: Sequence[Average]) -> Figure:
-    """Scores in groups by task, with standard errors; several tasks have a group for their average."""
+    """Draw scores in groups by task with standard errors; several tasks have a group for their average."""
     groups = [*table.tasks, *(["average"] if len(table.tasks) > 1 else [])]
     width = 0.85 / len(table.methods)
     figure = Figure(figsize=(max(8.0, 2 + 0.25 * len(groups) * len(table.methods)), 5.5), layout="constrained")

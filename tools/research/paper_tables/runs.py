@@ -1,4 +1,4 @@
-"""The runs of a table: each in a process of its own, its figures kept in a file of its own."""
+"""The runs of a table, each in a separate process with a separate file of figures."""
 
 import importlib.metadata
 import json
@@ -26,7 +26,7 @@ _WAIT_SECONDS = 2.0
 _GRACE_SECONDS = 10.0
 
 Lookup = Callable[[Cell], dict[str, Any] | None]
-"""A finished cell's figures, or ``None``."""
+"""Returns the figures of a finished cell, or ``None``."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ended:
 
     Attributes:
         status: Exit status, negative for a signal.
-        peak_memory_gb: Largest memory of its process, if known.
+        peak_memory_gb: Peak memory of the process in GiB, if known.
     """
 
     status: int
@@ -43,19 +43,19 @@ class Ended:
 
 
 class Runner(Protocol):
-    """Calls slzo with some arguments, all that it prints going to a file."""
+    """Calls slzo with some arguments and writes its output to a file."""
 
     def __call__(self, arguments: Sequence[str], log: Path) -> Ended:
-        """Run to the end."""
+        """Run slzo until it ends."""
 
 
 def run_process(arguments: Sequence[str], log: Path) -> Ended:
-    """Run slzo in a process of its own, so that memory and seconds are those of the run."""
+    """Run slzo in a separate process, so that memory and seconds are those of the run."""
     with log.open("wb") as file:
         command = [sys.executable, "-m", "slzo", *arguments]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
     try:
-        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait it tells this child's memory
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait it returns this child's memory
     except BaseException:
         process.terminate()
         try:
@@ -69,25 +69,25 @@ def run_process(arguments: Sequence[str], log: Path) -> Ended:
 
 
 def failure(status: int, log: Path) -> str:
-    """In one line why a run failed."""
+    """Return in one line why a run failed."""
     if status < 0:
-        return f"killed by signal {-status}" + (", out of memory perhaps" if status == -9 else "")
+        return f"killed by signal {-status}" + (", perhaps out of memory" if status == -9 else "")
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("slzo: error: ") for line in lines if line.startswith("slzo: error: ")]
     return (errors or lines or [f"exit status {status}"])[-1]
 
 
 def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
-    """The figures that a run left in its folder.
+    """Return the figures in the folder of a run.
 
     Raises:
-        SlzoError: Some are missing.
+        SlzoError: Figures are missing.
     """
     metric = get_task(cell.task).metric
     if cell.command == "test":
         scores = {k.removeprefix("test/"): v[-1].value for k, v in _events(folder).items() if k.startswith("test/")}
         if metric not in scores:
-            raise SlzoError("the run logged no score of held-out rows")
+            raise SlzoError("the run logged no score on held-out rows")
         memory = None if _uses_accelerator() else ended.peak_memory_gb
         return {"state": FINISHED, "score": scores[metric], "scores": scores, "peak_memory_gb": memory}
     try:
@@ -96,7 +96,7 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
         raise SlzoError("the run wrote no summary.json") from error
     curve = summary["validations"]
     if not curve:
-        raise SlzoError("no validation took place before the end; lower trainer.val_check_interval")
+        raise SlzoError("the run ended before its first validation; lower trainer.val_check_interval")
     finite = [point["loss"] for point in curve if point["loss"] is not None]
     same = ("steps", "evaluations", "skipped_steps", "train_seconds", "peak_memory_gb", "tuned_parameters")
     return {
@@ -117,7 +117,7 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
 
 
 def _events(folder: Path) -> dict[str, list[Any]]:
-    """All curves of a run, from its TensorBoard events: each point has a value, a step and a wall time."""
+    """Return all curves of a run from its TensorBoard events; each point has a value, a step and a wall time."""
     from tensorboard.backend.event_processing import event_accumulator
 
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -132,7 +132,7 @@ def _uses_accelerator() -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What figures depend on besides the options."""
+    """Return what the figures depend on in addition to the options."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"slzo": slzo.__version__, **versions, "cores": cores, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
@@ -142,7 +142,7 @@ class Work:
     """The cells of a table in an output folder.
 
     Args:
-        table: What is to be done.
+        table: The table config.
         output: The folder.
         runner: Calls slzo.
         keep_checkpoints: Keep the checkpoints of finished cells.
@@ -163,7 +163,7 @@ class Work:
         self._check_cells()
 
     def _check_cells(self) -> None:
-        """Refuse results of a method or task whose options have changed since."""
+        """Check that no method or task with results has other options now."""
         for method, row in self.table.methods.items():
             for task in self.table.tasks:
                 for seed in self.table.seeds:
@@ -171,10 +171,10 @@ class Work:
                         self.result(self.table.cell(method, task, seed, lr))
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell's figures.
+        """Return the figures of a finished cell.
 
         Raises:
-            SlzoError: They are of other options.
+            SlzoError: They were made with other options.
         """
         found: dict[str, Any] | None = self.store.result(cell.name)
         if found is not None and found["options"] != list(cell.options):
@@ -187,7 +187,7 @@ class Work:
         return found
 
     def pending(self, methods: Sequence[str]) -> list[Cell]:
-        """Cells that can be worked on now: the grid, and other seeds where the learning rate is chosen."""
+        """Return the cells that can run now: the grid, and other seeds if the learning rate is chosen."""
         cells = []
         for method in methods:
             for task in self.table.tasks:
@@ -201,14 +201,14 @@ class Work:
         return cells
 
     def run(self, methods: Sequence[str]) -> bool:
-        """Work until every cell of some methods is finished or has failed; returns whether none has failed here."""
+        """Work until every cell of some methods has finished or failed; return whether none has failed in this process."""
         total = sum(
             len(self.table.grid(m, t)) + len(self.table.seeds_of(m, t)) - 1 for m in methods for t in self.table.tasks
         )
         print(f"{total} cells in {self.folder}, {total - self._num_left(methods)} finished before", flush=True)
         while cells := self.pending(methods):
             if not any(self._claim(cell, methods) for cell in cells):
-                time.sleep(_WAIT_SECONDS)  # other processes are at all of them
+                time.sleep(_WAIT_SECONDS)  # other processes are working on all of them
         return not self._failed_now
 
     def _claim(self, cell: Cell, methods: Sequence[str]) -> bool:
@@ -221,9 +221,9 @@ class Work:
         return mine
 
     def _work(self, cell: Cell) -> str:
-        """Run a cell and save its figures or why it failed; returns either in a few words."""
+        """Run a cell and save its figures or the reason of a failure; return either in a few words."""
         folder = self.folder / "runs" / cell.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)  # from an interrupted run
         folder.mkdir(parents=True)
         log = folder / "log.txt"
         arguments = [*cell.arguments(self.table), "--trainer.enable_progress_bar=false"]
@@ -257,7 +257,7 @@ class Work:
         return sum(self._left_by_row(methods).values())
 
     def _left_by_row(self, methods: Sequence[str]) -> dict[tuple[str, str], int]:
-        """Cells left by method and task, those of other seeds counted before their learning rate is known."""
+        """Return the number of cells left by method and task, including seeds whose learning rate is not known yet."""
         left = {}
         open_cells = {(c.method, c.task, c.seed, c.lr) for c in self.pending(methods)}
         for method in methods:
@@ -269,7 +269,7 @@ class Work:
         return left
 
     def _left(self, methods: Sequence[str]) -> str:
-        """How many cells are left, and how long they may take at the pace of their like."""
+        """Describe how many cells are left, and how long they may take at the pace of similar cells."""
         left = self._left_by_row(methods)
         count = sum(left.values())
         if not count:
@@ -289,7 +289,7 @@ class Work:
         return f"{words}, about {_duration(seconds)}"
 
     def results(self) -> list[dict[str, Any]]:
-        """Figures of all finished cells that the table knows, the grid's included."""
+        """Return the figures of all finished cells of the table, including the grid."""
         found = []
         for method, row in self.table.methods.items():
             for task in self.table.tasks:
@@ -299,7 +299,7 @@ class Work:
         return found
 
     def failures(self) -> list[dict[str, Any]]:
-        """Cells that failed and have not been finished since."""
+        """Return the cells that failed and have not finished since."""
         found = []
         for path in sorted((self.folder / "failed").glob("*.json")):
             failed = json.loads(path.read_text(encoding="utf-8"))
@@ -309,7 +309,7 @@ class Work:
 
 
 def choose(grid: Sequence[Cell], result: Lookup) -> Cell | None:
-    """The cell with the lowest dev loss among finished ones; the only one if there is no choice."""
+    """Return the finished cell with the lowest dev loss; the only cell if there is no choice."""
     if len(grid) == 1:
         return grid[0]
     found = [(cell, result(cell)) for cell in grid]
