@@ -107,7 +107,11 @@ def test_only_the_rate_of_an_optimizer_is_replaced():
 # ---- training --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [["--model.optimizer.lr", "auto"], ["--config=adam.yaml"]], ids=["SGD", "Adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [["--model.optimizer.lr", "auto"], pytest.param(["--config=adam.yaml"], marks=pytest.mark.slow)],
+    ids=["SGD", "Adam"],
+)
 def test_a_run_with_measured_steps_learns_and_its_config_can_be_used_again(auto, optimizer, capsys):
     Path("adam.yaml").write_text("model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: auto}}}\n")
     assert main(["fit", *auto, *optimizer, *LEARNS]) == 0
@@ -234,6 +238,7 @@ def test_a_run_that_is_resumed_with_a_given_rate_says_so(auto, capsys):
     assert summary(1)["eps"] == 1e-2
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same_and_hold_the_same_weights(auto):
     """Each measures on its share of the batch; together they measure what one process does on all of it."""
     code = (

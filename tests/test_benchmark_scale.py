@@ -28,6 +28,7 @@ def test_shapes_are_added_to_the_file_and_drawn(tmp_path, monkeypatch, capsys):
     assert tool.line_of(found[0]) == "| 0.13B | 0.10e9 | 1 of 4 | 1.50 | 3.00 | 0.50 | 2.00 | 2.50 |"
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_is_one_line(tmp_path):
     args = tool.parse_args(["--rounds", "1"])
     with pytest.raises(SlzoError, match="--shapes: a measurement failed: "):

@@ -118,7 +118,7 @@ def test_slopes_on_a_model_follow_autograd(estimator, examples):
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )
-@pytest.mark.parametrize("curvature", [0.0, 1.0])
+@pytest.mark.parametrize("curvature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_the_mean_is_the_gradient(estimator, queries, steps, curvature):
     """A quadratic loss, smoothed, has the gradient that it has unsmoothed."""
     problem = Quadratic(curvature)

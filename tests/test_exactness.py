@@ -25,11 +25,13 @@ from slzo.zo.stepper import StepOptions, Stepper
 
 EPS = 1e-3
 LAYER = 2
-FAST = ("llama", "gemma3_text")
+FAST = ("llama", "gpt2", "gemma3_text")
 OBJECTIVES = (CandidateCrossEntropy(), AnswerLikelihood())
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.fast] * (f in FAST)) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.fast if f in FAST else pytest.mark.slow) for f in FAMILIES]
+)
 def test_losses_equal_the_plain_computation(family, examples, one_token_examples):
     for rows in (one_token_examples, examples):
         direction = tune_layer(ModelParts(tiny_model(family, scale=1.5)), LAYER).draw(0, 0, 0)

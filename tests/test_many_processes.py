@@ -74,6 +74,7 @@ def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit):
     assert_close(tuned(last_checkpoint(1)), tuned(last_checkpoint(2)))
 
 
+@pytest.mark.slow
 def test_a_population_over_two_processes_is_that_of_one(fit):
     """Six members on the same rows. From the log of losses one process makes the same weights again, bit by bit."""
     population = ["--model.parallel=directions", "--model.estimator=EvolutionStrategy", "--model.num_queries=3"]

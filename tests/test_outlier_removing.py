@@ -144,6 +144,7 @@ SOURCES = {
     "code": lambda: CODE,
     "words": lambda: [f"{word} is" for word in WORDS],
 }
+QUICK = ("sst2", "cb", "10 movie reviews", "plain text")
 ANSWERS = {"smollm2-135m": 28, "gemma3-270m": 16}
 
 
@@ -164,7 +165,7 @@ def loaded():
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [pytest.param(s, marks=[pytest.mark.slow] * (s not in QUICK)) for s in SOURCES])
 @pytest.mark.parametrize("model", ["smollm2-135m", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_every_source_of_prompts_gives_the_same_layer(model, source, loaded):

@@ -20,6 +20,7 @@ from slzo.tasks.base import Example
 from slzo.tasks.registry import get_task
 
 NINE = ["sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop"]
+LONG = ("boolq", "multirc", "drop")  # their rows take seconds
 TOLERANCE = 1e-4
 
 
@@ -74,7 +75,7 @@ def assert_agree(fast, plain):
 
 @torch.no_grad()
 @pytest.mark.real_model
-@pytest.mark.parametrize("task", NINE)
+@pytest.mark.parametrize("task", [pytest.param(t, marks=[pytest.mark.slow] * (t in LONG)) for t in NINE])
 def test_real_rows_and_model(task, real_model):
     model, parts, tokenizer = real_model
     longest = {"sst2": 200, "copa": 200, "wsc": 300, "rte": 300, "cb": 300}.get(task, 500)

@@ -366,7 +366,11 @@ def test_a_run_is_selected_by_its_reward(reward_options, folder):
     assert "reward" in json.loads((folder / "found.jsonl").read_text().splitlines()[0])
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "samples": 2}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param({}, marks=pytest.mark.slow), {"temperature": 1.0, "samples": 2}],
+    ids=["greedy", "sampled"],
+)
 def test_a_resume_on_rewards_is_exact(reward_options, sampling):
     """Stopped in the second epoch: prompts' states kept before and after the stop, common random numbers, step size."""
     objective = {"functions": "mine.py:arbitrary", **sampling}

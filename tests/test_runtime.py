@@ -34,6 +34,7 @@ def test_freed_memory_is_kept_and_not_mapped_again():
     assert int(done.stdout) < 2000  # one pass of faults is about 2000, twenty would be 40000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
 def test_kernels_of_former_shapes_are_forgotten():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     ("trials", "only"),
-    [(3, ["fit"]), pytest.param(30, ["fit", "sweep", "export"], marks=pytest.mark.slow)],
+    [(2, ["fit"]), pytest.param(30, ["fit", "sweep", "export"], marks=pytest.mark.slow)],
 )
 def test_nothing_is_lost(tmp_path, trials, only):
     result = tmp_path / "outcomes.json"

@@ -265,7 +265,7 @@ def _check_finite(state: Mapping[str, Tensor], whose: str) -> None:
     if bad is not None:
         raise SlzoError(
             f"{whose} tensor {bad!r} holds values that are infinite or not a number; use an earlier checkpoint, with a lower "
-            "model.optimizer.init_args.lr"
+            "model.optimizer.lr"
         )
 
 

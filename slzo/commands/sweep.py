@@ -66,7 +66,7 @@ def sweep(
         own_seeds = [options.noise_seed] if seeds is None else seeds
         if lrs is not None or eps is not None:
             if layers is not None or seconds is not None or sensitivity_only:
-                raise SlzoError("lrs: compares rates in one layer; leave out layers, seconds and sensitivity_only")
+                raise SlzoError("lrs, eps: compare rates in one layer; leave out layers, seconds and sensitivity_only")
             _, choice = choose_layer(parts, options, rows, app.run_context())
             layer = None if choice is None else choice.layer
             plan = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))

@@ -280,7 +280,7 @@ class Stepper:
             )
         raise SlzoError(
             f"training diverged: the loss was infinite or NaN {self._nonfinite_in_row} steps in a row, the last at step "
-            f"{step + 1}; lower the learning rate (model.optimizer.init_args.lr) or model.eps, or use model.dtype bfloat16 or "
+            f"{step + 1}; lower the learning rate (model.optimizer.lr) or model.eps, or use model.dtype bfloat16 or "
             "float32"
         )
 
