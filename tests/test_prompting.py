@@ -12,6 +12,8 @@ from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.evaluation.generation import generate
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
+from slzo.prompting.prompts import read_prompts
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
 PROMPT = "It was a good film"
@@ -122,3 +124,12 @@ def test_mistakes_are_one_line(tuned, capsys):
         ("--ckpt_path=nothing", "--prompt=x"): "no such file",
     }.items():
         assert reason in error_line(capsys, "generate", *args), args
+
+
+def test_prompts_of_a_file_and_the_line_of_a_wrong_one(tmp_path):
+    page, rows = tmp_path / "page.html", tmp_path / "rows.jsonl"
+    page.write_text("<p>\n\n</p>\n")
+    assert read_prompts(str(page)) == ["<p>", "</p>"]
+    rows.write_text('{"prompt": "One"}\n\nTwo\n')
+    with pytest.raises(SlzoError, match=r"rows\.jsonl:3: not a JSON object with a text under prompt"):
+        read_prompts(str(rows))

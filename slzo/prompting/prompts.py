@@ -13,12 +13,14 @@ def read_prompts(path: str) -> list[str]:
         SlzoError: The file cannot be read, or has no prompts.
     """
     try:
-        lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8").splitlines(), 1)
     except (OSError, UnicodeDecodeError) as error:
         raise SlzoError(f"prompts {path!r}: cannot be read ({error}); give a text or JSON Lines file") from error
-    if not lines:
+    filled = [(number, line) for number, line in lines if line.strip()]
+    if not filled:
         raise SlzoError(f"prompts {path!r}: is empty; write one prompt per line")
-    return [_field(line, f"{path}:{number}") for number, line in enumerate(lines, 1)] if path.endswith("l") else lines
+    is_json = Path(path).suffix == ".jsonl"
+    return [_field(line, f"{path}:{number}") if is_json else line for number, line in filled]
 
 
 def _field(line: str, place: str) -> str:
