@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import error_line, make_tokenizer, run_dir, summary
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
@@ -351,7 +351,7 @@ def test_rows_without_a_label_do_not_train(options, data_dir, tmp_path, capsys):
 def test_models_that_cannot_be_split_are_refused(options, tmp_path, capsys):
     folder = tmp_path / "bert"
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=320, **sizes)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=320, **sizes)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     assert "is not supported" in error_line(capsys, "fit", *options, f"--model.model={folder}")
     (folder / "model.safetensors").write_bytes(b"broken")

@@ -65,16 +65,22 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from slzo.models.loading_check import check_loading
+
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+            )
         except Exception as error:  # transformers raises many kinds of errors
             reason = " ".join(str(error).split())[:200]
             raise SlzoError(
                 f"model.model {name!r}: transformers cannot read this GGUF file ({type(error).__name__}: {reason}); "
                 "use another quantization of the model, or its Hugging Face folder"
             ) from error
+        model, info = loaded
+        check_loading(name, model, info)
         # the weights are dequantized already; without these marks the model is a plain one
         model.hf_quantizer = None
         model.is_quantized = False

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
+from slzo.models.loading_check import check_loading
 from slzo.models.quantization import (
     Quantization,
     describe_quantization,
@@ -119,7 +120,7 @@ def load_model(
         device: Device of quantized weights; the CPU if left out.
 
     Raises:
-        SlzoError: If the model cannot be loaded, or is not a decoder-only language model.
+        SlzoError: If the model cannot be loaded, lacks weights, or is not a decoder-only language model.
     """
     if dtype not in get_args(DType):
         raise SlzoError(f"model.dtype {dtype!r}: choose one of {', '.join(get_args(DType))}")
@@ -129,7 +130,11 @@ def load_model(
             f"model.model {name!r}: {config.model_type} is an encoder-decoder model; slzo tunes decoder-only language "
             "models such as Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma and Phi-3"
         )
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    kwargs: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         _check_quantized(name, method_of_config(stored), quantization)
@@ -144,7 +149,11 @@ def load_model(
                 f"model.device_map: model {name!r} is quantized ({method_of_config(stored)}); leave the option out"
             )
         kwargs |= {"device_map": dict(device_map), "offload_folder": offload_folder}
-    return _load(name, auto_class(config), **kwargs).eval().requires_grad_(False)
+    if stored is None:
+        kwargs["ignore_mismatched_sizes"] = True  # reported by check_loading, which names the tensor
+    model, info = _load(name, auto_class(config), **kwargs)
+    check_loading(name, model, info)
+    return model.eval().requires_grad_(False)
 
 
 def _check_quantized(name: str, method: str, quantization: Any) -> None:

@@ -1,0 +1,114 @@
+"""A base model is tuned only if its files hold all of its weights."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers import error_line, run_dir
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from slzo.models import gguf_folder
+from slzo.models.load import load_model
+from slzo.utils.errors import SlzoError
+
+TENSOR = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(model_dir, tmp_path):
+    """A copy of the tiny model, to be damaged."""
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+def change_weights(folder, **changes):
+    """Replace tensors of the files by name; ``None`` removes one."""
+    file = folder / "model.safetensors"
+    changed = {name: value for name, value in (load_file(file) | changes).items() if value is not None}
+    save_file(changed, file, {"format": "pt"})
+
+
+def change_config(folder, **changes):
+    """Replace entries of the configuration."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+MODULES = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+LOADING = {
+    "plain": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "nf4": {"quantization": "nf4"},
+    "device map": {"device_map": {"": "cpu"}},
+    "on disk": {"device_map": dict.fromkeys(MODULES, "cpu") | {"model.layers.2": "disk"}},
+}
+
+
+@pytest.mark.parametrize("options", LOADING.values(), ids=LOADING)
+def test_a_missing_tensor_is_refused_however_it_is_loaded(folder, options, tmp_path):
+    if options.get("quantization") == "nf4":
+        pytest.importorskip("bitsandbytes")
+    options = options | ({"offload_folder": str(tmp_path)} if "device_map" in options else {})
+    load_model(str(folder), **options)
+    change_weights(folder, **{TENSOR: None})
+    with pytest.raises(SlzoError, match=rf"its files lack {re.escape(TENSOR)}; give a complete model"):
+        load_model(str(folder), **options)
+
+
+def test_a_run_on_an_incomplete_model_ends_in_one_line(folder, options, capsys):
+    change_weights(folder, **{TENSOR: None})
+    line = error_line(capsys, "fit", *options, f"--model.model={folder}", "--model.layer=1")
+    assert f"its files lack {TENSOR};" in line
+    assert not run_dir().exists()
+
+
+def test_more_layers_than_the_files_hold_are_refused(folder):
+    change_config(folder, num_hidden_layers=6, layer_types=None)
+    with pytest.raises(SlzoError, match=r"lack model\.layers\.4\.input_layernorm\.weight, .* and \d+ more tensors;"):
+        load_model(str(folder))
+
+
+def test_fewer_layers_than_the_files_hold_are_refused(folder):
+    change_config(folder, num_hidden_layers=3, layer_types=None)
+    with pytest.raises(SlzoError, match=r"decoder layers that its config\.json does not have: model\.layers\.3\."):
+        load_model(str(folder))
+
+
+def test_a_tensor_of_another_shape_is_refused(folder):
+    change_weights(folder, **{TENSOR: torch.zeros(3, 32)})
+    with pytest.raises(SlzoError, match=rf"{re.escape(repr(TENSOR))} has shape \(3, 32\) in its files and \(64, 32\)"):
+        load_model(str(folder))
+
+
+def test_weights_that_the_model_does_not_use_are_named(folder, capsys):
+    change_weights(folder, **{"vision.layers.7.weight": torch.zeros(2)})
+    load_model(str(folder))
+    assert "that the model does not use: vision.layers.7.weight" in capsys.readouterr().err
+
+
+def test_tied_weights_are_not_missing(folder, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    load_model(str(folder))
+    assert "slzo: warning" not in capsys.readouterr().err
+
+
+def test_a_gguf_file_without_a_tensor_is_refused(folder, tmp_path, monkeypatch):
+    """transformers reads it as it does other files; here it is given such files."""
+    change_weights(folder, **{TENSOR: None})
+    original = AutoModelForCausalLM.from_pretrained
+
+    def from_folder(where, gguf_file, **kwargs):
+        return original(folder, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_folder)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: None)
+    with pytest.raises(SlzoError, match="its files lack"):
+        gguf_folder.convert(tmp_path / "model.gguf", tmp_path / "converted", "model.gguf")
+    assert not (tmp_path / "converted").exists()
