@@ -90,6 +90,7 @@ def prepare(
     adapt_rows(rows, parts, options)
     if run.checkpoint is not None:
         return _continue(options, rows, run, parts, run.checkpoint, plan, tuned)
+    data = rows.fingerprint()
     if tuned is None:
         profile, choice = choose_layer(parts, options, rows, run)
         model = tune(parts, options, rows, None if choice is None else choice.layer)
@@ -104,7 +105,7 @@ def prepare(
         auto = _measure(stepper, options, rows)
         stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto)
     reason = "" if choice is None else choice.reason
-    prepared = Prepared(options, parts, model, stepper, model.layer, reason, choice, profile, plan)
+    prepared = Prepared(options, parts, model, stepper, model.layer, reason, data, choice, profile, plan)
     stepper.log, _ = open_step_log(prepared, rows, run)
     _announce(prepared)
     return prepared
@@ -193,6 +194,7 @@ def _continue(
 ) -> Prepared:
     """Prepare a run that continues a checkpoint; Lightning restores tensors and optimizer afterwards."""
     note = checkpoint.note
+    data = rows.fingerprint(note["data"])
     model = restore(parts, note, options, for_training=True) if tuned is None else tuned
     plan_prefix(model, rows)
     auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
@@ -204,7 +206,7 @@ def _continue(
         evaluations = auto.evaluations
         stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto, seed=note["noise_seed"])
     layer, reason = note["layer"], note["layer_reason"]
-    prepared = Prepared(options, parts, model, stepper, layer, reason, plan=plan, resumed=True)
+    prepared = Prepared(options, parts, model, stepper, layer, reason, data, plan=plan, resumed=True)
     stepper.load_state_dict(note)
     stepper.num_evaluations += evaluations
     stepper.log, stepper.known = open_step_log(prepared, rows, run)

@@ -15,6 +15,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.schedule import check_interval
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
 from slzo.data.batch import EvalBatch, TrainBatch
+from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, records
 from slzo.fit import prepare
@@ -397,6 +398,8 @@ class ZOModule(LightningModule):
             )
         else:
             self.tuned_model.check_base(note)
+        if trainer is not None and not in_fit and not self.rows.allow_changed_rows:
+            check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
         if in_fit and (different := changed_options(checkpoint, self.hparams)):
             warn(
                 f"these model options differ from the checkpoint's: {different}; the new values are used, but seed, "

@@ -67,6 +67,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "onednn": model.parts.onednn,
         "optimizer": options.optimizer.classes,
         "chat_template": rows.chat_template,
+        "data": prepared.data.to_dict(),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.data.fingerprint import DataFingerprint
 from slzo.evaluation.held_out import HeldOutScores
 from slzo.models.parts import ModelParts
 from slzo.profiling import ProfileOptions
@@ -53,6 +54,7 @@ class Prepared:
         stepper: Takes the steps.
         layer: The dominant layer; ``None`` for scopes that need none.
         layer_reason: Why this layer.
+        data: Fingerprint of rows and tokenizer, for checkpoints.
         choice: The choice of a rule, with its trials; ``None`` if no rule was used.
         profile: Outlier profile; ``None`` if there is none.
         plan: Memory plan; ``None`` if there is none.
@@ -65,6 +67,7 @@ class Prepared:
     stepper: Stepper
     layer: int | None
     layer_reason: str
+    data: DataFingerprint
     choice: Choice | None = None
     profile: OutlierProfile | None = None
     plan: MemoryPlan | None = None

@@ -1,7 +1,7 @@
 """The rows of a task as packed, tokenized batches for training, scoring and profiling."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
@@ -31,6 +31,7 @@ from slzo.data.chat import ChatEncoder
 from slzo.data.drawing import RowSource
 from slzo.data.encoding import Encoder
 from slzo.data.files import format_left_out, refuse
+from slzo.data.fingerprint import DataFingerprint
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.splits import Splits
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, score_rows
@@ -92,6 +93,7 @@ class TaskRows:
         reward: Rewards of generated answers, one or several: built-in ones ({REWARDS}),
             package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective,
             training maximizes their weighted sum; with one, they are only reported.
+        allow_changed_rows: Resume, and score a checkpoint, although rows or tokenizer are not those of its run.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
         seed: Seed of the random draws; by default that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.
@@ -118,6 +120,7 @@ class TaskRows:
         balanced: bool = False,
         objective: Literal["loss", "metric"] | Objective | None = None,
         reward: str | list[str | dict[str, Any]] | None = None,
+        allow_changed_rows: bool = False,
         skip_bad_rows: bool = False,
         seed: int | None = None,
         trust_remote_code: bool = False,
@@ -182,6 +185,7 @@ class TaskRows:
             raise SlzoError(
                 "data.balanced true: data.length_buckets chooses the rows of a batch by length, not by class; leave one out"
             )
+        self.allow_changed_rows = allow_changed_rows
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
         self.trust_remote_code = trust_remote_code
@@ -331,6 +335,21 @@ class TaskRows:
         if split not in self._rows:
             self._rows[split] = self._encode(split)
         return self._rows[split]
+
+    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> DataFingerprint:
+        """Return the fingerprint of the tokenizer and of all rows of a fit.
+
+        Args:
+            saved: That of a checkpoint, to be checked unless ``allow_changed_rows`` is set.
+
+        Raises:
+            SlzoError: Rows or tokenizer are not those of the checkpoint.
+        """
+        splits = {split: self.rows(split) for split in ("train", "dev", "test")}
+        own = DataFingerprint.of(self.encoder.tokenizer, splits)
+        if saved is not None and not self.allow_changed_rows:
+            own.check(saved, splits)
+        return own
 
     def _encode(self, split: str) -> list[Row]:
         assert self.splits is not None

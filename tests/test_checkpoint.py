@@ -265,7 +265,7 @@ def put_tensor(**entry):
 
 
 NOTE_FIELDS = "scope adapter tensors layer num_evaluations model layer_reason dtype trust_remote_code noise_seed"
-NOTE_FIELDS += " num_nonfinite auto_step projected_grads base optimizer onednn"
+NOTE_FIELDS += " num_nonfinite auto_step projected_grads base optimizer onednn data"
 BROKEN = [
     *(drop("slzo", name) for name in NOTE_FIELDS.split()),
     *(put((0.5,), "slzo", name) for name in NOTE_FIELDS.split()),
@@ -276,6 +276,8 @@ BROKEN = [
     put({UP: 1.0}, "state_dict"),
     put(torch.ones(1), "state_dict", UP),
     drop("slzo", "format"),
+    drop("slzo", "data", "tokenizer"),
+    *(put(rows, "slzo", "data", "rows") for rows in ([], {"train": 3}, {"train": torch.ones(2, 2)})),
     put("3", "slzo", "format"),
     put([], "slzo"),
     put(None, "slzo", "tensors", UP),

@@ -46,6 +46,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "auto_step": (dict, type(None)),
         "projected_grads": (list,),
         "base": (dict,),
+        "data": (dict,),
         "optimizer": (dict,),
         "onednn": (bool, type(None)),
     }
@@ -151,6 +152,8 @@ def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
             raise SlzoError(
                 f"{option}: its note is damaged: tensor {name!r} has no usable description; give an unchanged checkpoint of slzo"
             )
+    if not _is_data(note["data"]):
+        raise SlzoError(f"{option}: its note is damaged: data is incomplete; give an unchanged checkpoint of slzo")
     return note
 
 
@@ -267,6 +270,13 @@ def _check_finite(state: Mapping[str, Tensor], whose: str) -> None:
             f"{whose} tensor {bad!r} holds values that are infinite or not a number; use an earlier checkpoint, with a lower "
             "model.optimizer.lr"
         )
+
+
+def _is_data(entry: Mapping[str, Any]) -> bool:
+    """Whether the entries of :class:`slzo.data.fingerprint.DataFingerprint` have the right types."""
+    rows = entry.get("rows")
+    is_hashes = isinstance(rows, dict) and all(isinstance(h, Tensor) and h.dim() == 1 for h in rows.values())
+    return isinstance(entry.get("tokenizer"), str) and is_hashes
 
 
 def _is_description(entry: Any) -> bool:

@@ -1,0 +1,105 @@
+"""Fingerprint of a run's rows and tokenizer, so that a resumed run does not continue with others unnoticed."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slzo.data.batch import Row
+from slzo.utils.errors import SlzoError
+
+# vocabularies can agree where merges or normalization do not
+_PROBE = "It's 3.14 o'clock:\n\tÜber-naïve tokenizers don't agree, do they?  (yes/no) 東京 🙂"
+_RESTORE = "restore the rows and data options, or set data.allow_changed_rows to true to use these rows"
+
+
+@dataclass(frozen=True)
+class DataFingerprint:
+    """Fingerprint of the data of a run.
+
+    Attributes:
+        tokenizer: Hash of the vocabulary and of the tokens of a fixed text.
+        rows: For each split a hash of every row as it is encoded, int32, shape (rows,).
+    """
+
+    tokenizer: str
+    rows: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, splits: Mapping[str, Sequence[Row]]) -> Self:
+        """Compute the fingerprint."""
+        return cls(hash_tokenizer(tokenizer), {name: _hash_rows(rows) for name, rows in splits.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives only, for checkpoints."""
+        return {"tokenizer": self.tokenizer, "rows": dict(self.rows)}
+
+    def check(self, saved: Mapping[str, Any], splits: Mapping[str, Sequence[Row]]) -> None:
+        """Check that the rows and the tokenizer are those of a checkpoint.
+
+        Args:
+            saved: What :meth:`to_dict` returned for the checkpoint.
+            splits: The rows, for the message.
+
+        Raises:
+            SlzoError: They are others. The message names the first row that differs.
+        """
+        check_tokenizer(self.tokenizer, saved)
+        for name, own in self.rows.items():
+            before = saved["rows"].get(name, own)
+            common = min(len(own), len(before))
+            different = (own[:common] != before[:common]).nonzero()
+            if len(different):
+                number = int(different[0])
+                raise SlzoError(
+                    f"ckpt_path: row {number} of the {name} rows, {splits[name][number].example.location}, is not that of the "
+                    f"checkpoint's run; {_RESTORE}"
+                )
+            if len(own) != len(before):
+                raise SlzoError(
+                    f"ckpt_path: there are {len(own)} {name} rows, and the checkpoint's run had {len(before)}; {_RESTORE}"
+                )
+
+
+def check_tokenizer(own: str, saved: Mapping[str, Any]) -> None:
+    """Check that a tokenizer, given by its hash, is that of a checkpoint.
+
+    Raises:
+        SlzoError: It is another one.
+    """
+    if own != saved["tokenizer"]:
+        raise SlzoError(
+            "ckpt_path: the tokenizer of model.model is not that of the checkpoint's run; restore it, or set "
+            "data.allow_changed_rows to true to use this one"
+        )
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of the vocabulary and of the tokens of a fixed text, which does not depend on the library's version."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE)["input_ids"]]
+    return _digest([json.dumps(known)], 16).hex()
+
+
+def _hash_rows(rows: Sequence[Row]) -> Tensor:
+    hashes = (_digest((repr(part) for part in _parts(row)), 4) for row in rows)
+    return (
+        torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int32) if rows else torch.zeros(0, dtype=torch.int32)
+    )
+
+
+def _parts(row: Row) -> tuple[Any, ...]:
+    """What training and scoring depend on."""
+    example = row.example
+    return row.encoded.sequences, row.prompt, example.gold, example.references, example.group, dict(example.columns)
+
+
+def _digest(texts: Iterable[str], size: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=size)
+    for text in texts:
+        digest.update(text.encode())
+    return digest.digest()

@@ -1,0 +1,98 @@
+"""A resumed run, and the scoring of a checkpoint, notice rows and a tokenizer that have been changed."""
+
+import json
+import re
+import shutil
+
+import pytest
+from helpers import error_line, run_dir
+
+from slzo.__main__ import main
+from slzo.data.fingerprint import hash_tokenizer
+from slzo.models.load import load_tokenizer
+
+ALLOW = "--data.allow_changed_rows=true"
+
+
+@pytest.fixture
+def run(options, model_dir, data_dir, tmp_path):
+    """A run of two steps on its own copies of model and rows; returns its options."""
+    shutil.copytree(model_dir, tmp_path / "model")
+    shutil.copytree(data_dir, tmp_path / "rows")
+    options = [*options, f"--model.model={tmp_path / 'model'}", f"--data.data_dir={tmp_path / 'rows'}"]
+    options += ["--model.layer=1", "--trainer.max_steps=4"]
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    return options
+
+
+def edit_rows(tmp_path, split, change):
+    """Change the rows of a file in place."""
+    file = tmp_path / "rows" / "sst2" / f"{split}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+
+
+def swap_two_tokens(folder):
+    """Exchange the ids of two tokens in a tokenizer's files."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    known = content["model"]["vocab"]
+    known["a"], known["b"] = known["b"], known["a"]
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "name"),
+    [
+        ("train", lambda row: row | {"sentence": row["sentence"] + " indeed"}, "train"),
+        ("train", lambda row: row | {"label": 1 - row["label"]}, "train"),
+        ("validation", lambda row: row | {"sentence": row["sentence"] + " indeed"}, "test"),
+    ],
+    ids=["text", "label", "held-out"],
+)
+def test_changed_rows_are_refused_and_can_be_allowed(run, tmp_path, capsys, split, change, name):
+    edit_rows(tmp_path, split, change)
+    line = error_line(capsys, "fit", *run, "--ckpt_path=last")
+    assert f"row 0 of the {name} rows, example " in line
+    assert f"{split}.jsonl:" in line
+    assert line.endswith("or set data.allow_changed_rows to true to use these rows")
+    assert not run_dir(1).exists()
+    assert main(["fit", *run, "--ckpt_path=last", ALLOW]) == 0
+
+
+def test_one_changed_row_is_named(run, tmp_path, capsys):
+    edit_rows(tmp_path, "train", lambda row: row | ({"label": 1 - row["label"]} if row["idx"] % 7 == 0 else {}))
+    line = error_line(capsys, "fit", *run, "--ckpt_path=last")
+    named = re.search(r"row \d+ of the train rows, example 'train-(\d+)'", line)
+    assert int(named[1]) % 7 == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.num_train=30", "there are 30 train rows, and the checkpoint's run had 40"),
+        ("--data.max_length=12", "row 0 of the train rows"),
+        ("--data.num_demonstrations=1", "row 0 of the dev rows"),
+    ],
+)
+def test_options_that_change_rows_are_noticed(run, capsys, option, message):
+    assert message in error_line(capsys, "fit", *run, "--ckpt_path=last", option)
+    assert main(["fit", *run, "--ckpt_path=last", option, ALLOW]) == 0
+
+
+def test_another_tokenizer_is_refused_and_can_be_allowed(run, tmp_path, capsys):
+    swap_two_tokens(tmp_path / "model")
+    for command in ("fit", "test", "validate", "predict"):
+        more = run if command == "fit" else [o for o in run if "max_steps" not in o]
+        output = ["--output=found.jsonl"] if command == "predict" else []
+        line = error_line(capsys, command, *more, *output, "--ckpt_path=last")
+        assert "the tokenizer of model.model is not that of the checkpoint's run; restore it, or set" in line
+    assert main(["test", *run, "--ckpt_path=last", ALLOW]) == 0
+    assert main(["fit", *run, "--ckpt_path=last", ALLOW]) == 0
+
+
+def test_the_hash_of_a_tokenizer_does_not_depend_on_what_it_was_used_for(model_dir):
+    tokenizer = load_tokenizer(str(model_dir))
+    before = hash_tokenizer(tokenizer)
+    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=4)
+    assert hash_tokenizer(tokenizer) == before == hash_tokenizer(load_tokenizer(str(model_dir)))
