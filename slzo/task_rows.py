@@ -93,7 +93,7 @@ class TaskRows:
         reward: Rewards of generated answers, one or several: built-in ones ({REWARDS}),
             package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective,
             training maximizes their weighted sum; with one, they are only reported.
-        allow_changed_rows: Resume, and score a checkpoint, although rows or tokenizer are not those of its run.
+        allow_changed_rows: Accept a checkpoint of other rows or another tokenizer.
         skip_bad_rows: Leave out rows that cannot be used and report them; otherwise such a row ends the run.
         seed: Seed of the random draws; by default that of seed_everything.
         trust_remote_code: Run tokenizer code that comes with a Hub repository; on the command line model.trust_remote_code.

@@ -258,6 +258,10 @@ def test_epochs_can_be_resumed_and_a_finished_run_is_left_alone(options, capsys)
 def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     more = ["--seed_everything=5", "--model.optimizer.lr=7", "--model.eps=2e-3"]
+    assert "row 0 of the train rows" in error_line(
+        capsys, "fit", *options, "--ckpt_path=last", *more
+    )  # drawn by the seed
+    more.append("--data.allow_changed_rows=true")
     assert main(["fit", *options, "--ckpt_path=last", *more]) == 0
     text = capsys.readouterr().err
     for expected in ("model.optimizer.lr: 0.001 -> 7", "model.eps: 0.001 -> 0.002", "data.seed: 0 -> 5"):
