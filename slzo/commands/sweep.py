@@ -42,11 +42,11 @@ def sweep(
         layers: Layers to train, counted from 0; by default all. The sensitivity is measured in all layers.
         lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 to
             30 times of it.
-        eps: Perturbation sizes to compare, each with every rate; by default the configured one.
+        eps: Perturbation sizes to compare; by default the configured one.
         steps: Steps of each training.
-        seeds: Seeds of the trainings, one training per layer or rate for each; by default that of seed_everything.
+        seeds: Seeds of each layer or rate; by default that of seed_everything.
         directions: Largest number of random directions for the sensitivity of a layer, at least 20.
-        num_rows: Training rows that the sensitivity is measured on, the same for all layers.
+        num_rows: Training rows for the sensitivity.
         max_error: The measurement of a layer ends when its standard error is below this share of it; 0 uses all directions.
         seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The verdict and
             sweep_curves.png then cover both steps and seconds.
