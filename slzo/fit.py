@@ -95,7 +95,8 @@ def prepare(
         profile, choice = choose_layer(parts, options, rows, run)
         model = tune(parts, options, rows, None if choice is None else choice.layer)
     else:
-        profile, choice, model = None, None if tuned.layer is None else Choice(tuned.layer, "tuned before"), tuned
+        model, profile = tuned, None
+        choice = None if model.layer is None else Choice(model.layer, "tuned before")
         model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows)
     if choice is not None and choice.states is not None:

@@ -3,6 +3,8 @@
 import math
 import re
 import shlex
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from helpers import last_checkpoint, run_dir, summary
 
 from slzo.__main__ import main
 from slzo.evaluation.metrics import perplexity_by_row, row_score
+from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.report.next_command import AdviceFacts, next_command
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
+from slzo.report.summary import RunFacts, summarize
 from slzo.tasks.base import Example
 
 FACTS = AdviceFacts("run/config.yaml", "run/last.ckpt", "run/best.ckpt", ("max_steps", 100), 3, 2000, 2000)
@@ -192,3 +196,19 @@ def test_the_command_for_more_steps_goes_on(options):
     command = shlex.split(next_command(WITHIN, losses(0.6, 0.5), facts), comments=True)
     assert main(command[1:]) == 0
     assert summary(1)["steps"] == 4
+
+
+@pytest.mark.parametrize("config", [None, "run/config.yaml"])
+def test_in_python_the_hint_is_a_reason_without_a_command(config, monkeypatch):
+    before, after = (
+        SimpleNamespace(metrics={"accuracy": 0.5}, rows={}),
+        SimpleNamespace(metrics={"accuracy": 0.4}, rows={}),
+    )
+    monkeypatch.setattr("slzo.report.summary._change", lambda run, before, after: FELL)
+    monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
+    names = [field.name for field in fields(RunFacts)]
+    run = RunFacts(**dict.fromkeys(names, 1) | {"spikes": {}, "validations": [], "best": "b.ckpt", "config": config})
+    run = replace(run, metric=SelectionMetric("loss", "accuracy"), needs_layer=False)
+    reason = "the learning rate may be too large"
+    expected = f"slzo sweep --config {config} --lrs auto  # {reason}" if config else reason
+    assert summarize(run, before, after)["next"] == expected

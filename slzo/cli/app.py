@@ -131,7 +131,7 @@ class SlzoCLI(LightningCLI):
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             parser_class=AppParser,
-            parser_kwargs={"description": command.help},
+            parser_kwargs={"description": command.help, "allow_abbrev": False},
             auto_configure_optimizers=False,
             args=spelled_out(args),
             run=False,

@@ -99,6 +99,9 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     doubtful = is_doubtful(change, losses)
     layer = run.layer if run.needs_layer else None
     advice = AdviceFacts(run.config, run.last, run.best, run.limit, layer, run.num_rows, run.requested_rows)
+    suggestion = next_command(change, losses, advice) if doubtful else None
+    if suggestion is not None and run.config is None:  # a command would need the options of this run in Python
+        suggestion = suggestion.partition("# ")[2]
     return {
         "model": run.model,
         "task": run.task,
@@ -118,7 +121,7 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "score_change_standard_error": None if change is None else change.standard_error,
         "score_change_paired": None if change is None else change.paired,
         "verdict": verdict(change, losses),
-        "next": next_command(change, losses, advice) if doubtful else None,
+        "next": suggestion,
         "use": use_commands(run.best, run.config is not None),
         "scores_before": scores_before,
         "scores_after": after.metrics,
