@@ -137,7 +137,13 @@ def test_the_fingerprint_is_that_of_the_untuned_model(run):
 
 
 @pytest.mark.parametrize(
-    "scope", ["LoRA", "PrefixTuning", "ActivationSubspace", "OutlierChannels", "SmallestWeights", "AllParameters"]
+    "scope",
+    [
+        "LoRA",
+        "OutlierChannels",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("PrefixTuning", "ActivationSubspace", "SmallestWeights")),
+        pytest.param("AllParameters", marks=pytest.mark.slow),
+    ],
 )
 def test_every_scope_knows_its_base_model(options, capsys, tmp_path, model_dir, scope):
     options = [*options, f"--model.scope={scope}", "--trainer.max_steps=2"]

@@ -125,6 +125,7 @@ def test_a_fault_of_the_logger_is_one_line(options, capsys, monkeypatch):
     assert not list(Path("runs").glob("*"))
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once_get_a_version_each(options):
     command = [sys.executable, "-m", "slzo", "fit", *options, "--trainer.max_steps=2"]
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]

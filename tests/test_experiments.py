@@ -381,6 +381,7 @@ def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(opti
     assert content["settings"]["seconds"] == 0.2
 
 
+@pytest.mark.slow
 def test_a_sweep_for_a_time_and_one_for_steps_share_no_trainings(options, capsys):
     common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]", "--steps=2"]
     assert main([*common, ONLY, "--seconds=1"]) == 0  # no training, no time

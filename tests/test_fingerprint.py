@@ -72,7 +72,6 @@ def test_one_changed_row_is_named(run, tmp_path, capsys):
     [
         ("--data.num_train=30", "there are 30 train rows, and the checkpoint's run had 40"),
         ("--data.max_length=12", "row 0 of the train rows"),
-        ("--data.num_demonstrations=1", "row 0 of the dev rows"),
     ],
 )
 def test_options_that_change_rows_are_noticed(run, capsys, option, message):

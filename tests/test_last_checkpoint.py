@@ -85,7 +85,7 @@ def test_a_state_is_saved_every_so_many_minutes(options, saved, monkeypatch, min
     assert read_checkpoint(last_checkpoint()).content["global_step"] == 9
 
 
-@pytest.mark.parametrize("longer", [5, 6])
+@pytest.mark.parametrize("longer", [5, pytest.param(6, marks=pytest.mark.slow)])
 def test_the_best_checkpoint_of_the_last_validation_is_known_afterwards(options, longer, monkeypatch):
     """The schedule has none after step 3; it is the best one, for which the older file is deleted."""
     falling = count(1000, -1)

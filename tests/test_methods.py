@@ -63,7 +63,7 @@ def given(text):
 
 
 # their parts are tested on their own; what is specific to a run is covered by the others
-SLOW = ("mlp", "one-sided", "fzo", "lozo", "ranks", "forward", "eps", "sign", "lezo", "sparse", "adam")
+SLOW = ("mlp", "one-sided", "fzo", "lozo", "ranks", "forward", "eps", "sign", "lezo", "sparse", "adam", "channels")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS])

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from slzo.__main__ import main
 
 
@@ -22,6 +24,7 @@ def test_without_a_terminal_there_is_a_line_for_each_validation(options, capsys)
     assert "Step " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_in_a_terminal_the_bar_shows_the_dev_score_and_ends_before_the_summary(options):
     """The standard error is a terminal of 80 columns; the standard output too, so that the order can be seen."""
     reader, writer = pty.openpty()
