@@ -42,6 +42,8 @@ def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, m
     model = tuned_layer(ModelParts(tiny_model(), onednn=False), layer)
     z = model.tensors.draw(0, 0, 0)
     points = [Point(z, sign * 0.01, RowShare(number, shares)) for sign in (1, -1) for number in range(shares)]
+    if shares == 1:
+        points.insert(0, Point({}, 0.0))  # the masters
     expected = batch_loss(model, packed, objective).at(points)
     model.forward.cache.clear()
     seen, run = [], ModelParts.run

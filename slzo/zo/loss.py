@@ -182,14 +182,14 @@ def live_points(tuned: TunedTensors, points: Sequence[Point]) -> Iterator[Callab
     live = {name: tensor.live for name, tensor in tuned.items() if name in names}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in live.values())
     if len(points) * num_bytes > tuned.hold_bytes:
-        yield lambda number: _write(tuned, points[number])
+        yield lambda number: tuned.write(points[number].direction, points[number].scale)
         return
     original = {name: tensor.data for name, tensor in live.items()}
     copies: list[dict[str, Tensor]] = []
     for point in points[:-1]:
-        _write(tuned, point)
+        tuned.write(point.direction, point.scale)
         copies.append({name: tensor.data.clone() for name, tensor in live.items()})
-    _write(tuned, points[-1])
+    tuned.write(points[-1].direction, points[-1].scale)
     copies.append(original)
 
     def change(number: int) -> None:
@@ -200,10 +200,3 @@ def live_points(tuned: TunedTensors, points: Sequence[Point]) -> Iterator[Callab
         yield change
     finally:
         change(len(points) - 1)
-
-
-def _write(tuned: TunedTensors, point: Point) -> None:
-    if point.direction:
-        tuned.write(point.direction, point.scale)
-    else:  # an empty direction is the masters themselves, and undoes an earlier point
-        tuned.restore()

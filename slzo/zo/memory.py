@@ -139,8 +139,7 @@ class MemoryInputs:
         if not placed and self.quantization is None and self.shape.stored_method is None:
             yield "model.quantization int8", replace(self, quantization="int8").plan()
             yield "model.quantization nf4", replace(self, quantization="nf4").plan()
-        most = self.shape.num_layers - self.full_layers
-        if not placed and self.quantization is None:
+            most = self.shape.num_layers - self.full_layers
             yield 'model.device_map \'{"": "disk"}\'', replace(self, away=most).plan()
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()

@@ -101,7 +101,12 @@ class TunedTensors(nn.Module):
 
     @torch.no_grad()
     def write(self, direction: Direction, scale: float) -> None:
-        """Set the live weights to ``master + scale * direction``. Tensors that are not in the direction stay as they are."""
+        """Set the live weights to ``master + scale * direction``. Tensors that are not in the direction do not change.
+
+        An empty direction restores all masters.
+        """
+        if not direction:
+            self.restore()
         for name, tensor in self.items():
             if name in direction:
                 tensor.write(direction[name], scale)

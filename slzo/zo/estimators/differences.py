@@ -33,6 +33,7 @@ def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Esti
             break
         for z, high, low in zip(directions, highs, lows, strict=True):
             tuned.accumulate(gradient, z, (high - low) / (2 * eps) / count, (eps, -eps))
+        del directions, pairs, z  # freed before the next ones are drawn
     mean_plus, mean_minus = sum(plus) / len(plus), sum(minus) / len(minus)
     return Estimate(
         loss=(mean_plus + mean_minus) / 2,
@@ -53,7 +54,7 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
     for queries in request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
         points = [Point(z, eps) for z in directions]
-        if base is None:  # must be the first point: with an empty direction the live weights stay at the masters
+        if base is None:
             base, *highs = request.loss.at([Point({}, 0.0), *points]).tolist()
         else:
             highs = request.loss.at(points).tolist()
@@ -63,6 +64,7 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
             break
         for z, loss in zip(directions, highs, strict=True):
             tuned.accumulate(gradient, z, (loss - base) / eps / request.num_queries, (eps, 0.0))
+        del directions, points, z  # freed before the next ones are drawn
     assert base is not None
     estimate = Estimate(
         loss=base,

@@ -80,11 +80,13 @@ class EvolutionStrategy(Estimator):
         losses: list[float] = []
         held: dict[int, Direction] = {}
         for queries in request.queries_in_turn():
-            held = {query: self._draw(request, query) for query in queries}
-            points = [Point(z, sign * request.eps) for z in held.values() for sign in signs]
-            losses += request.loss.at(points).tolist()
+            held.clear()  # freed before the next ones are drawn
+            held.update((query, self._draw(request, query)) for query in queries)
+            losses += request.loss.at([Point(z, sign * request.eps) for z in held.values() for sign in signs]).tolist()
             if not all(map(math.isfinite, losses)):
                 break
+        if len(held) < request.num_queries:
+            held.clear()
         slopes = self._slopes(losses, request.eps)
         gradient: dict[str, Tensor] = {}
         if all(map(math.isfinite, losses)):
@@ -92,6 +94,7 @@ class EvolutionStrategy(Estimator):
             for query, weight in enumerate(self._weights(losses, slopes)):
                 z = held.pop(query) if query in held else self._draw(request, query)
                 request.tuned.accumulate(gradient, z, weight, ends)
+                del z
         mean = sum(losses) / len(losses)
         plus, minus = (losses[:: len(signs)], losses[len(signs) - 1 :: len(signs)])
         return Estimate(

@@ -32,6 +32,7 @@ class ForwardGradient(Estimator):
                 gradient = {}
                 break
             request.tuned.accumulate(gradient, direction, slope / request.num_queries)
+            del direction  # freed before the next one is drawn
         mean = sum(losses) / len(losses)
         return Estimate(mean, mean, mean, tuple(slopes), len(losses), gradient)
 
