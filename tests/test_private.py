@@ -104,8 +104,8 @@ def modules(node):
 
 
 def named_attribute(node):
-    """The attribute that ``getattr`` or ``setattr`` is given as a text."""
-    is_call = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr")
+    """The attribute that ``getattr``, ``setattr`` or ``hasattr`` is given as a text."""
+    is_call = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr")
     return str(node.args[1].value) if is_call and isinstance(node.args[1], ast.Constant) else ""
 
 
@@ -141,6 +141,7 @@ def test_no_private_name_outside_of_its_folder():
         "import lightning\ntrainer._x = 1\nprint(trainer._x)",
         "import lightning\nclass A(lightning.LightningModule):\n    def f(self):\n        return self._trainer",
         "import jsonargparse\ngetattr(parser, '_x')",
+        "import torch\nhasattr(torch.ops, '_x')",
         "from torch import nn\nnn._x",
         "import transformers\nmodel._x()",
     ],

@@ -21,7 +21,7 @@ class Movable:
     """A dataclass whose tensor fields can be moved to a device."""
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """Return a copy on another device. By default only copies to the CPU block, because the values are read at once there."""
+        """Return a copy on another device. By default only copies to the CPU are blocking, because they are read at once."""
         if non_blocking is None:
             non_blocking = torch.device(device).type != "cpu"
 

@@ -10,7 +10,7 @@ from slzo.batches.packing import PackedBatch
 
 
 class LossSum(NamedTuple):
-    """A total loss and the weight to divide it by, both 0-dimensional float32. So batches and processes can be added up."""
+    """A total loss and the weight to divide it by, both 0-dimensional float32. Sums of batches or processes can be added."""
 
     total: Tensor
     weight: Tensor
@@ -53,7 +53,7 @@ def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
     return LossSum(-(tokens * mask).sum(), mask.sum())
 
 
-def all_reduce_sum(sums: Sequence[LossSum]) -> LossSum:
+def sum_losses(sums: Sequence[LossSum]) -> LossSum:
     """Return the sum of one or more loss sums."""
     return LossSum(*(torch.stack(parts).sum() for parts in zip(*sums, strict=True)))
 

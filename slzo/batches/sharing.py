@@ -21,7 +21,7 @@ def share_beginnings(batch: PackedBatch) -> PackedBatch:
 
 
 def merge_common_prefixes(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
-    """:func:`share_beginnings` of a batch on the CPU, and the position of each token in that batch, shape (tokens,), int64."""
+    """Return :func:`share_beginnings` of a batch on the CPU and each token's position in that batch, shape (tokens,), int64."""
     ids = batch.input_ids.tolist()
     merged = [-1] * len(ids)
     kept: list[int] = []

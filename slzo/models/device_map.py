@@ -190,11 +190,11 @@ class DeviceMapChoice:
             )
         return name
 
-    def _check_names(self, named: Mapping[str, str], skeleton: nn.Module, path: str, main: str) -> None:
+    def _check_names(self, named: Mapping[str, str], skeleton: PreTrainedModel, path: str, main: str) -> None:
         known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
         for name, place in named.items():
             if name not in known:
-                last = len(skeleton.get_submodule(path)) - 1  # type: ignore[arg-type]
+                last = len(find_decoder_layers(skeleton)[1]) - 1
                 raise SlzoError(
                     f"model.device_map {name!r}: the model has no such module; its decoder layers are {path}.0 to {path}.{last}"
                 )

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slzo.utils.assets import build_once, cache_dir, progress
+from slzo.utils.assets import build_once, cache_dir
+from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:

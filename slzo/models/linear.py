@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slzo.models.quantization import is_plain
-from slzo.private.modules import copy_modules, onednn_linear
+from slzo.private.modules import copy_modules, has_onednn_linear, onednn_linear
 
 # Rows of the timed product, about as many as the tokens of a small batch.
 _TRIAL_ROWS = 128
@@ -57,7 +57,7 @@ def onednn_is_faster(module: nn.Module) -> bool:
     Returns ``False`` unless the module is in float32 on a CPU: elsewhere torch already uses the fastest kernel.
     """
     linears = [child for child in module.modules() if _is_plain_linear(child)]
-    if not linears or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not linears or not has_onednn_linear():
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
     if largest.weight.is_meta:  # the values are on disk; any others have the same timing
@@ -65,11 +65,11 @@ def onednn_is_faster(module: nn.Module) -> bool:
     if largest.weight.dtype != torch.float32 or largest.weight.device.type != "cpu":
         return False
     inputs = torch.ones(_TRIAL_ROWS, largest.in_features)
-    onednn_linear = OneDNNLinear(largest)
+    fast = OneDNNLinear(largest)
     try:
         onednn, plain = [], []
         for _ in range(8):
-            onednn.append(timeit(lambda: onednn_linear(inputs), number=1))
+            onednn.append(timeit(lambda: fast(inputs), number=1))
             plain.append(timeit(lambda: F.linear(inputs, largest.weight, largest.bias), number=1))
     except RuntimeError:  # a build of torch without the kernel
         return False

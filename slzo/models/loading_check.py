@@ -1,4 +1,4 @@
-"""Check that a model's files held all of its weights; transformers only warns, and draws random ones for the rest."""
+"""Check that a model's files held all of its weights; transformers only warns, and initializes missing weights at random."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,7 +14,7 @@ _NAMED = 3
 
 
 def check_loading(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which some weights are not those of its files, and warn if the files hold more than it uses.
+    """Check that all weights of a model come from its files, and warn about weights in the files that it does not use.
 
     Weights that are tied to others, and those that a model's class declares optional, are not reported by transformers.
 
@@ -34,7 +34,7 @@ def check_loading(name: str, model: PreTrainedModel, info: Mapping[str, Any]) ->
         tensor, stored, expected = sorted(mismatched)[0]
         raise SlzoError(
             f"model.model {name!r}: tensor {tensor!r} has shape {tuple(stored)} in its files and {tuple(expected)} by its "
-            f"config.json ({len(mismatched)} such in all); give a model whose config.json fits its files"
+            f"config.json ({len(mismatched)} such tensors); give a model whose config.json fits its files"
         )
     unexpected = info["unexpected_keys"]
     if not unexpected:
@@ -53,7 +53,7 @@ def _list(names: Collection[str]) -> str:
 
 
 def _beyond_the_last_layer(model: PreTrainedModel, names: Collection[str]) -> list[str]:
-    """The tensors of decoder layers with numbers that the model does not have; files may leave out the first parts of names."""
+    """Return the tensors of decoder layers that the model does not have; files may leave out the first parts of names."""
     path, layers = find_decoder_layers(model)
     parts = path.split(".")
     prefixes = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))

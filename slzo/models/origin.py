@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel, builtin_model_path
+from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import HUB_ID, resolve_model
 from slzo.utils.assets import sha256_of
@@ -81,18 +81,15 @@ def origin_of(model: str, given: str | None = None) -> Origin:
     name: str | None
     licence: KnownLicence | None = None
     gguf: tuple[str, str] | None = None
-    path = Path(model).expanduser()
+    path, folder = Path(model).expanduser(), Path(resolve_model(model))
     if model in BUILTIN_MODELS:
         builtin = BUILTIN_MODELS[model]
-        folder = builtin_model_path(model)
         name, licence = hub_id(builtin), _licence_of_builtin(builtin)
         gguf = (builtin.gguf_name, builtin.sha256)
     elif path.suffix == ".gguf":
-        folder = Path(resolve_model(model))
         name, licence = _name_and_licence_of_gguf(path)
         gguf = (path.name, sha256_of(path))
     else:
-        folder = Path(resolve_model(model))
         name = _name_of_folder(folder) if folder.is_dir() else model
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     documents = tuple(file for file in files if file.is_file() and _DOCUMENTS.fullmatch(file.name))

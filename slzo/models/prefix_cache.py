@@ -27,7 +27,8 @@ class PrefixCache:
         budget_gb: Size limit in GiB; 0 disables the cache.
         dtype: Type of the stored states; ``None`` keeps their own. A smaller type saves space and rounds the values.
         directory: Folder for an unnamed memory-mapped file, which replaces memory. It disappears with the process.
-        beside: Another cache with the same budget, which is served first.
+        primary: Cache that shares this one's budget and has priority. This cache uses only what it leaves; ``None`` for the
+            whole budget.
 
     Raises:
         SlzoError: If the folder cannot be written.
@@ -39,7 +40,7 @@ class PrefixCache:
         budget_gb: float,
         dtype: torch.dtype | None = None,
         directory: str | None = None,
-        beside: "PrefixCache | None" = None,
+        primary: "PrefixCache | None" = None,
     ) -> None:
         self.start = start
         self.budget = int(budget_gb * 2**30)
@@ -47,12 +48,12 @@ class PrefixCache:
         self.directory = directory
         if directory is not None:
             check_cache_folder(directory)
-        self.beside = beside
+        self.primary = primary
         self.num_bytes = 0
-        self._planned = 0
         self._full = False
         self._states: dict[int, Tensor] = {}
         self._plan: dict[int, Block] | None = None
+        self._planned = 0
         self._block: Tensor | None = None
         self._used = 0
         self._copy_stream = CopyStream()
@@ -85,8 +86,8 @@ class PrefixCache:
 
     @property
     def _limit(self) -> int:
-        """Bytes of the budget that the other cache leaves to this one."""
-        return self.budget - (0 if self.beside is None else max(self.beside.num_bytes, self.beside._planned))
+        """Bytes of the budget that ``primary`` leaves to this cache."""
+        return self.budget - (0 if self.primary is None else max(self.primary.num_bytes, self.primary._planned))
 
     def get_or_compute(
         self,

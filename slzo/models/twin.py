@@ -126,7 +126,7 @@ def tiny_twin(model: PreTrainedModel) -> PreTrainedModel:
         enlarge(twin)
     if attention != attention_of(twin):
         twin.set_attn_implementation(attention)
-    twin.to(model.device)  # type: ignore[arg-type]  # transformers wraps it without its own type
+    twin.to(model.device)  # type: ignore[arg-type]
     return twin.eval().requires_grad_(False)
 
 

@@ -44,6 +44,11 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
+def has_onednn_linear() -> bool:
+    """Return whether this build of torch has what :func:`onednn_linear` calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def nested_schedulers(scheduler: Any) -> list[Any]:
     """Return a learning-rate scheduler and those that it combines, such as ``SequentialLR`` and ``ChainedScheduler`` do."""
     return [scheduler, *(one for inner in getattr(scheduler, "_schedulers", ()) for one in nested_schedulers(inner))]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -135,7 +136,7 @@ class SuffixForward:
         shares, pieces = points[0].rows.of, batch.cut(max_tokens)
         if len(pieces) > 1 and shares == 1:
             with_states = zip(pieces, _split(hidden, pieces), strict=True)
-            return sum(self.losses(p, h, tuned, points, objective, max_tokens) for p, h in with_states)  # type: ignore[return-value]
+            return reduce(torch.add, (self.losses(p, h, tuned, points, objective, max_tokens) for p, h in with_states))
         divided = batch.divide(shares)
         inputs = _split(hidden, divided)
         if len(pieces) > 1:
@@ -143,7 +144,7 @@ class SuffixForward:
             for point in points:
                 rows, states = divided[point.rows.number], inputs[point.rows.number]
                 if rows is None:
-                    found.append(stack([no_loss(tuned.masters[0].device)]))
+                    found.append(stack([no_loss(batch.input_ids.device)]))
                     continue
                 alone = point._replace(rows=RowShare())
                 found.append(self.losses(rows, states, tuned, [alone], objective, max_tokens))

@@ -41,10 +41,10 @@ def take_step(
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
         estimate = estimator.estimate(request)
-        if auto is not None and estimate.finite:
-            estimate.scale_gradient(auto.clip_factor(estimate))
-            auto.update(estimate)
         if auto is not None:
+            if estimate.finite:
+                estimate.scale_gradient(auto.clip_factor(estimate))
+                auto.update(estimate)
             auto.set_rate(optimizer, estimator)
         if clip_factor is not None and estimate.finite:
             estimate.scale_gradient(clip_factor(estimate))

@@ -85,7 +85,7 @@ class TunedModel:
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, self._offloads or engine.paired)
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.forward.decodes_together:
-            prompt_cache = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, beside=cache)
+            prompt_cache = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, primary=cache)
             self.prompt_states = PromptStates(parts, prompt_cache)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Base class of adapters, the modules that a scope adds to a model."""
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from slzo.utils.errors import SlzoError
 ADAPTER_NAME = "slzo"
 
 
+@dataclass(frozen=True)
 class Adapter(ABC):
     """Settings of extra modules: a dataclass of primitives and tuples of primitives, so that a checkpoint can store it.
 
@@ -48,7 +49,7 @@ class Adapter(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return kind and settings."""
-        settings = asdict(self)  # type: ignore[call-overload]
+        settings = asdict(self)
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
 

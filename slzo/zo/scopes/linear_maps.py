@@ -84,7 +84,7 @@ class Linear:
 
     name: str
     path: str
-    module: nn.Module
+    module: nn.Linear | Conv1D
     part: str
 
     @property
@@ -99,7 +99,7 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+        return self.module.weight
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -157,7 +157,7 @@ def linears(parts: ModelParts, layer: int) -> list[Linear]:
     return [
         Linear(f"{parts.layers_path}.{layer}.{name}.weight", name, child, part_of(module, f"{name}.weight"))
         for name, child in module.named_modules()
-        if type(child) in (nn.Linear, Conv1D)
+        if (type(child) is nn.Linear or type(child) is Conv1D)
         and not name.startswith(experts)
         and not is_router(module, f"{name}.weight")
     ]

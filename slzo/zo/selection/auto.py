@@ -36,7 +36,6 @@ class Auto(SelectionRule):
         self.promise = promise
 
     def select(self, context: SelectionContext) -> Choice:
-        """See the class."""
         choice = OutlierRemovingLayer().select(context)
         race = self._race(context, choice)
         doubt = "" if race is None else self._doubt(context, choice)

@@ -18,7 +18,7 @@ class OutlierRemovingLayer(SelectionRule):
     """
 
     def select(self, context: SelectionContext) -> Choice:
-        """See the class. The margin is the smallest distance from the fall of another layer."""
+        """See :class:`SelectionRule`. The margin is the smallest distance from the fall of another layer."""
         layers = context.layers
         falls = [below.max_abs - layer.max_abs for below, layer in pairwise(layers)]
         if not falls or max(falls) <= 0:
