@@ -32,7 +32,7 @@ from slzo.report.profile_files import format_profile
 from slzo.report.run_files import SAMPLES_FILE, SUMMARY_FILE
 from slzo.report.summary import RunFacts, format_summary, gold_texts, sample_row, summarize
 from slzo.resume import open_step_log, restore
-from slzo.run import Outcome, Prepared, RunContext
+from slzo.run import FitOutcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.training import (
     adapt_rows,
@@ -261,7 +261,7 @@ def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, A
     return dict(gather_from_processes(found))
 
 
-def finish(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | None) -> dict[str, Any]:
+def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> dict[str, Any]:
     """Do everything after the last step: score the best checkpoint, print the summary, write the run's files.
 
     Afterwards the model has its last weights again.
@@ -310,7 +310,7 @@ def best_weights(model: TunedModel, path: str) -> Iterator[bool]:
         model.tensors.load(last)
 
 
-def _facts(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | None) -> RunFacts:
+def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> RunFacts:
     """Collect the facts for the summary and its advice."""
     options, model, metric = prepared.options, prepared.model, rows.selection_metric
     config = None if folder is None else folder / "config.yaml"
@@ -323,7 +323,6 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: Outcome, folder: Path | 
         layer_reason=prepared.layer_reason,
         num_layers=model.parts.num_layers,
         scope=options.scope.describe(),
-        needs_layer=options.scope.needs_layer,
         estimator=options.estimator.describe(),
         optimizer=options.optimizer.name,
         lr=options.optimizer.settings["lr"],

@@ -1,4 +1,4 @@
-"""Loggers with one folder per run, and the folder of a run around a command."""
+"""Loggers with one folder per run, and the folder of a run for a command."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.utils.console import is_first_process
@@ -18,7 +18,21 @@ RUNS = "runs"
 """Folder above the runs."""
 
 
-class RunLogger(TensorBoardLogger):
+class _OwnFolder(Logger):
+    """A logger that makes its folder when it takes a version, so that no other run gets the same one."""
+
+    _given = False
+    _taken: int | str | None = None
+
+    @property
+    def version(self) -> int | str:
+        """The version; its folder exists."""
+        if self._taken is None:
+            self._taken = _take(self.root_dir, super().version, self._given)  # type: ignore[safe-super, arg-type]
+        return self._taken
+
+
+class RunLogger(_OwnFolder, TensorBoardLogger):
     """Lightning's TensorBoardLogger; it makes its folder when it takes a version, so that no other run gets the same one.
 
     Args:
@@ -31,34 +45,17 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, save_dir: str = RUNS, name: str = "", version: int | str | None = None, **options: Any) -> None:
         super().__init__(save_dir, name, version, **{"default_hp_metric": False, **options})
         self._given = version is not None
-        self._taken: int | str | None = None
-
-    @property
-    def version(self) -> int | str:
-        """The version; its folder exists."""
-        if self._taken is None:
-            self._taken = _take(self.root_dir, super().version, self._given)
-        return self._taken
 
 
-class FolderLogger(CSVLogger):
+class FolderLogger(_OwnFolder, CSVLogger):
     """Provides the folder of a run for its config, profile, summary and checkpoints; logs nothing.
 
     Args:
         save_dir: Folder above the runs.
-        name: Folder between ``save_dir`` and the run's folder; empty for none.
     """
 
-    def __init__(self, save_dir: str, name: str = "") -> None:
-        super().__init__(save_dir, name)
-        self._taken: int | str | None = None
-
-    @property
-    def version(self) -> int | str:
-        """The version; its folder exists."""
-        if self._taken is None:
-            self._taken = _take(self.root_dir, super().version, False)
-        return self._taken
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, "")
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
@@ -75,7 +72,7 @@ class FolderLogger(CSVLogger):
 
 @contextmanager
 def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
-    """Make the folder of a run around a command, and remove it if the command was refused or left it empty.
+    """Make the folder of a run for a command, and remove it if the command was refused or left it empty.
 
     Args:
         trainer: Its loggers name the folder.
@@ -120,7 +117,7 @@ def _folder_of(logger: object) -> Path | None:
     """Return the folder that a logger takes for this run; ``None`` if it takes none, or another process takes it."""
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
         return None
-    if not isinstance(logger, RunLogger | FolderLogger):  # Lightning's own loggers make theirs later
+    if not isinstance(logger, _OwnFolder):  # Lightning's own loggers make theirs later
         _take(logger.root_dir, logger.version, given=True)
     folder = Path(logger.log_dir)
     for run in folder.parent.glob("version_*"):

@@ -1,18 +1,16 @@
 """The LightningModule: Lightning's hooks around :mod:`slzo.fit` and :class:`slzo.zo.stepper.Stepper`."""
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from slzo.callbacks.outlier_profiler import OutlierProfiler
-from slzo.callbacks.schedule import check_interval
+from slzo.callbacks.run_context import run_context
+from slzo.callbacks.schedule import check_interval, folder_of
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
@@ -24,8 +22,8 @@ from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization, describe_quantization
 from slzo.resume import make_note, restore
-from slzo.run import Prepared, RunContext
-from slzo.training import adapt_rows, load_parts
+from slzo.run import Prepared
+from slzo.training import adapt_rows, load_parts, make_evaluator
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError
@@ -173,36 +171,14 @@ class ZOModule(LightningModule):
 
     def _prepare(self, checkpoint: Checkpoint | None) -> Prepared:
         """Do everything before the first step; a model that is already tuned is tuned further."""
-        return prepare(self.options, self.rows, self._run(checkpoint), self._untuned, self.tuned_model)
-
-    def _run(self, checkpoint: Checkpoint | None) -> RunContext:
-        """Return where and how long the trainer trains."""
-        trainer, log_dir = self.trainer, self.trainer.log_dir  # a collective call: every process must make it
-        profiler = next((each for each in trainer.callbacks if isinstance(each, OutlierProfiler)), None)  # type: ignore[attr-defined]
-        quick = bool(getattr(trainer, "fast_dev_run", False))
-        saves = not quick and bool(trainer.checkpoint_callbacks)
-        return RunContext(
-            device=trainer.strategy.root_device,
-            max_steps=trainer.max_steps,
-            planned_steps=self.planned_steps(trainer, self.rows),
-            folder=Path(log_dir) if log_dir is not None and saves else None,
+        folder = folder_of(self.trainer)  # a collective call: every process must make it
+        run = run_context(
+            self.trainer,
+            self.rows,
+            folder=folder if self.trainer.checkpoint_callbacks else None,
             checkpoint=checkpoint,
-            profiler=None if profiler is None else profiler.options,
-            quick=quick,
         )
-
-    @staticmethod
-    def planned_steps(trainer: Trainer, rows: TaskDataModule) -> int:
-        """Return the expected number of training steps; the steps of one epoch if no limit is set."""
-        limit = trainer.limit_train_batches
-        batches = math.ceil(len(rows.rows("train")) / rows.batch_size)
-        if limit is not None:
-            batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
-        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if epochs is not None or not limits:
-            limits.append(batches * (epochs or 1))
-        return min(limits)
+        return prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
 
     def _load(self) -> None:
         """Load the model; calling it again changes nothing."""
@@ -311,9 +287,7 @@ class ZOModule(LightningModule):
     def evaluator(self) -> Evaluator:
         """Scores rows with the live weights."""
         tuned = self.tuned_model
-        if tuned is None:
-            return self.rows.evaluator(self.parts)
-        return self.rows.evaluator(self.parts, tuned.logits, tuned.prompt_states)
+        return self.rows.evaluator(self.parts) if tuned is None else make_evaluator(self.rows, tuned)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores."""

@@ -75,7 +75,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FitOutcome:
     """Results of a training after its last step.
 
     Attributes:

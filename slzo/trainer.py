@@ -45,7 +45,7 @@ class ZOTrainer(Trainer):
     adds the missing callbacks of :mod:`slzo.callbacks.defaults`. Runs are written to ``runs/``, or below ``default_root_dir``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         for name, value in TRAINER_DEFAULTS.items():
             kwargs.setdefault(name, value)
         check_options(kwargs)
@@ -68,7 +68,7 @@ class ZOTrainer(Trainer):
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(**kwargs)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -98,7 +98,7 @@ class ZOTrainer(Trainer):
             check_callbacks(self.callbacks, datamodule.metric_names("val"))
         checkpoint = self._find(ckpt_path)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        checkpoint = None  # frees its tensors
+        checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
             say(
                 f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); raise "
@@ -216,13 +216,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     strategy = options.get("strategy")
     if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
         raise SlzoError(f"trainer.strategy {strategy!r}: it copies this process, which slzo does not support; use ddp")
-    for name in ("check_val_every_n_epoch", "log_every_n_steps"):
+    for name, least in (("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):
         value = options.get(name)
-        if isinstance(value, int) and value < (name == "check_val_every_n_epoch"):
-            raise SlzoError(f"trainer.{name} {value}: must be at least {int(name == 'check_val_every_n_epoch')}")
-    for name, unlimited in (("max_steps", -1), ("max_epochs", -1), ("limit_train_batches", None)):
+        if isinstance(value, int) and value < least:
+            raise SlzoError(f"trainer.{name} {value}: must be at least {least}")
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
         value = options.get(name)
-        if value is not None and value != unlimited and not isinstance(value, bool) and value == 0:
+        if value == 0 and value is not False:
             raise SlzoError(f"trainer.{name} 0: nothing would be trained; give more, or use `slzo test` to score only")
     devices = options.get("devices")
     most = max(_MAX_LAUNCHED, os.cpu_count() or 1, torch.cuda.device_count())
@@ -236,10 +236,10 @@ def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> No
     Raises:
         SlzoError: There is no such metric, or a file cannot be named.
     """
+    own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
     for callback in callbacks:
         option = "checkpoint" if isinstance(callback, BestCheckpoint) else type(callback).__name__
         monitor = getattr(callback, "monitor", None)
-        own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
         # other callbacks may log metrics of their own, and training steps log many
         if (
             own

@@ -82,6 +82,22 @@ def test_a_bare_name_in_a_file_takes_a_rate_from_the_command_line(auto, capsys):
     assert printed["optimizer"]["init_args"]["lr"] == 1e-3
 
 
+def test_a_file_that_a_config_names_may_have_the_rate(auto, capsys):
+    """Its path, and those of the other files, are relative to the config's folder."""
+    Path("own").mkdir()
+    Path("own/all.yaml").write_text("model: model.yaml\ndata: data.yaml\n")
+    Path("own/model.yaml").write_text("scope: scope.yaml\noptimizer: sgd.yaml\n")
+    Path("own/sgd.yaml").write_text("class_path: SGD\ninit_args: {lr: auto}\n")
+    Path("own/scope.yaml").write_text("class_path: LoRA\ninit_args: {rank: 3}\n")
+    Path("own/data.yaml").write_text("batch_size: 3\n")
+    for args in (["--config=own/all.yaml"], ["--model=own/model.yaml"], ["--model.optimizer", "own/sgd.yaml"]):
+        printed = printed_model(capsys, *args)
+        assert printed["optimizer"]["class_path"] == "torch.optim.SGD"
+        assert printed["optimizer"]["init_args"]["lr"] == "auto"
+        if "optimizer" not in args[0]:
+            assert printed["scope"]["init_args"]["rank"] == 3
+
+
 def test_a_long_config_as_text_is_no_file_name():
     text = json.dumps({"model": {"model": "x" * 300, "optimizer": {"class_path": "SGD", "init_args": {"lr": "auto"}}}})
     for args in ([f"--config={text}"], ["--config", text], ["-c", text]):

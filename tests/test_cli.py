@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, make_tokenizer, run_dir, summary, tiny_model, tuned
+from helpers import error_line, last_checkpoint, run_dir, summary, tiny_model, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +25,7 @@ from slzo.models import parts as parts_of_models
 from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
+from tiny import make_tokenizer
 
 
 def same_weights(one, other):

@@ -22,6 +22,7 @@ def test_every_command_has_help(command, capsys):
     assert text.startswith(f"usage: slzo {command}")
     assert len(text.splitlines()) < 200
     assert ("--model.eps " in text) == (COMMANDS[command].has_app and not COMMANDS[command].own_help)
+    assert ("Lightning" in text) == ("--model.scope.help" in text) == COMMANDS[command].has_app
 
 
 def test_slzo_comes_first_and_lightning_on_request(capsys):

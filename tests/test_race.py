@@ -9,9 +9,11 @@ import pytest
 from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statistics, run_dir, summary
 
 from slzo.__main__ import main
+from slzo.callbacks.run_context import planned_steps
 from slzo.models.prefix_cache import PrefixCache
-from slzo.module import ZOModule
+from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
+from slzo.zo.processes import ALONE, Processes
 from slzo.zo.selection import Race
 from slzo.zo.selection.race import plan_race
 from slzo.zo.trial import Score, StepCost, Trial
@@ -219,6 +221,13 @@ def test_a_scope_without_a_layer_has_no_race(options, capsys):
     assert "has no dominant layer" in error_line(capsys, "profile", *options, *RACE, "--model.scope=AllParameters")
 
 
+def planned_rows(processes=ALONE):
+    """200 training rows, 16 per batch."""
+    rows = type("Rows", (TaskRows,), {"processes": processes})(batch_size=16)
+    rows._rows["train"] = range(200)
+    return rows
+
+
 @pytest.mark.parametrize(
     ("limits", "steps"),
     [
@@ -231,6 +240,14 @@ def test_a_scope_without_a_layer_has_no_race(options, capsys):
     ],
 )
 def test_the_training_is_as_long_as_its_first_limit(limits, steps):
-    rows = SimpleNamespace(rows=lambda split: range(200), batch_size=16)
     trainer = SimpleNamespace(**{"max_steps": -1, "max_epochs": -1, "limit_train_batches": 1.0} | limits)
-    assert ZOModule.planned_steps(trainer, rows) == steps
+    assert planned_steps(trainer, planned_rows()) == steps
+
+
+@pytest.mark.parametrize(
+    ("processes", "steps"),
+    [(Processes(2), 7), (Processes(3), 5), (Processes(8, parallel="directions"), 13)],
+)
+def test_an_epoch_of_several_processes_is_shorter(processes, steps):
+    trainer = SimpleNamespace(max_steps=-1, max_epochs=1, limit_train_batches=1.0)
+    assert planned_steps(trainer, planned_rows(processes)) == steps

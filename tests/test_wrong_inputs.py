@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import error_line, make_tokenizer, run_dir, summary
+from helpers import error_line, run_dir, summary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
 from slzo.zo import stepper
+from tiny import make_tokenizer
 
 TEMPLATE = (
     "--data.task=slzo.tasks.template.TemplateTask --data.task.train_file=rows.jsonl --data.task.test_file=rows.jsonl "
@@ -221,6 +222,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --ckpt_path=noise.csv | ckpt_path 'noise.csv': not a readable checkpoint
 --config=nope.yaml | --config 'nope.yaml': no such file
 --config=unknown.yaml | model.layr: unknown option; did you mean model.layer?
+--config= | --config: is empty; give a YAML file
 --config=. | --config '.': is a folder; give a YAML file
 --config=noise.csv | --config 'noise.csv': not UTF-8 text
 --config=empty.yaml | --config 'empty.yaml': holds no options

@@ -1,6 +1,7 @@
 """Keeps the best state of a run, and the newest one in ``checkpoints/last.ckpt``."""
 
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from slzo.callbacks.schedule import is_last_step, validation_due
+from slzo.callbacks.schedule import folder_of, is_last_step, validation_due
 from slzo.callbacks.stop_signals import StopSignals, pass_on
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -81,7 +82,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle signals. The first step is saved, so that a resume after a crash can use the log of losses."""
         if trainer.received_sigterm:  # the signal came before this handler was installed
-            raise Interrupted(15)
+            raise Interrupted(signal.SIGTERM)
         self._saved_step = self._final_step = -1
         self._saved_at, self._saved, self._stop = -math.inf, None, 0
         self._signals.install()
@@ -195,9 +196,9 @@ class LastCheckpoint(Checkpoint):
 
 
 def _folder(trainer: Trainer) -> Path | None:
-    """Folder of the checkpoints; ``None`` if nothing is written."""
-    log_dir = trainer.log_dir  # a collective call: every process must make it
-    return None if log_dir is None or getattr(trainer, "fast_dev_run", False) else Path(log_dir) / "checkpoints"
+    """Return the folder of the checkpoints; ``None`` if nothing is written. A collective call."""
+    folder = folder_of(trainer)
+    return None if folder is None else folder / "checkpoints"
 
 
 def _final(folder: Path) -> Path:

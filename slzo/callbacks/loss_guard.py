@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from slzo.callbacks.schedule import validation_due
+from slzo.callbacks.schedule import is_quick, validation_due
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -41,7 +41,7 @@ class LossGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the dev rows before training; their prefix states are needed later anyway."""
-        if self.factor is None or not isinstance(pl_module, ZOModule) or getattr(trainer, "fast_dev_run", False):
+        if self.factor is None or not isinstance(pl_module, ZOModule) or is_quick(trainer):
             return
         assert pl_module.prepared is not None
         if not pl_module.prepared.resumed:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from slzo.callbacks.schedule import folder_of
 from slzo.profiling import ProfileOptions
 from slzo.report.profile_files import PICTURE, write_profile
 from slzo.run import Prepared
@@ -44,16 +45,14 @@ class OutlierProfiler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the profile; a resumed run has it from its checkpoint."""
-        prepared = getattr(pl_module, "prepared", None)
-        log_dir = trainer.log_dir  # a collective call: every process must make it
-        if not isinstance(prepared, Prepared) or getattr(trainer, "fast_dev_run", False):
+        prepared, folder = getattr(pl_module, "prepared", None), folder_of(trainer)
+        if not isinstance(prepared, Prepared):
             return
         if not prepared.resumed:
             self.profile = prepared.profile
-        if self.profile is None or log_dir is None or not trainer.is_global_zero:
+        if self.profile is None or folder is None or not trainer.is_global_zero:
             return
         rows = trainer.datamodule  # type: ignore[attr-defined]
-        folder = Path(log_dir)
         write_profile(folder, self.profile, prepared.choice, prepared.options.model, rows.task.name)
         log_picture(trainer, PICTURE, folder / f"{PICTURE}.png")
 
@@ -63,8 +62,8 @@ class OutlierProfiler(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the profile from a checkpoint."""
-        if state_dict["profile"] is not None:
-            self.profile = OutlierProfile.from_dict(state_dict["profile"])
+        saved = state_dict["profile"]
+        self.profile = None if saved is None else OutlierProfile.from_dict(saved)
 
 
 def log_picture(trainer: Trainer, name: str, file: Path) -> None:

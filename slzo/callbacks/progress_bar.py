@@ -14,7 +14,7 @@ _FORMAT = "{n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
 
 
 class StepProgressBar(TQDMProgressBar):
-    """One bar from the first to the last step; zeroth-order runs are measured in steps, and epochs mean little.
+    """One bar from the first to the last step; zeroth-order runs are measured in steps.
 
     Bars are written to standard error, all other lines to standard output. If standard error is not a terminal, a
     line after each validation replaces the bar.

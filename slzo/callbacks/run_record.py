@@ -11,13 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.schedule import folder_of, is_quick
 from slzo.callbacks.step_watch import StepWatch
 from slzo.evaluation.held_out import HeldOutScores
 from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
-from slzo.run import Outcome, Prepared
+from slzo.run import FitOutcome, Prepared
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
@@ -54,15 +55,14 @@ class RunRecord(Callback):
             return
         prepared = pl_module.prepared
         assert prepared is not None
-        folder, rows = _folder(trainer), pl_module.rows
+        folder, rows = folder_of(trainer), pl_module.rows
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
                 logger.log_hyperparams(_options(trainer, pl_module))
         if folder is not None and trainer.is_global_zero:
             write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, pl_module, prepared)})
-        quick = bool(getattr(trainer, "fast_dev_run", False))
         begun = time.monotonic()
-        if not quick and not prepared.resumed:
+        if not is_quick(trainer) and not prepared.resumed:
             if self.test_before and self._before is None:
                 self._before = score_test_rows(prepared, rows, "before training")
                 _log_scores(trainer, self._before)
@@ -80,7 +80,7 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
-        if self._forecast.end() and isinstance(pl_module, ZOModule) and not getattr(trainer, "fast_dev_run", False):
+        if self._forecast.end() and isinstance(pl_module, ZOModule) and not is_quick(trainer):
             splits = pl_module.rows.splits
             assert splits is not None
             line = self._forecast.line(
@@ -96,7 +96,7 @@ class RunRecord(Callback):
         """Add the results to the history."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
             return
-        folder = _folder(trainer)
+        folder = folder_of(trainer)
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         distance = pl_module.rows.selection_metric.distance(found, "val/")
         loss = found.pop("val/loss", math.nan)
@@ -116,11 +116,11 @@ class RunRecord(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the best checkpoint; print and write the summary."""
-        if not isinstance(pl_module, ZOModule) or getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
+        if not isinstance(pl_module, ZOModule) or is_quick(trainer) or trainer.interrupted:
             return
         prepared = pl_module.prepared
         assert prepared is not None
-        summary = finish(prepared, pl_module.rows, self._outcome(trainer), _folder(trainer))
+        summary = finish(prepared, pl_module.rows, self._outcome(trainer), folder_of(trainer))
         _log_scores(trainer, HeldOutScores(summary["scores_after"], {}))
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
@@ -131,16 +131,16 @@ class RunRecord(Callback):
         if isinstance(pl_module, ZOModule):
             pl_module.teardown("fit")
 
-    def _outcome(self, trainer: Trainer) -> Outcome:
+    def _outcome(self, trainer: Trainer) -> FitOutcome:
         """Collect the results of the training for the summary. A collective call."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        folder = _folder(trainer)
+        folder = folder_of(trainer)
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
         keeps_last = folder is not None and any(isinstance(each, LastCheckpoint) for each in callbacks)
         limit = "max_steps" if trainer.max_steps > 0 else "max_epochs"
         spikes = next((each.spikes for each in callbacks if isinstance(each, StepWatch)), {"number": 0})
         named = ("step", "evaluations", "seconds")
-        return Outcome(
+        return FitOutcome(
             steps=trainer.global_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             best=best,
@@ -167,13 +167,7 @@ class RunRecord(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores before training from a checkpoint."""
         metrics = state_dict["before"]
-        self._before = None if metrics is None else HeldOutScores(metrics, state_dict["rows_before"] or {})
-
-
-def _folder(trainer: Trainer) -> Path | None:
-    """Folder of the run; ``None`` if nothing is written."""
-    log_dir = trainer.log_dir  # a collective call: every process must make it
-    return None if log_dir is None or getattr(trainer, "fast_dev_run", False) else Path(log_dir)
+        self._before = None if metrics is None else HeldOutScores(metrics, state_dict["rows_before"])
 
 
 def _log_scores(trainer: Trainer, scores: HeldOutScores) -> None:

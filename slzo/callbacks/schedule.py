@@ -1,10 +1,22 @@
-"""When Lightning validates, from the public attributes of its trainer."""
+"""When Lightning validates and where a run is written, from the public attributes of its trainer."""
 
 import math
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from slzo.utils.errors import SlzoError
+
+
+def is_quick(trainer: Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``, in which nothing extra is measured or written."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def folder_of(trainer: Trainer) -> Path | None:
+    """Return the folder of the run; ``None`` if nothing is written. A collective call."""
+    log_dir = trainer.log_dir
+    return None if log_dir is None or is_quick(trainer) else Path(log_dir)
 
 
 def validation_due(trainer: Trainer) -> bool:

@@ -93,7 +93,7 @@ class StepWatch(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._losses.extend(state_dict["losses"])
+        self._losses = deque(state_dict["losses"], maxlen=_REMEMBERED)
         self._size_at_start, self._zeros = state_dict["size_at_start"], state_dict["zeros"]
         self.spikes = dict(state_dict["spikes"])
 

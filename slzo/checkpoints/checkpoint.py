@@ -4,7 +4,6 @@ The file format is safetensors with checksums, without pickles, see :mod:`slzo.c
 state of Lightning, a checkpoint holds a note that says what its tensors are and to which model they belong.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slzo.checkpoints import checkpoint_file
-from slzo.utils.console import say
+from slzo.utils.console import is_first_process, progress, say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import replacing
 from slzo.utils.signals import signals_held
@@ -181,23 +180,25 @@ def newest_checkpoint(root: str | Path) -> Path:
             checkpoint_file.verify(found[0])
         return found[0]
     except SlzoError as error:
-        sys.stderr.write(f"slzo: {error}\n")
+        _report(str(error))
     for path in _by_age(root, "*.ckpt"):
         with suppress(SlzoError):
             if read_checkpoint(path).is_resumable:
-                sys.stderr.write(f"slzo: {path} is the newest intact checkpoint\n")
+                _report(f"{path} is the newest intact checkpoint")
                 return path
     raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is intact; start without --ckpt_path")
 
 
 def named_checkpoint(name: str, root: str | Path) -> Path:
-    """Return the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`.
+    """Return the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`; print its path.
 
     Raises:
         SlzoError: There is none.
     """
     last = newest_checkpoint(root)
-    return last if name == "last" else _best_of(last)
+    found = last if name == "last" else _best_of(last)
+    say(f"Using the {name} checkpoint of the newest run, {found}")
+    return found
 
 
 def find_checkpoint(ckpt_path: str | Path, root: str | Path) -> Checkpoint:
@@ -207,8 +208,7 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path) -> Checkpoint:
         SlzoError: There is none, or it cannot be used.
     """
     if str(ckpt_path) in NAMES:
-        name, ckpt_path = str(ckpt_path), named_checkpoint(str(ckpt_path), root)
-        say(f"Using the {name} checkpoint of the newest run, {ckpt_path}")
+        ckpt_path = named_checkpoint(str(ckpt_path), root)
     return read_checkpoint(ckpt_path)
 
 
@@ -247,6 +247,11 @@ def _one_line(option: str) -> Iterator[None]:
         raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged header can cause many errors
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
+
+
+def _report(line: str) -> None:
+    if is_first_process():
+        progress(line)
 
 
 def _by_age(root: str | Path, name: str) -> list[Path]:

@@ -12,10 +12,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import BEST_OPTIONS, DEFAULTS
-from slzo.callbacks.outlier_profiler import OutlierProfiler
+from slzo.callbacks.run_context import run_context
 from slzo.checkpoints.checkpoint import NAMES, named_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
-from slzo.cli.diagnose import check_class_paths, check_nulls, constructor_problem
+from slzo.cli.constructors import constructor_problem
+from slzo.cli.diagnose import check_class_paths, check_nulls
 from slzo.cli.parser import (
     CommandParser,
     add_command_arguments,
@@ -30,12 +31,10 @@ from slzo.datamodule import TaskDataModule
 from slzo.loggers import RUNS, FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.profiling import ProfileOptions
 from slzo.run import RunContext
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer
 from slzo.training import adapt_rows, load_parts
-from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.zo.optim import AUTO_LR
 
@@ -67,12 +66,6 @@ class App:
         logger = self.trainer.logger
         return str((logger.save_dir if logger is not None else None) or RUNS)
 
-    @property
-    def profiler(self) -> ProfileOptions:
-        """How the model is profiled."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next(each.options for each in callbacks if isinstance(each, OutlierProfiler))
-
     def set_up_rows(self) -> TaskDataModule:
         """Read the rows, for work outside of Lightning's loops."""
         self.rows.trainer = self.trainer
@@ -89,13 +82,7 @@ class App:
 
     def run_context(self) -> RunContext:
         """Describe the training that ``fit`` would run with these options."""
-        return RunContext(
-            device=self.device,
-            max_steps=self.trainer.max_steps,
-            planned_steps=self.model.planned_steps(self.trainer, self.rows),
-            profiler=self.profiler,
-            quick=bool(getattr(self.trainer, "fast_dev_run", False)),
-        )
+        return run_context(self.trainer, self.rows)
 
 
 class AppParser(CommandParser, LightningArgumentParser):
@@ -106,7 +93,7 @@ class AppParser(CommandParser, LightningArgumentParser):
         return with_words(str(super().dump(*args, **kwargs)))
 
 
-class RunConfig(SaveConfigCallback):
+class _RunConfig(SaveConfigCallback):
     """Saves the options of trainer, model, data and callbacks in the run's folder, without the command's own options."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
@@ -126,7 +113,7 @@ class SlzoCLI(LightningCLI):
         super().__init__(
             ZOModule,
             TaskDataModule,
-            save_config_callback=RunConfig,
+            save_config_callback=_RunConfig,
             trainer_class=ZOTrainer,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -248,8 +235,7 @@ def _with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     roots = option_values(args, "--trainer.default_root_dir")
     folder = folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS
     if checkpoint in NAMES and Path(folder).is_dir():
-        name, checkpoint = checkpoint, str(named_checkpoint(checkpoint, folder))
-        say(f"Using the {name} checkpoint of the newest run, {checkpoint}")
+        checkpoint = str(named_checkpoint(checkpoint, folder))
         args = [*args, f"--ckpt_path={checkpoint}"]
     config = Path(checkpoint).parent.parent / "config.yaml"
     if command.reads_run_config and Path(checkpoint).is_file() and config.is_file():

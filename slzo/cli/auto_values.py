@@ -32,8 +32,7 @@ def spelled_out(args: Sequence[str]) -> list[str]:
         if name in _LR and value == _AUTO:
             found[place] = before + _NUMBER
         elif name in (*_CONFIGS, *_OPTIMIZER) and value:
-            text = read_config(value) if name in _CONFIGS else None
-            content = _loaded(value if text is None else text)
+            content = _loaded(value)
             if content is not None and _replace(content, name):
                 found[place] = before + yaml.safe_dump(content)
             elif name == "--model.optimizer":
@@ -54,12 +53,16 @@ def with_words(dumped: str) -> str:
     return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
 
 
-def _loaded(text: str) -> dict[str, Any] | None:
+def _loaded(value: str) -> dict[str, Any] | None:
+    """Return the options of a config file or text; ``None`` if there are none."""
+    text = read_config(value)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(value if text is None else text)
     except yaml.YAMLError:  # the parser reports the error
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    return content if text is None else _with_paths(content, Path(value).parent)
 
 
 def _replace(content: dict[str, Any], name: str) -> bool:
@@ -68,7 +71,9 @@ def _replace(content: dict[str, Any], name: str) -> bool:
     changed = False
     for key in path:
         inner = content.get(key)
-        if key == "optimizer" and isinstance(inner, str) and inner != _full_name(inner):
+        if isinstance(inner, str) and (options := _loaded(inner)) is not None:
+            content[key] = inner = options
+        elif key == "optimizer" and isinstance(inner, str) and inner != _full_name(inner):
             content[key], changed = _full_name(inner), True
         if not isinstance(inner, dict):
             return changed
@@ -80,6 +85,17 @@ def _replace(content: dict[str, Any], name: str) -> bool:
         if isinstance(place, dict) and place.get("lr") == _AUTO:
             place["lr"], changed = AUTO_LR, True
     return changed
+
+
+def _with_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the options of a config in which the files that they name have a path from the current folder."""
+    found = dict(content)
+    for name, value in content.items():
+        if isinstance(value, dict):
+            found[name] = _with_paths(value, folder)
+        elif isinstance(value, str) and value.endswith((".yaml", ".yml")) and (folder / value).is_file():
+            found[name] = str(folder / value)
+    return found
 
 
 def _full_name(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from slzo.commands.registry import Command
 from slzo.private.parsers import options_of
 
 HELP_ALL = "--help_all"
@@ -52,7 +53,7 @@ _TEXTS: Mapping[str, str] = MappingProxyType(
 )
 """Short help texts that replace those of the classes."""
 
-_FIRST = ("config", "ckpt_path", "seed_everything")
+_COMMON = ("config", "ckpt_path", "seed_everything")
 _COLUMN = 38
 
 
@@ -68,32 +69,34 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-def add_help_all(parser: ArgumentParser) -> None:
+def add_help_all(parser: ArgumentParser, command: Command) -> None:
     """Add the option that lists every option."""
-    parser.add_argument(HELP_ALL, action=HelpAll, help="List every option with its type, including Lightning's.")
+    parser.add_argument(HELP_ALL, action=HelpAll, help=f"List every option with its type{_lightning(command)}.")
 
 
-def short_help(parser: ArgumentParser, command: str, own_only: bool = False) -> str:
-    """Return the short help of a command; ``own_only`` leaves out the options of model, data and trainer."""
+def short_help(parser: ArgumentParser, command: Command) -> str:
+    """Return the short help of a command."""
     width = max(60, min(120, shutil.get_terminal_size((110, 24)).columns))
     actions = [action for action in options_of(parser) if _is_option(action)]
-    blocks = [f"usage: slzo {command} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
+    blocks = [f"usage: slzo {command.name} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
     blocks += _block("options", _own(actions), "", width)
-    for group, title in () if own_only else _TITLES.items():
+    for group, title in () if command.own_help or not command.has_app else _TITLES.items():
         chosen = [action for action in actions if _group(action.dest) == group and _is_shown(action.dest, group)]
         blocks += _block(title, chosen, f"{group}.", width)
-    blocks.append(
-        f"slzo {command} {HELP_ALL} lists every option with its type, including Lightning's; --model.scope.help LoRA "
-        "lists the options of a class."
-    )
+    classes = "; --model.scope.help LoRA lists the options of a class" if command.has_app else ""
+    blocks.append(f"slzo {command.name} {HELP_ALL} lists every option with its type{_lightning(command)}{classes}.")
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _lightning(command: Command) -> str:
+    return ", including Lightning's" if command.has_app else ""
 
 
 def _own(actions: Sequence[argparse.Action]) -> list[argparse.Action]:
     """Return the command's own options: required ones, then optional ones, then those of every command."""
     own = [action for action in actions if "." not in action.dest and action.dest not in _TITLES]
     own = [action for action in own if action.dest != argparse.SUPPRESS and not _is_filler(action)]
-    return sorted(own, key=lambda action: (action.dest in _FIRST, not action.required))
+    return sorted(own, key=lambda action: (action.dest in _COMMON, not action.required))
 
 
 def _is_option(action: argparse.Action) -> bool:

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from slzo.cli.config_files import check_config_file
-from slzo.cli.diagnose import Given, explain, given_options
+from slzo.cli.diagnose import explain
+from slzo.cli.given import Given, given_options
 from slzo.cli.help import add_help_all, short_help
 from slzo.commands.registry import Command
 from slzo.utils.errors import SlzoError
@@ -32,7 +33,7 @@ class CommandParser(ArgumentParser):
         command = getattr(self, "command", None)
         if command is None:
             return str(super().format_help())
-        return short_help(self, command.name, command.own_help or not command.has_app)
+        return short_help(self, command)
 
     def format_all(self) -> str:
         """Return the help of every option: the command's own first, the trainer's last."""
@@ -54,7 +55,7 @@ def command_arguments(command: Command) -> list[str]:
 def add_command_arguments(parser: CommandParser, command: Command) -> None:
     """Add ``--help_all`` and the command's own options to its parser."""
     parser.command = command
-    add_help_all(parser)
+    add_help_all(parser, command)
     parser.add_function_arguments(command_function(command), as_group=False, as_positional=False, skip={"app"})
 
 
@@ -84,6 +85,8 @@ def read_given(args: Sequence[str]) -> list[Given]:
     """
     configs: list[Mapping[str, Any]] = []
     for value in option_values(args, "-c", "--config"):
+        if not value:
+            raise SlzoError("--config: is empty; give a YAML file")
         path = Path(value)
         if _exists(path):
             configs.append(check_config_file(path))

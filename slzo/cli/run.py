@@ -1,5 +1,6 @@
 """Runs a command with its options; imports only what the command needs."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,4 +43,4 @@ def _named(command: Command, args: Sequence[str]) -> list[str]:
     words, rest = [], list(args)
     while command.words and rest and not rest[0].startswith("-"):
         words.append(rest.pop(0))
-    return [f"--{command.words}={words}", *rest] if words else rest
+    return [f"--{command.words}={json.dumps(words, ensure_ascii=False)}", *rest] if words else rest

@@ -6,13 +6,13 @@ Wheels are downloaded with pip, so that its settings (index, mirror, proxy, cert
 import hashlib
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import remove_folder
 from slzo.utils.pip_download import PipError, download_wheel
@@ -60,12 +60,6 @@ def cache_dir() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser().absolute() / "slzo"
     return Path.home() / ".cache" / "slzo"
-
-
-def progress(line: str) -> None:
-    """Write one line of progress to stderr."""
-    sys.stderr.write(f"slzo: {line}\n")
-    sys.stderr.flush()
 
 
 def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable[[Path], bool] = Path.exists) -> Path:

@@ -6,11 +6,11 @@ import traceback
 from pathlib import Path
 
 
-def import_failure(path: str) -> str:
-    """Return why a class path cannot be imported; empty if it can."""
+def import_failure(path: str, only_module: bool = False) -> str:
+    """Return why a class path, or only its module, cannot be imported; empty if it can."""
     module, _, name = path.rpartition(".")
     try:
-        found = hasattr(importlib.import_module(module), name)
+        found = hasattr(importlib.import_module(module), name) or only_module
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         return f"{module} cannot be imported ({format_error(error)}){format_place(error)}"
     return "" if found else f"{module} has no {name}"

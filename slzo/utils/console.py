@@ -1,4 +1,4 @@
-"""Write plain lines to the console, from the first process of a run only."""
+"""Write plain lines to the console."""
 
 import os
 import sys
@@ -18,14 +18,19 @@ def is_first_process() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Write one or more lines to standard output."""
+    """Write one or more lines to standard output, from the first process of a run only."""
     if is_first_process():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """Write a warning to standard error."""
+    """Write a warning to standard error, from the first process of a run only."""
     if is_first_process():
-        sys.stderr.write(f"slzo: warning: {text}\n")
-        sys.stderr.flush()
+        progress(f"warning: {text}")
+
+
+def progress(line: str) -> None:
+    """Write one line to standard error, from every process."""
+    sys.stderr.write(f"slzo: {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,76 @@
+"""The options as they were given, on the command line and in configs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Given:
+    """An option as it was given.
+
+    Attributes:
+        name: Dotted name, without ``init_args``.
+        value: A string from the command line, or a value from a config.
+        is_class_path: Whether it was given as the ``class_path`` of the option.
+    """
+
+    name: str
+    value: Any
+    is_class_path: bool = False
+
+
+def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
+    """Return the options in configs and on the command line; repeated options are all kept."""
+    found = [option for config in configs for option in _flat(config)]
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            continue
+        name, has_value, value = word[2:].partition("=")
+        if not has_value:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        content = _mapping(value)
+        plain = _plain_name(name.removesuffix("+"))
+        found += _flat(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
+    return found
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
+    """Yield the options of a nested mapping; a class comes as its path, followed by its arguments."""
+    for key, value in sorted(config.items(), key=lambda item: item[0] != "class_path"):
+        name = _plain_name(f"{before}.{key}" if before else str(key))
+        if key == "class_path":
+            yield Given(before, value, True)
+        elif key in ("init_args", "dict_kwargs") and isinstance(value, Mapping):
+            yield from _flat(value, before)
+        elif isinstance(value, Mapping) and value:
+            yield from _flat(value, name)
+        else:
+            yield Given(name, value)
+
+
+def parents(name: str) -> list[str]:
+    """Return the options and groups that contain an option, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".init_args.", ".").removesuffix(".class_path")
+
+
+def _mapping(value: str) -> dict[str, Any] | None:
+    content = loaded(value) if value.lstrip().startswith("{") else None
+    return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else None
+
+
+def loaded(value: Any) -> Any:
+    """Return a value as YAML reads it; ``None`` if it cannot."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return None

@@ -1,0 +1,98 @@
+"""What the type of an option accepts, and how it is described in words."""
+
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+_PLAIN = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+_LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
+
+
+def class_choices(hint: Any) -> list[str]:
+    """Return the names of the classes that an option takes; empty if it takes none."""
+    return sorted(classes_of(hint))
+
+
+def describe_type(hint: Any) -> str:
+    """Describe in words what an option takes."""
+    inner = typing.get_args(hint)
+    if not inner:
+        name = getattr(hint, "__name__", str(hint))
+        return _PLAIN.get(name, name)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return " or ".join(str(item) for item in inner)
+    if origin is list:
+        return _LISTS.get(getattr(inner[0], "__name__", ""), "a list")
+    if origin is dict:
+        return "a mapping"
+    return " or ".join(dict.fromkeys(describe_type(item) for item in inner if not _is_tensor(item)))
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether an option of a type accepts a value."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        if isinstance(value, str):
+            parser.parse_args([f"--value={value}"])
+        else:
+            parser.parse_object({"value": value})
+    except Exception:  # whatever the parser raises
+        return False
+    return True
+
+
+def classes_of(hint: Any) -> dict[str, type]:
+    """Return the classes that an option takes, by name."""
+    found: dict[str, type] = {}
+    for item in types_in(hint):
+        is_class = inspect.isclass(item) and not typing.get_origin(item) and not _is_tensor(item)
+        if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
+            for kind in _subclasses(item):
+                found.setdefault(kind.__name__, kind)  # torch comes before other packages with the same name
+    return found
+
+
+def class_at(kinds: Mapping[str, type], path: str) -> type | None:
+    """Return the class of a path or a name; a path is exact if several packages have a class of that name."""
+    kind = kinds.get(path.rpartition(".")[2])
+    return kind if kind is None else imported_class(path) or kind
+
+
+def imported_class(path: str) -> type | None:
+    """Return the class of a path; ``None`` if it cannot be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        found: type = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        if not child.__name__.startswith("_") and not inspect.isabstract(child):
+            yield child
+        yield from _subclasses(child)
+
+
+def types_in(hint: Any, into_callables: bool = True) -> Iterator[Any]:
+    """Yield a type hint and all hints inside it; for a callable only its return type."""
+    yield hint
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Callable:
+        inner = inner[-1:] if into_callables else ()
+    if origin is not typing.Literal:
+        for item in inner:
+            yield from types_in(item, into_callables)
+
+
+def _is_tensor(hint: Any) -> bool:
+    """Whether a type is torch's tensor, which no option takes; works without loading torch."""
+    return getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
