@@ -43,7 +43,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Return training batches from the current step on."""
         trainer = self.trainer
-        sampler = self.sampler(self.batch_size, self.seed or 0, lambda: trainer.global_step if trainer else 0)
+        sampler = self.sampler(steps_done=lambda: trainer.global_step if trainer else 0)
         if len(sampler) == 0:
             raise SlzoError(
                 f"data.num_train {sampler.num_rows}: fewer rows than processes; use more rows or fewer devices"

@@ -30,7 +30,7 @@ from slzo.data.batch import (
 from slzo.data.chat import ChatEncoder
 from slzo.data.drawing import RowSource
 from slzo.data.encoding import Encoder
-from slzo.data.files import format_left_out, refuse
+from slzo.data.files import format_left_out, refuse, refuse_all
 from slzo.data.fingerprint import DataFingerprint
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.splits import Splits
@@ -49,7 +49,8 @@ from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import RowError, SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
+from slzo.zo.objectives.choice import choose_objective
 from slzo.zo.processes import ALONE, Processes
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
@@ -131,37 +132,16 @@ class TaskRows:
         self.task = task
         self.tokenizer_name = tokenizer
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
-        given = None if reward is None else Reward(reward)
-        if objective is None:
-            objective = given or "loss"
-        if not isinstance(objective, Objective):
-            named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
-            if objective not in named:
-                raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
-            objective = named[objective][self.task.kind]()
-        if isinstance(objective, Reward) and given not in (None, objective):
-            raise SlzoError("data.reward: data.objective names its own functions; leave out one of the two")
-        self.reward = objective if isinstance(objective, Reward) else given
-        if self.reward is not None and self.task.kind is not Kind.GENERATION:
-            raise SlzoError(
-                f"data.reward: task {self.task.name!r} chooses among candidates; a reward needs a task that generates answers, "
-                "such as TemplateTask with an answer_field, or ChatTask"
-            )
-        self.objective = objective
-        if self.task.metric == "reward" and self.reward is None:
-            raise SlzoError(
-                f"data.reward: task {self.task.name!r} has no answers to score held-out rows with; give a data.reward, "
-                "or the rows' answers in data.task.answer_field"
-            )
+        self.objective, self.reward = choose_objective(self.task, objective, reward)
         # recorded before training, because checkpoints contain them
         identity = {"class": self.task.name, "version": self.task.version}
         self.task_settings = {
             **flat_settings("task", constructor_settings(self.task, "data.task") | identity),
-            **flat_settings("objective", constructor_settings(objective, "data.objective")),
+            **flat_settings("objective", constructor_settings(self.objective, "data.objective")),
             **(
                 {}
-                if given in (None, objective)
-                else flat_settings("reward", constructor_settings(given, "data.reward"))
+                if self.reward in (None, self.objective)
+                else flat_settings("reward", constructor_settings(self.reward, "data.reward"))
             ),
         }
         self.data_dir = data_dir
@@ -382,6 +362,8 @@ class TaskRows:
                     encoded = prompt_alone(start + i, prompt)
             if encoded is not None:
                 rows.append(Row(example, encoded, i, prompt if generates else ()))
+        if bad and not rows:
+            refuse_all(bad, f"the {split} split")
         if bad:
             say(format_left_out(bad, len(rows), f"the {split} split"))
         self._say_shortened(split)
@@ -411,14 +393,19 @@ class TaskRows:
             self.encoder.shortened = 0
 
     def sampler(
-        self, batch_size: int, seed: int, steps_done: Callable[[], int] = int, rank: int | None = None
+        self,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        steps_done: Callable[[], int] = int,
+        rank: int | None = None,
     ) -> StepBatchSampler:
-        """Return the sampler of training rows for this process, or for the process with ``rank``."""
+        """Return the sampler of training rows; batch size and seed default to the run's, the rank to this process."""
         rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         classes = self._classes if self.balanced else None
+        size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
-        return StepBatchSampler(len(rows), batch_size, seed, rank, world_size, lengths, classes, steps_done)
+        return StepBatchSampler(len(rows), size, seed, rank, world_size, lengths, classes, steps_done)
 
     @cached_property
     def _classes(self) -> list[int]:
@@ -436,14 +423,13 @@ class TaskRows:
     def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
         """Yield the training batches of this process without end; seed and batch size default to the run's."""
         rows = self.rows("train")
-        size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
-        sampler = self.sampler(size, seed)
+        sampler = self.sampler(batch_size, seed)
         return (self.collate([rows[number] for number in sampler.rows_of_step(step)]) for step in count())
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of steps in which every training row comes once."""
-        return len(self.sampler(self.batch_size, self.seed or 0))
+        return len(self.sampler())
 
     @property
     def rows_per_step(self) -> int:
@@ -496,7 +482,7 @@ class TaskRows:
         """Yield the row numbers of each process's batches in the first epochs, until all rows have been drawn."""
         for epoch in range(epochs_for_all(self._classes) if self.balanced else 1):
             for rank in range(self.processes.of_rows[1]):
-                sampler = self.sampler(self.batch_size, self.seed or 0, rank=rank)
+                sampler = self.sampler(rank=rank)
                 yield from (sampler.rows_of_step(epoch * len(sampler) + number) for number in range(len(sampler)))
 
     def evaluator(

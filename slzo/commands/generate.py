@@ -4,7 +4,8 @@ import sys
 
 from slzo.prompting.pair import Pair, Source, load_pair
 from slzo.prompting.prompts import read_prompts
-from slzo.prompting.stream import Decoding, write_continuation, write_text
+from slzo.prompting.stream import TextOptions, write_continuation
+from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 
 
@@ -36,15 +37,15 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise SlzoError("prompt: give either one prompt with --prompt, or a file of prompts with --prompts")
     texts = [prompt] if prompt is not None else read_prompts(str(prompts))
-    decoding = Decoding(max_new_tokens, temperature, seed)
+    options = TextOptions(max_new_tokens, temperature, seed)
     pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
     for number, text in enumerate(texts):
-        write_text(f"{chr(10) if number else ''}{text}\n")
+        say(f"\n{text}" if number else text)
         ids = _tokens(pair, text)
         for name, use in pair.both():
-            write_text(f"--- {name}\n")
+            say(f"--- {name}")
             with use() as model:
-                write_continuation(model, pair.tokenizer, ids, decoding, sys.stdout)
+                write_continuation(model, pair.tokenizer, ids, options, sys.stdout)
 
 
 def _tokens(pair: Pair, text: str) -> list[int]:

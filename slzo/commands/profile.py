@@ -20,9 +20,9 @@ def profile(app: App) -> None:
     """
     with run_folder(app.trainer):
         parts, rows = app.load()
-        options, profiler = app.model.options, app.profiler
-        trials = make_trials(parts, options, rows, app.run_context())
-        found, choice = profile_model(parts, rows, profiler, trials)
+        options, run = app.model.options, app.run_context()
+        assert run.profiler is not None
+        found, choice = profile_model(parts, rows, run.profiler, make_trials(parts, options, rows, run))
         say(format_profile(found))
         if choice.layer < 0:
             raise SlzoError(choice.reason)

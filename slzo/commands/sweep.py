@@ -61,19 +61,20 @@ def sweep(
             raise SlzoError(
                 f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
             )
-        trials = LayerTrials(parts, options, rows)
+        trials, run = LayerTrials(parts, options, rows), app.run_context()
         own_seeds = [options.noise_seed] if seeds is None else seeds
         if lrs is not None or eps is not None:
             if layers is not None or seconds is not None or sensitivity_only:
                 raise SlzoError("lrs, eps: compare rates in one layer; leave out layers, seconds and sensitivity_only")
-            _, choice = choose_layer(parts, options, rows, app.run_context())
+            _, choice = choose_layer(parts, options, rows, run)
             layer = None if choice is None else choice.layer
             plan = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
             sweep_rates(trials, plan, layer, output)
             return
 
         def profile() -> OutlierProfile:
-            found, _ = profile_model(parts, rows, app.profiler, "a sweep trains all layers itself")
+            assert run.profiler is not None
+            found, _ = profile_model(parts, rows, run.profiler, "a sweep trains all layers itself")
             say(format_profile(found))
             return found
 

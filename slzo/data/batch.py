@@ -169,8 +169,9 @@ def evaluation_prompts(plan: EvalPlan, max_tokens: int) -> Iterator[Block]:
     if plan.share:
         return
     for rows in plan.batches:
-        prompts = [row.prompt for row in rows]
-        for chunk in chunk_by_tokens(prompts, max_tokens, share=False) if all(prompts) else ():
+        if not rows[0].prompt:
+            continue
+        for chunk in chunk_by_tokens([row.prompt for row in rows], max_tokens, share=False):
             yield Block([prompt_with_gold(rows[n].encoded.index, rows[n].prompt, rows[n].encoded) for n in chunk])
 
 

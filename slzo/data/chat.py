@@ -172,7 +172,6 @@ class ChatEncoder(Encoder):
                 "data.task.template: this template changes earlier turns when others follow, so the tokens of an answer "
                 f"cannot be found; use {advice}data.task.template {', '.join(TEMPLATES)}"
             )
-        spans.sort()
         bounds = sorted({0, *(bound for span in spans for bound in span)})
         trained = {start for start, _ in spans}
         ids: list[int] = []

@@ -31,23 +31,20 @@ def refuse(error: RowError) -> NoReturn:
     raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
 
 
-def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str:
-    """Return log lines with the number of rows that were left out of a source, and the first of them.
+def refuse_all(errors: Sequence[RowError], source: str) -> NoReturn:
+    """Raise an error that says that no row of a source can be used, with the first reason."""
+    raise SlzoError(
+        f"{source}: none of the {len(errors)} rows can be used; correct them; the first error is {errors[0]}"
+    )
 
-    Raises:
-        SlzoError: If no row can be used.
-    """
-    total = len(left_out) + used
-    if not used:
-        raise SlzoError(
-            f"{source}: none of the {total} rows can be used (data.skip_bad_rows leaves them out); correct them; the first error"
-            f" is {left_out[0]}"
-        )
+
+def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str:
+    """Return log lines with the number of rows that were left out of a source, and the first of them."""
     first = [f"  {error}" for error in left_out[:_NUM_SHOWN]]
     more = ["  ..."] if len(left_out) > _NUM_SHOWN else []
     return "\n".join(
         [
-            f"Left out {len(left_out)} of {total} rows of {source} that cannot be used (data.skip_bad_rows):",
+            f"Left out {len(left_out)} of {len(left_out) + used} rows of {source} that cannot be used (data.skip_bad_rows):",
             *first,
             *more,
         ]

@@ -1,7 +1,8 @@
-"""Fingerprint of a run's rows and tokenizer, so that a resumed run does not continue with others unnoticed."""
+"""Fingerprint of a run's rows and tokenizer, to detect a resume with other rows or another tokenizer."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -24,7 +25,7 @@ class DataFingerprint:
 
     Attributes:
         tokenizer: Hash of the vocabulary and of the tokens of a fixed text.
-        rows: For each split a hash of every row as it is encoded, int32, shape (rows,).
+        rows: Hash of every encoded row, by split; int32, shape (rows,).
     """
 
     tokenizer: str
@@ -47,7 +48,7 @@ class DataFingerprint:
             splits: The rows, for the message.
 
         Raises:
-            SlzoError: They are others. The message names the first row that differs.
+            SlzoError: Rows or tokenizer differ; the message names the first row that differs.
         """
         check_tokenizer(self.tokenizer, saved)
         for name, own in self.rows.items():
@@ -70,7 +71,7 @@ def check_tokenizer(own: str, saved: Mapping[str, Any]) -> None:
     """Check that a tokenizer, given by its hash, is that of a checkpoint.
 
     Raises:
-        SlzoError: It is another one.
+        SlzoError: The tokenizers differ.
     """
     if own != saved["tokenizer"]:
         raise SlzoError(
@@ -80,7 +81,7 @@ def check_tokenizer(own: str, saved: Mapping[str, Any]) -> None:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of the vocabulary and of the tokens of a fixed text, which does not depend on the library's version."""
+    """Return a hash of the vocabulary and of the tokens of a fixed text, independent of the version of transformers."""
     known = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE)["input_ids"]]
     return _digest([json.dumps(known)], 16).hex()
 
@@ -95,7 +96,13 @@ def _hash_rows(rows: Sequence[Row]) -> Tensor:
 def _parts(row: Row) -> tuple[Any, ...]:
     """What training and scoring depend on."""
     example = row.example
-    return row.encoded.sequences, row.prompt, example.gold, example.references, example.group, dict(example.columns)
+    columns = json.dumps(dict(example.columns), default=_describe)
+    return example.id, row.encoded.sequences, row.prompt, example.gold, example.references, example.group, columns
+
+
+def _describe(value: object) -> str:
+    """Describe a value that JSON cannot hold, without its address, which differs between processes."""
+    return re.sub("0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _digest(texts: Iterable[str], size: int) -> bytes:

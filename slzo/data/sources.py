@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from slzo.data.files import READERS, OnBadRow, PlacedRow, format_left_out, read_file, refuse
+from slzo.data.files import READERS, OnBadRow, PlacedRow, read_file, refuse, refuse_all
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task
 from slzo.tasks.fields import Fields, shown
@@ -63,7 +63,7 @@ def load_examples(
         places[example.id] = place
         examples.append(replace(example, place=place, columns=values if columns else {}))
     if not examples and left_out:
-        format_left_out(left_out, 0, origin)
+        refuse_all(left_out, origin)
     if not examples:
         raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
     return examples

@@ -6,7 +6,7 @@ split, or from the training split if there is none. Their choice does not depend
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slzo.tasks.base import Example
@@ -73,7 +73,7 @@ def draw_splits(
     pool = _without_repeats(train_pool, test_pool, notes)
     if dev_pool is not None:
         dev = _without_repeats(dev_pool, test_pool, notes, "dev") if num_dev else []
-        pool = _without_repeats(pool, dev_pool, notes, other="dev") if dev_pool else pool
+        pool = _without_repeats(pool, dev_pool, notes, other="dev")
         if len(pool) < num_train or len(dev) < num_dev:
             notes.append(
                 f"Took {min(num_train, len(pool))} of {num_train} training examples and {min(num_dev, len(dev))} of {num_dev} "
@@ -189,13 +189,12 @@ def _draw_test(pool: Sequence[Example], num_test: int | None, notes: list[str]) 
 
 def _without_repeats(
     pool: Sequence[Example],
-    others: Iterable[Example],
+    others: Sequence[Example],
     notes: list[str],
     name: str = "training",
     other: str = "test",
 ) -> list[Example]:
     """Drop rows that are also in another split, and all but the first row of each prompt."""
-    others = list(others)
     other_ids = {example.id for example in others}
     other_prompts = {example.prompt for example in others}
     seen: set[str] = set()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
-from slzo.batches.losses import LossSum, all_reduce_sum, answer_loss
+from slzo.batches.losses import LossSum, answer_loss, sum_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, merge_common_prefixes
 from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, keeping_attention
@@ -349,4 +349,4 @@ def decode(
             if not tokens or step == max_new_tokens - 1:
                 break
             tokens = decoder.advance(tokens).tokens(step + 1, sampling)
-    return answers, all_reduce_sum(losses) if losses else None
+    return answers, sum_losses(losses) if losses else None

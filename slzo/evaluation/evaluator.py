@@ -21,6 +21,7 @@ from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
+from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardResult
 from slzo.tasks.base import Example
 
@@ -143,7 +144,7 @@ class Evaluator:
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
-    """Return one record per row, as it is written to prediction files.
+    """Return one record per row, in the form of prediction files.
 
     Returns:
         Records with id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the
@@ -219,8 +220,8 @@ class RunningScore:
             found = {**self._metrics.compute(), "loss": self._loss.compute()}
         if self._means and found["loss"].isnan():  # rewarded rows need no gold answer
             del found["loss"]
-        elif "perplexity" in self._extra:
-            found["perplexity"] = found["loss"].exp()
+        elif PERPLEXITY in self._extra:
+            found[PERPLEXITY] = found["loss"].exp()
         if self._means:
             reward, square, tokens = (mean.compute() for mean in self._means.values())
             spread = (square - reward**2).clamp(min=0).sqrt()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import LossSum, all_reduce_sum, answer_loss, no_loss
+from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.encoding import newline_token
@@ -146,7 +146,7 @@ def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: in
     for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
         batch = pack([known[number] for number in chunk]).to(parts.model.device)
         losses.append(answer_loss(parts.logits(batch), batch))
-    return all_reduce_sum(losses) if losses else no_loss(parts.model.device)
+    return sum_losses(losses) if losses else no_loss(parts.model.device)
 
 
 def _generate_padded(

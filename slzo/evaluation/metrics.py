@@ -10,19 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from slzo.rewards.answers import exact_match, normalize_answer, token_f1
 from slzo.rewards.registry import PERPLEXITY, answer_metric
 from slzo.tasks.base import Example, Kind, Task
-
-__all__ = [
-    "TaskMetrics",
-    "exact_match",
-    "make_metrics",
-    "normalize_answer",
-    "perplexity_by_row",
-    "row_score",
-    "token_f1",
-]
 
 
 def row_score(metric: str, example: Example, prediction: int | str) -> float | None:

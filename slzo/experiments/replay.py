@@ -23,7 +23,7 @@ from slzo.zo.tuned_model import TunedModel
 def replay_run(
     options: TrainingOptions,
     rows: TaskRows,
-    run: Path,
+    run: str,
     steps: int | None,
     max_steps: int,
     output: Path | None = None,
@@ -45,19 +45,18 @@ def replay_run(
     Raises:
         SlzoError: The folder has no complete log of that many steps, or the estimator needs no losses.
     """
-    if not run.is_dir() or str(run) == ".":
-        raise SlzoError(
-            f"run {'' if str(run) == '.' else str(run)!r}: no such folder; give the folder of a run, such as runs/version_0"
-        )
+    folder = Path(run)
+    if not run or not folder.is_dir():
+        raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, such as runs/version_0")
     if options.estimator.differentiates:
         raise SlzoError(
             f"model.estimator {options.estimator.describe()}: differentiates, so there is no log of losses; use a checkpoint"
         )
-    log = read_step_log(run / NAME)
+    log = read_step_log(folder / NAME)
     number = _number_of_steps(log, steps, run)
-    output = run / "checkpoints" / f"replay-step={number}.ckpt" if output is None else output
+    output = folder / "checkpoints" / f"replay-step={number}.ckpt" if output is None else output
     check_writable(output)
-    start = read_checkpoint(run / START)
+    start = read_checkpoint(folder / START)
     parts = load_parts(options, torch.device("cpu") if device is None else device)
     stepper = _stepper(parts, options, rows, start.note, log, max_steps)
     if first := start.content["state_dict"]:
@@ -69,15 +68,15 @@ def replay_run(
     return output
 
 
-def _number_of_steps(log: StepLog, requested: int | None, run: Path) -> int:
+def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
     known = log.steps
-    available = next((step for step in range(len(known) + 1) if step not in known), 0)
+    available = next(step for step in range(len(known) + 1) if step not in known)
     if known and not available:
         raise SlzoError(
-            f"run {str(run)!r}: its log begins at step {min(known)}; the log of the run that it continues is incomplete"
+            f"run {run!r}: its log begins at step {min(known)}; the log of the run that it continues is incomplete"
         )
     if requested is not None and not 0 <= requested <= available:
-        raise SlzoError(f"step {requested}: the log of {str(run)!r} has {available} steps; give 0 to {available}")
+        raise SlzoError(f"step {requested}: the log of {run!r} has {available} steps; give 0 to {available}")
     return available if requested is None else requested
 
 
@@ -106,7 +105,7 @@ def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps:
     tensors, choice = stepper.model.tensors, options.optimizer
     optimizer = choice.make(tensors.masters)
     scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
-    targets = {to: tensors.copy_of_masters() for to in log.rollbacks.values() if to == 0}
+    targets = {0: tensors.copy_of_masters()} if 0 in log.rollbacks.values() else {}
     for step in range(steps):
         stepper.step(None, step, optimizer, scheduler)
         if step + 1 in log.rollbacks.values():

@@ -21,8 +21,7 @@ class CellStore:
     Args:
         folder: Folder of the results; it is created if it does not exist.
         settings: Settings that the results depend on, primitives only.
-        open_settings: Names of settings that may be ``None``, if the present work does not depend on them; the first work that
-            does sets them for the folder.
+        open_settings: Settings that are ``None`` until work depends on them; the first such work sets them for the folder.
 
     Raises:
         SlzoError: The folder holds results of other settings or other files, or cannot be written.

@@ -81,15 +81,15 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[st
         work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), 2 * work[sensitivity_cell(0)])
     else:
         work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
-    clock = _Clock({name: cost for name, cost in work.items() if store.result(name) is None})
+    clock = _Clock({name: units for name, units in work.items() if store.result(name) is None})
 
-    def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **options: Any) -> None:
+    def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **arguments: Any) -> None:
         if store.result(name) is not None:
             clock.forget(name)  # another process computed it
             return
         with store.claim(name) as claimed:
             if claimed:
-                result = asdict(function(layer, **options))
+                result = asdict(function(layer, **arguments))
                 store.save(name, result)
                 clock.tick(name, result)
 

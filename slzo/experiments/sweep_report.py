@@ -17,11 +17,9 @@ from slzo.experiments.trial import Sensitivity
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
-from slzo.zo.profile import OutlierProfile
+from slzo.zo.profile import OutlierProfile, standard_error
+from slzo.zo.selection.base import CLEAR
 from slzo.zo.trial import Score, Trial
-
-# A difference between two layers is clear from this number of standard errors on.
-_CLEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean; ``None`` for fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen layer") -> str:
     """Return a sentence that says whether the layer that the profile chose, called ``chosen``, wins, and how clearly."""
     rows = list(rows)
@@ -128,7 +121,7 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
     if best is not dominant:
         behind = (best.gain or 0) - dominant.gain
         sure = _errors(behind, best, dominant)
-        verb = "does not win" if sure is None or sure >= _CLEAR else "does not clearly lose"
+        verb = "does not win" if sure is None or sure >= CLEAR else "does not clearly lose"
         return (
             f"The {chosen}, {dominant.layer}, {verb}: layer {best.layer} lowers the dev loss by "
             f"{best.gain:.4f}, {behind:.4f} more, {_how_sure(sure)} ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
@@ -138,7 +131,7 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
     second = trained[1]
     ahead = dominant.gain - (second.gain or 0)
     sure = _errors(ahead, dominant, second)
-    verb = "wins" if sure is None or sure >= _CLEAR else "leads, but not clearly"
+    verb = "wins" if sure is None or sure >= CLEAR else "leads, but not clearly"
     return (
         f"The {chosen}, {dominant.layer}, {verb}: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
         f"the next best, layer {second.layer}, {_how_sure(sure)} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
@@ -156,12 +149,12 @@ def _sensitivity_verdict(rows: Sequence[LayerResult], dominant: LayerResult | No
     spread = math.hypot(other.sensitivity_se, dominant.sensitivity_se)
     errors = abs(other.sensitivity - dominant.sensitivity) / spread if spread > 0 else math.inf
     if dominant is first:
-        doubt = "" if errors >= _CLEAR else "but not clearly, "
+        doubt = "" if errors >= CLEAR else "but not clearly, "
         return (
             f"The {chosen}, {dominant.layer}, is the most sensitive, {doubt}at {_measured(dominant)}, {errors:.1f} standard "
             f"errors ahead of the next, layer {other.layer}; no layer was trained."
         )
-    doubt = "" if errors >= _CLEAR else ", so not clearly"
+    doubt = "" if errors >= CLEAR else ", so not clearly"
     return (
         f"The {chosen}, {dominant.layer}, is number {2 + others.index(dominant)} of {len(rows)} in sensitivity, at "
         f"{_measured(dominant)}; layer {other.layer} leads at {_measured(other)}, by {errors:.1f} standard errors{doubt}; no "

@@ -22,6 +22,7 @@ from slzo.zo.auto_step import HALF, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.options import TrainingOptions
+from slzo.zo.profile import standard_error
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
 
@@ -237,15 +238,18 @@ class LayerTrials(Trials):
         eps = self.options.step.eps or _SENSITIVITY_EPS
         rows = next(self.rows.training_batches(seed, num_rows)).to(self.parts.model.device)
         slopes: list[float] = []
+        error = None
         with self._tuned(layer) as model, torch.no_grad():
             loss = make_stepper(model, self.options, self.rows).loss(rows)
             for query in range(directions):
                 z = model.tensors.draw(seed, 0, query)
                 high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
                 slopes.append(abs(high - low) / (2 * eps))
-                if len(slopes) >= _LEAST_DIRECTIONS and _standard_error(slopes) < max_error * statistics.fmean(slopes):
+                error = standard_error(slopes)
+                enough = error is not None and error < max_error * statistics.fmean(slopes)
+                if enough and len(slopes) >= _LEAST_DIRECTIONS:
                     break
-        return Sensitivity(statistics.fmean(slopes), _standard_error(slopes), len(slopes))
+        return Sensitivity(statistics.fmean(slopes), math.nan if error is None else error, len(slopes))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that the results depend on, in addition to steps and seeds, as primitives."""
@@ -349,10 +353,6 @@ class LayerTrials(Trials):
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]
         head = config.vocab_size * config.hidden_size * batch.needed.numel() / batch.num_tokens
         return float(_LOGITS * head / sum(parameter.numel() for parameter in layer.parameters()))
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _some(batches: Iterable[EvalBatch], rows: int) -> list[EvalBatch]:

@@ -50,8 +50,9 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
         check_repository(options.push_to_hub)
     origin = origin_of(checkpoint.note["model"], options.base_model)
     tuned_model = restore(checkpoint, options.trust_remote_code)
-    name = options.format or ("merged" if tuned_model.peft_files() is None else "adapter")
-    format, facts = FORMATS[name], facts_of(checkpoint, name, origin, tuned_model)
+    adapter = tuned_model.peft_files() if options.format in (None, "adapter") else None
+    name = options.format or ("merged" if adapter is None else "adapter")
+    format, facts = FORMATS[name], facts_of(checkpoint, name, origin, tuned_model, adapter)
     with replacing(target) as partial:
         partial.mkdir()
         format.write(tuned_model, facts, partial)

@@ -20,13 +20,12 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     Raises:
         SlzoError: The tuned change does not have a low rank.
     """
-    files = tuned_model.peft_files()
-    if files is None:
+    if facts.adapter is None:
         raise SlzoError(
             f"format adapter: the change of {facts.scope} does not have a low rank; use --format merged, or delta for "
             "the tuned tensors alone"
         )
-    write_peft_files(files, facts.origin.name, folder)
+    write_peft_files(facts.adapter, facts.origin.name, folder)
 
 
 def load_code(facts: Facts) -> str:

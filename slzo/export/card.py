@@ -17,7 +17,7 @@ from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_FOLDERS = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/(?=[^\s'\",\]]*)")
+_FOLDERS = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/")
 
 
 def write_card(facts: Facts, format: ExportFormat, folder: Path, title: str) -> None:
@@ -96,10 +96,10 @@ def _what(facts: Facts) -> str:
 
 
 def _vllm(facts: Facts) -> str:
-    """The command for vLLM, which serves LoRA adapters."""
-    if facts.rank is None:
+    """Return the vLLM command; empty if vLLM does not serve the folder as an adapter."""
+    most = next((rank for rank in _VLLM_RANKS if facts.rank is not None and rank >= facts.rank), None)
+    if most is None:
         return ""
-    most = next((str(rank) for rank in _VLLM_RANKS if rank >= facts.rank), "")
     return (
         f"\n\nvLLM: `vllm serve {facts.origin.name} --enable-lora --max-lora-rank {most} "
         "--lora-modules tuned=PATH_OR_REPOSITORY`"

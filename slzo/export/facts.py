@@ -9,6 +9,7 @@ from typing import Any
 from slzo import __version__
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.origin import Origin
+from slzo.models.peft_files import PeftFiles
 from slzo.zo.tuned_model import TunedModel
 
 _SUMMARY = "summary.json"
@@ -21,7 +22,7 @@ class ExportOptions:
     Attributes:
         output: Folder to write.
         format: Format to write; ``None`` for an adapter if the tuned change has a low rank, otherwise merged.
-        base_model: Hub id of the base model; ``None`` to take the known one.
+        base_model: Hub id of the base model; ``None`` for the one that the checkpoint names.
         push_to_hub: Hub repository to upload to; ``None`` for no upload.
         trust_remote_code: Whether to run code from the model's repository.
     """
@@ -58,7 +59,7 @@ class Facts:
         scope: Description of the scope.
         num_tuned: Number of tuned parameters.
         num_layers: Number of decoder layers of the model.
-        rank: Rank of a LoRA adapter; ``None`` for anything else.
+        adapter: Files of an adapter; ``None`` in other formats, or if the change does not have a low rank.
         data: Settings of the data: the task with its version and arguments, rows, batch size.
         summary: The run's ``summary.json``; empty if there is none.
         scored: Whether the summary's score after training is that of this checkpoint.
@@ -71,10 +72,15 @@ class Facts:
     scope: str
     num_tuned: int
     num_layers: int
-    rank: int | None = None
+    adapter: PeftFiles | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = False
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of a LoRA adapter; ``None`` for anything else."""
+        return None if self.adapter is None else self.adapter.config.get("r")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
@@ -93,10 +99,11 @@ class Facts:
         }
 
 
-def facts_of(checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel) -> Facts:
+def facts_of(
+    checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, adapter: PeftFiles | None
+) -> Facts:
     """Collect the facts from a checkpoint and from the folder of its run."""
-    note, files = checkpoint.note, tuned_model.peft_files()
-    summary = _summary(Path(checkpoint.path))
+    note, summary = checkpoint.note, _summary(Path(checkpoint.path))
     best = summary.get("best_checkpoint")
     return Facts(
         format,
@@ -110,7 +117,7 @@ def facts_of(checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: T
         ),
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,
-        None if files is None or format != "adapter" else files.config.get("r"),
+        adapter,
         checkpoint.content.get("TaskDataModule", {}),
         summary,
         best is not None and Path(best).name == Path(checkpoint.path).name,

@@ -13,13 +13,14 @@ def read_prompts(path: str) -> list[str]:
         SlzoError: The file cannot be read, or has no prompts.
     """
     try:
-        lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8").splitlines(), 1)
+        # not splitlines(): JSON strings may contain other line separators, such as U+2028
+        lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n"), 1)
     except (OSError, UnicodeDecodeError) as error:
         raise SlzoError(f"prompts {path!r}: cannot be read ({error}); give a text or JSON Lines file") from error
     filled = [(number, line) for number, line in lines if line.strip()]
     if not filled:
         raise SlzoError(f"prompts {path!r}: is empty; write one prompt per line")
-    is_json = Path(path).suffix == ".jsonl"
+    is_json = Path(path).suffix.lower() == ".jsonl"
     return [_field(line, f"{path}:{number}") if is_json else line for number, line in filled]
 
 

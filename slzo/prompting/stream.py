@@ -1,6 +1,5 @@
 """Generate texts and write them token by token."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -12,7 +11,7 @@ from slzo.utils.errors import SlzoError
 
 
 @dataclass(frozen=True)
-class Decoding:
+class TextOptions:
     """Options of the generation.
 
     Attributes:
@@ -43,49 +42,40 @@ class _Stream(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._out = out
-        self.text = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of text."""
-        self.text += text
         self._out.write(text + ("\n" if stream_end else ""))
         self._out.flush()
 
 
 @torch.no_grad()
 def write_continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], decoding: Decoding, out: TextIO
-) -> str:
-    """Generate a continuation with transformers, write it to ``out`` meanwhile, and return it.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], options: TextOptions, out: TextIO
+) -> None:
+    """Generate a continuation with transformers and write it to ``out`` meanwhile.
 
     Raises:
         SlzoError: Prompt and new tokens exceed the model's maximum length.
     """
     known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(known, int) and len(ids) + decoding.max_new_tokens > known:
+    if isinstance(known, int) and len(ids) + options.max_new_tokens > known:
         raise SlzoError(
-            f"the prompt has {len(ids)} tokens; with max_new_tokens {decoding.max_new_tokens} this exceeds the model's limit of "
+            f"the prompt has {len(ids)} tokens; with max_new_tokens {options.max_new_tokens} this exceeds the model's limit of "
             f"{known}; shorten the prompt or lower max_new_tokens"
         )
     stream, prompt = _Stream(tokenizer, out), torch.tensor([list(ids)], device=model.device)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if decoding.temperature > 0:
-        options = {"do_sample": True, "temperature": decoding.temperature, "top_p": 1.0, "top_k": 0}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(decoding.seed)
+        torch.manual_seed(options.seed)
         model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
             pad_token_id=0 if pad is None else pad,
             streamer=stream,
-            **options,
+            **sampling,
         )
-    return stream.text
-
-
-def write_text(text: str) -> None:
-    """Write to standard output and flush."""
-    sys.stdout.write(text)
-    sys.stdout.flush()

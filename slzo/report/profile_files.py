@@ -6,12 +6,12 @@ from pathlib import Path
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture
+from slzo.report.run_files import PROFILE_FILE
 from slzo.utils.files import write_json
 from slzo.zo.profile import LayerStatistics, OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.selection.base import CLEAR
 
-PROFILE_FILE = "outlier_profile.json"
 PICTURE = "outlier_profile"
 """Name of the picture, without the endings .png and .svg."""
 _RACE = "race"

@@ -18,6 +18,7 @@ from slzo.utils.errors import SlzoError
 
 SUMMARY_FILE = "summary.json"
 ENVIRONMENT_FILE = "environment.json"
+PROFILE_FILE = "outlier_profile.json"
 HISTORY_FILE = "history.json"
 """Results of each validation."""
 
@@ -100,7 +101,7 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
     if not folder.is_dir():
         raise SlzoError(f"run {str(folder)!r}: no such folder; give the folder of a run, such as runs/version_0")
     summary, environment = _json(folder / SUMMARY_FILE), _json(folder / ENVIRONMENT_FILE)
-    profile, config = _json(folder / "outlier_profile.json"), _config(folder)
+    profile, config = _json(folder / PROFILE_FILE), _config(folder)
     if not (summary or environment or profile or config):
         below = sorted(path.name for path in folder.glob("version_*"))
         hint = f"{folder / below[-1]} is one" if below else "give one such as runs/version_0"

@@ -24,7 +24,6 @@ class RunFacts:
         layer_reason: Reason for the choice of the layer.
         num_layers: Number of decoder layers of the model.
         scope: Description of the scope.
-        needs_layer: Whether the scope needs a dominant layer.
         estimator: Description of the estimator.
         optimizer: Name of the optimizer.
         lr: Learning rate, a number or ``auto``.
@@ -60,7 +59,6 @@ class RunFacts:
     layer_reason: str
     num_layers: int
     scope: str
-    needs_layer: bool
     estimator: str
     optimizer: str
     lr: float | str
@@ -97,8 +95,7 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     change = _change(run, before, after)
     losses = dev_loss(run.validations, run.metric.description)
     doubtful = is_doubtful(change, losses)
-    layer = run.layer if run.needs_layer else None
-    advice = AdviceFacts(run.config, run.last, run.best, run.limit, layer, run.num_rows, run.requested_rows)
+    advice = AdviceFacts(run.config, run.last, run.best, run.limit, run.layer, run.num_rows, run.requested_rows)
     suggestion = next_command(change, losses, advice) if doubtful else None
     if suggestion is not None and run.config is None:  # a command would need the options of this run in Python
         suggestion = suggestion.partition("# ")[2]

@@ -15,7 +15,7 @@ from slzo.utils.class_paths import format_error, format_place
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RewardCall:
     """One reward function of a config.
 
     Attributes:
@@ -92,7 +92,7 @@ def find_function(name: str) -> RewardFunction:
     return function
 
 
-def call(wanted: Wanted, function: RewardFunction, answers: Answers) -> list[float]:
+def call(wanted: RewardCall, function: RewardFunction, answers: Answers) -> list[float]:
     """Call a reward function; return one number per answer.
 
     Raises:
@@ -133,7 +133,7 @@ def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
     return {parameter.name for parameter in parameters}
 
 
-def _place(function: RewardFunction, wanted: Wanted, answers: Answers) -> int | None:
+def _place(function: RewardFunction, wanted: RewardCall, answers: Answers) -> int | None:
     """Return the index of the first answer at which the function fails when it is called with that answer alone."""
     if len(answers.ids) == 1:
         return 0

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from slzo.rewards.calls import Answers, RewardFailure, Wanted
+from slzo.rewards.calls import Answers, RewardCall, RewardFailure
 from slzo.rewards.worker import LENGTH, write_frame
 from slzo.utils.errors import SlzoError
 
@@ -26,7 +26,7 @@ class RewardProcess:
         timeout: Time limit of a call, in seconds, for all functions together.
     """
 
-    def __init__(self, functions: Sequence[Wanted], timeout: float) -> None:
+    def __init__(self, functions: Sequence[RewardCall], timeout: float) -> None:
         self.functions = list(functions)
         self.timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.rewards.calls import Answers, RewardFailure, Wanted, call, find_function
+from slzo.rewards.calls import Answers, RewardCall, RewardFailure, call, find_function
 from slzo.rewards.process import RewardProcess
 from slzo.rewards.registry import REWARDS, check_package
 from slzo.utils.errors import SlzoError
@@ -129,7 +129,7 @@ class Rewards:
         return None
 
 
-def read_functions(given: object) -> tuple[Wanted, ...]:
+def read_functions(given: object) -> tuple[RewardCall, ...]:
     """Read the reward functions of a config, see :data:`Functions`.
 
     Raises:
@@ -152,9 +152,9 @@ def read_functions(given: object) -> tuple[Wanted, ...]:
     return tuple(found)
 
 
-def _read(entry: object) -> Wanted:
+def _read(entry: object) -> RewardCall:
     if isinstance(entry, str):
-        return Wanted(entry)
+        return RewardCall(entry)
     known = ("function", "weight", "arguments")
     if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), str) or set(entry) - set(known):
         raise SlzoError(f"data.reward {entry!r}: give a name, or a mapping with {', '.join(known)}")
@@ -165,7 +165,7 @@ def _read(entry: object) -> Wanted:
         raise SlzoError(
             f"data.reward {entry['function']!r}: arguments {arguments!r} must be a mapping of names to values"
         )
-    return Wanted(entry["function"], float(weight), dict(arguments))
+    return RewardCall(entry["function"], float(weight), dict(arguments))
 
 
 def _short_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from slzo.rewards.calls import RewardFailure, Wanted, call, find_function
+from slzo.rewards.calls import RewardCall, RewardFailure, call, find_function
 from slzo.rewards.registry import RewardFunction
 
 LENGTH = struct.Struct("<Q")
@@ -45,7 +45,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     functions: list[RewardFunction] = []
-    wanted: Sequence[Wanted] = ()
+    wanted: Sequence[RewardCall] = ()
     while True:
         try:
             request, limit = read_frame(requests)
@@ -65,7 +65,7 @@ def main() -> None:
         write_frame(replies, reply)
 
 
-def _load(wanted: Sequence[Wanted], functions: list[RewardFunction]) -> tuple[str, str] | None:
+def _load(wanted: Sequence[RewardCall], functions: list[RewardFunction]) -> tuple[str, str] | None:
     for one in wanted:
         try:
             functions.append(find_function(one.function))

@@ -7,6 +7,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
+from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import SlzoError
@@ -32,11 +33,11 @@ class Example:
 
     Attributes:
         id: Id that is unique within the data set. It keeps splits apart and names predictions.
-        prompt: Text before the answer, without outer spaces (newlines stay).
+        prompt: Text before the answer, without leading and trailing spaces (newlines stay).
         candidates: Answer texts, with a leading space if needed. Classification and multiple choice: the options.
             Generation: the single text to train on.
         gold: Indices of the correct candidates; the first is the training target. Empty if the row has no label.
-        references: Accepted answers of a generation task, without outer white space.
+        references: Accepted answers of a generation task, without leading and trailing white space.
         group: Key of rows that are scored together (MultiRC: the question), else ``None``.
         messages: Turns of a conversation before the answer; ``prompt`` is then only displayed and compared.
         columns: All fields of the row, for rewards; empty if not requested.
@@ -115,7 +116,7 @@ class Task(ABC):
     @property
     def generates(self) -> bool:
         """Whether scoring a row generates an answer."""
-        return self.kind is Kind.GENERATION and any(name != "perplexity" for name in self.metrics)
+        return self.kind is Kind.GENERATION and any(name != PERPLEXITY for name in self.metrics)
 
     @abstractmethod
     def example(self, row: Fields, id: str) -> Example:

@@ -5,7 +5,7 @@ content), or ``prompt`` and ``completion`` (texts or turns), or ``instruction``,
 Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 """
 
-from slzo.rewards.registry import check_metrics
+from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
 from slzo.tasks.fields import Fields, shown
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
@@ -67,7 +67,7 @@ class ChatTask(Task):
         self.chat = ChatFormat(template, turns)
         self.max_new_tokens = check_max_new_tokens(max_new_tokens)
         self.stop = check_stop(stop or ())
-        self.metrics = check_metrics(("perplexity",) if metrics is None else metrics)
+        self.metrics = check_metrics((PERPLEXITY,) if metrics is None else metrics)
         self.metric = self.metrics[0]
 
     def example(self, row: Fields, id: str) -> Example:

@@ -23,7 +23,7 @@ class TemplateTask(Task):
         candidates: Answer texts, with a leading space if they need one. Empty for generation.
         label_field: Field with the label.
         labels: The rows' labels in the order of the candidates. By default 0, 1, ... or a candidate's own text
-            without outer spaces. A row label of -1, or an empty cell, means that the row has none.
+            without leading and trailing spaces. A row label of -1, or an empty cell, means that the row has none.
         answer_field: Generation: field with the answer, a text or a list of texts (the first is trained on).
         references_field: Generation: field with further accepted answers, a text or a list of texts.
         stop: Generation: texts that end an answer; the first one ends those trained on. Left out, a newline.
@@ -82,8 +82,10 @@ class TemplateTask(Task):
             )
         if given:
             self.kind = Kind.GENERATION
-            self.max_new_tokens = check_max_new_tokens(50 if max_new_tokens is None else max_new_tokens)
-            self.stop = check_stop(["\n"] if stop is None else stop)
+            self.max_new_tokens = check_max_new_tokens(
+                Task.max_new_tokens if max_new_tokens is None else max_new_tokens
+            )
+            self.stop = check_stop(Task.stop if stop is None else stop)
             if not self.stop:
                 raise SlzoError("data.task.stop []: give at least one text that ends an answer, or leave it out")
             has_answers = answer_field is not None or references_field is not None

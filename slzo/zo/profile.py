@@ -158,8 +158,8 @@ def _average(index: int, sequences: list[_SequenceStatistics]) -> LayerStatistic
         channel=channel,
         position=position,
         token_id=token_id,
-        max_abs_se=_standard_error([sequence.max_abs for sequence in sequences]),
-        ratio_se=_standard_error([sequence.ratio for sequence in sequences]),
+        max_abs_se=standard_error([sequence.max_abs for sequence in sequences]),
+        ratio_se=standard_error([sequence.ratio for sequence in sequences]),
         same_channel=len(same) / count,
         same_position=mean(lambda sequence: sequence.position == position),
         rest_max_abs=mean(lambda sequence: sequence.rest_max_abs),
@@ -167,7 +167,8 @@ def _average(index: int, sequences: list[_SequenceStatistics]) -> LayerStatistic
     )
 
 
-def _standard_error(values: Sequence[float]) -> float | None:
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean; ``None`` for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from slzo.evaluation.metrics import token_f1
+from slzo.rewards.answers import token_f1
 from slzo.tasks.base import Example
 from slzo.zo.objectives.base import AnswerObjective
 

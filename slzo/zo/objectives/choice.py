@@ -1,0 +1,39 @@
+"""The choice of the objective and of the rewards that are reported, checked against the task."""
+
+from typing import Any
+
+from slzo.tasks.base import Kind, Task
+from slzo.utils.errors import SlzoError
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
+
+
+def choose_objective(
+    task: Task, objective: str | Objective | None, reward: str | list[str | dict[str, Any]] | None
+) -> tuple[Objective, Reward | None]:
+    """Return what training minimizes and the rewards that are reported; see :class:`slzo.task_rows.TaskRows`.
+
+    Raises:
+        SlzoError: One of them is unknown or does not fit the task, or both name rewards.
+    """
+    given = None if reward is None else Reward(reward)
+    if objective is None:
+        objective = given or "loss"
+    if not isinstance(objective, Objective):
+        named = {"loss": LOSS_OBJECTIVES, "metric": METRIC_OBJECTIVES}
+        if objective not in named:
+            raise SlzoError(f"data.objective {objective!r}: choose loss, metric, or an Objective")
+        objective = named[objective][task.kind]()
+    if isinstance(objective, Reward) and given not in (None, objective):
+        raise SlzoError("data.reward: data.objective names its own functions; leave out one of the two")
+    rewards = objective if isinstance(objective, Reward) else given
+    if rewards is not None and task.kind is not Kind.GENERATION:
+        raise SlzoError(
+            f"data.reward: task {task.name!r} chooses among candidates; a reward needs a task that generates answers, "
+            "such as TemplateTask with an answer_field, or ChatTask"
+        )
+    if task.metric == "reward" and rewards is None:
+        raise SlzoError(
+            f"data.reward: task {task.name!r} has no answers to score held-out rows with; give a data.reward, "
+            "or the rows' answers in data.task.answer_field"
+        )
+    return objective, rewards
