@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -12,13 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from helpers import random_example
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from helpers import random_example
-
 import tiny
+from slzo.utils import pip_download
 
 
 @pytest.fixture
@@ -72,6 +72,26 @@ def _clean_environment(monkeypatch):
     for name in set(os.environ) - set(before):
         if name.startswith(("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")):
             os.environ.pop(name)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A new working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def listening():
+    """Ctrl-C counts, also where the tests run in the background of a shell, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def no_pip(monkeypatch):
+    """Fail the test if it runs pip."""
+    monkeypatch.setattr(pip_download, "run_pip", lambda *_: pytest.fail("pip was run"))
 
 
 @pytest.fixture

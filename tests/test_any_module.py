@@ -1,21 +1,17 @@
 """The step on any torch module: a small convolutional network and an encoder, no language model and no tokens."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import cnn, described, flat, image_loss, images
+from helpers import cnn, described, flat, image_loss, images, page_code
 from torch import nn
 from torch.nn import functional as F
 
 from slzo.utils.errors import SlzoError
 from slzo.zo import ClosureLoss, Request, take_step
 from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided
-
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 class Encoder(nn.Module):
@@ -35,8 +31,7 @@ class Encoder(nn.Module):
 def test_a_classifier_learns_by_the_lines_of_the_page(make):
     model = make().eval()
     batch, (held_x, held_y) = images(), images(seed=1)
-    code = re.search(r"<!-- tested: step -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    exec(code, {"torch": torch, "F": F, "model": model, "loader": [batch] * 150})
+    exec(page_code("docs/extending.md", "step"), {"torch": torch, "F": F, "model": model, "loader": [batch] * 150})
     with torch.no_grad():
         assert F.cross_entropy(model(batch[0]), batch[1]) < 0.3
         assert (model(held_x).argmax(dim=1) == held_y).float().mean() > 0.85

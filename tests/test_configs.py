@@ -1,4 +1,4 @@
-"""Every shipped config parses and its classes build; the README's commands are real."""
+"""Every shipped config builds; help and pages name what is registered; code in pages runs."""
 
 import inspect
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT, on_tiny, page_code, run_dir, summary
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.cli.app import SlzoCLI
@@ -19,20 +20,14 @@ from slzo.task_rows import TaskRows
 from slzo.tasks.registry import TASKS
 from slzo.zo import estimators, objectives, scopes, selection
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("own_folder")
 # a table config has methods and is no config of slzo
 CONFIGS = [
     path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "methods" not in yaml.safe_load(path.read_text())
 ]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 METHODS = "\n\n".join(path.read_text(encoding="utf-8") for path in PAGES if "methods" in str(path.relative_to(ROOT)))
 TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Code")[2].partition("```\n\n")[0]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def build(*configs):
@@ -51,9 +46,8 @@ def test_a_config_builds_and_opens_with_the_command_that_runs_it(config):
 
 
 def readme_command(name):
-    found = re.search(rf"<!-- tested: {name} -->\n```bash\n(.*)\n```", README)
-    assert found, f"no tested command {name!r} in the README"
-    return found[1]
+    (line,) = page_code("README.md", name, "bash").splitlines()
+    return line
 
 
 def test_the_setup_command_installs_and_runs_the_main_job():
@@ -128,33 +122,19 @@ def test_documents_hold_figures_not_placeholders(document):
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b(?!=)", text)
 
 
-def code_block(path, name, language):
-    text = (ROOT / path).read_text(encoding="utf-8")
-    return re.search(rf"<!-- tested: {name} -->\n```{language}\n(.*?)```", text, re.DOTALL)[1]
-
-
 @pytest.mark.pictures
 def test_the_python_of_the_readme_on_a_tiny_model(model_dir, data_dir):
-    code = code_block("README.md", "python", "python")
+    code = page_code("README.md", "python")
     assert len(code.splitlines()) <= 12
-    rows = f'"sst2", data_dir={str(data_dir)!r}, tokenizer={str(model_dir)!r}, num_train=40, num_dev=16, num_test=12'
-    changes = {
-        '"movie_reviews", num_train=1000, num_dev=200, num_test=500': rows,
-        '"smollm2-135m"': repr(str(model_dir)),
-        "max_steps=320, val_check_interval=40": "max_steps=2, val_check_interval=2, accelerator='cpu'",
-    }
-    for old, new in changes.items():
-        assert code.count(old) == 1
-        code = code.replace(old, new)
-    exec(code, {})
-    run = Path("runs/version_0")
-    assert json.loads((run / "summary.json").read_text())["steps"] == 2
-    assert (run / "report.html").is_file()
+    changes = {"max_steps=320, val_check_interval=40": "max_steps=2, val_check_interval=2, accelerator='cpu'"}
+    exec(on_tiny(code, model_dir, data_dir, changes), {})
+    assert summary()["steps"] == 2
+    assert (run_dir() / "report.html").is_file()
     assert (Path("tuned-model") / "config.json").is_file()
 
 
 def test_the_task_of_the_tutorial(tmp_path):
-    Path("my_task.yaml").write_text(code_block("docs/tutorial.md", "tutorial", "yaml"))
+    Path("my_task.yaml").write_text(page_code("docs/tutorial.md", "tutorial", "yaml"))
     for name in ("my_train", "my_test"):
         Path(f"{name}.jsonl").write_text('{"text": "A warm and funny film.", "label": "good"}\n')
     cli = build(ROOT / "configs" / "quickstart.yaml", "my_task.yaml")
@@ -164,5 +144,5 @@ def test_the_task_of_the_tutorial(tmp_path):
 def test_the_notebook_is_the_python_of_the_readme():
     cells = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells)
-    for line in code_block("README.md", "python", "python").splitlines():
+    for line in page_code("README.md", "python").splitlines():
         assert line in source

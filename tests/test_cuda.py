@@ -79,11 +79,11 @@ def test_states_come_on_a_stream_of_their_own():
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # the computing stream is busy
     busy = torch.cuda.current_stream().record_event()
-    arrival = cache.get_or_compute(batch, lambda part: pytest.fail("computed"), torch.float32, keep=True)
-    assert arrival.copied is not None
-    arrival.copied.synchronize()
+    pending = cache.get_or_compute(batch, lambda part: pytest.fail("computed"), torch.float32, keep=True)
+    assert pending.copied is not None
+    pending.copied.synchronize()
     assert not busy.query()
-    assert torch.equal(arrival.wait() + 0, states)
+    assert torch.equal(pending.wait() + 0, states)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
         assert joint_answers(tuned_model, points, prompts, wanted, set(), kept=Kept(states, keys)) == plain
         assert (below.take(), above.count > 0) == (run + len(histories), True)
     assert states.cache.num_bytes == block.num_tokens * states.token_bytes
-    # nothing is left of the budget where the cache beside takes it all
+    # nothing is left if the primary cache uses the whole budget
     tuned_model.clear_prefix()
     tuned_model.forward.cache.num_bytes = tuned_model.forward.cache.budget
     tuned_model.plan_prefix([], [block])

@@ -14,6 +14,8 @@ from slzo.private.parsers import options_of, type_of
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _PARTS = re.compile(r"&&|\|")
+# files that a reader creates
+_EXAMPLES = ("NAME.py", "lengths.py", "npz.py")
 
 
 def commands_of(program):
@@ -73,6 +75,12 @@ def test_a_command_of_python(words):
             text += other.read_text(encoding="utf-8")
     assert [option for option in options_among(words) if f'"{option}"' not in text] == []
     check_files(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_files_named_in_the_documents_exist(document):
+    named = re.findall(r"\b(?:slzo|tools|tests|configs)/[\w./-]+\.(?:py|yaml)\b", document.read_text(encoding="utf-8"))
+    assert [name for name in named if Path(name).name not in _EXAMPLES and not (ROOT / name).is_file()] == []
 
 
 def test_the_check_finds_a_wrong_option():

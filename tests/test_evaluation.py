@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error_line, last_checkpoint, make_tokenizer, run_dir, summary, tiny_model
+from helpers import error_line, last_checkpoint, run_dir, summary, tiny_model
 
 from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
@@ -22,15 +22,16 @@ from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator
-from slzo.evaluation.metrics import token_f1
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
+from slzo.rewards.answers import token_f1
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives import AnswerF1, CandidateCrossEntropy, CandidateErrors
 from slzo.zo.stepper import Stepper
+from tiny import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A resumed run ends with the same bytes as one that nobody stopped: any scope, any estimator, after any number of epochs.
+"""A resumed run ends with the same bytes as an uninterrupted one: any scope, any estimator, after any number of epochs.
 
 The prefix cache is on: which rows' states it keeps, and with which others each is computed, must not depend on the stop.
 """
@@ -17,6 +17,7 @@ from helpers import error_line, last_checkpoint, tuned
 from slzo.__main__ import main
 from slzo.models.parts import ModelParts
 
+pytestmark = pytest.mark.usefixtures("listening")
 # batches of 8 of 40 rows: an epoch is 5 steps
 STEPS = 13
 SCOPES = {
@@ -67,14 +68,6 @@ SMALL_CACHE = "--model.engine.cache_gb=1e-4"
 
 
 @pytest.fixture(autouse=True)
-def listening():
-    """Ctrl-C counts, also where the tests run in the background of a shell, whose jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(autouse=True)
 def rounding(monkeypatch, request):
     """Prefix states that depend on the size of the batch, as they do by rounding in models of real width."""
     original = ModelParts.run
@@ -112,7 +105,7 @@ def stopped(fit, step, how):
 
 
 def whole(fit):
-    """The tuned tensors of a run that nobody stopped."""
+    """The tuned tensors of an uninterrupted run."""
     assert main(fit) == 0
     return tuned(last_checkpoint())
 
@@ -127,7 +120,7 @@ def assert_resume_is_exact(fit, step, how, expected):
 
 @pytest.fixture(scope="module")
 def known():
-    """What runs that nobody stopped came to, by scope and estimator."""
+    """The tuned tensors of uninterrupted runs, by scope and estimator."""
     return {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, make_tokenizer, summary, tiny_model, tune_scope
+from helpers import error_line, last_checkpoint, summary, tiny_model, tune_scope
 from hub_stand_in import HubStandIn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
-from slzo.export.card import without_folders, write_licences
+from slzo.export.adapter import ADAPTER
+from slzo.export.card import without_folders, write_card, write_licences
+from slzo.export.facts import Facts
 from slzo.models.origin import loadable, origin_of
-from slzo.models.peft_files import LowRank, lora_files
+from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning
+from tiny import make_tokenizer
 
 IDS = torch.arange(3, 40)[None]
 
@@ -261,3 +264,13 @@ def test_a_command_in_a_card_names_no_folder_of_this_machine():
     )
     expected = "slzo fit --config x.yaml --data.data_dir=sst2 --model.model Qwen/Qwen3-8B --a b/c.yaml"
     assert without_folders(command) == expected
+
+
+@pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])
+def test_the_card_has_a_command_for_vllm_if_vllm_serves_the_rank(rank, option, model_dir, tmp_path):
+    note = {"dtype": "float32", "layer": None}
+    adapter = PeftFiles({"r": rank}, {})
+    facts = Facts("adapter", origin_of(str(model_dir), "me/tiny"), note, 1, "LoRA", 2, 4, adapter)
+    write_card(facts, ADAPTER, tmp_path, "title")
+    text = card(tmp_path)[1]
+    assert (option in text) if option else ("vllm" not in text)

@@ -9,28 +9,20 @@ from types import MappingProxyType, ModuleType
 import numpy as np
 import pytest
 import yaml
-from helpers import run_dir, tuned
+from helpers import ROOT, last_checkpoint, on_tiny, page_code, run_dir, summary, tuned
 
 from slzo import export
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.commands.registry import COMMANDS, Command
 
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-def example(name, page="extending.md"):
-    """The Python of an example, and the YAML below it, if there is one."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    found = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```(?:\n\n```yaml\n(.*?)```)?", text, re.DOTALL)
-    return found[1], found[2]
+PAGE = "docs/extending.md"
 
 
 def write_config(name, file):
     """Write an example's two files into the current folder."""
-    code, config = example(name)
-    Path(file).write_text(code)
-    Path("example.yaml").write_text(config)
+    Path(file).write_text(page_code(PAGE, name))
+    Path("example.yaml").write_text(config := page_code(PAGE, name, "yaml"))
     return yaml.safe_load(config)
 
 
@@ -40,7 +32,7 @@ def test_a_rule_with_trials(options):
     assert main(["fit", *given, "--config=example.yaml"]) == 0
     race = json.loads((run_dir() / "race.json").read_text())
     assert sorted(race["trials"], key=int) == [str(layer) for layer in init_args["layers"]]
-    assert race["layer"] == json.loads((run_dir() / "summary.json").read_text())["dominant_layer"]
+    assert race["layer"] == summary()["dominant_layer"]
     assert all(len(trial["losses"]) == init_args["steps"] for trial in race["trials"].values())
 
 
@@ -54,20 +46,19 @@ def test_a_reward(options):
     )
     given = [option for option in options if not option.startswith(("--data.task", "--data.data_dir"))]
     assert main(["fit", *given, "--trainer.max_steps=2", "--config=task.yaml", "--config=example.yaml"]) == 0
-    summary = json.loads((run_dir() / "summary.json").read_text())
-    assert summary["metric"] == "reward"
-    assert 0 < summary["score_after"] <= 0.5
+    assert summary()["metric"] == "reward"
+    assert 0 < summary()["score_after"] <= 0.5
     scope = {}
-    exec(example("reward")[0], scope)
+    exec(page_code(PAGE, "reward"), scope)
     assert scope["brief"](["a" * arguments["limit"], "a" * 2 * arguments["limit"]], **arguments) == [1.0, 0.5]
 
 
 def test_an_export_format(options, monkeypatch):
     scope = {}
-    exec(example("export")[0], scope)
+    exec(page_code(PAGE, "export"), scope)
     monkeypatch.setattr(export, "FORMATS", MappingProxyType({**export.FORMATS, "npz": scope["NPZ"]}))
     assert main(["fit", *options]) == 0
-    path = run_dir() / "checkpoints" / "last.ckpt"
+    path = last_checkpoint()
     done = export.export_checkpoint(read_checkpoint(path), export.ExportOptions("out", "npz"))
     with np.load(done.folder / "tuned.npz") as arrays:
         assert {name: array.tolist() for name, array in arrays.items()} == {
@@ -77,9 +68,9 @@ def test_an_export_format(options, monkeypatch):
 
 def test_a_command(options, monkeypatch, capsys):
     module = ModuleType("slzo.commands.lengths")
-    exec(example("command")[0], vars(module))
+    exec(page_code(PAGE, "command"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    registration = re.search(r'`(Command\("lengths".*?\))`', (DOCS / "extending.md").read_text(encoding="utf-8"))[1]
+    registration = re.search(r'`(Command\("lengths".*?\))`', (ROOT / PAGE).read_text(encoding="utf-8"))[1]
     commands = MappingProxyType({**COMMANDS, "lengths": eval(registration, {"Command": Command})})
     for place in ("slzo.__main__", "slzo.cli.run"):
         monkeypatch.setattr(f"{place}.COMMANDS", commands)
@@ -90,19 +81,8 @@ def test_a_command(options, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["zo_trainer", "plain_trainer"])
 def test_the_python_of_the_page_on_runs(name, model_dir, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = example(name, "runs.md")[0]
-    changes = {
-        '"movie_reviews", num_train=1000, num_dev=200, num_test=500': (
-            f'"sst2", data_dir={str(data_dir)!r}, tokenizer={str(model_dir)!r}, num_train=40, num_dev=16, num_test=12'
-        ),
-        '"smollm2-135m"': repr(str(model_dir)),
-        "max_steps=320": "max_steps=4, accelerator='cpu'",
-        "val_check_interval=40": "val_check_interval=2",
-    }
-    for old, new in changes.items():
-        assert code.count(old) == 1, old
-        code = code.replace(old, new)
-    exec(code, {})
+    changes = {"max_steps=320": "max_steps=4, accelerator='cpu'", "val_check_interval=40": "val_check_interval=2"}
+    exec(on_tiny(page_code("docs/runs.md", name), model_dir, data_dir, changes), {})
     folder = run_dir() if name == "zo_trainer" else Path("lightning_logs/version_0")
     assert {"zo_log", "zo_start.ckpt", "outlier_profile.json"} <= {path.name for path in folder.iterdir()}
     assert (
@@ -118,5 +98,5 @@ def test_the_adapter_of_the_tutorial_loads(options, model_dir):
     assert main(["fit", *options, *scope]) == 0
     assert main(["export", "--ckpt_path=best", "--output=my-adapter"]) == 0
     names = {}
-    exec(example("tutorial_adapter", "tutorial.md")[0].replace("BASE", str(model_dir)), names)
+    exec(page_code("docs/tutorial.md", "tutorial_adapter").replace("BASE", str(model_dir)), names)
     assert any("lora_A" in name for name, _ in names["model"].named_parameters())

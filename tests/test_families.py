@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error_line, last_checkpoint, make_tokenizer, random_example, tiny_model, tuned, tuned_layer
+from helpers import error_line, last_checkpoint, random_example, tiny_model, tuned, tuned_layer
 from transformers import AutoConfig
 
 import family_table
@@ -35,6 +35,7 @@ from slzo.zo.scopes import (
 )
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
+from tiny import make_tokenizer
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -1,4 +1,4 @@
-"""What slzo writes is whole or not there, and lies beside its place while it is written."""
+"""Files are written completely or not at all, first to a temporary file in the same folder."""
 
 import errno
 import os

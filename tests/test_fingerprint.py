@@ -3,13 +3,18 @@
 import json
 import re
 import shutil
+from datetime import date
 
 import pytest
 from helpers import error_line, run_dir
 
 from slzo.__main__ import main
-from slzo.data.fingerprint import hash_tokenizer
+from slzo.batches.encoded import prompt_alone
+from slzo.data.batch import Row
+from slzo.data.fingerprint import DataFingerprint, hash_tokenizer
 from slzo.models.load import load_tokenizer
+from slzo.tasks.base import Example
+from tiny import make_tokenizer
 
 ALLOW = "--data.allow_changed_rows=true"
 
@@ -95,3 +100,17 @@ def test_the_hash_of_a_tokenizer_does_not_depend_on_what_it_was_used_for(model_d
     before = hash_tokenizer(tokenizer)
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=4)
     assert hash_tokenizer(tokenizer) == before == hash_tokenizer(load_tokenizer(str(model_dir)))
+
+
+def test_the_hash_of_a_row_covers_its_id_and_the_values_of_its_columns():
+    """Sampled answers depend on the id. A value whose text is its address has the same hash in every process."""
+
+    def row_hash(id="a", **columns):
+        row = Row(Example(id, "x", (), columns=columns), prompt_alone(0, (3, 4)), 0)
+        return int(DataFingerprint.of(make_tokenizer(), {"train": [row]}).rows["train"])
+
+    first, second = object(), object()
+    assert row_hash(image=first, when=date(2026, 1, 2)) == row_hash(image=second, when=date(2026, 1, 2))
+    others = [row_hash(), row_hash("b"), row_hash(image="0x1"), row_hash(image="0x2"), row_hash(image=first)]
+    others += [row_hash(image=date(2026, 1, day)) for day in (1, 2)]
+    assert len(set(others)) == len(others)

@@ -1,4 +1,4 @@
-"""The packages stand on floors: imports go down only, and few rooms know Lightning."""
+"""Imports between packages only go down, and few packages import Lightning."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, VOCABULARY, make_tokenizer, tiny_model
+from helpers import FAMILIES, VOCABULARY, tiny_model
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.evaluation.generation import answer_text, generate, stop_tokens
 from slzo.models.parts import ModelParts
+from tiny import make_tokenizer
 
 
 def plain_greedy(model, prompt, stops, max_new_tokens):

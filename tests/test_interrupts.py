@@ -1,4 +1,4 @@
-"""A run that a signal ended and that is resumed equals one that nobody stopped: events, validations, best checkpoint."""
+"""A run that a signal ended and that is resumed equals an uninterrupted one: events, validations, best checkpoint."""
 
 import signal
 from pathlib import Path
@@ -13,17 +13,10 @@ from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.module import ZOModule
 from slzo.utils.signals import signals_held
 
+pytestmark = pytest.mark.usefixtures("listening")
 # two epochs of 5 batches and a bit
 STEPS = 12
 TIMES = ("step_seconds", "tokens_per_second", "peak_memory_gb")
-
-
-@pytest.fixture(autouse=True)
-def listening():
-    """Ctrl-C counts, also where the tests run in the background of a shell, whose jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -76,7 +69,7 @@ _WHOLE = {}
 
 @pytest.fixture
 def whole(run):
-    """What a run comes to that nobody stops, kept over tests; then the next run is the first again."""
+    """The outcome of an uninterrupted run, kept over tests; then the next run is the first again."""
 
     def whole(*more):
         if more not in _WHOLE:

@@ -1,7 +1,6 @@
 """Memory is estimated before the model is loaded."""
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from helpers import FAMILIES, error_line, summary, tiny_model
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-sys.path.append(str(Path(__file__).parents[1] / "tools" / "research"))
 import family_table
 from memory_table import table as memory_table
 from slzo import memory_plan

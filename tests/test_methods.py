@@ -13,7 +13,6 @@ from helpers import (
     error_line,
     last_checkpoint,
     logged,
-    make_tokenizer,
     peft_prefix,
     random_example,
     summary,
@@ -32,6 +31,7 @@ from slzo.zo.estimators import SPSA
 from slzo.zo.memory import tuning_bytes
 from slzo.zo.optim import OptimizerChoice, SignSGD
 from slzo.zo.scopes import ActivationSubspace, PrefixTuning
+from tiny import make_tokenizer
 
 METHODS = {
     "mlp": "model.scope=LayerScope model.scope.part=mlp",

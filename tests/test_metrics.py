@@ -8,7 +8,8 @@ import torch
 from torchmetrics.classification import BinaryF1Score
 from torchmetrics.text import SQuAD
 
-from slzo.evaluation.metrics import exact_match, make_metrics, normalize_answer, token_f1
+from slzo.evaluation.metrics import make_metrics
+from slzo.rewards.answers import exact_match, normalize_answer, token_f1
 from slzo.tasks.base import Example, Kind
 from slzo.tasks.registry import TASKS, get_task
 

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from helpers import make_tokenizer, run_dir
+from helpers import run_dir
 
 from slzo.__main__ import main
 from slzo.task_rows import TaskRows
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
+from tiny import make_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Scores of the fast path against a scorer written anew from the protocol: one example, one candidate, one full forward.
+"""Scores of the fast path against a scorer written independently from the protocol: one example, one candidate, one full forward.
 
 The plain scorer shares no code with the package beyond the prompt texts: it has its own rule for which tokens belong to a
 candidate, its own truncation, its own indexing.
@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from helpers import FAMILIES, SHARED_DATA, make_tokenizer, tiny_model
+from helpers import FAMILIES, SHARED_DATA, tiny_model
 
 from slzo.batches.losses import by_example, candidate_scores
 from slzo.batches.packing import pack
@@ -18,6 +18,7 @@ from slzo.data.encoding import Encoder
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.registry import get_task
+from tiny import make_tokenizer
 
 NINE = ["sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop"]
 LONG = ("rte", "cb", "boolq", "wsc", "multirc", "copa", "drop")  # their rows take seconds

@@ -1,13 +1,12 @@
 """A task, a scope, an estimator, a rule and an objective of the user's own: one file outside of the package, named in YAML."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, run_dir, summary, tuned
+from helpers import error_line, last_checkpoint, page_code, run_dir, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +14,6 @@ from slzo.__main__ import main
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 SCOPES = '''
 from enum import Enum
 from pathlib import Path
@@ -64,7 +62,7 @@ class Callback(Scope):
 
 def example(name):
     """An example of the page on plug-ins."""
-    return re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
+    return page_code("docs/extending.md", name)
 
 
 @pytest.fixture

@@ -133,3 +133,12 @@ def test_prompts_of_a_file_and_the_line_of_a_wrong_one(tmp_path):
     rows.write_text('{"prompt": "One"}\n\nTwo\n')
     with pytest.raises(SlzoError, match=r"rows\.jsonl:3: not a JSON object with a text under prompt"):
         read_prompts(str(rows))
+
+
+def test_prompts_with_other_line_separators_and_a_byte_order_mark(tmp_path):
+    prompts = ["a\u2028b\u2029c\x85d", "e"]
+    rows, page = tmp_path / "rows.JSONL", tmp_path / "page.txt"
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    page.write_text("\r\n".join(prompts), encoding="utf-8-sig", newline="")
+    assert read_prompts(str(rows)) == read_prompts(str(page)) == prompts

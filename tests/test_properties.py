@@ -1,4 +1,4 @@
-"""Whatever a file or an option holds: it is read, or refused in one line; never another error, never a hang."""
+"""Any content of a file or an option is read, or refused in one line."""
 
 import json
 import string

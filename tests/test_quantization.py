@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import last_checkpoint, make_tokenizer, random_example, tiny_model, tuned, tuned_layer
+from helpers import last_checkpoint, random_example, tiny_model, tuned, tuned_layer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,7 @@ from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import AllParameters, LoRA, PrefixTuning
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
+from tiny import make_tokenizer
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 LAYER = 2

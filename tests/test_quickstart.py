@@ -11,12 +11,7 @@ from helpers import SHARED_DATA, run_dir, summary
 from slzo.__main__ import main
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
-pytestmark = pytest.mark.real_model
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("own_folder")]
 
 
 def profile_of_run():

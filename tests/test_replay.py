@@ -124,6 +124,13 @@ def test_a_run_with_a_rollback_is_rebuilt(fit):
     assert_same("all.ckpt", last_checkpoint())
 
 
+def test_a_run_is_replayed_inside_its_folder(fit, monkeypatch):
+    assert main([*fit, "--trainer.max_steps=2"]) == 0
+    monkeypatch.chdir(run_dir())
+    assert main(["replay", "--run=."]) == 0
+    assert_same("checkpoints/replay-step=2.ckpt", "checkpoints/step=2.ckpt")
+
+
 def test_differentiating_estimators_have_no_log(fit, capsys):
     assert main([*fit, "--model.estimator=Backprop", "--trainer.max_steps=2"]) == 0
     assert not (run_dir() / "zo_log").exists()

@@ -119,6 +119,14 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
     assert "a/version_0, b/version_0" in page.text
 
 
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = """a'b"c \\n: ä😀"""
+    write_run(tmp_path / name, 0.1)
+    assert main(["report", name]) == 0
+    assert (tmp_path / name / "report.html").is_file()
+
+
 def test_options_are_told_apart_by_their_names():
     options = flat({"model": {"scope": {"class_path": "slzo.zo.scopes.LoRA", "init_args": {"rank": 4}}, "eps": None}})
     assert options == {"model.scope": "LoRA", "model.scope.rank": 4, "model.eps": None}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from helpers import last_checkpoint, logged, make_tokenizer, run_dir, summary, tiny_model, tuned, tuned_layer
+from helpers import last_checkpoint, logged, run_dir, summary, tiny_model, tuned, tuned_layer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
@@ -29,6 +29,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Point
 from slzo.zo.objectives import AnswerLikelihood, Reward
 from slzo.zo.stepper import StepOptions, Stepper
+from tiny import make_tokenizer
 
 FUNCTIONS = """
 import ctypes, os, time

@@ -1,4 +1,4 @@
-"""What is written beside a run for others to get the same numbers, when it validates, and what it says it will take."""
+"""The record of a run: config, environment, history, validations and time forecast."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The end of a run tells the truth first: what the held-out score and the dev loss did, and what to try."""
+"""The summary of a run: change of held-out score and dev loss, and a command to try."""
 
 import math
 import re
@@ -208,7 +208,7 @@ def test_in_python_the_hint_is_a_reason_without_a_command(config, monkeypatch):
     monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
     names = [field.name for field in fields(RunFacts)]
     run = RunFacts(**dict.fromkeys(names, 1) | {"spikes": {}, "validations": [], "best": "b.ckpt", "config": config})
-    run = replace(run, metric=SelectionMetric("loss", "accuracy"), needs_layer=False)
+    run = replace(run, metric=SelectionMetric("loss", "accuracy"))
     reason = "the learning rate may be too large"
     expected = f"slzo sweep --config {config} --lrs auto  # {reason}" if config else reason
     assert summarize(run, before, after)["next"] == expected

@@ -1,3 +1,5 @@
+"""Memory and kernel caches of the process."""
+
 import os
 import subprocess
 import sys
@@ -5,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from slzo.private.modules import has_onednn_linear
 from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 
 
@@ -36,7 +39,7 @@ def test_freed_memory_is_kept_and_not_mapped_again():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not has_onednn_linear(), reason="this torch has no oneDNN")
 def test_kernels_of_former_shapes_are_forgotten():
     """Products of 600 shapes, in processes of their own: with every kernel kept they take several times the memory."""
     code = (

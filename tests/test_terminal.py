@@ -1,4 +1,4 @@
-"""What a run shows: a bar where somebody watches, lines where nobody does, and nothing after the summary."""
+"""Output of a run: a progress bar in a terminal, otherwise a line per validation, nothing after the summary."""
 
 import os
 import pty

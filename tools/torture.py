@@ -33,7 +33,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, becau
 
 import torch
 
-sys.path.append(str(Path(__file__).parent / "research"))
 from slzo.__main__ import main as slzo
 from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
 from slzo.utils.errors import SlzoError

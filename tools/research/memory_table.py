@@ -7,7 +7,9 @@ The sizes of the models are in this file. Nothing is downloaded.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
@@ -24,20 +26,22 @@ _CARDS = (16, 24, 80)
 _RESERVED = 0.5  # GiB of a GPU that its driver and libraries take
 _TOKENS = 4096
 
+
+def _sizes(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
 # sizes as published by the authors
 MODELS: dict[str, PretrainedConfig] = {
-    "Llama-2-7B": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    ),
-    "Qwen3-8B": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
+    "Llama-2-7B": LlamaConfig(**_sizes(32000, 4096, 11008, 32, 32, 32)),
+    "Qwen3-8B": Qwen3Config(**_sizes(151936, 4096, 12288, 36, 32, 8), head_dim=128),
     "OPT-13B": OPTConfig(
         vocab_size=50272,
         hidden_size=5120,
@@ -46,14 +50,7 @@ MODELS: dict[str, PretrainedConfig] = {
         num_attention_heads=40,
         word_embed_proj_dim=5120,
     ),
-    "Llama-2-70B": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
+    "Llama-2-70B": LlamaConfig(**_sizes(32000, 8192, 28672, 80, 64, 8)),
 }
 QUANTIZATIONS: dict[str, str | None] = {"float16": None, "int8": "int8", "nf4": "nf4"}
 
@@ -88,7 +85,7 @@ def table() -> str:
         shape = shape_of(model)
         for word, quantization in QUANTIZATIONS.items():
             card = memory_inputs(model, shape, quantization, on_cpu=False).plan().total / _GB
-            own = ModelShape(**{**vars(shape), "stored_dtype": torch.bfloat16})
+            own = replace(shape, stored_dtype=torch.bfloat16)
             cpu = memory_inputs(model, own, quantization, on_cpu=True).plan()
             fits = ["yes" if card + _RESERVED <= size * 1e9 / _GB else "no" for size in _CARDS]
             kind = word if quantization else "float16 (CPU: bfloat16)"
