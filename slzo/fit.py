@@ -29,7 +29,7 @@ from slzo.models.parts import ModelParts
 from slzo.profiling import profile_model
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
-from slzo.report.run_files import SAMPLES_FILE, SUMMARY_FILE
+from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
 from slzo.report.summary import RunFacts, format_summary, gold_texts, sample_row, summarize
 from slzo.resume import open_step_log, restore
 from slzo.run import FitOutcome, Prepared, RunContext
@@ -313,7 +313,7 @@ def best_weights(model: TunedModel, path: str) -> Iterator[bool]:
 def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> RunFacts:
     """Collect the facts for the summary and its advice."""
     options, model, metric = prepared.options, prepared.model, rows.selection_metric
-    config = None if folder is None else folder / "config.yaml"
+    config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
     num_rows = len(rows.splits.test) if rows.splits else 0
     stepper = prepared.stepper
     return RunFacts(
@@ -344,7 +344,9 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         tuned_parameters=model.tensors.num_elements,
         total_parameters=model.parts.model.num_parameters(),
         seed=stepper.seed,
-        config=str(config) if config is not None and config.is_file() else None,
+        config=None if config is None else str(config),
+        own_code=config is not None and bool(code_of(config)),
+        trusts_code=options.trust_remote_code,
         best=outcome.best or None,
         last=outcome.last,
         limit=outcome.limit,

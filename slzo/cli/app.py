@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import BEST_OPTIONS, DEFAULTS
 from slzo.callbacks.run_context import run_context
-from slzo.checkpoints.checkpoint import NAMES, named_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
 from slzo.cli.constructors import constructor_problem
 from slzo.cli.diagnose import check_class_paths, check_nulls
@@ -22,10 +21,10 @@ from slzo.cli.parser import (
     add_command_arguments,
     command_arguments,
     command_function,
-    option_values,
     plain_parser,
     read_given,
 )
+from slzo.cli.run_config import with_run_config
 from slzo.commands.registry import Command
 from slzo.datamodule import TaskDataModule
 from slzo.loggers import RUNS, FolderLogger
@@ -190,7 +189,7 @@ def run_with_app(command: Command, args: Sequence[str]) -> None:
         SlzoError: An option or a file is wrong.
     """
     try:
-        cli = SlzoCLI(command, _with_run_config(command, args))
+        cli = SlzoCLI(command, with_run_config(command, args))
         assert isinstance(cli.trainer, ZOTrainer)
         app = App(cli.trainer, cli.model, cli.datamodule)
         own = {name: cli.config_init.get(name) for name in command_arguments(command)}
@@ -215,29 +214,3 @@ class _ParserOnly(SlzoCLI):
         self.parser_class, self.auto_configure_optimizers = AppParser, False
         self.parser: Any = None
         self.setup_parser(False, {"description": command.help}, {})
-
-
-def _with_run_config(command: Command, args: Sequence[str]) -> list[str]:
-    """Return the options, preceded by the config of the run that the checkpoint or the replayed run folder belongs to.
-
-    ``last`` and ``best`` become the path of the checkpoint. If only a config names the logger's folder, the trainer finds them.
-    """
-    if option_values(args, "-c", "--config"):
-        return list(args)
-    runs = option_values(args, "--run") if command.name == "replay" else []
-    if runs and (config := Path(runs[-1]) / "config.yaml").is_file():
-        return [f"--config={config}", *args]
-    checkpoints = option_values(args, "--ckpt_path")
-    if not checkpoints:
-        return list(args)
-    checkpoint = checkpoints[-1]
-    folders = option_values(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
-    roots = option_values(args, "--trainer.default_root_dir")
-    folder = folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS
-    if checkpoint in NAMES and Path(folder).is_dir():
-        checkpoint = str(named_checkpoint(checkpoint, folder))
-        args = [*args, f"--ckpt_path={checkpoint}"]
-    config = Path(checkpoint).parent.parent / "config.yaml"
-    if command.reads_run_config and Path(checkpoint).is_file() and config.is_file():
-        return [f"--config={config}", *args]
-    return list(args)

@@ -13,8 +13,7 @@ from slzo.export.base import ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.origin import Origin
 from slzo.tasks.base import Kind, Task
-from slzo.tasks.registry import get_task
-from slzo.utils.errors import SlzoError
+from slzo.tasks.registry import TASKS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FOLDERS = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/")
@@ -58,11 +57,9 @@ def _results(facts: Facts, task: Task | None, dataset: str | None) -> list[EvalR
 
 
 def _task(facts: Facts) -> Task | None:
-    """Return the task of the run; ``None`` if it needs options, or is a class that cannot be imported here."""
-    try:
-        return get_task(str(facts.data.get("task")))
-    except SlzoError:
-        return None
+    """Return the built-in task of the run; ``None`` for another one, whose class a checkpoint must not import."""
+    kind = TASKS.get(str(facts.data.get("task")))
+    return None if kind is None else kind()
 
 
 def _sections(facts: Facts, format: ExportFormat) -> Iterator[str]:

@@ -18,15 +18,19 @@ def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
     return tuned_model
 
 
-def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
-    """Load the base model like :func:`restore`, but leave its live weights untuned; see :func:`load_values`."""
+def untuned(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, option: str = "model.trust_remote_code"
+) -> TunedModel:
+    """Load the base model like :func:`restore`, but leave its live weights untuned; see :func:`load_values`.
+
+    ``option`` is the name of the command's option for ``trust_remote_code``, for the message.
+    """
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
-            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give "
-            "--model.trust_remote_code true"
+            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give --{option} true"
         )
-    model = load_model(note["model"], note["dtype"], note["trust_remote_code"])
+    model = load_model(note["model"], note["dtype"], trust_remote_code)
     try:
         # padded and without oneDNN, so that the model stays as transformers made it
         return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)

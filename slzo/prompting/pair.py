@@ -87,8 +87,8 @@ def load_pair(source: Source) -> Pair:
 
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
-    tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
-    tokenizer = load_tokenizer(note["model"], note["trust_remote_code"], note.get("chat_template"))
+    tuned_model, note = untuned(checkpoint, source.trust_remote_code, "trust_remote_code"), checkpoint.note
+    tokenizer = load_tokenizer(note["model"], source.trust_remote_code, note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     load_values(tuned_model, checkpoint)

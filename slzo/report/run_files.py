@@ -14,8 +14,10 @@ from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import read_step_log
 from slzo.pictures.curves import CurvePoint, HeldOut, RunCurves
 from slzo.report.score_change import PROPORTIONS
+from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError
 
+CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 ENVIRONMENT_FILE = "environment.json"
 PROFILE_FILE = "outlier_profile.json"
@@ -111,6 +113,11 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
     return RunFiles(folder, name or folder.name, config, summary, environment, profile, points, train, tuple(samples))
 
 
+def code_of(config: Path) -> list[str]:
+    """Return what a run's config runs besides slzo, torch and Lightning, see :func:`slzo.utils.config_code.code_in`."""
+    return code_in(yaml.safe_load(config.read_text(encoding="utf-8")) or {}, (config.parent, Path.cwd()))
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +131,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _config(folder: Path) -> dict[str, Any]:
     """Read the options that the command line saved; for a run from Python, those in its step log."""
     try:
-        return flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
+        return flat(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")) or {})
     except FileNotFoundError:
         log = folder / STEP_LOG
         return flat(dict(read_step_log(log).settings)) if log.is_file() else {}

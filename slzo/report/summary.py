@@ -46,6 +46,8 @@ class RunFacts:
         total_parameters: Number of parameters of the model.
         seed: Seed of the directions.
         config: Config file in the run's folder; ``None`` if the run was not started from the command line.
+        own_code: Whether the config runs code that did not come with slzo, so that commands must name it.
+        trusts_code: Whether the model runs code from its repository.
         best: Checkpoint that was scored; ``None`` if there is none.
         last: Last checkpoint; ``None`` if there is none.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
@@ -81,6 +83,8 @@ class RunFacts:
     total_parameters: int
     seed: int
     config: str | None
+    own_code: bool
+    trusts_code: bool
     best: str | None
     last: str | None
     limit: tuple[str, int]
@@ -119,7 +123,7 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "score_change_paired": None if change is None else change.paired,
         "verdict": verdict(change, losses),
         "next": suggestion,
-        "use": use_commands(run.best, run.config is not None),
+        "use": use_commands(run),
         "scores_before": scores_before,
         "scores_after": after.metrics,
         "num_rows": run.num_rows,
@@ -151,18 +155,19 @@ def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -
     return score_change(metric, scores, rows, run.num_rows, run.metric.lower_is_better)
 
 
-def use_commands(checkpoint: str | None, has_config: bool) -> list[str]:
-    """Return commands that use a checkpoint.
-
-    Args:
-        checkpoint: Path of the checkpoint; without one there are no commands.
-        has_config: Whether the run's folder holds its options, which commands on rows need.
-    """
-    if checkpoint is None:
+def use_commands(run: RunFacts) -> list[str]:
+    """Return commands that use the best checkpoint; those on rows need the options in the run's folder."""
+    if run.best is None:
         return []
-    rows = [("test",), ("predict", "--output", "predictions.jsonl")] if has_config else []
-    ways = [*rows, ("export", "--output", "tuned-model"), ("generate", "--prompt", "TEXT")]
-    return [shlex.join(["slzo", name, "--ckpt_path", checkpoint, *options]) for name, *options in ways]
+    config = ("--config", run.config) if run.config is not None and run.own_code else ()
+    trust = ("--trust_remote_code", "true") if run.trusts_code else ()
+    rows = (("test", config, ()), ("predict", config, ("--output", "predictions.jsonl")))
+    ways = (
+        *(rows if run.config is not None else ()),
+        ("export", config, ("--output", "tuned-model")),
+        ("generate", trust, ("--prompt", "TEXT")),
+    )
+    return [shlex.join(["slzo", name, *before, "--ckpt_path", run.best, *after]) for name, before, after in ways]
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

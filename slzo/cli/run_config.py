@@ -1,0 +1,56 @@
+"""The config of the run that a command works on, read without being named on the command line."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from slzo.checkpoints.checkpoint import NAMES, named_checkpoint
+from slzo.cli.config_files import check_config_file
+from slzo.cli.parser import option_values
+from slzo.commands.registry import Command
+from slzo.loggers import RUNS
+from slzo.report.run_files import CONFIG_FILE
+from slzo.utils.config_code import TRUST, code_in
+from slzo.utils.errors import SlzoError
+
+
+def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
+    """Return the options, preceded by the config of the run that the checkpoint or the replayed run folder belongs to.
+
+    ``last`` and ``best`` become the path of the checkpoint. If only a config names the logger's folder, the trainer finds them.
+
+    Raises:
+        SlzoError: There is no such checkpoint, or the config would run code that did not come with slzo.
+    """
+    if option_values(args, "-c", "--config"):
+        return list(args)
+    runs = option_values(args, "--run") if command.name == "replay" else []
+    if runs and (config := Path(runs[-1]) / CONFIG_FILE).is_file():
+        return [_checked(config, args), *args]
+    checkpoints = option_values(args, "--ckpt_path")
+    if not checkpoints:
+        return list(args)
+    checkpoint = checkpoints[-1]
+    folders = option_values(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
+    roots = option_values(args, "--trainer.default_root_dir")
+    folder = folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS
+    if checkpoint in NAMES and Path(folder).is_dir():
+        checkpoint = str(named_checkpoint(checkpoint, folder))
+        args = [*args, f"--ckpt_path={checkpoint}"]
+    config = Path(checkpoint).parent.parent / CONFIG_FILE
+    if command.reads_run_config and Path(checkpoint).is_file() and config.is_file():
+        return [_checked(config, args), *args]
+    return list(args)
+
+
+def _checked(config: Path, args: Sequence[str]) -> str:
+    """Return the option for a run's config; refuse code in it, since the folder may come from somebody else."""
+    trusted = f"model.{TRUST} " if option_values(args, f"--model.{TRUST}") else None
+    for entry in code_in(check_config_file(config), (config.parent, Path.cwd())):
+        option = f" or --model.{TRUST} true" if entry.startswith(f"model.{TRUST} ") else ""
+        if trusted is None or not entry.startswith(trusted):
+            raise SlzoError(
+                f"{entry} in {str(config)!r}: would run code that did not come with slzo, and a run's folder may come from "
+                f"somebody else; if you trust it, give {shlex.join(['--config', str(config)])}{option}"
+            )
+    return f"--config={config}"
