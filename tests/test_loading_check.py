@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from slzo.models import gguf_folder
 from slzo.models.load import load_model
+from slzo.models.shape import model_shape
 from slzo.utils.errors import SlzoError
 
 TENSOR = "model.layers.2.mlp.up_proj.weight"
@@ -112,3 +113,43 @@ def test_a_gguf_file_without_a_tensor_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(SlzoError, match="its files lack"):
         gguf_folder.convert(tmp_path / "model.gguf", tmp_path / "converted", "model.gguf")
     assert not (tmp_path / "converted").exists()
+
+
+BROKEN = [
+    ({"num_hidden_layers": 0}, "num_hidden_layers 0 in its config.json: must be at least 1"),
+    ({"hidden_size": -1}, "hidden_size -1 in its config.json: must be at least 1"),
+    ({"hidden_size": "a"}, "cannot be loaded (config.json: Field 'hidden_size' expected int, got str (value: 'a'));"),
+    (
+        {"num_attention_heads": 5},
+        "(config.json: The hidden size (32) is not a multiple of the number of attention heads (5).);",
+    ),
+    ({"hidden_act": "nope"}, "cannot be loaded (config.json: hidden_act 'nope' is not known to transformers);"),
+    ({"rope_parameters": [1]}, "cannot be loaded (config.json: Field 'rope_parameters' with value [1]"),
+    ([1, 2], "its config.json holds a JSON list; it must be an object"),
+    (None, "its config.json cannot be read (Expecting value"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), BROKEN, ids=[str(changes) for changes, _ in BROKEN])
+def test_a_broken_config_is_one_line(folder, sst2_options, capsys, changes, expected):
+    if isinstance(changes, dict):
+        change_config(folder, **changes)
+    else:
+        (folder / "config.json").write_text("" if changes is None else json.dumps(changes))
+    line = error_line(capsys, "profile", *sst2_options, f"--model.model={folder}")
+    assert f"model.model '{folder}': " in line
+    assert expected in line
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50])
+def test_damaged_files_of_weights_are_one_line(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(SlzoError, match=r"cannot be loaded \(its \.bin files are damaged\); the folder must hold"):
+        load_model(str(folder))
+
+
+def test_the_plan_of_a_broken_config_names_its_entry(folder):
+    change_config(folder, hidden_act="nope")
+    with pytest.raises(SlzoError, match=r"no model can be made .*: hidden_act 'nope' is not known .*; correct its"):
+        model_shape(str(folder))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
-from slzo.models.loading_check import check_loading
+from slzo.models.loading_check import check_config_file, check_loading, reason_of
 from slzo.models.quantization import (
     Quantization,
     describe_quantization,
@@ -59,6 +58,7 @@ def resolve_model(name: str) -> str:
             raise SlzoError(
                 f"model.model {name!r}: the folder has no config.json; give a folder written by save_pretrained"
             )
+        check_config_file(name, path / "config.json")
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
     if looks_local or not HUB_ID.fullmatch(name):
@@ -69,13 +69,18 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def _load(name: str, loader: Any, **kwargs: Any) -> Any:
-    """Call ``from_pretrained`` of a transformers class; raise SlzoError with a one-line message if it fails."""
+def _load(name: str, loader: Any, config: PretrainedConfig | None = None, **kwargs: Any) -> Any:
+    """Call ``from_pretrained`` of a transformers class; raise SlzoError with a one-line message if it fails.
+
+    ``config`` is the model's config if it is already loaded, for the message.
+    """
     where = resolve_model(name)
     try:
         return loader.from_pretrained(where, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except SlzoError:
+        raise
+    except Exception as error:  # transformers raises whatever its code meets in broken files
+        reason = reason_of(error, config)
         advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set model.trust_remote_code to true"
@@ -151,7 +156,7 @@ def load_model(
         kwargs |= {"device_map": dict(device_map), "offload_folder": offload_folder}
     if stored is None:
         kwargs["ignore_mismatched_sizes"] = True  # reported by check_loading, which names the tensor
-    model, info = _load(name, auto_class(config), **kwargs)
+    model, info = _load(name, auto_class(config), config, **kwargs)
     check_loading(name, model, info)
     return model.eval().requires_grad_(False)
 

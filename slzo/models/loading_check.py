@@ -1,16 +1,72 @@
-"""Check that a model's files held all of its weights; transformers only warns, and initializes missing weights at random."""
+"""Check that a model's files can be its config and hold all of its weights; explain in one line why a model cannot be loaded.
 
+transformers only warns about missing weights, and initializes them at random.
+"""
+
+import json
+import pickle
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slzo.models.parts import find_decoder_layers
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 
 _NAMED = 3
+_SIZES = (
+    *("hidden_size", "n_embd", "d_model"),
+    *("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "vocab_size"),
+)
+
+
+def check_config_file(name: str, file: Path) -> None:
+    """Check that a config.json is an object, and that the sizes in it are above 0; code of transformers relies on both.
+
+    Raises:
+        SlzoError: They are not.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SlzoError(
+            f"model.model {name!r}: its config.json cannot be read ({' '.join(str(error).split())}); give a complete model"
+        ) from error
+    if not isinstance(content, dict):
+        raise SlzoError(
+            f"model.model {name!r}: its config.json holds a JSON {type(content).__name__}; it must be an object with the "
+            "model's settings, as save_pretrained writes it"
+        )
+    text = content.get("text_config")
+    for entry, value in [*content.items(), *(text.items() if isinstance(text, dict) else ())]:
+        if entry in _SIZES and isinstance(value, int) and value < 1:
+            raise SlzoError(f"model.model {name!r}: {entry} {value} in its config.json: must be at least 1; correct it")
+
+
+def reason_of(error: Exception, config: PretrainedConfig | None = None) -> str:
+    """Return in one line why a model cannot be made or loaded.
+
+    Args:
+        error: What transformers raised.
+        config: The model's config; an error that is only one of its values then names the entry.
+    """
+    if isinstance(error, KeyError) and config is not None:
+        entries = config.get_text_config(decoder=True).to_dict().items()
+        unknown = next((entry for entry, value in entries if value == error.args[0]), None)
+        if unknown is not None:
+            return f"config.json: {unknown} {error.args[0]!r} is not known to transformers"
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "its .bin files are damaged"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, StrictDataclassError):  # the first line names the check, the last the reason
+        return f"config.json: {lines[-1].partition(': ')[2]}"
+    return lines[0] if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def check_loading(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from slzo.models.load import auto_class, load_config, resolve_model
+from slzo.models.loading_check import reason_of
 from slzo.models.original_weights import OriginalWeights
 from slzo.models.parts import find_decoder_layers
 from slzo.models.quantization import PRESETS, Quantization, method_of_config
@@ -93,9 +94,10 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
         model.tie_weights()
         return model
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # transformers raises whatever its code meets in a broken config
         raise SlzoError(
-            f"model.model: no model can be made from its config ({' '.join(str(error).split())})"
+            f"model.model {config.name_or_path!r}: no model can be made from its config ({reason_of(error, config)}); correct "
+            "its config.json"
         ) from error
 
 
