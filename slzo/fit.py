@@ -280,11 +280,12 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         when = f"after training, {Path(outcome.best).name if restored else 'last weights'}"
         after = score_test_rows(prepared, rows, when)
         samples = predict_samples(prepared, rows)
-    summary = summarize(_facts(prepared, rows, outcome, folder), outcome.before, after)
+    summary = summarize(_facts(prepared, rows, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
         if samples:
-            shown = [sample_row(record, outcome.samples.get(place)) for place, record in sorted(samples.items())]
+            before = outcome.history.samples
+            shown = [sample_row(record, before.get(place)) for place, record in sorted(samples.items())]
             write_json(folder / SAMPLES_FILE, {"rows": shown})
     say(format_summary(summary))
     if folder is not None and first:
@@ -315,7 +316,8 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     options, model, metric = prepared.options, prepared.model, rows.selection_metric
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
     num_rows = len(rows.splits.test) if rows.splits else 0
-    stepper = prepared.stepper
+    stepper, history = prepared.stepper, outcome.history
+    peak = max(history.peak_memory_gb, peak_memory_gb(model.parts.model.device))
     return RunFacts(
         model=options.model,
         task=rows.task.name,
@@ -336,11 +338,11 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         skipped_steps=stepper.num_nonfinite,
         rollbacks=outcome.rollbacks,
         spikes=outcome.spikes,
-        seconds=outcome.seconds,
-        train_seconds=outcome.train_seconds,
-        validations=outcome.validations,
+        seconds=history.seconds,
+        train_seconds=history.train_seconds,
+        validations=history.validations,
         planned_memory_gb=None if prepared.plan is None else round(prepared.plan.total / 2**30, 3),
-        peak_memory_gb=round(peak_memory_gb(model.parts.model.device), 3),
+        peak_memory_gb=round(peak, 3),
         tuned_parameters=model.tensors.num_elements,
         total_parameters=model.parts.model.num_parameters(),
         seed=stepper.seed,

@@ -1,6 +1,6 @@
 """The parts of a training run: where it runs, what its steps need, and how it ended."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
-from slzo.evaluation.held_out import HeldOutScores
 from slzo.models.parts import ModelParts
 from slzo.profiling import ProfileOptions
+from slzo.report.history import History
 from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile
@@ -83,11 +83,7 @@ class FitOutcome:
         lr: Learning rate at the end.
         best: Path of the best checkpoint; empty if there is none.
         last: Path of the last checkpoint; ``None`` if there is none.
-        validations: Step, evaluations, seconds and loss of each validation.
-        before: Held-out scores before training; ``None`` if they are not known.
-        samples: Predictions before training, by position in the split.
-        seconds: Seconds since the command began.
-        train_seconds: Seconds since the first step.
+        history: The record of this run and of the runs that it continues.
         rollbacks: How often the run went back to earlier weights.
         spikes: Number of steps with a loss far above the usual one, and the largest of them.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
@@ -98,11 +94,7 @@ class FitOutcome:
     lr: float
     best: str
     last: str | None
-    validations: Sequence[Mapping[str, Any]]
-    before: HeldOutScores | None
-    samples: Mapping[int, Mapping[str, Any]]
-    seconds: float
-    train_seconds: float
+    history: History
     rollbacks: int = 0
     spikes: Mapping[str, Any] = field(default_factory=lambda: {"number": 0})
     limit: tuple[str, int] = ("max_steps", 0)

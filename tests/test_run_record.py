@@ -2,16 +2,20 @@
 
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
-from helpers import last_checkpoint, run_dir, summary, tuned
+from helpers import error_line, last_checkpoint, run_dir, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slzo
 from slzo.__main__ import main
+from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.report import forecast
 from slzo.report.forecast import Forecast, duration
+from slzo.report.run_files import read_run
 from slzo.utils.environment import environment, git_commit
 
 
@@ -43,6 +47,71 @@ def test_a_resumed_run_names_its_checkpoint_and_goes_on_with_its_points(options)
     assert points[:2] == before
     for name in ("evaluations", "seconds"):
         assert [point[name] for point in points] == sorted(point[name] for point in points)
+
+
+def untimed(content):
+    """What does not depend on time or place; of paths only the file's name."""
+    if isinstance(content, dict):
+        kept = {name: value for name, value in content.items() if name not in ("command", "run_dir", "use", "next")}
+        return {k: untimed(v) for k, v in kept.items() if not any(word in k for word in ("seconds", "memory"))}
+    if isinstance(content, str) and "checkpoints/" in content:
+        return Path(content).name
+    return [untimed(value) for value in content] if isinstance(content, list) else content
+
+
+def recorded(number):
+    """What a run recorded, and what its page shows."""
+    files = read_run(run_dir(number))
+    page = files.profile, files.train, [(point.step, point.loss, point.score) for point in files.points]
+    reason = str(summary(number)["next"]).partition("#")[2]
+    return [untimed(record(f"{name}.json", number)) for name in ("history", "summary", "samples")], page, reason
+
+
+CHAINS = [  # where each run is ended at once, without saving: hook, steps done, options
+    [("on_train_batch_end", 5, ""), ("on_train_batch_end", 7, "--last_checkpoint.every_n_steps=1")],
+    pytest.param(
+        [("on_validation_batch_start", 4, ""), ("on_validation_end", 8, ""), ("on_validation_start", 10, "")],
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("chain", CHAINS)
+def test_after_a_chain_of_crashes_the_record_is_that_of_an_uninterrupted_run(options, chain):
+    fit = ["fit", *options, "--trainer.enable_progress_bar=false", "--trainer.max_steps=10", "--model.optimizer.lr=1"]
+    fit += ["--trainer.val_check_interval=4", "--guard.factor=1.001"]
+    assert main(fit) == 0
+    whole = recorded(0)
+    assert summary(0)["rollbacks"]
+    for number, (place, step, more) in enumerate(chain, start=1):
+        sender = {"callbacks": "signal_sender.SignalSender", "callbacks.place": place, "callbacks.step": step}
+        sender["callbacks.times"] = 2
+        crash = [f"--trainer.{name}={value}" for name, value in sender.items()]
+        resume = ["--ckpt_path=last"] if number > 1 else []
+        assert main([*fit, *crash, *more.split(), *resume]) == 130
+        assert (run_dir(number) / "history.json").is_file()
+    last = len(chain) + 1
+    assert main([*fit, "--ckpt_path=last"]) == 0
+    assert recorded(last) == whole
+    continued = read_checkpoint(record("environment.json", last)["continued_from"]).content["callbacks"]["RunRecord"]
+    assert all(summary(last)[name] > continued[name] > 0 for name in ("seconds", "train_seconds"))
+
+
+def test_a_run_without_validations_has_a_history(options):
+    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+    assert main(["fit", *options, "--trainer.limit_val_batches=0", "--ckpt_path=last"]) == 0
+    assert [[p["step"] for p in record("history.json", number)["points"]] for number in (0, 1)] == [[2, 4]] * 2
+
+
+def test_a_checkpoint_whose_record_is_incomplete_is_one_line(options, capsys):
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    content = read_checkpoint(last_checkpoint()).content
+    del content["callbacks"]["RunRecord"]["points"]
+    write_checkpoint(content, "older.ckpt")
+    assert "has no points, so another version of slzo wrote it" in error_line(
+        capsys, "fit", *options, "--ckpt_path=older.ckpt"
+    )
 
 
 def test_the_last_step_is_validated(options):

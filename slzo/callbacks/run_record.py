@@ -1,11 +1,11 @@
 """Writes the environment, the history, samples and the summary of a run to its folder."""
 
-import json
 import math
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -17,8 +17,10 @@ from slzo.evaluation.held_out import HeldOutScores
 from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
+from slzo.report.history import History
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.run import FitOutcome, Prepared
+from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
@@ -29,12 +31,14 @@ class RunRecord(Callback):
     """Writes the files of a run's folder and prints its summary.
 
     * ``environment.json`` when training begins: versions, commit, command, seeds, devices, threads and kernels.
-    * ``history.json`` after each validation: step, evaluations, seconds, loss, metrics and peak memory. A resumed run begins
-      with the points of the run that it continues.
+    * ``history.json`` when training begins and after each validation: step, evaluations, seconds, loss, metrics and peak memory
+      of each validation.
     * ``samples.json``, ``summary.json``, ``curves.png`` and ``report.html`` at the end, see :func:`slzo.fit.finish`.
 
     The held-out rows are scored with the untuned model before the first step, and with the best checkpoint at the end. After the
     first steps it prints a forecast of the run time. It runs after the callbacks whose counts it reports.
+
+    Checkpoints hold the record. A resumed run goes on with it, so that history and summary are those of the whole run.
 
     Args:
         test_before: Also score the held-out rows before training.
@@ -43,10 +47,8 @@ class RunRecord(Callback):
     def __init__(self, test_before: bool = True) -> None:
         self.test_before = test_before
         self._started = self._train_started = time.monotonic()
-        self._before: HeldOutScores | None = None
-        self._samples: dict[int, dict[str, Any]] = {}
-        self._points: list[dict[str, Any]] = []
-        self._offset = 0.0
+        self._history = History()  # of the runs that this one continues, and points of this run
+        self._device = torch.device("cpu")
         self._forecast = Forecast()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,21 +57,17 @@ class RunRecord(Callback):
             return
         prepared = pl_module.prepared
         assert prepared is not None
-        folder, rows = folder_of(trainer), pl_module.rows
+        folder, rows, self._device = folder_of(trainer), pl_module.rows, pl_module.device
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run
                 logger.log_hyperparams(_options(trainer, pl_module))
         if folder is not None and trainer.is_global_zero:
             write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, pl_module, prepared)})
-        begun = time.monotonic()
-        if not is_quick(trainer) and not prepared.resumed:
-            if self.test_before and self._before is None:
-                self._before = score_test_rows(prepared, rows, "before training")
-                _log_scores(trainer, self._before)
-                self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
-            self._samples = predict_samples(prepared, rows)
-        self._points = _points_before(trainer)
-        self._offset = self._points[-1]["seconds"] if self._points else 0.0
+        if not prepared.resumed:
+            self._history = History(before=self._history.before)
+            if not is_quick(trainer):
+                self._score_before(trainer, prepared, rows)
+        self._write(trainer)
         self._train_started = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -96,23 +94,22 @@ class RunRecord(Callback):
         """Add the results to the history."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
             return
-        folder = folder_of(trainer)
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         distance = pl_module.rows.selection_metric.distance(found, "val/")
         loss = found.pop("val/loss", math.nan)
-        self._points.append(
+        record = self._so_far()
+        self._history.points.append(
             {
                 "step": trainer.global_step,
                 "evaluations": pl_module.stepper.num_evaluations,
-                "seconds": round(self._offset + time.monotonic() - self._train_started, 4),
+                "seconds": round(record.train_seconds, 4),
                 "loss": loss if math.isfinite(loss) else None,
                 "distance": distance if math.isfinite(distance) else None,
                 "metrics": {name: value for name, value in found.items() if math.isfinite(value)},
-                "peak_memory_gb": round(peak_memory_gb(pl_module.device), 3),
+                "peak_memory_gb": round(record.peak_memory_gb, 3),
             }
         )
-        if folder is not None and trainer.is_global_zero:
-            write_json(folder / HISTORY_FILE, {"points": self._points})
+        self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the best checkpoint; print and write the summary."""
@@ -131,6 +128,36 @@ class RunRecord(Callback):
         if isinstance(pl_module, ZOModule):
             pl_module.teardown("fit")
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to count the seconds of another ``fit`` of the same trainer."""
+        self._started = time.monotonic()
+
+    def _score_before(self, trainer: Trainer, prepared: Prepared, rows: TaskRows) -> None:
+        """Score the held-out rows with the untuned model, and keep some predictions."""
+        begun = time.monotonic()
+        if self.test_before and self._history.before is None:
+            self._history.before = score_test_rows(prepared, rows, "before training")
+            _log_scores(trainer, self._history.before)
+            self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
+        samples = predict_samples(prepared, rows)
+        self._history.samples = {place: record["prediction_text"] for place, record in samples.items()}
+
+    def _so_far(self) -> History:
+        """Return the record with time and memory of this run added."""
+        now, before = time.monotonic(), self._history
+        return replace(
+            before,
+            seconds=before.seconds + now - self._started,
+            train_seconds=before.train_seconds + now - self._train_started,
+            peak_memory_gb=max(before.peak_memory_gb, peak_memory_gb(self._device)),
+        )
+
+    def _write(self, trainer: Trainer) -> None:
+        """Write the history. A collective call."""
+        folder = folder_of(trainer)
+        if folder is not None and trainer.is_global_zero:
+            write_json(folder / HISTORY_FILE, {"points": self._history.points})
+
     def _outcome(self, trainer: Trainer) -> FitOutcome:
         """Collect the results of the training for the summary. A collective call."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -139,17 +166,12 @@ class RunRecord(Callback):
         keeps_last = folder is not None and any(isinstance(each, LastCheckpoint) for each in callbacks)
         limit = "max_steps" if trainer.max_steps > 0 else "max_epochs"
         spikes = next((each.spikes for each in callbacks if isinstance(each, StepWatch)), {"number": 0})
-        named = ("step", "evaluations", "seconds")
         return FitOutcome(
             steps=trainer.global_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             best=best,
             last=str(folder / "checkpoints" / LAST) if keeps_last and folder is not None else None,
-            validations=[{**{k: p[k] for k in named}, "loss": p["distance"]} for p in self._points],
-            before=self._before,
-            samples=self._samples,
-            seconds=time.monotonic() - self._started,
-            train_seconds=time.monotonic() - self._train_started,
+            history=self._so_far(),
             rollbacks=sum(each.rollbacks for each in callbacks if isinstance(each, LossGuard)),
             spikes=spikes,
             limit=(limit, int(getattr(trainer, limit) or 0)),
@@ -157,17 +179,12 @@ class RunRecord(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores and predictions before training."""
-        before = self._before
-        return {
-            "before": before and before.metrics,
-            "rows_before": before and before.rows,
-        }
+        """The record so far."""
+        return self._so_far().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the scores before training from a checkpoint."""
-        metrics = state_dict["before"]
-        self._before = None if metrics is None else HeldOutScores(metrics, state_dict["rows_before"])
+        """Go on with the record of a checkpoint."""
+        self._history = History.from_dict(state_dict)
 
 
 def _log_scores(trainer: Trainer, scores: HeldOutScores) -> None:
@@ -203,18 +220,6 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
         "rows": {split: len(rows.rows(split)) for split in ("train", "dev")},
         "continued_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
-
-
-def _points_before(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return the points of the continued run up to the checkpoint."""
-    if trainer.ckpt_path is None:
-        return []
-    path = Path(trainer.ckpt_path).parent.parent / HISTORY_FILE
-    try:
-        points = json.loads(path.read_text(encoding="utf-8"))["points"]
-        return [point for point in points if point["step"] <= trainer.global_step]
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the curve begins here
-        return []
 
 
 def _planned_steps(trainer: Trainer) -> int:

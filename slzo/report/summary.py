@@ -213,18 +213,18 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sample_row(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+def sample_row(after: Mapping[str, Any], before: str | None) -> dict[str, Any]:
     """Return id, prompt, correct answers as texts, and both predictions of a row.
 
     Args:
         after: Record of the row, see :func:`slzo.evaluation.evaluator.records`, with its ``gold_texts``.
-        before: Record of the row before training; ``None`` if it is unknown, as in a resumed run.
+        before: Prediction before training; ``None`` if it is unknown.
     """
     return {
         "id": after["id"],
         "prompt": after["prompt"],
         "gold": after["gold_texts"],
-        "before": None if before is None else before["prediction_text"].strip(),
+        "before": None if before is None else before.strip(),
         "after": after["prediction_text"].strip(),
     }
 

@@ -1,0 +1,55 @@
+"""What a run has recorded so far, together with the runs that it continues."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from slzo.evaluation.held_out import HeldOutScores
+from slzo.utils.errors import SlzoError
+
+
+@dataclass
+class History:
+    """The record of a run up to a step. Checkpoints hold it, so that a resumed run goes on with it.
+
+    Attributes:
+        before: Held-out scores before training; ``None`` if they are not known.
+        samples: Predictions for held-out rows before training, by position in the split.
+        points: Results of each validation, as in ``history.json``.
+        seconds: Seconds since the command began.
+        train_seconds: Seconds since the first step.
+        peak_memory_gb: Peak memory, GiB.
+    """
+
+    before: HeldOutScores | None = None
+    samples: dict[int, str] = field(default_factory=dict)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """Step, evaluations, seconds and loss of each validation; for a reward, the loss is its distance to the best one."""
+        named = ("step", "evaluations", "seconds")
+        return [{**{name: point[name] for name in named}, "loss": point["distance"]} for point in self.points]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "History":
+        """Read what :meth:`to_dict` returned.
+
+        Raises:
+            SlzoError: An entry is missing.
+        """
+        missing = [each.name for each in fields(cls) if each.name not in saved]
+        if missing:
+            raise SlzoError(
+                f"ckpt_path: the record of the run in the checkpoint has no {', '.join(missing)}, so another version of slzo "
+                "wrote it; continue with that version, or start without --ckpt_path"
+            )
+        before = saved["before"]
+        return cls(**{**saved, "before": None if before is None else HeldOutScores(**before)})
