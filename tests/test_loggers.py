@@ -8,9 +8,19 @@ from types import SimpleNamespace
 import pytest
 from helpers import error_line, run_dir, summary
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import log_picture
+
+
+def test_tensorboard_has_one_score_before_and_one_after(options):
+    """And it shows the options next to the score after."""
+    assert main(["fit", *options]) == 0
+    events, scores = EventAccumulator(str(run_dir()), {"scalars": 0}).Reload(), summary()
+    found = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test/accuracy")]
+    assert found == [(0, scores["score_before"]), (8, scores["score_after"])]
+    assert "_hparams_/session_start_info" in events.summary_metadata
 
 
 def test_scores_and_losses_are_ordinary_metrics_at_their_steps(options):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,6 @@ from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.schedule import folder_of, is_quick
 from slzo.callbacks.step_watch import StepWatch
-from slzo.evaluation.held_out import HeldOutScores
 from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -48,6 +48,7 @@ class RunRecord(Callback):
         self.test_before = test_before
         self._started = self._train_started = time.monotonic()
         self._history = History()  # of the runs that this one continues, and points of this run
+        self._saved: Mapping[str, Any] | None = None
         self._device = torch.device("cpu")
         self._forecast = Forecast()
 
@@ -63,7 +64,9 @@ class RunRecord(Callback):
                 logger.log_hyperparams(_options(trainer, pl_module))
         if folder is not None and trainer.is_global_zero:
             write_json(folder / ENVIRONMENT_FILE, {**environment(), **_facts(trainer, pl_module, prepared)})
-        if not prepared.resumed:
+        if prepared.resumed:
+            self._history = History() if self._saved is None else History.from_dict(self._saved)
+        else:
             self._history = History(before=self._history.before)
             if not is_quick(trainer):
                 self._score_before(trainer, prepared, rows)
@@ -118,10 +121,7 @@ class RunRecord(Callback):
         prepared = pl_module.prepared
         assert prepared is not None
         summary = finish(prepared, pl_module.rows, self._outcome(trainer), folder_of(trainer))
-        _log_scores(trainer, HeldOutScores(summary["scores_after"], {}))
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-            metrics = {f"test/{name}": value for name, value in summary["scores_after"].items()}
-            trainer.logger.log_hyperparams(dict(pl_module.hparams), metrics=metrics)
+        _log_scores(trainer, summary["scores_after"], dict(pl_module.hparams))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the log of losses; Lightning calls no hook of the module after an exception."""
@@ -137,7 +137,7 @@ class RunRecord(Callback):
         begun = time.monotonic()
         if self.test_before and self._history.before is None:
             self._history.before = score_test_rows(prepared, rows, "before training")
-            _log_scores(trainer, self._history.before)
+            _log_scores(trainer, self._history.before.metrics)
             self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
         samples = predict_samples(prepared, rows)
         self._history.samples = {place: record["prediction_text"] for place, record in samples.items()}
@@ -183,14 +183,18 @@ class RunRecord(Callback):
         return self._so_far().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the record of a checkpoint."""
-        self._history = History.from_dict(state_dict)
+        """Keep the record of a checkpoint for a resumed run; commands that score need none."""
+        self._saved = state_dict
 
 
-def _log_scores(trainer: Trainer, scores: HeldOutScores) -> None:
-    """Log the held-out scores at the current step."""
+def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str, Any] | None = None) -> None:
+    """Log the held-out scores at the current step; TensorBoard shows the final ones next to the options of the model."""
+    metrics = {f"test/{name}": value for name, value in scores.items()}
     for logger in trainer.loggers:
-        logger.log_metrics({f"test/{name}": value for name, value in scores.metrics.items()}, step=trainer.global_step)
+        if options is not None and isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(options, metrics, trainer.global_step)  # logs the metrics too
+        else:
+            logger.log_metrics(metrics, step=trainer.global_step)
         logger.save()
 
 
