@@ -31,7 +31,7 @@ from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
 from slzo.report.summary import RunFacts, format_summary, gold_texts, sample_row, summarize
-from slzo.resume import open_step_log, restore
+from slzo.resume import check_environment, open_step_log, restore
 from slzo.run import FitOutcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.training import (
@@ -196,6 +196,7 @@ def _continue(
     """Prepare a run that continues a checkpoint; Lightning restores tensors and optimizer afterwards."""
     note = checkpoint.note
     data = rows.fingerprint(note["data"])
+    check_environment(note, run.device, rows.processes.number)
     model = restore(parts, note, options, for_training=True) if tuned is None else tuned
     plan_prefix(model, rows)
     auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
@@ -14,7 +16,8 @@ from slzo.models.parts import ModelParts
 from slzo.models.quantization import describe_quantization
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
-from slzo.utils.console import say
+from slzo.utils.console import say, warn
+from slzo.utils.environment import device_name, numerics
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file
 from slzo.utils.settings import differences
@@ -68,7 +71,24 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "optimizer": options.optimizer.classes,
         "chat_template": rows.chat_template,
         "data": prepared.data.to_dict(),
+        "environment": numerics(model.parts.model.device, rows.processes.number),
     }
+
+
+def check_environment(note: Mapping[str, Any], device: torch.device, processes: int) -> None:
+    """Warn of versions and hardware that differ from those of a checkpoint."""
+    old, new = note["environment"], numerics(device, processes)
+    if changes := differences(old, new):
+        is_same = old["device"] == new["device"]
+        effect = "results are equal up to rounding" if is_same else "random directions differ between devices"
+        warn(f"the environment differs from the checkpoint's: {changes}; {effect}")
+
+
+def model_settings(options: TrainingOptions, seed: int, layer: int | None) -> dict[str, Any]:
+    """Return the model options that steps depend on, as they are read back from JSON; the fingerprint covers the base model."""
+    found = {**options.to_dict(), **asdict(options.step), "noise_seed": seed, "layer": layer}
+    del found["model"]
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
@@ -78,14 +98,10 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     del data["batch_size"]
     moves = options.optimizer.make_scheduler is not None or options.step.eps_end is not None
     found = {
-        "model": {
-            **options.to_dict(),
-            **asdict(options.step),
-            "noise_seed": prepared.stepper.seed,
-            "layer": prepared.layer,
-        },
+        "model": model_settings(options, prepared.stepper.seed, prepared.layer),
         "data": {**data, "rows_per_step": rows.rows_per_step},
         "max_steps": prepared.stepper.max_steps if moves else None,
+        "device": device_name(prepared.model.parts.model.device),
     }
     return dict(json.loads(json.dumps(found, default=str)))
 

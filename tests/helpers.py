@@ -146,6 +146,11 @@ def summary(number=0):
     return json.loads((run_dir(number) / "summary.json").read_text())
 
 
+def same_tensors(one, other):
+    """Whether two dictionaries have the same names and the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def error_line(capsys, *args):
     """The error line of a command that fails."""
     capsys.readouterr()

@@ -46,6 +46,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "projected_grads": (list,),
         "base": (dict,),
         "data": (dict,),
+        "environment": (dict,),
         "optimizer": (dict,),
         "onednn": (bool, type(None)),
     }

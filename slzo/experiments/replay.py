@@ -9,11 +9,14 @@ from torch import Tensor
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.models.parts import ModelParts
+from slzo.resume import model_settings
 from slzo.task_rows import TaskRows
 from slzo.training import load_parts
 from slzo.utils.console import say
+from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_writable
+from slzo.utils.settings import differences
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
@@ -54,10 +57,22 @@ def replay_run(
         )
     log = read_step_log(folder / NAME)
     number = _number_of_steps(log, steps, run)
+    device = torch.device("cpu") if device is None else device
+    if (trained_on := log.settings["device"]) != device_name(device):
+        raise SlzoError(
+            f"trainer.accelerator: run {run!r} was trained on {trained_on}, and random directions differ on "
+            f"{device_name(device)}; replay it on {trained_on}"
+        )
     output = folder / "checkpoints" / f"replay-step={number}.ckpt" if output is None else output
     check_writable(output)
     start = read_checkpoint(folder / START)
-    parts = load_parts(options, torch.device("cpu") if device is None else device)
+    layer = start.note["layer"] if options.layer is None else options.layer
+    own = model_settings(options, start.note["noise_seed"], layer)
+    if changes := differences(log.settings["model"], own):
+        raise SlzoError(
+            f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
+        )
+    parts = load_parts(options, device)
     stepper = _stepper(parts, options, rows, start.note, log, max_steps)
     if first := start.content["state_dict"]:
         stepper.model.tensors.load(first)

@@ -59,6 +59,25 @@ def environment() -> dict[str, Any]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """Return the type of a device, or the model of a GPU; random directions are others on another one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def numerics(device: torch.device, processes: int) -> dict[str, str | int | None]:
+    """Return what the rounding of a run depends on besides its options and rows, as primitives."""
+    return {
+        "device": device_name(device),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "slzo": _version("slzo"),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+    }
+
+
 def git_commit(folder: Path) -> str | None:
     """Return the commit of a folder's files, with ``+`` if they were changed; ``None`` if they are in no repository."""
     try:
