@@ -72,6 +72,8 @@ class TaskRows:
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own.
         hub_config: Configuration of hub_path.
+        predict_file: Rows for predict in place of the held-out ones: .jsonl, .csv or .parquet, with the fields of the task and no
+            need for labels.
         num_train: Training rows.
         num_dev: Dev rows, taken from the training split; by default the task's own number.
         num_test: Held-out rows, taken from the validation split; null takes all of them.
@@ -107,6 +109,7 @@ class TaskRows:
         data_dir: str | None = None,
         hub_path: str | None = None,
         hub_config: str | None = None,
+        predict_file: str | None = None,
         num_train: int = 1000,
         num_dev: int | None = None,
         num_test: int | None = 1000,
@@ -147,6 +150,7 @@ class TaskRows:
         self.data_dir = data_dir
         self.hub_path = hub_path
         self.hub_config = hub_config
+        self.predict_file = predict_file
         self.num_train = num_train
         self.num_dev = num_dev
         self.num_test = num_test
@@ -273,12 +277,11 @@ class TaskRows:
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return
+        if stage == "predict" and self.predict_file is not None and not needs_train:
+            return
         if self.seed is None:
             self.seed = global_seed()
-        source = RowSource(
-            self.task, self.data_dir, self.hub_path, self.hub_config, self.reward is not None, self.skip_bad_rows
-        )
-        self.splits = source.draw(
+        self.splits = self._source.draw(
             num_train=self.num_train,
             num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
             num_test=self.num_test,
@@ -301,13 +304,29 @@ class TaskRows:
             self.reward.rewards.load()
 
     @property
+    def _source(self) -> RowSource:
+        return RowSource(
+            self.task, self.data_dir, self.hub_path, self.hub_config, self.reward is not None, self.skip_bad_rows
+        )
+
+    def _examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of a split; those to predict are the held-out ones, or in a file."""
+        if split == "predict" and self.predict_file is not None:
+            notes: list[str] = []
+            found = self._source.read_file(self.predict_file, notes)
+            for note in (*notes, f"Task {self.task.name}: {len(found)} rows of {self.predict_file}."):
+                say(note)
+            return found
+        assert self.splits is not None
+        return getattr(self.splits, "test" if split == "predict" else split)
+
+    @property
     def demonstrations(self) -> tuple[Example, ...]:
         """Solved rows before each dev and held-out prompt: the first training rows in the drawn order."""
-        assert self.splits is not None
-        return self.splits.train[: self.num_demonstrations]
+        return self.splits.train[: self.num_demonstrations] if self.splits is not None else ()
 
     def rows(self, split: str) -> list[Row]:
-        """Return the tokenized rows of ``train``, ``dev``, ``test`` or ``predict`` (test rows), in the order of the split.
+        """Return the tokenized rows of ``train``, ``dev``, ``test`` or ``predict``, in the order of the split.
 
         Raises:
             SlzoError: If the objective needs labels and no training row has one.
@@ -332,8 +351,7 @@ class TaskRows:
         return own
 
     def _encode(self, split: str) -> list[Row]:
-        assert self.splits is not None
-        examples: Sequence[Example] = getattr(self.splits, "test" if split == "predict" else split)
+        examples = self._examples(split)
         is_train, objective = split == "train", self.objective
         demonstrations = () if is_train else self.demonstrations
         generates = objective.generates if is_train else self._generates(split)
@@ -346,7 +364,7 @@ class TaskRows:
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")
         # keys are unique over all splits and do not depend on which ones are loaded
-        start = {"train": 0, "dev": 1, "test": 2, "predict": 2}[split] << 40
+        start = {"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40
         rows: list[Row] = []
         bad: list[RowError] = []
         for i in kept:
@@ -440,9 +458,11 @@ class TaskRows:
         """Plan the batches in which this process scores dev or held-out rows: all rows, or the first ``num_rows``."""
         rows, processes = self.rows(split)[:num_rows], self.processes
         if 0 < len(rows) < processes.number:
-            name = "test" if split == "predict" else split
+            option = f"data.num_{'test' if split == 'predict' else split} {len(rows)}"
+            if split == "predict" and self.predict_file is not None:
+                option = f"data.predict_file {self.predict_file!r}, {len(rows)} rows"
             raise SlzoError(
-                f"data.num_{name} {len(rows)}: fewer rows than the {processes.number} processes; use more rows or fewer devices"
+                f"{option}: fewer rows than the {processes.number} processes; use more rows or fewer devices"
             )
         return plan_batches(rows, self.eval_batch_size, self.scoring_tokens, processes.rank, processes.number)
 

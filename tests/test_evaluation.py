@@ -100,7 +100,7 @@ def test_predict_writes_the_rows_in_file_order(sst2_options, data_dir, capsys):
     assert [line["prompt"] for line in lines] == [f"{row['sentence']} It was" for row in rows]
     assert [line["gold"] for line in lines] == [row["label"] for row in rows]
     for line in lines:
-        assert set(line) == {"id", "prompt", "prediction", "prediction_text", "scores", "gold"}
+        assert set(line) == {"id", "prompt", "prediction", "prediction_text", "scores", "probabilities", "gold"}
         assert len(line["scores"]) == 2
         assert line["prediction"] == line["scores"].index(max(line["scores"]))
         assert line["prediction_text"] == (" terrible", " great")[line["prediction"]]
@@ -145,7 +145,8 @@ def test_predict_on_two_processes_writes_the_same_file(sst2_options):
     subprocess.run([*command, "--trainer.devices=2", "--trainer.strategy=ddp"], check=True, timeout=300)
     one, two = read_lines("one.jsonl"), read_lines("two.jsonl")
     for ours, theirs in zip(one, two, strict=True):
-        assert theirs.pop("scores") == pytest.approx(ours.pop("scores"), abs=1e-4)
+        for name in ("scores", "probabilities"):
+            assert theirs.pop(name) == pytest.approx(ours.pop(name), abs=1e-4)
         assert ours == theirs
 
 

@@ -35,6 +35,13 @@ class RowSource:
         Raises:
             SlzoError: If the source or one of its rows cannot be used.
         """
+        return self._read(split, notes)
+
+    def read_file(self, file: str, notes: list[str]) -> list[Example]:
+        """Read a file with rows to predict, which need no labels; otherwise like :meth:`read`."""
+        return self._read("test", notes, file)
+
+    def _read(self, split: Split, notes: list[str], file: str | None = None) -> list[Example]:
         left_out: list[RowError] | None = [] if self.skip_bad_rows else None
         rows = load_examples(
             self.task,
@@ -44,9 +51,11 @@ class RowSource:
             hub_config=self.hub_config,
             columns=self.columns,
             left_out=left_out,
+            file=file,
         )
         if left_out:
-            notes.append(format_left_out(left_out, len(rows), self.task.files.get(split, f"the {split} split")))
+            source = file or self.task.files.get(split, f"the {split} split")
+            notes.append(format_left_out(left_out, len(rows), source))
         return rows
 
     def draw(self, *, num_train: int, num_dev: int, num_test: int | None, seed: int, needs_train: bool) -> Splits:

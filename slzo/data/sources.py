@@ -28,6 +28,7 @@ def load_examples(
     hub_config: str | None = None,
     columns: bool = False,
     left_out: list[RowError] | None = None,
+    file: str | None = None,
 ) -> list[Example]:
     """Load all examples of a split, in the order of the file, from the first source that applies.
 
@@ -42,13 +43,17 @@ def load_examples(
         hub_config: Configuration of the Hub repository.
         columns: Keep the fields of each row in :attr:`Example.columns`.
         left_out: List to collect the errors of rows that are left out; ``None`` to raise the first error.
+        file: File with rows to predict instead of any of these sources; they need no labels.
 
     Raises:
         SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
             the candidates, a prompt or candidate is empty, or two rows have the same id.
     """
     on_bad = refuse if left_out is None else left_out.append
-    origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config)
+    if file is None:
+        origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config)
+    else:
+        origin, placed = file, _rows_to_predict(task, _existing(file, "data.predict_file"), on_bad)
     examples: list[Example] = []
     places: dict[str, str] = {}
     for place, values in placed:
@@ -117,10 +122,7 @@ def _open(
 ) -> tuple[str, Iterable[PlacedRow]]:
     """Return the name of the source, for messages, and its rows."""
     if split in task.files:
-        path = Path(task.files[split]).expanduser()
-        if not path.is_file():
-            reason = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
-            raise SlzoError(f"data.task.{split}_file {str(path)!r}: {reason}")
+        path = _existing(task.files[split], f"data.task.{split}_file")
         return str(path), read_file(path, on_bad)
     if data_dir is not None:
         path = _find_file(task, split, Path(data_dir).expanduser())
@@ -136,6 +138,24 @@ def _open(
     if source is None:
         raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
     return _read_hub(task, source if hub_config is None else replace(source, config=hub_config), split)
+
+
+def _existing(file: str, option: str) -> Path:
+    """Return the path of a file; raise SlzoError if there is none."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        reason = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
+        raise SlzoError(f"{option} {str(path)!r}: {reason}")
+    return path
+
+
+def _rows_to_predict(task: Task, path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
+    """Yield the rows of a file; missing labels become those of a row without a label."""
+    placed = (
+        (place, {**values, **{name: none for name, none in task.no_label.items() if values.get(name) in (None, "")}})
+        for place, values in read_file(path, on_bad)
+    )
+    return _hub_fields(task, placed, on_bad)
 
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:

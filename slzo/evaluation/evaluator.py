@@ -148,8 +148,9 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 
     Returns:
         Records with id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the
-        candidates, ``None`` for a generated answer), gold (candidate index, a list of indices if several are right, a list of
-        accepted answers, or ``None`` without a label) and, with reward functions, reward (``None`` if one of them failed).
+        candidates, means over their tokens) and probabilities (softmax of the scores), both ``None`` for a generated answer, gold
+        (candidate index, a list of indices if several are right, a list of accepted answers, or ``None`` without a label) and,
+        with reward functions, reward (``None`` if one of them failed).
     """
     predictions: Sequence[int | str] = outcome.predictions
     scores: Sequence[list[float] | None] = outcome.scores or [None] * len(batch.rows)
@@ -161,7 +162,8 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
             text = example.candidates[prediction]
             gold = example.gold[0] if len(example.gold) == 1 else list(example.gold) or None
         entry = {"id": example.id, "prompt": example.prompt, "prediction": prediction, "prediction_text": text}
-        found.append({**entry, "scores": log_likelihoods, "gold": gold})
+        shares = None if log_likelihoods is None else torch.tensor(log_likelihoods).softmax(0).tolist()
+        found.append({**entry, "scores": log_likelihoods, "probabilities": shares, "gold": gold})
     if outcome.rewarded is not None:
         for record, reward in zip(found, outcome.rewarded.totals, strict=True):
             record["reward"] = reward if math.isfinite(reward) else None

@@ -95,6 +95,7 @@ class Task(ABC):
         grouped: Whether rows with the same :attr:`Example.group` are also scored together (MultiRC).
         default_num_dev: Number of dev rows drawn from the training split if the user gives none.
         files: Files of a custom task, by split; empty for other tasks.
+        no_label: Fields of a row without a label or answers, which rows to predict may leave out.
         id_field: Field with a row's id; ``None`` for the default fields, see :func:`slzo.data.sources.row_id`.
     """
 
@@ -111,6 +112,7 @@ class Task(ABC):
     grouped: bool = False
     default_num_dev: int = 500
     files: Mapping[Split, str] = MappingProxyType({})
+    no_label: Fields = MappingProxyType({"label": -1})
     id_field: str | None = None
 
     @property

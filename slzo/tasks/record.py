@@ -6,6 +6,8 @@ Candidates: a space and the query with ``@placeholder`` replaced by each entity,
 Metric: accuracy; any listed answer is correct.
 """
 
+from types import MappingProxyType
+
 from slzo.tasks.base import Example, HubSource, Kind, Task
 from slzo.tasks.fields import Fields, shown, text_field, texts_field
 
@@ -17,6 +19,7 @@ class Record(Task):
     kind = Kind.MULTIPLE_CHOICE
     hub = HubSource("aps/super_glue", "record")
     fields = ("passage", "query", "entities", "answers")
+    no_label = MappingProxyType({"answers": ()})
 
     def example(self, row: Fields, id: str) -> Example:
         passage = text_field(row, "passage").replace("@highlight\n", "- ")

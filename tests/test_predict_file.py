@@ -1,0 +1,104 @@
+"""Predictions for a file of the user's own, without labels."""
+
+import json
+import math
+
+import pytest
+from helpers import error_line, page_code
+
+from slzo.__main__ import main
+from slzo.data.sources import load_examples
+from slzo.tasks.registry import TASKS, get_task
+from slzo.tasks.template import TemplateTask
+
+TEXTS = ["a fine film", "a bad film, a very bad one", "films"]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_rows_of_every_task_may_lack_their_label(name, tmp_path):
+    task, file = get_task(name), tmp_path / "rows.jsonl"
+    (label,) = task.no_label
+    special = {
+        ("copa", "question"): "effect",
+        ("record", "query"): "@placeholder",
+        ("record", "entities"): ["one", "two"],
+    }
+    row = {field: special.get((name, field), "some text") for field in task.fields if field != label}
+    assert label in task.fields
+    file.write_text("\n".join(json.dumps(each) for each in (row, {**row, label: None}, {**row, label: ""})))
+    examples = load_examples(task, "test", file=str(file))
+    assert [example.gold for example in examples] == [()] * 3
+    assert [example.references for example in examples] == [()] * 3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("options", [{"candidates": [" no", " yes"], "label_field": "y"}, {"answer_field": "y"}])
+def test_rows_of_a_template_may_lack_their_label(options, tmp_path):
+    (tmp_path / "rows.csv").write_text("x;y\nsome text;\nmore text;\n")
+    (example, _) = load_examples(TemplateTask("{x}?", **options), "test", file=str(tmp_path / "rows.csv"))
+    assert example.prompt == "some text?"
+    assert example.gold == ()
+
+
+def test_a_checkpoint_predicts_a_file(options, tmp_path, capsys):
+    assert main(["fit", *options, "--model.layer=1", "--trainer.max_steps=2", "--record.test_before=false"]) == 0
+    rows = tmp_path / "mine.csv"
+    rows.write_text("id,sentence\n" + "".join(f'r{n},"{text}"\n' for n, text in enumerate(TEXTS)), encoding="utf-8-sig")
+    capsys.readouterr()
+    given = ["--ckpt_path=last", f"--data.predict_file={rows}", "--output=out.jsonl"]
+    assert main(["predict", *given]) == 0
+    assert f"Task sst2: 3 rows of {rows}." in capsys.readouterr().out
+    found = read(tmp_path / "out.jsonl")
+    assert [(line["id"], line["prompt"], line["gold"]) for line in found] == [
+        (f"r{number}", f"{text} It was", None) for number, text in enumerate(TEXTS)
+    ]
+    for line in found:
+        weights = [math.exp(score) for score in line["scores"]]
+        assert line["probabilities"] == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-5)
+        assert line["prediction"] == line["probabilities"].index(max(line["probabilities"]))
+
+    assert main(["predict", *given, "--data.num_demonstrations=2", "--output=shots.jsonl"]) == 0
+    assert [line["scores"] for line in read(tmp_path / "shots.jsonl")] != [line["scores"] for line in found]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "data.predict_file 'mine.jsonl': no such file; give an existing one"),
+        ("", "mine.jsonl: holds no rows; task 'sst2' needs at least one"),
+        (
+            '{"text": "a"}',
+            "mine.jsonl:1: field 'sentence' is missing; task 'sst2' needs it, and the row has text, label",
+        ),
+        ('{"sentence": "a", "label": 7}', "mine.jsonl:1: field 'label' is 7; it must be one of the numbers 0, 1"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(sst2_options, tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "mine.jsonl").write_text(content)
+    assert message in error_line(capsys, "predict", *sst2_options, "--data.predict_file=mine.jsonl")
+
+
+def test_the_snippet_of_the_page_has_the_same_probabilities(options, model_dir, tmp_path):
+    tune = ["--model.scope=LoRA", "--model.layer=1", "--model.optimizer.lr=1", "--trainer.max_steps=2"]
+    assert main(["fit", *options, *tune, "--record.test_before=false"]) == 0
+    assert main(["export", "--ckpt_path=last", "--output=my-adapter"]) == 0
+    code = page_code("docs/tasks.md", "classify").replace("BASE", str(model_dir))
+    texts = ["a moving and funny film", "two hours of nothing"]
+    assert json.dumps(texts) in code
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
+    assert main(["predict", "--ckpt_path=last", "--data.predict_file=mine.jsonl", "--output=out.jsonl"]) == 0
+    names = {"found": []}
+    exec(
+        code.replace(
+            "print(text, dict(zip(candidates, scores.softmax(0).tolist())))", "found.append(scores.softmax(0).tolist())"
+        ),
+        names,
+    )
+    for found, line in zip(names["found"], read(tmp_path / "out.jsonl"), strict=True):
+        assert found == pytest.approx(line["probabilities"], abs=1e-5)
