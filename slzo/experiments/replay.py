@@ -66,7 +66,8 @@ def replay_run(
     output = folder / "checkpoints" / f"replay-step={number}.ckpt" if output is None else output
     check_writable(output)
     start = read_checkpoint(folder / START)
-    layer = start.note["layer"] if options.layer is None else options.layer
+    is_named = options.layer is not None and options.scope.needs_layer
+    layer = options.layer if is_named else start.note["layer"]
     own = model_settings(options, start.note["noise_seed"], layer)
     if changes := differences(log.settings["model"], own):
         raise SlzoError(
