@@ -28,10 +28,10 @@ exit status:
   130 ended by Ctrl-C   143 ended by SIGTERM; fit finishes its current step, saves it and prints how to continue
 
 examples:
-  slzo fit --config configs/quickstart.yaml
-  slzo fit --config configs/quickstart.yaml --data.task sst2 --data.data_dir DIR --model.eps 1e-3
-  slzo sweep --config configs/quickstart.yaml --sensitivity_only true
-  slzo sweep --config configs/quickstart.yaml --lrs '[1e-4,3e-4,1e-3]'
+  slzo fit --config quickstart
+  slzo fit --config quickstart --data.task sst2 --data.data_dir DIR --model.eps 1e-3
+  slzo sweep --config quickstart --sensitivity_only true
+  slzo sweep --config quickstart --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
   slzo export --ckpt_path best --output tuned-model
   slzo generate --ckpt_path best --prompt "A warm and funny film. It was"

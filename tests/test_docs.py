@@ -3,11 +3,13 @@
 import re
 import shlex
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from slzo.cli.app import parser_of
+from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import COMMANDS
 from slzo.private.parsers import options_of, type_of
 
@@ -36,8 +38,9 @@ def options_among(words):
 
 
 def check_files(words):
-    for word in words:
+    for before, word in pairwise(["", *words]):
         assert not word.startswith("configs/") or (ROOT / word).is_file(), word
+        assert before != "--config" or word in shipped_configs() or word.endswith(".yaml"), word
 
 
 @cache

@@ -220,7 +220,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --ckpt_path=. | ckpt_path '.': is a folder; give a .ckpt file
 --ckpt_path=text.txt | ckpt_path 'text.txt': not a readable checkpoint
 --ckpt_path=noise.csv | ckpt_path 'noise.csv': not a readable checkpoint
---config=nope.yaml | --config 'nope.yaml': no such file
+--config=nope.yaml | --config 'nope.yaml': no such file; check the path, or give one of slzo's own configs: chat, custom_task, json_reward, quickstart
 --config=unknown.yaml | model.layr: unknown option; did you mean model.layer?
 --config= | --config: is empty; give a YAML file
 --config=. | --config '.': is a folder; give a YAML file

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import yaml
 
+from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.zo.optim import AUTO_LR
 
 _AUTO = "auto"
 _LR = ("--model.optimizer.lr", "--model.optimizer.init_args.lr")
-_CONFIGS = ("-c", "--config")
 _OPTIMIZER = ("--model.optimizer", "--model")
 _NUMBER = ".inf"
 
@@ -31,7 +31,7 @@ def spelled_out(args: Sequence[str]) -> list[str]:
         before = name + given if given else ""
         if name in _LR and value == _AUTO:
             found[place] = before + _NUMBER
-        elif name in (*_CONFIGS, *_OPTIMIZER) and value:
+        elif name in (*CONFIG_OPTIONS, *_OPTIMIZER) and value:
             content = _loaded(value)
             if content is not None and _replace(content, name):
                 found[place] = before + yaml.safe_dump(content)

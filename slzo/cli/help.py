@@ -43,7 +43,7 @@ _SHOWN = MappingProxyType(
 
 _TEXTS: Mapping[str, str] = MappingProxyType(
     {
-        "config": "YAML file with options; several files are read in order.",
+        "config": "YAML file with options, or one of slzo's own by name, such as quickstart; several are read in order.",
         "seed_everything": "Seed of rows and directions.",
         "trainer.accelerator": "cpu, gpu, auto and others.",
         "trainer.strategy": "auto, ddp and others.",

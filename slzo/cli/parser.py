@@ -12,6 +12,7 @@ from slzo.cli.config_files import check_config_file
 from slzo.cli.diagnose import explain
 from slzo.cli.given import Given, given_options
 from slzo.cli.help import add_help_all, short_help
+from slzo.cli.shipped_configs import CONFIG_OPTIONS, shipped_configs
 from slzo.commands.registry import Command
 from slzo.utils.errors import SlzoError
 
@@ -84,14 +85,17 @@ def read_given(args: Sequence[str]) -> list[Given]:
         SlzoError: A config file does not exist or cannot be used.
     """
     configs: list[Mapping[str, Any]] = []
-    for value in option_values(args, "-c", "--config"):
+    for value in option_values(args, *CONFIG_OPTIONS):
         if not value:
             raise SlzoError("--config: is empty; give a YAML file")
         path = Path(value)
         if _exists(path):
             configs.append(check_config_file(path))
         elif ":" not in value:  # a config given as text contains a colon
-            raise SlzoError(f"--config {value!r}: no such file; check the path")
+            names = ", ".join(shipped_configs())
+            raise SlzoError(
+                f"--config {value!r}: no such file; check the path, or give one of slzo's own configs: {names}"
+            )
     return given_options(args, configs)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slzo.cli.parser import command_function, plain_parser, read_given
+from slzo.cli.shipped_configs import missing_tool, with_shipped_configs
 from slzo.commands.registry import COMMANDS, Command
+from slzo.utils.errors import SlzoError
 
 
 def run_command(name: str, args: Sequence[str]) -> None:
@@ -15,7 +17,15 @@ def run_command(name: str, args: Sequence[str]) -> None:
     Raises:
         SlzoError: An option or a file is wrong.
     """
-    command = COMMANDS[name]
+    try:
+        _run(COMMANDS[name], with_shipped_configs(args))
+    except SlzoError as error:
+        if note := missing_tool(str(error)):
+            raise SlzoError(f"{error}{note}") from error
+        raise
+
+
+def _run(command: Command, args: Sequence[str]) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for class paths of the user's own files
     if command.runs_model:

@@ -7,6 +7,7 @@ from pathlib import Path
 from slzo.checkpoints.checkpoint import NAMES, named_checkpoint
 from slzo.cli.config_files import check_config_file
 from slzo.cli.parser import option_values
+from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.commands.registry import Command
 from slzo.loggers import RUNS
 from slzo.report.run_files import CONFIG_FILE
@@ -22,7 +23,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     Raises:
         SlzoError: There is no such checkpoint, or the config would run code that did not come with slzo.
     """
-    if option_values(args, "-c", "--config"):
+    if option_values(args, *CONFIG_OPTIONS):
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
     if runs and (config := Path(runs[-1]) / CONFIG_FILE).is_file():
