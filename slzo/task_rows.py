@@ -71,7 +71,7 @@ class TaskRows:
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own.
-        hub_config: Configuration of hub_path.
+        hub_config: Configuration of the Hub data set; by default the task's own, or none with another hub_path.
         predict_file: Rows for predict in place of the held-out ones: .jsonl, .csv or .parquet, with the fields of the task and no
             need for labels.
         num_train: Training rows.

@@ -311,8 +311,20 @@ def test_another_data_set_of_the_hub(monkeypatch):
     fake_hub(monkeypatch, lambda *args, split: calls.append((*args, split)) or SST2)
     load("sst2", "train", hub_path="me/films")
     load("sst2", hub_path="me/films", hub_config="v2")
+    load("sst2", hub_path="nyu-mll/glue")
     load_examples(TemplateTask("{sentence}", [" a", " b"]), "train", hub_path="me/films")
-    assert calls == [("me/films", "sst2", "train"), ("me/films", "v2", "validation"), ("me/films", None, "train")]
+    assert calls == [
+        ("me/films", None, "train"),
+        ("me/films", "v2", "validation"),
+        ("nyu-mll/glue", "sst2", "validation"),
+        ("me/films", None, "train"),
+    ]
+
+
+def test_other_columns_of_a_data_set_are_listed(monkeypatch):
+    fake_hub(monkeypatch, lambda *args, split: [{"text": "x", "target": 1}])
+    line = error_of("sst2", "train", hub_path="me/films")
+    assert "needs it (in all: sentence, label), and the row has text, target" in line
 
 
 def test_errors_of_the_hub_are_one_line(monkeypatch):

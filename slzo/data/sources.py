@@ -40,7 +40,7 @@ def load_examples(
         data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
             the task's own folder in one of these forms.
         hub_path: Hub repository with the same fields that replaces the task's own.
-        hub_config: Configuration of the Hub repository.
+        hub_config: Configuration of the Hub repository; by default the task's own, or none in another repository.
         columns: Keep the fields of each row in :attr:`Example.columns`.
         left_out: List to collect the errors of rows that are left out; ``None`` to raise the first error.
         file: File with rows to predict instead of any of these sources; they need no labels.
@@ -79,7 +79,10 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
     missing = [field for field in task.fields if values.get(field) is None]
     if missing:
         present = ", ".join(str(name) for name, value in values.items() if value is not None)
-        raise ValueError(f"field {missing[0]!r} is missing; task {task.name!r} needs it, and the row has {present}")
+        wanted = ", ".join(task.fields)
+        raise ValueError(
+            f"field {missing[0]!r} is missing; task {task.name!r} needs it (in all: {wanted}), and the row has {present}"
+        )
     example = task.example(values, row_id(values, position, split, task.id_field))
     if not example.prompt.strip():
         raise ValueError("the prompt is empty; give its fields some text")
@@ -133,8 +136,8 @@ def _open(
             origin = f"the rows of {task.name!r}"
             return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1))
     source = task.hub
-    if hub_path is not None:
-        source = HubSource(hub_path) if source is None else replace(source, path=hub_path)
+    if hub_path is not None and (source is None or hub_path != source.path):
+        source = HubSource(hub_path)  # another data set has other configurations
     if source is None:
         raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
     return _read_hub(task, source if hub_config is None else replace(source, config=hub_config), split)
@@ -194,6 +197,6 @@ def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterato
         reason = " ".join(str(error).split())[:200].rstrip(" .")
         raise SlzoError(
             f"data.task {task.name!r}: cannot load {origin} from the Hub ({type(error).__name__}: {reason});"
-            " check the connection, data.hub_path and access rights, or give a local folder as data.data_dir"
+            " check the connection, data.hub_path, data.hub_config and access rights, or give a local folder as data.data_dir"
         ) from None
     return origin, ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))
