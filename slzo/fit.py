@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoint
 from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.trial import LayerTrials
 from slzo.memory_plan import plan_memory
+from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.profiling import profile_model
 from slzo.report.page import write_run_report
@@ -83,6 +84,8 @@ def prepare(
     if run.checkpoint is not None:
         run.checkpoint.check_resumable(options.optimizer.classes)
         options = _as_trained(options, run.checkpoint)
+        folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
+        check_commit(run.checkpoint.note, options.model, folder)  # before the weights are downloaded
     plan = None
     if loaded is None:
         plan, options = plan_memory(options, rows, run.max_steps, run.device)

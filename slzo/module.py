@@ -51,7 +51,7 @@ class ZOModule(LightningModule):
 
     Args:
         model: Built-in name (smollm2-135m, or gemma3-270m, fetched only with SLZO_ACCEPT_LICENSE=gemma in the environment),
-            local Hugging Face folder, .gguf file or Hub id.
+            local Hugging Face folder, .gguf file, Hub id, or ID@REVISION for a branch, a tag or a commit of the Hub.
         layer: Dominant layer, counted from 0; by default the outlier profile chooses it.
         scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
         estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator; by default SPSA. Backprop is the

@@ -2,24 +2,25 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
+from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, check_commit, write_checkpoint
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import describe_quantization
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import HubSource
 from slzo.utils.console import say, warn
 from slzo.utils.environment import device_name, numerics
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file
+from slzo.utils.hub import model_commit
 from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
 from slzo.zo.tuned_model import TunedModel
@@ -44,6 +45,7 @@ def restore(
         raise SlzoError(
             f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
         )
+    check_commit(note, options.model, parts.model.name_or_path)
     subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
     try:
         return TunedModel.from_description(parts, note, options.engine, subset)
@@ -52,6 +54,17 @@ def restore(
             f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
             "with"
         ) from error
+
+
+def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
+    """Return the commit of the model, and path, configuration and commit of the data set, each ``None`` if not from the Hub."""
+    source = (None if rows.splits is None else rows.splits.hub) or HubSource("")
+    return {
+        "model_commit": model_commit(prepared.options.model, prepared.untuned.model.name_or_path),
+        "data_set": source.path or None,
+        "data_config": source.config,
+        "data_commit": source.revision,
+    }
 
 
 def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
@@ -72,6 +85,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "chat_template": rows.chat_template,
         "data": prepared.data.to_dict(),
         "environment": numerics(model.parts.model.device, rows.processes.number),
+        "hub": loaded_from_hub(prepared, rows),
     }
 
 
@@ -84,13 +98,6 @@ def check_environment(note: Mapping[str, Any], device: torch.device, processes: 
         warn(f"the environment differs from the checkpoint's: {changes}; {effect}")
 
 
-def model_settings(options: TrainingOptions, seed: int, layer: int | None) -> dict[str, Any]:
-    """Return the model options that steps depend on, as they are read back from JSON; the fingerprint covers the base model."""
-    found = {**options.to_dict(), **asdict(options.step), "noise_seed": seed, "layer": layer}
-    del found["model"]
-    return dict(json.loads(json.dumps(found, default=str)))
-
-
 def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     """Return the options that steps depend on, as they are read back from JSON."""
     options = prepared.options
@@ -98,7 +105,7 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     del data["batch_size"]
     moves = options.optimizer.make_scheduler is not None or options.step.eps_end is not None
     found = {
-        "model": model_settings(options, prepared.stepper.seed, prepared.layer),
+        "model": options.step_settings(prepared.stepper.seed, prepared.layer),
         "data": {**data, "rows_per_step": rows.rows_per_step},
         "max_steps": prepared.stepper.max_steps if moves else None,
         "device": device_name(prepared.model.parts.model.device),

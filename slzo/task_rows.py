@@ -70,7 +70,7 @@ class TaskRows:
         tokenizer: Model whose tokenizer is used; on the command line always model.model.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
-        hub_path: Hub data set to use instead of the task's own.
+        hub_path: Hub data set to use instead of the task's own; NAME@REVISION for a branch, a tag or a commit.
         hub_config: Configuration of the Hub data set; by default the task's own, or none with another hub_path.
         predict_file: Rows for predict in place of the held-out ones: .jsonl, .csv or .parquet, with the fields of the task and no
             need for labels.
@@ -313,7 +313,7 @@ class TaskRows:
         """Return the examples of a split; those to predict are the held-out ones, or in a file."""
         if split == "predict" and self.predict_file is not None:
             notes: list[str] = []
-            found = self._source.read_file(self.predict_file, notes)
+            found = self._source.read("test", notes, [], self.predict_file)
             for note in (*notes, f"Task {self.task.name}: {len(found)} rows of {self.predict_file}."):
                 say(note)
             return found

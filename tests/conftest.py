@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from helpers import random_example
+from hub_stand_in import HubStandIn
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
@@ -78,6 +79,26 @@ def _clean_environment(monkeypatch):
 def own_folder(tmp_path, monkeypatch):
     """A new working folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub, and empty caches."""
+    import datasets
+    from huggingface_hub import HfFileSystem, constants
+
+    with HubStandIn() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        HfFileSystem.clear_instance_cache()
+        yield hub
 
 
 @pytest.fixture

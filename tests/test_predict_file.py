@@ -73,7 +73,7 @@ def test_a_checkpoint_predicts_a_file(options, tmp_path, capsys):
         ("", "mine.jsonl: holds no rows; task 'sst2' needs at least one"),
         (
             '{"text": "a"}',
-            "mine.jsonl:1: field 'sentence' is missing; task 'sst2' needs it, and the row has text, label",
+            "mine.jsonl:1: field 'sentence' is missing; task 'sst2' needs it (in all: sentence, label), and the row has text",
         ),
         ('{"sentence": "a", "label": 7}', "mine.jsonl:1: field 'label' is 7; it must be one of the numbers 0, 1"),
     ],

@@ -35,6 +35,7 @@ def test_a_saved_config_gives_the_same_weights_and_the_record_says_with_what(opt
     assert first["threads"] == torch.get_num_threads()
     assert first["rows"] == {"train": 40, "dev": 16}
     assert first["continued_from"] is None
+    assert set(first["hub"].values()) == {None}
     assert {**first, "command": ""} == {**second, "command": ""}
 
 

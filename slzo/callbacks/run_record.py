@@ -19,6 +19,7 @@ from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
+from slzo.resume import loaded_from_hub
 from slzo.run import FitOutcome, Prepared
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -30,7 +31,8 @@ from slzo.utils.runtime import peak_memory_gb
 class RunRecord(Callback):
     """Writes the files of a run's folder and prints its summary.
 
-    * ``environment.json`` when training begins: versions, commit, command, seeds, devices, threads and kernels.
+    * ``environment.json`` when training begins: versions, commit, command, seeds, devices, threads, kernels, commits
+      of the Hub.
     * ``history.json`` when training begins and after each validation: step, evaluations, seconds, loss, metrics and peak memory
       of each validation.
     * ``samples.json``, ``summary.json``, ``curves.png`` and ``report.html`` at the end, see :func:`slzo.fit.finish`.
@@ -222,6 +224,7 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
         "packed": parts.packed,
         "base": None if base is None else {"sample": dict(base.sample), "tuned": dict(base.tuned)},
         "rows": {split: len(rows.rows(split)) for split in ("train", "dev")},
+        "hub": loaded_from_hub(prepared, rows),
         "continued_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
 

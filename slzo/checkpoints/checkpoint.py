@@ -18,6 +18,7 @@ from slzo.checkpoints import checkpoint_file
 from slzo.utils.console import is_first_process, progress, say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import replacing
+from slzo.utils.hub import model_commit, split_revision
 from slzo.utils.signals import signals_held
 
 CHECKPOINT_FORMAT = 1
@@ -155,6 +156,37 @@ def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
     if not _is_data(note["data"]):
         raise SlzoError(f"{option}: its note is damaged: data is incomplete; give an unchanged checkpoint of slzo")
     return note
+
+
+def base_model(note: Mapping[str, Any]) -> str:
+    """Return the name that loads the base model of a checkpoint, of the commit that was tuned if it is from the Hub."""
+    commit = hub_record(note).get("model_commit")
+    return str(note["model"]) if commit is None else f"{split_revision(note['model'])[0]}@{commit}"
+
+
+def hub_record(note: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a checkpoint's run loaded from the Hub, see :func:`slzo.resume.loaded_from_hub`; empty if unknown."""
+    found = note.get("hub")
+    return found if isinstance(found, dict) else {}
+
+
+def check_commit(note: Mapping[str, Any], model: str, folder: str | None) -> None:
+    """Check that a model of the Hub is at the commit that a checkpoint was trained on.
+
+    Args:
+        note: Note of the checkpoint.
+        model: Name of the model, as in ``model.model``.
+        folder: Folder that it is loaded from.
+
+    Raises:
+        SlzoError: It is at another commit.
+    """
+    own, saved = model_commit(model, folder), hub_record(note).get("model_commit")
+    if None not in (own, saved) and own != saved:
+        raise SlzoError(
+            f"model.model {model!r}: is at commit {own}, and the checkpoint was trained on another one; give --model.model "
+            f"{split_revision(model)[0]}@{saved}"
+        )
 
 
 def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from slzo.data.files import format_left_out
 from slzo.data.sources import load_examples
 from slzo.data.splits import Splits, check_shared_ids, draw_splits, least_rows, part_test
-from slzo.tasks.base import Example, Split, Task
+from slzo.tasks.base import Example, HubSource, Split, Task
 from slzo.utils.errors import RowError
 
 
@@ -16,7 +16,7 @@ class RowSource:
     Attributes:
         task: The task.
         data_dir: Folder with local files.
-        hub_path: Hub repository that replaces the task's own.
+        hub_path: Hub repository that replaces the task's own, with ``@REVISION`` if it is not the newest commit.
         hub_config: Configuration of the Hub repository.
         columns: Keep the fields of each row.
         skip_bad_rows: Leave out rows that cannot be used.
@@ -29,19 +29,14 @@ class RowSource:
     columns: bool = False
     skip_bad_rows: bool = False
 
-    def read(self, split: Split, notes: list[str]) -> list[Example]:
-        """Read all usable rows of a split; if rows are left out, a sentence about them is added to ``notes``.
+    def read(self, split: Split, notes: list[str], loaded: list[HubSource], file: str | None = None) -> list[Example]:
+        """Read all usable rows of a split, or of a ``file`` with rows to predict, which need no labels.
+
+        If rows are left out, a sentence about them is added to ``notes``. A data set of the Hub is added to ``loaded``.
 
         Raises:
             SlzoError: If the source or one of its rows cannot be used.
         """
-        return self._read(split, notes)
-
-    def read_file(self, file: str, notes: list[str]) -> list[Example]:
-        """Read a file with rows to predict, which need no labels; otherwise like :meth:`read`."""
-        return self._read("test", notes, file)
-
-    def _read(self, split: Split, notes: list[str], file: str | None = None) -> list[Example]:
         left_out: list[RowError] | None = [] if self.skip_bad_rows else None
         rows = load_examples(
             self.task,
@@ -52,6 +47,7 @@ class RowSource:
             columns=self.columns,
             left_out=left_out,
             file=file,
+            loaded=loaded,
         )
         if left_out:
             source = file or self.task.files.get(split, f"the {split} split")
@@ -73,10 +69,11 @@ class RowSource:
         """
         files, origin = self.task.files, ""
         notes: list[str] = []
+        loaded: list[HubSource] = []
         divided = "train" in files and "test" not in files
-        test = [] if divided else self.read("test", notes)
-        train = self.read("train", notes) if needs_train or divided else None
-        dev = self.read("dev", notes) if needs_train and "dev" in files else None
+        test = [] if divided else self.read("test", notes, loaded)
+        train = self.read("train", notes, loaded) if needs_train or divided else None
+        dev = self.read("dev", notes, loaded) if needs_train and "dev" in files else None
         if self.task.id_field is not None:
             check_shared_ids(self.task.id_field, test, train or (), dev or ())
         if divided and train is not None:
@@ -95,4 +92,4 @@ class RowSource:
             seed=seed,
             dev_pool=dev,
         )
-        return replace(drawn, notes=(*notes, *drawn.notes), origin=origin)
+        return replace(drawn, notes=(*notes, *drawn.notes), origin=origin, hub=next(iter(loaded), None))

@@ -7,10 +7,12 @@ from itertools import product
 from pathlib import Path
 
 from slzo.data.files import READERS, OnBadRow, PlacedRow, read_file, refuse, refuse_all
+from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task
 from slzo.tasks.fields import Fields, shown
 from slzo.utils.errors import RowError, SlzoError
+from slzo.utils.hub import split_revision
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
 """File names in a data folder, without extension. Test rows come from the validation split, as in MeZO."""
@@ -29,6 +31,7 @@ def load_examples(
     columns: bool = False,
     left_out: list[RowError] | None = None,
     file: str | None = None,
+    loaded: list[HubSource] | None = None,
 ) -> list[Example]:
     """Load all examples of a split, in the order of the file, from the first source that applies.
 
@@ -39,11 +42,13 @@ def load_examples(
         split: ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` for a task with a dev file.
         data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
             the task's own folder in one of these forms.
-        hub_path: Hub repository with the same fields that replaces the task's own.
+        hub_path: Hub repository with the same fields that replaces the task's own, with ``@REVISION`` if it is not the newest
+            commit.
         hub_config: Configuration of the Hub repository; by default the task's own, or none in another repository.
         columns: Keep the fields of each row in :attr:`Example.columns`.
         left_out: List to collect the errors of rows that are left out; ``None`` to raise the first error.
         file: File with rows to predict instead of any of these sources; they need no labels.
+        loaded: List to which a data set of the Hub is added, with the commit that was loaded as its revision.
 
     Raises:
         SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
@@ -51,7 +56,7 @@ def load_examples(
     """
     on_bad = refuse if left_out is None else left_out.append
     if file is None:
-        origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config)
+        origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config, [] if loaded is None else loaded)
     else:
         origin, placed = file, _rows_to_predict(task, _existing(file, "data.predict_file"), on_bad)
     examples: list[Example] = []
@@ -122,6 +127,7 @@ def _open(
     data_dir: str | None,
     hub_path: str | None,
     hub_config: str | None,
+    loaded: list[HubSource],
 ) -> tuple[str, Iterable[PlacedRow]]:
     """Return the name of the source, for messages, and its rows."""
     if split in task.files:
@@ -135,12 +141,15 @@ def _open(
         if shipped is not None:
             origin = f"the rows of {task.name!r}"
             return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1))
-    source = task.hub
-    if hub_path is not None and (source is None or hub_path != source.path):
-        source = HubSource(hub_path)  # another data set has other configurations
+    source, (other, revision) = task.hub, split_revision(hub_path or "")
+    if other and (source is None or other != source.path):
+        source = HubSource(other)  # another data set has other configurations
     if source is None:
         raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
-    return _read_hub(task, source if hub_config is None else replace(source, config=hub_config), split)
+    source = replace(source, config=source.config if hub_config is None else hub_config, revision=revision)
+    origin, rows, commit = read_hub(source, split, f"data.task {task.name!r}")
+    loaded.append(replace(source, revision=commit))
+    return origin, ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _existing(file: str, option: str) -> Path:
@@ -184,19 +193,3 @@ def _hub_fields(task: Task, placed: Iterable[PlacedRow], on_bad: OnBadRow) -> It
             on_bad(RowError(f"{place}: {error}"))
         else:
             yield from ((place, row) for row in rows)
-
-
-def _read_hub(task: Task, source: HubSource, split: Split) -> tuple[str, Iterator[PlacedRow]]:
-    name = source.train if split == "train" else source.test
-    origin = f"{source.path}{f' ({source.config})' if source.config else ''} split {name!r}"
-    try:
-        import datasets
-
-        rows = datasets.load_dataset(source.path, source.config, split=name)
-    except Exception as error:  # datasets and its dependencies raise many unrelated classes
-        reason = " ".join(str(error).split())[:200].rstrip(" .")
-        raise SlzoError(
-            f"data.task {task.name!r}: cannot load {origin} from the Hub ({type(error).__name__}: {reason});"
-            " check the connection, data.hub_path, data.hub_config and access rights, or give a local folder as data.data_dir"
-        ) from None
-    return origin, ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slzo.tasks.base import Example
+from slzo.tasks.base import Example, HubSource
 from slzo.utils.errors import SlzoError
 
 _TEST_ORDER = "test"
@@ -27,6 +27,7 @@ class Splits:
         test: Held-out examples, in the order of the file.
         notes: Sentences for the log about missing or omitted rows.
         origin: Description of the file if all splits come from a single one; else empty.
+        hub: The data set of the Hub that the test split comes from, with the commit that was loaded; else ``None``.
     """
 
     train: tuple[Example, ...]
@@ -34,6 +35,7 @@ class Splits:
     test: tuple[Example, ...]
     notes: tuple[str, ...]
     origin: str = ""
+    hub: HubSource | None = None
 
 
 def draw_splits(

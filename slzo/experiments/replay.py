@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import check_commit, read_checkpoint, write_checkpoint
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.models.parts import ModelParts
-from slzo.resume import model_settings
 from slzo.task_rows import TaskRows
 from slzo.training import load_parts
 from slzo.utils.console import say
@@ -68,12 +67,13 @@ def replay_run(
     start = read_checkpoint(folder / START)
     is_named = options.layer is not None and options.scope.needs_layer
     layer = options.layer if is_named else start.note["layer"]
-    own = model_settings(options, start.note["noise_seed"], layer)
+    own = options.step_settings(start.note["noise_seed"], layer)
     if changes := differences(log.settings["model"], own):
         raise SlzoError(
             f"run {run!r}: these options and the run's log differ ({changes}); replay with the run's options"
         )
     parts = load_parts(options, device)
+    check_commit(start.note, options.model, parts.model.name_or_path)
     stepper = _stepper(parts, options, rows, start.note, log, max_steps)
     if first := start.content["state_dict"]:
         stepper.model.tensors.load(first)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, base_model
 from slzo.export.adapter import ADAPTER
 from slzo.export.base import ExportFormat
 from slzo.export.card import write_card, write_licences
@@ -48,7 +48,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
     check_writable(target)
     if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
-    origin = origin_of(checkpoint.note["model"], options.base_model)
+    origin = origin_of(base_model(checkpoint.note), options.base_model)
     tuned_model = restore(checkpoint, options.trust_remote_code)
     adapter = tuned_model.peft_files() if options.format in (None, "adapter") else None
     name = options.format or ("merged" if adapter is None else "adapter")

@@ -25,7 +25,7 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
             f"format adapter: the change of {facts.scope} does not have a low rank; use --format merged, or delta for "
             "the tuned tensors alone"
         )
-    write_peft_files(facts.adapter, facts.origin.name, folder)
+    write_peft_files(facts.adapter, facts.origin.name, folder, facts.origin.commit)
 
 
 def load_code(facts: Facts) -> str:
@@ -35,9 +35,10 @@ def load_code(facts: Facts) -> str:
     return f'{imports}\n\n{base}\nmodel = PeftModel.from_pretrained(base, "PATH_OR_REPOSITORY")\n{tokenizer}'
 
 
-def write_peft_files(files: PeftFiles, base_model: str, folder: Path) -> None:
-    """Write the two files that peft reads."""
-    write_json(folder / CONFIG_FILE, {"base_model_name_or_path": base_model, **files.config})
+def write_peft_files(files: PeftFiles, base_model: str, folder: Path, commit: str | None = None) -> None:
+    """Write the two files that peft reads; a base model of the Hub has a commit."""
+    base = {"base_model_name_or_path": base_model, **({} if commit is None else {"revision": commit})}
+    write_json(folder / CONFIG_FILE, {**base, **files.config})
     (folder / "adapter_model.safetensors").write_bytes(save(dict(files.tensors), {"format": "pt"}))
 
 

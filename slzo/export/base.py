@@ -32,5 +32,6 @@ class ExportFormat:
 def load_base_code(facts: Facts) -> tuple[str, str]:
     """Return the lines of Python that load the base model as ``base``, and its tokenizer."""
     name = facts.origin.name
-    base = f'base = AutoModelForCausalLM.from_pretrained("{name}", dtype="{facts.note["dtype"]}")'
-    return base, f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    at = "" if facts.origin.commit is None else f', revision="{facts.origin.commit}"'
+    base = f'base = AutoModelForCausalLM.from_pretrained("{name}", dtype="{facts.note["dtype"]}"{at})'
+    return base, f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})'

@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from slzo.checkpoints.checkpoint import base_model
 from slzo.export.base import ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.load import load_tokenizer, resolve_model
@@ -31,7 +32,8 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
         tuned_model.merge()
     except SlzoError as error:
         raise SlzoError(f"format merged: {error}") from error
-    original = Path(resolve_model(note["model"])) / _GENERATION
+    base = base_model(note)
+    original = Path(resolve_model(base)) / _GENERATION
     if original.is_file():  # copied below: transformers refuses to write some configs that it reads
         model.generation_config = GenerationConfig()
     try:
@@ -40,7 +42,7 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
         raise OSError(str(error)) from error
     if original.is_file():
         (folder / _GENERATION).write_bytes(original.read_bytes())
-    load_tokenizer(note["model"], note["trust_remote_code"], note.get("chat_template")).save_pretrained(folder)
+    load_tokenizer(base, note["trust_remote_code"], note.get("chat_template")).save_pretrained(folder)
 
 
 def load_code(facts: Facts) -> str:

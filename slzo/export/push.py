@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from slzo.models.load import HUB_ID
 from slzo.utils.errors import SlzoError
+from slzo.utils.hub import HUB_ID
 
 
 def check_repository(repository: str) -> None:

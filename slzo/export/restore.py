@@ -1,6 +1,6 @@
 """Restore a tuned model from a checkpoint for use with transformers, without slzo's own engine."""
 
-from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, base_model
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
@@ -30,7 +30,7 @@ def untuned(
         raise SlzoError(
             f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give --{option} true"
         )
-    model = load_model(note["model"], note["dtype"], trust_remote_code)
+    model = load_model(base_model(note), note["dtype"], trust_remote_code)
     try:
         # padded and without oneDNN, so that the model stays as transformers made it
         return TunedModel.from_description(ModelParts(model, packed=False, onednn=False), note)

@@ -1,6 +1,5 @@
 """Load a model and its tokenizer from a built-in name, a local folder, a GGUF file or the Hub."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -31,15 +30,17 @@ from slzo.models.quantization import (
     quantization_config,
 )
 from slzo.utils.errors import SlzoError
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from slzo.utils.hub import HUB_ID, fetch_weights, model_folder, split_revision
 
 
 def resolve_model(name: str) -> str:
-    """Turn a built-in name, folder, ``.gguf`` file or Hub id into what transformers loads: a local folder or a Hub id.
+    """Turn a built-in name, folder, ``.gguf`` file or ``ID@REVISION`` of the Hub into the local folder that transformers loads.
+
+    The folder of a Hub model has no weights until they are loaded; its path has the commit, see
+    :func:`slzo.utils.hub.commit_of`.
 
     Raises:
-        SlzoError: If there is no such file or folder, and the name cannot be a Hub id.
+        SlzoError: If there is no such file or folder, and the Hub has no such model or cannot be reached.
     """
     if not name.strip():
         raise SlzoError(
@@ -53,34 +54,39 @@ def resolve_model(name: str) -> str:
         if not path.is_file():
             raise SlzoError(f"model.model {name!r}: no such GGUF file; check the path")
         return str(gguf_to_folder(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SlzoError(
-                f"model.model {name!r}: the folder has no config.json; give a folder written by save_pretrained"
-            )
-        check_config_file(name, path / "config.json")
-        return str(path)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
-    if looks_local or not HUB_ID.fullmatch(name):
+    folder = path if path.is_dir() else _hub_folder(name)
+    if not (folder / "config.json").is_file():
+        raise SlzoError(
+            f"model.model {name!r}: the folder has no config.json; give a folder written by save_pretrained"
+        )
+    check_config_file(name, folder / "config.json")
+    return str(folder)
+
+
+def _hub_folder(name: str) -> Path:
+    id, revision = split_revision(name)
+    looks_local = name.startswith((".", "/", "~")) or id.count("/") > 1 or Path(name).exists()
+    if looks_local or not HUB_ID.fullmatch(id) or revision == "":
         raise SlzoError(
             f"model.model {name!r}: no such folder; give a local Hugging Face folder, a .gguf file, a Hub id like "
-            f"'Qwen/Qwen3-8B', or a built-in name ({', '.join(BUILTIN_MODELS)})"
+            f"'Qwen/Qwen3-8B' or 'Qwen/Qwen3-8B@main', or a built-in name ({', '.join(BUILTIN_MODELS)})"
         )
-    return name
+    if id in BUILTIN_MODELS:
+        raise SlzoError(f"model.model {name!r}: a built-in model has no revisions; give {id!r}")
+    return model_folder(id, revision)
 
 
-def _load(name: str, loader: Any, config: PretrainedConfig | None = None, **kwargs: Any) -> Any:
+def _load(name: str, where: str, loader: Any, config: PretrainedConfig | None = None, **kwargs: Any) -> Any:
     """Call ``from_pretrained`` of a transformers class; raise SlzoError with a one-line message if it fails.
 
     ``config`` is the model's config if it is already loaded, for the message.
     """
-    where = resolve_model(name)
     try:
         return loader.from_pretrained(where, **kwargs)
     except SlzoError:
         raise
     except Exception as error:  # transformers raises whatever its code meets in broken files
-        reason = reason_of(error, config)
+        reason = reason_of(error, config).replace(where, name)  # the cache of the Hub has long paths
         advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
             advice = "if you trust its authors, set model.trust_remote_code to true"
@@ -91,15 +97,12 @@ def _load(name: str, loader: Any, config: PretrainedConfig | None = None, **kwar
             advice = "set model.offload_folder to a folder with room for them"
         elif kwargs.get("offload_folder") is not None and "space" in str(error):
             advice = "model.offload_folder needs room for every layer on disk; give another folder"
-        elif where == name and not Path(name).is_dir():
-            known = ", ".join(BUILTIN_MODELS)
-            advice = f"check the name and the connection, or use a local folder, or a built-in name ({known})"
         raise SlzoError(f"model.model {name!r}: cannot be loaded ({reason}); {advice}") from error
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load the config of a model; raise SlzoError if it cannot be read."""
-    return _load(name, AutoConfig, trust_remote_code=trust_remote_code)
+    return _load(name, resolve_model(name), AutoConfig, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -156,7 +159,9 @@ def load_model(
         kwargs |= {"device_map": dict(device_map), "offload_folder": offload_folder}
     if stored is None:
         kwargs["ignore_mismatched_sizes"] = True  # reported by check_loading, which names the tensor
-    model, info = _load(name, auto_class(config), config, **kwargs)
+    where = resolve_model(name)
+    fetch_weights(Path(where))
+    model, info = _load(name, where, auto_class(config), config, **kwargs)
     check_loading(name, model, info)
     return model.eval().requires_grad_(False)
 
@@ -184,7 +189,8 @@ def load_tokenizer(
     name: str, trust_remote_code: bool = False, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, with another chat template if given; raise SlzoError if it cannot be loaded."""
-    tokenizer: PreTrainedTokenizerBase = _load(name, AutoTokenizer, trust_remote_code=trust_remote_code)
+    where = resolve_model(name)
+    tokenizer: PreTrainedTokenizerBase = _load(name, where, AutoTokenizer, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

@@ -11,11 +11,11 @@ import yaml
 
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
-from slzo.models.load import HUB_ID, resolve_model
+from slzo.models.load import resolve_model
 from slzo.utils.assets import sha256_of
 from slzo.utils.errors import SlzoError
+from slzo.utils.hub import HUB, HUB_ID, model_commit, repository_of
 
-_HUB = "https://huggingface.co/"
 # models under the Gemma terms; later Gemma models have another licence
 _GEMMA_TYPES = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"})
 _DOCUMENTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].*)?|\w*TERMS\w*(\..*)?", re.IGNORECASE)
@@ -48,6 +48,7 @@ class Origin:
         gguf: Name and SHA-256 of the GGUF file that the model was converted from; ``None`` if there is none.
         licence: Licence of the weights; ``None`` if unknown.
         documents: Licence files in the model's folder.
+        commit: Commit of a model from the Hub, else ``None``.
     """
 
     name: str
@@ -55,12 +56,14 @@ class Origin:
     gguf: tuple[str, str] | None = None
     licence: KnownLicence | None = None
     documents: tuple[Path, ...] = ()
+    commit: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only, without local paths."""
         gguf = None if self.gguf is None else {"file": self.gguf[0], "sha256": self.gguf[1]}
         licence = None if self.licence is None else self.licence.name
-        return {"name": self.name, "public": self.public, "gguf": gguf, "licence": licence}
+        found = {"name": self.name, "public": self.public, "gguf": gguf, "licence": licence}
+        return found if self.commit is None else {**found, "commit": self.commit}
 
 
 def origin_of(model: str, given: str | None = None) -> Origin:
@@ -90,18 +93,18 @@ def origin_of(model: str, given: str | None = None) -> Origin:
         name, licence = _name_and_licence_of_gguf(path)
         gguf = (path.name, sha256_of(path))
     else:
-        name = _name_of_folder(folder) if folder.is_dir() else model
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    documents = tuple(file for file in files if file.is_file() and _DOCUMENTS.fullmatch(file.name))
+        name = _name_of_folder(folder)
+    documents = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _DOCUMENTS.fullmatch(file.name))
     licence = licence or _licence_of_card(folder) or _licence_of_type(folder)
     public = given or name
     local = path.stem if gguf is not None else folder.resolve().name
-    return Origin(public or local, public is not None, gguf, licence, documents)
+    commit = model_commit(model, folder) if given in (None, name) else None
+    return Origin(public or local, public is not None, gguf, licence, documents, commit)
 
 
 def hub_id(builtin: BuiltinModel) -> str:
     """Return the Hub id that a built-in model comes from."""
-    return builtin.source.removeprefix(_HUB)
+    return builtin.source.removeprefix(HUB)
 
 
 def loadable(name: str) -> str:
@@ -116,9 +119,8 @@ def _licence_of_builtin(builtin: BuiltinModel) -> KnownLicence:
 
 def _name_of_folder(folder: Path) -> str | None:
     """Return the Hub id from the folder's path in the Hub's cache, or from its config."""
-    for part in folder.resolve().parts:
-        if part.startswith("models--") and part.count("--") == 2:
-            return part.removeprefix("models--").replace("--", "/")
+    if (cached := repository_of(folder.resolve())) is not None:
+        return cached
     name = _read_json(folder / "config.json").get("_name_or_path")
     return name if isinstance(name, str) and "/" in name and HUB_ID.fullmatch(name) else None
 
@@ -134,7 +136,7 @@ def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, KnownLicence | No
         return None, None
     name = None
     for key in ("general.base_model.0.repo_url", "general.source.huggingface.repository", "general.repo_url"):
-        repository = str(metadata.get(key, "")).removeprefix(_HUB)
+        repository = str(metadata.get(key, "")).removeprefix(HUB)
         if "/" in repository and HUB_ID.fullmatch(repository):
             name = repository
             break

@@ -11,7 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slzo.checkpoints.checkpoint import NAMES, Checkpoint, checkpoint_of_run, named_checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import (
+    NAMES,
+    Checkpoint,
+    base_model,
+    checkpoint_of_run,
+    named_checkpoint,
+    read_checkpoint,
+)
 from slzo.export import FACTS_FILE
 from slzo.export.adapter import CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
@@ -88,7 +95,7 @@ def load_pair(source: Source) -> Pair:
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     tuned_model, note = untuned(checkpoint, source.trust_remote_code, "trust_remote_code"), checkpoint.note
-    tokenizer = load_tokenizer(note["model"], source.trust_remote_code, note.get("chat_template"))
+    tokenizer = load_tokenizer(base_model(note), source.trust_remote_code, note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     load_values(tuned_model, checkpoint)
@@ -104,7 +111,7 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
 
 def _from_export(folder: Path, source: Source) -> Pair:
     facts = _read(folder / FACTS_FILE)
-    name = source.base or loadable(_base_name(folder, facts))
+    name = source.base or _base_name(folder, facts)
     if (folder / "config.json").is_file():
         model = _load(str(folder), facts, source)
         base = _always(_base(name, facts, source)) if source.untuned else None
@@ -122,7 +129,7 @@ def _base_name(folder: Path, facts: Mapping[str, Any]) -> str:
     if not name or base.get("public") is False:  # a local folder on the machine where it was tuned
         which = f" (a local folder called {name!r} when it was tuned)" if name else ""
         raise SlzoError(f"ckpt_path {str(folder)!r}: its base model is not public{which}; give a copy with --base")
-    return str(name)
+    return loadable(str(name)) if base.get("commit") is None else f"{name}@{base['commit']}"
 
 
 def _base(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedModel:

@@ -69,12 +69,13 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """Location of a task's rows on the Hugging Face Hub."""
+    """Location of a task's rows on the Hugging Face Hub; the revision is a branch, a tag or a commit."""
 
     path: str
     config: str | None = None
     train: str = "train"
     test: str = "validation"
+    revision: str | None = None
 
 
 class Task(ABC):

@@ -1,6 +1,7 @@
 """The options of a training."""
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from slzo.models.device_map import DeviceMapChoice
@@ -82,6 +83,15 @@ class TrainingOptions:
                 f"data.objective {rows.objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
                 "SPSA"
             )
+
+    def step_settings(self, seed: int, layer: int | None) -> dict[str, Any]:
+        """Return the options that the steps of a run depend on, as they are read back from JSON.
+
+        The base model is left out, because its fingerprint is compared.
+        """
+        found = {**self.to_dict(), **asdict(self.step), "noise_seed": seed, "layer": layer}
+        del found["model"]
+        return dict(json.loads(json.dumps(found, default=str)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that the steps depend on, primitives only, for step logs and result folders."""

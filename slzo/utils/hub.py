@@ -1,0 +1,151 @@
+"""Names, commits and downloads of repositories on the Hugging Face Hub; a commit is a folder in the cache of huggingface_hub."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from slzo.utils.errors import SlzoError
+
+HUB = "https://huggingface.co/"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+Kind = Literal["model", "dataset"]
+
+# configs, tokenizers, code and licences; weights are fetched later, and files in subfolders are other models
+_SMALL = (
+    *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "*TERMS*"),
+)
+_OTHER = ("*/*.json", "*/*.txt", "*/*.model", "*/*.md")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split ``org/name@revision``; the revision is ``None`` if there is none."""
+    id, at, revision = name.partition("@")
+    return id, revision if at else None
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a model's or data set's folder in a cache; ``None`` for any other folder."""
+    return folder.name if _COMMIT.fullmatch(folder.name) else None
+
+
+def repository_of(folder: Path) -> str | None:
+    """Return the Hub id of a model's folder in the cache of the Hub; ``None`` for any other folder."""
+    snapshots, repository = folder.parent.name, folder.parent.parent.name
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    id = repository.removeprefix("models--").replace("--", "/")
+    return id if HUB_ID.fullmatch(id) else None
+
+
+def model_commit(name: str, folder: str | Path | None) -> str | None:
+    """Return the commit of a model; ``None`` unless it is from the Hub.
+
+    Args:
+        name: Name of the model, as in ``model.model``.
+        folder: Folder that it was loaded from; ``None`` if it was not loaded.
+    """
+    path = Path(folder or "")
+    return commit_of(path) if repository_of(path) == split_revision(name)[0] else None
+
+
+def model_folder(id: str, revision: str | None) -> Path:
+    """Return the cached folder of a model at a commit, and fetch all of its files but the weights.
+
+    Args:
+        id: Hub id.
+        revision: Branch, tag or commit; ``None`` for the main branch.
+
+    Raises:
+        SlzoError: The Hub does not have it, needs a login, or cannot be reached, and it is not in the cache.
+    """
+    try:
+        return _fetch(id, revision, _SMALL)
+    except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
+        if (cached := getattr(error, "snapshot_path", None)) is not None:  # offline, and some file was never fetched
+            return Path(cached)
+        raise _model_error(id, revision, error) from error
+
+
+def fetch_weights(folder: Path) -> None:
+    """Fetch the weights of a model into its folder from :func:`model_folder`; other folders are left as they are.
+
+    Raises:
+        SlzoError: The Hub cannot be reached, or the download breaks off.
+    """
+    id, commit = repository_of(folder), commit_of(folder)
+    if id is None or commit is None:
+        return
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {name}
+        if all((folder / file).is_file() for file in files):
+            return
+        try:
+            _fetch(id, commit, (*_SMALL, *sorted(files)), folder.parents[2])
+        except Exception as error:  # as above
+            raise _model_error(id, None, error) from error
+        if any((folder / file).is_file() for file in files):
+            return
+
+
+def _fetch(id: str, revision: str | None, patterns: Sequence[str], cache: Path | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns, others = list(patterns), list(_OTHER)
+    return Path(
+        snapshot_download(id, revision=revision, cache_dir=cache, allow_patterns=patterns, ignore_patterns=others)
+    )
+
+
+def _model_error(id: str, revision: str | None, error: Exception) -> SlzoError:
+    name = id if revision is None else f"{id}@{revision}"
+    first = causes(error)[-1]
+    reason = " ".join(str(first).split())[:200].rstrip(" .") or type(first).__name__
+    problem = (
+        known_problem(error, id) or f"cannot be downloaded ({reason}); check the connection and the disk, and run again"
+    )
+    return SlzoError(f"model.model {name!r}: {problem}; or use a local folder or a built-in name")
+
+
+def known_problem(error: Exception, id: str, kind: Kind = "model") -> str | None:
+    """Return what is wrong with a repository of the Hub and what to do, in one line; ``None`` for other errors.
+
+    Args:
+        error: What huggingface_hub, transformers or datasets raised.
+        id: Hub id.
+        kind: What the repository holds.
+    """
+    from huggingface_hub import errors
+
+    chain, text = causes(error), str(error)
+    # datasets leaves out what its error came from
+    unknown_data = type(error).__name__ == "DatasetNotFoundError"
+
+    def has(sort: type[Exception]) -> bool:
+        return any(isinstance(each, sort) for each in chain)
+
+    page = f"{HUB}{'datasets/' if kind == 'dataset' else ''}{id}"
+    if has(errors.RevisionNotFoundError) or (unknown_data and text.startswith("Revision")):
+        return f"the Hub has no such revision; give a branch, a tag or a commit of {page}/commits/main"
+    if has(errors.GatedRepoError) or (unknown_data and "gated" in text):
+        return f"its licence must be accepted first; accept it on {page} and log in with `hf auth login`"
+    if has(errors.RepositoryNotFoundError) or unknown_data:
+        what = {"model": "model", "dataset": "data set"}[kind]
+        return f"the Hub has no such {what}, or it is private; check the name, or log in with `hf auth login`"
+    return None
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and those that it came from, the first of all last."""
+    found = [error]
+    while (
+        earlier := found[-1].__cause__ or (None if found[-1].__suppress_context__ else found[-1].__context__)
+    ) is not None:
+        found.append(earlier)
+    return found

@@ -1,0 +1,155 @@
+"""Models and rows of a stand-in for the Hub: revisions, commits that are recorded, and errors in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from helpers import error_line, last_checkpoint, run_dir, slzo_error
+from safetensors.torch import load_file, save_file
+
+from slzo.__main__ import main
+from slzo.checkpoints.checkpoint import base_model, read_checkpoint
+from slzo.data.sources import load_examples
+from slzo.models.device_map import DeviceMapChoice
+from slzo.models.load import load_config, load_model, load_tokenizer, resolve_model
+from slzo.models.origin import origin_of
+from slzo.models.placement import load_with_device_map
+from slzo.models.shape import model_shape
+from slzo.prompting.pair import Source, load_pair
+from slzo.tasks.registry import get_task
+
+QUIET = ["--trainer.enable_progress_bar=false", "--record.test_before=false", "--trainer.max_steps=2"]
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.fixture
+def model(hub, model_dir, tmp_path):
+    """The commits of a model of the Hub, the older one first; the newer one has other weights."""
+    first, folder = hub.commit_folder("me/tiny", model_dir, LICENSE="text"), tmp_path / "newer"
+    shutil.copytree(model_dir, folder)
+    doubled = {name: 2 * tensor for name, tensor in weights_of(folder).items()}
+    save_file(doubled, folder / "model.safetensors", {"format": "pt"})
+    return first, hub.commit_folder("me/tiny", folder)
+
+
+@pytest.fixture
+def rows(hub, data_dir):
+    """The commits of a data set of the Hub, the older one first."""
+    files = {path.name: path.read_bytes() for path in (data_dir / "sst2").iterdir()}
+    newer = {name: content.replace(b"film", b"movie") for name, content in files.items()}
+    return hub.commit("datasets/me/rows", files), hub.commit("datasets/me/rows", newer)
+
+
+def test_every_way_to_load_takes_the_revision(model, model_dir):
+    head = weights_of(model_dir)["lm_head.weight"]
+    for commit, expected in zip(model, (head, 2 * head), strict=True):
+        name = f"me/tiny@{commit}"
+        folder = resolve_model(name)
+        assert Path(folder).name == commit
+        assert not (Path(folder) / "model.safetensors").exists()
+        assert model_shape(name)[0].stored_bytes is None  # only the weights are missing
+        on_disk = DeviceMapChoice({"model.layers.0": "disk"}, None)
+        placed = load_with_device_map(name, "float32", False, on_disk, torch.device("cpu"))
+        assert torch.equal(placed.lm_head.weight, expected)
+        assert torch.equal(load_model(name).lm_head.weight, expected)
+        assert model_shape(name)[0].stored_bytes == (Path(folder) / "model.safetensors").stat().st_size
+        found = [load_config(name), load_model(name, quantization="int8"), load_tokenizer(name)]
+        assert {each.name_or_path for each in found} == {folder}
+    assert resolve_model("me/tiny") == folder
+    assert [document.name for document in origin_of(f"me/tiny@{model[0]}").documents] == ["LICENSE"]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_every_form(hub, model_dir, tmp_path, kind, sharded):
+    weights, folder = weights_of(model_dir), tmp_path / "base"
+    shutil.copytree(model_dir, folder, ignore=lambda *_: ["model.safetensors"])
+    shards = {"a": dict(list(weights.items())[:5]), "b": dict(list(weights.items())[5:])} if sharded else {"": weights}
+    for name, part in shards.items():
+        path = folder / f"{name}{kind}"
+        torch.save(part, path) if kind.endswith("bin") else save_file(part, path, {"format": "pt"})
+    if sharded:
+        index = {tensor: f"{name}{kind}" for name, part in shards.items() for tensor in part}
+        (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    hub.commit_folder("me/tiny", folder, **{"other.safetensors": "not needed"})
+    assert torch.equal(load_model("me/tiny").lm_head.weight, weights["lm_head.weight"])
+    assert not any("other.safetensors" in path for method, path in hub.requests)
+
+
+def test_a_folder_with_an_at_sign_is_a_folder(hub, model_dir, own_folder):
+    shutil.copytree(model_dir, "me/tiny@v1")
+    assert resolve_model("me/tiny@v1") == "me/tiny@v1"
+    assert origin_of("me/tiny@v1").commit is None
+    assert hub.requests == []
+
+
+def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys):
+    (older, newer), quiet = model, [*options, *QUIET]
+    given = [*quiet, f"--data.hub_path=me/rows@{rows[0]}", "--data.data_dir=null"]
+    assert main(["fit", *given, f"--model.model=me/tiny@{older}", "--model.scope=LoRA"]) == 0
+    expected = {"model_commit": older, "data_set": "me/rows", "data_config": None, "data_commit": rows[0]}
+    assert json.loads((run_dir() / "environment.json").read_text())["hub"] == expected
+    note = read_checkpoint(last_checkpoint()).note
+    assert note["hub"] == expected
+    assert base_model(note) == f"me/tiny@{older}"
+    resumed = [*given, f"--ckpt_path={last_checkpoint()}", "--model.scope=LoRA", "--trainer.max_steps=3"]
+    line = error_line(capsys, "fit", *resumed, "--model.model=me/tiny")
+    assert f"is at commit {newer}, and the checkpoint was trained on another one" in line
+    assert line.endswith(f"give --model.model me/tiny@{older}")
+    assert main(["fit", *resumed, f"--model.model=me/tiny@{older}"]) == 0
+    assert main(["export", f"--ckpt_path={last_checkpoint()}", "--output=out"]) == 0
+    assert json.loads(Path("out/adapter_config.json").read_text())["revision"] == older
+    assert f'from_pretrained("me/tiny", dtype="float32", revision="{older}")' in Path("out/README.md").read_text()
+    assert Path("out/LICENSE").read_text() == "text"
+    hub.requests.clear()
+    for path in ("out", str(last_checkpoint())):
+        _ = load_pair(Source(path))
+    assert not any(newer in path or "revision/main" in path for _, path in hub.requests)
+
+
+def test_rows_of_a_revision(rows, hub, monkeypatch):
+    loaded = []
+    for revision in ("main", rows[0], None):
+        name = "me/rows" if revision is None else f"me/rows@{revision}"
+        examples = load_examples(get_task("sst2"), "test", hub_path=name, loaded=loaded)
+        assert ("film" in examples[0].prompt) == (revision == rows[0])
+    assert [source.revision for source in loaded] == [rows[1], rows[0], rows[1]]
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, revision, **options: real(*args, **options))
+    line = slzo_error(lambda: load_examples(get_task("sst2"), "test", hub_path=f"me/rows@{rows[0]}"))
+    assert f"only commit {rows[1]} is in the cache" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("me/none", "the Hub has no such model, or it is private; check the name, or log in with `hf auth login`"),
+        (
+            "me/tiny@v9",
+            "the Hub has no such revision; give a branch, a tag or a commit of https://huggingface.co/me/tiny/",
+        ),
+        ("me/tiny@", "no such folder; give a local Hugging Face folder"),
+        ("smollm2-135m@v1", "a built-in model has no revisions; give 'smollm2-135m'"),
+    ],
+)
+def test_wrong_names_of_models(model, name, problem):
+    line = slzo_error(resolve_model, name)
+    assert line.startswith(f"model.model {name!r}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("me/none", "'me/none': the Hub has no such data set, or it is private"),
+        ("me/rows@v9", "'me/rows': the Hub has no such revision; give a branch, a tag or a commit of https://hugg"),
+    ],
+)
+def test_wrong_names_of_data_sets(rows, name, problem):
+    line = slzo_error(lambda: load_examples(get_task("sst2"), "test", hub_path=name))
+    assert line.startswith(f"data.hub_path {problem}")
