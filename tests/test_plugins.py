@@ -105,7 +105,7 @@ def test_everything_of_ones_own_through_fit_resume_test_and_export(config, model
     whole, resumed = tuned(last_checkpoint(1)), tuned(last_checkpoint(2))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert main(["test", "--ckpt_path=last"]) == 0
+    assert main(["test", f"--config={run_dir(2) / 'config.yaml'}", "--ckpt_path=last"]) == 0
     assert main(["export", "--ckpt_path=last", "--output=out"]) == 0
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
     after = AutoModelForCausalLM.from_pretrained("out").state_dict()

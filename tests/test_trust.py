@@ -155,7 +155,7 @@ def test_a_run_with_own_code_is_used_with_its_config(own_task, capsys):
     config = str(run_dir() / "config.yaml")
     for command in (
         "test --ckpt_path last",
-        f"export --output=x --ckpt_path {last_checkpoint()}",
+        f"predict --ckpt_path {last_checkpoint()}",
         f"replay --run {run_dir()}",
     ):
         line = error_line(capsys, *shlex.split(command))
@@ -164,15 +164,18 @@ def test_a_run_with_own_code_is_used_with_its_config(own_task, capsys):
     assert not Path("ran").exists()
     assert "trusted_task" not in sys.modules
     test, predict, export, _ = summary()["use"]
-    assert all(command.split()[2:4] == ["--config", config] for command in (test, predict, export))
+    assert all(command.split()[2:4] == ["--config", config] for command in (test, predict))
+    assert main(shlex.split(export)[1:]) == 0
+    assert not Path("ran").exists()
     assert main(shlex.split(predict)[1:]) == 0
     assert Path("ran").exists()
 
 
 def test_code_of_a_model_needs_the_option(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--model.trust_remote_code=true"]) == 0
-    generate = shlex.split(summary()["use"][-1])
+    *_, export, generate = (shlex.split(command) for command in summary()["use"])
     assert generate[2:4] == ["--trust_remote_code", "true"]
+    assert export[2:4] == ["--model.trust_remote_code", "true"]
     config = str(run_dir() / "config.yaml")
     test = ["test", f"--ckpt_path={last_checkpoint()}"]
     advice = f"if you trust it, give --config {config} or --model.trust_remote_code true"

@@ -49,6 +49,7 @@ _ALL = (
     Command(
         "export",
         "write the tuned model as an adapter, a delta or a Hugging Face folder, with a model card",
+        reads_run_config=False,
         own_help=True,
     ),
     Command("generate", "continue prompts with the untuned and the tuned model", has_app=False),
