@@ -12,10 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.utils.console import is_first_process
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import disk_errors, remove_folder, remove_leftovers
+from slzo.utils.files import check_inside, disk_errors, remove_folder, remove_leftovers
 
 RUNS = "runs"
 """Folder above the runs."""
+
+_SET_FOLDER = "set the folder with trainer.logger.save_dir"
 
 
 class _OwnFolder(Logger):
@@ -117,6 +119,7 @@ def _folder_of(logger: object) -> Path | None:
     """Return the folder that a logger takes for this run; ``None`` if it takes none, or another process takes it."""
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
         return None
+    check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
     if not isinstance(logger, _OwnFolder):  # Lightning's own loggers make theirs later
         _take(logger.root_dir, logger.version, given=True)
     folder = Path(logger.log_dir)
@@ -134,6 +137,7 @@ def _take(root: str, version: int | str, given: bool) -> int | str:
     """
     if not is_first_process() or "://" in root:
         return version
+    check_inside("trainer.logger.version", str(version), _SET_FOLDER)
     folder = Path(os.path.expandvars(root)).expanduser()
     while True:
         own = folder / (version if isinstance(version, str) else f"version_{version}")

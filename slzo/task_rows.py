@@ -42,7 +42,7 @@ from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.rewards.registry import PERPLEXITY, REWARDS
-from slzo.tasks.base import Example, Kind, Task
+from slzo.tasks.base import Example, Kind, Task, check_name
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
 from slzo.utils.docs import class_names, with_lists
@@ -132,6 +132,7 @@ class TaskRows:
         super().__init__()
         if not isinstance(task, Task):
             task = get_task(str(task))
+        check_name(task.name)
         self.task = task
         self.tokenizer_name = tokenizer
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()

@@ -20,7 +20,7 @@ from slzo.batches.packing import pack
 from slzo.export.adapter import ADAPTER
 from slzo.export.card import without_folders, write_card, write_licences
 from slzo.export.facts import Facts
-from slzo.models.origin import loadable, origin_of
+from slzo.models.origin import KnownLicence, Origin, loadable, origin_of
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning
@@ -264,6 +264,28 @@ def test_a_command_in_a_card_names_no_folder_of_this_machine():
     )
     expected = "slzo fit --config x.yaml --data.data_dir=sst2 --model.model Qwen/Qwen3-8B --a b/c.yaml"
     assert without_folders(command) == expected
+
+
+def test_names_are_texts_in_a_card(tmp_path):
+    """Markdown and HTML in them change nothing else; the code fences are longer than what they hold."""
+    name = "a`b``\n---\n# [x](y) <script> | _i_ my_rows"
+    licence = KnownLicence("other", name, "javascript:alert(1)")
+    note = {"dtype": "float32", "layer": 1, "layer_reason": name}
+    told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
+    told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}
+    origin = Origin(name, False, licence=licence)
+    facts = Facts("adapter", origin, note, 1, name, 2, 4, PeftFiles({"r": 2}, {}), {"task": name}, told, True)
+    write_card(facts, ADAPTER, tmp_path, name)
+    metadata, text = card(tmp_path)
+    assert metadata["model-index"][0]["name"] == " ".join(name.split())
+    shown = r"a\`b\`\` --- # \[x\](y) \<script\> \| \_i\_ my_rows"
+    code = "``` a`b`` --- # [x](y) <script> | _i_ my_rows ```"
+    assert f"\n# {shown}\n" in text
+    assert f"- Data: task {shown}\n" in text
+    assert f"licence of the base model applies: {shown}." in text
+    assert f"{code}, a local folder, with {shown} tuned" in text
+    assert f"- Command: {code.replace('a`', 'slzo fit a`', 1)}\n" in text
+    assert not re.search(r"(?<!\\)<script", re.sub("```.*?```", "", text.partition("## Use")[0]))
 
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])

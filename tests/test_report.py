@@ -12,6 +12,8 @@ from helpers import error_line, run_dir, summary
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import StepLog, StepLogWriter, StepRecord
 from slzo.commands.report import report
+from slzo.pictures.curves import RunCurves, curves_picture
+from slzo.pictures.style import svg_of
 from slzo.report.page import differing_options
 from slzo.report.run_files import flat, read_run
 
@@ -80,6 +82,12 @@ def write_run(folder, lr=0.1):
     log = StepLog({}, [StepRecord(n, lr, 1e-3, (1.0, 3.0)) for n in range(3)])
     StepLogWriter(folder / "zo_log", log).close()
     return folder
+
+
+@pytest.mark.pictures
+def test_a_dollar_sign_in_a_name_is_no_formula():
+    figure = curves_picture([RunCurves(r"$\frac$ a", r"$\x$")] * 2, r"$\frac{a$ on b")
+    assert r"$\frac{a$ on b" in svg_of(figure, "x")
 
 
 @pytest.mark.pictures

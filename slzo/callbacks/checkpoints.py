@@ -15,6 +15,7 @@ from slzo.callbacks.stop_signals import StopSignals, pass_on
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import Interrupted, SlzoError
+from slzo.utils.files import check_inside
 
 AUTO_MONITOR = "auto"
 LAST = "last.ckpt"
@@ -30,6 +31,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the metric to watch if ``monitor`` is auto."""
+        check_inside("checkpoint.filename", self.filename or "", "set the folder with checkpoint.dirpath")
         rows = getattr(trainer, "datamodule", None)
         if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
             metric = rows.selection_metric

@@ -1,6 +1,7 @@
 """Write the model card: README.md with the Hub's metadata, and how to use the folder, how it was trained, scores and licence."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from slzo.models.origin import Origin
 from slzo.tasks.base import Kind, Task
 from slzo.tasks.registry import TASKS
 
+_SPECIAL = re.compile(r"[\\`*<>\[\]|~]|(?<!\w)_|_(?!\w)|^#")
+_ADDRESS = re.compile(r"(https?:)?[^\s()<>:]+")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FOLDERS = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/")
 
@@ -22,7 +25,7 @@ _FOLDERS = re.compile(r"(?<=[=\s'\":\[,])(?:~|\.\.)?/[^\s'\",\]]*/")
 def write_card(facts: Facts, format: ExportFormat, folder: Path, title: str) -> None:
     """Write ``README.md`` to a folder; the model's name is ``title``."""
     metadata = _metadata(facts, format, title).to_yaml()
-    parts = [f"---\n{metadata}\n---", f"# {title}", *_sections(facts, format)]
+    parts = [f"---\n{metadata}\n---", f"# {_text(title)}", *_sections(facts, format)]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -33,11 +36,11 @@ def _metadata(facts: Facts, format: ExportFormat, title: str) -> ModelCardData:
         {} if licence is None else {"license": licence.name, "license_link": licence.address or None}
     )
     if licence is not None and licence.name == "other":
-        known["license_name"] = licence.title
+        known["license_name"] = _line(licence.title)
     if facts.origin.public:  # the Hub validates the id
         known |= {"base_model": facts.origin.name, "base_model_relation": format.hub_relation}
     return ModelCardData(
-        model_name=title,
+        model_name=_line(title),
         library_name=format.library,
         pipeline_tag="text-generation",
         tags=["slzo", "zeroth-order", *(["lora"] if facts.rank is not None else [])],
@@ -50,10 +53,10 @@ def _metadata(facts: Facts, format: ExportFormat, title: str) -> ModelCardData:
 def _results(facts: Facts, task: Task | None, dataset: str | None) -> list[EvalResult] | None:
     if not facts.scored:
         return None
-    summary, name = facts.summary, str(facts.summary["task"])
+    summary, name, metric = facts.summary, _line(facts.summary["task"]), _line(facts.summary["metric"])
     kind = "question-answering" if task is not None and task.kind is Kind.GENERATION else "text-classification"
     score = round(summary["score_after"], 4)
-    return [EvalResult(kind, dataset or name, name, summary["metric"], score, dataset_split="validation")]
+    return [EvalResult(kind, dataset or name, name, metric, score, dataset_split="validation")]
 
 
 def _task(facts: Facts) -> Task | None:
@@ -75,10 +78,10 @@ def _what(facts: Facts) -> str:
     base = (
         f"[{origin.name}](https://huggingface.co/{origin.name})"
         if origin.public
-        else f"`{origin.name}`, a local folder"
+        else f"{_code(origin.name)}, a local folder"
     )
     lines = [
-        f"{base}, with {facts.scope} tuned by zeroth-order steps (forward passes only) with "
+        f"{base}, with {_text(facts.scope)} tuned by zeroth-order steps (forward passes only) with "
         f"slzo {__version__}: {facts.num_tuned:,} tuned numbers."
     ]
     if not origin.public:
@@ -86,7 +89,7 @@ def _what(facts: Facts) -> str:
     if origin.gguf is not None:
         file, digest = origin.gguf
         lines.append(
-            f"It was tuned on weights that came from the GGUF file `{file}` (SHA-256 `{digest}`), so on quantized "
+            f"It was tuned on weights that came from the GGUF file {_code(file)} (SHA-256 `{digest}`), so on quantized "
             "values. With the original weights the results differ slightly, and the scores may differ."
         )
     return "\n\n".join(lines)
@@ -97,25 +100,25 @@ def _vllm(facts: Facts) -> str:
     most = next((rank for rank in _VLLM_RANKS if facts.rank is not None and rank >= facts.rank), None)
     if most is None:
         return ""
-    return (
-        f"\n\nvLLM: `vllm serve {facts.origin.name} --enable-lora --max-lora-rank {most} "
-        "--lora-modules tuned=PATH_OR_REPOSITORY`"
-    )
+    name = shlex.quote(facts.origin.name)
+    command = f"vllm serve {name} --enable-lora --max-lora-rank {most} --lora-modules tuned=PATH_OR_REPOSITORY"
+    return f"\n\nvLLM: {_code(command)}"
 
 
 def _training(facts: Facts) -> str:
     note, summary = facts.note, facts.summary
-    lines = [f"- Method: {facts.scope}"]
+    lines = [f"- Method: {_text(facts.scope)}"]
     if summary:
-        lines[0] += f", {summary['estimator']}, {summary['optimizer']}; {facts.step} steps, seed {summary['seed']}"
+        method = _text(f"{summary['estimator']}, {summary['optimizer']}")
+        lines[0] += f", {method}; {facts.step} steps, seed {_text(summary['seed'])}"
     if note["layer"] is not None:
-        lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {note['layer_reason']}")
+        lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {_text(note['layer_reason'])}")
     if facts.data:
         rows = f", {facts.data['num_train']} training rows" if "num_train" in facts.data else ""
         size = f", batches of {facts.data['batch_size']}" if "batch_size" in facts.data else ""
-        lines.append(f"- Data: task {facts.data.get('task')}{rows}{size}")
+        lines.append(f"- Data: task {_text(facts.data.get('task'))}{_text(rows)}{_text(size)}")
     if summary.get("command"):
-        lines.append(f"- Command: `{without_folders(summary['command'])}`")
+        lines.append(f"- Command: {_code(without_folders(summary['command']))}")
     return "\n".join(lines)
 
 
@@ -131,26 +134,44 @@ def _scores(facts: Facts) -> str:
     error, before = summary.get("score_change_standard_error"), summary["score_before"]
     change = "" if error is None else f" (change {summary['score_change']:+.4f}, standard error {error:.4f})"
     lines = [
-        f"| {summary['metric']} on {summary['num_rows']} held-out rows | |",
+        f"| {_text(summary['metric'])} on {summary['num_rows']} held-out rows | |",
         "|---|---|",
         f"| before | {'not scored' if before is None else f'{before:.4f}'} |",
         f"| after | {summary['score_after']:.4f}{change} |",
     ]
     if summary.get("verdict"):
-        lines += ["", summary["verdict"]]
+        lines += ["", _text(summary["verdict"])]
     return "\n".join(lines)
 
 
 def _licence(facts: Facts) -> str:
     licence = facts.origin.licence
     if licence is None:
-        return f"The licence of the base model applies. It is not known here; see `{facts.origin.name}`."
-    link = f"[{licence.title}]({licence.address})" if licence.address else licence.title
-    files = ", ".join(f"`{document.name}`" for document in facts.origin.documents)
+        return f"The licence of the base model applies. It is not known here; see {_code(facts.origin.name)}."
+    link = (
+        f"[{_text(licence.title)}]({licence.address})" if _ADDRESS.fullmatch(licence.address) else _text(licence.title)
+    )
+    files = ", ".join(_code(document.name) for document in facts.origin.documents)
     text = f"The licence of the base model applies: {link}."
     if files:
         text += f" This folder contains its text: {files}."
     return f"{text}\n\n{licence.notice}." if licence.notice else text
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def _text(value: object) -> str:
+    """Return a value as text on one line that Markdown shows as it is."""
+    return _SPECIAL.sub(r"\\\g<0>", _line(value))
+
+
+def _code(text: str) -> str:
+    """Return a text as code on one line; a fence longer than the text's own backticks is around it."""
+    line = _line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
 def write_licences(origin: Origin, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slzo.pictures.style import lines, new_figure, style_axis
+from slzo.pictures.style import lines, new_figure, plain, style_axis
 
 _MOST_POINTS = 300
 
@@ -76,7 +76,7 @@ def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
     for run, (colour, dashes) in zip(runs, lines(len(runs)), strict=True):
         steps, means = _thinned(run.train)
         loss.plot(steps, means, color=colour, alpha=0.35, linewidth=0.9, label="training rows" if alone else None)
-        label = "dev rows" if alone else run.name
+        label = "dev rows" if alone else plain(run.name)
         _line(loss, run, lambda point: point.loss, color=colour, linestyle=dashes, label=label)
         _line(score, run, lambda point: point.score, color=colour, linestyle=dashes, label=label)
         _held_out(score, run, colour, alone)
@@ -84,7 +84,7 @@ def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:
         _line(memory, run, lambda point: point.memory_gb, color=colour, linestyle=dashes)
     metrics = sorted({run.metric for run in runs})
     for axis, label in ((loss, "loss"), (score, " / ".join(metrics)), (time, "seconds"), (memory, "peak memory, GiB")):
-        style_axis(axis, "step", label)
+        style_axis(axis, "step", plain(label))
     for axis in (time, memory):
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     for axis in (loss, score, time, memory):

@@ -33,9 +33,14 @@ def new_figure(width: float, height: float, title: str = "", below: str = "") ->
         hspace=0.25,
         wspace=0.22,
     )
-    figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", fontsize=11, weight="bold")
-    figure.text(0.5, 1 - 0.35 / height, below, ha="center", va="top", fontsize=9, color=GREY)
+    figure.text(0.5, 1 - 0.1 / height, plain(title), ha="center", va="top", fontsize=11, weight="bold")
+    figure.text(0.5, 1 - 0.35 / height, plain(below), ha="center", va="top", fontsize=9, color=GREY)
     return figure
+
+
+def plain(text: str) -> str:
+    """Return a text whose dollar signs matplotlib does not read as formulas."""
+    return text.replace("$", r"\$")
 
 
 def style_axis(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:

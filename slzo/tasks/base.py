@@ -134,6 +134,16 @@ class Task(ABC):
         return None
 
 
+def check_name(name: str) -> str:
+    """Return the name of a task; raise SlzoError if it cannot be part of a file name."""
+    if not name.strip() or name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name):
+        raise SlzoError(
+            f"data.task.name {name!r}: folders of results are called after it; give a name without slashes, line breaks and "
+            "a leading dot"
+        )
+    return name
+
+
 def check_max_new_tokens(value: int) -> int:
     """Return a valid maximum length of an answer; raise SlzoError if it is not positive."""
     if value < 1:

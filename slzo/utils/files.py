@@ -49,6 +49,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
 
 
+def check_inside(option: str, name: str, advice: str) -> None:
+    """Check that a name, which may contain folders, does not lead out of the folder to which it is added.
+
+    Raises:
+        SlzoError: It does; the message ends with ``advice``.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise SlzoError(
+            f"{option} {name!r}: leads out of its folder; give a name without a leading slash and .., and {advice}"
+        )
+
+
 def check_writable(path: str | Path) -> None:
     """Check before long work that :func:`replacing` can write to ``path``.
 
