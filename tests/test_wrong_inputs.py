@@ -235,6 +235,13 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --config=bomb.yaml | --config 'bomb.yaml': not YAML (more than 30 aliases)
 --config=code.yaml | --config 'code.yaml': not YAML (could not determine a constructor for the tag
 --config=yes.yaml | --config 'yes.yaml': candidates: YAML reads yes, no, on, off, true and false without quotes
+TEMPLATE --data.task.prompt={sentence} --data.task.name=../../esc | data.task.name '../../esc': folders of results are called after it
+TEMPLATE --data.task.prompt={sentence} --data.task.name=.. | data.task.name '..': folders of results are called after it
+TEMPLATE --data.task.prompt={sentence} --data.task.name= | data.task.name '': folders of results are called after it
+--checkpoint.filename=../../esc | checkpoint.filename '../../esc': leads out of its folder
+--checkpoint.filename=/esc | checkpoint.filename '/esc': leads out of its folder
+--trainer.logger.version=../../esc | trainer.logger.version '../../esc': leads out of its folder
+--trainer.logger.name=../esc | trainer.logger.name '../esc': leads out of its folder
 --nope | nope: unknown option
 nope | unrecognized arguments: nope
 --model.eps | model.eps '': expected a number
@@ -277,6 +284,68 @@ def test_a_wrong_input_is_one_line(wrong_files, capsys, arguments, expected):
     line = error_line(capsys, "fit", *wrong_files, *shlex.split(arguments.replace("TEMPLATE", TEMPLATE)))
     assert expected in line
     assert not list(Path("runs").glob("*"))
+
+
+# option, class, argument, value, and what the line says after them, in YAML and on the command line
+ARGUMENTS = """
+model.scope | LoRA | rank | abc | 'abc': expected a whole number; see --model.scope.help LoRA
+model.scope | slzo.zo.scopes.LoRA | rnk | 3 | : unknown option of the chosen class LoRA, which has rank, alpha, target_modules, layers; did you mean rank?
+model.scope | LoRA | layers | x | 'x': expected a list like [1, 2] or all or null; see --model.scope.help LoRA
+model.scope | LoRA | target_modules | {a: 1} | {'a': 1}: expected a list like [a, b] or null; see --model.scope.help LoRA
+model.scope | LayerScope | part | mpl | 'mpl': choose one of layer, attention, mlp; see --model.scope.help LayerScope
+model.estimator | LOZO | rank | 1.5 | '1.5': expected a whole number; see --model.estimator.help LOZO
+model.estimator | SPSA | divide_rows | some | 'some': expected true or false; see --model.estimator.help SPSA
+model.optimizer | torch.optim.SGD | momentum | abc | 'abc': expected a number; see --model.optimizer.help SGD
+model.optimizer | SGD | momentm | 0.5 | : unknown option of the chosen class SGD, which has params, lr, momentum
+model.lr_scheduler | StepLR | step_size | abc | 'abc': expected a whole number; see --model.lr_scheduler.help StepLR
+profiler.rule | FirstOutlierLayer | max_abs | abc | 'abc': expected a number; see --profiler.rule.help FirstOutlierLayer
+data.task | TemplateTask | candidates | [1, 2] | [1, 2]: expected a list like [a, b] or null; see --data.task.help TemplateTask
+data.task | TemplateTask | prompt | null | null: expected text; see --data.task.help TemplateTask
+data.task | slzo.tasks.chat.ChatTask | turns | some | 'some': choose one of all, last; see --data.task.help ChatTask
+data.objective | Reward | samples | x | 'x': expected a whole number; see --data.objective.help Reward
+trainer.logger | slzo.loggers.RunLogger | save_dir | [1] | [1]: expected text; see --trainer.logger.help RunLogger
+trainer.strategy | lightning.pytorch.strategies.DDPStrategy | start_method | x | 'x': choose one of popen, spawn, fork, forkserver; see --trainer.strategy.help DDPStrategy
+trainer.callbacks | EarlyStopping | patience | abc | 'abc': expected a whole number; see --trainer.callbacks.help EarlyStopping
+trainer.callbacks | lightning.pytorch.callbacks.EarlyStopping | nope | 1 | : unknown option of the chosen class EarlyStopping, which has monitor
+"""
+WRONG_ARGUMENTS = [tuple(line.split(" | ")) for line in ARGUMENTS.strip().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("option", "kind", "argument", "value", "expected"),
+    WRONG_ARGUMENTS,
+    ids=[" ".join(case[1:4]) for case in WRONG_ARGUMENTS],
+)
+def test_a_wrong_argument_of_a_class_is_named(own_folder, capsys, option, kind, argument, value, expected):
+    """A list names the place of the class too."""
+    group, name = option.split(".")
+    entry = f"class_path: {kind}, init_args: {{{argument}: {value}}}"
+    is_list = name == "callbacks"
+    Path("config.yaml").write_text(f"{group}: {{{name}: " + (f"[{{{entry}}}]" if is_list else f"{{{entry}}}") + "}")
+    place = f"{option}.0" if is_list else option
+    assert f"error: {place}.{argument}{'' if expected[0] == ':' else ' '}{expected}" in error_line(
+        capsys, "fit", "--config=config.yaml"
+    )
+    line = error_line(capsys, "fit", f"--{option}{'+' if is_list else ''}={kind}", f"--{option}.{argument}={value}")
+    assert f"error: {option}.{argument}{'' if expected[0] == ':' else ' '}{expected}" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("model:\n  eps: 1e-3\n  3: x\n", "line 3: YAML reads the name '3' as int"),
+        (
+            "model:\n  scope:\n    class_path: LoRA\n    init_args:\n      1.5: 4\n",
+            "line 5: YAML reads the name '1.5' as float",
+        ),
+        ("on: {}\n", "line 1: YAML reads the name 'on' as bool"),
+    ],
+)
+def test_a_name_that_is_a_number_is_found_in_the_file(own_folder, capsys, text, place):
+    Path("config.yaml").write_text(text)
+    assert f"--config 'config.yaml', {place}; give the name of an option" in error_line(
+        capsys, "fit", "--config=config.yaml"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ from typing import Any
 
 import yaml
 
+from slzo.utils.config_code import GROUPS
 from slzo.utils.errors import SlzoError
 
 _MOST_ALIASES = 30
+_ARGUMENTS = "init_args"
+_TEXT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 def check_config_file(path: Path) -> dict[str, Any]:
@@ -21,7 +24,8 @@ def check_config_file(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise SlzoError(f"{option}: is a folder; give a YAML file")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise SlzoError(f"{option}: not UTF-8 text ({error.reason} at byte {error.start}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -32,6 +36,11 @@ def check_config_file(path: Path) -> dict[str, Any]:
         raise SlzoError(f"{option}: holds no options; add some, such as `model: {{eps: 1e-3}}`, or leave out --config")
     if not isinstance(content, dict):
         raise SlzoError(f"{option}: holds a {type(content).__name__} instead of options; write them as `NAME: VALUE`")
+    for key in _wrong_names(yaml.compose(text, Loader=_Loader)):
+        line, kind = key.start_mark.line + 1, key.tag.rpartition(":")[2]
+        raise SlzoError(
+            f"{option}, line {line}: YAML reads the name {key.value!r} as {kind}; give the name of an option"
+        )
     for name, value in content.items():
         # a string is the path of another file
         if name in ("model", "data", "trainer") and not isinstance(value, dict | str):
@@ -70,6 +79,21 @@ class _Loader(yaml.SafeLoader):
             if node is not None and node.end_mark is None:
                 raise ValueError(f"alias *{anchor} is inside its own anchor &{anchor}")
         return super().compose_node(parent, index)
+
+
+def _wrong_names(node: yaml.Node, name: str = "") -> Iterator[yaml.ScalarNode]:
+    """Yield the names of options and of arguments of classes that YAML does not read as text; ``name`` is that of the node."""
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _wrong_names(value, f"{name}.[]")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    is_class = any(key.value == "class_path" for key, _ in node.value)
+    for key, value in node.value:
+        if (is_class or name in GROUPS or name == _ARGUMENTS) and key.tag not in _TEXT:
+            yield key
+        inner = f"{name}.{key.value}" if name else str(key.value)
+        yield from _wrong_names(value, _ARGUMENTS if is_class and key.value == _ARGUMENTS else inner)
 
 
 def _texts(content: Any) -> Iterator[tuple[str, list[Any]]]:

@@ -14,7 +14,16 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from slzo.cli.given import Given, loaded, parents
-from slzo.cli.option_types import class_at, class_choices, classes_of, describe_type, fits, types_in
+from slzo.cli.option_types import (
+    argument_types,
+    class_at,
+    class_choices,
+    classes_of,
+    describe_type,
+    entry_type,
+    fits,
+    types_in,
+)
 from slzo.private.parsers import options_of, type_of
 from slzo.utils.class_paths import import_failure, required_arguments
 from slzo.utils.errors import SlzoError
@@ -34,7 +43,7 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
     Raises:
         SlzoError: A class cannot be imported.
     """
-    hints = {action.dest: type_of(action) for action in options_of(parser)}
+    hints = _hints(parser, given)
     for option in given:
         value = option.value
         if not isinstance(value, str) or "." not in value or not class_choices(hints.get(option.name)):
@@ -48,7 +57,7 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
 
 def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str:
     """Return one line about the first wrong option; the parser's own message if none is found."""
-    hints = {action.dest: type_of(action) for action in options_of(parser)}
+    hints = _hints(parser, given)
     classes = _chosen_classes(parser, given, hints)
     for number, option in enumerate(given):
         line = _problem(option, hints, classes) or _order_problem(parser, option, hints, given[:number], given[number:])
@@ -59,7 +68,8 @@ def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str
             each for each in required_arguments(kind) if each not in arguments and not _takes(hints[name], kind, each)
         ]
         if missing:
-            return f"{name}: the chosen class needs {', '.join(missing)}; set {name}.{missing[0]}"
+            needed = f"{name}: the chosen class needs {', '.join(missing)}; set {name}.{missing[0]}"
+            return f"{needed}; {_help_of(name, kind)}"
     names = {option.name for option in given}
     for action in options_of(parser):
         if action.required and action.dest not in names:
@@ -101,23 +111,46 @@ def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tupl
     if owner not in classes:
         return _class_comes_first(name, owner, hints)
     kind = classes[owner][0]
-    argument = name.removeprefix(f"{owner}.").partition(".")[0]
-    parameters = inspect.signature(kind).parameters
-    if argument == "help" or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    argument, _, key = name.removeprefix(f"{owner}.").partition(".")
+    types = argument_types(kind)
+    if argument == "help" or not types:
         return ""
-    if argument not in parameters:
-        listed = ", ".join(each for each in parameters if each != "self")
-        near = difflib.get_close_matches(argument, list(parameters), n=1)
+    if argument not in types:
+        near = difflib.get_close_matches(argument, list(types), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {listed}{hint}"
-    try:
-        own = typing.get_type_hints(kind.__init__).get(argument)  # type: ignore[misc]
-    except (NameError, TypeError):  # annotations that cannot be resolved
+        return f"{name}: unknown option of the chosen class {kind.__name__}, which has {', '.join(types)}{hint}"
+    own = types[argument]
+    if key and class_choices(own):
         return ""
-    if own is None or f"{owner}.{argument}" != name:
-        return ""
-    # the parser turns this text into a mapping, whatever the type
-    return _value_problem(name, {} if value == "{}" else value, own)
+    if key:
+        name, value = f"{owner}.{argument}", {key: value}
+    elif value == "{}" or isinstance(loaded(value), list):  # the parser does so with such texts, whatever the type
+        value = loaded(value)
+    if value in (None, "null") and argument in required_arguments(kind) and type(None) not in types_in(own):
+        line = f"{name} null: expected {describe_type(own)}"
+    else:
+        line = _value_problem(name, value, own)
+    return f"{line}; {_help_of(owner, kind)}" if line else ""
+
+
+def _hints(parser: ArgumentParser, given: Sequence[Given]) -> dict[str, Any]:
+    """Return the types of all options, of given classes inside lists, and of classes that other classes take."""
+    hints = {action.dest: type_of(action) for action in options_of(parser)}
+    classes: dict[str, type] = {}
+    for option in given:
+        outer, _, last = option.name.rpartition(".")
+        if option.name not in hints and last.isdigit() and outer in hints:
+            hints[option.name] = entry_type(hints[outer])
+        elif option.name not in hints and option.is_class_path and outer in classes:
+            hints[option.name] = argument_types(classes[outer]).get(last)
+        if isinstance(option.value, str) and (kind := class_at(classes_of(hints.get(option.name)), option.value)):
+            classes[option.name] = kind
+    return hints
+
+
+def _help_of(name: str, kind: type) -> str:
+    option = ".".join(part for part in name.split(".") if not part.isdigit())  # without the place in a list
+    return f"see --{option}.help {kind.__name__}"
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ class Given:
     """An option as it was given.
 
     Attributes:
-        name: Dotted name, without ``init_args``.
+        name: Dotted name, without ``init_args``; a class in a list has its place as a further part, from 0.
         value: A string from the command line, or a value from a config.
         is_class_path: Whether it was given as the ``class_path`` of the option.
     """
@@ -49,6 +49,8 @@ def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
             yield from _flat(value, before)
         elif isinstance(value, Mapping) and value:
             yield from _flat(value, name)
+        elif isinstance(value, list) and any(isinstance(each, Mapping) and "class_path" in each for each in value):
+            yield from _flat({str(place): each for place, each in enumerate(value)}, name)
         else:
             yield Given(name, value)
 
@@ -65,7 +67,9 @@ def _plain_name(name: str) -> str:
 
 def _mapping(value: str) -> dict[str, Any] | None:
     content = loaded(value) if value.lstrip().startswith("{") else None
-    return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return None
+    return content if any(inner is not None for inner in content.values()) else None  # a prompt such as {text}
 
 
 def loaded(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from slzo.private.parsers import options_of, type_of
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
 _LISTS = {"int": "a list like [1, 2]", "float": "a list like [0.1, 0.2]", "str": "a list like [a, b]"}
@@ -56,6 +58,23 @@ def classes_of(hint: Any) -> dict[str, type]:
             for kind in _subclasses(item):
                 found.setdefault(kind.__name__, kind)  # torch comes before other packages with the same name
     return found
+
+
+def argument_types(kind: type) -> dict[str, Any]:
+    """Return the types of a class's arguments, also of those that it passes on to its base class; empty if they are unknown."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_class_arguments(kind, "made", fail_untyped=False)
+    except Exception:  # whatever annotations raise
+        return {}
+    found = {action.dest.removeprefix("made."): type_of(action) for action in options_of(parser)}
+    return {name: hint for name, hint in found.items() if name.isidentifier() and name not in ("help", "made")}
+
+
+def entry_type(hint: Any) -> Any:
+    """Return the type of an entry if an option takes a list, otherwise the option's own type."""
+    lists = (item for item in types_in(hint) if typing.get_origin(item) in (list, Iterable))
+    return next((typing.get_args(item)[0] for item in lists), hint)
 
 
 def class_at(kinds: Mapping[str, type], path: str) -> type | None:
