@@ -18,7 +18,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.memory import MemoryInputs, MemoryPlan, Workload, tuning_bytes
 from slzo.zo.options import TrainingOptions
-from slzo.zo.scopes import LayerScope, Scope, ScopeContext
+from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.tuned import TunedTensors
 
 _GIB = 2**30
@@ -111,9 +111,7 @@ def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTen
     with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError):
         adapter = scope.adapter(context)
         with nullcontext() if adapter is None else _injected(adapter, context.parts.model):
-            tensors = scope.tensors(context)
-        if tensors.masters:
-            return tensors
+            return tensors_of(scope, context)
     return LayerScope(layers=layers or [0]).tensors(context)
 
 

@@ -19,7 +19,7 @@ from slzo.zo.profile import (
     sequence_notes,
     usable_sequences,
 )
-from slzo.zo.selection import Auto, Choice, SelectionContext, SelectionRule
+from slzo.zo.selection import Auto, Choice, SelectionContext, SelectionRule, choice_of
 from slzo.zo.trial import Trials
 
 
@@ -111,7 +111,7 @@ def profile_model(
 
 def _choose(context: SelectionContext, rule: SelectionRule) -> Choice:
     try:
-        return rule.select(context)
+        return choice_of(rule, context)
     except SlzoError as error:  # the profile is still shown: it helps to choose thresholds
         return Choice(-1, str(error))
 

@@ -1,18 +1,32 @@
 """A task, a scope, an estimator, a rule and an objective of the user's own: one file outside of the package, named in YAML."""
 
+import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, page_code, run_dir, summary, tuned
+from helpers import Quadratic, error_line, last_checkpoint, page_code, run_dir, slzo_error, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
+from slzo.models.parts import ModelParts
+from slzo.tasks.base import Example, example_of
 from slzo.tasks.registry import get_task
+from slzo.tasks.sst2 import Sst2
 from slzo.utils.errors import SlzoError
+from slzo.zo.estimators import SPSA, Estimate
+from slzo.zo.estimators.base import Request
+from slzo.zo.objectives import AnswerObjective
+from slzo.zo.scopes import Scope, ScopeContext, tensors_of
+from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
+from slzo.zo.step import take_step
+from slzo.zo.tuned import TunedTensors
+from tiny import tiny_model
 
 SCOPES = '''
 from enum import Enum
@@ -191,3 +205,109 @@ def test_another_argument_of_the_objective_is_told_on_resume(config, capsys):
     assert main(["fit", config]) == 0
     assert main(["fit", config, "--data.objective.width=3", "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
     assert "objective.width: 2.0 -> 3.0" in capsys.readouterr().err
+
+
+# option, base class and method that returns None, and what must be returned
+CONTRACTS = [
+    ("model.scope", "slzo.zo.scopes.Scope.tensors", "TunedTensors of at least one of the model's parameters"),
+    ("profiler.rule", "slzo.zo.selection.SelectionRule.select", "a Choice of a layer from 0 to 3"),
+    ("data.task", "slzo.tasks.sst2.Sst2.example", "an Example with texts as prompt and different candidates"),
+    ("data.objective", "slzo.zo.objectives.Objective.loss", "a Loss"),
+    ("data.objective", "slzo.zo.objectives.CandidateObjective.of_scores", "a LossSum of two 0-dimensional tensors"),
+    ("data.objective", "slzo.zo.objectives.LogitObjective.of_logits", "a LossSum of two 0-dimensional tensors"),
+    ("model.estimator", "slzo.zo.estimators.SPSA.estimate", "an Estimate with numbers, and a float32 gradient by name"),
+]
+
+
+@pytest.mark.parametrize(("option", "place", "wanted"), CONTRACTS, ids=[place for _, place, _ in CONTRACTS])
+def test_an_own_class_that_returns_nonsense_is_named(sst2_options, capsys, monkeypatch, option, place, wanted):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.delitem(sys.modules, "nonsense", raising=False)
+    base, _, method = place.rpartition(".")
+    module, _, name = base.rpartition(".")
+    Path("nonsense.py").write_text(
+        f"from {module} import {name}\nclass Own({name}):\n    def {method}(self, *given): pass\n"
+        "    def describe(self): return 'nothing'\n"
+    )
+    short = ["--model.eps=1e-3", "--model.optimizer.lr=1e-3", "--data.num_train=20", "--data.num_dev=8"]
+    line = error_line(capsys, "fit", *sst2_options, *short, "--record.test_before=false", f"--{option}=nonsense.Own")
+    assert f"{option} nonsense.Own: {method}() returned None; it must return {wanted}" in line
+    assert "(docs/extending.md)" in line
+
+
+def own(base, method, returned):
+    """An object of an own class whose method returns something."""
+    return type("Own", (base,), {method: lambda self, *given: returned, "describe": lambda self: "nonsense"})()
+
+
+@pytest.mark.parametrize("returned", ["layer 2", 2, Choice(99, ""), Choice(-2, ""), Choice("2", ""), Choice(1.0, "")])
+def test_a_rule_must_choose_a_layer_of_the_model(returned):
+    context = SelectionContext([None] * 4)
+    assert choice_of(own(SelectionRule, "select", Choice(3, "")), context).layer == 3
+    line = slzo_error(choice_of, own(SelectionRule, "select", returned), context)
+    assert re.search(r"Own: select\(\) returned .*; it must return a Choice of a layer from 0 to 3 \(docs", line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"gold": (7,)}, "gold (7,) for 2 candidates; for a row without a label, gold is ()"),
+        ({"gold": (-1,)}, "gold (-1,) for 2 candidates; for a row without a label, gold is ()"),
+        ({"gold": ("1",)}, "gold ('1',) for 2 candidates"),
+        ({"gold": 1}, "gold 1 for 2 candidates"),
+        ({"candidates": ()}, "gold (0,) for 0 candidates"),
+        ({"candidates": (" a", " a")}, "candidates (' a', ' a'), two of which are equal"),
+        ({"candidates": (1, 2)}, "candidates (1, 2), which are not a tuple of texts"),
+        ({"candidates": " a"}, "candidates ' a', which are not a tuple of texts"),
+        ({"prompt": 5}, "prompt 5, which is not text"),
+        ({"id": 5}, "id 5, which is not text"),
+    ],
+)
+def test_a_task_must_return_a_usable_example(changes, told):
+    good = Example("1", "x", (" a", " b"), (0,))
+    assert example_of(own(Sst2, "example", good), {}, "1") == good
+    with pytest.raises(
+        ValueError, match=rf"data\.task .*\.Own: example\(\) returned {re.escape(told)}; .*must return an"
+    ):
+        example_of(own(Sst2, "example", dataclasses.replace(good, **changes)), {}, "1")
+
+
+def test_a_scope_must_return_tensors_of_the_model():
+    context = ScopeContext(ModelParts(tiny_model()), 1, lambda count: [])
+    for returned, told in (
+        ({}, r"returned \{\}"),
+        (TunedTensors({}), "returned no tensors"),
+        (TunedTensors({"x": torch.zeros(2)}), "returned a tensor 'x', which the model does not have"),
+    ):
+        assert re.search(told, slzo_error(tensors_of, own(Scope, "tensors", returned), context))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"projected_grad": ()}, "no projected_grad"),
+        ({"gradient": {}}, "no gradient for finite losses"),
+        ({"gradient": {"other": torch.zeros(7)}}, "a gradient of 'other', which is not tuned"),
+        ({"gradient": {"vector": torch.zeros(1)}}, "a gradient of 'vector' that is not float32 of shape (7,)"),
+        ({"gradient": {"vector": torch.zeros(7).half()}}, "a gradient of 'vector' that is not float32 of shape (7,)"),
+    ],
+)
+def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told):
+    quadratic = Quadratic()
+    good = Estimate(1.0, 1.0, 1.0, (0.5,), 2, {"vector": torch.ones(7)})
+    wrong = dataclasses.replace(good, **changes)
+    request = Request(quadratic.tuned, quadratic, seed=0, step=0)
+    before = quadratic.tuned.copy_of_masters()
+    optimizer = torch.optim.SGD(quadratic.tuned.masters, lr=1.0)
+    line = slzo_error(take_step, request, own(SPSA, "estimate", wrong), optimizer)
+    assert f"Own: estimate() returned {told}; it must return an Estimate" in line
+    assert all(torch.equal(master, before[name]) for name, master in quadratic.tuned.named_masters().items())
+    take_step(request, own(SPSA, "estimate", good), optimizer)
+
+
+@pytest.mark.parametrize("returned", [None, ["x", "x"], [1.0], 1.0])
+def test_an_objective_of_answers_must_return_a_number_for_each(returned):
+    objective = own(AnswerObjective, "answer_losses", returned)
+    loss = objective.loss(None, None)
+    line = slzo_error(loss.answer_losses, ["a", "b"], [None, None])
+    assert re.search(r"Own: answer_losses\(\) returned .*; it must return a number for each of the 2 answers", line)

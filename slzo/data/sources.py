@@ -9,9 +9,9 @@ from pathlib import Path
 from slzo.data.files import READERS, OnBadRow, PlacedRow, read_file, refuse, refuse_all
 from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
-from slzo.tasks.base import Example, HubSource, Split, Task
-from slzo.tasks.fields import Fields, shown
-from slzo.utils.errors import RowError, SlzoError
+from slzo.tasks.base import Example, HubSource, Split, Task, example_of
+from slzo.tasks.fields import Fields
+from slzo.utils.errors import RowError, SlzoError, shown
 from slzo.utils.hub import split_revision
 
 FILE_STEMS: Mapping[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("dev",), "test": ("validation", "val")}
@@ -88,7 +88,7 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
         raise ValueError(
             f"field {missing[0]!r} is missing; task {task.name!r} needs it (in all: {wanted}), and the row has {present}"
         )
-    example = task.example(values, row_id(values, position, split, task.id_field))
+    example = example_of(task, values, row_id(values, position, split, task.id_field))
     if not example.prompt.strip():
         raise ValueError("the prompt is empty; give its fields some text")
     for candidate in example.candidates:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from slzo.tasks.fields import Fields, shown
+from slzo.tasks.fields import Fields
+from slzo.utils.errors import shown
 
 FOLDERS: Mapping[str, str] = MappingProxyType(
     {name.lower(): name for name in ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")}

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsIndex
 
 from slzo.rewards.registry import PERPLEXITY
 from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, broken_contract, shown
 
 Split = Literal["train", "dev", "test"]
 """The pools that rows are read from. Without a dev file, dev examples are drawn from ``train``."""
@@ -142,6 +142,39 @@ def check_name(name: str) -> str:
             "a leading dot"
         )
     return name
+
+
+def example_of(task: Task, row: Fields, id: str) -> Example:
+    """Return the example of a row.
+
+    Raises:
+        ValueError: The row cannot be used, or the task does not return an example that can.
+    """
+    example = task.example(row, id)
+    problem = _problem(example)
+    if problem is not None:
+        wanted = "an Example with texts as prompt and different candidates, and with indices of candidates as gold"
+        raise ValueError(broken_contract("data.task", task, f"example() returned {problem}", wanted))
+    return example
+
+
+def _problem(example: object) -> str | None:
+    """Return what is wrong in an example, in a few words; ``None`` if nothing is."""
+    if not isinstance(example, Example):
+        return shown(example)
+    for name in ("id", "prompt"):
+        if not isinstance(getattr(example, name), str):
+            return f"{name} {shown(getattr(example, name))}, which is not text"
+    candidates, gold = example.candidates, example.gold
+    if not isinstance(candidates, tuple | list) or not all(isinstance(text, str) for text in candidates):
+        return f"candidates {shown(candidates)}, which are not a tuple of texts"
+    if len(set(candidates)) < len(candidates):
+        return f"candidates {shown(candidates)}, two of which are equal"
+    if not isinstance(gold, tuple | list) or not all(
+        isinstance(index, SupportsIndex) and 0 <= int(index) < len(candidates) for index in gold
+    ):
+        return f"gold {shown(gold)} for {len(candidates)} candidates; for a row without a label, gold is ()"
+    return None
 
 
 def check_max_new_tokens(value: int) -> int:

@@ -7,9 +7,9 @@ Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 
 from slzo.rewards.registry import PERPLEXITY, check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
-from slzo.tasks.fields import Fields, shown
+from slzo.tasks.fields import Fields
 from slzo.tasks.messages import ChatFormat, Message, Turns, read_messages
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, shown
 
 
 class ChatTask(Task):

@@ -9,7 +9,8 @@ Metric: accuracy.
 from types import MappingProxyType
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import Fields, label_field, shown, text_field
+from slzo.tasks.fields import Fields, label_field, text_field
+from slzo.utils.errors import shown
 
 CONJUNCTIONS = MappingProxyType({"effect": "so", "cause": "because"})
 

@@ -3,14 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slzo.utils.errors import shown
+
 Fields = Mapping[str, Any]
 """The fields of a row by name, as the Hub calls them."""
-
-
-def shown(value: object) -> str:
-    """Return the repr of a value, truncated to fit in a one-line message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def text_field(row: Fields, name: str, allow_empty: bool = False) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slzo.tasks.fields import shown
+from slzo.utils.errors import shown
 
 Turns = Literal["all", "last"]
 

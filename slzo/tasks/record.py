@@ -9,7 +9,8 @@ Metric: accuracy; any listed answer is correct.
 from types import MappingProxyType
 
 from slzo.tasks.base import Example, HubSource, Kind, Task
-from slzo.tasks.fields import Fields, shown, text_field, texts_field
+from slzo.tasks.fields import Fields, text_field, texts_field
+from slzo.utils.errors import shown
 
 
 class Record(Task):

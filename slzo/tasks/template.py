@@ -9,8 +9,8 @@ from string import Formatter
 
 from slzo.rewards.registry import check_metrics
 from slzo.tasks.base import Example, Kind, Split, Task, check_max_new_tokens, check_stop
-from slzo.tasks.fields import Fields, shown
-from slzo.utils.errors import SlzoError
+from slzo.tasks.fields import Fields
+from slzo.utils.errors import SlzoError, shown
 
 
 class TemplateTask(Task):

@@ -11,6 +11,29 @@ class SlzoError(Exception):
     """
 
 
+def class_name(part: object) -> str:
+    """Return the class path of an object, as a config names it."""
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value, truncated to fit in a one-line message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def broken_contract(option: str, part: object, returned: str, wanted: str) -> SlzoError:
+    """Return the error of an own class that returns what it must not.
+
+    Args:
+        option: Option that names the class.
+        part: Object of the class.
+        returned: What a method returned, such as ``select() returned None``.
+        wanted: What it must return.
+    """
+    return SlzoError(f"{option} {class_name(part)}: {returned}; it must return {wanted} (docs/extending.md)")
+
+
 class RowError(SlzoError):
     """A row that cannot be used; the message names its place. See :mod:`slzo.data.sources`."""
 

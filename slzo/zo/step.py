@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from slzo.zo.auto_step import AutoStep
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_of
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def take_step(
     tuned = request.tuned
     before = [master.clone() for master in tuned.masters] if measure_update else None
     try:
-        estimate = estimator.estimate(request)
+        estimate = estimate_of(estimator, request)
         if auto is not None:
             if estimate.finite:
                 estimate.scale_gradient(auto.clip_factor(estimate))

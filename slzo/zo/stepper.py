@@ -21,7 +21,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
 from slzo.zo.loss import LossContext
-from slzo.zo.objectives import Objective
+from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate, reset_state
 from slzo.zo.processes import ALONE, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
@@ -178,7 +178,7 @@ class Stepper:
         reduce = identity if divides else self.processes.all_reduce_sum
         model = self.model
         context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
-        loss = self.objective.loss(batch, context)
+        loss = loss_of(self.objective, batch, context)
         return DividedDirections(loss, self.processes, model.parts.model.device) if divides else loss
 
     @torch.no_grad()

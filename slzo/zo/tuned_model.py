@@ -23,7 +23,7 @@ from slzo.models.quantization import is_plain, method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.forward import Span, SuffixForward
-from slzo.zo.scopes import Scope, ScopeContext
+from slzo.zo.scopes import Scope, ScopeContext, tensors_of
 from slzo.zo.scopes.base import check_layer
 from slzo.zo.tuned import Subset, TunedTensors
 
@@ -116,7 +116,7 @@ class TunedModel:
             plain, full_precision = _put_in_full_precision(parts, partial(_changed_layers, scope, context), undo)
             adapter = scope.adapter(replace(context, parts=plain))
             adapted = _add_adapter(plain, adapter, undo)
-            tensors = scope.tensors(replace(context, parts=adapted))
+            tensors = tensors_of(scope, replace(context, parts=adapted))
             _check_plain(tensors)
             model = cls(adapted, tensors, settings, adapter, layer, engine, cache, base, full_precision, moved)
             undo.pop_all()

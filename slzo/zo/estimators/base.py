@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, broken_contract, shown
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -162,6 +163,31 @@ class Estimator(ABC):
     def describe(self) -> str:
         """Describe the estimator in a few words, for the summary."""
         return type(self).__name__
+
+
+def estimate_of(estimator: Estimator, request: Request) -> Estimate:
+    """Return the estimate of a step.
+
+    Raises:
+        SlzoError: The estimator does not return an estimate for the tuned tensors.
+    """
+    estimate, masters = estimator.estimate(request), request.tuned.named_masters()
+    wanted = "an Estimate with numbers, and a float32 gradient by name of the tuned tensor"
+    if not isinstance(estimate, Estimate):
+        raise broken_contract("model.estimator", estimator, f"estimate() returned {shown(estimate)}", wanted)
+    if not estimate.projected_grad:
+        raise broken_contract("model.estimator", estimator, "estimate() returned no projected_grad", wanted)
+    for name, tensor in estimate.gradient.items():
+        if name not in masters:
+            problem = f"a gradient of {name!r}, which is not tuned"
+        elif not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (masters[name].shape, torch.float32):
+            problem = f"a gradient of {name!r} that is not float32 of shape {tuple(masters[name].shape)}"
+        else:
+            continue
+        raise broken_contract("model.estimator", estimator, f"estimate() returned {problem}", wanted)
+    if estimate.finite and not estimate.gradient and request.tuned.names_of_step(request.seed, request.step):
+        raise broken_contract("model.estimator", estimator, "estimate() returned no gradient for finite losses", wanted)
+    return estimate
 
 
 def check_has_matrices(tuned: TunedTensors, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from slzo.batches.losses import LossSum, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import TrainBatch
 from slzo.tasks.base import Example
+from slzo.utils.errors import broken_contract, shown
 from slzo.zo.estimators.base import Loss
 from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
 
@@ -41,6 +43,43 @@ class Objective(ABC):
         return type(self).__name__
 
 
+def loss_of(objective: Objective, batch: TrainBatch, context: LossContext) -> Loss:
+    """Return the loss of a batch as a function of the tuned tensors.
+
+    Raises:
+        SlzoError: The objective returns something else.
+    """
+    loss = objective.loss(batch, context)
+    if not isinstance(loss, Loss):
+        raise broken_contract("data.objective", objective, f"loss() returned {shown(loss)}", "a Loss")
+    return loss
+
+
+def _checked_sum(objective: Objective, method: str, found: object) -> LossSum:
+    """Return what a method returned, or raise SlzoError if it is not a total and its weight."""
+    if (
+        isinstance(found, tuple)
+        and len(found) == len(LossSum._fields)
+        and all(isinstance(part, Tensor) and part.dim() == 0 for part in found)
+    ):
+        return LossSum(*found)
+    wanted = "a LossSum of two 0-dimensional tensors: the total loss of the batch, and the weight to divide it by"
+    raise broken_contract("data.objective", objective, f"{method}() returned {shown(found)}", wanted)
+
+
+@dataclass(frozen=True)
+class _CheckedLoss:
+    """The loss of an objective as a function of logits, with a check of what it returns."""
+
+    objective: "LogitObjective"
+
+    def needs_vocabulary(self, batch: PackedBatch) -> bool:
+        return self.objective.needs_vocabulary(batch)
+
+    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+        return _checked_sum(self.objective, "of_logits", self.objective.of_logits(logits, batch, selected))
+
+
 class LogitObjective(Objective):
     """A loss of the logits at the answers' positions. It uses the prefix cache."""
 
@@ -53,7 +92,8 @@ class LogitObjective(Objective):
         """Return the loss of a batch; for the arguments see :class:`slzo.batches.losses.LogitLoss`."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchLogitLoss(context, batch, self, context.forward.fetch(batch.packed, max_tokens=batch.max_tokens))
+        states = context.forward.fetch(batch.packed, max_tokens=batch.max_tokens)
+        return BatchLogitLoss(context, batch, _CheckedLoss(self), states)
 
 
 class CandidateObjective(LogitObjective):
@@ -74,7 +114,7 @@ class CandidateObjective(LogitObjective):
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         scores = logits[batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
-        return self.of_scores(scores, batch)
+        return _checked_sum(self, "of_scores", self.of_scores(scores, batch))
 
 
 class AnswerObjective(Objective):
@@ -89,4 +129,15 @@ class AnswerObjective(Objective):
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.answer_losses)
+        return BatchAnswerLoss(context, batch, self._checked_losses)
+
+    def _checked_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
+        losses = self.answer_losses(answers, examples)
+        try:
+            numbers = [float(loss) for loss in losses]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != len(answers):
+            wanted = f"a number for each of the {len(answers)} answers"
+            raise broken_contract("data.objective", self, f"answer_losses() returned {shown(losses)}", wanted)
+        return numbers

@@ -2,7 +2,7 @@
 
 from slzo.zo.scopes.activation_subspace import ActivationSubspace
 from slzo.zo.scopes.all_parameters import AllParameters
-from slzo.zo.scopes.base import Scope, ScopeContext
+from slzo.zo.scopes.base import Scope, ScopeContext, tensors_of
 from slzo.zo.scopes.layer import LayerScope
 from slzo.zo.scopes.lora import LoRA
 from slzo.zo.scopes.outlier_channels import OutlierChannels
@@ -34,4 +34,5 @@ __all__ = [
     "Scope",
     "ScopeContext",
     "SmallestWeights",
+    "tensors_of",
 ]

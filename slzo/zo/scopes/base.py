@@ -8,7 +8,7 @@ from typing import Literal
 from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, broken_contract, shown
 from slzo.zo.tuned import Subset, TunedTensors
 
 Layers = list[int] | Literal["all"] | None
@@ -78,6 +78,24 @@ class Scope(ABC):
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset | None:
         """Return the function that chooses the tensors to perturb in a step, or ``None`` to perturb all of them."""
         return None
+
+
+def tensors_of(scope: Scope, context: ScopeContext) -> TunedTensors:
+    """Return the tensors that a scope chooses.
+
+    Raises:
+        SlzoError: The scope refuses the model, or does not return tensors of it.
+    """
+    tensors = scope.tensors(context)
+    wanted = "TunedTensors of at least one of the model's parameters, by its name in the model"
+    if not isinstance(tensors, TunedTensors):
+        raise broken_contract("model.scope", scope, f"tensors() returned {shown(tensors)}", wanted)
+    known = {name for name, _ in context.parts.model.named_parameters()}
+    unknown = next((name for name in tensors.names if name not in known), None)
+    if not tensors.names or unknown is not None:
+        returned = "no tensors" if unknown is None else f"a tensor {unknown!r}, which the model does not have"
+        raise broken_contract("model.scope", scope, f"tensors() returned {returned}", wanted)
+    return tensors
 
 
 def check_layer(layer: int, num_layers: int, option: str = "model.layer", left_out: str = "the profile choose") -> int:

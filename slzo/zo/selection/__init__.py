@@ -1,7 +1,7 @@
 """Rules that choose the dominant layer. Each is one file, imported and listed here."""
 
 from slzo.zo.selection.auto import Auto
-from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, choice_of
 from slzo.zo.selection.first_outlier import FirstOutlierLayer
 from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
@@ -21,4 +21,5 @@ __all__ = [
     "Race",
     "SelectionContext",
     "SelectionRule",
+    "choice_of",
 ]

@@ -3,10 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass, field, replace
+from operator import attrgetter, index
+from typing import SupportsIndex
 
 from slzo.models.prefix_cache import PrefixCache
+from slzo.utils.errors import broken_contract, shown
 from slzo.zo.profile import LayerStatistics, format_figure
 from slzo.zo.trial import Trial, Trials
 
@@ -75,6 +77,21 @@ class SelectionRule(ABC):
         Raises:
             SlzoError: No layer qualifies, or the rule needs short trainings and they are not possible.
         """
+
+
+def choice_of(rule: SelectionRule, context: SelectionContext) -> Choice:
+    """Return the choice of a rule.
+
+    Raises:
+        SlzoError: The rule finds no layer, or does not return a layer of the model.
+    """
+    choice, last = rule.select(context), len(context.layers) - 1
+    wanted = f"a Choice of a layer from 0 to {last}"
+    if not isinstance(choice, Choice):
+        raise broken_contract("profiler.rule", rule, f"select() returned {shown(choice)}", wanted)
+    if not isinstance(choice.layer, SupportsIndex) or not 0 <= index(choice.layer) <= last:
+        raise broken_contract("profiler.rule", rule, f"select() returned layer {shown(choice.layer)}", wanted)
+    return replace(choice, layer=index(choice.layer))
 
 
 CLEAR = 2.0
