@@ -126,3 +126,20 @@ def test_a_second_signal_to_one_of_two_ends_both_at_once(fit):
     status, output = on(2, fit, callback="SignalSender", **sent)
     assert status == 143, output
     assert read_checkpoint(last_checkpoint()).content["global_step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["on_before_optimizer_step", "on_validation_batch_start", "on_train_end"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_rank_is_killed_the_other_names_it_and_the_checkpoint(fit, rank, place):
+    step = {"on_before_optimizer_step": 6, "on_validation_batch_start": 4, "on_train_end": 9}[place]
+    status, output = on(2, fit, callback="SignalSender", place=place, step=step, number="SIGKILL", rank=rank)
+    assert status == (-signal.SIGKILL if rank == 0 else 2), output
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("slzo: error:")]
+    assert line.startswith(f"slzo: error: rank {rank} (process ")
+    assert line.endswith(f"continue with the same command and --ckpt_path {last_checkpoint()}")
+    assert "Interrupted" not in output
+    assert main([*fit, f"--ckpt_path={last_checkpoint()}"]) == 0
+    assert main(fit) == 0
+    assert_close(tuned(last_checkpoint(1)), tuned(last_checkpoint(2)))

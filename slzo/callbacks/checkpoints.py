@@ -62,6 +62,9 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: Interval between two saves in steps; by default only the time counts.
         every_minutes: Interval between two saves in minutes, which is the most that a crash loses; 0 saves only by steps and
             after validations.
+
+    Attributes:
+        saved: File of the last state that this run saved; ``None`` before the first one.
     """
 
     def __init__(self, every_n_steps: int | None = None, every_minutes: float = 5.0) -> None:
@@ -78,7 +81,7 @@ class LastCheckpoint(Checkpoint):
         self._every_n_epoch: int | None = None  # the schedule's value while the last validation is forced
         self._saved_step = self._final_step = -1
         self._saved_at = -math.inf
-        self._saved: Path | None = None
+        self.saved: Path | None = None
         self._stop = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +89,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(signal.SIGTERM)
         self._saved_step = self._final_step = -1
-        self._saved_at, self._saved, self._stop = -math.inf, None, 0
+        self._saved_at, self.saved, self._stop = -math.inf, None, 0
         self._signals.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -156,9 +159,9 @@ class LastCheckpoint(Checkpoint):
         if isinstance(exception, Interrupted) and not exception.saved:
             pass_on(trainer, exception.number)
         # no collective call: the other processes may be elsewhere
-        if self._saved is not None and not isinstance(exception, SlzoError):
+        if self.saved is not None and not isinstance(exception, SlzoError):
             say(
-                f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self._saved}"
+                f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
             )
 
     def _restore_schedule(self, trainer: Trainer) -> None:
@@ -174,7 +177,7 @@ class LastCheckpoint(Checkpoint):
             folder = _folder(trainer)
             if folder is not None:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
-                self._saved_step, self._saved = step, folder / LAST
+                self._saved_step, self.saved = step, folder / LAST
             self._saved_at = time.monotonic()
 
     def _save_final(self, trainer: Trainer) -> None:

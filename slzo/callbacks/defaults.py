@@ -11,6 +11,7 @@ from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpo
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.progress_bar import StepProgressBar
+from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
 
@@ -50,7 +51,9 @@ def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progre
             kept.append(kind())
     if progress and not any(isinstance(each, ProgressBar) for each in kept):
         kept.insert(0, StepProgressBar())
-    order = list(DEFAULTS.values())
+    if not any(isinstance(each, RankWatch) for each in kept):
+        kept.append(RankWatch())
+    order = [*DEFAULTS.values(), RankWatch]
     own = order.index(RunRecord) - 0.5  # where the user's own callbacks run
 
     def place(callback: Callback) -> float:

@@ -1,0 +1,64 @@
+"""Ends a run of several processes when one of them is gone."""
+
+import os
+import sys
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.utils.errors import SlzoError
+from slzo.utils.peers import Peer, PeerWatch
+from slzo.utils.runtime import gather_from_processes
+
+_STATUS = 2
+# seconds in which a failed exchange between processes is explained by one that has ended
+_PATIENCE_S = 5.0
+
+
+class RankWatch(Callback):
+    """Ends this process with one line when another process of the run on the same machine has ended.
+
+    The line names the rank and the checkpoint to continue from. The exit status is 2. Without it, a process would wait for the
+    one that is gone, or end with a traceback of the library that connects them.
+    """
+
+    def __init__(self) -> None:
+        self._watch: PeerWatch | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to watch. A collective call."""
+        if trainer.world_size > 1:
+            own = Peer.here(trainer.global_rank)
+
+            def end(peer: Peer, reports: bool) -> None:
+                if reports:
+                    sys.stderr.write(f"\nslzo: error: {_message(trainer, peer)}\n")
+                    sys.stderr.flush()
+                os._exit(_STATUS)  # the main thread may wait for the process that is gone
+
+            self._watch = PeerWatch(gather_from_processes([own]), own, end)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop. A collective call: no process ends before all have stopped."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+            trainer.strategy.barrier()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop, unless an exchange with another process has failed because that process is gone."""
+        if self._watch is not None:
+            failed = isinstance(exception, RuntimeError) and not isinstance(exception, SlzoError)
+            self._watch.stop(_PATIENCE_S if failed else 0.0)
+
+
+def _message(trainer: Trainer, peer: Peer) -> str:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    saved = next((each.saved for each in callbacks if isinstance(each, LastCheckpoint)), None) or trainer.ckpt_path
+    if trainer.state.fn != "fit" or saved is None:
+        advice = "start the same command again"
+    else:
+        advice = f"continue with the same command and --ckpt_path {saved}"
+    return (
+        f"rank {peer.rank} (process {peer.pid}) has ended, so the others stop at step {trainer.global_step}; {advice}"
+    )
