@@ -65,7 +65,7 @@ class TaskRows:
     """The training, dev and held-out rows of one task.
 
     Args:
-        task: Task name ({TASKS}), or a task object
+        task: Required. Task name ({TASKS}), or a task object
             for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
         tokenizer: Model whose tokenizer is used; on the command line always model.model.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
@@ -104,7 +104,7 @@ class TaskRows:
 
     def __init__(
         self,
-        task: str | Task = "movie_reviews",
+        task: str | Task | None = None,
         tokenizer: str = "smollm2-135m",
         data_dir: str | None = None,
         hub_path: str | None = None,
@@ -130,6 +130,11 @@ class TaskRows:
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if task is None:
+            raise SlzoError(
+                f'data.task: is required; name one, as in {type(self).__name__}("movie_reviews"), or give a TemplateTask or '
+                "ChatTask for your own files"
+            )
         if not isinstance(task, Task):
             task = get_task(str(task))
         check_name(task.name)

@@ -1,4 +1,4 @@
-"""``--config quickstart`` finds slzo's own configs from any folder, in a clone and in an installed wheel."""
+"""How to begin: ``--config quickstart`` finds slzo's own configs from any folder, and a run needs a task."""
 
 import tomllib
 from pathlib import Path
@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, error_line
 
+from slzo.__main__ import main
 from slzo.cli import shipped_configs as shipped
 from slzo.cli.shipped_configs import shipped_configs, with_shipped_configs
+from slzo.commands.registry import COMMANDS
+from slzo.datamodule import TaskDataModule
+from slzo.utils.errors import SlzoError
 
 pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("own_folder")]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -64,3 +68,28 @@ def test_a_config_that_needs_the_repository_says_so(name, tool, capsys):
     line = error_line(capsys, "plan", "--config", name)
     assert f"{tool}/test.jsonl" in line
     assert line.endswith(f"this config needs tools/{tool}.py of slzo's repository; run it in a clone")
+
+
+@pytest.mark.parametrize(
+    "command", [command.name for command in COMMANDS.values() if command.has_app and command.reads_rows]
+)
+def test_a_command_without_a_task_shows_two_ways_to_begin(command, capsys):
+    required = ["--output=x"] if command == "predict" else []
+    assert main([command, *required]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"slzo {command} --config quickstart, or with a task, as in slzo {command} --data.task movie_reviews" in line
+    assert not list(Path().iterdir())
+
+
+def test_a_command_that_reads_no_rows_needs_no_task(capsys):
+    assert "'nope'" in error_line(capsys, "export", "--ckpt_path=nope", "--output=x")
+    assert "run 'nope': no such folder" in error_line(capsys, "replay", "--run=nope")
+
+
+def test_a_wrong_checkpoint_is_named_before_the_task(capsys):
+    assert "nope.ckpt" in error_line(capsys, "test", "--ckpt_path=nope.ckpt")
+
+
+def test_rows_in_python_need_a_task():
+    with pytest.raises(SlzoError, match=r"^data.task: is required; name one, as in TaskDataModule"):
+        TaskDataModule()

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import BEST_OPTIONS, DEFAULTS
 from slzo.callbacks.run_context import run_context
+from slzo.checkpoints.checkpoint import find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
 from slzo.cli.constructors import constructor_problem
 from slzo.cli.diagnose import check_class_paths, check_nulls
@@ -151,9 +152,24 @@ class SlzoCLI(LightningCLI):
         check_class_paths(parser, parser.given)
         super().parse_arguments(parser, args)
         check_nulls(parser, self.config)
+        self._check_task()
         seed = self.config.get("seed_everything")
         if not isinstance(seed, bool) and not 0 <= seed <= _MAX_SEED:
             raise SlzoError(f"seed_everything {seed}: give a number from 0 to {_MAX_SEED}")
+
+    def _check_task(self) -> None:
+        """Refuse a command without a task if it reads rows."""
+        if self.config.get("data.task") is not None:
+            return
+        if self._command.reads_rows:
+            if (path := self.config.get("ckpt_path")) is not None:
+                find_checkpoint(path, RUNS)  # a wrong path is the first error to correct
+            start = f"slzo {self._command.name}"
+            raise SlzoError(
+                f"data.task: no task is given; begin with a config, as in {start} --config quickstart, or with a task, as in "
+                f"{start} --data.task movie_reviews"
+            )
+        self.config["data.task"] = "movie_reviews"  # the data module is made, but no row is read
 
     def before_instantiate_classes(self) -> None:
         """Write runs below ``trainer.default_root_dir`` if it is given."""

@@ -18,6 +18,7 @@ class Command:
         name: Name of the command, of its file and of its function.
         help: What it does, in one line.
         has_app: Whether it takes the options of trainer, model and data.
+        reads_rows: Whether it needs a task.
         runs_model: Whether it runs a model; otherwise torch is not imported.
         reads_run_config: Whether it reads the config of the checkpoint's run if none is given.
         resumes: Whether the same command continues where it stopped after an interrupt.
@@ -28,6 +29,7 @@ class Command:
     name: str
     help: str
     has_app: bool = True
+    reads_rows: bool = True
     runs_model: bool = True
     reads_run_config: bool = True
     resumes: bool = False
@@ -45,11 +47,12 @@ _ALL = (
     Command(
         "sweep", "train every layer, or with several learning rates, for the same steps, and compare", resumes=True
     ),
-    Command("replay", "rebuild the tuned weights of a run at any step from its log"),
+    Command("replay", "rebuild the tuned weights of a run at any step from its log", reads_rows=False),
     Command(
         "export",
         "write the tuned model as an adapter, a delta or a Hugging Face folder, with a model card",
         reads_run_config=False,
+        reads_rows=False,
         own_help=True,
     ),
     Command("generate", "continue prompts with the untuned and the tuned model", has_app=False),
