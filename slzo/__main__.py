@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from slzo import __version__
 from slzo.commands.registry import COMMANDS
 from slzo.utils.errors import Interrupted, SlzoError
+from slzo.version import __version__
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
 

@@ -10,11 +10,15 @@ from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch
 from slzo.task_rows import TaskRows
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
+from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes
 
 
 class TaskDataModule(TaskRows, LightningDataModule):
-    """The training, dev and held-out rows of one task; see :class:`slzo.task_rows.TaskRows` for the arguments."""
+    """The training, dev and held-out rows of one task; see :class:`slzo.task_rows.TaskRows` for the arguments.
+
+    :mod:`slzo` has a complete example.
+    """
 
     @property
     def processes(self) -> Processes:
@@ -38,7 +42,19 @@ class TaskDataModule(TaskRows, LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the tokenizer once per machine."""
+        self._follow_module()
         _ = self.encoder
+
+    def setup(self, stage: str) -> None:
+        """Read and split the rows, see :meth:`slzo.task_rows.TaskRows.setup`."""
+        self._follow_module()
+        super().setup(stage)
+
+    def _follow_module(self) -> None:
+        """Take the tokenizer of the trainer's ZOModule, unless another one was given."""
+        options = getattr(getattr(self.trainer, "lightning_module", None), "options", None)
+        if isinstance(options, TrainingOptions):
+            self.follow_model(options.model, options.trust_remote_code)
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Return training batches from the current step on."""

@@ -1,9 +1,11 @@
 """The LightningModule: Lightning's hooks around :mod:`slzo.fit` and :class:`slzo.zo.stepper.Stepper`."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -47,7 +49,7 @@ def sgd(params: Iterable) -> Optimizer:
 
 @with_lists(SCOPES=class_names(SCOPES), ESTIMATORS=class_names(ESTIMATORS))
 class ZOModule(LightningModule):
-    """Tunes the dominant decoder layer of a language model by zeroth-order optimization.
+    """Tunes the dominant decoder layer of a language model by zeroth-order optimization; :mod:`slzo` has a complete example.
 
     Args:
         model: Built-in name (smollm2-135m, or gemma3-270m, fetched only with SLZO_ACCEPT_LICENSE=gemma in the environment),
@@ -125,6 +127,7 @@ class ZOModule(LightningModule):
         self.tuned_model: TunedModel | None = None
         self.tuned_tensors: TunedTensors | None = None
         self._untuned: ModelParts | None = None
+        self._start: Checkpoint | None = None
         self._score: RunningScore | None = None
         # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
@@ -146,19 +149,62 @@ class ZOModule(LightningModule):
             }
         )
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return the tuned model of a checkpoint, to validate, test, predict, or tune it further.
+
+        The model is loaded when it is first used, on the trainer's device. To continue a run, with its optimizer and its steps,
+        call ``trainer.fit(ZOModule(...), datamodule=rows, ckpt_path=path)`` instead.
+
+        Args:
+            checkpoint_path: Checkpoint of a run.
+            map_location: Not used.
+            hparams_file: Not used.
+            strict: Not used; all tensors must fit.
+            weights_only: Not used; nothing in a checkpoint is executed.
+            options: Options of :class:`ZOModule`; model, dtype and quantization are those of the checkpoint by default. To tune
+                further, give scope, estimator and optimizer.
+
+        Raises:
+            SlzoError: The checkpoint cannot be read, or its model needs code that is not trusted.
+        """
+        start = read_checkpoint(checkpoint_path)
+        if start.note["trust_remote_code"] and not options.get("trust_remote_code"):
+            raise SlzoError(
+                f"checkpoint_path {start.path!r}: model {start.note['model']!r} runs its own code; if you trust it, give "
+                "trust_remote_code=True"
+            )
+        module = cls(**{name: start.note[name] for name in ("model", "dtype", "quantization")} | options)
+        module._start = start
+        return module
+
     # ---- preparation --------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Prepare a fit, see :func:`slzo.fit.prepare`; for other stages load the model."""
-        rows = self.rows
+        rows, start = self.rows, self._start
         if self.options.device_map is not None:
             self.options.device_map.check_processes(self.trainer.world_size)
         if stage == "fit":
             check_interval(self.trainer, rows.steps_per_epoch)
+            # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
+            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
+            if start is not None:
+                self._load(for_training=True)
             self._hold(self._prepare(self._checkpoint_to_continue()))
             return
         self._load()
         adapt_rows(rows, self.parts, self.options)
+        if start is not None:
+            self._check_rows(start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -180,11 +226,29 @@ class ZOModule(LightningModule):
         )
         return prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
 
-    def _load(self) -> None:
-        """Load the model; calling it again changes nothing."""
+    def _load(self, for_training: bool = False) -> None:
+        """Load the model, and its tuned tensors from a given checkpoint; calling it again changes nothing."""
         if self._untuned is None:
             trainer = self._attached_trainer()
             self._hold_parts(load_parts(self.options, self.device if trainer is None else trainer.strategy.root_device))
+        if self._start is not None:
+            start, self._start = self._start, None
+            self._restore(start.note, for_training)
+            self.load_state_dict(start.content["state_dict"])
+
+    def _restore(self, note: Mapping[str, Any], for_training: bool = False) -> None:
+        """Make masters for the tensors of a checkpoint."""
+        assert self._untuned is not None
+        self._hold_tuned(restore(self._untuned, note, self.options, for_training))
+
+    def _check_rows(self, note: Mapping[str, Any]) -> None:
+        """Fit the rows to a checkpoint that is scored: positions of virtual tokens, and the same tokenizer."""
+        assert self.tuned_model is not None
+        parts = self.tuned_model.parts
+        if parts.virtual_tokens is not None:
+            self.rows.adapt_to_model(parts.model, self.options.model, parts.virtual_tokens.num_tokens, parts.longest)
+        if not self.rows.allow_changed_rows:
+            check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
 
     def _attached_trainer(self) -> Trainer | None:
         try:
@@ -360,20 +424,15 @@ class ZOModule(LightningModule):
             self._hold(self._prepare(Checkpoint(str(self.trainer.ckpt_path), checkpoint)))
         if self.tuned_model is None:
             self._load()
-            assert self._untuned is not None
-            model = restore(self._untuned, note, self.options)
-            self._hold_tuned(model)
-            if model.parts.virtual_tokens is not None and trainer is not None:
-                positions = model.parts.virtual_tokens.num_tokens
-                self.rows.adapt_to_model(model.parts.model, self.options.model, positions, model.parts.longest)
+            self._restore(note)
         elif not self.tuned_model.fits(note):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module already tunes; load it into a new ZOModule"
             )
         else:
             self.tuned_model.check_base(note)
-        if trainer is not None and not in_fit and not self.rows.allow_changed_rows:
-            check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
+        if trainer is not None and not in_fit:
+            self._check_rows(note)
         if in_fit and (different := changed_options(checkpoint, self.hparams)):
             warn(
                 f"these model options differ from the checkpoint's: {different}; the new values are used, but seed, "

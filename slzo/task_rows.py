@@ -67,7 +67,8 @@ class TaskRows:
     Args:
         task: Required. Task name ({TASKS}), or a task object
             for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
-        tokenizer: Model whose tokenizer is used; on the command line always model.model.
+        tokenizer: Model whose tokenizer is used; by default the model that is trained or scored, on the command line always
+            model.model.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own; NAME@REVISION for a branch, a tag or a commit.
@@ -105,7 +106,7 @@ class TaskRows:
     def __init__(
         self,
         task: str | Task | None = None,
-        tokenizer: str = "smollm2-135m",
+        tokenizer: str | None = None,
         data_dir: str | None = None,
         hub_path: str | None = None,
         hub_config: str | None = None,
@@ -140,6 +141,7 @@ class TaskRows:
         check_name(task.name)
         self.task = task
         self.tokenizer_name = tokenizer
+        self._follows_model = tokenizer is None
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
         self.objective, self.reward = choose_objective(self.task, objective, reward)
         # recorded before training, because checkpoints contain them
@@ -190,12 +192,27 @@ class TaskRows:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Encoder of text into tokens."""
+        """Encoder of text into tokens.
+
+        Raises:
+            SlzoError: No tokenizer is known yet, or it cannot be loaded.
+        """
+        if self.tokenizer_name is None:
+            raise SlzoError(
+                f"data.tokenizer: not known before there is a model; give {type(self).__name__}(tokenizer=MODEL)"
+            )
         return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
 
     def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
         chat = self.task.chat
         return Encoder(tokenizer, max_length) if chat is None else ChatEncoder(tokenizer, max_length, chat)
+
+    def follow_model(self, name: str, trust_remote_code: bool = False) -> None:
+        """Take the tokenizer of a model, unless another one was given. Call this before using rows."""
+        if self._follows_model and name != self.tokenizer_name:
+            self.tokenizer_name, self.trust_remote_code = name, trust_remote_code
+            vars(self).pop("encoder", None)
+            self._rows.clear()
 
     def adapt_to_model(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
         """Check the tokenizer against a model and limit sequences to its positions. Call this before using rows.
@@ -209,7 +226,7 @@ class TaskRows:
         Raises:
             SlzoError: If the tokenizer has more tokens than the model.
         """
-        # the command line uses the model's tokenizer; in Python the two may differ by mistake
+        # a tokenizer that was given in Python may differ by mistake
         source, size = self.tokenizer_name, len(self.encoder.tokenizer)
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         advice = f"give TaskDataModule(tokenizer={name!r})"

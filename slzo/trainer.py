@@ -41,6 +41,8 @@ _MAX_LAUNCHED = 64
 class ZOTrainer(Trainer):
     """Lightning's Trainer as the command line makes it: a run has a folder, checkpoints, a summary and a report.
 
+    :mod:`slzo` has a complete example.
+
     Takes the options of :class:`lightning.pytorch.Trainer`, but refuses those that only make sense with back-propagation. It
     adds the missing callbacks of :mod:`slzo.callbacks.defaults`. Runs are written to ``runs/``, or below ``default_root_dir``.
     """

@@ -41,11 +41,12 @@ def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
 
 
 def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> None:
-    """Check that the rows' tokenizer is the model's, and limit prompts to its number of positions.
+    """Take the model's tokenizer or check that the given one is the model's, and limit prompts to its number of positions.
 
     Raises:
         SlzoError: The tokenizer has tokens that the model does not have.
     """
+    rows.follow_model(options.model, options.trust_remote_code)
     rows.adapt_to_model(parts.model, options.model, options.scope.num_positions, parts.longest)
 
 

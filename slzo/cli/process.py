@@ -12,7 +12,6 @@ _IRRELEVANT_WARNINGS = (
     ".*does not have many workers.*",  # the rows are tokenized in memory, loading takes microseconds
     ".*every_n_train_steps.*",  # written for automatic optimization; manual optimization counts the same steps here
     ".*args parameter is intended to run from within Python.*",  # main([...]) does this on purpose
-    ".*module\\(s\\) in eval mode.*",  # both evaluations of a step must see the same function: no dropout
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*your dataloader is not resumable.*",  # its batches depend only on the step

@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from slzo import __version__
 from slzo.export.base import ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.origin import Origin
 from slzo.tasks.base import Kind, Task
 from slzo.tasks.registry import TASKS
+from slzo.version import __version__
 
 _SPECIAL = re.compile(r"[\\`*<>\[\]|~]|(?<!\w)_|_(?!\w)|^#")
 _ADDRESS = re.compile(r"(https?:)?[^\s()<>:]+")

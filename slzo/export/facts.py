@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slzo import __version__
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
+from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
 _SUMMARY = "summary.json"

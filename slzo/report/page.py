@@ -6,13 +6,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from slzo import __version__
 from slzo.pictures.curves import curves_picture
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save, svg_of
 from slzo.report.figures import Rows, method, scores, speed, versions
 from slzo.report.run_files import REPORT_FILE, RunFiles, read_run
 from slzo.utils.files import write_text
+from slzo.version import __version__
 
 
 def write_report(runs: Sequence[RunFiles], path: Path, curves: str | None = None) -> None:

@@ -1,0 +1,100 @@
+"""slzo as a package: ``from slzo import ZOModule, TaskDataModule, ZOTrainer``."""
+
+import inspect
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from helpers import last_checkpoint, on_tiny, summary
+from lightning import Trainer
+
+import slzo
+from slzo import TaskDataModule, ZOModule, ZOTrainer
+from slzo.utils.errors import SlzoError
+from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+def rows(data_dir, **options):
+    return TaskDataModule("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12, batch_size=4, **options)
+
+
+def test_the_package_is_imported_without_torch():
+    code = "import slzo, sys; print(slzo.__version__, sorted(slzo.__all__), 'torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{slzo.__version__} {sorted(slzo.__all__)} False False"
+    with pytest.raises(AttributeError, match="no attribute 'ZOModul'"):
+        slzo.ZOModul  # noqa: B018
+
+
+def test_the_example_of_the_package(model_dir, data_dir, capsys):
+    code = textwrap.dedent(inspect.getdoc(slzo).partition("::\n")[2])
+    on = on_tiny(
+        code, model_dir, data_dir, {"max_steps=320, val_check_interval=40": "max_steps=2, val_check_interval=1"}
+    )
+    exec(on.replace(f", tokenizer={str(model_dir)!r}", ""), {})
+    assert float(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(summary()["score_after"])
+
+
+def fitted(model_dir, data_dir, scope, layer=2):
+    """A run of two steps with a scope; the trainer and the module."""
+    module = ZOModule(str(model_dir), layer, scope, eps=1e-3, seed=0)
+    trainer = ZOTrainer(max_steps=2, val_check_interval=2, **QUIET)
+    trainer.fit(module, datamodule=rows(data_dir))
+    return module
+
+
+@pytest.mark.parametrize("scope", [LoRA(rank=2), PrefixTuning(num_tokens=2)], ids=lambda scope: scope.describe())
+def test_a_checkpoint_becomes_a_module(scope, model_dir, data_dir):
+    fitted(model_dir, data_dir, scope)
+    trainer, data = ZOTrainer(logger=False, **QUIET), rows(data_dir)
+    module = ZOModule.load_from_checkpoint(last_checkpoint())
+    (loaded,) = trainer.test(module, datamodule=data)
+    (usual,) = trainer.test(ZOModule(str(model_dir)), datamodule=rows(data_dir), ckpt_path=str(last_checkpoint()))
+    assert loaded == usual
+    assert data.encoder.max_length == 256 - 2 * isinstance(scope, PrefixTuning)
+
+
+def test_a_plain_trainer_does_not_warn_of_modules_in_eval_mode(model_dir, data_dir, recwarn):
+    module = ZOModule(str(model_dir), 2, eps=1e-3, seed=0)
+    Trainer(max_steps=1, logger=False, enable_checkpointing=False, **QUIET).fit(module, datamodule=rows(data_dir))
+    assert not [str(each.message) for each in recwarn if "eval mode" in str(each.message)]
+
+
+def test_a_checkpoint_is_tuned_further_with_its_scope(model_dir, data_dir):
+    before = fitted(model_dir, data_dir, LayerScope()).state_dict()
+    wrong = ZOModule.load_from_checkpoint(last_checkpoint(), scope=LoRA())
+    with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
+        ZOTrainer(max_steps=1, **QUIET).fit(wrong, datamodule=rows(data_dir))
+    module = ZOModule.load_from_checkpoint(last_checkpoint(), eps=1e-3)
+    ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=rows(data_dir))
+    assert module.state_dict().keys() == before.keys()
+    assert any(not tensor.equal(before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch):
+    with pytest.raises(SlzoError, match=r"'nope\.ckpt'"):
+        ZOModule.load_from_checkpoint("nope.ckpt")
+    fitted(model_dir, data_dir, LayerScope())
+    content = slzo.module.read_checkpoint(last_checkpoint())
+    content.note["trust_remote_code"] = True
+    monkeypatch.setattr(slzo.module, "read_checkpoint", lambda path: content)
+    with pytest.raises(SlzoError, match="if you trust it, give trust_remote_code=True"):
+        ZOModule.load_from_checkpoint(last_checkpoint())
+
+
+def test_rows_take_the_tokenizer_of_the_model_unless_told_otherwise(data_dir):
+    data = rows(data_dir)
+    with pytest.raises(
+        SlzoError, match=r"data\.tokenizer: not known before there is a model; give TaskDataModule\(tok"
+    ):
+        _ = data.encoder
+    data.follow_model("one", trust_remote_code=True)
+    data.follow_model("another")
+    assert (data.tokenizer_name, data.trust_remote_code) == ("another", False)
+    named = rows(data_dir, tokenizer="mine")
+    named.follow_model("another")
+    assert named.tokenizer_name == "mine"
