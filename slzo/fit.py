@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoint
+from slzo.data.balance import majority_share
 from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.trial import LayerTrials
@@ -358,4 +359,5 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         limit=outcome.limit,
         command=outcome.command,
         folder=None if folder is None else str(folder),
+        majority_share=majority_share(rows.splits.test) if rows.splits and metric.metric == "accuracy" else None,
     )

@@ -59,7 +59,9 @@ class HubStandIn:
 
             def send_facts(self, id, what, revision, folder, body):
                 if what == "" and id in hub.repositories:
-                    return self.answer({"id": id, "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
+                    return self.answer(
+                        {"id": id, "sha": "0" * 40, "siblings": [], "private": id in hub.private, "tags": []}
+                    )
                 commit, files = self.look_up(id, revision or "main")
                 if files is None:
                     return None
@@ -109,7 +111,7 @@ class HubStandIn:
 
             def answer(self, content):
                 data = json.dumps(content).encode()
-                self.send_response(200)
+                self.send_response(409 if "error" in content else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -144,10 +146,14 @@ class HubStandIn:
         assert authorization == f"Bearer {TOKEN}"
         if path == "/api/repos/create":
             wanted = json.loads(body)
-            self.repositories.append("/".join(filter(None, (wanted.get("organization"), wanted["name"]))))
+            name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
+            answer = {"url": f"{self.address}/{name}", "name": wanted["name"]}
+            if name in self.repositories:
+                return {"error": "it exists", **answer}
+            self.repositories.append(name)
             if wanted.get("private") or wanted.get("visibility") == "private":
-                self.private.append(self.repositories[-1])
-            return {"url": f"{self.address}/{self.repositories[-1]}", "name": wanted["name"]}
+                self.private.append(name)
+            return answer
         if "/preupload/" in path:
             files = json.loads(body)["files"]
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}

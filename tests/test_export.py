@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, summary, tiny_model, tune_scope
+from helpers import error_line, last_checkpoint, slzo_error, summary, tiny_model, tune_scope
 from hub_stand_in import HubStandIn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +20,7 @@ from slzo.batches.packing import pack
 from slzo.export.adapter import ADAPTER
 from slzo.export.card import without_folders, write_card, write_licences
 from slzo.export.facts import Facts
+from slzo.export.push import push
 from slzo.models.origin import KnownLicence, Origin, loadable, origin_of
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 from slzo.utils.errors import SlzoError
@@ -139,6 +140,9 @@ def test_an_adapter_with_its_card(run, model_dir, capsys, monkeypatch):
     for part in (told["layer_reason"], "20 held-out rows", "task sst2", f"{told['score_before']:.4f}", command):
         assert part in text
     assert "no public name" not in text
+    assert "datasets" not in metadata  # the rows are local
+    assert f"{told['score_after']:.4f} ± {told['score_standard_error']:.4f} (standard error)" in text
+    assert "| always the most frequent label | 0.5500 |" in text
     line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=no", "--base_model=/home/me/model")
     assert "must be a Hub id that others can load" in line
 
@@ -193,9 +197,18 @@ def test_a_folder_is_uploaded_to_the_hub(run, capsys, monkeypatch):
         assert main(["export", f"--ckpt_path={best}", "--output=out", "--push_to_hub=me/tuned"]) == 0
         assert hub.repositories == ["me/tuned"]
         assert hub.files == {path.name: path.read_bytes() for path in Path("out").iterdir()}
+        assert capsys.readouterr().out.endswith(f"Uploaded to {hub.address}/me/tuned\n")
+        own, hub.files = Path("out"), {}
+        assert push(own, "me/own", private=True) == f"{hub.address}/me/own"
+        assert (hub.private, set(hub.files)) == (["me/own"], {path.name for path in own.iterdir()})
+        hub.files, hub.private = {}, []
+        assert "not uploaded, because it exists and is public" in slzo_error(push, own, "me/own", True)
+        assert hub.files == {}
     line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=again", "--push_to_hub=me/tuned")
     assert "push_to_hub 'me/tuned': not uploaded" in line
     assert Path("again/adapter_config.json").is_file()
+    line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=no", "--private=true")
+    assert "private true: is used only with push_to_hub" in line
     line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=no", "--push_to_hub=/me")
     assert "must be a Hub id" in line
     assert not Path("no").exists()
@@ -224,6 +237,10 @@ def test_the_licence_of_a_folder_is_that_of_its_card(tmp_path, model_dir):
     assert (origin.name, origin.public) == ("me/tiny", True)
     assert (origin.licence.name, origin.licence.title, origin.licence.address) == ("other", "mine", "https://x.y")
     assert [document.name for document in origin.documents] == ["LICENSE.txt"]
+    (folder / "LICENSE.txt").unlink()
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (text,) = origin_of(str(folder)).documents
+    assert (text.name, "Apache License" in text.read_text()) == ("LICENSE", True)
     assert origin_of(str(folder), "you/other").name == "you/other"
     with pytest.raises(SlzoError, match="must be a Hub id that others can load"):
         origin_of(str(folder), "/a/folder")
@@ -281,7 +298,7 @@ def test_names_are_texts_in_a_card(tmp_path):
     shown = r"a\`b\`\` --- # \[x\](y) \<script\> \| \_i\_ my_rows"
     code = "``` a`b`` --- # [x](y) <script> | _i_ my_rows ```"
     assert f"\n# {shown}\n" in text
-    assert f"- Data: task {shown}\n" in text
+    assert f"- Data: task {shown}, " in text
     assert f"licence of the base model applies: {shown}." in text
     assert f"{code}, a local folder, with {shown} tuned" in text
     assert f"- Command: {code.replace('a`', 'slzo fit a`', 1)}\n" in text

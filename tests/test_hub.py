@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from helpers import error_line, last_checkpoint, run_dir, slzo_error
 from safetensors.torch import load_file, save_file
 
@@ -91,7 +92,7 @@ def test_a_folder_with_an_at_sign_is_a_folder(hub, model_dir, own_folder):
 
 def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys):
     (older, newer), quiet = model, [*options, *QUIET]
-    given = [*quiet, f"--data.hub_path=me/rows@{rows[0]}", "--data.data_dir=null"]
+    given = [*quiet, f"--data.hub_path=me/rows@{rows[0]}", "--data.data_dir=null", "--data.num_train=1000"]
     assert main(["fit", *given, f"--model.model=me/tiny@{older}", "--model.scope=LoRA"]) == 0
     expected = {"model_commit": older, "data_set": "me/rows", "data_config": None, "data_commit": rows[0]}
     assert json.loads((run_dir() / "environment.json").read_text())["hub"] == expected
@@ -103,10 +104,18 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
     assert f"is at commit {newer}, and the checkpoint was trained on another one" in line
     assert line.endswith(f"give --model.model me/tiny@{older}")
     assert main(["fit", *resumed, f"--model.model=me/tiny@{older}"]) == 0
-    assert main(["export", f"--ckpt_path={last_checkpoint()}", "--output=out"]) == 0
+    assert main(["export", "--ckpt_path=best", "--output=out"]) == 0
     assert json.loads(Path("out/adapter_config.json").read_text())["revision"] == older
     assert f'from_pretrained("me/tiny", dtype="float32", revision="{older}")' in Path("out/README.md").read_text()
     assert Path("out/LICENSE").read_text() == "text"
+    card = Path("out/README.md").read_text()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["datasets"] == ["me/rows"]
+    place = {"name": "sst2", "type": "me/rows", "split": "validation", "revision": rows[0]}
+    assert metadata["model-index"][0]["results"][0]["dataset"] == place
+    assert "task sst2, 79 training rows, 1 dev rows, 24 held-out rows, batches of 8; from [me/rows](https://" in card
+    for commit in (older, rows[0]):
+        assert f"at commit `{commit}`" in card
     hub.requests.clear()
     for path in ("out", str(last_checkpoint())):
         _ = load_pair(Source(path))

@@ -17,6 +17,7 @@ def export(
     format: str | None = None,
     base_model: str | None = None,
     push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Export the tuned model to a folder that others can use, with a model card.
 
@@ -27,11 +28,14 @@ def export(
         format: {FORMATS}; by default adapter if the tuned change has a low rank, otherwise merged.
         base_model: Hub id of the base model for the adapter and the card, if slzo does not know it.
         push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, such as me/my-model.
+        private: Make the repository of push_to_hub a private one.
     """
     if ckpt_path is None:
         raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path best")
     checkpoint = find_checkpoint(ckpt_path, app.runs_folder)
-    options = ExportOptions(output, format, base_model, push_to_hub, app.model.options.trust_remote_code)
+    options = ExportOptions(output, format, base_model, push_to_hub, private, app.model.options.trust_remote_code)
     with disk_errors():
         done = export_checkpoint(checkpoint, options)
     say(f"Wrote {done.folder}, {done.base}")
+    if done.address is not None:
+        say(f"Uploaded to {done.address}")

@@ -1,4 +1,4 @@
-"""Class-balanced sampling: the class of each training row, and an order that draws all classes equally often."""
+"""Classes of rows: how often the most frequent one comes, and an order of training rows that draws all equally often."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -43,6 +43,15 @@ def classes_of(examples: Sequence[Example]) -> list[int]:
                 "data.num_train, add rows of this class, or leave data.balanced out"
             )
     return classes
+
+
+def majority_share(examples: Sequence[Example]) -> float | None:
+    """Return the share of labelled rows whose class is the most frequent one; ``None`` if the rows have no common classes."""
+    labelled = [example for example in examples if example.gold and example.candidates]
+    if not labelled or any(example.candidates != labelled[0].candidates for example in labelled):
+        return None
+    counts = Counter(label for example in labelled for label in example.gold)
+    return max(counts.values()) / len(labelled)
 
 
 def describe_balance(examples: Sequence[Example], classes: Sequence[int]) -> str:

@@ -33,7 +33,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
         options: Options of the export.
 
     Returns:
-        The folder, and the base in words.
+        The folder, the base in words, and the address of an upload.
 
     Raises:
         SlzoError: The checkpoint cannot be used, the format does not fit it, or the folder is not empty.
@@ -46,8 +46,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
             f"output {options.output!r}: exists and is not an empty folder; choose another one or remove it"
         )
     check_writable(target)
-    if options.push_to_hub is not None:
-        check_repository(options.push_to_hub)
+    check_repository(options.push_to_hub, options.private)
     origin = origin_of(base_model(checkpoint.note), options.base_model)
     tuned_model = restore(checkpoint, options.trust_remote_code)
     adapter = tuned_model.peft_files() if options.format in (None, "adapter") else None
@@ -59,9 +58,8 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
         write_licences(origin, partial)
         write_json(partial / FACTS_FILE, facts.to_dict())
         write_card(facts, format, partial, target.resolve().name)
-    if options.push_to_hub is not None:
-        push(target, options.push_to_hub)
-    return Exported(target, f"{format.base_words} {_base(tuned_model, facts)}")
+    address = None if options.push_to_hub is None else push(target, options.push_to_hub, options.private)
+    return Exported(target, f"{format.base_words} {_base(tuned_model, facts)}", address)
 
 
 def _base(tuned_model: TunedModel, facts: Facts) -> str:

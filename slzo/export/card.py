@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from slzo.export.base import ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.origin import Origin
-from slzo.tasks.base import Kind, Task
+from slzo.tasks.base import HubSource, Kind, Task
 from slzo.tasks.registry import TASKS
 from slzo.version import __version__
 
@@ -30,8 +31,7 @@ def write_card(facts: Facts, format: ExportFormat, folder: Path, title: str) -> 
 
 
 def _metadata(facts: Facts, format: ExportFormat, title: str) -> ModelCardData:
-    licence, task = facts.origin.licence, _task(facts)
-    dataset = None if task is None or task.hub is None else task.hub.path
+    licence, source = facts.origin.licence, facts.data_set
     known: dict[str, Any] = (
         {} if licence is None else {"license": licence.name, "license_link": licence.address or None}
     )
@@ -44,19 +44,27 @@ def _metadata(facts: Facts, format: ExportFormat, title: str) -> ModelCardData:
         library_name=format.library,
         pipeline_tag="text-generation",
         tags=["slzo", "zeroth-order", *(["lora"] if facts.rank is not None else [])],
-        datasets=None if dataset is None else [dataset],
-        eval_results=_results(facts, task, dataset),
+        datasets=None if source is None else [source.path],
+        eval_results=_results(facts, source),
         **known,
     )
 
 
-def _results(facts: Facts, task: Task | None, dataset: str | None) -> list[EvalResult] | None:
+def _results(facts: Facts, source: HubSource | None) -> list[EvalResult] | None:
     if not facts.scored:
         return None
-    summary, name, metric = facts.summary, _line(facts.summary["task"]), _line(facts.summary["metric"])
+    summary, task = facts.summary, _task(facts)
+    name, metric = _line(summary["task"]), _line(summary["metric"])
     kind = "question-answering" if task is not None and task.kind is Kind.GENERATION else "text-classification"
     score = round(summary["score_after"], 4)
-    return [EvalResult(kind, dataset or name, name, metric, score, dataset_split="validation")]
+    if source is None:
+        return [EvalResult(kind, name, name, metric, score)]
+    place: dict[str, Any] = {
+        "dataset_config": source.config,
+        "dataset_split": source.test,
+        "dataset_revision": source.revision,
+    }
+    return [EvalResult(kind, source.path, name, metric, score, **place)]
 
 
 def _task(facts: Facts) -> Task | None:
@@ -80,6 +88,7 @@ def _what(facts: Facts) -> str:
         if origin.public
         else f"{_code(origin.name)}, a local folder"
     )
+    base += "" if origin.commit is None else f" at commit {_code(origin.commit)}"
     lines = [
         f"{base}, with {_text(facts.scope)} tuned by zeroth-order steps (forward passes only) with "
         f"slzo {__version__}: {facts.num_tuned:,} tuned numbers."
@@ -114,12 +123,22 @@ def _training(facts: Facts) -> str:
     if note["layer"] is not None:
         lines.append(f"- Layer: {note['layer']} of {facts.num_layers} (counted from 0): {_text(note['layer_reason'])}")
     if facts.data:
-        rows = f", {facts.data['num_train']} training rows" if "num_train" in facts.data else ""
+        names = {"train": "training", "dev": "dev", "test": "held-out"}
+        rows = "".join(f", {facts.num_rows(split)} {name} rows" for split, name in names.items())
         size = f", batches of {facts.data['batch_size']}" if "batch_size" in facts.data else ""
-        lines.append(f"- Data: task {_text(facts.data.get('task'))}{_text(rows)}{_text(size)}")
+        lines.append(f"- Data: task {_text(facts.data.get('task'))}{_text(rows)}{_text(size)}{_source(facts.data_set)}")
     if summary.get("command"):
         lines.append(f"- Command: {_code(without_folders(summary['command']))}")
     return "\n".join(lines)
+
+
+def _source(source: HubSource | None) -> str:
+    """Return where the rows came from; empty if it was not the Hub."""
+    if source is None:
+        return ""
+    config = f", configuration {_code(source.config)}" if source.config else ""
+    commit = f" at commit {_code(source.revision)}" if source.revision else ""
+    return f"; from [{_text(source.path)}](https://huggingface.co/datasets/{quote(source.path)}){config}{commit}"
 
 
 def without_folders(command: str) -> str:
@@ -133,12 +152,15 @@ def _scores(facts: Facts) -> str:
     summary = facts.summary
     error, before = summary.get("score_change_standard_error"), summary["score_before"]
     change = "" if error is None else f" (change {summary['score_change']:+.4f}, standard error {error:.4f})"
+    own, share = summary.get("score_standard_error"), summary.get("majority_share")
     lines = [
         f"| {_text(summary['metric'])} on {summary['num_rows']} held-out rows | |",
         "|---|---|",
         f"| before | {'not scored' if before is None else f'{before:.4f}'} |",
-        f"| after | {summary['score_after']:.4f}{change} |",
+        f"| after | {summary['score_after']:.4f}{'' if own is None else f' ± {own:.4f} (standard error)'}{change} |",
     ]
+    if share is not None:
+        lines.append(f"| always the most frequent label | {share:.4f} |")
     if summary.get("verdict"):
         lines += ["", _text(summary["verdict"])]
     return "\n".join(lines)
@@ -146,15 +168,15 @@ def _scores(facts: Facts) -> str:
 
 def _licence(facts: Facts) -> str:
     licence = facts.origin.licence
+    files = ", ".join(_code(document.name) for document in facts.origin.documents)
+    kept = f" This folder contains its text: {files}." if files else ""
     if licence is None:
-        return f"The licence of the base model applies. It is not known here; see {_code(facts.origin.name)}."
+        unknown = "" if files else f" It is not known here; see {_code(facts.origin.name)}."
+        return f"The licence of the base model applies.{kept}{unknown}"
     link = (
         f"[{_text(licence.title)}]({licence.address})" if _ADDRESS.fullmatch(licence.address) else _text(licence.title)
     )
-    files = ", ".join(_code(document.name) for document in facts.origin.documents)
-    text = f"The licence of the base model applies: {link}."
-    if files:
-        text += f" This folder contains its text: {files}."
+    text = f"The licence of the base model applies: {link}.{kept}"
     return f"{text}\n\n{licence.notice}." if licence.notice else text
 
 

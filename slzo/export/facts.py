@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, hub_record
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
+from slzo.tasks.base import HubSource
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
@@ -24,6 +25,7 @@ class ExportOptions:
         format: Format to write; ``None`` for an adapter if the tuned change has a low rank, otherwise merged.
         base_model: Hub id of the base model; ``None`` for the one that the checkpoint names.
         push_to_hub: Hub repository to upload to; ``None`` for no upload.
+        private: Whether the repository must be private.
         trust_remote_code: Whether to run code from the model's repository.
     """
 
@@ -31,6 +33,7 @@ class ExportOptions:
     format: str | None = None
     base_model: str | None = None
     push_to_hub: str | None = None
+    private: bool = False
     trust_remote_code: bool = False
 
 
@@ -41,10 +44,12 @@ class Exported:
     Attributes:
         folder: Folder that was written.
         base: The model that it was merged into or belongs to, in words, such as ``merged into smollm2-135m``.
+        address: Address of the Hub repository that it was uploaded to; ``None`` without an upload.
     """
 
     folder: Path
     base: str
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,17 @@ class Facts:
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = False
+
+    @property
+    def data_set(self) -> HubSource | None:
+        """The data set of the Hub that the rows came from, with its commit; ``None`` for other rows."""
+        found = hub_record(self.note)
+        path = found.get("data_set")
+        return path and HubSource(path, found["data_config"], revision=found["data_commit"])
+
+    def num_rows(self, split: str) -> int:
+        """Return how many rows of ``train``, ``dev`` or ``test`` the run used."""
+        return len(self.note.get("data", {}).get("rows", {}).get(split, ()))
 
     @property
     def rank(self) -> int | None:

@@ -6,31 +6,51 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.hub import HUB_ID
 
 
-def check_repository(repository: str) -> None:
-    """Check the name of a repository before long work.
+def check_repository(repository: str | None, private: bool) -> None:
+    """Check the options of an upload before long work.
 
     Raises:
-        SlzoError: It is not a Hub id.
+        SlzoError: The repository is not a Hub id, or only ``private`` is given.
     """
+    if repository is None:
+        if private:
+            raise SlzoError(
+                "private true: is used only with push_to_hub; give --push_to_hub ME/NAME too, or leave it out"
+            )
+        return
     if not HUB_ID.fullmatch(repository):
         raise SlzoError(f"push_to_hub {repository!r}: must be a Hub id like 'me/my-model'")
 
 
-def push(folder: Path, repository: str) -> None:
+def push(folder: Path, repository: str, private: bool = False) -> str:
     """Create a repository if needed and upload a folder as one commit, with the token of ``hf auth login`` or ``HF_TOKEN``.
 
+    Returns:
+        The address of the repository.
+
     Raises:
-        SlzoError: The Hub cannot be reached or rejects the upload; the folder is kept.
+        SlzoError: The Hub cannot be reached or rejects the upload, or the repository must be private and is not; the folder is
+            kept.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Tuned with slzo, forward passes only")
+        address = str(api.create_repo(repository, exist_ok=True, private=private or None))
+        is_public = private and not api.model_info(repository).private  # one that existed stays as it was
+        if not is_public:
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="Tuned with slzo, forward passes only"
+            )
     except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
         reason = " ".join(str(error).split())[:200]
         raise SlzoError(
             f"push_to_hub {repository!r}: not uploaded ({reason}); check the name, the connection and `hf auth login`; the "
             f"folder is complete, so `hf upload {repository} {folder}` is enough"
         ) from error
+    if is_public:
+        raise SlzoError(
+            f"push_to_hub {repository!r}: not uploaded, because it exists and is public; make it private in its settings on "
+            f"{address}, or choose another name"
+        )
+    return address

@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import slzo
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import resolve_model
@@ -47,7 +49,7 @@ class Origin:
         public: Whether others can find the model under that name.
         gguf: Name and SHA-256 of the GGUF file that the model was converted from; ``None`` if there is none.
         licence: Licence of the weights; ``None`` if unknown.
-        documents: Licence files in the model's folder.
+        documents: Licence files in the model's folder; for Apache-2.0 there is always one.
         commit: Commit of a model from the Hub, else ``None``.
     """
 
@@ -96,6 +98,8 @@ def origin_of(model: str, given: str | None = None) -> Origin:
         name = _name_of_folder(folder)
     documents = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _DOCUMENTS.fullmatch(file.name))
     licence = licence or _licence_of_card(folder) or _licence_of_type(folder)
+    if licence is not None and licence.name == "apache-2.0":
+        documents = documents or _apache_text()
     public = given or name
     local = path.stem if gguf is not None else folder.resolve().name
     commit = model_commit(model, folder) if given in (None, name) else None
@@ -110,6 +114,16 @@ def hub_id(builtin: BuiltinModel) -> str:
 def loadable(name: str) -> str:
     """Return what :func:`slzo.models.load.load_model` accepts for the name of an origin, such as a built-in model's name."""
     return next((known for known, builtin in BUILTIN_MODELS.items() if hub_id(builtin) == name), name)
+
+
+def _apache_text() -> tuple[Path, ...]:
+    """Return the file with the text of the Apache License, under which slzo is too; empty if it was removed."""
+    files = metadata.files("slzo") or ()
+    places = (
+        *(Path(str(file.locate())) for file in files if file.name == "LICENSE"),
+        Path(slzo.__file__).parents[1] / "LICENSE",
+    )
+    return tuple(place for place in places if place.is_file())[:1]
 
 
 def _licence_of_builtin(builtin: BuiltinModel) -> KnownLicence:

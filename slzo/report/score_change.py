@@ -103,6 +103,24 @@ def score_change(
     return ScoreChange(metric, before, after, None, False, lower_is_better)
 
 
+def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: int) -> float | None:
+    """Return the standard error of a held-out score.
+
+    It is that of the mean over the rows, s / sqrt(n), or of a proportion, sqrt(p (1 - p) / n); ``None`` for other metrics.
+
+    Args:
+        metric: Name of the metric.
+        score: The score.
+        rows: Score of each row by id; empty if it is unknown.
+        num_rows: Number of rows.
+    """
+    if len(rows) > 1 and math.isclose(statistics.fmean(rows.values()), score, abs_tol=1e-4 * max(1.0, abs(score))):
+        return statistics.stdev(rows.values()) / math.sqrt(len(rows))
+    if metric in PROPORTIONS and num_rows > 0 and 0 <= score <= 1:
+        return math.sqrt(score * (1 - score) / num_rows)
+    return None
+
+
 @dataclass(frozen=True)
 class DevLoss:
     """The dev loss of a run at its first, best and last validation.

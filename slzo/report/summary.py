@@ -9,7 +9,7 @@ from typing import Any
 from slzo.evaluation.held_out import HeldOutScores
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.report.next_command import AdviceFacts, next_command
-from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
+from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
 from slzo.tasks.base import Example
 
 
@@ -53,6 +53,7 @@ class RunFacts:
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
         command: Command line that started the run; ``None`` for a run from Python.
         folder: Folder of the run; ``None`` if no files are written.
+        majority_share: Share of the held-out rows in their most frequent class; ``None`` if they have no common classes.
     """
 
     model: str
@@ -90,6 +91,7 @@ class RunFacts:
     limit: tuple[str, int]
     command: str | None
     folder: str | None
+    majority_share: float | None = None
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -118,6 +120,8 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "metric": metric,
         "score_before": scores_before.get(metric),
         "score_after": after.metrics[metric],
+        "score_standard_error": score_error(metric, after.metrics[metric], after.rows, run.num_rows),
+        "majority_share": run.majority_share,
         "score_change": None if change is None else change.change,
         "score_change_standard_error": None if change is None else change.standard_error,
         "score_change_paired": None if change is None else change.paired,
