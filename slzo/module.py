@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from slzo.callbacks.run_context import run_context
 from slzo.callbacks.schedule import check_interval, folder_of
@@ -23,6 +24,7 @@ from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import Quantization, describe_quantization
+from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note, restore
 from slzo.run import Prepared
 from slzo.training import adapt_rows, load_parts, make_evaluator
@@ -128,6 +130,7 @@ class ZOModule(LightningModule):
         self.tuned_tensors: TunedTensors | None = None
         self._untuned: ModelParts | None = None
         self._start: Checkpoint | None = None
+        self._is_given = False
         self._score: RunningScore | None = None
         # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
@@ -208,6 +211,17 @@ class ZOModule(LightningModule):
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
+    def use(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Use a model that is already loaded, such as that of an exported folder, in place of ``model`` of the options.
+
+        Raises:
+            SlzoError: The model cannot be run in parts.
+        """
+        engine = self.options.engine
+        moved: Any = model.to(device)  # type: ignore[arg-type]
+        self._hold_parts(split_and_verify(moved, engine.packed, engine.onednn))
+        self._is_given = True
+
     def _checkpoint_to_continue(self) -> Checkpoint | None:
         path = self.trainer.ckpt_path
         if path is None:
@@ -273,6 +287,11 @@ class ZOModule(LightningModule):
         self.tuned_model = model
         # a submodule: strategies move it to their device and find what requires a gradient
         self.tuned_tensors = model.tensors
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it scores a tuned model."""
+        return self.tuned_model is not None or self._start is not None or self._is_given
 
     @property
     def parts(self) -> ModelParts:

@@ -187,7 +187,7 @@ class ZOTrainer(Trainer):
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
         """Return the path of the checkpoint to score; print that there is none, unless the model was just fitted."""
         checkpoint = self._find(ckpt_path)
-        if checkpoint is None and getattr(model, "tuned_model", None) is None:
+        if checkpoint is None and not getattr(model, "is_tuned", False):
             say("No --ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
 

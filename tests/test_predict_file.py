@@ -102,3 +102,29 @@ def test_the_snippet_of_the_page_has_the_same_probabilities(options, model_dir, 
     )
     for found, line in zip(names["found"], read(tmp_path / "out.jsonl"), strict=True):
         assert found == pytest.approx(line["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scope", "format"),
+    [("LoRA", "adapter"), ("LayerScope", "delta"), pytest.param("LayerScope", "merged", marks=pytest.mark.slow)],
+)
+def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope, format):
+    tune = [f"--model.scope={scope}", "--model.layer=1", "--model.optimizer.lr=0.5", "--trainer.max_steps=2"]
+    assert main(["fit", *options, *tune, "--record.test_before=false"]) == 0
+    assert main(["export", "--ckpt_path=best", "--output=out", f"--format={format}"]) == 0
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"sentence": text}) + "\n" for text in TEXTS))
+    rows = ["--data.predict_file=mine.jsonl"]
+    assert main(["predict", "--ckpt_path=runs/version_0", *rows, "--output=run.jsonl"]) == 0
+    base = [] if format == "merged" else [option for option in options if option.startswith("--model.model=")]
+    capsys.readouterr()
+    if base:
+        line = error_line(capsys, "predict", "--ckpt_path=out", *rows)
+        assert "its base model is not public" in line
+        assert "give a copy with --model.model" in line
+    assert main(["predict", "--ckpt_path=out", *rows, *base, "--output=out.jsonl"]) == 0
+    assert "untuned" not in capsys.readouterr().out
+    for mine, theirs in zip(read(tmp_path / "out.jsonl"), read(tmp_path / "run.jsonl"), strict=True):
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+    assert main(["predict", *options, *rows, "--output=untuned.jsonl"]) == 0
+    untuned, tuned = ([line["scores"][0] for line in read(tmp_path / f"{name}.jsonl")] for name in ("untuned", "out"))
+    assert untuned != pytest.approx(tuned, abs=1e-4)

@@ -31,6 +31,7 @@ from slzo.datamodule import TaskDataModule
 from slzo.loggers import RUNS, FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
+from slzo.prompting.pair import Source, is_export, load_exported
 from slzo.run import RunContext
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer
@@ -79,6 +80,19 @@ class App:
         parts = load_parts(self.model.options, self.device)
         adapt_rows(rows, parts, self.model.options)
         return parts, rows
+
+    def checkpoint_to_score(self, ckpt_path: str | None) -> str | None:
+        """Return the checkpoint for the trainer; an exported folder is loaded into the model instead."""
+        if ckpt_path is None or not is_export(ckpt_path):
+            return ckpt_path
+        options = self.model.options
+        for name in ("quantization", "device_map"):
+            if getattr(options, name) is not None:
+                raise SlzoError(f"model.{name}: does not apply to the exported folder {ckpt_path!r}; leave it out")
+        merged = (Path(ckpt_path).expanduser() / "config.json").is_file()
+        source = Source(ckpt_path, None if merged else options.model, False, options.trust_remote_code)
+        self.model.use(load_exported(source), self.device)
+        return None
 
     def run_context(self) -> RunContext:
         """Describe the training that ``fit`` would run with these options."""

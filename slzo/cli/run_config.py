@@ -4,12 +4,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import NAMES, named_checkpoint
+from slzo.checkpoints.checkpoint import NAMES, checkpoint_of_run, named_checkpoint
 from slzo.cli.config_files import check_config_file
 from slzo.cli.parser import option_values
 from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.commands.registry import Command
 from slzo.loggers import RUNS
+from slzo.prompting.pair import exported_options, is_export
 from slzo.report.run_files import CONFIG_FILE
 from slzo.utils.config_code import TRUST, code_in
 from slzo.utils.errors import SlzoError
@@ -37,6 +38,13 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     folder = folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS
     if checkpoint in NAMES and Path(folder).is_dir():
         checkpoint = str(named_checkpoint(checkpoint, folder))
+        args = [*args, f"--ckpt_path={checkpoint}"]
+    if command.reads_run_config and is_export(checkpoint):
+        models = option_values(args, "--model.model")
+        options = exported_options(checkpoint, models[-1] if models else None)
+        return [*(f"--{name}={value}" for name, value in options.items()), *args]
+    if command.name != "fit" and (Path(checkpoint) / "checkpoints").is_dir():
+        checkpoint = str(checkpoint_of_run(checkpoint))
         args = [*args, f"--ckpt_path={checkpoint}"]
     config = Path(checkpoint).parent.parent / CONFIG_FILE
     if command.reads_run_config and Path(checkpoint).is_file() and config.is_file():

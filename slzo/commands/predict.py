@@ -9,8 +9,10 @@ def predict(app: App, ckpt_path: str | None = None, output: str | None = None) -
 
     Args:
         app: Trainer, model and rows.
-        ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
+        ckpt_path: Checkpoint whose tuned layer is used, ``last`` or ``best``, the folder of a run, or an exported folder; without
+            it the untuned model is used.
         output: File to write; by default predictions.jsonl in the run's folder.
     """
     app.trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
-    app.trainer.predict(app.model, datamodule=app.rows, return_predictions=False, ckpt_path=ckpt_path)
+    path = app.checkpoint_to_score(ckpt_path)
+    app.trainer.predict(app.model, datamodule=app.rows, return_predictions=False, ckpt_path=path)

@@ -8,6 +8,7 @@ def validate(app: App, ckpt_path: str | None = None) -> None:
 
     Args:
         app: Trainer, model and rows.
-        ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
+        ckpt_path: Checkpoint whose tuned layer is scored, ``last`` or ``best``, the folder of a run, or an exported folder;
+            without it the untuned model is scored.
     """
-    app.trainer.validate(app.model, datamodule=app.rows, ckpt_path=ckpt_path)
+    app.trainer.validate(app.model, datamodule=app.rows, ckpt_path=app.checkpoint_to_score(ckpt_path))

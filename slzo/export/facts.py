@@ -10,6 +10,7 @@ from slzo.checkpoints.checkpoint import Checkpoint, hub_record
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
 from slzo.tasks.base import HubSource
+from slzo.tasks.registry import TASKS
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
@@ -111,6 +112,7 @@ class Facts:
             "dtype": self.note["dtype"],
             "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
             "fingerprint": self.note.get("base", {}),
+            **({"task": self.data["task"]} if self.data.get("task") in TASKS else {}),
             **({} if template is None else {"chat_template": template}),
         }
 

@@ -80,7 +80,7 @@ def load_pair(source: Source) -> Pair:
         SlzoError: There is nothing usable at the path, or its base model is missing or a different one.
     """
     path = Path(source.path).expanduser()
-    if any((path / name).is_file() for name in (FACTS_FILE, CONFIG_FILE)):
+    if is_export(path):
         return _from_export(path, source)
     if source.base is not None:
         raise SlzoError(
@@ -109,6 +109,49 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
         return _with_adapter(model, Path(folder), tokenizer, source)
 
 
+def is_export(path: str | Path) -> bool:
+    """Whether a path is an exported folder."""
+    return any((Path(path).expanduser() / name).is_file() for name in (FACTS_FILE, CONFIG_FILE))
+
+
+def exported_options(folder: str | Path, model: str | None) -> dict[str, str]:
+    """Return the options that score an exported folder: model, dtype, and the task if it is a built-in one.
+
+    Args:
+        folder: The folder.
+        model: The base model that the user gave; ``None`` for the one that the folder names.
+
+    Raises:
+        SlzoError: The base model is a local folder, and none is given.
+    """
+    path = Path(folder).expanduser()
+    facts = _read(path / FACTS_FILE)
+    if model is None:
+        is_whole = (path / "config.json").is_file()
+        model = str(path) if is_whole else _base_name(path, facts, "model.model")
+    options = {"model.model": model, "model.dtype": facts.get("dtype"), "data.task": facts.get("task")}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load_exported(source: Source) -> PreTrainedModel:
+    """Load the tuned model of an exported folder; an adapter is merged into it.
+
+    Raises:
+        SlzoError: The folder or its base model cannot be used, or it is another base model.
+    """
+    folder = Path(source.path).expanduser()
+    facts = _read(folder / FACTS_FILE)
+    if (folder / "config.json").is_file():
+        return _load(str(folder), facts, source)
+    model = _load(source.base or _base_name(folder, facts), facts, source)
+    Fingerprint.of(model).check(facts.get("fingerprint", {}))
+    if (folder / DELTA_FILE).is_file():
+        swap(model, read_delta(folder))
+        return model
+    merged: PreTrainedModel = _adapted(model, folder, source).merge_and_unload()
+    return merged
+
+
 def _from_export(folder: Path, source: Source) -> Pair:
     facts = _read(folder / FACTS_FILE)
     name = source.base or _base_name(folder, facts)
@@ -123,12 +166,12 @@ def _from_export(folder: Path, source: Source) -> Pair:
     return _with_adapter(model, folder, tokenizer, source)
 
 
-def _base_name(folder: Path, facts: Mapping[str, Any]) -> str:
+def _base_name(folder: Path, facts: Mapping[str, Any], option: str = "base") -> str:
     base = facts.get("base_model", {})
     name = base.get("name") or _read(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not name or base.get("public") is False:  # a local folder on the machine where it was tuned
         which = f" (a local folder called {name!r} when it was tuned)" if name else ""
-        raise SlzoError(f"ckpt_path {str(folder)!r}: its base model is not public{which}; give a copy with --base")
+        raise SlzoError(f"ckpt_path {str(folder)!r}: its base model is not public{which}; give a copy with --{option}")
     return loadable(str(name)) if base.get("commit") is None else f"{name}@{base['commit']}"
 
 
@@ -163,7 +206,8 @@ def _with_tensors(
     return Pair(tokenizer, swapped, _always(model) if source.untuned else None)
 
 
-def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, source: Source) -> Pair:
+def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:
+    """Return the ``PeftModel`` of an adapter."""
     peft = import_peft("adapter")
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
@@ -172,8 +216,14 @@ def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTok
         raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
     if adapted.active_peft_config.is_prompt_learning:  # transformers 5.24 ignores peft 0.21's virtual tokens
         raise SlzoError(
-            f"ckpt_path {source.path!r}: transformers cannot generate with the virtual tokens of prefix tuning; use slzo predict"
+            f"ckpt_path {source.path!r}: transformers cannot use the virtual tokens of prefix tuning; use slzo predict with the "
+            "checkpoint of the run"
         )
+    return adapted
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, source: Source) -> Pair:
+    adapted = _adapted(model, folder, source)
 
     @contextmanager
     def plain() -> Iterator[PreTrainedModel]:
