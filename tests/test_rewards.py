@@ -37,6 +37,13 @@ import ctypes, os, time
 def length(completions, **columns): return [len(text) / 100 for text in completions]
 def arbitrary(completions, **columns): return [sum(map(ord, each[0]["content"])) % 97 / 97 for each in completions]
 def not_a_number(completions, **columns): return [float("nan") if text == "b" else 0.5 for text in completions]
+def huge(completions, **columns): return [1e308 if text == "b" else 0.5 for text in completions]
+def interrupts(completions, **columns):
+    with open("calls", "a+") as calls:
+        calls.write(".")
+        calls.seek(0)
+        if len(calls.read()) == 10: raise KeyboardInterrupt
+    return arbitrary(completions)
 def nothing(completions, **columns): return [None] * len(completions)
 def too_few(completions, **columns): return [1.0]
 def sleeps_in_c(completions, **columns): ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
@@ -141,6 +148,7 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
         ("busy", "took longer than 0.6 s (timeout) and was stopped, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("leaves", "ended the reward process with status 3, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("not_a_number", "returned nan, at row 'row-b'", [0.5, math.nan, 0.5]),
+        ("huge", "returned 1e+308, which is above 1e+30 (with its weight 1), at row 'row-b'", [0.5, math.nan, 0.5]),
         ("nothing", "returned 'None', which is not a number, at row 'row-a'", [math.nan] * 3),
         ("too_few", "returned 1 values for 3 answers, at row 'row-a'", [math.nan] * 3),
     ],
@@ -154,6 +162,13 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
     endings = [record.message.partition("; ")[2] for record in caplog.records]
     assert endings == ["the row is not counted"] * len(found.problems)
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
+
+
+def test_a_large_weight_counts_too(folder):
+    found = Rewards({"function": "mine.py:length", "weight": 1e30}, in_process=True)(answers("a" * 200))
+    assert found.problems == (
+        f"data.reward mine.py:length: returned 2, which is above 1e+30 (with its weight 1e+30), at row 'row-{'a' * 200}'",
+    )
 
 
 def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
@@ -177,6 +192,18 @@ def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
         ([], r"data.reward \[\]: name a function, or a list of them"),
         ([{"function": "regex", "wheight": 1}], "give a name, or a mapping with function, weight, arguments"),
         ([{"function": "accuracy", "weight": "x"}], "data.reward 'accuracy': weight 'x' must be a number"),
+        (
+            [{"function": "accuracy", "weight": 1e308}],
+            r"data.reward 'accuracy': weight 1e\+308 must be a number from -1e\+30",
+        ),
+        (
+            [{"function": "regex", "arguments": {"pattern": "("}}],
+            r"data.reward 'regex': pattern '\(' is not a regular expression \(missing \), unterminated",
+        ),
+        (
+            [{"function": "regex", "arguments": {"pattern": 5}}],
+            "data.reward 'regex': pattern 5 must be text; correct it",
+        ),
         ([{"function": "regex", "arguments": [1]}], r"data.reward 'regex': arguments \[1\] must be a mapping"),
         ("a/b:f", "data.reward 'a/b:f': the file must end in .py"),
     ],
@@ -210,6 +237,7 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
             {"samples": 2},
             "data.objective.samples 2: must be at least 1; for more than 1, set data.objective.temperature",
         ),
+        ({"best": 1e308}, r"data.objective.best 1e\+308: must be a number from -1e\+30 to 1e\+30"),
         ({"timeout": 0}, "data.objective.timeout 0: must be a number of seconds above 0"),
     ],
 )
@@ -382,6 +410,23 @@ def test_a_resume_on_rewards_is_exact(reward_options, sampling):
     one, early, other = (tuned(last_checkpoint(number)) for number in range(3))
     assert any(not torch.equal(one[name], early[name]) for name in one)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("in_process", [pytest.param("true", marks=pytest.mark.slow), "false"])
+def test_an_interrupt_inside_a_reward_is_one_of_the_run(reward_options, folder, in_process, capfd):
+    """As after Ctrl-C: status 130, and the resumed run equals one without it."""
+    options = ["fit", *reward_options, "--data.objective=Reward", f"--data.objective.in_process={in_process}"]
+    options += ["--record.test_before=false", "--data.num_test=4", "--trainer.max_steps=5"]
+    function = "--data.objective.functions=mine.py:"
+    assert main([*options, f"{function}interrupts"]) == 130
+    error = capfd.readouterr().err
+    assert "slzo: interrupted" in error
+    assert "Traceback" not in error
+    assert main([*options, f"{function}interrupts", "--ckpt_path=last"]) == 0
+    assert main([*options, f"{function}arbitrary"]) == 0
+    resumed, whole = (tuned(last_checkpoint(number)) for number in (1, 2))
+    assert summary(1)["skipped_steps"] == 0
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(

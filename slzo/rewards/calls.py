@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,10 @@ from typing import Any
 
 from slzo.rewards.registry import REWARDS, RewardFunction
 from slzo.utils.class_paths import format_error, format_place
+from slzo.utils.errors import Interrupted
+
+MAX_REWARD = 1e30
+"""The largest weighted reward; sums of these still fit into float32."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,14 @@ def call(wanted: RewardCall, function: RewardFunction, answers: Answers) -> list
 
     Raises:
         RewardFailure: The function raised, or returned something else.
+        Interrupted: The function raised KeyboardInterrupt.
     """
     given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns, **wanted.arguments}
     given = {name: value for name, value in given.items() if name in _accepted(function, given)}
     try:
         values = list(function(**given))
+    except KeyboardInterrupt as error:
+        raise Interrupted(signal.SIGINT) from error
     except Exception as error:  # the user's function may raise anything
         raise RewardFailure(
             wanted.function, f"raised {format_error(error)}", _place(function, wanted, answers)
@@ -118,6 +126,9 @@ def call(wanted: RewardCall, function: RewardFunction, answers: Answers) -> list
             ) from None
         if not math.isfinite(number):
             raise RewardFailure(wanted.function, f"returned {number}", place)
+        if abs(number) * max(1.0, abs(wanted.weight)) > MAX_REWARD:
+            reason = f"returned {number:g}, which is above {MAX_REWARD:g} (with its weight {wanted.weight:g})"
+            raise RewardFailure(wanted.function, reason, place)
         numbers.append(number)
     return numbers
 

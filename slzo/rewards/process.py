@@ -13,7 +13,7 @@ from typing import Any
 
 from slzo.rewards.calls import Answers, RewardCall, RewardFailure
 from slzo.rewards.worker import LENGTH, write_frame
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import Interrupted, SlzoError
 
 _LOADING_SECONDS = 120.0
 
@@ -63,11 +63,14 @@ class RewardProcess:
 
         Raises:
             RewardFailure: A function failed, ended the process or took too long; in the last two cases the process is gone.
+            Interrupted: A function raised KeyboardInterrupt.
         """
         self.load()
         reply = self._ask(answers, self.timeout)
         if isinstance(reply, tuple):
             raise RewardFailure(*reply)
+        if isinstance(reply, int):
+            raise Interrupted(reply)
         return list(reply)
 
     def kill(self) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.rewards.calls import Answers, RewardCall, RewardFailure, call, find_function
+from slzo.rewards.calls import MAX_REWARD, Answers, RewardCall, RewardFailure, call, find_function
 from slzo.rewards.process import RewardProcess
-from slzo.rewards.registry import REWARDS, check_package
+from slzo.rewards.registry import REWARDS, check_arguments, check_package
 from slzo.utils.errors import SlzoError
 
 _log = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def read_functions(given: object) -> tuple[RewardCall, ...]:
         if separator and not path.endswith(".py") and "/" in path:
             raise SlzoError(f"data.reward {one.function!r}: the file must end in .py")
         check_package(one.function)
+        check_arguments(one.function, one.arguments)
     return tuple(found)
 
 
@@ -159,8 +160,10 @@ def _read(entry: object) -> RewardCall:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), str) or set(entry) - set(known):
         raise SlzoError(f"data.reward {entry!r}: give a name, or a mapping with {', '.join(known)}")
     weight, arguments = entry.get("weight", 1.0), entry.get("arguments") or {}
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise SlzoError(f"data.reward {entry['function']!r}: weight {weight!r} must be a number")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= MAX_REWARD:
+        raise SlzoError(
+            f"data.reward {entry['function']!r}: weight {weight!r} must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}"
+        )
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise SlzoError(
             f"data.reward {entry['function']!r}: arguments {arguments!r} must be a mapping of names to values"

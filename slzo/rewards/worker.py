@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from slzo.rewards.calls import RewardCall, RewardFailure, call, find_function
 from slzo.rewards.registry import RewardFunction
+from slzo.utils.errors import Interrupted
 
 LENGTH = struct.Struct("<Q")
 
@@ -61,6 +62,8 @@ def main() -> None:
                 reply = [call(one, function, request) for one, function in zip(wanted, functions, strict=True)]
             except RewardFailure as failure:
                 reply = (failure.function, failure.reason, failure.place)
+            except Interrupted as stop:
+                reply = stop.number
         signal.setitimer(signal.ITIMER_REAL, 0)
         write_frame(replies, reply)
 

@@ -7,6 +7,16 @@ from typing import Any
 from slzo.rewards.answers import text_of
 
 
+def check_pattern(pattern: object) -> None:
+    """Raise ValueError with the reason if a pattern for all rows is not a regular expression."""
+    if not isinstance(pattern, str):
+        raise ValueError("must be text")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression ({error})") from None
+
+
 def regex(completions: Sequence[Any], pattern: str | Sequence[str], whole: bool = False) -> list[float]:
     """1 if the pattern is found in the answer (``whole``: matches all of it), else 0.
 

@@ -14,6 +14,7 @@ from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.rewarding import reward_inputs
 from slzo.evaluation.sampling import Sampling, sample_key
+from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardResult, Rewards
 from slzo.tasks.base import Example
@@ -70,6 +71,8 @@ class Reward(Objective):
             raise SlzoError(
                 f"data.objective.samples {samples}: must be at least 1; for more than 1, set data.objective.temperature"
             )
+        if best is not None and not abs(best) <= MAX_REWARD:
+            raise SlzoError(f"data.objective.best {best}: must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}")
         self.functions = functions
         self.temperature, self.samples = temperature, samples
         self.timeout, self.in_process = timeout, in_process
