@@ -313,6 +313,8 @@ class TaskRows:
         )
         for note in self.splits.notes:
             say(note)
+        self._warn_of_unused_sources()
+        self._warn_of_one_class()
         if self.num_demonstrations > len(self.splits.train):
             raise SlzoError(
                 f"data.num_demonstrations {self.num_demonstrations}: only {len(self.splits.train)} training rows to take "
@@ -390,6 +392,7 @@ class TaskRows:
         start = {"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40
         rows: list[Row] = []
         bad: list[RowError] = []
+        self.encoder.shortened = 0
         for i in kept:
             example, encoded = examples[i], None
             prompt: tuple[int, ...] = ()
@@ -410,6 +413,28 @@ class TaskRows:
         self._say_shortened(split)
         return rows
 
+    def _warn_of_unused_sources(self) -> None:
+        """Warn about a source of rows that the task's own files replace."""
+        if "train" not in self.task.files:
+            return
+        for name in ("data_dir", "hub_path", "hub_config"):
+            if (value := getattr(self, name)) is not None:
+                warn(
+                    f"data.{name} {value!r}: is not used, because task {self.task.name!r} has its own files, such as "
+                    f"{self.task.files['train']}; leave it out"
+                )
+
+    def _warn_of_one_class(self) -> None:
+        """Warn if all training rows of a classification task have the same answer."""
+        assert self.splits is not None
+        labelled = [example for example in self.splits.train if example.gold]
+        answers = {example.candidates[example.gold[0]] for example in labelled}
+        if self.task.kind is Kind.CLASSIFICATION and len(labelled) > 1 and len(answers) == 1:
+            warn(
+                f"data.task {self.task.name!r}: all {len(labelled)} training rows have the same answer, {answers.pop()!r}, so "
+                "training can only learn to always give it; add rows of other classes, or raise data.num_train"
+            )
+
     @contextmanager
     def _on_bad_row(self, bad: list[RowError]) -> Iterator[None]:
         """Catch the error of an unusable row: record it with ``skip_bad_rows``, otherwise end the run."""
@@ -426,12 +451,13 @@ class TaskRows:
         return self.task.generates or self.reward is not None or is_predicted
 
     def _say_shortened(self, split: str) -> None:
-        if isinstance(self.encoder, ChatEncoder) and self.encoder.shortened:
-            say(
-                f"Shortened {self.encoder.shortened} sequences of {split} rows to {self.encoder.max_length} tokens: earlier "
-                "turns were left out first (data.max_length)."
-            )
-            self.encoder.shortened = 0
+        encoder = self.encoder
+        if not encoder.shortened:
+            return
+        how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
+        warn(
+            f"data.max_length {encoder.max_length}: {encoder.shortened} sequences of {split} rows are longer, and {how}"
+        )
 
     def sampler(
         self,

@@ -160,3 +160,55 @@ def test_ids_reach_predictions_and_samples(model_dir, tmp_path, monkeypatch):
     samples = json.loads((run_dir() / "samples.json").read_text())["rows"]
     assert [record["id"] for record in found] == [row["id"] for row in samples]
     assert all(row["id"] == str(100 + int(row["prompt"].split()[1])) for row in samples)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("NaN", "field 'text' is nan, as pandas writes a missing value; fill it"),
+        ("Infinity", "field 'text' is inf; it must be text"),
+    ],
+)
+def test_a_missing_value_of_pandas_is_no_text(tmp_path, value, reason):
+    rows = [*rows_of(8), f'{{"text": {value}, "label": 1}}'.encode()]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SlzoError, match=rf"rows\.jsonl:9: {reason}"):
+        set_up(template(train_file=path))
+
+
+def test_a_missing_value_of_pandas_is_no_reference(tmp_path):
+    rows = [{"question": "q", "answer": "a", "more": more} for more in ("b", float("nan"), "c", "d")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SlzoError, match=r"rows\.jsonl:2: field 'more' is nan; it must be text or a number"):
+        set_up(TemplateTask("{question}", answer_field="answer", references_field="more", train_file=path))
+
+
+def test_sources_beside_a_tasks_own_files_are_named(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", rows_of(8))
+    set_up(template(train_file=path), data_dir="other", hub_path="a/b")
+    lines = capsys.readouterr().err.splitlines()
+    told = f"is not used, because task 'custom' has its own files, such as {path}; leave it out"
+    assert lines == [f"slzo: warning: data.data_dir 'other': {told}", f"slzo: warning: data.hub_path 'a/b': {told}"]
+
+
+def test_training_rows_of_one_class_are_named(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{**row, "label": 1} for row in rows_of(8)])
+    set_up(template(train_file=path), num_dev=2)
+    assert (
+        "slzo: warning: data.task 'custom': all 6 training rows have the same answer, ' good', so training can only"
+        in (capsys.readouterr().err)
+    )
+    set_up(template(train_file=write(tmp_path / "rows.jsonl", rows_of(8))))
+    assert not capsys.readouterr().err
+
+
+def test_cut_prompts_are_counted(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"text": f"film {i} " + "very long " * 9, "label": i % 2} for i in range(8)])
+    data = set_up(template(train_file=path), max_length=30, num_dev=2)
+    for split in ("train", "test"):
+        rows = data.rows(split)
+        long = sum(len(row.example.prompt) > 30 for row in rows)
+        assert capsys.readouterr().err == (
+            f"slzo: warning: data.max_length 30: {2 * long} sequences of {split} rows are longer, and are cut on the left\n"
+        )
+        data.profile_batches(4, 4)

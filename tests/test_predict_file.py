@@ -30,10 +30,12 @@ def test_rows_of_every_task_may_lack_their_label(name, tmp_path):
     }
     row = {field: special.get((name, field), "some text") for field in task.fields if field != label}
     assert label in task.fields
-    file.write_text("\n".join(json.dumps(each) for each in (row, {**row, label: None}, {**row, label: ""})))
+    file.write_text(
+        "\n".join(json.dumps(each) for each in (row, *({**row, label: none} for none in (None, "", math.nan))))
+    )
     examples = load_examples(task, "test", file=str(file))
-    assert [example.gold for example in examples] == [()] * 3
-    assert [example.references for example in examples] == [()] * 3
+    assert [example.gold for example in examples] == [()] * 4
+    assert [example.references for example in examples] == [()] * 4
 
 
 @pytest.mark.fast

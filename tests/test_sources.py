@@ -10,6 +10,7 @@ import pytest
 from helpers import SHARED_DATA
 from pyarrow import parquet
 
+from slzo.data.files import read_file
 from slzo.data.sources import load_examples, row_id
 from slzo.data.superglue import hub_rows
 from slzo.tasks.registry import get_task
@@ -250,6 +251,22 @@ def test_broken_files(tmp_path, kind, content, message):
     line = error_of("sst2", data_dir=tmp_path)
     assert message in line
     assert line.startswith(str(path))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_damaged_pages_of_a_parquet_file_are_one_line(tmp_path, compression):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(
+        pa.table({"text": [f"film {i}" for i in range(99)]}), path, compression=compression, write_page_checksum=True
+    )
+    whole = path.read_bytes()
+    for damaged in (whole[:8] + b"\xff" * 20 + whole[28:], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            SlzoError, match=r"^\S*rows\.parquet: a damaged Parquet file \([^\n]*\); write it again"
+        ) as error:
+            list(read_file(path))
+        assert "\n" not in str(error.value)
 
 
 def test_broken_parquet_rows_are_numbered(tmp_path):

@@ -31,6 +31,7 @@ WRONG = """
 --model.scope=OutlierChannels --model.scope.percent=101 | model.scope.percent 101.0: must be above 0 and at most 100
 --model.scope=ActivationSubspace --model.scope.rank=1000 | model.scope.rank 1000
 --model.scope=LoRA --model.scope.rank=0 | model.scope.rank 0: must be at least 1
+--model.scope=LoRA --model.scope.rank=33 | model.scope.rank 33: the model is 32 wide, and no map in it has a higher rank; give at most 32
 --model.scope=LoRA --model.scope.rank=abc | model.scope.rank 'abc': expected a whole number
 --model.scope.rank=4 --model.scope=LoRA | model.scope.rank: give the class before its options, as in --model.scope CLASS --model.scope.rank VALUE; choose one of A
 --model.scope=LoRA --model.scope.layer=3 | model.scope.layer: unknown option of the chosen class LoRA

@@ -72,14 +72,12 @@ class ChatEncoder(Encoder):
     Attributes:
         template: Text of the template.
         note: Sentence for the log if the template is not the tokenizer's, else ``None``.
-        shortened: Number of sequences that were too long so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat) -> None:
         super().__init__(tokenizer, max_length)
         self.chat = chat
         self.template, self.note = find_template(tokenizer, chat.template)
-        self.shortened = 0
         self._end = self._end_of_turn()
 
     @property

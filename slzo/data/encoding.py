@@ -29,11 +29,15 @@ class Encoder:
     Args:
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
+
+    Attributes:
+        shortened: Number of sequences that were too long so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.shortened = 0
         self._num_front, self._num_back = _num_specials(tokenizer)
 
     def encode(
@@ -109,6 +113,7 @@ class Encoder:
     def _cut(self, ids: list[int], length: int) -> tuple[int, ...]:
         if len(ids) <= length:
             return tuple(ids)
+        self.shortened += 1
         kept = length - self._num_front
         return (*ids[: self._num_front], *ids[len(ids) - kept :])
 

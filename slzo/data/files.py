@@ -189,10 +189,11 @@ def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     from pyarrow import parquet
 
     try:
-        rows = parquet.read_table(io.BytesIO(_read_bytes(path))).to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
+        rows = parquet.read_table(io.BytesIO(_read_bytes(path)), page_checksum_verification=True).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise SlzoError(f"{path}: not a Parquet file ({reason}); write it again, or use JSON Lines") from None
+        what = "not a Parquet file" if isinstance(error, pyarrow.ArrowInvalid) else "a damaged Parquet file"
+        raise SlzoError(f"{path}: {what} ({reason}); write it again, or use JSON Lines") from None
     for number, row in enumerate(rows, start=1):
         yield f"{path} row {number}", row
 

@@ -1,10 +1,12 @@
 """Load a task's rows from the user's files, a folder, a package or the Hugging Face Hub."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from slzo.data.files import READERS, OnBadRow, PlacedRow, read_file, refuse, refuse_all
 from slzo.data.hub import read_hub
@@ -88,6 +90,9 @@ def _example(task: Task, split: Split, values: Fields, position: int) -> Example
         raise ValueError(
             f"field {missing[0]!r} is missing; task {task.name!r} needs it (in all: {wanted}), and the row has {present}"
         )
+    for field in task.fields:
+        if _is_nan(values[field]):
+            raise ValueError(f"field {field!r} is nan, as pandas writes a missing value; fill it, or leave the row out")
     example = example_of(task, values, row_id(values, position, split, task.id_field))
     if not example.prompt.strip():
         raise ValueError("the prompt is empty; give its fields some text")
@@ -163,11 +168,20 @@ def _existing(file: str, option: str) -> Path:
 
 def _rows_to_predict(task: Task, path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     """Yield the rows of a file; missing labels become those of a row without a label."""
-    placed = (
-        (place, {**values, **{name: none for name, none in task.no_label.items() if values.get(name) in (None, "")}})
-        for place, values in read_file(path, on_bad)
-    )
+    placed = ((place, {**values, **_missing_labels(task, values)}) for place, values in read_file(path, on_bad))
     return _hub_fields(task, placed, on_bad)
+
+
+def _missing_labels(task: Task, values: Fields) -> dict[str, Any]:
+    return {
+        name: none
+        for name, none in task.no_label.items()
+        if values.get(name) in (None, "") or _is_nan(values.get(name))
+    }
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _find_file(task: Task, split: Split, root: Path) -> Path:

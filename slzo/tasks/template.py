@@ -4,6 +4,7 @@ Source: ``train_file`` (and ``dev_file``, ``test_file``). Prompt: a template wit
 over the candidates, or the ``metrics`` of generated answers, by default token F1.
 """
 
+import math
 from collections.abc import Sequence
 from string import Formatter
 
@@ -186,7 +187,7 @@ def _label_index(candidates: Sequence[str], labels: Sequence[str | int] | None) 
 
 
 def _as_text(value: object, field: str) -> str:
-    if isinstance(value, str | int | float):
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise ValueError(f"field {field!r} is {shown(value)}; it must be text or a number")
 

@@ -35,6 +35,12 @@ class LoRA(Scope):
 
     def adapter(self, context: ScopeContext) -> LoRAMatrices:
         layers = tuple(resolve_layers(self.layers, context))
+        width: int = context.parts.model.config.get_text_config(decoder=True).hidden_size
+        if self.rank > width:
+            raise SlzoError(
+                f"model.scope.rank {self.rank}: the model is {width} wide, and no map in it has a higher rank; give at most "
+                f"{width}; MeZO uses 8"
+            )
         names = None
         if self.target_modules is not None:
             # peft only checks that one name matches, and does not know mlp_output
