@@ -1,7 +1,7 @@
 """Loggers with one folder per run, and the folder of a run for a command."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,12 @@ def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
     Raises:
         SlzoError: The folder, or another file that the command needs, cannot be read or written.
     """
-    taken = [folder for logger in trainer.loggers if (folder := _folder_of(logger)) is not None]
+    taken: list[Path] = []
     try:
         with disk_errors():
+            for logger in trainer.loggers:
+                if (folder := _folder_of(logger, taken)) is not None:
+                    taken.append(folder)
             yield
     except (SlzoError, MisconfigurationException):
         if trainer.global_step <= begun:
@@ -115,12 +118,14 @@ def log_dir_of(trainer: Trainer) -> str | None:
     return str(trainer.strategy.broadcast(str(folder)))
 
 
-def _folder_of(logger: object) -> Path | None:
-    """Return the folder that a logger takes for this run; ``None`` if it takes none, or another process takes it."""
+def _folder_of(logger: object, taken: Sequence[Path]) -> Path | None:
+    """Return the folder that a logger takes for this run; ``None`` if it takes none, or another process or logger takes it."""
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
         return None
     check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
     if not isinstance(logger, _OwnFolder):  # Lightning's own loggers make theirs later
+        if Path(logger.log_dir) in taken:
+            return None
         _take(logger.root_dir, logger.version, given=True)
     folder = Path(logger.log_dir)
     for run in folder.parent.glob("version_*"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import PARTIAL, check_writable, remove_leftovers, replacing, write_json, write_text
+from slzo.utils.files import PARTIAL, check_writable, disk_errors, remove_leftovers, replacing, write_json, write_text
 
 pytestmark = pytest.mark.fast
 
@@ -50,6 +50,13 @@ def test_after_an_error_the_former_file_is_whole_and_nothing_else_is_left(tmp_pa
         write(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert path.read_text() == "before"
     assert names(tmp_path) == ["result.txt"]
+
+
+def test_a_file_that_is_gone_is_named_as_text():
+    """TensorBoard gives the path as bytes."""
+    with pytest.raises(SlzoError) as caught, disk_errors():
+        os.stat(b"runs/version_0/events")  # noqa: PTH116
+    assert str(caught.value).startswith("'runs/version_0/events': it or its folder was removed while the command ran")
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

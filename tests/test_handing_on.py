@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import error_line, summary
+from helpers import error_line, last_checkpoint, run_dir, summary
 
 from slzo.__main__ import main
 
@@ -36,6 +36,19 @@ def test_best_is_the_checkpoint_that_was_scored(options, capsys):
     for path in Path("elsewhere").rglob("step=*.ckpt"):
         path.unlink()
     assert "ckpt_path 'best': the run of" in error_line(capsys, *moved, "--output=no")
+
+
+def test_without_a_last_checkpoint_the_newest_of_the_same_run_is_last(options, capsys):
+    for _ in range(2):
+        assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+    last_checkpoint(1).unlink()
+    assert main(["replay", f"--run={run_dir(0)}", "--step=1"]) == 0  # newer, but it is no state of a run
+    (whole,) = (run_dir(1) / "checkpoints").iterdir()
+    assert main(["fit", *options, "--trainer.max_steps=6", "--ckpt_path=last"]) == 0
+    printed = capsys.readouterr()
+    assert "ckpt_path 'last': 'runs/version_1/checkpoints' has no last.ckpt" in printed.err + printed.out
+    assert f"Using the last checkpoint of the newest run, {whole}" in printed.out
+    assert summary(2)["steps"] == 6
 
 
 def test_without_a_run_there_is_no_best(options, capsys):

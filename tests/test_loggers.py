@@ -95,6 +95,33 @@ def test_a_logger_without_folders_has_one_for_each_run(options, tmp_path, monkey
     assert not (Path("kept") / "summary.json").exists()
 
 
+def test_a_folder_that_holds_a_run_is_one_line(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("same_logger.py").write_text(OWN_LOGGER.replace("lambda self: self._version", "lambda self: 'same'"))
+    args = ["fit", *options, "--trainer.max_steps=2", "--trainer.logger=same_logger.Own"]
+    assert main(args) == 0
+    before = sorted(Path("kept").rglob("*"))
+    assert "trainer.logger: its folder 'kept/own/same' holds another run; give it another version" in error_line(
+        capsys, *args
+    )
+    assert sorted(Path("kept").rglob("*")) == before
+
+
+def test_a_given_version_is_taken_once_and_its_config_takes_the_next(options, capsys):
+    both = [
+        f"{{class_path: {kind}, init_args: {{save_dir: runs, name: '', version: 7}}}}"
+        for kind in ("RunLogger", "CSVLogger")
+    ]
+    Path("both.yaml").write_text(f"trainer: {{logger: [{', '.join(both)}]}}")
+    args = ["fit", *options, "--config=both.yaml", "--trainer.max_steps=2"]
+    assert main(args) == 0
+    assert {"metrics.csv", "hparams.yaml"} <= {path.name for path in run_dir(7).iterdir()}
+    assert "trainer.logger.version 7: 'runs/version_7' exists; give another version" in error_line(capsys, *args)
+    assert main(["test", f"--ckpt_path={run_dir(7) / 'checkpoints' / 'last.ckpt'}"]) == 0
+    assert main(["fit", f"--config={run_dir(7) / 'config.yaml'}"]) == 0
+    assert len(list(Path("runs").glob("*/summary.json"))) == 2
+
+
 def test_pictures_go_to_loggers_that_take_them(tmp_path):
     given = []
 

@@ -159,7 +159,7 @@ class LastCheckpoint(Checkpoint):
         if isinstance(exception, Interrupted) and not exception.saved:
             pass_on(trainer, exception.number)
         # no collective call: the other processes may be elsewhere
-        if self.saved is not None and not isinstance(exception, SlzoError):
+        if self.saved is not None and self.saved.is_file() and not isinstance(exception, SlzoError):
             say(
                 f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
             )

@@ -22,6 +22,9 @@ from slzo.utils.hub import model_commit, split_revision
 from slzo.utils.signals import signals_held
 
 CHECKPOINT_FORMAT = 1
+REPLAYED = "replay-"
+"""Beginning of the names of checkpoints that were rebuilt from a log."""
+
 NAMES = ("last", "best")
 """Names that stand for the last and the best checkpoint of the newest run."""
 
@@ -197,24 +200,30 @@ def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def newest_checkpoint(root: str | Path) -> Path:
-    """Return the last checkpoint of the newest run below ``root``; if it is damaged, report it and return the newest intact one.
+    """Return the last checkpoint of the newest run below ``root``.
+
+    If it is missing or damaged, report it and return the newest intact one, of the same run if that has any.
 
     Raises:
         SlzoError: There is no intact checkpoint.
     """
-    found = _by_age(root, "last*.ckpt")
+    found = [path for path in _by_age(root, "*.ckpt") if not path.name.startswith(REPLAYED)]
     if not found:
         raise SlzoError(
-            f"ckpt_path 'last': no run below {str(root)!r} has a last.ckpt; start without --ckpt_path, or give a file"
+            f"ckpt_path 'last': no run below {str(root)!r} has a checkpoint; start without --ckpt_path, or give a file"
         )
-    option = f"ckpt_path {str(found[0])!r}"
-    try:
-        with _one_line(option):
-            checkpoint_file.verify(found[0])
-        return found[0]
-    except SlzoError as error:
-        _report(str(error))
-    for path in _by_age(root, "*.ckpt"):
+    newest = found[0].parent
+    last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
+    if last is None:
+        _report(f"ckpt_path 'last': {str(newest)!r} has no last.ckpt")
+    else:
+        try:
+            with _one_line(f"ckpt_path {str(last)!r}"):
+                checkpoint_file.verify(last)
+            return last
+        except SlzoError as error:
+            _report(str(error))
+    for path in sorted(found, key=lambda path: path.parent != newest):
         with suppress(SlzoError):
             if read_checkpoint(path).is_resumable:
                 _report(f"{path} is the newest intact checkpoint")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -32,6 +32,7 @@ from slzo.loggers import RUNS, FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.prompting.pair import Source, is_export, load_exported
+from slzo.report.run_files import CONFIG_FILE
 from slzo.run import RunContext
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer
@@ -115,7 +116,23 @@ class _RunConfig(SaveConfigCallback):
         assert isinstance(parser, AppParser)
         for name in ("config", *command_arguments(parser.command)):
             kept.pop(name, None)
+        loggers = kept.get("trainer.logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace) and logger.get("init_args.version") is not None:
+                logger["init_args.version"] = None  # this run has it; the config is for others
         super().__init__(parser, kept, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config; refuse a folder that already has one."""
+        try:
+            super().setup(trainer, pl_module, stage)
+        except RuntimeError as error:
+            folder = trainer.log_dir
+            if folder is None or not (Path(folder) / CONFIG_FILE).is_file():
+                raise
+            raise SlzoError(
+                f"trainer.logger: its folder {folder!r} holds another run; give it another version or name, or leave them out"
+            ) from error
 
 
 class SlzoCLI(LightningCLI):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import check_commit, read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import REPLAYED, check_commit, read_checkpoint, write_checkpoint
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
@@ -62,7 +62,7 @@ def replay_run(
             f"trainer.accelerator: run {run!r} was trained on {trained_on}, and random directions differ on "
             f"{device_name(device)}; replay it on {trained_on}"
         )
-    output = folder / "checkpoints" / f"replay-step={number}.ckpt" if output is None else output
+    output = folder / "checkpoints" / f"{REPLAYED}step={number}.ckpt" if output is None else output
     check_writable(output)
     start = read_checkpoint(folder / START)
     is_named = options.layer is not None and options.scope.needs_layer

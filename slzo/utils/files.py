@@ -195,6 +195,10 @@ def disk_errors() -> Iterator[None]:
         if error.errno is None:  # raised by a library, not by the operating system
             raise
         where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
+        if isinstance(error, FileNotFoundError):
+            raise SlzoError(
+                f"{where}: it or its folder was removed while the command ran; run the command again"
+            ) from error
         raise SlzoError(
             f"{where}: cannot be used ({error.strerror}); free space or fix the permissions there, or choose another folder "
             "(trainer.logger.save_dir, output, SLZO_CACHE); --ckpt_path last resumes from the last checkpoint"
