@@ -37,10 +37,12 @@ def test_the_table_counts_what_is_not_as_it_should_be():
     outcomes = [
         Outcome("fit", ["SIGKILL", "SIGINT"]),
         Outcome("fit", [], same=False, lost=3),
+        Outcome("edited", ["SIGKILL"], accepted=1),
         Outcome("sweep", ["SIGTERM"]),
     ]
-    assert [outcome.bad for outcome in outcomes] == [False, True, False]
+    assert [outcome.bad for outcome in outcomes] == [False, True, True, False]
     assert report(outcomes).splitlines()[2:] == [
-        "| fit | 2 | 2 | 1 | 0 | 0 | 0 | 3 |",
-        "| sweep | 1 | 1 | 0 | 0 | 0 | 0 | 0 |",
+        "| fit | 2 | 2 | 1 | 0 | 0 | 0 | 3 | 0 |",
+        "| edited | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |",
+        "| sweep | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 |",
     ]

@@ -4,12 +4,16 @@
 
 Each trial runs a command until a signal ends it, at a random time or at one of its writes, renames and deletes. It then repeats
 the command (a training with ``--ckpt_path last``), sometimes with further interrupts, until it finishes. The result is compared
-with that of an uninterrupted run: tuned weights, best checkpoint and score of ``fit``, figures of ``sweep``, bytes of ``export``.
-After every signal all checkpoints are read.
+with that of an uninterrupted run: tuned weights, best checkpoint, scores, history, summary, verdict and content of the page of
+``fit``, except times, memory and places; figures of ``sweep``; bytes of ``export``. After every signal all checkpoints are read.
+
+``chain`` is a training with four to six interrupts. ``edited`` is a training of which a row is edited after each interrupt: it
+must be refused, and continues with the old row. ``ranks`` is a training in two processes, one of which is killed at some time.
 
 Columns: trials; faults that hit; ``differ``: results that differ from the uninterrupted run; ``unreadable``: checkpoints that
-cannot be read; ``status``: exit statuses that do not fit the signal; ``hung``; ``lost``: repeated steps beyond the interrupted
-one, or, without a checkpoint, beyond the first ones. The last five must be 0.
+cannot be read; ``status``: exit statuses that do not fit the signal, and messages that do not name a killed rank; ``hung``;
+``lost``: repeated steps beyond the interrupted one, or, without a checkpoint, beyond the first ones; ``accepted``: edited rows
+that were not refused. The last six must be 0.
 """
 
 import argparse
@@ -17,8 +21,10 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +41,7 @@ import torch
 
 from slzo.__main__ import main as slzo
 from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.report.run_files import read_run
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.stepper import Stepper
@@ -44,11 +51,14 @@ _SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 _EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _PATIENCE_S = 300.0
-_MOST_FAULTS = 3  # in one trial
+# the time in which the others end when a rank is killed
+_OTHERS_S = 60.0
 # steps between two checkpoints of the training
 _EVERY = 2
 # times differ between runs
 _TIMES = ("second", "time", "memory", "path", "folder")
+# entries of a summary that name the run's folder or its command
+_PLACES = ("command", "run_dir", "use", "next", "best_checkpoint")
 
 
 class Fault(NamedTuple):
@@ -178,10 +188,29 @@ class Scenario(ABC):
 
     Args:
         options: Options of the tiny model and the made-up rows.
+
+    Attributes:
+        faults: Smallest and largest number of faults in a trial.
+        signals: Names of the signals that are sent.
+        at_events: Whether signals are also sent at writes, renames and deletes.
+        counts_steps: Whether its steps are counted.
     """
+
+    faults: tuple[int, int] = (1, 3)
+    signals: tuple[str, ...] = _SIGNALS
+    at_events = True
+    counts_steps = False
 
     def __init__(self, options: Sequence[str]) -> None:
         self.options = list(options)
+
+    def run(self, folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
+        """Run the command, at first and after a fault."""
+        return run_child(self.call(folder), folder, counters, fault)
+
+    def accepts(self, folder: Path, draw: random.Random) -> bool:
+        """Change what must not change under a run; return whether the command runs nevertheless, and undo the change."""
+        return False
 
     @abstractmethod
     def call(self, folder: Path) -> Callable[[], int]:
@@ -199,6 +228,8 @@ class Scenario(ABC):
 class Fit(Scenario):
     """A training of more than two epochs, with the prefix cache."""
 
+    counts_steps = True
+
     def call(self, folder: Path) -> Callable[[], int]:
         args = ["fit", *self.options, f"--last_checkpoint.every_n_steps={_EVERY}"]
         found = any(folder.glob("runs/**/checkpoints/last.ckpt"))
@@ -206,10 +237,82 @@ class Fit(Scenario):
 
     def result(self, folder: Path) -> Any:
         last = newest_checkpoint(folder / "runs")
-        summary = json.loads((last.parent.parent / "summary.json").read_text())
         state = read_checkpoint(last).content["state_dict"]
         weights = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
-        return weights, Path(summary["best_checkpoint"]).name, summary["score_after"], summary["steps"]
+        return weights, _record(last.parent.parent)
+
+
+class Chain(Fit):
+    """A training with many interrupts."""
+
+    faults = (4, 6)
+
+
+class Edited(Fit):
+    """A training whose rows are edited in place; it uses all of them."""
+
+    def __init__(self, options: Sequence[str]) -> None:
+        super().__init__([*options, "--data.num_train=64"])
+
+    def prepare(self, folder: Path) -> None:
+        given = next(each for each in self.options if each.startswith("--data.data_dir="))
+        shutil.copytree(given.partition("=")[2], folder / "rows")
+        self.options.append(f"--data.data_dir={folder / 'rows'}")
+
+    def accepts(self, folder: Path, draw: random.Random) -> bool:
+        if not any(folder.glob("runs/**/checkpoints/last.ckpt")):
+            return False
+        file, output = folder / "rows" / "sst2" / "train.jsonl", folder / "output.txt"
+        before, known = file.read_bytes(), output.stat().st_size
+        rows = before.splitlines(keepends=True)
+        number = draw.randrange(len(rows))
+        rows[number] = rows[number].replace(b" film ", b" filn ")
+        file.write_bytes(b"".join(rows))
+        ended = run_child(self.call(folder), folder, Counters())
+        file.write_bytes(before)
+        return ended.status != 2 or b"is not that of the checkpoint's run" not in output.read_bytes()[known:]
+
+
+class Ranks(Scenario):
+    """A training in two processes, one of which is killed."""
+
+    faults = (1, 2)
+    signals = ("SIGKILL",)
+    at_events = False
+
+    def call(self, folder: Path) -> Callable[[], int]:
+        raise NotImplementedError("the processes are not forked, because Lightning starts the second one itself")
+
+    def run(self, folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
+        found, output = any(folder.glob("runs/**/checkpoints/last.ckpt")), folder / "output.txt"
+        command = [sys.executable, "-m", "slzo", "fit", *self.options, *(["--ckpt_path=last"] if found else [])]
+        command += ["--data.batch_size=4", "--trainer.devices=2", "--trainer.strategy=ddp", "--model.layer=2"]
+        started = time.monotonic()
+        with output.open("ab") as stream:
+            known = stream.tell()
+            first = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, start_new_session=True)
+        hit, trains, patience = False, False, _PATIENCE_S
+        if fault is not None and fault.share is not None:
+            _wait(lambda: first.poll() is not None, fault.share)
+            trains = any(folder.glob("runs/**/checkpoints/last.ckpt"))
+            ranks = _group(first.pid)
+            hit = bool(ranks)
+            if hit:
+                os.kill(ranks[int(1000 * fault.share) % len(ranks)], fault.number)
+                patience = _OTHERS_S
+        if not _wait(lambda: first.poll() is not None and not _group(first.pid), patience):
+            os.killpg(first.pid, signal.SIGKILL)
+            return Child(None, time.monotonic() - started, True)
+        status, said = first.wait(), output.read_text(errors="replace")[known:]
+        named = (
+            sum(line.startswith("slzo: error: rank ") for line in said.splitlines()) == 1 and "Traceback" not in said
+        )
+        if hit and fault is not None and status in (2, -fault.number) and (named or not trains):
+            status = -fault.number
+        return Child(status, time.monotonic() - started, hit)
+
+    def result(self, folder: Path) -> Any:
+        return Fit(self.options).result(folder)
 
 
 class Sweep(Scenario):
@@ -240,8 +343,46 @@ class Export(Scenario):
         return {file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".json")}
 
 
-SCENARIOS: dict[str, type[Scenario]] = {"fit": Fit, "sweep": Sweep, "export": Export}
-_SHARES = {"fit": 0.7, "sweep": 0.15, "export": 0.15}
+SCENARIOS: dict[str, type[Scenario]] = {
+    "fit": Fit,
+    "chain": Chain,
+    "edited": Edited,
+    "ranks": Ranks,
+    "sweep": Sweep,
+    "export": Export,
+}
+_SHARES = {"fit": 0.4, "chain": 0.2, "edited": 0.1, "ranks": 0.1, "sweep": 0.1, "export": 0.1}
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a condition, and return whether it holds."""
+    end = time.monotonic() + seconds
+    while not until() and time.monotonic() < end:
+        time.sleep(0.01)
+    return until()
+
+
+def _group(number: int) -> list[int]:
+    """Return the running processes of a group, oldest first."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(group) == number and state not in "ZX":
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def _record(folder: Path) -> Any:
+    """Return what a run recorded, and what its page shows."""
+    run = read_run(folder)
+    summary = {name: value for name, value in run.summary.items() if name not in _PLACES}
+    history = json.loads((folder / "history.json").read_text())
+    reason = str(run.summary["next"]).partition("#")[2]
+    page = [(point.step, point.loss, point.score) for point in run.points], run.train, run.profile, run.samples
+    return _figures(summary), _figures(history), Path(run.summary["best_checkpoint"]).name, reason, page
 
 
 def _figures(content: Any) -> Any:
@@ -263,6 +404,7 @@ class Outcome:
         wrong_status: Number of exit statuses that do not fit the signal.
         hung: Number of processes that did not end.
         lost: Number of repeated steps beyond those that may be lost.
+        accepted: Number of changes under the run that were not refused.
         note: Why the result differs.
     """
 
@@ -273,12 +415,13 @@ class Outcome:
     wrong_status: int = 0
     hung: int = 0
     lost: int = 0
+    accepted: int = 0
     note: str = ""
 
     @property
     def bad(self) -> bool:
         """Whether the trial found a fault of slzo."""
-        return not self.same or bool(self.unreadable or self.wrong_status or self.hung or self.lost)
+        return not self.same or bool(self.unreadable or self.wrong_status or self.hung or self.lost or self.accepted)
 
 
 @dataclass
@@ -323,7 +466,7 @@ class Torture:
         if name not in self._references:
             scenario, folder = self._scenario(name, f"whole-{name}")
             self.counters.clear()
-            ended = run_child(scenario.call(folder), folder, self.counters)
+            ended = scenario.run(folder, self.counters)
             if ended.status != 0:
                 raise RuntimeError(f"{name} failed: {(folder / 'output.txt').read_text()[-2000:]}")
             found = scenario.result(folder)
@@ -336,10 +479,10 @@ class Torture:
         scenario, folder = self._scenario(name, f"trial-{number}")
         outcome, steps, allowed = Outcome(name, []), 0, 0
         while True:
-            fault = _fault(reference, draw) if len(outcome.faults) < draw.randint(1, _MOST_FAULTS) else None
+            fault = _fault(scenario, reference, draw) if len(outcome.faults) < draw.randint(*scenario.faults) else None
             before = any(folder.glob("runs/**/checkpoints/last.ckpt"))
             self.counters.clear()
-            ended = run_child(scenario.call(folder), folder, self.counters, fault)
+            ended = scenario.run(folder, self.counters, fault)
             steps += self.counters.steps
             if ended.status == 0 or fault is None:
                 break
@@ -352,8 +495,9 @@ class Torture:
             allowed += 1 if before or any(folder.glob("runs/**/checkpoints/last.ckpt")) else _EVERY + 1
             if outcome.wrong_status or outcome.hung:
                 break
+            outcome.accepted += scenario.accepts(folder, draw)
         self._judge(outcome, scenario, folder, ended, reference)
-        outcome.lost = max(0, steps - reference.steps - allowed) if name == "fit" else 0
+        outcome.lost = max(0, steps - reference.steps - allowed) if scenario.counts_steps else 0
         return outcome
 
     def _judge(self, outcome: Outcome, scenario: Scenario, folder: Path, ended: Child, reference: Reference) -> None:
@@ -372,9 +516,9 @@ class Torture:
         return scenario, path
 
 
-def _fault(reference: Reference, draw: random.Random) -> Fault:
-    number = signal.Signals[draw.choice(_SIGNALS)]
-    if draw.random() < 0.5:
+def _fault(scenario: Scenario, reference: Reference, draw: random.Random) -> Fault:
+    number = signal.Signals[draw.choice(scenario.signals)]
+    if draw.random() < 0.5 or not scenario.at_events:
         return Fault(number, draw.random() * reference.seconds)
     return Fault(number, None, draw.randint(1, max(1, reference.events)))
 
@@ -394,13 +538,14 @@ def _unreadable(folder: Path) -> int:
 def report(outcomes: Sequence[Outcome]) -> str:
     """Return a Markdown table with one line per command."""
     lines = [
-        "| command | trials | faults | differ | unreadable | status | hung | lost |",
-        "|---|---|---|---|---|---|---|---|",
+        "| command | trials | faults | differ | unreadable | status | hung | lost | accepted |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in [name for name in SCENARIOS if any(outcome.scenario == name for outcome in outcomes)]:
         own = [outcome for outcome in outcomes if outcome.scenario == name]
         faults, differ = sum(len(o.faults) for o in own), sum(not o.same for o in own)
-        rest = [sum(getattr(o, what) for o in own) for what in ("unreadable", "wrong_status", "hung", "lost")]
+        counts = ("unreadable", "wrong_status", "hung", "lost", "accepted")
+        rest = [sum(getattr(o, what) for o in own) for what in counts]
         lines.append("| " + " | ".join(map(str, (name, len(own), faults, differ, *rest))) + " |")
     return "\n".join(lines)
 
