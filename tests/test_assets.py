@@ -102,6 +102,16 @@ def test_without_pip(toy, cache, monkeypatch):
     assert "ensurepip" in message
 
 
+def test_a_disk_that_is_full_while_pip_runs(toy, cache, monkeypatch):
+    output = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(pip_download, "run_pip", lambda *_: (2, output))
+    message = slzo_error(fetch, toy, cache / "data.bin")
+    assert message.startswith(
+        f"cache folder {str(cache)!r}: cannot be used ([Errno 28] No space left on device); free some"
+    )
+    assert visible(cache) == []
+
+
 def test_a_cache_that_cannot_be_written(toy, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "SLZO_CACHE" in slzo_error(fetch, toy, tmp_path / "file" / "data.bin")

@@ -7,7 +7,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers import slzo_error
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.models import gguf_folder
 from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
@@ -108,6 +110,21 @@ def test_gguf_is_converted_once_until_it_changes(tiny_gguf, cache, monkeypatch):
     os.utime(tiny_gguf, ns=(1, 1))
     assert gguf_to_folder(tiny_gguf) != first
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("tiny_gguf", [np.float16], indirect=True)
+@pytest.mark.parametrize("place", ["save_file", "tokenizer"])
+def test_a_disk_that_becomes_full_during_a_conversion_is_one_line(tiny_gguf, cache, monkeypatch, place):
+    """The libraries raise their own errors for it."""
+
+    def fail(*args, **kwargs):
+        raise (SafetensorError if place == "save_file" else Exception)("No space left on device (os error 28)")
+
+    kind = PreTrainedModel if place == "save_file" else PreTrainedTokenizerBase
+    monkeypatch.setattr(kind, "save_pretrained", fail)
+    message = slzo_error(gguf_to_folder, tiny_gguf)
+    assert message.startswith(f"cache folder {str(cache / 'gguf')!r}: cannot be used (No space left on device")
+    assert [entry for entry in (cache / "gguf").iterdir() if entry.suffix != ".lock"] == []
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path, cache):

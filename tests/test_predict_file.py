@@ -25,6 +25,7 @@ def test_rows_of_every_task_may_lack_their_label(name, tmp_path):
     (label,) = task.no_label
     special = {
         ("copa", "question"): "effect",
+        ("copa", "choice2"): "other text",
         ("record", "query"): "@placeholder",
         ("record", "entities"): ["one", "two"],
     }

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from slzo.checkpoints.checkpoint import base_model
@@ -11,6 +10,7 @@ from slzo.export.facts import Facts
 from slzo.models.load import load_tokenizer, resolve_model
 from slzo.models.save import leave_unquantized, save_model
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import library_disk_errors
 from slzo.zo.tuned_model import TunedModel
 
 _GENERATION = "generation_config.json"
@@ -36,13 +36,12 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
     original = Path(resolve_model(base)) / _GENERATION
     if original.is_file():  # copied below: transformers refuses to write some configs that it reads
         model.generation_config = GenerationConfig()
-    try:
+    tokenizer = load_tokenizer(base, note["trust_remote_code"], note.get("chat_template"))
+    with library_disk_errors():
         save_model(model, str(folder))
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(str(error)) from error
+        tokenizer.save_pretrained(folder)
     if original.is_file():
         (folder / _GENERATION).write_bytes(original.read_bytes())
-    load_tokenizer(base, note["trust_remote_code"], note.get("chat_template")).save_pretrained(folder)
 
 
 def load_code(facts: Facts) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slzo.utils.assets import build_once, cache_dir
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import library_disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,6 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
         OSError: If the folder cannot be written.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from slzo.models.loading_check import check_loading
@@ -88,11 +88,9 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.to(_smallest_exact_dtype(model.state_dict()))
-        try:
+        with library_disk_errors():
             model.save_pretrained(folder)
-        except SafetensorError as error:  # for example, a full disk
-            raise OSError(str(error)) from error
-        tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     _remove_unknown_tokens(folder / "tokenizer.json", model.config.vocab_size)
     return folder
 

@@ -95,6 +95,21 @@ def copy_file(source: str | Path, path: str | Path) -> None:
         shutil.copyfile(source, partial)
 
 
+@contextlib.contextmanager
+def library_disk_errors() -> Iterator[None]:
+    """Convert what safetensors and tokenizers raise on a full disk to an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises plain ones
+            raise
+        raise OSError(str(error)) from error
+
+
 def remove_folder(folder: str | Path) -> None:
     """Remove a folder and its content as far as possible, with signals held.
 

@@ -1,5 +1,6 @@
 """Download a wheel with ``pip download``, with errors that say what went wrong."""
 
+import errno
 import os
 import re
 import subprocess
@@ -37,6 +38,7 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
 
     Raises:
         PipError: Pip is missing or failed.
+        OSError: The disk is full.
     """
     target, temporary = folder / "wheel", folder / "pip"
     for path in (target, temporary):
@@ -54,6 +56,8 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
             "pip is not installed in this Python environment",
             "run `python -m ensurepip` (in a uv environment `uv pip install pip`) and try again",
         )
+    if os.strerror(errno.ENOSPC) in output:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     wheels = list(target.glob("*.whl"))
     if status != 0 or not wheels:
         raise PipError(reason_of(output) or f"pip ended with status {status}")
