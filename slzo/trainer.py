@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
 from slzo.callbacks.defaults import with_defaults
+from slzo.callbacks.rank_watch import RankWatch
 from slzo.checkpoint_io import WholeCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
@@ -107,7 +109,7 @@ class ZOTrainer(Trainer):
                 "trainer.max_steps to continue, or score it with slzo test"
             )
             return
-        with run_folder(self, begun):
+        with self._running(begun):
             self.ckpt_path = path  # the module's setup needs it
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, None, weights_only)
@@ -136,7 +138,7 @@ class ZOTrainer(Trainer):
             args: Passed on.
             kwargs: Passed on.
         """
-        with run_folder(self):
+        with self._running():
             return super().test(model, dataloaders, self._to_score(ckpt_path, model), *args, **kwargs)
 
     def validate(
@@ -148,7 +150,7 @@ class ZOTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Score dev rows; arguments as for :meth:`test`."""
-        with run_folder(self):
+        with self._running():
             return super().validate(model, dataloaders, self._to_score(ckpt_path, model), *args, **kwargs)
 
     def predict(
@@ -171,8 +173,15 @@ class ZOTrainer(Trainer):
             weights_only: Passed on.
         """
         path = self._to_score(ckpt_path, model)
-        with run_folder(self):
+        with self._running():
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
+
+    def _running(self, begun: int = 0) -> AbstractContextManager[None]:
+        """Return the context in which Lightning runs; see :func:`slzo.loggers.run_folder`."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RankWatch):
+                callback.watch_launcher(self)
+        return run_folder(self, begun)
 
     def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
         """Read a checkpoint; ``last`` and ``best`` are those of the newest run."""

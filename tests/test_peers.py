@@ -4,9 +4,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from slzo.callbacks import rank_watch
 from slzo.utils import peers
 from slzo.utils.peers import Peer, PeerWatch
 
@@ -65,6 +67,22 @@ def test_one_that_ended_by_itself_leaves_time_to_report_the_common_reason(watche
     children[0].wait()
     watch.stop()
     assert not watched.event.wait(0.6)
+
+
+def test_a_process_whose_launcher_is_gone_does_not_wait_for_it(monkeypatch, capsys):
+    launcher = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    launcher.wait()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("SLZO_LAUNCHER", str(launcher.pid))
+    monkeypatch.setattr(peers, "_GRACE_S", 0.1)
+    ended, status = threading.Event(), []
+    monkeypatch.setattr(rank_watch.os, "_exit", lambda number: (status.append(number), ended.set()))
+    trainer = {"world_size": 2, "global_rank": 1, "local_rank": 1, "callbacks": [], "ckpt_path": None, "global_step": 0}
+    rank_watch.RankWatch().watch_launcher(SimpleNamespace(**trainer, state=SimpleNamespace(fn=None)))
+    assert ended.wait(20)
+    assert status == [2]
+    line = f"slzo: error: rank 0 (process {launcher.pid}) has ended, so the others stop at step 0; start the same command again"
+    assert capsys.readouterr().err.strip() == line
 
 
 def test_processes_elsewhere_are_not_watched(watched):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -11,6 +12,9 @@ from slzo.utils.peers import Peer, PeerWatch
 from slzo.utils.runtime import gather_from_processes
 
 _STATUS = 2
+_LAUNCHER = "SLZO_LAUNCHER"
+"""Variable with the number of the process that starts the others."""
+
 # seconds in which a failed exchange between processes is explained by one that has ended
 _PATIENCE_S = 5.0
 
@@ -26,17 +30,31 @@ class RankWatch(Callback):
         self._watch: PeerWatch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin to watch. A collective call."""
+        """Watch the other processes. A collective call."""
         if trainer.world_size > 1:
-            own = Peer.here(trainer.global_rank)
+            self._begin(trainer, gather_from_processes([Peer.here(trainer.global_rank)]))
 
-            def end(peer: Peer, reports: bool) -> None:
-                if reports:
-                    sys.stderr.write(f"\nslzo: error: {_message(trainer, peer)}\n")
-                    sys.stderr.flush()
-                os._exit(_STATUS)  # the main thread may wait for the process that is gone
+    def watch_launcher(self, trainer: Trainer) -> None:
+        """Watch the process that started this one, until all are connected: a connection to it may wait for half an hour.
 
-            self._watch = PeerWatch(gather_from_processes([own]), own, end)
+        The first process leaves its number for those that Lightning will start.
+        """
+        if trainer.world_size > 1 and "LOCAL_RANK" not in os.environ:
+            os.environ[_LAUNCHER] = str(os.getpid())
+        elif trainer.local_rank > 0 and _LAUNCHER in os.environ:
+            place = Peer.here(trainer.global_rank).place
+            self._begin(trainer, [Peer(trainer.global_rank - trainer.local_rank, place, int(os.environ[_LAUNCHER]))])
+
+    def _begin(self, trainer: Trainer, peers: Sequence[Peer]) -> None:
+        def end(peer: Peer, reports: bool) -> None:
+            if reports:
+                sys.stderr.write(f"\nslzo: error: {_message(trainer, peer)}\n")
+                sys.stderr.flush()
+            os._exit(_STATUS)  # the main thread may wait for the process that is gone
+
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = PeerWatch(peers, Peer.here(trainer.global_rank), end)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop. A collective call: no process ends before all have stopped."""
