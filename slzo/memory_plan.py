@@ -1,11 +1,13 @@
 """Estimates the memory of a run before its model is loaded, and refuses one that cannot fit."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalCollator
@@ -20,6 +22,9 @@ from slzo.zo.memory import MemoryInputs, MemoryPlan, Workload, tuning_bytes
 from slzo.zo.options import TrainingOptions
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.tuned import TunedTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _GIB = 2**30
 

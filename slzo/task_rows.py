@@ -1,13 +1,15 @@
 """The rows of a task as packed, tokenized batches for training, scoring and profiling."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
@@ -52,6 +54,9 @@ from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
 from slzo.zo.objectives.choice import choose_objective
 from slzo.zo.processes import ALONE, Processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
 _CPU_TOKENS = 768
@@ -323,7 +328,7 @@ class TaskRows:
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
         origin = f", {self.splits.origin}" if self.splits.origin else ""
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
-        if isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
+        if self.tokenizer_name is not None and isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             say(self.encoder.note)
         if self.reward is not None:
             self.reward.rewards.load()

@@ -138,7 +138,7 @@ def test_rows_that_are_too_long_are_left_out_too(tmp_path, capsys):
     path = write(tmp_path / "talks.jsonl", rows)
     test = write(tmp_path / "test.jsonl", [{"prompt": "other", "completion": "bad"}])
     task = ChatTask(train_file=path, test_file=test, id_field=None)
-    options = {"num_dev": 0, "max_length": 80}
+    options = {"num_dev": 0, "max_length": 80, "tokenizer": "smollm2-135m"}
     with pytest.raises(SlzoError, match=r"talks.jsonl:10\) alone needs .*; data.skip_bad_rows true leaves .* out$"):
         set_up(task, **options).rows("train")
     assert len(set_up(task, skip_bad_rows=True, **options).rows("train")) == 9

@@ -4,17 +4,21 @@ All other layers work on each token separately and need no padding. Attention ga
 A causal model never attends to padding on the right, so no mask is needed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from slzo.batches.layout import PackedLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYOUT_ARGUMENT = "packed_layout"
 VIRTUAL_ARGUMENT = "virtual_tokens"
@@ -33,6 +37,8 @@ class VirtualTokens(Protocol):
 
 def use_attention(model: PreTrainedModel, name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
     """Register an attention implementation with transformers and switch the model to it."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # loads all of transformers' models code
+
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)

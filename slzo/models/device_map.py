@@ -3,22 +3,26 @@
 Every step needs embeddings, final norm and head. They stay on the main device, with the rows and the tuned layer.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from slzo.models.engine import Engine
 from slzo.models.parts import find_decoder_layers
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DeviceMap = str | dict[str, Any]
 """``auto``, ``balanced`` or ``sequential``, or a mapping of module names to devices (a number, ``cpu``, ``disk``)."""
@@ -96,7 +100,7 @@ class DeviceMapChoice:
     @classmethod
     def of(
         cls, device_map: DeviceMap | None, offload_folder: str | None, engine: Engine, quantization: Any
-    ) -> "DeviceMapChoice | None":
+    ) -> DeviceMapChoice | None:
         """Check the options against each other; return ``None`` if there is no device map.
 
         Raises:
@@ -142,7 +146,7 @@ class DeviceMapChoice:
                 "trainer.devices to 1 (one process uses all GPUs of the map), or leave the map out"
             )
 
-    def folder(self) -> "tempfile.TemporaryDirectory[str] | None":
+    def folder(self) -> tempfile.TemporaryDirectory[str] | None:
         """Create a temporary folder in the offload folder, deleted with the returned object; ``None`` without one.
 
         Raises:

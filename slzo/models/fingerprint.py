@@ -1,19 +1,23 @@
 """Fingerprint of a base model, which keeps tuned weights out of the wrong model."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from slzo.models.placement import named_values
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
 from slzo.utils.settings import differences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # number of values of each tensor in the sample, evenly spaced
 _VALUES = 1024

@@ -1,19 +1,23 @@
 """Layers of a quantized model in full precision. Their quantized linear maps are replaced, and can be restored."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from slzo.models.original_weights import OriginalWeights
 from slzo.models.quantization import is_plain
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROWS_AT_ONCE = 1024
 _ROWS_COMPARED = 8

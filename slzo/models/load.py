@@ -1,8 +1,10 @@
 """Load a model and its tokenizer from a built-in name, a local folder, a GGUF file or the Hub."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from transformers import (
@@ -13,7 +15,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,6 +32,9 @@ from slzo.models.quantization import (
 )
 from slzo.utils.errors import SlzoError
 from slzo.utils.hub import HUB_ID, fetch_weights, model_folder, split_revision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def resolve_model(name: str) -> str:

@@ -3,19 +3,24 @@
 transformers only warns about missing weights, and initializes them at random.
 """
 
+from __future__ import annotations
+
 import json
 import pickle
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from slzo.models.parts import find_decoder_layers
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAMED = 3
 _SIZES = (

@@ -1,16 +1,21 @@
 """Full-precision tensors from a model's own files, read one at a time: their values before quantization."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,7 +34,7 @@ class OriginalWeights:
         self._prefix = f"{prefix}." if prefix else ""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "OriginalWeights":
+    def of(cls, model: PreTrainedModel) -> OriginalWeights:
         """Return the original weights of a model loaded by ``from_pretrained``."""
         return cls(model.name_or_path or "", model.base_model_prefix)
 

@@ -5,13 +5,14 @@ record hidden states replace some layers. The model's own forward still prepares
 each layer. The original model is never modified.
 """
 
+from __future__ import annotations
+
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from slzo.batches.packing import PackedBatch, TokenBatch
@@ -27,6 +28,9 @@ from slzo.models.quantization import is_plain
 from slzo.private.models import attention_of, can_replace_attention
 from slzo.private.modules import with_submodule
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PACKED = "slzo_packed"
 
@@ -198,7 +202,7 @@ class ModelParts:
         self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
 
-    def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> "ModelParts":
+    def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
         parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
         parts.longest, parts.selects, parts.allows_left_padding = self.longest, self.selects, self.allows_left_padding

@@ -4,16 +4,17 @@ The hooks run as torch hooks, one pair per layer. A layer's weights are copied o
 that share its weights (views of a part of the model, layers that run through oneDNN) use the same hooks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from slzo.models.attention import VIRTUAL_ARGUMENT
 from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
@@ -22,6 +23,9 @@ from slzo.models.load import load_model
 from slzo.models.shape import model_shape
 from slzo.private.models import arguments_of_any_device, device_hook_of
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Placement:
@@ -39,7 +43,7 @@ class Placement:
         model: PreTrainedModel,
         places: LayerPlaces,
         stored: Mapping[str, Tensor],
-        folder: "TemporaryDirectory[str] | None" = None,
+        folder: TemporaryDirectory[str] | None = None,
     ) -> None:
         self.places = places
         self._layers = model.get_submodule(places.path)
@@ -130,7 +134,7 @@ def _after(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, _args: 
     return call(layer, output)
 
 
-_PLACED: "WeakKeyDictionary[nn.Module, Placement]" = WeakKeyDictionary()
+_PLACED: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
 
 
 def placement_of(model: nn.Module) -> Placement | None:

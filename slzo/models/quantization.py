@@ -1,19 +1,24 @@
 """Quantization of a model's frozen layers: transformers' configs by a short name or by class path."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Quantization = str | dict[str, Any]
 """A short name, a class path, or ``class_path`` with ``init_args``."""

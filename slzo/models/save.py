@@ -1,13 +1,15 @@
 """Save a model to a folder, including a model that was quantized on loading."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-from transformers import PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
@@ -31,6 +33,8 @@ def leave_unquantized(model: PreTrainedModel, paths: Sequence[str]) -> None:
             f"output: a {type(config).__name__} cannot exclude layers, so the tuned model cannot be saved; tune the unquantized "
             "model, if you have it"
         )
+    from transformers.quantizers.base import get_keys_to_not_convert  # loads the packages of all quantizations
+
     known = getattr(config, field)
     # without a list, transformers keeps only the head in full precision
     setattr(config, field, [*(get_keys_to_not_convert(model) if known is None else known), *paths])

@@ -1,11 +1,14 @@
 """Sizes of a model from its config, without loading weights: a skeleton on the meta device, and the size of its files."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +18,9 @@ from slzo.models.original_weights import OriginalWeights
 from slzo.models.parts import find_decoder_layers
 from slzo.models.quantization import PRESETS, Quantization, method_of_config
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ A few dozen tokens exercise in the twin (:mod:`slzo.models.twin`) what takes tho
 and the original length of rotary embeddings. The twin runs in float32, so that rounding hides no error.
 """
 
+from __future__ import annotations
+
 import inspect
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
@@ -17,6 +19,9 @@ from slzo.models.parts import ModelParts, find_decoder_layers, refusal
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Measured on twins of 150 model types: at most 2e-5 where the parts are right, at least 8e-4 where they are wrong.
 _TWIN_TOLERANCE = 1e-4
@@ -28,11 +33,11 @@ _QUANTIZED_TOLERANCE = 0.1
 _MAX_TOLERANCE = 0.25
 
 # Number of prompt tokens and of tokens in each answer, for each made-up row. For the model itself:
-_FEW: "_Rows" = ((5, (1,)), (4, (1,)), (6, (2,)))
+_FEW: _Rows = ((5, (1,)), (4, (1,)), (6, (2,)))
 # For a twin: a shared prompt, and rows longer than windows and chunks but within the original length of rotary embeddings:
-_SHORT: "_Rows" = ((9, (3, 2)), (5, (2,)), (11, (2,)))
+_SHORT: _Rows = ((9, (3, 2)), (5, (2,)), (11, (2,)))
 # For a twin: rows within that length and rows beyond it:
-_LONG: "_Rows" = ((9, (3, 2)), (28, (2,)), (11, (2,)), (38, (1, 1)))
+_LONG: _Rows = ((9, (3, 2)), (28, (2,)), (11, (2,)), (38, (1, 1)))
 # Row that is changed to test whether it affects the others. Not the first row: its first token pads shorter sequences.
 _CHANGED = 1
 
@@ -157,7 +162,7 @@ class _Twin:
             return False
         return bool((padded - plain).abs().max() <= _TWIN_TOLERANCE * plain.abs().max())
 
-    def _check(self, parts: ModelParts, rows: "_Rows") -> None:
+    def _check(self, parts: ModelParts, rows: _Rows) -> None:
         for layer in range(parts.num_layers):
             error = largest_difference(parts, self.expected[rows], rows, layer)
             if not error <= _TWIN_TOLERANCE:  # also true for NaN

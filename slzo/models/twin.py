@@ -4,14 +4,19 @@ A few dozen tokens exercise in the twin what takes a few thousand in the real mo
 of the rotary frequencies at some length.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from slzo.private.models import attention_of, model_from_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WINDOW = 6
 """Sliding window of a twin, in tokens. Other ranges, such as chunks, have 4 to 8 tokens."""

@@ -1,12 +1,15 @@
 """Draw an outlier profile: the figures of every layer, the thresholds and the chosen layer."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from slzo.pictures.style import BLUE, GREY, LAYER, ORANGE, RED, new_figure, style_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAPER = {"max_abs": 100.0, "ratio": 1000.0}
 """Thresholds of the first outlier layer (Sun et al. 2024, arXiv 2402.17762); drawn if a rule has no thresholds."""

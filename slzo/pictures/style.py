@@ -1,16 +1,17 @@
 """Common style of all pictures: size, colours, integer ticks for layers, and the file formats."""
 
+from __future__ import annotations
+
 import io
 from pathlib import Path
-
-from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING
 
 from slzo.utils.files import replacing, write_text
 from slzo.utils.signals import signals_held
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#d9730d", "#2a8a3e", "#c62828", "#777777"
 LAYER = "decoder layer (from 0)"
@@ -23,6 +24,8 @@ def new_figure(width: float, height: float, title: str = "", below: str = "") ->
 
     The margins are fixed: a layout engine would double the time to draw.
     """
+    from matplotlib.figure import Figure  # half a second, and only pictures need it
+
     figure = Figure(figsize=(width, height))
     head = 0.35 * bool(title) + 0.22 * bool(below)
     figure.subplots_adjust(
@@ -51,17 +54,24 @@ def style_axis(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:
     axis.grid(visible=True, alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if whole:
+        from matplotlib.ticker import MaxNLocator
+
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def lines(count: int) -> list[tuple[str, str]]:
     """Return a colour and dashes for each line: ten distinct colours, then the same colours with other dashes."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
     colours = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
     return [(colours[n % _DISTINCT], _DASHES[n // _DISTINCT % len(_DASHES)]) for n in range(count)]
 
 
 def svg_of(figure: Figure, name: str) -> str:
     """Return the figure as SVG with text elements; ``name`` makes its ids unique within a page."""
+    from matplotlib import rc_context
+
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), signals_held():
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,11 +1,14 @@
 """Draw the results of a sweep over the layers."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from matplotlib.figure import Figure
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from slzo.pictures.style import BLUE, GREEN, LAYER, ORANGE, RED, lines, new_figure, style_axis
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def sweep_picture(rows: Sequence[Mapping[str, Any]], title: str = "", below: str = "") -> Figure:

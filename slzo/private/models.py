@@ -1,11 +1,16 @@
 """Properties of a model for which transformers and accelerate have no public names."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def attention_of(model: PreTrainedModel) -> str:

@@ -1,14 +1,17 @@
 """Base class of adapters, the modules that a scope adds to a model."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slzo.models.attention import VirtualTokens
 from slzo.models.peft_files import PeftFiles
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER_NAME = "slzo"
 

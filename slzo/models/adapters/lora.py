@@ -1,15 +1,20 @@
 """LoRA matrices, through peft."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

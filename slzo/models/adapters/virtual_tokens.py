@@ -1,16 +1,20 @@
 """Learned keys and values before every sequence, through peft."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slzo.models.adapters.base import Adapter, import_peft
 from slzo.models.attention import VirtualTokens
 from slzo.models.peft_files import PeftFiles, prefix_files
 from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MODULE = "slzo_prefix"
 
