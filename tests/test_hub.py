@@ -1,7 +1,9 @@
 """Models and rows of a stand-in for the Hub: revisions, commits that are recorded, and errors in one line."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -9,24 +11,40 @@ import pytest
 import torch
 import yaml
 from helpers import error_line, last_checkpoint, run_dir, slzo_error
+from hub_stand_in import TOKEN
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import base_model, read_checkpoint
+from slzo.cli.process import prepare_process
 from slzo.data.sources import load_examples
+from slzo.export.adapter import ADAPTER
+from slzo.export.facts import Facts
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.load import load_config, load_model, load_tokenizer, resolve_model
 from slzo.models.origin import origin_of
+from slzo.models.peft_files import PeftFiles
 from slzo.models.placement import load_with_device_map
 from slzo.models.shape import model_shape
 from slzo.prompting.pair import Source, load_pair
 from slzo.tasks.registry import get_task
+from slzo.utils.hub import hub_bars
 
-QUIET = ["--trainer.enable_progress_bar=false", "--record.test_before=false", "--trainer.max_steps=2"]
+QUIET = [
+    "--trainer.enable_progress_bar=false",
+    "--record.test_before=false",
+    "--trainer.max_steps=1",
+    "--model.layer=1",
+]
 
 
 def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
+
+
+def load_rows(name, loaded=None):
+    return load_examples(get_task("sst2"), "test", hub_path=name, loaded=loaded)
 
 
 @pytest.fixture
@@ -91,21 +109,27 @@ def test_a_folder_with_an_at_sign_is_a_folder(hub, model_dir, own_folder):
 
 
 def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys):
-    (older, newer), quiet = model, [*options, *QUIET]
-    given = [*quiet, f"--data.hub_path=me/rows@{rows[0]}", "--data.data_dir=null", "--data.num_train=1000"]
-    assert main(["fit", *given, f"--model.model=me/tiny@{older}", "--model.scope=LoRA"]) == 0
+    older, newer = model
+    given = [
+        *options,
+        *QUIET,
+        f"--data.hub_path=me/rows@{rows[0]}",
+        "--data.data_dir=null",
+        "--data.num_train=1000",
+        "--trainer.val_check_interval=1",
+    ]
+    assert main(["fit", *given, f"--model.model=me/tiny@{older}"]) == 0
     expected = {"model_commit": older, "data_set": "me/rows", "data_config": None, "data_commit": rows[0]}
     assert json.loads((run_dir() / "environment.json").read_text())["hub"] == expected
     note = read_checkpoint(last_checkpoint()).note
     assert note["hub"] == expected
     assert base_model(note) == f"me/tiny@{older}"
-    resumed = [*given, f"--ckpt_path={last_checkpoint()}", "--model.scope=LoRA", "--trainer.max_steps=3"]
+    resumed = [*given, f"--ckpt_path={last_checkpoint()}", "--trainer.max_steps=2"]
     line = error_line(capsys, "fit", *resumed, "--model.model=me/tiny")
     assert f"is at commit {newer}, and the checkpoint was trained on another one" in line
     assert line.endswith(f"give --model.model me/tiny@{older}")
     assert main(["fit", *resumed, f"--model.model=me/tiny@{older}"]) == 0
-    assert main(["export", "--ckpt_path=best", "--output=out"]) == 0
-    assert json.loads(Path("out/adapter_config.json").read_text())["revision"] == older
+    assert main(["export", "--ckpt_path=best", "--output=out", "--format=delta"]) == 0
     assert f'from_pretrained("me/tiny", dtype="float32", revision="{older}")' in Path("out/README.md").read_text()
     assert Path("out/LICENSE").read_text() == "text"
     card = Path("out/README.md").read_text()
@@ -122,16 +146,23 @@ def test_what_was_loaded_is_recorded_and_kept(model, rows, hub, options, capsys)
     assert not any(newer in path or "revision/main" in path for _, path in hub.requests)
 
 
+def test_an_adapter_names_the_commit_of_its_base(model, tmp_path):
+    facts = Facts("adapter", origin_of("me/tiny"), {}, 1, "LoRA", 2, 4, PeftFiles({"r": 2}, {}))
+    ADAPTER.write(None, facts, tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert found == {"base_model_name_or_path": "me/tiny", "revision": model[1], "r": 2}
+
+
 def test_rows_of_a_revision(rows, hub, monkeypatch):
     loaded = []
     for revision in ("main", rows[0], None):
         name = "me/rows" if revision is None else f"me/rows@{revision}"
-        examples = load_examples(get_task("sst2"), "test", hub_path=name, loaded=loaded)
+        examples = load_rows(name, loaded)
         assert ("film" in examples[0].prompt) == (revision == rows[0])
     assert [source.revision for source in loaded] == [rows[1], rows[0], rows[1]]
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, revision, **options: real(*args, **options))
-    line = slzo_error(lambda: load_examples(get_task("sst2"), "test", hub_path=f"me/rows@{rows[0]}"))
+    line = slzo_error(load_rows, f"me/rows@{rows[0]}")
     assert f"only commit {rows[1]} is in the cache" in line
 
 
@@ -160,5 +191,59 @@ def test_wrong_names_of_models(model, name, problem):
     ],
 )
 def test_wrong_names_of_data_sets(rows, name, problem):
-    line = slzo_error(lambda: load_examples(get_task("sst2"), "test", hub_path=name))
+    line = slzo_error(load_rows, name)
     assert line.startswith(f"data.hub_path {problem}")
+
+
+def test_a_download_is_announced_once_by_the_first_process(model, capsys, monkeypatch):
+    for rank, lines in (("0", ["slzo: Downloading me/tiny: 0.2 MB"]), ("0", []), ("1", [])):
+        monkeypatch.setenv("RANK", rank)
+        load_model("me/tiny" if rank == "0" else f"me/tiny@{model[0]}")
+        assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("slzo")] == lines
+
+
+@pytest.mark.parametrize(
+    ("terminal", "rank", "wanted", "shown"),
+    [(True, "0", True, True), (False, "0", True, False), (True, "1", True, False), (True, "0", False, False)],
+)
+def test_bars_are_shown_on_a_terminal_by_the_first_process(monkeypatch, terminal, rank, wanted, shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("RANK", rank)
+    before = are_progress_bars_disabled()
+    with hub_bars(wanted):
+        assert are_progress_bars_disabled() != shown
+    assert are_progress_bars_disabled() == before
+
+
+@pytest.mark.parametrize(("terminal", "hidden"), [(True, None), (False, "1")])
+def test_bars_of_data_sets_are_shown_on_a_terminal(monkeypatch, terminal, hidden):
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "")
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    prepare_process()
+    assert os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") == hidden
+
+
+def test_what_needs_a_licence_names_its_page(model, rows, hub, monkeypatch):
+    hub.gated |= {"me/tiny", "datasets/me/rows"}
+    needs = (
+        "its licence must be accepted first; accept it on https://huggingface.co/{} and log in with `hf auth login`; or"
+    )
+    assert slzo_error(resolve_model, "me/tiny").startswith(f"model.model 'me/tiny': {needs.format('me/tiny')}")
+    assert slzo_error(load_rows, "me/rows").startswith(f"data.hub_path 'me/rows': {needs.format('datasets/me/rows')}")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert Path(resolve_model("me/tiny")).name == model[1]
+    assert len(load_rows("me/rows")) == 24
+
+
+def test_a_download_that_breaks_names_the_cause(model, rows, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    hub.broken |= {"model.safetensors", "validation.jsonl"}
+    reason = "peer closed connection without sending complete message body"
+    line = slzo_error(load_model, "me/tiny")
+    assert line.startswith(f"model.model 'me/tiny': cannot be downloaded ({reason}")
+    assert "check the connection and the disk, and run again" in line
+    line = slzo_error(load_rows, "me/rows")
+    assert f"cannot load me/rows split 'validation' from the Hub (RemoteProtocolError: {reason}" in line
+    hub.broken.clear()
+    load_model("me/tiny")

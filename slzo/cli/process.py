@@ -1,11 +1,14 @@
 """Settings of the process for commands that run a model."""
 
 import logging
+import os
 import re
+import sys
 import warnings
 
 import transformers
 
+from slzo.utils.console import is_first_process
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory
 
 _IRRELEVANT_WARNINGS = (
@@ -29,3 +32,5 @@ def prepare_process() -> None:
         lambda record: not re.search("litlogger|stopped: `max_(steps|epochs)", record.getMessage())
     )
     transformers.utils.logging.disable_progress_bar()
+    if not (sys.stderr.isatty() and is_first_process()):
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported

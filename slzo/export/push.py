@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from slzo.utils.errors import SlzoError
-from slzo.utils.hub import HUB_ID
+from slzo.utils.hub import HUB_ID, hub_bars
 
 
 def check_repository(repository: str | None, private: bool) -> None:
@@ -39,9 +39,9 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         address = str(api.create_repo(repository, exist_ok=True, private=private or None))
         is_public = private and not api.model_info(repository).private  # one that existed stays as it was
         if not is_public:
-            api.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message="Tuned with slzo, forward passes only"
-            )
+            with hub_bars():
+                message = "Tuned with slzo, forward passes only"
+                api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
         reason = " ".join(str(error).split())[:200]
         raise SlzoError(

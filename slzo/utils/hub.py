@@ -2,10 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from slzo.utils.console import is_first_process, progress
 from slzo.utils.errors import SlzoError
 
 HUB = "https://huggingface.co/"
@@ -64,16 +67,14 @@ def model_folder(id: str, revision: str | None) -> Path:
     Raises:
         SlzoError: The Hub does not have it, needs a login, or cannot be reached, and it is not in the cache.
     """
-    try:
+    with _one_line(id, revision), hub_bars(False):
         return _fetch(id, revision, _SMALL)
-    except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
-        if (cached := getattr(error, "snapshot_path", None)) is not None:  # offline, and some file was never fetched
-            return Path(cached)
-        raise _model_error(id, revision, error) from error
 
 
 def fetch_weights(folder: Path) -> None:
     """Fetch the weights of a model into its folder from :func:`model_folder`; other folders are left as they are.
+
+    The first process prints the size, and on a terminal it shows the bars of huggingface_hub.
 
     Raises:
         SlzoError: The Hub cannot be reached, or the download breaks off.
@@ -84,33 +85,71 @@ def fetch_weights(folder: Path) -> None:
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {name}
-        if all((folder / file).is_file() for file in files):
+        missing = sorted(file for file in files if not (folder / file).is_file())
+        if not missing:
             return
-        try:
-            _fetch(id, commit, (*_SMALL, *sorted(files)), folder.parents[2])
-        except Exception as error:  # as above
-            raise _model_error(id, None, error) from error
-        if any((folder / file).is_file() for file in files):
-            return
+        with _one_line(id, None), hub_bars():
+            size = _size(id, commit, missing)
+            if size and is_first_process():
+                progress(f"Downloading {id}: {_shown(size)}")
+            if size:
+                _fetch(id, commit, missing, folder.parents[2])
+                return
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+@contextmanager
+def hub_bars(wanted: bool = True) -> Iterator[None]:
+    """Show the progress bars of huggingface_hub within a block on a terminal, in the first process only; otherwise hide them."""
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:  # decided by the user's environment
+        yield
+        return
+    hidden, shown = utils.are_progress_bars_disabled(), wanted and is_first_process() and sys.stderr.isatty()
+    (utils.enable_progress_bars if shown else utils.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (utils.disable_progress_bars if hidden else utils.enable_progress_bars)()
+
+
+def _size(id: str, commit: str, files: Sequence[str]) -> int:
+    """Return the size of those files that the repository has, in bytes."""
+    from huggingface_hub import HfApi
+
+    return sum(getattr(found, "size", 0) for found in HfApi().get_paths_info(id, list(files), revision=commit))
 
 
 def _fetch(id: str, revision: str | None, patterns: Sequence[str], cache: Path | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns, others = list(patterns), list(_OTHER)
-    return Path(
-        snapshot_download(id, revision=revision, cache_dir=cache, allow_patterns=patterns, ignore_patterns=others)
-    )
+    wanted, others = list(patterns), list(_OTHER)
+    try:
+        return Path(
+            snapshot_download(id, revision=revision, cache_dir=cache, allow_patterns=wanted, ignore_patterns=others)
+        )
+    except OSError as error:
+        if cache is None and (cached := getattr(error, "snapshot_path", None)) is not None:
+            return Path(cached)  # offline, and some file that may not be needed was never fetched
+        raise
 
 
-def _model_error(id: str, revision: str | None, error: Exception) -> SlzoError:
-    name = id if revision is None else f"{id}@{revision}"
-    first = causes(error)[-1]
-    reason = " ".join(str(first).split())[:200].rstrip(" .") or type(first).__name__
-    problem = (
-        known_problem(error, id) or f"cannot be downloaded ({reason}); check the connection and the disk, and run again"
-    )
-    return SlzoError(f"model.model {name!r}: {problem}; or use a local folder or a built-in name")
+@contextmanager
+def _one_line(id: str, revision: str | None) -> Iterator[None]:
+    """Raise SlzoError with one line for errors with a model of the Hub."""
+    try:
+        yield
+    except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
+        name, first = id if revision is None else f"{id}@{revision}", causes(error)[-1]
+        reason = " ".join(str(first).split())[:200].rstrip(" .") or type(first).__name__
+        problem = known_problem(error, id) or (
+            f"cannot be downloaded ({reason}); check the connection and the disk, and run again"
+        )
+        raise SlzoError(f"model.model {name!r}: {problem}; or use a local folder or a built-in name") from error
 
 
 def known_problem(error: Exception, id: str, kind: Kind = "model") -> str | None:
