@@ -76,7 +76,7 @@ def test_a_process_whose_launcher_is_gone_does_not_wait_for_it(monkeypatch, caps
     monkeypatch.setenv("SLZO_LAUNCHER", str(launcher.pid))
     monkeypatch.setattr(peers, "_GRACE_S", 0.1)
     ended, status = threading.Event(), []
-    monkeypatch.setattr(rank_watch.os, "_exit", lambda number: (status.append(number), ended.set()))
+    monkeypatch.setattr(peers.os, "_exit", lambda number: (status.append(number), ended.set()))
     trainer = {"world_size": 2, "global_rank": 1, "local_rank": 1, "callbacks": [], "ckpt_path": None, "global_step": 0}
     rank_watch.RankWatch().watch_launcher(SimpleNamespace(**trainer, state=SimpleNamespace(fn=None)))
     assert ended.wait(20)

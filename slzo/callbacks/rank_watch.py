@@ -1,14 +1,13 @@
 """Ends a run of several processes when one of them is gone."""
 
 import os
-import sys
 from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.utils.errors import SlzoError
-from slzo.utils.peers import Peer, PeerWatch
+from slzo.utils.peers import Peer, PeerWatch, end_process
 from slzo.utils.runtime import gather_from_processes
 
 _STATUS = 2
@@ -47,10 +46,7 @@ class RankWatch(Callback):
 
     def _begin(self, trainer: Trainer, peers: Sequence[Peer]) -> None:
         def end(peer: Peer, reports: bool) -> None:
-            if reports:
-                sys.stderr.write(f"\nslzo: error: {_message(trainer, peer)}\n")
-                sys.stderr.flush()
-            os._exit(_STATUS)  # the main thread may wait for the process that is gone
+            end_process(_STATUS, f"\nslzo: error: {_message(trainer, peer)}\n" if reports else "")
 
         if self._watch is not None:
             self._watch.stop()

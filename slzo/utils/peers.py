@@ -3,6 +3,7 @@
 import os
 import select
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,6 +77,13 @@ class PeerWatch:
         if gone and (_was_killed(gone[0].pid) or not self._stopped.wait(_GRACE_S)):
             alive = [peer.rank for peer in self._others if peer not in gone]
             self._ended(gone[0], self._own.rank < min(alive, default=self._own.rank + 1))
+
+
+def end_process(status: int, text: str) -> None:
+    """Write a text to standard error and end this process at once, from any thread: the main one may wait for another process."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _was_killed(pid: int) -> bool:
