@@ -86,7 +86,7 @@ def test_every_way_to_load_takes_the_revision(model, model_dir):
 
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
-def test_weights_in_every_form(hub, model_dir, tmp_path, kind, sharded):
+def test_weights_in_every_form(hub, model_dir, tmp_path, monkeypatch, kind, sharded):
     weights, folder = weights_of(model_dir), tmp_path / "base"
     shutil.copytree(model_dir, folder, ignore=lambda *_: ["model.safetensors"])
     shards = {"a": dict(list(weights.items())[:5]), "b": dict(list(weights.items())[5:])} if sharded else {"": weights}
@@ -99,6 +99,10 @@ def test_weights_in_every_form(hub, model_dir, tmp_path, kind, sharded):
     hub.commit_folder("me/tiny", folder, **{"other.safetensors": "not needed"})
     assert torch.equal(load_model("me/tiny").lm_head.weight, weights["lm_head.weight"])
     assert not any("other.safetensors" in path for method, path in hub.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert torch.equal(load_model("me/tiny").lm_head.weight, weights["lm_head.weight"])
+    assert hub.requests == []
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(hub, model_dir, own_folder):

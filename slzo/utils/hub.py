@@ -82,19 +82,27 @@ def fetch_weights(folder: Path) -> None:
     id, commit = repository_of(folder), commit_of(folder)
     if id is None or commit is None:
         return
+    with _one_line(id, None), hub_bars():
+        missing = [[file for file in files if not (folder / file).is_file()] for files in _weight_files(folder)]
+        if not all(missing):
+            return
+        for files in missing:
+            if size := _size(id, commit, files):
+                if is_first_process():
+                    progress(f"Downloading {id}: {_shown(size)}")
+                _fetch(id, commit, files, folder.parents[2])
+                return
+
+
+def _weight_files(folder: Path) -> list[list[str]]:
+    """Return the names of the files that may hold the weights, the files of the best format first."""
+    found: list[list[str]] = []
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {name}
-        missing = sorted(file for file in files if not (folder / file).is_file())
-        if not missing:
-            return
-        with _one_line(id, None), hub_bars():
-            size = _size(id, commit, missing)
-            if size and is_first_process():
-                progress(f"Downloading {id}: {_shown(size)}")
-            if size:
-                _fetch(id, commit, missing, folder.parents[2])
-                return
+        if index.is_file():
+            return [*found, sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        found.append([name])
+    return found
 
 
 def _shown(size: int) -> str:
@@ -182,9 +190,9 @@ def known_problem(error: Exception, id: str, kind: Kind = "model") -> str | None
 
 def causes(error: BaseException) -> list[BaseException]:
     """Return an error and those that it came from, the first of all last."""
-    found = [error]
-    while (
-        earlier := found[-1].__cause__ or (None if found[-1].__suppress_context__ else found[-1].__context__)
-    ) is not None:
+    found: list[BaseException] = []
+    earlier: BaseException | None = error
+    while earlier is not None and earlier not in found:
         found.append(earlier)
+        earlier = earlier.__cause__ or (None if earlier.__suppress_context__ else earlier.__context__)
     return found
