@@ -66,6 +66,15 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert 'eval "$test_command"' in script
 
 
+def test_ci_runs_the_main_job_with_the_wheel_alone():
+    assert "\n.ci/package\n" in (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / ".ci" / "package").read_text()
+    (install,) = [line for line in script.splitlines() if "/bin/pip" in line]
+    assert install.endswith('install -q "$place"/dist/*.whl')
+    assert 'cd "$place/empty"' in script
+    assert "fit --config quickstart" in script
+
+
 KINDS = {
     "scope": (scopes, scopes.Scope, ZOModule),
     "estimator": (estimators, estimators.Estimator, ZOModule),
