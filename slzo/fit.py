@@ -4,7 +4,7 @@
 when        function                            what happens
 ==========  ==================================  ======================================================================
 ``setup``   :func:`prepare`                     plan memory, load the model, choose the layer, make the masters,
-                                                measure the first step
+                                                measure the first step, plan for a limited time
 step 0      :func:`score_test_rows`,            score the held-out rows with the untuned model
             :func:`predict_samples`
 each step   ``Stepper.step``                    prefix, losses at perturbed weights, gradient, optimizer step
@@ -15,8 +15,10 @@ at the end  :func:`finish`                      score the best checkpoint, write
 optimizer before the first step.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoin
 from slzo.data.balance import majority_share
 from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
+from slzo.experiments.timing import measure_times
 from slzo.experiments.trial import LayerTrials
 from slzo.memory_plan import plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.profiling import profile_model
+from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
@@ -56,6 +60,7 @@ from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.stepper import Stepper
+from slzo.zo.time_plan import TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 _NUM_SAMPLES = 8
@@ -92,6 +97,7 @@ def prepare(
         plan, options = plan_memory(options, rows, run.max_steps, run.device)
     parts = load_parts(options, run.device) if loaded is None else loaded
     adapt_rows(rows, parts, options)
+    _check_time(rows, run, "loading took")
     if run.checkpoint is not None:
         return _continue(options, rows, run, parts, run.checkpoint, plan, tuned)
     data = rows.fingerprint()
@@ -105,12 +111,11 @@ def prepare(
     plan_prefix(model, rows)
     if choice is not None and choice.states is not None:
         model.forward.cache.adopt(choice.states)
-    stepper = make_stepper(model, options, rows, max_steps=run.max_steps)
-    if needs_measuring(options):
-        auto = _measure(stepper, options, rows)
-        stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto)
+    auto = _measure(make_stepper(model, options, rows), options, rows) if needs_measuring(options) else None
+    time = _plan_time(model, options, rows, run)
+    stepper = make_stepper(model, options, rows, max_steps=run.max_steps if time is None else time.steps, auto=auto)
     reason = "" if choice is None else choice.reason
-    prepared = Prepared(options, parts, model, stepper, model.layer, reason, data, choice, profile, plan)
+    prepared = Prepared(options, parts, model, stepper, model.layer, reason, data, choice, profile, plan, time=time)
     stepper.log, _ = open_step_log(prepared, rows, run)
     _announce(prepared)
     return prepared
@@ -164,13 +169,13 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
     options.check_rows(rows)
-    return LayerTrials(parts, options, rows, run.planned_steps)
+    return LayerTrials(parts, options, rows, run.planned_steps, run.time)
 
 
 def _check_schedules(options: TrainingOptions, run: RunContext) -> None:
     """Refuse schedules that do not fit the length of the run."""
     options.optimizer.check_schedule(run.max_steps)
-    if options.step.eps_end is not None and run.max_steps < 1:
+    if options.step.eps_end is not None and run.max_steps < 1 and run.time is None:
         raise SlzoError(
             f"model.eps_end {options.step.eps_end}: eps moves over trainer.max_steps, which is {run.max_steps}; set it to the "
             "number of steps, or leave model.eps_end out"
@@ -204,15 +209,16 @@ def _continue(
     model = restore(parts, note, options, for_training=True) if tuned is None else tuned
     plan_prefix(model, rows)
     auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
-    stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto, seed=note["noise_seed"])
-    evaluations = 0
+    seed, evaluations = note["noise_seed"], 0
     if auto is None and needs_measuring(options):  # so far the run used given numbers
         model.tensors.load(checkpoint.content["state_dict"])
-        auto = _measure(stepper, options, rows)
+        auto = _measure(make_stepper(model, options, rows, seed=seed), options, rows)
         evaluations = auto.evaluations
-        stepper = make_stepper(model, options, rows, max_steps=run.max_steps, auto=auto, seed=note["noise_seed"])
+    time = _plan_time(model, options, rows, run, checkpoint)
+    max_steps = run.max_steps if time is None else time.steps
+    stepper = make_stepper(model, options, rows, max_steps=max_steps, auto=auto, seed=seed)
     layer, reason = note["layer"], note["layer_reason"]
-    prepared = Prepared(options, parts, model, stepper, layer, reason, data, plan=plan, resumed=True)
+    prepared = Prepared(options, parts, model, stepper, layer, reason, data, plan=plan, resumed=True, time=time)
     stepper.load_state_dict(note)
     stepper.num_evaluations += evaluations
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
@@ -224,6 +230,44 @@ def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> Auto
     auto = measure_step(stepper, rows, eps=options.step.eps)
     say(auto.describe(options.optimizer.automatic))
     return auto
+
+
+def _plan_time(
+    model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext, checkpoint: Checkpoint | None = None
+) -> TimePlan | None:
+    """Turn the time of the run into steps and validations, and print them; ``None`` if it is not limited. A collective call.
+
+    Raises:
+        SlzoError: Not even one step and its validation fit.
+    """
+    budget, done = run.time, 0
+    if budget is None:
+        return None
+    _check_time(rows, run, "loading, profile and measurements took")
+    if checkpoint is not None:
+        model.tensors.load(checkpoint.content["state_dict"])
+        budget, done = replace(budget, passes=budget.passes.when_resumed), int(checkpoint.content["global_step"])
+    times = measure_times(model, options, rows, budget)
+    plan = rows.processes.broadcast(TimePlan.of(times, budget, budget.left, done))
+    if plan.new_steps < 1 and not 0 < budget.max_steps <= done:
+        raise SlzoError(
+            f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
+            f"give at least {duration(math.ceil(1.1 * plan.least))}"
+        )
+    options.optimizer.check_schedule(plan.steps)
+    say(format_time_plan(plan, budget))
+    return plan
+
+
+def _check_time(rows: TaskRows, run: RunContext, what: str) -> None:
+    """Refuse a time that is over before training; otherwise a profile or a race would still run. A collective call."""
+    if run.time is None:
+        return
+    spent = rows.processes.broadcast(run.time.seconds - run.time.left)
+    if spent >= run.time.seconds:
+        raise SlzoError(
+            f"trainer.max_time {duration(run.time.seconds)}: {what} {duration(spent)}; give at least {duration(2 * spent)}"
+        )
 
 
 def _announce(prepared: Prepared) -> None:

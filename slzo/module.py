@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slzo.callbacks.run_context import run_context
 from slzo.callbacks.schedule import check_interval, folder_of
+from slzo.callbacks.time_limit import time_limit_of
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
@@ -238,7 +239,10 @@ class ZOModule(LightningModule):
             folder=folder if self.trainer.checkpoint_callbacks else None,
             checkpoint=checkpoint,
         )
-        return prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
+        prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
+        if (limit := time_limit_of(self.trainer)) is not None:
+            limit.apply(self.trainer, prepared.time)
+        return prepared
 
     def _load(self, for_training: bool = False) -> None:
         """Load the model, and its tuned tensors from a given checkpoint; calling it again changes nothing."""

@@ -17,6 +17,7 @@ from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.stepper import Stepper
+from slzo.zo.time_plan import TimeBudget, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 
@@ -32,6 +33,7 @@ class RunContext:
         checkpoint: Checkpoint to continue; ``None`` for a new training.
         profiler: How the model is profiled; ``None`` without a profiler.
         quick: Whether this is a ``fast_dev_run``, in which nothing extra is measured or written.
+        time: The time of the run; ``None`` if it is not limited.
     """
 
     device: torch.device
@@ -41,6 +43,7 @@ class RunContext:
     checkpoint: Checkpoint | None = None
     profiler: ProfileOptions | None = None
     quick: bool = False
+    time: TimeBudget | None = None
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Prepared:
         profile: Outlier profile; ``None`` if there is none.
         plan: Memory plan; ``None`` if there is none.
         resumed: Whether a checkpoint is continued.
+        time: Steps and validations for the time of the run; ``None`` if it is not limited.
     """
 
     options: TrainingOptions
@@ -72,6 +76,7 @@ class Prepared:
     profile: OutlierProfile | None = None
     plan: MemoryPlan | None = None
     resumed: bool = False
+    time: TimePlan | None = None
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
+from slzo.callbacks.time_limit import TimeLimit, time_limit_of
 from slzo.checkpoint_io import WholeCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
@@ -50,15 +51,17 @@ class ZOTrainer(Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        for name, value in TRAINER_DEFAULTS.items():
+        for name, value in {**TRAINER_DEFAULTS, **timed_defaults(kwargs)}.items():
             kwargs.setdefault(name, value)
         check_options(kwargs)
+        limit = _take_time(kwargs)
         root = kwargs.get("default_root_dir")
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(RUNS if root is None else str(Path(root) / RUNS))
         self._writes = kwargs["logger"] is not False or root is not None
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        callbacks += [] if limit is None else [limit]
         saves = kwargs.get("enable_checkpointing") is not False
         if saves and not self._writes:  # Lightning would write into the current folder
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
@@ -95,6 +98,8 @@ class ZOTrainer(Trainer):
             ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` of the newest run.
             weights_only: Passed on.
         """
+        if (limit := time_limit_of(self)) is not None:
+            limit.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
@@ -199,6 +204,45 @@ class ZOTrainer(Trainer):
         if checkpoint is None and not getattr(model, "is_tuned", False):
             say("No --ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
+
+
+def timed_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a run that only the time limits: the steps and validations of its plan."""
+    if options.get("max_time") is None or options.get("max_steps", -1) != -1:
+        return {}
+    # validations as rare as the time is long, which the plan makes more frequent
+    return {"max_steps": -1, "val_check_interval": options["max_time"]}
+
+
+def _take_time(options: dict[str, Any]) -> TimeLimit | None:
+    """Take the time from the options, and validations by time with it, which Lightning would count from the first step on.
+
+    Raises:
+        SlzoError: A time cannot be read.
+    """
+    if options.get("max_time") is None:
+        return None
+    seconds, every = _seconds("max_time", options["max_time"]), options["val_check_interval"]
+    if options.get("max_epochs") is None:
+        options["max_epochs"] = -1
+    options["max_time"] = None
+    if every is None or isinstance(every, int | float):
+        return TimeLimit(seconds)
+    if options["check_val_every_n_epoch"] is None:
+        options["val_check_interval"] = TRAINER_DEFAULTS["val_check_interval"]  # until the plan sets it
+    return TimeLimit(seconds, _seconds("val_check_interval", every))
+
+
+def _seconds(name: str, value: Any) -> float:
+    try:
+        seconds = Timer(value).time_remaining()
+    except (MisconfigurationException, TypeError, OverflowError) as error:
+        raise SlzoError(
+            f"trainer.{name} {value!r}: not a time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes, or {{minutes: 10}}"
+        ) from error
+    if not seconds:
+        raise SlzoError(f"trainer.{name} {value!r}: no time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes")
+    return seconds
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -152,7 +152,7 @@ def test_memory_of_a_subspace_has_the_base_weights_and_the_bases():
         ("model.estimator=Backprop model.engine.onednn=true", r"model\.engine\.onednn true: has no derivative"),
         ("model.eps_end=0", r"model\.eps_end 0"),
         (
-            "model.eps_end=1e-4 trainer.max_steps=-1 trainer.max_time.seconds=9",
+            "model.eps_end=1e-4 trainer.max_steps=-1 trainer.max_epochs=9",
             r"model\.eps_end 0\.0001: .*trainer\.max_steps, which is -1",
         ),
         (

@@ -164,7 +164,8 @@ WRONG = """
 --trainer.max_steps=0 | trainer.max_steps 0: nothing would be trained
 --trainer.max_steps=-2 | trainer: `max_steps` must be a non-negative integer or -1
 --trainer.max_epochs=0 | trainer.max_epochs 0: nothing would be trained
---trainer.max_time=x | trainer: `Timer(duration='x')` is not a valid duration
+--trainer.max_time=x | trainer.max_time 'x': not a time; give DD:HH:MM:SS
+--trainer.max_time.seconds=0 | trainer.max_time {'seconds': 0}: no time; give DD:HH:MM:SS
 --trainer.log_every_n_steps=-1 | trainer.log_every_n_steps -1: must be at least 0
 --trainer.fast_dev_run=-1 | trainer: fast_dev_run=-1 is not a valid configuration
 --trainer.profiler=x | trainer: When passing string value for the `profiler`

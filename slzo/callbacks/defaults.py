@@ -14,6 +14,7 @@ from slzo.callbacks.progress_bar import StepProgressBar
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.step_watch import StepWatch
+from slzo.callbacks.time_limit import TimeLimit
 
 DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
     {
@@ -59,6 +60,8 @@ def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progre
     def place(callback: Callback) -> float:
         if isinstance(callback, ProgressBar):
             return -1  # ends its line before the others print
+        if isinstance(callback, TimeLimit):
+            return order.index(RunRecord) + 0.5  # stops a run before its last state is saved
         return next((float(number) for number, kind in enumerate(order) if isinstance(callback, kind)), own)
 
     return sorted(kept, key=place)

@@ -11,6 +11,7 @@ from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
+from slzo.zo.time_plan import Passes
 
 # Allowed relative rise of the loss of n dev rows, times sqrt(n): 5% with 200 rows. Rewards and F1 vary more.
 _OF_LOSSES, _OF_METRICS = 0.7, 2.0
@@ -38,6 +39,11 @@ class LossGuard(Callback):
         self._lowest = math.inf
         self._good: dict[str, Tensor] | None = None
         self._good_step = -1
+
+    @property
+    def passes(self) -> Passes:
+        """What this callback scores besides validations."""
+        return Passes(dev_before=int(self.factor is not None))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the dev rows before training; their prefix states are needed later anyway."""

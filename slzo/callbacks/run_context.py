@@ -6,9 +6,11 @@ from lightning.pytorch import Trainer
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.schedule import is_quick
+from slzo.callbacks.time_limit import time_limit_of
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.run import RunContext
 from slzo.task_rows import TaskRows
+from slzo.zo.time_plan import Passes, TimeBudget
 
 
 def run_context(
@@ -31,16 +33,48 @@ def run_context(
         checkpoint=checkpoint,
         profiler=next((each.options for each in callbacks if isinstance(each, OutlierProfiler)), None),
         quick=is_quick(trainer),
+        time=_time_budget(trainer, rows),
+    )
+
+
+def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
+    """Return the time of a run and its other limits; ``None`` if the time is not limited."""
+    limit = time_limit_of(trainer)
+    if limit is None or is_quick(trainer):
+        return None
+    max_steps, interval = limit.given(trainer)
+    by_step = trainer.check_val_every_n_epoch is None
+    every = interval if isinstance(interval, int) else max(1.0, interval * rows.steps_per_epoch)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    passes = [each.passes for each in callbacks if isinstance(getattr(each, "passes", None), Passes)]
+    return TimeBudget(
+        limit.seconds,
+        limit.ends,
+        max_steps=_step_limit(trainer, rows, max_steps),
+        every=every * (trainer.check_val_every_n_epoch or 1),
+        every_seconds=limit.every_seconds,
+        sets_interval=by_step,
+        passes=sum(passes, Passes()),
     )
 
 
 def planned_steps(trainer: Trainer, rows: TaskRows) -> int:
     """Return the expected number of training steps; the steps of one epoch if no limit is set."""
-    limit, batches = trainer.limit_train_batches, rows.steps_per_epoch
-    if limit is not None:
-        batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
+    limit = _step_limit(trainer, rows, trainer.max_steps)
+    return limit if limit > 0 else _steps_per_epoch(trainer, rows)
+
+
+def _step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
+    """Return the number of steps that ``max_steps`` and ``trainer.max_epochs`` allow; -1 for no limit."""
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if epochs is not None or not limits:
-        limits.append(batches * (epochs or 1))
-    return min(limits)
+    limits = [max_steps] if max_steps > 0 else []
+    if epochs is not None:
+        limits.append(_steps_per_epoch(trainer, rows) * epochs)
+    return min(limits, default=-1)
+
+
+def _steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
+    limit, batches = trainer.limit_train_batches, rows.steps_per_epoch
+    if limit is None:
+        return batches
+    return min(batches, limit if isinstance(limit, int) else int(batches * limit))

@@ -26,6 +26,7 @@ from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.runtime import peak_memory_gb
+from slzo.zo.time_plan import Passes
 
 
 class RunRecord(Callback):
@@ -53,6 +54,11 @@ class RunRecord(Callback):
         self._saved: Mapping[str, Any] | None = None
         self._device = torch.device("cpu")
         self._forecast = Forecast()
+
+    @property
+    def passes(self) -> Passes:
+        """What this callback scores besides validations."""
+        return Passes(test_before=int(self.test_before), test_after=1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the environment, and score the held-out rows with the untuned model."""

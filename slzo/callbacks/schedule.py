@@ -50,7 +50,7 @@ def check_interval(trainer: Trainer, num_batches: int) -> None:
     Raises:
         SlzoError: The interval is longer than ``num_batches``.
     """
-    every = trainer.val_check_interval
+    every = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a wall-clock time
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > num_batches:
         raise SlzoError(
             f"trainer.val_check_interval {every}: an epoch has {num_batches} batches; give at most {num_batches}, or set "

@@ -35,7 +35,16 @@ _TITLES: Mapping[str, str] = MappingProxyType(
 
 _SHOWN = MappingProxyType(
     {
-        "trainer": ("max_steps", "max_epochs", "val_check_interval", "devices", "accelerator", "strategy", "logger"),
+        "trainer": (
+            "max_steps",
+            "max_epochs",
+            "max_time",
+            "val_check_interval",
+            "devices",
+            "accelerator",
+            "strategy",
+            "logger",
+        ),
         "checkpoint": ("monitor", "mode", "save_top_k", "filename"),
     }
 )
@@ -48,6 +57,8 @@ _TEXTS: Mapping[str, str] = MappingProxyType(
         "trainer.accelerator": "cpu, gpu, auto and others.",
         "trainer.strategy": "auto, ddp and others.",
         "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
+        "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which steps and validations are planned. Without "
+        "max_steps only the time counts.",
         "trainer.val_check_interval": "Steps between two validations.",
     }
 )

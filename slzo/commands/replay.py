@@ -19,4 +19,4 @@ def replay(app: App, run: str, step: int | None = None, output: str | None = Non
     """
     with disk_errors():
         target = None if output is None else Path(output)
-        replay_run(app.model.options, app.rows, run, step, app.trainer.max_steps, target, app.device)
+        replay_run(app.model.options, app.rows, run, step, target, app.device)

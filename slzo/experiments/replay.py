@@ -27,7 +27,6 @@ def replay_run(
     rows: TaskRows,
     run: str,
     steps: int | None,
-    max_steps: int,
     output: Path | None = None,
     device: torch.device | None = None,
 ) -> Path:
@@ -40,7 +39,6 @@ def replay_run(
         rows: Rows of the run; only their objective is used, no row is read.
         run: Folder of the run.
         steps: Number of steps; ``None`` for all steps of the log.
-        max_steps: Maximum number of steps of the run; schedules depend on it.
         output: Checkpoint to write; ``None`` for a file in the run's folder.
         device: Device of the model; ``None`` for the CPU.
 
@@ -74,7 +72,7 @@ def replay_run(
         )
     parts = load_parts(options, device)
     check_commit(start.note, options.model, parts.model.name_or_path)
-    stepper = _stepper(parts, options, rows, start.note, log, max_steps)
+    stepper = _stepper(parts, options, rows, start.note, log)
     if first := start.content["state_dict"]:
         stepper.model.tensors.load(first)
     masters = _take_steps(stepper, options, log, number)
@@ -97,7 +95,7 @@ def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:
 
 
 def _stepper(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog, max_steps: int
+    parts: ModelParts, options: TrainingOptions, rows: TaskRows, note: dict[str, Any], log: StepLog
 ) -> Stepper:
     subset = options.scope.subset(tuple(note["tensors"]), parts)
     model = TunedModel.from_description(parts, note, options.engine, subset)
@@ -108,7 +106,7 @@ def _stepper(
         options.estimator,
         options.step,
         seed=note["noise_seed"],
-        max_steps=max_steps,
+        max_steps=log.settings["max_steps"] or 1,  # those of a limited time are in the log only
         auto=auto,
         sets_rate=options.optimizer.automatic,
         max_nonfinite=options.max_nonfinite,

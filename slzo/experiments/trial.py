@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from slzo.data.batch import EvalBatch, TrainBatch
+from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
@@ -23,6 +24,7 @@ from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import standard_error
+from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
 
@@ -63,18 +65,36 @@ class LayerTrials(Trials):
         options: Options of the trainings.
         rows: Rows that are set up for ``fit`` and fitted to the model.
         steps: Steps of the main training, which the trials prepare.
+        time: The time of the run, which decides the steps instead; ``None`` if it is not limited.
     """
 
-    def __init__(self, parts: ModelParts, options: TrainingOptions, rows: TaskRows, steps: int = 0) -> None:
-        self.parts, self.options, self.rows, self.steps = parts, options, rows, steps
+    def __init__(
+        self,
+        parts: ModelParts,
+        options: TrainingOptions,
+        rows: TaskRows,
+        steps: int = 0,
+        time: TimeBudget | None = None,
+    ) -> None:
+        self.parts, self.options, self.rows, self.steps, self.time = parts, options, rows, steps, time
         self.measures_rate = options.optimizer.automatic and parts.model.dtype not in HALF
         self.generates = rows.objective.generates
         self.num_train, self.num_dev = len(rows.rows("train")), len(rows.rows("dev"))
         self._before: dict[int | None, Score] = {}
         self._cache: PrefixCache | None = None
         self._measured: dict[int | None, AutoStep] = {}
+        self._times: dict[int, RunTimes] = {}
 
     # ---- used by selection rules, see slzo.zo.trial.Trials ---------------------------------------------------------------
+
+    def planned_steps(self, layer: int, share: float = 0.0) -> int:
+        """See :meth:`slzo.zo.trial.Trials.planned_steps`."""
+        if self.time is None:
+            return self.steps
+        if layer not in self._times:
+            with self._tuned(layer) as model:
+                self._times[layer] = measure_times(model, self.options, self.rows, self.time)
+        return int(TimePlan.of(self._times[layer], self.time, self.time.left).steps / (1 + share))
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""
@@ -338,7 +358,7 @@ class LayerTrials(Trials):
         rows, metric = self.rows, self.rows.selection_metric
         batches: Iterable[EvalBatch] = rows.eval_batches("dev")
         if dev_rows is not None:
-            batches = _some(batches, dev_rows)
+            batches = spaced_batches(batches, dev_rows)
         found = rows.score(make_evaluator(rows, model), batches, keep_prefix=True)
         return Score(step, evaluations, seconds, metric.distance(found), found[metric.metric])
 
@@ -353,14 +373,6 @@ class LayerTrials(Trials):
         config, layer = parts.model.config.get_text_config(), parts.layers[-1]
         head = config.vocab_size * config.hidden_size * batch.needed.numel() / batch.num_tokens
         return float(_LOGITS * head / sum(parameter.numel() for parameter in layer.parameters()))
-
-
-def _some(batches: Iterable[EvalBatch], rows: int) -> list[EvalBatch]:
-    """Return complete batches with about this many rows, evenly spaced, since batches are sorted by length or text."""
-    known = list(batches)
-    all_rows = sum(len(batch.rows) for batch in known)
-    number = min(len(known), math.ceil(len(known) * rows / max(1, all_rows)))
-    return [known[int((place + 0.5) * len(known) / number)] for place in range(number)]
 
 
 def _mean(values: Sequence[float]) -> float:

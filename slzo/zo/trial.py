@@ -117,18 +117,26 @@ class Trials(Protocol):
     Each trial starts from the untuned model. All trials share the model, the rows and the cached states.
 
     Attributes:
-        steps: Steps of the main training.
         measures_rate: Whether the main training measures its learning rate. Then :meth:`step_size` shows how fast it starts.
         generates: Whether the loss needs generated answers, which makes trials slow.
         num_train: Number of training rows.
         num_dev: Number of dev rows.
     """
 
-    steps: int
     measures_rate: bool
     generates: bool
     num_train: int
     num_dev: int
+
+    def planned_steps(self, layer: int, share: float = 0.0) -> int:
+        """Return the number of steps of the main training in a layer.
+
+        If trainer.max_time limits it, the number is measured.
+
+        Args:
+            layer: Decoder layer, counted from 0.
+            share: Cost of the trials that come first, as a share of the main training. They use up the same time.
+        """
 
     def cost(self, dev_rows: int) -> StepCost:
         """Return the cost of steps and scores, with at most ``dev_rows`` rows per score."""

@@ -70,8 +70,8 @@ class Race(SelectionRule):
         candidates = self.candidates(layers)
         removing = OutlierRemovingLayer().select(SelectionContext(layers)).layer
         reference = removing if removing in candidates else min(candidates)
-        cost = trials.cost(self.dev_rows)
-        return plan_race(candidates, self.share, cost, reference, trials.steps, trials.num_train)
+        steps, cost = trials.planned_steps(reference, self.share), trials.cost(self.dev_rows)
+        return plan_race(candidates, self.share, cost, reference, steps, trials.num_train)
 
     def select(self, context: SelectionContext) -> Choice:
         """Run the race. If there is no room for it, or no layer lowers the dev loss, OutlierRemovingLayer chooses."""
@@ -85,7 +85,10 @@ class Race(SelectionRule):
         plan = self.plan(layers, trials)
         if not plan.steps:
             candidates = ", ".join(map(str, self.candidates(layers)))
-            reason = f"{trials.steps} steps leave no room for a race of layers {candidates} at profiler.rule.share {self.share:g}"
+            steps = trials.planned_steps(plan.reference, self.share)
+            reason = (
+                f"{steps} steps leave no room for a race of layers {candidates} at profiler.rule.share {self.share:g}"
+            )
             return _fallback(context, reason)
         say(plan.describe(self.share))
         outcomes: dict[int, Trial] = {}

@@ -1,0 +1,127 @@
+"""Ends a training within trainer.max_time."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo.callbacks.schedule import validation_due
+from slzo.utils.console import say
+from slzo.zo.time_plan import RunTimes, TimePlan
+
+_LONGER = 1.1
+_MOST_SLOWER = 2.0
+
+
+class TimeLimit(Callback):
+    """Gives a run a time. :func:`slzo.fit.prepare` plans its steps and validations; this callback ends it if they are slower.
+
+    The run stops after the last step that leaves enough time for the last validation and the scores at the end. Without a plan,
+    for other modules, it stops when the time is over.
+
+    Args:
+        seconds: Time of the whole ``fit``.
+        every_seconds: Seconds between two validations, which become steps in the plan; ``None`` if the trainer has the steps.
+    """
+
+    def __init__(self, seconds: float, every_seconds: float | None = None) -> None:
+        self.seconds = seconds
+        self.every_seconds = every_seconds
+        self._ends: float | None = None
+        self._given: tuple[int, int | float] | None = None
+        self._plan: TimePlan | None = None
+        self._planned_at = 0.0
+        self._slower = 1.0
+        self._step_began = 0.0
+        self._validation_began: float | None = None
+        self._validation = 0.0
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._ends = time.monotonic() + self.seconds
+
+    @property
+    def ends(self) -> float:
+        """When the time is over, on the clock of :func:`time.monotonic`; counted from now if no fit has begun."""
+        return time.monotonic() + self.seconds if self._ends is None else self._ends
+
+    def given(self, trainer: Trainer) -> tuple[int, int | float]:
+        """Return ``max_steps`` and ``val_check_interval`` as they were given to the trainer."""
+        # Lightning sets no interval for a wall-clock time
+        own = trainer.max_steps, getattr(trainer, "val_check_interval", 1.0)
+        return own if self._given is None else self._given
+
+    def apply(self, trainer: Trainer, plan: TimePlan | None) -> None:
+        """Let the trainer take the steps and validations of a plan."""
+        if plan is None:
+            return
+        self._given, self._plan, self._planned_at = self.given(trainer), plan, time.monotonic()
+        trainer.fit_loop.epoch_loop.max_steps = plan.steps
+        if plan.every is not None:
+            trainer.val_check_interval = plan.every
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock, unless :class:`slzo.trainer.ZOTrainer` has done so earlier."""
+        if stage == "fit" and self._ends is None:
+            self.begin()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the time of the scores before training with the planned one."""
+        self._slower, self._validation, self._validation_began = 1.0, 0.0, None
+        if self._plan is not None:
+            took, planned = time.monotonic() - self._planned_at, self._plan.times.before
+            # a second more, because other things are done too
+            self._slower = min(_MOST_SLOWER, max(1.0, took / (planned + 1.0)))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Record when a step begins, and how long the validation before it took, with its checkpoints."""
+        self._step_began = time.monotonic()
+        if self._validation_began is not None:
+            self._validation = max(self._validation, self._step_began - self._validation_began)
+            self._validation_began = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record when a validation begins."""
+        if not trainer.sanity_checking:
+            self._validation_began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if there is no time for another step."""
+        if self._ends is None or trainer.global_step == trainer.max_steps or trainer.should_stop:
+            return
+        now = time.monotonic()
+        needed = self._needed(now - self._step_began, validation_due(trainer))
+        if trainer.strategy.broadcast(self._ends - now < needed):  # the first process decides
+            trainer.should_stop = True
+            planned = "" if self._plan is None else f" of {self._plan.steps}"
+            say(f"\nStops after step {trainer.global_step}{planned}: trainer.max_time leaves no time for another.")
+
+    def _needed(self, step: float, validates: bool) -> float:
+        """Return the seconds that another step and all that follows it take."""
+        if self._plan is None:
+            return 0.0
+        times: RunTimes = self._plan.times
+        validation = max(self._validation, times.validation)
+        return _LONGER * (max(step, times.step) + (1 + validates) * validation + self._slower * times.after)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the trainer its own limits back."""
+        if stage == "fit":
+            self._reset(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the trainer its own limits back."""
+        self._reset(trainer)
+
+    def _reset(self, trainer: Trainer) -> None:
+        if self._given is not None:
+            trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_interval = self._given
+        self._ends = self._given = self._plan = None
+
+
+def time_limit_of(trainer: Trainer) -> TimeLimit | None:
+    """Return the time limit of a trainer; ``None`` if it has none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, TimeLimit)), None)

@@ -1,0 +1,121 @@
+"""Measures how long the parts of a run take: steps, validations and scores of held-out rows."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from slzo.data.batch import EvalBatch, Row
+from slzo.models.prefix_cache import PrefixCache
+from slzo.task_rows import TaskRows
+from slzo.training import make_evaluator, make_stepper
+from slzo.zo.options import TrainingOptions
+from slzo.zo.time_plan import RunTimes, TimeBudget
+from slzo.zo.tuned_model import TunedModel
+
+_BATCHES = 4
+_SCORED_ROWS = 48
+# The measurement of steps, dev rows or held-out rows ends early after this share of the time that is left.
+_SHARE = 0.02
+_EPS = 1e-3
+# Seconds to write the summary and the report of a run.
+_FILES_SECONDS = 2.0
+
+
+def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, budget: TimeBudget) -> RunTimes:
+    """Measure the parts of a run. A collective call; each process measures its own share of the rows.
+
+    The steps are real ones with an optimizer that moves nothing, so that masters and optimizer need no second copy. The cached
+    states of their rows are kept.
+
+    Args:
+        model: The tuned model.
+        options: Options of the training.
+        rows: Rows of the task.
+        budget: The time of the run.
+    """
+    most = _SHARE * budget.left
+    step, new_row = _time_steps(model, options, rows, most)
+    dev, dev_new = _time_scores(model, rows, "dev", most, keep=True)
+    test, _ = _time_scores(model, rows, "test", most, keep=False)
+    passes = budget.passes
+    return RunTimes(
+        step=step,
+        new_row=new_row,
+        new_rows=_uncached(rows.rows("train"), model.forward.cache),
+        rows_per_step=rows.batch_size,  # each process computes the states of its own rows
+        validation=dev,
+        before=passes.dev_before * dev + dev_new + passes.test_before * test,
+        after=passes.test_after * test + _FILES_SECONDS,
+    )
+
+
+class _Still(Optimizer):
+    """Moves nothing."""
+
+    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, most: float) -> tuple[float, float]:
+    """Return the seconds of a step with cached states, and what a new row adds."""
+    step_options = replace(options.step, eps=options.step.eps or _EPS)
+    stepper = make_stepper(model, options, rows, step=step_options, max_nonfinite=1 << 60)
+    optimizer, cache, device = _Still(model.tensors.masters), model.forward.cache, model.parts.model.device
+    train, sampler = rows.rows("train"), rows.sampler()
+    last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
+    new, added, steps, began = 0, 0.0, [], time.perf_counter()
+    for number in range(max(0, last - _BATCHES), last):
+        batch = rows.collate([train[row] for row in sampler.rows_of_step(number)]).to(device)
+        unseen = _uncached(batch.rows, cache)
+        first, again = (_seconds(partial(stepper.step, batch, 0, optimizer)) for _ in range(2))
+        steps.append(again)
+        if unseen:
+            new, added = new + unseen, added + max(0.0, first - again)
+        if rows.processes.broadcast(time.perf_counter() - began > most):
+            break
+    return sum(steps) / len(steps), added / new if new else 0.0
+
+
+def _time_scores(model: TunedModel, rows: TaskRows, split: str, most: float, keep: bool) -> tuple[float, float]:
+    """Return the seconds to score all rows of this process, and what the first time adds if their states are kept."""
+    cache, evaluator = model.forward.cache, make_evaluator(rows, model)
+    scored, new, seconds, added, began = 0, 0, 0.0, 0.0, time.perf_counter()
+    for batch in spaced_batches(rows.eval_batches(split), _SCORED_ROWS):
+        moved = batch.to(model.parts.model.device)
+        unseen = _uncached(batch.rows, cache) if keep else 0
+        with torch.no_grad():
+            times = [_seconds(partial(evaluator, moved, keep_prefix=keep)) for _ in range(2 if unseen else 1)]
+        scored, seconds = scored + len(batch.rows), seconds + times[-1]
+        new, added = new + unseen, added + max(0.0, times[0] - times[-1])
+        if time.perf_counter() - began > most:
+            break
+    members = [row for batch in rows.eval_plan(split).batches for row in batch]
+    left = _uncached(members, cache) if keep else 0
+    return seconds * len(members) / max(1, scored), added * left / max(1, new)
+
+
+def spaced_batches(batches: Iterable[EvalBatch], rows: int) -> list[EvalBatch]:
+    """Return complete batches with about this many rows, evenly spaced, since batches are sorted by length or text."""
+    known = list(batches)
+    all_rows = sum(len(batch.rows) for batch in known)
+    number = min(len(known), math.ceil(len(known) * rows / max(1, all_rows)))
+    return [known[int((place + 0.5) * len(known) / number)] for place in range(number)]
+
+
+def _uncached(rows: Iterable[Row], cache: PrefixCache) -> int:
+    return sum(row.encoded.index not in cache for row in rows)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

@@ -1,0 +1,159 @@
+"""Plans how many steps and validations fit into the time of a run, from measured times. Numbers in, a plan out."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Self
+
+_MOST_VALIDATIONS = 8
+# Validations that are added to the given ones take at most this share of the time.
+_VALIDATIONS_SHARE = 0.25
+# Share of the time that is planned; the rest is for checkpoints, logging and steps that are slower than the measured ones.
+_USED = 0.9
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often all rows of a split are scored besides validations.
+
+    Attributes:
+        dev_before: Dev rows, before the first step.
+        test_before: Held-out rows, before the first step.
+        test_after: Held-out rows, after the last step.
+    """
+
+    dev_before: int = 0
+    test_before: int = 0
+    test_after: int = 0
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(
+            self.dev_before + other.dev_before, self.test_before + other.test_before, self.test_after + other.test_after
+        )
+
+    @property
+    def when_resumed(self) -> "Passes":
+        """The passes of a run that continues a checkpoint, which has the scores before training."""
+        return Passes(test_after=self.test_after)
+
+
+@dataclass(frozen=True)
+class TimeBudget:
+    """The time that a run is given, and the limits that hold besides.
+
+    Attributes:
+        seconds: The whole time.
+        ends: When it ends, on the clock of :func:`time.monotonic`.
+        max_steps: Largest number of steps, with those of a continued run; -1 for no limit.
+        every: Steps between two validations; infinite for none but the last.
+        every_seconds: Seconds of steps between two validations, instead of ``every``; ``None`` if it is given in steps.
+        sets_interval: Whether the interval between validations can be changed.
+        passes: How often rows are scored besides.
+    """
+
+    seconds: float
+    ends: float
+    max_steps: int = -1
+    every: float = math.inf
+    every_seconds: float | None = None
+    sets_interval: bool = True
+    passes: Passes = field(default_factory=Passes)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.ends - time.monotonic()
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Measured times of the parts of a run, in seconds.
+
+    Attributes:
+        step: A step with rows whose states are cached.
+        new_row: What a row adds to the first step that has it.
+        new_rows: Number of training rows whose states are not cached yet.
+        rows_per_step: Rows of a step, of this process.
+        validation: A validation; 0 if there are none.
+        before: Everything from the measurement to the first step.
+        after: Everything after the last validation.
+    """
+
+    step: float
+    new_row: float = 0.0
+    new_rows: int = 0
+    rows_per_step: int = 1
+    validation: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+
+    def of_steps(self, number: int) -> float:
+        """Return the time of the first ``number`` steps, without validations."""
+        return number * self.step + min(number * self.rows_per_step, self.new_rows) * self.new_row
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Steps and validations of a run.
+
+    Attributes:
+        steps: Steps of the run, with those of a continued run; no more than those if not even one step fits.
+        new_steps: Steps that are still to be taken.
+        every: Steps between two validations; ``None`` to leave the interval as it is.
+        validations: Number of validations.
+        seconds: Expected time from now to the end.
+        least: The smallest whole time with which one step and one validation fit.
+        times: The times that the plan is made from.
+    """
+
+    steps: int
+    new_steps: int
+    every: int | None
+    validations: int
+    seconds: float
+    least: float
+    times: RunTimes
+
+    @classmethod
+    def of(cls, times: RunTimes, budget: TimeBudget, left: float, done: int = 0) -> Self:
+        """Plan the most steps that fit.
+
+        If all of ``budget.max_steps`` fit, the interval between validations stays. Otherwise it is lowered so that there are 8
+        validations, or as many as take a quarter of the time; at least one, after the last step.
+
+        Args:
+            times: Measured times.
+            budget: The time and the limits.
+            left: Seconds that are left of it.
+            done: Steps of the run that is continued.
+        """
+        usable = _USED * left - times.before - times.after
+        most = math.inf if budget.max_steps < 0 else max(0, budget.max_steps - done)
+        given = budget.every if budget.every_seconds is None else max(1, round(budget.every_seconds / times.step))
+        wanted = 1
+
+        def validations(steps: int) -> int:
+            return 0 if times.validation <= 0 else max(min(wanted, steps), math.ceil(steps / given))
+
+        def needed(steps: int) -> float:
+            return times.of_steps(steps) + validations(steps) * times.validation
+
+        def fitting() -> int:
+            low, high = 0, int(min(most, max(0.0, usable) / times.step))
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if needed(middle) <= usable else (low, middle - 1)
+            return low
+
+        steps, every = fitting(), None
+        if steps < most and budget.sets_interval:
+            wanted = max(1, min(_MOST_VALIDATIONS, int(_VALIDATIONS_SHARE * left / max(times.validation, 1e-9))))
+            steps = fitting()
+            every = max(1, int(min(given, math.ceil(steps / wanted))))
+        elif budget.sets_interval and budget.every_seconds is not None:
+            every = int(given)
+        number = validations(steps) if every is None or times.validation <= 0 else math.ceil(steps / every)
+        around = times.before + times.after
+        least = budget.seconds - left + (around + times.of_steps(1) + times.validation) / _USED
+        total = around + times.of_steps(steps) + number * times.validation
+        return cls(done + steps, steps, every, number, total, least, times)
