@@ -5,12 +5,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from slzo.callbacks.run_context import run_context
 from slzo.callbacks.schedule import check_interval, folder_of
@@ -41,6 +40,9 @@ from slzo.zo.scopes import SCOPES, LayerScope, Scope
 from slzo.zo.stepper import StepOptions, Stepper, StepResult
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ENGINE = Engine()
 
@@ -212,7 +214,7 @@ class ZOModule(LightningModule):
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
-    def use(self, model: PreTrainedModel, device: torch.device) -> None:
+    def use(self, model: "PreTrainedModel", device: torch.device) -> None:
         """Use a model that is already loaded, such as that of an exported folder, in place of ``model`` of the options.
 
         Raises:

@@ -70,16 +70,16 @@ class TaskRows:
     """The training, dev and held-out rows of one task.
 
     Args:
-        task: Required. Task name ({TASKS}), or a task object
-            for your own files: TemplateTask (a prompt template with candidates or free answers) or ChatTask (conversations).
+        task: Task name ({TASKS}), TemplateTask or ChatTask.
+            Required. TemplateTask (a prompt template with candidates or free answers) and ChatTask (conversations) read your own
+            files.
         tokenizer: Model whose tokenizer is used; by default the model that is trained or scored, on the command line always
             model.model.
         data_dir: Folder with local files instead of the Hub; TASK/train.jsonl and TASK/validation.jsonl with the Hub's
             fields (also .parquet and .csv), or the official SuperGLUE download.
         hub_path: Hub data set to use instead of the task's own; NAME@REVISION for a branch, a tag or a commit.
         hub_config: Configuration of the Hub data set; by default the task's own, or none with another hub_path.
-        predict_file: Rows for predict in place of the held-out ones: .jsonl, .csv or .parquet, with the fields of the task and no
-            need for labels.
+        predict_file: File with rows for predict, in place of the held-out ones; they need no labels.
         num_train: Training rows.
         num_dev: Dev rows, taken from the training split; by default the task's own number.
         num_test: Held-out rows, taken from the validation split; null takes all of them.
@@ -88,8 +88,8 @@ class TaskRows:
             run in parts, with the same result up to rounding.
         eval_batch_size: Largest number of rows per batch when scoring; more rows make generation faster and take more memory.
         eval_batch_tokens: Largest number of tokens per forward pass when scoring; by default a number that suits the device.
-        num_demonstrations: Solved training rows to put before each dev and held-out prompt (in-context learning; MeZO uses
-            32). Training batches never contain any.
+        num_demonstrations: Solved training rows to put before each dev and held-out prompt. This is in-context learning; MeZO
+            uses 32. Training batches never contain any.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
         length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
@@ -99,7 +99,7 @@ class TaskRows:
             own Objective; by default Reward with data.reward, otherwise "loss". "loss" is the task's loss (cross-entropy over
             candidates, or the answer's likelihood). "metric" is the task's error (1 - accuracy, or 1 - F1 of generated
             answers), which has no gradient; zeroth-order steps need none.
-        reward: Rewards of generated answers, one or several: built-in ones ({REWARDS}),
+        reward: Rewards of generated answers, one or several. Built-in ones ({REWARDS}),
             package.module.function or file.py:function, or a mapping with function, weight and arguments. Without an objective,
             training maximizes their weighted sum; with one, they are only reported.
         allow_changed_rows: Accept a checkpoint of other rows or another tokenizer.

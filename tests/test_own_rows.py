@@ -204,7 +204,7 @@ def test_training_rows_of_one_class_are_named(tmp_path, capsys):
 
 def test_cut_prompts_are_counted(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [{"text": f"film {i} " + "very long " * 9, "label": i % 2} for i in range(8)])
-    data = set_up(template(train_file=path), max_length=30, num_dev=2)
+    data = set_up(template(train_file=path), max_length=30, num_dev=2, tokenizer="smollm2-135m")
     for split in ("train", "test"):
         rows = data.rows(split)
         long = sum(len(row.example.prompt) > 30 for row in rows)

@@ -391,7 +391,8 @@ def test_a_run_is_selected_by_its_reward(reward_options, folder):
     assert "**reward**" in shown
     state = read_checkpoint(last_checkpoint()).content["callbacks"]
     assert any("val/reward" in name and "'max'" in name for name in state)
-    assert main(["predict", "--ckpt_path=last", "--output", "found.jsonl"]) == 0
+    config = f"--config={run_dir() / 'config.yaml'}"  # it names functions of the user
+    assert main(["predict", config, "--ckpt_path=last", "--output", "found.jsonl"]) == 0
     assert "reward" in json.loads((folder / "found.jsonl").read_text().splitlines()[0])
 
 

@@ -60,7 +60,7 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Interval between two saves in steps; by default only the time counts.
-        every_minutes: Interval between two saves in minutes, which is the most that a crash loses; 0 saves only by steps and
+        every_minutes: Interval between two saves in minutes. A crash loses no more; 0 saves only by steps and
             after validations.
 
     Attributes:

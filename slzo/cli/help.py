@@ -57,8 +57,7 @@ _TEXTS: Mapping[str, str] = MappingProxyType(
         "trainer.accelerator": "cpu, gpu, auto and others.",
         "trainer.strategy": "auto, ddp and others.",
         "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
-        "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which steps and validations are planned. Without "
-        "max_steps only the time counts.",
+        "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which its steps are planned.",
         "trainer.val_check_interval": "Steps between two validations.",
     }
 )

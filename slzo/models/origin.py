@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-import slzo
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import resolve_model
@@ -121,7 +120,7 @@ def _apache_text() -> tuple[Path, ...]:
     files = metadata.files("slzo") or ()
     places = (
         *(Path(str(file.locate())) for file in files if file.name == "LICENSE"),
-        Path(slzo.__file__).parents[1] / "LICENSE",
+        Path(__file__).parents[2] / "LICENSE",
     )
     return tuple(place for place in places if place.is_file())[:1]
 
