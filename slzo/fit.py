@@ -240,16 +240,17 @@ def _plan_time(
     Raises:
         SlzoError: Not even one step and its validation fit.
     """
-    budget, done = run.time, 0
+    budget = run.time
     if budget is None:
         return None
     _check_time(rows, run, "loading, profile and measurements took")
     if checkpoint is not None:
         model.tensors.load(checkpoint.content["state_dict"])
-        budget, done = replace(budget, passes=budget.passes.when_resumed), int(checkpoint.content["global_step"])
+        done = int(checkpoint.content["global_step"])
+        budget = replace(budget, done=done, passes=budget.passes.when_resumed)
     times = measure_times(model, options, rows, budget)
-    plan = rows.processes.broadcast(TimePlan.of(times, budget, budget.left, done))
-    if plan.new_steps < 1 and not 0 < budget.max_steps <= done:
+    plan = rows.processes.broadcast(TimePlan.of(times, budget, budget.left))
+    if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
         raise SlzoError(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
             f"give at least {duration(math.ceil(1.1 * plan.least))}"

@@ -22,6 +22,7 @@ from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.sweep_rates import RateResult, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
+from slzo.experiments.timing import spaced_batches
 from slzo.experiments.trial import LayerTrials
 from slzo.training import make_evaluator, make_stepper, tune
 from slzo.utils.errors import SlzoError
@@ -120,11 +121,10 @@ def test_the_cost_of_a_step_follows_the_options(options, extra, expected):
 
 def test_some_dev_rows_are_spread_over_the_batches():
     batches = [SimpleNamespace(rows=range(32), place=place) for place in range(7)]
-    some = trial_module._some
-    assert [batch.place for batch in some(batches, 96)] == [1, 3, 5]
-    assert [batch.place for batch in some(batches, 32)] == [3]
-    assert some(batches, 1000) == batches
-    assert some([], 96) == []
+    assert [batch.place for batch in spaced_batches(batches, 96)] == [1, 3, 5]
+    assert [batch.place for batch in spaced_batches(batches, 32)] == [3]
+    assert spaced_batches(batches, 1000) == batches
+    assert spaced_batches([], 96) == []
 
 
 def test_a_trial_may_use_few_batches_and_dev_rows_and_end_early(options):

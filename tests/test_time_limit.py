@@ -13,18 +13,21 @@ from helpers import FakeTrials, error_line, last_checkpoint, layer_statistics, l
 from slzo.__main__ import main
 from slzo.callbacks import time_limit
 from slzo.callbacks.defaults import with_defaults
+from slzo.callbacks.schedule import check_interval
 from slzo.callbacks.time_limit import TimeLimit
+from slzo.datamodule import TaskDataModule
 from slzo.experiments import timing
+from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer, timed_defaults
 from slzo.utils.errors import SlzoError
 from slzo.zo.selection import Race
 from slzo.zo.time_plan import Passes, RunTimes, TimeBudget, TimePlan
 
 
-def plan(left=100.0, done=0, times=None, **budget):
+def plan(left=100.0, times=None, **budget):
     """A plan for steps of 0.1 s and validations of 2 s; 90 s are used of 100."""
     usual = {"step": 0.1, "validation": 2.0}
-    return TimePlan.of(RunTimes(**(usual | (times or {}))), TimeBudget(100.0, 0.0, **budget), left, done)
+    return TimePlan.of(RunTimes(**(usual | (times or {}))), TimeBudget(100.0, 0.0, **budget), left)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def test_first_passes_show_what_a_new_row_costs(options, monkeypatch):
     monkeypatch.setattr("slzo.fit.measure_times", lambda *args: found.append(measure(*args)) or found[-1])
     assert main(["fit", *options, "--trainer.max_time=01:00:00:00", "--model.layer=2"]) == 0
     (times,) = found
-    assert (times.step, times.new_row, times.rows_per_step) == (1.0, 2.0 / 8, 8)
+    assert (times.step, times.new_row, times.rows_per_step) == (1.005, 2.0 / 8, 8)
     assert times.new_rows == 8  # four of five batches were measured
     batches = times.validation  # 1 s a batch of dev rows
     assert batches == int(batches)
@@ -205,6 +208,17 @@ def test_a_trainer_in_python_gets_its_limits_back():
     assert (trainer.max_steps, trainer.val_check_interval) == given
 
 
+def test_another_fit_of_a_trainer_takes_its_own_steps(model_dir, data_dir, own_folder, measured):
+    measured(step=900.0, rows_per_step=8)  # 3 steps in an hour
+    rows = {"data_dir": str(data_dir), "tokenizer": str(model_dir), "num_train": 40, "num_dev": 0, "num_test": 4}
+    data, model = TaskDataModule("sst2", batch_size=8, **rows), ZOModule(str(model_dir), layer=2, eps=1e-3, seed=0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = ZOTrainer(max_time={"hours": 1}, accelerator="cpu", **quiet)
+    for steps in (3, 6):
+        trainer.fit(model, datamodule=data)
+        assert (trainer.global_step, trainer.max_steps) == (steps, -1)
+
+
 @pytest.mark.fast
 def test_the_time_alone_limits_unless_steps_are_given():
     assert timed_defaults({"max_time": "00:01:00:00"}) == {"max_steps": -1, "val_check_interval": "00:01:00:00"}
@@ -218,6 +232,17 @@ def test_the_time_alone_limits_unless_steps_are_given():
 def test_a_time_that_cannot_be_used_is_named(value):
     with pytest.raises(SlzoError, match=r"trainer\.max_time .*give DD:HH:MM:SS"):
         ZOTrainer(max_time=value)
+
+
+@pytest.mark.fast
+def test_validations_by_time_need_no_steps_between_them():
+    check_interval(SimpleNamespace(check_val_every_n_epoch=None), 5)  # such a trainer has no val_check_interval
+    unlimited = ZOTrainer(val_check_interval={"minutes": 1}, logger=False, enable_progress_bar=False)
+    check_interval(unlimited, 5)
+    limited = ZOTrainer(
+        val_check_interval={"minutes": 1}, max_time={"hours": 1}, logger=False, enable_progress_bar=False
+    )
+    assert next(each for each in limited.callbacks if isinstance(each, TimeLimit)).every_seconds == 60
 
 
 @pytest.mark.fast

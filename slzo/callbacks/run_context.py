@@ -51,6 +51,7 @@ def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
         limit.seconds,
         limit.ends,
         max_steps=_step_limit(trainer, rows, max_steps),
+        done=trainer.global_step,
         every=every * (trainer.check_val_every_n_epoch or 1),
         every_seconds=limit.every_seconds,
         sets_interval=by_step,

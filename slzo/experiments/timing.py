@@ -23,6 +23,8 @@ _SCORED_ROWS = 48
 # The measurement of steps, dev rows or held-out rows ends early after this share of the time that is left.
 _SHARE = 0.02
 _EPS = 1e-3
+# What Lightning, loggers and the log of steps add to a step.
+_HOOKS_SECONDS = 0.005
 # Seconds to write the summary and the report of a run.
 _FILES_SECONDS = 2.0
 
@@ -45,7 +47,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     test, _ = _time_scores(model, rows, "test", most, keep=False)
     passes = budget.passes
     return RunTimes(
-        step=step,
+        step=step + _HOOKS_SECONDS,
         new_row=new_row,
         new_rows=_uncached(rows.rows("train"), model.forward.cache),
         rows_per_step=rows.batch_size,  # each process computes the states of its own rows

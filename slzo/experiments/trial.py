@@ -94,7 +94,7 @@ class LayerTrials(Trials):
         if layer not in self._times:
             with self._tuned(layer) as model:
                 self._times[layer] = measure_times(model, self.options, self.rows, self.time)
-        return int(TimePlan.of(self._times[layer], self.time, self.time.left).steps / (1 + share))
+        return int(TimePlan.of(self._times[layer], self.time, self.time.left).new_steps / (1 + share))
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""

@@ -44,7 +44,8 @@ class TimeBudget:
     Attributes:
         seconds: The whole time.
         ends: When it ends, on the clock of :func:`time.monotonic`.
-        max_steps: Largest number of steps, with those of a continued run; -1 for no limit.
+        max_steps: Largest number of steps, with those already taken; -1 for no limit.
+        done: Steps already taken, by the run that is continued.
         every: Steps between two validations; infinite for none but the last.
         every_seconds: Seconds of steps between two validations, instead of ``every``; ``None`` if it is given in steps.
         sets_interval: Whether the interval between validations can be changed.
@@ -54,6 +55,7 @@ class TimeBudget:
     seconds: float
     ends: float
     max_steps: int = -1
+    done: int = 0
     every: float = math.inf
     every_seconds: float | None = None
     sets_interval: bool = True
@@ -115,7 +117,7 @@ class TimePlan:
     times: RunTimes
 
     @classmethod
-    def of(cls, times: RunTimes, budget: TimeBudget, left: float, done: int = 0) -> Self:
+    def of(cls, times: RunTimes, budget: TimeBudget, left: float) -> Self:
         """Plan the most steps that fit.
 
         If all of ``budget.max_steps`` fit, the interval between validations stays. Otherwise it is lowered so that there are 8
@@ -125,10 +127,9 @@ class TimePlan:
             times: Measured times.
             budget: The time and the limits.
             left: Seconds that are left of it.
-            done: Steps of the run that is continued.
         """
         usable = _USED * left - times.before - times.after
-        most = math.inf if budget.max_steps < 0 else max(0, budget.max_steps - done)
+        most = math.inf if budget.max_steps < 0 else max(0, budget.max_steps - budget.done)
         given = budget.every if budget.every_seconds is None else max(1, round(budget.every_seconds / times.step))
         wanted = 1
 
@@ -156,4 +157,4 @@ class TimePlan:
         around = times.before + times.after
         least = budget.seconds - left + (around + times.of_steps(1) + times.validation) / _USED
         total = around + times.of_steps(steps) + number * times.validation
-        return cls(done + steps, steps, every, number, total, least, times)
+        return cls(budget.done + steps, steps, every, number, total, least, times)
