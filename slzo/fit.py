@@ -253,7 +253,7 @@ def _plan_time(
     if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
         raise SlzoError(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
-            f"give at least {duration(math.ceil(1.1 * plan.least))}"
+            f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
         )
     options.optimizer.check_schedule(plan.steps)
     say(format_time_plan(plan, budget))
