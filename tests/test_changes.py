@@ -105,7 +105,7 @@ CHANGES = {
 # exit status and number of warnings and errors
 OUTCOMES = {"exact": (0, 0), "unchecked": (0, 0), "warning": (0, 1), "refused": (2, 1)}
 CASES = [(name, number) for name, variants in CHANGES.items() for number in range(len(variants))]
-USUAL = ("training rows", "other data options", "CPU to GPU, or another GPU")
+USUAL = ("CPU to GPU, or another GPU",)
 
 
 def table():

@@ -64,6 +64,7 @@ def test_two_processes_hold_the_same_weights_and_take_the_steps_of_one(fit):
     assert one["score_after"] == pytest.approx(two["score_after"], abs=1 / 24 + 1e-6)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit):
     status, output = on(2, fit, callback="SignalSender", place="on_train_batch_end", step=5, number="SIGTERM", rank=1)
     assert status == 143, output

@@ -13,8 +13,8 @@ TABLES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "method
 
 @pytest.mark.parametrize(
     "path",
-    # the default run takes the smaller ones
-    [pytest.param(p, marks=pytest.mark.slow if p.stem == "table-qwen3-8b" else (), id=p.stem) for p in TABLES],
+    # the default run takes the smallest one
+    [pytest.param(p, marks=() if p.stem == "dominant-layer" else pytest.mark.slow, id=p.stem) for p in TABLES],
 )
 def test_shipped_table_configs_parse(path):
     table = read_table(path)
