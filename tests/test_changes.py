@@ -191,5 +191,6 @@ def check(capsys, outcome, command):
     capsys.readouterr()
     status = main(command)
     errors = capsys.readouterr().err
-    lines = [line for line in errors.splitlines() if re.match("slzo: (warning|error): ", line)]
+    # rows that are cut are reported in every run
+    lines = [line for line in errors.splitlines() if re.match("slzo: (warning: (?!data.max_length)|error: )", line)]
     assert (status, len(lines)) == OUTCOMES[outcome], errors
