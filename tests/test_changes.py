@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.utils.environment import numerics
 
+pytestmark = pytest.mark.slow
 CHECKPOINT = "runs/version_0/checkpoints/last.ckpt"
 
 
@@ -105,7 +106,6 @@ CHANGES = {
 # exit status and number of warnings and errors
 OUTCOMES = {"exact": (0, 0), "unchecked": (0, 0), "warning": (0, 1), "refused": (2, 1)}
 CASES = [(name, number) for name, variants in CHANGES.items() for number in range(len(variants))]
-USUAL = ("CPU to GPU, or another GPU",)
 
 
 def table():
@@ -152,14 +152,13 @@ def words(options):
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-@pytest.mark.slow
 def test_every_row_of_the_table_is_tested():
     assert list(table()) == list(CHANGES)
 
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [pytest.param(*case, marks=() if case[0] in USUAL and not case[1] else pytest.mark.slow) for case in CASES],
+    CASES,
 )
 def test_a_change_has_the_outcome_of_the_table(runs, tmp_path, monkeypatch, capsys, name, number):
     folder, options = runs

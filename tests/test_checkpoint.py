@@ -85,7 +85,7 @@ def other_config(model):
 @pytest.mark.parametrize(
     ("become", "told"),
     [
-        (other_weights, "different weights"),
+        pytest.param(other_weights, "different weights", marks=pytest.mark.slow),
         (other_frozen_weights, "different weights"),
         (one_tuned_weight, "different weights"),
         (other_config, "rms_norm_eps: 1e-06 -> 1e-05"),

@@ -382,6 +382,7 @@ def test_shares_without_rows_add_nothing(scope, examples):
     assert [slope == 0 for slope in result.projected_grad] == [not share for share in rows]
 
 
+@pytest.mark.slow
 def test_divide_rows_has_the_bias_and_the_variance_of_its_shares(examples):
     """g = sum of h_i, what the i-th rows add to it; E|z z'h - h|^2 = (d + 1) |h|^2 for Gaussian z, and shares are independent."""
     model, loss = tiny_loss(examples)

@@ -277,7 +277,7 @@ def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     assert (float(errors.total), float(errors.weight)) == (wrong, 5)
 
 
-@pytest.mark.parametrize("task", ["sst2", "squad"])
+@pytest.mark.parametrize("task", ["sst2", pytest.param("squad", marks=pytest.mark.slow)])
 def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, monkeypatch):
     folder = {"sst2": data_dir, "squad": squad_dir}[task]
     options = {"data_dir": str(folder), "num_train": 16, "num_dev": 4, "batch_size": 8}

@@ -75,7 +75,9 @@ def test_one_changed_row_is_named(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--data.num_train=30", "there are 30 train rows, and the checkpoint's run had 40"),
+        pytest.param(
+            "--data.num_train=30", "there are 30 train rows, and the checkpoint's run had 40", marks=pytest.mark.slow
+        ),
         ("--data.max_length=12", "row 0 of the train rows"),
     ],
 )

@@ -42,7 +42,10 @@ def events_of(number):
     "schedule",
     [
         "--trainer.max_steps=12 --trainer.val_check_interval=4",
-        "--trainer.max_steps=-1 --trainer.max_epochs=3 --trainer.val_check_interval=1.0 --trainer.check_val_every_n_epoch=2",
+        pytest.param(
+            "--trainer.max_steps=-1 --trainer.max_epochs=3 --trainer.val_check_interval=1.0 --trainer.check_val_every_n_epoch=2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_resumed_between_validations_logs_and_validates_as_if_never_stopped(options, saved, schedule):

@@ -63,7 +63,23 @@ def given(text):
 
 
 # their parts are tested on their own; what is specific to a run is covered by the others
-SLOW = ("mlp", "one-sided", "fzo", "lozo", "ranks", "forward", "eps", "sign", "lezo", "sparse", "adam", "channels")
+SLOW = (
+    "mlp",
+    "one-sided",
+    "fzo",
+    "lozo",
+    "ranks",
+    "forward",
+    "eps",
+    "sign",
+    "lezo",
+    "sparse",
+    "adam",
+    "channels",
+    "divide-rows",
+    "subspace",
+    "prefix",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS])

@@ -109,7 +109,7 @@ def test_the_snippet_of_the_page_has_the_same_probabilities(options, model_dir, 
 
 @pytest.mark.parametrize(
     ("scope", "format"),
-    [("LoRA", "adapter"), ("LayerScope", "delta"), pytest.param("LayerScope", "merged", marks=pytest.mark.slow)],
+    [("LoRA", "adapter"), *(pytest.param("LayerScope", name, marks=pytest.mark.slow) for name in ("delta", "merged"))],
 )
 def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope, format):
     tune = [f"--model.scope={scope}", "--model.layer=1", "--model.optimizer.lr=0.5", "--trainer.max_steps=2"]

@@ -44,7 +44,7 @@ METHODS = {
     "RandomLayers": ["--model.scope=RandomLayers"],
     "SmallestWeights": ["--model.scope=SmallestWeights"],
 }
-USUAL = ("auto", "LoRA", "divided")
+USUAL = ("auto", "LoRA")
 
 
 @pytest.fixture
