@@ -167,6 +167,7 @@ def test_the_logged_rate_follows_the_loss_and_its_slopes(auto):
     assert end["weight"] == 14
 
 
+@pytest.mark.slow
 def test_eps_alone_may_be_measured_and_lr_alone(auto):
     rate = ["--model.optimizer=SGD", "--model.optimizer.lr=1e-3"]
     assert main(["fit", *auto, *rate, "--trainer.max_steps=2"]) == 0

@@ -99,7 +99,8 @@ def test_a_row_is_in_one_block(unequal, capsys):
     assert len(keys) >= 34  # of 36 rows
 
 
-@pytest.mark.parametrize("cache", ["1", pytest.param("1e-4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache", ["1", "1e-4"])
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run(unequal, cache):
     """In the second epoch, with room for all prefix states and for some."""
     fit = [*unequal, f"--model.engine.cache_gb={cache}", "--trainer.max_steps=11"]

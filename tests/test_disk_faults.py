@@ -42,7 +42,9 @@ def files(folder):
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("size", ["4k", "64k", pytest.param("100k", marks=pytest.mark.slow), "400k"])
+@pytest.mark.parametrize(
+    "size", ["4k", "64k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("100k", "400k"))]
+)
 def test_a_disk_that_becomes_full_leaves_whole_checkpoints_only(options, disk, capsys, size):
     folder = disk(size)
     line = error_line(capsys, "fit", *options, *ON_DISK)

@@ -330,6 +330,7 @@ def test_missing_f1_is_that_of_the_generated_answers():
     assert AnswerF1().answer_losses(again, [row.example for row in labelled]) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_f1_is_selected_by_it(squad_options):
     """Not by the loss of the gold answers, which it does not see."""
     metric = TaskRows("squad", objective="metric").selection_metric

@@ -50,7 +50,6 @@ ALL = [case for case in product(SCOPES, ESTIMATORS, EPOCHS, STOPS) if case[:2] n
 FIRST = ("LayerScope", "SPSA", "epoch 3", "SIGINT")
 USUAL = {
     FIRST,
-    ("LayerScope", "divided", "epoch 3", "SIGTERM"),
     ("ActivationSubspace", "Adam", "epoch 3", "max_steps"),
 }
 
@@ -146,6 +145,7 @@ def test_a_resume_is_exact_where_some_rows_are_kept(fit, dtype):
     assert_resume_is_exact(fit, 11, "SIGINT", whole(fit))
 
 
+@pytest.mark.slow
 def test_kept_on_disk_or_in_memory_is_the_same(fit, tmp_path):
     assert main([*fit, SMALL_CACHE]) == 0
     assert main([*fit, SMALL_CACHE, f"--model.engine.cache_dir={tmp_path / 'states'}"]) == 0

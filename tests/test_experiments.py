@@ -297,6 +297,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
     assert sweep_csv() == first
 
 
+@pytest.mark.slow
 def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):
     common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]"]
     assert main([*common, ONLY]) == 0

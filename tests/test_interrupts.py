@@ -125,10 +125,14 @@ def test_a_resume_after_a_signal_leaves_no_trace(run, whole, interval, place, st
 @pytest.mark.parametrize(
     ("place", "step"),
     [
-        ("on_validation_batch_start", 9),
         *(
             pytest.param(*place, marks=pytest.mark.slow)
-            for place in [*PLACES, ("on_before_optimizer_step", 8), ("on_validation_batch_start", 7)]
+            for place in [
+                *PLACES,
+                ("on_validation_batch_start", 9),
+                ("on_before_optimizer_step", 8),
+                ("on_validation_batch_start", 7),
+            ]
         ),
     ],
 )
@@ -156,6 +160,7 @@ def test_two_resumes_from_the_last_step_of_an_epoch_keep_its_number(run, whole, 
     assert_same(outcome(0, 1, 2), expected)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_stopped_in_each_validation_and_by_sigterm(run, whole):
     more = ("--trainer.val_check_interval=4",)
     expected = whole(*more)

@@ -134,6 +134,7 @@ def test_a_calm_run_is_left_alone(options):
     assert content["optimizer_states"]
 
 
+@pytest.mark.slow
 def test_dev_rows_are_not_scored_where_nothing_validates(options, monkeypatch):
     monkeypatch.setattr(TaskDataModule, "score", None)
     assert main(["fit", *options, "--trainer.limit_val_batches=0", "--trainer.max_steps=2"]) == 0

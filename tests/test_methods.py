@@ -63,26 +63,10 @@ def given(text):
 
 
 # their parts are tested on their own; what is specific to a run is covered by the others
-SLOW = (
-    "mlp",
-    "one-sided",
-    "fzo",
-    "lozo",
-    "ranks",
-    "forward",
-    "eps",
-    "sign",
-    "lezo",
-    "sparse",
-    "adam",
-    "channels",
-    "divide-rows",
-    "subspace",
-    "prefix",
-)
+USUAL = ("mezo", "lora")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in METHODS])
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_every_method_trains_resumes_and_is_scored_again(name, options):
     options = [*options, *given(METHODS[name]), "--trainer.enable_progress_bar=false", "--model.optimizer.lr=1e-3"]
     assert main(["fit", *options, "--trainer.max_steps=6"]) == 0

@@ -13,8 +13,7 @@ TABLES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "method
 
 @pytest.mark.parametrize(
     "path",
-    # the default run takes the smallest one
-    [pytest.param(p, marks=() if p.stem == "dominant-layer" else pytest.mark.slow, id=p.stem) for p in TABLES],
+    [pytest.param(p, marks=pytest.mark.slow, id=p.stem) for p in TABLES],
 )
 def test_shipped_table_configs_parse(path):
     table = read_table(path)
