@@ -62,7 +62,7 @@ def given(text):
     return [f"--{word}" for word in text.split()]
 
 
-# their parts are tested on their own; what is specific to a run is covered by the others
+# the parts of the others are tested on their own
 USUAL = ("mezo", "lora")
 
 
