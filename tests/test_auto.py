@@ -224,7 +224,8 @@ def test_rates_are_tried_around_the_measured_one(auto):
 # ---- checkpoints -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", pytest.param("Adam", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_a_resumed_run_equals_one_that_was_not_stopped(auto, optimizer, monkeypatch):
     auto = [*auto, f"--model.optimizer={optimizer}", "--model.optimizer.lr=auto", "--trainer.max_steps=9"]
     assert main(["fit", *auto]) == 0

@@ -139,7 +139,8 @@ def test_the_combinations_left_out_are_refused(fit, capsys, scope, estimator):
     assert "model.estimator LOZO" in error_line(capsys, *fit, *SCOPES[scope], *ESTIMATORS[estimator])
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resume_is_exact_where_some_rows_are_kept(fit, dtype):
     fit = [*fit, SMALL_CACHE, f"--model.dtype={dtype}"]
     assert_resume_is_exact(fit, 11, "SIGINT", whole(fit))
