@@ -204,7 +204,9 @@ class ZOModule(LightningModule):
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
             if start is not None:
+                self._release()  # scored before, without the options of the training
                 self._load(for_training=True)
+                self._start = None
             self._hold(self._prepare(self._checkpoint_to_continue()))
             return
         self._load()
@@ -251,10 +253,9 @@ class ZOModule(LightningModule):
         if self._untuned is None:
             trainer = self._attached_trainer()
             self._hold_parts(load_parts(self.options, self.device if trainer is None else trainer.strategy.root_device))
-        if self._start is not None:
-            start, self._start = self._start, None
-            self._restore(start.note, for_training)
-            self.load_state_dict(start.content["state_dict"])
+        if self._start is not None and self.tuned_model is None:
+            self._restore(self._start.note, for_training)
+            self.load_state_dict(self._start.content["state_dict"])
 
     def _restore(self, note: Mapping[str, Any], for_training: bool = False) -> None:
         """Make masters for the tensors of a checkpoint."""

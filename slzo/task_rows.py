@@ -306,6 +306,7 @@ class TaskRows:
         if self.splits is not None and (self.splits.train or not needs_train):
             return
         if stage == "predict" and self.predict_file is not None and not needs_train:
+            self._load_rewards()
             return
         if self.seed is None:
             self.seed = global_seed()
@@ -330,6 +331,9 @@ class TaskRows:
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         if self.tokenizer_name is not None and isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             say(self.encoder.note)
+        self._load_rewards()
+
+    def _load_rewards(self) -> None:
         if self.reward is not None:
             self.reward.rewards.load()
 

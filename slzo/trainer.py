@@ -240,7 +240,7 @@ def _seconds(name: str, value: Any) -> float:
         raise SlzoError(
             f"trainer.{name} {value!r}: not a time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes, or {{minutes: 10}}"
         ) from error
-    if not seconds:
+    if seconds is None or seconds <= 0:
         raise SlzoError(f"trainer.{name} {value!r}: no time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes")
     return seconds
 

@@ -241,6 +241,8 @@ def test_the_licence_of_a_folder_is_that_of_its_card(tmp_path, model_dir):
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (text,) = origin_of(str(folder)).documents
     assert (text.name, "Apache License" in text.read_text()) == ("LICENSE", True)
+    (folder / "NOTICE").write_text("notice")
+    assert [document.name for document in origin_of(str(folder)).documents] == ["NOTICE", "LICENSE"]
     assert origin_of(str(folder), "you/other").name == "you/other"
     with pytest.raises(SlzoError, match="must be a Hub id that others can load"):
         origin_of(str(folder), "/a/folder")

@@ -191,7 +191,7 @@ def test_wrong_names_of_models(model, name, problem):
     ("name", "problem"),
     [
         ("me/none", "'me/none': the Hub has no such data set, or it is private"),
-        ("me/rows@v9", "'me/rows': the Hub has no such revision; give a branch, a tag or a commit of https://hugg"),
+        ("me/rows@v9", "'me/rows@v9': the Hub has no such revision; give a branch, a tag or a commit of https://hugg"),
     ],
 )
 def test_wrong_names_of_data_sets(rows, name, problem):

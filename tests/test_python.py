@@ -68,6 +68,11 @@ def test_a_checkpoint_becomes_a_module(scope, model_dir, data_dir):
     (usual,) = trainer.test(ZOModule(str(model_dir)), datamodule=rows(data_dir), ckpt_path=str(last_checkpoint()))
     assert loaded == usual
     assert data.encoder.max_length == 256 - 2 * isinstance(scope, PrefixTuning)
+    others = rows(data_dir)
+    assert trainer.test(module, datamodule=others) == [usual]
+    assert others.encoder.max_length == data.encoder.max_length
+    with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
+        ZOTrainer(max_steps=1, **QUIET).fit(module, datamodule=rows(data_dir))
 
 
 def test_a_plain_trainer_does_not_warn_of_modules_in_eval_mode(model_dir, data_dir, recwarn):

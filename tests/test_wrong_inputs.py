@@ -165,6 +165,7 @@ WRONG = """
 --trainer.max_steps=-2 | trainer: `max_steps` must be a non-negative integer or -1
 --trainer.max_epochs=0 | trainer.max_epochs 0: nothing would be trained
 --trainer.max_time=x | trainer.max_time 'x': not a time; give DD:HH:MM:SS
+--trainer.max_time.seconds=-5 | trainer.max_time {'seconds': -5}: no time; give DD:HH:MM:SS
 --trainer.max_time.seconds=0 | trainer.max_time {'seconds': 0}: no time; give DD:HH:MM:SS
 --trainer.log_every_n_steps=-1 | trainer.log_every_n_steps -1: must be at least 0
 --trainer.fast_dev_run=-1 | trainer: fast_dev_run=-1 is not a valid configuration

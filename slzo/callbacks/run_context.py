@@ -44,7 +44,7 @@ def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
         return None
     max_steps, interval = limit.given(trainer)
     by_step = trainer.check_val_every_n_epoch is None
-    every = interval if isinstance(interval, int) else max(1.0, interval * rows.steps_per_epoch)
+    every = interval if isinstance(interval, int) else max(1.0, interval * _steps_per_epoch(trainer, rows))
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     passes = [each.passes for each in callbacks if isinstance(getattr(each, "passes", None), Passes)]
     return TimeBudget(

@@ -30,6 +30,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
     origin = f"{source.path}{f' ({source.config})' if source.config else ''} split {name!r}"
     if is_first_process() and not sys.stderr.isatty():  # on a terminal, datasets shows bars
         progress(f"Loading {origin} from the Hub")
+    given = source.path if source.revision is None else f"{source.path}@{source.revision}"
     try:
         import datasets
 
@@ -38,9 +39,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
         rows = datasets.load_dataset(source.path, source.config, split=name, **at)
     except Exception as error:  # datasets and its dependencies raise many unrelated classes
         if (problem := known_problem(error, source.path, "dataset")) is not None:
-            raise SlzoError(
-                f"data.hub_path {source.path!r}: {problem}; or give a local folder as data.data_dir"
-            ) from error
+            raise SlzoError(f"data.hub_path {given!r}: {problem}; or give a local folder as data.data_dir") from error
         first = causes(error)[-1]
         reason = " ".join(str(first).split())[:200].rstrip(" .")
         raise SlzoError(
@@ -50,7 +49,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
     commit = _commit_of(rows)
     if wanted is not None and commit not in (None, wanted):  # offline, datasets takes what is in its cache
         raise SlzoError(
-            f"data.hub_path '{source.path}@{source.revision}': only commit {commit} is in the cache, and the Hub cannot be "
+            f"data.hub_path {given!r}: only commit {commit} is in the cache, and the Hub cannot be "
             "reached; connect to the network once, or give that commit"
         )
     return origin, rows, commit

@@ -46,7 +46,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         reason = " ".join(str(error).split())[:200]
         raise SlzoError(
             f"push_to_hub {repository!r}: not uploaded ({reason}); check the name, the connection and `hf auth login`; the "
-            f"folder is complete, so `hf upload {repository} {folder}` is enough"
+            f"folder is complete, so `hf upload {repository} {folder}{' --private' if private else ''}` is enough"
         ) from error
     if is_public:
         raise SlzoError(

@@ -97,8 +97,9 @@ def origin_of(model: str, given: str | None = None) -> Origin:
         name = _name_of_folder(folder)
     documents = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _DOCUMENTS.fullmatch(file.name))
     licence = licence or _licence_of_card(folder) or _licence_of_type(folder)
-    if licence is not None and licence.name == "apache-2.0":
-        documents = documents or _apache_text()
+    has_text = any(not file.name.upper().startswith("NOTICE") for file in documents)
+    if licence is not None and licence.name == "apache-2.0" and not has_text:
+        documents += _apache_text()
     public = given or name
     local = path.stem if gguf is not None else folder.resolve().name
     commit = model_commit(model, folder) if given in (None, name) else None

@@ -74,7 +74,7 @@ class PeerWatch:
         for handle in handles:
             os.close(handle)
         # without a signal it may have ended for a reason that ends this process too
-        if gone and (_was_killed(gone[0].pid) or not self._stopped.wait(_GRACE_S)):
+        if gone and not self._stopped.is_set() and (_was_killed(gone[0].pid) or not self._stopped.wait(_GRACE_S)):
             alive = [peer.rank for peer in self._others if peer not in gone]
             self._ended(gone[0], self._own.rank < min(alive, default=self._own.rank + 1))
 
