@@ -15,7 +15,6 @@ from slzo.models.parts import ModelParts
 from slzo.models.quantization import describe_quantization
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
-from slzo.tasks.base import HubSource
 from slzo.utils.console import say, warn
 from slzo.utils.environment import device_name, numerics
 from slzo.utils.errors import SlzoError
@@ -57,13 +56,16 @@ def restore(
 
 
 def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
-    """Return the commit of the model, and path, configuration and commit of the data set, each ``None`` if not from the Hub."""
-    source = (None if rows.splits is None else rows.splits.hub) or HubSource("")
+    """Return the Hub commit of the model, and name, configuration and commit of the data set.
+
+    Entries are ``None`` for what is not from the Hub.
+    """
+    source = None if rows.splits is None else rows.splits.hub
     return {
         "model_commit": model_commit(prepared.options.model, prepared.untuned.model.name_or_path),
-        "data_set": source.path or None,
-        "data_config": source.config,
-        "data_commit": source.revision,
+        "data_set": None if source is None else source.path,
+        "data_config": None if source is None else source.config,
+        "data_commit": None if source is None else source.revision,
     }
 
 

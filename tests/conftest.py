@@ -20,6 +20,7 @@ from matplotlib.image import imsave
 
 import tiny
 from slzo.utils import pip_download
+from slzo.utils.hub import model_folder
 
 
 @pytest.fixture
@@ -87,6 +88,7 @@ def hub(tmp_path, monkeypatch):
     import datasets
     from huggingface_hub import HfFileSystem, constants
 
+    model_folder.cache_clear()
     with HubStandIn() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(

@@ -29,7 +29,7 @@ from slzo.models.placement import load_with_device_map
 from slzo.models.shape import model_shape
 from slzo.prompting.pair import Source, load_pair
 from slzo.tasks.registry import get_task
-from slzo.utils.hub import hub_bars
+from slzo.utils.hub import hub_bars, model_folder
 
 QUIET = [
     "--trainer.enable_progress_bar=false",
@@ -100,6 +100,7 @@ def test_weights_in_every_form(hub, model_dir, tmp_path, monkeypatch, kind, shar
     assert torch.equal(load_model("me/tiny").lm_head.weight, weights["lm_head.weight"])
     assert not any("other.safetensors" in path for method, path in hub.requests)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model_folder.cache_clear()
     hub.requests.clear()
     assert torch.equal(load_model("me/tiny").lm_head.weight, weights["lm_head.weight"])
     assert hub.requests == []

@@ -174,7 +174,7 @@ def test_a_run_that_is_slower_than_planned_ends_in_time_and_goes_on_later(option
     said = capsys.readouterr().out
     done = summary()["steps"]
     assert 2 < done < 20
-    assert f"Stops after step {done} of " in said
+    assert f"Stopping after step {done} of " in said
     assert [each["step"] for each in summary()["validations"]] == [done]
     monkeypatch.setattr(time_limit, "time", time)
     measured(step=900.0, validation=10.0, rows_per_step=8)  # 3 steps in an hour

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.callbacks.checkpoints import LastCheckpoint
-from slzo.utils.errors import SlzoError
 from slzo.utils.peers import Peer, PeerWatch, end_process
 from slzo.utils.runtime import gather_from_processes
 
 _STATUS = 2
 _LAUNCHER = "SLZO_LAUNCHER"
-"""Variable with the number of the process that starts the others."""
+"""Environment variable with the process ID of the launcher."""
 
 # seconds in which a failed exchange between processes is explained by one that has ended
 _PATIENCE_S = 5.0
@@ -42,11 +41,12 @@ class RankWatch(Callback):
             os.environ[_LAUNCHER] = str(os.getpid())
         elif trainer.local_rank > 0 and _LAUNCHER in os.environ:
             place = Peer.here(trainer.global_rank).place
-            self._begin(trainer, [Peer(trainer.global_rank - trainer.local_rank, place, int(os.environ[_LAUNCHER]))])
+            launcher = Peer(trainer.global_rank - trainer.local_rank, place, int(os.environ[_LAUNCHER]))
+            self._begin(trainer, [launcher], may_report=trainer.local_rank == 1)
 
-    def _begin(self, trainer: Trainer, peers: Sequence[Peer]) -> None:
+    def _begin(self, trainer: Trainer, peers: Sequence[Peer], may_report: bool = True) -> None:
         def end(peer: Peer, reports: bool) -> None:
-            end_process(_STATUS, f"\nslzo: error: {_message(trainer, peer)}\n" if reports else "")
+            end_process(_STATUS, f"\nslzo: error: {_message(trainer, peer)}\n" if reports and may_report else "")
 
         if self._watch is not None:
             self._watch.stop()
@@ -62,8 +62,7 @@ class RankWatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop, unless an exchange with another process has failed because that process is gone."""
         if self._watch is not None:
-            failed = isinstance(exception, RuntimeError) and not isinstance(exception, SlzoError)
-            self._watch.stop(_PATIENCE_S if failed else 0.0)
+            self._watch.stop(_PATIENCE_S if isinstance(exception, RuntimeError) else 0.0)
 
 
 def _message(trainer: Trainer, peer: Peer) -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.run_context import planned_steps
 from slzo.callbacks.schedule import folder_of, is_quick
 from slzo.callbacks.step_watch import StepWatch
 from slzo.fit import finish, predict_samples, score_test_rows
@@ -93,7 +94,7 @@ class RunRecord(Callback):
             splits = pl_module.rows.splits
             assert splits is not None
             line = self._forecast.line(
-                _planned_steps(trainer) - trainer.global_step,
+                planned_steps(trainer, pl_module.rows) - trainer.global_step,
                 trainer.val_check_batch if trainer.enable_validation else None,
                 splits,
                 peak_memory_gb(pl_module.device) + _cache_growth(trainer, pl_module),
@@ -233,13 +234,6 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
         "hub": loaded_from_hub(prepared, rows),
         "continued_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
-
-
-def _planned_steps(trainer: Trainer) -> int:
-    """Return the number of steps of the run; 0 if it is not known."""
-    epochs = (trainer.max_epochs or -1) * trainer.num_training_batches
-    limits = [int(limit) for limit in (trainer.max_steps, epochs) if 0 < limit < math.inf]
-    return min(limits, default=0)
 
 
 def _cache_growth(trainer: Trainer, module: ZOModule) -> float:

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slzo.callbacks.schedule import validation_due
 from slzo.utils.console import say
-from slzo.zo.time_plan import RunTimes, TimePlan
+from slzo.zo.time_plan import TimePlan
 
 _LONGER = 1.1
 _MOST_SLOWER = 2.0
@@ -96,13 +96,15 @@ class TimeLimit(Callback):
         if trainer.strategy.broadcast(self._ends - now < needed):  # the first process decides
             trainer.should_stop = True
             planned = "" if self._plan is None else f" of {self._plan.steps}"
-            say(f"\nStops after step {trainer.global_step}{planned}: trainer.max_time leaves no time for another.")
+            say(
+                f"\nStopping after step {trainer.global_step}{planned}: trainer.max_time leaves no time for another step."
+            )
 
     def _needed(self, step: float, validates: bool) -> float:
         """Return the seconds that another step and all that follows it take."""
         if self._plan is None:
             return 0.0
-        times: RunTimes = self._plan.times
+        times = self._plan.times
         validation = max(self._validation, times.validation)
         return _LONGER * (max(step, times.step) + (1 + validates) * validation + self._slower * times.after)
 

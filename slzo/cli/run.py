@@ -17,10 +17,11 @@ def run_command(name: str, args: Sequence[str]) -> None:
     Raises:
         SlzoError: An option or a file is wrong.
     """
+    found = with_shipped_configs(args)
     try:
-        _run(COMMANDS[name], with_shipped_configs(args))
+        _run(COMMANDS[name], found)
     except SlzoError as error:
-        if note := missing_tool(str(error)):
+        if found != list(args) and (note := missing_tool(str(error))):
             raise SlzoError(f"{error}{note}") from error
         raise
 

@@ -11,8 +11,8 @@ from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.commands.registry import Command
 from slzo.loggers import RUNS
 from slzo.prompting.pair import exported_options, is_export
-from slzo.report.run_files import CONFIG_FILE
-from slzo.utils.config_code import TRUST, code_in
+from slzo.report.run_files import CONFIG_FILE, code_of
+from slzo.utils.config_code import TRUST
 from slzo.utils.errors import SlzoError
 
 
@@ -55,7 +55,8 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
 def _checked(config: Path, args: Sequence[str]) -> str:
     """Return the option for a run's config; refuse code in it, since the folder may come from somebody else."""
     trusted = f"model.{TRUST} " if option_values(args, f"--model.{TRUST}") else None
-    for entry in code_in(check_config_file(config), (config.parent, Path.cwd())):
+    check_config_file(config)
+    for entry in code_of(config):
         option = f" or --model.{TRUST} true" if entry.startswith(f"model.{TRUST} ") else ""
         if trusted is None or not entry.startswith(trusted):
             raise SlzoError(

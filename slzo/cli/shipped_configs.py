@@ -21,7 +21,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def with_shipped_configs(args: Sequence[str]) -> list[str]:
-    """Return options in which the name of a config is replaced by its path; a file of that name comes first."""
+    """Return options in which the name of a config is replaced by its path; an existing file takes precedence."""
     found = list(args)
     for place, arg in enumerate(args):
         name, given, value = arg.partition("=")

@@ -88,7 +88,7 @@ class Facts:
         """The data set of the Hub that the rows came from, with its commit; ``None`` for other rows."""
         found = hub_record(self.note)
         path = found.get("data_set")
-        return path and HubSource(path, found["data_config"], revision=found["data_commit"])
+        return None if path is None else HubSource(path, found["data_config"], revision=found["data_commit"])
 
     def num_rows(self, split: str) -> int:
         """Return how many rows of ``train``, ``dev`` or ``test`` the run used."""

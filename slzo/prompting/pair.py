@@ -110,7 +110,7 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether a path is an exported folder."""
+    """Return whether a path is an exported folder."""
     return any((Path(path).expanduser() / name).is_file() for name in (FACTS_FILE, CONFIG_FILE))
 
 

@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the type of a device, or the model of a GPU; random directions are others on another one."""
+    """Return the type of a device, or the model of a GPU; random directions differ between devices."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

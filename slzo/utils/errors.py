@@ -23,7 +23,7 @@ def shown(value: object) -> str:
 
 
 def broken_contract(option: str, part: object, returned: str, wanted: str) -> SlzoError:
-    """Return the error of an own class that returns what it must not.
+    """Return the error for a user-defined class that returns a wrong value.
 
     Args:
         option: Option that names the class.

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -57,8 +58,11 @@ def model_commit(name: str, folder: str | Path | None) -> str | None:
     return commit_of(path) if repository_of(path) == split_revision(name)[0] else None
 
 
+@cache
 def model_folder(id: str, revision: str | None) -> Path:
     """Return the cached folder of a model at a commit, and fetch all of its files but the weights.
+
+    Within a process, a name stays at one commit.
 
     Args:
         id: Hub id.
@@ -132,16 +136,16 @@ def _size(id: str, commit: str, files: Sequence[str]) -> int:
     return sum(getattr(found, "size", 0) for found in HfApi().get_paths_info(id, list(files), revision=commit))
 
 
-def _fetch(id: str, revision: str | None, patterns: Sequence[str], cache: Path | None = None) -> Path:
+def _fetch(id: str, revision: str | None, patterns: Sequence[str], cache_dir: Path | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted, others = list(patterns), list(_OTHER)
     try:
         return Path(
-            snapshot_download(id, revision=revision, cache_dir=cache, allow_patterns=wanted, ignore_patterns=others)
+            snapshot_download(id, revision=revision, cache_dir=cache_dir, allow_patterns=wanted, ignore_patterns=others)
         )
     except OSError as error:
-        if cache is None and (cached := getattr(error, "snapshot_path", None)) is not None:
+        if cache_dir is None and (cached := getattr(error, "snapshot_path", None)) is not None:
             return Path(cached)  # offline, and some file that may not be needed was never fetched
         raise
 

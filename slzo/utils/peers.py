@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _TICK_MS = 500
-# the time that this process has to report what ended both
+# seconds in which this process can report a common cause itself
 _GRACE_S = 2.0
 
 
@@ -20,7 +20,7 @@ class Peer(NamedTuple):
     Attributes:
         rank: Its rank.
         place: Machine and process namespace in which ``pid`` counts; empty where processes cannot be watched.
-        pid: Number of the process.
+        pid: Process ID.
     """
 
     rank: int

@@ -39,17 +39,17 @@ class Passes:
 
 @dataclass(frozen=True)
 class TimeBudget:
-    """The time that a run is given, and the limits that hold besides.
+    """Time limit of a run, and its other limits.
 
     Attributes:
         seconds: The whole time.
         ends: When it ends, on the clock of :func:`time.monotonic`.
         max_steps: Largest number of steps, with those already taken; -1 for no limit.
         done: Steps already taken, by the run that is continued.
-        every: Steps between two validations; infinite for none but the last.
+        every: Steps between two validations; ``math.inf`` for the last validation only.
         every_seconds: Seconds of steps between two validations, instead of ``every``; ``None`` if it is given in steps.
         sets_interval: Whether the interval between validations can be changed.
-        passes: How often rows are scored besides.
+        passes: Other scoring passes.
     """
 
     seconds: float
@@ -101,10 +101,10 @@ class TimePlan:
     Attributes:
         steps: Steps of the run, with those of a continued run; no more than those if not even one step fits.
         new_steps: Steps that are still to be taken.
-        every: Steps between two validations; ``None`` to leave the interval as it is.
+        every: Steps between two validations; ``None`` to keep the given interval.
         validations: Number of validations.
         seconds: Expected time from now to the end.
-        least: The smallest whole time with which one step and one validation fit.
+        least: Shortest total time that fits one step and one validation, in seconds.
         times: The times that the plan is made from.
     """
 

@@ -107,6 +107,7 @@ class TunedTensors(nn.Module):
         """
         if not direction:
             self.restore()
+            return
         for name, tensor in self.items():
             if name in direction:
                 tensor.write(direction[name], scale)
