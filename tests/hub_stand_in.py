@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: it serves repositories, takes uploads, and fails where it is told to."""
+"""A local stand-in for the Hugging Face Hub: serves repositories, accepts uploads, and fails on request."""
 
 import base64
 import hashlib

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, logged, summary, tuned
+from helpers import error_line, last_checkpoint, logged, same_tensors, summary, tuned
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -147,7 +147,7 @@ def test_a_run_with_measured_steps_learns_and_its_config_can_be_used_again(auto,
         return
     assert main(["fit", f"--config={config}"]) == 0
     first, second = tuned(last_checkpoint(0)), tuned(last_checkpoint(1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_tensors(first, second)
 
 
 def test_the_logged_rate_follows_the_loss_and_its_slopes(auto):
@@ -233,7 +233,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(auto, optimizer, monkeypa
     monkeypatch.setattr(AutoStep, "measure", None)  # measuring again would fail
     assert main(["fit", *auto, "--ckpt_path=last"]) == 0
     whole, resumed = tuned(last_checkpoint(0)), tuned(last_checkpoint(2))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_tensors(whole, resumed)
     assert state(0) == state(2) != state(1)
     same = ("eps", "lr", "lr_at_end", "evaluations", "score_after", "steps")
     assert {name: summary(0)[name] for name in same} == {name: summary(2)[name] for name in same}
@@ -280,7 +280,7 @@ def test_two_processes_measure_the_same_and_hold_the_same_weights(auto):
     assert done.returncode == 0, done.stderr[-2000:]
     (first, measured), (second, other) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert measured == other
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_tensors(first, second)
     assert main(["fit", *auto, "--trainer.max_steps=4"]) == 0
     assert state(1) == pytest.approx(measured, rel=1e-2)
     assert state(1)["eps"] == measured["eps"]

@@ -1,9 +1,11 @@
 """What may change under a run, as the table in docs/reliability.md says: continued exactly, with a warning, or refused."""
 
+import io
 import json
 import os
 import re
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -73,10 +75,8 @@ def environment(name, value):
 CHANGES = {
     "training rows": [(edited_rows("train"), {})],
     "held-out rows": [(edited_rows("validation"), {})],
-    "options that change rows: `data.num_train`, `data.max_length`": [
-        (None, {"data.num_train": 30}),
-        (None, {"data.max_length": 12}),
-    ],
+    "`data.num_train` and other options that change training rows": [(None, {"data.num_train": 30})],
+    "`data.max_length`": [(None, {"data.max_length": 12})],
     "tokenizer": [(edited_json("tokenizer.json", swap_two_tokens), {})],
     "weights of the base model": [(new_weights, {})],
     "config.json of the base model": [(edited_json("config.json", lambda c: c.update(rms_norm_eps=0.1)), {})],
@@ -118,7 +118,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def runs(model_dir, data_dir, tmp_path_factory):
-    """A working folder with model, rows, a run of two steps, and one of four steps; and its options."""
+    """A working folder with model, rows, a run of two steps, and one of four; its options; what ``slzo test`` prints."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(model_dir, folder / "model")
     shutil.copytree(data_dir, folder / "rows")
@@ -143,9 +143,12 @@ def runs(model_dir, data_dir, tmp_path_factory):
     try:
         for steps in (2, 4):
             assert main(["fit", *words(options | {"trainer.max_steps": steps})]) == 0
+        with redirect_stdout(io.StringIO()) as printed:
+            assert main(["test", f"--ckpt_path={CHECKPOINT}"]) == 0
+        shutil.rmtree("runs/version_2")
     finally:
         os.chdir(before)
-    return folder, options
+    return folder, options, printed.getvalue()
 
 
 def words(options):
@@ -161,7 +164,7 @@ def test_every_row_of_the_table_is_tested():
     CASES,
 )
 def test_a_change_has_the_outcome_of_the_table(runs, tmp_path, monkeypatch, capsys, name, number):
-    folder, options = runs
+    folder, options, expected = runs
     here = tmp_path / "here"
     shutil.copytree(folder, here)
     monkeypatch.chdir(here)
@@ -178,7 +181,9 @@ def test_a_change_has_the_outcome_of_the_table(runs, tmp_path, monkeypatch, caps
         found = max(here.glob("*/version_*/checkpoints/last.ckpt"), key=os.path.getmtime)
         assert same_tensors(tuned(found), whole)
 
-    check(capsys, score, ["test", *words(given)])
+    printed = check(capsys, score, ["test", *words(given)])
+    if score == "exact":
+        assert metrics(printed) == metrics(expected)
     own = {name: value for name, value in given.items() if name != "ckpt_path"}
     check(capsys, replay, ["replay", f"--run={run}", "--output=replayed.ckpt", *words(own)])
     if replay == "exact":
@@ -189,7 +194,15 @@ def check(capsys, outcome, command):
     """Check that a command continues, continues with a warning, or is refused in one line."""
     capsys.readouterr()
     status = main(command)
-    errors = capsys.readouterr().err
+    printed, errors = capsys.readouterr()
     # rows that are cut are reported in every run
     lines = [line for line in errors.splitlines() if re.match("slzo: (warning: (?!data.max_length)|error: )", line)]
     assert (status, len(lines)) == OUTCOMES[outcome], errors
+    return printed
+
+
+def metrics(printed):
+    """The table that ``slzo test`` prints."""
+    found = re.findall(r"test/\w+\W+[0-9.e-]+", printed)
+    assert found
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, run_dir, summary, tiny_model, tuned
+from helpers import error_line, last_checkpoint, run_dir, same_tensors, summary, tiny_model, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,11 +26,6 @@ from slzo.module import ZOModule
 from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
 from tiny import make_tokenizer
-
-
-def same_weights(one, other):
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
 
 # ---- start --------------------------------------------------------------------------------------------------------------
 
@@ -91,9 +86,9 @@ def test_checkpoint_and_export_hold_the_tuned_layer_and_the_rest_stays(options, 
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
     assert state
     assert all(name.startswith(f"model.layers.{layer}.") for name in state)
-    assert not same_weights(state, before)
+    assert not same_tensors(state, before)
     assert main(["export", "--ckpt_path", "last", "--output", "tuned"]) == 0
-    assert same_weights(AutoModelForCausalLM.from_pretrained("tuned").state_dict(), {**before, **state})
+    assert same_tensors(AutoModelForCausalLM.from_pretrained("tuned").state_dict(), {**before, **state})
     text = "It was great.\nNo"
     assert AutoTokenizer.from_pretrained("tuned")(text) == AutoTokenizer.from_pretrained(model_dir)(text)
 
@@ -102,7 +97,7 @@ def test_the_seed_decides_the_weights(options):
     for seed in (0, 0, 1):
         assert main(["fit", *options, f"--seed_everything={seed}"]) == 0
     first, second, third = (tuned(last_checkpoint(i)) for i in range(3))
-    assert same_weights(first, second)
+    assert same_tensors(first, second)
     assert not any(torch.equal(first[name], third[name]) for name in first if first[name].ndim == 2)
 
 
@@ -208,7 +203,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(options, optimizer, stop,
     capsys.readouterr()
     assert main(["fit", *options, "--trainer.max_steps=12", "--ckpt_path=last"]) == 0
     assert "Using the last checkpoint of the newest run" in capsys.readouterr().out
-    assert same_weights(tuned(last_checkpoint(0)), tuned(last_checkpoint(2)))
+    assert same_tensors(tuned(last_checkpoint(0)), tuned(last_checkpoint(2)))
     profiles = [json.loads((run_dir(i) / "outlier_profile.json").read_text()) for i in (1, 2)]
     assert profiles[0] == profiles[1]
     first, second = summary(0), summary(2)
@@ -284,7 +279,7 @@ def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options,
         assert main(["fit", *options]) == 130
     assert not (run_dir(1) / "summary.json").exists()
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
-    assert same_weights(tuned(last_checkpoint(0)), tuned(last_checkpoint(2)))
+    assert same_tensors(tuned(last_checkpoint(0)), tuned(last_checkpoint(2)))
     assert summary(0)["score_after"] == summary(2)["score_after"]
 
 

@@ -11,8 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import error_line, last_checkpoint, tuned
+from helpers import error_line, last_checkpoint, same_tensors, tuned
 
 from slzo.__main__ import main
 from slzo.models.parts import ModelParts
@@ -114,7 +113,7 @@ def assert_resume_is_exact(fit, step, how, expected):
     stopped(fit, step, how)
     assert main([*fit, "--ckpt_path=last"]) == 0
     found = tuned(last_checkpoint(before + 1))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert same_tensors(expected, found)
 
 
 @pytest.fixture(scope="module")
@@ -151,4 +150,4 @@ def test_kept_on_disk_or_in_memory_is_the_same(fit, tmp_path):
     assert main([*fit, SMALL_CACHE]) == 0
     assert main([*fit, SMALL_CACHE, f"--model.engine.cache_dir={tmp_path / 'states'}"]) == 0
     one, other = (tuned(last_checkpoint(number)) for number in (0, 1))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_tensors(one, other)

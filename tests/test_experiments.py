@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import error_line, logged, summary
+from helpers import error_line, logged, same_tensors, summary
 
 from slzo.__main__ import main
 from slzo.batches.losses import candidate_scores
@@ -44,10 +44,6 @@ def weights(trials):
     return {name: tensor.clone() for name, tensor in trials.parts.model.named_parameters()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 # ---- trials ----------------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +64,7 @@ def test_a_trial_takes_the_steps_of_fit_and_leaves_the_model_untuned(options, ex
     before = weights(trials)
     trials.run(1, steps=2, seed=3)
     found, (lr, eps) = trials.run(2, steps=8, seed=0), trials.own_step(2)
-    assert same(weights(trials), before)
+    assert same_tensors(weights(trials), before)
 
     fit = [*options, *extra, "--model.layer=2", "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
     assert main(["fit", *fit]) == 0

@@ -4,8 +4,7 @@ import shutil
 from itertools import count
 
 import pytest
-import torch
-from helpers import last_checkpoint, run_dir, tuned
+from helpers import last_checkpoint, run_dir, same_tensors, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slzo.__main__ import main
@@ -57,7 +56,7 @@ def test_a_run_resumed_between_validations_logs_and_validates_as_if_never_stoppe
         assert read_checkpoint(path).content["global_step"] == step
         assert main(["fit", *options, f"--ckpt_path={path}"]) == 0
         resumed = tuned(last_checkpoint(number))
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole), step
+        assert same_tensors(whole, resumed), step
         # Lightning counts logged steps from 0
         later = {name: [entry for entry in values if entry[0] >= step] for name, values in logged.items()}
         assert events_of(number) == {name: values for name, values in later.items() if values}, step
@@ -101,7 +100,7 @@ def test_the_best_checkpoint_of_the_last_validation_is_known_afterwards(options,
     unbroken = [*options, f"--trainer.max_steps={longer}"]
     assert main(["fit", *unbroken]) == 0
     resumed, whole = tuned(last_checkpoint(1)), tuned(last_checkpoint(2))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_tensors(whole, resumed)
     for number in (1, 2):
         callbacks = read_checkpoint(last_checkpoint(number)).content["callbacks"].values()
         paths = [state["best_model_path"] for state in callbacks if "best_model_path" in state]

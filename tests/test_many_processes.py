@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import last_checkpoint, run_dir, summary, tuned
+from helpers import last_checkpoint, run_dir, same_tensors, summary, tuned
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
@@ -54,7 +54,7 @@ def test_two_processes_hold_the_same_weights_and_take_the_steps_of_one(fit):
     status, output = on(2, fit, callback="WeightWriter")
     assert status == 0, output
     first, second = (torch.load(f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_tensors(first, second)
     assert main(fit) == 0
     assert_close(first, tuned(last_checkpoint(1)))
     two, one = summary(0), summary(1)
@@ -91,7 +91,7 @@ def test_a_population_over_two_processes_is_that_of_one(fit):
         assert logs[0][step].losses == pytest.approx(record.losses, rel=1e-4)
     assert main(["replay", "--run=runs/version_0", "--output=again.ckpt"]) == 0
     again = tuned("again.ckpt")
-    assert all(torch.equal(again[name], tensor) for name, tensor in divided.items())
+    assert same_tensors(again, divided)
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_resume_on_as_many_is_exact_and_on_others_close(fit, sent):
     resume = f"--ckpt_path={last_checkpoint(1)}"
     assert on(2, [*fit, resume])[0] == 0
     resumed = tuned(last_checkpoint(2))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_tensors(whole, resumed)
     for number, processes in ((3, 1), (4, 3)):
         status, output = on(processes, [*fit, resume])
         assert status == 0, output

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import Quadratic, error_line, last_checkpoint, page_code, run_dir, slzo_error, summary, tuned
+from helpers import Quadratic, error_line, last_checkpoint, page_code, run_dir, same_tensors, slzo_error, summary, tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -118,7 +118,7 @@ def test_everything_of_ones_own_through_fit_resume_test_and_export(config, model
     assert main(["fit", config, "--trainer.max_steps=6", f"--ckpt_path={last_checkpoint(0)}"]) == 0
     whole, resumed = tuned(last_checkpoint(1)), tuned(last_checkpoint(2))
     assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_tensors(whole, resumed)
     assert main(["test", f"--config={run_dir(2) / 'config.yaml'}", "--ckpt_path=last"]) == 0
     assert main(["export", "--ckpt_path=last", "--output=out"]) == 0
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()

@@ -18,7 +18,7 @@ def profile_of_run():
     return json.loads((run_dir() / "outlier_profile.json").read_text())
 
 
-@pytest.mark.slow  # .ci/package takes the same steps with the wheel
+@pytest.mark.slow  # .ci/package looks at the layer
 def test_a_few_steps_of_the_quickstart(capsys):
     options = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--data.num_test=32", "--data.num_dev=16"]
     assert main(["fit", "--config", QUICKSTART, *options]) == 0

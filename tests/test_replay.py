@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import error_line, last_checkpoint, run_dir, tuned
+from helpers import error_line, last_checkpoint, run_dir, same_tensors, tuned
 
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import Rollback, StepLog, StepLogWriter, StepRecord, read_step_log
@@ -70,7 +69,7 @@ def forward_passes(monkeypatch):
 def assert_same(path, other):
     one, two = tuned(path), tuned(other)
     assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same_tensors(one, two)
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in USUAL else pytest.mark.slow) for m in METHODS])

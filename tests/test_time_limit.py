@@ -6,9 +6,18 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from helpers import FakeTrials, error_line, last_checkpoint, layer_statistics, logged, run_dir, summary, tuned
+from helpers import (
+    FakeTrials,
+    error_line,
+    last_checkpoint,
+    layer_statistics,
+    logged,
+    run_dir,
+    same_tensors,
+    summary,
+    tuned,
+)
 
 from slzo.__main__ import main
 from slzo.callbacks import time_limit
@@ -125,7 +134,7 @@ def test_a_time_that_is_long_enough_changes_nothing(options):
     assert main(["fit", *options, "--model.eps=auto"]) == 0
     assert main(["fit", *options, "--model.eps=auto", "--trainer.max_time.hours=1"]) == 0
     one, other = (tuned(last_checkpoint(number)) for number in (0, 1))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_tensors(one, other)
     assert (run_dir(0) / "zo_log").read_bytes() == (run_dir(1) / "zo_log").read_bytes()
     assert summary(0)["evaluations"] == summary(1)["evaluations"]
 
@@ -162,7 +171,7 @@ def test_everything_of_a_run_is_planned_for_its_time(options, measured, capsys):
     assert [saved[name] for name in ("max_steps", "max_time", "val_check_interval")] == [-1, *["00:01:00:00"] * 2]
     assert main(["replay", "--run=runs/version_0"]) == 0
     one, other = (tuned(path) for path in (last_checkpoint(), run_dir() / "checkpoints" / "replay-step=8.ckpt"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_tensors(one, other)
 
 
 def test_a_run_that_is_slower_than_planned_ends_in_time_and_goes_on_later(options, measured, monkeypatch, capsys):

@@ -7,7 +7,7 @@ the command (a training with ``--ckpt_path last``), sometimes with further inter
 with that of an uninterrupted run: tuned weights, best checkpoint, scores, history, summary, verdict and content of the page of
 ``fit``, except times, memory and places; figures of ``sweep``; bytes of ``export``. After every signal all checkpoints are read.
 
-``chain`` is a training with four to six interrupts. ``edited`` is a training of which a row is edited after each interrupt: it
+``chain`` is a training with four to six interrupts. In ``edited``, a row is edited after each interrupt: the training
 must be refused, and continues with the old row. ``ranks`` is a training in two processes, one of which is killed at some time.
 
 Columns: trials; faults that hit; ``differ``: results that differ from the uninterrupted run; ``unreadable``: checkpoints that

@@ -18,7 +18,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
     Args:
         source: The data set.
         split: Split of the task.
-        option: Beginning of an error message.
+        option: Option and value that error messages begin with.
 
     Returns:
         The name of the split, for messages, its rows, and the commit that was loaded, ``None`` if it is unknown.

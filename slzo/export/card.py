@@ -185,7 +185,7 @@ def _line(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as text on one line that Markdown shows as it is."""
+    """Return a value on one line, escaped for Markdown."""
     return _SPECIAL.sub(r"\\\g<0>", _line(value))
 
 

@@ -1,4 +1,4 @@
-"""Check that a model's files can be its config and hold all of its weights; explain in one line why a model cannot be loaded.
+"""Check a model's config.json and that its files hold all of its weights; explain in one line why it cannot be loaded.
 
 transformers only warns about missing weights, and initializes them at random.
 """
@@ -33,7 +33,7 @@ def check_config_file(name: str, file: Path) -> None:
     """Check that a config.json is an object, and that the sizes in it are above 0; code of transformers relies on both.
 
     Raises:
-        SlzoError: They are not.
+        SlzoError: The file is not an object, or a size is below 1.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

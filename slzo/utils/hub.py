@@ -193,7 +193,7 @@ def known_problem(error: Exception, id: str, kind: Kind = "model") -> str | None
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """Return an error and those that it came from, the first of all last."""
+    """Return an error and its causes; the original error is last."""
     found: list[BaseException] = []
     earlier: BaseException | None = error
     while earlier is not None and earlier not in found:
