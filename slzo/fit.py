@@ -42,19 +42,20 @@ from slzo.run import FitOutcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.training import (
     adapt_rows,
+    auto_rate,
     load_parts,
     make_evaluator,
     make_stepper,
-    measure_step,
     needs_measuring,
     plan_prefix,
+    restored_rate,
     tune,
 )
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.runtime import gather_from_processes, peak_memory_gb
-from slzo.zo.auto_step import AutoStep
+from slzo.zo.auto_step import AutoRate
 from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile
@@ -85,7 +86,7 @@ def prepare(
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
-    options.check_rows(rows)
+    options = options.for_rows(rows)
     _check_schedules(options, run)
     if run.checkpoint is not None:
         run.checkpoint.check_resumable(options.optimizer.classes)
@@ -168,8 +169,7 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
         )
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
-    options.check_rows(rows)
-    return LayerTrials(parts, options, rows, run.planned_steps, run.time)
+    return LayerTrials(parts, options.for_rows(rows), rows, run.planned_steps, run.time)
 
 
 def _check_schedules(options: TrainingOptions, run: RunContext) -> None:
@@ -208,7 +208,7 @@ def _continue(
     check_environment(note, run.device, rows.processes.number)
     model = restore(parts, note, options, for_training=True) if tuned is None else tuned
     plan_prefix(model, rows)
-    auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
+    auto = restored_rate(note["auto_step"], options)
     seed, evaluations = note["noise_seed"], 0
     if auto is None and needs_measuring(options):  # so far the run used given numbers
         model.tensors.load(checkpoint.content["state_dict"])
@@ -225,9 +225,9 @@ def _continue(
     return prepared
 
 
-def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoStep:
-    """Measure the step size at the current weights, and print it."""
-    auto = measure_step(stepper, rows, eps=options.step.eps)
+def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoRate:
+    """Find the step size at the current weights, and print it."""
+    auto = auto_rate(stepper, rows, options.step.eps)
     say(auto.describe(options.optimizer.automatic))
     return auto
 

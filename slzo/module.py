@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -32,8 +32,8 @@ from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import peak_memory_gb
-from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator
-from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice
+from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
+from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, sgd
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
@@ -47,11 +47,6 @@ if TYPE_CHECKING:
 _ENGINE = Engine()
 
 
-def sgd(params: Iterable) -> Optimizer:
-    """The default optimizer: plain SGD, with a measured learning rate."""
-    return torch.optim.SGD(params, lr=AUTO_LR)
-
-
 @with_lists(SCOPES=class_names(SCOPES), ESTIMATORS=class_names(ESTIMATORS))
 class ZOModule(LightningModule):
     """Tunes the dominant decoder layer of a language model by zeroth-order optimization; :mod:`slzo` has a complete example.
@@ -61,13 +56,15 @@ class ZOModule(LightningModule):
             local Hugging Face folder, .gguf file, Hub id, or ID@REVISION for a branch, a tag or a commit of the Hub.
         layer: Dominant layer, counted from 0; by default the outlier profile chooses it.
         scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
-        estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator; by default SPSA. Backprop is the
-            first-order reference.
+        estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator; by default
+            LayerOutputPerturbation. It is SPSA if the scope has more than one layer, if answers are generated, or if eps,
+            eps_end, num_queries or clip_projected_grad is given. Backprop is the first-order reference.
         eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by 1%.
         eps_end: Change eps to this value over trainer.max_steps, by the same factor each step; by default eps is constant.
         num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
         clip_projected_grad: Scale down a step whose projected gradient is above this multiple of the median of the last 100.
-        optimizer: Any torch optimizer that takes a dense gradient; lr auto measures the rate and adapts it to the loss.
+        optimizer: Any torch optimizer that takes a dense gradient; by default SGD, or AdamW for LayerOutputPerturbation and
+            Backprop. lr auto sets the rate from a measurement, or from the size of the weights.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
         dtype: Type of the model's weights. The tuned tensors always have a float32 master copy.
         quantization: Quantization of the frozen layers: int8, fp8 (torchao), nf4, fp4 (bitsandbytes), or a transformers config,
@@ -96,7 +93,7 @@ class ZOModule(LightningModule):
         eps_end: float | None = None,
         num_queries: int = 1,
         clip_projected_grad: float | None = None,
-        optimizer: MakeOptimizer = sgd,
+        optimizer: MakeOptimizer | None = None,
         lr_scheduler: MakeScheduler | None = None,
         dtype: DType = "float32",
         quantization: Quantization | None = None,
@@ -110,13 +107,23 @@ class ZOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        scope = LayerScope() if scope is None else scope
+        defaults = frozenset(
+            name for name, value in (("estimator", estimator), ("optimizer", optimizer)) if value is None
+        )
+        step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad)
+        if estimator is None:  # objectives of generated answers need SPSA too, see TrainingOptions.for_rows
+            estimator = LayerOutputPerturbation() if scope.needs_layer and step == StepOptions(None) else SPSA()
+        if optimizer is None:
+            optimizer = sgd if estimator.along_directions else adamw
         self.options = TrainingOptions(
             OptimizerChoice.of(optimizer, lr_scheduler),
+            defaults=defaults,
             model=model,
             layer=layer,
-            scope=LayerScope() if scope is None else scope,
-            estimator=SPSA() if estimator is None else estimator,
-            step=StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad),
+            scope=scope,
+            estimator=estimator,
+            step=step,
             dtype=dtype,
             quantization=quantization,
             device_map=DeviceMapChoice.of(device_map, offload_folder, engine, quantization),
@@ -324,7 +331,8 @@ class ZOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
         assert self.tuned_model is not None
-        choice = self.options.optimizer
+        assert self.prepared is not None
+        choice = self.prepared.options.optimizer
         optimizer = choice.make(self.tuned_model.tensors.masters)
         if choice.make_scheduler is None:
             return optimizer

@@ -126,7 +126,7 @@ def open_step_log(
     Returns:
         The writer of the log, ``None`` if no log is written; and the steps to repeat.
     """
-    if run.quick or prepared.options.estimator.differentiates:
+    if run.quick or not prepared.options.estimator.uses_points:
         return None, {}
     settings, first = log_settings(prepared, rows), rows.processes.rank == 0
     before = rows.processes.broadcast(_log_before(run, settings) if first else None)

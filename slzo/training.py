@@ -3,6 +3,8 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -15,8 +17,9 @@ from slzo.models.prefix_cache import PrefixCache, check_cache_folder
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
-from slzo.zo.auto_step import HALF, AutoStep
+from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
+from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
@@ -97,8 +100,25 @@ def make_stepper(
 
 
 def needs_measuring(options: TrainingOptions, step: StepOptions | None = None) -> bool:
-    """Whether learning rate or eps are ``auto``."""
-    return options.optimizer.automatic or (options.step if step is None else step).eps is None
+    """Whether learning rate or eps are ``auto`` and used."""
+    eps = (options.step if step is None else step).eps
+    return options.optimizer.automatic or (eps is None and options.estimator.uses_points)
+
+
+def auto_rate(stepper: Stepper, rows: TaskRows, eps: float | None = None) -> AutoRate:
+    """Return the learning rate of ``auto`` for a training that starts from the current weights.
+
+    For arguments and errors see :func:`measure_step`, which estimates along random directions need.
+    """
+    if not stepper.estimator.along_directions:
+        return RelativeRate.of(stepper.model.tensors)
+    return measure_step(stepper, rows, eps=eps)
+
+
+def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> AutoRate | None:
+    """Return the learning rate of ``auto`` from a checkpoint; ``None`` if it has none for this kind of estimator."""
+    kind: type[AutoStep] | type[RelativeRate] = AutoStep if options.estimator.along_directions else RelativeRate
+    return kind(**data) if data is not None and data.keys() == {field.name for field in fields(kind)} else None
 
 
 def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoStep:

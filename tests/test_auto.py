@@ -31,9 +31,10 @@ LEARNS = [
 
 @pytest.fixture
 def auto(options):
-    """A run with nothing said of its step sizes."""
+    """A run along random directions with nothing said of its step sizes."""
     given = ("--model.eps", "--model.optimizer")
-    return [*(option for option in options if not option.startswith(given)), "--trainer.enable_progress_bar=false"]
+    rest = [option for option in options if not option.startswith(given)]
+    return [*rest, "--model.estimator=SPSA", "--trainer.enable_progress_bar=false"]
 
 
 def state(number=0):
@@ -44,7 +45,6 @@ def state(number=0):
 # ---- spelling --------------------------------------------------------------------------------------------------------------
 
 SPELLINGS = {
-    "left out": [],
     "option": ["--model.optimizer=SGD", "--model.optimizer.lr=auto"],
     "two words": ["--model.optimizer", "SGD", "--model.optimizer.lr", "auto"],
     "full name": ["--model.optimizer=SGD", "--model.optimizer.init_args.lr=auto"],

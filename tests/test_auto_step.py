@@ -14,7 +14,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo import AutoStep, ClosureLoss, Request, TunedTensors, take_step
 from slzo.zo.auto_step import _PROBE_STEP
 from slzo.zo.estimators import FZO, SPSA, Estimate
-from slzo.zo.optim import SignSGD
+from slzo.zo.optim import SignSGD, set_rate
 
 pytestmark = pytest.mark.fast
 
@@ -158,7 +158,7 @@ def test_the_rate_lowers_the_loss_by_its_share(kind, options, share):
     auto, optimizer = AutoStep(**MEASURED), made(kind, **options)
     assert auto.rate(optimizer, SPSA()) == pytest.approx(share * PLAIN_RATE)
     auto.factor = 0.25
-    auto.set_rate(optimizer, SPSA())
+    set_rate(optimizer, auto.rate(optimizer, SPSA()))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(share * PLAIN_RATE / 4)
 
 

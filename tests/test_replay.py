@@ -133,7 +133,7 @@ def test_a_run_is_replayed_inside_its_folder(fit, monkeypatch):
 def test_differentiating_estimators_have_no_log(fit, capsys):
     assert main([*fit, "--model.estimator=Backprop", "--trainer.max_steps=2"]) == 0
     assert not (run_dir() / "zo_log").exists()
-    assert "differentiates, so there is no log" in error_line(capsys, "replay", "--run=runs/version_0")
+    assert "uses a derivative, so there is no log" in error_line(capsys, "replay", "--run=runs/version_0")
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,6 @@ WRONG = """
 --model.optimizer=Muon | model.optimizer Muon: cannot take
 --model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
 --model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
---model.optimizer=null | model.optimizer 'null': no such class
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3 (trainer.max_steps is 8)
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=-1 | model.lr_scheduler: Expected positive integer total_steps
 --model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0 | model.lr_scheduler: cannot take a step (integer modulo by zero)

@@ -1,4 +1,7 @@
-"""Candidate scores and losses from logits at the answer positions."""
+"""Candidate scores and losses from logits at the answer positions.
+
+``...`` in a shape stands for any number of dimensions: the batch may be evaluated at several points at once.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -16,6 +19,17 @@ class LossSum(NamedTuple):
     weight: Tensor
 
 
+class RowLosses(NamedTuple):
+    """What each example adds to a :class:`LossSum`: totals, shape (..., B), and weights, shape (B,), both float32."""
+
+    totals: Tensor
+    weights: Tensor
+
+    def sum(self) -> LossSum:
+        """Return the sums over the examples; the totals must have shape (B,)."""
+        return LossSum(self.totals.sum(), self.weights.sum())
+
+
 class LogitLoss(Protocol):
     """A loss as a function of logits, such as any :class:`slzo.zo.objectives.LogitObjective`."""
 
@@ -25,32 +39,43 @@ class LogitLoss(Protocol):
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         """Return the loss from float32 logits, shape (U, K) for ``batch.choice_ids`` if ``selected``, else (U, vocabulary)."""
 
+    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        """Return the loss of each example at N points, from logits of shape (N, U, K or vocabulary)."""
+
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the log-probability of each answer token, shape (R,), from float32 logits (U, vocabulary)."""
-    return logits[batch.token_needed, batch.token_id] - logits.logsumexp(dim=-1)[batch.token_needed]
+    """Return the log-probability of each answer token, shape (..., R), from float32 logits (..., U, vocabulary)."""
+    chosen = logits[..., batch.token_needed, batch.token_id]
+    return chosen - logits.logsumexp(dim=-1)[..., batch.token_needed]
 
 
 def candidate_scores(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the mean log-likelihood of each candidate's tokens given the prompt, shape (C,), from logits (U, vocabulary)."""
+    """Return the mean log-likelihood of each candidate's tokens, shape (..., C), from logits (..., U, vocabulary)."""
     tokens = token_log_likelihoods(logits, batch)
-    total = tokens.new_zeros(batch.candidate_length.shape).index_add_(0, batch.token_candidate, tokens)
-    return total / batch.candidate_length
+    total = tokens.new_zeros(*tokens.shape[:-1], batch.candidate_length.numel())
+    return total.index_add_(-1, batch.token_candidate, tokens) / batch.candidate_length
 
 
 def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
-    """Arrange scores (C,) in a matrix with one row per example, shape (B, most candidates), padded with minus infinity."""
-    table = scores.new_full((batch.num_examples, batch.most_candidates), float("-inf"))
-    table[batch.candidate_example, batch.candidate_slot] = scores
+    """Arrange scores (..., C) by example, shape (..., B, most candidates), padded with minus infinity."""
+    table = scores.new_full((*scores.shape[:-1], batch.num_examples, batch.most_candidates), float("-inf"))
+    table[..., batch.candidate_example, batch.candidate_slot] = scores
     return table
 
 
-def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
-    """Return the negative log-likelihood of the gold answers, summed over their tokens, from logits (U, vocabulary)."""
+def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:
+    """Return the negative log-likelihood of the gold answers, summed over their tokens, from logits (..., U, vocabulary)."""
     tokens = token_log_likelihoods(logits, batch)
     is_gold = batch.candidate_slot == batch.gold[batch.candidate_example]
     mask = is_gold[batch.token_candidate].to(tokens.dtype)
-    return LossSum(-(tokens * mask).sum(), mask.sum())
+    example = batch.candidate_example[batch.token_candidate]
+    totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples).index_add_(-1, example, -tokens * mask)
+    return RowLosses(totals, mask.new_zeros(batch.num_examples).index_add_(0, example, mask))
+
+
+def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
+    """Return the sum of :func:`answer_losses` over the examples, from logits (U, vocabulary)."""
+    return answer_losses(logits, batch).sum()
 
 
 def sum_losses(sums: Sequence[LossSum]) -> LossSum:

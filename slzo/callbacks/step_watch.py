@@ -111,14 +111,20 @@ def _size(module: ZOModule) -> float:
 
 def _reason(module: ZOModule, at_start: float | None) -> str:
     """Return why no direction changes the loss, and what to do."""
-    now, eps = _size(module), module.stepper.options.eps_at(module.global_step, module.trainer.max_steps)
+    now = _size(module)
     if at_start and not now < _GREW * at_start:
         return (
             f"the tuned tensors grew by a factor of {now / at_start:.3g} because the steps are too large; lower the learning "
             f"rate (model.optimizer.lr {module.options.optimizer.lr:.3g})"
         )
+    if not module.stepper.estimator.uses_points:
+        return (
+            "the gradient is exactly 0; lower the learning rate if the loss jumped before, or use another layer or "
+            "model.estimator SPSA"
+        )
+    eps = module.stepper.options.eps_at(module.global_step, module.trainer.max_steps)
     smallest_change = now * torch.finfo(getattr(torch, module.options.dtype)).eps
-    if not module.options.estimator.differentiates and eps < smallest_change:
+    if eps < smallest_change:
         return (
             f"model.eps {eps:.3g} is lost in rounding: entries of size {now:.2g} in {module.options.dtype} change in steps of "
             f"about {smallest_change:.1g}; raise it, for example to 1e-3"

@@ -15,6 +15,7 @@ from slzo.callbacks.defaults import BEST_OPTIONS, DEFAULTS
 from slzo.callbacks.run_context import run_context
 from slzo.checkpoints.checkpoint import find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
+from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
 from slzo.cli.diagnose import check_class_paths, check_nulls
 from slzo.cli.given import parents
@@ -39,7 +40,6 @@ from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.
 from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer, timed_defaults
 from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError
-from slzo.zo.optim import AUTO_LR
 
 _MAX_SEED = 2**32 - 1
 
@@ -170,7 +170,6 @@ class SlzoCLI(LightningCLI):
                 **{f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()},
                 "trainer.logger": {"class_path": "slzo.loggers.RunLogger", "init_args": {"save_dir": RUNS}},
                 "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
-                "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": AUTO_LR}},
                 **{f"checkpoint.{name}": value for name, value in BEST_OPTIONS.items()},
             }
         )
@@ -181,6 +180,7 @@ class SlzoCLI(LightningCLI):
         """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
         parser.given = read_given(self._options)
+        parser.set_defaults(class_defaults(parser.given))
         check_class_paths(parser, parser.given)
         super().parse_arguments(parser, args)
         check_nulls(parser, self.config)

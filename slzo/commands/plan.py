@@ -13,4 +13,8 @@ def plan(app: App) -> None:
         app: Trainer, model and rows.
     """
     rows, device = app.set_up_rows(), app.device
-    say(format_plan(memory_inputs(app.model.options, rows, app.trainer.max_steps, device), free_bytes(device)))
+    say(
+        format_plan(
+            memory_inputs(app.model.options.for_rows(rows), rows, app.trainer.max_steps, device), free_bytes(device)
+        )
+    )

@@ -55,8 +55,7 @@ def sweep(
     """
     with disk_errors():
         parts, rows = app.load()
-        options = app.model.options
-        options.check_rows(rows)
+        options = app.model.options.for_rows(rows)
         if app.trainer.world_size > 1:
             raise SlzoError(
                 f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
@@ -66,6 +65,8 @@ def sweep(
         if lrs is not None or eps is not None:
             if layers is not None or seconds is not None or sensitivity_only:
                 raise SlzoError("lrs, eps: compare rates in one layer; leave out layers, seconds and sensitivity_only")
+            if eps is not None and not options.estimator.uses_points:
+                raise SlzoError(f"eps {list(eps)}: {options.estimator.describe()} has no eps; leave it out")
             _, choice = choose_layer(parts, options, rows, run)
             layer = None if choice is None else choice.layer
             plan = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))

@@ -18,7 +18,7 @@ from slzo.batches.encoded import EncodedExample, prompt_with_gold
 from slzo.batches.losses import LossSum, answer_loss, sum_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, merge_common_prefixes
-from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, keeping_attention
+from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, check_places
 from slzo.evaluation.prompt_states import PromptStates, recorded, run_with
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
@@ -331,22 +331,22 @@ def decode(
         return answers, None
     losses: list[LossSum] = []
     tokens: dict[int, int] = {}
-    with keeping_attention(parts):
-        decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept)
-        for rows, points, cached in decoder.chunks():
-            logits, loss = decoder.prefill(rows, points, cached, gold)
-            tokens |= logits.tokens(0, sampling)
-            if loss is not None:
-                losses.append(loss)
-        for step in range(max_new_tokens):
-            finished = {answer for answer, token in tokens.items() if token in stops}
-            for answer in tokens.keys() - finished:
-                answers[answer].append(tokens[answer])
-            if ended is not None:
-                finished |= {answer for answer in tokens.keys() - finished if ended(answers[answer])}
-            decoder.remove(finished)
-            tokens = {answer: token for answer, token in tokens.items() if answer not in finished}
-            if not tokens or step == max_new_tokens - 1:
-                break
-            tokens = decoder.advance(tokens).tokens(step + 1, sampling)
+    check_places(parts)
+    decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept)
+    for rows, points, cached in decoder.chunks():
+        logits, loss = decoder.prefill(rows, points, cached, gold)
+        tokens |= logits.tokens(0, sampling)
+        if loss is not None:
+            losses.append(loss)
+    for step in range(max_new_tokens):
+        finished = {answer for answer, token in tokens.items() if token in stops}
+        for answer in tokens.keys() - finished:
+            answers[answer].append(tokens[answer])
+        if ended is not None:
+            finished |= {answer for answer in tokens.keys() - finished if ended(answers[answer])}
+        decoder.remove(finished)
+        tokens = {answer: token for answer, token in tokens.items() if answer not in finished}
+        if not tokens or step == max_new_tokens - 1:
+            break
+        tokens = decoder.advance(tokens).tokens(step + 1, sampling)
     return answers, sum_losses(losses) if losses else None

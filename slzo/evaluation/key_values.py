@@ -4,8 +4,7 @@ Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` pac
 width ``W``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -14,20 +13,14 @@ from torch import Tensor, nn
 
 from slzo.batches.layout import PackedLayout, group_by_length
 from slzo.models.attention import (
-    LAYOUT_ARGUMENT,
     VIRTUAL_ARGUMENT,
     masked_attention,
     packed_attention_forward,
-    use_attention,
     with_virtual_tokens,
 )
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.private.models import attention_of
 from slzo.utils.errors import SlzoError
-
-Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
-"""Takes the place of a packed layout: attention from layer, query, key, value and options to output (1, tokens, H, D)."""
 
 KeyValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
 """Keys and values of packed tokens by attention layer, shape (G, T, D) each."""
@@ -121,7 +114,7 @@ class Recording:
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, None]:
-        """See :data:`Attend`."""
+        """See :data:`slzo.models.attention.Attend`."""
         self.states[layer] = (key[0], value[0])
         return packed_attention_forward(layer, query, key, value, None, packed_layout=self.layout, **options)
 
@@ -139,7 +132,7 @@ class NewTokens:
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, None]:
-        """See :data:`Attend`."""
+        """See :data:`slzo.models.attention.Attend`."""
         sizes = [len(buffer.rows) for buffer in self.buffers]
         outputs = []
         by_buffer = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
@@ -175,23 +168,11 @@ class NewTokens:
         return self._masks[window]
 
 
-def _attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Call the attention that came with the inputs, which needs no mask; without one, call transformers' own."""
-    if LAYOUT_ARGUMENT not in kwargs:
-        return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    attend: Attend = kwargs[LAYOUT_ARGUMENT]
-    options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux", VIRTUAL_ARGUMENT)}
-    return attend(module, query, key, value, options)
-
-
-@contextmanager
-def keeping_attention(parts: ModelParts) -> Iterator[None]:
-    """Let the model's layers use this module's attention within the context.
+def check_places(parts: ModelParts) -> None:
+    """Check that all layers run on the device of the buffers.
 
     Raises:
-        SlzoError: Some layers run on another device than the buffers.
+        SlzoError: Some layers run on another device.
     """
     placement = placement_of(parts.model)
     if placement is not None and placement.places.elsewhere:
@@ -199,9 +180,3 @@ def keeping_attention(parts: ModelParts) -> Iterator[None]:
             f"model.device_map: {placement.places.describe()}; answers are generated on one GPU; put the other layers on cpu "
             "or disk"
         )
-    before = attention_of(parts.model)
-    use_attention(parts.model, "slzo_generate", _attention_forward)
-    try:
-        yield
-    finally:
-        parts.model.set_attn_implementation(before)

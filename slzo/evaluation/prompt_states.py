@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.layout import PackedLayout
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
-from slzo.evaluation.key_values import KeyValues, Recording, keeping_attention
+from slzo.evaluation.key_values import KeyValues, Recording, check_places
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 
@@ -18,7 +18,7 @@ from slzo.models.prefix_cache import PrefixCache
 def recorded(
     parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None
 ) -> tuple[Tensor, KeyValues]:
-    """Run layers within :func:`keeping_attention`; return the states after them, and their keys and values."""
+    """Run layers; return the states after them, and their keys and values."""
     recording = Recording(batch.layout)
     return run_with(parts, batch, recording.attend, start, stop, hidden), recording.states
 
@@ -26,7 +26,7 @@ def recorded(
 def run_with(
     parts: ModelParts, batch: TokenBatch, attend: Callable[..., object], start: int, stop: int, hidden: Tensor | None
 ) -> Tensor:
-    """Run layers with the attention ``attend``, within :func:`keeping_attention`; see :meth:`ModelParts.run`."""
+    """Run layers with the attention ``attend``; see :meth:`ModelParts.run`."""
     # the model only passes the layout on to the attention, so the function can take its place
     tokens = TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend))
     return parts.run(tokens, start, stop, hidden)
@@ -75,8 +75,8 @@ class PromptStates:
         return wide[:, :start], states
 
     def _run(self, batch: TokenBatch) -> Tensor:
-        with keeping_attention(self.parts):
-            hidden, states = recorded(self.parts, batch, 0, self.start, None)
+        check_places(self.parts)
+        hidden, states = recorded(self.parts, batch, 0, self.start, None)
         pieces = [state.transpose(0, 1).flatten(1) for layer, _, _ in self._columns for state in states[layer]]
         return torch.cat([hidden, *pieces], dim=1)
 
@@ -84,7 +84,8 @@ class PromptStates:
     def _columns(self) -> list[tuple[nn.Module, int, tuple[int, int]]]:
         """Attention layers with their number of key-value heads and of columns for keys and for values."""
         probe = pack([prompt_alone(0, (0,))]).to(self.parts.model.device)
-        with torch.no_grad(), keeping_attention(self.parts):
+        check_places(self.parts)
+        with torch.no_grad():
             _, states = recorded(self.parts, probe, 0, self.start, None)
         return [
             (layer, key.shape[0], (key.shape[0] * key.shape[2], value.shape[0] * value.shape[2]))

@@ -10,13 +10,12 @@ from slzo.checkpoints.checkpoint import REPLAYED, check_commit, read_checkpoint,
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
-from slzo.training import load_parts
+from slzo.training import load_parts, restored_rate
 from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_writable
 from slzo.utils.settings import differences
-from slzo.zo.auto_step import AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
 from slzo.zo.tuned_model import TunedModel
@@ -48,9 +47,10 @@ def replay_run(
     folder = Path(run)
     if not run or not folder.is_dir():
         raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, such as runs/version_0")
-    if options.estimator.differentiates:
+    options = options.for_rows(rows)
+    if not options.estimator.uses_points:
         raise SlzoError(
-            f"model.estimator {options.estimator.describe()}: differentiates, so there is no log of losses; use a checkpoint"
+            f"model.estimator {options.estimator.describe()}: uses a derivative, so there is no log of losses; use a checkpoint"
         )
     log = read_step_log(folder / NAME)
     number = _number_of_steps(log, steps, run)
@@ -99,7 +99,7 @@ def _stepper(
 ) -> Stepper:
     subset = options.scope.subset(tuple(note["tensors"]), parts)
     model = TunedModel.from_description(parts, note, options.engine, subset)
-    auto = None if note["auto_step"] is None else AutoStep(**note["auto_step"])
+    auto = restored_rate(note["auto_step"], options)
     return Stepper(
         model,
         rows.objective,

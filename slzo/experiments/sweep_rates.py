@@ -22,13 +22,13 @@ class RatePlan:
 
     Attributes:
         lrs: Learning rates, in rising order.
-        eps: Sizes of the perturbation, in rising order.
+        eps: Sizes of the perturbation, in rising order; ``None`` for an estimator without one.
         steps: Steps of each trial.
         seeds: Seeds; each pair of learning rate and eps is tried with each.
     """
 
     lrs: tuple[float, ...]
-    eps: tuple[float, ...]
+    eps: tuple[float | None, ...]
     steps: int
     seeds: tuple[int, ...]
 
@@ -39,14 +39,14 @@ class RateResult:
 
     Attributes:
         lr: Learning rate.
-        eps: Size of the perturbation.
+        eps: Size of the perturbation; ``None`` for an estimator without one.
         loss: Dev loss after the trial, mean over seeds; infinite if a trial diverged.
         metric: Dev metric after the trial, mean over seeds.
         diverged: How a trial diverged; empty if none did.
     """
 
     lr: float
-    eps: float
+    eps: float | None
     loss: float
     metric: float
     diverged: str
@@ -71,7 +71,8 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
     write_json(store.folder / "rates.json", content)
     say(f"\n{words}")
     if best is not None:  # the optimizer's other options stay as they are configured
-        say(f"\nOptions    --model.eps {best.eps:.6g} --model.optimizer.lr {best.lr:.6g}")
+        eps_option = "" if best.eps is None else f"--model.eps {best.eps:.6g} "
+        say(f"\nOptions    {eps_option}--model.optimizer.lr {best.lr:.6g}")
     say(f"Files      {store.folder}")
 
 
@@ -80,7 +81,7 @@ def plan_rates(
     eps: Sequence[float] | None,
     steps: int,
     seeds: Sequence[int],
-    own: Callable[[], tuple[float, float]],
+    own: Callable[[], tuple[float, float | None]],
 ) -> RatePlan:
     """Check the options. The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
 
@@ -97,8 +98,8 @@ def plan_rates(
         raise SlzoError("seeds []: give at least one seed")
     own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
     rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
-    sizes = [own_eps] if eps is None else eps
-    return RatePlan(tuple(sorted(set(rates))), tuple(sorted(set(sizes))), steps, tuple(dict.fromkeys(seeds)))
+    sizes = (own_eps,) if eps is None else tuple(sorted(set(eps)))
+    return RatePlan(tuple(sorted(set(rates))), sizes, steps, tuple(dict.fromkeys(seeds)))
 
 
 def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | None) -> tuple[list[RateResult], float]:
@@ -111,7 +112,7 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
     for eps, lr in product(plan.eps, plan.lrs):
         done = []
         for seed in plan.seeds:
-            name = f"lr-{lr:.4g}-eps-{eps:.4g}-seed-{seed}"
+            name = f"lr-{lr:.4g}-{'' if eps is None else f'eps-{eps:.4g}-'}seed-{seed}"
             if store.result(name) is None:
                 store.save(name, trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps).to_dict())
             done.append(Trial.from_dict(store.result(name)))
@@ -120,7 +121,7 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)
         found.append(RateResult(lr, eps, loss, metric, diverged))
         result = f"diverged: {diverged}" if diverged else f"dev loss {loss:.4f}, metric {metric:.4f}"
-        say(f"lr {lr:.3g}, eps {eps:.3g}: {result}")
+        say(f"lr {lr:.3g}{'' if eps is None else f', eps {eps:.3g}'}: {result}")
     return found, done[0].scores[0].loss
 
 
@@ -140,7 +141,8 @@ def recommend(tried: Sequence[RateResult], before: float) -> tuple[RateResult | 
             f"No rate lowered the dev loss of {before:.4f} in these steps (best: lr {best.lr:.3g}, {best.loss:.4f}): try other "
             "rates or more steps."
         )
-    words = f"Use lr {best.lr:.3g} and eps {best.eps:.3g}: dev loss {before:.4f} -> {best.loss:.4f}."
+    eps = "" if best.eps is None else f" and eps {best.eps:.3g}"
+    words = f"Use lr {best.lr:.3g}{eps}: dev loss {before:.4f} -> {best.loss:.4f}."
     rates = sorted({pair.lr for pair in tried})
     if len(rates) > 1 and best.lr == rates[-1]:
         words += " It is the largest rate of the grid: larger ones may be better still."

@@ -19,11 +19,12 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
 from slzo.training import make_evaluator, make_stepper, measure_step, needs_measuring, plan_prefix, tune
 from slzo.utils.settings import flat_settings
-from slzo.zo.auto_step import HALF, AutoStep
+from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import standard_error
+from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
@@ -77,7 +78,9 @@ class LayerTrials(Trials):
         time: TimeBudget | None = None,
     ) -> None:
         self.parts, self.options, self.rows, self.steps, self.time = parts, options, rows, steps, time
-        self.measures_rate = options.optimizer.automatic and parts.model.dtype not in HALF
+        self.measures_rate = (
+            options.optimizer.automatic and options.estimator.along_directions and parts.model.dtype not in HALF
+        )
         self.generates = rows.objective.generates
         self.num_train, self.num_dev = len(rows.rows("train")), len(rows.rows("dev"))
         self._before: dict[int | None, Score] = {}
@@ -183,9 +186,10 @@ class LayerTrials(Trials):
             if num_batches is not None:
                 batches = cycle(islice(batches, num_batches))
             auto, used = None, 0.0
-            if step_options.eps is None or (lr is None and choice.automatic):
+            needs_eps = step_options.eps is None and options.estimator.uses_points
+            if needs_eps or (lr is None and choice.automatic):
                 started = time.perf_counter()
-                auto = self._initial_step(layer, model, step_options.eps, seed)
+                auto = self._rate(layer, model, step_options.eps, seed)
                 used = time.perf_counter() - started
             stepper = make_stepper(
                 model,
@@ -228,14 +232,16 @@ class LayerTrials(Trials):
                 scores.append(self._score(model, dev_rows, len(losses), stepper.num_evaluations, used))
         return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
 
-    def own_step(self, layer: int | None) -> tuple[float, float]:
-        """Return learning rate and eps of the options; ``auto`` is measured, and such a rate has one significant digit."""
+    def own_step(self, layer: int | None) -> tuple[float, float | None]:
+        """Return learning rate and eps of the options; ``auto`` is measured, and such a rate has one significant digit.
+
+        eps is ``None`` if the estimator has none.
+        """
         choice, eps = self.options.optimizer, self.options.step.eps
         if not needs_measuring(self.options):
-            assert eps is not None
             return choice.lr, eps
         with self._tuned(layer) as model:
-            measured = self._measure(model, eps, self.options.noise_seed)
+            measured = self._rate(layer, model, eps, self.options.noise_seed)
             optimizer = choice.make(model.tensors.masters)
             rate = choice.lr
             if choice.automatic:
@@ -317,8 +323,10 @@ class LayerTrials(Trials):
         """Return the seed of the batches: with the noise seed of the options, the rows' own seed, as in ``fit``."""
         return self.rows.seed or 0 if seed == self.options.noise_seed else seed
 
-    def _initial_step(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoStep:
-        """Return the step size that was measured in the layer with this eps and seed; measure it if there is none."""
+    def _rate(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoRate:
+        """Return the rate of ``auto``; a step size that was measured in the layer with this eps and seed is used again."""
+        if not self.options.estimator.along_directions:
+            return RelativeRate.of(model.tensors)
         if layer in self._measured and eps == self.options.step.eps and seed == self.options.noise_seed:
             return replace(self._measured[layer], evaluations=0)
         return self._measure(model, eps, seed)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LAYOUT_ARGUMENT = "packed_layout"
 VIRTUAL_ARGUMENT = "virtual_tokens"
 
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Tensor, None]]
+"""Takes the place of a packed layout: attention from layer, query, key, value and options to output (1, tokens, heads, size)."""
+
 
 class VirtualTokens(Protocol):
     """Keys and values that every sequence sees before its own tokens (prefix tuning)."""
@@ -55,7 +58,7 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    packed_layout: PackedLayout | None = None,
+    packed_layout: PackedLayout | Attend | None = None,
     virtual_tokens: VirtualTokens | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -72,7 +75,7 @@ def packed_attention_forward(
         sliding_window: Number of last tokens that a token attends to, including itself.
         softcap: See :func:`masked_attention`.
         s_aux: Attention sinks, shape (heads,); see :func:`masked_attention`.
-        packed_layout: The packed sequences.
+        packed_layout: The packed sequences, or a function that computes the attention.
         virtual_tokens: Keys and values before those of every sequence; needs a layout.
         kwargs: Passed on to transformers' attention.
 
@@ -87,6 +90,9 @@ def packed_attention_forward(
             )
         output = masked_attention(query, key, value, attention_mask, scaling, softcap, sinks)
         return output.transpose(1, 2).contiguous(), None
+    if not isinstance(packed_layout, PackedLayout):
+        options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return packed_layout(module, query, key, value, {**options, VIRTUAL_ARGUMENT: virtual_tokens})
     flat = torch.cat([index.flatten() for index in packed_layout.groups])
     rows = [states[0].transpose(0, 1).index_select(0, flat) for states in (query, key, value)]
     outputs, start = [], 0

@@ -80,6 +80,21 @@ class _Capture(_Pass):
         return super().forward(hidden_states)
 
 
+class _Keep(_StandIn):
+    """Runs a layer and stores the hidden states that it returns."""
+
+    value: Tensor | None = None
+
+    def __init__(self, layer: nn.Module, runnable: nn.Module) -> None:
+        super().__init__(layer)
+        self._runnable = (runnable,)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self._runnable[0](hidden_states, *args, **kwargs)
+        self.value = output[0] if isinstance(output, tuple | list) else output
+        return output
+
+
 class _Precomputed(_StandIn):
     """Replaces the whole decoder and returns final hidden states that are already computed.
 
@@ -120,6 +135,9 @@ class _SelectedHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.linear(hidden_states, self.weight, self.bias)
+
+
+_View = tuple[nn.Module, _Inject | None, "_Capture | _Keep | None"]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -199,7 +217,7 @@ class ModelParts:
         self._stack_path, self._layers_name = _decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
         self._known_outputs: tuple[int, type[ModelOutput]] | None = None
-        self._views: dict[tuple[int, int], tuple[nn.Module, _Inject | None, _Capture | None]] = {}
+        self._views: dict[tuple[int, int, bool, bool], _View] = {}
         self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
@@ -220,14 +238,26 @@ class ModelParts:
         """Inspect the model's outputs now, before hooks are registered or another attention replaces the model's own."""
         _ = self._outputs
 
-    def run(self, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        batch: TokenBatch,
+        start: int,
+        stop: int,
+        hidden: Tensor | None = None,
+        *,
+        norm: bool = True,
+        derivatives: bool = False,
+    ) -> Tensor:
         """Run decoder layers ``start`` to ``stop - 1``.
 
         Args:
             batch: Tokens and layout.
             start: First layer to run.
             stop: One past the last layer to run. After the last layer of the model, the final norm is applied too.
-            hidden: Input of layer ``start``, shape (T, hidden); not needed for ``start == 0``.
+            hidden: Input of layer ``start``, shape (T, hidden); not needed for ``start == 0``. For ``start == num_layers`` it is
+                the output of the last layer, and only the final norm is applied.
+            norm: Apply the final norm after the last layer.
+            derivatives: Use only kernels that have derivatives. Needed for autograd if ``onednn`` is set.
 
         Returns:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
@@ -241,7 +271,7 @@ class ModelParts:
                 f"data.max_length: with a sequence of more than {self.longest} tokens {type(self.model).__name__} computes the "
                 f"others of its batch differently; set it to {self.longest} or less"
             )
-        view, inject, capture = self._view(start, stop)
+        view, inject, capture = self._view(start, stop, norm, derivatives)
         if inject is not None:
             if hidden is None:
                 raise ValueError(f"running from layer {start} needs the hidden states that enter it")
@@ -287,21 +317,25 @@ class ModelParts:
         final = self.run(batch, start, self.num_layers, hidden)
         return self.head(final.index_select(0, batch.needed), token_ids)
 
-    def _view(self, start: int, stop: int) -> tuple[nn.Module, _Inject | None, _Capture | None]:
+    def _view(self, start: int, stop: int, norm: bool, plain: bool) -> _View:
         if not 0 <= start <= stop <= self.num_layers:
             raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
-        if (start, stop) not in self._views:
+        plain = plain or not self.onednn
+        norm = norm or stop < self.num_layers
+        if (start, stop, norm, plain) not in self._views:
             inject = _Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
-            capture = _Capture(self.layers[stop], self._outputs[0]) if stop < self.num_layers else None
+            capture: _Capture | _Keep | None = None
             layers: list[nn.Module] = [_Pass(layer, self._outputs[0]) for layer in self.layers]
-            layers[start:stop] = self._runnable[start:stop]
+            layers[start:stop] = (self.layers if plain else self._runnable)[start:stop]
             if inject is not None:
                 layers[start - 1] = inject
-            if capture is not None:
-                layers[stop] = capture
+            if stop < self.num_layers:
+                layers[stop] = capture = _Capture(self.layers[stop], self._outputs[0])
+            elif not norm:
+                layers[-1] = capture = _Keep(self.layers[-1], layers[-1])
             view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
-            self._views[start, stop] = (view, inject, capture)
-        return self._views[start, stop]
+            self._views[start, stop, norm, plain] = (view, inject, capture)
+        return self._views[start, stop, norm, plain]
 
     def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
         if selected not in self._head_views:

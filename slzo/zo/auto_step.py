@@ -3,7 +3,7 @@
 import math
 import statistics
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch.optim import Optimizer
@@ -40,6 +40,41 @@ _CLIP_MULTIPLE = 3.0
 _HALF_STEPS = 100
 # The measurement draws its directions as if in this step, which no training reaches, so it does not use directions of training.
 _PROBE_STEP = 2**40
+
+
+class AutoRate(Protocol):
+    """A learning rate that is set before each step.
+
+    Attributes:
+        factor: Factor of the rate, halved at each rollback.
+        evaluations: Batch evaluations that the measurement took.
+    """
+
+    factor: float
+    evaluations: int
+
+    @property
+    def eps(self) -> float | None:
+        """Measured size of the perturbation; ``None`` if the estimator has none."""
+
+    def clip_factor(self, estimate: Estimate) -> float:
+        """Return the factor, at most 1, that the gradient is scaled by."""
+
+    def update(self, estimate: Estimate) -> None:
+        """Take a finite estimate into account."""
+
+    def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
+        """Return the learning rate for the next step.
+
+        Raises:
+            SlzoError: No rate is known for this optimizer.
+        """
+
+    def describe(self, sets_rate: bool = True) -> str:
+        """Describe the rate in one line; without ``sets_rate`` only what was measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return numbers only, for checkpoints."""
 
 
 @dataclass
@@ -185,11 +220,6 @@ class AutoStep:
         power = 0 if estimator.normalizes else power
         share = share * self.factor / (1 + self.steps / _HALF_STEPS)
         return share * self._undecayed_rate() * (self.slope if power == 0 else 1.0)
-
-    def set_rate(self, optimizer: Optimizer, estimator: Estimator) -> None:
-        """Set an optimizer's learning rate for the next step."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate(optimizer, estimator)
 
     def describe(self, sets_rate: bool = True) -> str:
         """Describe the measurement in one line, with the expected gain of the first step if this sets the rate."""

@@ -1,6 +1,7 @@
 """Exact derivatives of a loss with respect to the masters of any module: back-propagation and forward mode."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slzo.batches.losses import LossSum
 from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import Direction, TunedTensors
+
+_Result = TypeVar("_Result")
 
 
 def back_propagate(
@@ -30,12 +33,33 @@ def back_propagate(
     with torch.enable_grad():
         total, weight = _call_with(module, tuned, live, function)
         gradients = torch.autograd.grad(total, list(live.values()), allow_unused=True)
-    pulled = {
-        # a tensor that the loss does not depend on has no gradient
+    return LossSum(total.detach(), weight.detach()), _pulled_back(tuned, gradients)
+
+
+def pull_back(
+    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor], gradient: Tensor
+) -> dict[str, Tensor]:
+    """Return the product of the transposed Jacobian of a function with a gradient, for each master, float32.
+
+    Args:
+        module: The module that ``function`` runs. Its live tensors must equal the masters.
+        tuned: Masters of some of its parameters.
+        function: Returns a tensor that depends on them.
+        gradient: Gradient with respect to that tensor, of its shape and dtype.
+    """
+    live = {name: tensor.live.detach().requires_grad_() for name, tensor in tuned.items()}
+    with torch.enable_grad():
+        output = _call_with(module, tuned, live, function)
+        gradients = torch.autograd.grad(output, list(live.values()), gradient, allow_unused=True)
+    return _pulled_back(tuned, gradients)
+
+
+def _pulled_back(tuned: TunedTensors, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {
+        # a tensor that the result does not depend on has no gradient
         name: torch.zeros_like(tensor.master) if gradient is None else tensor.pull_back(gradient)
         for (name, tensor), gradient in zip(tuned.items(), gradients, strict=True)
     }
-    return LossSum(total.detach(), weight.detach()), pulled
 
 
 def forward_derivative(
@@ -70,8 +94,8 @@ def forward_derivative(
 
 
 def _call_with(
-    module: nn.Module, tuned: TunedTensors, live: Mapping[str, Tensor], function: Callable[[], LossSum]
-) -> LossSum:
+    module: nn.Module, tuned: TunedTensors, live: Mapping[str, Tensor], function: Callable[[], _Result]
+) -> _Result:
     """Call the function with other tensors in place of the live ones."""
     paths = {id(parameter): name for name, parameter in module.named_parameters()}
     tensors = {f"module.{paths[id(tensor.live)]}": live[name] for name, tensor in tuned.items() if name in live}
@@ -81,10 +105,10 @@ def _call_with(
 class _Call(nn.Module):
     """Wraps a module and runs a function as its forward, so that ``functional_call`` can replace the module's tensors."""
 
-    def __init__(self, module: nn.Module, function: Callable[[], LossSum]) -> None:
+    def __init__(self, module: nn.Module, function: Callable[[], Any]) -> None:
         super().__init__()
         self.module = module
         self._function = function
 
-    def forward(self) -> LossSum:
+    def forward(self) -> Any:
         return self._function()

@@ -135,10 +135,10 @@ class SuffixForward:
         """
         shares, pieces = points[0].rows.of, batch.cut(max_tokens)
         if len(pieces) > 1 and shares == 1:
-            with_states = zip(pieces, _split(hidden, pieces), strict=True)
+            with_states = zip(pieces, split_states(hidden, pieces), strict=True)
             return reduce(torch.add, (self.losses(p, h, tuned, points, objective, max_tokens) for p, h in with_states))
         divided = batch.divide(shares)
-        inputs = _split(hidden, divided)
+        inputs = split_states(hidden, divided)
         if len(pieces) > 1:
             found = []
             for point in points:
@@ -208,7 +208,8 @@ class SuffixForward:
         return stack(sums)
 
 
-def _split(hidden: Tensor | None, parts: Sequence[PackedBatch | None]) -> Sequence[Tensor | None]:
+def split_states(hidden: Tensor | None, parts: Sequence[PackedBatch | None]) -> Sequence[Tensor | None]:
+    """Return the states of the parts of a batch, whose states follow each other in ``hidden``."""
     if hidden is None:
         return [None] * len(parts)
     return hidden.split([0 if part is None else part.num_tokens for part in parts])

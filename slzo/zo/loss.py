@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.pending import PendingTensor
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate, forward_derivative
-from slzo.zo.estimators.base import Loss, Point
-from slzo.zo.forward import SuffixForward
+from slzo.zo.derivatives import back_propagate, forward_derivative, pull_back
+from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
+from slzo.zo.forward import SuffixForward, split_states
+from slzo.zo.layer_output import PackedLayerOutput
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -126,6 +128,29 @@ class BatchLogitLoss(_SummedLoss):
         here = forward_derivative(context.forward.parts.model, context.tuned, direction, self._here)
         sums = context.reduce(torch.stack(here))
         return float(sums[0] / sums[2]), float(sums[1] / sums[2])
+
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+        context, hidden = self.context, self.hidden
+        forward, model = context.forward, context.forward.parts.model
+        start, stop = forward.span.start, forward.span.stop
+        pieces = self.batch.packed.cut(self.batch.max_tokens)
+        sums = torch.zeros(2, device=self.batch.packed.gold.device)
+        gradient: dict[str, Tensor] = {}
+        # the tuned layer runs forward and backward once, which costs about three passes of it
+        evaluations = 3 / (forward.parts.num_layers - start)
+        for piece, states in zip(pieces, split_states(hidden, pieces), strict=True):
+            output = PackedLayerOutput(forward, piece, states, self.objective, positions)
+            at_positions = estimate(output)
+            whole = torch.zeros_like(output.output)
+            whole[output.positions] = at_positions.to(whole.dtype)
+            run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
+            for name, own in pull_back(model, context.tuned, run, whole).items():
+                gradient[name] = gradient[name].add_(own) if name in gradient else own
+            sums += torch.stack(output.sums)
+            evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
+        sums = context.reduce(sums)
+        mean = {name: context.reduce(own) / sums[1] for name, own in gradient.items()}
+        return OutputGradient(float(sums[0] / sums[1]), mean, evaluations)
 
     def _here(self) -> LossSum:
         return self.context.forward.loss(self.batch.packed, self.hidden, self.objective)

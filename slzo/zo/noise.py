@@ -1,6 +1,6 @@
 """Random directions that can be reproduced from seed, step, query and tensor name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,28 @@ def rademacher(like: Tensor, seed: int, step: int, query: int, name: str) -> Ten
     generator = _generator(like, seed, step, query, name)
     bits = torch.empty(like.shape, dtype=torch.float32, device=like.device).random_(0, 2, generator=generator)
     return bits.mul_(2).sub_(1)
+
+
+def row_noise(rows: Sequence[int], counts: Sequence[int], like: Tensor, seed: int, step: int, query: int) -> Tensor:
+    """Draw standard normal noise for some rows of a training set.
+
+    The noise of a row does not depend on the other rows, nor on the process or the pass that holds it.
+
+    Args:
+        rows: Number of each row in the training set.
+        counts: Number of positions of each row; they sum to P.
+        like: A tensor of shape (P, width) on the wanted device.
+        seed: Seed of the run.
+        step: Training step.
+        query: Query of the step.
+
+    Returns:
+        The noise, shape (P, width), float32.
+    """
+    noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    for row, own in zip(rows, noise.split(tuple(counts)), strict=True):
+        own.normal_(generator=_generator(like, seed, step, query, row))
+    return noise
 
 
 def low_rank(rank: int, interval: int | None) -> Noise:

@@ -74,6 +74,16 @@ class SignSGD(Optimizer):
         return loss
 
 
+def sgd(params: Iterable) -> Optimizer:
+    """The default optimizer of estimates along random directions: plain SGD, with a measured learning rate."""
+    return torch.optim.SGD(params, lr=AUTO_LR)
+
+
+def adamw(params: Iterable) -> Optimizer:
+    """The default optimizer of estimates that are close to the gradient: AdamW, with an automatic learning rate."""
+    return torch.optim.AdamW(params, lr=AUTO_LR)
+
+
 def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
     """Return how the length of an optimizer's step depends on the gradient.
 
@@ -106,6 +116,7 @@ class OptimizerChoice:
         lr: Learning rate; ``AUTO_LR`` if it is measured.
         settings: Class and options of optimizer and scheduler, primitives only.
         state_copies: Elements of optimizer state per parameter element (2 for Adam).
+        normalizes: Whether the optimizer divides the gradient by its size; ``None`` if unknown.
     """
 
     make: MakeOptimizer
@@ -114,6 +125,7 @@ class OptimizerChoice:
     lr: float
     settings: dict[str, Any]
     state_copies: float
+    normalizes: bool | None = None
 
     @property
     def automatic(self) -> bool:
@@ -146,8 +158,9 @@ class OptimizerChoice:
         options = {k: v for k, v in probe.defaults.items() if isinstance(v, int | float | str | tuple | None)}
         settings: dict[str, Any] = {"class": f"{type(probe).__module__}.{type(probe).__qualname__}", **options}
         lr = float(probe.param_groups[0]["lr"])
+        normalizes = None
         if lr == AUTO_LR:
-            gradient_power(probe)
+            normalizes = gradient_power(probe)[0] == 0
             settings["lr"] = "auto"
             if make_scheduler is not None:
                 raise SlzoError(
@@ -155,7 +168,7 @@ class OptimizerChoice:
                     "the scheduler out"
                 )
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
-        return cls(make, make_scheduler, name, lr, settings, _state_copies(probe))
+        return cls(make, make_scheduler, name, lr, settings, _state_copies(probe), normalizes)
 
     def check_schedule(self, num_steps: int) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
@@ -207,6 +220,12 @@ def _state_copies(probe: Optimizer) -> float:
 def reset_state(optimizer: Optimizer) -> None:
     """Drop the optimizer's state, such as momentum."""
     optimizer.state = defaultdict(dict)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:

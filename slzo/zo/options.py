@@ -11,7 +11,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings
 from slzo.zo.estimators import SPSA, Estimator
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.optim import OptimizerChoice, sgd
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import LayerScope, Scope
 from slzo.zo.stepper import StepOptions
@@ -20,6 +20,9 @@ from slzo.zo.stepper import StepOptions
 @dataclass(frozen=True)
 class TrainingOptions:
     """The options of :class:`slzo.module.ZOModule`; see there for their meaning.
+
+    Attributes beyond those of the module:
+        defaults: Which of ``estimator`` and ``optimizer`` were left out, so that they may follow from the objective.
 
     Raises:
         SlzoError: An option is out of range, or an argument of a scope or estimator cannot be stored in a checkpoint.
@@ -39,6 +42,7 @@ class TrainingOptions:
     engine: Engine = field(default_factory=Engine)
     max_nonfinite: int = 10
     trust_remote_code: bool = False
+    defaults: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_nonfinite < 1:
@@ -46,6 +50,13 @@ class TrainingOptions:
         if self.parallel not in ("rows", "directions"):
             raise SlzoError(f"model.parallel {self.parallel!r}: choose one of rows, directions")
         self.estimator.check(self.step.num_queries)
+        if self.estimator.perturbs_output:
+            for name, value in (("eps", self.step.eps), ("eps_end", self.step.eps_end)):
+                if value is not None:
+                    raise SlzoError(
+                        f"model.{name} {value}: is a distance between weights, and {self.estimator.describe()} perturbs no "
+                        "weights; leave it out, or use model.estimator SPSA"
+                    )
         if self.estimator.differentiates:
             object.__setattr__(self, "engine", self.engine.with_derivatives(self.estimator.describe()))
         _ = self.scope_settings, self.estimator_settings  # raises if a checkpoint could not store them
@@ -71,18 +82,32 @@ class TrainingOptions:
             return self
         return replace(self, engine=replace(self.engine, onednn=onednn))
 
-    def check_rows(self, rows: Any) -> None:
-        """Check that the options of model and rows fit together.
+    def for_rows(self, rows: Any) -> "TrainingOptions":
+        """Return the options with the default estimator for the objective of the rows, and check that they fit together.
 
         Raises:
             SlzoError: The estimator cannot use the batch size, or needs a derivative that the objective does not have.
         """
+        if "estimator" in self.defaults and self.estimator.perturbs_output and rows.objective.generates:
+            optimizer = OptimizerChoice.of(sgd) if "optimizer" in self.defaults else self.optimizer
+            return replace(self, estimator=SPSA(), optimizer=optimizer).for_rows(rows)
         self.estimator.check(self.step.num_queries, rows.batch_size)
+        if self.estimator.perturbs_output and rows.objective.generates:
+            raise SlzoError(
+                f"data.objective {rows.objective.describe()}: generates answers, and {self.estimator.describe()} needs a loss of "
+                "logits; use SPSA"
+            )
+        if self.optimizer.automatic and not self.estimator.along_directions and not self.optimizer.normalizes:
+            raise SlzoError(
+                f"model.optimizer {self.optimizer.name}: with {self.estimator.describe()} lr auto is known for Adam, AdamW and "
+                "other optimizers that divide the gradient by its size; use AdamW, give a number, or use model.estimator SPSA"
+            )
         if self.estimator.differentiates and not rows.objective.differentiable:
             raise SlzoError(
                 f"data.objective {rows.objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
                 "SPSA"
             )
+        return self
 
     def step_settings(self, seed: int, layer: int | None) -> dict[str, Any]:
         """Return the options that the steps of a run depend on, as they are read back from JSON.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Loss, LossReport, Point
+from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
 from slzo.zo.tuned import Direction
 
 Parallel = Literal["rows", "directions"]
@@ -88,10 +88,36 @@ class DividedDirections(Loss):
     def slope(self, direction: Direction) -> tuple[float, float]:
         raise SlzoError(_NO_POINTS)
 
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+        def divided(output: LayerOutput) -> Tensor:
+            return estimate(_DividedOutput(output, self.processes))
+
+        return self.loss.gradient_from_output(divided, positions)
+
     @property
     def report(self) -> LossReport:
         """The report of the points that this process evaluated last."""
         return self.loss.report
+
+
+class _DividedOutput(LayerOutput):
+    """The output of a layer whose points are divided over processes, which exchange N times B losses."""
+
+    def __init__(self, output: LayerOutput, processes: Processes) -> None:
+        self.keys, self.row, self.size, self.width = output.keys, output.row, output.size, output.width
+        self.points_at_once = output.points_at_once * processes.number
+        self._output, self._processes = output, processes
+
+    def losses(self, shifts: Tensor) -> Tensor:
+        rank, number = self._processes.rank, self._processes.number
+        first, stop = (len(shifts) * process // number for process in (rank, rank + 1))
+        losses = shifts.new_zeros(len(shifts), len(self.keys))
+        if first < stop:
+            losses[first:stop] = self._output.losses(shifts[first:stop])
+        return self._processes.all_reduce_sum(losses)
+
+    def applied(self, shifts: Tensor) -> Tensor:
+        return self._output.applied(shifts)
 
 
 _NO_POINTS = (

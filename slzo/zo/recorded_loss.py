@@ -1,13 +1,13 @@
 """Losses that record what an estimator evaluates, or replay it from a log."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from slzo.checkpoints.step_log import StepRecord
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Loss, LossReport, Point
+from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
 from slzo.zo.tuned import Direction
 
 
@@ -35,6 +35,10 @@ class RecordedLoss(Loss):
     def slope(self, direction: Direction) -> tuple[float, float]:
         """Return loss and slope without recording them."""
         return self._loss.slope(direction)
+
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+        """Return loss and gradient without recording them."""
+        return self._loss.gradient_from_output(estimate, positions)
 
     @property
     def report(self) -> LossReport:

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch.optim import Optimizer
 
-from slzo.zo.auto_step import AutoStep
+from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_of
+from slzo.zo.optim import set_rate
 
 
 @torch.no_grad()
@@ -16,7 +17,7 @@ def take_step(
     estimator: Estimator,
     optimizer: Optimizer,
     *,
-    auto: AutoStep | None = None,
+    auto: AutoRate | None = None,
     clip_factor: Callable[[Estimate], float] | None = None,
     measure_update: bool = False,
 ) -> tuple[Estimate, float | None]:
@@ -45,7 +46,7 @@ def take_step(
             if estimate.finite:
                 estimate.scale_gradient(auto.clip_factor(estimate))
                 auto.update(estimate)
-            auto.set_rate(optimizer, estimator)
+            set_rate(optimizer, auto.rate(optimizer, estimator))
         if clip_factor is not None and estimate.finite:
             estimate.scale_gradient(clip_factor(estimate))
         tuned.set_grad(estimate.gradient if estimate.finite else {})

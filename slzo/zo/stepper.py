@@ -18,8 +18,9 @@ from slzo.checkpoints.step_log import Rollback, StepLogWriter, StepRecord
 from slzo.data.batch import TrainBatch
 from slzo.evaluation.evaluator import Evaluator
 from slzo.utils.errors import SlzoError
-from slzo.zo.auto_step import AutoStep
+from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
+from slzo.zo.layer_output import check_layer_output
 from slzo.zo.loss import LossContext
 from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate, reset_state
@@ -151,12 +152,14 @@ class Stepper:
         max_steps: int = 1,
         evaluator: Evaluator | None = None,
         processes: Processes = ALONE,
-        auto: AutoStep | None = None,
+        auto: AutoRate | None = None,
         sets_rate: bool = False,
         max_nonfinite: int = 10,
         known: Mapping[int, StepRecord] | None = None,
         log: StepLogWriter | None = None,
     ) -> None:
+        if estimator.perturbs_output:
+            check_layer_output(model.parts, model.span)
         self.model = model
         self.objective = objective
         self.estimator = estimator
@@ -203,7 +206,8 @@ class Stepper:
         Raises:
             SlzoError: The loss was not finite for too many steps in a row, or a recorded step does not fit.
         """
-        tensors, eps = self.model.tensors, self.options.eps_at(step, self.max_steps)
+        tensors = self.model.tensors
+        eps = self.options.eps_at(step, self.max_steps) if self.estimator.uses_points else 0.0
         known = self.known.pop(step, None)
         if known is None:
             assert batch is not None

@@ -13,6 +13,7 @@ class Backprop(Estimator):
     """
 
     differentiates = True
+    along_directions = False
 
     def estimate(self, request: Request) -> Estimate:
         loss, gradient = request.loss.gradient()

@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,54 @@ class LossReport:
     problems: tuple[str, ...] = ()
 
 
+Positions = Literal["answer", "all"]
+"""Positions of a row: those that predict an answer token, or all."""
+
+
+class LayerOutput(ABC):
+    """What the tuned layer computes for some rows of a batch, at P positions that an estimator may shift.
+
+    Attributes:
+        keys: Number of each row in the training set, length B. It does not depend on the batch or the process.
+        row: Row of each position, shape (P,), int64, not decreasing.
+        size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
+        width: Size of a hidden state.
+        points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
+    """
+
+    keys: tuple[int, ...]
+    row: Tensor
+    size: Tensor
+    width: int
+    points_at_once: int
+
+    @abstractmethod
+    def losses(self, shifts: Tensor) -> Tensor:
+        """Return what each row adds to the total loss of the batch at N points, shape (N, B), float32.
+
+        Args:
+            shifts: What is added to the output, shape (N, P, width), float32.
+        """
+
+    @abstractmethod
+    def applied(self, shifts: Tensor) -> Tensor:
+        """Return by how much the output really changes, after rounding to the model's dtype; shape and dtype as ``shifts``."""
+
+
+class OutputGradient(NamedTuple):
+    """Result of :meth:`Loss.gradient_from_output`.
+
+    Attributes:
+        loss: Loss at the masters.
+        gradient: Gradient by name of the tuned tensor.
+        evaluations: Cost as a number of forward passes of the batch through the tuned layer and all above.
+    """
+
+    loss: float
+    gradient: Direction
+    evaluations: float
+
+
 class Loss(ABC):
     """The loss of one batch as a function of the masters, averaged over the rows of every process."""
 
@@ -60,6 +108,24 @@ class Loss(ABC):
     @abstractmethod
     def slope(self, direction: Direction) -> tuple[float, float]:
         """Return the loss at the masters and its derivative along a direction, by forward-mode differentiation."""
+
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+        """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.
+
+        Only the tuned layer is differentiated. The live weights must equal the masters.
+
+        Args:
+            estimate: Returns the gradient of the total loss with respect to the layer's output, shape (P, width), float32. It
+                is called for each part of the batch that runs in one forward pass.
+            positions: Positions at which the output is estimated; elsewhere it is treated as constant.
+
+        Raises:
+            SlzoError: The loss is not a sum over rows, or more than one layer is tuned. By default always.
+        """
+        raise SlzoError(
+            f"model.estimator: {type(self).__name__} is no sum over rows of a loss of logits, so a layer's output cannot be "
+            "perturbed; use SPSA"
+        )
 
     @property
     def report(self) -> LossReport:
@@ -133,12 +199,25 @@ class Estimator(ABC):
     """Estimates the gradient at the masters. Evaluations change the live weights; the caller restores them.
 
     Attributes:
-        differentiates: Whether the estimator differentiates the loss. Then the model runs without oneDNN.
+        differentiates: Whether the estimator differentiates the whole loss. Then the model runs without oneDNN.
+        along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise it is so close to the
+            gradient that Adam pays.
+        perturbs_output: Whether the estimator perturbs the output of the one tuned layer, instead of its weights.
         normalizes: Whether the estimator divides the gradient by its size.
     """
 
     differentiates: bool = False
+    along_directions: bool = True
+    perturbs_output: bool = False
     normalizes: bool = False
+
+    @property
+    def uses_points(self) -> bool:
+        """Whether the estimate follows from losses at points around the masters.
+
+        Then eps is used, and steps can be replayed from a log of the losses.
+        """
+        return self.along_directions and not self.differentiates
 
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from slzo.batches.losses import LossSum, answer_loss
+from slzo.batches.losses import LossSum, RowLosses, answer_losses
 from slzo.batches.packing import PackedBatch
 from slzo.zo.objectives.base import LogitObjective
 
@@ -13,4 +13,7 @@ class AnswerLikelihood(LogitObjective):
     only_gold = True
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        return answer_loss(logits, batch)
+        return self.of_rows(logits, batch, selected).sum()
+
+    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        return answer_losses(logits, batch)

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from slzo.batches.losses import LossSum, candidate_scores
+from slzo.batches.losses import LossSum, RowLosses, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import TrainBatch
 from slzo.tasks.base import Example
@@ -67,6 +68,17 @@ def _checked_sum(objective: Objective, method: str, found: object) -> LossSum:
     raise broken_contract("data.objective", objective, f"{method}() returned {shown(found)}", wanted)
 
 
+def _rows_of(of_points: Sequence[Sequence[LossSum]]) -> RowLosses:
+    """Return the losses of each example at several points as tensors."""
+    totals = torch.stack([torch.stack([sums.total for sums in point]) for point in of_points])
+    return RowLosses(totals, torch.stack([sums.weight for sums in of_points[0]]))
+
+
+def _scores(logits: Tensor, batch: PackedBatch, selected: bool) -> Tensor:
+    """Return the score of each candidate, shape (..., C)."""
+    return logits[..., batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
+
+
 @dataclass(frozen=True)
 class _CheckedLoss:
     """The loss of an objective as a function of logits, with a check of what it returns."""
@@ -79,6 +91,9 @@ class _CheckedLoss:
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return _checked_sum(self.objective, "of_logits", self.objective.of_logits(logits, batch, selected))
 
+    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        return self.objective.of_rows(logits, batch, selected)
+
 
 class LogitObjective(Objective):
     """A loss of the logits at the answers' positions. It uses the prefix cache."""
@@ -90,6 +105,19 @@ class LogitObjective(Objective):
     @abstractmethod
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         """Return the loss of a batch; for the arguments see :class:`slzo.batches.losses.LogitLoss`."""
+
+    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        """Return the loss of each example, see :class:`slzo.batches.losses.LogitLoss`.
+
+        By default :meth:`of_logits` is called for each example and point. Override it if one call can do all.
+        """
+        examples = [example for example in batch.divide(batch.num_examples) if example is not None]
+        needed = [example.needed.numel() for example in examples]
+        of_points = [
+            [self.of_logits(own, example, selected) for own, example in zip(point.split(needed), examples, strict=True)]
+            for point in logits
+        ]
+        return _rows_of(of_points)
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         states = context.forward.fetch(batch.packed, max_tokens=batch.max_tokens)
@@ -112,9 +140,24 @@ class CandidateObjective(LogitObjective):
             batch: The batch. It holds the example and the slot of each candidate, and which candidates are right.
         """
 
+    def of_row_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
+        """Return the loss of each example from scores of shape (N, C) at N points.
+
+        By default :meth:`of_scores` is called for each example and point. Override it if one call can do all.
+        """
+        examples = [example for example in batch.divide(batch.num_examples) if example is not None]
+        sizes = [example.candidate_length.numel() for example in examples]
+        of_points = [
+            [self.of_scores(own, example) for own, example in zip(point.split(sizes), examples, strict=True)]
+            for point in scores
+        ]
+        return _rows_of(of_points)
+
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        scores = logits[batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
-        return _checked_sum(self, "of_scores", self.of_scores(scores, batch))
+        return _checked_sum(self, "of_scores", self.of_scores(_scores(logits, batch, selected), batch))
+
+    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        return self.of_row_scores(_scores(logits, batch, selected), batch)
 
 
 class AnswerObjective(Objective):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slzo.batches.losses import LossSum, by_example
+from slzo.batches.losses import LossSum, RowLosses, by_example
 from slzo.batches.packing import PackedBatch
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives.base import CandidateObjective
@@ -29,15 +29,22 @@ class CandidateCrossEntropy(CandidateObjective):
             raise SlzoError(f"data.objective.class_weights {class_weights}: give a number above 0 for each candidate")
 
     def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:
-        table = by_example(scores, batch)
-        if self.class_weights is None:
-            total = F.cross_entropy(table, batch.gold, reduction="sum", ignore_index=-1)
-            return LossSum(total, (batch.gold >= 0).sum().to(total.dtype))
+        return self.of_row_scores(scores, batch).sum()
+
+    def of_row_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
+        table, labelled = by_example(scores, batch), batch.gold >= 0
+        gold = batch.gold.expand(table.shape[:-1])
+        weights = None if self.class_weights is None else self._weights(table, batch)
+        losses = F.cross_entropy(table.flatten(0, -2), gold.flatten(), weights, reduction="none", ignore_index=-1)
+        of_row = labelled.to(table.dtype) if weights is None else weights[batch.gold.clamp(min=0)] * labelled
+        return RowLosses(losses.view_as(gold), of_row)
+
+    def _weights(self, table: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the class weights, shape (most candidates,), on the device of the scores."""
+        assert self.class_weights is not None
         if len(self.class_weights) != batch.most_candidates:
             raise SlzoError(
                 f"data.objective.class_weights {self.class_weights}: the task has {batch.most_candidates} candidates; give "
                 "one weight for each"
             )
-        weights = torch.tensor(self.class_weights, dtype=table.dtype).to(table.device, non_blocking=True)
-        total = F.cross_entropy(table, batch.gold, weights, reduction="sum", ignore_index=-1)
-        return LossSum(total, (weights[batch.gold.clamp(min=0)] * (batch.gold >= 0)).sum())
+        return torch.tensor(self.class_weights, dtype=table.dtype).to(table.device, non_blocking=True)

@@ -1,0 +1,215 @@
+"""Run layers at several points for the last tokens of each sequence, with the keys and values of all earlier tokens.
+
+If the points differ only in the states of the last tokens, those of the earlier ones are the same at all points: a token never
+attends to later ones. So the layers run over all tokens once, and then over the last tokens once for each point.
+
+Shapes: ``T`` packed tokens, ``K`` last tokens, ``N`` points, ``S`` sequences of a group, of at most ``E`` earlier and ``L`` last
+tokens; heads and head sizes as in :mod:`slzo.evaluation.key_values`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slzo.batches.packing import PackedBatch, TokenBatch
+from slzo.evaluation.key_values import KeyValues
+from slzo.evaluation.prompt_states import recorded, run_with
+from slzo.models.attention import masked_attention
+from slzo.models.parts import ModelParts
+from slzo.models.placement import placement_of
+
+
+class _Group(NamedTuple):
+    """Sequences of similar length.
+
+    Attributes:
+        earlier: Packed positions of the earlier tokens, shape (S, E); padding is 0.
+        is_earlier: ``False`` on their padding.
+        last: Numbers of the last tokens, shape (S, L), padding on the right is 0.
+        is_last: ``False`` on their padding.
+    """
+
+    earlier: Tensor
+    is_earlier: Tensor
+    last: Tensor
+    is_last: Tensor
+
+
+@dataclass(frozen=True)
+class LastTokens:
+    """The tokens of a batch from the first chosen one of each sequence on.
+
+    Attributes:
+        positions: Their packed positions, shape (K,), int64, rising.
+        groups: The sequences.
+        inverse: Place of each last token in the concatenation of the flattened ``last`` of all groups, shape (K,).
+    """
+
+    positions: Tensor
+    groups: tuple[_Group, ...]
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch, chosen: Tensor) -> "LastTokens":
+        """Return the last tokens of a batch; ``chosen`` are packed positions, with one or more in each sequence."""
+        layout, num_tokens = batch.layout, batch.num_tokens
+        is_chosen = torch.zeros(num_tokens, dtype=torch.bool, device=chosen.device)
+        is_chosen[chosen] = True
+        starts = [
+            (is_chosen[group] & valid).int().argmax(dim=1)
+            for group, valid in zip(layout.groups, layout.valid, strict=True)
+        ]
+        is_last = torch.zeros_like(is_chosen)
+        for group, valid, start in zip(layout.groups, layout.valid, starts, strict=True):
+            column = torch.arange(group.shape[1], device=group.device)
+            is_last[group[valid & (column >= start[:, None])]] = True
+        positions = is_last.nonzero()[:, 0]
+        number = is_last.cumsum(0) - 1
+        groups, inverse, offset = [], torch.zeros_like(positions), 0
+        for group, valid, start in zip(layout.groups, layout.valid, starts, strict=True):
+            length = valid.sum(dim=1)
+            most = int((length - start).max())
+            place = start[:, None] + torch.arange(most, device=group.device)
+            fits = place < length[:, None]
+            last = number[group.gather(1, place.clamp(max=group.shape[1] - 1))].masked_fill(~fits, 0)
+            before = torch.arange(int(start.max()), device=group.device)
+            is_earlier = before < start[:, None]
+            groups.append(_Group(group[:, : len(before)].masked_fill(~is_earlier, 0), is_earlier, last, fits))
+            inverse[last[fits]] = offset + fits.flatten().nonzero()[:, 0]
+            offset += last.numel()
+        return cls(positions, tuple(groups), inverse)
+
+
+class _PointsAttention:
+    """Attention of the last tokens at each point to the recorded earlier tokens and to each other."""
+
+    def __init__(self, tokens: LastTokens, states: KeyValues, num_points: int) -> None:
+        self.tokens, self.states, self.num_points = tokens, states, num_points
+        self._masks: dict[int | None, list[Tensor]] = {}
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        """See :data:`slzo.models.attention.Attend`."""
+        points = self.num_points
+        # (N, heads, K, size)
+        q, k, v = (states[0].unflatten(1, (points, -1)).transpose(0, 1) for states in (query, key, value))
+        recorded_keys, recorded_values = self.states[layer]
+        sinks = None if options["s_aux"] is None else options["s_aux"].view(1, -1, 1, 1)
+        outputs = []
+        for group, mask in zip(self.tokens.groups, self._masks_of(options["sliding_window"]), strict=True):
+            own = [_by_sequence(states, group.last) for states in (q, k, v)]
+            keys = torch.cat([_earlier(recorded_keys, group.earlier), own[1]], dim=2)
+            values = torch.cat([_earlier(recorded_values, group.earlier), own[2]], dim=2)
+            output = masked_attention(own[0], keys, values, mask, options["scaling"], options["softcap"], sinks)
+            # (S, heads, N L, size) to (S L, N, heads, size)
+            output = output.unflatten(2, (points, -1)).permute(0, 3, 2, 1, 4)
+            outputs.append(output.flatten(0, 1))
+        chosen = torch.cat(outputs).index_select(0, self.tokens.inverse)
+        return chosen.transpose(0, 1).flatten(0, 1).unsqueeze(0), None
+
+    def _masks_of(self, window: int | None) -> list[Tensor]:
+        """Return a mask for each group, shape (S, 1, N L, E + N L), bool: ``True`` where attention is allowed."""
+        if window not in self._masks:
+            self._masks[window] = [_mask(group, self.num_points, window) for group in self.tokens.groups]
+        return self._masks[window]
+
+
+def _mask(group: _Group, num_points: int, window: int | None) -> Tensor:
+    num_earlier, most = group.earlier.shape[1], group.last.shape[1]
+    device = group.last.device
+    place = torch.arange(most, device=device)
+    own = (place[:, None] >= place).expand(len(group.last), -1, -1)
+    earlier = group.is_earlier[:, None].expand(-1, most, -1)
+    if window is not None:
+        own = own & (place[:, None] - place < window)
+        start = group.is_earlier.sum(dim=1)
+        distance = (start[:, None] + place)[..., None] - torch.arange(num_earlier, device=device)
+        earlier = earlier & (distance < window)
+    same = torch.eye(num_points, dtype=torch.bool, device=device)
+    own = (own[:, None, :, None] & same[:, None, :, None]).flatten(3).flatten(1, 2)
+    return torch.cat([earlier.repeat(1, num_points, 1), own], dim=2)[:, None]
+
+
+def _by_sequence(states: Tensor, last: Tensor) -> Tensor:
+    """Arrange states of the last tokens, shape (N, heads, K, size), by sequence, shape (S, heads, N L, size)."""
+    chosen = states.index_select(2, last.flatten()).unflatten(2, last.shape)
+    return chosen.permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+
+def _earlier(states: Tensor, positions: Tensor) -> Tensor:
+    """Return recorded states, shape (heads, T, size), of the earlier tokens, shape (S, heads, E, size)."""
+    return states.index_select(1, positions.flatten()).unflatten(1, positions.shape).transpose(0, 1)
+
+
+class LayersAbove(ABC):
+    """The layers above the tuned one, run at several points for one batch.
+
+    Attributes:
+        positions: Packed positions of the tokens that run at each point, shape (K,), int64, rising.
+        final: Final states of these tokens without any change, shape (K, hidden).
+    """
+
+    positions: Tensor
+    final: Tensor
+
+    @abstractmethod
+    def at(self, hidden: Tensor) -> Tensor:
+        """Return the final states, shape (N, K, hidden), from states that enter the layers, shape (N, K, hidden)."""
+
+
+class LayersOverLastTokens(LayersAbove):
+    """Runs only the last tokens of each sequence at each point.
+
+    Args:
+        parts: The model, packed, with all layers on one device.
+        start: The first of the layers.
+        batch: The batch.
+        hidden: States that enter the first layer, shape (T, hidden).
+        changed: Packed positions whose states will change, one or more in each sequence.
+    """
+
+    def __init__(self, parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor, changed: Tensor) -> None:
+        final, self._states = recorded(parts, batch, start, parts.num_layers, hidden)
+        self._parts, self._start, self._batch = parts, start, batch
+        self._tokens = LastTokens.of(batch, changed)
+        self.positions = self._tokens.positions
+        self.final = final[self.positions]
+
+    def at(self, hidden: Tensor) -> Tensor:
+        """See :class:`LayersAbove`."""
+        points, batch = len(hidden), self._batch
+        ids, places = (values[self.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
+        attention = _PointsAttention(self._tokens, self._states, points)
+        tokens = TokenBatch(ids, places, batch.layout)  # the attention takes the place of the layout
+        parts = self._parts
+        final = run_with(parts, tokens, attention.attend, self._start, parts.num_layers, hidden.flatten(0, 1))
+        return final.unflatten(0, (points, -1))
+
+
+class LayersOverAllTokens(LayersAbove):
+    """Runs all tokens at each point; for the arguments see :class:`LayersOverLastTokens`."""
+
+    def __init__(self, parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor) -> None:
+        self._parts, self._start, self._batch = parts, start, batch
+        self.positions = torch.arange(batch.num_tokens, device=hidden.device)
+        self.final = parts.run(batch, start, parts.num_layers, hidden)
+
+    def at(self, hidden: Tensor) -> Tensor:
+        """See :class:`LayersAbove`."""
+        parts = self._parts
+        final = parts.run(self._batch.repeat(len(hidden)), self._start, parts.num_layers, hidden.flatten(0, 1))
+        return final.unflatten(0, (len(hidden), -1))
+
+
+def layers_above(
+    parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor, changed: Tensor | None
+) -> LayersAbove:
+    """Return the layers from ``start`` on for a batch; ``changed`` is ``None`` if the states of any token may change."""
+    placement = placement_of(parts.model)
+    if changed is None or not parts.packed or (placement is not None and placement.places.elsewhere):
+        return LayersOverAllTokens(parts, start, batch, hidden)
+    return LayersOverLastTokens(parts, start, batch, hidden, changed)

@@ -1,0 +1,114 @@
+"""The output of the tuned layer for a packed batch, and the loss as a function of it."""
+
+import torch
+from torch import Tensor
+
+from slzo.batches.losses import LogitLoss, LossSum, RowLosses
+from slzo.batches.packing import PackedBatch
+from slzo.evaluation.last_tokens import layers_above
+from slzo.models.parts import ModelParts
+from slzo.utils.errors import SlzoError
+from slzo.zo.estimators.base import LayerOutput, Positions
+from slzo.zo.forward import Span, SuffixForward
+
+# Several points run together until they have this many tokens: small matrix products leave a processor idle.
+_FEWEST_TOKENS = 512
+# Logits of the whole vocabulary take more memory than anything else, so only this many are computed together.
+_FEWEST_LOGITS = 4_000_000
+
+
+def check_layer_output(parts: ModelParts, span: Span) -> None:
+    """Check that an estimator can perturb the output of the tuned layer.
+
+    Raises:
+        SlzoError: Not exactly one layer is tuned, or the loss of a row depends on the other rows of its batch.
+    """
+    if not span.inside or span.stop - span.start != 1 or parts.virtual_tokens is not None:
+        tuned = (
+            f"layers {span.start} to {span.stop - 1} are" if span.inside else "tensors outside the decoder layers are"
+        )
+        raise SlzoError(
+            f"model.estimator LayerOutputPerturbation: perturbs the output of one layer, and {tuned} tuned; use a scope of one "
+            "layer (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or SPSA"
+        )
+    config = getattr(parts.model.config, "quantization_config", None)
+    if getattr(config, "load_in_8bit", False):
+        raise SlzoError(
+            "model.estimator LayerOutputPerturbation: with LLM.int8 (load_in_8bit) the loss of a row depends on the other rows "
+            "of its batch; use model.quantization int8, nf4 or none, or SPSA"
+        )
+
+
+class PackedLayerOutput(LayerOutput):
+    """The output of the tuned layer for a packed batch. Only the layers above run at a shifted output.
+
+    Args:
+        forward: The model and its tuned layer.
+        batch: The rows, T tokens.
+        hidden: States that enter the tuned layer, shape (T, width); ``None`` for the first layer.
+        objective: The loss as a function of logits.
+        positions: Positions to shift.
+
+    Attributes:
+        output: The output at the masters, shape (T, width).
+        positions: Packed positions that are shifted, shape (P,), int64, rising.
+        sums: The loss at the masters.
+        evaluations: Forward passes of the batch from the tuned layer on that were made so far.
+    """
+
+    def __init__(
+        self,
+        forward: SuffixForward,
+        batch: PackedBatch,
+        hidden: Tensor | None,
+        objective: LogitLoss,
+        positions: Positions,
+    ) -> None:
+        parts, span = forward.parts, forward.span
+        self._head, self._batch, self._objective = parts.head, batch, objective
+        self._selected = forward.selects(objective, batch)
+        self.output = parts.run(batch, span.start, span.stop, hidden, norm=False)
+        entered = parts.run(batch, 0, 0) if hidden is None else hidden
+        if positions == "all":
+            self.positions = torch.arange(batch.num_tokens, device=self.output.device)
+            self._above = layers_above(parts, span.stop, batch, self.output, None)
+        else:
+            self.positions = batch.needed
+            self._above = layers_above(parts, span.stop, batch, self.output, batch.needed)
+        self.keys, self.width = batch.example_index, self.output.shape[1]
+        tokens = torch.tensor(batch.example_tokens, device=self.output.device)
+        self.row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens)[self.positions]
+        added = self.output[self.positions].float() - entered[self.positions].float()
+        self.size = added.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        num_run = self._above.positions.numel()
+        self.points_at_once = max(batch.num_tokens, _FEWEST_TOKENS) // num_run
+        if not self._selected:
+            logits = batch.needed.numel() * parts.model.get_output_embeddings().weight.shape[0]
+            self.points_at_once = min(self.points_at_once, max(logits, _FEWEST_LOGITS) // logits)
+        layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
+        self._per_point = num_run / batch.num_tokens * above / layers
+        self.evaluations = 1.0
+        self.sums: LossSum = self._losses(self._above.final[None]).sum()
+
+    def losses(self, shifts: Tensor) -> Tensor:
+        """See :class:`LayerOutput`."""
+        hidden = self.output[self._above.positions].repeat(len(shifts), 1, 1)
+        hidden[:, torch.searchsorted(self._above.positions, self.positions)] = self._moved(shifts)
+        self.evaluations += len(shifts) * self._per_point
+        return self._losses(self._above.at(hidden)).totals
+
+    def applied(self, shifts: Tensor) -> Tensor:
+        """See :class:`LayerOutput`."""
+        here = self.output[self.positions]
+        return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
+
+    def _moved(self, shifts: Tensor) -> Tensor:
+        here = self.output[self.positions]
+        return (here.float() + shifts).to(here.dtype)
+
+    def _losses(self, final: Tensor) -> RowLosses:
+        """Return the losses of each row at N points, from final states of shape (N, K, width)."""
+        batch = self._batch
+        needed = final[:, torch.searchsorted(self._above.positions, batch.needed)]
+        logits = self._head(needed.flatten(0, 1), batch.choice_ids if self._selected else None)
+        return self._objective.of_rows(logits.unflatten(0, needed.shape[:2]), batch, self._selected)

@@ -1,0 +1,70 @@
+"""A learning rate for Adam from the size of the tuned weights."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from torch.optim import Optimizer
+
+from slzo.zo.estimators.base import Estimate, Estimator
+from slzo.zo.optim import gradient_power
+from slzo.zo.tuned import TunedTensors
+
+# Share of the size of the weights that Adam moves an element by in the first step.
+_SHARE = 0.005
+# After this many steps the rate is halved.
+_HALF_STEPS = 100
+
+
+@dataclass
+class RelativeRate:
+    r"""A learning rate for optimizers that divide the gradient by its size.
+
+    Adam moves every element by about the learning rate, whatever the size of the gradient. The rate is a share of the root mean
+    square r of the tuned matrices, and falls with the number of steps t, so that noise averages out:
+
+    .. math:: \eta_t = 0.005 \, r \, / \, (1 + t / 100)
+
+    Attributes:
+        size: Root mean square of the tuned matrices before training, without those that are 0.
+        steps: Steps so far.
+        factor: Factor of the rate, halved at each rollback.
+        eps: ``None``, as for all rates of estimators without a perturbation of weights.
+        evaluations: 0, because nothing is measured by forward passes.
+    """
+
+    size: float
+    steps: int = 0
+    factor: float = 1.0
+    eps: None = None
+    evaluations: int = 0
+
+    @classmethod
+    def of(cls, tuned: TunedTensors) -> Self:
+        """Return the rate for some tuned tensors."""
+        tensors = [tensor.live.detach().float() for _, tensor in tuned.items()]
+        nonzero = [tensor for tensor in tensors if tensor.any()]
+        chosen = [tensor for tensor in nonzero if tensor.dim() > 1] or nonzero
+        squares = sum(float(tensor.square().sum()) for tensor in chosen)
+        return cls(math.sqrt(squares / max(1, sum(tensor.numel() for tensor in chosen))))
+
+    def clip_factor(self, estimate: Estimate) -> float:
+        """Return 1: these optimizers divide the gradient by its size."""
+        return 1.0
+
+    def update(self, estimate: Estimate) -> None:
+        """Count a step."""
+        self.steps += 1
+
+    def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
+        """Return the learning rate for the next step."""
+        _, share = gradient_power(optimizer)
+        return share * self.factor * _SHARE * self.size / (1 + self.steps / _HALF_STEPS)
+
+    def describe(self, sets_rate: bool = True) -> str:
+        """Describe the rate in one line."""
+        return f"Step size: learning rate {_SHARE * self.size:.2g}, {_SHARE:.1%} of the size of the tuned weights"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return primitives only, for checkpoints."""
+        return asdict(self)

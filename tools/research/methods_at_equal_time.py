@@ -1,0 +1,225 @@
+"""Compare estimators on the same layer at equal training time: dev loss and held-out score.
+
+    python tools/research/methods_at_equal_time.py --data_dir DIR --output cells
+    python tools/research/methods_at_equal_time.py --data_dir DIR --output cells --models gemma3-270m --tasks cb --seeds 0 1
+
+A cell is a model, a task, a layer, a method and a seed. It trains for --seconds of processor time, with the states below the
+layer computed before, and scores the dev rows eight times. The weights with the lowest dev loss are scored on the held-out rows.
+Learning rates are automatic; for exact, which is AdamW with the gradient by back-propagation, the better of the automatic rate
+and a third of it is taken, by dev loss. Results are saved at once, and the same command continues where it stopped; several
+processes can share the folder. --report prints the table.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slzo.experiments.store import CellStore
+from slzo.models.parts import ModelParts
+from slzo.module import ZOModule
+from slzo.task_rows import TaskRows
+from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
+from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
+from slzo.zo.optim import set_rate
+from slzo.zo.options import TrainingOptions
+from slzo.zo.profile import profile_layers
+from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
+from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext
+from slzo.zo.tuned_model import TunedModel
+
+METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
+    "spsa": (SPSA, LayerScope, (1.0,)),
+    "subspace": (SPSA, ActivationSubspace, (1.0,)),
+    "output": (LayerOutputPerturbation, LayerScope, (1.0,)),
+    "exact": (Backprop, LayerScope, (1.0, 1 / 3)),
+}
+# training, dev and held-out rows; CB and COPA have few
+ROWS = {"cb": (200, 50, 56), "copa": (300, 100, 100)}
+CHECKS = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with the rows of a task.
+
+    Attributes:
+        rows: The rows.
+        parts: The model.
+        plain: The same model with kernels that have derivatives.
+        layers: Layer by name: ``removing`` the outlier, ``last``, ``first`` outlier layer.
+    """
+
+    rows: TaskRows
+    parts: ModelParts
+    plain: ModelParts
+    layers: dict[str, int]
+
+    @classmethod
+    def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
+        """Load a model and the rows of a task, and profile the layers."""
+        train, dev, test = ROWS.get(task, (1000, 200, 872))
+        folder = None if task == "movie_reviews" else data_dir
+        rows = TaskRows(
+            task,
+            tokenizer=model,
+            data_dir=folder,
+            num_train=train,
+            num_dev=dev,
+            num_test=test,
+            batch_size=16,
+            seed=seed,
+        )
+        rows.setup("fit")
+        options = ZOModule(model, seed=seed).options
+        parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        adapt_rows(rows, parts, options)
+        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16, 8)]
+        context = SelectionContext(profile_layers(parts, batches)[0])
+        layers = {
+            "removing": OutlierRemovingLayer().select(context).layer,
+            "last": parts.num_layers - 1,
+            "first": FirstOutlierLayer().select(context).layer,
+        }
+        return cls(rows, parts, ModelParts(parts.model, parts.packed, onednn=False), layers)
+
+
+def train(setting: Setting, layer: int, method: str, model_name: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Train with each rate of a method, and return the result with the lowest dev loss."""
+    estimator, scope, factors = METHODS[method]
+    options = ZOModule(model_name, estimator=estimator(), scope=scope(), seed=seed).options
+    parts = setting.plain if options.estimator.differentiates else setting.parts
+    found = [_train(setting.rows, parts, options, layer, factor, seconds) for factor in factors]
+    return min(found, key=lambda result: result["dev_loss"])
+
+
+def _train(
+    rows: TaskRows, parts: ModelParts, options: TrainingOptions, layer: int, factor: float, seconds: float
+) -> dict[str, Any]:
+    model = tune(parts, options, rows, layer)
+    before = model.tensors.copy_of_masters()
+    fill_prefix(model, rows)
+    auto = auto_rate(make_stepper(model, options, rows), rows)
+    auto.factor *= factor
+    optimizer = options.optimizer.make(model.tensors.masters)
+    set_rate(optimizer, 0.0)
+    stepper = make_stepper(model, options, rows, auto=auto)
+    batches, metric = rows.training_batches(None), rows.selection_metric
+    used, step, checks = 0.0, 0, 0
+    best, curve = before, []
+    lowest = math.inf
+    try:
+        while True:
+            if used >= seconds * checks / CHECKS:
+                scores = rows.score(make_evaluator(rows, model), rows.eval_batches("dev"), keep_prefix=True)
+                curve.append((step, round(used, 2), scores["loss"], scores[metric.metric]))
+                if scores["loss"] < lowest:
+                    lowest, best = scores["loss"], model.tensors.copy_of_masters()
+                checks += 1
+                if checks > CHECKS:
+                    break
+            batch = next(batches).to(parts.model.device)
+            started = time.process_time()
+            result = stepper.step(batch, step, optimizer)
+            used += time.process_time() - started
+            step += 1
+            if not result.estimate.finite and stepper.num_nonfinite > 3:
+                break
+        model.tensors.load(best)
+        held_out = rows.score(make_evaluator(rows, model), rows.eval_batches("test"))
+    finally:
+        model.tensors.load(before)
+        model.release()
+    return {
+        "layer": layer,
+        "steps": step,
+        "factor": factor,
+        "evaluations": stepper.num_evaluations,
+        "dev_loss": lowest,
+        "loss": held_out["loss"],
+        "score": held_out.get(metric.metric),
+        "curve": curve,
+    }
+
+
+def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
+    """Compute the states below the tuned layer for all training and dev rows."""
+    model.plan_prefix(rows.prefix_blocks())
+    for batch in rows.prefix_blocks():
+        model.forward.prefix(batch.pack().to(model.parts.model.device))
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str, int], str, str]]:
+    """Iterate over the cells: model, task and seed; layer; method."""
+    for seed in args.seeds:
+        for task in args.tasks:
+            for model in args.models:
+                for layer in args.layers:
+                    for method in args.methods:
+                        yield (model, task, seed), layer, method
+
+
+def name_of(setting: tuple[str, str, int], layer: str, method: str) -> str:
+    """Return the name of a cell."""
+    model, task, seed = setting
+    return f"{Path(model).stem}-{task}-{layer}-{method}-{seed}"
+
+
+def report(store: CellStore, args: argparse.Namespace) -> str:
+    """Return the table of the finished cells."""
+    lines = ["| model | task | layer | seed | method | steps | dev loss | held-out loss | held-out score |"]
+    lines.append("|---|---|---|--:|---|--:|--:|--:|--:|")
+    for setting, layer, method in cells(args):
+        row = store.result(name_of(setting, layer, method))
+        if row is None:
+            continue
+        model, task, seed = setting
+        score = "" if row["score"] is None else f"{row['score']:.3f}"
+        lines.append(
+            f"| {Path(model).stem} | {task} | {layer} ({row['layer']}) | {seed} | {method} | {row['steps']} | "
+            f"{row['curve'][0][2]:.3f} -> {row['dev_loss']:.3f} | {row['loss']:.3f} | {score} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the missing cells and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
+    parser.add_argument("--tasks", nargs="+", default=["sst2"], help="tasks, as in data.task")
+    parser.add_argument("--layers", nargs="+", default=["removing"], choices=["removing", "last", "first"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
+    parser.add_argument("--seconds", type=float, default=60, help="processor time of the steps of each training")
+    parser.add_argument("--output", default="methods", help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="print the table without training")
+    parser.add_argument("--json", help="also write all results to this file")
+    args = parser.parse_args()
+    store = CellStore(args.output, {"seconds": args.seconds, "threads": torch.get_num_threads()})
+    loaded: tuple[tuple[str, str, int], Setting] | None = None
+    for setting, layer, method in [] if args.report else cells(args):
+        name = name_of(setting, layer, method)
+        with store.claim(name) as mine:
+            if not mine:
+                continue
+            if loaded is None or loaded[0] != setting:
+                loaded = (setting, Setting.of(*setting, args.data_dir))
+            number = loaded[1].layers[layer]
+            result = train(loaded[1], number, method, setting[0], setting[2], args.seconds)
+            store.save(name, result)
+            print(f"{name}: layer {number}, {result['steps']} steps, dev loss {result['dev_loss']:.4f}", flush=True)
+    print(report(store, args))
+    if args.json:
+        found = {name_of(*cell): store.result(name_of(*cell)) for cell in cells(args)}
+        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
