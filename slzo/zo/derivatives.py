@@ -36,22 +36,28 @@ def back_propagate(
     return LossSum(total.detach(), weight.detach()), _pulled_back(tuned, gradients)
 
 
-def pull_back(
-    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor], gradient: Tensor
-) -> dict[str, Tensor]:
-    """Return the product of the transposed Jacobian of a function with a gradient, for each master, float32.
+def linearize(
+    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]
+) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
+    """Call a function, and return its result with the transpose of its derivative.
 
     Args:
         module: The module that ``function`` runs. Its live tensors must equal the masters.
         tuned: Masters of some of its parameters.
         function: Returns a tensor that depends on them.
-        gradient: Gradient with respect to that tensor, of its shape and dtype.
+
+    Returns:
+        The tensor, detached; and a function from the gradient with respect to it, of its shape and dtype, to the gradient of each
+        master, float32. It can be called once.
     """
     live = {name: tensor.live.detach().requires_grad_() for name, tensor in tuned.items()}
     with torch.enable_grad():
         output = _call_with(module, tuned, live, function)
-        gradients = torch.autograd.grad(output, list(live.values()), gradient, allow_unused=True)
-    return _pulled_back(tuned, gradients)
+
+    def pull_back(gradient: Tensor) -> dict[str, Tensor]:
+        return _pulled_back(tuned, torch.autograd.grad(output, list(live.values()), gradient, allow_unused=True))
+
+    return output.detach(), pull_back
 
 
 def _pulled_back(tuned: TunedTensors, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:

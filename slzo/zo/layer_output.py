@@ -46,11 +46,11 @@ class PackedLayerOutput(LayerOutput):
         forward: The model and its tuned layer.
         batch: The rows, T tokens.
         hidden: States that enter the tuned layer, shape (T, width); ``None`` for the first layer.
+        output: Its output at the masters, shape (T, width).
         objective: The loss as a function of logits.
         positions: Positions to shift.
 
     Attributes:
-        output: The output at the masters, shape (T, width).
         positions: Packed positions that are shifted, shape (P,), int64, rising.
         sums: The loss at the masters.
         evaluations: Forward passes of the batch from the tuned layer on that were made so far.
@@ -61,24 +61,25 @@ class PackedLayerOutput(LayerOutput):
         forward: SuffixForward,
         batch: PackedBatch,
         hidden: Tensor | None,
+        output: Tensor,
         objective: LogitLoss,
         positions: Positions,
     ) -> None:
         parts, span = forward.parts, forward.span
         self._head, self._batch, self._objective = parts.head, batch, objective
         self._selected = forward.selects(objective, batch)
-        self.output = parts.run(batch, span.start, span.stop, hidden, norm=False)
+        self._output = output
         entered = parts.run(batch, 0, 0) if hidden is None else hidden
         if positions == "all":
-            self.positions = torch.arange(batch.num_tokens, device=self.output.device)
-            self._above = layers_above(parts, span.stop, batch, self.output, None)
+            self.positions = torch.arange(batch.num_tokens, device=self._output.device)
+            self._above = layers_above(parts, span.stop, batch, self._output, None)
         else:
             self.positions = batch.needed
-            self._above = layers_above(parts, span.stop, batch, self.output, batch.needed)
-        self.keys, self.width = batch.example_index, self.output.shape[1]
-        tokens = torch.tensor(batch.example_tokens, device=self.output.device)
+            self._above = layers_above(parts, span.stop, batch, self._output, batch.needed)
+        self.keys, self.width = batch.example_index, self._output.shape[1]
+        tokens = torch.tensor(batch.example_tokens, device=self._output.device)
         self.row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens)[self.positions]
-        added = self.output[self.positions].float() - entered[self.positions].float()
+        added = self._output[self.positions].float() - entered[self.positions].float()
         self.size = added.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         num_run = self._above.positions.numel()
         self.points_at_once = max(batch.num_tokens, _FEWEST_TOKENS) // num_run
@@ -87,23 +88,23 @@ class PackedLayerOutput(LayerOutput):
             self.points_at_once = min(self.points_at_once, max(logits, _FEWEST_LOGITS) // logits)
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
         self._per_point = num_run / batch.num_tokens * above / layers
-        self.evaluations = 1.0
+        self.evaluations = above / layers
         self.sums: LossSum = self._losses(self._above.final[None]).sum()
 
     def losses(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""
-        hidden = self.output[self._above.positions].repeat(len(shifts), 1, 1)
+        hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, torch.searchsorted(self._above.positions, self.positions)] = self._moved(shifts)
         self.evaluations += len(shifts) * self._per_point
         return self._losses(self._above.at(hidden)).totals
 
     def applied(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""
-        here = self.output[self.positions]
+        here = self._output[self.positions]
         return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
 
     def _moved(self, shifts: Tensor) -> Tensor:
-        here = self.output[self.positions]
+        here = self._output[self.positions]
         return (here.float() + shifts).to(here.dtype)
 
     def _losses(self, final: Tensor) -> RowLosses:

@@ -18,7 +18,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.pending import PendingTensor
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate, forward_derivative, pull_back
+from slzo.zo.derivatives import back_propagate, forward_derivative, linearize
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
 from slzo.zo.forward import SuffixForward, split_states
 from slzo.zo.layer_output import PackedLayerOutput
@@ -130,7 +130,7 @@ class BatchLogitLoss(_SummedLoss):
         return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        context, hidden = self.context, self.hidden
+        context, entering = self.context, self.hidden
         forward, model = context.forward, context.forward.parts.model
         start, stop = forward.span.start, forward.span.stop
         pieces = self.batch.packed.cut(self.batch.max_tokens)
@@ -138,18 +138,18 @@ class BatchLogitLoss(_SummedLoss):
         gradient: dict[str, Tensor] = {}
         # the tuned layer runs forward and backward once, which costs about three passes of it
         evaluations = 3 / (forward.parts.num_layers - start)
-        for piece, states in zip(pieces, split_states(hidden, pieces), strict=True):
-            output = PackedLayerOutput(forward, piece, states, self.objective, positions)
-            at_positions = estimate(output)
-            whole = torch.zeros_like(output.output)
-            whole[output.positions] = at_positions.to(whole.dtype)
+        for piece, states in zip(pieces, split_states(entering, pieces), strict=True):
             run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
-            for name, own in pull_back(model, context.tuned, run, whole).items():
+            hidden, pull_back = linearize(model, context.tuned, run)
+            output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions)
+            gradient_of_output = torch.zeros_like(hidden)
+            gradient_of_output[output.positions] = estimate(output).to(hidden.dtype)
+            for name, own in pull_back(gradient_of_output).items():
                 gradient[name] = gradient[name].add_(own) if name in gradient else own
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
         sums = context.reduce(sums)
-        mean = {name: context.reduce(own) / sums[1] for name, own in gradient.items()}
+        mean = {name: context.reduce(own).div_(sums[1]) for name, own in gradient.items()}
         return OutputGradient(float(sums[0] / sums[1]), mean, evaluations)
 
     def _here(self) -> LossSum:
