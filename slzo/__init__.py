@@ -6,7 +6,7 @@ The three classes of a run are imported when they are first used::
 
     data = TaskDataModule("movie_reviews", num_train=1000, num_dev=200, num_test=500)
     model = ZOModule("smollm2-135m", seed=0)
-    trainer = ZOTrainer(max_steps=320, val_check_interval=40)
+    trainer = ZOTrainer(max_steps=160, val_check_interval=20)
     trainer.fit(model, datamodule=data)
 
     tuned = ZOModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)

@@ -100,11 +100,20 @@ def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, devi
         int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
         engine.states_dtype,
         device.type == "cpu",
+        differentiated=_differentiated(options, parts.num_layers, min(layers, default=0)),
+        records=options.estimator.perturbs_output,
     )
     if options.device_map is None:
         return inputs
     places = replace(options.device_map, reserved=inputs.non_weight_bytes).places(skeleton, device)
     return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
+
+
+def _differentiated(options: TrainingOptions, num_layers: int, start: int) -> int:
+    """Return the number of layers whose activations a backward pass needs."""
+    if options.estimator.perturbs_output:
+        return 1
+    return 0 if options.estimator.along_directions else num_layers - start
 
 
 def _no_prompts(num_sequences: int) -> list[PackedBatch]:
@@ -143,6 +152,7 @@ def _workload(data: TaskRows, max_steps: int) -> Workload:
         cached_tokens=sum(block.num_tokens for block in data.prefix_blocks()),
         prompt_tokens=sum(block.num_tokens for block in data.prompt_blocks()),
         answer_tokens=_answer_tokens(data),
+        train_tokens=tokens,
     )
 
 

@@ -367,6 +367,8 @@ class ZOModule(LightningModule):
             "train/skipped_steps": float(self.stepper.num_nonfinite),
             **{f"train/{name}": value for name, value in result.report.values.items()},
         }
+        if self.stepper.processes.number > 1:
+            values["train/exchanged_bytes"] = float(result.exchanged_bytes)
         if result.update_norm is not None:
             values["train/update_norm"] = result.update_norm
         # tensors on the CPU: Lightning copies a number to the device at each step

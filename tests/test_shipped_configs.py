@@ -25,7 +25,7 @@ def test_the_names_are_the_files_in_the_wheel():
     }
     assert set(shipped_configs().values()) == found["include"] - found["exclude"]
     assert build["sources"] == {"configs": "slzo/configs"}
-    assert {"quickstart", "subspace", "paper/qwen3-8b"} <= set(shipped_configs())
+    assert {"quickstart", "chat", "paper/qwen3-8b"} <= set(shipped_configs())
 
 
 def test_the_configs_of_a_wheel_are_in_the_package(tmp_path, monkeypatch):
@@ -53,8 +53,8 @@ def test_a_name_becomes_a_path(given, read):
 def test_a_file_of_that_name_comes_first_and_a_folder_does_not():
     Path("quickstart").mkdir()
     assert with_shipped_configs(["--config=quickstart"]) == [f"--config={QUICKSTART}"]
-    Path("subspace").touch()
-    assert with_shipped_configs(["--config=subspace"]) == ["--config=subspace"]
+    Path("chat").touch()
+    assert with_shipped_configs(["--config=chat"]) == ["--config=chat"]
 
 
 def test_an_unknown_name_lists_the_names(capsys):

@@ -16,6 +16,9 @@ PROGRAM_BYTES = 512 * 2**20
 # Live tensors per token where a layer takes most memory. With the MLP's width: gate, its activation, up, and their product. With
 # the hidden width: input, output, normalized states, queries, keys and values, each before and after they are gathered.
 _INNER_COPIES, _HIDDEN_COPIES = 4, 8
+# Tensors per token of a layer that autograd keeps. With the hidden width: states, normalized states, queries, keys and values
+# before and after rotation, attention output. With the MLP's width: gate, its activation, up, and their product.
+_KEPT_INNER, _KEPT_HIDDEN = 4, 12
 # float32 copies of the largest tuned tensor that TunedTensor.applied takes
 _ROUNDING_COPIES = 3
 # float32 logits, their exponentials, and the logits before they were converted
@@ -32,6 +35,7 @@ class Workload:
         cached_tokens: Number of tokens whose states the prefix cache would hold with enough room.
         prompt_tokens: Number of prompt tokens for which the cache would also hold keys and values below the tuned layers.
         answer_tokens: Number of tokens in the prompts and answers that are generated together.
+        train_tokens: Number of tokens in the largest forward pass of training.
     """
 
     tokens: int
@@ -39,6 +43,7 @@ class Workload:
     cached_tokens: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    train_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class MemoryInputs:
         on_cpu: Whether program, weights and cache share one memory.
         away: Number of frozen layers that ``model.device_map`` puts elsewhere. One of them at a time takes memory here.
         where: Where the layers are, in words; empty if all are here.
+        differentiated: Number of layers whose activations are kept for a backward pass.
+        records: Whether the keys and values of the layers above the tuned one are kept during a step.
     """
 
     shape: ModelShape
@@ -97,6 +104,8 @@ class MemoryInputs:
     on_cpu: bool = True
     away: int = 0
     where: str = ""
+    differentiated: int = 0
+    records: bool = False
 
     @property
     def non_weight_bytes(self) -> int:
@@ -123,6 +132,11 @@ class MemoryInputs:
         parts["keys and values of answers"] = answers
         width = _INNER_COPIES * shape.inner + _HIDDEN_COPIES * shape.hidden
         parts["activations"] = work.tokens * width * self.dtype.itemsize
+        kept = _KEPT_INNER * shape.inner + _KEPT_HIDDEN * shape.hidden
+        parts["activations for the derivative"] = work.train_tokens * self.differentiated * kept * self.dtype.itemsize
+        if self.records:
+            above = shape.num_layers - self.start - 1
+            parts["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
         loading = 0
         if self.on_cpu and not (same and self.quantization is None):
@@ -144,7 +158,10 @@ class MemoryInputs:
         if self.cache_bytes:
             yield "model.engine.cache_gb 0", replace(self, cache_bytes=0).plan()
         half = replace(
-            self.workload, tokens=self.workload.tokens // 2, vocabulary_rows=self.workload.vocabulary_rows // 2
+            self.workload,
+            tokens=self.workload.tokens // 2,
+            train_tokens=self.workload.train_tokens // 2,
+            vocabulary_rows=self.workload.vocabulary_rows // 2,
         )
         yield f"data.tokens_per_pass {half.tokens}", replace(self, workload=half).plan()
 

@@ -54,6 +54,24 @@ class Processes:
         return own * self.number if self.divide_directions else own
 
 
+@dataclass
+class CountedSum:
+    """The sum over the processes, which counts the bytes that each of them sends.
+
+    Attributes:
+        all_reduce_sum: See :class:`Processes`.
+        num_bytes: Bytes so far.
+    """
+
+    all_reduce_sum: Callable[[Tensor], Tensor]
+    num_bytes: int = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes."""
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return self.all_reduce_sum(tensor)
+
+
 ALONE = Processes()
 """The only process of a run."""
 

@@ -24,7 +24,7 @@ from slzo.zo.layer_output import check_layer_output
 from slzo.zo.loss import LossContext
 from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate, reset_state
-from slzo.zo.processes import ALONE, DividedDirections, Processes, identity
+from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
 from slzo.zo.step import take_step
 from slzo.zo.tuned_model import TunedModel
@@ -107,12 +107,14 @@ class StepResult:
         estimate: The estimate without its gradient, which is as large as the tuned tensors.
         record: Learning rate, eps and losses, as in the step log.
         report: Values and problems that the loss reported.
+        exchanged_bytes: Bytes that this process sent to the others.
         update_norm: Norm of the update; ``None`` if it was not measured or the loss was not finite.
     """
 
     estimate: Estimate
     record: StepRecord
     report: LossReport
+    exchanged_bytes: int = 0
     update_norm: float | None = None
 
 
@@ -175,14 +177,20 @@ class Stepper:
         self.num_evaluations = 0 if auto is None else auto.evaluations
         self.num_nonfinite = self._nonfinite_in_row = 0
 
-    def loss(self, batch: TrainBatch, step: int = 0) -> Loss:
-        """Return the loss over the rows of all processes; ``batch`` has those of this process, on the model's device."""
-        divides = self.processes.divide_directions
-        reduce = identity if divides else self.processes.all_reduce_sum
-        model = self.model
+    def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:
+        """Return the loss over the rows of all processes.
+
+        Args:
+            batch: Rows of this process, on the model's device.
+            step: Number of the step.
+            processes: The processes; by default those of the training.
+        """
+        processes, model = self.processes if processes is None else processes, self.model
+        divides = processes.divide_directions
+        reduce = identity if divides else processes.all_reduce_sum
         context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
         loss = loss_of(self.objective, batch, context)
-        return DividedDirections(loss, self.processes, model.parts.model.device) if divides else loss
+        return DividedDirections(loss, processes, model.parts.model.device) if divides else loss
 
     @torch.no_grad()
     def step(
@@ -209,9 +217,11 @@ class Stepper:
         tensors = self.model.tensors
         eps = self.options.eps_at(step, self.max_steps) if self.estimator.uses_points else 0.0
         known = self.known.pop(step, None)
+        exchange = CountedSum(self.processes.all_reduce_sum)
         if known is None:
             assert batch is not None
-            loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step))
+            counted = replace(self.processes, all_reduce_sum=exchange)
+            loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step, counted))
         else:
             loss = ReplayedLoss(known, self.model.parts.model.device)
         at_once = self.processes.queries_at_once(self.model.queries_at_once(self.options.num_queries))
@@ -231,7 +241,7 @@ class Stepper:
             self.log.append(record)
         report = loss.report
         self._count(estimate, step, report)
-        return StepResult(estimate, record, report, norm)
+        return StepResult(estimate, record, report, exchange.num_bytes if self.processes.number > 1 else 0, norm)
 
     def rollback(
         self, masters: Mapping[str, Tensor] | None, optimizer: Optimizer, schedulers: Sequence[Any], steps: int, to: int
