@@ -113,7 +113,7 @@ class ZOModule(LightningModule):
         )
         step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad)
         if estimator is None:  # objectives of generated answers need SPSA too, see TrainingOptions.for_rows
-            estimator = LayerOutputPerturbation() if scope.needs_layer and step == StepOptions(None) else SPSA()
+            estimator = LayerOutputPerturbation() if scope.one_layer and step == StepOptions(None) else SPSA()
         if optimizer is None:
             optimizer = sgd if estimator.along_directions else adamw
         self.options = TrainingOptions(
@@ -295,6 +295,9 @@ class ZOModule(LightningModule):
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
         self.prepared = prepared
+        options = prepared.options  # estimator and optimizer may follow from the objective
+        described = {"estimator": options.estimator.describe(), "optimizer": options.optimizer.name}
+        self.save_hyperparameters({**described, "lr": options.optimizer.settings["lr"]})
         self._hold_tuned(prepared.model)
 
     def _hold_tuned(self, model: TunedModel) -> None:

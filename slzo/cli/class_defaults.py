@@ -1,13 +1,22 @@
 """The classes of estimator and optimizer if only their options are given."""
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slzo.cli.given import Given
+from slzo.cli.given import Given, loaded
 from slzo.cli.option_types import imported_class
 from slzo.zo.estimators import ESTIMATORS, SPSA, LayerOutputPerturbation
 from slzo.zo.optim import AUTO_LR
 from slzo.zo.scopes import SCOPES
+
+# Options of weight perturbations, with the values that :class:`slzo.module.ZOModule` has by default.
+_OF_WEIGHTS = {
+    "model.eps": "auto",
+    "model.eps_end": None,
+    "model.num_queries": 1,
+    "model.clip_projected_grad": None,
+}
 
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
@@ -15,18 +24,28 @@ def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
 
     A choice of which no option is given stays open: the model makes it when it knows the objective.
     """
-    names = [each.name for each in given if each.value is not None]
+    options = {each.name: loaded(each.value) for each in given if loaded(each.value) is not None}
     found: dict[str, dict[str, Any]] = {}
-    scope = _last_class("model.scope", given, SCOPES)
-    of_weights = {"model.eps", "model.eps_end", "model.num_queries", "model.clip_projected_grad"}.intersection(names)
-    default = SPSA if of_weights or getattr(scope, "layers", None) == "all" else LayerOutputPerturbation
-    if any(name.startswith("model.estimator.") for name in names):
+    of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
+    default = LayerOutputPerturbation if _one_layer(given, options) and not of_weights else SPSA
+    if any(name.startswith("model.estimator.") for name in options):
         found["model.estimator"] = {"class_path": f"{default.__module__}.{default.__name__}"}
-    if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in names):
+    if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in options):
         estimator = _last_class("model.estimator", given, ESTIMATORS) or default
         optimizer = "SGD" if getattr(estimator, "along_directions", True) else "AdamW"
         found["model.optimizer"] = {"class_path": f"torch.optim.{optimizer}", "init_args": {"lr": AUTO_LR}}
     return found
+
+
+def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
+    """Return whether the given scope is within one layer, as far as its options tell."""
+    kind = _last_class("model.scope", given, SCOPES)
+    if kind is None:
+        return True
+    parameter = inspect.signature(kind).parameters.get("layers")
+    usual = getattr(kind, "layers", None) if parameter is None else parameter.default
+    layers = options.get("model.scope.layers", usual)
+    return layers is None or (isinstance(layers, list) and len(set(layers)) == 1)
 
 
 def _last_class(name: str, given: Sequence[Given], known: Iterable[type]) -> Any:

@@ -16,6 +16,9 @@ _FEWEST_TOKENS = 512
 # Logits of the whole vocabulary take more memory than anything else, so only this many are computed together.
 _FEWEST_LOGITS = 4_000_000
 
+# A layer that adds nothing to a token still gets noise: this share of the token's state, or this size.
+_LEAST_SHARE, _LEAST = 1e-3, 1e-12
+
 
 def check_layer_output(parts: ModelParts, span: Span) -> None:
     """Check that an estimator can perturb the output of the tuned layer.
@@ -49,6 +52,7 @@ class PackedLayerOutput(LayerOutput):
         output: Its output at the masters, shape (T, width).
         objective: The loss as a function of logits.
         positions: Positions to shift.
+        max_tokens: Run at most this many tokens at once, but always those of one point; ``None`` for no limit.
 
     Attributes:
         positions: Packed positions that are shifted, shape (P,), int64, rising.
@@ -64,10 +68,12 @@ class PackedLayerOutput(LayerOutput):
         output: Tensor,
         objective: LogitLoss,
         positions: Positions,
+        max_tokens: int | None = None,
     ) -> None:
         parts, span = forward.parts, forward.span
         self._head, self._batch, self._objective = parts.head, batch, objective
         self._selected = forward.selects(objective, batch)
+        self.whole_vocabulary = not self._selected
         self._output = output
         entered = parts.run(batch, 0, 0) if hidden is None else hidden
         if positions == "all":
@@ -79,13 +85,15 @@ class PackedLayerOutput(LayerOutput):
         self.keys, self.width = batch.example_index, self._output.shape[1]
         tokens = torch.tensor(batch.example_tokens, device=self._output.device)
         self.row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens)[self.positions]
-        added = self._output[self.positions].float() - entered[self.positions].float()
-        self.size = added.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        here = self._output[self.positions].float()
+        added = _rms(here - entered[self.positions].float())
+        self.size = torch.maximum(added, _LEAST_SHARE * _rms(here)).clamp(min=_LEAST)
         num_run = self._above.positions.numel()
-        self.points_at_once = max(batch.num_tokens, _FEWEST_TOKENS) // num_run
+        most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
+        self.points_at_once = max(1, most // num_run)
         if not self._selected:
             logits = batch.needed.numel() * parts.model.get_output_embeddings().weight.shape[0]
-            self.points_at_once = min(self.points_at_once, max(logits, _FEWEST_LOGITS) // logits)
+            self.points_at_once = max(1, min(self.points_at_once, max(logits, _FEWEST_LOGITS) // logits))
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
         self._per_point = num_run / batch.num_tokens * above / layers
         self.evaluations = above / layers
@@ -113,3 +121,8 @@ class PackedLayerOutput(LayerOutput):
         needed = final[:, torch.searchsorted(self._above.positions, batch.needed)]
         logits = self._head(needed.flatten(0, 1), batch.choice_ids if self._selected else None)
         return self._objective.of_rows(logits.unflatten(0, needed.shape[:2]), batch, self._selected)
+
+
+def _rms(states: Tensor) -> Tensor:
+    """Return the root mean square of each state, shape (P, 1)."""
+    return states.square().mean(dim=1, keepdim=True).sqrt()

@@ -141,7 +141,7 @@ class BatchLogitLoss(_SummedLoss):
         for piece, states in zip(pieces, split_states(entering, pieces), strict=True):
             run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
             hidden, pull_back = linearize(model, context.tuned, run)
-            output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions)
+            output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions, self.batch.max_tokens)
             gradient_of_output = torch.zeros_like(hidden)
             gradient_of_output[output.positions] = estimate(output).to(hidden.dtype)
             for name, own in pull_back(gradient_of_output).items():

@@ -123,6 +123,7 @@ class _DividedOutput(LayerOutput):
 
     def __init__(self, output: LayerOutput, processes: Processes) -> None:
         self.keys, self.row, self.size, self.width = output.keys, output.row, output.size, output.width
+        self.whole_vocabulary = output.whole_vocabulary
         self.points_at_once = output.points_at_once * processes.number
         self._output, self._processes = output, processes
 

@@ -53,6 +53,7 @@ class LayerOutput(ABC):
         row: Row of each position, shape (P,), int64, not decreasing.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
+        whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
         points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
     """
 
@@ -60,6 +61,7 @@ class LayerOutput(ABC):
     row: Tensor
     size: Tensor
     width: int
+    whole_vocabulary: bool
     points_at_once: int
 
     @abstractmethod

@@ -9,6 +9,10 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request
 from slzo.zo.noise import row_noise
 
+# SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With logits of the whole
+# vocabulary a query costs more than the rest of the step, so fewer are better in equal time (COPA).
+_QUERIES, _QUERIES_WIDE = 16, 4
+
 
 class LayerOutputPerturbation(Estimator):
     r"""Perturbs the output of the tuned layer instead of its weights (node perturbation: Fiete and Seung 2006, arXiv 2210.03310).
@@ -27,7 +31,8 @@ class LayerOutputPerturbation(Estimator):
     them only once a step. In the last layer this is the whole gradient, since the loss depends on no other output there.
 
     Args:
-        queries: Noise vectors per row and step, >= 1. Each costs two passes of the perturbed tokens through the layers above.
+        queries: Noise vectors per row and step, >= 1; left out, 16, or 4 if the loss needs the whole vocabulary. Each costs two
+            passes of the perturbed tokens through the layers above and the head.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         positions: Positions that get noise, answer or all.
 
@@ -38,8 +43,8 @@ class LayerOutputPerturbation(Estimator):
     along_directions = False
     perturbs_output = True
 
-    def __init__(self, queries: int = 16, scale: float = 0.05, positions: Positions = "answer") -> None:
-        if queries < 1:
+    def __init__(self, queries: int | None = None, scale: float = 0.05, positions: Positions = "answer") -> None:
+        if queries is not None and queries < 1:
             raise SlzoError(f"model.estimator.queries {queries}: must be at least 1")
         if not 0 < scale < math.inf:
             raise SlzoError(f"model.estimator.scale {scale}: must be a number above 0; 0.05 is usual")
@@ -69,19 +74,26 @@ class LayerOutputPerturbation(Estimator):
         gradient = torch.zeros(len(output.row), output.width, device=size.device)
         counts = torch.bincount(output.row, minlength=len(output.keys)).tolist()
         at_once = max(1, output.points_at_once // 2)
-        for first in range(0, self.queries, at_once):
-            queries = range(first, min(first + at_once, self.queries))
+        num_queries = self._num_queries(output)
+        for first in range(0, num_queries, at_once):
+            queries = range(first, min(first + at_once, num_queries))
             shifts = size * torch.stack(
                 [row_noise(output.keys, counts, gradient, seed, step, query) for query in queries]
             )
             points = torch.cat([shifts, -shifts])
-            high, low = output.losses(points).chunk(2)
+            losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
+            high, low = losses.chunk(2)
             up, down = output.applied(points).chunk(2)
             gradient += torch.einsum("np,npd->pd", (high - low)[:, output.row], up - down)
-        return gradient / (4 * self.queries * size.square())
+        return gradient / (4 * num_queries * size.square())
+
+    def _num_queries(self, output: LayerOutput) -> int:
+        if self.queries is not None:
+            return self.queries
+        return _QUERIES_WIDE if output.whole_vocabulary else _QUERIES
 
     def evaluations(self, num_queries: int) -> float:
         return 2
 
     def describe(self) -> str:
-        return f"LayerOutputPerturbation ({self.queries} queries)"
+        return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"

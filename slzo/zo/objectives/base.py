@@ -92,7 +92,12 @@ class _CheckedLoss:
         return _checked_sum(self.objective, "of_logits", self.objective.of_logits(logits, batch, selected))
 
     def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        return self.objective.of_rows(logits, batch, selected)
+        losses = self.objective.of_rows(logits, batch, selected)
+        shapes = (len(logits), batch.num_examples), (batch.num_examples,)
+        if not isinstance(losses, RowLosses) or tuple(part.shape for part in losses) != shapes:
+            wanted = "RowLosses with a total for each point and example, and a weight for each example"
+            raise broken_contract("data.objective", self.objective, f"of_rows() returned {shown(losses)}", wanted)
+        return losses
 
 
 class LogitObjective(Objective):
@@ -113,11 +118,15 @@ class LogitObjective(Objective):
         """
         examples = [example for example in batch.divide(batch.num_examples) if example is not None]
         needed = [example.needed.numel() for example in examples]
-        of_points = [
-            [self.of_logits(own, example, selected) for own, example in zip(point.split(needed), examples, strict=True)]
-            for point in logits
-        ]
-        return _rows_of(of_points)
+        return _rows_of(
+            [
+                [
+                    _checked_sum(self, "of_logits", self.of_logits(own, example, selected))
+                    for own, example in zip(point.split(needed), examples, strict=True)
+                ]
+                for point in logits
+            ]
+        )
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         states = context.forward.fetch(batch.packed, max_tokens=batch.max_tokens)
@@ -147,11 +156,15 @@ class CandidateObjective(LogitObjective):
         """
         examples = [example for example in batch.divide(batch.num_examples) if example is not None]
         sizes = [example.candidate_length.numel() for example in examples]
-        of_points = [
-            [self.of_scores(own, example) for own, example in zip(point.split(sizes), examples, strict=True)]
-            for point in scores
-        ]
-        return _rows_of(of_points)
+        return _rows_of(
+            [
+                [
+                    _checked_sum(self, "of_scores", self.of_scores(own, example))
+                    for own, example in zip(point.split(sizes), examples, strict=True)
+                ]
+                for point in scores
+            ]
+        )
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return _checked_sum(self, "of_scores", self.of_scores(_scores(logits, batch, selected), batch))

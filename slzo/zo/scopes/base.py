@@ -59,6 +59,11 @@ class Scope(ABC):
         return self.layers is None
 
     @property
+    def one_layer(self) -> bool:
+        """Whether the scope is within one decoder layer."""
+        return self.needs_layer or (isinstance(self.layers, list) and len(set(self.layers)) == 1)
+
+    @property
     def num_positions(self) -> int:
         """Number of positions that the scope adds before every sequence."""
         return 0
