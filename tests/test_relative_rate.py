@@ -11,6 +11,7 @@ from helpers import (
     same_tensors,
     summary,
     tiny_model,
+    tune_scope,
     tuned,
     tuned_layer,
 )
@@ -30,7 +31,7 @@ from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.relative_rate import RelativeRate
-from slzo.zo.scopes import LoRA
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
@@ -140,7 +141,8 @@ def test_a_step_has_the_rate_and_a_rollback_halves_it(examples):
     assert same_tensors(dict(stepper.model.tensors.named_masters()), before)
     assert not optimizer.state
     assert stepper.step(batch, 2, optimizer).record.lr == pytest.approx(0.005 / 1.03)
-    assert stepper.state_dict()["auto_step"] == {"size": 2.0, "steps": 3, "factor": 0.5, "eps": None, "evaluations": 0}
+    expected = {"size": 2.0, "share": 0.005, "steps": 3, "factor": 0.5, "eps": None, "evaluations": 0}
+    assert stepper.state_dict()["auto_step"] == expected
 
 
 @pytest.mark.fast
@@ -237,3 +239,17 @@ def test_the_classes_whose_options_are_given(args, expected):
         found.get(f"model.{name}", {}).get("class_path", "").rpartition(".")[2] for name in ("estimator", "optimizer")
     )
     assert tuple(name or None for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("scope", "share"),
+    [
+        (LayerScope(), 0.005),
+        (OutlierChannels(percent=20), 0.005),
+        (LoRA(rank=2), 0.2),
+        (ActivationSubspace(rank=2), 0.05),
+    ],
+    ids=["whole", "masked", "LoRA", "subspace"],
+)
+def test_the_share_depends_on_how_the_masters_move_the_weights(scope, share):
+    assert RelativeRate.of(tune_scope(scope, tiny_model()).tensors).share == share
