@@ -30,7 +30,7 @@ from slzo.zo.estimators import Point
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.trial import Score, Trial
 
-AUTO = ["--model.optimizer.lr=auto", "--model.eps=auto"]
+AUTO = ["--model.estimator=SPSA", "--model.optimizer.lr=auto", "--model.eps=auto"]
 
 
 def trials_of(options, *more):

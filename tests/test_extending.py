@@ -81,10 +81,10 @@ def test_a_command(options, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["zo_trainer", "plain_trainer"])
 def test_the_python_of_the_page_on_runs(name, model_dir, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    changes = {"max_steps=320": "max_steps=4, accelerator='cpu'", "val_check_interval=40": "val_check_interval=2"}
+    changes = {"max_steps=160": "max_steps=4, accelerator='cpu'", "val_check_interval=20": "val_check_interval=2"}
     exec(on_tiny(page_code("docs/runs.md", name), model_dir, data_dir, changes), {})
     folder = run_dir() if name == "zo_trainer" else Path("lightning_logs/version_0")
-    assert {"zo_log", "zo_start.ckpt", "outlier_profile.json"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "outlier_profile.json").exists()
     assert (
         (folder / "summary.json").exists() == (folder / "checkpoints" / "last.ckpt").exists() == (name == "zo_trainer")
     )

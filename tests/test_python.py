@@ -45,7 +45,7 @@ def test_the_module_is_imported_without_packages_that_few_runs_need():
 def test_the_example_of_the_package(model_dir, data_dir, capsys):
     code = textwrap.dedent(inspect.getdoc(slzo).partition("::\n")[2])
     on = on_tiny(
-        code, model_dir, data_dir, {"max_steps=320, val_check_interval=40": "max_steps=2, val_check_interval=1"}
+        code, model_dir, data_dir, {"max_steps=160, val_check_interval=20": "max_steps=2, val_check_interval=1"}
     )
     exec(on.replace(f", tokenizer={str(model_dir)!r}", ""), {})
     assert float(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(summary()["score_after"])

@@ -180,8 +180,8 @@ class SlzoCLI(LightningCLI):
         """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
         parser.given = read_given(self._options)
-        parser.set_defaults(class_defaults(parser.given))
         check_class_paths(parser, parser.given)
+        parser.set_defaults(class_defaults(parser.given))
         super().parse_arguments(parser, args)
         check_nulls(parser, self.config)
         self._check_task()

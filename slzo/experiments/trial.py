@@ -107,7 +107,7 @@ class LayerTrials(Trials):
             num_layers=parts.num_layers,
             batch_size=self.rows.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
-            measuring=_MEASURING if needs_measuring(options) else 0,
+            measuring=_MEASURING if options.estimator.along_directions and needs_measuring(options) else 0,
             dev_rows=min(dev_rows, self.num_dev),
             head_layers=self._head_layers(),
             measured=frozenset(layer for layer in self._measured if layer is not None),
