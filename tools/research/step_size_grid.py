@@ -22,6 +22,7 @@ from slzo.experiments.trial import LayerTrials
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, load_parts
+from slzo.zo.estimators import SPSA
 from slzo.zo.profile import profile_layers
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
 from slzo.zo.selection import OutlierRemovingLayer, SelectionContext
@@ -41,7 +42,7 @@ CLOSE = 0.05
 def trials_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | None) -> tuple[LayerTrials, int | None]:
     """Return trials, and the layer to tune: the given one, or the one that removes the outlier."""
     train, dev, test = ROWS.get(task, (1000, 200, 200))
-    options = ZOModule(model, scope=scope, seed=0).options
+    options = ZOModule(model, scope=scope, estimator=SPSA(), seed=0).options
     rows = TaskRows(
         task, tokenizer=model, data_dir=data_dir, num_train=train, num_dev=dev, num_test=test, batch_size=16, seed=0
     )
