@@ -54,7 +54,8 @@ def classes_of(hint: Any) -> dict[str, type]:
     found: dict[str, type] = {}
     for item in types_in(hint):
         is_class = inspect.isclass(item) and not typing.get_origin(item) and not _is_tensor(item)
-        if is_class and item.__module__ not in ("builtins", "pathlib", "datetime"):
+        # Python 3.13 has Path in pathlib._local
+        if is_class and item.__module__.partition(".")[0] not in ("builtins", "pathlib", "datetime"):
             for kind in _subclasses(item):
                 found.setdefault(kind.__name__, kind)  # torch comes before other packages with the same name
     return found
