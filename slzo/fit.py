@@ -227,7 +227,7 @@ def _continue(
 
 def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoRate:
     """Find the step size at the current weights, and print it."""
-    auto = auto_rate(stepper, rows, options.step.eps)
+    auto = auto_rate(stepper, rows, eps=options.step.eps)
     say(auto.describe(options.optimizer.automatic))
     return auto
 

@@ -99,20 +99,19 @@ def make_stepper(
     )
 
 
-def needs_measuring(options: TrainingOptions, step: StepOptions | None = None) -> bool:
+def needs_measuring(options: TrainingOptions) -> bool:
     """Whether learning rate or eps are ``auto`` and used."""
-    eps = (options.step if step is None else step).eps
-    return options.optimizer.automatic or (eps is None and options.estimator.uses_points)
+    return options.optimizer.automatic or (options.step.eps is None and options.estimator.uses_points)
 
 
-def auto_rate(stepper: Stepper, rows: TaskRows, eps: float | None = None) -> AutoRate:
+def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoRate:
     """Return the learning rate of ``auto`` for a training that starts from the current weights.
 
     For arguments and errors see :func:`measure_step`, which estimates along random directions need.
     """
     if not stepper.estimator.along_directions:
         return RelativeRate.of(stepper.model.tensors)
-    return measure_step(stepper, rows, eps=eps)
+    return measure_step(stepper, rows, seed, eps)
 
 
 def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> AutoRate | None:

@@ -27,12 +27,12 @@ from slzo.models.prefix_cache import PrefixCache
 from slzo.utils.assets import WheelFile
 from slzo.utils.errors import SlzoError
 from slzo.zo.closure import ClosureLoss
-from slzo.zo.estimators import SPSA, Request
+from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.processes import ALONE
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.scopes import LayerScope, ScopeContext
+from slzo.zo.scopes import LayerScope, LoRA, ScopeContext
 from slzo.zo.selection import SelectionContext
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.trial import Score, StepCost, Trial
@@ -407,3 +407,27 @@ def slzo_error(call, *args):
         call(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def tuned_model(family="llama", layer=2, scope=None, scale=1.0, packed=True):
+    """A tiny model with one layer, or a scope of it, tuned; LoRA's second matrices are not 0."""
+    model = tiny_model(family, scale=scale) if isinstance(family, str) else family
+    parts, scope = ModelParts(model, packed, onednn=False), LayerScope() if scope is None else scope
+    tuned = TunedModel.from_scope(parts, scope, layer, prompts=packed_prompts, engine=Engine(cache_gb=0))
+    if isinstance(scope, LoRA):
+        torch.manual_seed(0)
+        tuned.tensors.load(
+            {name: 0.3 * torch.randn_like(master) for name, master in tuned.tensors.named_masters().items()}
+        )
+    return tuned
+
+
+def estimate_at(model, loss, step=0, seed=0, **options):
+    """One estimate."""
+    return LayerOutputPerturbation(**options).estimate(Request(model.tensors, loss, seed, step))
+
+
+def short_examples(answers=(2, 1)):
+    """Few tokens: with noise at all positions an estimate has as many directions as states have entries."""
+    generator = random.Random(1)
+    return [random_example(generator, i, 4 + i, answers, i % 2) for i in range(4)]

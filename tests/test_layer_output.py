@@ -1,98 +1,56 @@
 """Perturbing the output of the tuned layer: against plain forward passes, against autograd, and who may use it."""
 
 import copy
-import json
 import math
 import random
-import re
 from collections import Counter
-from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from helpers import (
     FAMILIES,
     autograd_gradient,
     batch_loss,
-    cnn,
     described,
-    error_line,
+    estimate_at,
     flat,
-    image_loss,
-    images,
     layer_forward,
-    packed_prompts,
     plain_losses,
     plain_scores,
     random_example,
     same_tensors,
-    slzo_error,
+    short_examples,
     tiny_loss,
     tiny_model,
     tuned_layer,
+    tuned_model,
 )
 from torch.nn import functional as F
 
-from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.losses import LossSum
 from slzo.batches.packing import pack
-from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
-from slzo.module import ZOModule
-from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
+from slzo.zo.estimators import LayerOutputPerturbation, Request
 from slzo.zo.estimators.base import LayerOutput, OutputGradient
 from slzo.zo.layer_output import PackedLayerOutput
 from slzo.zo.noise import row_noise
 from slzo.zo.objectives import (
-    AnswerF1,
     AnswerLikelihood,
     CandidateCrossEntropy,
-    CandidateErrors,
-    CandidateObjective,
-    LogitObjective,
-    Reward,
 )
 from slzo.zo.processes import Processes
 from slzo.zo.scopes import (
     ActivationSubspace,
-    AllParameters,
     LayerScope,
     LoRA,
     OutlierChannels,
-    PrefixTuning,
-    SmallestWeights,
 )
-from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tensors import Masked, Subspace
-from slzo.zo.tuned_model import TunedModel
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.fast
 
 LAST = 3  # the last layer of a tiny model
-
-
-def tuned_model(family="llama", layer=2, scope=None, scale=1.0, packed=True):
-    """A tiny model with one layer, or a scope of it, tuned; LoRA's second matrices are not 0."""
-    model = tiny_model(family, scale=scale) if isinstance(family, str) else family
-    parts, scope = ModelParts(model, packed, onednn=False), LayerScope() if scope is None else scope
-    tuned = TunedModel.from_scope(parts, scope, layer, prompts=packed_prompts, engine=Engine(cache_gb=0))
-    if isinstance(scope, LoRA):
-        torch.manual_seed(0)
-        tuned.tensors.load(
-            {name: 0.3 * torch.randn_like(master) for name, master in tuned.tensors.named_masters().items()}
-        )
-    return tuned
-
-
-def estimate_at(model, loss, step=0, seed=0, **options):
-    """One estimate."""
-    return LayerOutputPerturbation(**options).estimate(Request(model.tensors, loss, seed, step))
 
 
 def noted_runs(monkeypatch):
@@ -105,12 +63,6 @@ def noted_runs(monkeypatch):
 
     monkeypatch.setattr(ModelParts, "run", noted)
     return seen
-
-
-def short_examples(answers=(2, 1)):
-    """Few tokens: with noise at all positions an estimate has as many directions as states have entries."""
-    generator = random.Random(1)
-    return [random_example(generator, i, 4 + i, answers, i % 2) for i in range(4)]
 
 
 # ---- losses at a shifted output --------------------------------------------------------------------------------------------
@@ -625,306 +577,6 @@ def test_a_loss_that_is_not_finite_has_no_gradient(where, examples, monkeypatch)
     found = estimate_at(model, loss, queries=2)
     assert not found.finite
     assert found.gradient == {}
-
-
-# ---- objectives ------------------------------------------------------------------------------------------------------------
-
-
-class Margins(CandidateObjective):
-    """A user's objective of scores: by how much each wrong candidate is closer than 1 to the right one."""
-
-    def of_scores(self, scores, batch):
-        right = scores[batch.right][batch.candidate_example]  # one in each example
-        wrong = (1 + scores - right).relu()[~batch.right]
-        return LossSum(wrong.sum(), torch.tensor(float(batch.num_examples)))
-
-
-class Certainty(LogitObjective):
-    """A user's objective of logits, with another weight for each example."""
-
-    def of_logits(self, logits, batch, selected):
-        entropy = torch.distributions.Categorical(logits=logits).entropy()
-        return LossSum(entropy.sum(), torch.tensor(float(batch.needed.numel())))
-
-
-WEIGHTED = CandidateCrossEntropy([1.0, 5.0])
-BUILT_IN = [CandidateCrossEntropy(), WEIGHTED, AnswerLikelihood(), CandidateErrors()]
-
-
-def plain_loss(objective, logits, example):
-    """Total and weight of an example alone, from the logits before its answer tokens."""
-    batch = pack([example])
-    if objective not in BUILT_IN:
-        return objective.of_logits(logits, batch, False)
-    tokens = logits.log_softmax(-1)[batch.token_needed, batch.token_id].split(batch.candidate_length.tolist())
-    means = torch.stack([own.mean() for own in tokens])
-    if not example.gold:
-        return torch.zeros(2)
-    if isinstance(objective, AnswerLikelihood):
-        return -tokens[example.gold[0]].sum(), torch.tensor(float(len(tokens[example.gold[0]])))
-    if isinstance(objective, CandidateErrors):
-        return torch.tensor([float(int(means.argmax()) not in example.gold), 1.0])
-    weight = torch.tensor(objective.class_weights[example.gold[0]] if objective is WEIGHTED else 1.0)
-    return -weight * means.log_softmax(0)[example.gold[0]], weight
-
-
-ANSWERS = {
-    "one token": [(1, 1), (1, 1), (1, 1)],
-    "several tokens": [(3, 2), (1, 4), (2, 2)],
-    "other candidates": [(3, 2), (1,), (2, 1, 4)],
-}
-CASES = [*product([*BUILT_IN, Margins(), Certainty()], ANSWERS)]
-CASES.remove((WEIGHTED, "other candidates"))  # they need the same candidates in all rows
-
-
-@pytest.mark.parametrize(
-    ("objective", "answers"), CASES, ids=lambda value: value if isinstance(value, str) else value.describe()
-)
-def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
-    generator = random.Random(1)
-    examples = [random_example(generator, i, 5, own, i % len(own)) for i, own in enumerate(ANSWERS[answers])]
-    if objective in BUILT_IN:  # without a label it has no weight; two right candidates are fine
-        examples += [EncodedExample(7 + i, examples[0].sequences, gold) for i, gold in enumerate(((), (0, 1)))]
-    batch = pack(examples)
-    logits = 2 * torch.randn(3, len(batch.needed), VOCABULARY, generator=torch.Generator().manual_seed(0))
-    sizes = [len(pack([example]).needed) for example in examples]
-    expected = torch.stack(
-        [
-            torch.stack(
-                [torch.stack([*plain_loss(objective, *one)]) for one in zip(point.split(sizes), examples, strict=True)]
-            )
-            for point in logits
-        ]
-    )
-    inputs = [(logits, False)]
-    if not objective.needs_vocabulary(batch):  # scores without the normalizer, which cancels
-        inputs.append((logits[..., batch.choice_ids], True))
-    assert len(inputs) == (2 if answers == "one token" and isinstance(objective, CandidateObjective) else 1)
-    for given, selected in inputs:
-        totals, weights = objective.of_rows(given, batch, selected)
-        torch.testing.assert_close(torch.stack([totals, weights.expand_as(totals)], dim=-1), expected)
-        for point, own in zip(given, expected, strict=True):
-            torch.testing.assert_close(torch.stack([*objective.of_logits(point, batch, selected)]), own.sum(dim=0))
-
-
-@pytest.mark.parametrize("objective", [CandidateErrors(), Margins(), Certainty()], ids=described)
-@pytest.mark.parametrize("answers", [(1, 1), (2, 3)])
-def test_an_objective_without_derivative_or_of_the_user_has_an_estimate(objective, answers):
-    examples, model = short_examples(answers), tuned_model()
-    found = estimate_at(model, batch_loss(model, examples, objective), scale=0.5)
-    assert found.finite
-    assert all(part.isfinite().all() for part in found.gradient.values())
-    logits = model.parts.logits(pack(examples), 0, None)
-    total, weight = objective.of_logits(logits, pack(examples), False)
-    assert found.loss == pytest.approx(float(total / weight), rel=1e-4)
-    if not isinstance(objective, CandidateErrors):  # the errors may be the same at all points
-        assert flat(found.gradient).norm() > 0
-
-
-# ---- who may use it --------------------------------------------------------------------------------------------------------
-
-
-def stepper(model):
-    return Stepper(model, CandidateCrossEntropy(), LayerOutputPerturbation(), StepOptions(None))
-
-
-@pytest.mark.parametrize(
-    ("scope", "tuned"),
-    [
-        (AllParameters(), "tensors outside the decoder layers are tuned"),
-        (LayerScope(layers=[1, 2]), "layers 1 to 2 are tuned"),
-        (LayerScope(layers="all"), "layers 0 to 3 are tuned"),
-        (SmallestWeights(), "layers 0 to 3 are tuned"),
-        (LoRA(rank=2, layers=[0, 3]), "layers 0 to 3 are tuned"),
-        (PrefixTuning(num_tokens=2), "are tuned"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.describe(),
-)
-def test_a_scope_of_several_layers_is_refused(scope, tuned):
-    error = slzo_error(stepper, tuned_model(scope=scope))
-    assert error.startswith("model.estimator LayerOutputPerturbation: perturbs the output of one layer, and ")
-    assert tuned in error
-    assert error.endswith("use a scope of one layer (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or SPSA")
-
-
-def test_one_layer_by_its_number_is_one_layer():
-    assert stepper(tuned_model(scope=LayerScope(layers=[1]))).model.span[:2] == (1, 2)
-
-
-def test_a_model_whose_rows_depend_on_each_other_is_refused():
-    model = tuned_model()
-    model.parts.model.config.quantization_config = SimpleNamespace(load_in_8bit=True)
-    assert "with LLM.int8 (load_in_8bit) the loss of a row depends on the other rows" in slzo_error(stepper, model)
-
-
-def test_a_loss_of_any_module_has_no_layer():
-    tuned, loss = image_loss(cnn(), images())
-    error = slzo_error(LayerOutputPerturbation().estimate, Request(tuned, loss, 0, 0))
-    assert error.startswith("model.estimator: ClosureLoss is no sum over rows of a loss of logits")
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("queries", 0, r"queries 0: must be at least 1"),
-        ("scale", 0.0, r"scale 0\.0: must be a number above 0"),
-        ("scale", math.inf, r"scale inf: must be a number above 0"),
-        ("scale", math.nan, r"scale nan: must be a number above 0"),
-        ("positions", "last", r"positions 'last': choose one of answer, all"),
-    ],
-)
-def test_wrong_arguments(option, value, expected):
-    assert re.match(rf"model\.estimator\.{expected}", slzo_error(lambda: LayerOutputPerturbation(**{option: value})))
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"num_queries": 2}, r"model\.num_queries 2: counts directions of weights, .* set model\.estimator\.queries"),
-        (
-            {"eps": 1e-3},
-            r"model\.eps 0\.001: is a distance between weights, and LayerOutputPerturbation perturbs no weights",
-        ),
-        ({"eps_end": 1e-3}, r"model\.eps_end 0\.001: is a distance between weights, .* use model\.estimator SPSA"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_options_of_perturbed_weights_are_refused(given, expected):
-    assert re.match(expected, slzo_error(lambda: ZOModule(estimator=LayerOutputPerturbation(), **given)))
-
-
-@pytest.fixture
-def plain(sst2_options):
-    """Options of a run with nothing said of estimator and optimizer."""
-    return [*sst2_options, "--data.num_train=40", "--data.num_dev=16", "--model.layer=2"]
-
-
-GIVEN = "--model.estimator=LayerOutputPerturbation"
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ([GIVEN, "--model.eps=1e-3"], r"model\.eps 0\.001: is a distance between weights"),
-        ([GIVEN, "--model.num_queries=2"], r"model\.num_queries 2: counts directions of weights"),
-        (["--model.estimator.queries=0"], r"model\.estimator\.queries 0: must be at least 1"),
-        (["--model.estimator.positions=last"], r"model\.estimator.*positions.*last"),
-        ([GIVEN, "--model.scope=AllParameters"], r"LayerOutputPerturbation: perturbs the output of one layer"),
-        (
-            ["--model.optimizer=SGD"],
-            r"model\.optimizer SGD: with LayerOutputPerturbation.* use AdamW, give a number, or",
-        ),
-    ],
-)
-def test_the_command_line_refuses_in_one_line(plain, capsys, args, expected):
-    assert re.search(expected, error_line(capsys, "fit", *plain, *args))
-    assert not list(Path("runs").glob("*"))
-
-
-def test_a_run_cannot_be_replayed(plain, capsys):
-    error = error_line(capsys, "replay", *plain, "--run=.")
-    assert re.search(
-        r"model\.estimator LayerOutputPerturbation.*: uses a derivative, so there is no log of losses", error
-    )
-
-
-def generating_rows():
-    """Options of rows whose answers are generated."""
-    rows = [{"messages": [{"role": "user", "content": f"Film {i}?"}], "word": "good"} for i in range(24)]
-    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
-    return [f"--data.task={json.dumps(task)}", "--data.objective=Reward", "--data.objective.functions=json_valid"]
-
-
-def test_generated_answers_are_refused(model_dir, own_folder, capsys):
-    options = [f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu", *generating_rows()]
-    error = error_line(capsys, "fit", *options, GIVEN)
-    assert re.search(
-        r"data\.objective .*: generates answers, and LayerOutputPerturbation.* needs a loss of logits", error
-    )
-
-
-# ---- defaults --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "estimator", "optimizer"),
-    [
-        ({}, "LayerOutputPerturbation", "AdamW"),
-        ({"scope": LoRA()}, "LayerOutputPerturbation", "AdamW"),
-        ({"estimator": LayerOutputPerturbation(4)}, "LayerOutputPerturbation", "AdamW"),
-        ({"optimizer": torch.optim.Adam}, "LayerOutputPerturbation", "Adam"),
-        ({"estimator": SPSA()}, "SPSA", "SGD"),
-        ({"eps": 1e-3}, "SPSA", "SGD"),
-        ({"eps_end": 1e-3}, "SPSA", "SGD"),
-        ({"num_queries": 2}, "SPSA", "SGD"),
-        ({"clip_projected_grad": 10}, "SPSA", "SGD"),
-        ({"scope": AllParameters()}, "SPSA", "SGD"),
-        ({"scope": LayerScope(layers=[1, 2])}, "SPSA", "SGD"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_the_defaults_follow_from_what_is_given(given, estimator, optimizer):
-    options = ZOModule(**given).options
-    assert (type(options.estimator).__name__, options.optimizer.name) == (estimator, optimizer)
-    assert options.optimizer.automatic == ("optimizer" not in given)
-
-
-@pytest.mark.parametrize(
-    ("args", "estimator", "optimizer"),
-    [
-        (["--model.estimator.queries=4"], "LayerOutputPerturbation", None),
-        (["--model.estimator.divide_rows=true", "--model.num_queries=2"], "SPSA", None),
-        (["--model.optimizer.lr=1e-3"], None, "AdamW"),
-        (["--model.optimizer.lr=1e-3", "--model.eps=1e-3"], None, "SGD"),
-        (["--model.optimizer.lr=1e-3", "--model.estimator=SPSA"], "SPSA", "SGD"),
-        (["--model.optimizer.lr=1e-3", GIVEN], "LayerOutputPerturbation", "AdamW"),
-        (["--model.optimizer.lr=1e-3", "--model.scope=AllParameters"], None, "SGD"),
-        (["--model.optimizer.lr=1e-3", "--model.scope=LoRA"], None, "AdamW"),
-    ],
-)  # fmt: skip
-def test_options_alone_choose_the_class(plain, capsys, args, estimator, optimizer):
-    """None is left open, for the module to choose."""
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *plain, *args, "--print_config"])
-    output = capsys.readouterr()
-    assert stop.value.code == 0, output.err
-    printed = yaml.safe_load(output.out)["model"]
-    chosen = [printed[name] and printed[name]["class_path"].rpartition(".")[2] for name in ("estimator", "optimizer")]
-    assert chosen == [estimator, optimizer]
-    if optimizer is not None:
-        assert printed["optimizer"]["init_args"]["lr"] == 1e-3
-    if args == ["--model.estimator.queries=4"]:
-        assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "positions": "answer"}
-
-
-@pytest.mark.parametrize("objective", [AnswerF1(), Reward("json_valid", in_process=True)], ids=["F1", "reward"])
-def test_with_generated_answers_the_default_perturbs_weights(objective):
-    rows = SimpleNamespace(objective=objective, batch_size=8)
-    for given, optimizer in (({}, "SGD"), ({"optimizer": torch.optim.Adam}, "Adam")):
-        options = ZOModule(**given).options.for_rows(rows)
-        assert (type(options.estimator), options.optimizer.name) == (SPSA, optimizer)
-    rows.objective = CandidateErrors()
-    assert isinstance(ZOModule().options.for_rows(rows).estimator, LayerOutputPerturbation)
-
-
-# ---- what once went wrong --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("returned", ["sums", "number"])
-def test_what_a_users_objective_returns_is_checked(returned, examples):
-    class Own(CandidateObjective):
-        def of_scores(self, scores, batch):
-            total, weight = -scores.sum(), torch.tensor(float(batch.num_examples))
-            return (total, weight) if returned == "sums" else total
-
-    model, loss = tiny_loss(examples, objective=Own())
-    request = Request(model.tensors, loss, 0, 0)
-    if returned == "sums":
-        assert LayerOutputPerturbation(queries=2).estimate(request).finite
-        return
-    with pytest.raises(SlzoError, match=r"of_scores\(\) returned .*must return a LossSum"):
-        LayerOutputPerturbation(queries=2).estimate(request)
 
 
 def test_a_layer_that_adds_nothing_has_an_estimate(examples):

@@ -20,8 +20,6 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.cli.class_defaults import class_defaults
-from slzo.cli.given import given_options
 from slzo.data.batch import TrainBatch
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
@@ -216,29 +214,6 @@ def test_a_resume_with_another_kind_of_estimator_has_a_new_rate(fit):
     assert state.keys() == {*AutoStep.__dataclass_fields__}
     assert main([*fit, "--ckpt_path=last", "--trainer.max_steps=5"]) == 0
     assert read_checkpoint(last_checkpoint(2)).note["auto_step"]["steps"] == 1
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ([], (None, None)),
-        (["--model.optimizer.lr=1e-3"], (None, "AdamW")),
-        (["--model.eps=auto", "--model.num_queries=1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
-        (["--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
-        (["--model.eps=auto", "--model.estimator.queries=4"], ("LayerOutputPerturbation", None)),
-        (["--model.num_queries=4", "--model.estimator.divide_rows=true"], ("SPSA", None)),
-        (["--model.scope=LayerScope", "--model.scope.layers=[1,2]", "--model.optimizer.lr=1e-3"], (None, "SGD")),
-        (["--model.scope=LayerScope", "--model.scope.layers=[1]", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
-        (["--model.scope=SmallestWeights", "--model.optimizer.lr=1e-3"], (None, "SGD")),
-        (["--model.estimator=Backprop", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
-    ],
-)
-def test_the_classes_whose_options_are_given(args, expected):
-    found = class_defaults(given_options(args, []))
-    names = (
-        found.get(f"model.{name}", {}).get("class_path", "").rpartition(".")[2] for name in ("estimator", "optimizer")
-    )
-    assert tuple(name or None for name in names) == expected
 
 
 @pytest.mark.parametrize(

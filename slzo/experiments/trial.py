@@ -17,14 +17,13 @@ from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
-from slzo.training import make_evaluator, make_stepper, measure_step, needs_measuring, plan_prefix, tune
+from slzo.training import auto_rate, make_evaluator, make_stepper, measure_step, needs_measuring, plan_prefix, tune
 from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import standard_error
-from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
@@ -119,7 +118,8 @@ class LayerTrials(Trials):
         """See :meth:`slzo.zo.trial.Trials.step_size`."""
         if layer not in self._measured:
             with self._tuned(layer) as model:
-                self._measured[layer] = self._measure(model, self.options.step.eps, self.options.noise_seed)
+                stepper = make_stepper(model, self.options, self.rows)
+                self._measured[layer] = measure_step(stepper, self.rows, eps=self.options.step.eps)
         return self._measured[layer]
 
     def train(
@@ -325,15 +325,10 @@ class LayerTrials(Trials):
 
     def _rate(self, layer: int | None, model: TunedModel, eps: float | None, seed: int) -> AutoRate:
         """Return the rate of ``auto``; a step size that was measured in the layer with this eps and seed is used again."""
-        if not self.options.estimator.along_directions:
-            return RelativeRate.of(model.tensors)
         if layer in self._measured and eps == self.options.step.eps and seed == self.options.noise_seed:
             return replace(self._measured[layer], evaluations=0)
-        return self._measure(model, eps, seed)
-
-    def _measure(self, model: TunedModel, eps: float | None, seed: int) -> AutoStep:
         stepper = make_stepper(model, self.options, self.rows, seed=seed)
-        return measure_step(stepper, self.rows, self._row_seed(seed), eps)
+        return auto_rate(stepper, self.rows, self._row_seed(seed), eps)
 
     def _fill_prefix(self, model: TunedModel) -> None:
         """Compute the states of every row for which the cache has room."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum, RowLosses
+from slzo.batches.losses import LogitLoss, RowLosses
 from slzo.batches.packing import PackedBatch
 from slzo.evaluation.last_tokens import layers_above
 from slzo.models.parts import ModelParts
@@ -15,7 +15,6 @@ from slzo.zo.forward import Span, SuffixForward
 _FEWEST_TOKENS = 512
 # Logits of the whole vocabulary take more memory than anything else, so only this many are computed together.
 _FEWEST_LOGITS = 4_000_000
-
 # A layer that adds nothing to a token still gets noise: this share of the token's state, or this size.
 _LEAST_SHARE, _LEAST = 1e-3, 1e-12
 
@@ -88,7 +87,9 @@ class PackedLayerOutput(LayerOutput):
         here = self._output[self.positions].float()
         added = _rms(here - entered[self.positions].float())
         self.size = torch.maximum(added, _LEAST_SHARE * _rms(here)).clamp(min=_LEAST)
-        num_run = self._above.positions.numel()
+        run = self._above.positions
+        self._changed, self._needed = (torch.searchsorted(run, where) for where in (self.positions, batch.needed))
+        num_run = run.numel()
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // num_run)
         if not self._selected:
@@ -97,12 +98,12 @@ class PackedLayerOutput(LayerOutput):
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
         self._per_point = num_run / batch.num_tokens * above / layers
         self.evaluations = above / layers
-        self.sums: LossSum = self._losses(self._above.final[None]).sum()
+        self.sums = self._losses(self._above.final[None]).sum()
 
     def losses(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
-        hidden[:, torch.searchsorted(self._above.positions, self.positions)] = self._moved(shifts)
+        hidden[:, self._changed] = self._moved(shifts)
         self.evaluations += len(shifts) * self._per_point
         return self._losses(self._above.at(hidden)).totals
 
@@ -118,7 +119,7 @@ class PackedLayerOutput(LayerOutput):
     def _losses(self, final: Tensor) -> RowLosses:
         """Return the losses of each row at N points, from final states of shape (N, K, width)."""
         batch = self._batch
-        needed = final[:, torch.searchsorted(self._above.positions, batch.needed)]
+        needed = final[:, self._needed]
         logits = self._head(needed.flatten(0, 1), batch.choice_ids if self._selected else None)
         return self._objective.of_rows(logits.unflatten(0, needed.shape[:2]), batch, self._selected)
 

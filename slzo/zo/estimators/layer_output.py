@@ -93,7 +93,7 @@ class LayerOutputPerturbation(Estimator):
         return _QUERIES_WIDE if output.whole_vocabulary else _QUERIES
 
     def evaluations(self, num_queries: int) -> float:
-        return 2
+        return 2  # about: the layers above once and their queries, and three passes of the tuned layer
 
     def describe(self) -> str:
         return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"

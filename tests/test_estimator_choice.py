@@ -1,0 +1,251 @@
+"""Who may use LayerOutputPerturbation, and which estimator and optimizer a run has by default."""
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from helpers import (
+    cnn,
+    error_line,
+    image_loss,
+    images,
+    slzo_error,
+    tuned_model,
+)
+
+from slzo.__main__ import main
+from slzo.cli.class_defaults import class_defaults
+from slzo.cli.given import given_options
+from slzo.module import ZOModule
+from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
+from slzo.zo.objectives import (
+    AnswerF1,
+    CandidateCrossEntropy,
+    CandidateErrors,
+    Reward,
+)
+from slzo.zo.scopes import (
+    AllParameters,
+    LayerScope,
+    LoRA,
+    PrefixTuning,
+    SmallestWeights,
+)
+from slzo.zo.stepper import StepOptions, Stepper
+
+pytestmark = pytest.mark.fast
+
+
+# ---- who may use it --------------------------------------------------------------------------------------------------------
+
+
+def stepper(model):
+    return Stepper(model, CandidateCrossEntropy(), LayerOutputPerturbation(), StepOptions(None))
+
+
+@pytest.mark.parametrize(
+    ("scope", "tuned"),
+    [
+        (AllParameters(), "tensors outside the decoder layers are tuned"),
+        (LayerScope(layers=[1, 2]), "layers 1 to 2 are tuned"),
+        (LayerScope(layers="all"), "layers 0 to 3 are tuned"),
+        (SmallestWeights(), "layers 0 to 3 are tuned"),
+        (LoRA(rank=2, layers=[0, 3]), "layers 0 to 3 are tuned"),
+        (PrefixTuning(num_tokens=2), "are tuned"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.describe(),
+)
+def test_a_scope_of_several_layers_is_refused(scope, tuned):
+    error = slzo_error(stepper, tuned_model(scope=scope))
+    assert error.startswith("model.estimator LayerOutputPerturbation: perturbs the output of one layer, and ")
+    assert tuned in error
+    assert error.endswith("use a scope of one layer (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or SPSA")
+
+
+def test_one_layer_by_its_number_is_one_layer():
+    assert stepper(tuned_model(scope=LayerScope(layers=[1]))).model.span[:2] == (1, 2)
+
+
+def test_a_model_whose_rows_depend_on_each_other_is_refused():
+    model = tuned_model()
+    model.parts.model.config.quantization_config = SimpleNamespace(load_in_8bit=True)
+    assert "with LLM.int8 (load_in_8bit) the loss of a row depends on the other rows" in slzo_error(stepper, model)
+
+
+def test_a_loss_of_any_module_has_no_layer():
+    tuned, loss = image_loss(cnn(), images())
+    error = slzo_error(LayerOutputPerturbation().estimate, Request(tuned, loss, 0, 0))
+    assert error.startswith("model.estimator: ClosureLoss is no sum over rows of a loss of logits")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("queries", 0, r"queries 0: must be at least 1"),
+        ("scale", 0.0, r"scale 0\.0: must be a number above 0"),
+        ("scale", math.inf, r"scale inf: must be a number above 0"),
+        ("scale", math.nan, r"scale nan: must be a number above 0"),
+        ("positions", "last", r"positions 'last': choose one of answer, all"),
+    ],
+)
+def test_wrong_arguments(option, value, expected):
+    assert re.match(rf"model\.estimator\.{expected}", slzo_error(lambda: LayerOutputPerturbation(**{option: value})))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_queries": 2}, r"model\.num_queries 2: counts directions of weights, .* set model\.estimator\.queries"),
+        (
+            {"eps": 1e-3},
+            r"model\.eps 0\.001: is a distance between weights, and LayerOutputPerturbation perturbs no weights",
+        ),
+        ({"eps_end": 1e-3}, r"model\.eps_end 0\.001: is a distance between weights, .* use model\.estimator SPSA"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_options_of_perturbed_weights_are_refused(given, expected):
+    assert re.match(expected, slzo_error(lambda: ZOModule(estimator=LayerOutputPerturbation(), **given)))
+
+
+@pytest.fixture
+def plain(sst2_options):
+    """Options of a run with nothing said of estimator and optimizer."""
+    return [*sst2_options, "--data.num_train=40", "--data.num_dev=16", "--model.layer=2"]
+
+
+GIVEN = "--model.estimator=LayerOutputPerturbation"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([GIVEN, "--model.eps=1e-3"], r"model\.eps 0\.001: is a distance between weights"),
+        ([GIVEN, "--model.num_queries=2"], r"model\.num_queries 2: counts directions of weights"),
+        (["--model.estimator.queries=0"], r"model\.estimator\.queries 0: must be at least 1"),
+        (["--model.estimator.positions=last"], r"model\.estimator.*positions.*last"),
+        ([GIVEN, "--model.scope=AllParameters"], r"LayerOutputPerturbation: perturbs the output of one layer"),
+        (
+            ["--model.optimizer=SGD"],
+            r"model\.optimizer SGD: with LayerOutputPerturbation.* use AdamW, give a number, or",
+        ),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(plain, capsys, args, expected):
+    assert re.search(expected, error_line(capsys, "fit", *plain, *args))
+    assert not list(Path("runs").glob("*"))
+
+
+def test_a_run_cannot_be_replayed(plain, capsys):
+    error = error_line(capsys, "replay", *plain, "--run=.")
+    assert re.search(
+        r"model\.estimator LayerOutputPerturbation.*: uses a derivative, so there is no log of losses", error
+    )
+
+
+def generating_rows():
+    """Options of rows whose answers are generated."""
+    rows = [{"messages": [{"role": "user", "content": f"Film {i}?"}], "word": "good"} for i in range(24)]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
+    return [f"--data.task={json.dumps(task)}", "--data.objective=Reward", "--data.objective.functions=json_valid"]
+
+
+def test_generated_answers_are_refused(model_dir, own_folder, capsys):
+    options = [f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu", *generating_rows()]
+    error = error_line(capsys, "fit", *options, GIVEN)
+    assert re.search(
+        r"data\.objective .*: generates answers, and LayerOutputPerturbation.* needs a loss of logits", error
+    )
+
+
+# ---- defaults --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "estimator", "optimizer"),
+    [
+        ({}, "LayerOutputPerturbation", "AdamW"),
+        ({"scope": LoRA()}, "LayerOutputPerturbation", "AdamW"),
+        ({"estimator": LayerOutputPerturbation(4)}, "LayerOutputPerturbation", "AdamW"),
+        ({"optimizer": torch.optim.Adam}, "LayerOutputPerturbation", "Adam"),
+        ({"estimator": SPSA()}, "SPSA", "SGD"),
+        ({"eps": 1e-3}, "SPSA", "SGD"),
+        ({"eps_end": 1e-3}, "SPSA", "SGD"),
+        ({"num_queries": 2}, "SPSA", "SGD"),
+        ({"clip_projected_grad": 10}, "SPSA", "SGD"),
+        ({"scope": AllParameters()}, "SPSA", "SGD"),
+        ({"scope": LayerScope(layers=[1, 2])}, "SPSA", "SGD"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_the_defaults_follow_from_what_is_given(given, estimator, optimizer):
+    options = ZOModule(**given).options
+    assert (type(options.estimator).__name__, options.optimizer.name) == (estimator, optimizer)
+    assert options.optimizer.automatic == ("optimizer" not in given)
+
+
+@pytest.mark.parametrize(
+    ("args", "estimator", "optimizer"),
+    [
+        (["--model.estimator.queries=4"], "LayerOutputPerturbation", None),
+        (["--model.estimator.divide_rows=true", "--model.num_queries=2"], "SPSA", None),
+        (["--model.optimizer.lr=1e-3"], None, "AdamW"),
+        (["--model.optimizer.lr=1e-3", "--model.eps=1e-3"], None, "SGD"),
+        (["--model.optimizer.lr=1e-3", "--model.estimator=SPSA"], "SPSA", "SGD"),
+        (["--model.optimizer.lr=1e-3", GIVEN], "LayerOutputPerturbation", "AdamW"),
+        (["--model.optimizer.lr=1e-3", "--model.scope=AllParameters"], None, "SGD"),
+        (["--model.optimizer.lr=1e-3", "--model.scope=LoRA"], None, "AdamW"),
+    ],
+)  # fmt: skip
+def test_options_alone_choose_the_class(plain, capsys, args, estimator, optimizer):
+    """None is left open, for the module to choose."""
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *plain, *args, "--print_config"])
+    output = capsys.readouterr()
+    assert stop.value.code == 0, output.err
+    printed = yaml.safe_load(output.out)["model"]
+    chosen = [printed[name] and printed[name]["class_path"].rpartition(".")[2] for name in ("estimator", "optimizer")]
+    assert chosen == [estimator, optimizer]
+    if optimizer is not None:
+        assert printed["optimizer"]["init_args"]["lr"] == 1e-3
+    if args == ["--model.estimator.queries=4"]:
+        assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "positions": "answer"}
+
+
+@pytest.mark.parametrize("objective", [AnswerF1(), Reward("json_valid", in_process=True)], ids=["F1", "reward"])
+def test_with_generated_answers_the_default_perturbs_weights(objective):
+    rows = SimpleNamespace(objective=objective, batch_size=8)
+    for given, optimizer in (({}, "SGD"), ({"optimizer": torch.optim.Adam}, "Adam")):
+        options = ZOModule(**given).options.for_rows(rows)
+        assert (type(options.estimator), options.optimizer.name) == (SPSA, optimizer)
+    rows.objective = CandidateErrors()
+    assert isinstance(ZOModule().options.for_rows(rows).estimator, LayerOutputPerturbation)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], (None, None)),
+        (["--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--model.eps=auto", "--model.num_queries=1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--model.eps=auto", "--model.estimator.queries=4"], ("LayerOutputPerturbation", None)),
+        (["--model.num_queries=4", "--model.estimator.divide_rows=true"], ("SPSA", None)),
+        (["--model.scope=LayerScope", "--model.scope.layers=[1,2]", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--model.scope=LayerScope", "--model.scope.layers=[1]", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--model.scope=SmallestWeights", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--model.estimator=Backprop", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+    ],
+)
+def test_the_classes_whose_options_are_given(args, expected):
+    found = class_defaults(given_options(args, []))
+    names = (
+        found.get(f"model.{name}", {}).get("class_path", "").rpartition(".")[2] for name in ("estimator", "optimizer")
+    )
+    assert tuple(name or None for name in names) == expected
