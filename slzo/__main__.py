@@ -29,7 +29,7 @@ exit status:
 
 examples:
   slzo fit --config quickstart
-  slzo fit --config quickstart --data.task sst2 --data.data_dir DIR --model.eps 1e-3
+  slzo fit --config quickstart --data.task sst2 --data.data_dir DIR
   slzo sweep --config quickstart --sensitivity_only true
   slzo sweep --config quickstart --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt

@@ -58,10 +58,11 @@ class ZOModule(LightningModule):
         scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
         estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator.
             The default is LayerOutputPerturbation. It is SPSA if the scope has more than one layer, if answers are generated, or
-            if eps, eps_end, num_queries or clip_projected_grad is given. Backprop is the first-order reference.
-        eps: Size of the perturbation, absolute, > 0; auto measures one that changes the loss by 1%.
+            if eps, eps_end or num_queries is given. Backprop is the first-order reference.
+        eps: Size of the perturbation of weights, absolute, > 0; auto measures one that changes the loss by 1%.
         eps_end: Change eps to this value over trainer.max_steps, by the same factor each step; by default eps is constant.
-        num_queries: Directions per step; with SPSA each costs two evaluations of the suffix, see model.estimator for others.
+        num_queries: Directions of weights per step; with SPSA each costs two evaluations of the suffix, see model.estimator for
+            others.
         clip_projected_grad: Scale down a step whose projected gradient is above this multiple of the median of the last 100.
         optimizer: Any torch optimizer that takes a dense gradient; by default SGD, or AdamW for LayerOutputPerturbation and
             Backprop. lr auto sets the rate from a measurement, or from the size of the weights.
@@ -113,7 +114,7 @@ class ZOModule(LightningModule):
         )
         step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad)
         if estimator is None:  # objectives of generated answers need SPSA too, see TrainingOptions.for_rows
-            estimator = LayerOutputPerturbation() if scope.one_layer and step == StepOptions(None) else SPSA()
+            estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
         if optimizer is None:
             optimizer = sgd if estimator.along_directions else adamw
         self.options = TrainingOptions(

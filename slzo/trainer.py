@@ -264,7 +264,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options.get("accumulate_grad_batches", 1) != 1:
         raise SlzoError(
             f"trainer.accumulate_grad_batches {options['accumulate_grad_batches']}: a forward-only step needs no accumulation; "
-            "raise data.batch_size or model.num_queries; data.tokens_per_pass runs a large batch in parts"
+            "raise data.batch_size; data.tokens_per_pass runs a large batch in parts"
         )
     if options.get("val_check_interval") == 0:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")

@@ -80,7 +80,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused():
 def test_a_loss_of_any_module_has_no_layer():
     tuned, loss = image_loss(cnn(), images())
     error = slzo_error(LayerOutputPerturbation().estimate, Request(tuned, loss, 0, 0))
-    assert error.startswith("model.estimator: ClosureLoss is no sum over rows of a loss of logits")
+    assert error.startswith("model.estimator: ClosureLoss is not a sum over rows of a loss of logits")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_generated_answers_are_refused(model_dir, own_folder, capsys):
         ({"eps": 1e-3}, "SPSA", "SGD"),
         ({"eps_end": 1e-3}, "SPSA", "SGD"),
         ({"num_queries": 2}, "SPSA", "SGD"),
-        ({"clip_projected_grad": 10}, "SPSA", "SGD"),
+        ({"clip_projected_grad": 10}, "LayerOutputPerturbation", "AdamW"),
         ({"scope": AllParameters()}, "SPSA", "SGD"),
         ({"scope": LayerScope(layers=[1, 2])}, "SPSA", "SGD"),
     ],
@@ -241,6 +241,10 @@ def test_with_generated_answers_the_default_perturbs_weights(objective):
         (["--model.scope=LayerScope", "--model.scope.layers=[1]", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.scope=SmallestWeights", "--model.optimizer.lr=1e-3"], (None, "SGD")),
         (["--model.estimator=Backprop", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--data.reward=json_valid", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--data.task=squad", "--data.objective=metric", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--data.task=sst2", "--data.objective=metric", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--data.objective=AnswerF1", "--model.optimizer.lr=1e-3"], (None, "SGD")),
     ],
 )
 def test_the_classes_whose_options_are_given(args, expected):

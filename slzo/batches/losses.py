@@ -26,7 +26,7 @@ class RowLosses(NamedTuple):
     weights: Tensor
 
     def sum(self) -> LossSum:
-        """Return the sums over the examples; the totals must have shape (B,)."""
+        """Return the sums over the examples; the totals must be those of one point."""
         return LossSum(self.totals.sum(), self.weights.sum())
 
 

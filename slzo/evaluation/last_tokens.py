@@ -178,15 +178,17 @@ class LayersOverLastTokens(LayersAbove):
         self._tokens = LastTokens.of(batch, changed)
         self.positions = self._tokens.positions
         self.final = final[self.positions]
+        self._attention = _PointsAttention(self._tokens, self._states, 1)
 
     def at(self, hidden: Tensor) -> Tensor:
         """See :class:`LayersAbove`."""
         points, batch = len(hidden), self._batch
+        if self._attention.num_points != points:  # its masks hold for one number of points
+            self._attention = _PointsAttention(self._tokens, self._states, points)
         ids, places = (values[self.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
-        attention = _PointsAttention(self._tokens, self._states, points)
         tokens = TokenBatch(ids, places, batch.layout)  # the attention takes the place of the layout
         parts = self._parts
-        final = run_with(parts, tokens, attention.attend, self._start, parts.num_layers, hidden.flatten(0, 1))
+        final = run_with(parts, tokens, self._attention.attend, self._start, parts.num_layers, hidden.flatten(0, 1))
         return final.unflatten(0, (points, -1))
 
 

@@ -89,10 +89,7 @@ def _what(facts: Facts) -> str:
         else f"{_code(origin.name)}, a local folder"
     )
     base += "" if origin.commit is None else f" at commit {_code(origin.commit)}"
-    lines = [
-        f"{base}, with {_text(facts.scope)} tuned by zeroth-order steps (forward passes only) with "
-        f"slzo {__version__}: {facts.num_tuned:,} tuned numbers."
-    ]
+    lines = [f"{base}, with {_text(facts.scope)} tuned with slzo {__version__}: {facts.num_tuned:,} tuned numbers."]
     if not origin.public:
         lines.append("The base model has no public name. Replace its name in this card with that of your copy.")
     if origin.gguf is not None:

@@ -47,11 +47,13 @@ class AutoRate(Protocol):
 
     Attributes:
         factor: Factor of the rate, halved at each rollback.
-        evaluations: Batch evaluations that the measurement took.
     """
 
     factor: float
-    evaluations: int
+
+    @property
+    def evaluations(self) -> int:
+        """Batch evaluations that the measurement took."""
 
     @property
     def eps(self) -> float | None:

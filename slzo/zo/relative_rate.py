@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch.optim import Optimizer
 
@@ -32,16 +32,16 @@ class RelativeRate:
         share: :math:`\kappa`: 0.005; 0.2 if some matrices are 0 and multiply others; 0.05 for coordinates that begin at 0.
         steps: Steps so far.
         factor: Factor of the rate, halved at each rollback.
-        eps: ``None``, as for all rates of estimators without a perturbation of weights.
-        evaluations: 0, because nothing is measured by forward passes.
+        eps: ``None``: there is no perturbation of weights.
+        evaluations: 0: nothing is measured by forward passes.
     """
 
     size: float
     share: float = _SHARE
     steps: int = 0
     factor: float = 1.0
-    eps: None = None
-    evaluations: int = 0
+    eps: ClassVar[None] = None
+    evaluations: ClassVar[int] = 0
 
     @classmethod
     def of(cls, tuned: TunedTensors) -> Self:

@@ -90,6 +90,11 @@ class StepOptions:
                 "a good start, or leave it out"
             )
 
+    @property
+    def perturbs_weights(self) -> bool:
+        """Whether an option is given that only perturbations of weights have."""
+        return self.eps is not None or self.eps_end is not None or self.num_queries != 1
+
     def eps_at(self, step: int, max_steps: int) -> float:
         """Return the size of the perturbation at a step of a run of ``max_steps``."""
         if self.eps is None:

@@ -25,18 +25,17 @@ from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, tune
+from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import profile_layers
-from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
+from slzo.zo.scopes import LayerScope, Scope
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext
 from slzo.zo.tuned_model import TunedModel
 
 METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
     "spsa": (SPSA, LayerScope, (1.0,)),
-    "subspace": (SPSA, ActivationSubspace, (1.0,)),
     "output": (LayerOutputPerturbation, LayerScope, (1.0,)),
     "exact": (Backprop, LayerScope, (1.0, 1 / 3)),
 }
@@ -150,7 +149,7 @@ def _train(
 
 def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
     """Compute the states below the tuned layer for all training and dev rows."""
-    model.plan_prefix(rows.prefix_blocks())
+    plan_prefix(model, rows)
     for batch in rows.prefix_blocks():
         model.forward.prefix(batch.pack().to(model.parts.model.device))
 

@@ -1,14 +1,12 @@
 """The gradient by back-propagation, as a first-order reference."""
 
-import math
-
-from slzo.zo.estimators.base import Estimate, Estimator, Request
+from slzo.zo.estimators.base import Estimate, Estimator, Request, estimate_from_gradient
 
 
 class Backprop(Estimator):
     """The exact gradient by back-propagation: the first-order reference, with the same data, losses and metrics.
 
-    Combine it with model.optimizer AdamW and any scope. Keeps the activations of the layers above the first tuned one; eps and
+    Works with any scope. Keeps the activations of the layers above the first tuned one; eps and
     the number of queries have no effect. A step counts as 3 evaluations: the backward pass costs about two forward passes.
     """
 
@@ -19,9 +17,7 @@ class Backprop(Estimator):
         loss, gradient = request.loss.gradient()
         names = request.tuned.names_of_step(request.seed, request.step)
         gradient = {name: tensor for name, tensor in gradient.items() if name in names}
-        norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in gradient.values()))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        return Estimate(loss, loss, loss, (norm,), 3, gradient if finite else {})
+        return estimate_from_gradient(loss, gradient, 3)
 
     def evaluations(self, num_queries: int) -> float:
         return 3

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from slzo.utils.errors import SlzoError, broken_contract, shown
 from slzo.zo.tuned import Direction, TunedTensors
@@ -125,7 +126,7 @@ class Loss(ABC):
             SlzoError: The loss is not a sum over rows, or more than one layer is tuned. By default always.
         """
         raise SlzoError(
-            f"model.estimator: {type(self).__name__} is no sum over rows of a loss of logits, so a layer's output cannot be "
+            f"model.estimator: {type(self).__name__} is not a sum over rows of a loss of logits, so a layer's output cannot be "
             "perturbed; use SPSA"
         )
 
@@ -202,8 +203,8 @@ class Estimator(ABC):
 
     Attributes:
         differentiates: Whether the estimator differentiates the whole loss. Then the model runs without oneDNN.
-        along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise it is so close to the
-            gradient that Adam pays.
+        along_directions: Whether the estimate is a sum of random directions of the weights. Otherwise it is accurate enough
+            for Adam.
         perturbs_output: Whether the estimator perturbs the output of the one tuned layer, instead of its weights.
         normalizes: Whether the estimator divides the gradient by its size.
     """
@@ -244,6 +245,13 @@ class Estimator(ABC):
     def describe(self) -> str:
         """Describe the estimator in a few words, for the summary."""
         return type(self).__name__
+
+
+def estimate_from_gradient(loss: float, gradient: Mapping[str, Tensor], evaluations: int) -> Estimate:
+    """Return the estimate of an estimator without directions: the loss at the masters, with the norm of the gradient as slope."""
+    norm = float(get_total_norm(gradient.values()))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    return Estimate(loss, loss, loss, (norm,), evaluations, gradient if finite else {})
 
 
 def estimate_of(estimator: Estimator, request: Request) -> Estimate:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request
+from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request, estimate_from_gradient
 from slzo.zo.noise import row_noise
 
 # SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With logits of the whole
@@ -64,9 +64,7 @@ class LayerOutputPerturbation(Estimator):
             return self._at_output(output, request.seed, request.step)
 
         loss, gradient, evaluations = request.loss.gradient_from_output(at_output, self.positions)
-        norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in gradient.values()))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        return Estimate(loss, loss, loss, (norm,), round(evaluations), gradient if finite else {})
+        return estimate_from_gradient(loss, gradient, round(evaluations))
 
     def _at_output(self, output: LayerOutput, seed: int, step: int) -> Tensor:
         """Return the estimated gradient of the total loss with respect to the output, shape (P, width)."""
@@ -93,7 +91,9 @@ class LayerOutputPerturbation(Estimator):
         return _QUERIES_WIDE if output.whole_vocabulary else _QUERIES
 
     def evaluations(self, num_queries: int) -> float:
-        return 2  # about: the layers above once and their queries, and three passes of the tuned layer
+        queries = _QUERIES if self.queries is None else self.queries
+        # about: with noise at all positions each query is two passes; otherwise 16 queries cost about one
+        return 1 + 2 * queries if self.positions == "all" else 1 + queries / _QUERIES
 
     def describe(self) -> str:
         return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"

@@ -16,11 +16,11 @@ class Auto(SelectionRule):
     The race compares that layer, the last one, and if there is room the choices of FirstOutlierLayer and MaxRatioJump.
 
     The first step is promising if the measured step size (model.optimizer.lr auto) expects it to lower the loss by at least
-    ``promise``. If it expects only a fraction of a percent, because the loss is curved along random directions, the layer learns
-    slowly on this task, and other layers may not. This happens with tasks whose loss is that of a free answer (COPA, SQuAD,
-    DROP); docs/results.md has the figures. With a given rate, and in half precision, where rounding hides the curvature, only the
-    margin of the statistics is checked. With generated answers, several processes, no dev rows or too few steps for a race,
-    nothing is checked.
+    ``promise``. If it expects only a fraction of a percent, because the loss is curved along random directions, the layer
+    learns slowly on this task, and other layers may not. This happens with tasks whose loss is that of a free answer (COPA,
+    SQuAD, DROP); docs/results.md has the figures. Only the margin of the statistics is checked with LayerOutputPerturbation
+    and Backprop, which measure no step size, with a given rate, and in half precision, where rounding hides the curvature.
+    With generated answers, several processes, no dev rows or too few steps for a race, nothing is checked.
 
     Args:
         share: Largest cost of a race, as a share of the whole training in OutlierRemovingLayer's layer, > 0; if it is too
