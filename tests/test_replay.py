@@ -25,7 +25,7 @@ METHODS = {
         f"--model.lr_scheduler.total_steps={STEPS}",
         "--model.eps_end=1e-4",
     ],
-    "auto": ["--model.eps=auto", "--model.optimizer.lr=auto", "--model.clip_projected_grad=1"],
+    "auto": ["--model.estimator=SPSA", "--model.optimizer.lr=auto", "--model.clip_projected_grad=1"],
     "OneSided": ["--model.estimator=OneSided", "--model.num_queries=3"],
     "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
     "LOZO": ["--model.estimator=LOZO"],
