@@ -28,7 +28,7 @@ from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.timing import measure_times
 from slzo.experiments.trial import LayerTrials
-from slzo.memory_plan import plan_memory
+from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.profiling import profile_model
@@ -86,7 +86,7 @@ def prepare(
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
-    options = options.for_rows(rows)
+    options.check_rows(rows)
     _check_schedules(options, run)
     if run.checkpoint is not None:
         run.checkpoint.check_resumable(options.optimizer.classes)
@@ -169,7 +169,8 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
         )
     if run.quick:
         return "trainer.fast_dev_run is set; set model.layer"
-    return LayerTrials(parts, options.for_rows(rows), rows, run.planned_steps, run.time)
+    options.check_rows(rows)
+    return LayerTrials(parts, options, rows, run.planned_steps, run.time)
 
 
 def _check_schedules(options: TrainingOptions, run: RunContext) -> None:
@@ -367,7 +368,8 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
     num_rows = len(rows.splits.test) if rows.splits else 0
     stepper, history = prepared.stepper, outcome.history
-    peak = max(history.peak_memory_gb, peak_memory_gb(model.parts.model.device))
+    device = model.parts.model.device
+    first = first_order_bytes(replace(options, layer=prepared.layer), rows, outcome.steps, device)
     return RunFacts(
         model=options.model,
         task=rows.task.name,
@@ -392,7 +394,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         train_seconds=history.train_seconds,
         validations=history.validations,
         planned_memory_gb=None if prepared.plan is None else round(prepared.plan.total / 2**30, 3),
-        peak_memory_gb=round(peak, 3),
+        peak_memory_gb=round(max(history.peak_memory_gb, peak_memory_gb(device)), 3),
         tuned_parameters=model.tensors.num_elements,
         total_parameters=model.parts.model.num_parameters(),
         seed=stepper.seed,
@@ -405,4 +407,6 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         command=outcome.command,
         folder=None if folder is None else str(folder),
         majority_share=majority_share(rows.splits.test) if rows.splits and metric.metric == "accuracy" else None,
+        reference=outcome.reference,
+        first_order_gb=None if first is None else round(first / 2**30, 3),
     )

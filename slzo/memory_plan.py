@@ -18,15 +18,21 @@ from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
+from slzo.zo.estimators import Backprop
 from slzo.zo.memory import MemoryInputs, MemoryPlan, Workload, tuning_bytes
+from slzo.zo.optim import OptimizerChoice, adamw
 from slzo.zo.options import TrainingOptions
+from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
+from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GIB = 2**30
+# first order takes nearly the same memory: at most this factor
+_CLOSE = 1.1
 
 
 def plan_memory(
@@ -66,6 +72,37 @@ def plan_memory(
     return plan, options
 
 
+def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | None:
+    """Return the options with back-propagation and AdamW instead, with the same tuned tensors.
+
+    ``None`` if the options differentiate already, or if they or the objective do not allow it.
+    """
+    if options.estimator.differentiates or options.quantization is not None or options.device_map is not None:
+        return None
+    if options.parallel == "directions":
+        return None
+    try:
+        step = StepOptions(clip_projected_grad=options.step.clip_projected_grad)
+        changed = replace(options, estimator=Backprop(), optimizer=OptimizerChoice.of(adamw), step=step)
+        changed.check_rows(rows)
+    except SlzoError:
+        return None
+    return changed
+
+
+def first_order_bytes(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> int | None:
+    """Return the peak memory that first order would take for the same tuned tensors, if that fits now; otherwise ``None``."""
+    changed, free = first_order(options, rows), free_bytes(device)
+    if changed is None or free is None:
+        return None
+    try:
+        plan = memory_inputs(changed, rows, max_steps, device).plan()
+    except SlzoError:
+        return None
+    held = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0  # free again when this run has ended
+    return plan.total if plan.needed <= free + held else None
+
+
 def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> MemoryInputs:
     """Collect the inputs of a plan from the options and the rows, which are set up; the model is not loaded.
 
@@ -96,7 +133,7 @@ def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, devi
         tuned,
         len(layers),
         min(layers, default=0),
-        _workload(rows, max_steps),
+        _workload(options, rows, max_steps, shape.vocabulary),
         int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
         engine.states_dtype,
         device.type == "cpu",
@@ -138,7 +175,7 @@ def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
         adapter.remove(model)
 
 
-def _workload(data: TaskRows, max_steps: int) -> Workload:
+def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabulary: int) -> Workload:
     """Return the largest passes of training and scoring, and the tokens that are cached."""
     training = list(data.training_blocks())[: max_steps if max_steps > 0 else None]
     largest = max(training, key=lambda block: block.num_tokens).pack()
@@ -146,23 +183,29 @@ def _workload(data: TaskRows, max_steps: int) -> Workload:
     rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)
     longest = max(largest.example_tokens)
     tokens = min(largest.num_tokens, max(data.tokens_per_pass or largest.num_tokens, longest))
+    rows = rows * tokens // largest.num_tokens
+    answers = 2  # a step along a direction generates at two points
+    if data.objective.generates and not options.estimator.uses_points:
+        answers = data.objective.sampling.samples
+        most = max(len(row.prompt) for row in data.rows("train")) + answers * data.task.max_new_tokens
+        tokens, rows = max(most, min(data.batch_size * most, MOST_LOGITS // vocabulary)), MOST_LOGITS // vocabulary
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
-        vocabulary_rows=max([rows * tokens // largest.num_tokens, *(_vocabulary_rows(data, p) for p in scoring)]),
+        vocabulary_rows=max([rows, *(_vocabulary_rows(data, p) for p in scoring)]),
         cached_tokens=sum(block.num_tokens for block in data.prefix_blocks()),
         prompt_tokens=sum(block.num_tokens for block in data.prompt_blocks()),
-        answer_tokens=_answer_tokens(data),
+        answer_tokens=_answer_tokens(data, answers),
         train_tokens=tokens,
     )
 
 
-def _answer_tokens(data: TaskRows) -> int:
-    """Return the most tokens of prompts and answers that are generated together; a step generates at two points."""
+def _answer_tokens(data: TaskRows, answers: int) -> int:
+    """Return the most tokens of prompts and answers that are generated together; a step generates ``answers`` to each row."""
     new = data.task.max_new_tokens
     batches = [(batch, 1) for split in ("dev", "test") for batch in data.eval_plan(split).batches]
     if data.objective.generates:
         rows = sorted(data.rows("train"), key=lambda row: len(row.prompt))
-        batches.append((rows[-data.batch_size :], 2))
+        batches.append((rows[-data.batch_size :], answers))
     return max(
         (
             points * sum(len(row.prompt) + new for row in rows)
@@ -187,6 +230,35 @@ def _vocabulary_rows(data: TaskRows, batch: PackedBatch) -> int:
 
 def _gib(size: int) -> str:
     return f"{size / _GIB:.3g} GiB"
+
+
+def format_first_order(
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, free: int | None
+) -> str:
+    """Compare the plans of the options and of first order, for the tuned layer, or for layers in three places of the model.
+
+    Empty if first order is not possible with these options.
+
+    Raises:
+        SlzoError: The model's config cannot be read, or the options do not fit it.
+    """
+    changed = first_order(options, rows)
+    if changed is None:
+        return ""
+    layers: list[int | None] = [options.layer]
+    if options.layer is None and options.scope.needs_layer:
+        last = memory_inputs(options, rows, max_steps, device).shape.num_layers - 1
+        layers = [*sorted({0, last // 2, max(0, last - 1)})]
+    lines = [f"Peak       {'this run':>12s} {'first order (--model.estimator Backprop --model.optimizer AdamW)':s}"]
+    for layer in layers:
+        own, other = (
+            memory_inputs(replace(each, layer=layer), rows, max_steps, device).plan() for each in (options, changed)
+        )
+        fits = "" if free is None or other.needed <= free else f", more than the {_gib(free)} that are free"
+        close = ", nearly the same: use it if the rows have labels" if other.total <= _CLOSE * own.total else ""
+        name = "tuned" if layer is None else f"layer {layer}"
+        lines.append(f"  {name:8s} {_gib(own.total):>12s} {_gib(other.total):>12s}{fits or close}")
+    return "\n".join(lines)
 
 
 def format_plan(inputs: MemoryInputs, free: int | None) -> str:

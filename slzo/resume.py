@@ -85,6 +85,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "onednn": model.parts.onednn,
         "optimizer": options.optimizer.classes,
         "chat_template": rows.chat_template,
+        "candidates": rows.common_candidates,
         "data": prepared.data.to_dict(),
         "environment": numerics(model.parts.model.device, rows.processes.number),
         "hub": loaded_from_hub(prepared, rows),

@@ -253,6 +253,13 @@ class TaskRows:
         encoder = self.encoder
         return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
 
+    @property
+    def common_candidates(self) -> list[str] | None:
+        """The candidates that all training rows have, else ``None``."""
+        examples = () if self.splits is None else self.splits.train
+        found = {example.candidates for example in examples}
+        return [*examples[0].candidates] if len(found) == 1 and len(examples[0].candidates) > 1 else None
+
     def make_metrics(self) -> TaskMetrics:
         """Return new counters of the task's metrics."""
         return make_metrics(self.task)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ from slzo.models import load
 from slzo.models.load import load_model
 from slzo.models.shape import model_shape, shape_of, skeleton_of
 from slzo.models.startup_check import split_and_verify
-from slzo.zo.memory import PROGRAM_BYTES, MemoryInputs, Workload
+from slzo.zo import memory
+from slzo.zo.memory import PROGRAM_BYTES, TOKENIZER_BYTES, MemoryInputs, MemoryPlan, Workload
 from slzo.zo.scopes import LoRA
 from slzo.zo.tuned_model import TunedModel
 from write_shape import parse, write_shape
+
+PROGRAM = PROGRAM_BYTES + 32000 * TOKENIZER_BYTES  # with the vocabulary of Llama 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +69,7 @@ def test_the_arithmetic_of_llama_2_7b(llama):
     assert on_cpu.parts["prefix cache"] == 1000 * 4096 * 2
     assert on_cpu.mapped == 2 * llama.num_parameters
     converted = replace(inputs, shape=stored, quantization=None, on_cpu=True).plan()
-    assert converted.total == converted.loading == PROGRAM_BYTES + 13 * 10**9 + 2 * llama.num_parameters
+    assert converted.total == converted.loading == PROGRAM + 13 * 10**9 + 2 * llama.num_parameters
 
 
 def test_generated_answers_take_keys_and_values(llama):
@@ -121,6 +125,60 @@ def test_a_plan_is_printed_without_loading(options, capsys):
         assert words in shown
 
 
+FIRST_ORDER = ["--model.estimator=Backprop", "--model.optimizer=AdamW"]
+
+
+def planned(capsys, *options):
+    """The peak in the table of a plan, and the lines of the comparison with first order."""
+    capsys.readouterr()
+    assert main(["plan", *options]) == 0
+    table, _, compared = capsys.readouterr().out.partition("\nPeak ")
+    return re.search(r"  peak +(\S+ GiB)", table)[1], compared.splitlines()
+
+
+@pytest.mark.usefixtures("_not_loaded")
+def test_a_plan_compares_with_first_order(options, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "PROGRAM_BYTES", 0)  # the parts of a tiny model are small beside it
+    lines = []
+    for layer in range(3):
+        own, (title, line) = planned(capsys, *options, f"--model.layer={layer}")
+        other, none = planned(capsys, *options, *FIRST_ORDER, f"--model.layer={layer}")
+        assert "this run first order (--model.estimator Backprop --model.optimizer AdamW)" in title
+        assert re.fullmatch(rf"  layer {layer} +{own} +{other}", line)
+        assert none == []
+        lines.append(line)
+    assert len({line.split()[4] for line in lines}) == 3  # first order takes less with fewer layers above
+    assert planned(capsys, *options)[1][1:] == lines
+    own, (_, line) = planned(capsys, *options, "--model.scope=LoRA", "--model.scope.layers=all")
+    other, _ = planned(capsys, *options, *FIRST_ORDER, "--model.scope=LoRA", "--model.scope.layers=all")
+    assert re.fullmatch(rf"  tuned +{own} +{other}", line)
+
+
+@pytest.mark.usefixtures("_not_loaded")
+def test_the_comparison_says_whether_first_order_fits_or_is_as_small(options, capsys, monkeypatch):
+    options = [*options, "--model.layer=2"]
+    _, (_, line) = planned(capsys, *options)  # nearly all of it is the program
+    assert line.endswith(" GiB, nearly the same: use it if the rows have labels")
+    monkeypatch.setattr("slzo.commands.plan.free_bytes", lambda device: 2**20)
+    _, (_, line) = planned(capsys, *options)
+    assert line.endswith(" GiB, more than the 0.000977 GiB that are free")
+
+
+@pytest.mark.usefixtures("_not_loaded")
+@pytest.mark.parametrize("more", ["--model.quantization=int8", "--data.objective=CandidateErrors"])
+def test_without_a_first_order_there_is_no_comparison(more, options, capsys):
+    assert planned(capsys, *options, more)[1] == []
+
+
+@pytest.mark.parametrize(("free", "expected"), [(100, 110), (99, None), (None, None)])
+def test_first_order_is_offered_where_it_fits_besides_mapped_weights(free, expected, monkeypatch):
+    plan = MemoryPlan({"weights": 60, "activations": 50}, loading=0, mapped=10)
+    monkeypatch.setattr(memory_plan, "first_order", lambda options, rows: options)
+    monkeypatch.setattr(memory_plan, "memory_inputs", lambda *_: SimpleNamespace(plan=lambda: plan))
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda device: free)
+    assert memory_plan.first_order_bytes("options", None, 1, torch.device("cpu")) == expected
+
+
 @pytest.mark.usefixtures("_not_loaded")
 def test_a_run_that_cannot_fit_is_refused_before_loading(options, capsys, monkeypatch):
     monkeypatch.setattr(memory_plan, "free_bytes", lambda device: 2**20)
@@ -154,7 +212,7 @@ def test_layers_that_are_elsewhere_take_the_room_of_one(llama):
     assert inputs.non_weight_bytes == plan.total - plan.parts["weights"]
     converted = replace(inputs, dtype=torch.float32).plan()
     whole, away = 4 * llama.num_parameters, 19 * 2 * layer
-    assert converted.loading == PROGRAM_BYTES + (2 * llama.num_parameters + whole) * (whole - away) // whole
+    assert converted.loading == PROGRAM + (2 * llama.num_parameters + whole) * (whole - away) // whole
     # the most that the option can do
     (fewest,) = (plan for option, plan in inputs.alternatives() if "device_map" in option)
     assert fewest.parts["weights"] == 2 * llama.num_parameters - 30 * layer

@@ -66,7 +66,7 @@ def test_texts_are_those_of_the_engine(tuned, scope, formats, model_dir, capsys)
     checkpoint = tuned(scope)
     expected = engine_texts(checkpoint, model_dir)
     assert expected["untuned"] != expected["tuned"]
-    rest = (f"--prompt={PROMPT}", f"--max_new_tokens={LENGTH}")
+    rest = (f"--prompt={PROMPT}", f"--max_new_tokens={LENGTH}", "--candidates=[]")
     assert generated(capsys, f"--ckpt_path={checkpoint}", *rest) == expected
     assert generated(capsys, "--ckpt_path=last", "--untuned=false", *rest) == {"tuned": expected["tuned"]}
     for format in formats:
@@ -102,10 +102,26 @@ def test_a_file_of_prompts_and_a_run(tuned, capsys):
         assert all(prompt in output for prompt in prompts)
 
 
+def test_the_answers_of_a_classification_task_are_scored(tuned, model_dir, capsys):
+    """The probabilities are those of the file of predictions, from a checkpoint and from an exported folder."""
+    tuned("LayerScope")
+    assert main(["predict", "--ckpt_path=last", "--output=p.jsonl", "--data.num_test=2"]) == 0
+    row = json.loads(Path("p.jsonl").read_text().splitlines()[0])
+    names, shares = ("terrible", "great"), row["probabilities"]
+    expected = ", ".join(f"{name} {share:.3f}" for name, share in zip(names, shares, strict=True))
+    found = generated(capsys, "--ckpt_path=last", f"--prompt={row['prompt']}")
+    assert found["tuned"] == expected != found["untuned"]
+    assert main(["export", "--ckpt_path=last", "--output=merged"]) == 0
+    assert generated(capsys, "--ckpt_path=merged", f"--base={model_dir}", f"--prompt={row['prompt']}") == found
+    own = generated(capsys, "--ckpt_path=last", f"--prompt={row['prompt']}", '--candidates=[" great", " terrible"]')
+    assert own["tuned"].split(", ") == expected.split(", ")[::-1]
+
+
 def test_draws_depend_on_the_seed(tuned, capsys):
     tuned("LayerScope")
     drawn = [
-        generated(capsys, "--ckpt_path=last", "--prompt=A", "--temperature=1", f"--seed={seed}") for seed in (1, 1, 2)
+        generated(capsys, "--ckpt_path=last", "--prompt=A", "--candidates=[]", "--temperature=1", f"--seed={seed}")
+        for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -116,7 +132,7 @@ def test_mistakes_are_one_line(tuned, capsys):
         (): "ckpt_path",
         (checkpoint,): "prompt: give either one prompt with --prompt",
         (checkpoint, "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
-        (checkpoint, "--prompt=x", "--max_new_tokens=400"): "exceeds the model's limit of 256",
+        (checkpoint, "--prompt=x", "--max_new_tokens=400", "--candidates=[]"): "exceeds the model's limit of 256",
         (checkpoint, "--prompt=x", "--temperature=-1"): "temperature -1.0",
         (checkpoint, "--prompt=x", "--base=y"): "is not an exported folder",
         (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",

@@ -56,6 +56,8 @@ SUMMARY = (
     | {"score_change": 0.25, "score_change_standard_error": 0.0125, "score_change_paired": True, "num_rows": 100}
     | {"steps": 20, "train_seconds": 10.0, "peak_memory_gb": 0.5, "best_checkpoint": "x/step=10.ckpt"}
     | {"verdict": "It <rose>.", "dominant_layer": 2, "num_layers": 4}
+    | {"majority_share": 0.625, "reference_score": 0.8125, "ahead": "Words <ahead>."}
+    | {"next": "slzo sweep  # rate", "first_order": "slzo fit  # first"}
     | {"tuned_parameters": 1000, "total_parameters": 4000}
 )
 
@@ -101,7 +103,9 @@ def test_the_page_of_a_run(tmp_path, capsys):
     assert "viewport" in (folder / "report.html").read_text(encoding="utf-8")
     for part in (
         "some-model on sst2: version_0",
-        "It <rose>.",
+        "It <rose>. Words <ahead>. Next: slzo sweep # rate slzo fit # first",
+        "largest class 0.6250",
+        "bag of words 0.8125",
         "0.5000 ± 0.0500",  # sqrt(0.5 * 0.5 / 100)
         "0.7500 ± 0.0433",
         "+0.2500 ± 0.0125 (paired)",

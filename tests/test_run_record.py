@@ -53,7 +53,8 @@ def test_a_resumed_run_names_its_checkpoint_and_goes_on_with_its_points(options)
 def untimed(content):
     """What does not depend on time or place; of paths only the file's name."""
     if isinstance(content, dict):
-        kept = {name: value for name, value in content.items() if name not in ("command", "run_dir", "use", "next")}
+        commands = ("command", "run_dir", "use", "next", "first_order")
+        kept = {name: value for name, value in content.items() if name not in commands}
         return {k: untimed(v) for k, v in kept.items() if not any(word in k for word in ("seconds", "memory"))}
     if isinstance(content, str) and "checkpoints/" in content:
         return Path(content).name
@@ -64,8 +65,8 @@ def recorded(number):
     """What a run recorded, and what its page shows."""
     files = read_run(run_dir(number))
     page = files.profile, files.train, [(point.step, point.loss, point.score) for point in files.points]
-    reason = str(summary(number)["next"]).partition("#")[2]
-    return [untimed(record(f"{name}.json", number)) for name in ("history", "summary", "samples")], page, reason
+    advice = [summary(number)[name].replace(str(run_dir(number)), "") for name in ("next", "first_order")]
+    return [untimed(record(f"{name}.json", number)) for name in ("history", "summary", "samples")], page, advice
 
 
 CHAINS = [  # where each run is ended at once, without saving: hook, steps done, options

@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +11,12 @@ import torch
 from helpers import last_checkpoint, run_dir, summary
 
 from slzo.__main__ import main
+from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.report.next_command import AdviceFacts, next_command
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
-from slzo.report.summary import RunFacts, summarize
+from slzo.report.summary import RunFacts, format_summary, summarize
 from slzo.tasks.base import Example
 
 FACTS = AdviceFacts("run/config.yaml", "run/last.ckpt", "run/best.ckpt", ("max_steps", 100), 3, 2000, 2000)
@@ -102,8 +103,8 @@ def test_the_sentence_says_what_happened():
     )
     within = ScoreChange("accuracy", 0.5, 0.51, 0.02, False)
     assert verdict(within, losses(0.7, 0.6)) == (
-        "The held-out accuracy rose from 0.5000 to 0.5100 (+0.0100, unpaired standard error 0.0200), which is within its "
-        "standard error."
+        "The held-out accuracy went from 0.5000 to 0.5100 (+0.0100, unpaired standard error 0.0200), which is within two "
+        "standard errors: no change is shown."
     )
     same = ScoreChange("f1", 0.5, 0.5, 0.0, True)
     assert verdict(same, None) == "The held-out f1 did not change: 0.5000 before and after."
@@ -123,6 +124,9 @@ def test_the_sentence_says_what_happened():
         (ScoreChange("accuracy", 0.5, 0.51, 0.02, True), losses(0.7, 0.6), True),
         (ScoreChange("accuracy", 0.5, 0.49, 0.002, True), losses(0.7, 0.6), True),
         (compare([0] * 500, [1] + [0] * 499), None, True),  # one row is just its standard error
+        (compare([0] * 9, [1] * 3 + [0] * 6), None, True),  # just two standard errors
+        (ScoreChange("accuracy", 0.5, 0.541, 0.02, True), None, False),
+        (ScoreChange("accuracy", 0.5, 0.539, 0.02, True), None, True),
         (ScoreChange("answer_f1", 0.5, 0.51, None, False), None, False),  # nothing is claimed that is not known
         (None, losses(0.7, 0.6), False),
         (None, None, False),
@@ -164,8 +168,9 @@ def test_a_run_that_made_it_worse_says_so_first(options, capsys):
     first = next(i for i, line in enumerate(lines) if line.startswith("The held-out accuracy"))
     assert "The dev loss rose from" in lines[first]
     assert lines[first] == found["verdict"]
-    assert lines[first + 1] == f"Next       {found['next']}"
     assert not any(line.startswith("Scope") for line in lines[:first])
+    assert "Compare    largest class 0.5000, bag of words 1.0000 (TF-IDF and logistic regression)" in lines
+    assert lines[-4:-1] == [f"Next       {found['next']}", f"{'':11}{found['first_order']}", found["ahead"]]
     command = shlex.split(found["next"], comments=True)
     assert command == ["slzo", "sweep", "--config", "runs/version_0/config.yaml", "--lrs", "auto"]
     assert main([*command[1:-1], "[1e-3]", "--steps=1"]) == 0
@@ -186,7 +191,8 @@ def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsy
 def test_without_a_score_before_nothing_is_said_of_its_change(options, capsys):
     assert main(["fit", *options, "--record.test_before=false", "--trainer.val_check_interval=8"]) == 0
     found = summary()
-    assert (found["score_change"], found["verdict"], found["next"]) == (None, None, None)
+    assert (found["score_change"], found["verdict"], found["doubtful"]) == (None, None, False)
+    assert found["next"] == found["first_order"]
     assert "held-out accuracy" not in capsys.readouterr().out
 
 
@@ -198,17 +204,136 @@ def test_the_command_for_more_steps_goes_on(options):
     assert summary(1)["steps"] == 4
 
 
+def test_the_first_order_command_trains_the_same_layer(options, capsys):
+    """The run also leaves out the reference."""
+    queries = ["--model.num_queries=2", "--model.optimizer.momentum=0.5"]
+    assert main(["fit", *options, *queries, "--trainer.max_steps=2", "--record.reference=false"]) == 0
+    found = summary()
+    assert (found["reference_score"], found["reference_problem"], found["ahead"]) == (None, "", None)
+    assert "Compare    largest class 0.5000\n" in capsys.readouterr().out
+    command = shlex.split(found["first_order"], comments=True)
+    assert command[:2] == ["slzo", "fit"]
+    assert main([*command[1:], "--trainer.max_steps=3"]) == 0
+    changed = summary(1)
+    assert [changed[name] for name in ("estimator", "optimizer", "lr", "steps")] == ["Backprop", "AdamW", "auto", 3]
+    (planned,) = re.findall(r"about ([\d.]+) GiB", found["first_order"])
+    assert float(planned) == pytest.approx(changed["planned_memory_gb"], abs=0.011)  # the runs have other numbers of steps
+    same = ("dominant_layer", "tuned_parameters", "seed", "num_rows")
+    assert [changed[name] for name in same] == [found[name] for name in same]
+    assert (changed["layer_reason"], changed["first_order"]) == ("set by model.layer", None)
+
+
+def scored(*rows, metric="accuracy", named=True):
+    """The held-out scores of rows."""
+    return SimpleNamespace(
+        metrics={metric: sum(rows) / len(rows)},
+        rows={str(n): float(row) for n, row in enumerate(rows)} if named else {},
+    )
+
+
+BEFORE, AFTER = scored(1, 1, 0, 0, 1, 0, 0, 0), scored(1, 1, 1, 1, 0, 0, 0, 0)
+SHOWN = scored(*[0] * 8), scored(*[1] * 7, 0)
+
+
+def summarized(before, after, metric="accuracy", **facts):
+    """The summary of a run with these scores and facts."""
+    names = [field.name for field in fields(RunFacts)]
+    usual = {"rollbacks": 0, "spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
+    usual |= {"majority_share": None, "reference": None, "first_order_gb": None, "num_rows": 8}
+    run = RunFacts(**dict.fromkeys(names, 1) | usual | {"metric": SelectionMetric("loss", metric)} | facts)
+    return summarize(run, before, after)
+
+
+def lines_of(found, name=""):
+    """The lines of a summary from the one with a name on, or all; their names apart."""
+    lines = [(line[:11].strip(), line[11:]) for line in format_summary(found).splitlines()]
+    return lines[[own for own, _ in lines].index(name) :] if name else lines
+
+
+@pytest.mark.parametrize(
+    ("scores", "metric", "expected"),
+    [
+        ((BEFORE, AFTER), "accuracy", "accuracy 0.3750 -> 0.5000 ± 0.1890 on 8 held-out rows; change +0.1250 ± 0.2266"),
+        ((None, AFTER), "accuracy", "accuracy 0.5000 ± 0.1890 on 8 held-out rows"),
+        (
+            (scored(0.5, metric="f1", named=False), scored(0.25, metric="f1", named=False)),
+            "f1",
+            "f1 0.5000 -> 0.2500 on 8 held-out rows; change -0.2500",
+        ),
+    ],
+)
+def test_the_score_line_has_the_errors_of_score_and_change(scores, metric, expected):
+    assert lines_of(summarized(*scores, metric), "Score")[0] == ("Score", expected)
+
+
+@pytest.mark.parametrize(
+    ("share", "reference", "expected"),
+    [
+        (0.625, WordsReference(0.75), ["largest class 0.6250, bag of words 0.7500 (TF-IDF and logistic regression)"]),
+        (0.625, WordsReference(0.0), ["largest class 0.6250, bag of words 0.0000 (TF-IDF and logistic regression)"]),
+        (0.625, WordsReference(problem="why"), ["largest class 0.6250, no bag of words (why)"]),
+        (0.625, None, ["largest class 0.6250"]),
+        (None, None, []),
+    ],
+)
+def test_the_compare_line_has_what_is_known(share, reference, expected):
+    found = summarized(BEFORE, AFTER, majority_share=share, reference=reference)
+    assert [text for name, text in lines_of(found) if name == "Compare"] == expected
+
+
+AHEAD = "A bag of words is ahead on these rows (0.5100, tuned model 0.5000); a linear model may be enough."
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [(WordsReference(0.51), [AHEAD]), (WordsReference(0.5), []), (WordsReference(problem="why"), []), (None, [])],
+)
+def test_a_bag_of_words_that_is_ahead_is_the_last_line(reference, expected):
+    found = summarized(BEFORE, AFTER, reference=reference, first_order_gb=1.25)
+    assert found["ahead"] == (expected[0] if expected else None)
+    lines = format_summary(found).splitlines()
+    assert [line for line in lines if "ahead" in line] == expected
+    assert lines[-1] == expected[0] if expected else "slzo fit" in lines[-1]
+
+
+FIRST_ORDER = (
+    "slzo fit --config run/config.yaml --model.layer 3 --model.estimator Backprop --model.optimizer AdamW "
+    "--model.optimizer.lr auto  # first order fits (about 1.25 GiB) and may learn more"
+)
+TOO_FEW = f"{SEARCH}too few validations to find the reason: compares learning rates"
+
+
+@pytest.mark.parametrize(
+    ("scores", "first_order_gb", "commands"),
+    [
+        ((BEFORE, AFTER), 1.25, [TOO_FEW, FIRST_ORDER]),
+        ((BEFORE, AFTER), None, [TOO_FEW]),
+        (SHOWN, 1.25, [FIRST_ORDER]),
+        (SHOWN, None, []),
+    ],
+)
+def test_the_next_commands_come_after_those_that_use_the_run(scores, first_order_gb, commands):
+    found = summarized(*scores, first_order_gb=first_order_gb, layer=3)
+    assert found["doubtful"] == (scores != SHOWN)
+    first = format_summary(found).strip().splitlines()[0]
+    assert first == found["verdict"] if found["doubtful"] else first.startswith("Scope")
+    assert found["next"] == (commands[0] if commands else None)
+    assert found["first_order"] == (FIRST_ORDER if first_order_gb else None)
+    lines = lines_of(found, "Use it")
+    names = ["Next", *[""] * (len(commands) - 1)] if commands else []
+    assert lines[len(found["use"]) :] == list(zip(names, commands, strict=True))
+
+
+def test_the_first_order_command_names_no_layer_where_the_scope_needs_none():
+    found = summarized(*SHOWN, first_order_gb=1.25, layer=None)
+    assert found["first_order"] == FIRST_ORDER.replace(" --model.layer 3", "")
+
+
 @pytest.mark.parametrize("config", [None, "run/config.yaml"])
 def test_in_python_the_hint_is_a_reason_without_a_command(config, monkeypatch):
-    before, after = (
-        SimpleNamespace(metrics={"accuracy": 0.5}, rows={}),
-        SimpleNamespace(metrics={"accuracy": 0.4}, rows={}),
-    )
     monkeypatch.setattr("slzo.report.summary._change", lambda run, before, after: FELL)
     monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
-    names = [field.name for field in fields(RunFacts)]
-    run = RunFacts(**dict.fromkeys(names, 1) | {"spikes": {}, "validations": [], "best": "b.ckpt", "config": config})
-    run = replace(run, metric=SelectionMetric("loss", "accuracy"))
-    reason = "the learning rate may be too large"
-    expected = f"slzo sweep --config {config} --lrs auto  # {reason}" if config else reason
-    assert summarize(run, before, after)["next"] == expected
+    reason, more = "the learning rate may be too large", "first order fits (about 1.25 GiB) and may learn more"
+    found = summarized(BEFORE, AFTER, config=config, first_order_gb=1.25, layer=3)
+    expected = (f"slzo sweep --config {config} --lrs auto  # {reason}", FIRST_ORDER) if config else (reason, more)
+    assert (found["next"], found["first_order"]) == expected

@@ -58,7 +58,7 @@ _EVERY = 2
 # times differ between runs
 _TIMES = ("second", "time", "memory", "path", "folder")
 # entries of a summary that name the run's folder or its command
-_PLACES = ("command", "run_dir", "use", "next", "best_checkpoint")
+_PLACES = ("command", "run_dir", "use", "next", "first_order", "best_checkpoint")
 
 
 class Fault(NamedTuple):

@@ -2,6 +2,7 @@
 
 import sys
 
+from slzo.prompting.choice import probabilities
 from slzo.prompting.pair import Pair, Source, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import TextOptions, write_continuation
@@ -17,20 +18,25 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     untuned: bool = True,
+    candidates: list[str] | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    r"""Continue prompts with the untuned and the tuned model, one below the other.
+    r"""Answer prompts with the untuned and the tuned model, one below the other.
+
+    For a classification task it shows the probability of each of its answers, otherwise a text.
 
     Args:
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
             runs.
-        prompt: The text to continue.
+        prompt: The text to continue, as it ends before the answer.
         prompts: File with prompts: one per line, or JSON Lines with the field prompt.
         max_new_tokens: Length of each text, in tokens.
         temperature: 0 takes the most likely token each time; above 0 tokens are drawn.
         seed: Seed of the drawn tokens.
         untuned: Show the untuned model too.
+        candidates: Answers to compare, as they follow the prompt, such as [" yes", " no"]. Left out, those of the task that the
+            model was tuned on, if all of its rows have the same; [] for a text.
         base: Base model of an exported folder, if the one that it names cannot be loaded.
         trust_remote_code: Run model code that comes with a Hub repository.
     """
@@ -39,13 +45,18 @@ def generate(
     texts = [prompt] if prompt is not None else read_prompts(str(prompts))
     options = TextOptions(max_new_tokens, temperature, seed)
     pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
+    known = pair.candidates if candidates is None else tuple(candidates)
     for number, text in enumerate(texts):
         say(f"\n{text}" if number else text)
         ids = _tokens(pair, text)
         for name, use in pair.both():
             say(f"--- {name}")
             with use() as model:
-                write_continuation(model, pair.tokenizer, ids, options, sys.stdout)
+                if known:
+                    shares = probabilities(model, pair.tokenizer, text, known)
+                    say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
+                else:
+                    write_continuation(model, pair.tokenizer, ids, options, sys.stdout)
 
 
 def _tokens(pair: Pair, text: str) -> list[int]:

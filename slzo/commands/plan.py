@@ -1,7 +1,7 @@
 """``slzo plan``."""
 
 from slzo.cli.app import App
-from slzo.memory_plan import format_plan, memory_inputs
+from slzo.memory_plan import format_first_order, format_plan, memory_inputs
 from slzo.utils.console import say
 from slzo.utils.runtime import free_bytes
 
@@ -9,12 +9,14 @@ from slzo.utils.runtime import free_bytes
 def plan(app: App) -> None:
     """Estimate the memory that fit would take, from the model's config and the rows; the model is not loaded.
 
+    It also estimates what first-order training of the same tensors would take.
+
     Args:
         app: Trainer, model and rows.
     """
     rows, device = app.set_up_rows(), app.device
-    say(
-        format_plan(
-            memory_inputs(app.model.options.for_rows(rows), rows, app.trainer.max_steps, device), free_bytes(device)
-        )
-    )
+    options, steps, free = app.model.options, app.trainer.max_steps, free_bytes(device)
+    options.check_rows(rows)
+    say(format_plan(memory_inputs(options, rows, steps, device), free))
+    if compared := format_first_order(options, rows, steps, device, free):
+        say(compared)

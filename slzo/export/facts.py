@@ -102,6 +102,7 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
         template = self.note.get("chat_template")  # of conversations, if it is not the tokenizer's own
+        candidates = self.note.get("candidates")
         return {
             "slzo": __version__,
             "format": self.format,
@@ -114,6 +115,7 @@ class Facts:
             "fingerprint": self.note.get("base", {}),
             **({"task": self.data["task"]} if self.data.get("task") in TASKS else {}),
             **({} if template is None else {"chat_template": template}),
+            **({} if candidates is None else {"candidates": candidates}),
         }
 
 

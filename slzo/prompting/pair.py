@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ class Pair:
         tokenizer: The tokenizer.
         tuned: The tuned model.
         untuned: The base model; ``None`` if it was not requested.
+        candidates: The answers that all rows of the task have; ``None`` if it has none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     tuned: Use
     untuned: Use | None
+    candidates: tuple[str, ...] | None = None
 
     def both(self) -> Iterator[tuple[str, Use]]:
         """Yield names and models, the untuned model first."""
@@ -81,7 +83,7 @@ def load_pair(source: Source) -> Pair:
     """
     path = Path(source.path).expanduser()
     if is_export(path):
-        return _from_export(path, source)
+        return _with_candidates(_from_export(path, source), _read(path / FACTS_FILE))
     if source.base is not None:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
@@ -90,7 +92,13 @@ def load_pair(source: Source) -> Pair:
         path = named_checkpoint(source.path, _RUNS)
     elif (path / "checkpoints").is_dir():
         path = checkpoint_of_run(path)
-    return _from_checkpoint(read_checkpoint(path), source)
+    checkpoint = read_checkpoint(path)
+    return _with_candidates(_from_checkpoint(checkpoint, source), checkpoint.note)
+
+
+def _with_candidates(pair: Pair, note: Mapping[str, Any]) -> Pair:
+    found = note.get("candidates")
+    return pair if found is None else replace(pair, candidates=tuple(found))
 
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:

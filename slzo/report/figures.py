@@ -22,8 +22,14 @@ def scores(run: RunFiles) -> Rows:
         "before": _held_out(run.held_out("before")),
         "after": _held_out(run.held_out("after")),
         "change": "" if change is None else f"{change:+.4f}" + ("" if error is None else f" ± {error:.4f} ({kind})"),
+        "largest class": _share(summary.get("majority_share")),
+        "bag of words": _share(summary.get("reference_score")) or summary.get("reference_problem", ""),
         "dev loss, first to best": f"{losses[0]:.4f} → {min(losses):.4f}" if losses else "",
     }
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _held_out(score: HeldOut | None) -> str:

@@ -1,4 +1,4 @@
-"""Suggest a command after a run that did not improve the score."""
+"""Suggest a command after a run."""
 
 import shlex
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
 
     The first case that applies decides. If the dev loss rose, the learning rate may be too large; if it hardly changed, too
     small. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss was
-    lowest at the end, more steps may help. If the score improved within its standard error, more held-out rows may show it.
+    lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
     """
     search = _command("sweep", run, "--lrs", "auto")
     if losses is None:
@@ -61,6 +61,13 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
         options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", run.best)
         return f"{_command('test', run, *options)}  # more held-out rows; repeat without --ckpt_path to compare"
     return f"{search}  # compares learning rates"
+
+
+def first_order_command(run: AdviceFacts, memory_gb: float) -> str:
+    """Return the command that trains the same tensors by back-propagation, with its memory after a #."""
+    layer = () if run.layer is None else ("--model.layer", str(run.layer))
+    chosen = ("--model.estimator", "Backprop", "--model.optimizer", "AdamW", "--model.optimizer.lr", "auto")
+    return f"{_command('fit', run, *layer, *chosen)}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
 
 
 def _command(name: str, run: AdviceFacts, *options: str) -> str:

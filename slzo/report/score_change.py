@@ -9,6 +9,9 @@ from typing import Any
 MIN_PROGRESS = 0.005
 """A relative change of the dev loss below this is no progress; the learning-rate search uses the same bound."""
 
+ERRORS = 2.0
+"""A score rose or fell if it changed by more than this number of standard errors: about 95% confidence."""
+
 PROPORTIONS = ("accuracy", "exact_match")
 """Metrics that are proportions of rows."""
 
@@ -45,10 +48,10 @@ class ScoreChange:
 
     @property
     def shown(self) -> bool:
-        """Whether the change is larger than its standard error or, without one, is not zero."""
-        # a change by one row can be exactly one standard error: allow for rounding
+        """Whether the change is larger than two standard errors or, without one, is not zero."""
+        # allow for rounding
         error = 0.0 if self.standard_error is None else self.standard_error * (1 + 1e-6)
-        return abs(self.change) > error
+        return abs(self.change) > ERRORS * error
 
     def figures(self) -> str:
         """Return the change with its standard error as text."""
@@ -59,12 +62,12 @@ class ScoreChange:
 
     def sentence(self) -> str:
         """Return a sentence on the change, without a full stop."""
-        moved = f"from {self.before:.4f} to {self.after:.4f} ({self.figures()})"
         if self.change == 0:
             return f"The held-out {self.metric} did not change: {self.after:.4f} before and after"
-        verb = "fell" if self.change < 0 else "rose"
-        noise = "" if self.shown else ", which is within its standard error"
-        return f"The held-out {self.metric} {verb} {moved}{noise}"
+        moved = f"from {self.before:.4f} to {self.after:.4f} ({self.figures()})"
+        if not self.shown:
+            return f"The held-out {self.metric} went {moved}, which is within two standard errors: no change is shown"
+        return f"The held-out {self.metric} {'fell' if self.change < 0 else 'rose'} {moved}"
 
 
 def score_change(
@@ -172,5 +175,5 @@ def verdict(change: ScoreChange | None, losses: DevLoss | None) -> str | None:
 
 
 def is_doubtful(change: ScoreChange | None, losses: DevLoss | None) -> bool:
-    """Whether the figures do not show an improvement: the score is worse or unchanged within its error, or the loss rose."""
+    """Whether the figures do not show an improvement: the score is worse, or unchanged within two errors, or the loss rose."""
     return (change is not None and (change.worse or not change.shown)) or (losses is not None and losses.rose)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.held_out import HeldOutScores
 from slzo.evaluation.selection_metric import SelectionMetric
-from slzo.report.next_command import AdviceFacts, next_command
+from slzo.report.next_command import AdviceFacts, first_order_command, next_command
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
 from slzo.tasks.base import Example
 
@@ -54,6 +55,8 @@ class RunFacts:
         command: Command line that started the run; ``None`` for a run from Python.
         folder: Folder of the run; ``None`` if no files are written.
         majority_share: Share of the held-out rows in their most frequent class; ``None`` if they have no common classes.
+        reference: A linear model's score on the held-out rows; ``None`` if it was not computed.
+        first_order_gb: Peak memory of first order for the same tensors, GiB; ``None`` if it does not fit or is not possible.
     """
 
     model: str
@@ -92,6 +95,8 @@ class RunFacts:
     command: str | None
     folder: str | None
     majority_share: float | None = None
+    reference: WordsReference | None = None
+    first_order_gb: float | None = None
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -102,9 +107,10 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     losses = dev_loss(run.validations, run.metric.description)
     doubtful = is_doubtful(change, losses)
     advice = AdviceFacts(run.config, run.last, run.best, run.limit, run.layer, run.num_rows, run.requested_rows)
-    suggestion = next_command(change, losses, advice) if doubtful else None
-    if suggestion is not None and run.config is None:  # a command would need the options of this run in Python
-        suggestion = suggestion.partition("# ")[2]
+    first = None if run.first_order_gb is None else first_order_command(advice, run.first_order_gb)
+    suggestion = next_command(change, losses, advice) if doubtful else first
+    if run.config is None:  # a command would need the options of this run in Python
+        suggestion, first = (None if line is None else line.partition("# ")[2] for line in (suggestion, first))
     return {
         "model": run.model,
         "task": run.task,
@@ -122,11 +128,16 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "score_after": after.metrics[metric],
         "score_standard_error": score_error(metric, after.metrics[metric], after.rows, run.num_rows),
         "majority_share": run.majority_share,
+        "reference_score": None if run.reference is None else run.reference.accuracy,
+        "reference_problem": "" if run.reference is None else run.reference.problem,
+        "ahead": _ahead(run.reference, after.metrics[metric]),
         "score_change": None if change is None else change.change,
         "score_change_standard_error": None if change is None else change.standard_error,
         "score_change_paired": None if change is None else change.paired,
         "verdict": verdict(change, losses),
+        "doubtful": doubtful,
         "next": suggestion,
+        "first_order": first,
         "use": use_commands(run),
         "scores_before": scores_before,
         "scores_after": after.metrics,
@@ -174,20 +185,19 @@ def use_commands(run: RunFacts) -> list[str]:
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """Format the summary in a few lines; the verdict on a doubtful run comes first."""
+    """Format the summary in a few lines; the verdict on a doubtful run comes first, and what to try next at the end."""
     frozen = summary["total_parameters"] - summary["tuned_parameters"]
-    before = summary["score_before"]
-    change = "" if before is None else f"{before:.4f} -> "
     layer = summary["dominant_layer"]
     lines = [""]
-    if summary["next"] is not None:
-        lines += [summary["verdict"] or "", f"Next       {summary['next']}", ""]
+    if summary["doubtful"]:
+        lines += [summary["verdict"] or "", ""]
     lines.append(f"Scope      {summary['scope']}, {summary['estimator']}, {summary['optimizer']}")
     if layer is not None:
         lines.append(f"Layer      {layer} of {summary['num_layers']}: {summary['layer_reason']}")
     lines += [
         f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
-        f"Score      {summary['metric']} {change}{summary['score_after']:.4f} on {summary['num_rows']} held-out rows",
+        f"Score      {_score(summary)}",
+        *(f"Compare    {line}" for line in _references(summary)),
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
     ]
     if summary["planned_memory_gb"] is not None:
@@ -213,7 +223,46 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     if summary["best_checkpoint"]:
         lines.append(f"Checkpoint {summary['best_checkpoint']}")
     lines += [f"{'' if number else 'Use it':10s} {command}" for number, command in enumerate(summary["use"])]
+    commands = dict.fromkeys(command for command in (summary["next"], summary["first_order"]) if command is not None)
+    lines += [f"{'' if number else 'Next':10s} {command}" for number, command in enumerate(commands)]
+    if summary["ahead"] is not None:
+        lines.append(summary["ahead"])
     return "\n".join(lines)
+
+
+def _score(summary: Mapping[str, Any]) -> str:
+    """Return the line on the score: before and after, with standard errors."""
+    before, change = summary["score_before"], summary["score_change"]
+    text = "" if before is None else f"{before:.4f} -> "
+    text += (
+        f"{summary['score_after']:.4f}{_error(summary['score_standard_error'])} on {summary['num_rows']} held-out rows"
+    )
+    if change is not None:
+        text += f"; change {change:+.4f}{_error(summary['score_change_standard_error'])}"
+    return f"{summary['metric']} {text}"
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
+
+
+def _references(summary: Mapping[str, Any]) -> list[str]:
+    """Return a line with the scores of simple methods on the same rows; empty if there are none."""
+    share, words, problem = (summary[name] for name in ("majority_share", "reference_score", "reference_problem"))
+    parts = [] if share is None else [f"largest class {share:.4f}"]
+    if words is not None:
+        parts.append(f"bag of words {words:.4f} (TF-IDF and logistic regression)")
+    elif problem:
+        parts.append(f"no bag of words ({problem})")
+    return [", ".join(parts)] if parts else []
+
+
+def _ahead(reference: WordsReference | None, score: float) -> str | None:
+    """Return a sentence if a bag of words scores higher than the tuned model; otherwise ``None``."""
+    if reference is None or reference.accuracy is None or reference.accuracy <= score:
+        return None
+    figures = f"{reference.accuracy:.4f}, tuned model {score:.4f}"
+    return f"A bag of words is ahead on these rows ({figures}); a linear model may be enough."
 
 
 def sample_row(after: Mapping[str, Any], before: str | None) -> dict[str, Any]:

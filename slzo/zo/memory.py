@@ -13,6 +13,8 @@ from slzo.zo.tuned import TunedTensors
 
 # Python, torch, transformers and Lightning on a CPU: 400 MiB were measured after the imports, about 500 MiB during a run.
 PROGRAM_BYTES = 512 * 2**20
+# A fast tokenizer, per token of the vocabulary: 900 bytes (Qwen2.5), 1,090 (SmolLM2) and 1,280 (Gemma 3) were measured.
+TOKENIZER_BYTES = 1200
 # Live tensors per token where a layer takes most memory. With the MLP's width: gate, its activation, up, and their product. With
 # the hidden width: input, output, normalized states, queries, keys and values, each before and after they are gathered.
 _INNER_COPIES, _HIDDEN_COPIES = 4, 8
@@ -122,7 +124,8 @@ class MemoryInputs:
         elsewhere = layer * max(0, self.away - 1)
         weights -= elsewhere
         mapped = weights if same and self.quantization is None and self.on_cpu else 0
-        parts = {"program": PROGRAM_BYTES if self.on_cpu else 0, "weights": weights, **self.tuned}
+        program = PROGRAM_BYTES + TOKENIZER_BYTES * shape.vocabulary if self.on_cpu else 0
+        parts = {"program": program, "weights": weights, **self.tuned}
         if self.start > 0 and self.on_cpu:
             size = (self.cache_dtype or self.dtype).itemsize
             parts["prefix cache"] = min(self.cache_bytes, work.cached_tokens * shape.hidden * size)
@@ -142,7 +145,7 @@ class MemoryInputs:
         if self.on_cpu and not (same and self.quantization is None):
             # stored and converted weights are in memory together, except for layers that stay on disk
             converted = shape.weight_bytes(self.dtype, self.quantization)
-            loading = PROGRAM_BYTES + (stored + converted) * (converted - elsewhere) // converted
+            loading = program + (stored + converted) * (converted - elsewhere) // converted
         return MemoryPlan({name: int(size) for name, size in parts.items() if size > 0}, loading, mapped)
 
     def alternatives(self) -> Iterator[tuple[str, "MemoryPlan"]]:

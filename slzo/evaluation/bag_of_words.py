@@ -1,0 +1,60 @@
+"""The accuracy of a linear model on the words of the prompts, as a reference for classification tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slzo.data.balance import majority_share
+from slzo.tasks.base import Example
+
+
+@dataclass(frozen=True)
+class WordsReference:
+    """The result of :func:`bag_of_words`.
+
+    Attributes:
+        accuracy: Share of the held-out rows that are classified correctly; ``None`` if there is a problem.
+        problem: Why there is no accuracy, in a few words; empty if there is one.
+    """
+
+    accuracy: float | None = None
+    problem: str = ""
+
+
+def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> WordsReference | None:
+    """Fit TF-IDF features of words and pairs of words with a logistic regression, and score the held-out rows.
+
+    The model sees the prompts and labels of the training rows, and no language model. Where it is ahead, the task is about the
+    words that a text contains.
+
+    Args:
+        train: Training rows.
+        held_out: Held-out rows.
+
+    Returns:
+        The accuracy, or the problem; ``None`` if the rows have no common classes, so that a comparison has no meaning.
+    """
+    labelled = [[example for example in rows if example.gold] for rows in (train, held_out)]
+    if not all(labelled) or any(majority_share(rows) is None for rows in labelled):
+        return None
+    fitted, scored = labelled
+    if fitted[0].candidates != scored[0].candidates:
+        return None
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError:
+        return WordsReference(problem="needs scikit-learn: pip install 'slzo[reference]'")
+    classes = [example.gold[0] for example in fitted]
+    if len(set(classes)) < 2:
+        return WordsReference(problem="all training rows have the same class")
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
+    )
+    try:
+        model.fit([example.prompt for example in fitted], classes)
+    except ValueError as error:  # for example no words
+        return WordsReference(problem=str(error))
+    predicted = model.predict([example.prompt for example in scored])
+    right = sum(int(found) in example.gold for found, example in zip(predicted, scored, strict=True))
+    return WordsReference(accuracy=right / len(scored))

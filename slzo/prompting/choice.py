@@ -1,0 +1,28 @@
+"""Score the answers of a classification task to a prompt."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slzo.data.encoding import Encoder
+from slzo.tasks.base import Example
+
+
+@torch.no_grad()
+def probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, candidates: Sequence[str]
+) -> list[float]:
+    """Return the probability of each candidate, as in prediction files: a softmax of the mean log-likelihoods of its tokens.
+
+    Raises:
+        SlzoError: The prompt is empty, or a candidate has no tokens of its own.
+    """
+    example = Example("prompt", prompt, tuple(candidates))
+    scores = []
+    for sequence in Encoder(tokenizer).encode(example, 0).sequences:
+        ids = torch.tensor([list(sequence.ids)], device=model.device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        chosen = logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+        scores.append(chosen[-sequence.num_answer :].mean())
+    return torch.stack(scores).softmax(dim=0).tolist()
