@@ -187,8 +187,12 @@ def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabula
     answers = 2  # a step along a direction generates at two points
     if data.objective.generates and not options.estimator.uses_points:
         answers = data.objective.sampling.samples
-        most = max(len(row.prompt) for row in data.rows("train")) + answers * data.task.max_new_tokens
-        tokens, rows = max(most, min(data.batch_size * most, MOST_LOGITS // vocabulary)), MOST_LOGITS // vocabulary
+        new = answers * data.task.max_new_tokens
+        most = max(len(row.prompt) for row in data.rows("train")) + new
+        tokens, rows = data.batch_size * most, data.batch_size * new
+        if not options.estimator.differentiates:  # other estimators run the answers in parts
+            limit = MOST_LOGITS // vocabulary
+            tokens, rows = max(most, min(tokens, limit)), max(new, min(rows, limit))
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
         vocabulary_rows=max([rows, *(_vocabulary_rows(data, p) for p in scoring)]),

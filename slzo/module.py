@@ -57,8 +57,8 @@ class ZOModule(LightningModule):
         layer: Dominant layer, counted from 0; by default the outlier profile chooses it.
         scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
         estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator.
-            The default is LayerOutputPerturbation. It is SPSA if the scope has more than one layer, if answers are generated, or
-            if eps, eps_end or num_queries is given. Backprop is the first-order reference.
+            The default is LayerOutputPerturbation. It is SPSA if the scope has more than one layer, or if eps, eps_end or
+            num_queries is given. Backprop is the first-order reference.
         eps: Size of the perturbation of weights, absolute, > 0; auto measures one that changes the loss by 1%.
         eps_end: Change eps to this value over trainer.max_steps, by the same factor each step; by default eps is constant.
         num_queries: Directions of weights per step; with SPSA each costs two evaluations of the suffix, see model.estimator for
@@ -109,17 +109,13 @@ class ZOModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         scope = LayerScope() if scope is None else scope
-        defaults = frozenset(
-            name for name, value in (("estimator", estimator), ("optimizer", optimizer)) if value is None
-        )
         step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad)
-        if estimator is None:  # objectives of generated answers need SPSA too, see TrainingOptions.for_rows
+        if estimator is None:
             estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
         if optimizer is None:
             optimizer = sgd if estimator.along_directions else adamw
         self.options = TrainingOptions(
             OptimizerChoice.of(optimizer, lr_scheduler),
-            defaults=defaults,
             model=model,
             layer=layer,
             scope=scope,

@@ -103,7 +103,7 @@ class ZOTrainer(Trainer):
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
-            model.options.for_rows(datamodule)
+            model.options.check_rows(datamodule)
             check_callbacks(self.callbacks, datamodule.metric_names("val"))
         checkpoint = self._find(ckpt_path)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))

@@ -431,3 +431,50 @@ def short_examples(answers=(2, 1)):
     """Few tokens: with noise at all positions an estimate has as many directions as states have entries."""
     generator = random.Random(1)
     return [random_example(generator, i, 4 + i, answers, i % 2) for i in range(4)]
+
+
+def assert_mean_is(expected, estimates):
+    """The mean differs from a gradient by noise alone, and the noise is small."""
+    assert all(one.gradient.keys() == expected.keys() for one in estimates)
+    means = {}
+    for name, wanted in expected.items():
+        found = torch.stack([one.gradient[name] for one in estimates]).double()
+        means[name], error = found.mean(dim=0), found.std(dim=0) / len(found) ** 0.5
+        distance = ((means[name] - wanted) / error.clamp(min=1e-7 * float(wanted.abs().max()))).square().mean().sqrt()
+        assert distance < 2, name  # about 1 if the differences are noise
+    mean, wanted = flat(means), flat(expected).double()
+    assert F.cosine_similarity(mean, wanted, dim=0) > 0.9
+    assert float(mean @ wanted / wanted.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+def assert_same_estimate(found, expected):
+    """Up to rounding of the losses, which is divided by the scale."""
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    one, other = flat(found.gradient), flat(expected.gradient)
+    assert (one - other).norm() < 1e-4 * other.norm()
+
+
+def on_processes(number, run):
+    """What each process adds to every sum, and what ``run(rank, all_reduce_sum)`` returns for each, one after the other.
+
+    In a first round nobody knows the sums, so nothing that is added to a sum may depend on an earlier one.
+    """
+    added = []
+    for rank in range(number):
+        own = []
+
+        def note(tensor, own=own):
+            own.append(tensor.clone())
+            return tensor
+
+        run(rank, note)
+        added.append(own)
+    sums = [torch.stack(parts).sum(dim=0) for parts in zip(*added, strict=True)]
+
+    def with_sums(rank):
+        known = iter(sums)
+        found = run(rank, lambda tensor: next(known).clone())
+        assert next(known, None) is None
+        return found
+
+    return added, [with_sums(rank) for rank in range(number)]

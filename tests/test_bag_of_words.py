@@ -126,4 +126,4 @@ def test_rows_that_cannot_be_fitted_are_a_problem(texts, problem):
 def test_without_scikit_learn_the_problem_names_the_package(monkeypatch):
     for name in ("sklearn", "sklearn.feature_extraction.text"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert bag_of_words(TRAIN, TRAIN) == WordsReference(None, "needs scikit-learn: pip install 'slzo[reference]'")
+    assert bag_of_words(TRAIN, TRAIN) == WordsReference(None, "needs scikit-learn: pip install scikit-learn")

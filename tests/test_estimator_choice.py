@@ -1,6 +1,5 @@
 """Who may use LayerOutputPerturbation, and which estimator and optimizer a run has by default."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import yaml
 from helpers import (
     cnn,
+    described,
     error_line,
     image_loss,
     images,
@@ -22,9 +22,10 @@ from slzo.__main__ import main
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.given import given_options
 from slzo.module import ZOModule
-from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
+from slzo.zo.estimators import SPSA, Backprop, ForwardGradient, LayerOutputPerturbation, Request
 from slzo.zo.objectives import (
     AnswerF1,
+    AnswerObjective,
     CandidateCrossEntropy,
     CandidateErrors,
     Reward,
@@ -148,22 +149,6 @@ def test_a_run_cannot_be_replayed(plain, capsys):
     )
 
 
-def generating_rows():
-    """Options of rows whose answers are generated."""
-    rows = [{"messages": [{"role": "user", "content": f"Film {i}?"}], "word": "good"} for i in range(24)]
-    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
-    return [f"--data.task={json.dumps(task)}", "--data.objective=Reward", "--data.objective.functions=json_valid"]
-
-
-def test_generated_answers_are_refused(model_dir, own_folder, capsys):
-    options = [f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu", *generating_rows()]
-    error = error_line(capsys, "fit", *options, GIVEN)
-    assert re.search(
-        r"data\.objective .*: generates answers, and LayerOutputPerturbation.* needs a loss of logits", error
-    )
-
-
 # ---- defaults --------------------------------------------------------------------------------------------------------------
 
 
@@ -218,14 +203,38 @@ def test_options_alone_choose_the_class(plain, capsys, args, estimator, optimize
         assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "positions": "answer"}
 
 
-@pytest.mark.parametrize("objective", [AnswerF1(), Reward("json_valid", in_process=True)], ids=["F1", "reward"])
-def test_with_generated_answers_the_default_perturbs_weights(objective):
+class Short(AnswerObjective):
+    """A user's objective of generated answers."""
+
+    def answer_losses(self, answers, examples):
+        return [len(text) for text in answers]
+
+
+@pytest.mark.parametrize(
+    "objective", [AnswerF1(), Reward("json_valid", in_process=True), Short()], ids=["F1", "reward", "own"]
+)
+@pytest.mark.parametrize("estimator", [None, Backprop(), ForwardGradient(), SPSA()], ids=["default", "B", "F", "SPSA"])
+def test_generated_answers_may_have_every_estimator(objective, estimator):
+    """But only points can be divided over processes."""
     rows = SimpleNamespace(objective=objective, batch_size=8)
-    for given, optimizer in (({}, "SGD"), ({"optimizer": torch.optim.Adam}, "Adam")):
-        options = ZOModule(**given).options.for_rows(rows)
-        assert (type(options.estimator), options.optimizer.name) == (SPSA, optimizer)
-    rows.objective = CandidateErrors()
-    assert isinstance(ZOModule().options.for_rows(rows).estimator, LayerOutputPerturbation)
+    given = {} if estimator is None else {"estimator": estimator}
+    ZOModule(**given).options.check_rows(rows)
+    options = ZOModule(**given, parallel="directions").options
+    if isinstance(estimator, SPSA):
+        options.check_rows(rows)
+    else:
+        error = slzo_error(options.check_rows, rows)
+        assert error.startswith(f"model.parallel directions: with {options.estimator.describe()} every process would")
+    rows.objective = CandidateCrossEntropy()
+    options.check_rows(rows)
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=described)
+def test_errors_of_candidates_have_no_derivative(estimator):
+    rows = SimpleNamespace(objective=CandidateErrors(), batch_size=8)
+    error = slzo_error(ZOModule(estimator=estimator).options.check_rows, rows)
+    assert error.startswith(f"data.objective CandidateErrors: has no derivative, which {estimator.describe()} needs")
+    ZOModule().options.check_rows(rows)
 
 
 @pytest.mark.parametrize(
@@ -241,10 +250,10 @@ def test_with_generated_answers_the_default_perturbs_weights(objective):
         (["--model.scope=LayerScope", "--model.scope.layers=[1]", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.scope=SmallestWeights", "--model.optimizer.lr=1e-3"], (None, "SGD")),
         (["--model.estimator=Backprop", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
-        (["--data.reward=json_valid", "--model.optimizer.lr=1e-3"], (None, "SGD")),
-        (["--data.task=squad", "--data.objective=metric", "--model.optimizer.lr=1e-3"], (None, "SGD")),
-        (["--data.task=sst2", "--data.objective=metric", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
-        (["--data.objective=AnswerF1", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--data.reward=json_valid", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--data.reward=json_valid", "--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--data.task=squad", "--data.objective=metric", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--data.objective=AnswerF1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
     ],
 )
 def test_the_classes_whose_options_are_given(args, expected):

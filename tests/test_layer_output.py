@@ -4,17 +4,21 @@ import copy
 import math
 import random
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers import (
     FAMILIES,
+    assert_mean_is,
+    assert_same_estimate,
     autograd_gradient,
     batch_loss,
     described,
     estimate_at,
     flat,
     layer_forward,
+    on_processes,
     plain_losses,
     plain_scores,
     random_example,
@@ -81,39 +85,31 @@ def first_shifted(sequence):
     return len(sequence.ids) - sequence.num_answer - 1
 
 
-def plain_row_losses(model, layer, examples, shifts, objective):
-    """What each example adds to the loss, with the layer's output shifted at each sequence's answer positions.
+def shifted_scores(model, layer, example, shifts):
+    """Log-probabilities of each candidate's tokens, with the layer's output shifted at the positions that predict them.
 
-    ``shifts`` has, for each example and candidate, the shift of the positions that predict the answer, shape (answer, width).
+    ``shifts`` has a shift for each candidate, shape (answer, width).
     """
-    found = []
-    for example, own in zip(examples, shifts, strict=True):
-        scores = []
-        for sequence, shift in zip(example.sequences, own, strict=True):
+    scores = []
+    for sequence, shift in zip(example.sequences, shifts, strict=True):
 
-            def add(module, inputs, output, sequence=sequence, shift=shift):
-                hidden = output[0] if isinstance(output, tuple) else output
-                hidden, start = hidden.clone(), first_shifted(sequence)
-                hidden[0, start : start + len(shift)] += shift
-                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        def add(module, inputs, output, sequence=sequence, shift=shift):
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden, start = hidden.clone(), first_shifted(sequence)
+            hidden[0, start : start + len(shift)] += shift
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-            handle = model.get_submodule(layer).register_forward_hook(add)
-            (tokens,) = plain_scores(model, type(example)(0, (sequence,), (0,)))
-            handle.remove()
-            scores.append(tokens)
-        gold = example.gold[0]
-        if isinstance(objective, AnswerLikelihood):
-            found.append(-scores[gold].sum())
-        else:
-            means = torch.stack([tokens.mean() for tokens in scores])
-            found.append(F.cross_entropy(means[None], torch.tensor([gold])))
-    return torch.stack(found)
+        handle = model.get_submodule(layer).register_forward_hook(add)
+        scores += plain_scores(model, type(example)(0, (sequence,), (0,)))
+        handle.remove()
+    return scores
 
 
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=described)
 @pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_at_a_shifted_output(family, layer, objective, examples):
+    """Those of the rows, or, if the loss is a sum over tokens of answers, those of the token after each position."""
     model = tiny_model(family, scale=1.5, attn_implementation="eager")
     parts, batch = ModelParts(tiny_model(family, scale=1.5), onednn=False), pack(examples)
     output, _ = layer_output(parts, layer, batch, objective)
@@ -121,17 +117,22 @@ def test_losses_at_a_shifted_output(family, layer, objective, examples):
     shifts = 0.3 * torch.randn(3, len(output.row), output.width)
     losses = output.losses(shifts)
     assert torch.equal(output.applied(shifts), shifts)
+    of_tokens = isinstance(objective, AnswerLikelihood)
+    assert torch.equal(output.part, torch.arange(len(output.row)) if of_tokens else output.row)
+    assert losses.shape == (3, output.num_parts) == (3, len(output.row) if of_tokens else len(examples))
     where = {int(position): number for number, position in enumerate(output.positions)}
     for number in range(3):
-        of_examples, sequences = [], iter(sequences_of(batch))
-        for example in examples:
-            own = []
-            for sequence in example.sequences:
-                positions = next(sequences)[-sequence.num_answer :]
-                own.append(shifts[number][[where[position] for position in positions]])
-            of_examples.append(own)
-        expected = plain_row_losses(model, f"{parts.layers_path}.{layer}", examples, of_examples, objective)
-        torch.testing.assert_close(losses[number], expected.float(), rtol=2e-4, atol=2e-4)
+        expected, sequences = torch.zeros(output.num_parts), iter(sequences_of(batch))
+        for row, example in enumerate(examples):
+            own = [[where[p] for p in next(sequences)[-sequence.num_answer :]] for sequence in example.sequences]
+            shift = [shifts[number][numbers] for numbers in own]
+            scores, gold = shifted_scores(model, f"{parts.layers_path}.{layer}", example, shift), example.gold[0]
+            if of_tokens:
+                expected[own[gold]] = -scores[gold].float()
+            else:
+                means = torch.stack([tokens.mean() for tokens in scores])
+                expected[row] = F.cross_entropy(means[None], torch.tensor([gold]))
+        torch.testing.assert_close(losses[number], expected, rtol=2e-4, atol=2e-4)
 
 
 def sequences_of(batch):
@@ -162,14 +163,14 @@ def conversations():
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_running_the_last_tokens_is_enough(family, layer):
     """Without packing the layers above run over all tokens at every point."""
-    batch, losses = pack(conversations()), []
+    batch, losses, scored = pack(conversations()), [], 5 + 4 + 1 + 2
     for packed in (True, False):
         parts = ModelParts(tiny_model(family, scale=1.5), packed, onednn=False)
         output, _ = layer_output(parts, layer, batch, AnswerLikelihood())
         torch.manual_seed(1)
         losses.append(output.losses(0.3 * torch.randn(3, len(output.row), output.width)))
     torch.testing.assert_close(*losses, rtol=2e-4, atol=2e-4)
-    assert losses[0].std(dim=0).min() > 1e-3  # the shifts reach every row
+    assert int((losses[0].std(dim=0) > 1e-3).sum()) == scored  # the shifts reach every token of a gold answer
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -186,50 +187,61 @@ def test_the_size_is_that_of_what_the_layer_adds(layer, examples):
 # ---- against autograd ------------------------------------------------------------------------------------------------------
 
 
-def gradient_from_answers(model, layer, examples, names):
-    """The gradient of the cross-entropy with the layer's output detached at all positions that predict no answer token."""
+@contextmanager
+def constant_except(layer, positions):
+    """Derivatives in which a layer's output is constant at all other positions."""
+
+    def detach(module, inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        constant = hidden.detach().clone()
+        constant[:, positions] = hidden[:, positions]
+        return (constant, *output[1:]) if isinstance(output, tuple) else constant
+
+    handle = layer.register_forward_hook(detach)
+    yield
+    handle.remove()
+
+
+def reference_of(model, names):
+    """A copy of a model in which some parameters have derivatives, and these parameters."""
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("eager")
     parameters = dict(reference.named_parameters())
-    for name in names:
-        parameters[name].requires_grad_(True)
+    return reference, {name: parameters[name].requires_grad_(True) for name in names}
+
+
+def gradient_from_answers(model, layer, examples, names):
+    """The gradient of the cross-entropy with the layer's output constant at all positions that predict no answer token."""
+    reference, parameters = reference_of(model, names)
     losses = []
     for example in examples:
         scores = []
         for sequence in example.sequences:
-
-            def detach(module, inputs, output, sequence=sequence):
-                hidden = output[0] if isinstance(output, tuple) else output
-                start = first_shifted(sequence)
-                hidden = torch.cat([hidden[:, :start].detach(), hidden[:, start:]], dim=1)
-                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-            handle = reference.get_submodule(layer).register_forward_hook(detach)
-            (tokens,) = plain_scores(reference, type(example)(0, (sequence,), (0,)))
-            handle.remove()
+            with constant_except(reference.get_submodule(layer), slice(first_shifted(sequence), None)):
+                (tokens,) = plain_scores(reference, type(example)(0, (sequence,), (0,)))
             scores.append(tokens.mean())
         losses.append(F.cross_entropy(torch.stack(scores)[None], torch.tensor([example.gold[0]])))
     torch.stack(losses).mean().backward()
-    return {name: parameters[name].grad for name in names}
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def gradient_of_tokens(model, layer, examples, names):
+    """The gradient of the gold answers' likelihood if the layer's output at a position affects only the token after it."""
+    reference, parameters = reference_of(model, names)
+    losses = []
+    for example in examples:
+        gold = example.sequences[example.gold[0]]
+        for number in range(gold.num_answer):
+            with constant_except(reference.get_submodule(layer), first_shifted(gold) + number):
+                (tokens,) = plain_scores(reference, type(example)(0, (gold,), (0,)))
+            losses.append(-tokens[number])
+    torch.stack(losses).mean().backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
 
 
 def estimates_of(model, loss, number, queries=50, positions="answer"):
     """Some estimates that hardly have a bias."""
     return [estimate_at(model, loss, step, queries=queries, scale=0.02, positions=positions) for step in range(number)]
-
-
-def assert_mean_is(expected, estimates):
-    """The mean differs from a gradient by noise alone, and the noise is small."""
-    assert all(one.gradient.keys() == expected.keys() for one in estimates)
-    means = {}
-    for name, wanted in expected.items():
-        found = torch.stack([one.gradient[name] for one in estimates]).double()
-        means[name], error = found.mean(dim=0), found.std(dim=0) / len(found) ** 0.5
-        distance = ((means[name] - wanted) / error.clamp(min=1e-7 * float(wanted.abs().max()))).square().mean().sqrt()
-        assert distance < 2, name  # about 1 if the differences are noise
-    mean, wanted = flat(means), flat(expected).double()
-    assert F.cosine_similarity(mean, wanted, dim=0) > 0.9
-    assert float(mean @ wanted / wanted.square().sum()) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -254,6 +266,21 @@ def test_in_the_last_layer_the_answers_have_the_whole_gradient(family, examples)
     model = tuned_model(family, LAST)
     expected = autograd_gradient(model.parts.model, examples, model.tensors.names)
     assert_mean_is(expected, estimates_of(model, batch_loss(model, examples), 30))
+
+
+@pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("gemma3_text", 1), ("llama", LAST), ("gemma2", LAST)])
+def test_the_mean_with_a_loss_of_each_token_is_the_gradient_of_its_position(family, layer):
+    """In the last layer this is the whole gradient."""
+    examples, model = short_examples((6, 5)), tuned_model(family, layer, scale=1.5)
+    loss = batch_loss(model, examples, AnswerLikelihood())
+    value, whole = loss.gradient()
+    names = model.tensors.names
+    expected = gradient_of_tokens(model.parts.model, f"{model.parts.layers_path}.{layer}", examples, names)
+    missing = flat({name: whole[name] - expected[name] for name in names}).norm() / flat(whole).norm()
+    assert missing < 1e-4 if layer == LAST else missing > 0.1
+    estimates = estimates_of(model, loss, 30, queries=20)
+    assert estimates[0].loss == pytest.approx(value, rel=1e-5)
+    assert_mean_is(expected, estimates)
 
 
 SCOPES = [
@@ -313,21 +340,25 @@ def test_the_bias_falls_with_the_square_of_the_scale(examples):
 
 
 class Linear(LayerOutput):
-    """Three rows whose losses are linear in their states; states are rounded to multiples of ``step``."""
+    """Three rows whose losses are linear in their states; states are rounded to multiples of ``step``.
+
+    The parts of the loss are those of the rows or, ``by_position``, those of the positions.
+    """
 
     keys, width = (7, 3, 11), 4
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
-    def __init__(self, step=0.0, points_at_once=100):
+    def __init__(self, step=0.0, points_at_once=100, by_position=False):
         generator = torch.Generator().manual_seed(0)
         self.slope = torch.randn(6, 4, generator=generator)
         self.size = torch.tensor([0.5, 2.0, 1.0])[self.row, None]
         self.step, self.points_at_once, self.calls = step, points_at_once, []
+        self.part, self.num_parts = (torch.arange(6), 6) if by_position else (self.row, 3)
 
     def losses(self, shifts):
         self.calls.append(len(shifts))
         products = (self.slope * self.applied(shifts)).sum(dim=-1)
-        return torch.zeros(len(shifts), 3).index_add_(1, self.row, products)
+        return torch.zeros(len(shifts), self.num_parts).index_add_(1, self.part, products)
 
     def applied(self, shifts):
         return (shifts / self.step).round() * self.step if self.step else shifts
@@ -340,17 +371,18 @@ def estimate_of_output(output, step=0, **options):
     return LayerOutputPerturbation(**options).estimate(Request(None, output, 5, step)).gradient["output"]
 
 
+@pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("rounding", [0.0, 0.05])
 @pytest.mark.parametrize(("at_once", "calls"), [(1, [1] * 14), (5, [4, 4, 4, 2]), (100, [14])])
-def test_the_estimate_is_the_formula(rounding, at_once, calls):
+def test_the_estimate_is_the_formula(rounding, at_once, calls, by_position):
     """With the shifts that rounding left, and the same however many points run together."""
-    output, counts = Linear(rounding, at_once), (2, 1, 3)
+    output, counts = Linear(rounding, at_once, by_position), (2, 1, 3)
     expected = torch.zeros(6, 4)
     for query in range(7):
         shift = 0.1 * output.size * row_noise(output.keys, counts, expected, 5, 3, query)
         ends = output.applied(shift) - output.applied(-shift)
-        for row in range(3):
-            own = output.row == row
+        for part in range(output.num_parts):
+            own = output.part == part
             slope = (output.slope[own] * ends[own]).sum()
             expected[own] += slope * ends[own] / (0.2 * output.size[own]) ** 2 / 7
     found = estimate_of_output(output, step=3, queries=7, scale=0.1)
@@ -369,16 +401,17 @@ def test_the_noise_of_a_row_is_its_own():
     assert len({tuple(noise.flatten().tolist()) for noise in [alone, *others]}) == 7
 
 
-def test_the_mean_of_a_linear_loss_is_its_slope():
-    """The relative variance is that of theory: (d + 1) / q for a row of d entries."""
-    output = Linear()
+@pytest.mark.parametrize(("by_position", "entries"), [(False, (8, 4, 12)), (True, (4,) * 6)])
+def test_the_mean_of_a_linear_loss_is_its_slope(by_position, entries):
+    """The relative variance is that of theory: (d + 1) / q for a part of the loss that d entries are measured by."""
+    output = Linear(by_position=by_position)
     found = torch.stack([estimate_of_output(output, step, queries=25) for step in range(200)])
     error = found.std(dim=0) / 200**0.5
     assert ((found.mean(dim=0) - output.slope) / error).square().mean().sqrt() < 1.3
-    for row, entries in enumerate((8, 4, 12)):
-        own, slope = found[:, output.row == row], output.slope[output.row == row]
+    for part, number in enumerate(entries):
+        own, slope = found[:, output.part == part], output.slope[output.part == part]
         variance = (own - slope).square().sum(dim=(1, 2)).mean() / slope.square().sum()
-        assert float(variance) == pytest.approx((entries + 1) / 25, rel=0.15)
+        assert float(variance) == pytest.approx((number + 1) / 25, rel=0.15)
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------------
@@ -413,13 +446,6 @@ def test_in_bfloat16_what_rounding_left_counts(examples):
 # ---- parts, order and processes --------------------------------------------------------------------------------------------
 
 
-def assert_same_estimate(found, expected):
-    """Up to rounding of the losses, which is divided by the scale."""
-    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    one, other = flat(found.gradient), flat(expected.gradient)
-    assert (one - other).norm() < 1e-4 * other.norm()
-
-
 @pytest.mark.parametrize("positions", ["answer", "all"])
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=described)
@@ -441,46 +467,24 @@ def test_a_batch_in_parts_has_the_same_estimate(objective, layer, positions, exa
     assert (flat(other.gradient) - flat(whole.gradient)).norm() > 0.1 * flat(whole.gradient).norm()
 
 
-def on_processes(number, run):
-    """What each process adds to every sum, and what ``run(rank, all_reduce_sum)`` returns for each, one after the other.
-
-    In a first round nobody knows the sums, so nothing that is added to a sum may depend on an earlier one.
-    """
-    added = []
-    for rank in range(number):
-        own = []
-
-        def note(tensor, own=own):
-            own.append(tensor.clone())
-            return tensor
-
-        run(rank, note)
-        added.append(own)
-    sums = [torch.stack(parts).sum(dim=0) for parts in zip(*added, strict=True)]
-
-    def with_sums(rank):
-        known = iter(sums)
-        found = run(rank, lambda tensor: next(known).clone())
-        assert next(known, None) is None
-        return found
-
-    return added, [with_sums(rank) for rank in range(number)]
-
-
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=described)
 @pytest.mark.parametrize("queries", [1, 6, 40])
 @pytest.mark.parametrize("number", [2, 3])
-def test_processes_divide_the_points(number, queries, examples):
-    model = tuned_model()
-    whole = estimate_at(model, batch_loss(model, examples), queries=queries)
+def test_processes_divide_the_points(number, queries, objective, examples):
+    model, num_parts = tuned_model(), len(examples)
+    if objective.only_gold:  # as in training; then every position has a loss of its own
+        examples = [EncodedExample(row.index, (row.sequences[row.gold[0]],), (0,)) for row in examples]
+        num_parts = sum(row.sequences[0].num_answer for row in examples)
+    whole = estimate_at(model, batch_loss(model, examples, objective), queries=queries)
 
     def run(rank, all_reduce_sum):
         processes = Processes(number, rank, "directions", all_reduce_sum)
-        return estimate_at(model, batch_loss(model, examples, processes=processes), queries=queries)
+        return estimate_at(model, batch_loss(model, examples, objective, processes), queries=queries)
 
     added, found = on_processes(number, run)
     evaluated = [torch.cat(own) for own in added]
     assert ((torch.stack(evaluated) != 0).sum(dim=0) == 1).all()  # each loss is computed by one process
-    assert len(evaluated[0]) == 2 * queries
+    assert evaluated[0].shape == (2 * queries, num_parts)
     for estimate in found:
         assert_same_estimate(estimate, whole)
         assert same_tensors(estimate.gradient, found[0].gradient)
@@ -528,27 +532,55 @@ def test_only_the_layers_above_run_for_a_query(queries, positions, examples, mon
     assert found.num_evaluations == round(cost)
 
 
+class OfRows(AnswerLikelihood):
+    """The same loss, which does not say that it is a sum over positions."""
+
+    def of_positions(self, logits, batch):
+        return None
+
+
 @pytest.mark.parametrize(
     ("rows", "objective", "given", "queries"),
     [
-        ("one_token_examples", CandidateCrossEntropy(), None, 16),
-        ("examples", CandidateCrossEntropy(), None, 4),
-        ("one_token_examples", AnswerLikelihood(), None, 4),
-        ("examples", CandidateCrossEntropy(), 5, 5),
+        ("one_token_examples", CandidateCrossEntropy(), {}, 16),
+        ("examples", CandidateCrossEntropy(), {}, 4),
+        ("one_token_examples", AnswerLikelihood(), {}, 1),
+        ("examples", AnswerLikelihood(), {}, 1),
+        ("examples", AnswerLikelihood(), {"positions": "all"}, 4),
+        ("examples", OfRows(), {}, 4),
+        ("examples", CandidateCrossEntropy(), {"queries": 5}, 5),
+        ("examples", AnswerLikelihood(), {"queries": 5}, 5),
     ],
 )
 def test_logits_of_the_whole_vocabulary_take_fewer_queries(rows, objective, given, queries, request, monkeypatch):
+    """And a loss of each token takes the fewest."""
     model, evaluated, losses = tuned_model(), [], PackedLayerOutput.losses
     loss = batch_loss(model, request.getfixturevalue(rows), objective)
-    expected = estimate_at(model, loss, queries=queries)
+    expected = estimate_at(model, loss, **{**given, "queries": queries})
 
     def noted(self, shifts):
         evaluated.append(len(shifts))
         return losses(self, shifts)
 
     monkeypatch.setattr(PackedLayerOutput, "losses", noted)
-    assert same_tensors(estimate_at(model, loss, queries=given).gradient, expected.gradient)
+    assert same_tensors(estimate_at(model, loss, **{"queries": None, **given}).gradient, expected.gradient)
     assert sum(evaluated) == 2 * queries
+
+
+def test_all_parts_of_a_batch_take_as_many_queries(examples, monkeypatch):
+    """Also rows of one token alone, whose positions are as many as the rows."""
+    model, evaluated, losses = tuned_model(), {}, PackedLayerOutput.losses
+    loss = batch_loss(model, examples, max_tokens=1)
+    expected = estimate_at(model, loss, queries=4)
+
+    def noted(self, shifts):
+        assert not self.by_position
+        evaluated[self.keys] = evaluated.get(self.keys, 0) + len(shifts)
+        return losses(self, shifts)
+
+    monkeypatch.setattr(PackedLayerOutput, "losses", noted)
+    assert same_tensors(estimate_at(model, loss).gradient, expected.gradient)
+    assert evaluated == {(example.index,): 2 * 4 for example in examples}
 
 
 def test_an_estimate_leaves_nothing_behind(examples):

@@ -234,9 +234,10 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
     [
         ({"temperature": -1}, "data.objective.temperature -1: must be 0 or more"),
         (
-            {"samples": 2},
+            {"samples": 2, "temperature": 0},
             "data.objective.samples 2: must be at least 1; for more than 1, set data.objective.temperature",
         ),
+        ({"samples": 0}, "data.objective.samples 0: must be at least 1"),
         ({"best": 1e308}, r"data.objective.best 1e\+308: must be a number from -1e\+30 to 1e\+30"),
         ({"timeout": 0}, "data.objective.timeout 0: must be a number of seconds above 0"),
     ],
@@ -330,8 +331,9 @@ def test_the_loss_is_minus_the_mean_reward_at_each_point(folder):
     assert values.keys() == {"reward", "reward_std", "answer_tokens"}
 
 
-def test_samples_are_common_to_both_points_and_to_all_processes(folder, monkeypatch):
-    objective = Reward("mine.py:length", temperature=1.0, samples=3, in_process=True)
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {}])  # several samples are sampled without being told so
+def test_samples_are_common_to_both_points_and_to_all_processes(sampling, folder, monkeypatch):
+    objective = Reward("mine.py:length", samples=3, in_process=True, **sampling)
     asked, real = [], objective.rewards
     monkeypatch.setattr(
         objective, "rewards", lambda answers, **options: asked.append(answers) or real(answers, **options)
@@ -438,11 +440,15 @@ def test_an_interrupt_inside_a_reward_is_one_of_the_run(reward_options, folder, 
             "no step was taken 2 times in a row (model.max_nonfinite)",
         ),
         (
-            ["--model.eps=auto", "--model.optimizer.lr=auto"],
+            ["--model.max_nonfinite=2", "--guard.factor=null", "--model.eps=auto", "--model.optimizer=AdamW"],
+            "no step was taken 2 times in a row (model.max_nonfinite)",
+        ),
+        (
+            ["--model.estimator=SPSA", "--model.eps=auto", "--model.optimizer.lr=auto"],
             "no step could be measured (model.eps or model.optimizer.lr auto)",
         ),
     ],
-    ids=["training", "measuring"],
+    ids=["training", "policy gradient", "measuring"],
 )
 def test_a_run_whose_reward_fails_stops_in_one_line(reward_options, options, ending, capfd):
     options = [*reward_options, "--data.reward=mine.py:nothing", "--record.test_before=false", *options]

@@ -1,25 +1,27 @@
 """What each row adds to a loss, for the objectives of slzo and of a user."""
 
 import random
-from itertools import product
+import re
+from itertools import pairwise, product
 
 import pytest
 import torch
 from helpers import (
+    assert_same_estimate,
     batch_loss,
     described,
     estimate_at,
     flat,
     random_example,
     short_examples,
+    slzo_error,
     tiny_loss,
     tuned_model,
 )
 
 from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import LossSum
+from slzo.batches.losses import LossSum, RowLosses
 from slzo.batches.packing import pack
-from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import LayerOutputPerturbation, Request
 from slzo.zo.objectives import (
     AnswerLikelihood,
@@ -80,16 +82,26 @@ CASES = [*product([*BUILT_IN, Margins(), Certainty()], ANSWERS)]
 CASES.remove((WEIGHTED, "other candidates"))  # they need the same candidates in all rows
 
 
+def random_rows(answers, odd):
+    """Random examples with these candidates, and perhaps one without a label and one with two right candidates."""
+    generator = random.Random(1)
+    examples = [random_example(generator, i, 5, own, i % len(own)) for i, own in enumerate(ANSWERS[answers])]
+    return examples + [EncodedExample(7 + i, examples[0].sequences, gold) for i, gold in enumerate(((), (0, 1))) if odd]
+
+
+def random_logits(batch):
+    """Logits of a batch at three points."""
+    return 2 * torch.randn(3, len(batch.needed), VOCABULARY, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(
     ("objective", "answers"), CASES, ids=lambda value: value if isinstance(value, str) else value.describe()
 )
 def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
-    generator = random.Random(1)
-    examples = [random_example(generator, i, 5, own, i % len(own)) for i, own in enumerate(ANSWERS[answers])]
-    if objective in BUILT_IN:  # without a label it has no weight; two right candidates are fine
-        examples += [EncodedExample(7 + i, examples[0].sequences, gold) for i, gold in enumerate(((), (0, 1)))]
+    # without a label a row has no weight; two right candidates are fine
+    examples = random_rows(answers, odd=objective in BUILT_IN)
     batch = pack(examples)
-    logits = 2 * torch.randn(3, len(batch.needed), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    logits = random_logits(batch)
     sizes = [len(pack([example]).needed) for example in examples]
     expected = torch.stack(
         [
@@ -110,6 +122,26 @@ def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
             torch.testing.assert_close(torch.stack([*objective.of_logits(point, batch, selected)]), own.sum(dim=0))
 
 
+@pytest.mark.parametrize("answers", ANSWERS)
+def test_the_losses_of_positions_are_those_of_the_gold_tokens_after_them(answers):
+    examples = random_rows(answers, odd=True)
+    batch = pack(examples)
+    logits = random_logits(batch)
+    expected, ends = torch.zeros(logits.shape[:-1]), [0]
+    for example in examples:
+        first, end = ends[-1], ends[-1] + 1  # all candidates have the position before them in common
+        for slot, sequence in enumerate(example.sequences):
+            positions, end = [first, *range(end, end + sequence.num_answer - 1)], end + sequence.num_answer - 1
+            if example.gold[:1] == (slot,):
+                for position, token in zip(positions, sequence.ids[-sequence.num_answer :], strict=True):
+                    expected[:, position] = -logits[:, position].log_softmax(-1)[:, token]
+        ends.append(end)
+    found = AnswerLikelihood().of_positions(logits, batch)
+    torch.testing.assert_close(found, expected)
+    of_rows = torch.stack([found[:, start:end].sum(dim=1) for start, end in pairwise(ends)], dim=1)
+    torch.testing.assert_close(of_rows, AnswerLikelihood().of_rows(logits, batch, False).totals)
+
+
 @pytest.mark.parametrize("objective", [CandidateErrors(), Margins(), Certainty()], ids=described)
 @pytest.mark.parametrize("answers", [(1, 1), (2, 3)])
 def test_an_objective_without_derivative_or_of_the_user_has_an_estimate(objective, answers):
@@ -124,6 +156,58 @@ def test_an_objective_without_derivative_or_of_the_user_has_an_estimate(objectiv
         assert flat(found.gradient).norm() > 0
 
 
+class OwnScores(CandidateCrossEntropy):
+    of_scores = Margins.of_scores
+
+
+class OwnLogits(AnswerLikelihood):
+    of_logits = Certainty.of_logits
+
+
+class OwnLogitsOfCandidates(CandidateCrossEntropy):
+    needs_vocabulary = LogitObjective.needs_vocabulary
+    of_logits = Certainty.of_logits
+
+
+class OwnRows(AnswerLikelihood):
+    def of_rows(self, logits, batch, selected):
+        totals, weights = super().of_rows(logits, batch, selected)
+        return RowLosses(2 * totals, weights)
+
+
+class Doubled(AnswerLikelihood):
+    def of_logits(self, logits, batch, selected):
+        total, weight = super().of_logits(logits, batch, selected)
+        return LossSum(2 * total, weight)
+
+
+class PlainDoubled(LogitObjective):
+    def of_logits(self, logits, batch, selected):
+        total, weight = AnswerLikelihood().of_logits(logits, batch, selected)
+        return LossSum(2 * total, weight)
+
+
+@pytest.mark.parametrize(
+    ("own", "plain"),
+    [
+        (OwnScores(), Margins()),
+        (OwnLogits(), Certainty()),
+        (OwnLogitsOfCandidates(), Certainty()),
+        (OwnRows(), PlainDoubled()),
+        (Doubled(), PlainDoubled()),
+    ],
+    ids=described,
+)
+@pytest.mark.parametrize("answers", [(1, 1), (2, 3)])
+def test_one_method_of_a_built_in_objective_can_be_replaced(own, plain, answers):
+    """What the other methods of the built-in one compute is then not what is minimized."""
+    examples, model = short_examples(answers), tuned_model()
+    found, expected = (estimate_at(model, batch_loss(model, examples, each), queries=2) for each in (own, plain))
+    assert found.gradient.keys() == expected.gradient.keys()
+    assert_same_estimate(found, expected)
+    assert flat(found.gradient).norm() > 0
+
+
 @pytest.mark.parametrize("returned", ["sums", "number"])
 def test_what_a_users_objective_returns_is_checked(returned, examples):
     class Own(CandidateObjective):
@@ -136,5 +220,18 @@ def test_what_a_users_objective_returns_is_checked(returned, examples):
     if returned == "sums":
         assert LayerOutputPerturbation(queries=2).estimate(request).finite
         return
-    with pytest.raises(SlzoError, match=r"of_scores\(\) returned .*must return a LossSum"):
-        LayerOutputPerturbation(queries=2).estimate(request)
+    error = slzo_error(LayerOutputPerturbation(queries=2).estimate, request)
+    assert re.search(r"of_scores\(\) returned .*must return a LossSum", error)
+
+
+@pytest.mark.parametrize("returned", ["number", "total", "rows"])
+def test_what_a_users_objective_returns_for_positions_is_checked(returned, examples):
+    class Own(AnswerLikelihood):
+        def of_positions(self, logits, batch):
+            totals = self.of_rows(logits, batch, False).totals
+            return {"number": 1.0, "total": totals.sum(), "rows": totals}[returned]
+
+    model, loss = tiny_loss(examples, objective=Own())
+    error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
+    expected = r"data\.objective \S*Own: of_positions\(\) returned .*; it must return None, or a loss for each point and position"
+    assert re.match(expected, error)

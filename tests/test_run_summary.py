@@ -217,7 +217,9 @@ def test_the_first_order_command_trains_the_same_layer(options, capsys):
     changed = summary(1)
     assert [changed[name] for name in ("estimator", "optimizer", "lr", "steps")] == ["Backprop", "AdamW", "auto", 3]
     (planned,) = re.findall(r"about ([\d.]+) GiB", found["first_order"])
-    assert float(planned) == pytest.approx(changed["planned_memory_gb"], abs=0.011)  # the runs have other numbers of steps
+    assert float(planned) == pytest.approx(
+        changed["planned_memory_gb"], abs=0.011
+    )  # the runs have other numbers of steps
     same = ("dominant_layer", "tuned_parameters", "seed", "num_rows")
     assert [changed[name] for name in same] == [found[name] for name in same]
     assert (changed["layer_reason"], changed["first_order"]) == ("set by model.layer", None)

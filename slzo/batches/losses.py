@@ -42,6 +42,12 @@ class LogitLoss(Protocol):
     def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
         """Return the loss of each example at N points, from logits of shape (N, U, K or vocabulary)."""
 
+    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
+        """Return what the logits of each needed position add to the total loss at N points, shape (N, U).
+
+        ``None`` if the loss is not a sum over positions. ``logits`` are those of the whole vocabulary.
+        """
+
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
     """Return the log-probability of each answer token, shape (..., R), from float32 logits (..., U, vocabulary)."""
@@ -65,12 +71,26 @@ def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
 
 def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:
     """Return the negative log-likelihood of the gold answers, summed over their tokens, from logits (..., U, vocabulary)."""
-    tokens = token_log_likelihoods(logits, batch)
-    is_gold = batch.candidate_slot == batch.gold[batch.candidate_example]
-    mask = is_gold[batch.token_candidate].to(tokens.dtype)
+    tokens = -token_log_likelihoods(logits, batch)
+    mask = _is_gold(batch).to(tokens.dtype)
     example = batch.candidate_example[batch.token_candidate]
-    totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples).index_add_(-1, example, -tokens * mask)
+    totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples).index_add_(-1, example, tokens * mask)
     return RowLosses(totals, mask.new_zeros(batch.num_examples).index_add_(0, example, mask))
+
+
+def position_losses(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the negative log-likelihood of the gold tokens that follow each needed position, shape (..., U).
+
+    The logits have shape (..., U, vocabulary).
+    """
+    tokens = -token_log_likelihoods(logits, batch)
+    totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())
+    return totals.index_add_(-1, batch.token_needed, tokens * _is_gold(batch).to(tokens.dtype))
+
+
+def _is_gold(batch: PackedBatch) -> Tensor:
+    """Return whether each answer token is one of the gold answer, shape (R,)."""
+    return (batch.candidate_slot == batch.gold[batch.candidate_example])[batch.token_candidate]
 
 
 def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:

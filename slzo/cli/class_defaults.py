@@ -6,9 +6,7 @@ from typing import Any
 
 from slzo.cli.given import Given, loaded
 from slzo.cli.option_types import imported_class
-from slzo.tasks.registry import TASKS
 from slzo.zo.estimators import ESTIMATORS, SPSA, LayerOutputPerturbation
-from slzo.zo.objectives import METRIC_OBJECTIVES, OBJECTIVES
 from slzo.zo.optim import AUTO_LR
 from slzo.zo.scopes import SCOPES
 
@@ -21,14 +19,11 @@ _OF_WEIGHTS = {
 
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
-    """Return estimator and optimizer with a class, for those of which an option is given.
-
-    A choice of which no option is given stays open: the model makes it when it knows the objective.
-    """
+    """Return estimator and optimizer with a class, for those of which an option is given."""
     options = {each.name: loaded(each.value) for each in given if loaded(each.value) is not None}
     found: dict[str, dict[str, Any]] = {}
     of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
-    perturbs_output = _one_layer(given, options) and not of_weights and not _generates(given, options)
+    perturbs_output = _one_layer(given, options) and not of_weights
     default = LayerOutputPerturbation if perturbs_output else SPSA
     if any(name.startswith("model.estimator.") for name in options):
         found["model.estimator"] = {"class_path": f"{default.__module__}.{default.__name__}"}
@@ -48,17 +43,6 @@ def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
     usual = getattr(kind, "layers", None) if parameter is None else parameter.default
     layers = options.get("model.scope.layers", usual)
     return layers is None or (isinstance(layers, list) and len(set(layers)) == 1)
-
-
-def _generates(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
-    """Return whether training generates answers."""
-    objective = options.get("data.objective")
-    if objective is None:
-        return "data.reward" in options
-    if objective == "metric":
-        task = TASKS.get(str(options.get("data.task")))
-        return task is not None and METRIC_OBJECTIVES[task.kind].generates
-    return bool(getattr(_last_class("data.objective", given, OBJECTIVES), "generates", False))
 
 
 def _last_class(name: str, given: Sequence[Given], known: Iterable[type]) -> Any:

@@ -55,7 +55,8 @@ def sweep(
     """
     with disk_errors():
         parts, rows = app.load()
-        options = app.model.options.for_rows(rows)
+        options = app.model.options
+        options.check_rows(rows)
         if app.trainer.world_size > 1:
             raise SlzoError(
                 f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"

@@ -44,7 +44,7 @@ def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> Words
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
     except ImportError:
-        return WordsReference(problem="needs scikit-learn: pip install 'slzo[reference]'")
+        return WordsReference(problem="needs scikit-learn: pip install scikit-learn")
     classes = [example.gold[0] for example in fitted]
     if len(set(classes)) < 2:
         return WordsReference(problem="all training rows have the same class")

@@ -61,6 +61,24 @@ class Kept:
     keep: bool = True
 
 
+@dataclass(frozen=True)
+class EnteringStates:
+    """States that enter the varied layers, one per token that was run, recorded while answers are generated.
+
+    Attributes:
+        prompts: States of each prompt, shape (its tokens, hidden), by its number.
+        answers: States of each answer's tokens but the last, each of shape (hidden,), by its number.
+    """
+
+    prompts: dict[int, Tensor] = field(default_factory=dict)
+    answers: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def of(self, prompt: int, answers: Sequence[int]) -> Tensor:
+        """Return the states of a prompt and, after them, of some answers one by one, shape (tokens, hidden)."""
+        own = [state[None] for answer in answers for state in self.answers.get(answer, ())]
+        return torch.cat([self.prompts[prompt], *own])
+
+
 class _Logits(NamedTuple):
     """Logits of each answer's next token, shape (answers, vocabulary), float32."""
 
@@ -163,6 +181,7 @@ class _Decoder:
     max_tokens: int
     varied: VariedLayers | None
     kept: Kept | None
+    entering: EnteringStates | None = None
     below: _Histories | None = field(init=False, default=None)
     points: dict[int, _Stage] = field(init=False, default_factory=dict)
     above: _Stage | None = field(init=False, default=None)
@@ -226,6 +245,8 @@ class _Decoder:
         elif self.below is not None:
             hidden, below = self.below.stage.record(batch, None)
             self.below.stage.fill(below, positions)
+        if self.entering is not None and hidden is not None:
+            self.entering.prompts.update({row: hidden.index_select(0, where) for row, where in positions.items()})
         final, answers = self._prefill_above(batch, hidden, positions, points)
         needed = torch.cat([batch.needed + copy * batch.num_tokens for copy in range(len(points))])
         logits = self.parts.head(final.index_select(0, needed)).split(batch.needed.numel())
@@ -271,6 +292,9 @@ class _Decoder:
         else:
             order = [answer for answers in orders.values() for answer in answers]
         hidden = None if self.below is None else self.below.advance(tokens, order)
+        if self.entering is not None and hidden is not None:
+            for answer, state in zip(order, hidden, strict=True):
+                self.entering.answers.setdefault(answer, []).append(state)
         if orders:
             sizes = [len(answers) for answers in orders.values()]
             inputs = [None] * len(orders) if hidden is None else hidden.split(sizes)
@@ -296,6 +320,20 @@ class _Decoder:
         self.varied.write(point)
 
 
+class Decoded(NamedTuple):
+    """Output of :func:`decode`.
+
+    Attributes:
+        answers: Tokens of each answer, without the stop token.
+        ends: Stop token of each answer; ``None`` if it ended otherwise.
+        gold: Summed loss of the gold answers' tokens; ``None`` if no gold answers were given.
+    """
+
+    answers: list[list[int]]
+    ends: list[int | None]
+    gold: LossSum | None
+
+
 def decode(
     parts: ModelParts,
     prompts: Sequence[Sequence[int]],
@@ -309,8 +347,9 @@ def decode(
     varied: VariedLayers | None = None,
     kept: Kept | None = None,
     gold: Sequence[EncodedExample] | None = None,
-) -> tuple[list[list[int]], LossSum | None]:
-    """Generate answers; return the tokens of each without the stop token, and the summed loss of the gold answers.
+    entering: EnteringStates | None = None,
+) -> Decoded:
+    """Generate answers.
 
     Args:
         parts: The model, packed.
@@ -325,14 +364,16 @@ def decode(
             uses the live weights for all answers.
         kept: Cached states of the prompts; they enter the first varied layer, or any layer if none is varied.
         gold: Examples whose gold answers' loss is computed in the same passes, one per prompt; with one point only.
+        entering: Records the states that enter the varied layers, unless these are the first ones; with one point only.
     """
     answers: list[list[int]] = [[] for _ in wanted]
+    ends: list[int | None] = [None] * len(wanted)
     if not wanted:
-        return answers, None
+        return Decoded(answers, ends, None)
     losses: list[LossSum] = []
     tokens: dict[int, int] = {}
     check_places(parts)
-    decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept)
+    decoder = _Decoder(parts, prompts, wanted, max_new_tokens, prefill_tokens, varied, kept, entering)
     for rows, points, cached in decoder.chunks():
         logits, loss = decoder.prefill(rows, points, cached, gold)
         tokens |= logits.tokens(0, sampling)
@@ -340,6 +381,8 @@ def decode(
             losses.append(loss)
     for step in range(max_new_tokens):
         finished = {answer for answer, token in tokens.items() if token in stops}
+        for answer in finished:
+            ends[answer] = tokens[answer]
         for answer in tokens.keys() - finished:
             answers[answer].append(tokens[answer])
         if ended is not None:
@@ -349,4 +392,4 @@ def decode(
         if not tokens or step == max_new_tokens - 1:
             break
         tokens = decoder.advance(tokens).tokens(step + 1, sampling)
-    return answers, sum_losses(losses) if losses else None
+    return Decoded(answers, ends, sum_losses(losses) if losses else None)

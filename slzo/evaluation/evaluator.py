@@ -15,7 +15,7 @@ from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
+from slzo.evaluation.decoding import EnteringStates, Kept, VariedLayers, Wanted, decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, generate, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
@@ -102,9 +102,38 @@ class Evaluator:
 
         ``sampling`` has one key per answer, one point after the other; ``None`` takes the most likely tokens.
         """
+        remaining = iter(self._decode(rows, varied, sampling))
+        return [[next(remaining) for _ in of_point] for of_point in rows]
+
+    def answers_with_states(
+        self, rows: Sequence[Row], samples: int, varied: VariedLayers, sampling: Sampling | None = None
+    ) -> tuple[list[Answer], list[Tensor] | None]:
+        """Generate ``samples`` answers to each row, and return the states that enter the first varied layer.
+
+        Returns:
+            The answers, those to a row one after the other, and for each row the states of its prompt and, after them, of each
+            answer's tokens but the last; ``None`` if there is no layer below.
+        """
+        entering = EnteringStates()
+        answers = self._decode([[row for row in rows for _ in range(samples)]], varied, sampling, entering)
+        if varied.start == 0:
+            return answers, None
+        place = {index: number for number, index in enumerate(dict.fromkeys(row.encoded.index for row in rows))}
+        return answers, [
+            entering.of(place[row.encoded.index], range(number * samples, (number + 1) * samples))
+            for number, row in enumerate(rows)
+        ]
+
+    def _decode(
+        self,
+        rows: Sequence[Sequence[Row]],
+        varied: VariedLayers,
+        sampling: Sampling | None,
+        entering: EnteringStates | None = None,
+    ) -> list[Answer]:
         distinct = {row.encoded.index: row for of_point in rows for row in of_point}
         place = {index: number for number, index in enumerate(distinct)}
-        answers, _ = decode(
+        decoded = decode(
             self.parts,
             [row.prompt for row in distinct.values()],
             [Wanted(place[row.encoded.index], point) for point, of_point in enumerate(rows) for row in of_point],
@@ -115,9 +144,9 @@ class Evaluator:
             sampling=sampling,
             varied=varied,
             kept=self._kept([prompt_key(index) for index in distinct], keep=True),
+            entering=entering,
         )
-        remaining = iter(answers)
-        return [[self._answer(next(remaining)) for _ in of_point] for of_point in rows]
+        return [self._answer(ids, end) for ids, end in zip(decoded.answers, decoded.ends, strict=True)]
 
     def _generate(
         self, rows: Sequence[Row], gold: list[EncodedExample] | None, keep: bool, sampling: Sampling | None = None
@@ -134,10 +163,12 @@ class Evaluator:
             sampling=sampling,
             kept=self._kept(indices if gold is not None else [prompt_key(index) for index in indices], keep),
         )
-        return [self._answer(ids) for ids in generated.answers], generated.gold
+        answers = zip(generated.answers, generated.ends, strict=True)
+        return [self._answer(ids, end) for ids, end in answers], generated.gold
 
-    def _answer(self, ids: Sequence[int]) -> Answer:
-        return Answer(answer_text(self.tokenizer, ids, self.decoding.stop), len(ids))
+    def _answer(self, ids: Sequence[int], end: int | None) -> Answer:
+        tokens = tuple(ids) if end is None else (*ids, end)
+        return Answer(answer_text(self.tokenizer, ids, self.decoding.stop), len(ids), tokens)
 
     def _kept(self, keys: Sequence[int], keep: bool) -> Kept | None:
         return None if self.prompt_states is None else Kept(self.prompt_states, keys, keep)

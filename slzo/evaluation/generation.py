@@ -46,10 +46,12 @@ class Answer:
     Attributes:
         text: The text before the stop token or text, stripped.
         num_tokens: Number of generated tokens, without the stop token.
+        tokens: All generated tokens, with the stop token.
     """
 
     text: str
     num_tokens: int
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class Generation:
 
     Attributes:
         answers: New tokens of each prompt, without the stop token.
+        ends: Stop token of each answer; ``None`` if it ended otherwise.
         gold: Summed loss of the gold answers' tokens; ``None`` if no gold answers were given.
     """
 
     answers: list[list[int]]
+    ends: list[int | None]
     gold: LossSum | None
 
 
@@ -124,8 +128,9 @@ def generate(
     """
     if not parts.packed:
         loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
-        return Generation(_generate_padded(parts, prompts, stops, max_new_tokens, sampling), loss)
-    answers, loss = decode(
+        made = _generate_padded(parts, prompts, stops, max_new_tokens, sampling)
+        return Generation([answer for answer, _ in made], [end for _, end in made], loss)
+    decoded = decode(
         parts,
         prompts,
         [Wanted(prompt) for prompt in range(len(prompts))],
@@ -137,7 +142,7 @@ def generate(
         kept=kept,
         gold=gold,
     )
-    return Generation(answers, loss)
+    return Generation(*decoded)
 
 
 def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
@@ -155,15 +160,19 @@ def _generate_padded(
     stops: set[int],
     max_new_tokens: int,
     sampling: Sampling | None,
-) -> list[list[int]]:
-    """Generate with transformers, padded on the left, for models whose attention cannot be replaced."""
+) -> list[tuple[list[int], int | None]]:
+    """Generate with transformers, padded on the left, for models whose attention cannot be replaced.
+
+    Returns:
+        Tokens of each answer without the stop token, and the stop token.
+    """
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
     if (
         not parts.allows_left_padding and len(set(lengths)) > 1
     ):  # the model would see padding: run equal lengths together
-        answers: dict[int, list[int]] = {}
+        answers: dict[int, tuple[list[int], int | None]] = {}
         for length in set(lengths):
             rows = [row for row, row_length in enumerate(lengths) if row_length == length]
             of_rows = None if sampling is None else sampling.of(rows)
@@ -187,4 +196,5 @@ def _generate_padded(
         pad_token_id=0,
         logits_processor=None if sampling is None else [add_noise],
     )
-    return [list(takewhile(lambda token: token not in stops, new)) for new in output[:, width:].tolist()]
+    made = [(list(takewhile(lambda token: token not in stops, new)), new) for new in output[:, width:].tolist()]
+    return [(answer, new[len(answer)] if len(answer) < len(new) else None) for answer, new in made]

@@ -100,6 +100,14 @@ class SuffixForward:
             batch, lambda part: self.parts.run(part, 0, self.span.start), self.parts.model.dtype, keep, max_tokens
         )
 
+    @torch.no_grad()
+    def compute_prefix(self, batch: PackedBatch, max_tokens: int | None = None) -> PendingTensor | None:
+        """Like :meth:`fetch`, without the cache, for batches whose tokens are new in each step."""
+        if self.span.start == 0:
+            return None
+        pieces = batch.cut(max_tokens)
+        return PendingTensor(torch.cat([self.parts.run(piece, 0, self.span.start) for piece in pieces]))
+
     def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
         """Return the logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
         return self.parts.logits(batch, self.span.start, hidden, token_ids)

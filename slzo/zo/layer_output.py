@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, RowLosses
+from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch
 from slzo.evaluation.last_tokens import layers_above
 from slzo.models.parts import ModelParts
@@ -98,14 +98,23 @@ class PackedLayerOutput(LayerOutput):
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
         self._per_point = num_run / batch.num_tokens * above / layers
         self.evaluations = above / layers
-        self.sums = self._losses(self._above.final[None]).sum()
+        logits = self._logits(self._above.final[None])
+        self.sums = objective.of_rows(logits, batch, self._selected).sum()
+        # a loss that is no sum over positions says so at any logits
+        self.by_position = (
+            positions == "answer" and not self._selected and objective.of_positions(logits, batch) is not None
+        )
+        self.part = torch.arange(len(self.row), device=tokens.device) if self.by_position else self.row
+        self.num_parts = len(self.row) if self.by_position else batch.num_examples
 
     def losses(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, self._changed] = self._moved(shifts)
         self.evaluations += len(shifts) * self._per_point
-        return self._losses(self._above.at(hidden)).totals
+        logits, batch = self._logits(self._above.at(hidden)), self._batch
+        own = self._objective.of_positions(logits, batch) if self.by_position else None
+        return self._objective.of_rows(logits, batch, self._selected).totals if own is None else own
 
     def applied(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""
@@ -116,12 +125,11 @@ class PackedLayerOutput(LayerOutput):
         here = self._output[self.positions]
         return (here.float() + shifts).to(here.dtype)
 
-    def _losses(self, final: Tensor) -> RowLosses:
-        """Return the losses of each row at N points, from final states of shape (N, K, width)."""
-        batch = self._batch
+    def _logits(self, final: Tensor) -> Tensor:
+        """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
         needed = final[:, self._needed]
-        logits = self._head(needed.flatten(0, 1), batch.choice_ids if self._selected else None)
-        return self._objective.of_rows(logits.unflatten(0, needed.shape[:2]), batch, self._selected)
+        logits = self._head(needed.flatten(0, 1), self._batch.choice_ids if self._selected else None)
+        return logits.unflatten(0, needed.shape[:2])
 
 
 def _rms(states: Tensor) -> Tensor:

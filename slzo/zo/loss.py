@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from slzo.zo.derivatives import back_propagate, forward_derivative, linearize
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
 from slzo.zo.forward import SuffixForward, split_states
 from slzo.zo.layer_output import PackedLayerOutput
+from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -68,6 +69,30 @@ class LossContext:
             keys = None if sampling is None else sampling.of(range(done, done + len(own)))
             found.append(self.evaluator.answers(own, keys) if own else [])
         return found
+
+    def sampled_answers(
+        self, rows: Sequence[Row], repeated: Sequence[Row], sampling: Sampling
+    ) -> tuple[list[Answer], list[Tensor] | None]:
+        """Sample answers at the masters, which must be the live weights.
+
+        Args:
+            rows: The rows.
+            repeated: The row of each answer, those of a row one after the other.
+            sampling: One key for each answer.
+
+        Returns:
+            The answers, and the states of each row that enter the tuned layer, see :meth:`Evaluator.answers_with_states`;
+            ``None`` if they were not kept.
+        """
+        forward = self.forward
+        if (
+            self.evaluator is None
+            or not forward.decodes_together
+            or len({row.encoded.index for row in rows}) < len(rows)
+        ):
+            return self.answers([Point({}, 0.0)], [repeated], sampling)[0], None
+        varied = VariedLayers(forward.span.start, forward.span.stop, lambda _: None)
+        return self.evaluator.answers_with_states(rows, len(repeated) // len(rows), varied, sampling)
 
 
 @dataclass
@@ -158,7 +183,20 @@ class BatchLogitLoss(_SummedLoss):
 
 @dataclass
 class RowsLoss(_SummedLoss):
-    """A loss of generated answers. All points can be decoded together, see :mod:`slzo.evaluation.decoding`."""
+    """A loss of generated answers. All points can be decoded together, see :mod:`slzo.evaluation.decoding`.
+
+    It has no derivative. Estimators of a gradient get the policy gradient of the expected loss of sampled answers instead, see
+    :mod:`slzo.zo.policy_gradient`.
+
+    Attributes:
+        sampling: How answers are sampled for a policy gradient.
+    """
+
+    sampling: AnswerSampling
+
+    @abstractmethod
+    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+        """Return the loss of each answer, given with its row; NaN for all if one cannot be computed."""
 
     def rows_of(self, point: Point) -> tuple[Row, ...]:
         """Return the rows that a point is evaluated on."""
@@ -166,10 +204,34 @@ class RowsLoss(_SummedLoss):
         return rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
 
     def gradient(self) -> tuple[float, Direction]:
-        raise NotImplementedError("a generated answer has no gradient")
+        loss, policy = self._policy()
+        return loss, policy.gradient()[1]
 
     def slope(self, direction: Direction) -> tuple[float, float]:
-        raise NotImplementedError("a generated answer has no derivative")
+        loss, policy = self._policy()
+        return loss, policy.slope(direction)[1]
+
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+        loss, policy = self._policy()
+        return policy.gradient_from_output(estimate, positions)._replace(loss=loss)
+
+    def _policy(self) -> tuple[float, BatchLogitLoss]:
+        """Sample answers at the masters; return their mean loss, and the loss whose derivative is the policy gradient."""
+        context, batch = self.context, self.batch
+        rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
+        answers, states = context.sampled_answers(batch.rows, rows, keys)
+        losses = self.losses(answers, rows)
+        device = batch.packed.gold.device
+        packed, policy, kept = policy_batch(batch.rows, answers, losses, device)
+        vocabulary = context.forward.parts.model.get_output_embeddings().weight.shape[0]
+        most = min(batch.max_tokens or packed.num_tokens, max(1, MOST_LOGITS // vocabulary))
+        sampled = replace(batch, packed=packed, max_tokens=most)
+        if states is None:
+            entering = context.forward.compute_prefix(packed, batch.max_tokens)
+        else:
+            entering = PendingTensor(torch.cat([states[number] for number in kept]))
+        total, weight = context.reduce(torch.tensor([sum(losses), float(len(losses))], device=device))
+        return float(total / weight), BatchLogitLoss(context, sampled, policy, entering)
 
 
 @dataclass
@@ -182,14 +244,15 @@ class BatchAnswerLoss(RowsLoss):
 
     answer_losses: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
 
+    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+        return self.answer_losses([answer.text for answer in answers], [row.example for row in rows])
+
     def sums(self, points: Sequence[Point]) -> Tensor:
         device = self.batch.packed.input_ids.device
         chosen = [self.rows_of(point) for point in points]
         sums = []
         for rows, answers in zip(chosen, self.context.answers(points, chosen), strict=True):
-            losses = (
-                self.answer_losses([answer.text for answer in answers], [row.example for row in rows]) if rows else []
-            )
+            losses = self.losses(answers, rows) if rows else []
             sums.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
         return stack(sums)
 

@@ -11,7 +11,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings
 from slzo.zo.estimators import SPSA, Estimator
-from slzo.zo.optim import OptimizerChoice, sgd
+from slzo.zo.optim import OptimizerChoice
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import LayerScope, Scope
 from slzo.zo.stepper import StepOptions
@@ -20,9 +20,6 @@ from slzo.zo.stepper import StepOptions
 @dataclass(frozen=True)
 class TrainingOptions:
     """The options of :class:`slzo.module.ZOModule`; see there for their meaning.
-
-    Attributes beyond those of the module:
-        defaults: Which of ``estimator`` and ``optimizer`` were left out, so that they may follow from the objective.
 
     Raises:
         SlzoError: An option is out of range, or an argument of a scope or estimator cannot be stored in a checkpoint.
@@ -42,7 +39,6 @@ class TrainingOptions:
     engine: Engine = field(default_factory=Engine)
     max_nonfinite: int = 10
     trust_remote_code: bool = False
-    defaults: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_nonfinite < 1:
@@ -82,21 +78,20 @@ class TrainingOptions:
             return self
         return replace(self, engine=replace(self.engine, onednn=onednn))
 
-    def for_rows(self, rows: Any) -> "TrainingOptions":
-        """Return the options with the default estimator for the objective of the rows, and check that they fit together.
+    def check_rows(self, rows: Any) -> None:
+        """Check that the options fit the rows and their objective.
 
         Raises:
             SlzoError: The estimator cannot use the batch size, or needs a derivative that the objective does not have.
         """
-        if "estimator" in self.defaults and self.estimator.perturbs_output and rows.objective.generates:
-            optimizer = OptimizerChoice.of(sgd) if "optimizer" in self.defaults else self.optimizer
-            return replace(self, estimator=SPSA(), optimizer=optimizer).for_rows(rows)
         self.estimator.check(self.step.num_queries, rows.batch_size)
-        if self.estimator.perturbs_output and rows.objective.generates:
-            raise SlzoError(
-                f"data.objective {rows.objective.describe()}: generates answers, and {self.estimator.describe()} needs a loss of "
-                "logits; use SPSA"
-            )
+        if rows.objective.generates and not self.estimator.uses_points:
+            rows.objective.sampling.check()
+            if self.parallel == "directions":
+                raise SlzoError(
+                    f"model.parallel directions: with {self.estimator.describe()} every process would compute all rewards; use "
+                    "rows, or model.estimator SPSA"
+                )
         if self.optimizer.automatic and not self.estimator.along_directions and not self.optimizer.normalizes:
             raise SlzoError(
                 f"model.optimizer {self.optimizer.name}: with {self.estimator.describe()} lr auto is known for Adam, AdamW and "
@@ -107,7 +102,6 @@ class TrainingOptions:
                 f"data.objective {rows.objective.describe()}: has no derivative, which {self.estimator.describe()} needs; use "
                 "SPSA"
             )
-        return self
 
     def step_settings(self, seed: int, layer: int | None) -> dict[str, Any]:
         """Return the options that the steps of a run depend on, as they are read back from JSON.

@@ -119,10 +119,11 @@ class DividedDirections(Loss):
 
 
 class _DividedOutput(LayerOutput):
-    """The output of a layer whose points are divided over processes, which exchange N times B losses."""
+    """The output of a layer whose points are divided over processes, which exchange N times M losses."""
 
     def __init__(self, output: LayerOutput, processes: Processes) -> None:
         self.keys, self.row, self.size, self.width = output.keys, output.row, output.size, output.width
+        self.part, self.num_parts, self.by_position = output.part, output.num_parts, output.by_position
         self.whole_vocabulary = output.whole_vocabulary
         self.points_at_once = output.points_at_once * processes.number
         self._output, self._processes = output, processes
@@ -130,7 +131,7 @@ class _DividedOutput(LayerOutput):
     def losses(self, shifts: Tensor) -> Tensor:
         rank, number = self._processes.rank, self._processes.number
         first, stop = (len(shifts) * process // number for process in (rank, rank + 1))
-        losses = shifts.new_zeros(len(shifts), len(self.keys))
+        losses = shifts.new_zeros(len(shifts), self.num_parts)
         if first < stop:
             losses[first:stop] = self._output.losses(shifts[first:stop])
         return self._processes.all_reduce_sum(losses)

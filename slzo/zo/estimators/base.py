@@ -52,6 +52,10 @@ class LayerOutput(ABC):
     Attributes:
         keys: Number of each row in the training set, length B. It does not depend on the batch or the process.
         row: Row of each position, shape (P,), int64, not decreasing.
+        part: Part of the loss that each position is measured by, shape (P,), int64. The parts are the rows, M = B; or, if only
+            positions of answers are shifted and the loss is a sum over them, the positions, M = P.
+        num_parts: M.
+        by_position: Whether the parts are positions.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
         whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
@@ -60,6 +64,9 @@ class LayerOutput(ABC):
 
     keys: tuple[int, ...]
     row: Tensor
+    part: Tensor
+    num_parts: int
+    by_position: bool
     size: Tensor
     width: int
     whole_vocabulary: bool
@@ -67,7 +74,7 @@ class LayerOutput(ABC):
 
     @abstractmethod
     def losses(self, shifts: Tensor) -> Tensor:
-        """Return what each row adds to the total loss of the batch at N points, shape (N, B), float32.
+        """Return the M parts of the total loss of the batch at N points, shape (N, M), float32.
 
         Args:
             shifts: What is added to the output, shape (N, P, width), float32.

@@ -10,8 +10,9 @@ from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions,
 from slzo.zo.noise import row_noise
 
 # SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With logits of the whole
-# vocabulary a query costs more than the rest of the step, so fewer are better in equal time (COPA).
-_QUERIES, _QUERIES_WIDE = 16, 4
+# vocabulary a query costs more than the rest of the step, so fewer are better in equal time, and one if each answer token has
+# a loss of its own (COPA).
+_QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 
 
 class LayerOutputPerturbation(Estimator):
@@ -30,9 +31,13 @@ class LayerOutputPerturbation(Estimator):
     constant at all other positions. The states of the other tokens are then the same at all points, so the layers above run over
     them only once a step. In the last layer this is the whole gradient, since the loss depends on no other output there.
 
+    If the loss is also a sum over answer tokens (AnswerLikelihood), :math:`l_i` is the loss of token i, so each position is
+    measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
+    nothing in the last layer, and it removes their noise.
+
     Args:
-        queries: Noise vectors per row and step, >= 1; left out, 16, or 4 if the loss needs the whole vocabulary. Each costs two
-            passes of the perturbed tokens through the layers above and the head.
+        queries: Noise vectors per row and step, >= 1. Left out, 16; 4 if the loss needs the whole vocabulary, and 1 if it is then
+            a sum over answer tokens. Each costs two passes of the perturbed tokens through the layers above and the head.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         positions: Positions that get noise, answer or all.
 
@@ -82,13 +87,15 @@ class LayerOutputPerturbation(Estimator):
             losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
             high, low = losses.chunk(2)
             up, down = output.applied(points).chunk(2)
-            gradient += torch.einsum("np,npd->pd", (high - low)[:, output.row], up - down)
+            gradient += torch.einsum("np,npd->pd", (high - low)[:, output.part], up - down)
         return gradient / (4 * num_queries * size.square())
 
     def _num_queries(self, output: LayerOutput) -> int:
         if self.queries is not None:
             return self.queries
-        return _QUERIES_WIDE if output.whole_vocabulary else _QUERIES
+        if not output.whole_vocabulary:
+            return _QUERIES
+        return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
 
     def evaluations(self, num_queries: int) -> float:
         queries = _QUERIES if self.queries is None else self.queries

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from slzo.batches.losses import LossSum, RowLosses, answer_losses
+from slzo.batches.losses import LossSum, RowLosses, answer_losses, position_losses
 from slzo.batches.packing import PackedBatch
 from slzo.zo.objectives.base import LogitObjective
 
@@ -17,3 +17,6 @@ class AnswerLikelihood(LogitObjective):
 
     def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
         return answer_losses(logits, batch)
+
+    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor:
+        return position_losses(logits, batch)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from slzo.tasks.base import Example
 from slzo.utils.errors import broken_contract, shown
 from slzo.zo.estimators.base import Loss
 from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
+from slzo.zo.policy_gradient import AnswerSampling
 
 
 class Objective(ABC):
@@ -24,8 +26,10 @@ class Objective(ABC):
     Attributes:
         only_gold: Whether training rows contain only the gold answer, without the other candidates.
         generates: Whether training rows contain a prompt from which an answer is generated.
-        differentiable: Whether the loss has a derivative with respect to the logits, as some estimators need.
+        differentiable: Whether estimators of a gradient can be used: the loss has a derivative with respect to the logits, or it
+            is a loss of generated answers, which has a policy gradient.
         needs_label: Whether rows without a label cannot be used and are left out.
+        sampling: How answers are sampled for a policy gradient; objectives that generate none ignore it.
         lowest: Lower bound of the loss. Measured step sizes are relative to the distance from it.
     """
 
@@ -34,6 +38,7 @@ class Objective(ABC):
     differentiable: bool = True
     needs_label: bool = True
     lowest: float = 0.0
+    sampling: AnswerSampling = AnswerSampling()
 
     @abstractmethod
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
@@ -79,6 +84,13 @@ def _scores(logits: Tensor, batch: PackedBatch, selected: bool) -> Tensor:
     return logits[..., batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
 
 
+def _later(objective: Objective, name: str, other: str) -> bool:
+    """Return whether a method is overridden by a subclass of the class that defines ``other``, which then knows nothing of it."""
+    classes = type(objective).__mro__
+    first, second = (next(n for n, kind in enumerate(classes) if each in vars(kind)) for each in (name, other))
+    return first < second
+
+
 @dataclass(frozen=True)
 class _CheckedLoss:
     """The loss of an objective as a function of logits, with a check of what it returns."""
@@ -92,11 +104,26 @@ class _CheckedLoss:
         return _checked_sum(self.objective, "of_logits", self.objective.of_logits(logits, batch, selected))
 
     def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        losses = self.objective.of_rows(logits, batch, selected)
+        objective = self.objective
+        of_rows = (
+            partial(LogitObjective.of_rows, objective)
+            if _later(objective, "of_logits", "of_rows")
+            else objective.of_rows
+        )
+        losses = of_rows(logits, batch, selected)
         shapes = (len(logits), batch.num_examples), (batch.num_examples,)
         if not isinstance(losses, RowLosses) or tuple(part.shape for part in losses) != shapes:
             wanted = "RowLosses with a total for each point and example, and a weight for each example"
             raise broken_contract("data.objective", self.objective, f"of_rows() returned {shown(losses)}", wanted)
+        return losses
+
+    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
+        if any(_later(self.objective, name, "of_positions") for name in ("of_logits", "of_rows")):
+            return None
+        losses = self.objective.of_positions(logits, batch)
+        if losses is not None and (not isinstance(losses, Tensor) or losses.shape != logits.shape[:-1]):
+            wanted = "None, or a loss for each point and position"
+            raise broken_contract("data.objective", self.objective, f"of_positions() returned {shown(losses)}", wanted)
         return losses
 
 
@@ -127,6 +154,10 @@ class LogitObjective(Objective):
                 for point in logits
             ]
         )
+
+    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
+        """Return what each position adds to the loss, see :class:`slzo.batches.losses.LogitLoss`. ``None`` by default."""
+        return None
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         states = context.forward.fetch(batch.packed, max_tokens=batch.max_tokens)
@@ -170,7 +201,10 @@ class CandidateObjective(LogitObjective):
         return _checked_sum(self, "of_scores", self.of_scores(_scores(logits, batch, selected), batch))
 
     def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        return self.of_row_scores(_scores(logits, batch, selected), batch)
+        scores = _scores(logits, batch, selected)
+        if _later(self, "of_scores", "of_row_scores"):
+            return CandidateObjective.of_row_scores(self, scores, batch)
+        return self.of_row_scores(scores, batch)
 
 
 class AnswerObjective(Objective):
@@ -178,14 +212,13 @@ class AnswerObjective(Objective):
 
     only_gold = True
     generates = True
-    differentiable = False
 
     @abstractmethod
     def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self._checked_losses)
+        return BatchAnswerLoss(context, batch, self.sampling, self._checked_losses)
 
     def _checked_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         losses = self.answer_losses(answers, examples)

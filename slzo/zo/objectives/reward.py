@@ -23,11 +23,15 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Loss, LossReport, Point
 from slzo.zo.loss import LossContext, RowsLoss
 from slzo.zo.objectives.base import Objective
+from slzo.zo.policy_gradient import AnswerSampling
 
 
 @with_lists(REWARDS=sorted(REWARDS))
 class Reward(Objective):
-    """Minus the mean reward of generated answers. Python functions compute the reward; no gradient is needed.
+    """Minus the mean reward of generated answers. Python functions compute the reward; it needs no derivative.
+
+    The default estimator samples several answers to each row and follows the policy gradient: it makes the answers more likely
+    whose reward is above that of the others to the same row. SPSA compares the rewards at two points of the weights.
 
     A function has TRL's signature, f(prompts, completions, **columns) -> list[float]; columns are the row's other fields, and
     references, the accepted answers. The functions run in a separate process. If one raises an error, does not return a finite
@@ -38,8 +42,9 @@ class Reward(Objective):
             ({REWARDS}), package.module.function or
             file.py:function.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
-            step and on all processes; 0: the likeliest tokens.
-        samples: Answers per training row; more than one only with a temperature.
+            step and on all processes; 0: the likeliest tokens. Left out, 1 for a policy gradient and 0 otherwise.
+        samples: Answers per training row; more than one only with a temperature. Left out, 4 for a policy gradient and 1
+            otherwise.
         timeout: Seconds that a call of the functions may take.
         in_process: Call the functions in this process, without a time limit.
         best: The largest possible reward, which lr auto and the guard measure the distance to; left out, the sum of the
@@ -51,23 +56,22 @@ class Reward(Objective):
 
     only_gold = True
     generates = True
-    differentiable = False
     needs_label = False
 
     def __init__(
         self,
         functions: str | list[str | dict[str, Any]],
-        temperature: float = 0.0,
-        samples: int = 1,
+        temperature: float | None = None,
+        samples: int | None = None,
         timeout: float = 60.0,
         in_process: bool = False,
         best: float | None = None,
     ) -> None:
-        if not 0 <= temperature < math.inf:
+        if temperature is not None and not 0 <= temperature < math.inf:
             raise SlzoError(
                 f"data.objective.temperature {temperature}: must be 0 or more; 1 samples from the model's own distribution"
             )
-        if samples < 1 or (samples > 1 and temperature == 0):
+        if samples is not None and (samples < 1 or (samples > 1 and temperature == 0)):
             raise SlzoError(
                 f"data.objective.samples {samples}: must be at least 1; for more than 1, set data.objective.temperature"
             )
@@ -75,6 +79,10 @@ class Reward(Objective):
             raise SlzoError(f"data.objective.best {best}: must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}")
         self.functions = functions
         self.temperature, self.samples = temperature, samples
+        usual = Objective.sampling
+        self.sampling = AnswerSampling(
+            usual.samples if samples is None else samples, usual.temperature if temperature is None else temperature
+        )
         self.timeout, self.in_process = timeout, in_process
         self.best = best
         self.rewards = Rewards(functions, timeout, in_process)
@@ -85,11 +93,12 @@ class Reward(Objective):
         return self.rewards(reward_inputs(answers, examples))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return _RewardLoss(context, batch, self)
+        return _RewardLoss(context, batch, self.sampling, self)
 
     def describe(self) -> str:
-        how = f", {self.samples} samples at temperature {self.temperature:g}" if self.temperature else ""
-        return f"Reward ({', '.join(self.rewards.names)}{how})"
+        how = [] if self.samples is None else [f"{self.samples} samples"]
+        how += [] if self.temperature is None else [f"temperature {self.temperature:g}"]
+        return f"Reward ({', '.join([*self.rewards.names, *how])})"
 
 
 @dataclass
@@ -122,8 +131,15 @@ class _RewardLoss(RowsLoss):
         """Rewards over the rows, points and samples of this process, and the functions that failed."""
         return self._report
 
+    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+        distinct = _DistinctAnswers()
+        numbers = [distinct.number(answer, row.example) for answer, row in zip(answers, rows, strict=True)]
+        rewarded = self.objective.rewards(reward_inputs(distinct.answers, distinct.examples), all_or_none=True)
+        self._report = _report(rewarded, numbers, [answer.num_tokens for answer in answers])
+        return [-rewarded.totals[number] for number in numbers]
+
     def sums(self, points: Sequence[Point]) -> Tensor:
-        objective, distinct = self.objective, _DistinctAnswers()
+        objective, samples, distinct = self.objective, self.objective.samples or 1, _DistinctAnswers()
         answers = self._answers(points)
         numbers = [[distinct.number(answer, row.example) for answer, row in of_point] for of_point in answers]
         rewarded = objective.rewards(reward_inputs(distinct.answers, distinct.examples), all_or_none=True)
@@ -132,22 +148,23 @@ class _RewardLoss(RowsLoss):
         device = self.batch.packed.input_ids.device
         sums = []
         for of_point in numbers:
-            total = -sum(rewarded.totals[number] for number in of_point) / objective.samples
-            sums.append(LossSum(*torch.tensor([total, len(of_point) / objective.samples], device=device)))
+            total = -sum(rewarded.totals[number] for number in of_point) / samples
+            sums.append(LossSum(*torch.tensor([total, len(of_point) / samples], device=device)))
         return stack(sums)
 
     def _answers(self, points: Sequence[Point]) -> list[list[tuple[Answer, Row]]]:
         """Generate the answers at each point, each with its row; the samples of a row follow each other."""
-        objective, context = self.objective, self.context
-        rows = [[row for row in self.rows_of(point) for _ in range(objective.samples)] for point in points]
+        context, samples = self.context, self.objective.samples or 1
+        temperature = float(samples > 1) if self.objective.temperature is None else self.objective.temperature
+        rows = [[row for row in self.rows_of(point) for _ in range(samples)] for point in points]
         sampling = None
-        if objective.temperature > 0:
+        if temperature > 0:
             keys = (
-                sample_key(context.seed, context.step, row.example.id, number % objective.samples)
+                sample_key(context.seed, context.step, row.example.id, number % samples)
                 for of_point in rows
                 for number, row in enumerate(of_point)
             )
-            sampling = Sampling(objective.temperature, tuple(keys))
+            sampling = Sampling(temperature, tuple(keys))
         answers = context.answers(points, rows, sampling)
         return [list(zip(*answers_and_rows, strict=True)) for answers_and_rows in zip(answers, rows, strict=True)]
 

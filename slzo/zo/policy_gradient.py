@@ -1,0 +1,145 @@
+r"""The gradient of the expected loss of sampled answers, as the derivative of a loss of logits (REINFORCE, Williams 1992).
+
+The expected loss of the answers y that a model samples has the gradient :math:`E[(l(y) - b) \nabla \log p(y)]` for any b that
+does not depend on y. Here b is the mean loss of the other answers to the same prompt (RLOO; Ahmadian et al. 2024, arXiv
+2402.14740). The loss l of an answer needs no derivative.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slzo.batches.encoded import EncodedExample, EncodedSequence
+from slzo.batches.losses import LossSum, RowLosses, token_log_likelihoods
+from slzo.batches.packing import PackedBatch, pack
+from slzo.data.batch import Row
+from slzo.evaluation.generation import Answer
+from slzo.evaluation.sampling import Sampling, sample_key
+from slzo.utils.errors import SlzoError
+
+MOST_LOGITS = 2**24
+"""Sampled answers are long together: their float32 logits take at most this many elements at once, or those of one row."""
+
+
+@dataclass(frozen=True)
+class AnswerSampling:
+    """How answers to training rows are sampled for a policy gradient.
+
+    Attributes:
+        samples: Answers per row.
+        temperature: Divides the logits. Only 1 samples from the distribution whose gradient is computed.
+    """
+
+    samples: int = 4
+    temperature: float = 1.0
+
+    def check(self) -> None:
+        """Check that a policy gradient follows from such answers.
+
+        Raises:
+            SlzoError: It does not.
+        """
+        if self.samples < 2:
+            raise SlzoError(
+                f"data.objective.samples {self.samples}: a policy gradient compares answers to a row and needs at least 2; "
+                "leave it out, or use model.estimator SPSA"
+            )
+        if not self.temperature > 0:
+            raise SlzoError(
+                f"data.objective.temperature {self.temperature}: a policy gradient needs sampled answers, so it must be above 0; "
+                "leave it out, or use model.estimator SPSA"
+            )
+
+    def of(self, rows: Sequence[Row], seed: int, step: int) -> tuple[list[Row], Sampling]:
+        """Repeat each row for its answers, and return the random numbers of all answers.
+
+        Raises:
+            SlzoError: See :meth:`check`.
+        """
+        self.check()
+        repeated = [row for row in rows for _ in range(self.samples)]
+        keys = (sample_key(seed, step, row.example.id, number % self.samples) for number, row in enumerate(repeated))
+        return repeated, Sampling(self.temperature, tuple(keys))
+
+
+def advantages(losses: Tensor) -> Tensor:
+    """Return the loss of each answer minus the mean of the others to the same row, shape (rows, samples) as the losses."""
+    samples = losses.shape[1]
+    losses = losses - losses[:, :1]  # so that equal losses give exactly 0
+    return (losses - losses.mean(dim=1, keepdim=True)) * (samples / (samples - 1))
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss of logits whose derivative is the policy gradient, see :class:`slzo.batches.losses.LogitLoss`.
+
+    Attributes:
+        advantages: Advantages of the answers to an example, shape (samples,), float32, by cache key of the example.
+        weight: Weight of one example.
+    """
+
+    advantages: Mapping[int, Tensor]
+    weight: float
+
+    def needs_vocabulary(self, batch: PackedBatch) -> bool:
+        """Always: the likelihood of an answer needs all logits."""
+        return True
+
+    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
+        """See :class:`slzo.batches.losses.LogitLoss`."""
+        return self.of_rows(logits, batch, selected).sum()
+
+    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        """See :class:`slzo.batches.losses.LogitLoss`."""
+        tokens = self._tokens(logits, batch)
+        totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples)
+        totals.index_add_(-1, batch.candidate_example[batch.token_candidate], tokens)
+        return RowLosses(totals, tokens.new_full((batch.num_examples,), self.weight))
+
+    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor:
+        """See :class:`slzo.batches.losses.LogitLoss`."""
+        tokens = self._tokens(logits, batch)
+        totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())
+        return totals.index_add_(-1, batch.token_needed, tokens)
+
+    def _tokens(self, logits: Tensor, batch: PackedBatch) -> Tensor:
+        """Return what each answer token adds, shape (..., R)."""
+        advantages = torch.cat([self.advantages[key] for key in batch.example_index])
+        return token_log_likelihoods(logits, batch) * advantages[batch.token_candidate]
+
+
+def policy_batch(
+    rows: Sequence[Row], answers: Sequence[Answer], losses: Sequence[float], device: torch.device
+) -> tuple[PackedBatch, PolicyLoss, list[int]]:
+    """Pack sampled answers with their advantages.
+
+    Rows whose answers all have the same loss add nothing to the gradient and are left out, but one row always stays.
+
+    Args:
+        rows: B rows with their prompts.
+        answers: The answers, those to a row one after the other, B times as many as answers per row.
+        losses: Loss of each answer.
+        device: Device of the batch.
+
+    Returns:
+        The batch, the loss, and the numbers of the rows that are in the batch.
+    """
+    samples = len(answers) // len(rows)
+    advantage = advantages(torch.tensor(losses, dtype=torch.float32).view(len(rows), samples))
+    kept = [number for number in range(len(rows)) if bool(advantage[number].any())] or [0]
+    examples = [
+        EncodedExample(
+            rows[number].encoded.index,
+            tuple(
+                EncodedSequence((*rows[number].prompt, *answer.tokens), len(answer.tokens))
+                for answer in answers[number * samples : (number + 1) * samples]
+            ),
+            (),
+        )
+        for number in kept
+    ]
+    found = advantage[kept].to(device)
+    by_key = {example.index: own for example, own in zip(examples, found, strict=True)}
+    return pack(examples).to(device), PolicyLoss(by_key, len(answers) / len(kept)), kept
