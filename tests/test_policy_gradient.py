@@ -409,3 +409,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(fit, monkeypatch):
     assert len(logged("train/reward")) == 7
     assert all(summary(n)["estimator"] == "LayerOutputPerturbation" for n in range(3))
     assert all(summary(n)["optimizer"] == "AdamW" for n in range(3))
+
+
+@pytest.mark.parametrize(("value", "said"), [(1.0, "there is nothing left to learn"), (0.5, "so nothing is learned")])
+def test_a_reward_that_is_always_the_same_is_named(value, said, fit, capfd):
+    Path("same.py").write_text(f"def same(completions):\n    return [{value} for _ in completions]\n")
+    assert main([*fit, "--data.objective.functions=same.py:same", "--watch.max_zero_steps=2"]) == 0
+    printed = capfd.readouterr().err
+    assert f"for 2 steps all 4 answers to each row had the same loss (mean {-value:.4g})" in printed
+    assert said in printed

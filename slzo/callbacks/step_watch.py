@@ -20,9 +20,9 @@ _GREW = 100.0
 class StepWatch(Callback):
     """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops the run after several of them.
 
-    If the loss is a metric, it often does not change, and the callback only warns. A spike is a loss above twice the median of
-    the last 50 steps and more than ten median absolute deviations above that median. The summary has the number of spikes and
-    the largest one.
+    If the loss is a metric or a reward, it often does not change, and the callback only warns. A spike is a loss above twice the
+    median of the last 50 steps and more than ten median absolute deviations above that median. The summary has the number of
+    spikes and the largest one.
 
     Args:
         max_zero_steps: Stop after this many steps in a row whose projected gradients are exactly 0.
@@ -56,9 +56,9 @@ class StepWatch(Callback):
             self._zeros = 0
             return
         self._zeros += 1
-        if estimate.loss == 0 or not pl_module.rows.objective.differentiable:
+        if pl_module.rows.objective.generates or not pl_module.rows.objective.differentiable or estimate.loss == 0:
             if self._zeros == self.max_zero_steps:
-                warn(f"the loss, {estimate.loss:.4g}, did not change along any direction for {self._zeros} steps")
+                warn(_no_difference(pl_module, estimate.loss, self._zeros))
             return
         if self._zeros == 1:
             warn(
@@ -107,6 +107,20 @@ def _size(module: ZOModule) -> float:
     assert module.tuned_model is not None
     norms = torch.stack([master.detach().float().norm() for master in module.tuned_model.tensors.masters])
     return float(norms.norm()) / math.sqrt(module.tuned_model.tensors.num_elements)
+
+
+def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
+    """Return what it means that a loss without a derivative did not change for some steps, and what to do."""
+    objective = module.rows.objective
+    if not objective.generates or module.stepper.estimator.uses_points:
+        return f"the loss, {loss:.4g}, did not change along any direction for {steps} steps"
+    what = f"for {steps} steps all {objective.sampling.samples} answers to each row had the same loss (mean {loss:.4g})"
+    if loss <= objective.lowest:
+        return f"{what}, the best one: there is nothing left to learn"
+    return (
+        f"{what}, so nothing is learned; use a reward or metric with more levels, a prompt with an example of a good answer, or "
+        "more answers (data.objective.samples of the objective Reward)"
+    )
 
 
 def _reason(module: ZOModule, at_start: float | None) -> str:

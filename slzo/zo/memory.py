@@ -132,15 +132,16 @@ class MemoryInputs:
             parts["prefix cache"] = min(self.cache_bytes, work.cached_tokens * shape.hidden * size)
             wide = shape.hidden + self.start * shape.key_values
             parts["kept prompts"] = min(self.cache_bytes - parts["prefix cache"], work.prompt_tokens * wide * size)
-        answers = work.answer_tokens * shape.num_layers * shape.key_values * self.dtype.itemsize
-        parts["keys and values of answers"] = answers
         width = _INNER_COPIES * shape.inner + _HIDDEN_COPIES * shape.hidden
         parts["activations"] = work.tokens * width * self.dtype.itemsize
         kept = _KEPT_INNER * shape.inner + _KEPT_HIDDEN * shape.hidden + shape.key_values
-        parts["activations for the derivative"] = work.train_tokens * self.differentiated * kept * self.dtype.itemsize
+        of_step = {"activations for the derivative": work.train_tokens * self.differentiated * kept * self.dtype.itemsize}
         if self.records:
             above = shape.num_layers - self.start - 1
-            parts["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
+            of_step["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
+        # answers are generated before a derivative is computed, or between steps
+        answers = work.answer_tokens * shape.num_layers * shape.key_values * self.dtype.itemsize
+        parts |= of_step if sum(of_step.values()) > answers else {"keys and values of answers": answers}
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
         loading = 0
         if self.on_cpu and not (same and self.quantization is None):

@@ -54,7 +54,7 @@ TASKS: Mapping[str, tuple[Any, str, str | None]] = {
     ),
     "length": (f"{_OWN}:length_window", "Text: {text}\nSummary:", None),
     "regex": (
-        {"function": "regex", "arguments": {"pattern": r"\d+ years", "whole": True}},
+        {"function": "regex", "arguments": {"pattern": r"\d+ years( old)?\.?", "whole": True}},
         "Text: {text}\nHow old?",
         None,
     ),
