@@ -47,8 +47,7 @@ class RunRecord(Callback):
 
     Args:
         test_before: Also score the held-out rows before training.
-        reference: Also fit a bag of words (TF-IDF and logistic regression, needs scikit-learn) on the training rows of a
-            classification task, and report its accuracy on the held-out rows.
+        reference: On classification tasks, also score a bag of words; needs scikit-learn.
     """
 
     def __init__(self, test_before: bool = True, reference: bool = True) -> None:
