@@ -135,7 +135,9 @@ class MemoryInputs:
         width = _INNER_COPIES * shape.inner + _HIDDEN_COPIES * shape.hidden
         parts["activations"] = work.tokens * width * self.dtype.itemsize
         kept = _KEPT_INNER * shape.inner + _KEPT_HIDDEN * shape.hidden + shape.key_values
-        of_step = {"activations for the derivative": work.train_tokens * self.differentiated * kept * self.dtype.itemsize}
+        of_step = {
+            "activations for the derivative": work.train_tokens * self.differentiated * kept * self.dtype.itemsize
+        }
         if self.records:
             above = shape.num_layers - self.start - 1
             of_step["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
