@@ -24,6 +24,7 @@ from typing import Any
 
 from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoint
 from slzo.data.balance import majority_share
+from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.timing import measure_times
@@ -369,6 +370,10 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     num_rows = len(rows.splits.test) if rows.splits else 0
     stepper, history = prepared.stepper, outcome.history
     device = model.parts.model.device
+    peak = max(history.peak_memory_gb, peak_memory_gb(device))  # before the reference, which loads another library
+    words = None
+    if outcome.reference and rows.splits and metric.metric == "accuracy":
+        words = bag_of_words(rows.splits.train, rows.splits.test)
     first = first_order_bytes(replace(options, layer=prepared.layer), rows, outcome.steps, device)
     return RunFacts(
         model=options.model,
@@ -394,7 +399,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         train_seconds=history.train_seconds,
         validations=history.validations,
         planned_memory_gb=None if prepared.plan is None else round(prepared.plan.total / 2**30, 3),
-        peak_memory_gb=round(max(history.peak_memory_gb, peak_memory_gb(device)), 3),
+        peak_memory_gb=round(peak, 3),
         tuned_parameters=model.tensors.num_elements,
         total_parameters=model.parts.model.num_parameters(),
         seed=stepper.seed,
@@ -407,6 +412,6 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         command=outcome.command,
         folder=None if folder is None else str(folder),
         majority_share=majority_share(rows.splits.test) if rows.splits and metric.metric == "accuracy" else None,
-        reference=outcome.reference,
+        reference=words,
         first_order_gb=None if first is None else round(first / 2**30, 3),
     )

@@ -9,7 +9,6 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
-from slzo.evaluation.bag_of_words import WordsReference
 from slzo.models.parts import ModelParts
 from slzo.profiling import ProfileOptions
 from slzo.report.history import History
@@ -94,7 +93,7 @@ class FitOutcome:
         spikes: Number of steps with a loss far above the usual one, and the largest of them.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
         command: Command line that started the run; ``None`` in Python.
-        reference: A linear model's score on the held-out rows; ``None`` if it was not computed.
+        reference: Whether to compare with a bag of words.
     """
 
     steps: int
@@ -106,4 +105,4 @@ class FitOutcome:
     spikes: Mapping[str, Any] = field(default_factory=lambda: {"number": 0})
     limit: tuple[str, int] = ("max_steps", 0)
     command: str | None = None
-    reference: WordsReference | None = None
+    reference: bool = False

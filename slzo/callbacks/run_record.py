@@ -15,7 +15,6 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import planned_steps
 from slzo.callbacks.schedule import folder_of, is_quick
 from slzo.callbacks.step_watch import StepWatch
-from slzo.evaluation.bag_of_words import WordsReference, bag_of_words
 from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -131,7 +130,7 @@ class RunRecord(Callback):
             return
         prepared = pl_module.prepared
         assert prepared is not None
-        summary = finish(prepared, pl_module.rows, self._outcome(trainer, pl_module.rows), folder_of(trainer))
+        summary = finish(prepared, pl_module.rows, self._outcome(trainer), folder_of(trainer))
         _log_scores(trainer, summary["scores_after"], dict(pl_module.hparams))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -169,7 +168,7 @@ class RunRecord(Callback):
         if folder is not None and trainer.is_global_zero:
             write_json(folder / HISTORY_FILE, {"points": self._history.points})
 
-    def _outcome(self, trainer: Trainer, rows: TaskRows) -> FitOutcome:
+    def _outcome(self, trainer: Trainer) -> FitOutcome:
         """Collect the results of the training for the summary. A collective call."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         folder = folder_of(trainer)
@@ -187,14 +186,8 @@ class RunRecord(Callback):
             spikes=spikes,
             limit=(limit, int(getattr(trainer, limit) or 0)),
             command=command_line(),
-            reference=self._words(rows),
+            reference=self.reference,
         )
-
-    def _words(self, rows: TaskRows) -> WordsReference | None:
-        """Score a linear model on the held-out rows of a classification task."""
-        if not self.reference or rows.splits is None or rows.selection_metric.metric != "accuracy":
-            return None
-        return bag_of_words(rows.splits.train, rows.splits.test)
 
     def state_dict(self) -> dict[str, Any]:
         """The record so far."""
