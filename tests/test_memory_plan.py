@@ -138,7 +138,7 @@ def planned(capsys, *options):
 
 @pytest.mark.usefixtures("_not_loaded")
 def test_a_plan_compares_with_first_order(options, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "PROGRAM_BYTES", 0)  # the parts of a tiny model are small beside it
+    monkeypatch.setattr(memory, "PROGRAM_BYTES", 0)  # far larger than the parts of a tiny model
     lines = []
     for layer in range(3):
         own, (title, line) = planned(capsys, *options, f"--model.layer={layer}")

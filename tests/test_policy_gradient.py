@@ -200,6 +200,18 @@ def test_the_exact_gradient_is_that_of_plain_passes(layer, max_tokens, packed):
 
 
 @fast
+def test_the_answers_of_a_step_are_sampled_once(monkeypatch):
+    """Several directions use the same answers, and a reward is asked once."""
+    calls, objective = [], Letters()
+    losses = objective.answer_losses
+    monkeypatch.setattr(objective, "answer_losses", lambda *given: calls.append(given) or losses(*given))
+    loss = stepper_of(objective).loss(batch_of(rows_of()))
+    for query in range(3):
+        loss.slope({name: torch.full_like(own, query + 1.0) for name, own in loss.gradient()[1].items()})
+    assert len(calls) == 1
+
+
+@fast
 def test_the_mean_of_estimates_at_the_output_is_the_exact_gradient():
     """In the last layer. Each token has a loss of its own, so one query is enough by default."""
     stepper, rows = stepper_of(Letters()), rows_of()
@@ -416,5 +428,5 @@ def test_a_reward_that_is_always_the_same_is_named(value, said, fit, capfd):
     Path("same.py").write_text(f"def same(completions):\n    return [{value} for _ in completions]\n")
     assert main([*fit, "--data.objective.functions=same.py:same", "--watch.max_zero_steps=2"]) == 0
     printed = capfd.readouterr().err
-    assert f"for 2 steps all 4 answers to each row had the same loss (mean {-value:.4g})" in printed
+    assert f"for 2 steps all 4 answers to each row were equally good (mean loss {-value:.4g})" in printed
     assert said in printed

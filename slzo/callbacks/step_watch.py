@@ -114,7 +114,7 @@ def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
     objective = module.rows.objective
     if not objective.generates or module.stepper.estimator.uses_points:
         return f"the loss, {loss:.4g}, did not change along any direction for {steps} steps"
-    what = f"for {steps} steps all {objective.sampling.samples} answers to each row had the same loss (mean {loss:.4g})"
+    what = f"for {steps} steps all {objective.sampling.samples} answers to each row were equally good (mean loss {loss:.4g})"
     if loss <= objective.lowest:
         return f"{what}, the best one: there is nothing left to learn"
     return (

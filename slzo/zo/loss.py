@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -204,17 +204,18 @@ class RowsLoss(_SummedLoss):
         return rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
 
     def gradient(self) -> tuple[float, Direction]:
-        loss, policy = self._policy()
+        loss, policy = self._policy
         return loss, policy.gradient()[1]
 
     def slope(self, direction: Direction) -> tuple[float, float]:
-        loss, policy = self._policy()
+        loss, policy = self._policy
         return loss, policy.slope(direction)[1]
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        loss, policy = self._policy()
+        loss, policy = self._policy
         return policy.gradient_from_output(estimate, positions)._replace(loss=loss)
 
+    @cached_property
     def _policy(self) -> tuple[float, BatchLogitLoss]:
         """Sample answers at the masters; return their mean loss, and the loss whose derivative is the policy gradient."""
         context, batch = self.context, self.batch
