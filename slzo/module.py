@@ -28,8 +28,10 @@ from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note, restore
 from slzo.run import Prepared
 from slzo.training import adapt_rows, load_parts, make_evaluator
+from slzo.utils.agreement import check_agreement
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
+from slzo.utils.environment import environment
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
@@ -247,7 +249,11 @@ class ZOModule(LightningModule):
             folder=folder if self.trainer.checkpoint_callbacks else None,
             checkpoint=checkpoint,
         )
+        limits = {"max_steps": run.max_steps, "val_check_interval": self.trainer.val_check_interval}
+        start = {**environment()["versions"], **self.hparams, **self.rows.step_settings(), **limits}
+        check_agreement(start, "start all with the same command and in the same environment")
         prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
+        check_agreement(prepared.identity(), "give all the same files")
         if (limit := time_limit_of(self.trainer)) is not None:
             limit.apply(self.trainer, prepared.time)
         return prepared

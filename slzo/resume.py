@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, check_commit, write_checkpoint
+from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, check_commit, newest_checkpoint, write_checkpoint
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import describe_quantization
+from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say, warn
@@ -171,3 +172,21 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "state_dict": {} if prepared.model.adapter is None else tensors.copy_of_masters(),
         "slzo": make_note(prepared, rows),
     }
+
+
+def checkpoint_of_job(root: str | Path, job: str | None) -> Path | None:
+    """Return the last checkpoint of the newest run below ``root`` that a SLURM job wrote; ``None`` if there is none."""
+    found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == job]
+    found = [folder for folder in found if any(folder.rglob("*.ckpt"))]
+    if job is None or not found:
+        return None
+    path = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
+    say(f"SLURM job {job} was restarted and continues {path}")
+    return path
+
+
+def _job_of(environment: Path) -> str | None:
+    try:
+        return str(json.loads(environment.read_text(encoding="utf-8"))["slurm_job"])
+    except (OSError, ValueError, KeyError, TypeError):  # a run of another version, or a file that is being written
+        return None

@@ -78,6 +78,13 @@ class Prepared:
     resumed: bool = False
     time: TimePlan | None = None
 
+    def identity(self) -> dict[str, str | int | None]:
+        """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
+        base = self.model.base
+        rows = {f"{split} rows": str(hash(tuple(hashes.tolist()))) for split, hashes in self.data.rows.items()}
+        weights = None if base is None else " ".join([*base.sample.values(), *base.tuned.values()])
+        return {"tokenizer": self.data.tokenizer, **rows, "weights": weights, "layer": self.layer}
+
 
 @dataclass(frozen=True)
 class FitOutcome:

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
@@ -22,9 +24,11 @@ from slzo.checkpoint_io import WholeCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
+from slzo.resume import checkpoint_of_job
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
+from slzo.utils.slurm import is_restarted, job_id
 
 TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -38,6 +42,7 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 _FULL_PRECISION = (None, 32, "32", "32-true")
 _COPYING = ("spawn", "fork", "notebook")
+_SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _MAX_LAUNCHED = 64
 
 
@@ -68,15 +73,18 @@ class ZOTrainer(Trainer):
             saves = kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         progress = kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones")
         kwargs["callbacks"] = with_defaults(callbacks, checkpoints=saves, progress=progress)
-        plugins = kwargs.get("plugins") or []
+        plugins = kwargs.pop("plugins", None) or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
+            plugins.append(WholeCheckpointIO())
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
-            super().__init__(**kwargs)
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            cluster = _slurm_job() if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins) else None
+            super().__init__(**kwargs, plugins=plugins if cluster is None else [*plugins, cluster])
+            if cluster is not None:
+                cluster.validate_settings(self.num_devices, self.num_nodes)
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(
@@ -105,7 +113,7 @@ class ZOTrainer(Trainer):
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
             model.options.check_rows(datamodule)
             check_callbacks(self.callbacks, datamodule.metric_names("val"))
-        checkpoint = self._find(ckpt_path)
+        checkpoint = self._find(ckpt_path, restarted=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
@@ -188,12 +196,17 @@ class ZOTrainer(Trainer):
                 callback.watch_launcher(self)
         return run_folder(self, begun)
 
-    def _find(self, ckpt_path: str | Path | None) -> Checkpoint | None:
-        """Read a checkpoint; ``last`` and ``best`` are those of the newest run."""
+    def _find(self, ckpt_path: str | Path | None, restarted: bool = False) -> Checkpoint | None:
+        """Read a checkpoint; ``last`` and ``best`` are those of the newest run.
+
+        Without a path, a training (``restarted``) of a SLURM job that was restarted continues the newest run of this job.
+        """
+        root = (self.logger.save_dir if self.logger is not None else None) or self.default_root_dir
+        if ckpt_path is None and restarted and is_restarted():
+            ckpt_path = checkpoint_of_job(root, job_id())
         if ckpt_path is None:
             return None
-        root = self.logger.save_dir if self.logger is not None else None
-        found = find_checkpoint(ckpt_path, root or self.default_root_dir)
+        found = find_checkpoint(ckpt_path, root)
         if isinstance(self.strategy.checkpoint_io, WholeCheckpointIO):
             self.strategy.checkpoint_io.known = found
         return found
@@ -204,6 +217,14 @@ class ZOTrainer(Trainer):
         if checkpoint is None and not getattr(model, "is_tuned", False):
             say("No --ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
+
+
+def _slurm_job() -> SLURMEnvironment | None:
+    """Return the SLURM job that started this process, if one did. slzo saves and requeues it between two steps.
+
+    Lightning would do both in the middle of a step.
+    """
+    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
 
 
 def timed_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,9 +289,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
     if options.get("val_check_interval") == 0:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
-    strategy = options.get("strategy")
-    if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
-        raise SlzoError(f"trainer.strategy {strategy!r}: it copies this process, which slzo does not support; use ddp")
+    _check_strategy(options.get("strategy"))
     for name, least in (("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):
         value = options.get(name)
         if isinstance(value, int) and value < least:
@@ -283,6 +302,19 @@ def check_options(options: Mapping[str, Any]) -> None:
     most = max(_MAX_LAUNCHED, os.cpu_count() or 1, torch.cuda.device_count())
     if str(devices).isdecimal() and int(str(devices)) > most:
         raise SlzoError(f"trainer.devices {devices}: each device has a process of its own; give at most {most}")
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
+        raise SlzoError(f"trainer.strategy {name!r}: it copies this process, which slzo does not support; use ddp")
+    classes = [each.__name__ for each in _SHARDING]
+    if name.rpartition(".")[2] in classes or name.startswith(("fsdp", "deepspeed")):
+        raise SlzoError(
+            f"trainer.strategy {name!r}: it divides the model's layers over processes, which slzo does not support; use ddp "
+            "with fewer bits (model.quantization, model.dtype), or one process with model.device_map auto, which spreads the "
+            "layers over all GPUs"
+        )
 
 
 def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:

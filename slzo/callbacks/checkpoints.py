@@ -16,6 +16,7 @@ from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.files import check_inside
+from slzo.utils.slurm import PREEMPTION, job_id, requeue
 
 AUTO_MONITOR = "auto"
 LAST = "last.ckpt"
@@ -50,7 +51,8 @@ class LastCheckpoint(Checkpoint):
 
     It saves only where Lightning can restart exactly: after a validation, and after a step that no validation follows. Ctrl-C
     and SIGTERM stop a run at the next such place, which is the same for all processes. A second signal stops it at once without
-    saving. A later resume repeats the lost steps from the log of losses.
+    saving. A later resume repeats the lost steps from the log of losses. In a SLURM job SIGUSR1 also stops it there, and then
+    the job goes back into the queue.
 
     The state after the last step replaces ``last.ckpt`` only when everything else is done. A run that is killed while its
     held-out rows are scored therefore has steps left, and a resume finishes it normally. The last step is always validated,
@@ -163,6 +165,10 @@ class LastCheckpoint(Checkpoint):
             say(
                 f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
             )
+            job = job_id()
+            preempted = isinstance(exception, Interrupted) and exception.number == PREEMPTION
+            if job is not None and preempted and trainer.is_global_zero:
+                say(requeue(job))
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:

@@ -1,11 +1,16 @@
-"""Ends a run of several processes when one of them is gone."""
+"""Ends a run of several processes when one of them is gone or does not answer."""
 
 import os
+import signal
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed import TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat
 from slzo.utils.peers import Peer, PeerWatch, end_process
 from slzo.utils.runtime import gather_from_processes
 
@@ -18,19 +23,27 @@ _PATIENCE_S = 5.0
 
 
 class RankWatch(Callback):
-    """Ends this process with one line when another process of the run on the same machine has ended.
+    """Ends this process with one line when another process of the run has ended or does not answer.
 
-    The line names the rank and the checkpoint to continue from. The exit status is 2. Without it, a process would wait for the
-    one that is gone, or end with a traceback of the library that connects them.
+    A process that has ended is noticed at once on the same machine. One that stands still, on any machine, is noticed after 40
+    seconds. The line names the rank and the checkpoint to continue from. The exit status is 2. Without it, a process would wait
+    for the one that is gone, or end with a traceback of the library that connects them.
+
+    Args:
+        interval: Seconds between two signs of life of a process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float = BEAT_S) -> None:
+        self.interval = interval
         self._watch: PeerWatch | None = None
+        self._heartbeat: Heartbeat | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the other processes. A collective call."""
         if trainer.world_size > 1:
-            self._begin(trainer, gather_from_processes([Peer.here(trainer.global_rank)]))
+            peers = gather_from_processes([Peer.here(trainer.global_rank)])
+            self._begin(trainer, peers)
+            self._heartbeat = self._begin_heartbeat(trainer, peers)
 
     def watch_launcher(self, trainer: Trainer) -> None:
         """Watch the process that started this one, until all are connected: a connection to it may wait for half an hour.
@@ -46,32 +59,57 @@ class RankWatch(Callback):
 
     def _begin(self, trainer: Trainer, peers: Sequence[Peer], may_report: bool = True) -> None:
         def end(peer: Peer, reports: bool) -> None:
-            end_process(_STATUS, f"\nslzo: error: {_message(trainer, peer)}\n" if reports and may_report else "")
+            cause = f"rank {peer.rank} (process {peer.pid}) has ended"
+            end_process(_STATUS, f"\nslzo: error: {_message(trainer, cause)}\n" if reports and may_report else "")
 
         if self._watch is not None:
             self._watch.stop()
         self._watch = PeerWatch(peers, Peer.here(trainer.global_rank), end)
 
+    def _begin_heartbeat(self, trainer: Trainer, peers: Sequence[Peer]) -> Heartbeat:
+        """Begin to send and to watch signs of life. A collective call."""
+        rank, number = trainer.global_rank, trainer.world_size
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        host = getattr(environment, "main_address", socket.gethostname())
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+        port = trainer.strategy.broadcast(0 if store is None else store.port)
+
+        def end(other: int) -> None:
+            peer, own = peers[other], peers[rank]
+            if own.place and peer.place == own.place:
+                with suppress(ProcessLookupError):
+                    os.kill(peer.pid, signal.SIGKILL)  # it would keep its memory
+            seconds = round(self.interval * MISSED_BEATS)
+            text = _message(trainer, f"rank {other} (process {peer.pid}) has not answered for {seconds} seconds")
+            reports = rank == min(each for each in range(number) if each != other)
+            end_process(_STATUS, f"\nslzo: error: {text}\n" if reports else "")
+
+        return Heartbeat(TCPStore(host, port) if store is None else store, rank, number, end, self.interval)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop. A collective call: no process ends before all have stopped."""
         if self._watch is not None:
             self._watch.stop()
-            self._watch = None
-            trainer.strategy.barrier()
+            trainer.strategy.barrier()  # until then the others expect signs of life
+            self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop, unless an exchange with another process has failed because that process is gone."""
+        self._stop(_PATIENCE_S if isinstance(exception, RuntimeError) else 0.0)
+
+    def _stop(self, patience: float = 0.0) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self._watch is not None:
-            self._watch.stop(_PATIENCE_S if isinstance(exception, RuntimeError) else 0.0)
+            self._watch.stop(patience)
+        self._watch = self._heartbeat = None
 
 
-def _message(trainer: Trainer, peer: Peer) -> str:
+def _message(trainer: Trainer, cause: str) -> str:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     saved = next((each.saved for each in callbacks if isinstance(each, LastCheckpoint)), None) or trainer.ckpt_path
     if trainer.state.fn != "fit" or saved is None:
         advice = "start the same command again"
     else:
         advice = f"continue with the same command and --ckpt_path {saved}"
-    return (
-        f"rank {peer.rank} (process {peer.pid}) has ended, so the others stop at step {trainer.global_step}; {advice}"
-    )
+    return f"{cause}, so the others stop at step {trainer.global_step}; {advice}"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during the steps of a training."""
+"""Ctrl-C, SIGTERM and the preemption signal of SLURM during the steps of a training."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from slzo.utils.errors import Interrupted
+from slzo.utils.slurm import PREEMPTION, job_id
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -31,7 +32,7 @@ class StopSignals:
         self.waits, self._requested = False, 0
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
+        for number in _SIGNALS if job_id() is None else (*_SIGNALS, PREEMPTION):
             if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background of a shell ignores Ctrl-C
                 self._before[number] = signal.signal(number, self._handle)
 

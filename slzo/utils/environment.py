@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from slzo.utils.slurm import job_id
+
 _PACKAGES = (
     "lightning",
     "transformers",
@@ -43,6 +45,7 @@ def environment() -> dict[str, Any]:
             "torch": torch.__version__,
         },
         "commit": git_commit(Path(__file__).parent),
+        "slurm_job": job_id(),
         "system": platform.platform(),
         "processor": _processor(),
         "devices": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],

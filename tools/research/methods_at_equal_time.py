@@ -39,8 +39,14 @@ METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
     "output": (LayerOutputPerturbation, LayerScope, (1.0,)),
     "exact": (Backprop, LayerScope, (1.0, 1 / 3)),
 }
-# training, dev and held-out rows; CB and COPA have few
-ROWS = {"cb": (200, 50, 56), "copa": (300, 100, 100)}
+# training, dev and held-out rows; CB and COPA have few, and the rows of the last three are long
+ROWS = {
+    "cb": (200, 50, 56),
+    "copa": (300, 100, 100),
+    "rte": (500, 100, 185),
+    "boolq": (500, 100, 200),
+    "squad": (300, 100, 100),
+}
 CHECKS = 8
 
 

@@ -1,0 +1,63 @@
+"""Notice when another process of a run does not answer any more, on this machine or on another one."""
+
+import threading
+from collections.abc import Callable, Mapping
+
+from torch.distributed import DistError, TCPStore
+
+BEAT_S = 5.0
+"""Seconds between two beats."""
+MISSED_BEATS = 8
+"""A process is lost after this number of beats in a row without news of it."""
+
+
+class Heartbeat:
+    """Counts beats in a store that all processes share, and watches the counts of the others, in a thread.
+
+    A process whose threads all stand still, such as a stopped one or one on a machine that is gone, sends no beats. Beats are
+    counted instead of seconds, so that a run that was suspended as a whole goes on.
+
+    Args:
+        store: The store; its server is in the process of rank 0.
+        rank: Rank of this process.
+        number: Number of processes.
+        lost: Called in the thread with the rank of the first process that is lost.
+        interval: Seconds between two beats.
+    """
+
+    def __init__(
+        self, store: TCPStore, rank: int, number: int, lost: Callable[[int], None], interval: float = BEAT_S
+    ) -> None:
+        self._store, self._rank, self._lost, self._interval = store, rank, lost, interval
+        self._counts: Mapping[int, int] = dict.fromkeys((other for other in range(number) if other != rank), 0)
+        self._stopped = threading.Event()
+        # if the process with the server stands still, the first thread waits for it, and the second one notices
+        for name, run in (("slzo-beat", self._beat), ("slzo-watch", self._watch)):
+            threading.Thread(target=run, name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the watch. The other processes must be told not to expect beats any more."""
+        self._stopped.set()
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self._interval):
+            try:
+                self._store.add(_key(self._rank), 1)
+                self._counts = {other: self._store.add(_key(other), 0) for other in self._counts}
+            except DistError:  # the process with the server has ended
+                return
+
+    def _watch(self) -> None:
+        before, missed = self._counts, dict.fromkeys(self._counts, 0)
+        while not self._stopped.wait(self._interval):
+            counts = self._counts
+            missed = {other: missed[other] + 1 if counts[other] == before[other] else 0 for other in counts}
+            before = counts
+            late = [other for other in sorted(missed) if missed[other] >= MISSED_BEATS]
+            if late and not self._stopped.is_set():
+                self._lost(late[0])
+                return
+
+
+def _key(rank: int) -> str:
+    return f"beat-{rank}"

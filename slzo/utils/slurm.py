@@ -1,0 +1,29 @@
+"""A job of the SLURM scheduler: its number, whether it was restarted, and how it goes back into the queue."""
+
+import os
+import signal
+import subprocess
+
+PREEMPTION = signal.SIGUSR1
+"""The signal that ``sbatch --signal=USR1@SECONDS`` sends before the time of a job is over."""
+
+
+def job_id() -> str | None:
+    """Return the number of the job that this process belongs to, of an array with the task's number; ``None`` without a job."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def is_restarted() -> bool:
+    """Whether the job ran before and went back into the queue."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def requeue(job: str) -> str:
+    """Put the job of this process back into the queue, and say so; if that fails, say how to do it by hand."""
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        return f"SLURM job {job} could not be requeued ({' '.join(reason.split())}); run: scontrol requeue {job}"
+    return f"SLURM job {job} is in the queue again, and will continue this run"

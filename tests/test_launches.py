@@ -1,0 +1,207 @@
+"""Processes that torchrun or SLURM start: together, differently, preempted, or standing still."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import last_checkpoint, run_dir, same_tensors, tuned
+
+from slzo.__main__ import main
+from slzo.utils import slurm
+from slzo.utils.agreement import check_agreement
+from slzo.utils.errors import SlzoError
+from slzo.utils.heartbeat import MISSED_BEATS
+
+SECONDS = 240
+
+
+@pytest.fixture
+def fit(options):
+    """Options of a run of six steps, whose processes have six rows each."""
+    usual = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--model.layer=2", "--data.batch_size=6"]
+    return ["fit", *options, *usual, "--trainer.enable_progress_bar=false"]
+
+
+def start(arguments, folder=None, **environment):
+    """Start slzo, or another module of Python, in a process of its own."""
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return str(listening.getsockname()[1])
+
+
+def ranks(commands, folders=(None, None)):
+    """Start one process for each command as torchrun does, in a folder of its own if ``folders`` has one."""
+    common = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_WORLD_SIZE": str(len(commands)),
+        "GROUP_RANK": "0",
+    }
+    started = []
+    for rank, command in enumerate(commands):
+        own = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+        started.append(start(["slzo", *command, *own], folders[rank], **common, RANK=str(rank), LOCAL_RANK=str(rank)))
+    return started
+
+
+def outputs(processes):
+    return [process.communicate(timeout=SECONDS)[0] for process in processes]
+
+
+def errors(texts):
+    return [line for text in texts for line in text.splitlines() if line.startswith("slzo: error:")]
+
+
+@pytest.mark.slow
+def test_torchrun_takes_the_steps_of_ddp(fit):
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "slzo"]
+    run = start([*launcher, *fit, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    (text,) = outputs([run])
+    assert run.returncode == 0, text
+    own = start(["slzo", *fit, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    (text,) = outputs([own])
+    assert own.returncode == 0, text
+    assert same_tensors(tuned(last_checkpoint(0)), tuned(last_checkpoint(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--data.batch_size=5"], "batch_size: 6 -> 5; start all with the same command"),
+        (["--model.optimizer.lr=2e-3"], "lr: 0.001 -> 0.002; start all with the same command"),
+        ("rows", "train rows: "),
+        ("weights", "weights: "),
+    ],
+)
+def test_a_rank_that_was_started_differently_is_named_before_the_first_step(fit, change, named):
+    places = {name: next(o for o in fit if o.startswith(f"--{name}=")) for name in ("data.data_dir", "model.model")}
+    for machine in ("first", "second"):  # of two machines, each has its own files under the same names
+        Path(machine).mkdir()
+        for name, option in places.items():
+            shutil.copytree(option.partition("=")[2], Path(machine) / name)
+    if change == "rows":
+        for file in Path("second").rglob("train*"):
+            file.write_text(file.read_text(encoding="utf-8").replace("good", "fine"), encoding="utf-8")
+    if change == "weights":
+        change_weights(Path("second/model.model"))
+    command = [*fit, *(f"--{name}={name}" for name in places)]
+    other = [*command, *change] if isinstance(change, list) else command
+    texts = outputs(started := ranks([command, other], folders=["first", "second"]))
+    assert [process.returncode for process in started] == [2, 2], texts
+    (line, *rest) = errors(texts)
+    assert line.startswith("slzo: error: the processes of this run differ, rank 0 -> rank 1: ")
+    assert named in line
+    assert all(each == line for each in rest)
+    assert "Traceback" not in "".join(texts)
+
+
+def change_weights(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_named_and_the_other_ends(fit, rank):
+    watch = ["--trainer.callbacks=slzo.callbacks.rank_watch.RankWatch", "--trainer.callbacks.interval=0.5"]
+    sent = {"place": "on_train_batch_end", "step": 4, "number": "SIGSTOP", "rank": rank}
+    sender = ["--trainer.callbacks+=signal_sender.SignalSender"]
+    sender += [f"--trainer.callbacks.{name}={value}" for name, value in sent.items()]
+    stopped, other = (started := ranks([[*fit, *watch, *sender]] * 2))[rank], started[1 - rank]
+    begun = time.monotonic()
+    (text,) = outputs([other])
+    assert other.returncode == 2, text
+    assert time.monotonic() - begun < SECONDS / 2
+    (line,) = errors([text])
+    assert line.startswith(
+        f"slzo: error: rank {rank} (process {stopped.pid}) has not answered for {MISSED_BEATS // 2} s"
+    )
+    assert line.endswith(f"continue with the same command and --ckpt_path {last_checkpoint()}")
+    assert stopped.wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path):
+    """The environment of a SLURM job of one task, and a scontrol that writes its arguments to a file."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n', encoding="utf-8")
+    (tools / "scontrol").chmod(0o755)
+    task = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}
+    variables = {f"SLURM_{name}": value for name, value in {**task, "JOB_ID": "42", "JOB_NAME": "tune"}.items()}
+    return {**variables, "SLURM_NODELIST": "127.0.0.1", "PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+@pytest.mark.slow
+def test_a_preempted_job_goes_back_into_the_queue_and_continues_its_own_run(fit, job, tmp_path):
+    sent = {"place": "on_before_optimizer_step", "step": 3, "number": "SIGUSR1"}
+    sender = ["--trainer.callbacks=signal_sender.SignalSender"]
+    sender += [f"--trainer.callbacks.{name}={value}" for name, value in sent.items()]
+    first = start(["slzo", *fit, *sender], **job)
+    (text,) = outputs([first])
+    assert first.returncode == 128 + signal.SIGUSR1, text
+    assert "SLURM job 42 is in the queue again, and will continue this run" in text
+    assert (tmp_path / "scontrol.txt").read_text(encoding="utf-8") == "requeue 42\n"
+    assert not list(Path().rglob("hpc_ckpt*"))  # Lightning would save in the middle of a step
+    assert main(fit) == 0  # a run of another job, which is newer
+    second = start(["slzo", *fit], **job, SLURM_RESTART_COUNT="1")
+    (text,) = outputs([second])
+    assert second.returncode == 0, text
+    assert f"SLURM job 42 was restarted and continues {run_dir(0)}/checkpoints/last.ckpt" in text
+    assert same_tensors(tuned(last_checkpoint(1)), tuned(last_checkpoint(2)))
+
+
+@pytest.mark.slow
+def test_slurm_options_that_do_not_fit_end_in_one_line(fit, job):
+    wrong = start(["slzo", *fit, "--trainer.devices=2"], **{**job, "SLURM_NTASKS": "2"})
+    (text,) = outputs([wrong])
+    assert wrong.returncode == 2, text
+    (line,) = errors([text])
+    assert "--ntasks-per-node=1" in line
+
+
+def test_requeue_that_fails_says_what_to_run(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.requeue("7").endswith("run: scontrol requeue 7")
+
+
+def test_a_task_of_an_array_has_a_name_of_its_own(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert slurm.job_id() == "8_3"
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert slurm.job_id() == "9"
+
+
+def test_agreement_names_rank_and_value(monkeypatch):
+    found = [{"lr": 1, "layer": 2}, {"lr": 1, "layer": 2}, {"lr": 1, "layer": 3}]
+    monkeypatch.setattr("slzo.utils.agreement.gather_from_processes", lambda _: found)
+    with pytest.raises(SlzoError, match="rank 0 -> rank 2: layer: 2 -> 3; give all the same files"):
+        check_agreement({}, "give all the same files")
+    monkeypatch.setattr("slzo.utils.agreement.gather_from_processes", lambda _: found[:2])
+    check_agreement({}, "")

@@ -1,0 +1,100 @@
+"""Train with plain transformers and torch: AdamW on all weights or on LoRA adapters, or published MeZO. For comparison only.
+
+    python tools/plain_training.py --model smollm2-135m --task sst2 --data_dir DIR --method lora
+
+Prints the peak memory of the process in GiB, the median seconds of a step after the first, and the number of trained parameters.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from published_step import PaddedBatch, pad_left, published_loss, published_step
+from slzo.batches.encoded import EncodedExample
+from slzo.data.encoding import Encoder
+from slzo.data.sources import load_examples
+from slzo.data.splits import draw_splits
+from slzo.models.load import load_model, load_tokenizer
+from slzo.tasks.base import Kind
+from slzo.tasks.registry import get_task
+from slzo.utils.runtime import peak_memory_gb
+
+METHODS = ("mezo", "adamw", "lora", "lora-checkpointing")
+LEARNING_RATE = 1e-5
+
+
+def batches(
+    model: str, task_name: str, data_dir: str, rows: int, steps: int
+) -> tuple[list[list[EncodedExample]], bool]:
+    """Return tokenized training rows, batch by batch, and whether the task is trained on gold answers only."""
+    task = get_task(task_name)
+    pool = load_examples(task, "train", data_dir=data_dir)
+    examples = draw_splits(pool, pool[:1], num_train=rows * steps, num_dev=0, num_test=1, seed=0).train
+    encoder = Encoder(load_tokenizer(model))
+    encoded = [encoder.encode(row, index) for index, row in enumerate(examples)]
+    return [
+        encoded[start : start + rows] for start in range(0, rows * steps, rows)
+    ], task.kind is not Kind.CLASSIFICATION
+
+
+def adamw_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PaddedBatch) -> None:
+    """Take a step with the gradient of the likelihood of the gold answers, by back-propagation."""
+    published_loss(model, batch, only_gold=True).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """Return the model with adapters in the attention of all layers: rank 8, queries and values, as peft chooses for a Llama."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))  # type: ignore[arg-type,return-value]
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Take the steps; return ``peak`` in GiB, ``seconds`` of a step and the number of ``trained`` parameters."""
+    own, only_gold = batches(args.model, args.task, args.data_dir, args.rows, args.steps)
+    model = load_model(args.model, "float32")  # no parameter requires a gradient
+    trained = list(model.parameters())
+    if args.method == "adamw":
+        model.requires_grad_(True)
+    if args.method == "lora-checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    if args.method.startswith("lora"):
+        model = with_lora(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = None if args.method == "mezo" else torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    seconds = []
+    for number, examples in enumerate(own):
+        started = time.perf_counter()
+        if optimizer is None:
+            published_step(model, trained, pad_left(examples, only_gold), only_gold, number)
+        else:
+            adamw_step(model, optimizer, pad_left(examples, only_gold=True))
+        seconds.append(time.perf_counter() - started)
+    return {
+        "peak": peak_memory_gb(torch.device("cpu")),
+        "seconds": statistics.median(seconds[1:] or seconds),
+        "trained": sum(parameter.numel() for parameter in trained),
+    }
+
+
+def main() -> None:
+    """Print the measurements as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
+    parser.add_argument("--task", default="sst2", help="task, as in data.task")
+    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=4)
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

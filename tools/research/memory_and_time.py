@@ -1,0 +1,268 @@
+"""Measure peak memory and seconds of a step: slzo, AdamW on the same layer, and what is used without slzo.
+
+    python tools/research/memory_and_time.py --data_dir DIR --output memory
+    python tools/research/memory_and_time.py --data_dir DIR --output memory --models qwen.gguf --layers 2 21 --tasks drop --rows 4
+
+A cell is a model, a task, a number of rows a step, a method and, for methods that tune one layer, a layer. Each cell runs in a
+process of its own: slzo's methods through the Trainer, the others in ``plain_training.py``. The time is the median of the steps
+that find their rows in the prefix cache. Cells above --most GiB, and those of the shape of Llama-2-7B (--models llama-7b), are
+arithmetic and marked with "~". Results are saved at once, and the same command continues where it stopped; several processes can
+share the folder. --report prints the table, and how far slzo's plans are from the peaks.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from slzo import TaskDataModule, ZOModule, ZOTrainer
+from slzo.experiments.store import CellStore
+from slzo.models.shape import ModelShape, model_shape, shape_of, skeleton_of
+from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
+from slzo.zo.memory import MemoryInputs, Workload
+
+sys.path.insert(0, str(Path(__file__).parent))
+from memory_table import MODELS
+
+_GB = 2**30
+OF_LAYER: dict[str, type[Estimator]] = {"slzo": LayerOutputPerturbation, "spsa": SPSA, "adamw-layer": Backprop}
+PLAIN = ("mezo", "lora", "lora-checkpointing", "adamw")
+TITLES = {
+    "slzo": "slzo",
+    "spsa": "slzo with SPSA",
+    "adamw-layer": "AdamW on the layer",
+    "mezo": "MeZO on all weights",
+    "lora": "LoRA in all layers",
+    "lora-checkpointing": "LoRA, checkpointing",
+    "adamw": "AdamW on all weights",
+}
+SHAPE_7B = "llama-7b"
+# float32 numbers per token and entry of the vocabulary: logits, log-probabilities, and with a gradient those of both
+_LOGITS, _LOGITS_WITH_GRADIENT = 2, 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measurement.
+
+    Attributes:
+        model: Name of the model, or ``llama-7b`` for arithmetic.
+        task: Name of the task.
+        rows: Rows of a step.
+        method: A key of ``TITLES``.
+        layer: Tuned layer; ``None`` for methods that tune all.
+    """
+
+    model: str
+    task: str
+    rows: int
+    method: str
+    layer: int | None
+
+    @property
+    def name(self) -> str:
+        """Name of the result."""
+        where = "" if self.layer is None else f"-{self.layer}"
+        return f"{Path(self.model).stem}-{self.task}-{self.rows}-{self.method}{where}"
+
+
+class StepSeconds(Callback):
+    """Collects the seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Add the seconds of a step."""
+        self.seconds.append(float(trainer.callback_metrics["train/step_seconds"]))
+
+
+def fit(cell: Cell, data_dir: str) -> dict[str, float]:
+    """Take six steps on three batches in this process; return ``planned`` and ``peak`` in GiB and ``seconds`` of a late step."""
+    times = StepSeconds()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = TaskDataModule(
+            cell.task,
+            tokenizer=cell.model,
+            data_dir=data_dir,
+            num_train=3 * cell.rows,
+            num_dev=2,
+            num_test=2,
+            batch_size=cell.rows,
+        )
+        model = ZOModule(cell.model, layer=cell.layer, estimator=OF_LAYER[cell.method](), seed=0)
+        trainer = ZOTrainer(
+            max_steps=6,
+            val_check_interval=6,
+            default_root_dir=folder,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            callbacks=[times],
+        )
+        trainer.fit(model, datamodule=rows)
+        (found,) = Path(folder).glob("runs/*/summary.json")
+        summary = json.loads(found.read_text(encoding="utf-8"))
+    return {
+        "planned": summary["planned_memory_gb"],
+        "peak": summary["peak_memory_gb"],
+        "seconds": statistics.median(times.seconds[3:]),
+    }
+
+
+def measure(cell: Cell, data_dir: str) -> dict[str, Any]:
+    """Run a cell in a process of its own."""
+    if cell.method in OF_LAYER:
+        command = [__file__, "--data_dir", data_dir, "--cell", json.dumps(vars(cell))]
+    else:
+        plain = str(Path(__file__).parents[1] / "plain_training.py")
+        command = [plain, "--data_dir", data_dir, "--model", cell.model, "--task", cell.task]
+        command += ["--rows", str(cell.rows), "--steps", "3", "--method", cell.method]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"problem": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------------------------------
+
+
+def arithmetic(cell: Cell, shape: ModelShape, dtype: torch.dtype, tokens: int) -> float:
+    """Return the peak memory in GiB of a step on ``tokens`` tokens, from the constants of slzo's plan."""
+    frozen = MemoryInputs(
+        shape=shape,
+        dtype=dtype,
+        quantization=None,
+        tuned={},
+        full_layers=0,
+        start=0,
+        workload=Workload(tokens, train_tokens=tokens),
+        cache_bytes=2 * _GB,
+    )
+    if cell.layer is not None:
+        first_order = cell.method == "adamw-layer"
+        copies = 2 if cell.method == "spsa" else 4  # master and gradient, and the two moments of AdamW
+        inputs = replace(
+            frozen,
+            tuned={"tuned": 4 * copies * (shape.linear + shape.layer_rest)},
+            full_layers=1,
+            start=cell.layer,
+            workload=replace(frozen.workload, cached_tokens=3 * tokens),
+            differentiated=shape.num_layers - cell.layer if first_order else int(cell.method == "slzo"),
+            records=cell.method == "slzo",
+        )
+        return inputs.plan().total / _GB
+    parts = replace(frozen, differentiated=1).plan().parts
+    of_layer, activations = parts["activations for the derivative"], parts["activations"]
+    base, logits = parts["program"] + parts["weights"], 4 * tokens * shape.vocabulary
+    if cell.method == "mezo":
+        sequences = 2 if cell.task == "sst2" else 1  # each candidate is a sequence
+        return (base + sequences * (activations + logits * _LOGITS)) / _GB
+    total = base + logits * _LOGITS_WITH_GRADIENT
+    if cell.method == "lora-checkpointing":
+        return (total + of_layer + shape.num_layers * tokens * shape.hidden * dtype.itemsize) / _GB
+    if cell.method == "adamw":
+        # gradient and two moments; with weights in half precision also a float32 master
+        total += shape.num_parameters * (dtype.itemsize + (8 if dtype == torch.float32 else 12))
+    return (total + shape.num_layers * of_layer) / _GB
+
+
+def shape_and_dtype(model: str) -> tuple[ModelShape, torch.dtype]:
+    """Return the shape of a model and the type in which it is trained: float32, and bfloat16 for the shape of Llama-2-7B."""
+    if model == SHAPE_7B:
+        return shape_of(skeleton_of(MODELS["Llama-2-7B"])), torch.bfloat16
+    return model_shape(model)[0], torch.float32
+
+
+# ---- table --------------------------------------------------------------------------------------------------------------
+
+
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """Iterate over the cells."""
+    for model in args.models:
+        for task in args.tasks:
+            for method in args.methods:
+                for layer in args.layers if method in OF_LAYER else [None]:
+                    yield Cell(model, task, args.rows, method, layer)
+
+
+def report(store: CellStore, args: argparse.Namespace) -> str:
+    """Return the table of the finished cells, and how far the plans are from the peaks."""
+    lines = [
+        "| model | task | rows | method | layer | peak, GiB | planned, GiB | seconds a step |",
+        "|---|---|--:|---|--:|--:|--:|--:|",
+    ]
+    ratios, guesses = [], []
+    for cell in cells(args):
+        row = store.result(cell.name)
+        if row is None:
+            continue
+        layer = "" if cell.layer is None else cell.layer
+        start = f"| {Path(cell.model).stem} | {cell.task} | {cell.rows} | {TITLES[cell.method]} | {layer} |"
+        if "problem" in row:
+            lines.append(f"{start} {row['problem']} | | |")
+        elif "peak" not in row:
+            lines.append(f"{start} ~{row['arithmetic']:.1f} | | |")
+        else:
+            planned = f"{row['planned']:.2f}" if "planned" in row else ""
+            lines.append(f"{start} {row['peak']:.2f} | {planned} | {row['seconds']:.2f} |")
+            guesses.append(row["arithmetic"] / row["peak"])
+            if planned:
+                ratios.append(row["planned"] / row["peak"])
+    for name, values in (("planned / peak", ratios), ("arithmetic / peak", guesses)):
+        if values:
+            lines.append(f"{name}: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
+    return "\n".join(lines)
+
+
+def tokens_of(model: str, task: str, rows: int, data_dir: str) -> int:
+    """Return the tokens of the largest of three padded batches, as ``plain_training.py`` makes them."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from plain_training import batches, pad_left
+
+    own, _ = batches("smollm2-135m" if model == SHAPE_7B else model, task, data_dir, rows, 3)
+    return max(pad_left(examples, only_gold=True).input_ids.numel() for examples in own)
+
+
+def main() -> None:
+    """Run the missing cells and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
+    parser.add_argument("--tasks", nargs="+", default=["sst2"], help="tasks, as in data.task")
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 28])
+    parser.add_argument("--methods", nargs="+", default=[m for m in TITLES if m != "spsa"], choices=list(TITLES))
+    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--most", type=float, default=20, help="cells above this are arithmetic, GiB")
+    parser.add_argument("--output", default="memory", help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="print the table without running anything")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(fit(Cell(**json.loads(args.cell)), args.data_dir)))
+        return
+    store = CellStore(args.output, {"threads": torch.get_num_threads()})
+    for cell in [] if args.report else cells(args):
+        with store.claim(cell.name) as mine:
+            if not mine:
+                continue
+            tokens = tokens_of(cell.model, cell.task, cell.rows, args.data_dir)
+            result: dict[str, Any] = {"arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens)}
+            if result["arithmetic"] <= args.most and cell.model != SHAPE_7B:
+                result |= measure(cell, args.data_dir)
+            store.save(cell.name, result)
+            print(f"{cell.name}: {result}", flush=True)
+    print(report(store, args))
+
+
+if __name__ == "__main__":
+    main()
