@@ -1,9 +1,11 @@
 """Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 
 from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch
@@ -11,7 +13,9 @@ from slzo.task_rows import TaskRows
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.options import TrainingOptions
-from slzo.zo.processes import ALONE, Parallel, Processes
+from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
+
+Sum = Callable[[Tensor], Tensor]
 
 
 class TaskDataModule(TaskRows, LightningDataModule):
@@ -20,20 +24,22 @@ class TaskDataModule(TaskRows, LightningDataModule):
     :mod:`slzo` has a complete example.
     """
 
+    _grid: Processes | None = None
+
     @property
     def processes(self) -> Processes:
-        """The processes of the trainer, which divide rows or directions among themselves."""
+        """The processes of the trainer, which divide rows and directions among themselves. The first use is a collective call."""
         if self.trainer is None:
             return ALONE
-        strategy = self.trainer.strategy
-        parallel: Parallel = getattr(self.trainer.lightning_module, "parallel", "rows")
-        return Processes(
-            self.trainer.world_size,
-            self.trainer.global_rank,
-            parallel,
-            partial(strategy.reduce, reduce_op="sum"),
-            strategy.broadcast,
-        )
+        trainer = self.trainer
+        options = getattr(trainer.lightning_module, "options", None)
+        parallel: Parallel = options.parallel if isinstance(options, TrainingOptions) else "rows"
+        directions = num_directions(parallel, trainer.world_size)
+        place = trainer.world_size, trainer.global_rank, directions
+        if self._grid is None or (self._grid.number, self._grid.rank, self._grid.directions) != place:
+            rows, points = _sums(trainer, directions)
+            self._grid = Processes(*place, rows, points, trainer.strategy.broadcast)
+        return self._grid
 
     @property
     def on_accelerator(self) -> bool:
@@ -98,3 +104,17 @@ class TaskDataModule(TaskRows, LightningDataModule):
         ]
         if different and self.trainer is not None and self.trainer.state.fn == "fit":
             warn("these data options differ from the checkpoint's: " + "; ".join(different))
+
+
+def _sums(trainer: Trainer, directions: int) -> tuple[Sum, Sum]:
+    """Return the sum over the processes with other rows, and that over the processes with other directions. A collective call."""
+    number, rank = trainer.world_size, trainer.global_rank
+    over_all = partial(trainer.strategy.reduce, reduce_op="sum")
+    if directions in (1, number):
+        return over_all, over_all
+    of_rows = [range(first, number, directions) for first in range(directions)]
+    of_points = [range(first, first + directions) for first in range(0, number, directions)]
+    # every process makes all groups, in the same order
+    made = [[(ranks, distributed.new_group(list(ranks))) for ranks in groups] for groups in (of_rows, of_points)]
+    rows, points = (partial(over_all, group=next(group for ranks, group in groups if rank in ranks)) for groups in made)
+    return rows, points

@@ -80,7 +80,7 @@ class ZOModule(LightningModule):
         seed: Seed of the directions; by default that of seed_everything.
         parallel: What is divided among processes in training, rows or directions. With rows, each process has data.batch_size
             rows of its own. With directions, all processes have the same rows and each evaluates some of the step's points,
-            such as the members of a population.
+            such as the members of a population. A number N divides both: N processes have the same rows.
         engine: How the loss is computed: options for speed and memory.
         max_nonfinite: Stop after this many steps in a row whose loss is infinite or NaN.
         trust_remote_code: Run model code that comes with a Hub repository.
@@ -132,7 +132,6 @@ class ZOModule(LightningModule):
             max_nonfinite=max_nonfinite,
             trust_remote_code=trust_remote_code,
         )
-        self.parallel = parallel
         self.prepared: Prepared | None = None
         self.model: Any = None
         self.tuned_model: TunedModel | None = None

@@ -478,7 +478,7 @@ def test_processes_divide_the_points(number, queries, objective, examples):
     whole = estimate_at(model, batch_loss(model, examples, objective), queries=queries)
 
     def run(rank, all_reduce_sum):
-        processes = Processes(number, rank, "directions", all_reduce_sum)
+        processes = Processes(number, rank, number, sum_points=all_reduce_sum)
         return estimate_at(model, batch_loss(model, examples, objective, processes), queries=queries)
 
     added, found = on_processes(number, run)
@@ -497,7 +497,7 @@ def test_processes_divide_the_rows(examples):
     halves = (examples[:5], examples[5:])
 
     def run(rank, all_reduce_sum):
-        processes = Processes(2, rank, "rows", all_reduce_sum)
+        processes = Processes(2, rank, sum_rows=all_reduce_sum)
         return estimate_at(model, batch_loss(model, halves[rank], objective, processes), queries=4)
 
     _, found = on_processes(2, run)

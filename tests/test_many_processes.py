@@ -96,6 +96,25 @@ def test_a_population_over_two_processes_is_that_of_one(fit):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("estimator", "weights"),
+    [("SPSA", ["--model.num_queries=4", "--model.engine.queries_at_once=2"]), ("LayerOutputPerturbation", [])],
+    ids=["SPSA", "LayerOutputPerturbation"],
+)
+def test_a_grid_of_two_by_two_processes_takes_the_steps_of_one(fit, estimator, weights):
+    """Two processes have the first half of the rows and two the second half; of each pair, each evaluates half of the points."""
+    if not weights:
+        fit = [option for option in fit if not option.startswith("--model.eps")]
+    fit = [*fit, f"--model.estimator={estimator}", *weights]
+    status, output = on(4, [*fit, "--model.parallel=2"], rows=ROWS // 2, callback="WeightWriter")
+    assert status == 0, output
+    first, *others = (torch.load(f"weights-{rank}.pt", weights_only=True) for rank in range(4))
+    assert all(same_tensors(first, other) for other in others)
+    assert main(fit) == 0
+    assert_close(first, tuned(last_checkpoint(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "sent",
     [
         {"place": "on_validation_batch_start", "step": 4, "number": "SIGTERM"},

@@ -307,7 +307,7 @@ def test_processes_divide_the_rows():
     whole = estimate_at(stepper_of(Letters()).model, stepper_of(Letters()).loss(batch_of(rows)), queries=4)
 
     def run(rank, all_reduce_sum):
-        stepper = stepper_of(Letters(), processes=Processes(2, rank, "rows", all_reduce_sum))
+        stepper = stepper_of(Letters(), processes=Processes(2, rank, sum_rows=all_reduce_sum))
         return estimate_at(stepper.model, stepper.loss(batch_of(halves[rank])), queries=4)
 
     _, found = on_processes(2, run)

@@ -1,16 +1,42 @@
-"""Directions divided over processes: the losses that each evaluates add up to those of all points. No process is started."""
+"""Rows and directions divided over processes: what they add up is the step of one. No process is started."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from helpers import batch_loss, described, tiny_loss
+from helpers import batch_loss, described, tiny_loss, tiny_model, tune_scope
 
+from slzo.models.engine import Engine
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided, Point, Request
-from slzo.zo.processes import Processes, identity
+from slzo.zo.estimators import (
+    FZO,
+    LOZO,
+    SPSA,
+    Backprop,
+    EvolutionStrategy,
+    ForwardGradient,
+    LayerOutputPerturbation,
+    OneSided,
+    Point,
+    Request,
+)
+from slzo.zo.processes import Processes, identity, num_directions
+from slzo.zo.scopes import (
+    ActivationSubspace,
+    AllParameters,
+    LayerScope,
+    LoRA,
+    OutlierChannels,
+    PrefixTuning,
+    RandomLayers,
+    SmallestWeights,
+)
 
 
 def of_process(model, examples, number, rank, all_reduce_sum=identity):
-    return batch_loss(model, examples, processes=Processes(number, rank, "directions", all_reduce_sum))
+    return batch_loss(model, examples, processes=Processes(number, rank, number, sum_points=all_reduce_sum))
 
 
 class Asked:
@@ -71,7 +97,114 @@ def test_one_process_divides_nothing(examples):
 
 
 @pytest.mark.parametrize(
-    ("number", "parallel", "at_once"), [(1, "directions", 2), (3, "directions", 6), (3, "rows", 2)]
+    ("parallel", "of_rows", "of_points"),
+    [("rows", (5, 6), (0, 1)), ("directions", (0, 1), (5, 6)), (2, (2, 3), (1, 2)), (3, (1, 2), (2, 3))],
 )
-def test_processes_evaluate_more_queries_together(number, parallel, at_once):
-    assert Processes(number, 0, parallel).queries_at_once(2) == at_once
+def test_a_grid_of_rows_by_directions(parallel, of_rows, of_points):
+    processes = Processes(6, 5, num_directions(parallel, 6))
+    assert processes.of_rows == of_rows
+    assert processes.of_points == of_points
+
+
+def test_a_number_that_does_not_divide_the_processes_is_refused():
+    with pytest.raises(
+        SlzoError, match=r"model\.parallel 4: does not divide the 6 processes of this run; give a divisor of 6"
+    ):
+        num_directions(4, 6)
+
+
+SCOPE_CASES = [
+    LayerScope(),
+    LoRA(),
+    OutlierChannels(),
+    ActivationSubspace(),
+    SmallestWeights(),
+    AllParameters(),
+    RandomLayers(),
+    PrefixTuning(),
+]
+# with divide_rows a query takes rows of each process, so they are others on another number of processes
+ESTIMATOR_CASES = [
+    SPSA(),
+    OneSided(),
+    FZO(),
+    LOZO(),
+    EvolutionStrategy(),
+    LayerOutputPerturbation(queries=4),  # left out, it depends on the candidates in the batch
+    Backprop(),
+    ForwardGradient(),
+]
+
+
+def with_every_scope():
+    """Each estimator with the scope of the default, and, as slow cases, with all others."""
+    for estimator in ESTIMATOR_CASES:
+        for scope in SCOPE_CASES:
+            if isinstance(estimator, LOZO) and isinstance(scope, OutlierChannels | SmallestWeights):
+                continue  # refused: low-rank directions need complete matrices
+            if estimator.perturbs_output and not scope.one_layer:
+                continue
+            marks = [] if isinstance(scope, LayerScope) else [pytest.mark.slow]
+            yield pytest.param(estimator, scope, marks=marks, id=f"{estimator.describe()}, {scope.describe()}")
+
+
+@pytest.mark.parametrize(("estimator", "scope"), with_every_scope())
+@pytest.mark.parametrize("directions", [1, 2], ids=["rows", "rows and directions"])
+def test_processes_with_other_rows_take_the_step_of_one(estimator, scope, directions, examples):
+    """Three sets of rows of other sizes, each on one process, or on two that divide the points."""
+    if directions > 1 and not (estimator.uses_points or estimator.perturbs_output):
+        pytest.skip("this estimator has no points")
+    parts = (examples[:1], examples[1:5], examples[5:])
+
+    def estimate(rows, processes):
+        model = tune_scope(scope, tiny_model("llama", scale=1.0), engine=Engine(cache_gb=0))
+        loss = batch_loss(model, rows, processes=processes)
+        request = Request(model.tensors, loss, 0, 0, 1e-2, 4, queries_at_once=4)
+        return estimator.estimate(request)
+
+    whole = estimate(examples, Processes())
+    gradient = {name: tensor.clone() for name, tensor in whole.gradient.items()}
+    found = on_grid(3, directions, lambda processes: estimate(parts[processes.of_rows[0]], processes))
+    for each in found:
+        assert each.loss == pytest.approx(whole.loss, rel=1e-5)
+        assert each.gradient.keys() == gradient.keys()
+        for name, expected in gradient.items():
+            assert (each.gradient[name] - expected).norm() < 3e-3 * expected.norm() + 1e-7, name
+            assert torch.equal(
+                each.gradient[name], found[0].gradient[name]
+            )  # although each sum adds up in another order
+
+
+def on_grid(rows, directions, run):
+    """What ``run(processes)`` returns on each process of a grid, in threads that add up what they exchange."""
+    number = rows * directions
+    exchanges = {("rows", d): Exchange(rows) for d in range(directions)} | {
+        ("points", r): Exchange(directions) for r in range(rows)
+    }
+    turn = threading.Lock()  # the seed of torch is global
+
+    def process(rank):
+        d, r = rank % directions, rank // directions
+        sums = (partial(exchanges[name].sum, turn=turn) for name in (("rows", d), ("points", r)))
+        with turn:
+            return run(Processes(number, rank, directions, *sums))
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(process, range(number)))
+
+
+class Exchange:
+    """The sum of a tensor over threads, each of which gives up its turn while it waits for the others."""
+
+    def __init__(self, number):
+        self.barrier, self.number, self.parts = threading.Barrier(number, timeout=60), number, {}
+
+    def sum(self, tensor, turn):
+        turn.release()
+        place = self.barrier.wait()
+        self.parts[place] = tensor.clone()
+        self.barrier.wait()
+        total = torch.stack([self.parts[place] for place in range(self.number)]).sum(dim=0)
+        self.barrier.wait()
+        turn.acquire()
+        return total

@@ -43,8 +43,11 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.max_nonfinite < 1:
             raise SlzoError(f"model.max_nonfinite {self.max_nonfinite}: must be at least 1 step before the run stops")
-        if self.parallel not in ("rows", "directions"):
-            raise SlzoError(f"model.parallel {self.parallel!r}: choose one of rows, directions")
+        if self.parallel not in ("rows", "directions") and (not isinstance(self.parallel, int) or self.parallel < 1):
+            raise SlzoError(
+                f"model.parallel {self.parallel!r}: choose one of rows, directions, or give the number of processes that divide "
+                "the directions of a step"
+            )
         self.estimator.check(self.step.num_queries)
         if self.estimator.perturbs_output:
             for name, value in (("eps", self.step.eps), ("eps_end", self.step.eps_end)):
@@ -87,10 +90,10 @@ class TrainingOptions:
         self.estimator.check(self.step.num_queries, rows.batch_size)
         if rows.objective.generates and not self.estimator.uses_points:
             rows.objective.sampling.check()
-            if self.parallel == "directions":
+            if self.parallel not in ("rows", 1):
                 raise SlzoError(
-                    f"model.parallel directions: with {self.estimator.describe()} every process would compute all rewards; use "
-                    "rows, or model.estimator SPSA"
+                    f"model.parallel {self.parallel}: with {self.estimator.describe()} every process would compute all rewards; "
+                    "use rows, or model.estimator SPSA"
                 )
         if self.optimizer.automatic and not self.estimator.along_directions and not self.optimizer.normalizes:
             raise SlzoError(

@@ -11,7 +11,8 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
 from slzo.zo.tuned import Direction
 
-Parallel = Literal["rows", "directions"]
+Parallel = Literal["rows", "directions"] | int
+"""What is divided over processes: rows, directions, or both, with this number of processes for the directions of a step."""
 
 
 def identity(value: Any) -> Any:
@@ -21,55 +22,72 @@ def identity(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as seen from one of them.
+    """The processes of a run, as seen from one of them: a grid of rows by directions.
+
+    Process r * directions + d has the rows of number r, and evaluates the points of number d on them. Processes with the same
+    rows exchange only losses, as in evolution strategies (arXiv 1703.03864).
 
     Attributes:
         number: Number of processes.
         rank: Rank of this process, counted from 0.
-        parallel: ``rows``: each process has its own rows and evaluates every point on them. ``directions``: all processes have
-            the same rows, and each evaluates some of the points. Then only losses are exchanged, as in evolution strategies
-            (arXiv 1703.03864).
-        all_reduce_sum: Returns the sum of a tensor over the processes (all-reduce).
+        directions: Number of processes that have the same rows and divide the points of a step; a divisor of ``number``.
+        sum_rows: Returns the sum of a tensor over the processes with other rows and the same points (all-reduce).
+        sum_points: Returns the sum of a tensor over the processes with the same rows and other points (all-reduce).
         broadcast: Returns the value of the first process.
     """
 
     number: int = 1
     rank: int = 0
-    parallel: Parallel = "rows"
-    all_reduce_sum: Callable[[Tensor], Tensor] = identity
+    directions: int = 1
+    sum_rows: Callable[[Tensor], Tensor] = identity
+    sum_points: Callable[[Tensor], Tensor] = identity
     broadcast: Callable[[Any], Any] = identity
 
     @property
-    def divide_directions(self) -> bool:
-        """Whether the directions of a step are divided over several processes."""
-        return self.parallel == "directions" and self.number > 1
+    def of_rows(self) -> tuple[int, int]:
+        """Number of this process's rows, and of all sets of rows that the processes have."""
+        return self.rank // self.directions, self.number // self.directions
 
     @property
-    def of_rows(self) -> tuple[int, int]:
-        """Rank and number of the processes that the training rows are divided over."""
-        return (self.rank, self.number) if self.parallel == "rows" else (0, 1)
+    def of_points(self) -> tuple[int, int]:
+        """Number of this process's points, and of all sets of points that the processes evaluate."""
+        return self.rank % self.directions, self.directions
 
-    def queries_at_once(self, own: int) -> int:
-        """Return how many queries all processes evaluate together when each of them evaluates ``own``."""
-        return own * self.number if self.divide_directions else own
+
+def num_directions(parallel: Parallel, number: int) -> int:
+    """Return how many of ``number`` processes divide the points of a step.
+
+    Raises:
+        SlzoError: ``number`` is not a multiple of the given number.
+    """
+    if parallel == "rows":
+        return 1
+    if parallel == "directions":
+        return number
+    if number % parallel:
+        raise SlzoError(
+            f"model.parallel {parallel}: does not divide the {number} processes of this run; give a divisor of {number}, rows or "
+            "directions"
+        )
+    return parallel
 
 
 @dataclass
 class CountedSum:
-    """The sum over the processes, which counts the bytes that each of them sends.
+    """A sum over processes, which counts the bytes that each of them sends.
 
     Attributes:
-        all_reduce_sum: See :class:`Processes`.
+        sum: See :class:`Processes`.
         num_bytes: Bytes so far.
     """
 
-    all_reduce_sum: Callable[[Tensor], Tensor]
+    sum: Callable[[Tensor], Tensor]
     num_bytes: int = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes."""
         self.num_bytes += tensor.numel() * tensor.element_size()
-        return self.all_reduce_sum(tensor)
+        return self.sum(tensor)
 
 
 ALONE = Processes()
@@ -81,7 +99,7 @@ class DividedDirections(Loss):
     """A loss whose points are divided over processes, which exchange the results.
 
     Attributes:
-        loss: The loss of all rows, on this process.
+        loss: The loss of all rows, of which this process may have a part.
         processes: The processes that divide the points.
         device: Device on which the losses are exchanged.
     """
@@ -91,14 +109,14 @@ class DividedDirections(Loss):
     device: torch.device
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        number, rank = self.processes.number, self.processes.rank
+        rank, number = self.processes.of_points
         shares = points[0].rows.of  # the points that divide one batch stay on one process
         copies = len(points) // shares
         first, stop = (copies * process // number * shares for process in (rank, rank + 1))
         losses = torch.zeros(len(points), device=self.device)
         if first < stop:
             losses[first:stop] = self.loss.at(points[first:stop])
-        return self.processes.all_reduce_sum(losses)  # exact: each entry is the sum of one loss and zeros
+        return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
 
     def gradient(self) -> tuple[float, Direction]:
         raise SlzoError(_NO_POINTS)
@@ -110,7 +128,16 @@ class DividedDirections(Loss):
         def divided(output: LayerOutput) -> Tensor:
             return estimate(_DividedOutput(output, self.processes))
 
-        return self.loss.gradient_from_output(divided, positions)
+        found = self.loss.gradient_from_output(divided, positions)
+        if self.processes.of_rows[1] == 1:
+            return found
+        # processes with other points add up the rows in a sum of their own, which may round differently
+        loss = self._of_first(torch.tensor(found.loss, device=self.device)).item()
+        return found._replace(loss=loss, gradient={name: self._of_first(own) for name, own in found.gradient.items()})
+
+    def _of_first(self, tensor: Tensor) -> Tensor:
+        """Return the tensor of the process with the first points."""
+        return self.processes.sum_points(tensor if self.processes.of_points[0] == 0 else torch.zeros_like(tensor))
 
     @property
     def report(self) -> LossReport:
@@ -125,16 +152,16 @@ class _DividedOutput(LayerOutput):
         self.keys, self.row, self.size, self.width = output.keys, output.row, output.size, output.width
         self.part, self.num_parts, self.by_position = output.part, output.num_parts, output.by_position
         self.whole_vocabulary = output.whole_vocabulary
-        self.points_at_once = output.points_at_once * processes.number
+        self.points_at_once = output.points_at_once * processes.directions
         self._output, self._processes = output, processes
 
     def losses(self, shifts: Tensor) -> Tensor:
-        rank, number = self._processes.rank, self._processes.number
+        rank, number = self._processes.of_points
         first, stop = (len(shifts) * process // number for process in (rank, rank + 1))
         losses = shifts.new_zeros(len(shifts), self.num_parts)
         if first < stop:
             losses[first:stop] = self._output.losses(shifts[first:stop])
-        return self._processes.all_reduce_sum(losses)
+        return self._processes.sum_points(losses)
 
     def applied(self, shifts: Tensor) -> Tensor:
         return self._output.applied(shifts)

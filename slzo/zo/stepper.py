@@ -191,11 +191,10 @@ class Stepper:
             processes: The processes; by default those of the training.
         """
         processes, model = self.processes if processes is None else processes, self.model
-        divides = processes.divide_directions
-        reduce = identity if divides else processes.all_reduce_sum
+        reduce = processes.sum_rows if processes.of_rows[1] > 1 else identity
         context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
         loss = loss_of(self.objective, batch, context)
-        return DividedDirections(loss, processes, model.parts.model.device) if divides else loss
+        return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
 
     @torch.no_grad()
     def step(
@@ -222,14 +221,14 @@ class Stepper:
         tensors = self.model.tensors
         eps = self.options.eps_at(step, self.max_steps) if self.estimator.uses_points else 0.0
         known = self.known.pop(step, None)
-        exchange = CountedSum(self.processes.all_reduce_sum)
+        rows, points = CountedSum(self.processes.sum_rows), CountedSum(self.processes.sum_points)
         if known is None:
             assert batch is not None
-            counted = replace(self.processes, all_reduce_sum=exchange)
+            counted = replace(self.processes, sum_rows=rows, sum_points=points)
             loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step, counted))
         else:
             loss = ReplayedLoss(known, self.model.parts.model.device)
-        at_once = self.processes.queries_at_once(self.model.queries_at_once(self.options.num_queries))
+        at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
         request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
         measure_update = measure_update and 4 * tensors.num_elements <= tensors.hold_bytes
         auto = self.auto if self.sets_rate else None
@@ -246,7 +245,7 @@ class Stepper:
             self.log.append(record)
         report = loss.report
         self._count(estimate, step, report)
-        return StepResult(estimate, record, report, exchange.num_bytes if self.processes.number > 1 else 0, norm)
+        return StepResult(estimate, record, report, rows.num_bytes + points.num_bytes, norm)
 
     def rollback(
         self, masters: Mapping[str, Tensor] | None, optimizer: Optimizer, schedulers: Sequence[Any], steps: int, to: int
