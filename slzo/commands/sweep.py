@@ -7,6 +7,7 @@ from slzo.experiments.sweep import sweep_layers
 from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, plan_sweep
 from slzo.experiments.sweep_rates import plan_rates, sweep_rates
 from slzo.experiments.trial import LayerTrials
+from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.profiling import profile_model
 from slzo.report.profile_files import format_profile
@@ -28,14 +29,15 @@ def sweep(
     max_error: float = MAX_ERROR,
     seconds: float | None = None,
     sensitivity_only: bool = False,
+    workers: int = 1,
     output: str | None = None,
 ) -> None:
     """Train every decoder layer for the same steps and seeds and compare: sweep.csv, sweep.json, sweep.png.
 
     With lrs or eps it trains only the chosen layer, with each of the values, and recommends one: rates.json.
 
-    After an interrupt, the same command continues where it stopped. To divide the work, run the same command in several
-    terminals, or on several machines that share the folder; set OMP_NUM_THREADS so that each has its own processor cores.
+    After an interrupt, the same command continues where it stopped. The same command can also run on several machines that share
+    the folder, such as the tasks of a SLURM array: they divide the work, and take over what one of them leaves.
 
     Args:
         app: Trainer, model and rows; the model's scope is tuned in each layer.
@@ -51,9 +53,10 @@ def sweep(
         seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The verdict and
             sweep_curves.png then cover both steps and seconds.
         sensitivity_only: Only measure the sensitivity; train nothing.
+        workers: Processes on this machine that divide the trainings, the processor's cores and the GPUs.
         output: Folder of the results; by default sweeps/MODEL-TASK.
     """
-    with disk_errors():
+    with disk_errors(), worker_processes(workers):
         parts, rows = app.load()
         options = app.model.options
         options.check_rows(rows)

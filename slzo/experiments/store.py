@@ -1,7 +1,8 @@
 """A folder of results with one file per cell, so that interrupted work continues and several processes can share it."""
 
 import json
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from slzo.utils.files import PARTIAL, write_json
 from slzo.utils.settings import differences
 
 _SETTINGS_FILE = "settings.json"
+_WAIT_SECONDS = 2.0
 
 
 class CellStore:
@@ -85,6 +87,31 @@ class CellStore:
             yield self.result(name) is None
         finally:
             lock.release()
+
+    def complete(
+        self, cells: Mapping[str, Callable[[], Any]], report: Callable[[str, Any], None] = lambda _name, _result: None
+    ) -> None:
+        """Compute all cells that are not finished, and wait for those that other processes compute.
+
+        The cell of a process that has ended is computed here.
+
+        Args:
+            cells: The function of each cell, by name; it returns primitives.
+            report: Called with the name and the result of a cell that was computed here.
+        """
+        while left := [name for name in cells if self.result(name) is None]:
+            if not any(self._compute(name, cells[name], report) for name in left):
+                time.sleep(_WAIT_SECONDS)
+
+    def _compute(self, name: str, function: Callable[[], Any], report: Callable[[str, Any], None]) -> bool:
+        if self.result(name) is not None:
+            return False
+        with self.claim(name) as mine:
+            if mine:
+                result = function()
+                self.save(name, result)
+                report(name, result)
+            return mine
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"

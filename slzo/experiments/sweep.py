@@ -1,8 +1,9 @@
 """Train each decoder layer with the same seeds for the same steps, or the same time, and compare it with the chosen layer."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,10 @@ from slzo.experiments.sweep_report import (
     verdict,
     write_sweep,
 )
-from slzo.experiments.trial import LayerTrials, Sensitivity
+from slzo.experiments.trial import LayerTrials
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
-from slzo.zo.trial import Trial
-
-_WAIT_SECONDS = 2.0
 
 
 def sweep_layers(
@@ -50,8 +48,7 @@ def sweep_layers(
     # the sensitivity does not depend on the steps, so trainings may be added later
     store = CellStore(output or trials.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
     profile = profile_model()
-    names = run_cells(trials, store, plan)
-    wait_for_others(store, names)
+    run_cells(trials, store, plan)
     rows = layer_results(store, plan, profile)
     sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
     curves = seed_curves(store, plan)
@@ -63,12 +60,8 @@ def sweep_layers(
     say(f"\n{sentence}\nFiles      {store.folder}")
 
 
-def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[str]:
-    """Compute each cell that is not finished and not claimed by another process, lowest layer first.
-
-    Returns:
-        The names of all cells.
-    """
+def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
+    """Compute all cells together with the other processes on the same folder, lowest layer first."""
     num_layers, options = trials.parts.num_layers, trials.options
     cost = trials.cost(trials.num_dev)
     work = {
@@ -81,76 +74,53 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> list[st
         work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), 2 * work[sensitivity_cell(0)])
     else:
         work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
-    clock = _Clock({name: units for name, units in work.items() if store.result(name) is None})
 
-    def run(name: str, layer: int, function: Callable[..., Sensitivity | Trial], **arguments: Any) -> None:
-        if store.result(name) is not None:
-            clock.forget(name)  # another process computed it
-            return
-        with store.claim(name) as claimed:
-            if claimed:
-                result = asdict(function(layer, **arguments))
-                store.save(name, result)
-                clock.tick(name, result)
+    def sensitivity(layer: int) -> dict[str, Any]:
+        measured = trials.sensitivity(
+            layer,
+            directions=plan.directions,
+            seed=plan.seeds[0],
+            num_rows=plan.num_rows,
+            max_error=plan.max_error,
+        )
+        if layer == num_layers - 1:  # it used few rows, and the trainings begin at a lower layer again
+            trials.clear_prefix()
+        return asdict(measured)
 
-    measured = {
-        "directions": plan.directions,
-        "seed": plan.seeds[0],
-        "num_rows": plan.num_rows,
-        "max_error": plan.max_error,
-    }
-    for layer in range(num_layers):
-        run(sensitivity_cell(layer), layer, trials.sensitivity, **measured)
-    trials.clear_prefix()  # the sensitivity used few rows, and the trainings begin at a lower layer again
-    for layer, seed in plan.trainings:
-        run(training_cell(layer, seed), layer, trials.run, steps=plan.steps, seed=seed, seconds=plan.seconds)
-    return list(work)
+    def train(layer: int, seed: int) -> dict[str, Any]:
+        return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
+
+    cells = {sensitivity_cell(layer): partial(sensitivity, layer) for layer in range(num_layers)}
+    cells |= {training_cell(*training): partial(train, *training) for training in plan.trainings}
+    store.complete(cells, _Clock(work, store).tick)
 
 
 class _Clock:
     """Reports each finished cell and the estimated time for the others, at the pace of this process.
 
     Args:
-        work: Cost of each remaining cell, in any unit.
+        work: Cost of each cell, in any unit.
+        store: The results so far.
     """
 
-    def __init__(self, work: Mapping[str, float]) -> None:
-        self._left = dict(work)
+    def __init__(self, work: Mapping[str, float], store: CellStore) -> None:
+        self._work, self._store = work, store
         self._done = 0.0
         self._started = self._last = time.monotonic()
-
-    def forget(self, name: str) -> None:
-        """Drop a cell that another process computed."""
-        self._left.pop(name, None)
 
     def tick(self, name: str, result: dict[str, Any]) -> None:
         """Report a finished cell."""
         now = time.monotonic()
-        self._done += self._left.pop(name)
+        self._done += self._work[name]
+        left = [units for other, units in self._work.items() if self._store.result(other) is None]
         if "scores" in result:
             last = result["scores"][-1]
             found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
         else:
             found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
-        seconds = (now - self._started) / self._done * sum(self._left.values())
+        seconds = (now - self._started) / self._done * sum(left)
         rest = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-        left = f"{len(self._left)} cells left, about {rest}" if self._left else "done"
-        say(f"{name}: {found} ({now - self._last:.0f} s; {left})")
+        say(
+            f"{name}: {found} ({now - self._last:.0f} s; {f'{len(left)} cells left, about {rest}' if left else 'done'})"
+        )
         self._last = now
-
-
-def wait_for_others(store: CellStore, names: Iterable[str]) -> None:
-    """Wait until other processes have finished their cells.
-
-    Raises:
-        SlzoError: A process stopped before it finished its cell.
-    """
-    for name in names:
-        while store.result(name) is None:
-            with store.claim(name) as free:
-                if free:
-                    raise SlzoError(
-                        f"output {str(store.folder)!r}: another process stopped before it finished {name}; run the same "
-                        "command again to continue"
-                    )
-            time.sleep(_WAIT_SECONDS)

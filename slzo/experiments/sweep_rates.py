@@ -4,8 +4,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.trial import LayerTrials
@@ -108,14 +109,17 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
     Returns:
         The result of each pair, and the dev loss before training.
     """
+
+    def train(eps: float | None, lr: float, seed: int) -> dict[str, Any]:
+        return trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps).to_dict()
+
+    def name_of(eps: float | None, lr: float, seed: int) -> str:
+        return f"lr-{lr:.4g}-{'' if eps is None else f'eps-{eps:.4g}-'}seed-{seed}"
+
+    store.complete({name_of(*cell): partial(train, *cell) for cell in product(plan.eps, plan.lrs, plan.seeds)})
     found = []
     for eps, lr in product(plan.eps, plan.lrs):
-        done = []
-        for seed in plan.seeds:
-            name = f"lr-{lr:.4g}-{'' if eps is None else f'eps-{eps:.4g}-'}seed-{seed}"
-            if store.result(name) is None:
-                store.save(name, trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps).to_dict())
-            done.append(Trial.from_dict(store.result(name)))
+        done = [Trial.from_dict(store.result(name_of(eps, lr, seed))) for seed in plan.seeds]
         diverged = next((trial.diverged for trial in done if trial.diverged), "")
         loss = math.inf if diverged else statistics.fmean(trial.scores[-1].loss for trial in done)
         metric = statistics.fmean(trial.scores[-1].metric for trial in done)

@@ -119,14 +119,14 @@ def fit(cell: Cell, data_dir: str) -> dict[str, float]:
     }
 
 
-def measure(cell: Cell, data_dir: str) -> dict[str, Any]:
+def measure(cell: Cell, data_dir: str, steps: int) -> dict[str, Any]:
     """Run a cell in a process of its own."""
     if cell.method in OF_LAYER:
         command = [__file__, "--data_dir", data_dir, "--cell", json.dumps(vars(cell))]
     else:
         plain = str(Path(__file__).parents[1] / "plain_training.py")
         command = [plain, "--data_dir", data_dir, "--model", cell.model, "--task", cell.task]
-        command += ["--rows", str(cell.rows), "--steps", "3", "--method", cell.method]
+        command += ["--rows", str(cell.rows), "--steps", str(steps), "--method", cell.method]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"problem": (done.stderr.strip().splitlines() or ["no message"])[-1]}
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[m for m in TITLES if m != "spsa"], choices=list(TITLES))
     parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=3, help="steps of methods without slzo; the first is not timed")
     parser.add_argument("--most", type=float, default=20, help="cells above this are arithmetic, GiB")
     parser.add_argument("--output", default="memory", help="folder of the results")
     parser.add_argument("--report", action="store_true", help="print the table without running anything")
@@ -258,7 +259,7 @@ def main() -> None:
             tokens = tokens_of(cell.model, cell.task, cell.rows, args.data_dir)
             result: dict[str, Any] = {"arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens)}
             if result["arithmetic"] <= args.most and cell.model != SHAPE_7B:
-                result |= measure(cell, args.data_dir)
+                result |= measure(cell, args.data_dir, args.steps)
             store.save(cell.name, result)
             print(f"{cell.name}: {result}", flush=True)
     print(report(store, args))

@@ -1,0 +1,60 @@
+"""More processes for the cells of an experiment: the same command several times, on one folder of results."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from slzo.utils.console import warn
+from slzo.utils.errors import SlzoError
+
+_OWN = "SLZO_WORKER"
+"""Environment variable of the processes that :func:`workers` starts."""
+
+
+@contextmanager
+def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]:
+    """Run the command of this process in more processes for a ``with`` block, which does the same work itself.
+
+    The processor's cores are divided evenly, and so are the GPUs. The block must divide its work with
+    :class:`slzo.experiments.store.CellStore`, and do what a process leaves that ends early. At the end, or if the block raises,
+    the processes are ended.
+
+    Args:
+        number: Number of processes, this one included.
+        command: Program and arguments; by default those of this process.
+
+    Raises:
+        SlzoError: ``number`` is not positive, or larger than the number of cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 1 <= number <= cores:
+        raise SlzoError(
+            f"workers {number}: each worker needs a core of its own, and there are {cores}; give 1 to {cores}"
+        )
+    if number == 1 or _OWN in os.environ:
+        yield
+        return
+    threads, cards = cores // number, torch.cuda.device_count()
+    started = []
+    for worker in range(1, number):
+        variables = {_OWN: str(worker), "OMP_NUM_THREADS": str(threads)}
+        if cards > 1:
+            variables["CUDA_VISIBLE_DEVICES"] = str(worker % cards)
+        program = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
+        started.append(subprocess.Popen(program, env={**os.environ, **variables}, stdout=subprocess.DEVNULL))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for worker, process in enumerate(started, start=1):
+            if process.poll() not in (None, 0):
+                warn(f"worker {worker} ended early with status {process.returncode}; the others did its work")
+            process.terminate()
+        for process in started:
+            process.wait()
