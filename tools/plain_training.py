@@ -54,7 +54,7 @@ def with_lora(model: nn.Module) -> nn.Module:
     """Return the model with adapters in the attention of all layers: rank 8, queries and values, as peft chooses for a Llama."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))  # type: ignore[arg-type,return-value]
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
 def unmap(model: nn.Module) -> None:

@@ -26,7 +26,8 @@ are validated as often, ``trainer.val_check_interval: {seconds: 60}``.
 The output folder holds table.md, table.csv, table.json and table.png, ``cells`` (figures of each finished run), ``failed``
 (reasons of failed runs) and ``runs`` (logs and run folders). The same command continues where it stopped. Finished cells are not
 run again. Failed cells are, since the cause may have been fixed. An interrupted run starts again, so that its seconds and memory
-are those of a complete run. To share the work, start the same command in several terminals.
+are those of a complete run. --workers N divides the work among processes on this machine; the same command also runs on several
+machines that share the folder, such as the tasks of a SLURM array.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
 from paper_tables.runs import Runner, Work, run_process
 from slzo.__main__ import sigterm_raises
+from slzo.experiments.workers import workers
 from slzo.utils.errors import Interrupted, SlzoError
 
 INTERRUPTED = 130  # the status that shells report after Ctrl-C
@@ -71,6 +73,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", metavar="DIR", help="folder of the results (default: tables/ and the config's name)"
     )
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="run these methods only; the tables still show all")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that divide the cells and the cores"
+    )
     parser.add_argument(
         "--report", action="store_true", help="run nothing, only rewrite the tables from finished cells"
     )
@@ -116,7 +121,8 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
     status = 0
     if not options.report:
         try:
-            status = 0 if work.run(methods) else 1
+            with workers(options.workers):
+                status = 0 if work.run(methods) else 1
         except (KeyboardInterrupt, Interrupted):
             write_tables(work, command)
             raise
