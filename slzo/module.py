@@ -288,9 +288,10 @@ class ZOModule(LightningModule):
 
     def _hold_parts(self, parts: ModelParts) -> None:
         self._untuned = parts
-        if self.options.device_map is None:
+        trainer = self._attached_trainer()
+        if self.options.device_map is None and (trainer is None or trainer.world_size == 1):
             self.model = parts.model
-        else:  # not a submodule, which strategies would move to one device
+        else:  # not a submodule, which strategies would move to one device, or send to all processes
             vars(self)["model"] = parts.model
 
     def _hold(self, prepared: Prepared) -> None:

@@ -28,11 +28,11 @@ def fit(options):
     return ["fit", *options, *usual, "--trainer.enable_progress_bar=false"]
 
 
-def start(arguments, folder=None, **environment):
-    """Start slzo, or another module of Python, in a process of its own."""
+def start(arguments, folder=None, before=(), **environment):
+    """Start slzo, or another module of Python, in a process of its own; ``before`` is a command that runs it."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        [*before, sys.executable, "-m", *arguments],
         env={**os.environ, "PYTHONPATH": paths, **environment},
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -142,6 +142,88 @@ def test_a_rank_that_stands_still_is_named_and_the_other_ends(fit, rank):
     )
     assert line.endswith(f"continue with the same command and --ckpt_path {last_checkpoint()}")
     assert stopped.wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_that_is_suspended_as_a_whole_goes_on(fit):
+    watch = ["--trainer.callbacks=slzo.callbacks.rank_watch.RankWatch", "--trainer.callbacks.interval=0.5"]
+    sender = ["--trainer.callbacks+=signal_sender.SignalSender", "--trainer.callbacks.place=on_train_batch_end"]
+    sender += ["--trainer.callbacks.step=4", "--trainer.callbacks.number=SIGSTOP"]
+    started = ranks([[*fit, *watch, *sender]] * 2)
+    for process in started:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    time.sleep(1.5 * MISSED_BEATS * 0.5)
+    for process in started:
+        process.send_signal(signal.SIGCONT)
+    texts = outputs(started)
+    assert [process.returncode for process in started] == [0, 0], texts
+
+
+@pytest.fixture
+def nodes():
+    """Two network namespaces, each with one end of a cable: name of the end, and the command that enters the namespace."""
+    names = [f"slzo-{os.getpid()}-{node}" for node in "ab"]
+    ends = [f"v{os.getpid()}{node}" for node in "ab"]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+    try:
+        works = shutil.which("ip") and all(ip("netns", "add", name) for name in names)
+        works = works and ip(
+            "link", "add", ends[0], "netns", names[0], "type", "veth", "peer", ends[1], "netns", names[1]
+        )
+        if not works:
+            pytest.skip("network namespaces need Linux, ip and root")
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            assert ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            assert ip("-n", name, "link", "set", end, "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+        yield [(end, ["ip", "netns", "exec", name]) for name, end in zip(names, ends, strict=True)]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def on_nodes(nodes, fit, *more):
+    """Start a process on each of two nodes, which reach each other at their own addresses only."""
+    port, started = free_port(), []
+    own = ["--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.strategy=ddp", *more]
+    for node, (end, enter) in enumerate(nodes):
+        environment = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "RANK": str(node),
+            "GROUP_RANK": str(node),
+            "GLOO_SOCKET_IFNAME": end,
+        }
+        started.append(start(["slzo", *fit, *own], before=enter, **environment))
+    return started
+
+
+@pytest.mark.slow
+def test_two_nodes_take_the_steps_of_two_processes_and_a_node_that_returns_continues(fit, nodes):
+    texts = outputs(started := on_nodes(nodes, fit))
+    assert [process.returncode for process in started] == [0, 0], texts
+    whole = tuned(last_checkpoint(0))
+    watch = ["--trainer.callbacks=slzo.callbacks.rank_watch.RankWatch", "--trainer.callbacks.interval=0.5"]
+    sent = {"place": "on_train_batch_end", "step": 4, "number": "SIGSTOP", "rank": 1}
+    sender = ["--trainer.callbacks+=signal_sender.SignalSender"]
+    sender += [f"--trainer.callbacks.{name}={value}" for name, value in sent.items()]
+    first, second = on_nodes(nodes, fit, *watch, *sender)
+    (text,) = outputs([first])
+    second.kill()
+    outputs([second])
+    assert first.returncode == 2, text
+    (line,) = errors([text])
+    assert "rank 1 (process " in line
+    texts = outputs(started := on_nodes(nodes, fit, f"--ckpt_path={last_checkpoint(1)}"))
+    assert [process.returncode for process in started] == [0, 0], texts
+    assert same_tensors(whole, tuned(last_checkpoint(2)))
 
 
 @pytest.fixture

@@ -113,6 +113,53 @@ def test_a_grid_of_two_by_two_processes_takes_the_steps_of_one(fit, estimator, w
     assert_close(first, tuned(last_checkpoint(1)))
 
 
+LENGTH = """
+def length(completions, **columns): return [sum(map(ord, text)) % 13 / 13 for text in completions]
+"""
+ANSWERS = [
+    "--data.task=slzo.tasks.template.TemplateTask",
+    "--data.task.name=free",
+    "--data.task.prompt={sentence}",
+    "--data.task.max_new_tokens=5",
+    "--data.reward=length.py:length",
+]
+FEATURES = {
+    "noise on the output": ["--model.estimator=LayerOutputPerturbation"],
+    "first order": ["--model.estimator=Backprop"],
+    "LoRA": ["--model.scope=LoRA"],
+    "prefix tuning": ["--model.scope=PrefixTuning"],
+    "virtual tokens of a population": ["--model.scope=PrefixTuning", "--model.estimator=EvolutionStrategy"],
+    "all parameters": ["--model.scope=AllParameters"],
+    "rewards at two points": [*ANSWERS, "--model.estimator=SPSA"],
+    "rewards by policy gradient": [*ANSWERS, "--model.estimator=LayerOutputPerturbation"],
+    "quantized layers": ["--model.quantization=int8"],
+    "parts of batches": ["--data.tokens_per_pass=40"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, data_dir):
+    more = FEATURES[feature]
+    fit = [*fit, "--trainer.max_steps=4", *more]
+    if any("Layer" in option or "Backprop" in option for option in more):
+        fit = [option for option in fit if not option.startswith("--model.eps")]
+    if "--data.reward=length.py:length" in more:
+        Path("length.py").write_text(LENGTH, encoding="utf-8")
+        fit = [option for option in fit if not option.startswith(("--data.task=sst2", "--data.data_dir"))]
+        fit += [
+            f"--data.task.train_file={data_dir}/sst2/train.jsonl",
+            f"--data.task.test_file={data_dir}/sst2/validation.jsonl",
+        ]
+    status, output = on(2, fit, callback="WeightWriter")
+    assert status == 0, output
+    first, second = (torch.load(f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same_tensors(first, second)
+    assert main(fit) == 0
+    assert_close(first, tuned(last_checkpoint(1)))
+    assert summary(0)["score_after"] == pytest.approx(summary(1)["score_after"], abs=1 / 24 + 1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",

@@ -1,0 +1,186 @@
+"""Compare a step on one process with the same step on several, which divide its rows or its points: time, bytes, memory.
+
+    python tools/benchmark_processes.py --data_dir DIR
+    python tools/benchmark_processes.py --data_dir DIR --processes 4 --estimator LayerOutputPerturbation --json FILE
+
+A process has one thread and 16 rows of its own, or with divided directions the same 16 rows as the others; with SPSA a step has 4
+queries. Each round starts the processes of every variant once, in alternation, and counts the last steps, whose rows are in the
+prefix cache. Tokens are those of different rows. ``exchange`` is the time in all-reduce, in which a process also waits for the
+others. The speed-up, in tokens a second, is the median over the rounds.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from slzo.module import ZOModule
+from slzo.task_rows import TaskRows
+from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, plan_prefix, tune
+from slzo.utils.runtime import peak_memory_gb
+from slzo.zo import estimators
+from slzo.zo.optim import set_rate
+from slzo.zo.processes import Processes
+
+_EPS, _QUERIES = 1e-3, 4
+_STEPS, _WARM = 9, 4  # the first steps fill the cache
+
+
+@dataclass
+class TimedSum:
+    """An all-reduce that counts its seconds."""
+
+    seconds: float = 0.0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        started = time.perf_counter()
+        distributed.all_reduce(tensor)
+        self.seconds += time.perf_counter() - started
+        return tensor
+
+
+class _Rows(TaskRows):
+    """Rows that are divided over processes."""
+
+    division: Processes = Processes()
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of this benchmark."""
+        return self.division
+
+
+def run_rank(args: argparse.Namespace) -> dict[str, Any]:
+    """Take the steps of one process; return seconds, seconds of exchange, tokens and bytes of a step, and the peak in GiB."""
+    number, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
+    torch.set_num_threads(1)
+    if number > 1:
+        distributed.init_process_group("gloo")
+    directions = number if args.divide == "directions" else 1
+    exchange = TimedSum()
+    rows = _Rows(
+        args.task,
+        tokenizer=args.model,
+        data_dir=args.data_dir,
+        num_train=64 * (number // directions),
+        num_dev=2,
+        num_test=2,
+        batch_size=16,
+        seed=0,
+    )
+    rows.division = Processes(number, rank, directions, exchange, exchange)
+    rows.setup("fit")
+    estimator = getattr(estimators, args.estimator)()
+    weights: dict[str, Any] = {} if estimator.perturbs_output else {"eps": _EPS, "num_queries": _QUERIES}
+    options = ZOModule(args.model, estimator=estimator, seed=0, **weights).options
+    parts = load_parts(options, torch.device("cpu"))
+    adapt_rows(rows, parts, options)
+    model = tune(parts, options, rows, args.layer)
+    plan_prefix(model, rows)
+    optimizer = options.optimizer.make(model.tensors.masters)
+    set_rate(optimizer, 1e-4)
+    auto = auto_rate(make_stepper(model, options, rows), rows) if estimator.perturbs_output else None
+    stepper, batches = make_stepper(model, options, rows, auto=auto), rows.training_batches(None)
+    figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "bytes", "tokens")}
+    for step in range(_STEPS):
+        batch, before, started = next(batches), exchange.seconds, time.perf_counter()
+        result = stepper.step(batch, step, optimizer)
+        taken = (
+            time.perf_counter() - started,
+            exchange.seconds - before,
+            result.exchanged_bytes,
+            batch.packed.num_tokens,
+        )
+        for values, value in zip(figures.values(), taken, strict=True):
+            values.append(value)
+    if number > 1:
+        distributed.destroy_process_group()
+    peak = peak_memory_gb(torch.device("cpu"))
+    return {name: statistics.median(values[_WARM:]) for name, values in figures.items()} | {"peak": peak}
+
+
+def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, float]:
+    """Start the processes of a variant; return the figures of the slowest."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--rank", "--divide", divide]
+    command += [f"--{name}={getattr(args, name)}" for name in ("model", "task", "data_dir", "layer", "estimator")]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(number)
+    ]
+    texts = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"a process of {number}, {divide}, has failed")
+    found = [json.loads(text.strip().splitlines()[-1]) for text in texts]
+    tokens = sum(each["tokens"] for each in found) if divide == "rows" else found[0]["tokens"]
+    slowest = {name: max(each[name] for each in found) for name in found[0]}
+    return slowest | {"tokens": tokens, "rate": tokens / slowest["seconds"]}
+
+
+def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
+    """Return the table: medians over the rounds, and the speed-up over one process in the same round."""
+    lines = [
+        "| processes | seconds a step | speed-up | tokens a second | bytes a step | exchange | peak of a process, GiB |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    alone = rounds["1"]
+    for name, found in rounds.items():
+        middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
+        faster = statistics.median(each["rate"] / one["rate"] for one, each in zip(alone, found, strict=True))
+        lines.append(
+            f"| {name} | {middle['seconds']:.3f} | {faster:.2f} | {middle['rate']:.0f} | "
+            f"{middle['bytes']:.0f} | {middle['exchange'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all variants in alternation and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
+    parser.add_argument("--task", default="sst2", help="task, as in data.task")
+    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
+    parser.add_argument("--layer", type=int, default=11)
+    parser.add_argument("--estimator", default="SPSA", choices=["SPSA", "LayerOutputPerturbation"])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", help="also write all rounds to this file")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--divide", default="rows", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        print(json.dumps(run_rank(args)))
+        return
+    variants = {
+        "1": (1, "rows"),
+        **{f"{args.processes}, {each}": (args.processes, each) for each in ("rows", "directions")},
+    }
+    measured = partial(measure, args)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(args.rounds):
+        for name, variant in variants.items():
+            rounds[name].append(measured(*variant))
+            print(f"{name}: {rounds[name][-1]['seconds']:.3f} s", flush=True)
+    print(report(rounds))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rounds, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
