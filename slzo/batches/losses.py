@@ -36,6 +36,12 @@ class LogitLoss(Protocol):
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
 
+    def reads_likelihoods(self) -> bool:
+        """Return whether logits of the whole vocabulary are only read by :func:`token_log_likelihoods`.
+
+        Then the vocabulary may be another one, in which ``batch.token_id`` has the places of the answer tokens.
+        """
+
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         """Return the loss from float32 logits, shape (U, K) for ``batch.choice_ids`` if ``selected``, else (U, vocabulary)."""
 

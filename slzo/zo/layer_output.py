@@ -10,6 +10,7 @@ from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Positions
 from slzo.zo.forward import Span, SuffixForward
+from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.
 _FEWEST_TOKENS = 512
@@ -72,7 +73,6 @@ class PackedLayerOutput(LayerOutput):
         parts, span = forward.parts, forward.span
         self._head, self._batch, self._objective = parts.head, batch, objective
         self._selected = forward.selects(objective, batch)
-        self.whole_vocabulary = not self._selected
         self._output = output
         entered = parts.run(batch, 0, 0) if hidden is None else hidden
         if positions == "all":
@@ -92,18 +92,22 @@ class PackedLayerOutput(LayerOutput):
         num_run = run.numel()
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // num_run)
-        if not self._selected:
-            logits = batch.needed.numel() * parts.model.get_output_embeddings().weight.shape[0]
-            self.points_at_once = max(1, min(self.points_at_once, max(logits, _FEWEST_LOGITS) // logits))
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
         self._per_point = num_run / batch.num_tokens * above / layers
         self.evaluations = above / layers
+        self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
         self.sums = objective.of_rows(logits, batch, self._selected).sum()
         # a loss that is no sum over positions says so at any logits
         self.by_position = (
             positions == "answer" and not self._selected and objective.of_positions(logits, batch) is not None
         )
+        if not self._selected and objective.reads_likelihoods():
+            self._likely = LikelyTokens.of(logits[0], batch)
+        if not self._selected:
+            computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
+            self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
+        self.whole_vocabulary = not self._selected and self._likely is None
         self.part = torch.arange(len(self.row), device=tokens.device) if self.by_position else self.row
         self.num_parts = len(self.row) if self.by_position else batch.num_examples
 
@@ -112,7 +116,8 @@ class PackedLayerOutput(LayerOutput):
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, self._changed] = self._moved(shifts)
         self.evaluations += len(shifts) * self._per_point
-        logits, batch = self._logits(self._above.at(hidden)), self._batch
+        logits = self._logits(self._above.at(hidden))
+        batch = self._batch if self._likely is None else self._likely.batch
         own = self._objective.of_positions(logits, batch) if self.by_position else None
         return self._objective.of_rows(logits, batch, self._selected).totals if own is None else own
 
@@ -127,9 +132,13 @@ class PackedLayerOutput(LayerOutput):
 
     def _logits(self, final: Tensor) -> Tensor:
         """Return the logits of the needed positions at N points, from final states of shape (N, K, width)."""
-        needed = final[:, self._needed]
-        logits = self._head(needed.flatten(0, 1), self._batch.choice_ids if self._selected else None)
-        return logits.unflatten(0, needed.shape[:2])
+        needed, likely = final[:, self._needed], self._likely
+        if likely is None:
+            ids = self._batch.choice_ids if self._selected else None
+            return self._head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
+        of_rows = zip(needed.split(likely.sizes, dim=1), likely.ids, strict=True)
+        logits = [self._head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in of_rows]
+        return likely.with_rest(torch.cat(logits, dim=1))
 
 
 def _rms(states: Tensor) -> Tensor:

@@ -87,6 +87,10 @@ class PolicyLoss:
         """Always: the likelihood of an answer needs all logits."""
         return True
 
+    def reads_likelihoods(self) -> bool:
+        """Always."""
+        return True
+
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         """See :class:`slzo.batches.losses.LogitLoss`."""
         return self.of_rows(logits, batch, selected).sum()

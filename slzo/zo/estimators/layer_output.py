@@ -9,9 +9,9 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request, estimate_from_gradient
 from slzo.zo.noise import row_noise
 
-# SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With logits of the whole
-# vocabulary a query costs more than the rest of the step, so fewer are better in equal time, and one if each answer token has
-# a loss of its own (COPA).
+# SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With likely tokens of the
+# vocabulary 16 are at least as good as 4 in equal time (COPA). If logits of all tokens are needed, a query costs more than the
+# rest of the step, so fewer are better, and one if each answer token has a loss of its own.
 _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 
 
@@ -35,9 +35,13 @@ class LayerOutputPerturbation(Estimator):
     measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
     nothing in the last layer, and it removes their noise.
 
+    If the loss needs the likelihood of tokens, the logits of the whole vocabulary are computed once a step, and at each point
+    only those of the 1,024 tokens that are likeliest in the row; the others count as constant
+    (:class:`slzo.zo.likely_tokens.LikelyTokens`).
+
     Args:
-        queries: Noise vectors per row and step, >= 1. Left out, 16; 4 if the loss needs the whole vocabulary, and 1 if it is then
-            a sum over answer tokens. Each costs two passes of the perturbed tokens through the layers above and the head.
+        queries: Noise vectors per row and step, >= 1. Left out, 16; for an objective that reads all logits itself 4, and 1 if it
+            is then a sum over answer tokens. Each costs two passes of the perturbed tokens through the layers above and the head.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         positions: Positions that get noise, answer or all.
 

@@ -12,6 +12,9 @@ class AnswerLikelihood(LogitObjective):
 
     only_gold = True
 
+    def reads_likelihoods(self) -> bool:
+        return True
+
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return self.of_rows(logits, batch, selected).sum()
 

@@ -100,6 +100,11 @@ class _CheckedLoss:
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         return self.objective.needs_vocabulary(batch)
 
+    def reads_likelihoods(self) -> bool:
+        names = ("of_logits", "of_rows", "of_positions")
+        own = any(_later(self.objective, name, "reads_likelihoods") for name in names)
+        return not own and self.objective.reads_likelihoods()
+
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return _checked_sum(self.objective, "of_logits", self.objective.of_logits(logits, batch, selected))
 
@@ -133,6 +138,10 @@ class LogitObjective(Objective):
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
         return True
+
+    def reads_likelihoods(self) -> bool:
+        """Return whether logits are only read as likelihoods, see :class:`slzo.batches.losses.LogitLoss`. False by default."""
+        return False
 
     @abstractmethod
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
@@ -170,6 +179,9 @@ class CandidateObjective(LogitObjective):
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         # the normalizer over the vocabulary cancels between one-token candidates of the same prompt
         return batch.choice_ids is None
+
+    def reads_likelihoods(self) -> bool:
+        return True
 
     @abstractmethod
     def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:

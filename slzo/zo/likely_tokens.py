@@ -1,0 +1,67 @@
+"""The likely part of a vocabulary: logits of the other tokens are computed once, and then taken as constant."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from slzo.batches.packing import PackedBatch
+
+# Tokens of a row whose logits are computed at every point.
+NUM_LIKELY = 1024
+# In a vocabulary below this multiple of them the head takes too little time for the choice to pay.
+_LEAST_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class LikelyTokens:
+    r"""For each row, the tokens with most of the probability at its needed positions, and its answer tokens.
+
+    With :math:`z` the logits at a point, K the likely tokens and :math:`z^0` the logits without a shift,
+
+    .. math:: \log p(y) \approx z_y - \log \Big( \sum_{v \in K} e^{z_v} + \sum_{v \notin K} e^{z^0_v} \Big)
+
+    This is exact without a shift. The derivative with respect to the logits is that of the softmax for the likely tokens, and 0
+    for the others, whose probability is ``left_out``. The tokens of a row do not depend on the other rows of its batch.
+
+    Attributes:
+        ids: The likely tokens of each row, shape (B, K), int64, rising.
+        sizes: Number of needed positions of each row, length B; they sum to U.
+        rest: Logarithm of the summed exponentials of the other tokens' logits without a shift, shape (U, 1), float32.
+        batch: The batch with ``token_id`` as places in the ``ids`` of its row.
+        left_out: Probability of the other tokens, mean over the positions.
+    """
+
+    ids: Tensor
+    sizes: tuple[int, ...]
+    rest: Tensor
+    batch: PackedBatch
+    left_out: float
+
+    @classmethod
+    def of(cls, logits: Tensor, batch: PackedBatch) -> Self | None:
+        """Choose the likely tokens from logits without a shift, shape (U, vocabulary); ``None`` if the vocabulary is small."""
+        vocabulary = logits.shape[1]
+        if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
+            return None
+        likelihood, row = logits.softmax(dim=1), _row_of_needed(batch)
+        score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
+        token_row = row[batch.token_needed]
+        score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
+        ids = score.topk(NUM_LIKELY, dim=1).indices.sort(dim=1).values
+        left_out = 1 - likelihood.gather(1, ids[row]).sum(dim=1)
+        rest = logits.scatter(1, ids[row], -torch.inf).logsumexp(dim=1, keepdim=True)
+        places = torch.searchsorted(ids[token_row], batch.token_id[:, None])[:, 0]
+        sizes = tuple(torch.bincount(row, minlength=batch.num_examples).tolist())
+        return cls(ids, sizes, rest, replace(batch, token_id=places), float(left_out.mean()))
+
+    def with_rest(self, logits: Tensor) -> Tensor:
+        """Append the other tokens as one more token to logits of the likely ones, shape (N, U, K) to (N, U, K + 1)."""
+        return torch.cat([logits, self.rest.expand(len(logits), -1, -1)], dim=2)
+
+
+def _row_of_needed(batch: PackedBatch) -> Tensor:
+    """Return the row of each needed position, shape (U,)."""
+    ends = torch.tensor(batch.example_tokens, device=batch.needed.device).cumsum(0)
+    return torch.searchsorted(ends, batch.needed, right=True)
