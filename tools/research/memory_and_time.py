@@ -224,13 +224,16 @@ def report(store: CellStore, args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def tokens_of(model: str, task: str, rows: int, data_dir: str) -> int:
-    """Return the tokens of the largest of three padded batches, as ``plain_training.py`` makes them."""
+def tokens_of(cell: Cell, data_dir: str) -> int:
+    """Return the tokens of the largest of three batches: packed for slzo, else padded to the longest row."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from plain_training import batches, pad_left
 
-    own, _ = batches("smollm2-135m" if model == SHAPE_7B else model, task, data_dir, rows, 3)
-    return max(pad_left(examples, only_gold=True).input_ids.numel() for examples in own)
+    model = "smollm2-135m" if cell.model == SHAPE_7B else cell.model
+    own, _ = batches(model, cell.task, data_dir, cell.rows, 3)
+    if cell.layer is not None:
+        return max(sum(len(row.sequences[row.gold[0]].ids) for row in rows) for rows in own)
+    return max(pad_left(rows, only_gold=True).input_ids.numel() for rows in own)
 
 
 def main() -> None:
@@ -256,7 +259,7 @@ def main() -> None:
         with store.claim(cell.name) as mine:
             if not mine:
                 continue
-            tokens = tokens_of(cell.model, cell.task, cell.rows, args.data_dir)
+            tokens = tokens_of(cell, args.data_dir)
             result: dict[str, Any] = {"arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens)}
             if result["arithmetic"] <= args.most and cell.model != SHAPE_7B:
                 result |= measure(cell, args.data_dir, args.steps)
