@@ -1,5 +1,6 @@
 """Several processes take the steps of one. A signal stops all at the same place, and any number of them goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -141,7 +142,13 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, data_dir):
     more = FEATURES[feature]
-    fit = [*fit, "--trainer.max_steps=4", *more]
+    fit = [
+        *fit,
+        "--trainer.max_steps=4",
+        "--data.num_dev=9",
+        "--data.num_test=15",
+        *more,
+    ]  # rows that two cannot divide evenly
     if any("Layer" in option or "Backprop" in option for option in more):
         fit = [option for option in fit if not option.startswith("--model.eps")]
     if "--data.reward=length.py:length" in more:
@@ -157,7 +164,12 @@ def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, data_di
     assert same_tensors(first, second)
     assert main(fit) == 0
     assert_close(first, tuned(last_checkpoint(1)))
-    assert summary(0)["score_after"] == pytest.approx(summary(1)["score_after"], abs=1 / 24 + 1e-6)
+    two, one = (json.loads((run_dir(number) / "history.json").read_text(encoding="utf-8")) for number in (0, 1))
+    assert [point["loss"] for point in two["points"]] == pytest.approx(
+        [point["loss"] for point in one["points"]], rel=1e-3
+    )
+    assert summary(0)["num_rows"] == summary(1)["num_rows"] == 15
+    assert summary(0)["score_after"] == pytest.approx(summary(1)["score_after"], abs=1 / 15 + 1e-6)
 
 
 @pytest.mark.slow
