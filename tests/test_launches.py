@@ -6,17 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers import last_checkpoint, run_dir, same_tensors, tuned
+from torch.distributed import TCPStore
 
 from slzo.__main__ import main
 from slzo.utils import slurm
 from slzo.utils.agreement import check_agreement
 from slzo.utils.errors import SlzoError
-from slzo.utils.heartbeat import MISSED_BEATS
+from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat
 
 SECONDS = 240
 
@@ -264,6 +266,23 @@ def test_slurm_options_that_do_not_fit_end_in_one_line(fit, job):
     assert wrong.returncode == 2, text
     (line,) = errors([text])
     assert "--ntasks-per-node=1" in line
+
+
+def test_a_process_that_sends_no_more_beats_is_lost_and_one_that_never_did_is_not():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    lost, found = [], threading.Event()
+
+    def note(rank):
+        lost.append(rank)
+        found.set()
+
+    watching = Heartbeat(store, 0, 3, note, interval=0.05)
+    other = Heartbeat(TCPStore("127.0.0.1", store.port), 2, 3, lambda _: None, interval=0.05)
+    assert not found.wait(2 * MISSED_BEATS * 0.05)  # rank 2 beats, and rank 1 never did
+    other.stop()
+    assert found.wait(30)
+    watching.stop()
+    assert lost == [2]
 
 
 def test_requeue_that_fails_says_what_to_run(monkeypatch):

@@ -5,11 +5,13 @@ import signal
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed import TCPStore
+from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.utils.console import warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat
 from slzo.utils.peers import Peer, PeerWatch, end_process
 from slzo.utils.runtime import gather_from_processes
@@ -17,6 +19,8 @@ from slzo.utils.runtime import gather_from_processes
 _STATUS = 2
 _LAUNCHER = "SLZO_LAUNCHER"
 """Environment variable with the process ID of the launcher."""
+
+_CONNECTS = timedelta(seconds=20)
 
 # seconds in which a failed exchange between processes is explained by one that has ended
 _PATIENCE_S = 5.0
@@ -66,13 +70,21 @@ class RankWatch(Callback):
             self._watch.stop()
         self._watch = PeerWatch(peers, Peer.here(trainer.global_rank), end)
 
-    def _begin_heartbeat(self, trainer: Trainer, peers: Sequence[Peer]) -> Heartbeat:
-        """Begin to send and to watch signs of life. A collective call."""
+    def _begin_heartbeat(self, trainer: Trainer, peers: Sequence[Peer]) -> Heartbeat | None:
+        """Begin to send and to watch signs of life, if the first process can be reached. A collective call."""
         rank, number = trainer.global_rank, trainer.world_size
         environment = getattr(trainer.strategy, "cluster_environment", None)
         host = getattr(environment, "main_address", socket.gethostname())
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
         port = trainer.strategy.broadcast(0 if store is None else store.port)
+        if store is None:
+            try:
+                store = TCPStore(host, port, timeout=_CONNECTS)
+            except DistError:
+                warn(
+                    f"rank {rank} cannot reach port {port} of {host}, so it is not noticed if it or another rank stands still"
+                )
+                return None
 
         def end(other: int) -> None:
             peer, own = peers[other], peers[rank]
@@ -84,7 +96,7 @@ class RankWatch(Callback):
             reports = rank == min(each for each in range(number) if each != other)
             end_process(_STATUS, f"\nslzo: error: {text}\n" if reports else "")
 
-        return Heartbeat(TCPStore(host, port) if store is None else store, rank, number, end, self.interval)
+        return Heartbeat(store, rank, number, end, self.interval)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop. A collective call: no process ends before all have stopped."""
