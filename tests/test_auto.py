@@ -126,7 +126,7 @@ def test_only_the_rate_of_an_optimizer_is_replaced():
 @pytest.mark.parametrize(
     ("optimizer", "again"),
     [
-        pytest.param(["--model.optimizer.lr", "auto"], False, id="SGD"),
+        pytest.param(["--model.optimizer.lr", "auto"], False, marks=pytest.mark.slow, id="SGD"),
         pytest.param(["--config=adam.yaml"], True, marks=pytest.mark.slow, id="Adam"),
     ],
 )

@@ -189,6 +189,7 @@ def test_real_builtin_model():
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_real_gemma():
     model = BUILTIN_MODELS["gemma3-270m"]
     if not is_model_folder(cache_dir() / "models" / model.name):

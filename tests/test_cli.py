@@ -283,6 +283,7 @@ def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options,
     assert summary(0)["score_after"] == summary(2)["score_after"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(options):
     """The run can be continued and its checkpoint scored."""
     process = subprocess.Popen(
