@@ -1,11 +1,10 @@
 """Lightning's hooks around :class:`slzo.task_rows.TaskRows`."""
 
-from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor, distributed
+from lightning.pytorch import LightningDataModule
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch
@@ -15,8 +14,6 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
 
-Sum = Callable[[Tensor], Tensor]
-
 
 class TaskDataModule(TaskRows, LightningDataModule):
     """The training, dev and held-out rows of one task; see :class:`slzo.task_rows.TaskRows` for the arguments.
@@ -24,22 +21,27 @@ class TaskDataModule(TaskRows, LightningDataModule):
     :mod:`slzo` has a complete example.
     """
 
-    _grid: Processes | None = None
+    @cached_property
+    def _groups(self) -> dict[int, tuple[Any, Any]]:
+        """Groups of processes by number of directions, see :func:`_groups_of`."""
+        return {}
 
     @property
     def processes(self) -> Processes:
-        """The processes of the trainer, which divide rows and directions among themselves. The first use is a collective call."""
+        """The processes of the trainer, which divide rows and directions. The first use in a fit is a collective call."""
         if self.trainer is None:
             return ALONE
         trainer = self.trainer
         options = getattr(trainer.lightning_module, "options", None)
         parallel: Parallel = options.parallel if isinstance(options, TrainingOptions) else "rows"
-        directions = num_directions(parallel, trainer.world_size)
-        place = trainer.world_size, trainer.global_rank, directions
-        if self._grid is None or (self._grid.number, self._grid.rank, self._grid.directions) != place:
-            rows, points = _sums(trainer, directions)
-            self._grid = Processes(*place, rows, points, trainer.strategy.broadcast)
-        return self._grid
+        number, rank = trainer.world_size, trainer.global_rank
+        directions = num_directions(parallel, number)
+        rows = points = partial(trainer.strategy.reduce, reduce_op="sum")
+        if directions not in (1, number):
+            if directions not in self._groups:
+                self._groups[directions] = _groups_of(number, rank, directions)
+            rows, points = (partial(rows, group=group) for group in self._groups[directions])
+        return Processes(number, rank, directions, rows, points, trainer.strategy.broadcast)
 
     @property
     def on_accelerator(self) -> bool:
@@ -106,15 +108,11 @@ class TaskDataModule(TaskRows, LightningDataModule):
             warn("these data options differ from the checkpoint's: " + "; ".join(different))
 
 
-def _sums(trainer: Trainer, directions: int) -> tuple[Sum, Sum]:
-    """Return the sum over the processes with other rows, and that over the processes with other directions. A collective call."""
-    number, rank = trainer.world_size, trainer.global_rank
-    over_all = partial(trainer.strategy.reduce, reduce_op="sum")
-    if directions in (1, number):
-        return over_all, over_all
-    of_rows = [range(first, number, directions) for first in range(directions)]
-    of_points = [range(first, first + directions) for first in range(0, number, directions)]
+def _groups_of(number: int, rank: int, directions: int) -> tuple[Any, Any]:
+    """Return the processes with the same points as this one, and those with the same rows. A collective call."""
+    same_points = [range(first, number, directions) for first in range(directions)]
+    same_rows = [range(first, first + directions) for first in range(0, number, directions)]
     # every process makes all groups, in the same order
-    made = [[(ranks, distributed.new_group(list(ranks))) for ranks in groups] for groups in (of_rows, of_points)]
-    rows, points = (partial(over_all, group=next(group for ranks, group in groups if rank in ranks)) for groups in made)
-    return rows, points
+    made = [(ranks, distributed.new_group(list(ranks))) for ranks in (*same_points, *same_rows)]
+    points, rows = (group for ranks, group in made if rank in ranks)
+    return points, rows

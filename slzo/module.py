@@ -248,11 +248,14 @@ class ZOModule(LightningModule):
             folder=folder if self.trainer.checkpoint_callbacks else None,
             checkpoint=checkpoint,
         )
-        limits = {"max_steps": run.max_steps, "val_check_interval": self.trainer.val_check_interval}
-        start = {**environment()["versions"], **self.hparams, **self.rows.step_settings(), **limits}
-        check_agreement(start, "start all with the same command and in the same environment")
+        several = self.trainer.world_size > 1
+        if several:
+            limits = {"max_steps": run.max_steps, "val_check_interval": self.trainer.val_check_interval}
+            start = {**environment()["versions"], **self.hparams, **self.rows.step_settings(), **limits}
+            check_agreement(start, "start all with the same command and in the same environment")
         prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
-        check_agreement(prepared.identity(), "give all the same files")
+        if several:
+            check_agreement(prepared.identity(), "give all the same files")
         if (limit := time_limit_of(self.trainer)) is not None:
             limit.apply(self.trainer, prepared.time)
         return prepared

@@ -174,11 +174,11 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     }
 
 
-def checkpoint_of_job(root: str | Path, job: str | None) -> Path | None:
+def checkpoint_of_job(root: str | Path, job: str) -> Path | None:
     """Return the last checkpoint of the newest run below ``root`` that a SLURM job wrote; ``None`` if there is none."""
     found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == job]
     found = [folder for folder in found if any(folder.rglob("*.ckpt"))]
-    if job is None or not found:
+    if not found:
         return None
     path = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
     say(f"SLURM job {job} was restarted and continues {path}")
@@ -187,6 +187,7 @@ def checkpoint_of_job(root: str | Path, job: str | None) -> Path | None:
 
 def _job_of(environment: Path) -> str | None:
     try:
-        return str(json.loads(environment.read_text(encoding="utf-8"))["slurm_job"])
+        job = json.loads(environment.read_text(encoding="utf-8"))["slurm_job"]
+        return None if job is None else str(job)
     except (OSError, ValueError, KeyError, TypeError):  # a run of another version, or a file that is being written
         return None

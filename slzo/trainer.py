@@ -84,7 +84,7 @@ class ZOTrainer(Trainer):
             super().__init__(**kwargs, plugins=plugins if cluster is None else [*plugins, cluster])
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
-        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(
@@ -202,8 +202,8 @@ class ZOTrainer(Trainer):
         Without a path, a training (``restarted``) of a SLURM job that was restarted continues the newest run of this job.
         """
         root = (self.logger.save_dir if self.logger is not None else None) or self.default_root_dir
-        if ckpt_path is None and restarted and is_restarted():
-            ckpt_path = checkpoint_of_job(root, job_id())
+        if ckpt_path is None and restarted and is_restarted() and (job := job_id()) is not None:
+            ckpt_path = checkpoint_of_job(root, job)
         if ckpt_path is None:
             return None
         found = find_checkpoint(ckpt_path, root)
@@ -223,8 +223,16 @@ def _slurm_job() -> SLURMEnvironment | None:
     """Return the SLURM job that started this process, if one did. slzo saves and requeues it between two steps.
 
     Lightning would do both in the middle of a step.
+
+    Raises:
+        SlzoError: The options of the job do not fit a run of several processes.
     """
-    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+    if not SLURMEnvironment.detect():
+        return None
+    try:
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def timed_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

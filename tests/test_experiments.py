@@ -3,12 +3,7 @@
 import csv
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +24,6 @@ from slzo.experiments.sweep_rates import RateResult, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
 from slzo.experiments.timing import spaced_batches
 from slzo.experiments.trial import LayerTrials
-from slzo.experiments.workers import workers
 from slzo.training import make_evaluator, make_stepper, tune
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import Point
@@ -407,61 +401,6 @@ def test_a_cell_is_worked_on_once(tmp_path):
     with second.claim("x") as again:
         assert not again
     assert second.result("x") == {"value": 1}
-
-
-def test_all_cells_are_computed_and_those_of_a_process_that_ended_too(tmp_path, monkeypatch):
-    """Another process has one cell, ends without a result, and another one finishes its cell while this one waits."""
-    store, other = (CellStore(tmp_path / "s", {}) for _ in range(2))
-    lost, slow = other.claim("b"), other.claim("c")
-    assert lost.__enter__()
-    assert slow.__enter__()
-    reported = []
-
-    def wait(seconds):
-        if other.result("c") is None:
-            other.save("c", "other")
-            slow.__exit__(None, None, None)
-        else:
-            lost.__exit__(None, None, None)
-
-    monkeypatch.setattr("slzo.experiments.store.time.sleep", wait)
-    store.complete(
-        {name: partial(str.upper, name) for name in "abc"}, lambda name, result: reported.append((name, result))
-    )
-    assert reported == [("a", "A"), ("b", "B")]
-    assert [store.result(name) for name in "abc"] == ["A", "B", "other"]
-
-
-def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    program = (
-        "import os, pathlib, time; pathlib.Path(os.environ['SLZO_WORKER']).write_text(os.environ['OMP_NUM_THREADS'])"
-    )
-    threads = torch.get_num_threads()
-    with workers(3, [sys.executable, "-c", f"{program}; time.sleep(600)"]):
-        assert torch.get_num_threads() == 1
-        deadline = time.monotonic() + 60
-        while not all(Path(name).is_file() and Path(name).read_text(encoding="utf-8") == "1" for name in "12"):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    assert torch.get_num_threads() == threads
-    with workers(2, [sys.executable, "-c", "raise SystemExit(3)"]):
-        time.sleep(1)
-    assert "worker 1 ended early with status 3" in capsys.readouterr().err
-    with pytest.raises(SlzoError, match="workers 4: each worker needs a core of its own, and there are 3"), workers(4):
-        pass
-
-
-@pytest.mark.slow
-def test_a_sweep_with_two_workers_has_the_results_of_one(options):
-    common = ["sweep", *options, "--num_rows=8", "--directions=20", "--layers=[1,2]", "--steps=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, own in (("one", []), ("two", ["--workers=2"])):
-        command = [sys.executable, "-m", "slzo", *common, f"--output={name}", *own]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads(Path(name, "sweep.json").read_text(encoding="utf-8")) for name in ("one", "two"))
-    assert [row["loss"] for row in one["layers"]] == [row["loss"] for row in two["layers"]]
 
 
 def test_a_folder_without_results_takes_other_settings(tmp_path):

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import last_checkpoint, run_dir, same_tensors, tuned
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 
 from slzo.__main__ import main
+from slzo.callbacks.rank_watch import RankWatch
 from slzo.utils import slurm
 from slzo.utils.agreement import check_agreement
 from slzo.utils.errors import SlzoError
@@ -283,6 +285,20 @@ def test_a_process_that_sends_no_more_beats_is_lost_and_one_that_never_did_is_no
     assert found.wait(30)
     watching.stop()
     assert lost == [2]
+
+
+def test_a_rank_that_cannot_reach_the_first_one_goes_on_with_a_warning(monkeypatch, capsys):
+    class Strategy:
+        def broadcast(self, value):
+            return 1
+
+    def refuse(*_, **__):
+        raise DistNetworkError("no route")
+
+    monkeypatch.setattr("slzo.callbacks.rank_watch.TCPStore", refuse)
+    trainer = SimpleNamespace(global_rank=1, world_size=2, strategy=Strategy())
+    assert RankWatch()._begin_heartbeat(trainer, []) is None
+    assert "rank 1 cannot reach port 1 of " in capsys.readouterr().err
 
 
 def test_requeue_that_fails_says_what_to_run(monkeypatch):

@@ -82,6 +82,13 @@ def test_a_process_that_fails_is_seen_by_all(examples):
     assert estimate.gradient == {}
 
 
+def test_a_grid_names_its_number(examples):
+    model, _ = tiny_loss(examples)
+    loss = batch_loss(model, examples, processes=Processes(4, 0, 2))
+    with pytest.raises(SlzoError, match=r"model\.parallel 2: .*use rows"):
+        Backprop().estimate(Request(model.tensors, loss, 0, 0))
+
+
 @pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=described)
 def test_what_differentiates_has_no_points(estimator, examples):
     model, _ = tiny_loss(examples)

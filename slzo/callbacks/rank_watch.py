@@ -82,7 +82,8 @@ class RankWatch(Callback):
                 store = TCPStore(host, port, timeout=_CONNECTS)
             except DistError:
                 warn(
-                    f"rank {rank} cannot reach port {port} of {host}, so it is not noticed if it or another rank stands still"
+                    f"rank {rank} cannot reach port {port} of {host}; if this rank or its machine stands still, the others will "
+                    "wait for it (open the ports between the machines)"
                 )
                 return None
 

@@ -19,6 +19,7 @@ from slzo.experiments.sweep_report import (
     write_sweep,
 )
 from slzo.experiments.trial import LayerTrials
+from slzo.experiments.workers import is_worker
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
@@ -49,6 +50,8 @@ def sweep_layers(
     store = CellStore(output or trials.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
     profile = profile_model()
     run_cells(trials, store, plan)
+    if is_worker():
+        return
     rows = layer_results(store, plan, profile)
     sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
     curves = seed_curves(store, plan)

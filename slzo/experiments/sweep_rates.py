@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from slzo.experiments.store import CellStore
 from slzo.experiments.trial import LayerTrials
+from slzo.experiments.workers import is_worker
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
@@ -62,6 +63,8 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
     settings = trials.settings() | {"steps": plan.steps, "layer": layer}
     store = CellStore(output or f"{trials.default_folder('sweeps')}-rates", settings)
     tried, before = search(trials, store, plan, layer)
+    if is_worker():
+        return
     best, words = recommend(tried, before)
     content = {
         "recommendation": None if best is None else {"lr": best.lr, "eps": best.eps},

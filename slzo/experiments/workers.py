@@ -15,13 +15,18 @@ _OWN = "SLZO_WORKER"
 """Environment variable of the processes that :func:`workers` starts."""
 
 
+def is_worker() -> bool:
+    """Whether :func:`workers` of another process started this one, which then writes results of cells only."""
+    return _OWN in os.environ
+
+
 @contextmanager
 def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]:
     """Run the command of this process in more processes for a ``with`` block, which does the same work itself.
 
     The processor's cores are divided evenly, and so are the GPUs. The block must divide its work with
-    :class:`slzo.experiments.store.CellStore`, and do what a process leaves that ends early. At the end, or if the block raises,
-    the processes are ended.
+    :meth:`slzo.experiments.store.CellStore.complete`, so that it does what a process leaves that ends early. At the end, or if
+    the block raises, the processes are ended.
 
     Args:
         number: Number of processes, this one included.
@@ -35,7 +40,7 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
         raise SlzoError(
             f"workers {number}: each worker needs a core of its own, and there are {cores}; give 1 to {cores}"
         )
-    if number == 1 or _OWN in os.environ:
+    if number == 1 or is_worker():
         yield
         return
     threads, cards = cores // number, torch.cuda.device_count()

@@ -36,7 +36,7 @@ class Heartbeat:
             threading.Thread(target=run, name=name, daemon=True).start()
 
     def stop(self) -> None:
-        """End the watch. The other processes must be told not to expect beats any more."""
+        """Send and expect no more beats. Call it when all processes have reached the same point."""
         self._stopped.set()
 
     def _beat(self) -> None:

@@ -119,10 +119,16 @@ class DividedDirections(Loss):
         return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
 
     def gradient(self) -> tuple[float, Direction]:
-        raise SlzoError(_NO_POINTS)
+        raise self._no_points()
 
     def slope(self, direction: Direction) -> tuple[float, float]:
-        raise SlzoError(_NO_POINTS)
+        raise self._no_points()
+
+    def _no_points(self) -> SlzoError:
+        parallel = "directions" if self.processes.of_rows[1] == 1 else self.processes.directions
+        return SlzoError(
+            f"model.parallel {parallel}: this model.estimator differentiates and has no points to divide; use rows, or SPSA"
+        )
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         def divided(output: LayerOutput) -> Tensor:
@@ -165,8 +171,3 @@ class _DividedOutput(LayerOutput):
 
     def applied(self, shifts: Tensor) -> Tensor:
         return self._output.applied(shifts)
-
-
-_NO_POINTS = (
-    "model.parallel directions: this model.estimator differentiates and has no points to divide; use rows, or SPSA"
-)

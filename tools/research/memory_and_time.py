@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,16 +256,17 @@ def main() -> None:
         print(json.dumps(fit(Cell(**json.loads(args.cell)), args.data_dir)))
         return
     store = CellStore(args.output, {"threads": torch.get_num_threads()})
-    for cell in [] if args.report else cells(args):
-        with store.claim(cell.name) as mine:
-            if not mine:
-                continue
-            tokens = tokens_of(cell, args.data_dir)
-            result: dict[str, Any] = {"arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens)}
-            if result["arithmetic"] <= args.most and cell.model != SHAPE_7B:
-                result |= measure(cell, args.data_dir, args.steps)
-            store.save(cell.name, result)
-            print(f"{cell.name}: {result}", flush=True)
+
+    def compute(cell: Cell) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "arithmetic": arithmetic(cell, *shape_and_dtype(cell.model), tokens_of(cell, args.data_dir))
+        }
+        runs = result["arithmetic"] <= args.most and cell.model != SHAPE_7B
+        return result | measure(cell, args.data_dir, args.steps) if runs else result
+
+    if not args.report:
+        own = {cell.name: partial(compute, cell) for cell in cells(args)}
+        store.complete(own, lambda name, result: print(f"{name}: {result}", flush=True))
     print(report(store, args))
 
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +209,20 @@ def main() -> None:
     parser.add_argument("--json", help="also write all results to this file")
     args = parser.parse_args()
     store = CellStore(args.output, {"seconds": args.seconds, "threads": torch.get_num_threads()})
-    loaded: tuple[tuple[str, str, int], Setting] | None = None
-    for setting, layer, method in [] if args.report else cells(args):
-        name = name_of(setting, layer, method)
-        with store.claim(name) as mine:
-            if not mine:
-                continue
-            if loaded is None or loaded[0] != setting:
-                loaded = (setting, Setting.of(*setting, args.data_dir))
-            number = loaded[1].layers[layer]
-            result = train(loaded[1], number, method, setting[0], setting[2], args.seconds)
-            store.save(name, result)
-            print(f"{name}: layer {number}, {result['steps']} steps, dev loss {result['dev_loss']:.4f}", flush=True)
+    setting_of = lru_cache(maxsize=1)(lambda model, task, seed: Setting.of(model, task, seed, args.data_dir))
+
+    def compute(setting: tuple[str, str, int], layer: str, method: str) -> dict[str, Any]:
+        model, _, seed = setting
+        loaded = setting_of(*setting)
+        return train(loaded, loaded.layers[layer], method, model, seed, args.seconds)
+
+    def say(name: str, result: dict[str, Any]) -> None:
+        print(
+            f"{name}: layer {result['layer']}, {result['steps']} steps, dev loss {result['dev_loss']:.4f}", flush=True
+        )
+
+    if not args.report:
+        store.complete({name_of(*cell): partial(compute, *cell) for cell in cells(args)}, say)
     print(report(store, args))
     if args.json:
         found = {name_of(*cell): store.result(name_of(*cell)) for cell in cells(args)}

@@ -41,7 +41,7 @@ from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
 from paper_tables.runs import Runner, Work, run_process
 from slzo.__main__ import sigterm_raises
-from slzo.experiments.workers import workers
+from slzo.experiments.workers import is_worker, workers
 from slzo.utils.errors import Interrupted, SlzoError
 
 INTERRUPTED = 130  # the status that shells report after Ctrl-C
@@ -123,6 +123,8 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
         try:
             with workers(options.workers):
                 status = 0 if work.run(methods) else 1
+            if is_worker():
+                return status
         except (KeyboardInterrupt, Interrupted):
             write_tables(work, command)
             raise

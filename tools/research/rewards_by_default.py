@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,17 +213,16 @@ def main() -> None:
     if not args.report:
         write_rows(folder / "rows")
     store = CellStore(str(folder / "cells"), {"steps": args.steps, "threads": torch.get_num_threads()})
-    for model, reward, objective, seed in [] if args.report else cells(args):
-        name = name_of(model, reward, objective, seed)
-        with store.claim(name) as mine:
-            if not mine:
-                continue
-            settings = config(model, reward, objective, seed, folder / "rows", args.steps)
-            if objective == "samples":
-                store.save(name, best_of_samples(settings))
-            else:
-                store.save(name, train(settings, folder / "runs" / name))
-            print(f"{name}: {store.result(name)}", flush=True)
+
+    def compute(model: str, reward: str, objective: str, seed: int) -> dict[str, Any]:
+        settings = config(model, reward, objective, seed, folder / "rows", args.steps)
+        if objective == "samples":
+            return best_of_samples(settings)
+        return train(settings, folder / "runs" / name_of(model, reward, objective, seed))
+
+    if not args.report:
+        own = {name_of(*cell): partial(compute, *cell) for cell in cells(args)}
+        store.complete(own, lambda name, result: print(f"{name}: {result}", flush=True))
     print(report(store, args))
 
 
