@@ -36,7 +36,7 @@ _CLOSE = 1.1
 
 
 def plan_memory(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, shards: int = 1
 ) -> tuple[MemoryPlan | None, TrainingOptions]:
     """Estimate the memory of a run before its model is loaded, print the estimate, and refuse a run that cannot fit.
 
@@ -45,6 +45,7 @@ def plan_memory(
         rows: Rows of the task, set up for ``fit``.
         max_steps: Length of the run; -1 for no limit.
         device: Device of the run.
+        shards: Number of processes that divide the layers.
 
     Returns:
         The plan, and the options with the memory besides the weights set in the device map. The plan is ``None`` if model or
@@ -54,7 +55,7 @@ def plan_memory(
         SlzoError: The run needs more memory than is free.
     """
     try:
-        inputs = memory_inputs(options, rows, max_steps, device)
+        inputs = memory_inputs(options, rows, max_steps, device, shards)
     except SlzoError:
         return None, options
     if options.device_map is not None:
@@ -103,8 +104,12 @@ def first_order_bytes(options: TrainingOptions, rows: TaskRows, max_steps: int, 
     return plan.total if plan.needed <= free + held else None
 
 
-def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device) -> MemoryInputs:
+def memory_inputs(
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, shards: int = 1
+) -> MemoryInputs:
     """Collect the inputs of a plan from the options and the rows, which are set up; the model is not loaded.
+
+    ``shards`` processes divide the layers.
 
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
@@ -140,6 +145,8 @@ def memory_inputs(options: TrainingOptions, rows: TaskRows, max_steps: int, devi
         differentiated=_differentiated(options, parts.num_layers, min(layers, default=0)),
         records=options.estimator.perturbs_output,
     )
+    if shards > 1:
+        return replace(inputs, shards=shards, where=f"layers divided over {shards} processes")
     if options.device_map is None:
         return inputs
     places = replace(options.device_map, reserved=inputs.non_weight_bytes).places(skeleton, device)

@@ -10,6 +10,7 @@ import torch
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
 from slzo.models.parts import ModelParts
+from slzo.models.sharded import ShardGroup
 from slzo.profiling import ProfileOptions
 from slzo.report.history import History
 from slzo.zo.memory import MemoryPlan
@@ -34,6 +35,7 @@ class RunContext:
         profiler: How the model is profiled; ``None`` without a profiler.
         quick: Whether this is a ``fast_dev_run``, in which nothing extra is measured or written.
         time: The time of the run; ``None`` if it is not limited.
+        shards: The processes that share the frozen layers; ``None`` if this process has all.
     """
 
     device: torch.device
@@ -44,6 +46,7 @@ class RunContext:
     profiler: ProfileOptions | None = None
     quick: bool = False
     time: TimeBudget | None = None
+    shards: ShardGroup | None = None
 
 
 @dataclass

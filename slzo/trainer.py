@@ -25,6 +25,7 @@ from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
+from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
@@ -77,6 +78,8 @@ class ZOTrainer(Trainer):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpointIO())
+        if kwargs.get("strategy") == SHARDED:
+            kwargs["strategy"] = ShardedStrategy()
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         try:
@@ -319,9 +322,8 @@ def _check_strategy(strategy: Any) -> None:
     classes = [each.__name__ for each in _SHARDING]
     if name.rpartition(".")[2] in classes or name.startswith(("fsdp", "deepspeed")):
         raise SlzoError(
-            f"trainer.strategy {name!r}: it divides the model's layers over processes, which slzo does not support; use ddp "
-            "with fewer bits (model.quantization, model.dtype), or one process with model.device_map auto, which spreads the "
-            "layers over all GPUs"
+            f"trainer.strategy {name!r}: slzo divides the layers in its own way; use {SHARDED}, whose processes share the frozen "
+            "layers, or one process with model.device_map auto, which spreads them over all GPUs"
         )
 
 

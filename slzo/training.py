@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 
 from slzo.evaluation.evaluator import Evaluator
+from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import load_with_device_map
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
+from slzo.models.sharded import ShardGroup, load_sharded
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
@@ -24,8 +25,10 @@ from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
 
-def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
+def load_parts(options: TrainingOptions, device: torch.device, shards: ShardGroup | None = None) -> ModelParts:
     """Load the model on a device and split it into parts; nothing is tuned yet.
+
+    With ``shards`` these processes divide the layers among them.
 
     Raises:
         SlzoError: The model cannot be loaded, or cannot be run in parts.
@@ -33,7 +36,9 @@ def load_parts(options: TrainingOptions, device: torch.device) -> ModelParts:
     if options.engine.cache_dir is not None:
         check_cache_folder(options.engine.cache_dir)
     common = options.model, options.dtype, options.trust_remote_code
-    if options.device_map is not None:
+    if shards is not None:
+        model = load_sharded(*common, shards, device)
+    elif options.device_map is not None:
         model = load_with_device_map(*common, options.device_map, device)
     else:
         model = load_model(*common, options.quantization, device=device)

@@ -23,9 +23,9 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.evaluation.generation import generate
 from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import load_with_device_map
 from slzo.models.prefix_cache import PrefixCache
 from slzo.models.startup_check import split_and_verify
 from slzo.zo.estimators import Point

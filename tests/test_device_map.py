@@ -13,10 +13,11 @@ from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.models import device_map
 from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_placement import DevicePlacement, load_with_device_map
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model
-from slzo.models.placement import Placement, load_with_device_map, placement_of
+from slzo.models.placement import placement_of
 from slzo.models.shape import skeleton_of
 from slzo.models.startup_check import split_and_verify
 from slzo.trainer import ZOTrainer
@@ -274,8 +275,8 @@ def test_a_run_with_layers_on_disk_is_that_without(options, capsys):
 
 
 def test_a_sweep_gives_each_layer_back(options, monkeypatch):
-    made, plain = [], Placement.__init__
-    monkeypatch.setattr(Placement, "__init__", lambda self, *args: made.append(self) or plain(self, *args))
+    made, plain = [], DevicePlacement.__init__
+    monkeypatch.setattr(DevicePlacement, "__init__", lambda self, *args: made.append(self) or plain(self, *args))
     assert main(["sweep", *options, "--layers=[0,2]", "--steps=1", '--model.device_map={"": "disk"}']) == 0
     assert sorted(made[0]._handles) == [0, 1, 2, 3]
 

@@ -22,10 +22,10 @@ from slzo.data.sources import load_examples
 from slzo.export.adapter import ADAPTER
 from slzo.export.facts import Facts
 from slzo.models.device_map import DeviceMapChoice
+from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_config, load_model, load_tokenizer, resolve_model
 from slzo.models.origin import origin_of
 from slzo.models.peft_files import PeftFiles
-from slzo.models.placement import load_with_device_map
 from slzo.models.shape import model_shape
 from slzo.prompting.pair import Source, load_pair
 from slzo.tasks.registry import get_task

@@ -25,11 +25,11 @@ def fit(options):
     return ["fit", *options, *usual, "--trainer.enable_progress_bar=false", f"--data.batch_size={ROWS}"]
 
 
-def on(processes, fit, rows=None, callback=None, **arguments):
+def on(processes, fit, rows=None, callback=None, strategy="ddp", **arguments):
     """Exit status and output of a run on some processes, with a callback of ``signal_sender.py``."""
     more = [f"--data.batch_size={ROWS // processes if rows is None else rows}"]
     if processes > 1:
-        more += [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
+        more += [f"--trainer.devices={processes}", f"--trainer.strategy={strategy}"]
     if callback is not None:
         more.append(f"--trainer.callbacks=signal_sender.{callback}")
         more += [f"--trainer.callbacks.{name}={value}" for name, value in arguments.items()]
@@ -66,8 +66,10 @@ def test_two_processes_hold_the_same_weights_and_take_the_steps_of_one(fit):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit):
-    status, output = on(2, fit, callback="SignalSender", place="on_train_batch_end", step=5, number="SIGTERM", rank=1)
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit, strategy):
+    sent = {"place": "on_train_batch_end", "step": 5, "number": "SIGTERM", "rank": 1}
+    status, output = on(2, fit, callback="SignalSender", strategy=strategy, **sent)
     assert status == 143, output
     assert "Traceback" not in output, output
     assert read_checkpoint(last_checkpoint()).content["global_step"] == 5
@@ -138,9 +140,17 @@ FEATURES = {
 }
 
 
+NOT_SHARDED = {
+    "first order": "model.estimator Backprop: differentiates layers that are divided over processes",
+    "all parameters": "trainer.strategy sharded: the processes share the frozen layers, and model.scope tunes all",
+    "quantized layers": "model.quantization 'int8': quantized layers cannot be divided over processes",
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, data_dir):
+def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, strategy, data_dir):
     more = FEATURES[feature]
     fit = [
         *fit,
@@ -158,7 +168,12 @@ def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, data_di
             f"--data.task.train_file={data_dir}/sst2/train.jsonl",
             f"--data.task.test_file={data_dir}/sst2/validation.jsonl",
         ]
-    status, output = on(2, fit, callback="WeightWriter")
+    status, output = on(2, fit, callback="WeightWriter", strategy=strategy)
+    if strategy == "sharded" and feature in NOT_SHARDED:
+        assert status != 0
+        assert f"slzo: error: {NOT_SHARDED[feature]}" in output
+        assert "Traceback" not in output
+        return
     assert status == 0, output
     first, second = (torch.load(f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same_tensors(first, second)
@@ -170,6 +185,46 @@ def test_a_feature_on_two_processes_takes_the_steps_of_one(fit, feature, data_di
         assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-3) if of_one["loss"] else of_two["loss"] is None
     assert summary(0)["num_rows"] == summary(1)["num_rows"] == 15
     assert summary(0)["score_after"] == pytest.approx(summary(1)["score_after"], abs=1 / 15 + 1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_shared_layers_goes_on_with_any_number_of_processes_and_without_sharing(fit):
+    assert on(3, fit, strategy="sharded")[0] == 0
+    whole = tuned(last_checkpoint(0))
+    sent = {"place": "on_validation_batch_start", "step": 4, "number": "SIGTERM"}
+    assert on(3, fit, callback="SignalSender", strategy="sharded", **sent)[0] == 143
+    resume = [*fit, f"--ckpt_path={last_checkpoint(1)}"]
+    for number, (processes, strategy) in enumerate(((3, "sharded"), (3, "ddp"), (2, "sharded"), (1, "")), start=2):
+        status, output = on(processes, resume, strategy=strategy)
+        assert status == 0, output
+        resumed = tuned(last_checkpoint(number))
+        if processes == 3:
+            assert same_tensors(resumed, whole)
+        else:
+            assert_close(resumed, whole)
+
+
+@pytest.mark.slow
+def test_shared_layers_are_profiled_scored_and_predicted(fit, options):
+    """The layer is chosen from a profile. Scores and predictions of the checkpoint are those of one process."""
+    fit = [option for option in fit if not option.startswith("--model.layer")]
+    assert on(2, fit, strategy="sharded")[0] == 0
+    assert main(fit) == 0
+    two, one = summary(0), summary(1)
+    assert two["dominant_layer"] == one["dominant_layer"]
+    assert two["score_after"] == pytest.approx(one["score_after"], abs=1 / 24 + 1e-6)
+    scored = [*options, f"--ckpt_path={last_checkpoint(0)}", "--data.eval_batch_size=4"]
+    shared = ["--trainer.devices=2", "--trainer.strategy=sharded"]
+    command = [sys.executable, "-m", "slzo", "predict", *scored, *shared, "--output=two.jsonl"]
+    subprocess.run(command, check=True, timeout=240)
+    assert main(["predict", *scored, "--output=one.jsonl"]) == 0
+    rows = [
+        [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+        for name in ("one.jsonl", "two.jsonl")
+    ]
+    assert len(rows[0]) == len(rows[1])
+    for of_one, of_two in zip(*rows, strict=True):
+        assert of_one["prediction"] == of_two["prediction"]
 
 
 @pytest.mark.slow
@@ -210,9 +265,11 @@ def test_a_second_signal_to_one_of_two_ends_both_at_once(fit):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["on_before_optimizer_step", "on_validation_batch_start", "on_train_end"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_a_rank_is_killed_the_other_names_it_and_the_checkpoint(fit, rank, place):
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_when_a_rank_is_killed_the_other_names_it_and_the_checkpoint(fit, strategy, rank, place):
     step = {"on_before_optimizer_step": 6, "on_validation_batch_start": 4, "on_train_end": 9}[place]
-    status, output = on(2, fit, callback="SignalSender", place=place, step=step, number="SIGKILL", rank=rank)
+    sent = {"place": place, "step": step, "number": "SIGKILL", "rank": rank}
+    status, output = on(2, fit, callback="SignalSender", strategy=strategy, **sent)
     assert status == (-signal.SIGKILL if rank == 0 else 2), output
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith("slzo: error:")]

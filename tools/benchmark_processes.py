@@ -6,7 +6,8 @@
 A process has one thread and 16 rows of its own, or with divided directions the same 16 rows as the others; with SPSA a step has 4
 queries. Each round starts the processes of every variant once, in alternation, and counts the last steps, whose rows are in the
 prefix cache. Tokens are those of different rows. ``exchange`` is the time in all-reduce, in which a process also waits for the
-others. The speed-up, in tokens a second, is the median over the rounds.
+others. With shared layers (``trainer.strategy sharded``) the processes divide the rows and the weights of the layers; there
+``exchange`` and ``bytes`` include the gathering of layers. The speed-up, in tokens a second, is the median over the rounds.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from slzo.models.sharded import ShardGroup
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, plan_prefix, tune
@@ -34,6 +36,8 @@ from slzo.zo import estimators
 from slzo.zo.optim import set_rate
 from slzo.zo.processes import Processes
 
+_CPU = torch.device("cpu")
+_SHARED = "rows and layers"
 _EPS, _QUERIES = 1e-3, 4
 _STEPS, _WARM = 9, 4  # the first steps fill the cache
 
@@ -42,10 +46,13 @@ _STEPS, _WARM = 9, 4  # the first steps fill the cache
 class TimedSum:
     """An all-reduce that counts its seconds."""
 
+    shards: ShardGroup | None
     seconds: float = 0.0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
+        if self.shards is not None:
+            self.shards.meet()
         started = time.perf_counter()
         distributed.all_reduce(tensor)
         self.seconds += time.perf_counter() - started
@@ -70,7 +77,8 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     if number > 1:
         distributed.init_process_group("gloo")
     directions = number if args.divide == "directions" else 1
-    exchange = TimedSum()
+    shards = ShardGroup(_CPU) if args.divide == _SHARED else None
+    exchange = TimedSum(shards)
     rows = _Rows(
         args.task,
         tokenizer=args.model,
@@ -86,7 +94,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     estimator = getattr(estimators, args.estimator)()
     weights: dict[str, Any] = {} if estimator.perturbs_output else {"eps": _EPS, "num_queries": _QUERIES}
     options = ZOModule(args.model, estimator=estimator, seed=0, **weights).options
-    parts = load_parts(options, torch.device("cpu"))
+    parts = load_parts(options, _CPU, shards)
     adapt_rows(rows, parts, options)
     model = tune(parts, options, rows, args.layer)
     plan_prefix(model, rows)
@@ -96,19 +104,24 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     stepper, batches = make_stepper(model, options, rows, auto=auto), rows.training_batches(None)
     figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "bytes", "tokens")}
     for step in range(_STEPS):
-        batch, before, started = next(batches), exchange.seconds, time.perf_counter()
+        before, received = exchange.seconds, 0
+        if shards is not None:
+            before, received = before + shards.seconds, shards.num_bytes
+        batch, started = next(batches), time.perf_counter()
         result = stepper.step(batch, step, optimizer)
         taken = (
             time.perf_counter() - started,
-            exchange.seconds - before,
-            result.exchanged_bytes,
+            exchange.seconds + (0 if shards is None else shards.seconds) - before,
+            result.exchanged_bytes + (0 if shards is None else shards.num_bytes - received),
             batch.packed.num_tokens,
         )
         for values, value in zip(figures.values(), taken, strict=True):
             values.append(value)
+    if shards is not None:
+        shards.meet()
     if number > 1:
         distributed.destroy_process_group()
-    peak = peak_memory_gb(torch.device("cpu"))
+    peak = peak_memory_gb(_CPU)
     return {name: statistics.median(values[_WARM:]) for name, values in figures.items()} | {"peak": peak}
 
 
@@ -128,7 +141,7 @@ def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, flo
     if any(process.returncode for process in started):
         raise SystemExit(f"a process of {number}, {divide}, has failed")
     found = [json.loads(text.strip().splitlines()[-1]) for text in texts]
-    tokens = sum(each["tokens"] for each in found) if divide == "rows" else found[0]["tokens"]
+    tokens = found[0]["tokens"] if divide == "directions" else sum(each["tokens"] for each in found)
     slowest = {name: max(each[name] for each in found) for name in found[0]}
     return slowest | {"tokens": tokens, "rate": tokens / slowest["seconds"]}
 
@@ -169,7 +182,7 @@ def main() -> None:
         return
     variants = {
         "1": (1, "rows"),
-        **{f"{args.processes}, {each}": (args.processes, each) for each in ("rows", "directions")},
+        **{f"{args.processes}, {each}": (args.processes, each) for each in ("rows", "directions", _SHARED)},
     }
     measured = partial(measure, args)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}

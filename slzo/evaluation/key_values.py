@@ -175,8 +175,8 @@ def check_places(parts: ModelParts) -> None:
         SlzoError: Some layers run on another device.
     """
     placement = placement_of(parts.model)
-    if placement is not None and placement.places.elsewhere:
+    if placement is not None and placement.elsewhere:
         raise SlzoError(
-            f"model.device_map: {placement.places.describe()}; answers are generated on one GPU; put the other layers on cpu "
+            f"model.device_map: {placement.describe()}; answers are generated on one GPU; put the other layers on cpu "
             "or disk"
         )

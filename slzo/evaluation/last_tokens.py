@@ -212,6 +212,6 @@ def layers_above(
 ) -> LayersAbove:
     """Return the layers from ``start`` on for a batch; ``changed`` is ``None`` if the states of any token may change."""
     placement = placement_of(parts.model)
-    if changed is None or not parts.packed or (placement is not None and placement.places.elsewhere):
+    if changed is None or not parts.packed or (placement is not None and placement.elsewhere):
         return LayersOverAllTokens(parts, start, batch, hidden)
     return LayersOverLastTokens(parts, start, batch, hidden, changed)

@@ -127,7 +127,7 @@ def load_model(
         dtype: Type of the weights.
         trust_remote_code: Run code from the model's Hub repository.
         quantization: Quantize the model layer by layer while it is read. Not for a model that is quantized already.
-        device_map: Map for transformers, whose hooks then are in the model (see :mod:`slzo.models.placement`).
+        device_map: Map for transformers, whose hooks then are in the model (see :mod:`slzo.models.device_placement`).
         offload_folder: Folder for transformers to write layers on disk to.
         device: Device of quantized weights; the CPU if left out.
 

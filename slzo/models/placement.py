@@ -1,188 +1,69 @@
-"""Models whose decoder layers are on several devices or on disk; accelerate's hooks bring weights and states together.
-
-The hooks run as torch hooks, one pair per layer. A layer's weights are copied once for each run of the layer. Copies of a layer
-that share its weights (views of a part of the model, layers that run through oneDNN) use the same hooks.
-"""
+"""Where the weights of decoder layers are, if they are not all on the main device of their model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
-from slzo.models.attention import VIRTUAL_ARGUMENT
-from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
-from slzo.models.engine import DType
-from slzo.models.load import load_model
-from slzo.models.shape import model_shape
-from slzo.private.models import arguments_of_any_device, device_hook_of
-from slzo.utils.errors import SlzoError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
-class Placement:
-    """Manages the layers of a loaded model that are not on its main device.
+class Placement(ABC):
+    """Manages the layers of a loaded model whose weights are elsewhere. A run of such a layer brings weights and states together.
 
-    Args:
-        model: The model; its layers are where ``places`` says, without values if on disk.
-        places: Device of each layer.
-        stored: Weights of the layers on disk, by their names in the model; read on access.
-        folder: Temporary folder to keep as long as the model.
+    Attributes:
+        offloads: Whether some layers need their weights read, copied or gathered for each run.
+        elsewhere: Numbers of the layers that run on another device.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        places: LayerPlaces,
-        stored: Mapping[str, Tensor],
-        folder: TemporaryDirectory[str] | None = None,
-    ) -> None:
-        self.places = places
-        self._layers = model.get_submodule(places.path)
-        self._stored = stored
-        self._folder = folder
-        self._skip_keys = [*arguments_of_any_device(model), VIRTUAL_ARGUMENT]
-        self._weights: dict[int, Mapping[str, Tensor]] = {}
-        self._handles: dict[int, list[RemovableHandle]] = {}
-        for number in places.away:
-            self._add_hooks(number)
+    offloads: bool = True
+    elsewhere: Collection[int] = ()
 
-    @property
-    def offloads(self) -> bool:
-        """Whether some layers need their weights read or copied for each run."""
-        return bool(self.places.offloaded)
+    @abstractmethod
+    def describe(self) -> str:
+        """Return a summary such as ``layers 0 to 3 on cpu, 4 to 29 on disk``."""
 
-    @torch.no_grad()
+    @abstractmethod
     def load_layers(self, numbers: Collection[int]) -> None:
         """Copy layers to the main device so that they can be changed, until :meth:`return_layers`.
 
         Raises:
-            SlzoError: If ``numbers`` are all layers, but some belong elsewhere.
+            SlzoError: ``numbers`` are all layers, but some belong elsewhere.
         """
-        if self.places.away and len(set(numbers)) == len(self.places.places):
-            raise SlzoError(
-                "model.device_map: some layers are not on the main device, and model.scope tunes all; tune only some "
-                "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the map out"
-            )
-        for number in [number for number in numbers if number in self._handles]:
-            for handle in self._handles.pop(number):
-                handle.remove()
-            layer, weights = self._layers.get_submodule(str(number)), self._weights.get(number)
-            if weights is None:
-                layer.to(self.places.main)
-                continue
-            for name, tensor in list(layer.named_parameters()):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.places.main).copy_(weights[name])
-                path, _, last = name.rpartition(".")
-                setattr(layer.get_submodule(path), last, nn.Parameter(copy, requires_grad=False))
 
+    @abstractmethod
     def return_layers(self, numbers: Collection[int]) -> None:
-        """Move layers back to their own devices, except for those whose values have changed."""
-        for number in set(numbers) & set(self.places.away) - self._handles.keys():
-            current = dict(self._layers.get_submodule(str(number)).named_parameters())
-            weights = self._weights.get(number)
-            if weights is None or all(
-                name in weights and torch.equal(tensor.cpu(), weights[name].cpu()) for name, tensor in current.items()
-            ):
-                self._add_hooks(number)
+        """Put layers back to their own places, except for those whose values have changed."""
 
+    @abstractmethod
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the values of each parameter of the model, reading those on disk one at a time."""
-        start = f"{self.places.path}."
-        for name, parameter in model.named_parameters():
-            number, _, inside = name.removeprefix(start).partition(".")
-            yield name, self._weights[int(number)][inside] if parameter.is_meta else parameter
+        """Yield the name and the values of each parameter of the model, bringing those elsewhere here one layer at a time."""
 
-    def _add_hooks(self, number: int) -> None:
-        from accelerate.hooks import AlignDevicesHook
-        from accelerate.utils import PrefixedDataset
-
-        layer, place = self._layers.get_submodule(str(number)), self.places.places[number]
-        offloaded = number in self.places.offloaded
-        if place == DISK:
-            self._weights[number] = PrefixedDataset(self._stored, f"{self.places.path}.{number}.")
-        elif offloaded and number not in self._weights:
-            self._weights[number] = {name: tensor.detach() for name, tensor in layer.named_parameters()}
-        hook = AlignDevicesHook(
-            execution_device=self.places.main if offloaded else place,
-            offload=offloaded,
-            io_same_device=not offloaded,
-            weights_map=self._weights.get(number),
-            place_submodules=True,
-            skip_keys=self._skip_keys,
-        )
-        hook.init_hook(layer)
-        self._handles[number] = [
-            layer.register_forward_pre_hook(partial(_before, hook.pre_forward, layer), with_kwargs=True),
-            layer.register_forward_hook(partial(_after, hook.post_forward, layer), always_call=True),
-        ]
-
-
-def _before(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
-    return call(layer, *args, **kwargs)
-
-
-def _after(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, _args: Any, output: Any) -> Any:
-    return call(layer, output)
+    def meet(self) -> None:  # noqa: B027 - only for layers that processes gather together
+        """Wait until all processes are here, and join in gathering the layers that the others still run."""
 
 
 _PLACED: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
 
 
+def place(model: nn.Module, placement: Placement) -> None:
+    """Let a placement manage the layers of a model from now on."""
+    _PLACED[model] = placement
+
+
 def placement_of(model: nn.Module) -> Placement | None:
-    """Return the placement of a model; ``None`` if the model is on one device."""
+    """Return the placement of a model; ``None`` if all layers are on its main device."""
     return _PLACED.get(model)
 
 
 def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the values of each parameter of a model, wherever they are stored."""
+    """Yield the name and the values of each parameter of a model, wherever they are stored; copy what you keep."""
     placement = placement_of(model)
     return model.named_parameters() if placement is None else placement.values(model)
 
 
-def load_with_device_map(
-    name: str, dtype: DType, trust_remote_code: bool, choice: DeviceMapChoice, main: torch.device
-) -> PreTrainedModel:
-    """Load a frozen causal language model with a device map; see :func:`slzo.models.load.load_model`.
-
-    ``main`` is the main device, as for :meth:`DeviceMapChoice.places`.
-
-    Raises:
-        SlzoError: If the model cannot be loaded with the map.
-    """
-    from accelerate.hooks import remove_hook_from_module
-
-    _, skeleton = model_shape(name, trust_remote_code)
-    skeleton.to(getattr(torch, dtype))
-    places = choice.places(skeleton, main)
-    folder = choice.folder()
-    model = load_model(
-        name,
-        dtype,
-        trust_remote_code,
-        device_map=places.of_modules(skeleton),
-        offload_folder=None if folder is None else folder.name,
-    )
-    stored = _stored(model) if DISK in places.places else {}
-    remove_hook_from_module(model, recurse=True)  # they are per linear map, and break copies of a layer
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-            del module.forward  # left by the hooks; a copy of the module would run the original
-    if places.away:
-        _PLACED[model] = Placement(model, places, stored, folder)
-    return model
-
-
-def _stored(model: nn.Module) -> Mapping[str, Tensor]:
-    """Return the weights that accelerate's hooks read for offloaded layers, by their names in the model."""
-    hooks = (device_hook_of(module) for module in model.modules())
-    maps = (getattr(hook, "weights_map", None) for hook in hooks if getattr(hook, "offload", False))
-    return next(weights.dataset for weights in maps if weights is not None)
+def meet(model: nn.Module) -> None:
+    """Wait for the other processes if they share the layers of a model; needed before any other exchange with them."""
+    if (placement := placement_of(model)) is not None:
+        placement.meet()

@@ -106,6 +106,23 @@ class TrainingOptions:
                 "SPSA"
             )
 
+    def check_shards(self) -> None:
+        """Check that the frozen layers can be divided over processes.
+
+        Raises:
+            SlzoError: The layers are quantized, or a derivative through them is needed.
+        """
+        if self.quantization is not None:
+            raise SlzoError(
+                f"model.quantization {describe_quantization(self.quantization)!r}: quantized layers cannot be divided over "
+                "processes (trainer.strategy sharded); leave it out, or use ddp"
+            )
+        if self.estimator.differentiates:
+            raise SlzoError(
+                f"model.estimator {self.estimator.describe()}: differentiates layers that are divided over processes "
+                "(trainer.strategy sharded); use LayerOutputPerturbation or SPSA, or ddp"
+            )
+
     def step_settings(self, seed: int, layer: int | None) -> dict[str, Any]:
         """Return the options that the steps of a run depend on, as they are read back from JSON.
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 
-from json_task import people
 from slzo.__main__ import main as slzo
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.experiments.store import CellStore
@@ -28,6 +28,9 @@ from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.tasks.template import TemplateTask
 from slzo.training import adapt_rows, load_parts, make_evaluator, tune
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from json_task import people
 
 _SAMPLES, _SAMPLED_ROWS = 16, 30
 _SCHEMA = {"type": "object", "required": ["city"]}

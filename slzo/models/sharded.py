@@ -1,0 +1,313 @@
+"""Models whose decoder layers are divided over processes: each holds a share of every layer (FSDP2, ``fully_shard``).
+
+Before a layer runs, all processes gather its weights. They do not run a layer equally often: each has its own cached rows, and
+answers of other lengths. So they agree on every gather: each names the layer that it runs next, all gather the lowest of these,
+and a process that does not need it drops it at once. A process that has nothing to run joins in until all are done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.hooks import RemovableHandle
+
+from slzo.models.engine import DType
+from slzo.models.load import load_model
+from slzo.models.parts import find_decoder_layers
+from slzo.models.placement import Placement, place
+from slzo.models.quantization import is_plain
+from slzo.models.shape import model_shape
+from slzo.utils.errors import SlzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DONE = torch.iinfo(torch.int64).max
+
+
+class ShardGroup:
+    """The processes that share layers, as seen from one of them. Making one is a collective call.
+
+    Args:
+        device: Device of this process.
+
+    Attributes:
+        number: Number of processes.
+        num_bytes: Bytes of layers that this process has received so far.
+        seconds: Time that it has spent on that, with waiting for the others.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.number = distributed.get_world_size()
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self._mesh = init_device_mesh(device.type, (self.number,))
+        self._agreement = distributed.new_group(backend="gloo")
+        self._shards: WeakValueDictionary[int, LayerShard] = WeakValueDictionary()
+        self._next_key = 0
+
+    def divide(self, tensors: dict[str, Tensor]) -> LayerShard:
+        """Keep this process's share of some tensors, which have the same values on all processes. A collective call."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        received = size * (self.number - 1) // self.number
+        shard = LayerShard(self, self._next_key, fully_shard(_Weights(tensors), mesh=self._mesh), received)
+        self._shards[self._next_key] = shard
+        self._next_key += 1
+        return shard
+
+    def gather(self, key: int) -> None:
+        """Gather the shard of this key together with all processes; until they agree on it, join in gathering others."""
+        started = time.perf_counter()
+        self._join_until(key)
+        self._gather(key)
+        self.seconds += time.perf_counter() - started
+
+    def meet(self) -> None:
+        """Return when all processes are here; until then, join in gathering what the others need. A collective call."""
+        started = time.perf_counter()
+        self._join_until(_DONE)
+        self.seconds += time.perf_counter() - started
+
+    def _join_until(self, key: int) -> None:
+        while (agreed := self._agree(key)) != key:
+            self._gather(agreed).weights.reshard()
+
+    def _agree(self, key: int) -> int:
+        wanted = torch.tensor(key)
+        distributed.all_reduce(wanted, distributed.ReduceOp.MIN, group=self._agreement)
+        return int(wanted)
+
+    def _gather(self, key: int) -> LayerShard:
+        shard = self._shards[key]
+        shard.weights.unshard()
+        self.num_bytes += shard.num_bytes
+        return shard
+
+
+class _Weights(nn.Module):
+    """Tensors that are divided as one."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for number, tensor in enumerate(tensors.values()):
+            self.register_parameter(str(number), nn.Parameter(tensor, requires_grad=False))
+
+
+class LayerShard:
+    """This process's share of the weights of a layer.
+
+    Args:
+        group: The processes that have the other shares.
+        key: The number of the layer in the group, the same on all processes.
+        weights: The divided tensors.
+        num_bytes: Bytes that this process receives when the layer is gathered.
+    """
+
+    def __init__(self, group: ShardGroup, key: int, weights: FSDPModule, num_bytes: int) -> None:
+        self.weights = weights
+        self.num_bytes = num_bytes
+        self._group = group
+        self._key = key
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The tensors: whole while they are gathered, otherwise shares, as DTensors."""
+        assert isinstance(self.weights, nn.Module)
+        return list(self.weights.parameters())
+
+    def gather(self) -> list[nn.Parameter]:
+        """Return the whole tensors, until :meth:`drop`. All processes must gather them, or :meth:`ShardGroup.meet`."""
+        self._group.gather(self._key)
+        return self.tensors
+
+    def drop(self) -> None:
+        """Free what this process has no share of."""
+        self.weights.reshard()
+
+
+class ShardedLayers(Placement):
+    """Decoder layers that are divided over processes. Making them is a collective call.
+
+    Args:
+        model: The model, on the CPU.
+        group: The processes.
+        main: Device of this process.
+        dtype: Type of the weights.
+
+    Raises:
+        SlzoError: A layer is quantized.
+    """
+
+    def __init__(self, model: PreTrainedModel, group: ShardGroup, main: torch.device, dtype: torch.dtype) -> None:
+        self._path, layers = find_decoder_layers(model)
+        self._group, self._main = group, main
+        self._layers = [_Layer(layer, group, main, dtype) for layer in layers]
+        _move_rest(model, main, dtype)
+
+    def shards(self) -> list[Tensor]:
+        """Return this process's shares of all tensors, as DTensors."""
+        return [tensor for layer in self._layers for tensor in layer.shards()]
+
+    def describe(self) -> str:
+        return f"layers 0 to {len(self._layers) - 1} divided over {self._group.number} processes"
+
+    @torch.no_grad()
+    def load_layers(self, numbers: Collection[int]) -> None:
+        if len(set(numbers)) == len(self._layers):
+            raise SlzoError(
+                "trainer.strategy sharded: the processes share the frozen layers, and model.scope tunes all; tune only some "
+                "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or use ddp"
+            )
+        for number in sorted(set(numbers)):
+            self._layers[number].load()
+
+    @torch.no_grad()
+    def return_layers(self, numbers: Collection[int]) -> None:
+        for number in sorted(set(numbers)):
+            self._layers[number].give_back()
+
+    def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        start = f"{self._path}."
+
+        def layer_of(named: tuple[str, Tensor]) -> int:
+            number = named[0].removeprefix(start).partition(".")[0]
+            return int(number) if named[0].startswith(start) else -1
+
+        for number, named in groupby(model.named_parameters(), layer_of):
+            if number < 0:
+                yield from named
+                continue
+            names = [name for name, _ in named]
+            with self._layers[number].whole():
+                yield from ((name, model.get_parameter(name)) for name in names)
+
+    def meet(self) -> None:
+        self._group.meet()
+
+
+class _Layer:
+    """A decoder layer whose tensors have values only while it runs, or after :meth:`load`."""
+
+    def __init__(self, layer: nn.Module, group: ShardGroup, main: torch.device, dtype: torch.dtype) -> None:
+        self._module = layer
+        named = dict(layer.named_parameters())
+        if wrong := next((name for name, tensor in named.items() if not is_plain(tensor)), None):
+            raise SlzoError(
+                f"trainer.strategy sharded: tensor {wrong!r} is quantized and cannot be divided; use ddp, or leave the "
+                "quantization out"
+            )
+        # each tensor with all of its places in the layer
+        places: dict[int, list[str]] = {}
+        for name, tensor in layer.named_parameters(remove_duplicate=False):
+            places.setdefault(id(tensor), []).append(name)
+        self._places = list(places.values())
+        self._shard = group.divide({name: tensor.detach().to(main, dtype) for name, tensor in named.items()})
+        self._absent = [
+            nn.Parameter(torch.empty_like(tensor, dtype=dtype, device="meta"), requires_grad=False)
+            for tensor in named.values()
+        ]
+        self._set(self._absent)
+        self._handles: list[RemovableHandle] = []
+        self._add_hooks()
+
+    def shards(self) -> list[Tensor]:
+        """Return this process's shares of the tensors."""
+        return list(self._shard.tensors)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Give the tensors their values for a while."""
+        if not self._handles:
+            yield
+            return
+        self._bring()
+        try:
+            yield
+        finally:
+            self._take_away()
+
+    def load(self) -> None:
+        """Give the tensors values of their own."""
+        if not self._handles:
+            return
+        with self.whole():
+            copies = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in self._module.parameters()]
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._set(copies)
+
+    def give_back(self) -> None:
+        """Undo :meth:`load`, unless the values have changed or tensors were added."""
+        if self._handles:
+            return
+        own = list(self._module.parameters())
+        shared = self._shard.gather()
+        same = len(own) == len(shared) and all(map(torch.equal, own, shared))
+        self._shard.drop()
+        if same:
+            self._set(self._absent)
+            self._add_hooks()
+
+    def _add_hooks(self) -> None:
+        # hooks of the layer are also those of its copies, which share its tensors
+        self._handles = [
+            self._module.register_forward_pre_hook(lambda *_: self._bring()),
+            self._module.register_forward_hook(partial(_after, self._take_away), always_call=True),
+        ]
+
+    def _bring(self) -> None:
+        self._set(self._shard.gather())
+
+    def _take_away(self) -> None:
+        self._set(self._absent)
+        self._shard.drop()
+
+    def _set(self, tensors: list[nn.Parameter]) -> None:
+        for names, tensor in zip(self._places, tensors, strict=True):
+            for name in names:
+                path, _, last = name.rpartition(".")
+                setattr(self._module.get_submodule(path), last, tensor)
+
+
+def _after(call: Any, *_: Any) -> None:
+    call()
+
+
+def _move_rest(model: nn.Module, main: torch.device, dtype: torch.dtype) -> None:
+    """Move everything but the layers, which have no values; buffers, such as rotary frequencies, keep their type."""
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(main, dtype)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(main))
+
+
+def load_sharded(
+    name: str, dtype: DType, trust_remote_code: bool, group: ShardGroup, main: torch.device
+) -> PreTrainedModel:
+    """Load a frozen causal language model whose layers are divided over processes. A collective call.
+
+    For arguments see :func:`slzo.models.load.load_model`. The model is read in the type of its files, which maps it into memory
+    instead of copying it, and converted layer by layer.
+
+    Raises:
+        SlzoError: The model cannot be loaded or divided.
+    """
+    shape, _ = model_shape(name, trust_remote_code)
+    stored = str(shape.stored_dtype).removeprefix("torch.")
+    read: Any = stored if shape.stored_method is None and stored in get_args(DType) else dtype
+    model = load_model(name, read, trust_remote_code)
+    place(model, ShardedLayers(model, group, main, getattr(torch, dtype)))
+    return model

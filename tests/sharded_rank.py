@@ -1,0 +1,91 @@
+"""One of the processes of test_sharded.py. Prints a JSON object with what it saw.
+
+python sharded_rank.py MODEL_FOLDER
+"""
+
+import json
+import os
+import sys
+
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+
+from slzo.batches.packing import pack
+from slzo.models.engine import Engine
+from slzo.models.load import load_model
+from slzo.models.parts import ModelParts
+from slzo.models.placement import named_values, placement_of
+from slzo.models.sharded import ShardGroup, load_sharded
+from slzo.models.startup_check import split_and_verify
+
+CPU = torch.device("cpu")
+LAYER = 2
+
+
+def held(model: nn.Module) -> int:
+    """Return the values of the layers that this process holds, without those of its copies of layers."""
+    shards = placement_of(model).shards()
+    assert all(isinstance(tensor, DTensor) for tensor in shards)
+    return sum(tensor.to_local().numel() for tensor in shards)
+
+
+def main(folder: str) -> None:
+    """Compare a divided model with a plain one, while the processes run different layers in different numbers."""
+    distributed.init_process_group("gloo")
+    rank, found = distributed.get_rank(), {}
+    group = ShardGroup(CPU)
+    whole = load_model(folder)
+    model = load_sharded(folder, "float32", False, group, CPU)
+    layers = whole.model.layers
+    found["share"] = held(model) / sum(p.numel() for p in layers.parameters())
+    found["absent"] = all(p.is_meta for p in model.model.layers.parameters())
+    parts, plain = split_and_verify(model, onednn=Engine().onednn), ModelParts(whole, onednn=False)
+    rows = [[5, 9, 3, 7, 8][: 3 + rank], [11, 4, 6, 2]]
+    batch = pack([_example(number, row) for number, row in enumerate(rows)])
+    expected = plain.logits(batch)
+    worst = 0.0
+    for number in range(1 + 3 * rank):  # rank 0 is done after one pass
+        start = number % 3
+        hidden = plain.run(batch, 0, start) if start else None
+        worst = max(worst, float((parts.logits(batch, start, hidden) - expected).abs().max()))
+    group.meet()
+    found["error"] = worst
+    same = [torch.equal(value, whole.get_parameter(name)) for name, value in named_values(model)]
+    found["values"] = all(same) and len(same) == len(list(whole.parameters()))
+    found |= _loaded(model, whole)
+    found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())
+    group.meet()
+    sys.stdout.write(json.dumps(found) + "\n")
+    distributed.destroy_process_group()
+
+
+def _example(number: int, ids: list[int]):
+    from slzo.batches.encoded import EncodedExample, EncodedSequence
+
+    return EncodedExample(number, (EncodedSequence(tuple(ids), 1),), ())
+
+
+def _loaded(model: nn.Module, whole: nn.Module) -> dict[str, bool]:
+    """Load a layer, put it back unchanged, load it again, change it, and put it back."""
+    placement, layer = placement_of(model), model.model.layers[LAYER]
+    placement.load_layers([LAYER])
+    own = dict(layer.named_parameters())
+    loaded = all(torch.equal(own[name], value) for name, value in whole.model.layers[LAYER].named_parameters())
+    placement.return_layers([LAYER])
+    returned = all(p.is_meta for p in layer.parameters())
+    placement.load_layers([LAYER])
+    with torch.no_grad():
+        first = next(layer.parameters())
+        first.add_(1)
+        placement.return_layers([LAYER])
+        kept = next(layer.parameters()) is first
+        first.sub_(1)
+        first.copy_(next(whole.model.layers[LAYER].parameters()))
+    placement.return_layers([LAYER])
+    return {"loaded": loaded, "returned": returned, "kept if changed": kept}
+
+
+if __name__ == "__main__":
+    assert "RANK" in os.environ
+    main(sys.argv[1])
