@@ -15,7 +15,7 @@ FLOORS = [
     ["cli"],
     ["trainer"],
     ["module", "loggers", "checkpoint_io"],
-    ["datamodule", "fit"],
+    ["datamodule", "fit", "strategy"],
     ["experiments", "memory_plan", "profiling", "prompting"],
     ["training", "export", "report"],
     ["task_rows"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["utils", "version"],
 ]
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
-WITH_LIGHTNING = {"cli", "trainer", "module", "loggers", "checkpoint_io", "datamodule"}
+WITH_LIGHTNING = {"cli", "trainer", "module", "loggers", "checkpoint_io", "datamodule", "strategy"}
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_utilities")
 ROOMS = {
     "slzo": "__init__",
