@@ -304,7 +304,10 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(BROKEN)))
+# a quarter of them, of all kinds, without -m slow
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[] if n % 4 == 0 else pytest.mark.slow) for n in range(len(BROKEN))]
+)
 def test_a_checkpoint_that_was_changed_by_hand_is_one_line(run, capsys, number):
     change(BROKEN[number])
     assert error_line(capsys, *EXPORT)
