@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,8 +31,8 @@ from slzo.data.batch import (
 from slzo.data.chat import ChatEncoder
 from slzo.data.drawing import RowSource
 from slzo.data.encoding import Encoder
-from slzo.data.files import format_left_out, refuse, refuse_all
 from slzo.data.fingerprint import DataFingerprint
+from slzo.data.row_encoding import RowEncoding, catch_bad_row
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.splits import Splits
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, score_rows
@@ -48,7 +47,7 @@ from slzo.tasks.base import Example, Kind, Task, check_name
 from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
 from slzo.utils.docs import class_names, with_lists
-from slzo.utils.errors import RowError, SlzoError
+from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
@@ -394,40 +393,26 @@ class TaskRows:
     def _encode(self, split: str) -> list[Row]:
         examples = self._examples(split)
         is_train, objective = split == "train", self.objective
-        demonstrations = () if is_train else self.demonstrations
-        generates = objective.generates if is_train else self._generates(split)
         needs_label = is_train and objective.needs_label
-        kept = [i for i, example in enumerate(examples) if example.gold or not needs_label]
+        kept = [(place, example) for place, example in enumerate(examples) if example.gold or not needs_label]
         if needs_label and not kept:
             raise SlzoError(
                 f"data.task: none of the {len(examples)} training rows has a label, and training needs one; give labelled rows"
             )
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")
-        # keys are unique over all splits and do not depend on which ones are loaded
-        start = {"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40
-        rows: list[Row] = []
-        bad: list[RowError] = []
-        self.encoder.shortened = 0
-        for i in kept:
-            example, encoded = examples[i], None
-            prompt: tuple[int, ...] = ()
-            with self._on_bad_row(bad):
-                if generates or not example.candidates:
-                    prompt = self.encoder.encode_prompt(example, demonstrations, self.task.max_new_tokens)
-                if example.candidates:
-                    only_gold = is_train and objective.only_gold
-                    encoded = self.encoder.encode(example, start + i, demonstrations, only_gold)
-                else:
-                    encoded = prompt_alone(start + i, prompt)
-            if encoded is not None:
-                rows.append(Row(example, encoded, i, prompt if generates else ()))
-        if bad and not rows:
-            refuse_all(bad, f"the {split} split")
-        if bad:
-            say(format_left_out(bad, len(rows), f"the {split} split"))
-        self._say_shortened(split)
-        return rows
+        encoding = RowEncoding(
+            split,
+            self.encoder,
+            # keys do not depend on which splits are loaded
+            first_key={"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40,
+            demonstrations=() if is_train else self.demonstrations,
+            max_new_tokens=self.task.max_new_tokens,
+            generates=objective.generates if is_train else self._generates(split),
+            only_gold=is_train and objective.only_gold,
+            skip_bad_rows=self.skip_bad_rows,
+        )
+        return encoding.rows(kept)
 
     def _warn_of_unused_sources(self) -> None:
         """Warn about a source of rows that the task's own files replace."""
@@ -451,29 +436,10 @@ class TaskRows:
                 "training can only learn to always give it; add rows of other classes, or raise data.num_train"
             )
 
-    @contextmanager
-    def _on_bad_row(self, bad: list[RowError]) -> Iterator[None]:
-        """Catch the error of an unusable row: record it with ``skip_bad_rows``, otherwise end the run."""
-        try:
-            yield
-        except RowError as error:
-            if not self.skip_bad_rows:
-                refuse(error)
-            bad.append(error)
-
     def _generates(self, split: str) -> bool:
         """Whether scoring a split generates answers."""
         is_predicted = split == "predict" and self.task.kind is Kind.GENERATION
         return self.task.generates or self.reward is not None or is_predicted
-
-    def _say_shortened(self, split: str) -> None:
-        encoder = self.encoder
-        if not encoder.shortened:
-            return
-        how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
-        warn(
-            f"data.max_length {encoder.max_length}: {encoder.shortened} sequences of {split} rows are longer, and {how}"
-        )
 
     def sampler(
         self,
@@ -604,7 +570,7 @@ class TaskRows:
         """Return packed prompts without answers; batches of long prompts contain fewer of them."""
         prompts = []
         for example in examples:
-            with self._on_bad_row([]):  # bad rows are reported when the split is encoded
+            with catch_bad_row([], self.skip_bad_rows):  # bad rows are reported when the split is encoded
                 prompts.append(self.encoder.encode_prompt(example, max_new_tokens=1))
         chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, batch_size, share=False)
         return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]
