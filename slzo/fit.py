@@ -32,7 +32,7 @@ from slzo.experiments.trial import LayerTrials
 from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import meet, placement_of
+from slzo.models.placement import layer_barrier, placement_of
 from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
@@ -97,9 +97,9 @@ def prepare(
         check_commit(run.checkpoint.note, options.model, folder)  # before the weights are downloaded
     plan = None
     if loaded is None:
-        shards = 1 if run.shards is None else run.shards.number
-        plan, options = plan_memory(options, rows, run.max_steps, run.device, shards)
-    parts = load_parts(options, run.device, run.shards) if loaded is None else loaded
+        num_shards = 1 if run.shard_group is None else run.shard_group.number
+        plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
+    parts = load_parts(options, run.device, run.shard_group) if loaded is None else loaded
     adapt_rows(rows, parts, options)
     _check_time(rows, run, "loading took")
     if run.checkpoint is not None:
@@ -312,7 +312,7 @@ def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, A
         moved = batch.to(device)
         for row, record in zip(batch.rows, records(moved, evaluator(moved)), strict=True):
             found.append((row.position, {**record, "gold_texts": gold_texts(row.example)}))
-    meet(prepared.model.parts.model)
+    layer_barrier(prepared.model.parts.model)
     return dict(gather_from_processes(found))
 
 

@@ -36,7 +36,7 @@ _CLOSE = 1.1
 
 
 def plan_memory(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, shards: int = 1
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
 ) -> tuple[MemoryPlan | None, TrainingOptions]:
     """Estimate the memory of a run before its model is loaded, print the estimate, and refuse a run that cannot fit.
 
@@ -45,7 +45,7 @@ def plan_memory(
         rows: Rows of the task, set up for ``fit``.
         max_steps: Length of the run; -1 for no limit.
         device: Device of the run.
-        shards: Number of processes that divide the layers.
+        num_shards: Number of processes that divide the layers.
 
     Returns:
         The plan, and the options with the memory besides the weights set in the device map. The plan is ``None`` if model or
@@ -55,7 +55,7 @@ def plan_memory(
         SlzoError: The run needs more memory than is free.
     """
     try:
-        inputs = memory_inputs(options, rows, max_steps, device, shards)
+        inputs = memory_inputs(options, rows, max_steps, device, num_shards)
     except SlzoError:
         return None, options
     if options.device_map is not None:
@@ -105,11 +105,11 @@ def first_order_bytes(options: TrainingOptions, rows: TaskRows, max_steps: int, 
 
 
 def memory_inputs(
-    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, shards: int = 1
+    options: TrainingOptions, rows: TaskRows, max_steps: int, device: torch.device, num_shards: int = 1
 ) -> MemoryInputs:
     """Collect the inputs of a plan from the options and the rows, which are set up; the model is not loaded.
 
-    ``shards`` processes divide the layers.
+    ``num_shards`` processes divide the layers.
 
     Raises:
         SlzoError: The model's config cannot be read, or the options do not fit it.
@@ -123,11 +123,12 @@ def memory_inputs(
         layer = parts.num_layers // 2  # not chosen yet; all layers have the same size
     context = ScopeContext(parts, layer, _no_prompts)
     layers = options.scope.changed_layers(context)
+    away = num_shards > 1 or options.device_map is not None  # all queries run together, see TunedModel.queries_at_once
     tuned = tuning_bytes(
         _tensors(options.scope, context, layers),
         options.estimator,
         options.step.num_queries,
-        options.engine.queries_at_once,
+        options.step.num_queries if away else options.engine.queries_at_once,
         options.optimizer,
     )
     engine = options.engine
@@ -145,8 +146,8 @@ def memory_inputs(
         differentiated=_differentiated(options, parts.num_layers, min(layers, default=0)),
         records=options.estimator.perturbs_output,
     )
-    if shards > 1:
-        return replace(inputs, shards=shards, where=f"layers divided over {shards} processes")
+    if num_shards > 1:
+        return replace(inputs, num_shards=num_shards, where=f"layers divided over {num_shards} processes")
     if options.device_map is None:
         return inputs
     places = replace(options.device_map, reserved=inputs.non_weight_bytes).places(skeleton, device)

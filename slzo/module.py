@@ -23,12 +23,13 @@ from slzo.fit import prepare
 from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
-from slzo.models.placement import meet
+from slzo.models.placement import layer_barrier
 from slzo.models.quantization import Quantization, describe_quantization
+from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note, restore
 from slzo.run import Prepared
-from slzo.strategy import shards_of
+from slzo.strategy import shard_group_of
 from slzo.training import adapt_rows, load_parts, make_evaluator
 from slzo.utils.agreement import check_agreement
 from slzo.utils.console import warn
@@ -206,8 +207,10 @@ class ZOModule(LightningModule):
         rows, start = self.rows, self._start
         if self.options.device_map is not None:
             self.options.device_map.check_processes(self.trainer.world_size)
-        if shards_of(self.trainer) is not None:
+        if shard_group_of(self.trainer) is not None:
             self.options.check_shards()
+        if self._untuned is not None:
+            check_shard_group(self._untuned.model, shard_group_of(self.trainer))
         if stage == "fit":
             check_interval(self.trainer, rows.steps_per_epoch)
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
@@ -258,7 +261,7 @@ class ZOModule(LightningModule):
             start = {**environment()["versions"], **self.hparams, **self.rows.step_settings(), **limits}
             check_agreement(start, "start all with the same command and in the same environment")
         prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
-        meet(prepared.model.parts.model)
+        layer_barrier(prepared.model.parts.model)
         if several:
             check_agreement(prepared.identity(), "give all the same files")
         if (limit := time_limit_of(self.trainer)) is not None:
@@ -270,7 +273,7 @@ class ZOModule(LightningModule):
         if self._untuned is None:
             trainer = self._attached_trainer()
             device = self.device if trainer is None else trainer.strategy.root_device
-            self._hold_parts(load_parts(self.options, device, None if trainer is None else shards_of(trainer)))
+            self._hold_parts(load_parts(self.options, device, None if trainer is None else shard_group_of(trainer)))
         if self._start is not None and self.tuned_model is None:
             self._restore(self._start.note, for_training)
             self.load_state_dict(self._start.content["state_dict"])
@@ -360,12 +363,12 @@ class ZOModule(LightningModule):
         started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
         measure_update = every > 0 and (self.global_step + 1) % every == 0
         optimizer, scheduler = cast("Optimizer", self.optimizers()), self.lr_schedulers()
-        shards = shards_of(self.trainer)
-        gathered = None if shards is None else (shards.num_bytes, shards.seconds)
+        group = shard_group_of(self.trainer)
+        before = None if group is None else (group.num_bytes, group.seconds)
         result = self.stepper.step(batch, self.global_step, optimizer, scheduler, measure_update)
         self._log_step(batch, result, started)
-        if shards is not None and gathered is not None:
-            values = {"bytes": shards.num_bytes - gathered[0], "seconds": shards.seconds - gathered[1]}
+        if group is not None and before is not None:
+            values = {"bytes": group.num_bytes - before[0], "seconds": group.seconds - before[1]}
             self.log_dict({f"train/gathered_{name}": torch.tensor(float(value)) for name, value in values.items()})
         return {"result": result}
 
@@ -428,7 +431,7 @@ class ZOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         assert self._score is not None
-        meet(self.parts.model)
+        layer_barrier(self.parts.model)
         stage = "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in self._score.compute().items()}
         self.log_dict(values, prog_bar=stage == "val")

@@ -35,7 +35,7 @@ class RunContext:
         profiler: How the model is profiled; ``None`` without a profiler.
         quick: Whether this is a ``fast_dev_run``, in which nothing extra is measured or written.
         time: The time of the run; ``None`` if it is not limited.
-        shards: The processes that share the frozen layers; ``None`` if this process has all.
+        shard_group: The processes that share the frozen layers; ``None`` if this process has all.
     """
 
     device: torch.device
@@ -46,7 +46,7 @@ class RunContext:
     profiler: ProfileOptions | None = None
     quick: bool = False
     time: TimeBudget | None = None
-    shards: ShardGroup | None = None
+    shard_group: ShardGroup | None = None
 
 
 @dataclass

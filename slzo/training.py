@@ -25,10 +25,10 @@ from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
 
-def load_parts(options: TrainingOptions, device: torch.device, shards: ShardGroup | None = None) -> ModelParts:
+def load_parts(options: TrainingOptions, device: torch.device, shard_group: ShardGroup | None = None) -> ModelParts:
     """Load the model on a device and split it into parts; nothing is tuned yet.
 
-    With ``shards`` these processes divide the layers among them.
+    With ``shard_group`` these processes divide the layers among them.
 
     Raises:
         SlzoError: The model cannot be loaded, or cannot be run in parts.
@@ -36,8 +36,8 @@ def load_parts(options: TrainingOptions, device: torch.device, shards: ShardGrou
     if options.engine.cache_dir is not None:
         check_cache_folder(options.engine.cache_dir)
     common = options.model, options.dtype, options.trust_remote_code
-    if shards is not None:
-        model = load_sharded(*common, shards, device)
+    if shard_group is not None:
+        model = load_sharded(*common, shard_group, device)
     elif options.device_map is not None:
         model = load_with_device_map(*common, options.device_map, device)
     else:

@@ -423,8 +423,8 @@ def tuned_model(family="llama", layer=2, scope=None, scale=1.0, packed=True):
 
 
 def estimate_at(model, loss, step=0, seed=0, **options):
-    """One estimate."""
-    return LayerOutputPerturbation(**options).estimate(Request(model.tensors, loss, seed, step))
+    """One estimate, from noise alone unless ``tokens`` are given."""
+    return LayerOutputPerturbation(**{"tokens": 0, **options}).estimate(Request(model.tensors, loss, seed, step))
 
 
 def short_examples(answers=(2, 1)):

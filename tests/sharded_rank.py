@@ -9,7 +9,6 @@ import sys
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 
 from slzo.batches.packing import pack
 from slzo.models.engine import Engine
@@ -23,13 +22,6 @@ CPU = torch.device("cpu")
 LAYER = 2
 
 
-def held(model: nn.Module) -> int:
-    """Return the values of the layers that this process holds, without those of its copies of layers."""
-    shards = placement_of(model).shards()
-    assert all(isinstance(tensor, DTensor) for tensor in shards)
-    return sum(tensor.to_local().numel() for tensor in shards)
-
-
 def main(folder: str) -> None:
     """Compare a divided model with a plain one, while the processes run different layers in different numbers."""
     distributed.init_process_group("gloo")
@@ -37,8 +29,7 @@ def main(folder: str) -> None:
     group = ShardGroup(CPU)
     whole = load_model(folder)
     model = load_sharded(folder, "float32", False, group, CPU)
-    layers = whole.model.layers
-    found["share"] = held(model) / sum(p.numel() for p in layers.parameters())
+    found["share"] = placement_of(model).share
     found["absent"] = all(p.is_meta for p in model.model.layers.parameters())
     parts, plain = split_and_verify(model, onednn=Engine().onednn), ModelParts(whole, onednn=False)
     rows = [[5, 9, 3, 7, 8][: 3 + rank], [11, 4, 6, 2]]
@@ -49,13 +40,13 @@ def main(folder: str) -> None:
         start = number % 3
         hidden = plain.run(batch, 0, start) if start else None
         worst = max(worst, float((parts.logits(batch, start, hidden) - expected).abs().max()))
-    group.meet()
+    group.barrier()
     found["error"] = worst
     same = [torch.equal(value, whole.get_parameter(name)) for name, value in named_values(model)]
     found["values"] = all(same) and len(same) == len(list(whole.parameters()))
     found |= _loaded(model, whole)
     found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())
-    group.meet()
+    group.barrier()
     sys.stdout.write(json.dumps(found) + "\n")
     distributed.destroy_process_group()
 

@@ -345,7 +345,7 @@ class Linear(LayerOutput):
     The parts of the loss are those of the rows or, ``by_position``, those of the positions.
     """
 
-    keys, width = (7, 3, 11), 4
+    keys, width, whole_vocabulary = (7, 3, 11), 4, False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
     def __init__(self, step=0.0, points_at_once=100, by_position=False):

@@ -79,11 +79,12 @@ def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit, strategy
 
 
 @pytest.mark.slow
-def test_a_population_over_two_processes_is_that_of_one(fit):
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_a_population_over_two_processes_is_that_of_one(fit, strategy):
     """Six members on the same rows. From the log of losses one process makes the same weights again, bit by bit."""
     population = ["--model.parallel=directions", "--model.estimator=EvolutionStrategy", "--model.num_queries=3"]
     fit = [*fit, *population, "--model.eps=1e-2", "--trainer.max_steps=6"]
-    status, output = on(2, fit, rows=ROWS)
+    status, output = on(2, fit, rows=ROWS, strategy=strategy)
     assert status == 0, output
     assert main(fit) == 0
     divided = tuned(last_checkpoint(0))
@@ -114,6 +115,21 @@ def test_a_grid_of_two_by_two_processes_takes_the_steps_of_one(fit, estimator, w
     assert all(same_tensors(first, other) for other in others)
     assert main(fit) == 0
     assert_close(first, tuned(last_checkpoint(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.parallel=2", "model.parallel 2: cannot be combined with trainer.strategy sharded"),
+        ("--model.engine.paired=false", "model.engine.paired false: with trainer.strategy sharded"),
+    ],
+)
+def test_options_that_shared_layers_exclude_are_refused(fit, option, message):
+    status, output = on(2, [*fit, option], strategy="sharded")
+    assert status == 2, output
+    assert f"slzo: error: {message}" in output
+    assert "Traceback" not in output
 
 
 LENGTH = """

@@ -27,7 +27,11 @@ def on_ranks(number, *arguments):
         )
         for rank in range(number)
     ]
-    done = [rank.communicate(timeout=120) for rank in ranks]
+    try:
+        done = [rank.communicate(timeout=120) for rank in ranks]
+    finally:  # a process that waits for another would wait for half an hour
+        for rank in ranks:
+            rank.kill()
     for rank, (_, errors) in zip(ranks, done, strict=True):
         assert rank.returncode == 0, errors[-3000:]
     return [json.loads(output.splitlines()[-1]) for output, _ in done]

@@ -52,7 +52,7 @@ class TimedSum:
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
         if self.shards is not None:
-            self.shards.meet()
+            self.shards.barrier()
         started = time.perf_counter()
         distributed.all_reduce(tensor)
         self.seconds += time.perf_counter() - started
@@ -118,7 +118,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
         for values, value in zip(figures.values(), taken, strict=True):
             values.append(value)
     if shards is not None:
-        shards.meet()
+        shards.barrier()
     if number > 1:
         distributed.destroy_process_group()
     peak = peak_memory_gb(_CPU)

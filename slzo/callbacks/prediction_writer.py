@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from slzo.models.placement import meet
+from slzo.models.placement import layer_barrier
 from slzo.module import ZOModule
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
@@ -43,7 +43,7 @@ class PredictionWriter(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the records and write them."""
         if isinstance(pl_module, ZOModule):
-            meet(pl_module.parts.model)
+            layer_barrier(pl_module.parts.model)
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = folder / "predictions.jsonl" if self.output is None else Path(self.output)

@@ -9,7 +9,7 @@ from slzo.callbacks.schedule import is_quick
 from slzo.callbacks.time_limit import time_limit_of
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.run import RunContext
-from slzo.strategy import shards_of
+from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
 from slzo.zo.time_plan import Passes, TimeBudget
 
@@ -35,7 +35,7 @@ def run_context(
         profiler=next((each.options for each in callbacks if isinstance(each, OutlierProfiler)), None),
         quick=is_quick(trainer),
         time=_time_budget(trainer, rows),
-        shards=shards_of(trainer),
+        shard_group=shard_group_of(trainer),
     )
 
 

@@ -21,7 +21,7 @@ from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
-from slzo.models.placement import meet
+from slzo.models.placement import layer_barrier
 from slzo.rewards.registry import PERPLEXITY
 from slzo.rewards.runner import RewardResult
 from slzo.tasks.base import Example
@@ -294,5 +294,5 @@ def score_rows(
         score.update(moved, outcome)
         if seen is not None:
             seen(moved, outcome)
-    meet(evaluator.parts.model)
+    layer_barrier(evaluator.parts.model)
     return {name: float(value) for name, value in score.compute().items()}

@@ -60,7 +60,7 @@ def onednn_is_faster(module: nn.Module) -> bool:
     if not linears or not has_onednn_linear():
         return False
     largest = max(linears, key=lambda linear: linear.weight.numel())
-    if largest.weight.is_meta:  # the values are on disk; any others have the same timing
+    if largest.weight.is_meta:  # the values are elsewhere; any others have the same timing
         largest = nn.Linear(largest.in_features, largest.out_features, dtype=largest.weight.dtype)
     if largest.weight.dtype != torch.float32 or largest.weight.device.type != "cpu":
         return False

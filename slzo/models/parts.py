@@ -212,7 +212,7 @@ class ModelParts:
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
-        self.onednn = onednn_is_faster(self.layers[0]) if onednn is None else onednn
+        self.onednn = (model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn
         self._runnable = [with_onednn(layer) for layer in self.layers] if self.onednn else list(self.layers)
         self._stack_path, self._layers_name = _decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)

@@ -40,7 +40,7 @@ class Placement(ABC):
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the values of each parameter of the model, bringing those elsewhere here one layer at a time."""
 
-    def meet(self) -> None:  # noqa: B027 - only for layers that processes gather together
+    def barrier(self) -> None:  # noqa: B027 - only for layers that processes gather together
         """Wait until all processes are here, and join in gathering the layers that the others still run."""
 
 
@@ -63,7 +63,7 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return model.named_parameters() if placement is None else placement.values(model)
 
 
-def meet(model: nn.Module) -> None:
+def layer_barrier(model: nn.Module) -> None:
     """Wait for the other processes if they share the layers of a model; needed before any other exchange with them."""
     if (placement := placement_of(model)) is not None:
-        placement.meet()
+        placement.barrier()

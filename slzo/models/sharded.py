@@ -10,23 +10,25 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
+from datetime import timedelta
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import DistError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from slzo.models.engine import DType
 from slzo.models.load import load_model
 from slzo.models.parts import find_decoder_layers
-from slzo.models.placement import Placement, place
+from slzo.models.placement import Placement, place, placement_of
 from slzo.models.quantization import is_plain
-from slzo.models.shape import model_shape
+from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
@@ -40,25 +42,27 @@ class ShardGroup:
 
     Args:
         device: Device of this process.
+        timeout: Time after which a process that waits for the others fails; ``None`` for PyTorch's default.
 
     Attributes:
         number: Number of processes.
         num_bytes: Bytes of layers that this process has received so far.
-        seconds: Time that it has spent on that, with waiting for the others.
+        seconds: Time that it has spent on that, with waiting for the others. On an accelerator, transfers that run in the
+            background are not included.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeout: timedelta | None = None) -> None:
         self.number = distributed.get_world_size()
         self.num_bytes = 0
         self.seconds = 0.0
         self._mesh = init_device_mesh(device.type, (self.number,))
-        self._agreement = distributed.new_group(backend="gloo")
+        self._agreement = distributed.new_group(backend="gloo", timeout=timeout)
         self._shards: WeakValueDictionary[int, LayerShard] = WeakValueDictionary()
         self._next_key = 0
 
-    def divide(self, tensors: dict[str, Tensor]) -> LayerShard:
+    def divide(self, tensors: list[Tensor]) -> LayerShard:
         """Keep this process's share of some tensors, which have the same values on all processes. A collective call."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         received = size * (self.number - 1) // self.number
         shard = LayerShard(self, self._next_key, fully_shard(_Weights(tensors), mesh=self._mesh), received)
         self._shards[self._next_key] = shard
@@ -66,14 +70,22 @@ class ShardGroup:
         return shard
 
     def gather(self, key: int) -> None:
-        """Gather the shard of this key together with all processes; until they agree on it, join in gathering others."""
+        """Gather the shard of this key together with all processes; until they agree on it, join in gathering others.
+
+        Raises:
+            DistError: Another process has ended or does not answer.
+        """
         started = time.perf_counter()
         self._join_until(key)
         self._gather(key)
         self.seconds += time.perf_counter() - started
 
-    def meet(self) -> None:
-        """Return when all processes are here; until then, join in gathering what the others need. A collective call."""
+    def barrier(self) -> None:
+        """Return when all processes are here; until then, join in gathering what the others need. A collective call.
+
+        Raises:
+            DistError: Another process has ended or does not answer.
+        """
         started = time.perf_counter()
         self._join_until(_DONE)
         self.seconds += time.perf_counter() - started
@@ -84,22 +96,36 @@ class ShardGroup:
 
     def _agree(self, key: int) -> int:
         wanted = torch.tensor(key)
-        distributed.all_reduce(wanted, distributed.ReduceOp.MIN, group=self._agreement)
+        with _lost_processes():
+            distributed.all_reduce(wanted, distributed.ReduceOp.MIN, group=self._agreement)
         return int(wanted)
 
     def _gather(self, key: int) -> LayerShard:
         shard = self._shards[key]
-        shard.weights.unshard()
+        # memory that was first used in inference mode could not be used outside of it
+        with _lost_processes(), torch.inference_mode(False):
+            shard.weights.unshard()
         self.num_bytes += shard.num_bytes
         return shard
+
+
+@contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Raise what a failed exchange raises as DistError, which no other failure of a forward pass is."""
+    try:
+        yield
+    except DistError:
+        raise
+    except RuntimeError as error:
+        raise DistError(str(error)) from error
 
 
 class _Weights(nn.Module):
     """Tensors that are divided as one."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        for number, tensor in enumerate(tensors.values()):
+        for number, tensor in enumerate(tensors):
             self.register_parameter(str(number), nn.Parameter(tensor, requires_grad=False))
 
 
@@ -126,7 +152,7 @@ class LayerShard:
         return list(self.weights.parameters())
 
     def gather(self) -> list[nn.Parameter]:
-        """Return the whole tensors, until :meth:`drop`. All processes must gather them, or :meth:`ShardGroup.meet`."""
+        """Return the whole tensors, until :meth:`drop`; see :meth:`ShardGroup.gather`."""
         self._group.gather(self._key)
         return self.tensors
 
@@ -142,31 +168,32 @@ class ShardedLayers(Placement):
         model: The model, on the CPU.
         group: The processes.
         main: Device of this process.
-        dtype: Type of the weights.
+
+    Attributes:
+        group: The processes.
+        share: This process's part of the values of the layers.
 
     Raises:
-        SlzoError: A layer is quantized.
+        SlzoError: A tensor of a layer cannot be divided.
     """
 
-    def __init__(self, model: PreTrainedModel, group: ShardGroup, main: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, group: ShardGroup, main: torch.device) -> None:
+        self.group = group
         self._path, layers = find_decoder_layers(model)
-        self._group, self._main = group, main
-        self._layers = [_Layer(layer, group, main, dtype) for layer in layers]
-        _move_rest(model, main, dtype)
-
-    def shards(self) -> list[Tensor]:
-        """Return this process's shares of all tensors, as DTensors."""
-        return [tensor for layer in self._layers for tensor in layer.shards()]
+        whole = sum(tensor.numel() for tensor in layers.parameters())
+        self._layers = [_Layer(layer, group, main) for layer in layers]
+        self.share = sum(layer.num_held for layer in self._layers) / whole
+        _move_rest(model, main)
 
     def describe(self) -> str:
-        return f"layers 0 to {len(self._layers) - 1} divided over {self._group.number} processes"
+        return f"layers 0 to {len(self._layers) - 1} divided over {self.group.number} processes"
 
     @torch.no_grad()
     def load_layers(self, numbers: Collection[int]) -> None:
         if len(set(numbers)) == len(self._layers):
             raise SlzoError(
-                "trainer.strategy sharded: the processes share the frozen layers, and model.scope tunes all; tune only some "
-                "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or use ddp"
+                "trainer.strategy sharded: the processes share the frozen layers, and model.scope tunes all; use a scope of some "
+                "layers, such as LayerScope, or ddp"
             )
         for number in sorted(set(numbers)):
             self._layers[number].load()
@@ -191,38 +218,34 @@ class ShardedLayers(Placement):
             with self._layers[number].whole():
                 yield from ((name, model.get_parameter(name)) for name in names)
 
-    def meet(self) -> None:
-        self._group.meet()
+    def barrier(self) -> None:
+        self.group.barrier()
 
 
 class _Layer:
     """A decoder layer whose tensors have values only while it runs, or after :meth:`load`."""
 
-    def __init__(self, layer: nn.Module, group: ShardGroup, main: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, group: ShardGroup, main: torch.device) -> None:
         self._module = layer
         named = dict(layer.named_parameters())
-        if wrong := next((name for name, tensor in named.items() if not is_plain(tensor)), None):
+        if wrong := next((name for name, tensor in named.items() if not is_plain(tensor) or tensor.dim() == 0), None):
             raise SlzoError(
-                f"trainer.strategy sharded: tensor {wrong!r} is quantized and cannot be divided; use ddp, or leave the "
-                "quantization out"
+                f"trainer.strategy sharded: tensor {wrong!r} of a layer is quantized or a single number, and cannot be divided; "
+                "use ddp"
             )
         # each tensor with all of its places in the layer
         places: dict[int, list[str]] = {}
         for name, tensor in layer.named_parameters(remove_duplicate=False):
             places.setdefault(id(tensor), []).append(name)
         self._places = list(places.values())
-        self._shard = group.divide({name: tensor.detach().to(main, dtype) for name, tensor in named.items()})
+        self._shard = group.divide([tensor.detach().to(main).contiguous() for tensor in named.values()])
+        self.num_held = sum(_local(tensor).numel() for tensor in self._shard.tensors)
         self._absent = [
-            nn.Parameter(torch.empty_like(tensor, dtype=dtype, device="meta"), requires_grad=False)
-            for tensor in named.values()
+            nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False) for tensor in named.values()
         ]
         self._set(self._absent)
         self._handles: list[RemovableHandle] = []
         self._add_hooks()
-
-    def shards(self) -> list[Tensor]:
-        """Return this process's shares of the tensors."""
-        return list(self._shard.tensors)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -263,7 +286,7 @@ class _Layer:
         # hooks of the layer are also those of its copies, which share its tensors
         self._handles = [
             self._module.register_forward_pre_hook(lambda *_: self._bring()),
-            self._module.register_forward_hook(partial(_after, self._take_away), always_call=True),
+            self._module.register_forward_hook(lambda *_: self._take_away(), always_call=True),
         ]
 
     def _bring(self) -> None:
@@ -280,15 +303,16 @@ class _Layer:
                 setattr(self._module.get_submodule(path), last, tensor)
 
 
-def _after(call: Any, *_: Any) -> None:
-    call()
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
 
 
-def _move_rest(model: nn.Module, main: torch.device, dtype: torch.dtype) -> None:
-    """Move everything but the layers, which have no values; buffers, such as rotary frequencies, keep their type."""
+def _move_rest(model: nn.Module, main: torch.device) -> None:
+    """Move everything but the layers' tensors, which have no values."""
     for parameter in model.parameters():
         if not parameter.is_meta:
-            parameter.data = parameter.data.to(main, dtype)
+            parameter.data = parameter.data.to(main)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(main))
@@ -299,15 +323,28 @@ def load_sharded(
 ) -> PreTrainedModel:
     """Load a frozen causal language model whose layers are divided over processes. A collective call.
 
-    For arguments see :func:`slzo.models.load.load_model`. The model is read in the type of its files, which maps it into memory
-    instead of copying it, and converted layer by layer.
+    For arguments see :func:`slzo.models.load.load_model`. Each process reads the whole model into CPU memory, or maps it if its
+    files have this type, and keeps its share of each layer on ``main``.
 
     Raises:
         SlzoError: The model cannot be loaded or divided.
     """
-    shape, _ = model_shape(name, trust_remote_code)
-    stored = str(shape.stored_dtype).removeprefix("torch.")
-    read: Any = stored if shape.stored_method is None and stored in get_args(DType) else dtype
-    model = load_model(name, read, trust_remote_code)
-    place(model, ShardedLayers(model, group, main, getattr(torch, dtype)))
+    model = load_model(name, dtype, trust_remote_code)
+    placement = ShardedLayers(model, group, main)
+    place(model, placement)
+    say(f"Layers     divided over {group.number} processes, {placement.share:.0%} of their weights here")
     return model
+
+
+def check_shard_group(model: nn.Module, group: ShardGroup | None) -> None:
+    """Check that the processes that share the layers of a model, if any do, are those of the trainer.
+
+    Raises:
+        SlzoError: They belong to another trainer.
+    """
+    placement = placement_of(model)
+    if isinstance(placement, ShardedLayers) and placement.group is not group:
+        raise SlzoError(
+            "trainer.strategy: the layers of this model are divided over the processes of another trainer; use that trainer, or "
+            "load the checkpoint into a new ZOModule"
+        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
@@ -69,6 +70,8 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     try:
         # before the attention is replaced, so that a feature that packed attention lacks shows up as a difference
         expected = _plain_logits(model, _FEW)
+    except DistError:  # another process has ended, which says nothing about the model
+        raise
     except _FAILURES as failure:
         raise refusal(model, f"a plain forward pass failed ({_first_words(failure)})") from failure
     twin = _Twin(model)
@@ -81,6 +84,8 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
             _check_model(parts, expected)
             parts.longest = longest
             parts.allows_left_padding = parts.packed or twin.allows_left_padding()
+        except DistError:
+            raise
         except _MismatchError as wrong:
             cause, reason = None, str(wrong)
         except _FAILURES as failure:

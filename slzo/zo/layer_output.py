@@ -10,12 +10,17 @@ from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Positions
 from slzo.zo.forward import Span, SuffixForward
+from slzo.zo.head_directions import head_directions, tokens_of_positions
 from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.
 _FEWEST_TOKENS = 512
 # Logits of the whole vocabulary take more memory than anything else, so only this many are computed together.
 _FEWEST_LOGITS = 4_000_000
+# In half precision a shift along a direction has at least this share of the size of what the layer adds.
+_LEAST_OF_NOISE = 0.015
+# It has at most this share of the size of the state, which a norm scales.
+_MOST_OF_STATE = 0.1
 # A layer that adds nothing to a token still gets noise: this share of the token's state, or this size.
 _LEAST_SHARE, _LEAST = 1e-3, 1e-12
 
@@ -71,6 +76,7 @@ class PackedLayerOutput(LayerOutput):
         max_tokens: int | None = None,
     ) -> None:
         parts, span = forward.parts, forward.span
+        self._parts = parts
         self._head, self._batch, self._objective = parts.head, batch, objective
         self._selected = forward.selects(objective, batch)
         self._output = output
@@ -102,6 +108,7 @@ class PackedLayerOutput(LayerOutput):
         self.by_position = (
             positions == "answer" and not self._selected and objective.of_positions(logits, batch) is not None
         )
+        self._unshifted = logits[0]
         if not self._selected and objective.reads_likelihoods():
             self._likely = LikelyTokens.of(logits[0], batch)
         if not self._selected:
@@ -110,6 +117,23 @@ class PackedLayerOutput(LayerOutput):
         self.whole_vocabulary = not self._selected and self._likely is None
         self.part = torch.arange(len(self.row), device=tokens.device) if self.by_position else self.row
         self.num_parts = len(self.row) if self.by_position else batch.num_examples
+
+    def token_shifts(self, number: int, change: float) -> Tensor:
+        """See :class:`LayerOutput`."""
+        batch, states = self._batch, self._output[self.positions].float()
+        if self.positions is not batch.needed:
+            return super().token_shifts(number, change)
+        tokens = tokens_of_positions(batch, self.row, None if self._selected else self._unshifted, number)
+        found = head_directions(self._parts, batch, states, tokens)
+        if found is None:
+            return super().token_shifts(number, change)
+        directions, sensitivity = found
+        size = _rms(states)
+        distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
+        if self._output.dtype != torch.float32:
+            # rounding would hide a smaller shift
+            distance = distance.clamp(min=_LEAST_OF_NOISE * self.width**0.5 * self.size)
+        return directions * torch.where(sensitivity > 0, distance, 0)
 
     def losses(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""

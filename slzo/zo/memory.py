@@ -91,7 +91,7 @@ class MemoryInputs:
         on_cpu: Whether program, weights and cache share one memory.
         away: Number of frozen layers that ``model.device_map`` puts elsewhere. One of them at a time takes memory here.
         where: Where the layers are, in words; empty if all are here.
-        shards: Number of processes that divide every layer; the weights of one layer at a time are gathered.
+        num_shards: Number of processes that divide every layer; the weights of one layer at a time are gathered.
         differentiated: Number of layers whose activations are kept for a backward pass.
         records: Whether the keys and values of the layers above the tuned one are kept during a step.
     """
@@ -108,7 +108,7 @@ class MemoryInputs:
     on_cpu: bool = True
     away: int = 0
     where: str = ""
-    shards: int = 1
+    num_shards: int = 1
     differentiated: int = 0
     records: bool = False
 
@@ -125,12 +125,13 @@ class MemoryInputs:
         stored = shape.stored_bytes or 0
         layer = (shape.linear + shape.layer_rest) * self.dtype.itemsize
         elsewhere = layer * max(0, self.away - 1)
-        if self.shards > 1:
+        if self.num_shards > 1:
             frozen = shape.num_layers - self.full_layers
-            elsewhere = max(0, layer * (frozen - 1) - layer * shape.num_layers // self.shards)
+            # while a layer is gathered, its weights are there twice: as received, and as tensors
+            elsewhere = max(0, layer * (frozen - 2) - layer * shape.num_layers // self.num_shards)
         weights -= elsewhere
         mapped = weights if same and self.quantization is None and self.on_cpu else 0
-        if self.shards > 1:
+        if self.num_shards > 1:
             mapped = min(mapped, shape.outside * self.dtype.itemsize)  # shares are copies
         program = PROGRAM_BYTES + TOKENIZER_BYTES * shape.vocabulary if self.on_cpu else 0
         parts = {"program": program, "weights": weights, **self.tuned}
@@ -153,8 +154,10 @@ class MemoryInputs:
         parts |= of_step if sum(of_step.values()) > answers else {"keys and values of answers": answers}
         parts["logits"] = work.vocabulary_rows * shape.vocabulary * 4 * _LOGIT_COPIES
         loading = 0
-        if self.on_cpu and self.shards > 1:
-            loading = program + stored + weights - mapped  # the files are mapped, and read layer by layer
+        if self.on_cpu and self.num_shards > 1:
+            # mapped files are copied layer by layer; otherwise the whole model is converted first
+            copied = weights - mapped if mapped else shape.weight_bytes(self.dtype, self.quantization)
+            loading = program + stored + copied
         elif self.on_cpu and not (same and self.quantization is None):
             # stored and converted weights are in memory together, except for layers that stay on disk
             converted = shape.weight_bytes(self.dtype, self.quantization)

@@ -110,8 +110,17 @@ class TrainingOptions:
         """Check that the frozen layers can be divided over processes.
 
         Raises:
-            SlzoError: The layers are quantized, or a derivative through them is needed.
+            SlzoError: The layers are quantized, a derivative through them is needed, or another option excludes it.
         """
+        if self.engine.paired is False:
+            raise SlzoError(
+                "model.engine.paired false: with trainer.strategy sharded all points of a step run together, so that a layer is "
+                "gathered once; leave it out, or use ddp"
+            )
+        if not isinstance(self.parallel, str):
+            raise SlzoError(
+                f"model.parallel {self.parallel}: cannot be combined with trainer.strategy sharded; use rows, directions, or ddp"
+            )
         if self.quantization is not None:
             raise SlzoError(
                 f"model.quantization {describe_quantization(self.quantization)!r}: quantized layers cannot be divided over "

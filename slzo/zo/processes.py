@@ -169,5 +169,8 @@ class _DividedOutput(LayerOutput):
             losses[first:stop] = self._output.losses(shifts[first:stop])
         return self._processes.sum_points(losses)
 
+    def token_shifts(self, number: int, change: float) -> Tensor:
+        return self._output.token_shifts(number, change)
+
     def applied(self, shifts: Tensor) -> Tensor:
         return self._output.applied(shifts)

@@ -80,6 +80,19 @@ class LayerOutput(ABC):
             shifts: What is added to the output, shape (N, P, width), float32.
         """
 
+    def token_shifts(self, number: int, change: float) -> Tensor:
+        """Return shifts that change the logits of the answers' tokens, and of the likeliest tokens of each position.
+
+        Args:
+            number: Number of likely tokens, if the loss needs the likelihood of tokens.
+            change: By how much a difference of two logits changes, if the layers above pass the shift on unchanged.
+
+        Returns:
+            Shifts, shape (K, P, width), float32, orthogonal at each position, 0 where a position has fewer than K. K is 0 if they
+            are not known, as by default.
+        """
+        return self.size.new_zeros(0, len(self.row), self.width)
+
     @abstractmethod
     def applied(self, shifts: Tensor) -> Tensor:
         """Return by how much the output really changes, after rounding to the model's dtype; shape and dtype as ``shifts``."""

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request, estimate_from_gradient
@@ -13,6 +14,12 @@ from slzo.zo.noise import row_noise
 # vocabulary 16 are at least as good as 4 in equal time (COPA). If logits of all tokens are needed, a query costs more than the
 # rest of the step, so fewer are better, and one if each answer token has a loss of its own.
 _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
+# With logits of all tokens a direction costs as much as a query, so fewer likely tokens are better.
+_TOKENS_WIDE = 2
+# A shift along the direction of a token changes a difference of logits by about this much.
+_LOGIT_CHANGE = 0.3
+# Weight of what noise measures outside these directions: 0.3 is better than 1, 0.1 and 0 in most of the cells of docs/results.md.
+_NOISE_WEIGHT = 0.3
 
 
 class LayerOutputPerturbation(Estimator):
@@ -35,6 +42,11 @@ class LayerOutputPerturbation(Estimator):
     measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
     nothing in the last layer, and it removes their noise.
 
+    The part of the gradient in which the logits of the answers' tokens change is measured first, one direction after the other
+    (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model.
+    The directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise then
+    measures the rest, orthogonal to them. It counts with a weight of 0.3, because its noise is several times the gradient.
+
     If the loss needs the likelihood of tokens, the logits of the whole vocabulary are computed once a step, and at each point
     only those of the 1,024 tokens that are likeliest in the row; the others count as constant
     (:class:`slzo.zo.likely_tokens.LikelyTokens`).
@@ -44,6 +56,8 @@ class LayerOutputPerturbation(Estimator):
             is then a sum over answer tokens. Each costs two passes of the perturbed tokens through the layers above and the head.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         positions: Positions that get noise, answer or all.
+        tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
+            whatever the number. 0 for noise alone, whose mean is the gradient at these positions.
 
     Raises:
         SlzoError: An argument is out of range.
@@ -52,14 +66,18 @@ class LayerOutputPerturbation(Estimator):
     along_directions = False
     perturbs_output = True
 
-    def __init__(self, queries: int | None = None, scale: float = 0.05, positions: Positions = "answer") -> None:
+    def __init__(
+        self, queries: int | None = None, scale: float = 0.05, positions: Positions = "answer", tokens: int = 8
+    ) -> None:
         if queries is not None and queries < 1:
             raise SlzoError(f"model.estimator.queries {queries}: must be at least 1")
         if not 0 < scale < math.inf:
             raise SlzoError(f"model.estimator.scale {scale}: must be a number above 0; 0.05 is usual")
         if positions not in ("answer", "all"):
             raise SlzoError(f"model.estimator.positions {positions!r}: choose one of answer, all")
-        self.queries, self.scale, self.positions = queries, scale, positions
+        if tokens < 0:
+            raise SlzoError(f"model.estimator.tokens {tokens}: must be at least 0; 0 for noise alone")
+        self.queries, self.scale, self.positions, self.tokens = queries, scale, positions, tokens
 
     def check(self, num_queries: int, batch_size: int | None = None) -> None:
         if num_queries != 1:
@@ -81,18 +99,43 @@ class LayerOutputPerturbation(Estimator):
         gradient = torch.zeros(len(output.row), output.width, device=size.device)
         counts = torch.bincount(output.row, minlength=len(output.keys)).tolist()
         at_once = max(1, output.points_at_once // 2)
+        directions = gradient.new_zeros(0, *gradient.shape)
+        if self.tokens:
+            most = min(self.tokens, _TOKENS_WIDE) if output.whole_vocabulary else self.tokens
+            shifts = output.token_shifts(most, _LOGIT_CHANGE)
+            directions = normalize(shifts, dim=2)
+            # independent signs tell the positions of a row apart
+            signs = [row_noise(output.keys, counts, size, seed, step, -1 - k).sign() for k in range(len(shifts))]
+            for part in range(0, len(shifts), at_once):
+                own = shifts[part : part + at_once] * torch.stack(signs[part : part + at_once])
+                change, applied = self._changes(output, own)
+                gradient += (change[..., None] * normalize(applied, dim=2) / _norm(applied)).sum(dim=0)
         num_queries = self._num_queries(output)
+        rest = torch.zeros_like(gradient)
         for first in range(0, num_queries, at_once):
             queries = range(first, min(first + at_once, num_queries))
-            shifts = size * torch.stack(
-                [row_noise(output.keys, counts, gradient, seed, step, query) for query in queries]
-            )
-            points = torch.cat([shifts, -shifts])
-            losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
-            high, low = losses.chunk(2)
-            up, down = output.applied(points).chunk(2)
-            gradient += torch.einsum("np,npd->pd", (high - low)[:, output.part], up - down)
-        return gradient / (4 * num_queries * size.square())
+            noise = torch.stack([row_noise(output.keys, counts, gradient, seed, step, query) for query in queries])
+            along = torch.einsum("qpd,kpd->qpk", noise, directions)
+            change, applied = self._changes(output, size * (noise - torch.einsum("qpk,kpd->qpd", along, directions)))
+            rest += torch.einsum("np,npd->pd", change, applied)
+        weight = _NOISE_WEIGHT if len(directions) else 1.0
+        return gradient + weight * rest / (num_queries * size.square())
+
+    @staticmethod
+    def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return half of the difference between shifts and their opposites.
+
+        Args:
+            output: The output.
+            shifts: Shape (N, P, width).
+
+        Returns:
+            That of the part of the loss that measures each position, shape (N, P), and that of the output, shape (N, P, width).
+        """
+        points = torch.cat([shifts, -shifts])
+        losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
+        (high, low), (up, down) = losses.chunk(2), output.applied(points).chunk(2)
+        return (high - low)[:, output.part] / 2, (up - down) / 2
 
     def _num_queries(self, output: LayerOutput) -> int:
         if self.queries is not None:
@@ -108,3 +151,7 @@ class LayerOutputPerturbation(Estimator):
 
     def describe(self) -> str:
         return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"
+
+
+def _norm(shifts: Tensor) -> Tensor:
+    return shifts.norm(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,117 @@
+"""Directions of a layer's output along which the logits of a few tokens change most, from the rows of the head."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from slzo.batches.packing import PackedBatch
+from slzo.models.parts import ModelParts
+from slzo.models.quantization import is_plain
+
+# A direction that is left of a token's after the others are subtracted, below this share of the longest, is rounding.
+_LEAST_SHARE = 1e-4
+
+
+def tokens_of_positions(batch: PackedBatch, row: Tensor, logits: Tensor | None, number: int) -> Tensor:
+    """Return the tokens whose logits count at each needed position, shape (U, M), int64; a row may repeat its first token.
+
+    Args:
+        batch: The batch. The tokens that its answers have at a position come first.
+        row: Row of each needed position, shape (U,), int64.
+        logits: Logits of the whole vocabulary, shape (U, vocabulary), to add the ``number`` likeliest tokens. ``None`` if all
+            rows have candidates of one token; then these count alone, as they do in such a row of another batch.
+        number: Number of likely tokens.
+    """
+    own: list[list[int]] = [[] for _ in range(batch.needed.numel())]
+    for position, token in zip(batch.token_needed.tolist(), batch.token_id.tolist(), strict=True):
+        if token not in own[position]:
+            own[position].append(token)
+    if logits is not None:
+        positions_of_row = torch.bincount(row, minlength=batch.num_examples)[row].tolist()
+        most_likely = logits.topk(min(number, logits.shape[1]), dim=1).indices.tolist()
+        for tokens, likely, positions in zip(own, most_likely, positions_of_row, strict=True):
+            if positions > 1 or len(tokens) == 1:
+                tokens.extend(token for token in likely if token not in tokens)
+    most = max(map(len, own))
+    padded = [tokens + [tokens[0]] * (most - len(tokens)) for tokens in own]
+    return torch.tensor(padded, device=batch.needed.device)
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """How the final norm treats a state, as measured from outside.
+
+    Attributes:
+        gain: By what it multiplies each channel, shape (width,), float32.
+        centers: Whether it subtracts the mean of the channels first, as LayerNorm does and RMSNorm does not.
+    """
+
+    gain: Tensor
+    centers: bool
+
+    @classmethod
+    def of(cls, parts: ModelParts, batch: PackedBatch) -> Self:
+        """Measure the norm of a model, with any batch.
+
+        A vector of alternating signs has mean 0 and size 1, so a norm leaves only its gain and its bias; the bias is the same
+        for the opposite vector. A constant vector is lost by a norm that subtracts the mean.
+        """
+        ones = torch.ones(parts.model.get_output_embeddings().weight.shape[1], device=batch.needed.device)
+        signs = ones.clone()
+        signs[1::2] = -1
+        gain = _odd_part(parts, batch, signs) * signs
+        return cls(gain, bool(_odd_part(parts, batch, ones).norm() < _LEAST_SHARE * gain.norm()))
+
+    def tangent(self, differences: Tensor, states: Tensor) -> Tensor:
+        """Return the parts of differences between rows of the head along which the norm lets a state move.
+
+        Args:
+            differences: Shape (U, M, width), float32.
+            states: Shape (U, width), float32.
+        """
+        found = differences * self.gain
+        if self.centers:
+            found, states = found - found.mean(dim=2, keepdim=True), states - states.mean(dim=1, keepdim=True)
+        along = normalize(states, dim=1)[:, None]
+        return found - (found * along).sum(dim=2, keepdim=True) * along
+
+
+def _odd_part(parts: ModelParts, batch: PackedBatch, state: Tensor) -> Tensor:
+    states = state.to(parts.model.dtype).expand(batch.num_tokens, -1)
+    last = parts.num_layers
+    up, down = (parts.run(batch, last, last, each)[0].float() for each in (states, -states))
+    return (up - down) / 2
+
+
+def head_directions(
+    parts: ModelParts, batch: PackedBatch, states: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    r"""Return orthonormal directions in which differences between the logits of some tokens change.
+
+    With :math:`w_v` the row of token v in the head, :math:`\gamma` the gain of the final norm and h the state, the derivative of
+    the logit difference of v and u is along the part of :math:`\gamma \odot (w_v - w_u)` that is orthogonal to h, if the layers
+    in between passed h on unchanged; means are subtracted if the norm does. In the last layer the gradient of a loss of these
+    logits is a sum of the directions.
+
+    Args:
+        parts: The model.
+        batch: The batch.
+        states: States at the needed positions, shape (U, width), float32.
+        tokens: Tokens of each position, shape (U, M), M > 1.
+
+    Returns:
+        Directions of length 1, shape (K, U, width), 0 where a position has fewer than K; and by how much a logit difference
+        changes per root mean square of h along each, shape (K, U, 1). ``None`` if the head's rows cannot be read.
+    """
+    weight = parts.model.get_output_embeddings().weight
+    if not is_plain(weight) or weight.shape[1] != states.shape[1] or tokens.shape[1] < 2:
+        return None
+    rows = weight[tokens].float()
+    differences = FinalNorm.of(parts, batch).tangent(rows[:, 1:] - rows[:, :1], states)
+    basis, triangle = torch.linalg.qr(differences.transpose(1, 2))
+    length = triangle.diagonal(dim1=1, dim2=2).abs()
+    kept = length > _LEAST_SHARE * length.amax(dim=1, keepdim=True)
+    return (basis * kept[:, None]).permute(2, 0, 1), (length * kept).T[..., None]

@@ -1,0 +1,211 @@
+"""Directions of likely tokens: against the model's own norm and head, and against autograd in the last layer."""
+
+import random
+
+import pytest
+import torch
+from helpers import (
+    autograd_gradient,
+    batch_loss,
+    estimate_at,
+    flat,
+    layer_forward,
+    on_processes,
+    random_example,
+    same_tensors,
+    short_examples,
+    tiny_model,
+    tuned_model,
+)
+from torch.nn import functional as F
+
+from slzo.batches.encoded import EncodedExample
+from slzo.batches.packing import pack
+from slzo.models.parts import ModelParts
+from slzo.zo.estimators import LayerOutputPerturbation, layer_output
+from slzo.zo.head_directions import FinalNorm, head_directions, tokens_of_positions
+from slzo.zo.layer_output import PackedLayerOutput
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
+from slzo.zo.processes import Processes
+from tiny import VOCABULARY
+
+pytestmark = pytest.mark.fast
+
+LAST = 3  # the last layer of a tiny model
+NORMS = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "gemma3_text": "model.norm",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+}
+
+
+def assert_close(found, expected):
+    """Up to rounding of the losses, which is divided by short distances."""
+    one, other = flat(found.gradient), flat(expected.gradient)
+    assert (one - other).norm() < 1e-3 * other.norm()
+
+
+def varied(family):
+    """A tiny model whose final norm has a gain and a bias of its own in each channel."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for parameter in model.get_submodule(NORMS[family]).parameters():
+            parameter.copy_(1 + torch.rand(len(parameter), generator=torch.Generator().manual_seed(len(NORMS[family]))))
+    return model
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_the_gain_is_the_weight_of_the_norm(family, examples):
+    model = varied(family)
+    weight = model.get_submodule(NORMS[family]).weight
+    expected = 1 + weight if family == "gemma3_text" else weight
+    norm = FinalNorm.of(ModelParts(model), pack(examples))
+    torch.testing.assert_close(norm.gain, expected.detach(), rtol=1e-4, atol=1e-4)
+    assert norm.centers == (family in ("gpt2", "gpt_neox"))
+
+
+def test_tokens_are_those_of_the_answers_and_the_likeliest():
+    """In a row of candidates of one token those of its answers alone."""
+    rows = [random_example(random.Random(0), number, 5, (1, 2), 0) for number in range(3)]
+    batch = pack([*rows, random_example(random.Random(1), 3, 4, (1, 1), 0)])
+    row = torch.searchsorted(torch.tensor(batch.example_tokens).cumsum(0), batch.needed, right=True)
+    own = [set() for _ in batch.needed]
+    for position, token in zip(batch.token_needed.tolist(), batch.token_id.tolist(), strict=True):
+        own[position].add(token)
+    assert {len(tokens) for tokens in own} == {1, 2}
+    assert [set(tokens) for tokens in tokens_of_positions(batch, row, None, 5).tolist()] == own
+    logits = torch.randn(len(own), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    likely = logits.topk(5, dim=1).indices.tolist()
+    found = tokens_of_positions(batch, row, logits, 5).tolist()
+    expected = [one | set(other) for one, other in zip(own[:-1], likely, strict=False)]
+    assert [set(tokens) for tokens in found] == [*expected, own[-1]]
+
+
+def test_directions_are_orthonormal_and_orthogonal_to_the_state(examples):
+    model, batch = varied("llama"), pack(examples)
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(len(batch.needed), 32, generator=generator)
+    tokens = torch.randint(VOCABULARY, (len(states), 4), generator=generator)
+    tokens[0] = tokens[0, 0]  # a position without a difference
+    tokens[1, 2:] = tokens[1, 1]  # and one with a single one
+    directions, sensitivity = head_directions(ModelParts(model), batch, states, tokens)
+    found = directions.permute(1, 0, 2)
+    inner = found @ found.transpose(1, 2)
+    numbers = [len(set(own)) - 1 for own in tokens.tolist()]
+    assert numbers[:2] == [0, 1]
+    for own, number in zip(inner, numbers, strict=True):
+        torch.testing.assert_close(own, torch.diag((torch.arange(3) < number).float()), rtol=1e-4, atol=1e-4)
+    assert (found @ states[..., None]).abs().max() < 1e-4
+    assert torch.equal(sensitivity[..., 0] > 0, directions.norm(dim=2) > 0.5)
+    # a shift of the state along the only direction changes the logit difference as much as it says
+    norm, head = model.model.norm, model.lm_head
+    size = states[1].square().mean().sqrt()
+    near, far = (head(norm(states[1] + sign * 1e-2 * size * directions[0, 1])) for sign in (-1, 1))
+    first, second = tokens[1, :2]
+    change = ((far - near)[second] - (far - near)[first]) / 2e-2
+    assert float(change.abs()) == pytest.approx(float(sensitivity[0, 1]), rel=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("answers", [(1, 1), (1, 1, 1)])
+def test_in_the_last_layer_the_directions_of_candidates_hold_the_whole_gradient(family, answers):
+    """One query of noise adds nothing: outside of the directions the loss is constant."""
+    rows, model = short_examples(answers), tuned_model(family, LAST)
+    expected = autograd_gradient(model.parts.model, rows, model.tensors.names)
+    found = estimate_at(model, batch_loss(model, rows), queries=1, tokens=8)
+    assert float(F.cosine_similarity(flat(found.gradient), flat(expected), dim=0)) > 0.999
+    assert float(flat(found.gradient).norm() / flat(expected).norm()) == pytest.approx(1, abs=0.02)
+
+
+def test_more_tokens_of_the_vocabulary_leave_less_to_noise(monkeypatch):
+    monkeypatch.setattr(layer_output, "_TOKENS_WIDE", VOCABULARY)
+    rows, model = short_examples((2, 3)), tuned_model(layer=LAST)
+    loss = batch_loss(
+        model, [EncodedExample(row.index, (row.sequences[row.gold[0]],), (0,)) for row in rows], AnswerLikelihood()
+    )
+    expected = flat(loss.gradient()[1])
+    errors = []
+    for tokens in (0, 4, 16, 31):
+        found = [flat(estimate_at(model, loss, step, queries=2, tokens=tokens).gradient) for step in range(8)]
+        errors.append(float(torch.stack([(one - expected).norm() for one in found]).mean() / expected.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 4
+    assert errors[-1] < 2
+
+
+def test_with_noise_at_full_weight_the_mean_is_the_gradient(examples, monkeypatch):
+    """With directions in a middle layer, from which two layers follow; the bias of 0.3 per logit is small."""
+    monkeypatch.setattr(layer_output, "_NOISE_WEIGHT", 1.0)
+    model = tuned_model(layer=1)
+    loss = batch_loss(model, examples)
+    noise, both = (
+        torch.stack(
+            [flat(estimate_at(model, loss, step, queries=40, tokens=tokens).gradient) for step in range(40)]
+        ).mean(0)
+        for tokens in (0, 8)
+    )
+    assert float((both - noise).norm() / noise.norm()) < 0.35
+    assert float(F.cosine_similarity(both, noise, dim=0)) > 0.95
+
+
+def test_the_noise_outside_the_directions_counts_with_its_weight(examples, monkeypatch):
+    model = tuned_model(layer=1)
+    loss = batch_loss(model, examples)
+    found = {}
+    for weight in (0.0, None, 1.0):
+        with monkeypatch.context() as patch:
+            if weight is not None:
+                patch.setattr(layer_output, "_NOISE_WEIGHT", weight)
+            found[weight] = flat(estimate_at(model, loss, queries=2, tokens=8).gradient)
+    noise = found[1.0] - found[0.0]
+    assert noise.norm() > 0.1 * found[0.0].norm()
+    torch.testing.assert_close(found[None], found[0.0] + 0.3 * noise, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [1, LAST])
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=["candidates", "likelihood"])
+def test_parts_order_and_processes_change_nothing(objective, layer, examples):
+    model = tuned_model(layer=layer)
+    options = {"queries": 3, "tokens": 4}
+    whole = estimate_at(model, batch_loss(model, examples, objective), **options)
+    for rows, max_tokens in ((examples, 40), (examples, 60), (examples[::-1], None)):
+        found = estimate_at(model, batch_loss(model, pack(rows), objective, max_tokens=max_tokens), **options)
+        assert_close(found, whole)
+
+    def run(rank, all_reduce_sum):
+        points = Processes(2, rank, 2, sum_points=all_reduce_sum)
+        return estimate_at(model, batch_loss(model, examples, objective, points), **options)
+
+    _, found = on_processes(2, run)
+    assert same_tensors(found[0].gradient, found[1].gradient)
+    assert_close(found[0], whole)
+
+
+def test_at_all_positions_and_without_readable_rows_there_is_noise_alone(examples, monkeypatch):
+    model = tuned_model()
+    loss = batch_loss(model, examples)
+    for options in ({"positions": "all"}, {}):
+        if not options:
+            monkeypatch.setattr("slzo.zo.layer_output.head_directions", lambda *_: None)
+        plain, tokens = (estimate_at(model, loss, queries=2, tokens=number, **options) for number in (0, 8))
+        assert same_tensors(plain.gradient, tokens.gradient)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_in_bfloat16_shifts_are_not_lost_in_rounding(family):
+    rows = short_examples((1, 1))
+    model = tuned_model(tiny_model(family).to(torch.bfloat16), LAST)
+    forward, batch = layer_forward(model.parts, LAST), pack(rows)
+    entering = forward.prefix(batch)
+    leaving = model.parts.run(batch, LAST, LAST + 1, entering, norm=False)
+    output = PackedLayerOutput(forward, batch, entering, leaving, CandidateCrossEntropy(), "answer")
+    shifts = output.token_shifts(8, 0.3)
+    applied = output.applied(shifts)
+    assert (applied.flatten(0, 1).norm(dim=1) > 0).all()
+    assert float(F.cosine_similarity(applied, shifts, dim=2).min()) > 0.5
+
+
+def test_tokens_must_not_be_negative():
+    with pytest.raises(Exception, match=r"model.estimator.tokens -1: must be at least 0; 0 for noise alone"):
+        LayerOutputPerturbation(tokens=-1)
