@@ -63,7 +63,7 @@ def given(text):
 
 
 # the parts of the others are tested on their own
-USUAL = ("mezo", "lora")
+USUAL = ("mezo",)
 
 
 @pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
