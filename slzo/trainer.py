@@ -322,8 +322,8 @@ def _check_strategy(strategy: Any) -> None:
     classes = [each.__name__ for each in _SHARDING]
     if name.rpartition(".")[2] in classes or name.startswith(("fsdp", "deepspeed")):
         raise SlzoError(
-            f"trainer.strategy {name!r}: slzo divides the layers in its own way; use {SHARDED}, whose processes share the frozen "
-            "layers, or one process with model.device_map auto, which spreads them over all GPUs"
+            f"trainer.strategy {name!r}: not supported, as its processes must run every layer equally often; use {SHARDED}, "
+            "whose processes share the frozen layers, or one process with model.device_map auto, which spreads them over all GPUs"
         )
 
 

@@ -89,7 +89,8 @@ def test_directions_are_orthonormal_and_orthogonal_to_the_state(examples):
     tokens = torch.randint(VOCABULARY, (len(states), 4), generator=generator)
     tokens[0] = tokens[0, 0]  # a position without a difference
     tokens[1, 2:] = tokens[1, 1]  # and one with a single one
-    directions, sensitivity = head_directions(ModelParts(model), batch, states, tokens)
+    norm = FinalNorm.of(ModelParts(model), batch)
+    directions, sensitivity = head_directions(model.lm_head.weight, norm, states, tokens)
     found = directions.permute(1, 0, 2)
     inner = found @ found.transpose(1, 2)
     numbers = [len(set(own)) - 1 for own in tokens.tolist()]
@@ -187,7 +188,7 @@ def test_at_all_positions_and_without_readable_rows_there_is_noise_alone(example
     loss = batch_loss(model, examples)
     for options in ({"positions": "all"}, {}):
         if not options:
-            monkeypatch.setattr("slzo.zo.layer_output.head_directions", lambda *_: None)
+            monkeypatch.setattr("slzo.zo.layer_output.head_rows", lambda *_: None)
         plain, tokens = (estimate_at(model, loss, queries=2, tokens=number, **options) for number in (0, 8))
         assert same_tensors(plain.gradient, tokens.gradient)
 

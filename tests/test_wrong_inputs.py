@@ -142,9 +142,9 @@ WRONG = """
 --trainer.accelerator=tpu | trainer: Requirement 'torch_xla>=1.13' not met
 --trainer.accelerator=nope | trainer: You selected an invalid accelerator name: `accelerator='nope'`
 --trainer.strategy=dp | trainer: You selected an invalid strategy name: `strategy='dp'`
---trainer.strategy=fsdp | trainer.strategy 'fsdp': slzo divides the layers in its own way
---trainer.strategy=deepspeed_stage_3 | trainer.strategy 'deepspeed_stage_3': slzo divides the layers in its own way
---trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy | slzo divides the layers in its own way
+--trainer.strategy=fsdp | trainer.strategy 'fsdp': not supported, as its processes must run every layer equally often
+--trainer.strategy=deepspeed_stage_3 | trainer.strategy 'deepspeed_stage_3': not supported, as its processes must run every layer equally often
+--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy | not supported, as its processes must run every layer equally often
 --trainer.strategy=ddp_notebook | trainer.strategy 'ddp_notebook': it copies this process
 --trainer.num_nodes=0 | trainer: `num_nodes` must be a positive integer
 --trainer.precision=16-mixed | trainer.precision '16-mixed': the masters of the tuned layer stay in float32

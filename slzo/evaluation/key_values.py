@@ -177,6 +177,6 @@ def check_places(parts: ModelParts) -> None:
     placement = placement_of(parts.model)
     if placement is not None and placement.elsewhere:
         raise SlzoError(
-            f"model.device_map: {placement.describe()}; answers are generated on one GPU; put the other layers on cpu "
+            f"model.device_map: {placement.elsewhere}; answers are generated on one GPU; put the other layers on cpu "
             "or disk"
         )

@@ -46,7 +46,7 @@ class DevicePlacement(Placement):
         folder: TemporaryDirectory[str] | None = None,
     ) -> None:
         self.places = places
-        self.offloads, self.elsewhere = bool(places.offloaded), places.elsewhere
+        self.offloads, self.elsewhere = bool(places.offloaded), places.describe() if places.elsewhere else ""
         self._layers = model.get_submodule(places.path)
         self._stored = stored
         self._folder = folder
@@ -55,9 +55,6 @@ class DevicePlacement(Placement):
         self._handles: dict[int, list[RemovableHandle]] = {}
         for number in places.away:
             self._add_hooks(number)
-
-    def describe(self) -> str:
-        return self.places.describe()
 
     @torch.no_grad()
     def load_layers(self, numbers: Collection[int]) -> None:

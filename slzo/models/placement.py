@@ -14,15 +14,12 @@ class Placement(ABC):
 
     Attributes:
         offloads: Whether some layers need their weights read, copied or gathered for each run.
-        elsewhere: Numbers of the layers that run on another device.
+        elsewhere: Where the layers are if some run on another device, such as ``layers 0 to 3 on cuda:0, 4 to 29 on cuda:1``;
+            otherwise empty.
     """
 
     offloads: bool = True
-    elsewhere: Collection[int] = ()
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Return a summary such as ``layers 0 to 3 on cpu, 4 to 29 on disk``."""
+    elsewhere: str = ""
 
     @abstractmethod
     def load_layers(self, numbers: Collection[int]) -> None:

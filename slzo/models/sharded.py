@@ -185,9 +185,6 @@ class ShardedLayers(Placement):
         self.share = sum(layer.num_held for layer in self._layers) / whole
         _move_rest(model, main)
 
-    def describe(self) -> str:
-        return f"layers 0 to {len(self._layers) - 1} divided over {self.group.number} processes"
-
     @torch.no_grad()
     def load_layers(self, numbers: Collection[int]) -> None:
         if len(set(numbers)) == len(self._layers):

@@ -1,7 +1,7 @@
 """The loss of a batch: the prefix is computed once, and only the needed logits are computed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple, Self
 
@@ -14,6 +14,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.pending import PendingTensor
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point, RowShare
+from slzo.zo.head_directions import FinalNorm
 from slzo.zo.tuned import TunedTensors
 
 
@@ -65,6 +66,14 @@ class SuffixForward:
     cache: PrefixCache
     candidate_logits: bool = True
     paired: bool | None = None
+    _final_norm: FinalNorm | None = field(default=None, init=False, repr=False)
+
+    @torch.no_grad()
+    def final_norm(self, batch: PackedBatch) -> FinalNorm:
+        """Return how the final norm, which is not tuned, treats a state. It is measured once, with any batch."""
+        if self._final_norm is None:
+            self._final_norm = FinalNorm.of(self.parts, batch)
+        return self._final_norm
 
     @property
     def decodes_together(self) -> bool:

@@ -86,9 +86,13 @@ def _odd_part(parts: ModelParts, batch: PackedBatch, state: Tensor) -> Tensor:
     return (up - down) / 2
 
 
-def head_directions(
-    parts: ModelParts, batch: PackedBatch, states: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor] | None:
+def head_rows(parts: ModelParts, width: int) -> Tensor | None:
+    """Return the rows of the head, shape (vocabulary, width); ``None`` if they are quantized or of another width."""
+    weight = parts.model.get_output_embeddings().weight
+    return weight if is_plain(weight) and weight.shape[1] == width else None
+
+
+def head_directions(weight: Tensor, norm: FinalNorm, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return orthonormal directions in which differences between the logits of some tokens change.
 
     With :math:`w_v` the row of token v in the head, :math:`\gamma` the gain of the final norm and h the state, the derivative of
@@ -97,20 +101,19 @@ def head_directions(
     logits is a sum of the directions.
 
     Args:
-        parts: The model.
-        batch: The batch.
+        weight: Rows of the head, see :func:`head_rows`.
+        norm: The final norm.
         states: States at the needed positions, shape (U, width), float32.
-        tokens: Tokens of each position, shape (U, M), M > 1.
+        tokens: Tokens of each position, shape (U, M); with M = 1 there are no directions.
 
     Returns:
         Directions of length 1, shape (K, U, width), 0 where a position has fewer than K; and by how much a logit difference
-        changes per root mean square of h along each, shape (K, U, 1). ``None`` if the head's rows cannot be read.
+        changes per root mean square of h along each, shape (K, U, 1).
     """
-    weight = parts.model.get_output_embeddings().weight
-    if not is_plain(weight) or weight.shape[1] != states.shape[1] or tokens.shape[1] < 2:
-        return None
     rows = weight[tokens].float()
-    differences = FinalNorm.of(parts, batch).tangent(rows[:, 1:] - rows[:, :1], states)
+    differences = norm.tangent(rows[:, 1:] - rows[:, :1], states)
+    if differences.shape[1] == 0:
+        return states.new_zeros(0, *states.shape), states.new_zeros(0, len(states), 1)
     basis, triangle = torch.linalg.qr(differences.transpose(1, 2))
     length = triangle.diagonal(dim1=1, dim2=2).abs()
     kept = length > _LEAST_SHARE * length.amax(dim=1, keepdim=True)

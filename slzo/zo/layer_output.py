@@ -10,7 +10,7 @@ from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Positions
 from slzo.zo.forward import Span, SuffixForward
-from slzo.zo.head_directions import head_directions, tokens_of_positions
+from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
 from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.
@@ -76,7 +76,7 @@ class PackedLayerOutput(LayerOutput):
         max_tokens: int | None = None,
     ) -> None:
         parts, span = forward.parts, forward.span
-        self._parts = parts
+        self._forward = forward
         self._head, self._batch, self._objective = parts.head, batch, objective
         self._selected = forward.selects(objective, batch)
         self._output = output
@@ -120,14 +120,12 @@ class PackedLayerOutput(LayerOutput):
 
     def token_shifts(self, number: int, change: float) -> Tensor:
         """See :class:`LayerOutput`."""
-        batch, states = self._batch, self._output[self.positions].float()
-        if self.positions is not batch.needed:
+        batch, weight = self._batch, head_rows(self._forward.parts, self.width)
+        if weight is None or self.positions is not batch.needed:
             return super().token_shifts(number, change)
         tokens = tokens_of_positions(batch, self.row, None if self._selected else self._unshifted, number)
-        found = head_directions(self._parts, batch, states, tokens)
-        if found is None:
-            return super().token_shifts(number, change)
-        directions, sensitivity = found
+        states = self._output[self.positions].float()
+        directions, sensitivity = head_directions(weight, self._forward.final_norm(batch), states, tokens)
         size = _rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
         if self._output.dtype != torch.float32:

@@ -18,7 +18,7 @@ _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 _TOKENS_WIDE = 2
 # A shift along the direction of a token changes a difference of logits by about this much.
 _LOGIT_CHANGE = 0.3
-# Weight of what noise measures outside these directions: 0.3 is better than 1, 0.1 and 0 in most of the cells of docs/results.md.
+# Weight of what noise measures outside these directions, a compromise: no weight is best for all models, see docs/results.md.
 _NOISE_WEIGHT = 0.3
 
 
