@@ -1,5 +1,6 @@
 """Directions of likely tokens: against the model's own norm and head, and against autograd in the last layer."""
 
+import math
 import random
 
 import pytest
@@ -23,6 +24,7 @@ from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import LayerOutputPerturbation, layer_output
+from slzo.zo.estimators.layer_output import limit_noise
 from slzo.zo.head_directions import FinalNorm, head_directions, tokens_of_positions
 from slzo.zo.layer_output import PackedLayerOutput
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
@@ -135,9 +137,9 @@ def test_more_tokens_of_the_vocabulary_leave_less_to_noise(monkeypatch):
     assert errors[-1] < 2
 
 
-def test_with_noise_at_full_weight_the_mean_is_the_gradient(examples, monkeypatch):
+def test_with_unlimited_noise_the_mean_is_the_gradient(examples, monkeypatch):
     """With directions in a middle layer, from which two layers follow; the bias of 0.3 per logit is small."""
-    monkeypatch.setattr(layer_output, "_NOISE_WEIGHT", 1.0)
+    monkeypatch.setattr(layer_output, "limit_noise", lambda rest, along: rest)
     model = tuned_model(layer=1)
     loss = batch_loss(model, examples)
     noise, both = (
@@ -150,18 +152,30 @@ def test_with_noise_at_full_weight_the_mean_is_the_gradient(examples, monkeypatc
     assert float(F.cosine_similarity(both, noise, dim=0)) > 0.95
 
 
-def test_the_noise_outside_the_directions_counts_with_its_weight(examples, monkeypatch):
+def test_noise_counts_less_in_channels_where_the_directions_measure_less():
+    generator = torch.Generator().manual_seed(0)
+    rest, along = torch.randn(2, 3, 8, generator=generator)
+    along[0], along[1, :4] = 0, 100
+    found = limit_noise(rest, along, 0.3)
+    for position in range(3):
+        size = math.sqrt(sum(float(value) ** 2 for value in rest[position]) / 8)
+        for channel in range(8):
+            weight = min(1, 0.3 * abs(float(along[position, channel])) / size)
+            assert float(found[position, channel]) == pytest.approx(weight * float(rest[position, channel]), rel=1e-5)
+    assert not limit_noise(torch.zeros(3, 8), along).any()
+
+
+def test_the_estimate_has_the_limited_noise(examples, monkeypatch):
     model = tuned_model(layer=1)
     loss = batch_loss(model, examples)
-    found = {}
-    for weight in (0.0, None, 1.0):
+    plain, limited = [], []
+    for step in range(4):
+        limited.append(flat(estimate_at(model, loss, step, queries=2, tokens=8).gradient))
         with monkeypatch.context() as patch:
-            if weight is not None:
-                patch.setattr(layer_output, "_NOISE_WEIGHT", weight)
-            found[weight] = flat(estimate_at(model, loss, queries=2, tokens=8).gradient)
-    noise = found[1.0] - found[0.0]
-    assert noise.norm() > 0.1 * found[0.0].norm()
-    torch.testing.assert_close(found[None], found[0.0] + 0.3 * noise, rtol=1e-4, atol=1e-6)
+            patch.setattr(layer_output, "limit_noise", lambda rest, along: torch.zeros_like(rest))
+            plain.append(flat(estimate_at(model, loss, step, queries=2, tokens=8).gradient))
+    for one, other in zip(plain, limited, strict=True):
+        assert 0.05 < float((other - one).norm() / one.norm()) < 0.6
 
 
 @pytest.mark.parametrize("layer", [1, LAST])

@@ -7,7 +7,8 @@ the command (a training with ``--ckpt_path last``), sometimes with further inter
 with that of an uninterrupted run: tuned weights, best checkpoint, scores, history, summary, verdict and content of the page of
 ``fit``, except times, memory and places; figures of ``sweep``; bytes of ``export``. After every signal all checkpoints are read.
 
-``chain`` is a training with four to six interrupts. In ``edited``, a row is edited after each interrupt: the training
+``fit`` is a training with the default estimator, ``weights`` one along directions of the weights (SPSA). ``chain`` and
+``weights_chain`` are the same with four to six interrupts. In ``edited``, a row is edited after each interrupt: the training
 must be refused, and continues with the old row. ``ranks`` is a training in two processes, one of which is killed at some time.
 
 Columns: trials; faults that hit; ``differ``: results that differ from the uninterrupted run; ``unreadable``: checkpoints that
@@ -57,6 +58,8 @@ _OTHERS_S = 60.0
 _EVERY = 2
 # times differ between runs
 _TIMES = ("second", "time", "memory", "path", "folder")
+# options of a training along directions of the weights
+_ALONG_WEIGHTS = ("--model.estimator=SPSA", "--model.optimizer=SGD", "--model.optimizer.lr=1e-3", "--model.eps=1e-3")
 # entries of a summary that name the run's folder or its command
 _PLACES = ("command", "run_dir", "use", "next", "first_order", "best_checkpoint")
 
@@ -242,8 +245,21 @@ class Fit(Scenario):
         return weights, _record(last.parent.parent)
 
 
+class Weights(Fit):
+    """The same along directions of the weights."""
+
+    def __init__(self, options: Sequence[str]) -> None:
+        super().__init__([*options, *_ALONG_WEIGHTS])
+
+
 class Chain(Fit):
     """A training with many interrupts."""
+
+    faults = (4, 6)
+
+
+class WeightsChain(Weights):
+    """A training along directions of the weights, with many interrupts."""
 
     faults = (4, 6)
 
@@ -345,13 +361,24 @@ class Export(Scenario):
 
 SCENARIOS: dict[str, type[Scenario]] = {
     "fit": Fit,
+    "weights": Weights,
     "chain": Chain,
+    "weights_chain": WeightsChain,
     "edited": Edited,
     "ranks": Ranks,
     "sweep": Sweep,
     "export": Export,
 }
-_SHARES = {"fit": 0.4, "chain": 0.2, "edited": 0.1, "ranks": 0.1, "sweep": 0.1, "export": 0.1}
+_SHARES = {
+    "fit": 0.2,
+    "weights": 0.2,
+    "chain": 0.1,
+    "weights_chain": 0.1,
+    "edited": 0.1,
+    "ranks": 0.1,
+    "sweep": 0.1,
+    "export": 0.1,
+}
 
 
 def _wait(until: Callable[[], bool], seconds: float) -> bool:
@@ -457,7 +484,7 @@ class Torture:
         )
         usual += " --data.num_train=40 --data.num_dev=16 --data.batch_size=8 --data.num_test=8 --trainer.max_steps=12"
         usual += " --trainer.val_check_interval=5 --trainer.log_every_n_steps=1 --trainer.enable_progress_bar=false"
-        usual += " --model.eps=1e-3 --model.optimizer=SGD --model.optimizer.lr=1e-3 --profiler.rule=MaxRatioJump"
+        usual += " --profiler.rule=MaxRatioJump"
         self.options = usual.split()
         self._references: dict[str, Reference] = {}
 

@@ -18,8 +18,8 @@ _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 _TOKENS_WIDE = 2
 # A shift along the direction of a token changes a difference of logits by about this much.
 _LOGIT_CHANGE = 0.3
-# Weight of what noise measures outside these directions, a compromise: no weight is best for all models, see docs/results.md.
-_NOISE_WEIGHT = 0.3
+# Size of what noise measures outside these directions, as a share of what they measure in the same channel.
+_NOISE_SHARE = 0.3
 
 
 class LayerOutputPerturbation(Estimator):
@@ -45,7 +45,8 @@ class LayerOutputPerturbation(Estimator):
     The part of the gradient in which the logits of the answers' tokens change is measured first, one direction after the other
     (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model.
     The directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise then
-    measures the rest, orthogonal to them. It counts with a weight of 0.3, because its noise is several times the gradient.
+    measures the rest, orthogonal to them. In each channel it counts with about 0.3 of the size of what the directions measure
+    there. Adam divides each element by its own size, so channels with nothing but noise would move as far as the others.
 
     If the loss needs the likelihood of tokens, the logits of the whole vocabulary are computed once a step, and at each point
     only those of the 1,024 tokens that are likeliest in the row; the others count as constant
@@ -118,8 +119,8 @@ class LayerOutputPerturbation(Estimator):
             along = torch.einsum("qpd,kpd->qpk", noise, directions)
             change, applied = self._changes(output, size * (noise - torch.einsum("qpk,kpd->qpd", along, directions)))
             rest += torch.einsum("np,npd->pd", change, applied)
-        weight = _NOISE_WEIGHT if len(directions) else 1.0
-        return gradient + weight * rest / (num_queries * size.square())
+        rest /= num_queries * size.square()
+        return gradient + (limit_noise(rest, gradient) if len(directions) else rest)
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +152,21 @@ class LayerOutputPerturbation(Estimator):
 
     def describe(self) -> str:
         return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"
+
+
+def limit_noise(rest: Tensor, along: Tensor, share: float = _NOISE_SHARE) -> Tensor:
+    r"""Limit what noise measured, in each channel, by what the directions measured there.
+
+    The noise has about the same size in all channels of a position. With :math:`s` its root mean square there, channel j is
+    multiplied by :math:`\min(1, share \, |a_j| / s)`.
+
+    Args:
+        rest: What noise measured, shape (P, width).
+        along: What the directions measured, shape (P, width).
+        share: Size of the result as a share of that of ``along``.
+    """
+    size = rest.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return rest * (share * along.abs() / size).clamp(max=1)
 
 
 def _norm(shifts: Tensor) -> Tensor:
