@@ -10,6 +10,7 @@ from types import FrameType
 
 from slzo.commands.registry import COMMANDS
 from slzo.utils.errors import Interrupted, SlzoError
+from slzo.utils.slurm import PREEMPTION, job_id
 from slzo.version import __version__
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with sigterm_raises():
+        with signals_raise():
             from slzo.cli.run import run_command  # imports the parser's packages, which --help does not need
 
             run_command(args[0], args[1:])
@@ -83,20 +84,23 @@ def _interrupt_status(stop: BaseException) -> int | None:
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Raise at SIGTERM, as at Ctrl-C, unless another handler is installed."""
+def signals_raise() -> Iterator[None]:
+    """Raise at SIGTERM, and in a SLURM job at SIGUSR1, as at Ctrl-C, unless another handler is installed."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    numbers = (signal.SIGTERM,) if job_id() is None else (signal.SIGTERM, PREEMPTION)
+    handled = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []
+    for number in handled:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

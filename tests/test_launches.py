@@ -262,6 +262,21 @@ def test_a_preempted_job_goes_back_into_the_queue_and_continues_its_own_run(fit,
 
 
 @pytest.mark.slow
+def test_a_job_that_is_preempted_before_the_first_step_starts_anew(fit, job, tmp_path):
+    sender = ["--trainer.callbacks=signal_sender.SignalSender", "--trainer.callbacks.place=setup"]
+    sender += ["--trainer.callbacks.step=0", "--trainer.callbacks.number=SIGUSR1"]
+    first = start(["slzo", *fit, *sender], **job)
+    (text,) = outputs([first])
+    assert first.returncode == 128 + signal.SIGUSR1, text
+    assert "SLURM job 42 is in the queue again, and will start anew" in text
+    assert (tmp_path / "scontrol.txt").read_text(encoding="utf-8") == "requeue 42\n"
+    second = start(["slzo", *fit], **job, SLURM_RESTART_COUNT="1")
+    (text,) = outputs([second])
+    assert second.returncode == 0, text
+    assert "was restarted and continues" not in text
+
+
+@pytest.mark.slow
 def test_slurm_options_that_do_not_fit_end_in_one_line(fit, job):
     wrong = start(["slzo", *fit, "--trainer.devices=2"], **{**job, "SLURM_NTASKS": "2"})
     (text,) = outputs([wrong])

@@ -165,10 +165,10 @@ class LastCheckpoint(Checkpoint):
             say(
                 f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
             )
-            job = job_id()
-            preempted = isinstance(exception, Interrupted) and exception.number == PREEMPTION
-            if job is not None and preempted and trainer.is_global_zero:
-                say(requeue(job))
+        job = job_id()
+        preempted = isinstance(exception, Interrupted) and exception.number == PREEMPTION
+        if job is not None and preempted and trainer.is_global_zero:
+            say(requeue(job, continues=self.saved is not None))
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:

@@ -19,11 +19,16 @@ def is_restarted() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
-def requeue(job: str) -> str:
-    """Put the job of this process back into the queue, and say so; if that fails, say how to do it by hand."""
+def requeue(job: str, continues: bool = True) -> str:
+    """Put the job of this process back into the queue, and say so; if that fails, say how to do it by hand.
+
+    Args:
+        job: Number of the job.
+        continues: Whether there is a checkpoint that the job will continue from.
+    """
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         return f"SLURM job {job} could not be requeued ({' '.join(reason.split())}); run: scontrol requeue {job}"
-    return f"SLURM job {job} is in the queue again, and will continue this run"
+    return f"SLURM job {job} is in the queue again, and will {'continue this run' if continues else 'start anew'}"

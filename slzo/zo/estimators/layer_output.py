@@ -18,8 +18,9 @@ _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 _TOKENS_WIDE = 2
 # A shift along the direction of a token changes a difference of logits by about this much.
 _LOGIT_CHANGE = 0.3
-# Size of what noise measures outside these directions, as a share of what they measure in the same channel.
-_NOISE_SHARE = 0.3
+# Size of the noise outside these directions next to what they measure, if half of the gradient's square is outside; and its
+# largest weight. See limit_noise.
+_NOISE_SHARE, _NOISE_WEIGHT = 0.5, 0.3
 
 
 class LayerOutputPerturbation(Estimator):
@@ -45,8 +46,8 @@ class LayerOutputPerturbation(Estimator):
     The part of the gradient in which the logits of the answers' tokens change is measured first, one direction after the other
     (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model.
     The directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise then
-    measures the rest, orthogonal to them. In each channel it counts with about 0.3 of the size of what the directions measure
-    there. Adam divides each element by its own size, so channels with nothing but noise would move as far as the others.
+    measures the rest, orthogonal to them. It is much longer than what it measures, and counts only as far as the rest of the
+    gradient may matter (:func:`limit_noise`).
 
     If the loss needs the likelihood of tokens, the logits of the whole vocabulary are computed once a step, and at each point
     only those of the 1,024 tokens that are likeliest in the row; the others count as constant
@@ -120,7 +121,7 @@ class LayerOutputPerturbation(Estimator):
             change, applied = self._changes(output, size * (noise - torch.einsum("qpk,kpd->qpd", along, directions)))
             rest += torch.einsum("np,npd->pd", change, applied)
         rest /= num_queries * size.square()
-        return gradient + (limit_noise(rest, gradient) if len(directions) else rest)
+        return gradient + (limit_noise(rest, gradient, num_queries) if len(directions) else rest)
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,19 +155,30 @@ class LayerOutputPerturbation(Estimator):
         return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"
 
 
-def limit_noise(rest: Tensor, along: Tensor, share: float = _NOISE_SHARE) -> Tensor:
-    r"""Limit what noise measured, in each channel, by what the directions measured there.
+def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:
+    r"""Limit what noise measured outside of the directions by what was measured along them.
 
-    The noise has about the same size in all channels of a position. With :math:`s` its root mean square there, channel j is
-    multiplied by :math:`\min(1, share \, |a_j| / s)`.
+    The noise is about equally large in all channels of a position, and with few queries it is much longer than the gradient g
+    that it measures: with q queries in d dimensions the mean of its square is :math:`|g|^2 (d + q + 1) / q`. So :math:`|g|` is
+    known on average. In channel j of a position, with a what the directions measured, the noise r gets the weight
+
+    .. math:: \min\Big(0.3, \; \frac{|g|^2}{2 |a|^2} \, \frac{|a_j|}{\mathrm{rms}(r)}\Big)
+
+    Adam divides each element by its own size, so in channels without a signal any small noise would move the weights as far.
 
     Args:
         rest: What noise measured, shape (P, width).
         along: What the directions measured, shape (P, width).
-        share: Size of the result as a share of that of ``along``.
+        num_queries: Noise vectors per position.
     """
-    size = rest.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    return rest * (share * along.abs() / size).clamp(max=1)
+    size = _rms(rest)
+    outside = size.square() * num_queries / (rest.shape[1] + num_queries + 1)
+    weight = _NOISE_SHARE * outside / _rms(along).square() * along.abs() / size
+    return rest * weight.nan_to_num(_NOISE_WEIGHT).clamp(max=_NOISE_WEIGHT)
+
+
+def _rms(states: Tensor) -> Tensor:
+    return states.square().mean(dim=1, keepdim=True).sqrt()
 
 
 def _norm(shifts: Tensor) -> Tensor:
