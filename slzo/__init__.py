@@ -1,4 +1,4 @@
-"""Fine-tune a language model with forward passes only, by tuning its one dominant decoder layer.
+"""Fine-tune one decoder layer of a language model without back-propagation through the layers above it.
 
 The three classes of a run are imported when they are first used::
 

@@ -15,7 +15,7 @@ from slzo.version import __version__
 
 _HELP = f"""usage: slzo COMMAND [--config FILE] [--OPTION VALUE ...]
 
-slzo {__version__}: fine-tune a language model with forward passes only, by tuning its one dominant decoder layer.
+slzo {__version__}: fine-tune one decoder layer of a language model without back-propagation through the layers above it.
 
 commands:
 {chr(10).join(f"  {command.name:10s} {command.help}" for command in COMMANDS.values())}
@@ -26,19 +26,19 @@ options:
 
 exit status:
   0 done   2 an error in options or files, explained in one line   1 any other error: a bug, please report it
-  130 ended by Ctrl-C   143 ended by SIGTERM; fit finishes its current step, saves it and prints how to continue
+  130 ended by Ctrl-C   143 ended by SIGTERM   138 ended by SIGUSR1 in a SLURM job;
+  fit finishes its current step, saves it and prints how to continue
 
 examples:
   slzo fit --config quickstart
   slzo fit --config quickstart --data.task sst2 --data.data_dir DIR
-  slzo sweep --config quickstart --sensitivity_only true
   slzo sweep --config quickstart --lrs '[1e-4,3e-4,1e-3]'
   slzo test --ckpt_path runs/version_0/checkpoints/last.ckpt
   slzo export --ckpt_path best --output tuned-model
   slzo generate --ckpt_path best --prompt "A warm and funny film. It was"
 """
 
-# these packages warn about kernels for other machines on import and at each matrix product
+# these packages log warnings that no user can act on
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch
 from slzo.task_rows import TaskRows
 from slzo.utils.console import warn
-from slzo.utils.errors import SlzoError
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
 
@@ -68,10 +67,6 @@ class TaskDataModule(TaskRows, LightningDataModule):
         """Return training batches from the current step on."""
         trainer = self.trainer
         sampler = self.sampler(steps_done=lambda: trainer.global_step if trainer else 0)
-        if len(sampler) == 0:
-            raise SlzoError(
-                f"data.num_train {sampler.num_rows}: fewer rows than processes; use more rows or fewer devices"
-            )
         return DataLoader(
             cast("Dataset[TrainBatch]", self.rows("train")), batch_sampler=sampler, collate_fn=self.collate
         )

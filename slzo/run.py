@@ -10,7 +10,7 @@ import torch
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
 from slzo.models.parts import ModelParts
-from slzo.models.sharded import ShardGroup
+from slzo.models.shard_group import ShardGroup
 from slzo.profiling import ProfileOptions
 from slzo.report.history import History
 from slzo.zo.memory import MemoryPlan

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.constants import default_pg_timeout
 
-from slzo.models.sharded import ShardGroup
+from slzo.models.shard_group import ShardGroup
 
 SHARDED = "sharded"
 

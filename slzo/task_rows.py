@@ -216,7 +216,7 @@ class TaskRows:
         if self._follows_model and name != self.tokenizer_name:
             self.tokenizer_name, self.trust_remote_code = name, trust_remote_code
             vars(self).pop("encoder", None)
-            self._rows.clear()
+            self._forget_rows()
 
     def adapt_to_model(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
         """Check the tokenizer against a model and limit sequences to its positions. Call this before using rows.
@@ -244,7 +244,12 @@ class TaskRows:
         if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
             say(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
             self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
-            self._rows.clear()
+            self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        """Encode the rows again when they are used next."""
+        self._rows.clear()
+        vars(self).pop("_classes", None)
 
     @property
     def chat_template(self) -> str | None:
@@ -448,13 +453,20 @@ class TaskRows:
         steps_done: Callable[[], int] = int,
         rank: int | None = None,
     ) -> StepBatchSampler:
-        """Return the sampler of training rows; batch size and seed default to the run's, the rank to this process."""
+        """Return the sampler of training rows; batch size and seed default to the run's, the rank to this process.
+
+        Raises:
+            SlzoError: There are fewer rows than processes.
+        """
         rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
         lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         classes = self._classes if self.balanced else None
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
-        return StepBatchSampler(len(rows), size, seed, rank, world_size, lengths, classes, steps_done)
+        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, lengths, classes, steps_done)
+        if len(sampler) == 0:
+            raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
+        return sampler
 
     @cached_property
     def _classes(self) -> list[int]:

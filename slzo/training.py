@@ -14,7 +14,8 @@ from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache, check_cache_folder
-from slzo.models.sharded import ShardGroup, load_sharded
+from slzo.models.shard_group import ShardGroup
+from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
@@ -115,7 +116,7 @@ def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: fl
     For arguments and errors see :func:`measure_step`, which estimates along random directions need.
     """
     if not stepper.estimator.along_directions:
-        return RelativeRate.of(stepper.model.tensors)
+        return RelativeRate.of(stepper.model.tensors, adapter=stepper.model.adapter is not None)
     return measure_step(stepper, rows, seed, eps)
 
 

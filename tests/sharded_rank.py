@@ -15,7 +15,8 @@ from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import named_values, placement_of
-from slzo.models.sharded import ShardGroup, load_sharded
+from slzo.models.shard_group import ShardGroup
+from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
 
 CPU = torch.device("cpu")

@@ -200,7 +200,7 @@ def test_options_alone_choose_the_class(plain, capsys, args, estimator, optimize
     if optimizer is not None:
         assert printed["optimizer"]["init_args"]["lr"] == 1e-3
     if args == ["--model.estimator.queries=4"]:
-        assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "positions": "answer", "tokens": 8}
+        assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "positions": "answer", "tokens": None}
 
 
 class Short(AnswerObjective):

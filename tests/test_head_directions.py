@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import pack
+from slzo.models.final_norm import FinalNorm
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import LayerOutputPerturbation, layer_output
 from slzo.zo.estimators.layer_output import limit_noise
-from slzo.zo.head_directions import FinalNorm, head_directions, tokens_of_positions
-from slzo.zo.layer_output import PackedLayerOutput
+from slzo.zo.head_directions import head_directions, tokens_of_positions
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
+from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.processes import Processes
 from tiny import VOCABULARY
 
@@ -121,8 +122,7 @@ def test_in_the_last_layer_the_directions_of_candidates_hold_the_whole_gradient(
     assert float(flat(found.gradient).norm() / flat(expected).norm()) == pytest.approx(1, abs=0.02)
 
 
-def test_more_tokens_of_the_vocabulary_leave_less_to_noise(monkeypatch):
-    monkeypatch.setattr(layer_output, "_TOKENS_WIDE", VOCABULARY)
+def test_more_tokens_of_the_vocabulary_leave_less_to_noise():
     rows, model = short_examples((2, 3)), tuned_model(layer=LAST)
     loss = batch_loss(
         model, [EncodedExample(row.index, (row.sequences[row.gold[0]],), (0,)) for row in rows], AnswerLikelihood()
@@ -215,7 +215,7 @@ def test_at_all_positions_and_without_readable_rows_there_is_noise_alone(example
     loss = batch_loss(model, examples)
     for options in ({"positions": "all"}, {}):
         if not options:
-            monkeypatch.setattr("slzo.zo.layer_output.head_rows", lambda *_: None)
+            monkeypatch.setattr("slzo.zo.packed_layer_output.head_rows", lambda *_: None)
         plain, tokens = (estimate_at(model, loss, queries=2, tokens=number, **options) for number in (0, 8))
         assert same_tensors(plain.gradient, tokens.gradient)
 

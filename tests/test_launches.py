@@ -321,6 +321,14 @@ def test_requeue_that_fails_says_what_to_run(monkeypatch):
     assert slurm.requeue("7").endswith("run: scontrol requeue 7")
 
 
+def test_requeue_that_hangs_says_what_to_run(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho no controller >&2\nexec sleep 20\n", encoding="utf-8")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "_PATIENCE_S", 0.5)
+    assert slurm.requeue("7") == "SLURM job 7 could not be requeued (no controller); run: scontrol requeue 7"
+
+
 def test_a_task_of_an_array_has_a_name_of_its_own(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")

@@ -36,12 +36,12 @@ from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
 from slzo.zo.estimators import LayerOutputPerturbation, Request
 from slzo.zo.estimators.base import LayerOutput, OutputGradient
-from slzo.zo.layer_output import PackedLayerOutput
 from slzo.zo.noise import row_noise
 from slzo.zo.objectives import (
     AnswerLikelihood,
     CandidateCrossEntropy,
 )
+from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.processes import Processes
 from slzo.zo.scopes import (
     ActivationSubspace,

@@ -8,10 +8,10 @@ from slzo.batches.losses import token_log_likelihoods
 from slzo.batches.packing import pack
 from slzo.zo import likely_tokens
 from slzo.zo.estimators import Backprop, Request
-from slzo.zo.layer_output import PackedLayerOutput
 from slzo.zo.likely_tokens import LikelyTokens
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy, LogitObjective
 from slzo.zo.objectives.base import _CheckedLoss
+from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import PolicyLoss
 from tiny import VOCABULARY
 
@@ -40,9 +40,28 @@ def test_likelihoods_without_a_shift_are_exact(few, examples):
     logits = random_logits(batch)
     likely = LikelyTokens.of(logits[0], batch)
     assert likely.ids.shape == (len(examples), 40)
-    assert 0.05 < likely.left_out < 0.6
+    left_out = likely.rest.exp().sum() / logits[0].exp().sum()
+    assert 0.01 < float(left_out) < 0.6
     found, expected = token_log_likelihoods(kept(logits, likely), likely.batch), token_log_likelihoods(logits, batch)
     torch.testing.assert_close(found, expected)
+
+
+def test_all_answer_tokens_of_a_row_are_likely_and_rows_do_not_mix(examples, monkeypatch):
+    monkeypatch.setattr(likely_tokens, "NUM_LIKELY", 3)
+    monkeypatch.setattr(likely_tokens, "_LEAST_MULTIPLE", 1)
+    batch = pack(examples)
+    logits = random_logits(batch)
+    likely = LikelyTokens.of(logits[0], batch)
+    assert likely.ids.shape[1] > 3
+    found, expected = token_log_likelihoods(kept(logits, likely), likely.batch), token_log_likelihoods(logits, batch)
+    torch.testing.assert_close(found, expected)
+    first = 0
+    for number, size in enumerate(likely.sizes):
+        alone = LikelyTokens.of(logits[0, first : first + size], pack(examples[number : number + 1]))
+        torch.testing.assert_close(alone.rest, likely.rest[first : first + size])
+        used = likely.ids[number] if likely.surplus is None else likely.ids[number][~likely.surplus[number]]
+        assert torch.equal(alone.ids[0], used)
+        first += size
 
 
 def test_the_derivative_is_that_of_the_softmax_for_likely_tokens(few, examples):

@@ -39,8 +39,8 @@ from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.zo.estimators import Backprop, ForwardGradient, LayerOutputPerturbation
-from slzo.zo.layer_output import PackedLayerOutput
 from slzo.zo.objectives import AnswerLikelihood, AnswerObjective, Reward
+from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import AnswerSampling, advantages, policy_batch
 from slzo.zo.processes import ALONE, Processes
 from slzo.zo.stepper import StepOptions, Stepper

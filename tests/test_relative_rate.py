@@ -227,4 +227,16 @@ def test_a_resume_with_another_kind_of_estimator_has_a_new_rate(fit):
     ids=["whole", "masked", "LoRA", "subspace"],
 )
 def test_the_share_depends_on_how_the_masters_move_the_weights(scope, share):
-    assert RelativeRate.of(tune_scope(scope, tiny_model()).tensors).share == share
+    """Also when they have been tuned before, so that none is 0."""
+    model = tune_scope(scope, tiny_model())
+    for _ in range(2):
+        assert RelativeRate.of(model.tensors, adapter=model.adapter is not None).share == share
+        with torch.no_grad():
+            for master in model.tensors.masters:
+                master.add_(1e-3)
+
+
+@pytest.mark.fast
+def test_tensors_that_are_all_0_have_no_size():
+    with pytest.raises(SlzoError, match=r"model.optimizer.lr auto: .* all of them are 0; give a number"):
+        RelativeRate.of(TunedTensors({"bias": torch.zeros(5)}))

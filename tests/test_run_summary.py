@@ -148,7 +148,11 @@ SEARCH = "slzo sweep --config run/config.yaml --lrs auto  # "
     [
         (FELL, losses(0.6, 0.9), f"{SEARCH}the learning rate may be too large"),
         (WITHIN, losses(0.6, 0.6), f"{SEARCH}.*too small"),
-        (FELL, losses(0.6, 0.5), r"slzo sweep --config run/config.yaml --sensitivity_only true  #.*than 3 \(--model"),
+        (
+            FELL,
+            losses(0.6, 0.5),
+            r"slzo fit --config run/config.yaml --model.layer null --profiler.rule Race  #.*than 3",
+        ),
         (WITHIN, losses(0.6, 0.5), "slzo fit .*--ckpt_path run/last.ckpt --trainer.max_steps 200  #.*still falling"),
         (WITHIN, losses(0.6, 0.5, 0.55), "slzo test .*--data.num_test 8000 --ckpt_path run/best.ckpt"),
         (WITHIN, None, f"{SEARCH}too few validations"),

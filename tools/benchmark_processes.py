@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from slzo.models.sharded import ShardGroup
+from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, plan_prefix, tune

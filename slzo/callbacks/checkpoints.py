@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.schedule import folder_of, is_last_step, validation_due
-from slzo.callbacks.stop_signals import StopSignals, pass_on
+from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import Interrupted, SlzoError
@@ -20,8 +20,6 @@ from slzo.utils.slurm import PREEMPTION, job_id, requeue
 
 AUTO_MONITOR = "auto"
 LAST = "last.ckpt"
-# With several processes, all must agree that it is time to save; each question costs a message.
-_STEPS_BETWEEN_QUESTIONS = 10
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -41,7 +39,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best score and path; the file of the former run is never deleted."""
+        """Take over the best score and path; the file of a former run in another folder is never deleted."""
         for name in ("best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value"):
             setattr(self, name, state_dict[name])
 
@@ -155,7 +153,7 @@ class LastCheckpoint(Checkpoint):
             _final(folder).replace(folder / LAST)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Print how to continue, and forward a signal."""
+        """Print how to continue, forward a signal, and put a preempted job back into the queue."""
         self._signals.remove()
         self._restore_schedule(trainer)
         if isinstance(exception, Interrupted) and not exception.saved:
@@ -167,7 +165,8 @@ class LastCheckpoint(Checkpoint):
             )
         job = job_id()
         preempted = isinstance(exception, Interrupted) and exception.number == PREEMPTION
-        if job is not None and preempted and trainer.is_global_zero:
+        # before the first step the first process may be waiting for one that has ended
+        if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
             say(requeue(job, continues=self.saved is not None))
 
     def _restore_schedule(self, trainer: Trainer) -> None:
@@ -177,9 +176,9 @@ class LastCheckpoint(Checkpoint):
     def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
         """Save if it is time or a signal came; after a signal, the next step does not begin."""
         step = trainer.global_step
-        self._stop = self._signals.requested(trainer)
+        self._stop, is_time = largest(trainer, self._signals.requested, int(self._is_time()))
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if always or self._stop or by_steps or self._is_time(trainer):
+        if always or self._stop or by_steps or is_time:
             folder = _folder(trainer)
             if folder is not None:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
@@ -193,17 +192,13 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(_final(folder), weights_only=False)
             self._final_step = trainer.global_step
         self._signals.waits = False
-        if stop := self._signals.requested(trainer):
+        (stop,) = largest(trainer, self._signals.requested)
+        if stop:
             raise Interrupted(stop, saved=True)
 
-    def _is_time(self, trainer: Trainer) -> bool:
-        if self._saved_step < 0:
-            return True
-        due = self.every_minutes > 0 and time.monotonic() - self._saved_at >= 60 * self.every_minutes
-        if trainer.world_size == 1:
-            return due
-        asked = self.every_minutes > 0 and trainer.global_step % _STEPS_BETWEEN_QUESTIONS == 0
-        return asked and trainer.strategy.reduce_boolean_decision(due, all=False)
+    def _is_time(self) -> bool:
+        passed = time.monotonic() - self._saved_at
+        return self._saved_step < 0 or (self.every_minutes > 0 and passed >= 60 * self.every_minutes)
 
 
 def _folder(trainer: Trainer) -> Path | None:

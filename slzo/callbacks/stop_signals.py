@@ -20,16 +20,17 @@ class StopSignals:
 
     Attributes:
         waits: Whether a step or a validation is running, so that a signal waits until the state is saved.
+        requested: Number of the first signal that this process received, 0 for none.
     """
 
     def __init__(self) -> None:
         self.waits = False
-        self._requested = 0
+        self.requested = 0
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
         """Handle the signals. Call this when training starts, after Lightning has installed its own handlers."""
-        self.waits, self._requested = False, 0
+        self.waits, self.requested = False, 0
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS if job_id() is None else (*_SIGNALS, PREEMPTION):
@@ -43,19 +44,21 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits or self._requested:
+        if not self.waits or self.requested:
             raise Interrupted(number)
-        self._requested = number
+        self.requested = number
         # not print, which may be what the signal interrupted
         name = signal.Signals(number).name
         os.write(2, f"\nslzo: {name}: stopping after this step or validation; send it again to stop at once\n".encode())
 
-    def requested(self, trainer: Trainer) -> int:
-        """Return the number of the signal that any process received, 0 for none. A collective call."""
-        if trainer.world_size == 1:
-            return self._requested
-        own = torch.tensor(float(self._requested), device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(own, reduce_op="max"))
+
+def largest(trainer: Trainer, *values: int) -> list[int]:
+    """Return the largest of each value over the processes. A collective call."""
+    if trainer.world_size == 1:
+        return list(values)
+    own = torch.tensor([float(value) for value in values], device=trainer.strategy.root_device)
+    found: list[float] = trainer.strategy.reduce(own, reduce_op="max").tolist()
+    return [int(value) for value in found]
 
 
 def pass_on(trainer: Trainer, number: int) -> None:

@@ -38,7 +38,7 @@ class Command:
 
 
 _ALL = (
-    Command("fit", "find the dominant layer and tune it with forward passes only", reads_run_config=False),
+    Command("fit", "find the dominant layer and tune it", reads_run_config=False),
     Command("validate", "score dev rows"),
     Command("test", "score held-out rows"),
     Command("predict", "write predictions of held-out rows as JSON Lines"),

@@ -40,7 +40,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         is_public = private and not api.model_info(repository).private  # one that existed stays as it was
         if not is_public:
             with hub_bars():
-                message = "Tuned with slzo, forward passes only"
+                message = "Tuned with slzo"
                 api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
         reason = " ".join(str(error).split())[:200]

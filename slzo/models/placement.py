@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 
 class Placement(ABC):
-    """Manages the layers of a loaded model whose weights are elsewhere. A run of such a layer brings weights and states together.
+    """Manages the layers of a loaded model whose weights are elsewhere.
+
+    A run of such a layer moves the weights or the states to one device.
 
     Attributes:
         offloads: Whether some layers need their weights read, copied or gathered for each run.

@@ -43,7 +43,7 @@ class Interrupted(BaseException):  # not an Exception, so that error handlers do
 
     Args:
         number: Number of the signal.
-        saved: Whether the state after the last step was saved; the same on every process.
+        saved: Whether all processes stop at the same step, whose state is saved if anything is.
     """
 
     def __init__(self, number: int, saved: bool = False) -> None:
@@ -53,5 +53,5 @@ class Interrupted(BaseException):  # not an Exception, so that error handlers do
 
     @property
     def status(self) -> int:
-        """The exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit status: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
         return 128 + self.number

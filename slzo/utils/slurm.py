@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 
+_PATIENCE_S = 30.0
+
 PREEMPTION = signal.SIGUSR1
 """The signal that ``sbatch --signal=USR1@SECONDS`` sends before the time of a job is over."""
 
@@ -27,8 +29,9 @@ def requeue(job: str, continues: bool = True) -> str:
         continues: Whether there is a checkpoint that the job will continue from.
     """
     try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=30)
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=_PATIENCE_S)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        said: bytes | None = getattr(error, "stderr", None)
+        reason = said.decode(errors="replace") if said else str(error)
         return f"SLURM job {job} could not be requeued ({' '.join(reason.split())}); run: scontrol requeue {job}"
     return f"SLURM job {job} is in the queue again, and will {'continue this run' if continues else 'start anew'}"

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
 from slzo.batches.packing import PackedBatch
+from slzo.models.final_norm import FinalNorm
 from slzo.models.parts import ModelParts
 from slzo.models.pending import PendingTensor
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point, RowShare
-from slzo.zo.head_directions import FinalNorm
 from slzo.zo.tuned import TunedTensors
 
 

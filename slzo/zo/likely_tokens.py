@@ -8,9 +8,9 @@ from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
 
-# Tokens of a row whose logits are computed at every point.
+# Tokens of a row whose logits are computed at every point, or its answer tokens if these are more.
 NUM_LIKELY = 1024
-# In a vocabulary below this multiple of them the head takes too little time for the choice to pay.
+# For a vocabulary below this multiple of them all logits are computed, because that is cheap.
 _LEAST_MULTIPLE = 4
 
 
@@ -23,21 +23,21 @@ class LikelyTokens:
     .. math:: \log p(y) \approx z_y - \log \Big( \sum_{v \in K} e^{z_v} + \sum_{v \notin K} e^{z^0_v} \Big)
 
     This is exact without a shift. The derivative with respect to the logits is that of the softmax for the likely tokens, and 0
-    for the others, whose probability is ``left_out``. The tokens of a row do not depend on the other rows of its batch.
+    for the others. The tokens of a row do not depend on the other rows of its batch.
 
     Attributes:
         ids: The likely tokens of each row, shape (B, K), int64, rising.
+        surplus: Which of them a row does not use, because another row has more answer tokens; ``None`` if all use all.
         sizes: Number of needed positions of each row, length B; they sum to U.
         rest: Logarithm of the summed exponentials of the other tokens' logits without a shift, shape (U, 1), float32.
         batch: The batch with ``token_id`` as places in the ``ids`` of its row.
-        left_out: Probability of the other tokens, mean over the positions.
     """
 
     ids: Tensor
+    surplus: Tensor | None
     sizes: tuple[int, ...]
     rest: Tensor
     batch: PackedBatch
-    left_out: float
 
     @classmethod
     def of(cls, logits: Tensor, batch: PackedBatch) -> Self | None:
@@ -49,15 +49,24 @@ class LikelyTokens:
         score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
         token_row = row[batch.token_needed]
         score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
-        ids = score.topk(NUM_LIKELY, dim=1).indices.sort(dim=1).values
-        left_out = 1 - likelihood.gather(1, ids[row]).sum(dim=1)
-        rest = logits.scatter(1, ids[row], -torch.inf).logsumexp(dim=1, keepdim=True)
+        numbers = score.isinf().sum(dim=1, keepdim=True).clamp(min=NUM_LIKELY)
+        most = int(numbers.max())
+        ids, order = score.topk(most, dim=1).indices.sort(dim=1)
+        surplus = order >= numbers if most > NUM_LIKELY else None
+        others = logits.scatter(1, ids[row], -torch.inf)
+        if surplus is not None:
+            found = logits.gather(1, ids[row])
+            others = logits.scatter(1, ids[row], torch.where(surplus[row], found, -torch.inf))
+        rest = others.logsumexp(dim=1, keepdim=True)
         places = torch.searchsorted(ids[token_row], batch.token_id[:, None])[:, 0]
         sizes = tuple(torch.bincount(row, minlength=batch.num_examples).tolist())
-        return cls(ids, sizes, rest, replace(batch, token_id=places), float(left_out.mean()))
+        return cls(ids, surplus, sizes, rest, replace(batch, token_id=places))
 
     def with_rest(self, logits: Tensor) -> Tensor:
         """Append the other tokens as one more token to logits of the likely ones, shape (N, U, K) to (N, U, K + 1)."""
+        if self.surplus is not None:
+            sizes = torch.tensor(self.sizes, device=logits.device)
+            logits = logits.masked_fill(self.surplus.repeat_interleave(sizes, dim=0), -torch.inf)
         return torch.cat([logits, self.rest.expand(len(logits), -1, -1)], dim=2)
 
 

@@ -21,7 +21,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import back_propagate, forward_derivative, linearize
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
 from slzo.zo.forward import SuffixForward, split_states
-from slzo.zo.layer_output import PackedLayerOutput
+from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
 from slzo.zo.tuned import Direction, TunedTensors
 

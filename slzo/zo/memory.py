@@ -26,6 +26,8 @@ _KEPT_INNER, _KEPT_HIDDEN = 3, 6
 _ROUNDING_COPIES = 3
 # float32 logits, their exponentials, and the logits before they were converted
 _LOGIT_COPIES = 3
+# float32 states of a position that finding and measuring the directions of 8 tokens takes, see head_directions.py
+_DIRECTION_COPIES = 40
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class MemoryInputs:
         if self.records:
             above = shape.num_layers - self.start - 1
             of_step["keys and values above"] = work.train_tokens * above * shape.key_values * self.dtype.itemsize
+            of_step["directions of tokens"] = work.vocabulary_rows * shape.hidden * 4 * _DIRECTION_COPIES
         # answers are generated before a derivative is computed, or between steps
         answers = work.answer_tokens * shape.num_layers * shape.key_values * self.dtype.itemsize
         parts |= of_step if sum(of_step.values()) > answers else {"keys and values of answers": answers}

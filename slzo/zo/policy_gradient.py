@@ -20,7 +20,7 @@ from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.utils.errors import SlzoError
 
 MOST_LOGITS = 2**24
-"""Sampled answers are long together: their float32 logits take at most this many elements at once, or those of one row."""
+"""Largest number of float32 logits that are computed at once for sampled answers; those of one row may exceed it."""
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class _DividedOutput(LayerOutput):
             losses[first:stop] = self._output.losses(shifts[first:stop])
         return self._processes.sum_points(losses)
 
-    def token_shifts(self, number: int, change: float) -> Tensor:
+    def token_shifts(self, number: int, change: float) -> Tensor | None:
         return self._output.token_shifts(number, change)
 
     def applied(self, shifts: Tensor) -> Tensor:

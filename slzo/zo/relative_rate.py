@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Self
 
 from torch.optim import Optimizer
 
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import Estimate, Estimator
 from slzo.zo.optim import gradient_power
+from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
 
-# Share of the size of the weights that Adam moves an element by in the first step. Where weights are moved by a product of two
-# matrices, one of which is 0 (LoRA), or along fixed directions (ActivationSubspace), an element has to move further. The largest
+# Share of the size of the weights that Adam moves an element by in the first step. An element has to move further if weights are
+# moved by a product of two matrices, one of which begins at 0 (LoRA), or along fixed directions (ActivationSubspace). The largest
 # was best of 0.005, 0.02, 0.08 and 0.2 for LoRA, and of 0.005 and 0.05 for the subspace (SmolLM2-135M, layer 28, SST-2).
 _SHARE, _PRODUCT_SHARE, _DIRECTION_SHARE = 0.005, 0.2, 0.05
 # After this many steps the rate is halved.
@@ -29,7 +31,7 @@ class RelativeRate:
 
     Attributes:
         size: Root mean square of the tuned matrices before training, without those that are 0.
-        share: :math:`\kappa`: 0.005; 0.2 if some matrices are 0 and multiply others; 0.05 for coordinates that begin at 0.
+        share: :math:`\kappa`: 0.005; 0.2 for LoRA; 0.05 for the coordinates of a subspace.
         steps: Steps so far.
         factor: Factor of the rate, halved at each rollback.
         eps: ``None``: there is no perturbation of weights.
@@ -44,15 +46,27 @@ class RelativeRate:
     evaluations: ClassVar[int] = 0
 
     @classmethod
-    def of(cls, tuned: TunedTensors) -> Self:
-        """Return the rate for some tuned tensors."""
+    def of(cls, tuned: TunedTensors, adapter: bool = False) -> Self:
+        """Return the rate for some tuned tensors.
+
+        Args:
+            tuned: The tensors.
+            adapter: Whether they are those of an adapter, whose products move the weights.
+
+        Raises:
+            SlzoError: All of them are 0.
+        """
         tensors = [tensor.live.detach().float() for _, tensor in tuned.items()]
         nonzero = [tensor for tensor in tensors if tensor.any()]
         chosen = [tensor for tensor in nonzero if tensor.dim() > 1] or nonzero
         squares = sum(float(tensor.square().sum()) for tensor in chosen)
-        moved = [bool(master.any()) for master in tuned.masters if master.dim() > 1]
-        share = _SHARE if all(moved) else _PRODUCT_SHARE if any(moved) else _DIRECTION_SHARE
-        return cls(math.sqrt(squares / max(1, sum(tensor.numel() for tensor in chosen))), share)
+        if not squares:
+            raise SlzoError(
+                "model.optimizer.lr auto: follows from the size of the tuned weights, and all of them are 0; give a number"
+            )
+        along = any(isinstance(tensor, Subspace) for _, tensor in tuned.items())
+        share = _PRODUCT_SHARE if adapter else _DIRECTION_SHARE if along else _SHARE
+        return cls(math.sqrt(squares / sum(tensor.numel() for tensor in chosen)), share)
 
     def clip_factor(self, estimate: Estimate) -> float:
         """Return 1: these optimizers divide the gradient by its size."""

@@ -20,10 +20,10 @@ from slzo.evaluation.evaluator import Evaluator
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
-from slzo.zo.layer_output import check_layer_output
 from slzo.zo.loss import LossContext
 from slzo.zo.objectives import Objective, loss_of
 from slzo.zo.optim import halve_rate, reset_state
+from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
 from slzo.zo.step import take_step

@@ -40,7 +40,7 @@ from typing import NoReturn
 from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
 from paper_tables.runs import Runner, Work, run_process
-from slzo.__main__ import sigterm_raises
+from slzo.__main__ import signals_raise
 from slzo.experiments.workers import is_worker, workers
 from slzo.utils.errors import Interrupted, SlzoError
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int
         runner: Calls slzo.
     """
     try:
-        with sigterm_raises():
+        with signals_raise():
             return _main(parse(argv), runner)
     except SlzoError as error:
         print(f"reproduce_tables: error: {error}", file=sys.stderr)

@@ -80,7 +80,7 @@ class LayerOutput(ABC):
             shifts: What is added to the output, shape (N, P, width), float32.
         """
 
-    def token_shifts(self, number: int, change: float) -> Tensor:
+    def token_shifts(self, number: int, change: float) -> Tensor | None:
         """Return shifts that change the logits of the answers' tokens, and of the likeliest tokens of each position.
 
         Args:
@@ -88,14 +88,19 @@ class LayerOutput(ABC):
             change: By how much a difference of two logits changes, if the layers above pass the shift on unchanged.
 
         Returns:
-            Shifts, shape (K, P, width), float32, orthogonal at each position, 0 where a position has fewer than K. K is 0 if they
-            are not known, as by default.
+            Shifts, shape (K, P, width), float32, orthogonal at each position, 0 where a position has fewer than K. ``None`` if
+            they are not known, as by default.
         """
-        return self.size.new_zeros(0, len(self.row), self.width)
+        return None
 
     @abstractmethod
     def applied(self, shifts: Tensor) -> Tensor:
         """Return by how much the output really changes, after rounding to the model's dtype; shape and dtype as ``shifts``."""
+
+
+def rms(states: Tensor) -> Tensor:
+    """Return the root mean square of each state, shape (P, 1), of states of shape (P, width)."""
+    return states.square().mean(dim=1, keepdim=True).sqrt()
 
 
 class OutputGradient(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request, estimate_from_gradient
+from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request, estimate_from_gradient, rms
 from slzo.zo.noise import row_noise
 
 # SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With likely tokens of the
@@ -15,7 +15,7 @@ from slzo.zo.noise import row_noise
 # rest of the step, so fewer are better, and one if each answer token has a loss of its own.
 _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 # With logits of all tokens a direction costs as much as a query, so fewer likely tokens are better.
-_TOKENS_WIDE = 2
+_TOKENS, _TOKENS_WIDE = 8, 2
 # A shift along the direction of a token changes a difference of logits by about this much.
 _LOGIT_CHANGE = 0.3
 # Size of the noise outside these directions next to what they measure, if half of the gradient's square is outside; and its
@@ -46,8 +46,8 @@ class LayerOutputPerturbation(Estimator):
     The part of the gradient in which the logits of the answers' tokens change is measured first, one direction after the other
     (:mod:`slzo.zo.head_directions`): all of it in the last layer, and half to three quarters of it near the end of the model.
     The directions come from the rows of the head, but what the loss does along them is measured by forward passes. Noise then
-    measures the rest, orthogonal to them. It is much longer than what it measures, and counts only as far as the rest of the
-    gradient may matter (:func:`limit_noise`).
+    measures the rest, orthogonal to them. Its error is larger than the gradient, so its weight is limited, see
+    :func:`limit_noise`.
 
     If the loss needs the likelihood of tokens, the logits of the whole vocabulary are computed once a step, and at each point
     only those of the 1,024 tokens that are likeliest in the row; the others count as constant
@@ -59,7 +59,8 @@ class LayerOutputPerturbation(Estimator):
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
         positions: Positions that get noise, answer or all.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
-            whatever the number. 0 for noise alone, whose mean is the gradient at these positions.
+            whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an
+            objective that reads all logits itself. Positions "all" and a quantized head have noise alone.
 
     Raises:
         SlzoError: An argument is out of range.
@@ -69,7 +70,11 @@ class LayerOutputPerturbation(Estimator):
     perturbs_output = True
 
     def __init__(
-        self, queries: int | None = None, scale: float = 0.05, positions: Positions = "answer", tokens: int = 8
+        self,
+        queries: int | None = None,
+        scale: float = 0.05,
+        positions: Positions = "answer",
+        tokens: int | None = None,
     ) -> None:
         if queries is not None and queries < 1:
             raise SlzoError(f"model.estimator.queries {queries}: must be at least 1")
@@ -77,7 +82,7 @@ class LayerOutputPerturbation(Estimator):
             raise SlzoError(f"model.estimator.scale {scale}: must be a number above 0; 0.05 is usual")
         if positions not in ("answer", "all"):
             raise SlzoError(f"model.estimator.positions {positions!r}: choose one of answer, all")
-        if tokens < 0:
+        if tokens is not None and tokens < 0:
             raise SlzoError(f"model.estimator.tokens {tokens}: must be at least 0; 0 for noise alone")
         self.queries, self.scale, self.positions, self.tokens = queries, scale, positions, tokens
 
@@ -101,11 +106,10 @@ class LayerOutputPerturbation(Estimator):
         gradient = torch.zeros(len(output.row), output.width, device=size.device)
         counts = torch.bincount(output.row, minlength=len(output.keys)).tolist()
         at_once = max(1, output.points_at_once // 2)
-        directions = gradient.new_zeros(0, *gradient.shape)
-        if self.tokens:
-            most = min(self.tokens, _TOKENS_WIDE) if output.whole_vocabulary else self.tokens
-            shifts = output.token_shifts(most, _LOGIT_CHANGE)
-            directions = normalize(shifts, dim=2)
+        tokens = self._num_tokens(output)
+        shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
+        directions = gradient.new_zeros(0, *gradient.shape) if shifts is None else normalize(shifts, dim=2)
+        if shifts is not None:
             # independent signs tell the positions of a row apart
             signs = [row_noise(output.keys, counts, size, seed, step, -1 - k).sign() for k in range(len(shifts))]
             for part in range(0, len(shifts), at_once):
@@ -121,7 +125,7 @@ class LayerOutputPerturbation(Estimator):
             change, applied = self._changes(output, size * (noise - torch.einsum("qpk,kpd->qpd", along, directions)))
             rest += torch.einsum("np,npd->pd", change, applied)
         rest /= num_queries * size.square()
-        return gradient + (limit_noise(rest, gradient, num_queries) if len(directions) else rest)
+        return rest if shifts is None else gradient + limit_noise(rest, gradient, num_queries)
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +142,11 @@ class LayerOutputPerturbation(Estimator):
         losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
         (high, low), (up, down) = losses.chunk(2), output.applied(points).chunk(2)
         return (high - low)[:, output.part] / 2, (up - down) / 2
+
+    def _num_tokens(self, output: LayerOutput) -> int:
+        if self.tokens is not None:
+            return self.tokens
+        return _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
 
     def _num_queries(self, output: LayerOutput) -> int:
         if self.queries is not None:
@@ -160,25 +169,23 @@ def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:
 
     The noise is about equally large in all channels of a position, and with few queries it is much longer than the gradient g
     that it measures: with q queries in d dimensions the mean of its square is :math:`|g|^2 (d + q + 1) / q`. So :math:`|g|` is
-    known on average. In channel j of a position, with a what the directions measured, the noise r gets the weight
+    known on average, if the position has a loss of its own or is the only one of its row; otherwise it is overestimated. In
+    channel j of a position, with a what the directions measured, the noise r gets the weight
 
     .. math:: \min\Big(0.3, \; \frac{|g|^2}{2 |a|^2} \, \frac{|a_j|}{\mathrm{rms}(r)}\Big)
 
-    Adam divides each element by its own size, so in channels without a signal any small noise would move the weights as far.
+    or 0.3 if the directions measured nothing. Adam divides each element by its own size, so in channels without a signal any
+    small noise would move the weights as far.
 
     Args:
         rest: What noise measured, shape (P, width).
         along: What the directions measured, shape (P, width).
         num_queries: Noise vectors per position.
     """
-    size = _rms(rest)
+    size = rms(rest)
     outside = size.square() * num_queries / (rest.shape[1] + num_queries + 1)
-    weight = _NOISE_SHARE * outside / _rms(along).square() * along.abs() / size
+    weight = _NOISE_SHARE * outside / rms(along).square() * along.abs() / size
     return rest * weight.nan_to_num(_NOISE_WEIGHT).clamp(max=_NOISE_WEIGHT)
-
-
-def _rms(states: Tensor) -> Tensor:
-    return states.square().mean(dim=1, keepdim=True).sqrt()
 
 
 def _norm(shifts: Tensor) -> Tensor:

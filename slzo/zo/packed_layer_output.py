@@ -8,7 +8,7 @@ from slzo.batches.packing import PackedBatch
 from slzo.evaluation.last_tokens import layers_above
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Positions
+from slzo.zo.estimators.base import LayerOutput, Positions, rms
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
 from slzo.zo.likely_tokens import LikelyTokens
@@ -18,7 +18,7 @@ _FEWEST_TOKENS = 512
 # Logits of the whole vocabulary take more memory than anything else, so only this many are computed together.
 _FEWEST_LOGITS = 4_000_000
 # In half precision a shift along a direction has at least this share of the size of what the layer adds.
-_LEAST_OF_NOISE = 0.015
+_LEAST_OF_ADDED = 0.015
 # It has at most this share of the size of the state, which a norm scales.
 _MOST_OF_STATE = 0.1
 # A layer that adds nothing to a token still gets noise: this share of the token's state, or this size.
@@ -91,8 +91,8 @@ class PackedLayerOutput(LayerOutput):
         tokens = torch.tensor(batch.example_tokens, device=self._output.device)
         self.row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens)[self.positions]
         here = self._output[self.positions].float()
-        added = _rms(here - entered[self.positions].float())
-        self.size = torch.maximum(added, _LEAST_SHARE * _rms(here)).clamp(min=_LEAST)
+        added = rms(here - entered[self.positions].float())
+        self.size = torch.maximum(added, _LEAST_SHARE * rms(here)).clamp(min=_LEAST)
         run = self._above.positions
         self._changed, self._needed = (torch.searchsorted(run, where) for where in (self.positions, batch.needed))
         num_run = run.numel()
@@ -118,7 +118,7 @@ class PackedLayerOutput(LayerOutput):
         self.part = torch.arange(len(self.row), device=tokens.device) if self.by_position else self.row
         self.num_parts = len(self.row) if self.by_position else batch.num_examples
 
-    def token_shifts(self, number: int, change: float) -> Tensor:
+    def token_shifts(self, number: int, change: float) -> Tensor | None:
         """See :class:`LayerOutput`."""
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
         if weight is None or self.positions is not batch.needed:
@@ -126,11 +126,11 @@ class PackedLayerOutput(LayerOutput):
         tokens = tokens_of_positions(batch, self.row, None if self._selected else self._unshifted, number)
         states = self._output[self.positions].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm(batch), states, tokens)
-        size = _rms(states)
+        size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
         if self._output.dtype != torch.float32:
             # rounding would hide a smaller shift
-            distance = distance.clamp(min=_LEAST_OF_NOISE * self.width**0.5 * self.size)
+            distance = distance.clamp(min=_LEAST_OF_ADDED * self.width**0.5 * self.size)
         return directions * torch.where(sensitivity > 0, distance, 0)
 
     def losses(self, shifts: Tensor) -> Tensor:
@@ -161,8 +161,3 @@ class PackedLayerOutput(LayerOutput):
         of_rows = zip(needed.split(likely.sizes, dim=1), likely.ids, strict=True)
         logits = [self._head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in of_rows]
         return likely.with_rest(torch.cat(logits, dim=1))
-
-
-def _rms(states: Tensor) -> Tensor:
-    """Return the root mean square of each state, shape (P, 1)."""
-    return states.square().mean(dim=1, keepdim=True).sqrt()

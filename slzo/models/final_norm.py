@@ -1,0 +1,60 @@
+"""How the final norm of a model treats a state, measured from outside, so that it is the same for all model families."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from slzo.batches.packing import PackedBatch
+from slzo.models.parts import ModelParts
+
+# A constant state that leaves less than this share of the gain has been removed as a mean.
+_LEAST_SHARE = 1e-4
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """How the final norm treats a state, as measured from outside.
+
+    Attributes:
+        gain: By what it multiplies each channel, shape (width,), float32.
+        centers: Whether it subtracts the mean of the channels first, as LayerNorm does and RMSNorm does not.
+    """
+
+    gain: Tensor
+    centers: bool
+
+    @classmethod
+    def of(cls, parts: ModelParts, batch: PackedBatch) -> Self:
+        """Measure the norm of a model, with any batch.
+
+        A vector of alternating signs has mean 0 and size 1, so a norm leaves only its gain and its bias; the bias is the same
+        for the opposite vector. A constant vector is lost by a norm that subtracts the mean.
+        """
+        ones = torch.ones(parts.model.get_output_embeddings().weight.shape[1], device=batch.needed.device)
+        signs = ones.clone()
+        signs[1::2] = -1
+        gain = _odd_part(parts, batch, signs) * signs
+        return cls(gain, bool(_odd_part(parts, batch, ones).norm() < _LEAST_SHARE * gain.norm()))
+
+    def tangent(self, differences: Tensor, states: Tensor) -> Tensor:
+        """Return the parts of differences between rows of the head along which the norm lets a state move.
+
+        Args:
+            differences: Shape (U, M, width), float32.
+            states: Shape (U, width), float32.
+        """
+        found = differences * self.gain
+        if self.centers:
+            found, states = found - found.mean(dim=2, keepdim=True), states - states.mean(dim=1, keepdim=True)
+        along = normalize(states, dim=1)[:, None]
+        return found - (found * along).sum(dim=2, keepdim=True) * along
+
+
+def _odd_part(parts: ModelParts, batch: PackedBatch, state: Tensor) -> Tensor:
+    states = state.to(parts.model.dtype).expand(batch.num_tokens, -1)
+    last = parts.num_layers
+    up, down = (parts.run(batch, last, last, each)[0].float() for each in (states, -states))
+    return (up - down) / 2

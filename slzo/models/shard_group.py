@@ -1,0 +1,146 @@
+"""Processes that hold shares of the same layers (FSDP2, ``fully_shard``), and how they agree which layer they gather.
+
+They do not run a layer equally often: each has its own cached rows, and answers of other lengths. So each names the layer that it
+runs next, all gather the lowest of these, and a process that does not need it drops it at once. A process that has nothing to run
+joins in until all are done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import DistError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+_DONE = torch.iinfo(torch.int64).max
+
+
+class ShardGroup:
+    """The processes that share layers, as seen from one of them. Making one is a collective call.
+
+    Args:
+        device: Device of this process.
+        timeout: Time after which a process that waits for the others fails; ``None`` for PyTorch's default.
+
+    Attributes:
+        number: Number of processes.
+        num_bytes: Bytes of layers that this process has received so far.
+        seconds: Time that it has spent on that, with waiting for the others. On an accelerator, transfers that run in the
+            background are not included.
+    """
+
+    def __init__(self, device: torch.device, timeout: timedelta | None = None) -> None:
+        self.number = distributed.get_world_size()
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self._mesh = init_device_mesh(device.type, (self.number,))
+        self._agreement = distributed.new_group(backend="gloo", timeout=timeout)
+        self._shards: WeakValueDictionary[int, LayerShard] = WeakValueDictionary()
+        self._next_key = 0
+
+    def divide(self, tensors: list[Tensor]) -> LayerShard:
+        """Keep this process's share of some tensors, which have the same values on all processes. A collective call."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        received = size * (self.number - 1) // self.number
+        shard = LayerShard(self, self._next_key, fully_shard(_Weights(tensors), mesh=self._mesh), received)
+        self._shards[self._next_key] = shard
+        self._next_key += 1
+        return shard
+
+    def gather(self, key: int) -> None:
+        """Gather the shard of this key together with all processes; until they agree on it, join in gathering others.
+
+        Raises:
+            DistError: Another process has ended or does not answer.
+        """
+        started = time.perf_counter()
+        self._join_until(key)
+        self._gather(key)
+        self.seconds += time.perf_counter() - started
+
+    def barrier(self) -> None:
+        """Return when all processes are here; until then, join in gathering what the others need. A collective call.
+
+        Raises:
+            DistError: Another process has ended or does not answer.
+        """
+        started = time.perf_counter()
+        self._join_until(_DONE)
+        self.seconds += time.perf_counter() - started
+
+    def _join_until(self, key: int) -> None:
+        while (agreed := self._agree(key)) != key:
+            self._gather(agreed).weights.reshard()
+
+    def _agree(self, key: int) -> int:
+        wanted = torch.tensor(key)
+        with _lost_processes():
+            distributed.all_reduce(wanted, distributed.ReduceOp.MIN, group=self._agreement)
+        return int(wanted)
+
+    def _gather(self, key: int) -> LayerShard:
+        shard = self._shards[key]
+        # memory that was first used in inference mode could not be used outside of it
+        with _lost_processes(), torch.inference_mode(False):
+            shard.weights.unshard()
+        self.num_bytes += shard.num_bytes
+        return shard
+
+
+@contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Raise what a failed exchange raises as DistError, which no other failure of a forward pass is."""
+    try:
+        yield
+    except DistError:
+        raise
+    except RuntimeError as error:
+        raise DistError(str(error)) from error
+
+
+class _Weights(nn.Module):
+    """Tensors that are divided as one."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        for number, tensor in enumerate(tensors):
+            self.register_parameter(str(number), nn.Parameter(tensor, requires_grad=False))
+
+
+class LayerShard:
+    """This process's share of the weights of a layer.
+
+    Args:
+        group: The processes that have the other shares.
+        key: The number of the layer in the group, the same on all processes.
+        weights: The divided tensors.
+        num_bytes: Bytes that this process receives when the layer is gathered.
+    """
+
+    def __init__(self, group: ShardGroup, key: int, weights: FSDPModule, num_bytes: int) -> None:
+        self.weights = weights
+        self.num_bytes = num_bytes
+        self._group = group
+        self._key = key
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The tensors: whole while they are gathered, otherwise shares, as DTensors."""
+        assert isinstance(self.weights, nn.Module)
+        return list(self.weights.parameters())
+
+    def gather(self) -> list[nn.Parameter]:
+        """Return the whole tensors, until :meth:`drop`; see :meth:`ShardGroup.gather`."""
+        self._group.gather(self._key)
+        return self.tensors
+
+    def drop(self) -> None:
+        """Free what this process has no share of."""
+        self.weights.reshard()
