@@ -75,9 +75,9 @@ def memory_inputs(model: PreTrainedModel, shape: ModelShape, quantization: str |
 
 def table() -> str:
     """Return the table as Markdown."""
-    cards = " | ".join(f"{card} GB card" for card in _CARDS)
+    cards = " | ".join(f"{card} GB GPU" for card in _CARDS)
     lines = [
-        f"| model | frozen layers | on a card, GiB | {cards} | on a CPU, GiB | of it in files |",
+        f"| model | frozen layers | on a GPU, GiB | {cards} | on a CPU, GiB | of it in files |",
         "|---|---|---:|" + "---|" * len(_CARDS) + "---:|---:|",
     ]
     for name, config in MODELS.items():
