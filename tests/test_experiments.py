@@ -306,6 +306,7 @@ def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsy
     assert "steps: 2 -> 3" in error_line(capsys, *common, "--steps=3")
 
 
+@pytest.mark.slow
 def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, capsys):
     command = ["sweep", *options, *SWEEP, ONLY]
     assert main(command) == 0

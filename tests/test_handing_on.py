@@ -38,6 +38,7 @@ def test_best_is_the_checkpoint_that_was_scored(options, capsys):
     assert "ckpt_path 'best': the run of" in error_line(capsys, *moved, "--output=no")
 
 
+@pytest.mark.slow
 def test_without_a_last_checkpoint_the_newest_of_the_same_run_is_last(options, capsys):
     for _ in range(2):
         assert main(["fit", *options, "--trainer.max_steps=4"]) == 0

@@ -137,6 +137,7 @@ def test_more_tokens_of_the_vocabulary_leave_less_to_noise():
     assert errors[-1] < 2
 
 
+@pytest.mark.slow
 def test_with_unlimited_noise_the_mean_is_the_gradient(examples, monkeypatch):
     """With directions in a middle layer, from which two layers follow; the bias of 0.3 per logit is small."""
     monkeypatch.setattr(layer_output, "limit_noise", lambda rest, *_: rest)
