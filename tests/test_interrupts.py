@@ -101,6 +101,16 @@ USUAL = {(2, *PLACES[place]) for place in (1, 9)} | {(5, *PLACES[place]) for pla
 ALL = [(interval, *place) for interval in (1, 2, 5) for place in PLACES]
 
 
+def test_a_resumed_run_that_ends_in_its_final_scores_can_be_resumed(run, whole):
+    """Its only step was the last one, so it has saved no state with steps left."""
+    expected = whole("--trainer.val_check_interval=5")
+    assert run("--trainer.val_check_interval=5", place="on_train_batch_start", step=STEPS - 2, number="SIGINT") == 130
+    more = ["--trainer.val_check_interval=5", "--ckpt_path=last"]
+    assert run(*more, place="on_train_end", step=STEPS, number="SIGINT") == 130
+    assert run(*more) == 0
+    assert_same(outcome(0, 1, 2), expected)
+
+
 @pytest.mark.parametrize(
     ("interval", "place", "step"),
     [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in ALL],

@@ -13,8 +13,8 @@ must be refused, and continues with the old row. ``ranks`` is a training in two 
 
 Columns: trials; faults that hit; ``differ``: results that differ from the uninterrupted run; ``unreadable``: checkpoints that
 cannot be read; ``status``: exit statuses that do not fit the signal, and messages that do not name a killed rank; ``hung``;
-``lost``: repeated steps beyond the interrupted one, or, without a checkpoint, beyond the first ones; ``accepted``: edited rows
-that were not refused. The last six must be 0.
+``lost``: repeated steps beyond those since the last checkpoint, with a log of losses beyond the interrupted one; ``accepted``:
+edited rows that were not refused. The last six must be 0.
 """
 
 import argparse
@@ -197,12 +197,14 @@ class Scenario(ABC):
         signals: Names of the signals that are sent.
         at_events: Whether signals are also sent at writes, renames and deletes.
         counts_steps: Whether its steps are counted.
+        repeats: Steps that it may repeat after a fault, with a checkpoint.
     """
 
     faults: tuple[int, int] = (1, 3)
     signals: tuple[str, ...] = _SIGNALS
     at_events = True
     counts_steps = False
+    repeats = _EVERY
 
     def __init__(self, options: Sequence[str]) -> None:
         self.options = list(options)
@@ -246,7 +248,9 @@ class Fit(Scenario):
 
 
 class Weights(Fit):
-    """The same along directions of the weights."""
+    """The same along directions of the weights: its log has the steps after the checkpoint."""
+
+    repeats = 1
 
     def __init__(self, options: Sequence[str]) -> None:
         super().__init__([*options, *_ALONG_WEIGHTS])
@@ -519,7 +523,8 @@ class Torture:
             outcome.hung += ended.status is None
             # a signal before the first or after the last line of slzo ends the process itself, which a shell reports alike
             outcome.wrong_status += ended.status not in (None, -fault.number, 128 + fault.number)
-            allowed += 1 if before or any(folder.glob("runs/**/checkpoints/last.ckpt")) else _EVERY + 1
+            saved = before or any(folder.glob("runs/**/checkpoints/last.ckpt"))
+            allowed += scenario.repeats if saved else _EVERY + 1
             if outcome.wrong_status or outcome.hung:
                 break
             outcome.accepted += scenario.accepts(folder, draw)

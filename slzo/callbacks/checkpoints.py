@@ -15,7 +15,7 @@ from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import Interrupted, SlzoError
-from slzo.utils.files import check_inside
+from slzo.utils.files import check_inside, copy_file
 from slzo.utils.slurm import PREEMPTION, job_id, requeue
 
 AUTO_MONITOR = "auto"
@@ -116,6 +116,8 @@ class LastCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the schedule that was changed for the last validation."""
         self._restore_schedule(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and is_last_step(trainer):
+            self._keep_resumed(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save; what :class:`BestCheckpoint` has just written or deleted is part of the state."""
@@ -184,6 +186,19 @@ class LastCheckpoint(Checkpoint):
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
                 self._saved_step, self.saved = step, folder / LAST
             self._saved_at = time.monotonic()
+
+    def _keep_resumed(self, trainer: Trainer) -> None:
+        """Give a resumed run whose first step is its last one the checkpoint that it continues as its ``last.ckpt``.
+
+        Otherwise the best checkpoint, which has no steps left, would be all that a later resume finds in its folder.
+        """
+        folder = _folder(trainer)
+        if folder is None or self.saved is not None or trainer.ckpt_path is None or not trainer.is_global_zero:
+            return
+        resumed = Path(trainer.ckpt_path)
+        if resumed.is_file() and not (folder / LAST).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            copy_file(resumed, folder / LAST)
 
     def _save_final(self, trainer: Trainer) -> None:
         """Save the state after the last step, and stop if a signal came."""
