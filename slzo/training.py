@@ -116,7 +116,8 @@ def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: fl
     For arguments and errors see :func:`measure_step`, which estimates along random directions need.
     """
     if not stepper.estimator.along_directions:
-        return RelativeRate.of(stepper.model.tensors, adapter=stepper.model.adapter is not None)
+        adapter = stepper.model.adapter
+        return RelativeRate.of(stepper.model.tensors, adapter is not None and adapter.multiplies)
     return measure_step(stepper, rows, seed, eps)
 
 

@@ -72,7 +72,7 @@ def test_tokens_are_those_of_the_answers_and_the_likeliest():
     """In a row of candidates of one token those of its answers alone."""
     rows = [random_example(random.Random(0), number, 5, (1, 2), 0) for number in range(3)]
     batch = pack([*rows, random_example(random.Random(1), 3, 4, (1, 1), 0)])
-    row = torch.searchsorted(torch.tensor(batch.example_tokens).cumsum(0), batch.needed, right=True)
+    row = torch.arange(batch.num_examples).repeat_interleave(torch.tensor(batch.example_tokens))[batch.needed]
     own = [set() for _ in batch.needed]
     for position, token in zip(batch.token_needed.tolist(), batch.token_id.tolist(), strict=True):
         own[position].add(token)
@@ -170,13 +170,17 @@ def test_noise_counts_as_far_as_its_channels_and_the_rest_of_the_gradient_matter
     assert not limit_noise(torch.zeros(4, 8), along, 2).any()
 
 
-def test_the_size_of_the_rest_follows_from_that_of_the_noise():
-    """The mean square of q queries of noise in d dimensions is (d + q + 1) / q times that of the gradient."""
-    gradient = torch.randn(64, generator=torch.Generator().manual_seed(0))
+def test_the_limit_knows_the_gradient_outside_of_the_directions():
+    """The mean over much noise of the limit is that of the true gradient g: |g|^2 |a_j| / (2 |a|^2)."""
+    gradient, along = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(4000, 4, 64, generator=torch.Generator().manual_seed(1))
     measured = ((noise @ gradient)[..., None] * noise).mean(dim=1)
-    factor = measured.square().sum(dim=1).mean() / gradient.square().sum()
-    assert float(factor) == pytest.approx((64 + 4 + 1) / 4, rel=0.05)
+    along = 100 * along  # so that no weight is at its bound
+    limited = limit_noise(measured, along.expand(4000, -1), num_queries=4)
+    size = measured.square().mean(dim=1, keepdim=True).sqrt()
+    found = (limited / measured * size).mean(dim=0)
+    expected = gradient.square().sum() / (2 * along.square().sum()) * along.abs()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
 
 
 def test_the_estimate_has_the_limited_noise(examples, monkeypatch):

@@ -23,13 +23,13 @@ from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import TrainBatch
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
-from slzo.training import restored_rate
+from slzo.training import auto_rate, restored_rate
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.relative_rate import RelativeRate
-from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels, PrefixTuning
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
@@ -223,14 +223,16 @@ def test_a_resume_with_another_kind_of_estimator_has_a_new_rate(fit):
         (OutlierChannels(percent=20), 0.005),
         (LoRA(rank=2), 0.2),
         (ActivationSubspace(rank=2), 0.05),
+        (PrefixTuning(num_tokens=2), 0.005),
     ],
-    ids=["whole", "masked", "LoRA", "subspace"],
+    ids=["whole", "masked", "LoRA", "subspace", "prefix"],
 )
 def test_the_share_depends_on_how_the_masters_move_the_weights(scope, share):
     """Also when they have been tuned before, so that none is 0."""
     model = tune_scope(scope, tiny_model())
+    stepper = Stepper(model, CandidateCrossEntropy(), Backprop(), StepOptions())
     for _ in range(2):
-        assert RelativeRate.of(model.tensors, adapter=model.adapter is not None).share == share
+        assert auto_rate(stepper, None).share == share
         with torch.no_grad():
             for master in model.tensors.masters:
                 master.add_(1e-3)

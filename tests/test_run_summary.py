@@ -151,7 +151,7 @@ SEARCH = "slzo sweep --config run/config.yaml --lrs auto  # "
         (
             FELL,
             losses(0.6, 0.5),
-            r"slzo fit --config run/config.yaml --model.layer null --profiler.rule Race  #.*than 3",
+            r"slzo fit --config run/config.yaml --model.layer null --profiler.rule Race  #.*compares layers",
         ),
         (WITHIN, losses(0.6, 0.5), "slzo fit .*--ckpt_path run/last.ckpt --trainer.max_steps 200  #.*still falling"),
         (WITHIN, losses(0.6, 0.5, 0.55), "slzo test .*--data.num_test 8000 --ckpt_path run/best.ckpt"),

@@ -19,39 +19,33 @@ edited rows that were not refused. The last six must be 0.
 
 import argparse
 import json
-import mmap
 import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, because children are forked
 
 import torch
 
+from faults import PATIENCE_S, Child, Counters, Fault, run_child
 from slzo.__main__ import main as slzo
 from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
 from slzo.report.run_files import read_run
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
-from slzo.zo.stepper import Stepper
 from tiny import write_model, write_rows
 
 _SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
-_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_PATIENCE_S = 300.0
 # the time in which the others end when a rank is killed
 _OTHERS_S = 60.0
 # steps between two checkpoints of the training
@@ -62,128 +56,6 @@ _TIMES = ("second", "time", "memory", "path", "folder")
 _ALONG_WEIGHTS = ("--model.estimator=SPSA", "--model.optimizer=SGD", "--model.optimizer.lr=1e-3", "--model.eps=1e-3")
 # entries of a summary that name the run's folder or its command
 _PLACES = ("command", "run_dir", "use", "next", "first_order", "best_checkpoint")
-
-
-class Fault(NamedTuple):
-    """A signal and the time at which it is sent.
-
-    Attributes:
-        number: Number of the signal.
-        share: Time in seconds after the start; ``None`` for an event.
-        event: Number of the write, rename or delete.
-    """
-
-    number: signal.Signals
-    share: float | None
-    event: int = 0
-
-
-class Counters:
-    """Counters of children in shared memory: writes, renames and deletes, and steps that ran the model."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 16)
-
-    def _at(self, place: int) -> int:
-        return int(struct.unpack_from("<q", self._memory, place)[0])
-
-    def add(self, place: int) -> int:
-        """Increment a counter and return its value."""
-        value = self._at(place) + 1
-        struct.pack_into("<q", self._memory, place, value)
-        return value
-
-    def clear(self) -> None:
-        """Reset the counters."""
-        struct.pack_into("<qq", self._memory, 0, 0, 0)
-
-    @property
-    def events(self) -> int:
-        """Number of writes, renames and deletes."""
-        return self._at(0)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps that ran the model."""
-        return self._at(8)
-
-
-class Child(NamedTuple):
-    """How a child process ended.
-
-    Attributes:
-        status: Exit status, negative for a signal; ``None`` if it hung.
-        seconds: Duration in seconds.
-        hit: Whether the fault occurred before it ended.
-    """
-
-    status: int | None
-    seconds: float
-    hit: bool
-
-
-def run_child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
-    """Call a function in a forked process, in a folder, with a fault."""
-    started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        _child(call, folder, counters, fault)
-    sent = False
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        passed = time.monotonic() - started
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            hit = fault is not None and (sent or code == -fault.number or code == 128 + fault.number)
-            return Child(code, passed, hit)
-        if fault is not None and fault.share is not None and not sent and passed >= fault.share:
-            os.kill(pid, fault.number)
-            sent = True
-        if passed > _PATIENCE_S:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return Child(None, passed, True)
-        time.sleep(0.005)
-
-
-def _child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None) -> None:
-    """Run in the forked process; never returns."""
-    status = 1
-    try:
-        os.chdir(folder)
-        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        original = Stepper.loss
-
-        def loss(stepper: Stepper, *args: Any) -> Any:
-            counters.add(8)
-            return original(stepper, *args)
-
-        setattr(Stepper, "loss", loss)  # noqa: B010  mypy refuses an assignment
-        sys.addaudithook(lambda event, args: _at_event(event, args, str(folder), counters, fault))
-        status = call()
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _at_event(event: str, args: tuple[Any, ...], folder: str, counters: Counters, fault: Fault | None) -> None:
-    if event not in _EVENTS or not isinstance(args[0], str | os.PathLike):
-        return
-    if event == "open" and not (isinstance(args[2], int) and args[2] & _WRITES):
-        return
-    if not os.path.abspath(args[0]).startswith(folder):  # noqa: PTH100
-        return
-    number = counters.add(0)
-    if fault is not None and fault.share is None and number == fault.event:
-        os.kill(os.getpid(), fault.number)
 
 
 class Scenario(ABC):
@@ -311,7 +183,7 @@ class Ranks(Scenario):
         with output.open("ab") as stream:
             known = stream.tell()
             first = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, start_new_session=True)
-        hit, trains, patience = False, False, _PATIENCE_S
+        hit, trains, patience = False, False, PATIENCE_S
         if fault is not None and fault.share is not None:
             _wait(lambda: first.poll() is not None, fault.share)
             trains = any(folder.glob("runs/**/checkpoints/last.ckpt"))

@@ -82,6 +82,11 @@ class PackedBatch(TokenBatch):
         layout = build_layout(chosen, len(kept), grouped=True).to(self.input_ids.device)
         return TokenBatch(self.input_ids[kept], self.position_ids[kept], layout)
 
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """Return the row in the batch of each packed position, int64, of the shape of ``positions``."""
+        ends = torch.tensor(self.example_tokens, device=positions.device).cumsum(0)
+        return torch.searchsorted(ends, positions, right=True)
+
     def divide(self, parts: int) -> tuple["PackedBatch | None", ...]:
         """Cut the batch, in order, into parts of nearly the same number of examples; ``None`` for a part without examples."""
         if parts == 1:

@@ -169,7 +169,7 @@ class LastCheckpoint(Checkpoint):
         preempted = isinstance(exception, Interrupted) and exception.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
-            say(requeue(job, continues=self.saved is not None))
+            say(requeue(job, continues=self.saved is not None or trainer.ckpt_path is not None))
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:

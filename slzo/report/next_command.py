@@ -47,7 +47,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
         if run.layer is None:
             return f"{search}  # the dev loss fell but the score became worse: compares learning rates"
         look = _command("fit", run, "--model.layer", "null", "--profiler.rule", "Race")
-        return f"{look}  # the dev loss fell but the score became worse: short trainings choose another layer than {run.layer}"
+        return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
     if losses.best == losses.last and run.last is not None and run.limit[1] > 0:
         options = ("--ckpt_path", run.last, f"--trainer.{run.limit[0]}", str(2 * run.limit[1]))
         return f"{_command('fit', run, *options)}  # the dev loss was still falling: takes more steps"

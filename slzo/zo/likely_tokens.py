@@ -45,7 +45,7 @@ class LikelyTokens:
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None
-        likelihood, row = logits.softmax(dim=1), _row_of_needed(batch)
+        likelihood, row = logits.softmax(dim=1), batch.rows_of(batch.needed)
         score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
         token_row = row[batch.token_needed]
         score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
@@ -53,11 +53,10 @@ class LikelyTokens:
         most = int(numbers.max())
         ids, order = score.topk(most, dim=1).indices.sort(dim=1)
         surplus = order >= numbers if most > NUM_LIKELY else None
-        others = logits.scatter(1, ids[row], -torch.inf)
+        theirs = logits.new_full((len(row), most), -torch.inf)
         if surplus is not None:
-            found = logits.gather(1, ids[row])
-            others = logits.scatter(1, ids[row], torch.where(surplus[row], found, -torch.inf))
-        rest = others.logsumexp(dim=1, keepdim=True)
+            theirs = torch.where(surplus[row], logits.gather(1, ids[row]), theirs)
+        rest = logits.scatter(1, ids[row], theirs).logsumexp(dim=1, keepdim=True)
         places = torch.searchsorted(ids[token_row], batch.token_id[:, None])[:, 0]
         sizes = tuple(torch.bincount(row, minlength=batch.num_examples).tolist())
         return cls(ids, surplus, sizes, rest, replace(batch, token_id=places))
@@ -65,12 +64,5 @@ class LikelyTokens:
     def with_rest(self, logits: Tensor) -> Tensor:
         """Append the other tokens as one more token to logits of the likely ones, shape (N, U, K) to (N, U, K + 1)."""
         if self.surplus is not None:
-            sizes = torch.tensor(self.sizes, device=logits.device)
-            logits = logits.masked_fill(self.surplus.repeat_interleave(sizes, dim=0), -torch.inf)
+            logits = logits.masked_fill(self.surplus[self.batch.rows_of(self.batch.needed)], -torch.inf)
         return torch.cat([logits, self.rest.expand(len(logits), -1, -1)], dim=2)
-
-
-def _row_of_needed(batch: PackedBatch) -> Tensor:
-    """Return the row of each needed position, shape (U,)."""
-    ends = torch.tensor(batch.example_tokens, device=batch.needed.device).cumsum(0)
-    return torch.searchsorted(ends, batch.needed, right=True)

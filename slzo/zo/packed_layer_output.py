@@ -88,8 +88,7 @@ class PackedLayerOutput(LayerOutput):
             self.positions = batch.needed
             self._above = layers_above(parts, span.stop, batch, self._output, batch.needed)
         self.keys, self.width = batch.example_index, self._output.shape[1]
-        tokens = torch.tensor(batch.example_tokens, device=self._output.device)
-        self.row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens)[self.positions]
+        self.row = batch.rows_of(self.positions)
         here = self._output[self.positions].float()
         added = rms(here - entered[self.positions].float())
         self.size = torch.maximum(added, _LEAST_SHARE * rms(here)).clamp(min=_LEAST)
@@ -115,7 +114,7 @@ class PackedLayerOutput(LayerOutput):
             computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
         self.whole_vocabulary = not self._selected and self._likely is None
-        self.part = torch.arange(len(self.row), device=tokens.device) if self.by_position else self.row
+        self.part = torch.arange(len(self.row), device=self.row.device) if self.by_position else self.row
         self.num_parts = len(self.row) if self.by_position else batch.num_examples
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:

@@ -46,12 +46,12 @@ class RelativeRate:
     evaluations: ClassVar[int] = 0
 
     @classmethod
-    def of(cls, tuned: TunedTensors, adapter: bool = False) -> Self:
+    def of(cls, tuned: TunedTensors, multiplies: bool = False) -> Self:
         """Return the rate for some tuned tensors.
 
         Args:
             tuned: The tensors.
-            adapter: Whether they are those of an adapter, whose products move the weights.
+            multiplies: Whether they are matrices whose products move the weights, as in LoRA.
 
         Raises:
             SlzoError: All of them are 0.
@@ -65,7 +65,7 @@ class RelativeRate:
                 "model.optimizer.lr auto: follows from the size of the tuned weights, and all of them are 0; give a number"
             )
         along = any(isinstance(tensor, Subspace) for _, tensor in tuned.items())
-        share = _PRODUCT_SHARE if adapter else _DIRECTION_SHARE if along else _SHARE
+        share = _PRODUCT_SHARE if multiplies else _DIRECTION_SHARE if along else _SHARE
         return cls(math.sqrt(squares / sum(tensor.numel() for tensor in chosen)), share)
 
     def clip_factor(self, estimate: Estimate) -> float:

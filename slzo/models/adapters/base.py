@@ -22,9 +22,11 @@ class Adapter(ABC):
 
     Attributes:
         kind: Name of the adapter in checkpoints.
+        multiplies: Whether it moves weights by a product of two matrices, one of which begins at 0.
     """
 
     kind: ClassVar[str]
+    multiplies: ClassVar[bool] = False
 
     @abstractmethod
     def inject(self, model: PreTrainedModel) -> VirtualTokens | None:

@@ -30,6 +30,7 @@ class LoRAMatrices(Adapter):
     """
 
     kind = "lora"
+    multiplies = True
 
     rank: int
     alpha: float
