@@ -236,11 +236,12 @@ def described(thing):
     return thing.describe()
 
 
-def plain_scores(model, example):
+def plain_scores(model, example, temperature=1.0):
     """Log-probabilities of each candidate's tokens, float64: a forward pass of the whole model for each candidate."""
     scores = []
     for sequence in example.sequences:
-        log_probs = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0].double().log_softmax(-1)
+        logits = model(input_ids=torch.tensor([sequence.ids]), use_cache=False).logits[0].double()
+        log_probs = (logits / temperature).log_softmax(-1)
         start = len(sequence.ids) - sequence.num_answer
         scores.append(torch.stack([log_probs[i - 1, sequence.ids[i]] for i in range(start, len(sequence.ids))]))
     return scores

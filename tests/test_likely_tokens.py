@@ -35,14 +35,16 @@ def kept(logits, likely):
     return likely.with_rest(torch.cat(parts, dim=1))
 
 
-def test_likelihoods_without_a_shift_are_exact(few, examples):
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_likelihoods_without_a_shift_are_exact(few, examples, temperature):
     batch = pack(examples)
     logits = random_logits(batch)
-    likely = LikelyTokens.of(logits[0], batch)
+    likely = LikelyTokens.of(logits[0], batch, temperature)
     assert likely.ids.shape == (len(examples), 40)
-    left_out = likely.rest.exp().sum() / logits[0].exp().sum()
-    assert 0.01 < float(left_out) < 0.6
-    found, expected = token_log_likelihoods(kept(logits, likely), likely.batch), token_log_likelihoods(logits, batch)
+    left_out = (likely.rest / temperature).exp().sum() / (logits[0] / temperature).exp().sum()
+    assert 0.001 < float(left_out) < 0.9
+    found = token_log_likelihoods(kept(logits, likely), likely.batch, temperature)
+    expected = (logits / temperature).log_softmax(-1)[..., batch.token_needed, batch.token_id]
     torch.testing.assert_close(found, expected)
 
 
@@ -156,19 +158,19 @@ class OwnObjective(LogitObjective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "reads"),
+    ("objective", "temperature"),
     [
-        (AnswerLikelihood(), True),
-        (CandidateCrossEntropy(), True),
-        (OwnScores(), True),
-        (OwnLogits(), False),
-        (OwnObjective(), False),
+        (AnswerLikelihood(), 1.0),
+        (CandidateCrossEntropy(), 1.0),
+        (OwnScores(), 1.0),
+        (OwnLogits(), None),
+        (OwnObjective(), None),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_objective_that_reads_logits_itself_gets_all_of_them(objective, reads):
-    assert _CheckedLoss(objective).reads_likelihoods() is reads
-    assert PolicyLoss({}, 1.0).reads_likelihoods()
+def test_an_objective_that_reads_logits_itself_gets_all_of_them(objective, temperature):
+    assert _CheckedLoss(objective).likelihood_temperature() == temperature
+    assert PolicyLoss({}, 1.0, 0.5).likelihood_temperature() == 0.5
 
 
 def test_an_own_objective_sees_the_whole_vocabulary_at_shifts(few, examples):

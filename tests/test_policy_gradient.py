@@ -48,7 +48,7 @@ from tiny import make_tokenizer
 
 fast = pytest.mark.fast
 
-SEED, STOP, LONGEST, TOKENS, LAST = 5, 2, 4, 16, 3  # few tokens, so the stop token is often sampled
+SEED, STOP, LONGEST, TOKENS, LAST, TEMPERATURE = 5, 2, 4, 16, 3, 0.8  # few tokens, so the stop token is often sampled
 SAME = "r1"  # its answers are all equally good
 ESTIMATORS = [LayerOutputPerturbation(), Backprop(), ForwardGradient()]
 
@@ -62,7 +62,7 @@ class Letters(AnswerObjective):
     """A user's objective."""
 
     def __init__(self, samples=4):
-        self.sampling = AnswerSampling(samples)
+        self.sampling = AnswerSampling(samples, TEMPERATURE)
 
     def answer_losses(self, answers, examples):
         return [0.5 if row.id == SAME else letters(text) for text, row in zip(answers, examples, strict=True)]
@@ -105,7 +105,7 @@ def plain_copy(model):
 @torch.no_grad()
 def plain_answer(model, row, step, sample):
     """Tokens of a sampled answer, by running the whole sequence anew for each token."""
-    sampling, ids = Sampling(1.0, (sample_key(SEED, step, row.example.id, sample),)), []
+    sampling, ids = Sampling(TEMPERATURE, (sample_key(SEED, step, row.example.id, sample),)), []
     while len(ids) < LONGEST and STOP not in ids:
         logits = model(input_ids=torch.tensor([[*row.prompt, *ids]]), use_cache=False).logits[:, -1]
         ids.append(int(sampling.with_noise(logits, [0], len(ids)).argmax()))
@@ -126,7 +126,7 @@ def plain_policy(model, names, rows, step=0, samples=4):
         for number, ids in enumerate(answers):
             others = own[:number] + own[number + 1 :]
             whole = EncodedExample(0, (EncodedSequence((*row.prompt, *ids), len(ids)),), (0,))
-            total += (own[number] - sum(others) / len(others)) * plain_scores(model, whole)[0].sum()
+            total += (own[number] - sum(others) / len(others)) * plain_scores(model, whole, TEMPERATURE)[0].sum()
         losses += own
     (total / len(losses)).backward()
     return sum(losses) / len(losses), {name: parameter.grad for name, parameter in parameters.items()}
@@ -151,10 +151,10 @@ def test_only_rows_whose_answers_differ_are_run(kept):
     rows, tokens = rows_of(range(3)), [(5,), (5, 6, STOP), (STOP,), (6, 6)]
     answers = [Answer("", 0, tokens[(number + shift) % 4]) for number in range(3) for shift in range(4)]
     losses = [0.5 if len(kept) == 1 or number == 1 else shift * 0.1 for number in range(3) for shift in range(4)]
-    batch, policy, numbers = policy_batch(rows, answers, losses, torch.device("cpu"))
+    batch, policy, numbers = policy_batch(rows, answers, losses, 0.5, torch.device("cpu"))
     assert batch.example_index == tuple(numbers) == kept
     logits = torch.randn(2, len(batch.needed), TOKENS, generator=torch.Generator().manual_seed(0))
-    likelihood = logits.log_softmax(-1)[..., batch.token_needed, batch.token_id]
+    likelihood = (2 * logits).log_softmax(-1)[..., batch.token_needed, batch.token_id]
     expected, sizes = torch.zeros(2, len(kept)), iter(batch.candidate_length.tolist())
     first = 0
     for place, number in enumerate(kept):
@@ -252,7 +252,7 @@ def test_the_mean_over_answers_is_the_gradient_of_the_expected_loss():
     parameters = {name: own.requires_grad_(True) for name, own in model.named_parameters() if name in names}
     expectation = 0.0
     for row in rows:
-        chances = model(input_ids=torch.tensor([row.prompt]), use_cache=False).logits[0, -1].softmax(-1)
+        chances = model(input_ids=torch.tensor([row.prompt]), use_cache=False).logits[0, -1].div(TEMPERATURE).softmax(-1)
         losses = objective.answer_losses([text_of([token]) for token in range(TOKENS)], [row.example] * TOKENS)
         expectation += chances @ torch.tensor(losses) / len(rows)
     expectation.backward()
@@ -288,9 +288,9 @@ def test_the_tokens_of_an_answer_have_the_stop_token_that_ended_it(packed):
     ended = [ids[-1] == STOP for ids in expected]
     assert any(ended)
     assert not all(ended)
-    found = [evaluator.answers(repeated, Sampling(1.0, keys))]
+    found = [evaluator.answers(repeated, Sampling(TEMPERATURE, keys))]
     if packed:
-        found += evaluator.answers_at_points([repeated], VariedLayers(2, 3, lambda _: None), Sampling(1.0, keys))
+        found += evaluator.answers_at_points([repeated], VariedLayers(2, 3, lambda _: None), Sampling(TEMPERATURE, keys))
     for answers in found:
         assert [answer.tokens for answer in answers] == expected
         assert [answer.num_tokens for answer in answers] == [
@@ -334,7 +334,7 @@ def folder(tmp_path, monkeypatch):
 @fast
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=described)
 def test_the_loss_of_a_step_is_minus_the_mean_reward(estimator, folder):
-    stepper, rows = stepper_of(Reward("mine.py:letters", in_process=True), estimator=estimator), rows_of()
+    stepper, rows = stepper_of(Reward("mine.py:letters", TEMPERATURE, in_process=True), estimator=estimator), rows_of()
     model = plain_copy(stepper.model.parts.model)
     answers = [plain_answer(model, row, 7, sample) for row in rows for sample in range(4)]
     before = stepper.model.tensors.copy_of_masters()

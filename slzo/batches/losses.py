@@ -36,10 +36,11 @@ class LogitLoss(Protocol):
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
 
-    def reads_likelihoods(self) -> bool:
-        """Return whether logits of the whole vocabulary are only read by :func:`token_log_likelihoods`.
+    def likelihood_temperature(self) -> float | None:
+        """Return the temperature, usually 1, if logits of the whole vocabulary are only read by :func:`token_log_likelihoods`.
 
-        Then the vocabulary may be another one, in which ``batch.token_id`` has the places of the answer tokens.
+        Then the vocabulary may be another one, in which ``batch.token_id`` has the places of the answer tokens. ``None`` if the
+        loss reads logits itself.
         """
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
@@ -55,8 +56,13 @@ class LogitLoss(Protocol):
         """
 
 
-def token_log_likelihoods(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the log-probability of each answer token, shape (..., R), from float32 logits (..., U, vocabulary)."""
+def token_log_likelihoods(logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """Return the log-probability of each answer token, shape (..., R), from float32 logits (..., U, vocabulary).
+
+    The probability of a token is the softmax of logits / temperature.
+    """
+    if temperature != 1:
+        logits = logits / temperature
     chosen = logits[..., batch.token_needed, batch.token_id]
     return chosen - logits.logsumexp(dim=-1)[..., batch.token_needed]
 

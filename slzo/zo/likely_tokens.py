@@ -22,14 +22,14 @@ class LikelyTokens:
 
     .. math:: \log p(y) \approx z_y - \log \Big( \sum_{v \in K} e^{z_v} + \sum_{v \notin K} e^{z^0_v} \Big)
 
-    This is exact without a shift. The derivative with respect to the logits is that of the softmax for the likely tokens, and 0
+    and so with logits divided by a temperature. This is exact without a shift. The derivative with respect to the logits is that of the softmax for the likely tokens, and 0
     for the others. The tokens of a row do not depend on the other rows of its batch.
 
     Attributes:
         ids: The likely tokens of each row, shape (B, K), int64, rising.
         surplus: Which of them a row does not use, because another row has more answer tokens; ``None`` if all use all.
         sizes: Number of needed positions of each row, length B; they sum to U.
-        rest: Logarithm of the summed exponentials of the other tokens' logits without a shift, shape (U, 1), float32.
+        rest: One logit for all other tokens without a shift, shape (U, 1), float32.
         batch: The batch with ``token_id`` as places in the ``ids`` of its row.
     """
 
@@ -40,12 +40,18 @@ class LikelyTokens:
     batch: PackedBatch
 
     @classmethod
-    def of(cls, logits: Tensor, batch: PackedBatch) -> Self | None:
-        """Choose the likely tokens from logits without a shift, shape (U, vocabulary); ``None`` if the vocabulary is small."""
+    def of(cls, logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Self | None:
+        """Choose the likely tokens at a temperature; ``None`` if the vocabulary is small.
+
+        Args:
+            logits: Logits without a shift, shape (U, vocabulary).
+            batch: The batch.
+            temperature: Divides the logits.
+        """
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None
-        likelihood, row = logits.softmax(dim=1), batch.rows_of(batch.needed)
+        likelihood, row = (logits / temperature).softmax(dim=1), batch.rows_of(batch.needed)
         score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
         token_row = row[batch.token_needed]
         score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
@@ -56,7 +62,7 @@ class LikelyTokens:
         theirs = logits.new_full((len(row), most), -torch.inf)
         if surplus is not None:
             theirs = torch.where(surplus[row], logits.gather(1, ids[row]), theirs)
-        rest = logits.scatter(1, ids[row], theirs).logsumexp(dim=1, keepdim=True)
+        rest = temperature * logits.scatter(1, ids[row], theirs).div_(temperature).logsumexp(dim=1, keepdim=True)
         places = torch.searchsorted(ids[token_row], batch.token_id[:, None])[:, 0]
         sizes = tuple(torch.bincount(row, minlength=batch.num_examples).tolist())
         return cls(ids, surplus, sizes, rest, replace(batch, token_id=places))

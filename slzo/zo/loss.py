@@ -223,7 +223,7 @@ class RowsLoss(_SummedLoss):
         answers, states = context.sampled_answers(batch.rows, rows, keys)
         losses = self.losses(answers, rows)
         device = batch.packed.gold.device
-        packed, policy, kept = policy_batch(batch.rows, answers, losses, device)
+        packed, policy, kept = policy_batch(batch.rows, answers, losses, keys.temperature, device)
         vocabulary = context.forward.parts.model.get_output_embeddings().weight.shape[0]
         most = min(batch.max_tokens or packed.num_tokens, max(1, MOST_LOGITS // vocabulary))
         sampled = replace(batch, packed=packed, max_tokens=most)

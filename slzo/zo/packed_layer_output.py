@@ -108,8 +108,9 @@ class PackedLayerOutput(LayerOutput):
             positions == "answer" and not self._selected and objective.of_positions(logits, batch) is not None
         )
         self._unshifted = logits[0]
-        if not self._selected and objective.reads_likelihoods():
-            self._likely = LikelyTokens.of(logits[0], batch)
+        temperature = None if self._selected else objective.likelihood_temperature()
+        if temperature is not None:
+            self._likely = LikelyTokens.of(logits[0], batch, temperature)
         if not self._selected:
             computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))

@@ -29,11 +29,11 @@ class AnswerSampling:
 
     Attributes:
         samples: Answers per row.
-        temperature: Divides the logits. Only 1 samples from the distribution whose gradient is computed.
+        temperature: Divides the logits, > 0. The gradient is that of the expected loss at this temperature.
     """
 
     samples: int = 4
-    temperature: float = 1.0
+    temperature: float = 0.5
 
     def check(self) -> None:
         """Check that a policy gradient follows from such answers.
@@ -78,18 +78,20 @@ class PolicyLoss:
     Attributes:
         advantages: Advantages of the answers to an example, shape (samples,), float32, by cache key of the example.
         weight: Weight of one example.
+        temperature: Temperature at which the answers were sampled.
     """
 
     advantages: Mapping[int, Tensor]
     weight: float
+    temperature: float
 
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Always: the likelihood of an answer needs all logits."""
         return True
 
-    def reads_likelihoods(self) -> bool:
-        """Always."""
-        return True
+    def likelihood_temperature(self) -> float:
+        """The temperature of the samples."""
+        return self.temperature
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         """See :class:`slzo.batches.losses.LogitLoss`."""
@@ -111,11 +113,15 @@ class PolicyLoss:
     def _tokens(self, logits: Tensor, batch: PackedBatch) -> Tensor:
         """Return what each answer token adds, shape (..., R)."""
         advantages = torch.cat([self.advantages[key] for key in batch.example_index])
-        return token_log_likelihoods(logits, batch) * advantages[batch.token_candidate]
+        return token_log_likelihoods(logits, batch, self.temperature) * advantages[batch.token_candidate]
 
 
 def policy_batch(
-    rows: Sequence[Row], answers: Sequence[Answer], losses: Sequence[float], device: torch.device
+    rows: Sequence[Row],
+    answers: Sequence[Answer],
+    losses: Sequence[float],
+    temperature: float,
+    device: torch.device,
 ) -> tuple[PackedBatch, PolicyLoss, list[int]]:
     """Pack sampled answers with their advantages.
 
@@ -125,6 +131,7 @@ def policy_batch(
         rows: B rows with their prompts.
         answers: The answers, those to a row one after the other, B times as many as answers per row.
         losses: Loss of each answer.
+        temperature: Temperature at which they were sampled.
         device: Device of the batch.
 
     Returns:
@@ -146,4 +153,4 @@ def policy_batch(
     ]
     found = advantage[kept].to(device)
     by_key = {example.index: own for example, own in zip(examples, found, strict=True)}
-    return pack(examples).to(device), PolicyLoss(by_key, len(answers) / len(kept)), kept
+    return pack(examples).to(device), PolicyLoss(by_key, len(answers) / len(kept), temperature), kept

@@ -12,8 +12,8 @@ class AnswerLikelihood(LogitObjective):
 
     only_gold = True
 
-    def reads_likelihoods(self) -> bool:
-        return True
+    def likelihood_temperature(self) -> float:
+        return 1.0
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return self.of_rows(logits, batch, selected).sum()

@@ -100,10 +100,10 @@ class _CheckedLoss:
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         return self.objective.needs_vocabulary(batch)
 
-    def reads_likelihoods(self) -> bool:
+    def likelihood_temperature(self) -> float | None:
         names = ("of_logits", "of_rows", "of_positions")
-        own = any(_later(self.objective, name, "reads_likelihoods") for name in names)
-        return not own and self.objective.reads_likelihoods()
+        own = any(_later(self.objective, name, "likelihood_temperature") for name in names)
+        return None if own else self.objective.likelihood_temperature()
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return _checked_sum(self.objective, "of_logits", self.objective.of_logits(logits, batch, selected))
@@ -139,9 +139,12 @@ class LogitObjective(Objective):
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
         return True
 
-    def reads_likelihoods(self) -> bool:
-        """Return whether logits are only read as likelihoods, see :class:`slzo.batches.losses.LogitLoss`. False by default."""
-        return False
+    def likelihood_temperature(self) -> float | None:
+        """Return the temperature if logits are only read as likelihoods, see :class:`slzo.batches.losses.LogitLoss`.
+
+        ``None`` by default.
+        """
+        return None
 
     @abstractmethod
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
@@ -180,8 +183,8 @@ class CandidateObjective(LogitObjective):
         # the normalizer over the vocabulary cancels between one-token candidates of the same prompt
         return batch.choice_ids is None
 
-    def reads_likelihoods(self) -> bool:
-        return True
+    def likelihood_temperature(self) -> float:
+        return 1.0
 
     @abstractmethod
     def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:

@@ -42,7 +42,8 @@ class Reward(Objective):
             ({REWARDS}), package.module.function or
             file.py:function.
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
-            step and on all processes; 0: the likeliest tokens. Left out, 1 for a policy gradient and 0 otherwise.
+            step and on all processes; 0: the likeliest tokens. Left out, 0.5 for several samples and 0 otherwise. Held-out
+            rows get the likeliest tokens, so answers far from these teach little.
         samples: Answers per training row; more than one only with a temperature. Left out, 4 for a policy gradient and 1
             otherwise.
         timeout: Seconds that a call of the functions may take.
@@ -155,7 +156,9 @@ class _RewardLoss(RowsLoss):
     def _answers(self, points: Sequence[Point]) -> list[list[tuple[Answer, Row]]]:
         """Generate the answers at each point, each with its row; the samples of a row follow each other."""
         context, samples = self.context, self.objective.samples or 1
-        temperature = float(samples > 1) if self.objective.temperature is None else self.objective.temperature
+        temperature = self.objective.temperature
+        if temperature is None:
+            temperature = self.sampling.temperature if samples > 1 else 0.0
         rows = [[row for row in self.rows_of(point) for _ in range(samples)] for point in points]
         sampling = None
         if temperature > 0:
