@@ -37,8 +37,9 @@ from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
+from slzo.report.run_facts import RunFacts
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
-from slzo.report.summary import RunFacts, format_summary, gold_texts, sample_row, summarize
+from slzo.report.summary import format_summary, gold_texts, sample_row, summarize
 from slzo.resume import check_environment, open_step_log, restore
 from slzo.run import FitOutcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
@@ -390,6 +391,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         estimator=options.estimator.describe(),
         optimizer=options.optimizer.name,
         lr=options.optimizer.settings["lr"],
+        scheduled=options.optimizer.make_scheduler is not None,
         lr_at_end=outcome.lr,
         eps=stepper.options.eps,
         metric=metric,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from slzo.batches.packing import PackedBatch
-from slzo.data.batch import EvalCollator
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
@@ -80,7 +79,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
     """
     if options.estimator.differentiates or options.quantization is not None or options.device_map is not None:
         return None
-    if options.parallel == "directions":
+    if options.parallel not in ("rows", 1):
         return None
     try:
         step = StepOptions(clip_projected_grad=options.step.clip_projected_grad)
@@ -230,10 +229,8 @@ def _answer_tokens(data: TaskRows, answers: int) -> int:
 
 def _scored(data: TaskRows, split: str) -> PackedBatch | None:
     """Return the first scoring batch, which has the longest rows; ``None`` if answers are generated."""
-    plan = data.eval_plan(split)
-    if not plan.batches or plan.batches[0][0].prompt:
-        return None
-    return EvalCollator(data.share_prompts, plan.share)(plan.batches[0]).packed
+    batch = next(data.eval_batches(split), None)
+    return None if batch is None else batch.packed
 
 
 def _vocabulary_rows(data: TaskRows, batch: PackedBatch) -> int:

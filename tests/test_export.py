@@ -178,6 +178,15 @@ def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):
     assert "This state was not scored" in card("last")[1]
 
 
+def test_without_a_logger_the_newest_run_is_found_too(options, tmp_path):
+    """As ``slzo test`` finds it."""
+    own = [*options, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path / 'own'}"]
+    assert main(["fit", *own, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]) == 0
+    for command in (["test"], ["export", f"--output={tmp_path / 'tuned'}"]):
+        assert main([command[0], *own, "--ckpt_path=last", *command[1:]]) == 0
+    assert (tmp_path / "tuned" / "README.md").is_file()
+
+
 def test_formats_that_cannot_hold_a_scope_are_refused(run, capsys):
     best = run("--model.scope=PrefixTuning", "--model.eps=1e-1", "--record.test_before=false")
     for name, reason in {

@@ -252,7 +252,9 @@ def test_the_mean_over_answers_is_the_gradient_of_the_expected_loss():
     parameters = {name: own.requires_grad_(True) for name, own in model.named_parameters() if name in names}
     expectation = 0.0
     for row in rows:
-        chances = model(input_ids=torch.tensor([row.prompt]), use_cache=False).logits[0, -1].div(TEMPERATURE).softmax(-1)
+        chances = (
+            model(input_ids=torch.tensor([row.prompt]), use_cache=False).logits[0, -1].div(TEMPERATURE).softmax(-1)
+        )
         losses = objective.answer_losses([text_of([token]) for token in range(TOKENS)], [row.example] * TOKENS)
         expectation += chances @ torch.tensor(losses) / len(rows)
     expectation.backward()
@@ -290,7 +292,9 @@ def test_the_tokens_of_an_answer_have_the_stop_token_that_ended_it(packed):
     assert not all(ended)
     found = [evaluator.answers(repeated, Sampling(TEMPERATURE, keys))]
     if packed:
-        found += evaluator.answers_at_points([repeated], VariedLayers(2, 3, lambda _: None), Sampling(TEMPERATURE, keys))
+        found += evaluator.answers_at_points(
+            [repeated], VariedLayers(2, 3, lambda _: None), Sampling(TEMPERATURE, keys)
+        )
     for answers in found:
         assert [answer.tokens for answer in answers] == expected
         assert [answer.num_tokens for answer in answers] == [

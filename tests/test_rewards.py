@@ -150,7 +150,11 @@ def test_several_functions_with_weights_and_columns(folder, in_process, capfd):
         ("not_a_number", "returned nan, at row 'row-b'", [0.5, math.nan, 0.5]),
         ("huge", "returned 1e+308, which is above 1e+30 (with its weight 1), at row 'row-b'", [0.5, math.nan, 0.5]),
         ("nothing", "returned 'None', which is not a number, at row 'row-a'", [math.nan] * 3),
-        ("too_few", "returned 1 values for 3 answers, at row 'row-a'", [math.nan] * 3),
+        (
+            "too_few",
+            "returned 1 values for 3 answers, for 3 rows together, the first of which is 'row-a'",
+            [math.nan] * 3,
+        ),
     ],
 )
 def test_a_failing_function_is_reported_with_its_row(folder, function, reason, others, caplog):
@@ -160,8 +164,20 @@ def test_a_failing_function_is_reported_with_its_row(folder, function, reason, o
     assert found.totals == pytest.approx(others, nan_ok=True)
     assert found.problems[0] == f"data.reward mine.py:{function}: {reason}"
     endings = [record.message.partition("; ")[2] for record in caplog.records]
-    assert endings == ["the row is not counted"] * len(found.problems)
+    together = function == "too_few"
+    assert endings == ["no row of this batch is counted" if together else "the row is not counted"] * len(endings)
+    assert len(endings) == len(found.problems) == (3 if function == "nothing" else 1)
     assert all(map(math.isnan, rewards(answers("a", "b"), all_or_none=True).totals))
+
+
+@pytest.mark.parametrize(("wrong", "counted"), [(3, 3), (4, 0)])
+def test_up_to_three_failing_rows_are_left_out(folder, caplog, wrong, counted):
+    texts = [*["b"] * wrong, "a", "a", "a"]
+    found = Rewards("mine.py:raises", in_process=True)(answers(*texts))
+    assert sum(map(math.isfinite, found.totals)) == counted
+    endings = [record.message.partition("; ")[2] for record in caplog.records]
+    last = [] if counted else ["no row of this batch is counted"]
+    assert endings == ["the row is not counted"] * 3 + last
 
 
 def test_a_large_weight_counts_too(folder):

@@ -14,12 +14,23 @@ from slzo.__main__ import main
 from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
-from slzo.report.next_command import AdviceFacts, next_command
+from slzo.report.next_command import next_command
+from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
-from slzo.report.summary import RunFacts, format_summary, summarize
+from slzo.report.summary import format_summary, summarize
 from slzo.tasks.base import Example
 
-FACTS = AdviceFacts("run/config.yaml", "run/last.ckpt", "run/best.ckpt", ("max_steps", 100), 3, 2000, 2000)
+
+def run_facts(**facts):
+    """Facts of a run; 1 is as good as any other value."""
+    usual = {"rollbacks": 0, "spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
+    usual |= {"majority_share": None, "reference": None, "first_order_gb": None, "num_rows": 8, "scheduled": False}
+    return RunFacts(**dict.fromkeys([field.name for field in fields(RunFacts)], 1) | usual | facts)
+
+
+FACTS = run_facts(
+    last="run/last.ckpt", best="run/best.ckpt", limit=("max_steps", 100), layer=3, num_rows=2000, requested_rows=2000
+)
 
 
 def compare(before, after, metric="accuracy"):
@@ -202,16 +213,17 @@ def test_without_a_score_before_nothing_is_said_of_its_change(options, capsys):
 
 def test_the_command_for_more_steps_goes_on(options):
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
-    facts = AdviceFacts(str(run_dir() / "config.yaml"), str(last_checkpoint()), None, ("max_steps", 2), 3, 24, None)
+    config, last = str(run_dir() / "config.yaml"), str(last_checkpoint())
+    facts = run_facts(config=config, last=last, best=None, limit=("max_steps", 2), num_rows=24, requested_rows=None)
     command = shlex.split(next_command(WITHIN, losses(0.6, 0.5), facts), comments=True)
     assert main(command[1:]) == 0
     assert summary(1)["steps"] == 4
 
 
 def test_the_first_order_command_trains_the_same_layer(options, capsys):
-    """The run also leaves out the reference."""
-    queries = ["--model.num_queries=2", "--model.optimizer.momentum=0.5"]
-    assert main(["fit", *options, *queries, "--trainer.max_steps=2", "--record.reference=false"]) == 0
+    """The run has a scheduler, which a measured rate excludes. It also leaves out the reference."""
+    own = ["--model.num_queries=2", "--model.optimizer.momentum=0.5", "--model.lr_scheduler=ConstantLR"]
+    assert main(["fit", *options, *own, "--trainer.max_steps=2", "--record.reference=false"]) == 0
     found = summary()
     assert (found["reference_score"], found["reference_problem"], found["ahead"]) == (None, "", None)
     assert "Compare    largest class 0.5000\n" in capsys.readouterr().out
@@ -243,10 +255,7 @@ SHOWN = scored(*[0] * 8), scored(*[1] * 7, 0)
 
 def summarized(before, after, metric="accuracy", **facts):
     """The summary of a run with these scores and facts."""
-    names = [field.name for field in fields(RunFacts)]
-    usual = {"rollbacks": 0, "spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
-    usual |= {"majority_share": None, "reference": None, "first_order_gb": None, "num_rows": 8}
-    run = RunFacts(**dict.fromkeys(names, 1) | usual | {"metric": SelectionMetric("loss", metric)} | facts)
+    run = run_facts(metric=SelectionMetric("loss", metric), **facts)
     return summarize(run, before, after)
 
 

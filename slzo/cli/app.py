@@ -63,12 +63,6 @@ class App:
         """The device of this process."""
         return self.trainer.strategy.root_device
 
-    @property
-    def runs_folder(self) -> str:
-        """Folder above the runs."""
-        logger = self.trainer.logger
-        return str((logger.save_dir if logger is not None else None) or RUNS)
-
     def set_up_rows(self) -> TaskDataModule:
         """Read the rows, for work outside of Lightning's loops."""
         self.rows.trainer = self.trainer

@@ -32,7 +32,7 @@ def export(
     """
     if ckpt_path is None:
         raise SlzoError("ckpt_path: export needs a checkpoint; give --ckpt_path FILE, or --ckpt_path best")
-    checkpoint = find_checkpoint(ckpt_path, app.runs_folder)
+    checkpoint = find_checkpoint(ckpt_path, app.trainer.runs_folder)
     options = ExportOptions(output, format, base_model, push_to_hub, private, app.model.options.trust_remote_code)
     with disk_errors():
         done = export_checkpoint(checkpoint, options)

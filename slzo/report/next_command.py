@@ -1,35 +1,12 @@
 """Suggest a command after a run."""
 
 import shlex
-from dataclasses import dataclass
 
+from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import DevLoss, ScoreChange
 
 
-@dataclass(frozen=True)
-class AdviceFacts:
-    """Inputs of the advice in addition to score and dev loss.
-
-    Attributes:
-        config: Config file of the run; ``None`` if the run was not started from the command line.
-        last: Last checkpoint; ``None`` if there is none.
-        best: Checkpoint that was scored; ``None`` if there is none.
-        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        layer: Dominant layer; ``None`` if the scope needs none.
-        num_rows: Number of held-out rows.
-        requested_rows: Requested number of held-out rows; ``None`` for all.
-    """
-
-    config: str | None
-    last: str | None
-    best: str | None
-    limit: tuple[str, int]
-    layer: int | None
-    num_rows: int
-    requested_rows: int | None
-
-
-def next_command(change: ScoreChange | None, losses: DevLoss | None, run: AdviceFacts) -> str:
+def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFacts) -> str:
     """Return the command to try, with the reason after a #.
 
     The first case that applies decides. If the dev loss rose, the learning rate may be too large; if it hardly changed, too
@@ -63,13 +40,15 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: Advice
     return f"{search}  # compares learning rates"
 
 
-def first_order_command(run: AdviceFacts, memory_gb: float) -> str:
+def first_order_command(run: RunFacts, memory_gb: float) -> str:
     """Return the command that trains the same tensors by back-propagation, with its memory after a #."""
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     chosen = ("--model.estimator", "Backprop", "--model.optimizer", "AdamW", "--model.optimizer.lr", "auto")
-    return f"{_command('fit', run, *layer, *chosen)}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
+    scheduler = ("--model.lr_scheduler", "null") if run.scheduled else ()  # it would change a rate that is measured
+    command = _command("fit", run, *layer, *chosen, *scheduler)
+    return f"{command}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
 
 
-def _command(name: str, run: AdviceFacts, *options: str) -> str:
+def _command(name: str, run: RunFacts, *options: str) -> str:
     config = ("--config", run.config) if run.config is not None else ()
     return shlex.join(["slzo", name, *config, *options])

@@ -13,7 +13,7 @@ import yaml
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import read_step_log
 from slzo.pictures.curves import CurvePoint, HeldOut, RunCurves
-from slzo.report.score_change import PROPORTIONS
+from slzo.report.score_change import score_error
 from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError
 
@@ -74,12 +74,13 @@ class RunFiles:
         return str(given).rpartition(".")[2]
 
     def held_out(self, when: str) -> HeldOut | None:
-        """Return the held-out score ``before`` or ``after``, with a standard error if the metric is a proportion of rows."""
+        """Return the held-out score ``before`` or ``after``, with its standard error if it is known."""
         value = self.summary.get(f"score_{when}")
         if not isinstance(value, int | float) or not math.isfinite(value):
             return None
-        rows = self.summary.get("num_rows") or 0
-        error = math.sqrt(value * (1 - value) / rows) if self.metric in PROPORTIONS and rows else None
+        error = self.summary.get("score_standard_error") if when == "after" else None
+        if error is None:
+            error = score_error(self.metric, value, {}, self.summary.get("num_rows") or 0)
         return HeldOut(self._scored_step() if when == "after" else 0, float(value), error)
 
     def _scored_step(self) -> int:

@@ -2,101 +2,34 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.held_out import HeldOutScores
-from slzo.evaluation.selection_metric import SelectionMetric
-from slzo.report.next_command import AdviceFacts, first_order_command, next_command
+from slzo.report.next_command import first_order_command, next_command
+from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
 from slzo.tasks.base import Example
 
-
-@dataclass(frozen=True)
-class RunFacts:
-    """Inputs of the summary and its advice, in addition to the held-out scores.
-
-    Attributes:
-        model: Name of the model.
-        task: Name of the task.
-        layer: Dominant layer; ``None`` if the scope needs none.
-        layer_reason: Reason for the choice of the layer.
-        num_layers: Number of decoder layers of the model.
-        scope: Description of the scope.
-        estimator: Description of the estimator.
-        optimizer: Name of the optimizer.
-        lr: Learning rate, a number or ``auto``.
-        lr_at_end: Learning rate after the last step.
-        eps: Size of the perturbation.
-        metric: The metric of the run.
-        num_rows: Number of held-out rows.
-        requested_rows: Requested number of held-out rows; ``None`` for all.
-        steps: Number of steps taken.
-        evaluations: Number of batch evaluations.
-        skipped_steps: Number of steps without a finite loss.
-        rollbacks: Number of returns to earlier weights.
-        spikes: Number of steps with a loss far above the usual one, and the largest such loss.
-        seconds: Duration of the whole command, in seconds.
-        train_seconds: Seconds since the first step.
-        validations: Step, evaluations, seconds and loss of each validation.
-        planned_memory_gb: Estimated peak memory, GiB; ``None`` if it was not estimated.
-        peak_memory_gb: Measured peak memory, GiB.
-        tuned_parameters: Number of tuned parameters.
-        total_parameters: Number of parameters of the model.
-        seed: Seed of the directions.
-        config: Config file in the run's folder; ``None`` if the run was not started from the command line.
-        own_code: Whether the config runs code that did not come with slzo, so that commands must name it.
-        trusts_code: Whether the model runs code from its repository.
-        best: Checkpoint that was scored; ``None`` if there is none.
-        last: Last checkpoint; ``None`` if there is none.
-        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        command: Command line that started the run; ``None`` for a run from Python.
-        folder: Folder of the run; ``None`` if no files are written.
-        majority_share: Share of the held-out rows in their most frequent class; ``None`` if they have no common classes.
-        reference: A linear model's score on the held-out rows; ``None`` if it was not computed.
-        first_order_gb: Peak memory of first order for the same tensors, GiB; ``None`` if it does not fit or is not possible.
-    """
-
-    model: str
-    task: str
-    layer: int | None
-    layer_reason: str
-    num_layers: int
-    scope: str
-    estimator: str
-    optimizer: str
-    lr: float | str
-    lr_at_end: float
-    eps: float | None
-    metric: SelectionMetric
-    num_rows: int
-    requested_rows: int | None
-    steps: int
-    evaluations: int
-    skipped_steps: int
-    rollbacks: int
-    spikes: Mapping[str, Any]
-    seconds: float
-    train_seconds: float
-    validations: Sequence[Mapping[str, Any]]
-    planned_memory_gb: float | None
-    peak_memory_gb: float
-    tuned_parameters: int
-    total_parameters: int
-    seed: int
-    config: str | None
-    own_code: bool
-    trusts_code: bool
-    best: str | None
-    last: str | None
-    limit: tuple[str, int]
-    command: str | None
-    folder: str | None
-    majority_share: float | None = None
-    reference: WordsReference | None = None
-    first_order_gb: float | None = None
+# Facts that the summary has under the same names.
+_COPIED = (
+    *(
+        "model",
+        "task",
+        "layer_reason",
+        "num_layers",
+        "scope",
+        "estimator",
+        "optimizer",
+        "lr",
+        "lr_at_end",
+        "eps",
+        "seed",
+    ),
+    *("majority_share", "num_rows", "steps", "evaluations", "skipped_steps", "rollbacks", "planned_memory_gb"),
+    *("peak_memory_gb", "tuned_parameters", "total_parameters", "command"),
+)
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -106,28 +39,17 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     change = _change(run, before, after)
     losses = dev_loss(run.validations, run.metric.description)
     doubtful = is_doubtful(change, losses)
-    advice = AdviceFacts(run.config, run.last, run.best, run.limit, run.layer, run.num_rows, run.requested_rows)
-    first = None if run.first_order_gb is None else first_order_command(advice, run.first_order_gb)
-    suggestion = next_command(change, losses, advice) if doubtful else first
+    first = None if run.first_order_gb is None else first_order_command(run, run.first_order_gb)
+    suggestion = next_command(change, losses, run) if doubtful else first
     if run.config is None:  # a command would need the options of this run in Python
         suggestion, first = (None if line is None else line.partition("# ")[2] for line in (suggestion, first))
     return {
-        "model": run.model,
-        "task": run.task,
+        **{name: getattr(run, name) for name in _COPIED},
         "dominant_layer": run.layer,
-        "layer_reason": run.layer_reason,
-        "num_layers": run.num_layers,
-        "scope": run.scope,
-        "estimator": run.estimator,
-        "optimizer": run.optimizer,
-        "lr": run.lr,
-        "lr_at_end": run.lr_at_end,
-        "eps": run.eps,
         "metric": metric,
         "score_before": scores_before.get(metric),
         "score_after": after.metrics[metric],
         "score_standard_error": score_error(metric, after.metrics[metric], after.rows, run.num_rows),
-        "majority_share": run.majority_share,
         "reference_score": None if run.reference is None else run.reference.accuracy,
         "reference_problem": "" if run.reference is None else run.reference.problem,
         "ahead": _ahead(run.reference, after.metrics[metric]),
@@ -141,22 +63,11 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "use": use_commands(run),
         "scores_before": scores_before,
         "scores_after": after.metrics,
-        "num_rows": run.num_rows,
-        "steps": run.steps,
-        "evaluations": run.evaluations,
-        "skipped_steps": run.skipped_steps,
-        "rollbacks": run.rollbacks,
         "loss_spikes": dict(run.spikes),
         "seconds": round(run.seconds, 2),
         "train_seconds": round(run.train_seconds, 4),
         "validations": list(run.validations),
-        "planned_memory_gb": run.planned_memory_gb,
-        "peak_memory_gb": run.peak_memory_gb,
-        "tuned_parameters": run.tuned_parameters,
-        "total_parameters": run.total_parameters,
-        "seed": run.seed,
         "best_checkpoint": run.best,
-        "command": run.command,
         "run_dir": run.folder,
     }
 

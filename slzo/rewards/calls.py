@@ -105,17 +105,15 @@ def call(wanted: RewardCall, function: RewardFunction, answers: Answers) -> list
         Interrupted: The function raised KeyboardInterrupt.
     """
     given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns, **wanted.arguments}
-    given = {name: value for name, value in given.items() if name in _accepted(function, given)}
+    accepted = _accepted(function, given)
     try:
-        values = list(function(**given))
+        values = list(function(**{name: value for name, value in given.items() if name in accepted}))
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT) from error
     except Exception as error:  # the user's function may raise anything
-        raise RewardFailure(
-            wanted.function, f"raised {format_error(error)}", _place(function, wanted, answers)
-        ) from error
+        raise RewardFailure(wanted.function, f"raised {format_error(error)}") from error
     if len(values) != len(answers.ids):
-        raise RewardFailure(wanted.function, f"returned {len(values)} values for {len(answers.ids)} answers", 0)
+        raise RewardFailure(wanted.function, f"returned {len(values)} values for {len(answers.ids)} answers")
     numbers = []
     for place, value in enumerate(values):
         try:
@@ -142,18 +140,6 @@ def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> set[str]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return set(given)
     return {parameter.name for parameter in parameters}
-
-
-def _place(function: RewardFunction, wanted: RewardCall, answers: Answers) -> int | None:
-    """Return the index of the first answer at which the function fails when it is called with that answer alone."""
-    if len(answers.ids) == 1:
-        return 0
-    for place in range(len(answers.ids)):
-        try:
-            call(wanted, function, answers.some([place]))
-        except RewardFailure:
-            return place
-    return None
 
 
 def _run_file(path: Path) -> Any:

@@ -14,6 +14,9 @@ from slzo.utils.errors import SlzoError
 
 _log = logging.getLogger(__name__)
 
+# Answers of a batch at which a function may fail, before all are left out.
+_MOST_LEFT_OUT = 3
+
 Functions = str | list[str | dict[str, Any]]
 """Reward functions in a config: a name, or a list of names and of mappings with function, weight and arguments."""
 
@@ -50,7 +53,6 @@ class Rewards:
         if not 0 < timeout < math.inf:
             raise SlzoError(f"data.objective.timeout {timeout}: must be a number of seconds above 0")
         self.timeout = timeout
-        self.in_process = in_process
         self.names = _short_names([one.function for one in self.functions])
         self._process = None if in_process else RewardProcess(self.functions, timeout)
 
@@ -77,26 +79,25 @@ class Rewards:
     def __call__(self, answers: Answers, all_or_none: bool = False) -> RewardResult:
         """Reward answers.
 
-        If a function fails at an answer, that answer is left out and the others are tried once more. If this fails too, all are
-        left out; with ``all_or_none`` they are left out at once. Each failure is logged as a warning of one line.
+        If a function fails at an answer, that answer is left out and the others are tried again. All are left out if it fails at
+        more than three, or at no answer alone; with ``all_or_none`` at the first failure. Each failure is logged as a warning of
+        one line.
         """
         places = list(range(len(answers.ids)))
         values = [[math.nan] * len(places) for _ in self.functions]
         problems: list[str] = []
-        for _ in range(1 if all_or_none else 2):
-            if not places:
-                break
+        while places:
             part = answers.some(places)
             try:
                 found = self._call(part)
             except RewardFailure as failure:
                 place = failure.place if failure.place is not None else self._search(part)
                 problems.append(_message(failure, part, place))
-                _log.warning(
-                    "%s; %s", problems[-1], "the step is not taken" if all_or_none else "the row is not counted"
-                )
-                if place is None:
+                if all_or_none or place is None or len(problems) > _MOST_LEFT_OUT:
+                    outcome = "the step is not taken" if all_or_none else "no row of this batch is counted"
+                    _log.warning("%s; %s", problems[-1], outcome)
                     break
+                _log.warning("%s; the row is not counted", problems[-1])
                 del places[place]
                 continue
             for of_function, new in zip(values, found, strict=True):

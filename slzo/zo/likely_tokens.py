@@ -22,8 +22,8 @@ class LikelyTokens:
 
     .. math:: \log p(y) \approx z_y - \log \Big( \sum_{v \in K} e^{z_v} + \sum_{v \notin K} e^{z^0_v} \Big)
 
-    and so with logits divided by a temperature. This is exact without a shift. The derivative with respect to the logits is that of the softmax for the likely tokens, and 0
-    for the others. The tokens of a row do not depend on the other rows of its batch.
+    and so with logits divided by a temperature. This is exact without a shift. The derivative with respect to the logits is that
+    of the softmax for the likely tokens, and 0 for the others. The tokens of a row do not depend on the other rows of its batch.
 
     Attributes:
         ids: The likely tokens of each row, shape (B, K), int64, rising.

@@ -219,6 +219,7 @@ class RowsLoss(_SummedLoss):
     def _policy(self) -> tuple[float, BatchLogitLoss]:
         """Sample answers at the masters; return their mean loss, and the loss whose derivative is the policy gradient."""
         context, batch = self.context, self.batch
+        self.sampling.check()
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
         answers, states = context.sampled_answers(batch.rows, rows, keys)
         losses = self.losses(answers, rows)
@@ -269,7 +270,7 @@ def live_points(tuned: TunedTensors, points: Sequence[Point]) -> Iterator[Callab
     """
     names = {name for point in points for name in point.direction}
     live = {name: tensor.live for name, tensor in tuned.items() if name in names}
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in live.values())
+    num_bytes = sum(tensor.nbytes for tensor in live.values())
     if len(points) * num_bytes > tuned.hold_bytes:
         yield lambda number: tuned.write(points[number].direction, points[number].scale)
         return

@@ -53,12 +53,7 @@ class AnswerSampling:
             )
 
     def of(self, rows: Sequence[Row], seed: int, step: int) -> tuple[list[Row], Sampling]:
-        """Repeat each row for its answers, and return the random numbers of all answers.
-
-        Raises:
-            SlzoError: See :meth:`check`.
-        """
-        self.check()
+        """Repeat each row for its answers, and return the random numbers of all answers."""
         repeated = [row for row in rows for _ in range(self.samples)]
         keys = (sample_key(seed, step, row.example.id, number % self.samples) for number, row in enumerate(repeated))
         return repeated, Sampling(self.temperature, tuple(keys))

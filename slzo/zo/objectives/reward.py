@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from slzo.batches.losses import LossSum, stack
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.rewarding import reward_inputs
-from slzo.evaluation.sampling import Sampling, sample_key
+from slzo.evaluation.sampling import Sampling
 from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardResult, Rewards
@@ -140,16 +141,13 @@ class _RewardLoss(RowsLoss):
         return [-rewarded.totals[number] for number in numbers]
 
     def sums(self, points: Sequence[Point]) -> Tensor:
-        objective, samples, distinct = self.objective, self.objective.samples or 1, _DistinctAnswers()
-        answers = self._answers(points)
-        numbers = [[distinct.number(answer, row.example) for answer, row in of_point] for of_point in answers]
-        rewarded = objective.rewards(reward_inputs(distinct.answers, distinct.examples), all_or_none=True)
-        num_tokens = [answer.num_tokens for of_point in answers for answer, _ in of_point]
-        self._report = _report(rewarded, [number for of_point in numbers for number in of_point], num_tokens)
+        samples, answers = self.objective.samples or 1, self._answers(points)
+        pairs = [pair for of_point in answers for pair in of_point]
+        losses = iter(self.losses([answer for answer, _ in pairs], [row for _, row in pairs]))
         device = self.batch.packed.input_ids.device
         sums = []
-        for of_point in numbers:
-            total = -sum(rewarded.totals[number] for number in of_point) / samples
+        for of_point in answers:
+            total = sum(islice(losses, len(of_point))) / samples
             sums.append(LossSum(*torch.tensor([total, len(of_point) / samples], device=device)))
         return stack(sums)
 
@@ -159,16 +157,11 @@ class _RewardLoss(RowsLoss):
         temperature = self.objective.temperature
         if temperature is None:
             temperature = self.sampling.temperature if samples > 1 else 0.0
-        rows = [[row for row in self.rows_of(point) for _ in range(samples)] for point in points]
-        sampling = None
-        if temperature > 0:
-            keys = (
-                sample_key(context.seed, context.step, row.example.id, number % samples)
-                for of_point in rows
-                for number, row in enumerate(of_point)
-            )
-            sampling = Sampling(temperature, tuple(keys))
-        answers = context.answers(points, rows, sampling)
+        sampling = AnswerSampling(samples, temperature)
+        found = [sampling.of(self.rows_of(point), context.seed, context.step) for point in points]
+        rows = [of_point for of_point, _ in found]
+        keys = tuple(key for _, of_point in found for key in of_point.keys)
+        answers = context.answers(points, rows, Sampling(temperature, keys) if temperature > 0 else None)
         return [list(zip(*answers_and_rows, strict=True)) for answers_and_rows in zip(answers, rows, strict=True)]
 
 
