@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from slzo.callbacks.run_context import run_context
-from slzo.callbacks.schedule import check_interval, folder_of
-from slzo.callbacks.time_limit import time_limit_of
+from slzo.callbacks.schedule import callback_of, check_interval, folder_of
+from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
@@ -264,7 +264,7 @@ class ZOModule(LightningModule):
         layer_barrier(prepared.model.parts.model)
         if several:
             check_agreement(prepared.identity(), "give all the same files")
-        if (limit := time_limit_of(self.trainer)) is not None:
+        if (limit := callback_of(self.trainer, TimeLimit)) is not None:
             limit.apply(self.trainer, prepared.time)
         return prepared
 

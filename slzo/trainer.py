@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
-from slzo.callbacks.time_limit import TimeLimit, time_limit_of
+from slzo.callbacks.schedule import callback_of
+from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import WholeCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
@@ -109,7 +110,7 @@ class ZOTrainer(Trainer):
             ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` of the newest run.
             weights_only: Passed on.
         """
-        if (limit := time_limit_of(self)) is not None:
+        if (limit := callback_of(self, TimeLimit)) is not None:
             limit.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
@@ -194,17 +195,21 @@ class ZOTrainer(Trainer):
 
     def _running(self, begun: int = 0) -> AbstractContextManager[None]:
         """Return the context in which Lightning runs; see :func:`slzo.loggers.run_folder`."""
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RankWatch):
-                callback.watch_launcher(self)
+        if (watch := callback_of(self, RankWatch)) is not None:
+            watch.watch_launcher(self)
         return run_folder(self, begun)
+
+    @property
+    def runs_folder(self) -> str:
+        """Folder above the runs."""
+        return str((self.logger.save_dir if self.logger is not None else None) or self.default_root_dir)
 
     def _find(self, ckpt_path: str | Path | None, restarted: bool = False) -> Checkpoint | None:
         """Read a checkpoint; ``last`` and ``best`` are those of the newest run.
 
         Without a path, a training (``restarted``) of a SLURM job that was restarted continues the newest run of this job.
         """
-        root = (self.logger.save_dir if self.logger is not None else None) or self.default_root_dir
+        root = self.runs_folder
         if ckpt_path is None and restarted and is_restarted() and (job := job_id()) is not None:
             ckpt_path = checkpoint_of_job(root, job)
         if ckpt_path is None:

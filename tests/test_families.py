@@ -135,9 +135,9 @@ def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family
 
 def test_a_head_that_cannot_be_selected_is_run_whole(monkeypatch):
     def fails(self, hidden_states):
-        raise AttributeError("'_SelectedHead' object has no attribute 'other'")
+        raise AttributeError("'SelectedHead' object has no attribute 'other'")
 
-    monkeypatch.setattr(model_parts._SelectedHead, "forward", fails)
+    monkeypatch.setattr(model_parts.SelectedHead, "forward", fails)
     parts = split_and_verify(tiny_model("llama"))
     assert not parts.selects
     hidden, ids = torch.randn(3, 32), torch.tensor([5, 2])

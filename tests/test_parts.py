@@ -9,7 +9,8 @@ from helpers import FAMILIES, random_example, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from slzo.batches.packing import pack
-from slzo.models.parts import ModelParts, find_decoder_layers
+from slzo.models.decoder_layers import find_decoder_layers
+from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.utils.errors import SlzoError
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import DistError, TCPStore
 
 from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.callbacks.schedule import callback_of
 from slzo.utils.console import warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat
 from slzo.utils.peers import Peer, PeerWatch, end_process
@@ -119,8 +120,8 @@ class RankWatch(Callback):
 
 
 def _message(trainer: Trainer, cause: str) -> str:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    saved = next((each.saved for each in callbacks if isinstance(each, LastCheckpoint)), None) or trainer.ckpt_path
+    last = callback_of(trainer, LastCheckpoint)
+    saved = (None if last is None else last.saved) or trainer.ckpt_path
     if trainer.state.fn != "fit" or saved is None:
         advice = "start the same command again"
     else:

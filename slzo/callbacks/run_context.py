@@ -5,8 +5,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from slzo.callbacks.outlier_profiler import OutlierProfiler
-from slzo.callbacks.schedule import is_quick
-from slzo.callbacks.time_limit import time_limit_of
+from slzo.callbacks.schedule import callback_of, is_quick
+from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.run import RunContext
 from slzo.strategy import shard_group_of
@@ -25,14 +25,14 @@ def run_context(
         folder: Folder of the run; ``None`` if no checkpoints are written.
         checkpoint: Checkpoint to continue; ``None`` for a new training.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    profiler = callback_of(trainer, OutlierProfiler)
     return RunContext(
         device=trainer.strategy.root_device,
         max_steps=trainer.max_steps,
         planned_steps=planned_steps(trainer, rows),
         folder=folder,
         checkpoint=checkpoint,
-        profiler=next((each.options for each in callbacks if isinstance(each, OutlierProfiler)), None),
+        profiler=None if profiler is None else profiler.options,
         quick=is_quick(trainer),
         time=_time_budget(trainer, rows),
         shard_group=shard_group_of(trainer),
@@ -41,7 +41,7 @@ def run_context(
 
 def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
     """Return the time of a run and its other limits; ``None`` if the time is not limited."""
-    limit = time_limit_of(trainer)
+    limit = callback_of(trainer, TimeLimit)
     if limit is None or is_quick(trainer):
         return None
     max_steps, interval = limit.given(trainer)

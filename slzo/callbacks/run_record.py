@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import planned_steps
-from slzo.callbacks.schedule import folder_of, is_quick
+from slzo.callbacks.schedule import callback_of, folder_of, is_quick
 from slzo.callbacks.step_watch import StepWatch
 from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
@@ -170,20 +170,19 @@ class RunRecord(Callback):
 
     def _outcome(self, trainer: Trainer) -> FitOutcome:
         """Collect the results of the training for the summary. A collective call."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        guard, watch = callback_of(trainer, LossGuard), callback_of(trainer, StepWatch)
         folder = folder_of(trainer)
         best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
-        keeps_last = folder is not None and any(isinstance(each, LastCheckpoint) for each in callbacks)
+        keeps_last = folder is not None and callback_of(trainer, LastCheckpoint) is not None
         limit = "max_steps" if trainer.max_steps > 0 else "max_epochs"
-        spikes = next((each.spikes for each in callbacks if isinstance(each, StepWatch)), {"number": 0})
         return FitOutcome(
             steps=trainer.global_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             best=best,
             last=str(folder / "checkpoints" / LAST) if keeps_last and folder is not None else None,
             history=self._so_far(),
-            rollbacks=sum(each.rollbacks for each in callbacks if isinstance(each, LossGuard)),
-            spikes=spikes,
+            rollbacks=0 if guard is None else guard.rollbacks,
+            spikes={"number": 0} if watch is None else watch.spikes,
             limit=(limit, int(getattr(trainer, limit) or 0)),
             command=command_line(),
             reference=self.reference,

@@ -1,11 +1,20 @@
-"""When Lightning validates and where a run is written, from the public attributes of its trainer."""
+"""When Lightning validates, where a run is written and its callbacks, from the public attributes of its trainer."""
 
 import math
 from pathlib import Path
+from typing import TypeVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from slzo.utils.errors import SlzoError
+
+_Kind = TypeVar("_Kind", bound=Callback)
+
+
+def callback_of(trainer: Trainer, kind: type[_Kind]) -> _Kind | None:
+    """Return the callback of a class; ``None`` if the trainer has none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, kind)), None)
 
 
 def is_quick(trainer: Trainer) -> bool:

@@ -121,9 +121,3 @@ class TimeLimit(Callback):
         if self._given is not None:
             trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_interval = self._given
         self._ends = self._given = self._plan = None
-
-
-def time_limit_of(trainer: Trainer) -> TimeLimit | None:
-    """Return the time limit of a trainer; ``None`` if it has none."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((each for each in callbacks if isinstance(each, TimeLimit)), None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slzo.checkpoints import checkpoint_file
-from slzo.utils.console import is_first_process, progress, say
+from slzo.utils.console import inform, say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import replacing
 from slzo.utils.hub import model_commit, split_revision
@@ -207,7 +207,8 @@ def newest_checkpoint(root: str | Path) -> Path:
     Raises:
         SlzoError: There is no intact checkpoint.
     """
-    found = [path for path in _by_age(root, "*.ckpt") if not path.name.startswith(REPLAYED)]
+    files = sorted(Path(root).glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for path in files if not path.name.startswith(REPLAYED)]
     if not found:
         raise SlzoError(
             f"ckpt_path 'last': no run below {str(root)!r} has a checkpoint; start without --ckpt_path, or give a file"
@@ -215,18 +216,18 @@ def newest_checkpoint(root: str | Path) -> Path:
     newest = found[0].parent
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
     if last is None:
-        _report(f"ckpt_path 'last': {str(newest)!r} has no last.ckpt")
+        inform(f"ckpt_path 'last': {str(newest)!r} has no last.ckpt")
     else:
         try:
             with _one_line(f"ckpt_path {str(last)!r}"):
                 checkpoint_file.verify(last)
             return last
         except SlzoError as error:
-            _report(str(error))
+            inform(str(error))
     for path in sorted(found, key=lambda path: path.parent != newest):
         with suppress(SlzoError):
             if read_checkpoint(path).is_resumable:
-                _report(f"{path} is the newest intact checkpoint")
+                inform(f"{path} is the newest intact checkpoint")
                 return path
     raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is intact; start without --ckpt_path")
 
@@ -289,16 +290,6 @@ def _one_line(option: str) -> Iterator[None]:
         raise SlzoError(f"{option}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged header can cause many errors
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
-
-
-def _report(line: str) -> None:
-    if is_first_process():
-        progress(line)
-
-
-def _by_age(root: str | Path, name: str) -> list[Path]:
-    found = Path(root).glob(f"**/checkpoints/{name}")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _check_state(content: Mapping[str, Any], option: str) -> None:

@@ -6,12 +6,14 @@ become class paths, because another loaded package may have a class of the same 
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from slzo.cli.given import option_words
 from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.zo.optim import AUTO_LR
 
@@ -24,11 +26,7 @@ _NUMBER = ".inf"
 def spelled_out(args: Sequence[str]) -> list[str]:
     """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
     found = list(args)
-    for place, arg in enumerate(args):
-        name, given, value = arg.partition("=")
-        if not given:
-            place, value = place + 1, next(iter(args[place + 1 : place + 2]), "")
-        before = name + given if given else ""
+    for name, value, place, before in option_words(args):
         if name in _LR and value == _AUTO:
             found[place] = before + _NUMBER
         elif name in (*CONFIG_OPTIONS, *_OPTIMIZER) and value:
@@ -40,14 +38,6 @@ def spelled_out(args: Sequence[str]) -> list[str]:
     return found
 
 
-def read_config(value: str) -> str | None:
-    """Return the text of a config file; ``None`` if there is no such file, since the parser also accepts a config as text."""
-    try:
-        return Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else None
-    except OSError:  # a text that is too long for a file name
-        return None
-
-
 def with_words(dumped: str) -> str:
     """Return a dumped config with ``auto`` in place of the number."""
     return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
@@ -55,14 +45,16 @@ def with_words(dumped: str) -> str:
 
 def _loaded(value: str) -> dict[str, Any] | None:
     """Return the options of a config file or text; ``None`` if there are none."""
-    text = read_config(value)
+    path, text = Path(value), None
+    with suppress(OSError):  # a text that is too long for a file name
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     try:
         content = yaml.safe_load(value if text is None else text)
     except yaml.YAMLError:  # the parser reports the error
         return None
     if not isinstance(content, dict):
         return None
-    return content if text is None else _with_paths(content, Path(value).parent)
+    return content if text is None else _with_paths(content, path.parent)
 
 
 def _replace(content: dict[str, Any], name: str) -> bool:

@@ -39,6 +39,19 @@ def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> 
     return found
 
 
+def option_words(args: Sequence[str]) -> Iterator[tuple[str, str, int, str]]:
+    """Yield each word as an option: its name, its value, the place of the value in ``args``, and what stands before it there.
+
+    The value is what follows ``=``, or else the next word; empty if there is none.
+    """
+    for place, arg in enumerate(args):
+        name, given, value = arg.partition("=")
+        if given:
+            yield name, value, place, f"{name}="
+        else:
+            yield name, next(iter(args[place + 1 : place + 2]), ""), place + 1, ""
+
+
 def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:
     """Yield the options of a nested mapping; a class comes as its path, followed by its arguments."""
     for key, value in sorted(config.items(), key=lambda item: item[0] != "class_path"):

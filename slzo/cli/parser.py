@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from slzo.cli.config_files import check_config_file
 from slzo.cli.diagnose import explain
-from slzo.cli.given import Given, given_options
+from slzo.cli.given import Given, given_options, option_words
 from slzo.cli.help import add_help_all, short_help
 from slzo.cli.shipped_configs import CONFIG_OPTIONS, shipped_configs
 from slzo.commands.registry import Command
@@ -70,12 +70,7 @@ def plain_parser(command: Command) -> CommandParser:
 
 def option_values(args: Sequence[str], *names: str) -> list[str]:
     """Return the values of some options on the command line."""
-    found = []
-    for place, arg in enumerate(args):
-        name, given, value = arg.partition("=")
-        if name in names:
-            found.append(value if given else next(iter(args[place + 1 : place + 2]), ""))
-    return found
+    return [value for name, value, _, _ in option_words(args) if name in names]
 
 
 def read_given(args: Sequence[str]) -> list[Given]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from slzo.cli.given import option_words
+
 CONFIG_OPTIONS = ("-c", "--config")
 _PACKAGE = Path(__file__).parents[1]
 # of an installed wheel, and of a clone
@@ -23,14 +25,11 @@ def shipped_configs() -> dict[str, Path]:
 def with_shipped_configs(args: Sequence[str]) -> list[str]:
     """Return options in which the name of a config is replaced by its path; an existing file takes precedence."""
     found = list(args)
-    for place, arg in enumerate(args):
-        name, given, value = arg.partition("=")
+    for name, value, place, before in option_words(args):
         if name in CONFIG_OPTIONS:
-            if not given:
-                place, value = place + 1, next(iter(args[place + 1 : place + 2]), "")
             path = shipped_configs().get(value)
             if path is not None and not Path(value).is_file():
-                found[place] = f"{name}={path}" if given else str(path)
+                found[place] = f"{before}{path}"
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from slzo.tasks.base import HubSource, Split
 from slzo.tasks.fields import Fields
-from slzo.utils.console import is_first_process, progress
+from slzo.utils.console import inform
 from slzo.utils.errors import SlzoError
 from slzo.utils.hub import causes, commit_of, known_problem
 
@@ -28,8 +28,8 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
     """
     name = source.train if split == "train" else source.test
     origin = f"{source.path}{f' ({source.config})' if source.config else ''} split {name!r}"
-    if is_first_process() and not sys.stderr.isatty():  # on a terminal, datasets shows bars
-        progress(f"Loading {origin} from the Hub")
+    if not sys.stderr.isatty():  # on a terminal, datasets shows bars
+        inform(f"Loading {origin} from the Hub")
     given = source.path if source.revision is None else f"{source.path}@{source.revision}"
     try:
         import datasets

@@ -321,7 +321,7 @@ class _Decoder:
 
 
 class Decoded(NamedTuple):
-    """Output of :func:`decode`.
+    """Generated answers.
 
     Attributes:
         answers: Tokens of each answer, without the stop token.

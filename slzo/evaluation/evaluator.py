@@ -15,7 +15,7 @@ from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoding import EnteringStates, Kept, VariedLayers, Wanted, decode
+from slzo.evaluation.decoding import Decoded, EnteringStates, Kept, VariedLayers, Wanted, decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, generate, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
@@ -147,7 +147,7 @@ class Evaluator:
             kept=self._kept([prompt_key(index) for index in distinct], keep=True),
             entering=entering,
         )
-        return [self._answer(ids, end) for ids, end in zip(decoded.answers, decoded.ends, strict=True)]
+        return self._to_answers(decoded)
 
     def _generate(
         self, rows: Sequence[Row], gold: list[EncodedExample] | None, keep: bool, sampling: Sampling | None = None
@@ -164,12 +164,14 @@ class Evaluator:
             sampling=sampling,
             kept=self._kept(indices if gold is not None else [prompt_key(index) for index in indices], keep),
         )
-        answers = zip(generated.answers, generated.ends, strict=True)
-        return [self._answer(ids, end) for ids, end in answers], generated.gold
+        return self._to_answers(generated), generated.gold
 
-    def _answer(self, ids: Sequence[int], end: int | None) -> Answer:
-        tokens = tuple(ids) if end is None else (*ids, end)
-        return Answer(answer_text(self.tokenizer, ids, self.decoding.stop), len(ids), tokens)
+    def _to_answers(self, decoded: Decoded) -> list[Answer]:
+        stop = self.decoding.stop
+        return [
+            Answer(answer_text(self.tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))
+            for ids, end in zip(decoded.answers, decoded.ends, strict=True)
+        ]
 
     def _kept(self, keys: Sequence[int], keep: bool) -> Kept | None:
         return None if self.prompt_states is None else Kept(self.prompt_states, keys, keep)

@@ -18,7 +18,7 @@ from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.encoding import newline_token
-from slzo.evaluation.decoding import Kept, Wanted, decode
+from slzo.evaluation.decoding import Decoded, Kept, Wanted, decode
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 
@@ -52,21 +52,6 @@ class Answer:
     text: str
     num_tokens: int
     tokens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Output of :func:`generate`.
-
-    Attributes:
-        answers: New tokens of each prompt, without the stop token.
-        ends: Stop token of each answer; ``None`` if it ended otherwise.
-        gold: Summed loss of the gold answers' tokens; ``None`` if no gold answers were given.
-    """
-
-    answers: list[list[int]]
-    ends: list[int | None]
-    gold: LossSum | None
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ("\n",)) -> set[int]:
@@ -112,7 +97,7 @@ def generate(
     ended: Callable[[Sequence[int]], bool] | None = None,
     sampling: Sampling | None = None,
     kept: Kept | None = None,
-) -> Generation:
+) -> Decoded:
     """Generate continuations of prompts.
 
     Args:
@@ -129,8 +114,8 @@ def generate(
     if not parts.packed:
         loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
         made = _generate_padded(parts, prompts, stops, max_new_tokens, sampling)
-        return Generation([answer for answer, _ in made], [end for _, end in made], loss)
-    decoded = decode(
+        return Decoded([answer for answer, _ in made], [end for _, end in made], loss)
+    return decode(
         parts,
         prompts,
         [Wanted(prompt) for prompt in range(len(prompts))],
@@ -142,7 +127,6 @@ def generate(
         kept=kept,
         gold=gold,
     )
-    return Generation(*decoded)
 
 
 def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:

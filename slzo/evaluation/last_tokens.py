@@ -29,13 +29,11 @@ class _Group(NamedTuple):
         earlier: Packed positions of the earlier tokens, shape (S, E); padding is 0.
         is_earlier: ``False`` on their padding.
         last: Numbers of the last tokens, shape (S, L), padding on the right is 0.
-        is_last: ``False`` on their padding.
     """
 
     earlier: Tensor
     is_earlier: Tensor
     last: Tensor
-    is_last: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class LastTokens:
             last = number[group.gather(1, place.clamp(max=group.shape[1] - 1))].masked_fill(~fits, 0)
             before = torch.arange(int(start.max()), device=group.device)
             is_earlier = before < start[:, None]
-            groups.append(_Group(group[:, : len(before)].masked_fill(~is_earlier, 0), is_earlier, last, fits))
+            groups.append(_Group(group[:, : len(before)].masked_fill(~is_earlier, 0), is_earlier, last))
             inverse[last[fits]] = offset + fits.flatten().nonzero()[:, 0]
             offset += last.numel()
         return cls(positions, tuple(groups), inverse)

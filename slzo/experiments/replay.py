@@ -26,10 +26,10 @@ def replay_run(
     rows: TaskRows,
     run: str,
     steps: int | None,
-    output: Path | None = None,
-    device: torch.device | None = None,
-) -> Path:
-    """Take the first steps of a run again with the losses of its log, write a checkpoint, and return its path.
+    output: Path | None,
+    device: torch.device,
+) -> None:
+    """Take the first steps of a run again with the losses of its log, and write a checkpoint.
 
     On the same machine with the same number of threads the weights are bit-identical to those of the run.
 
@@ -39,7 +39,7 @@ def replay_run(
         run: Folder of the run.
         steps: Number of steps; ``None`` for all steps of the log.
         output: Checkpoint to write; ``None`` for a file in the run's folder.
-        device: Device of the model; ``None`` for the CPU.
+        device: Device of the model.
 
     Raises:
         SlzoError: The folder has no complete log of that many steps, or the estimator needs no losses.
@@ -54,7 +54,6 @@ def replay_run(
         )
     log = read_step_log(folder / NAME)
     number = _number_of_steps(log, steps, run)
-    device = torch.device("cpu") if device is None else device
     if (trained_on := log.settings["device"]) != device_name(device):
         raise SlzoError(
             f"trainer.accelerator: run {run!r} was trained on {trained_on}, and random directions differ on "
@@ -79,7 +78,6 @@ def replay_run(
     note = {**start.note, **stepper.state_dict()}
     write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, output)
     say(f"Checkpoint {output}, the tuned weights after {number} steps")
-    return output
 
 
 def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:

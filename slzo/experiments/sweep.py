@@ -47,7 +47,7 @@ def sweep_layers(
         "seed_of_sensitivity": plan.seeds[0],
     }
     # the sensitivity does not depend on the steps, so trainings may be added later
-    store = CellStore(output or trials.default_folder("sweeps"), settings, open_settings=("steps", "seconds"))
+    store = CellStore(output or trials.default_folder(), settings, open_settings=("steps", "seconds"))
     profile = profile_model()
     run_cells(trials, store, plan)
     if is_worker():

@@ -61,7 +61,7 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
         SlzoError: The folder holds other results.
     """
     settings = trials.settings() | {"steps": plan.steps, "layer": layer}
-    store = CellStore(output or f"{trials.default_folder('sweeps')}-rates", settings)
+    store = CellStore(output or f"{trials.default_folder()}-rates", settings)
     tried, before = search(trials, store, plan, layer)
     if is_worker():
         return

@@ -18,7 +18,7 @@ from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
 from slzo.zo.profile import OutlierProfile, standard_error
-from slzo.zo.selection.base import CLEAR
+from slzo.zo.selection.base import CLEAR, in_errors
 from slzo.zo.trial import Score, Trial
 
 
@@ -147,7 +147,7 @@ def _sensitivity_verdict(rows: Sequence[LayerResult], dominant: LayerResult | No
         return f"The {chosen}, {dominant.layer}, has a sensitivity of {_measured(dominant)}; no layer was trained."
     other = others[0] if dominant is first else first
     spread = math.hypot(other.sensitivity_se, dominant.sensitivity_se)
-    errors = abs(other.sensitivity - dominant.sensitivity) / spread if spread > 0 else math.inf
+    errors = in_errors(abs(other.sensitivity - dominant.sensitivity), spread)
     if dominant is first:
         doubt = "" if errors >= CLEAR else "but not clearly, "
         return (
@@ -170,8 +170,7 @@ def _errors(difference: float, one: LayerResult, other: LayerResult) -> float | 
     """Return a difference of two layers' losses in standard errors over seeds; ``None`` if these are unknown."""
     if one.loss_se is None or other.loss_se is None:
         return None
-    spread = math.hypot(one.loss_se, other.loss_se)
-    return difference / spread if spread > 0 else math.inf
+    return in_errors(difference, math.hypot(one.loss_se, other.loss_se))
 
 
 def _how_sure(errors: float | None) -> str:

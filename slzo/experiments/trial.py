@@ -22,6 +22,7 @@ from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
+from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import standard_error
 from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
@@ -203,8 +204,7 @@ class LayerTrials(Trials):
                 max_nonfinite=1 << 60,
             )
             if lr is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                set_rate(optimizer, lr)
             scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
             if dev_rows not in self._before:  # the same for every trial
                 self._before[dev_rows] = self._score(model, dev_rows)
@@ -296,9 +296,9 @@ class LayerTrials(Trials):
             "data_dir": None if rows.data_dir is None else str(Path(rows.data_dir).expanduser().resolve()),
         }
 
-    def default_folder(self, kind: str) -> Path:
-        """Return the default folder of results below the folder ``kind``."""
-        return Path(kind) / f"{Path(self.options.model).name}-{self.rows.task.name}"
+    def default_folder(self) -> Path:
+        """Return the default folder of the results of a sweep."""
+        return Path("sweeps") / f"{Path(self.options.model).name}-{self.rows.task.name}"
 
     def clear_prefix(self) -> None:
         """Drop all cached states."""

@@ -1,6 +1,5 @@
 """Facts about an exported run, and the options of an export."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
 from slzo.tasks.base import HubSource
 from slzo.tasks.registry import TASKS
+from slzo.utils.files import read_json
 from slzo.version import __version__
 from slzo.zo.tuned_model import TunedModel
 
@@ -123,7 +123,7 @@ def facts_of(
     checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, adapter: PeftFiles | None
 ) -> Facts:
     """Collect the facts from a checkpoint and from the folder of its run."""
-    note, summary = checkpoint.note, _summary(Path(checkpoint.path))
+    note, summary = checkpoint.note, read_json(Path(checkpoint.path).parent.parent / _SUMMARY)
     best = summary.get("best_checkpoint")
     return Facts(
         format,
@@ -142,12 +142,3 @@ def facts_of(
         summary,
         best is not None and Path(best).name == Path(checkpoint.path).name,
     )
-
-
-def _summary(checkpoint: Path) -> dict[str, Any]:
-    """Read the summary of the run that a checkpoint belongs to; empty if there is none."""
-    try:
-        found = json.loads((checkpoint.parent.parent / _SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.engine import Engine
-from slzo.models.parts import find_decoder_layers
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 
@@ -262,4 +262,4 @@ def _name(device: torch.device) -> str:
 
 
 def _num_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(parameter.nbytes for parameter in module.parameters())

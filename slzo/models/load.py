@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slzo.models.builtin import BUILTIN_MODELS, builtin_model_path
+from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.engine import DType
 from slzo.models.gguf_folder import gguf_to_folder
 from slzo.models.loading_check import check_config_file, check_loading, reason_of
@@ -52,7 +52,7 @@ def resolve_model(name: str) -> str:
             ".gguf file or a Hub id"
         )
     if name in BUILTIN_MODELS:
-        return str(builtin_model_path(name))
+        return str(BUILTIN_MODELS[name].folder())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -120,7 +120,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a frozen causal language model in evaluation mode on the CPU.
 
-    A vision-language model is loaded completely; :mod:`slzo.models.parts` finds its text decoder.
+    A vision-language model is loaded completely; :mod:`slzo.models.decoder_layers` finds its text decoder.
 
     Args:
         name: Name of the model, see :func:`resolve_model`.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from slzo.models.parts import find_decoder_layers
+from slzo.models.decoder_layers import find_decoder_layers
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 

@@ -1,6 +1,5 @@
 """Origin of a base model: its public name, its GGUF file and its licence."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import resolve_model
 from slzo.utils.assets import sha256_of
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import read_json
 from slzo.utils.hub import HUB, HUB_ID, model_commit, repository_of
 
 # models under the Gemma terms; later Gemma models have another licence
@@ -135,7 +135,7 @@ def _name_of_folder(folder: Path) -> str | None:
     """Return the Hub id from the folder's path in the Hub's cache, or from its config."""
     if (cached := repository_of(folder.resolve())) is not None:
         return cached
-    name = _read_json(folder / "config.json").get("_name_or_path")
+    name = read_json(folder / "config.json").get("_name_or_path")
     return name if isinstance(name, str) and "/" in name and HUB_ID.fullmatch(name) else None
 
 
@@ -178,13 +178,5 @@ def _licence_of_card(folder: Path) -> KnownLicence | None:
 
 def _licence_of_type(folder: Path) -> KnownLicence | None:
     """Return the licence of an architecture whose models all have the same one."""
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     return _licence_of_builtin(GEMMA3_270M) if kind in _GEMMA_TYPES else None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -7,12 +7,10 @@ each layer. The original model is never modified.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from slzo.batches.packing import PackedBatch, TokenBatch
@@ -23,8 +21,10 @@ from slzo.models.attention import (
     packed_attention_forward,
     use_attention,
 )
+from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
+from slzo.models.stand_ins import Capture, Inject, Keep, Pass, Precomputed, SelectedHead
 from slzo.private.models import attention_of, can_replace_attention
 from slzo.private.modules import with_submodule
 from slzo.utils.errors import SlzoError
@@ -33,149 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKED = "slzo_packed"
-
-
-class _StandIn(nn.Module):
-    """Replaces a module, but still gives access to the attributes of the original."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = (module,)  # in a tuple, so that it is not registered as a submodule a second time
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_module"][0], name)
-
-
-class _Pass(_StandIn):
-    """Replaces a layer that is not run; ``num_outputs`` is the length of the layer's output tuple, 0 if it returns no tuple."""
-
-    def __init__(self, layer: nn.Module, num_outputs: int) -> None:
-        super().__init__(layer)
-        self.num_outputs = num_outputs
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden_states
-
-
-class _Inject(_Pass):
-    """Returns given hidden states instead of its input."""
-
-    value: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert self.value is not None
-        return super().forward(self.value)
-
-
-class _Capture(_Pass):
-    """Stores the hidden states that it receives."""
-
-    value: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.value = hidden_states
-        return super().forward(hidden_states)
-
-
-class _Keep(_StandIn):
-    """Runs a layer and stores the hidden states that it returns."""
-
-    value: Tensor | None = None
-
-    def __init__(self, layer: nn.Module, runnable: nn.Module) -> None:
-        super().__init__(layer)
-        self._runnable = (runnable,)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self._runnable[0](hidden_states, *args, **kwargs)
-        self.value = output[0] if isinstance(output, tuple | list) else output
-        return output
-
-
-class _Precomputed(_StandIn):
-    """Replaces the whole decoder and returns final hidden states that are already computed.
-
-    The output has the decoder's own class, because some heads read other fields, such as ``router_logits``.
-    """
-
-    value: Tensor | None = None
-
-    def __init__(self, decoder: nn.Module, output_class: type[ModelOutput]) -> None:
-        super().__init__(decoder)
-        self.output_class = output_class
-
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        return self.output_class(last_hidden_state=self.value)
-
-
-class _SelectedHead(nn.Module):
-    """The language-model head, restricted to a few tokens of the vocabulary."""
-
-    token_ids: Tensor | None = None
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self._head = (head,)
-
-    @property
-    def weight(self) -> Tensor:
-        """Selected rows of the head's weight; some models read its dtype."""
-        assert self.token_ids is not None
-        return self._head[0].weight.index_select(0, self.token_ids)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Selected entries of the head's bias."""
-        bias = self._head[0].bias
-        assert self.token_ids is not None
-        return None if bias is None else bias.index_select(0, self.token_ids)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight, self.bias)
-
-
-_View = tuple[nn.Module, _Inject | None, "_Capture | _Keep | None"]
-
-
-def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the path and the list of the decoder layers.
-
-    Raises:
-        SlzoError: If the model does not have exactly one list of ``num_hidden_layers`` layers.
-    """
-    config = model.config.get_text_config(decoder=True)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", None)
-    ]
-    # a list within a layer (experts, adapters) can have the same length by chance; keep the outermost lists
-    lists = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    if len(lists) > 1:  # an image encoder has as many layers as the text decoder
-        decoder = model.get_decoder()
-        inside = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
-        lists = [(name, module) for name, module in lists if name.startswith(inside)]
-    if getattr(config, "is_encoder_decoder", False) or len(lists) != 1:
-        raise refusal(
-            model,
-            f"expected a decoder-only language model with one list of decoder layers, found {len(lists)} such lists",
-        )
-    if model.get_output_embeddings() is None:
-        raise refusal(model, "it has no language-model head")
-    return lists[0]
-
-
-def _decoder_of(model: PreTrainedModel, layers_path: str) -> tuple[str, str]:
-    """Return the path of the innermost module that contains the layers and takes token ids, and the layers' path in it."""
-    steps = layers_path.split(".")
-    for depth in range(len(steps) - 1, 0, -1):
-        path = ".".join(steps[:depth])
-        if "input_ids" in inspect.signature(model.get_submodule(path).forward).parameters:
-            return path, ".".join(steps[depth:])
-    raise refusal(model, "no module around the decoder layers, other than the whole model, takes token ids")
+_View = tuple[nn.Module, Inject | None, "Capture | Keep | None"]
 
 
 class ModelParts:
@@ -214,11 +72,11 @@ class ModelParts:
         self.packed = packed and _use_packed_attention(model)
         self.onednn = (model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn
         self._runnable = [with_onednn(layer) for layer in self.layers] if self.onednn else list(self.layers)
-        self._stack_path, self._layers_name = _decoder_of(model, self.layers_path)
+        self._stack_path, self._layers_name = decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
         self._known_outputs: tuple[int, type[ModelOutput]] | None = None
         self._views: dict[tuple[int, int, bool, bool], _View] = {}
-        self._head_views: dict[bool, tuple[nn.Module, _Precomputed, _SelectedHead | None]] = {}
+        self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
@@ -323,29 +181,29 @@ class ModelParts:
         plain = plain or not self.onednn
         norm = norm or stop < self.num_layers
         if (start, stop, norm, plain) not in self._views:
-            inject = _Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
-            capture: _Capture | _Keep | None = None
-            layers: list[nn.Module] = [_Pass(layer, self._outputs[0]) for layer in self.layers]
+            inject = Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
+            capture: Capture | Keep | None = None
+            layers: list[nn.Module] = [Pass(layer, self._outputs[0]) for layer in self.layers]
             layers[start:stop] = (self.layers if plain else self._runnable)[start:stop]
             if inject is not None:
                 layers[start - 1] = inject
             if stop < self.num_layers:
-                layers[stop] = capture = _Capture(self.layers[stop], self._outputs[0])
+                layers[stop] = capture = Capture(self.layers[stop], self._outputs[0])
             elif not norm:
-                layers[-1] = capture = _Keep(self.layers[-1], layers[-1])
+                layers[-1] = capture = Keep(self.layers[-1], layers[-1])
             view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
             self._views[start, stop, norm, plain] = (view, inject, capture)
         return self._views[start, stop, norm, plain]
 
-    def _head_view(self, selected: bool) -> tuple[nn.Module, _Precomputed, _SelectedHead | None]:
+    def _head_view(self, selected: bool) -> tuple[nn.Module, Precomputed, SelectedHead | None]:
         if selected not in self._head_views:
-            precomputed = _Precomputed(self._stack, self._outputs[1])
+            precomputed = Precomputed(self._stack, self._outputs[1])
             view = with_submodule(self.model, self._stack_path, precomputed)
             head = None
             if selected:
                 original = self.model.get_output_embeddings()
                 path = next(name for name, module in self.model.named_modules() if module is original)
-                head = _SelectedHead(original)
+                head = SelectedHead(original)
                 view = with_submodule(view, path, head)
             self._head_views[selected] = (view, precomputed, head)
         return self._head_views[selected]
@@ -403,11 +261,3 @@ def _inspect_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module)
         )
     output_class = type(output) if isinstance(output, ModelOutput) else BaseModelOutputWithPastAndCrossAttentions
     return len(returned) if isinstance(returned, tuple | list) else 0, output_class
-
-
-def refusal(model: PreTrainedModel, reason: str) -> SlzoError:
-    """Return the error for a model that cannot be run in parts."""
-    return SlzoError(
-        f"model.model: architecture {type(model).__name__} is not supported: {reason}; use a causal language model such as "
-        "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3 (docs/families.md lists those that work)"
-    )

@@ -190,10 +190,9 @@ class PrefixCache:
         if (other.start, other.dtype) != (self.start, self.dtype):
             return
         for key, states in other._states.items():
-            size = states.numel() * states.element_size()
-            if key not in self and self.wants(key) and self.num_bytes + size <= self._limit:
+            if key not in self and self.wants(key) and self.num_bytes + states.nbytes <= self._limit:
                 self._states[key] = states
-                self.num_bytes += size
+                self.num_bytes += states.nbytes
 
     def empty_like(self, start: int) -> "PrefixCache":
         """Return an empty cache with the same settings for another layer."""

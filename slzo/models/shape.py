@@ -12,10 +12,10 @@ from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.load import auto_class, load_config, resolve_model
 from slzo.models.loading_check import reason_of
 from slzo.models.original_weights import OriginalWeights
-from slzo.models.parts import find_decoder_layers
 from slzo.models.quantization import PRESETS, Quantization, method_of_config
 from slzo.utils.errors import SlzoError
 

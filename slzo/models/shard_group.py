@@ -47,7 +47,7 @@ class ShardGroup:
 
     def divide(self, tensors: list[Tensor]) -> LayerShard:
         """Keep this process's share of some tensors, which have the same values on all processes. A collective call."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size = sum(tensor.nbytes for tensor in tensors)
         received = size * (self.number - 1) // self.number
         shard = LayerShard(self, self._next_key, fully_shard(_Weights(tensors), mesh=self._mesh), received)
         self._shards[self._next_key] = shard

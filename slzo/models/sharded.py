@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from slzo.models.decoder_layers import find_decoder_layers
 from slzo.models.engine import DType
 from slzo.models.load import load_model
-from slzo.models.parts import find_decoder_layers
 from slzo.models.placement import Placement, place, placement_of
 from slzo.models.quantization import is_plain
 from slzo.models.shard_group import ShardGroup

@@ -16,7 +16,8 @@ from torch.distributed import DistError
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
-from slzo.models.parts import ModelParts, find_decoder_layers, refusal
+from slzo.models.decoder_layers import find_decoder_layers, refusal
+from slzo.models.parts import ModelParts
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention

@@ -134,14 +134,13 @@ class Task(ABC):
         return None
 
 
-def check_name(name: str) -> str:
-    """Return the name of a task; raise SlzoError if it cannot be part of a file name."""
+def check_name(name: str) -> None:
+    """Raise SlzoError if the name of a task cannot be part of a file name."""
     if not name.strip() or name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name):
         raise SlzoError(
             f"data.task.name {name!r}: folders of results are called after it; give a name without slashes, line breaks and "
             "a leading dot"
         )
-    return name
 
 
 def example_of(task: Task, row: Fields, id: str) -> Example:

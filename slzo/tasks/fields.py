@@ -41,14 +41,14 @@ def texts_field(row: Fields, name: str, key: str | None = None) -> tuple[str, ..
     return tuple(value)
 
 
-def label_field(row: Fields, num_labels: int, name: str = "label") -> tuple[int, ...]:
-    """Read the gold index of a row as a tuple of one; empty for the Hub's -1, which marks a row without a label.
+def label_field(row: Fields, num_labels: int) -> tuple[int, ...]:
+    """Read the field ``label``, a gold index, as a tuple of one; empty for the Hub's -1, which marks a row without a label.
 
     Raises:
         ValueError: If the label is not an integer between -1 and ``num_labels`` - 1.
     """
-    value = row.get(name)
+    value = row.get("label")
     if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < num_labels:
         allowed = ", ".join(map(str, range(num_labels)))
-        raise ValueError(f"field {name!r} is {shown(value)}; it must be one of the numbers {allowed} (-1: no label)")
+        raise ValueError(f"field 'label' is {shown(value)}; it must be one of the numbers {allowed} (-1: no label)")
     return () if value == -1 else (value,)

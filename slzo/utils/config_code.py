@@ -62,7 +62,7 @@ _CONTAINERS = (typing.Union, types.UnionType, list, tuple, dict)
 _PLAIN = (int, float, str, bool, type(None), Path, timedelta)
 
 
-def code_in(config: Mapping[Any, Any], folders: Sequence[Path] = ()) -> list[str]:
+def code_in(config: Mapping[Any, Any], folders: Sequence[Path]) -> list[str]:
     """Return the entries of a config that run code other than that of slzo, torch and Lightning, as ``option 'value'``.
 
     This is a list of what is known to be harmless: classes of these packages whose arguments are plain values, and short names.

@@ -24,10 +24,15 @@ def say(text: str = "") -> None:
         sys.stdout.flush()
 
 
+def inform(line: str) -> None:
+    """Write one line to standard error, from the first process of a run only."""
+    if is_first_process():
+        progress(line)
+
+
 def warn(text: str) -> None:
     """Write a warning to standard error, from the first process of a run only."""
-    if is_first_process():
-        progress(f"warning: {text}")
+    inform(f"warning: {text}")
 
 
 def progress(line: str) -> None:

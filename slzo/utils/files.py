@@ -89,6 +89,15 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if there is no such file, or if it holds no object."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def copy_file(source: str | Path, path: str | Path) -> None:
     """Copy a file; see :func:`replacing`."""
     with replacing(path) as partial:

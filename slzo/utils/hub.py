@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from slzo.utils.console import is_first_process, progress
+from slzo.utils.console import inform, is_first_process
 from slzo.utils.errors import SlzoError
 
 HUB = "https://huggingface.co/"
@@ -92,8 +92,7 @@ def fetch_weights(folder: Path) -> None:
             return
         for files in missing:
             if size := _size(id, commit, files):
-                if is_first_process():
-                    progress(f"Downloading {id}: {_shown(size)}")
+                inform(f"Downloading {id}: {_shown(size)}")
                 _fetch(id, commit, files, folder.parents[2])
                 return
 

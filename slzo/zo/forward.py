@@ -83,7 +83,7 @@ class SuffixForward:
         return shares_layers and parts.packed and parts.virtual_tokens is None
 
     @torch.no_grad()
-    def prefix(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> Tensor | None:
+    def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
         """Return the hidden states that enter the first tuned layer.
 
         Only examples that the cache does not hold are computed. An example that the cache plans to keep is computed together
@@ -92,17 +92,19 @@ class SuffixForward:
         Args:
             batch: The batch, T tokens.
             keep: Offer new states to the cache.
-            max_tokens: Run at most this many tokens at once; the examples must not share tokens then. ``None`` for no limit.
 
         Returns:
             The states, shape (T, hidden), or ``None`` if there is no layer before the first tuned one.
         """
-        states = self.fetch(batch, keep, max_tokens)
+        states = self.fetch(batch, keep)
         return None if states is None else states.wait()
 
     @torch.no_grad()
     def fetch(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> PendingTensor | None:
-        """Like :meth:`prefix`, but return at once; a GPU may copy cached states while it computes. Wait when they are needed."""
+        """Like :meth:`prefix`, but return at once; a GPU may copy cached states while it computes. Wait when they are needed.
+
+        With ``max_tokens`` at most this many tokens run at once; the examples must not share tokens then.
+        """
         if self.span.start == 0:
             return None
         return self.cache.get_or_compute(

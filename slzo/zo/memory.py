@@ -204,7 +204,7 @@ def tuning_bytes(
     return {
         "masters": masters,
         "directions and gradient": held,
-        "base weights, bases and masks": sum(b.numel() * b.element_size() for b in tensors.buffers()),
+        "base weights, bases and masks": sum(buffer.nbytes for buffer in tensors.buffers()),
         f"{optimizer.name} state": int(masters * optimizer.state_copies),
         "rounding": _ROUNDING_COPIES * 4 * largest if rounded else 0,
     }

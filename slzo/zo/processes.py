@@ -86,7 +86,7 @@ class CountedSum:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes."""
-        self.num_bytes += tensor.numel() * tensor.element_size()
+        self.num_bytes += tensor.nbytes
         return self.sum(tensor)
 
 

@@ -89,7 +89,7 @@ class OutlierProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only, for JSON and checkpoints."""
-        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "OutlierProfile":

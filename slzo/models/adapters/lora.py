@@ -88,7 +88,6 @@ def _unload_lora(model: PreTrainedModel, merge: bool) -> None:
         if isinstance(module, BaseTunerLayer):
             if merge:
                 module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+            model.set_submodule(name, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config

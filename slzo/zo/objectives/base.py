@@ -1,7 +1,7 @@
 """Base classes of objectives: losses of training rows as a function of logits or of generated answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,8 +73,16 @@ def _checked_sum(objective: Objective, method: str, found: object) -> LossSum:
     raise broken_contract("data.objective", objective, f"{method}() returned {shown(found)}", wanted)
 
 
-def _rows_of(of_points: Sequence[Sequence[LossSum]]) -> RowLosses:
-    """Return the losses of each example at several points as tensors."""
+def _one_by_one(
+    loss: Callable[[Tensor, PackedBatch], LossSum],
+    values: Tensor,
+    batch: PackedBatch,
+    size: Callable[[PackedBatch], int],
+) -> RowLosses:
+    """Call ``loss`` with the values of each example at each point; ``size`` is how many an example has."""
+    examples = [example for example in batch.divide(batch.num_examples) if example is not None]
+    sizes = [size(example) for example in examples]
+    of_points = [[loss(*own) for own in zip(point.split(sizes), examples, strict=True)] for point in values]
     totals = torch.stack([torch.stack([sums.total for sums in point]) for point in of_points])
     return RowLosses(totals, torch.stack([sums.weight for sums in of_points[0]]))
 
@@ -155,17 +163,11 @@ class LogitObjective(Objective):
 
         By default :meth:`of_logits` is called for each example and point. Override it if one call can do all.
         """
-        examples = [example for example in batch.divide(batch.num_examples) if example is not None]
-        needed = [example.needed.numel() for example in examples]
-        return _rows_of(
-            [
-                [
-                    _checked_sum(self, "of_logits", self.of_logits(own, example, selected))
-                    for own, example in zip(point.split(needed), examples, strict=True)
-                ]
-                for point in logits
-            ]
-        )
+
+        def loss(own: Tensor, example: PackedBatch) -> LossSum:
+            return _checked_sum(self, "of_logits", self.of_logits(own, example, selected))
+
+        return _one_by_one(loss, logits, batch, lambda example: example.needed.numel())
 
     def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
         """Return what each position adds to the loss, see :class:`slzo.batches.losses.LogitLoss`. ``None`` by default."""
@@ -200,17 +202,11 @@ class CandidateObjective(LogitObjective):
 
         By default :meth:`of_scores` is called for each example and point. Override it if one call can do all.
         """
-        examples = [example for example in batch.divide(batch.num_examples) if example is not None]
-        sizes = [example.candidate_length.numel() for example in examples]
-        return _rows_of(
-            [
-                [
-                    _checked_sum(self, "of_scores", self.of_scores(own, example))
-                    for own, example in zip(point.split(sizes), examples, strict=True)
-                ]
-                for point in scores
-            ]
-        )
+
+        def loss(own: Tensor, example: PackedBatch) -> LossSum:
+            return _checked_sum(self, "of_scores", self.of_scores(own, example))
+
+        return _one_by_one(loss, scores, batch, lambda example: example.candidate_length.numel())
 
     def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
         return _checked_sum(self, "of_scores", self.of_scores(_scores(logits, batch, selected), batch))

@@ -98,12 +98,17 @@ CLEAR = 2.0
 """Standard errors from which on a choice is clear: about 95% of the averages over other prompts are within this distance."""
 
 
+def in_errors(difference: float, error: float) -> float:
+    """Return a difference in standard errors; infinity if the standard error is 0."""
+    return difference / error if error > 0 else math.inf
+
+
 def threshold_margin(layer: LayerStatistics, figure: str, threshold: float) -> Margin | None:
     """Return the distance of a layer's ``max_abs`` or ``ratio`` from a threshold, or ``None`` without a standard error."""
     value, error = getattr(layer, figure), getattr(layer, f"{figure}_se")
     if error is None:
         return None
-    errors = abs(value - threshold) / error if error > 0 else math.inf
+    errors = in_errors(abs(value - threshold), error)
     side = "above" if value > threshold else "below"
     name = {"max_abs": "max", "ratio": "max/median"}[figure]
     return Margin(

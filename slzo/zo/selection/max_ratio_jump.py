@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, smallest
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, in_errors, smallest
 
 
 class MaxRatioJump(SelectionRule):
@@ -33,7 +33,7 @@ def _margin(layers: Sequence[LayerStatistics], jumps: list[float], best: int, ot
     if len(known) < len(variances) or jumps[other] <= 0:
         return None
     error, lead = math.sqrt(sum(known)), math.log(jumps[best] / jumps[other])
-    errors = lead / error if error > 0 else math.inf
+    errors = in_errors(lead, error)
     return Margin(
         errors,
         f"layer {best}'s growth of {jumps[best]:.3g} times is {errors:.1f} standard errors above layer {other}'s of "

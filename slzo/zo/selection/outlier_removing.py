@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from slzo.zo.profile import LayerStatistics, format_figure
-from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, smallest
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, in_errors, smallest
 
 
 class OutlierRemovingLayer(SelectionRule):
@@ -36,7 +36,7 @@ def _margin(layers: Sequence[LayerStatistics], falls: list[float], best: int, ot
     if len(known) < len(standard_errors):
         return None
     error, lead = math.sqrt(sum(one**2 for one in known)), falls[best] - falls[other]
-    errors = lead / error if error > 0 else math.inf
+    errors = in_errors(lead, error)
     return Margin(
         errors,
         f"layer {layers[best + 1].index}'s fall of {format_figure(falls[best])} is {errors:.1f} standard errors above layer "
