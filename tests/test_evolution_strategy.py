@@ -65,6 +65,7 @@ def test_the_estimate_is_its_formula(shaping, antithetic, at_once):
         assert found.projected_grad == pytest.approx(spsa.projected_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shaping", "share"), [("zscore", 1.0), ("rank", (3 / torch.pi) ** 0.5)])
 def test_shaped_estimates_have_about_unit_length_along_the_gradient(shaping, share):
     """Losses over their spread: g / |g|. Ranks of normal values correlate with them by sqrt(3 / pi), for many members.

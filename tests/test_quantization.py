@@ -128,7 +128,9 @@ def test_the_loss_is_that_of_a_plain_model_with_rounded_frozen_weights(folder):
     assert (losses[0][0] - losses[0][1]).abs() > 1e-3
 
 
-@pytest.mark.parametrize("quantization", BOTH)
+@pytest.mark.parametrize(
+    "quantization", [pytest.param("int8", marks=[needs("torchao"), pytest.mark.slow]), BOTH[1]], ids=["int8", "nf4"]
+)
 def test_a_run_is_continued_scored_and_exported_into_the_plain_base(folder, options, capsys, tmp_path, quantization):
     options = [*options, f"--model.model={folder}", f"--model.quantization={quantization}", f"--model.layer={LAYER}"]
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0

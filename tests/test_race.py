@@ -186,6 +186,7 @@ def test_a_fit_tunes_the_winner_and_a_race_is_the_same_twice(options):
     assert race_of(1) == (losses, winner)
 
 
+@pytest.mark.slow
 def test_a_training_after_a_race_is_that_without_and_takes_over_its_states(options, monkeypatch):
     taken, adopt = [], PrefixCache.adopt
 
