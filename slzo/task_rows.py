@@ -268,14 +268,15 @@ class TaskRows:
         """Return new counters of the task's metrics."""
         return make_metrics(self.task)
 
-    def metric_names(self, stage: str) -> list[str]:
-        """Return the names of the logged metrics of a stage, such as ``val/loss``."""
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the logged metrics of the dev rows, such as ``val/loss``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
             names = self.make_metrics().compute()
         extra = [name for name in self.extra_metrics if name != "reward"]
         rewards = REWARD_NAMES if self.reward is not None else ()
-        return [f"{stage}/{name}" for name in ("loss", *names, *extra, *rewards)]
+        return [f"val/{name}" for name in ("loss", *names, *extra, *rewards)]
 
     @property
     def extra_metrics(self) -> tuple[str, ...]:

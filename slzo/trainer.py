@@ -116,7 +116,7 @@ class ZOTrainer(Trainer):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
             model.options.check_rows(datamodule)
-            check_callbacks(self.callbacks, datamodule.metric_names("val"))
+            check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, restarted=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them

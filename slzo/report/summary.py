@@ -14,21 +14,28 @@ from slzo.tasks.base import Example
 
 # Facts that the summary has under the same names.
 _COPIED = (
-    *(
-        "model",
-        "task",
-        "layer_reason",
-        "num_layers",
-        "scope",
-        "estimator",
-        "optimizer",
-        "lr",
-        "lr_at_end",
-        "eps",
-        "seed",
-    ),
-    *("majority_share", "num_rows", "steps", "evaluations", "skipped_steps", "rollbacks", "planned_memory_gb"),
-    *("peak_memory_gb", "tuned_parameters", "total_parameters", "command"),
+    "model",
+    "task",
+    "layer_reason",
+    "num_layers",
+    "scope",
+    "estimator",
+    "optimizer",
+    "lr",
+    "lr_at_end",
+    "eps",
+    "seed",
+    "majority_share",
+    "num_rows",
+    "steps",
+    "evaluations",
+    "skipped_steps",
+    "rollbacks",
+    "planned_memory_gb",
+    "peak_memory_gb",
+    "tuned_parameters",
+    "total_parameters",
+    "command",
 )
 
 

@@ -45,7 +45,7 @@ class Reward(Objective):
         temperature: Sample the answers of training rows at this temperature, with the same random numbers at all points of a
             step and on all processes; 0: the likeliest tokens. Left out, 0.5 for several samples and 0 otherwise. Held-out
             rows get the likeliest tokens, so answers far from these teach little.
-        samples: Answers per training row; more than one only with a temperature. Left out, 4 for a policy gradient and 1
+        samples: Answers per training row; more than one needs a temperature above 0. Left out, 4 for a policy gradient and 1
             otherwise.
         timeout: Seconds that a call of the functions may take.
         in_process: Call the functions in this process, without a time limit.
