@@ -18,14 +18,21 @@ from slzo.models.placement import named_values, placement_of
 from slzo.models.shard_group import ShardGroup
 from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
+from slzo.utils.runtime import leave_process_group
 
 CPU = torch.device("cpu")
 LAYER = 2
 
 
 def main(folder: str) -> None:
-    """Compare a divided model with a plain one, while the processes run different layers in different numbers."""
+    """Print what this process sees."""
     distributed.init_process_group("gloo")
+    sys.stdout.write(json.dumps(seen(folder)) + "\n")
+    leave_process_group()
+
+
+def seen(folder: str) -> dict[str, float | bool]:
+    """Compare a divided model with a plain one, while the processes run different layers in different numbers."""
     rank, found = distributed.get_rank(), {}
     group = ShardGroup(CPU)
     whole = load_model(folder)
@@ -48,8 +55,7 @@ def main(folder: str) -> None:
     found |= _loaded(model, whole)
     found["absent again"] = all(p.is_meta for p in model.model.layers.parameters())
     group.barrier()
-    sys.stdout.write(json.dumps(found) + "\n")
-    distributed.destroy_process_group()
+    return found
 
 
 def _example(number: int, ids: list[int]):

@@ -57,7 +57,7 @@ def is_known(option, known):
     return any(name in known for name in (option, option.rpartition(".")[0], option.rpartition(".init_args")[0]))
 
 
-@pytest.mark.parametrize("words", commands_of("slzo"))
+@pytest.mark.parametrize("words", list(commands_of("slzo")))
 def test_a_command_of_slzo(words):
     if not words[0].startswith("-"):
         assert words[0] in COMMANDS
@@ -66,7 +66,7 @@ def test_a_command_of_slzo(words):
     check_files(words)
 
 
-@pytest.mark.parametrize("words", commands_of("python"))
+@pytest.mark.parametrize("words", list(commands_of("python")))
 def test_a_command_of_python(words):
     if words[0] == "-m":
         return

@@ -1,5 +1,6 @@
 """Ends a run of several processes when one of them is gone or does not answer."""
 
+import atexit
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from slzo.callbacks.schedule import callback_of
 from slzo.utils.console import warn
 from slzo.utils.heartbeat import BEAT_S, MISSED_BEATS, Heartbeat
 from slzo.utils.peers import Peer, PeerWatch, end_process
-from slzo.utils.runtime import gather_from_processes
+from slzo.utils.runtime import gather_from_processes, leave_process_group
 
 _STATUS = 2
 _LAUNCHER = "SLZO_LAUNCHER"
@@ -46,6 +47,7 @@ class RankWatch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the other processes. A collective call."""
         if trainer.world_size > 1:
+            atexit.register(leave_process_group)
             peers = gather_from_processes([Peer.here(trainer.global_rank)])
             self._begin(trainer, peers)
             self._heartbeat = self._begin_heartbeat(trainer, peers)
@@ -109,6 +111,7 @@ class RankWatch(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop, unless an exchange with another process has failed because that process is gone."""
+        atexit.unregister(leave_process_group)  # it would wait for an exchange that may never end
         self._stop(_PATIENCE_S if isinstance(exception, RuntimeError) else 0.0)
 
     def _stop(self, patience: float = 0.0) -> None:

@@ -1,6 +1,7 @@
 """Memory and settings of the running process."""
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -51,6 +52,17 @@ def gather_from_processes(items: list[_Item]) -> list[_Item]:
     gathered: list[list[_Item]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def leave_process_group() -> None:
+    """Disconnect from the other processes of a run, when no exchange with them is under way.
+
+    It waits for the threads that exchange tensors. If such a thread released a tensor while the interpreter ends, it would abort
+    the process (pytorch/pytorch#190489).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()  # the threads end with the last reference to the group
 
 
 def keep_freed_memory() -> bool:

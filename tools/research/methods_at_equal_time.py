@@ -31,7 +31,7 @@ from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbatio
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import profile_layers
-from slzo.zo.scopes import LayerScope, Scope
+from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext
 from slzo.zo.tuned_model import TunedModel
 
@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
     "spsa": (SPSA, LayerScope, (1.0,)),
     "output": (LayerOutputPerturbation, LayerScope, (1.0,)),
     "exact": (Backprop, LayerScope, (1.0, 1 / 3)),
+    "subspace": (SPSA, ActivationSubspace, (1.0,)),
 }
 # training, dev and held-out rows; CB and COPA have few, and the rows of the last three are long
 ROWS = {
