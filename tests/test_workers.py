@@ -40,6 +40,7 @@ def test_all_cells_are_computed_and_those_of_a_process_that_ended_too(tmp_path, 
 
 
 def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     program = (
         "import os, pathlib, time; pathlib.Path(os.environ['SLZO_WORKER']).write_text(os.environ['OMP_NUM_THREADS'])"
