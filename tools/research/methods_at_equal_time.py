@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 
 from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
+from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
@@ -61,12 +62,14 @@ class Setting:
         parts: The model.
         plain: The same model with kernels that have derivatives.
         layers: Layer by name: ``removing`` the outlier, ``last``, ``first`` outlier layer.
+        states: States that enter the layer trained last, for the next method there.
     """
 
     rows: TaskRows
     parts: ModelParts
     plain: ModelParts
     layers: dict[str, int]
+    states: dict[int, PrefixCache] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
@@ -102,14 +105,17 @@ def train(setting: Setting, layer: int, method: str, model_name: str, seed: int,
     estimator, scope, factors = METHODS[method]
     options = ZOModule(model_name, estimator=estimator(), scope=scope(), seed=seed).options
     parts = setting.plain if options.estimator.differentiates else setting.parts
-    found = [_train(setting.rows, parts, options, layer, factor, seconds) for factor in factors]
+    found = [_train(setting, parts, options, layer, factor, seconds) for factor in factors]
     return min(found, key=lambda result: result["dev_loss"])
 
 
 def _train(
-    rows: TaskRows, parts: ModelParts, options: TrainingOptions, layer: int, factor: float, seconds: float
+    setting: Setting, parts: ModelParts, options: TrainingOptions, layer: int, factor: float, seconds: float
 ) -> dict[str, Any]:
-    model = tune(parts, options, rows, layer)
+    rows = setting.rows
+    model = tune(parts, options, rows, layer, setting.states.get(layer))
+    setting.states.clear()
+    setting.states[layer] = model.forward.cache
     before = model.tensors.copy_of_masters()
     fill_prefix(model, rows)
     auto = auto_rate(make_stepper(model, options, rows), rows)
