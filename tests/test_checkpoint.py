@@ -87,7 +87,7 @@ def other_config(model):
     [
         pytest.param(other_weights, "different weights", marks=pytest.mark.slow),
         (other_frozen_weights, "different weights"),
-        (one_tuned_weight, "different weights"),
+        pytest.param(one_tuned_weight, "different weights", marks=pytest.mark.slow),
         (other_config, "rms_norm_eps: 1e-06 -> 1e-05"),
     ],
 )

@@ -15,6 +15,7 @@ def test_peak_memory_is_that_of_the_process():
     assert 0.05 < peak_memory_gb(torch.device("cpu")) < 100
 
 
+@pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_parent():
     code = "import torch; from slzo.utils.runtime import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
     held = torch.ones(2**28)  # 1 GiB

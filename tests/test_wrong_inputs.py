@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,18 @@ FILES = {
     "yes.yaml": "data:\n  task:\n    class_path: slzo.tasks.template.TemplateTask\n    init_args: {candidates: [yes, no]}\n",
 }
 CASES = [tuple(line.split(" | ", 1)) for line in WRONG.strip().splitlines()]
+_USUAL = 2  # cases of an option, by the last one that is given; more are exhaustive
+
+
+def cases():
+    """The cases as parameters of a test."""
+    found, number = [], Counter()
+    for arguments, expected in CASES:
+        option = re.findall(r"--[\w.]+|$", arguments)[-2:][0]
+        number[option] += 1
+        marks = [] if number[option] <= _USUAL else [pytest.mark.exhaustive]
+        found.append(pytest.param(arguments, expected, id=arguments, marks=marks))
+    return found
 
 
 def test_the_table_is_large():
@@ -284,7 +297,7 @@ def wrong_files(options):
     return options
 
 
-@pytest.mark.parametrize(("arguments", "expected"), CASES, ids=[arguments for arguments, _ in CASES])
+@pytest.mark.parametrize(("arguments", "expected"), cases())
 def test_a_wrong_input_is_one_line(wrong_files, capsys, arguments, expected):
     line = error_line(capsys, "fit", *wrong_files, *shlex.split(arguments.replace("TEMPLATE", TEMPLATE)))
     assert expected in line
