@@ -61,6 +61,8 @@ def markdown_table(results: dict[str, Any], model: str, command: str) -> str:
         "The model is scored in float32 on all rows of each task's `validation.jsonl`. Prompts, candidates and metrics are "
         "those of MeZO."
     )
+    if "answer_f1" in names:
+        lines += ["", "`answer_f1` is MultiRC's F1 over answers, and `question_em` its exact match per question."]
     return "\n".join(lines) + "\n"
 
 
