@@ -120,7 +120,7 @@ def prepare(
     time = _plan_time(model, options, rows, run)
     stepper = make_stepper(model, options, rows, max_steps=run.max_steps if time is None else time.steps, auto=auto)
     reason = "" if choice is None else choice.reason
-    prepared = Prepared(options, parts, model, stepper, model.layer, reason, data, choice, profile, plan, time=time)
+    prepared = Prepared(options, parts, model, stepper, reason, data, choice, profile, plan, time=time)
     stepper.log, _ = open_step_log(prepared, rows, run)
     _announce(prepared)
     return prepared
@@ -222,8 +222,7 @@ def _continue(
     time = _plan_time(model, options, rows, run, checkpoint)
     max_steps = run.max_steps if time is None else time.steps
     stepper = make_stepper(model, options, rows, max_steps=max_steps, auto=auto, seed=seed)
-    layer, reason = note["layer"], note["layer_reason"]
-    prepared = Prepared(options, parts, model, stepper, layer, reason, data, plan=plan, resumed=True, time=time)
+    prepared = Prepared(options, parts, model, stepper, note["layer_reason"], data, plan=plan, resumed=True, time=time)
     stepper.load_state_dict(note)
     stepper.num_evaluations += evaluations
     stepper.log, stepper.known = open_step_log(prepared, rows, run)
@@ -280,7 +279,7 @@ def _announce(prepared: Prepared) -> None:
     """Print what is tuned and how, and how the model is quantized."""
     options, model = prepared.options, prepared.model
     total = model.parts.model.num_parameters()
-    layer = prepared.layer
+    layer = model.layer
     chosen = "" if layer is None else f" Dominant layer: {layer} of {model.parts.num_layers} ({prepared.layer_reason})."
     say(
         f"Tuning {options.scope.describe()}: {model.tensors.num_elements:,} of {total:,} parameters by "
@@ -305,7 +304,8 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutSco
 
 def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]:
     """Return predictions for the first held-out rows of all processes, by position in the split."""
-    if rows.splits is None or len(rows.splits.test) < rows.processes.number:
+    assert rows.splits is not None
+    if len(rows.splits.test) < rows.processes.number:
         return {}
     found: list[tuple[int, dict[str, Any]]] = []
     device, evaluator = prepared.model.parts.model.device, make_evaluator(rows, prepared.model)
@@ -371,20 +371,21 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     """Collect the facts for the summary and its advice."""
     options, model, metric = prepared.options, prepared.model, rows.selection_metric
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
-    num_rows = len(rows.splits.test) if rows.splits else 0
+    assert rows.splits is not None
+    test, is_classified = rows.splits.test, metric.metric == "accuracy"
     stepper, history = prepared.stepper, outcome.history
     device = model.parts.model.device
     peak = max(history.peak_memory_gb, peak_memory_gb(device))  # before the reference, which loads another library
     words = None
-    if outcome.reference and rows.splits and metric.metric == "accuracy":
-        words = bag_of_words(rows.splits.train, rows.splits.test)
+    if outcome.reference and is_classified:
+        words = bag_of_words(rows.splits.train, test)
     first = None
     if placement_of(prepared.model.parts.model) is None:
-        first = first_order_bytes(replace(options, layer=prepared.layer), rows, outcome.steps, device)
+        first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
     return RunFacts(
         model=options.model,
         task=rows.task.name,
-        layer=prepared.layer,
+        layer=model.layer,
         layer_reason=prepared.layer_reason,
         num_layers=model.parts.num_layers,
         scope=options.scope.describe(),
@@ -395,7 +396,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         lr_at_end=outcome.lr,
         eps=stepper.options.eps,
         metric=metric,
-        num_rows=num_rows,
+        num_rows=len(test),
         requested_rows=rows.num_test,
         steps=outcome.steps,
         evaluations=stepper.num_evaluations,
@@ -418,7 +419,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         limit=outcome.limit,
         command=outcome.command,
         folder=None if folder is None else str(folder),
-        majority_share=majority_share(rows.splits.test) if rows.splits and metric.metric == "accuracy" else None,
+        majority_share=majority_share(test) if is_classified else None,
         reference=words,
         first_order_gb=None if first is None else round(first / 2**30, 3),
     )

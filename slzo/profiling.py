@@ -1,7 +1,7 @@
 """Profiles the activations of a model's layers and lets a rule choose the layer to tune."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slzo.batches.packing import PackedBatch
@@ -19,7 +19,7 @@ from slzo.zo.profile import (
     sequence_notes,
     usable_sequences,
 )
-from slzo.zo.selection import Auto, Choice, SelectionContext, SelectionRule, choice_of
+from slzo.zo.selection import Choice, SelectionContext, SelectionRule, choice_of
 from slzo.zo.trial import Trials
 
 
@@ -31,10 +31,10 @@ class ProfileOptions:
         SlzoError: An option is out of range, or the text file does not exist.
     """
 
-    rule: SelectionRule = field(default_factory=Auto)
-    num_sequences: int = 16
-    batch_size: int = 16
-    text_file: str | None = None
+    rule: SelectionRule
+    num_sequences: int
+    batch_size: int
+    text_file: str | None
 
     def __post_init__(self) -> None:
         if self.num_sequences < MIN_SEQUENCES:

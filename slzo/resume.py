@@ -61,7 +61,8 @@ def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]
 
     Entries are ``None`` for what is not from the Hub.
     """
-    source = None if rows.splits is None else rows.splits.hub
+    assert rows.splits is not None
+    source = rows.splits.hub
     return {
         "model_commit": model_commit(prepared.options.model, prepared.untuned.model.name_or_path),
         "data_set": None if source is None else source.path,
@@ -109,7 +110,7 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     del data["batch_size"]
     moves = options.optimizer.make_scheduler is not None or options.step.eps_end is not None
     found = {
-        "model": options.step_settings(prepared.stepper.seed, prepared.layer),
+        "model": options.step_settings(prepared.stepper.seed, prepared.model.layer),
         "data": {**data, "rows_per_step": rows.rows_per_step},
         "max_steps": prepared.stepper.max_steps if moves else None,
         "device": device_name(prepared.model.parts.model.device),
@@ -140,14 +141,14 @@ def open_step_log(
         return None, known
     if run.checkpoint is None:
         write_checkpoint(_start(prepared, rows), run.folder / START)
-    elif (start := Path(run.checkpoint.path).parent.parent / START).is_file():
+    elif (start := run.checkpoint.run_folder / START).is_file():
         copy_file(start, run.folder / START)
     return StepLogWriter(run.folder / STEP_LOG, StepLog(settings, () if before is None else before.before(step))), known
 
 
 def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
     """Return the log of the continued run; ``None`` if there is none, or if its options differ."""
-    path = None if run.checkpoint is None else Path(run.checkpoint.path).parent.parent / STEP_LOG
+    path = None if run.checkpoint is None else run.checkpoint.run_folder / STEP_LOG
     if path is None or not path.is_file():
         return None
     try:

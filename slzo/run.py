@@ -39,14 +39,14 @@ class RunContext:
     """
 
     device: torch.device
-    max_steps: int = -1
-    planned_steps: int = 0
-    folder: Path | None = None
-    checkpoint: Checkpoint | None = None
-    profiler: ProfileOptions | None = None
-    quick: bool = False
-    time: TimeBudget | None = None
-    shard_group: ShardGroup | None = None
+    max_steps: int
+    planned_steps: int
+    folder: Path | None
+    checkpoint: Checkpoint | None
+    profiler: ProfileOptions | None
+    quick: bool
+    time: TimeBudget | None
+    shard_group: ShardGroup | None
 
 
 @dataclass
@@ -58,8 +58,7 @@ class Prepared:
         untuned: The untuned model.
         model: The tuned model.
         stepper: Takes the steps.
-        layer: The dominant layer; ``None`` for scopes that need none.
-        layer_reason: Why this layer.
+        layer_reason: Why the layer of the model was chosen.
         data: Fingerprint of rows and tokenizer, for checkpoints.
         choice: The choice of a rule, with its trials; ``None`` if no rule was used.
         profile: Outlier profile; ``None`` if there is none.
@@ -72,7 +71,6 @@ class Prepared:
     untuned: ModelParts
     model: TunedModel
     stepper: Stepper
-    layer: int | None
     layer_reason: str
     data: DataFingerprint
     choice: Choice | None = None
@@ -86,7 +84,7 @@ class Prepared:
         base = self.model.base
         rows = {f"{split} rows": str(hash(tuple(hashes.tolist()))) for split, hashes in self.data.rows.items()}
         weights = None if base is None else " ".join([*base.sample.values(), *base.tuned.values()])
-        return {"tokenizer": self.data.tokenizer, **rows, "weights": weights, "layer": self.layer}
+        return {"tokenizer": self.data.tokenizer, **rows, "weights": weights, "layer": self.model.layer}
 
 
 @dataclass(frozen=True)

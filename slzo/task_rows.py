@@ -40,7 +40,7 @@ from slzo.evaluation.generation import Decoding
 from slzo.evaluation.metrics import TaskMetrics, make_metrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.selection_metric import SelectionMetric
-from slzo.models.load import load_tokenizer
+from slzo.models.load import load_tokenizer, max_positions
 from slzo.models.parts import ModelParts
 from slzo.rewards.registry import PERPLEXITY, REWARDS
 from slzo.tasks.base import Example, Kind, Task, check_name
@@ -238,10 +238,10 @@ class TaskRows:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
         if source != name:
             warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = max_positions(model)
         if longest is not None:
             positions = min(longest, positions or longest)
-        if isinstance(positions, int) and 0 < positions - reserved < self.encoder.max_length:
+        if positions is not None and 0 < positions - reserved < self.encoder.max_length:
             say(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
             self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
             self._forget_rows()

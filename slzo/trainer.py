@@ -29,7 +29,7 @@ from slzo.resume import checkpoint_of_job
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.slurm import is_restarted, job_id
 
 TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -89,7 +89,7 @@ class ZOTrainer(Trainer):
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+            raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
     def fit(
         self,
@@ -240,7 +240,7 @@ def _slurm_job() -> SLURMEnvironment | None:
     try:
         return SLURMEnvironment(auto_requeue=False)
     except RuntimeError as error:
-        raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+        raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
 
 def timed_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from helpers import error_line, last_checkpoint, run_dir, summary
 from slzo.__main__ import main
 
 
-def test_best_is_the_checkpoint_that_was_scored(options, capsys):
+def test_best_is_the_checkpoint_that_was_scored(options, capsys, monkeypatch):
     assert main(["fit", *options, "--checkpoint.monitor=val/accuracy", "--checkpoint.mode=max"]) == 0
     output = capsys.readouterr().out
     found = summary()
@@ -29,6 +29,9 @@ def test_best_is_the_checkpoint_that_was_scored(options, capsys):
     for command in found["use"][1:3]:
         assert main(shlex.split(command)[1:]) == 0
     assert Path("predictions.jsonl").is_file()
+    with monkeypatch.context() as there:
+        there.chdir(run_dir() / "checkpoints")
+        assert main(["test", "--ckpt_path=last.ckpt", "--trainer.logger=false"]) == 0  # with the config of its run
     # moved, and without a file
     shutil.move("runs", "elsewhere")
     moved = ["export", "--ckpt_path=best", "--trainer.logger.save_dir=elsewhere"]

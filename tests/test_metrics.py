@@ -8,7 +8,9 @@ import torch
 from torchmetrics.classification import BinaryF1Score
 from torchmetrics.text import SQuAD
 
+from slzo.evaluation.evaluator import RunningScore
 from slzo.evaluation.metrics import make_metrics
+from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.answers import exact_match, normalize_answer, token_f1
 from slzo.tasks.base import Example, Kind
 from slzo.tasks.registry import TASKS, get_task
@@ -152,3 +154,20 @@ def test_no_row_is_not_a_number(name):
     metrics = make_metrics(get_task(name))
     metrics.update([], [])
     assert metrics.compute()[get_task(name).metric].isnan()
+
+
+@pytest.mark.parametrize(
+    ("best", "before", "largest"),
+    [(None, 2.0, 2.2), (None, -2.0, -1.8), (1.0, 0.5, 0.55), (1.0, 0.005, 0.015), (1.0, 0.0, 0.01), (1.0, -4.0, -3.6)],
+)
+def test_a_distance_may_rise_by_a_share_of_its_size(best, before, largest):
+    """Near the best reward or F1, by a share of a tenth of it; with losses and rewards of any sign."""
+    metric = SelectionMetric("loss" if best is None else "reward", "reward", best)
+    assert metric.largest(before, 1.1) == pytest.approx(largest)
+
+
+def test_rewarded_rows_without_labels_have_every_metric_but_the_loss():
+    score = RunningScore(make_metrics(get_task("squad")), torch.device("cpu"), ("perplexity", "reward"))
+    found = score.compute()
+    assert {"loss", "perplexity", "reward"} & set(found) == {"perplexity", "reward"}
+    assert found["perplexity"].isnan()

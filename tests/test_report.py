@@ -54,6 +54,7 @@ class Page(HTMLParser):
 SUMMARY = (
     {"model": "me/some-model", "task": "sst2", "metric": "accuracy", "score_before": 0.5, "score_after": 0.75}
     | {"score_change": 0.25, "score_change_standard_error": 0.0125, "score_change_paired": True, "num_rows": 100}
+    | {"score_standard_error": 0.0433}
     | {"steps": 20, "train_seconds": 10.0, "peak_memory_gb": 0.5, "best_checkpoint": "x/step=10.ckpt"}
     | {"verdict": "It <rose>.", "dominant_layer": 2, "num_layers": 4}
     | {"majority_share": 0.625, "reference_score": 0.8125, "ahead": "Words <ahead>."}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from slzo.private.modules import has_onednn_linear
-from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
+from slzo.utils import runtime
+from slzo.utils.runtime import free_bytes, keep_freed_memory, peak_memory_gb
 
 
 def test_peak_memory_is_that_of_the_process():
@@ -64,3 +65,17 @@ def test_kernels_of_former_shapes_are_forgotten():
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+def test_in_a_container_its_limit_counts_less_what_is_used(tmp_path, monkeypatch):
+    for name, text in {
+        "memory.max": "3000000\n",
+        "memory.current": "2000000\n",
+        "memory.stat": "anon 1\ninactive_file 500000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    limit = str(tmp_path / "memory.max")
+    monkeypatch.setattr(runtime, "_CGROUPS", ((limit, "memory.current", "inactive_file"),))
+    assert free_bytes(torch.device("cpu")) == 1_500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 1_500_000

@@ -22,6 +22,8 @@ def test_without_a_terminal_there_is_a_line_for_each_validation(options, capsys)
     assert "%|" not in printed.out + printed.err
     assert main(["fit", *options, "--trainer.enable_progress_bar=false"]) == 0
     assert "Step " not in capsys.readouterr().out
+    bar = "--trainer.callbacks=slzo.callbacks.progress_bar.StepProgressBar"
+    assert main(["fit", *options, bar, "--trainer.callbacks.refresh_rate=0", "--trainer.max_steps=1"]) == 0
 
 
 @pytest.mark.slow

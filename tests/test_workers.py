@@ -42,14 +42,17 @@ def test_all_cells_are_computed_and_those_of_a_process_that_ended_too(tmp_path, 
 def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     program = (
-        "import os, pathlib, time; pathlib.Path(os.environ['SLZO_WORKER']).write_text(os.environ['OMP_NUM_THREADS'])"
+        "import os, pathlib, time; pathlib.Path(os.environ['SLZO_WORKER']).write_text("
+        "os.environ['OMP_NUM_THREADS'] + ' ' + os.environ['CUDA_VISIBLE_DEVICES'])"
     )
     threads = torch.get_num_threads()
     with workers(3, [sys.executable, "-c", f"{program}; time.sleep(600)"]):
         assert torch.get_num_threads() == 1
         deadline = time.monotonic() + 60
-        while not all(Path(name).is_file() and Path(name).read_text(encoding="utf-8") == "1" for name in "12"):
+        expected = {"1": "1 5", "2": "1 2"}  # threads, and a card of those that this process has
+        while {p.name: p.read_text(encoding="utf-8") for p in tmp_path.glob("[12]")} != expected:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert torch.get_num_threads() == threads

@@ -46,9 +46,12 @@ class AnswerLog(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the answers."""
-        if isinstance(trainer.logger, TensorBoardLogger) and not trainer.sanity_checking:
-            for id, text in self._shown.items():
-                trainer.logger.experiment.add_text(f"answers/{id}", text, trainer.global_step)
+        if trainer.sanity_checking:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for id, text in self._shown.items():
+                    logger.experiment.add_text(f"answers/{id}", text, trainer.global_step)
 
 
 def _shown(text: str) -> str:

@@ -28,6 +28,18 @@ class BestCheckpoint(ModelCheckpoint):
     With ``monitor`` auto it watches val/loss, or val/reward or val/f1 if training maximizes that metric.
     """
 
+    def __init__(
+        self,
+        monitor: str | None = AUTO_MONITOR,
+        mode: str = "min",
+        filename: str | None = "step={step}",
+        auto_insert_metric_name: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            monitor=monitor, mode=mode, filename=filename, auto_insert_metric_name=auto_insert_metric_name, **options
+        )
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the metric to watch if ``monitor`` is auto."""
         check_inside("checkpoint.filename", self.filename or "", "set the folder with checkpoint.dirpath")

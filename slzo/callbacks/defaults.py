@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from slzo.callbacks.answer_log import AnswerLog
-from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint, LastCheckpoint
+from slzo.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.progress_bar import StepProgressBar
@@ -29,11 +29,6 @@ DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
 )
 """Classes by the name of their option group. The user's own callbacks run before ``record``."""
 
-BEST_OPTIONS: Mapping[str, str | bool] = MappingProxyType(
-    {"monitor": AUTO_MONITOR, "mode": "min", "filename": "step={step}", "auto_insert_metric_name": False}
-)
-"""Default arguments of BestCheckpoint."""
-
 
 def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
     """Return the given callbacks and the missing default ones, in the order in which they run.
@@ -45,11 +40,7 @@ def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progre
     """
     kept = [each for each in given if checkpoints or not isinstance(each, Checkpoint)]
     missing = [kind for kind in DEFAULTS.values() if not any(isinstance(each, kind) for each in kept)]
-    for kind in missing:
-        if issubclass(kind, BestCheckpoint):
-            kept += [BestCheckpoint(**BEST_OPTIONS)] if checkpoints else []  # type: ignore[arg-type]
-        elif checkpoints or not issubclass(kind, Checkpoint):
-            kept.append(kind())
+    kept += [kind() for kind in missing if checkpoints or not issubclass(kind, Checkpoint)]
     if progress and not any(isinstance(each, ProgressBar) for each in kept):
         kept.insert(0, StepProgressBar())
     if not any(isinstance(each, RankWatch) for each in kept):

@@ -14,7 +14,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.time_plan import Passes
 
 # Allowed relative rise of the loss of n dev rows, times sqrt(n): 5% with 200 rows. Rewards and F1 vary more.
-_OF_LOSSES, _OF_METRICS = 0.7, 2.0
+_LOSS_NOISE, _METRIC_NOISE = 0.7, 2.0
 
 
 class LossGuard(Callback):
@@ -63,11 +63,12 @@ class LossGuard(Callback):
         """Compare the dev loss with the lowest so far."""
         if self.factor is None or not validation_due(trainer) or not isinstance(pl_module, ZOModule):
             return
-        loss = pl_module.rows.selection_metric.distance(trainer.callback_metrics, "val/")
+        metric = pl_module.rows.selection_metric
+        loss = metric.distance(trainer.callback_metrics, "val/")
         factor = self.factor if self.factor != "auto" else _usual_factor(pl_module.rows)
-        if loss <= factor * self._lowest:
+        if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor):
             self._note(trainer, pl_module, loss)
-        elif self._lowest < math.inf:
+        else:
             self._roll_back(trainer, pl_module, loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
@@ -103,6 +104,5 @@ class LossGuard(Callback):
 
 
 def _usual_factor(rows: TaskRows) -> float:
-    noise = _OF_LOSSES if rows.selection_metric.best is None else _OF_METRICS
-    number = len(rows.splits.dev) if rows.splits is not None else 1
-    return 1 + noise / math.sqrt(max(1, number))
+    noise = _LOSS_NOISE if rows.selection_metric.best is None else _METRIC_NOISE
+    return 1 + noise / math.sqrt(max(1, len(rows.rows("dev"))))

@@ -17,15 +17,10 @@ class StepProgressBar(TQDMProgressBar):
     """One bar from the first to the last step; zeroth-order runs are measured in steps.
 
     Bars are written to standard error, all other lines to standard output. If standard error is not a terminal, a
-    line after each validation replaces the bar.
-
-    Args:
-        refresh_rate: Steps between two updates of the bar.
+    line after each validation replaces the bar. For ``refresh_rate`` see Lightning.
     """
 
-    def __init__(self, refresh_rate: int = 1) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-        self._steps: Tqdm | None = None
+    _steps: Tqdm | None = None
 
     @property
     def is_disabled(self) -> bool:
@@ -79,6 +74,8 @@ class StepProgressBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance the bar."""
+        if self.is_disabled:
+            return
         bar = self.train_progress_bar
         if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == bar.total:
             bar.set_postfix(self._shown(trainer, pl_module), refresh=False)

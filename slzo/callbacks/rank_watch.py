@@ -22,7 +22,7 @@ _STATUS = 2
 _LAUNCHER = "SLZO_LAUNCHER"
 """Environment variable with the process ID of the launcher."""
 
-_CONNECTS = timedelta(seconds=20)
+_CONNECT_TIMEOUT = timedelta(seconds=20)
 
 # seconds in which a failed exchange between processes is explained by one that has ended
 _PATIENCE_S = 5.0
@@ -31,7 +31,7 @@ _PATIENCE_S = 5.0
 class RankWatch(Callback):
     """Ends this process with one line when another process of the run has ended or does not answer.
 
-    A process that has ended is noticed at once on the same machine. One that stands still, on any machine, is noticed after 40
+    A process that has ended is noticed at once on the same machine. One that hangs, on any machine, is noticed after 40
     seconds. The line names the rank and the checkpoint to continue from. The exit status is 2. Without it, a process would wait
     for the one that is gone, or end with a traceback of the library that connects them.
 
@@ -82,10 +82,10 @@ class RankWatch(Callback):
         port = trainer.strategy.broadcast(0 if store is None else store.port)
         if store is None:
             try:
-                store = TCPStore(host, port, timeout=_CONNECTS)
+                store = TCPStore(host, port, timeout=_CONNECT_TIMEOUT)
             except DistError:
                 warn(
-                    f"rank {rank} cannot reach port {port} of {host}; if this rank or its machine stands still, the others will "
+                    f"rank {rank} cannot reach port {port} of {host}; if this rank or its machine hangs, the others will "
                     "wait for it (open the ports between the machines)"
                 )
                 return None

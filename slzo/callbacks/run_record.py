@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.callbacks.checkpoints import LAST, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import planned_steps
-from slzo.callbacks.schedule import callback_of, folder_of, is_quick
+from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
 from slzo.callbacks.step_watch import StepWatch
 from slzo.fit import finish, predict_samples, score_test_rows
 from slzo.module import ZOModule
@@ -42,7 +42,7 @@ class RunRecord(Callback):
     The held-out rows are scored with the untuned model before the first step, and with the best checkpoint at the end. After the
     first steps it prints a forecast of the run time. It runs after the callbacks whose counts it reports.
 
-    Checkpoints hold the record. A resumed run goes on with it, so that history and summary are those of the whole run.
+    Checkpoints hold the record. A resumed run continues it, so that history and summary are those of the whole run.
 
     Args:
         test_before: Also score the held-out rows before training.
@@ -96,7 +96,7 @@ class RunRecord(Callback):
             assert splits is not None
             line = self._forecast.line(
                 planned_steps(trainer, pl_module.rows) - trainer.global_step,
-                trainer.val_check_batch if trainer.enable_validation else None,
+                steps_per_validation(trainer),
                 splits,
                 peak_memory_gb(pl_module.device) + _cache_growth(trainer, pl_module),
             )
@@ -215,7 +215,7 @@ def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     return {
         **rows,
         "trainer.max_steps": trainer.max_steps,
-        "dominant_layer": module.prepared.layer,
+        "dominant_layer": module.prepared.model.layer,
         "noise_seed": module.stepper.seed,
     }
 
@@ -227,7 +227,7 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
         "strategy": type(trainer.strategy).__name__,
         "device": str(module.device),
         "seeds": {"noise": prepared.stepper.seed, "rows": rows.seed},
-        "layer": prepared.layer,
+        "layer": prepared.model.layer,
         "onednn": parts.onednn,
         "packed": parts.packed,
         "base": None if base is None else {"sample": dict(base.sample), "tuned": dict(base.tuned)},

@@ -13,8 +13,8 @@ from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.stepper import StepResult
 
-_REMEMBERED, _NEEDED = 50, 10
-_GREW = 100.0
+_WINDOW, _MIN_LOSSES = 50, 10
+_MAX_GROWTH = 100.0
 
 
 class StepWatch(Callback):
@@ -32,7 +32,7 @@ class StepWatch(Callback):
         if max_zero_steps < 1:
             raise SlzoError(f"watch.max_zero_steps {max_zero_steps}: at least 1 step is needed before giving up")
         self.max_zero_steps = max_zero_steps
-        self._losses: deque[float] = deque(maxlen=_REMEMBERED)
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._size_at_start: float | None = None
         self._zeros = 0
         self.spikes: dict[str, Any] = {"number": 0}
@@ -73,7 +73,7 @@ class StepWatch(Callback):
 
     def _look_for_spike(self, loss: float, step: int) -> None:
         known, usual = self._losses, 0.0
-        if len(known) >= _NEEDED:
+        if len(known) >= _MIN_LOSSES:
             usual = statistics.median(known)
             distance = statistics.median(abs(other - usual) for other in known)
             if loss > max(2 * usual, usual + 10 * distance):
@@ -93,7 +93,7 @@ class StepWatch(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._losses = deque(state_dict["losses"], maxlen=_REMEMBERED)
+        self._losses = deque(state_dict["losses"], maxlen=_WINDOW)
         self._size_at_start, self._zeros = state_dict["size_at_start"], state_dict["zeros"]
         self.spikes = dict(state_dict["spikes"])
 
@@ -126,7 +126,7 @@ def _no_difference(module: ZOModule, loss: float, steps: int) -> str:
 def _reason(module: ZOModule, at_start: float | None) -> str:
     """Return why no direction changes the loss, and what to do."""
     now = _size(module)
-    if at_start and not now < _GREW * at_start:
+    if at_start and not now < _MAX_GROWTH * at_start:
         return (
             f"the tuned tensors grew by a factor of {now / at_start:.3g} because the steps are too large; lower the learning "
             f"rate (model.optimizer.lr {module.options.optimizer.lr:.3g})"

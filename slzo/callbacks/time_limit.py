@@ -9,8 +9,8 @@ from slzo.callbacks.schedule import validation_due
 from slzo.utils.console import say
 from slzo.zo.time_plan import TimePlan
 
-_LONGER = 1.1
-_MOST_SLOWER = 2.0
+_MARGIN = 1.1
+_MAX_SLOWDOWN = 2.0
 
 
 class TimeLimit(Callback):
@@ -71,7 +71,7 @@ class TimeLimit(Callback):
         if self._plan is not None:
             took, planned = time.monotonic() - self._planned_at, self._plan.times.before
             # a second more, because other things are done too
-            self._slower = min(_MOST_SLOWER, max(1.0, took / (planned + 1.0)))
+            self._slower = min(_MAX_SLOWDOWN, max(1.0, took / (planned + 1.0)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record when a step begins, and how long the validation before it took, with its checkpoints."""
@@ -106,7 +106,7 @@ class TimeLimit(Callback):
             return 0.0
         times = self._plan.times
         validation = max(self._validation, times.validation)
-        return _LONGER * (max(step, times.step) + (1 + validates) * validation + self._slower * times.after)
+        return _MARGIN * (max(step, times.step) + (1 + validates) * validation + self._slower * times.after)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the trainer its own limits back."""

@@ -51,6 +51,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "base": (dict,),
         "data": (dict,),
         "environment": (dict,),
+        "hub": (dict,),
         "optimizer": (dict,),
         "onednn": (bool, type(None)),
     }
@@ -73,6 +74,11 @@ class Checkpoint:
     def note(self) -> dict[str, Any]:
         """The checkpoint's note, see :func:`checkpoint_note`."""
         return checkpoint_note(self.content, f"ckpt_path {self.path!r}")
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run that wrote it, if it is still where it was written."""
+        return run_folder_of(self.path)
 
     @property
     def is_resumable(self) -> bool:
@@ -98,6 +104,12 @@ class Checkpoint:
                     f"{option} {new}: the checkpoint was trained with {old}, whose state it cannot load; resume with {old}, "
                     "or start again without --ckpt_path"
                 )
+
+
+def run_folder_of(checkpoint: str | Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint, if the file is still where it was written."""
+    path = Path(checkpoint)
+    return (path if len(path.parts) > 2 else path.absolute()).parent.parent
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -163,14 +175,8 @@ def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
 
 def base_model(note: Mapping[str, Any]) -> str:
     """Return the name that loads the base model of a checkpoint, of the commit that was tuned if it is from the Hub."""
-    commit = hub_record(note).get("model_commit")
+    commit = note["hub"].get("model_commit")
     return str(note["model"]) if commit is None else f"{split_revision(note['model'])[0]}@{commit}"
-
-
-def hub_record(note: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a checkpoint's run loaded from the Hub, see :func:`slzo.resume.loaded_from_hub`; empty if unknown."""
-    found = note.get("hub")
-    return found if isinstance(found, dict) else {}
 
 
 def check_commit(note: Mapping[str, Any], model: str, folder: str | None) -> None:
@@ -184,7 +190,7 @@ def check_commit(note: Mapping[str, Any], model: str, folder: str | None) -> Non
     Raises:
         SlzoError: It is at another commit.
     """
-    own, saved = model_commit(model, folder), hub_record(note).get("model_commit")
+    own, saved = model_commit(model, folder), note["hub"].get("model_commit")
     if None not in (own, saved) and own != saved:
         raise SlzoError(
             f"model.model {model!r}: is at commit {own}, and the checkpoint was trained on another one; give --model.model "

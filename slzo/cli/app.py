@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.callbacks.defaults import BEST_OPTIONS, DEFAULTS
+from slzo.callbacks.defaults import DEFAULTS
 from slzo.callbacks.run_context import run_context
 from slzo.checkpoints.checkpoint import find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
@@ -39,7 +39,7 @@ from slzo.run import RunContext
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
 from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer, timed_defaults
 from slzo.training import adapt_rows, load_parts
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 _MAX_SEED = 2**32 - 1
 
@@ -141,7 +141,6 @@ class SlzoCLI(LightningCLI):
             TaskDataModule,
             save_config_callback=_RunConfig,
             trainer_class=ZOTrainer,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             parser_class=AppParser,
             parser_kwargs={"description": command.help, "allow_abbrev": False},
@@ -164,7 +163,6 @@ class SlzoCLI(LightningCLI):
                 **{f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()},
                 "trainer.logger": {"class_path": "slzo.loggers.RunLogger", "init_args": {"save_dir": RUNS}},
                 "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
-                **{f"checkpoint.{name}": value for name, value in BEST_OPTIONS.items()},
             }
         )
         parser.link_arguments("model.model", "data.tokenizer")
@@ -245,7 +243,7 @@ def run_with_app(command: Command, args: Sequence[str]) -> None:
         own = {name: cli.config_init.get(name) for name in command_arguments(command)}
         command_function(command)(app, **own)
     except MisconfigurationException as error:  # Lightning found a user's error during the run
-        raise SlzoError(f"trainer: {' '.join(str(error).split())}") from error
+        raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
 
 def parser_of(command: Command) -> CommandParser:

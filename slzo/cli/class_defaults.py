@@ -6,15 +6,14 @@ from typing import Any
 
 from slzo.cli.given import Given, loaded
 from slzo.cli.option_types import imported_class
+from slzo.module import ZOModule
 from slzo.zo.estimators import ESTIMATORS, SPSA, LayerOutputPerturbation
 from slzo.zo.optim import AUTO_LR
 from slzo.zo.scopes import SCOPES
 
 # Options of weight perturbations with their defaults; see StepOptions.perturbs_weights.
 _OF_WEIGHTS = {
-    "model.eps": "auto",
-    "model.eps_end": None,
-    "model.num_queries": 1,
+    f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "eps_end", "num_queries")
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from slzo.utils.config_code import GROUPS
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 _MOST_ALIASES = 30
 _ARGUMENTS = "init_args"
@@ -29,7 +29,7 @@ def check_config_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SlzoError(f"{option}: not UTF-8 text ({error.reason} at byte {error.start}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SlzoError(f"{option}: not YAML ({' '.join(str(error).split())})") from error
+        raise SlzoError(f"{option}: not YAML ({one_line(error, None)})") from error
     except OSError as error:
         raise SlzoError(f"{option}: cannot be read ({error.strerror})") from error
     if content is None:

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from slzo.cli.option_types import imported_class
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 
 def constructor_problem(config: Namespace, groups: Mapping[str, type]) -> SlzoError | None:
@@ -37,7 +37,7 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
     except ArgumentError:  # an argument is passed later, such as an optimizer's parameters
         return None
     except Exception as error:  # whatever a class raises
-        return SlzoError(f"{name}: {' '.join(str(error).split())}; see slzo COMMAND --help")
+        return SlzoError(f"{name}: {one_line(error, None)}; see slzo COMMAND --help")
     return None
 
 

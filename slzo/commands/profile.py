@@ -31,5 +31,5 @@ def profile(app: App) -> None:
             write_profile(Path(log_dir), found, choice, options.model, rows.task.name)
             log_picture(app.trainer, PICTURE, Path(log_dir) / f"{PICTURE}.png")
             say(f"Files      {log_dir}")
-        if app.trainer.logger is not None:
-            app.trainer.logger.finalize("success")
+        for logger in app.trainer.loggers:
+            logger.finalize("success")

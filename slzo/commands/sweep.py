@@ -28,7 +28,6 @@ def sweep(
     num_rows: int = NUM_ROWS,
     max_error: float = MAX_ERROR,
     seconds: float | None = None,
-    sensitivity_only: bool = False,
     workers: int = 1,
     output: str | None = None,
 ) -> None:
@@ -45,14 +44,13 @@ def sweep(
         lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 to
             30 times of it.
         eps: Perturbation sizes to compare; by default the configured one.
-        steps: Steps of each training.
+        steps: Steps of each training; 0 only measures the sensitivity of the layers.
         seeds: Seeds of each layer or rate; by default that of seed_everything.
         directions: Largest number of random directions for the sensitivity of a layer, at least 20.
         num_rows: Training rows for the sensitivity.
         max_error: The measurement of a layer ends when its standard error is below this share of it; 0 uses all directions.
         seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The verdict and
             sweep_curves.png then cover both steps and seconds.
-        sensitivity_only: Only measure the sensitivity; train nothing.
         workers: Processes on this machine that divide the trainings, the processor's cores and the GPUs.
         output: Folder of the results; by default sweeps/MODEL-TASK.
     """
@@ -67,8 +65,8 @@ def sweep(
         trials, run = LayerTrials(parts, options, rows), app.run_context()
         own_seeds = [options.noise_seed] if seeds is None else seeds
         if lrs is not None or eps is not None:
-            if layers is not None or seconds is not None or sensitivity_only:
-                raise SlzoError("lrs, eps: compare rates in one layer; leave out layers, seconds and sensitivity_only")
+            if layers is not None or seconds is not None:
+                raise SlzoError("lrs, eps: compare rates in one layer; leave out layers and seconds")
             if eps is not None and not options.estimator.uses_points:
                 raise SlzoError(f"eps {list(eps)}: {options.estimator.describe()} has no eps; leave it out")
             _, choice = choose_layer(parts, options, rows, run)
@@ -86,7 +84,7 @@ def sweep(
         plan_of_layers = plan_sweep(
             parts.num_layers,
             layers,
-            0 if sensitivity_only else steps,
+            steps,
             own_seeds,
             directions,
             num_rows,

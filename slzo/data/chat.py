@@ -12,7 +12,7 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.data.encoding import Encoder
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat, Message
-from slzo.utils.errors import RowError, SlzoError
+from slzo.utils.errors import RowError, SlzoError, one_line
 
 DEFAULT_TEMPLATE = "plain"
 TEMPLATES: Mapping[str, str] = MappingProxyType(
@@ -189,7 +189,7 @@ class ChatEncoder(Encoder):
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(
                 f"data.task.template: cannot format a conversation of {', '.join(turn.role for turn in turns)} "
-                f"({' '.join(str(error).split())}); give rows that it supports, or another template"
+                f"({one_line(error, None)}); give rows that it supports, or another template"
             ) from error
         return str(text)
 

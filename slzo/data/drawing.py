@@ -23,11 +23,11 @@ class RowSource:
     """
 
     task: Task
-    data_dir: str | None = None
-    hub_path: str | None = None
-    hub_config: str | None = None
-    columns: bool = False
-    skip_bad_rows: bool = False
+    data_dir: str | None
+    hub_path: str | None
+    hub_config: str | None
+    columns: bool
+    skip_bad_rows: bool
 
     def read(self, split: Split, notes: list[str], loaded: list[HubSource], file: str | None = None) -> list[Example]:
         """Read all usable rows of a split, or of a ``file`` with rows to predict, which need no labels.

@@ -4,7 +4,6 @@ import codecs
 import csv
 import io
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from slzo.tasks.fields import Fields
-from slzo.utils.errors import RowError, SlzoError
+from slzo.utils.console import warn
+from slzo.utils.errors import RowError, SlzoError, one_line
 
-_log = logging.getLogger(__name__)
 _DELIMITERS = (",", ";", "\t", "|")
 
 PlacedRow = tuple[str, Fields]
@@ -160,7 +159,7 @@ def _read_csv_text(path: Path) -> str:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
         raise SlzoError(f"{path}:{line}: neither UTF-8 nor Windows-1252; save the file as UTF-8") from None
-    _log.warning("%s:%d: not UTF-8, read as Windows-1252; save the file as UTF-8 if letters look wrong", path, line)
+    warn(f"{path}:{line}: not UTF-8, read as Windows-1252; save the file as UTF-8 if letters look wrong")
     return text
 
 
@@ -191,7 +190,7 @@ def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     try:
         rows = parquet.read_table(io.BytesIO(_read_bytes(path)), page_checksum_verification=True).to_pylist()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         what = "not a Parquet file" if isinstance(error, pyarrow.ArrowInvalid) else "a damaged Parquet file"
         raise SlzoError(f"{path}: {what} ({reason}); write it again, or use JSON Lines") from None
     for number, row in enumerate(rows, start=1):

@@ -8,7 +8,7 @@ from typing import Any
 from slzo.tasks.base import HubSource, Split
 from slzo.tasks.fields import Fields
 from slzo.utils.console import inform
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.hub import causes, commit_of, known_problem
 
 
@@ -41,7 +41,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
         if (problem := known_problem(error, source.path, "dataset")) is not None:
             raise SlzoError(f"data.hub_path {given!r}: {problem}; or give a local folder as data.data_dir") from error
         first = causes(error)[-1]
-        reason = " ".join(str(first).split())[:200].rstrip(" .")
+        reason = one_line(first).rstrip(" .")
         raise SlzoError(
             f"{option}: cannot load {origin} from the Hub ({type(first).__name__}: {reason});"
             " check the connection, data.hub_path, data.hub_config and access rights, or give a local folder as data.data_dir"

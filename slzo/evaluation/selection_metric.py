@@ -41,3 +41,11 @@ class SelectionMetric:
         """Return the loss, or the difference between the best possible and the actual reward or F1; NaN if it is unknown."""
         value = float(found.get(f"{prefix}{self.name}", math.nan))
         return value if self.best is None else self.best - value
+
+    def largest(self, distance: float, factor: float) -> float:
+        """Return the largest distance that counts as at most ``factor`` times another one.
+
+        A distance can be 0 or negative. The rise is a share of its size, and of at least a tenth of the best reward or F1.
+        """
+        size = abs(distance) if self.best is None else max(abs(distance), abs(self.best) / 10)
+        return distance + (factor - 1) * size

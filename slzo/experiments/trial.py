@@ -230,7 +230,7 @@ class LayerTrials(Trials):
                 slopes += [abs(slope) for slope in estimate.projected_grad]
             if losses and scores[-1].step < len(losses):
                 scores.append(self._score(model, dev_rows, len(losses), stepper.num_evaluations, used))
-        return Trial(tuple(scores), tuple(losses), _mean(slopes), _divergence(scores[0].loss, scores[-1].loss))
+        return Trial(tuple(scores), tuple(losses), _mean(slopes), self._divergence(scores[0].loss, scores[-1].loss))
 
     def own_step(self, layer: int | None) -> tuple[float, float | None]:
         """Return learning rate and eps of the options; ``auto`` is measured, and such a rate has one significant digit.
@@ -365,6 +365,13 @@ class LayerTrials(Trials):
         found = rows.score(make_evaluator(rows, model), batches, keep_prefix=True)
         return Score(step, evaluations, seconds, metric.distance(found), found[metric.metric])
 
+    def _divergence(self, before: float, after: float) -> str:
+        metric = self.rows.selection_metric
+        if not math.isfinite(after):
+            return f"the {metric.description} is not finite"
+        risen = after > metric.largest(before, _DIVERGED)
+        return f"the {metric.description} rose from {before:.3g} to {after:.3g}" if risen else ""
+
     def _head_layers(self) -> float:
         """Return the cost of a training batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
         objective, parts = self.rows.objective, self.parts
@@ -380,9 +387,3 @@ class LayerTrials(Trials):
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
-
-
-def _divergence(before: float, after: float) -> str:
-    if not math.isfinite(after):
-        return "the dev loss is not finite"
-    return f"the dev loss rose from {before:.3g} to {after:.3g}" if after > _DIVERGED * before else ""

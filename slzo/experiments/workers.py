@@ -43,12 +43,13 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
     if number == 1 or is_worker():
         yield
         return
-    threads, cards = cores // number, torch.cuda.device_count()
+    threads, visible = cores // number, os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = visible.split(",") if visible else [str(card) for card in range(torch.cuda.device_count())]
     started = []
     for worker in range(1, number):
         variables = {_OWN: str(worker), "OMP_NUM_THREADS": str(threads)}
-        if cards > 1:
-            variables["CUDA_VISIBLE_DEVICES"] = str(worker % cards)
+        if len(cards) > 1:
+            variables["CUDA_VISIBLE_DEVICES"] = cards[worker % len(cards)]
         program = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
         started.append(subprocess.Popen(program, env={**os.environ, **variables}, stdout=subprocess.DEVNULL))
     before = torch.get_num_threads()

@@ -11,7 +11,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.tuned_model import TunedModel
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
@@ -38,7 +38,7 @@ def load_code(facts: Facts) -> str:
 def write_peft_files(files: PeftFiles, base_model: str, folder: Path, commit: str | None = None) -> None:
     """Write the two files that peft reads; a base model of the Hub has a commit."""
     base = {"base_model_name_or_path": base_model, **({} if commit is None else {"revision": commit})}
-    write_json(folder / CONFIG_FILE, {**base, **files.config})
+    write_json(folder / ADAPTER_CONFIG_FILE, {**base, **files.config})
     (folder / "adapter_model.safetensors").write_bytes(save(dict(files.tensors), {"format": "pt"}))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slzo.checkpoints.checkpoint import Checkpoint, hub_record
+from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.models.origin import Origin
 from slzo.models.peft_files import PeftFiles
 from slzo.tasks.base import HubSource
@@ -86,7 +86,7 @@ class Facts:
     @property
     def data_set(self) -> HubSource | None:
         """The data set of the Hub that the rows came from, with its commit; ``None`` for other rows."""
-        found = hub_record(self.note)
+        found = self.note["hub"]
         path = found.get("data_set")
         return None if path is None else HubSource(path, found["data_config"], revision=found["data_commit"])
 
@@ -123,18 +123,14 @@ def facts_of(
     checkpoint: Checkpoint, format: str, origin: Origin, tuned_model: TunedModel, adapter: PeftFiles | None
 ) -> Facts:
     """Collect the facts from a checkpoint and from the folder of its run."""
-    note, summary = checkpoint.note, read_json(Path(checkpoint.path).parent.parent / _SUMMARY)
+    note, summary = checkpoint.note, read_json(checkpoint.run_folder / _SUMMARY)
     best = summary.get("best_checkpoint")
     return Facts(
         format,
         origin,
         note,
         int(checkpoint.content["global_step"]),
-        str(
-            summary.get("scope")
-            or checkpoint.content.get("hyper_parameters", {}).get("scope")
-            or note["scope"]["class"]
-        ),
+        str(checkpoint.content.get("hyper_parameters", {}).get("scope", note["scope"]["class"])),
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,
         adapter,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.hub import HUB_ID, hub_bars
 
 
@@ -43,7 +43,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
                 message = "Tuned with slzo"
                 api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise SlzoError(
             f"push_to_hub {repository!r}: not uploaded ({reason}); check the name, the connection and `hf auth login`; the "
             f"folder is complete, so `hf upload {repository} {folder}{' --private' if private else ''}` is enough"

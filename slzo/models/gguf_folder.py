@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slzo.utils.assets import build_once, cache_dir
 from slzo.utils.console import progress
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import library_disk_errors
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:  # transformers raises many kinds of errors
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise SlzoError(
                 f"model.model {name!r}: transformers cannot read this GGUF file ({type(error).__name__}: {reason}); "
                 "use another quantization of the model, or its Hugging Face folder"

@@ -198,3 +198,9 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return the number of positions that a model has; ``None`` if it has no limit."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from slzo.models.decoder_layers import find_decoder_layers
 from slzo.utils.console import warn
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ def check_config_file(name: str, file: Path) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SlzoError(
-            f"model.model {name!r}: its config.json cannot be read ({' '.join(str(error).split())}); give a complete model"
+            f"model.model {name!r}: its config.json cannot be read ({one_line(error, None)}); give a complete model"
         ) from error
     if not isinstance(content, dict):
         raise SlzoError(

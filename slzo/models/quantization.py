@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +130,7 @@ def _instantiate(entry: Mapping[str, Any]) -> Any:
     try:
         return cls(**inner)
     except Exception as error:  # configs raise many kinds of errors
-        raise _error(path, " ".join(str(error).split()) or type(error).__name__) from error
+        raise _error(path, one_line(error, None)) from error
 
 
 def _error(quantization: Any, reason: str) -> SlzoError:

@@ -21,6 +21,7 @@ from slzo.models.parts import ModelParts
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
+from slzo.utils.errors import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     except DistError:  # another process has ended, which says nothing about the model
         raise
     except _FAILURES as failure:
-        raise refusal(model, f"a plain forward pass failed ({_first_words(failure)})") from failure
+        raise refusal(model, f"a plain forward pass failed ({one_line(failure)})") from failure
     twin = _Twin(model)
     cause: Exception | None = None
     reason = ""
@@ -90,7 +91,7 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
         except _MismatchError as wrong:
             cause, reason = None, str(wrong)
         except _FAILURES as failure:
-            cause, reason = failure, f"running its layers failed: {_first_words(failure)}"
+            cause, reason = failure, f"running its layers failed: {one_line(failure)}"
         else:
             if packed and not without_padding:
                 name = type(model).__name__
@@ -120,7 +121,7 @@ class _Twin:
             self.attention = attention_of(self.model)
         except _FAILURES as failure:
             self.model = None
-            self.reason = f"no tiny model of this type can be made for the check: {_first_words(failure)}"
+            self.reason = f"no tiny model of this type can be made for the check: {one_line(failure)}"
 
     def longest(self, packed: bool) -> int | None:
         """Return the longest sequence that the parts compute correctly in any batch, ``None`` for no limit.
@@ -212,10 +213,6 @@ def _check_leaks(parts: ModelParts) -> None:
     seen[changed] = True
     if not seen.all():
         raise _MismatchError("rows of a batch affect each other")
-
-
-def _first_words(failure: Exception) -> str:
-    return " ".join(str(failure).split())[:200] or type(failure).__name__
 
 
 def _original_length(model: PreTrainedModel) -> int | None:

@@ -29,10 +29,10 @@ class CurvePoint:
     """
 
     step: int
-    seconds: float | None = None
-    loss: float | None = None
-    score: float | None = None
-    memory_gb: float | None = None
+    seconds: float | None
+    loss: float | None
+    score: float | None
+    memory_gb: float | None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.data.encoding import Encoder
+from slzo.models.load import max_positions
 from slzo.tasks.base import Example
 
 
@@ -20,7 +21,9 @@ def probabilities(
     """
     example = Example("prompt", prompt, tuple(candidates))
     scores = []
-    for sequence in Encoder(tokenizer).encode(example, 0).sequences:
+    longest = max_positions(model)
+    encoder = Encoder(tokenizer) if longest is None else Encoder(tokenizer, longest)
+    for sequence in encoder.encode(example, 0).sequences:
         ids = torch.tensor([list(sequence.ids)], device=model.device)
         logits = model(input_ids=ids).logits[0, :-1].float()
         chosen = logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]

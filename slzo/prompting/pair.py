@@ -20,14 +20,14 @@ from slzo.checkpoints.checkpoint import (
     read_checkpoint,
 )
 from slzo.export import FACTS_FILE
-from slzo.export.adapter import CONFIG_FILE, write_peft_files
+from slzo.export.adapter import ADAPTER_CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
 from slzo.export.restore import load_values, untuned
 from slzo.models.adapters.base import import_peft
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.origin import loadable
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 _RUNS = "runs"
 
@@ -119,7 +119,7 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
 
 def is_export(path: str | Path) -> bool:
     """Return whether a path is an exported folder."""
-    return any((Path(path).expanduser() / name).is_file() for name in (FACTS_FILE, CONFIG_FILE))
+    return any((Path(path).expanduser() / name).is_file() for name in (FACTS_FILE, ADAPTER_CONFIG_FILE))
 
 
 def exported_options(folder: str | Path, model: str | None) -> dict[str, str]:
@@ -176,7 +176,7 @@ def _from_export(folder: Path, source: Source) -> Pair:
 
 def _base_name(folder: Path, facts: Mapping[str, Any], option: str = "base") -> str:
     base = facts.get("base_model", {})
-    name = base.get("name") or _read(folder / CONFIG_FILE).get("base_model_name_or_path")
+    name = base.get("name") or _read(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not name or base.get("public") is False:  # a local folder on the machine where it was tuned
         which = f" (a local folder called {name!r} when it was tuned)" if name else ""
         raise SlzoError(f"ckpt_path {str(folder)!r}: its base model is not public{which}; give a copy with --{option}")
@@ -220,7 +220,7 @@ def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
     if adapted.active_peft_config.is_prompt_learning:  # transformers 5.24 ignores peft 0.21's virtual tokens
         raise SlzoError(

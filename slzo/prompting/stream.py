@@ -7,6 +7,7 @@ from typing import Any, TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from slzo.models.load import max_positions
 from slzo.utils.errors import SlzoError
 
 
@@ -20,9 +21,9 @@ class TextOptions:
         seed: Seed of the samples, the same for both models.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
+    max_new_tokens: int
+    temperature: float
+    seed: int
 
     def __post_init__(self) -> None:
         """Validate the options.
@@ -58,8 +59,8 @@ def write_continuation(
     Raises:
         SlzoError: Prompt and new tokens exceed the model's maximum length.
     """
-    known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(known, int) and len(ids) + options.max_new_tokens > known:
+    known = max_positions(model)
+    if known is not None and len(ids) + options.max_new_tokens > known:
         raise SlzoError(
             f"the prompt has {len(ids)} tokens; with max_new_tokens {options.max_new_tokens} this exceeds the model's limit of "
             f"{known}; shorten the prompt or lower max_new_tokens"

@@ -10,7 +10,7 @@ from slzo.utils.errors import SlzoError
 
 @dataclass
 class History:
-    """The record of a run up to a step. Checkpoints hold it, so that a resumed run goes on with it.
+    """The record of a run up to a step. Checkpoints hold it, so that a resumed run continues it.
 
     Attributes:
         before: Held-out scores before training; ``None`` if they are not known.

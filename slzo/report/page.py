@@ -95,13 +95,9 @@ def _profiles(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     ]
 
 
-# options that differ between any two runs
-_IGNORED = ("ckpt_path", "trainer.logger.version", "weights_only")
-
-
 def differing_options(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
     """Return each option that differs between runs, with one value per run; ``None`` if a run lacks the option."""
-    names = sorted({name for config in configs for name in config} - set(_IGNORED))
+    names = sorted({name for config in configs for name in config})
     rows = [(name, [config.get(name) for config in configs]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 

@@ -90,6 +90,6 @@ class RunFacts:
     limit: tuple[str, int]
     command: str | None
     folder: str | None
-    majority_share: float | None = None
-    reference: WordsReference | None = None
-    first_order_gb: float | None = None
+    majority_share: float | None
+    reference: WordsReference | None
+    first_order_gb: float | None

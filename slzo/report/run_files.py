@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -48,13 +48,13 @@ class RunFiles:
 
     folder: Path
     name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    profile: Mapping[str, Any] = field(default_factory=dict)
-    points: tuple[CurvePoint, ...] = ()
-    train: tuple[tuple[int, float], ...] = ()
-    samples: tuple[Mapping[str, Any], ...] = ()
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    profile: Mapping[str, Any]
+    points: tuple[CurvePoint, ...]
+    train: tuple[tuple[int, float], ...]
+    samples: tuple[Mapping[str, Any], ...]
 
     @property
     def metric(self) -> str:
@@ -78,8 +78,9 @@ class RunFiles:
         value = self.summary.get(f"score_{when}")
         if not isinstance(value, int | float) or not math.isfinite(value):
             return None
-        error = self.summary.get("score_standard_error") if when == "after" else None
-        if error is None:
+        if when == "after":
+            error = self.summary.get("score_standard_error")
+        else:
             error = score_error(self.metric, value, {}, self.summary.get("num_rows") or 0)
         return HeldOut(self._scored_step() if when == "after" else 0, float(value), error)
 

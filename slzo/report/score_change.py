@@ -143,12 +143,12 @@ class DevLoss:
     @property
     def rose(self) -> bool:
         """Whether the last loss is above the first by more than ``MIN_PROGRESS``, or is not finite."""
-        return not math.isfinite(self.last[1]) or self.last[1] > (1 + MIN_PROGRESS) * self.first[1]
+        return not math.isfinite(self.last[1]) or self.last[1] > self.first[1] + MIN_PROGRESS * abs(self.first[1])
 
     @property
     def fell(self) -> bool:
         """Whether the best loss is below the first by more than ``MIN_PROGRESS``."""
-        return self.best[1] < (1 - MIN_PROGRESS) * self.first[1]
+        return self.best[1] < self.first[1] - MIN_PROGRESS * abs(self.first[1])
 
     def sentence(self) -> str:
         """Return a sentence on a loss that rose, without a full stop."""

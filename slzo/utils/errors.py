@@ -16,6 +16,11 @@ def class_name(part: object) -> str:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
+def one_line(error: BaseException, limit: int | None = 200) -> str:
+    """Return the message of an error in one line, with at most ``limit`` characters, or its class if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def shown(value: object) -> str:
     """Return the repr of a value, truncated to fit in a one-line message."""
     text = " ".join(repr(value).split())

@@ -1,6 +1,7 @@
 """Atomic file writes: a file appears under its name only when all of it is on the disk."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -9,11 +10,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # not a Unix system: leftovers are not removed
-    fcntl = None  # type: ignore[assignment]
 
 from slzo.utils.errors import SlzoError
 from slzo.utils.signals import signals_held
@@ -161,9 +157,6 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
     """Lock a folder and yield whether that worked; ``None`` if there are no locks. A lock ends with its process."""
-    if fcntl is None:
-        yield None
-        return
     try:
         number = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # another process has just removed it
@@ -195,8 +188,6 @@ def _flush(path: Path) -> None:
 
 def _flush_names(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
-    if os.name != "posix":  # other systems cannot open folders
-        return
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

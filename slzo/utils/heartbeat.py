@@ -1,4 +1,4 @@
-"""Notice when another process of a run does not answer any more, on this machine or on another one."""
+"""Notice when another process of a run no longer answers, on this machine or on another one."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ MISSED_BEATS = 8
 class Heartbeat:
     """Counts beats in a store that all processes share, and watches the counts of the others, in a thread.
 
-    A process whose threads all stand still, such as a stopped one or one on a machine that is gone, sends no beats. Beats are
+    A process whose threads all hang, such as a stopped one or one on a machine that is gone, sends no beats. Beats are
     counted instead of seconds, so that a run that was suspended as a whole goes on.
 
     Args:
@@ -31,7 +31,7 @@ class Heartbeat:
         self._store, self._rank, self._lost, self._interval = store, rank, lost, interval
         self._counts: Mapping[int, int] = dict.fromkeys((other for other in range(number) if other != rank), 0)
         self._stopped = threading.Event()
-        # if the process with the server stands still, the first thread waits for it, and the second one notices
+        # if the process with the server hangs, the first thread waits for it, and the second one notices
         for name, run in (("slzo-beat", self._beat), ("slzo-watch", self._watch)):
             threading.Thread(target=run, name=name, daemon=True).start()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from slzo.utils.console import inform, is_first_process
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 HUB = "https://huggingface.co/"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -156,7 +156,7 @@ def _one_line(id: str, revision: str | None) -> Iterator[None]:
         yield
     except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
         name, first = id if revision is None else f"{id}@{revision}", causes(error)[-1]
-        reason = " ".join(str(first).split())[:200].rstrip(" .") or type(first).__name__
+        reason = one_line(first).rstrip(" .") or type(first).__name__
         problem = known_problem(error, id) or (
             f"cannot be downloaded ({reason}); check the connection and the disk, and run again"
         )

@@ -12,7 +12,11 @@ import torch
 import torch.distributed
 
 _Item = TypeVar("_Item")
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# of a container, versions 2 and 1: limit, usage, and the entry of memory.stat with cached files that can be dropped
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -38,10 +42,13 @@ def free_bytes(device: torch.device) -> int | None:
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             found.append(int(value.split()[0]) * 1024)
-    for path in map(Path, _CGROUPS):
+    for name, usage, cached in _CGROUPS:
+        path = Path(name)
         limit = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
         if limit != "max":
-            found.append(int(limit))
+            stat = dict(line.split() for line in path.with_name("memory.stat").read_text(encoding="utf-8").splitlines())
+            used = int(path.with_name(usage).read_text(encoding="utf-8"))
+            found.append(max(0, int(limit) - used + int(stat[cached])))
     return min(found, default=None)
 
 

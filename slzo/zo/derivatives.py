@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slzo.batches.losses import LossSum
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 from slzo.zo.tuned import Direction, TunedTensors
 
 _Result = TypeVar("_Result")
@@ -90,7 +90,7 @@ def forward_derivative(
         try:
             total, weight = _call_with(module, tuned, live, function)
         except (NotImplementedError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise SlzoError(
                 f"model.estimator ForwardGradient: this model cannot be differentiated in forward mode ({reason}); "
                 "use SPSA, which needs loss values only"

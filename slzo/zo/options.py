@@ -1,7 +1,7 @@
 """The options of a training."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from slzo.models.device_map import DeviceMapChoice
@@ -10,10 +10,10 @@ from slzo.models.quantization import Quantization, describe_quantization
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings
-from slzo.zo.estimators import SPSA, Estimator
+from slzo.zo.estimators import Estimator
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.processes import Parallel
-from slzo.zo.scopes import LayerScope, Scope
+from slzo.zo.scopes import Scope
 from slzo.zo.stepper import StepOptions
 
 
@@ -26,19 +26,19 @@ class TrainingOptions:
     """
 
     optimizer: OptimizerChoice
-    model: str = "smollm2-135m"
-    layer: int | None = None
-    scope: Scope = field(default_factory=LayerScope)
-    estimator: Estimator = field(default_factory=SPSA)
-    step: StepOptions = field(default_factory=StepOptions)
-    dtype: DType = "float32"
-    quantization: Quantization | None = None
-    device_map: DeviceMapChoice | None = None
-    seed: int | None = None
-    parallel: Parallel = "rows"
-    engine: Engine = field(default_factory=Engine)
-    max_nonfinite: int = 10
-    trust_remote_code: bool = False
+    model: str
+    layer: int | None
+    scope: Scope
+    estimator: Estimator
+    step: StepOptions
+    dtype: DType
+    quantization: Quantization | None
+    device_map: DeviceMapChoice | None
+    seed: int | None
+    parallel: Parallel
+    engine: Engine
+    max_nonfinite: int
+    trust_remote_code: bool
 
     def __post_init__(self) -> None:
         if self.max_nonfinite < 1:

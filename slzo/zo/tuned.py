@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from slzo.utils.errors import one_line
 from slzo.zo.noise import Noise, gaussian
 from slzo.zo.tensors import KINDS, TunedTensor, Whole
 
@@ -187,5 +188,5 @@ class TunedTensors(nn.Module):
             try:
                 tensors[name] = KINDS[kind](parameters[name], **constants)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise KeyError(f"{name} as {kind} ({' '.join(str(error).split())})") from error
+                raise KeyError(f"{name} as {kind} ({one_line(error, None)})") from error
         return cls(tensors, subset)

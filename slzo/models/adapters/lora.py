@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slzo.models.adapters.base import ADAPTER_NAME, Adapter, import_peft
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ class LoRAMatrices(Adapter):
                 torch.manual_seed(self.seed)
                 peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise SlzoError(
                 f"model.scope LoRA: {reason}; check model.scope.rank and set model.scope.target_modules to names of linear maps "
                 "of the layers, like [q_proj, v_proj]"

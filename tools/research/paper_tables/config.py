@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from slzo.tasks.registry import get_task
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 _KEYS = ("configs", "seeds", "common", "tasks", "methods", "target_loss")
 _SET_HERE = re.compile(
@@ -248,7 +248,7 @@ def _load(path: Path, option: str) -> Any:
     except OSError as error:
         raise SlzoError(f"{option} {str(path)!r}: cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SlzoError(f"{option} {str(path)!r}: not YAML ({' '.join(str(error).split())[:200]})") from error
+        raise SlzoError(f"{option} {str(path)!r}: not YAML ({one_line(error)})") from error
 
 
 def _digest(path: Path) -> str:
