@@ -207,3 +207,14 @@ def test_a_guard_forgets_the_run_before(options):
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert guard.rollbacks == 0
     assert 1e-9 < guard.state_dict()["lowest"] < math.inf
+
+
+def test_of_equal_rewards_the_newest_weights_are_good(options, monkeypatch, capsys):
+    found = iter([0.5, *[0.0] * 4, *[0.3] * 2, *[0.0] * 9])  # two callbacks ask for that of a validation
+    monkeypatch.setattr(SelectionMetric, "distance", lambda self, values, prefix="": next(found))
+    monkeypatch.setattr(TaskDataModule, "selection_metric", SelectionMetric("loss", "accuracy", 1.0))
+    steps = ["--model.layer=1", "--trainer.max_steps=3", "--trainer.val_check_interval=1", "--guard.factor=1.5"]
+    assert main(["fit", *options, *steps, "--record.test_before=false"]) == 0
+    assert "rose to 0.3, over 1.5 times its lowest, 0: learning rate halved, weights rolled back to step 2" in (
+        capsys.readouterr().out
+    )

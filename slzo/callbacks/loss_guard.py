@@ -73,7 +73,7 @@ class LossGuard(Callback):
             self._roll_back(trainer, pl_module, loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
-        if loss < self._lowest:
+        if loss <= self._lowest:  # of equal rewards, the newest
             self._lowest = loss
             self._keep(trainer, module)
 
