@@ -28,20 +28,21 @@ class Sampling:
 
     def with_noise(self, logits: Tensor, rows: Sequence[int], position: int) -> Tensor:
         """Return logits / temperature + noise, shape (rows, vocabulary), float32, from logits of the same shape."""
-        # answers at several points share a key
-        by_key = {key: self._noise(key, position, logits.shape[-1]) for key in {self.keys[row] for row in rows}}
-        noise = np.stack([by_key[self.keys[row]] for row in rows])
-        return logits.float() / self.temperature + torch.from_numpy(noise).to(logits.device)
+        negated, first = np.empty((len(rows), logits.shape[-1]), np.float32), dict[int, int]()
+        for place, row in enumerate(rows):
+            key = self.keys[row]
+            if (same := first.setdefault(key, place)) < place:  # answers at several points share a key
+                negated[place] = negated[same]
+            else:
+                generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+                generator.standard_exponential(dtype=np.float32, out=negated[place])
+        np.maximum(negated, np.finfo(np.float32).tiny, out=negated)
+        np.log(negated, out=negated)
+        return (logits.float() / self.temperature).sub_(torch.from_numpy(negated).to(logits.device))
 
     def of(self, rows: Sequence[int]) -> "Sampling":
         """Return the sampling of some of the answers."""
         return Sampling(self.temperature, tuple(self.keys[row] for row in rows))
-
-    @staticmethod
-    def _noise(key: int, position: int, size: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
-        exponential = generator.standard_exponential(size, dtype=np.float32)
-        return -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
 
 
 def sample_key(seed: int, step: int, row: str, sample: int) -> int:
