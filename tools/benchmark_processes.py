@@ -5,9 +5,10 @@
 
 A process has one thread and 16 rows of its own, or with divided directions the same 16 rows as the others; with SPSA a step has 4
 queries. Each round starts the processes of every variant once, in alternation, and counts the last steps, whose rows are in the
-prefix cache. Tokens are those of different rows. ``exchange`` is the time in all-reduce, in which a process also waits for the
-others. With shared layers (``trainer.strategy sharded``) the processes divide the rows and the weights of the layers; there
-``exchange`` and ``bytes`` include the gathering of layers. The speed-up, in tokens a second, is the median over the rounds.
+prefix cache. Tokens are those of different rows. ``exchange and waiting`` is the time in all-reduce, in which a process also
+waits for the others, and ``exchange`` that of the process that waits least. With shared layers (``trainer.strategy sharded``)
+the processes divide the rows and the weights of the layers; there these and ``bytes`` include the gathering of layers. The
+speed-up, in tokens a second, is the median over the rounds.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, float]:
-    """Start the processes of a variant; return the figures of the slowest."""
+    """Start the processes of a variant; return the figures of the slowest, and the exchange of the one that waits least."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
@@ -143,14 +144,15 @@ def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, flo
     found = [json.loads(text.strip().splitlines()[-1]) for text in texts]
     tokens = found[0]["tokens"] if divide == "directions" else sum(each["tokens"] for each in found)
     slowest = {name: max(each[name] for each in found) for name in found[0]}
-    return slowest | {"tokens": tokens, "rate": tokens / slowest["seconds"]}
+    shortest = min(each["exchange"] for each in found)
+    return slowest | {"tokens": tokens, "rate": tokens / slowest["seconds"], "without waiting": shortest}
 
 
 def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
     """Return the table: medians over the rounds, and the speed-up over one process in the same round."""
     lines = [
-        "| processes | seconds a step | speed-up | tokens a second | bytes a step | exchange | peak of a process, GiB |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| processes | seconds a step | speed-up | tokens/s | bytes a step | exchange and waiting | exchange | peak, GiB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     alone = rounds["1"]
     for name, found in rounds.items():
@@ -158,7 +160,8 @@ def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
         faster = statistics.median(each["rate"] / one["rate"] for one, each in zip(alone, found, strict=True))
         lines.append(
             f"| {name} | {middle['seconds']:.3f} | {faster:.2f} | {middle['rate']:.0f} | "
-            f"{middle['bytes']:.0f} | {middle['exchange'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
+            f"{middle['bytes']:.0f} | {middle['exchange'] / middle['seconds']:.1%} | "
+            f"{middle['without waiting'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
         )
     return "\n".join(lines)
 
