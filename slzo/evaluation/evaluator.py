@@ -254,10 +254,10 @@ class RunningScore:
         with warnings.catch_warnings():  # of torchmetrics, if there are no labels or no rows
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
             found = {**self._metrics.compute(), "loss": self._loss.compute()}
-        if PERPLEXITY in self._extra:
-            found[PERPLEXITY] = found["loss"].exp()
         if self._means and found["loss"].isnan():  # rewarded rows need no gold answer
             del found["loss"]
+        elif PERPLEXITY in self._extra:
+            found[PERPLEXITY] = found["loss"].exp()
         if self._means:
             reward, square, tokens = (mean.compute() for mean in self._means.values())
             spread = (square - reward**2).clamp(min=0).sqrt()

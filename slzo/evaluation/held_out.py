@@ -59,4 +59,5 @@ def score_held_out(
     by_row = dict(gather_from_processes(scores))
     if metric == PERPLEXITY:
         by_row = perplexity_by_row(dict(gather_from_processes(losses)))
-    return HeldOutScores({name: value for name, value in found.items() if name != "loss"}, by_row)
+    found.pop("loss", None)
+    return HeldOutScores({metric: math.nan, **found}, by_row)  # without gold answers there is no perplexity

@@ -363,7 +363,7 @@ class LayerTrials(Trials):
         if dev_rows is not None:
             batches = spaced_batches(batches, dev_rows)
         found = rows.score(make_evaluator(rows, model), batches, keep_prefix=True)
-        return Score(step, evaluations, seconds, metric.distance(found), found[metric.metric])
+        return Score(step, evaluations, seconds, metric.distance(found), found.get(metric.metric, math.nan))
 
     def _divergence(self, before: float, after: float) -> str:
         metric = self.rows.selection_metric
