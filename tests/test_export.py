@@ -167,6 +167,8 @@ def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):
     assert torch.equal(merged(IDS).logits, base(IDS).logits)
     assert json.loads(Path("merged/generation_config.json").read_text()) == settings
     assert AutoTokenizer.from_pretrained("merged").chat_template == tokenizer.chat_template
+    modes = {Path("merged", name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # other users can read the weights too
     metadata, text = card("merged")
     assert "base_model" not in metadata  # nobody could find it
     assert "no public name" in text

@@ -38,7 +38,7 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
         model.generation_config = GenerationConfig()
     tokenizer = load_tokenizer(base, note["trust_remote_code"], note.get("chat_template"))
     with library_disk_errors():
-        save_model(model, str(folder))
+        save_model(model, folder)
         tokenizer.save_pretrained(folder)
     if original.is_file():
         (folder / _GENERATION).write_bytes(original.read_bytes())

@@ -67,6 +67,7 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from slzo.models.loading_check import check_loading
+    from slzo.models.save import save_model
 
     with _quiet():
         try:
@@ -89,7 +90,7 @@ def convert(gguf: Path, folder: Path, name: str) -> Path:
             del model.config.quantization_config
         model.to(_smallest_exact_dtype(model.state_dict()))
         with library_disk_errors():
-            model.save_pretrained(folder)
+            save_model(model, folder)
             tokenizer.save_pretrained(folder)
     _remove_unknown_tokens(folder / "tokenizer.json", model.config.vocab_size)
     return folder

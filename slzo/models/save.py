@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slzo.models.quantization import method_of
@@ -14,10 +16,12 @@ if TYPE_CHECKING:
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-def save_model(model: PreTrainedModel, folder: str) -> None:
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Save config and weights. Quantized weights stay quantized."""
     # transformers cannot convert quantized tensors back to the original file format
     model.save_pretrained(folder, save_original_format=method_of(model) is None)
+    for weights in folder.glob("*.safetensors"):  # safetensors makes files that only their owner can read
+        shutil.copymode(folder / "config.json", weights)
 
 
 def leave_unquantized(model: PreTrainedModel, paths: Sequence[str]) -> None:
