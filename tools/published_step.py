@@ -67,7 +67,12 @@ def _noise(parameter: nn.Parameter) -> Tensor:
 
 
 def published_step(
-    model: nn.Module, parameters: list[nn.Parameter], batch: PaddedBatch, only_gold: bool, seed: int
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: PaddedBatch,
+    only_gold: bool,
+    seed: int,
+    lr: float = LEARNING_RATE,
 ) -> tuple[float, float]:
     """Take one MeZO step on the given parameters; return both losses."""
 
@@ -86,5 +91,5 @@ def published_step(
     torch.manual_seed(seed)
     for parameter in parameters:
         z = _noise(parameter)
-        parameter.data = parameter.data - LEARNING_RATE * (projected_grad * z)
+        parameter.data = parameter.data - lr * (projected_grad * z)
     return loss_plus, loss_minus

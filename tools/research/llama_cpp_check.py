@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -37,6 +36,8 @@ def tokens_of_transformers(folder: str, prompts: list[str]) -> list[str]:
 
 def tokens_of_llama_cpp(gguf: str, prompts: list[str]) -> list[str]:
     """Return the likeliest next token of each prompt as text."""
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = gguf
     params.n_ctx = 2048

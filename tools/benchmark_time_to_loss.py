@@ -1,0 +1,248 @@
+"""Measure the processor time and the evaluations until a dev loss is reached, for slzo and for the published MeZO step.
+
+    OMP_NUM_THREADS=1 python tools/benchmark_time_to_loss.py --data_dir DIR --output times
+    OMP_NUM_THREADS=1 python tools/benchmark_time_to_loss.py --data_dir DIR --output times --methods published --seconds 10800
+
+Each method trains on the same rows until its dev loss is at the last target or its time is used. Time is that of the steps, with
+all that slzo computes before them: the profile, the states below the tuned layer and the step size. Scoring is not counted; the
+dev rows are scored each time that the time has grown by a tenth. An evaluation is the loss of a batch at one point. Results are
+saved at once, and the same command continues where it stopped. --picture draws the curves.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from published_step import pad_left, published_step
+from slzo.batches.encoded import EncodedExample
+from slzo.experiments.store import CellStore
+from slzo.models.engine import Engine
+from slzo.models.load import load_model
+from slzo.models.parts import ModelParts
+from slzo.module import ZOModule
+from slzo.pictures.style import lines, new_figure, save, style_axis
+from slzo.task_rows import TaskRows
+from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
+from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
+from slzo.zo.optim import set_rate
+from slzo.zo.profile import profile_layers
+from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext, SelectionRule
+
+GROWTH = 1.1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A score of the dev rows: steps, evaluations and processor seconds until then, and the mean loss."""
+
+    step: int
+    evaluations: int
+    seconds: float
+    loss: float
+
+
+class Recorder:
+    """Times the steps of a training, and scores the dev rows each time that the time has grown by a tenth.
+
+    Args:
+        score: Scores the dev rows.
+        target: Dev loss at which the training ends.
+        limit: Processor seconds after which it ends.
+    """
+
+    def __init__(self, score: Callable[[], float], target: float, limit: float, used: float = 0.0) -> None:
+        self.score, self.target, self.limit, self.used = score, target, limit, used
+        self.curve: list[Checkpoint] = []
+
+    def train(self, step: Callable[[int], int]) -> dict[str, Any]:
+        """Call ``step`` with 0, 1, ..., which returns the number of evaluations so far, until the training ends."""
+        self.curve.append(Checkpoint(0, 0, self.used, self.score()))
+        for number in count():
+            started = time.process_time()
+            evaluations = step(number)
+            self.used += time.process_time() - started
+            if self.used < GROWTH * self.curve[-1].seconds and self.used < self.limit:
+                continue
+            self.curve.append(Checkpoint(number + 1, evaluations, self.used, self.score()))
+            if self.curve[-1].loss <= self.target or self.used >= self.limit:
+                break
+        return {"curve": [vars(checkpoint) for checkpoint in self.curve]}
+
+
+def make_rows(args: argparse.Namespace) -> TaskRows:
+    """Return the rows of the task: 1000 for training and 200 for development."""
+    folder = None if args.task == "movie_reviews" else args.data_dir
+    rows = TaskRows(
+        args.task,
+        tokenizer=args.model,
+        data_dir=folder,
+        num_train=1000,
+        num_dev=200,
+        num_test=20,
+        batch_size=16,
+        seed=args.seed,
+    )
+    rows.setup("fit")
+    return rows
+
+
+def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: float | None = None) -> dict[str, Any]:
+    """Train the layer of a rule with an estimator of slzo, with the automatic learning rate or a constant one."""
+    rows = make_rows(args)
+    options = ZOModule(
+        args.model, estimator=estimator, seed=args.seed, engine=Engine(onednn=False if args.same_kernels else None)
+    ).options
+    parts = load_parts(options, torch.device("cpu"))
+    adapt_rows(rows, parts, options)
+    started = time.process_time()
+    profile, _ = profile_layers(parts, list(rows.profile_batches(16, 8)))
+    layer = rule.select(SelectionContext(profile)).layer
+    model = tune(parts, options, rows, layer)
+    plan_prefix(model, rows)
+    optimizer = options.optimizer.make(model.tensors.masters)
+    auto = auto_rate(make_stepper(model, options, rows), rows)
+    stepper = make_stepper(model, options, rows, auto=auto, sets_rate=lr is None)
+    if lr is not None:
+        set_rate(optimizer, lr)
+    used = time.process_time() - started
+    batches = rows.training_batches()
+
+    def score() -> float:
+        return rows.score(make_evaluator(rows, model), rows.eval_batches("dev"), keep_prefix=True)["loss"]
+
+    def step(number: int) -> int:
+        stepper.step(next(batches), number, optimizer)
+        return stepper.num_evaluations
+
+    return {"layer": layer} | Recorder(score, min(args.targets), args.seconds, used).train(step)
+
+
+def published(args: argparse.Namespace, lr: float, rule: SelectionRule | None = None) -> dict[str, Any]:
+    """Train all weights, or those of the layer of a rule, with the published step and a constant learning rate."""
+    rows = make_rows(args)
+    options = ZOModule(args.model).options
+    model: Any = load_model(args.model, "float32")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # not mapped from the file
+    parts = ModelParts(model)
+    adapt_rows(rows, parts, options)
+    layer, trained = None, list(model.parameters())
+    if rule is not None:
+        profile, _ = profile_layers(parts, list(rows.profile_batches(16, 8)))
+        layer = rule.select(SelectionContext(profile)).layer
+        trained = list(parts.layers[layer].parameters())
+    only_gold = rows.objective.only_gold
+    batches = _batches([row.encoded for row in rows.rows("train")], random.Random(args.seed))
+
+    def score() -> float:  # as for slzo, which is faster than with the published loss
+        tuned = tune(ModelParts(model, onednn=False), options, rows, 0)
+        try:
+            return rows.score(make_evaluator(rows, tuned), rows.eval_batches("dev"))["loss"]
+        finally:
+            tuned.release()
+
+    def step(number: int) -> int:
+        published_step(model, trained, pad_left(next(batches), only_gold), only_gold, number, lr)
+        return 2 * (number + 1)
+
+    with torch.no_grad():
+        return {"layer": layer} | Recorder(score, min(args.targets), args.seconds).train(step)
+
+
+def _batches(rows: list[EncodedExample], generator: random.Random) -> Iterator[list[EncodedExample]]:
+    while True:
+        shuffled = generator.sample(rows, len(rows))
+        yield from (shuffled[start : start + 16] for start in range(0, len(rows) - 15, 16))
+
+
+METHODS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "default": lambda args: slzo(args, LayerOutputPerturbation(), OutlierRemovingLayer()),
+    "adamw": lambda args: slzo(args, Backprop(), OutlierRemovingLayer()),
+    "spsa": lambda args: slzo(args, SPSA(), OutlierRemovingLayer()),
+    "paper": lambda args: slzo(args, SPSA(), FirstOutlierLayer(), args.lr_layer),
+    "published-layer": lambda args: published(args, args.lr_layer, FirstOutlierLayer()),
+    "published": lambda args: published(args, args.lr_all),
+}
+
+
+def reached(curve: list[dict[str, float]], target: float) -> dict[str, float] | None:
+    """Return the first score at or below a target."""
+    return next((score for score in curve if score["loss"] <= target), None)
+
+
+def report(results: dict[str, dict[str, Any]], targets: list[float]) -> str:
+    """Return a table: seconds, steps and evaluations until each target."""
+    heads = "".join(f" {target:g} |" for target in targets)
+    lines_ = [f"| method | layer |{heads} lowest |", f"|---|--:|{'--:|' * len(targets)}--:|"]
+    for name, result in results.items():
+        curve = result["curve"]
+        cells = []
+        for target in targets:
+            found = reached(curve, target)
+            cells.append(
+                f"not in {curve[-1]['seconds']:.0f} s"
+                if found is None
+                else f"{found['seconds']:.1f} s, {found['step']:.0f} steps, {found['evaluations']:.0f} evaluations"
+            )
+        lowest = min(score["loss"] for score in curve)
+        layer = "all" if result["layer"] is None else result["layer"]
+        lines_.append(f"| `{name}` | {layer} | {' | '.join(cells)} | {lowest:.3f} |")
+    return "\n".join(lines_)
+
+
+def draw(results: dict[str, dict[str, Any]], targets: list[float], path: Path) -> None:
+    """Draw the dev loss over seconds, which are logarithmic."""
+    figure = new_figure(8, 4.5, "Dev loss over training time")
+    axis = figure.subplots()
+    for (name, result), (colour, dashes) in zip(results.items(), lines(len(results)), strict=True):
+        at = [max(score["seconds"], 1.0) for score in result["curve"]]
+        axis.plot(at, [score["loss"] for score in result["curve"]], color=colour, linestyle=dashes, label=name)
+    for target in targets:
+        axis.axhline(target, color="black", linewidth=0.5)
+    axis.set_xscale("log")
+    style_axis(axis, "processor seconds", "dev loss", whole=False)
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, path.parent, path.name)
+
+
+def main() -> None:
+    """Run the missing methods and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="model, as in model.model")
+    parser.add_argument("--task", default="sst2", help="task, as in data.task")
+    parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.6, 0.5], help="dev losses")
+    parser.add_argument("--seconds", type=float, default=3600, help="processor time of each method")
+    parser.add_argument("--lr_all", type=float, default=9e-5, help="rate of the published step on all weights")
+    parser.add_argument("--lr_layer", type=float, default=3e-4, help="constant rate in the first outlier layer")
+    parser.add_argument("--same_kernels", action="store_true", help="slzo uses torch's default matrix kernels too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="times", help="folder of the results")
+    parser.add_argument("--picture", help="also draw the curves to this path, without suffix")
+    args = parser.parse_args()
+    options = ("model", "task", "seed", "targets", "lr_all", "lr_layer", "same_kernels")
+    settings = {name: getattr(args, name) for name in options} | {"threads": torch.get_num_threads()}
+    store = CellStore(args.output, settings)
+
+    def say(name: str, result: dict[str, Any]) -> None:
+        print(f"{name}: {json.dumps(result['curve'][-1])}", flush=True)
+
+    store.complete({name: partial(METHODS[name], args) for name in args.methods}, say)
+    results = {name: found for name in METHODS if (found := store.result(name)) is not None}
+    print(report(results, args.targets))
+    if args.picture:
+        draw(results, args.targets, Path(args.picture))
+
+
+if __name__ == "__main__":
+    main()
