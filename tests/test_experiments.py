@@ -375,7 +375,7 @@ def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(opti
         assert all(math.isfinite(loss) for loss in losses)
     assert Path("swept/sweep_curves.png").stat().st_size > 10_000
     assert content["verdict"] in capsys.readouterr().out
-    assert re.match(r"After 3 steps layer [13] is ahead, .* After 0\.2 s layer [13] is ahead", content["verdict"])
+    assert re.match(r"In 3 steps layer [13] reaches .* In 0\.2 s layer [13] reaches", content["verdict"])
     assert content["settings"]["seconds"] == 0.2
 
 
@@ -454,18 +454,18 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
 
 
 def test_the_verdict_reads_curves_where_they_were_not_scored():
-    """Halfway between two scores the loss is halfway too; after the last one it stays."""
+    """Halfway between two scores the loss is halfway too; a loss that rises again does not count."""
     plan = plan_sweep(4, None, 20, [0], 20, 8, 30.0)
     curves = {
         1: [curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35))],
-        2: [curve((0, 0, 1.0), (20, 28, 0.4), (24, 32, 0.44))],
+        2: [curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46))],
     }
     assert curves_verdict(curves, plan, 2) == (
-        "After 20 steps layer 2 is ahead, at a dev loss of 0.4000 (one seed). "
-        "After 30 s layer 1 is ahead, at a dev loss of 0.4000 (one seed), the chosen layer 2 at 0.4200 (one seed)."
+        "In 20 steps layer 2 reaches the lowest dev loss, 0.4200 (one seed). "
+        "In 30 s layer 1 reaches the lowest dev loss, 0.4000 (one seed), the chosen layer 2 0.4200 (one seed)."
     )
-    curves[2].append(curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46)))
-    assert "layer 2 is ahead, at a dev loss of 0.4100 +- 0.0100." in curves_verdict(curves, plan, 2)
+    curves[2].append(curve((0, 0, 1.0), (20, 28, 0.44), (24, 32, 0.48)))
+    assert "layer 2 reaches the lowest dev loss, 0.4300 +- 0.0100." in curves_verdict(curves, plan, 2)
     assert "chosen" not in curves_verdict(curves, plan, 3)
 
 

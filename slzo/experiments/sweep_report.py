@@ -33,10 +33,10 @@ class LayerResult:
         outlier_ratio: Largest magnitude of the layer's output, divided by the median.
         seeds: Number of finished trainings.
         loss_before: Dev loss before training.
-        loss: Dev loss after training.
+        loss: Dev loss after training; the lowest one if dev rows were scored on the way, since ``fit`` keeps the best weights.
         loss_se: Standard error of the loss over seeds.
         gain: ``loss_before - loss``.
-        metric: Dev metric after training.
+        metric: Dev metric with the same weights.
         metric_se: Standard error of the metric over seeds.
         mean_abs_projected_grad: Mean magnitude of the projected gradients in training.
         seconds: Training time in seconds, without scoring.
@@ -70,8 +70,8 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
         names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
         trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]
-        loss = [trial.scores[-1].loss for trial in good]
-        metric = [trial.scores[-1].metric for trial in good]
+        loss = [trial.lowest.loss for trial in good]
+        metric = [trial.lowest.metric for trial in good]
         rows.append(
             LayerResult(
                 layer=layer,
@@ -82,7 +82,7 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
                 loss_before=trials[0].scores[0].loss if trials else None,
                 loss=_mean(loss),
                 loss_se=standard_error(loss),
-                gain=_mean([trial.gain for trial in good]),
+                gain=_mean([trial.scores[0].loss - trial.lowest.loss for trial in good]),
                 metric=_mean(metric),
                 metric_se=standard_error(metric),
                 mean_abs_projected_grad=_mean([trial.mean_abs_slope for trial in good]),
@@ -259,7 +259,7 @@ def _mean_score(scores: Sequence[Score]) -> Score:
 
 
 def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepPlan, chosen: int) -> str:
-    """Return two sentences: which layer is ahead after the same steps, and which after the same time.
+    """Return two sentences: which layer has reached the lowest dev loss in the same steps, and which in the same time.
 
     Args:
         curves: The curves of each layer, one per seed.
@@ -268,23 +268,23 @@ def curves_verdict(curves: Mapping[int, Sequence[Sequence[Score]]], plan: SweepP
     """
     assert plan.seconds is not None
     at_steps = {
-        layer: [_interpolated([(score.step, score.loss) for score in curve], plan.steps) for curve in of_seeds]
+        layer: [_lowest([(score.step, score.loss) for score in curve], plan.steps) for curve in of_seeds]
         for layer, of_seeds in curves.items()
     }
     at_time = {
-        layer: [_interpolated([(score.seconds, score.loss) for score in curve], plan.seconds) for curve in of_seeds]
+        layer: [_lowest([(score.seconds, score.loss) for score in curve], plan.seconds) for curve in of_seeds]
         for layer, of_seeds in curves.items()
     }
     return f"{_ahead(at_steps, f'{plan.steps} steps', chosen)} {_ahead(at_time, f'{plan.seconds:g} s', chosen)}"
 
 
-def _ahead(losses: Mapping[int, Sequence[float]], after: str, chosen: int) -> str:
+def _ahead(losses: Mapping[int, Sequence[float]], length: str, chosen: int) -> str:
     means = {layer: statistics.fmean(of_seeds) for layer, of_seeds in losses.items()}
     best = min(means, key=means.__getitem__)
     rest = ""
     if chosen in means and chosen != best:
-        rest = f", the chosen layer {chosen} at {_with_error(losses[chosen])}"
-    return f"After {after} layer {best} is ahead, at a dev loss of {_with_error(losses[best])}{rest}."
+        rest = f", the chosen layer {chosen} {_with_error(losses[chosen])}"
+    return f"In {length} layer {best} reaches the lowest dev loss, {_with_error(losses[best])}{rest}."
 
 
 def _with_error(losses: Sequence[float]) -> str:
@@ -293,9 +293,12 @@ def _with_error(losses: Sequence[float]) -> str:
     return f"{statistics.fmean(losses):.4f}" + (" (one seed)" if error is None else f" +- {error:.4f}")
 
 
-def _interpolated(points: Sequence[tuple[float, float]], place: float) -> float:
-    """Interpolate the loss linearly at a place; beyond the last score, return the last loss."""
+def _lowest(points: Sequence[tuple[float, float]], place: float) -> float:
+    """Return the lowest loss until a place, linear between two scores; beyond the last score, the lowest of all."""
+    lowest = math.inf
     for (left, low), (right, high) in pairwise(points):
-        if left <= place <= right:
-            return low + (high - low) * (place - left) / max(right - left, 1e-9)
-    return points[-1][1]
+        if left >= place:
+            break
+        reached = high if right <= place else low + (high - low) * (place - left) / (right - left)
+        lowest = min(lowest, reached)
+    return lowest

@@ -106,6 +106,11 @@ class Trial:
         return cls(**{**data, "scores": scores, "losses": tuple(data["losses"])})
 
     @property
+    def lowest(self) -> Score:
+        """The score with the lowest dev loss after the first step, whose weights ``fit`` would keep."""
+        return min(self.scores[1:] or self.scores, key=lambda score: score.loss)
+
+    @property
     def gain(self) -> float:
         """Decrease of the dev loss; minus infinity if the training diverged."""
         return -math.inf if self.diverged else self.scores[0].loss - self.scores[-1].loss
