@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch
 from slzo.task_rows import TaskRows
 from slzo.utils.console import warn
+from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
 
@@ -95,12 +96,12 @@ class TaskDataModule(TaskRows, LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn if the settings of a resumed run differ from the checkpoint's."""
-        new = self.step_settings()
-        different = [
-            f"data.{name}: {old} -> {new.get(name)}" for name, old in state_dict.items() if new.get(name) != old
-        ]
-        if different and self.trainer is not None and self.trainer.state.fn == "fit":
-            warn("these data options differ from the checkpoint's: " + "; ".join(different))
+        old, new = (
+            {f"data.{name}": value for name, value in settings.items()}
+            for settings in (state_dict, self.step_settings())
+        )
+        if (changes := differences(old, new)) and self.trainer is not None and self.trainer.state.fn == "fit":
+            warn(f"these data options differ from the checkpoint's: {changes}")
 
 
 def _groups_of(number: int, rank: int, directions: int) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Loggers with one folder per run, and the folder of a run for a command."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -73,32 +73,35 @@ class FolderLogger(_OwnFolder, CSVLogger):
 
 
 @contextmanager
-def run_folder(trainer: Trainer, begun: int = 0) -> Iterator[None]:
+def run_folder(trainer: Trainer, known: set[Path], begun: int = 0) -> Iterator[None]:
     """Make the folder of a run for a command, and remove it if the command was refused or left it empty.
 
     Args:
         trainer: Its loggers name the folder.
+        known: Folders of earlier commands of this trainer, which are used again and never removed. A new one is added.
         begun: Step at which the run starts; an error at this step means that the command was refused.
 
     Raises:
         SlzoError: The folder, or another file that the command needs, cannot be read or written.
     """
-    taken: list[Path] = []
+    made: list[Path] = []
     try:
         with disk_errors():
             for logger in trainer.loggers:
-                if (folder := _folder_of(logger, taken)) is not None:
-                    taken.append(folder)
+                if (folder := _folder_of(logger, known.union(made))) is not None:
+                    made.append(folder)
+            known.update(made)
             yield
     except (SlzoError, MisconfigurationException):
         if trainer.global_step <= begun:
-            for folder in taken:
+            for folder in made:
                 remove_folder(folder)
                 with suppress(OSError):  # it contains other runs
                     folder.parent.rmdir()
+            known.difference_update(made)
         raise
     finally:
-        for folder in taken:
+        for folder in made:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
@@ -118,16 +121,16 @@ def log_dir_of(trainer: Trainer) -> str | None:
     return str(trainer.strategy.broadcast(str(folder)))
 
 
-def _folder_of(logger: object, taken: Sequence[Path]) -> Path | None:
-    """Return the folder that a logger takes for this run; ``None`` if it takes none, or another process or logger takes it."""
+def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
+    """Make and return the folder of a logger; ``None`` if it has none, if it is taken, or if another process makes it."""
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
         return None
     check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
+    folder = Path(logger.log_dir)  # an own logger makes it here
+    if folder in taken:
+        return None
     if not isinstance(logger, _OwnFolder):  # Lightning's own loggers make theirs later
-        if Path(logger.log_dir) in taken:
-            return None
         _take(logger.root_dir, logger.version, given=True)
-    folder = Path(logger.log_dir)
     for run in folder.parent.glob("version_*"):
         remove_leftovers(run)
         remove_leftovers(run / "checkpoints")

@@ -83,6 +83,7 @@ class ZOTrainer(Trainer):
             kwargs["strategy"] = ShardedStrategy()
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
+        self._run_folders: set[Path] = set()
         try:
             cluster = _slurm_job() if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins) else None
             super().__init__(**kwargs, plugins=plugins if cluster is None else [*plugins, cluster])
@@ -197,7 +198,7 @@ class ZOTrainer(Trainer):
         """Return the context in which Lightning runs; see :func:`slzo.loggers.run_folder`."""
         if (watch := callback_of(self, RankWatch)) is not None:
             watch.watch_launcher(self)
-        return run_folder(self, begun)
+        return run_folder(self, self._run_folders, begun)
 
     @property
     def runs_folder(self) -> str:

@@ -7,7 +7,8 @@ import textwrap
 
 import pytest
 from helpers import last_checkpoint, on_tiny, summary
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
@@ -73,6 +74,30 @@ def test_a_checkpoint_becomes_a_module(scope, model_dir, data_dir):
     assert others.encoder.max_length == data.encoder.max_length
     with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
         ZOTrainer(max_steps=1, **QUIET).fit(module, datamodule=rows(data_dir))
+
+
+class StopAtStep2(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= 2
+
+
+def test_a_refused_resume_keeps_the_run(model_dir, data_dir):
+    trainer = ZOTrainer(max_steps=4, val_check_interval=2, callbacks=[StopAtStep2()], **QUIET)
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
+    kept = last_checkpoint()
+    with pytest.raises(SlzoError, match="this run and the checkpoint differ"):
+        trainer.fit(ZOModule(str(model_dir), 2, LoRA(), eps=1e-3), datamodule=rows(data_dir), ckpt_path=str(kept))
+    assert kept.is_file()
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_a_trainer_with_a_logger_of_lightning_scores_after_a_fit(logger, model_dir, data_dir):
+    module, data = ZOModule(str(model_dir), 2, eps=1e-3, seed=0), rows(data_dir)
+    trainer = ZOTrainer(max_steps=2, val_check_interval=2, logger=logger("own", name=""), **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert trainer.test(module, datamodule=data, ckpt_path="best")
+    with pytest.raises(SlzoError, match="exists; give another version"):
+        ZOTrainer(max_steps=1, logger=logger("own", name="", version=0), **QUIET).fit(module, datamodule=data)
 
 
 def test_a_plain_trainer_does_not_warn_of_modules_in_eval_mode(model_dir, data_dir, recwarn):

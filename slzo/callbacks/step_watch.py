@@ -129,7 +129,7 @@ def _reason(module: ZOModule, at_start: float | None) -> str:
     if at_start and not now < _MAX_GROWTH * at_start:
         return (
             f"the tuned tensors grew by a factor of {now / at_start:.3g} because the steps are too large; lower the learning "
-            f"rate (model.optimizer.lr {module.options.optimizer.lr:.3g})"
+            f"rate (model.optimizer.lr {module.trainer.optimizers[0].param_groups[0]['lr']:.3g})"
         )
     if not module.stepper.estimator.uses_points:
         return (

@@ -18,7 +18,7 @@ def profile(app: App) -> None:
     Args:
         app: Trainer, model and rows.
     """
-    with run_folder(app.trainer):
+    with run_folder(app.trainer, set()):
         parts, rows = app.load()
         options, run = app.model.options, app.run_context()
         assert run.profiler is not None

@@ -117,7 +117,7 @@ def search(trials: LayerTrials, store: CellStore, plan: RatePlan, layer: int | N
         return trials.run(layer, steps=plan.steps, seed=seed, lr=lr, eps=eps).to_dict()
 
     def name_of(eps: float | None, lr: float, seed: int) -> str:
-        return f"lr-{lr:.4g}-{'' if eps is None else f'eps-{eps:.4g}-'}seed-{seed}"
+        return f"lr-{lr}-{'' if eps is None else f'eps-{eps}-'}seed-{seed}"
 
     store.complete({name_of(*cell): partial(train, *cell) for cell in product(plan.eps, plan.lrs, plan.seeds)})
     found = []

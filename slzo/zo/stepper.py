@@ -51,7 +51,7 @@ class ProjectedGradHistory:
 
 
 _MAX_EPS = 1e30  # far more than is useful; a direction times this still fits into float32
-_MAX_QUERIES = 1_000_000
+_MAX_QUERIES = 32_767  # a step has two losses for each, and the step log counts them in 16 bits
 
 
 @dataclass(frozen=True)
