@@ -29,11 +29,12 @@ from slzo.data.batch import (
     training_prompts,
 )
 from slzo.data.chat import ChatEncoder
-from slzo.data.drawing import RowSource
+from slzo.data.drawing import draw_from
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
 from slzo.data.row_encoding import RowEncoding, catch_bad_row
 from slzo.data.sampler import StepBatchSampler
+from slzo.data.sources import RowSource
 from slzo.data.splits import Splits
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, score_rows
 from slzo.evaluation.generation import Decoding
@@ -322,7 +323,8 @@ class TaskRows:
             return
         if self.seed is None:
             self.seed = global_seed()
-        self.splits = self._source.draw(
+        self.splits = draw_from(
+            self._source,
             num_train=self.num_train,
             num_dev=self.task.default_num_dev if self.num_dev is None else self.num_dev,
             num_test=self.num_test,
@@ -358,11 +360,11 @@ class TaskRows:
     def _examples(self, split: str) -> Sequence[Example]:
         """Return the examples of a split; those to predict are the held-out ones, or in a file."""
         if split == "predict" and self.predict_file is not None:
-            notes: list[str] = []
-            found = self._source.read("test", notes, [], self.predict_file)
-            for note in (*notes, f"Task {self.task.name}: {len(found)} rows of {self.predict_file}."):
-                say(note)
-            return found
+            found = self._source.read_to_predict(self.predict_file)
+            if found.note:
+                say(found.note)
+            say(f"Task {self.task.name}: {len(found.examples)} rows of {self.predict_file}.")
+            return found.examples
         assert self.splits is not None
         return getattr(self.splits, "test" if split == "predict" else split)
 

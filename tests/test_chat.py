@@ -12,7 +12,7 @@ from slzo.__main__ import main
 from slzo.batches.losses import answer_loss
 from slzo.batches.packing import pack
 from slzo.data.chat import TEMPLATES, ChatEncoder
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits, part_test
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
@@ -233,7 +233,7 @@ def test_the_line_of_a_bad_row_is_named(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": TALK[2:3]}) + "\n")
     with pytest.raises(SlzoError, match=r"talks.jsonl:2: the answer has no turn before it"):
-        load_examples(ChatTask(train_file=str(path)), "train")
+        RowSource(ChatTask(train_file=str(path))).read("train")
 
 
 def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):

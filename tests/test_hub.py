@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import base_model, read_checkpoint
 from slzo.cli.process import prepare_process
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.export.adapter import ADAPTER
 from slzo.export.facts import Facts
 from slzo.models.device_map import DeviceMapChoice
@@ -43,8 +43,8 @@ def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def load_rows(name, loaded=None):
-    return load_examples(get_task("sst2"), "test", hub_path=name, loaded=loaded)
+def load_rows(name):
+    return RowSource(get_task("sst2"), hub_path=name).read("test")
 
 
 @pytest.fixture
@@ -162,9 +162,9 @@ def test_rows_of_a_revision(rows, hub, monkeypatch):
     loaded = []
     for revision in ("main", rows[0], None):
         name = "me/rows" if revision is None else f"me/rows@{revision}"
-        examples = load_rows(name, loaded)
-        assert ("film" in examples[0].prompt) == (revision == rows[0])
-    assert [source.revision for source in loaded] == [rows[1], rows[0], rows[1]]
+        loaded.append(load_rows(name))
+        assert ("film" in loaded[-1].examples[0].prompt) == (revision == rows[0])
+    assert [found.hub.revision for found in loaded] == [rows[1], rows[0], rows[1]]
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, revision, **options: real(*args, **options))
     line = slzo_error(load_rows, f"me/rows@{rows[0]}")
@@ -238,7 +238,7 @@ def test_what_needs_a_licence_names_its_page(model, rows, hub, monkeypatch):
     assert slzo_error(load_rows, "me/rows").startswith(f"data.hub_path 'me/rows': {needs.format('datasets/me/rows')}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert Path(resolve_model("me/tiny")).name == model[1]
-    assert len(load_rows("me/rows")) == 24
+    assert len(load_rows("me/rows").examples) == 24
 
 
 def test_a_download_that_breaks_names_the_cause(model, rows, hub, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from helpers import error_line, page_code
 
 from slzo.__main__ import main
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.tasks.registry import TASKS, get_task
 from slzo.tasks.template import TemplateTask
 
@@ -34,7 +34,7 @@ def test_rows_of_every_task_may_lack_their_label(name, tmp_path):
     file.write_text(
         "\n".join(json.dumps(each) for each in (row, *({**row, label: none} for none in (None, "", math.nan))))
     )
-    examples = load_examples(task, "test", file=str(file))
+    examples = RowSource(task).read_to_predict(str(file)).examples
     assert [example.gold for example in examples] == [()] * 4
     assert [example.references for example in examples] == [()] * 4
 
@@ -43,7 +43,8 @@ def test_rows_of_every_task_may_lack_their_label(name, tmp_path):
 @pytest.mark.parametrize("options", [{"candidates": [" no", " yes"], "label_field": "y"}, {"answer_field": "y"}])
 def test_rows_of_a_template_may_lack_their_label(options, tmp_path):
     (tmp_path / "rows.csv").write_text("x;y\nsome text;\nmore text;\n")
-    (example, _) = load_examples(TemplateTask("{x}?", **options), "test", file=str(tmp_path / "rows.csv"))
+    source = RowSource(TemplateTask("{x}?", **options))
+    (example, _) = source.read_to_predict(str(tmp_path / "rows.csv")).examples
     assert example.prompt == "some text?"
     assert example.gold == ()
 

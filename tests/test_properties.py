@@ -14,7 +14,7 @@ from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
 from slzo.cli.config_files import check_config_file
 from slzo.data.files import READERS, read_file
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.tasks.template import TemplateTask
 from slzo.trainer import ZOTrainer
 from slzo.utils.errors import SlzoError
@@ -73,8 +73,8 @@ def test_rows_of_any_fields(tmp_path, rows):
     except ValueError:  # not even JSON can be made of it
         return
     task = TemplateTask("{sentence}", ["good", "bad"], train_file=str(path), test_file=str(path))
-    examples = result(load_examples, task, "test")
-    assert examples is None or len(examples) == len(rows)
+    found = result(RowSource(task).read, "test")
+    assert found is None or len(found.examples) == len(rows)
 
 
 @common

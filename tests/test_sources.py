@@ -11,7 +11,7 @@ from helpers import SHARED_DATA
 from pyarrow import parquet
 
 from slzo.data.files import read_file
-from slzo.data.sources import load_examples, row_id
+from slzo.data.sources import RowSource, row_id
 from slzo.data.superglue import hub_rows
 from slzo.tasks.registry import get_task
 from slzo.tasks.template import TemplateTask
@@ -37,7 +37,7 @@ def write_parquet(path, rows):
 
 
 def load(name, split="test", **options):
-    return load_examples(get_task(name), split, **{key: str(value) for key, value in options.items()})
+    return RowSource(get_task(name), **{key: str(value) for key, value in options.items()}).read(split).examples
 
 
 def error_of(*args, **options):
@@ -174,7 +174,7 @@ def template(**files):
 
 def test_template_files(tmp_path):
     path = write_lines(tmp_path / "my.jsonl", [{"t": "x", "label": "good"}, {"t": "y", "label": 0}])
-    assert [e.gold for e in load_examples(template(train_file=path), "train")] == [(1,), (0,)]
+    assert [e.gold for e in RowSource(template(train_file=path)).read("train").examples] == [(1,), (0,)]
     (tmp_path / "my.xlsx").write_bytes(b"x")
     for task, message in (
         (template(train_file=path), r"^data.task.test_file None: task 'custom' has no test rows; give a file"),
@@ -182,7 +182,7 @@ def test_template_files(tmp_path):
         (template(test_file=tmp_path / "my.xlsx"), r"my.xlsx: unknown kind of file; use .* .jsonl, .parquet, .csv"),
     ):
         with pytest.raises(SlzoError, match=message):
-            load_examples(task, "test")
+            RowSource(task).read("test")
 
 
 CSV = [
@@ -202,7 +202,7 @@ def test_csv_as_people_have_it(tmp_path, delimiter, encoding, capsys):
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerows([CSV[0], CSV[1], [], ["", " ", ""], *CSV[2:]])
     task = TemplateTask("say {text}:", [" bad", " good"], labels=["bad", "good"], train_file=str(path))
-    found = load_examples(task, "train", columns=True)
+    found = RowSource(task, columns=True).read("train").examples
     assert [(e.id, e.prompt, e.gold) for e in found] == [
         ("a", 'say he said "no"\nand left; then:', (1,)),
         ("b", "say :", (0,)),
@@ -329,7 +329,7 @@ def test_another_data_set_of_the_hub(monkeypatch):
     load("sst2", "train", hub_path="me/films")
     load("sst2", hub_path="me/films", hub_config="v2")
     load("sst2", hub_path="nyu-mll/glue")
-    load_examples(TemplateTask("{sentence}", [" a", " b"]), "train", hub_path="me/films")
+    RowSource(TemplateTask("{sentence}", [" a", " b"]), hub_path="me/films").read("train")
     assert calls == [
         ("me/films", None, "train"),
         ("me/films", "v2", "validation"),

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
@@ -45,7 +45,7 @@ def make_prompts(args: argparse.Namespace) -> list[list[list[int]]]:
     task = get_task("movie_reviews")
     encoder = Encoder(load_tokenizer(args.model))
     ids: list[int] = []
-    for example in load_examples(task, "train"):
+    for example in RowSource(task).read("train").examples:
         ids += encoder.encode_prompt(example)
         if len(ids) >= args.rounds * args.batch_size * args.prompt_tokens:
             break

@@ -34,7 +34,7 @@ from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import TrainBatch
 from slzo.data.encoding import Encoder
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits
 from slzo.models.engine import Engine
 from slzo.models.load import load_model, load_tokenizer
@@ -239,7 +239,7 @@ def loaded(args: argparse.Namespace) -> Any:
 def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObjective]:
     """Return tokenized training rows of the task, and the loss that the task is trained with."""
     task = get_task(args.task)
-    pool = load_examples(task, "train", data_dir=args.data_dir)
+    pool = RowSource(task, args.data_dir).read("train").examples
     rows = draw_splits(pool, pool[:1], num_train=1000, num_dev=0, num_test=1, seed=0).train
     encoder = Encoder(load_tokenizer(args.model))
     return [encoder.encode(row, index) for index, row in enumerate(rows)], LOSS_OBJECTIVES[task.kind]()

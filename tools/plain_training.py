@@ -19,7 +19,7 @@ from torch import nn
 from published_step import PaddedBatch, pad_left, published_loss, published_step
 from slzo.batches.encoded import EncodedExample
 from slzo.data.encoding import Encoder
-from slzo.data.sources import load_examples
+from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits
 from slzo.models.load import load_model, load_tokenizer
 from slzo.tasks.base import Kind
@@ -34,7 +34,7 @@ def batches(
 ) -> tuple[list[list[EncodedExample]], bool]:
     """Return tokenized training rows, batch by batch, and whether the task is trained on gold answers only."""
     task = get_task(task_name)
-    pool = load_examples(task, "train", data_dir=data_dir)
+    pool = RowSource(task, data_dir).read("train").examples
     examples = draw_splits(pool, pool[:1], num_train=rows * steps, num_dev=0, num_test=1, seed=0).train
     encoder = Encoder(load_tokenizer(model))
     encoded = [encoder.encode(row, index) for index, row in enumerate(examples)]

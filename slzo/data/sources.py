@@ -3,12 +3,12 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from slzo.data.files import READERS, OnBadRow, PlacedRow, read_file, refuse, refuse_all
+from slzo.data.files import READERS, OnBadRow, PlacedRow, format_left_out, read_file, refuse, refuse_all
 from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task, example_of
@@ -23,62 +23,119 @@ _IDX_PARTS = ("paragraph", "passage", "question", "query", "answer")
 _NUMBERS = re.compile(r"-?\d+(-\d+)*")
 
 
-def load_examples(
-    task: Task,
-    split: Split,
-    *,
-    data_dir: str | None = None,
-    hub_path: str | None = None,
-    hub_config: str | None = None,
-    columns: bool = False,
-    left_out: list[RowError] | None = None,
-    file: str | None = None,
-    loaded: list[HubSource] | None = None,
-) -> list[Example]:
-    """Load all examples of a split, in the order of the file, from the first source that applies.
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of a split.
 
-    The sources in this order are a custom task's own file, ``data_dir``, the rows that come with the task, and the Hub.
+    Attributes:
+        examples: The rows, in the order of the source.
+        note: Sentence about the rows that were left out; empty if there are none.
+        hub: Data set of the Hub that they come from, with the commit that was loaded as its revision.
+    """
 
-    Args:
+    examples: list[Example]
+    note: str = ""
+    hub: HubSource | None = None
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where a task's rows come from: its own file, ``data_dir``, the rows that come with the task, or the Hub.
+
+    The first of these that applies is read.
+
+    Attributes:
         task: The task.
-        split: ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` for a task with a dev file.
         data_dir: Folder with ``<task>/{train,validation}.{jsonl,parquet,csv}``, the official SuperGLUE download, or
             the task's own folder in one of these forms.
         hub_path: Hub repository with the same fields that replaces the task's own, with ``@REVISION`` if it is not the newest
             commit.
         hub_config: Configuration of the Hub repository; by default the task's own, or none in another repository.
         columns: Keep the fields of each row in :attr:`Example.columns`.
-        left_out: List to collect the errors of rows that are left out; ``None`` to raise the first error.
-        file: File with rows to predict instead of any of these sources; they need no labels.
-        loaded: List to which a data set of the Hub is added, with the commit that was loaded as its revision.
-
-    Raises:
-        SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
-            the candidates, a prompt or candidate is empty, or two rows have the same id.
+        skip_bad_rows: Leave out rows that cannot be used.
     """
-    on_bad = refuse if left_out is None else left_out.append
-    if file is None:
-        origin, placed = _open(task, split, on_bad, data_dir, hub_path, hub_config, [] if loaded is None else loaded)
-    else:
-        origin, placed = file, _rows_to_predict(task, _existing(file, "data.predict_file"), on_bad)
-    examples: list[Example] = []
-    places: dict[str, str] = {}
-    for place, values in placed:
-        position = len(examples) + len(left_out or ())  # bad rows count, so that other ids stay the same
-        try:
-            example = _example(task, split, values, position)
-            if example.id in places:
-                raise ValueError(f"id {example.id!r} is also the id of {places[example.id]}; give each row its own id")
-        except ValueError as error:
-            on_bad(RowError(f"{place}: {error}"))
-            continue
-        places[example.id] = place
-        examples.append(replace(example, place=place, columns=values if columns else {}))
-    if not examples and left_out:
-        refuse_all(left_out, origin)
-    if not examples:
-        raise SlzoError(f"{origin}: holds no rows; task {task.name!r} needs at least one")
-    return examples
+
+    task: Task
+    data_dir: str | None = None
+    hub_path: str | None = None
+    hub_config: str | None = None
+    columns: bool = False
+    skip_bad_rows: bool = False
+
+    def read(self, split: Split) -> SourceRows:
+        """Read ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` for a task with a dev file.
+
+        Raises:
+            SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
+                the candidates, a prompt or candidate is empty, or two rows have the same id.
+        """
+        bad: list[RowError] = []
+        origin, placed, hub = self._open(split, self._on_bad(bad))
+        return replace(
+            self._usable(split, origin, placed, bad, self.task.files.get(split, f"the {split} split")), hub=hub
+        )
+
+    def read_to_predict(self, file: str) -> SourceRows:
+        """Read a file with rows to predict, which need no labels; errors as for :meth:`read`."""
+        bad: list[RowError] = []
+        path, on_bad = _existing(file, "data.predict_file"), self._on_bad(bad)
+        placed = ((place, {**row, **_missing_labels(self.task, row)}) for place, row in read_file(path, on_bad))
+        return self._usable("test", file, _hub_fields(self.task, placed, on_bad), bad, file)
+
+    def _on_bad(self, bad: list[RowError]) -> OnBadRow:
+        return bad.append if self.skip_bad_rows else refuse
+
+    def _usable(
+        self, split: Split, origin: str, placed: Iterable[PlacedRow], bad: list[RowError], name: str
+    ) -> SourceRows:
+        """Return the rows that can be used; errors of the others are added to ``bad``."""
+        on_bad = self._on_bad(bad)
+        examples: list[Example] = []
+        places: dict[str, str] = {}
+        for place, values in placed:
+            position = len(examples) + len(bad)  # bad rows count, so that other ids stay the same
+            try:
+                example = _example(self.task, split, values, position)
+                if example.id in places:
+                    raise ValueError(
+                        f"id {example.id!r} is also the id of {places[example.id]}; give each row its own id"
+                    )
+            except ValueError as error:
+                on_bad(RowError(f"{place}: {error}"))
+                continue
+            places[example.id] = place
+            examples.append(replace(example, place=place, columns=values if self.columns else {}))
+        if not examples and bad:
+            refuse_all(bad, origin)
+        if not examples:
+            raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
+        return SourceRows(examples, format_left_out(bad, len(examples), name) if bad else "")
+
+    def _open(self, split: Split, on_bad: OnBadRow) -> tuple[str, Iterable[PlacedRow], HubSource | None]:
+        """Return the name of the source, for messages, its rows, and the data set of the Hub if it is one."""
+        task = self.task
+        if split in task.files:
+            path = _existing(task.files[split], f"data.task.{split}_file")
+            return str(path), read_file(path, on_bad), None
+        if self.data_dir is not None:
+            path = _find_file(task, split, Path(self.data_dir).expanduser())
+            return str(path), _hub_fields(task, read_file(path, on_bad), on_bad), None
+        if self.hub_path is None:
+            shipped = task.shipped_rows(split)
+            if shipped is not None:
+                origin = f"the rows of {task.name!r}"
+                return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1)), None
+        source, (other, revision) = task.hub, split_revision(self.hub_path or "")
+        if other and (source is None or other != source.path):
+            source = HubSource(other)  # another data set has other configurations
+        if source is None:
+            raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
+        config = source.config if self.hub_config is None else self.hub_config
+        origin, rows, commit = read_hub(
+            replace(source, config=config, revision=revision), split, f"data.task {task.name!r}"
+        )
+        placed = ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))
+        return origin, placed, replace(source, config=config, revision=commit)
 
 
 def _example(task: Task, split: Split, values: Fields, position: int) -> Example:
@@ -125,38 +182,6 @@ def row_id(values: Fields, position: int, split: Split, field: str | None = None
     return f"{split}-{id}" if field is None and split != "test" and _NUMBERS.fullmatch(id) else id
 
 
-def _open(
-    task: Task,
-    split: Split,
-    on_bad: OnBadRow,
-    data_dir: str | None,
-    hub_path: str | None,
-    hub_config: str | None,
-    loaded: list[HubSource],
-) -> tuple[str, Iterable[PlacedRow]]:
-    """Return the name of the source, for messages, and its rows."""
-    if split in task.files:
-        path = _existing(task.files[split], f"data.task.{split}_file")
-        return str(path), read_file(path, on_bad)
-    if data_dir is not None:
-        path = _find_file(task, split, Path(data_dir).expanduser())
-        return str(path), _hub_fields(task, read_file(path, on_bad), on_bad)
-    if hub_path is None:
-        shipped = task.shipped_rows(split)
-        if shipped is not None:
-            origin = f"the rows of {task.name!r}"
-            return origin, ((f"{origin}, row {number}", row) for number, row in enumerate(shipped, start=1))
-    source, (other, revision) = task.hub, split_revision(hub_path or "")
-    if other and (source is None or other != source.path):
-        source = HubSource(other)  # another data set has other configurations
-    if source is None:
-        raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
-    source = replace(source, config=source.config if hub_config is None else hub_config, revision=revision)
-    origin, rows, commit = read_hub(source, split, f"data.task {task.name!r}")
-    loaded.append(replace(source, revision=commit))
-    return origin, ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))
-
-
 def _existing(file: str, option: str) -> Path:
     """Return the path of a file; raise SlzoError if there is none."""
     path = Path(file).expanduser()
@@ -164,12 +189,6 @@ def _existing(file: str, option: str) -> Path:
         reason = "is a folder; give a file" if path.is_dir() else "no such file; give an existing one"
         raise SlzoError(f"{option} {str(path)!r}: {reason}")
     return path
-
-
-def _rows_to_predict(task: Task, path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
-    """Yield the rows of a file; missing labels become those of a row without a label."""
-    placed = ((place, {**values, **_missing_labels(task, values)}) for place, values in read_file(path, on_bad))
-    return _hub_fields(task, placed, on_bad)
 
 
 def _missing_labels(task: Task, values: Fields) -> dict[str, Any]:
