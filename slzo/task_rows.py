@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import prompt_alone
+from slzo.batches.encoded import prompt_alone, prompt_key, prompt_with_gold
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import Block, PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens
@@ -22,17 +22,13 @@ from slzo.data.batch import (
     Row,
     TrainBatch,
     TrainCollator,
-    evaluation_blocks,
-    evaluation_prompts,
     plan_batches,
-    training_blocks,
-    training_prompts,
 )
 from slzo.data.chat import ChatEncoder
 from slzo.data.drawing import draw_from
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
-from slzo.data.row_encoding import RowEncoding, catch_bad_row
+from slzo.data.row_encoding import catch_bad_row, encode_rows
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
 from slzo.data.splits import Splits
@@ -409,9 +405,10 @@ class TaskRows:
             )
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")
-        encoding = RowEncoding(
-            split,
+        return encode_rows(
+            kept,
             self.encoder,
+            split=split,
             # keys do not depend on which splits are loaded
             first_key={"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40,
             demonstrations=() if is_train else self.demonstrations,
@@ -420,7 +417,6 @@ class TaskRows:
             only_gold=is_train and objective.only_gold,
             skip_bad_rows=self.skip_bad_rows,
         )
-        return encoding.rows(kept)
 
     def _warn_of_unused_sources(self) -> None:
         """Warn about a source of rows that the task's own files replace."""
@@ -530,26 +526,44 @@ class TaskRows:
         The blocks are the same after a resume. They include the training rows of all processes, because each process sees other
         rows in later epochs.
         """
-        yield from evaluation_blocks(self.eval_plan("dev"), self.share_prompts)
+        plan = self.eval_plan("dev")
+        if not plan.share:  # batches with shared beginnings are not cached
+            for rows in plan.batches:
+                if not rows[0].prompt:
+                    yield Block([row.encoded for row in rows], self.share_prompts)
         if not self.objective.generates:
             yield from self.training_blocks()
 
     def prompt_blocks(self) -> Iterator[Block]:
-        """Like :meth:`prefix_blocks`, for rows whose answers are generated."""
-        yield from evaluation_prompts(self.eval_plan("dev"), self.scoring_tokens)
+        """Like :meth:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
+        plan = self.eval_plan("dev")
+        if not plan.share:
+            for rows in plan.batches:
+                if rows[0].prompt:
+                    for chunk in chunk_by_tokens([row.prompt for row in rows], self.scoring_tokens, share=False):
+                        chosen = (rows[number] for number in chunk)
+                        yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
         if self.objective.generates:
-            yield from training_prompts(self.rows("train"), self._first_batches())
+            for new in self._first_rows():
+                yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in new])
 
     def training_blocks(self) -> Iterator[Block]:
-        """Yield the training batches of all processes in which each row comes first."""
-        yield from training_blocks(self.rows("train"), self._first_batches(), self.share_prompts)
+        """Yield the training batches of all processes, with each row only in the first batch that contains it."""
+        for new in self._first_rows():
+            yield Block([row.encoded for row in new], self.share_prompts)
 
-    def _first_batches(self) -> Iterator[list[int]]:
-        """Yield the row numbers of each process's batches in the first epochs, until all rows have been drawn."""
+    def _first_rows(self) -> Iterator[list[Row]]:
+        """Yield each process's batches in the first epochs until all rows have been drawn, without rows of earlier batches."""
+        rows, seen = self.rows("train"), set[int]()
         for epoch in range(epochs_for_all(self._classes) if self.balanced else 1):
             for rank in range(self.processes.of_rows[1]):
                 sampler = self.sampler(rank=rank)
-                yield from (sampler.rows_of_step(epoch * len(sampler) + number) for number in range(len(sampler)))
+                for step in range(len(sampler)):
+                    numbers = sampler.rows_of_step(epoch * len(sampler) + step)
+                    new = [number for number in dict.fromkeys(numbers) if number not in seen]
+                    seen.update(new)
+                    if new:
+                        yield [rows[number] for number in new]
 
     def evaluator(
         self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None

@@ -1,13 +1,13 @@
 """Batches that the data loaders yield, and their planning."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 
-from slzo.batches.encoded import EncodedExample, prompt_alone, prompt_key, prompt_with_gold
-from slzo.batches.packing import Block, PackedBatch, pack
+from slzo.batches.encoded import EncodedExample
+from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.tasks.base import Example
 
@@ -144,48 +144,3 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
     budget = None if generates else max_tokens
     chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=share)
     return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], share)
-
-
-def evaluation_blocks(plan: EvalPlan, share_prompts: bool) -> Iterator[Block]:
-    """Yield the batches that dev rows are scored in, except with shared prefixes or generated answers: these are not cached."""
-    if plan.share:
-        return
-    for rows in plan.batches:
-        if not rows[0].prompt:
-            yield Block([row.encoded for row in rows], share_prompts)
-
-
-def training_blocks(rows: Sequence[Row], batches: Iterable[Sequence[int]], share_prompts: bool) -> Iterator[Block]:
-    """Yield batches, given by row numbers, with each row only in the first batch that contains it."""
-    for numbers in _first_batches(batches):
-        yield Block([rows[number].encoded for number in numbers], share_prompts)
-
-
-def evaluation_prompts(plan: EvalPlan, max_tokens: int) -> Iterator[Block]:
-    """Yield the prompts and gold answers of dev rows whose answers are generated, in parts of at most ``max_tokens`` tokens.
-
-    Yields nothing if rows share prefixes, because computing these once saves more.
-    """
-    if plan.share:
-        return
-    for rows in plan.batches:
-        if not rows[0].prompt:
-            continue
-        for chunk in chunk_by_tokens([row.prompt for row in rows], max_tokens, share=False):
-            yield Block([prompt_with_gold(rows[n].encoded.index, rows[n].prompt, rows[n].encoded) for n in chunk])
-
-
-def training_prompts(rows: Sequence[Row], batches: Iterable[Sequence[int]]) -> Iterator[Block]:
-    """Yield the prompts of the batches of :func:`training_blocks`."""
-    for numbers in _first_batches(batches):
-        yield Block([prompt_alone(prompt_key(rows[number].encoded.index), rows[number].prompt) for number in numbers])
-
-
-def _first_batches(batches: Iterable[Sequence[int]]) -> Iterator[list[int]]:
-    """Drop row numbers that an earlier batch contains; balanced classes repeat rows."""
-    seen: set[int] = set()
-    for numbers in batches:
-        new = [number for number in dict.fromkeys(numbers) if number not in seen]
-        seen.update(new)
-        if new:
-            yield new

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from slzo.batches.encoded import prompt_alone
 from slzo.data.batch import Row
@@ -27,64 +26,54 @@ def catch_bad_row(bad: list[RowError], skip: bool) -> Iterator[None]:
         bad.append(error)
 
 
-@dataclass(frozen=True)
-class RowEncoding:
-    """How the examples of a split become rows.
+def encode_rows(
+    numbered: Iterable[tuple[int, Example]],
+    encoder: Encoder,
+    *,
+    split: str,
+    first_key: int,
+    demonstrations: tuple[Example, ...],
+    max_new_tokens: int,
+    generates: bool,
+    only_gold: bool,
+    skip_bad_rows: bool,
+) -> list[Row]:
+    """Return the rows of examples.
 
-    Attributes:
-        split: Name of the split, for messages.
+    Args:
+        numbered: The examples with their places in the split.
         encoder: Encoder of text into tokens.
+        split: Name of the split, for messages.
         first_key: Key of the first example of the split; keys are unique over all splits.
         demonstrations: Solved examples before each prompt.
         max_new_tokens: Tokens that a generated answer may have.
         generates: Whether answers are generated, which needs the prompt alone.
         only_gold: Whether only the right candidates are encoded.
         skip_bad_rows: Whether examples that cannot be used are left out and reported.
+
+    Raises:
+        SlzoError: No example can be used, or one cannot and ``skip_bad_rows`` is not set.
     """
-
-    split: str
-    encoder: Encoder
-    first_key: int
-    demonstrations: tuple[Example, ...]
-    max_new_tokens: int
-    generates: bool
-    only_gold: bool
-    skip_bad_rows: bool
-
-    def rows(self, numbered: Iterable[tuple[int, Example]]) -> list[Row]:
-        """Return the rows of examples, which come with their places in the split.
-
-        Raises:
-            SlzoError: No example can be used, or one cannot and ``skip_bad_rows`` is not set.
-        """
-        found: list[Row] = []
-        bad: list[RowError] = []
-        self.encoder.shortened = 0
-        for place, example in numbered:
-            with catch_bad_row(bad, self.skip_bad_rows):
-                found.append(self._row(place, example))
-        if bad and not found:
-            refuse_all(bad, f"the {self.split} split")
-        if bad:
-            say(format_left_out(bad, len(found), f"the {self.split} split"))
-        self._warn_of_shortened()
-        return found
-
-    def _row(self, place: int, example: Example) -> Row:
-        key = self.first_key + place
-        prompt: tuple[int, ...] = ()
-        if self.generates or not example.candidates:
-            prompt = self.encoder.encode_prompt(example, self.demonstrations, self.max_new_tokens)
-        if example.candidates:
-            encoded = self.encoder.encode(example, key, self.demonstrations, self.only_gold)
-        else:
-            encoded = prompt_alone(key, prompt)
-        return Row(example, encoded, place, prompt if self.generates else ())
-
-    def _warn_of_shortened(self) -> None:
-        encoder = self.encoder
-        if encoder.shortened:
-            how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
-            warn(
-                f"data.max_length {encoder.max_length}: {encoder.shortened} sequences of {self.split} rows are longer, and {how}"
-            )
+    found: list[Row] = []
+    bad: list[RowError] = []
+    encoder.shortened = 0
+    for place, example in numbered:
+        with catch_bad_row(bad, skip_bad_rows):
+            prompt: tuple[int, ...] = ()
+            if generates or not example.candidates:
+                prompt = encoder.encode_prompt(example, demonstrations, max_new_tokens)
+            if example.candidates:
+                encoded = encoder.encode(example, first_key + place, demonstrations, only_gold)
+            else:
+                encoded = prompt_alone(first_key + place, prompt)
+            found.append(Row(example, encoded, place, prompt if generates else ()))
+    if bad and not found:
+        refuse_all(bad, f"the {split} split")
+    if bad:
+        say(format_left_out(bad, len(found), f"the {split} split"))
+    if encoder.shortened:
+        how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
+        warn(
+            f"data.max_length {encoder.max_length}: {encoder.shortened} sequences of {split} rows are longer, and {how}"
+        )
+    return found
