@@ -296,9 +296,8 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutSco
     return score_held_out(
         make_evaluator(rows, prepared.model),
         rows.eval_batches("test"),
-        rows.make_metrics(),
+        rows.running_score(prepared.model.parts.model.device),
         rows.selection_metric.metric,
-        rows.extra_metrics,
     )
 
 

@@ -411,7 +411,7 @@ class ZOModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores."""
-        self._score = RunningScore(self.rows.make_metrics(), self.device, self.rows.extra_metrics)
+        self._score = self.rows.running_score(self.device)
 
     on_test_epoch_start = on_validation_epoch_start
 

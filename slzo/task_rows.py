@@ -32,9 +32,9 @@ from slzo.data.row_encoding import catch_bad_row, encode_rows
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
 from slzo.data.splits import Splits
-from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, score_rows
+from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, RunningScore, score_rows
 from slzo.evaluation.generation import Decoding
-from slzo.evaluation.metrics import TaskMetrics, make_metrics
+from slzo.evaluation.metrics import make_metrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
@@ -52,6 +52,7 @@ from slzo.zo.objectives.choice import choose_objective
 from slzo.zo.processes import ALONE, Processes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
@@ -261,22 +262,22 @@ class TaskRows:
         found = {example.candidates for example in examples}
         return [*examples[0].candidates] if len(found) == 1 and len(examples[0].candidates) > 1 else None
 
-    def make_metrics(self) -> TaskMetrics:
-        """Return new counters of the task's metrics."""
-        return make_metrics(self.task)
+    def running_score(self, device: torch.device) -> RunningScore:
+        """Return new counters of the metrics and the loss."""
+        return RunningScore(make_metrics(self.task), device, self._extra_metrics)
 
     @property
     def metric_names(self) -> list[str]:
         """Names of the logged metrics of the dev rows, such as ``val/loss``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
-            names = self.make_metrics().compute()
-        extra = [name for name in self.extra_metrics if name != "reward"]
+            names = make_metrics(self.task).compute()
+        extra = [name for name in self._extra_metrics if name != "reward"]
         rewards = REWARD_NAMES if self.reward is not None else ()
         return [f"val/{name}" for name in ("loss", *names, *extra, *rewards)]
 
     @property
-    def extra_metrics(self) -> tuple[str, ...]:
+    def _extra_metrics(self) -> tuple[str, ...]:
         """Names of reported metrics besides the task's metrics and loss, see :class:`slzo.evaluation.evaluator.RunningScore`."""
         has_perplexity = self.task.kind is Kind.GENERATION and PERPLEXITY in self.task.metrics
         return (*((PERPLEXITY,) if has_perplexity else ()), *(("reward",) if self.reward is not None else ()))
@@ -582,7 +583,7 @@ class TaskRows:
 
     def score(self, evaluator: Evaluator, batches: Iterable[EvalBatch], keep_prefix: bool = False) -> dict[str, float]:
         """Return the loss and metrics of batches over all processes, see :class:`slzo.evaluation.evaluator.Evaluator`."""
-        return score_rows(evaluator, batches, self.make_metrics(), keep_prefix, extra_metrics=self.extra_metrics)
+        return score_rows(evaluator, batches, self.running_score(evaluator.parts.model.device), keep_prefix)
 
     @property
     def decoding(self) -> Decoding:

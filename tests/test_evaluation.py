@@ -22,6 +22,7 @@ from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator
+from slzo.evaluation.metrics import make_metrics
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.rewards.answers import token_f1
@@ -159,7 +160,7 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
     assert all(line["scores"] is None and line["prediction"] == line["prediction_text"] for line in lines)
     assert all("\n" not in line["prediction"] for line in lines)
     result, module, datamodule = scored(model_dir, squad_dir, "squad", tmp_path)
-    metrics = datamodule.make_metrics()
+    metrics = make_metrics(datamodule.task)
     metrics.update([row.example for row in datamodule.rows("test")], [line["prediction"] for line in lines])
     for name, value in metrics.compute().items():
         assert result[f"test/{name}"] == pytest.approx(float(value))
@@ -292,7 +293,7 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, 
             losses = losses_at(points)
             for point, value in zip(points, losses.tolist(), strict=True):
                 stepper.model.tensors.write(point.direction, point.scale)
-                metrics = datamodule.make_metrics()
+                metrics = make_metrics(datamodule.task)
                 predictions = stepper.evaluator(EvalCollator()(batch.rows)).predictions
                 metrics.update([row.example for row in batch.rows], predictions)
                 seen.append((value, 1 - float(metrics.compute()[datamodule.task.metric])))

@@ -273,23 +273,20 @@ REWARD_NAMES = ("reward", "reward_std", "answer_tokens")
 def score_rows(
     evaluator: Evaluator,
     batches: Iterable[EvalBatch],
-    metrics: TaskMetrics,
+    score: RunningScore,
     keep_prefix: bool = False,
     seen: Callable[[EvalBatch, Outcome], None] | None = None,
-    extra_metrics: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return metrics and loss of the live weights on rows.
 
     Args:
         evaluator: Evaluates a batch.
         batches: The rows of this process.
-        metrics: Fresh counters.
+        score: Fresh counters, see :meth:`slzo.task_rows.TaskRows.running_score`.
         keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
         seen: Function that is called with each batch and its outcome.
-        extra_metrics: See :class:`RunningScore`.
     """
     device = evaluator.parts.model.device
-    score = RunningScore(metrics, device, extra_metrics)
     for batch in batches:
         moved = batch.to(device)
         outcome = evaluator(moved, keep_prefix)

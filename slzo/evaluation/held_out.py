@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slzo.data.batch import EvalBatch
-from slzo.evaluation.evaluator import Evaluator, Outcome, gold_losses, score_rows
-from slzo.evaluation.metrics import TaskMetrics, perplexity_by_row, row_score
+from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_losses, score_rows
+from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.rewards.registry import PERPLEXITY
 from slzo.utils.runtime import gather_from_processes
 
@@ -28,18 +28,16 @@ class HeldOutScores:
 def score_held_out(
     evaluator: Evaluator,
     batches: Iterable[EvalBatch],
-    metrics: TaskMetrics,
+    score: RunningScore,
     metric: str,
-    extra_metrics: Sequence[str] = (),
 ) -> HeldOutScores:
     """Score rows with the live weights.
 
     Args:
         evaluator: Evaluates a batch.
         batches: The rows of this process.
-        metrics: Fresh counters.
+        score: Fresh counters.
         metric: Name of the metric that summarizes the run.
-        extra_metrics: See :class:`slzo.evaluation.evaluator.RunningScore`.
     """
     scores: list[tuple[str, float]] = []
     losses: list[tuple[str, tuple[float, float]]] = []
@@ -51,11 +49,11 @@ def score_held_out(
         predictions: Sequence[int | str] = outcome.predictions
         rewards = outcome.rewarded.totals if outcome.rewarded is not None and metric == "reward" else None
         for place, (example, prediction) in enumerate(zip(batch.examples, predictions, strict=True)):
-            score = row_score(metric, example, prediction) if rewards is None else rewards[place]
-            if score is not None and math.isfinite(score):
-                scores.append((example.id, score))
+            value = row_score(metric, example, prediction) if rewards is None else rewards[place]
+            if value is not None and math.isfinite(value):
+                scores.append((example.id, value))
 
-    found = score_rows(evaluator, batches, metrics, seen=keep, extra_metrics=extra_metrics)
+    found = score_rows(evaluator, batches, score, seen=keep)
     by_row = dict(gather_from_processes(scores))
     if metric == PERPLEXITY:
         by_row = perplexity_by_row(dict(gather_from_processes(losses)))
