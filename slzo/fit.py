@@ -27,8 +27,8 @@ from slzo.data.balance import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.evaluator import records
 from slzo.evaluation.held_out import HeldOutScores, score_held_out
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.timing import measure_times
-from slzo.experiments.trial import LayerTrials
 from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts

@@ -7,7 +7,7 @@ from helpers import SMOLLM2_LAYERS, FakeTrials, choose, error_line, layer_statis
 
 from slzo.__main__ import main
 from slzo.callbacks.outlier_profiler import OutlierProfiler
-from slzo.experiments.trial import LayerTrials
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoStep
 from slzo.zo.selection import Auto, Choice, Margin, OutlierRemovingLayer

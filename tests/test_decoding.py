@@ -9,7 +9,7 @@ from helpers import FAMILIES, VOCABULARY, tiny_model, tuned_layer
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
-from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, decode
 from slzo.evaluation.generation import generate
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
@@ -67,7 +67,8 @@ def test_answers_at_points_are_those_of_plain_generation(family):
     expected = [plain_answers(family, model, tuned, point, prompts, stops) for point in points]
     for budget in (1, 10_000):
         # not every point has every row, and one is asked for twice
-        wanted = [Wanted(n, p) for p in range(len(points)) for n in range(len(prompts)) if (n + p) % 5] + [Wanted(1, 0)]
+        wanted = [AnswerRequest(n, p) for p in range(len(points)) for n in range(len(prompts)) if (n + p) % 5]
+        wanted.append(AnswerRequest(1, 0))
         found = joint_answers(tuned_model, points, prompts, wanted, stops, budget)
         assert found == [expected[want.point][want.prompt] for want in wanted]
     # answers part, some of them after the first token, and some rows end early
@@ -98,7 +99,7 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
     tuned_model = tuned_layer(ModelParts(tiny_model(family), onednn=False), 2)
     z = tuned_model.tensors.draw(0, 0, 0)
     points = [Point(z, EPS), Point(z, -EPS)]
-    wanted = [Wanted(n, p) for p in range(2) for n in range(len(prompts))]
+    wanted = [AnswerRequest(n, p) for p in range(2) for n in range(len(prompts))]
     joint_answers(tuned_model, points, prompts, wanted[:1], set())  # looks at what layers return
     below, above = Counting(tuned_model.parts, 1), Counting(tuned_model.parts, 3)
     plain = joint_answers(tuned_model, points, prompts, wanted, set())
@@ -117,7 +118,7 @@ def test_kept_prompts_give_the_same_answers_and_are_not_run_again(family):
     below.take()
     last = len(prompts[-1])
     for run in (tokens, last):  # all, and only what is not kept
-        assert joint_answers(tuned_model, points, prompts, wanted, set(), kept=Kept(states, keys)) == plain
+        assert joint_answers(tuned_model, points, prompts, wanted, set(), kept=CachedPrompts(states, keys)) == plain
         assert (below.take(), above.count > 0) == (run + len(histories), True)
     assert states.cache.num_bytes == block.num_tokens * states.token_bytes
     # nothing is left if the primary cache uses the whole budget
@@ -137,7 +138,7 @@ def test_sampled_answers_are_those_of_one_point_after_the_other():
     # two samples of each prompt, with the same random numbers at both points
     rows = [n for n in range(len(prompts)) for _ in range(2)]
     keys = [sample_key(0, 3, str(n), number % 2) for number, n in enumerate(rows)]
-    wanted = [Wanted(n, p) for p in range(2) for n in rows]
+    wanted = [AnswerRequest(n, p) for p in range(2) for n in rows]
     found = joint_answers(tuned_model, points, prompts, wanted, stops, sampling=Sampling(2.0, (*keys, *keys)))
     expected = []
     for point in points:
@@ -164,7 +165,7 @@ def test_kept_prompts_give_the_same_gold_loss():
         own = EncodedSequence((*prompt, *answer), len(answer))
         gold.append(EncodedExample(number, (own,), () if number == 2 else (0,)))
     plain = generate(tuned_model.parts, prompts, {2}, gold=gold, max_new_tokens=NEW_TOKENS)
-    kept = Kept(tuned_model.prompt_states, range(len(prompts)))
+    kept = CachedPrompts(tuned_model.prompt_states, range(len(prompts)))
     for _ in range(2):
         made = generate(tuned_model.parts, prompts, {2}, gold=gold, max_new_tokens=NEW_TOKENS, kept=kept)
         assert made.answers == plain.answers

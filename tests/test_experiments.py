@@ -16,14 +16,13 @@ from slzo.batches.losses import candidate_scores
 from slzo.cli.app import App, SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.data.batch import EvalCollator
-from slzo.experiments import sweep
-from slzo.experiments import trial as trial_module
+from slzo.experiments import layer_trials, sweep
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import plan_sweep
 from slzo.experiments.sweep_rates import RateResult, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
 from slzo.experiments.timing import spaced_batches
-from slzo.experiments.trial import LayerTrials
 from slzo.training import make_evaluator, make_stepper, tune
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import Point
@@ -151,7 +150,7 @@ def test_a_trial_for_a_time_is_scored_on_the_way(options, monkeypatch):
     trials = trials_of(options)
     plain = trials.run(2, steps=23, seed=0)
     assert [score.step for score in plain.scores] == [0, 23]
-    monkeypatch.setattr(trial_module.time, "perf_counter", Clock(1.0))
+    monkeypatch.setattr(layer_trials.time, "perf_counter", Clock(1.0))
     found = trials.run(2, steps=5, seed=0, seconds=22.5)
     curve = [(score.step, score.seconds, score.evaluations) for score in found.scores]
     assert curve == [(step, step, 2 * step) for step in (0, 5, 10, 20, 23)]

@@ -149,7 +149,7 @@ def measured(monkeypatch):
 
     def pretend(**times):
         known = RunTimes(**times)
-        for module in ("slzo.fit", "slzo.experiments.trial"):
+        for module in ("slzo.fit", "slzo.experiments.layer_trials"):
             monkeypatch.setattr(f"{module}.measure_times", lambda *_: known)
 
     return pretend

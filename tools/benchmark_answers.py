@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
-from slzo.evaluation.decoding import Kept, VariedLayers, Wanted, decode
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, decode
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
@@ -72,7 +72,7 @@ class Step:
         """Generate as slzo does; the answers at the first point come first."""
         tuned, span = self.tuned_model, self.tuned_model.span
         states = tuned.prompt_states
-        wanted = [Wanted(prompt, point) for point in range(len(points)) for prompt in range(len(prompts))]
+        wanted = [AnswerRequest(prompt, point) for point in range(len(points)) for prompt in range(len(prompts))]
         with live_points(tuned.tensors, points) as write:
             return decode(
                 self.parts,
@@ -82,7 +82,7 @@ class Step:
                 max_new_tokens=self.args.new_tokens,
                 prefill_tokens=768,
                 varied=VariedLayers(span.start, span.stop, write),
-                kept=None if states is None else Kept(states, keys),
+                kept=None if states is None else CachedPrompts(states, keys),
             )[0]
 
     def plain(

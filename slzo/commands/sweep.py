@@ -3,10 +3,10 @@
 from typing import Literal
 
 from slzo.cli.app import App
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sweep import sweep_layers
 from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, plan_sweep
 from slzo.experiments.sweep_rates import plan_rates, sweep_rates
-from slzo.experiments.trial import LayerTrials
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.profiling import profile_model

@@ -24,7 +24,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 
 
-class Wanted(NamedTuple):
+class AnswerRequest(NamedTuple):
     """One answer to generate: the number of its prompt, and the number of its point."""
 
     prompt: int
@@ -47,7 +47,7 @@ class VariedLayers:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedPrompts:
     """Cached states of prompts.
 
     Attributes:
@@ -136,7 +136,7 @@ class _Stage:
 class _Histories:
     """Histories of the answers in the layers below the varied ones; a prompt's first history has the number of the prompt."""
 
-    def __init__(self, stage: _Stage, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, stage: _Stage, wanted: Sequence[AnswerRequest]) -> None:
         self.stage = stage
         self._history_of = {answer: want.prompt for answer, want in enumerate(wanted)}
         self._next = max(self._history_of.values()) + 1
@@ -176,11 +176,11 @@ class _Decoder:
 
     parts: ModelParts
     prompts: Sequence[Sequence[int]]
-    wanted: Sequence[Wanted]
+    wanted: Sequence[AnswerRequest]
     num_new: int
     max_tokens: int
     varied: VariedLayers | None
-    kept: Kept | None
+    kept: CachedPrompts | None
     entering: EnteringStates | None = None
     below: _Histories | None = field(init=False, default=None)
     points: dict[int, _Stage] = field(init=False, default_factory=dict)
@@ -337,7 +337,7 @@ class Decoded(NamedTuple):
 def decode(
     parts: ModelParts,
     prompts: Sequence[Sequence[int]],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[AnswerRequest],
     stops: set[int],
     *,
     max_new_tokens: int,
@@ -345,7 +345,7 @@ def decode(
     ended: Callable[[Sequence[int]], bool] | None = None,
     sampling: Sampling | None = None,
     varied: VariedLayers | None = None,
-    kept: Kept | None = None,
+    kept: CachedPrompts | None = None,
     gold: Sequence[EncodedExample] | None = None,
     entering: EnteringStates | None = None,
 ) -> Decoded:

@@ -15,7 +15,7 @@ from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoding import Decoded, EnteringStates, Kept, VariedLayers, Wanted, decode
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, Decoded, EnteringStates, VariedLayers, decode
 from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, generate, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
@@ -137,7 +137,7 @@ class Evaluator:
         decoded = decode(
             self.parts,
             [row.prompt for row in distinct.values()],
-            [Wanted(place[row.encoded.index], point) for point, of_point in enumerate(rows) for row in of_point],
+            [AnswerRequest(place[row.encoded.index], point) for point, of_point in enumerate(rows) for row in of_point],
             stop_tokens(self.tokenizer, self.decoding.stop),
             max_new_tokens=self.decoding.max_new_tokens,
             prefill_tokens=self.tokens_per_pass,
@@ -173,8 +173,8 @@ class Evaluator:
             for ids, end in zip(decoded.answers, decoded.ends, strict=True)
         ]
 
-    def _kept(self, keys: Sequence[int], keep: bool) -> Kept | None:
-        return None if self.prompt_states is None else Kept(self.prompt_states, keys, keep)
+    def _kept(self, keys: Sequence[int], keep: bool) -> CachedPrompts | None:
+        return None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep)
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:

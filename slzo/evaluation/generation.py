@@ -18,7 +18,7 @@ from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.encoding import newline_token
-from slzo.evaluation.decoding import Decoded, Kept, Wanted, decode
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, Decoded, decode
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 
@@ -96,7 +96,7 @@ def generate(
     gold: Sequence[EncodedExample] | None = None,
     ended: Callable[[Sequence[int]], bool] | None = None,
     sampling: Sampling | None = None,
-    kept: Kept | None = None,
+    kept: CachedPrompts | None = None,
 ) -> Decoded:
     """Generate continuations of prompts.
 
@@ -118,7 +118,7 @@ def generate(
     return decode(
         parts,
         prompts,
-        [Wanted(prompt) for prompt in range(len(prompts))],
+        [AnswerRequest(prompt) for prompt in range(len(prompts))],
         stops,
         max_new_tokens=max_new_tokens,
         prefill_tokens=prefill_tokens,

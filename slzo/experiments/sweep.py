@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.sweep_report import (
@@ -18,7 +19,6 @@ from slzo.experiments.sweep_report import (
     verdict,
     write_sweep,
 )
-from slzo.experiments.trial import LayerTrials
 from slzo.experiments.workers import is_worker
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError

@@ -8,8 +8,8 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal
 
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.trial import LayerTrials
 from slzo.experiments.workers import is_worker
 from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import say

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from slzo.experiments.layer_trials import Sensitivity
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
-from slzo.experiments.trial import Sensitivity
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json

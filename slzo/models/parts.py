@@ -24,7 +24,7 @@ from slzo.models.attention import (
 from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
-from slzo.models.stand_ins import Capture, Inject, Keep, Pass, Precomputed, SelectedHead
+from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed, SelectedHead
 from slzo.private.models import attention_of, can_replace_attention
 from slzo.private.modules import with_submodule
 from slzo.utils.errors import SlzoError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PACKED = "slzo_packed"
-_View = tuple[nn.Module, Inject | None, "Capture | Keep | None"]
+_View = tuple[nn.Module, Inject | None, "Capture | CaptureOutput | None"]
 
 
 class ModelParts:
@@ -182,7 +182,7 @@ class ModelParts:
         norm = norm or stop < self.num_layers
         if (start, stop, norm, plain) not in self._views:
             inject = Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
-            capture: Capture | Keep | None = None
+            capture: Capture | CaptureOutput | None = None
             layers: list[nn.Module] = [Pass(layer, self._outputs[0]) for layer in self.layers]
             layers[start:stop] = (self.layers if plain else self._runnable)[start:stop]
             if inject is not None:
@@ -190,7 +190,7 @@ class ModelParts:
             if stop < self.num_layers:
                 layers[stop] = capture = Capture(self.layers[stop], self._outputs[0])
             elif not norm:
-                layers[-1] = capture = Keep(self.layers[-1], layers[-1])
+                layers[-1] = capture = CaptureOutput(self.layers[-1], layers[-1])
             view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
             self._views[start, stop, norm, plain] = (view, inject, capture)
         return self._views[start, stop, norm, plain]

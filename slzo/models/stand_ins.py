@@ -52,7 +52,7 @@ class Capture(Pass):
         return super().forward(hidden_states)
 
 
-class Keep(StandIn):
+class CaptureOutput(StandIn):
     """Runs a layer and stores the hidden states that it returns."""
 
     value: Tensor | None = None

@@ -1,6 +1,6 @@
 """Compare the first greedy token of an exported folder in transformers and in llama.cpp.
 
-    python convert_hf_to_gguf.py tuned --outfile tuned.gguf --outtype f32    # of llama.cpp
+    python3 llama.cpp/convert_hf_to_gguf.py tuned --outfile tuned.gguf --outtype f32
     python tools/research/llama_cpp_check.py --folder tuned --gguf tuned.gguf --rows predictions.jsonl
 
 The prompts come from a file that ``slzo predict`` wrote. Both programs get the text, so their tokenizers are compared too.

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.trial import LayerTrials
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, load_parts
