@@ -20,14 +20,15 @@ _GROUP_RATIO = 0.75
 class Movable:
     """A dataclass whose tensor fields can be moved to a device."""
 
-    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """Return a copy on another device. By default only copies to the CPU are blocking, because they are read at once."""
-        if non_blocking is None:
-            non_blocking = torch.device(device).type != "cpu"
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on another device. Only copies to the CPU are blocking, because they are read at once."""
+        non_blocking = torch.device(device).type != "cpu"
 
         def move(value: object) -> object:
-            if isinstance(value, Tensor | Movable):
+            if isinstance(value, Tensor):
                 return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, Movable):
+                return value.to(device)
             if isinstance(value, tuple):
                 return tuple(move(item) for item in value)
             return value

@@ -1,12 +1,10 @@
 """Batches that the data loaders yield, and their planning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
-
-import torch
+from dataclasses import dataclass
 
 from slzo.batches.encoded import EncodedExample
+from slzo.batches.layout import Movable
 from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.tasks.base import Example
@@ -33,7 +31,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class TrainBatch:
+class TrainBatch(Movable):
     """Rows to train on.
 
     Attributes:
@@ -46,13 +44,9 @@ class TrainBatch:
     rows: tuple[Row, ...]
     max_tokens: int | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """Copy on another device."""
-        return replace(self, packed=self.packed.to(device, non_blocking=non_blocking))
-
 
 @dataclass(frozen=True)
-class EvalBatch:
+class EvalBatch(Movable):
     """Rows to score.
 
     Attributes:
@@ -67,12 +61,6 @@ class EvalBatch:
     def examples(self) -> tuple[Example, ...]:
         """Examples of the rows."""
         return tuple(row.example for row in self.rows)
-
-    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """Copy on another device."""
-        if self.packed is None:
-            return self
-        return replace(self, packed=self.packed.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
