@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from helpers import last_checkpoint, on_tiny, summary
+from helpers import last_checkpoint, on_tiny, run_dir, summary
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -140,3 +140,13 @@ def test_rows_take_the_tokenizer_of_the_model_unless_told_otherwise(data_dir):
     named = rows(data_dir, tokenizer="mine")
     named.follow_model("another")
     assert named.tokenizer_name == "mine"
+
+
+def test_a_trainer_goes_on_after_a_refused_fit(model_dir, data_dir):
+    trainer = ZOTrainer(max_steps=2, val_check_interval=2, **QUIET)
+    with pytest.raises(SlzoError, match=r"model\.layer 9"):
+        trainer.fit(ZOModule(str(model_dir), 9, eps=1e-3), datamodule=rows(data_dir))
+    assert not run_dir().is_dir()
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
+    assert summary()["steps"] == 2
+    assert [*run_dir().glob("events.*")]
