@@ -51,7 +51,7 @@ def toy(cache, tmp_path, monkeypatch):
     pieces = [make_wheel(links, f"toy-part{n}", {f"toy.part{n}": piece})[0] for n, piece in enumerate(PIECES)]
     documents = make_wheel(links, "toy", {"TERMS.html": TERMS, "NOTICE.md": b"a notice"})
     notice = "Toy is under the Toy Terms at example.org/terms"
-    licence = Licence("Toy Terms", "https://example.org/terms", "toy", notice, tuple(documents))
+    licence = Licence("toy", "Toy Terms", "https://example.org/terms", "toy", notice, tuple(documents))
     digest = hashlib.sha256(b"".join(PIECES)).hexdigest()
     return BuiltinModel("toy-1m", tuple(pieces), digest, licence, "https://example.org", 1)
 

@@ -21,7 +21,8 @@ from slzo.export.adapter import ADAPTER
 from slzo.export.card import without_folders, write_card, write_licences
 from slzo.export.facts import Facts
 from slzo.export.push import push
-from slzo.models.origin import KnownLicence, Origin, loadable, origin_of
+from slzo.models.builtin.base import Licence
+from slzo.models.origin import Origin, loadable, origin_of
 from slzo.models.peft_files import LowRank, PeftFiles, lora_files
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, PrefixTuning
@@ -299,7 +300,7 @@ def test_a_command_in_a_card_names_no_folder_of_this_machine():
 def test_names_are_texts_in_a_card(tmp_path):
     """Markdown and HTML in them change nothing else; the code fences are longer than what they hold."""
     name = "a`b``\n---\n# [x](y) <script> | _i_ my_rows"
-    licence = KnownLicence("other", name, "javascript:alert(1)")
+    licence = Licence("other", name, "javascript:alert(1)")
     note = {"dtype": "float32", "layer": 1, "layer_reason": name, "hub": {}}
     told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
     told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel
+from slzo.models.builtin.base import Licence
 from slzo.models.builtin.gemma3_270m import GEMMA3_270M
 from slzo.models.load import resolve_model
 from slzo.utils.assets import sha256_of
@@ -20,23 +21,6 @@ from slzo.utils.hub import HUB, HUB_ID, model_commit, repository_of
 # models under the Gemma terms; later Gemma models have another licence
 _GEMMA_TYPES = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"})
 _DOCUMENTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].*)?|\w*TERMS\w*(\..*)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class KnownLicence:
-    """A licence, named as in the model cards of the Hub.
-
-    Attributes:
-        name: The Hub's key, such as ``apache-2.0`` or ``gemma``; ``other`` for licences without a key.
-        title: Full name.
-        address: URL of the text; empty if unknown.
-        notice: Sentence that every copy must include; empty if there is none.
-    """
-
-    name: str
-    title: str
-    address: str = ""
-    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class Origin:
     name: str
     public: bool
     gguf: tuple[str, str] | None = None
-    licence: KnownLicence | None = None
+    licence: Licence | None = None
     documents: tuple[Path, ...] = ()
     commit: str | None = None
 
@@ -83,12 +67,12 @@ def origin_of(model: str, given: str | None = None) -> Origin:
             "known one"
         )
     name: str | None
-    licence: KnownLicence | None = None
+    licence: Licence | None = None
     gguf: tuple[str, str] | None = None
     path, folder = Path(model).expanduser(), Path(resolve_model(model))
     if model in BUILTIN_MODELS:
         builtin = BUILTIN_MODELS[model]
-        name, licence = hub_id(builtin), _licence_of_builtin(builtin)
+        name, licence = hub_id(builtin), builtin.licence
         gguf = (builtin.gguf_name, builtin.sha256)
     elif path.suffix == ".gguf":
         name, licence = _name_and_licence_of_gguf(path)
@@ -126,11 +110,6 @@ def _apache_text() -> tuple[Path, ...]:
     return tuple(place for place in places if place.is_file())[:1]
 
 
-def _licence_of_builtin(builtin: BuiltinModel) -> KnownLicence:
-    licence = builtin.licence
-    return KnownLicence((licence.consent or licence.name).lower(), licence.name, licence.address, licence.notice)
-
-
 def _name_of_folder(folder: Path) -> str | None:
     """Return the Hub id from the folder's path in the Hub's cache, or from its config."""
     if (cached := repository_of(folder.resolve())) is not None:
@@ -139,7 +118,7 @@ def _name_of_folder(folder: Path) -> str | None:
     return name if isinstance(name, str) and "/" in name and HUB_ID.fullmatch(name) else None
 
 
-def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, KnownLicence | None]:
+def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, Licence | None]:
     """Return the Hub id and the licence in the metadata of a GGUF file."""
     import gguf
 
@@ -156,10 +135,10 @@ def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, KnownLicence | No
             break
     licence = metadata.get("general.license")
     link = str(metadata.get("general.license.link", ""))
-    return name, None if not licence else KnownLicence(str(licence), str(licence), link)
+    return name, None if not licence else Licence(str(licence), str(licence), link)
 
 
-def _licence_of_card(folder: Path) -> KnownLicence | None:
+def _licence_of_card(folder: Path) -> Licence | None:
     """Return the licence that the model card in a folder names."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -171,12 +150,12 @@ def _licence_of_card(folder: Path) -> KnownLicence | None:
     if not isinstance(metadata, Mapping) or not isinstance(metadata.get("license"), str):
         return None
     if metadata["license"] == "gemma":
-        return _licence_of_builtin(GEMMA3_270M)
+        return GEMMA3_270M.licence
     title = str(metadata.get("license_name") or metadata["license"])
-    return KnownLicence(metadata["license"], title, str(metadata.get("license_link") or ""))
+    return Licence(metadata["license"], title, str(metadata.get("license_link") or ""))
 
 
-def _licence_of_type(folder: Path) -> KnownLicence | None:
+def _licence_of_type(folder: Path) -> Licence | None:
     """Return the licence of an architecture whose models all have the same one."""
     kind = read_json(folder / "config.json").get("model_type")
-    return _licence_of_builtin(GEMMA3_270M) if kind in _GEMMA_TYPES else None
+    return GEMMA3_270M.licence if kind in _GEMMA_TYPES else None

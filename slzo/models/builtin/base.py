@@ -19,15 +19,17 @@ class Licence:
     """Licence of a model.
 
     Attributes:
-        name: SPDX name, or the title of the text.
-        address: URL of the text.
+        name: The Hub's key, such as ``apache-2.0`` or ``gemma``; ``other`` for licences without a key.
+        title: Full name.
+        address: URL of the text; empty if unknown.
         consent: Word in ``SLZO_ACCEPT_LICENSE`` that accepts the licence; empty if no consent is needed.
         notice: Sentence with the address that every copy must include; empty if there is none.
         documents: Files of one wheel to store with the model, the full text of the licence first.
     """
 
     name: str
-    address: str
+    title: str
+    address: str = ""
     consent: str = ""
     notice: str = ""
     documents: tuple[WheelFile, ...] = ()
@@ -47,7 +49,7 @@ class Licence:
         state = f"is {given!r}" if given else "is not set"
         copies = "".join(f", also {file.name} in the PyPI package {file.package}" for file in self.documents[:1])
         raise SlzoError(
-            f"model.model {model!r}: its licence, the {self.name}, needs your consent, and {CONSENT_VARIABLE} {state}; read "
+            f"model.model {model!r}: its licence, the {self.title}, needs your consent, and {CONSENT_VARIABLE} {state}; read "
             f"{self.address}{copies}; if you accept it, set the environment variable {CONSENT_VARIABLE}={self.consent} and "
             "run again (needed only until the model is fetched)"
         )
@@ -59,12 +61,12 @@ class Licence:
             model: Name of the model.
         """
         if self.consent:
-            progress(f"{model}: {self.notice or f'{self.name}, {self.address}'}")
+            progress(f"{model}: {self.notice or f'{self.title}, {self.address}'}")
             kept = "".join(f"; its text will be stored next to the model as {file.name}" for file in self.documents[:1])
             progress(f"{model}: accepted by {CONSENT_VARIABLE}={self.consent}{kept}")
 
 
-APACHE_2_0 = Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
+APACHE_2_0 = Licence("apache-2.0", "Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ GEMMA3_270M = BuiltinModel(
     # as in the package's SHA256SUMS
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     licence=Licence(
-        name="Gemma Terms of Use",
+        name="gemma",
+        title="Gemma Terms of Use",
         address="https://ai.google.dev/gemma/terms",
         consent="gemma",
         # wording required by section 3.1 of the terms
