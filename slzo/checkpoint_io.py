@@ -5,14 +5,19 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes local checkpoints atomically in slzo's own format; other file systems are left to Lightning.
 
     Lightning's plugin writes to ``$TMPDIR`` and moves the file. On another disk the move is a copy, which can be interrupted.
+
+    Attributes:
+        known: A checkpoint that was already read; its file is not read again when Lightning loads it.
     """
+
+    known: Checkpoint | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
@@ -23,6 +28,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint."""
+        known, self.known = self.known, None
+        if known is not None and known.path == str(path):
+            return known.content
         if "://" not in str(path):
             return read_checkpoint(path).content
         return super().load_checkpoint(path, *args, **kwargs)

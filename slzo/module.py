@@ -241,7 +241,10 @@ class ZOModule(LightningModule):
 
     def _checkpoint_to_continue(self) -> Checkpoint | None:
         path = self.trainer.ckpt_path
-        return None if path is None else read_checkpoint(str(path))
+        if path is None:
+            return None
+        known = getattr(self.trainer.strategy.checkpoint_io, "known", None)
+        return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> Prepared:
         """Do everything before the first step; a model that is already tuned is tuned further."""

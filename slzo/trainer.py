@@ -120,7 +120,7 @@ class ZOTrainer(Trainer):
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, restarted=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
-        del checkpoint  # its tensors take memory, and Lightning reads them again
+        checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
             say(
                 f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); raise "
@@ -215,7 +215,10 @@ class ZOTrainer(Trainer):
             ckpt_path = checkpoint_of_job(root, job)
         if ckpt_path is None:
             return None
-        return find_checkpoint(ckpt_path, root)
+        found = find_checkpoint(ckpt_path, root)
+        if isinstance(self.strategy.checkpoint_io, WholeCheckpointIO):
+            self.strategy.checkpoint_io.known = found
+        return found
 
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
         """Return the path of the checkpoint to score; print that there is none, unless the model was just fitted."""
