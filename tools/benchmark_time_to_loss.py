@@ -25,7 +25,6 @@ import torch
 from published_step import pad_left, published_step
 from slzo.batches.encoded import EncodedExample
 from slzo.experiments.store import CellStore
-from slzo.models.engine import Engine
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
@@ -38,6 +37,7 @@ from slzo.zo.profile import profile_layers
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext, SelectionRule
 
 GROWTH = 1.1
+SIZES: dict[str, Any] = {"num_train": 1000, "num_dev": 200, "num_test": 20, "batch_size": 16}
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,9 @@ class Recorder:
 
 
 def make_rows(args: argparse.Namespace) -> TaskRows:
-    """Return the rows of the task: 1000 for training and 200 for development."""
+    """Return the rows of the task."""
     folder = None if args.task == "movie_reviews" else args.data_dir
-    rows = TaskRows(
-        args.task,
-        tokenizer=args.model,
-        data_dir=folder,
-        num_train=1000,
-        num_dev=200,
-        num_test=20,
-        batch_size=16,
-        seed=args.seed,
-    )
+    rows = TaskRows(args.task, tokenizer=args.model, data_dir=folder, seed=args.seed, **SIZES)
     rows.setup("fit")
     return rows
 
@@ -98,9 +89,7 @@ def make_rows(args: argparse.Namespace) -> TaskRows:
 def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: float | None = None) -> dict[str, Any]:
     """Train the layer of a rule with an estimator of slzo, with the automatic learning rate or a constant one."""
     rows = make_rows(args)
-    options = ZOModule(
-        args.model, estimator=estimator, seed=args.seed, engine=Engine(onednn=False if args.same_kernels else None)
-    ).options
+    options = ZOModule(args.model, estimator=estimator, seed=args.seed).options
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
     started = time.process_time()
@@ -126,22 +115,16 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
     return {"layer": layer} | Recorder(score, min(args.targets), args.seconds, used).train(step)
 
 
-def published(args: argparse.Namespace, lr: float, rule: SelectionRule | None = None) -> dict[str, Any]:
-    """Train all weights, or those of the layer of a rule, with the published step and a constant learning rate."""
+def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
+    """Train all weights with the published step and a constant learning rate."""
     rows = make_rows(args)
     options = ZOModule(args.model).options
     model: Any = load_model(args.model, "float32")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # not mapped from the file
-    parts = ModelParts(model)
-    adapt_rows(rows, parts, options)
-    layer, trained = None, list(model.parameters())
-    if rule is not None:
-        profile, _ = profile_layers(parts, list(rows.profile_batches(16, 8)))
-        layer = rule.select(SelectionContext(profile)).layer
-        trained = list(parts.layers[layer].parameters())
-    only_gold = rows.objective.only_gold
-    batches = _batches([row.encoded for row in rows.rows("train")], random.Random(args.seed))
+    adapt_rows(rows, ModelParts(model), options)
+    trained, only_gold = list(model.parameters()), rows.objective.only_gold
+    batches = _batches([row.encoded for row in rows.rows("train")], rows.batch_size, random.Random(args.seed))
 
     def score() -> float:  # as for slzo, which is faster than with the published loss
         tuned = tune(ModelParts(model, onednn=False), options, rows, 0)
@@ -155,13 +138,13 @@ def published(args: argparse.Namespace, lr: float, rule: SelectionRule | None = 
         return 2 * (number + 1)
 
     with torch.no_grad():
-        return {"layer": layer} | Recorder(score, min(args.targets), args.seconds).train(step)
+        return {"layer": None} | Recorder(score, min(args.targets), args.seconds).train(step)
 
 
-def _batches(rows: list[EncodedExample], generator: random.Random) -> Iterator[list[EncodedExample]]:
+def _batches(rows: list[EncodedExample], size: int, generator: random.Random) -> Iterator[list[EncodedExample]]:
     while True:
         shuffled = generator.sample(rows, len(rows))
-        yield from (shuffled[start : start + 16] for start in range(0, len(rows) - 15, 16))
+        yield from (shuffled[start : start + size] for start in range(0, len(rows) - size + 1, size))
 
 
 METHODS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -169,7 +152,6 @@ METHODS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "adamw": lambda args: slzo(args, Backprop(), OutlierRemovingLayer()),
     "spsa": lambda args: slzo(args, SPSA(), OutlierRemovingLayer()),
     "paper": lambda args: slzo(args, SPSA(), FirstOutlierLayer(), args.lr_layer),
-    "published-layer": lambda args: published(args, args.lr_layer, FirstOutlierLayer()),
     "published": lambda args: published(args, args.lr_all),
 }
 
@@ -225,12 +207,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="processor time of each method")
     parser.add_argument("--lr_all", type=float, default=9e-5, help="rate of the published step on all weights")
     parser.add_argument("--lr_layer", type=float, default=3e-4, help="constant rate in the first outlier layer")
-    parser.add_argument("--same_kernels", action="store_true", help="slzo uses torch's default matrix kernels too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="times", help="folder of the results")
     parser.add_argument("--picture", help="also draw the curves to this path, without suffix")
     args = parser.parse_args()
-    options = ("model", "task", "seed", "targets", "lr_all", "lr_layer", "same_kernels")
+    options = ("model", "task", "seed", "targets", "lr_all", "lr_layer")
     settings = {name: getattr(args, name) for name in options} | {"threads": torch.get_num_threads()}
     store = CellStore(args.output, settings)
 
