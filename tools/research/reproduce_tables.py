@@ -16,7 +16,7 @@ A table config is a YAML file with these keys; options are those of ``slzo fit``
       zero-shot: {command: test}             # scores the untuned model
       mezo:                                  # options of this method; they override those of the task and the common ones
         model.scope: AllParameters
-        lr: [1.0e-7, 1.0e-6]                 # grid, or one number
+        lr: [1.0e-7, 1.0e-6]                 # one rate, a grid, or auto (the default)
     target_loss: {sst2: 0.55}                # optional: measure the cost of reaching this dev loss
 
 The grid is run on the first seed. The learning rate with the lowest dev loss is then used for the other seeds. To compare at

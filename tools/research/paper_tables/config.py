@@ -24,6 +24,14 @@ _SET_HERE = re.compile(
     r"config|seed_everything|data\.task|record\..*|trainer\.logger.*|model\.optimizer\.(init_args\.)?lr"
 )
 
+Rate = float | str
+"""Learning rate: a number, or ``auto`` for the one that slzo chooses."""
+
+
+def rate_text(rate: Rate) -> str:
+    """Return a rate as an option's text."""
+    return rate if isinstance(rate, str) else f"{rate:g}"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -39,7 +47,7 @@ class Method:
     name: str
     command: str
     options: dict[str, str]
-    lrs: tuple[float, ...]
+    lrs: tuple[Rate, ...]
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,13 @@ class Table:
         configs = {f"configs {path.name}": _digest(path) for path in self.configs}
         return {"kind": "reproduce_tables", **configs, **{f"common {k}": v for k, v in self.common.items()}}
 
-    def cell(self, method: str, task: str, seed: int, lr: float | None) -> "Cell":
+    def cell(self, method: str, task: str, seed: int, lr: Rate | None) -> "Cell":
         """Return one run."""
         row = self.methods[method]
         options = {"data.task": task, **self.common, **self.tasks[task], **row.options, "seed_everything": str(seed)}
         if lr is not None:
             # the score before training is the same for all methods, so a separate row has it
-            options |= {"model.optimizer.lr": f"{lr:g}", "record.test_before": "false"}
+            options |= {"model.optimizer.lr": rate_text(lr), "record.test_before": "false", "record.reference": "false"}
         return Cell(method, task, seed, lr, row.command, tuple(f"--{k}={v}" for k, v in options.items()))
 
     def grid(self, method: str, task: str) -> list["Cell"]:
@@ -109,14 +117,14 @@ class Cell:
     method: str
     task: str
     seed: int
-    lr: float | None
+    lr: Rate | None
     command: str
     options: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """Name of the run's files."""
-        return f"{self.method}-{self.task}-seed-{self.seed}" + ("" if self.lr is None else f"-lr-{self.lr:g}")
+        return f"{self.method}-{self.task}-seed-{self.seed}" + ("" if self.lr is None else f"-lr-{rate_text(self.lr)}")
 
     def arguments(self, table: Table) -> list[str]:
         """Return the arguments of slzo."""
@@ -213,11 +221,18 @@ def _method(name: str, value: Any) -> Method:
         if lr is not None:
             raise SlzoError(f"{option}.lr {lr!r}: nothing is trained with command test; leave it out")
         return Method(name, command, _options(given, option), ())
-    given_lrs = lr if isinstance(lr, list) else [lr]
-    lrs = tuple(dict.fromkeys(_number_of(item) for item in given_lrs))
-    if not lrs or not all(0 < item < math.inf for item in lrs):
-        raise SlzoError(f"{option}.lr {lr!r}: give one learning rate above 0, or a list of them to choose from")
-    return Method(name, command, _options(given, option), lrs)
+    rates = [_rate(item) for item in (lr if isinstance(lr, list) else ["auto" if lr is None else lr])]
+    if not rates or None in rates:
+        raise SlzoError(f"{option}.lr {lr!r}: give auto, a learning rate above 0, or a list of them to choose from")
+    return Method(name, command, _options(given, option), tuple(dict.fromkeys(rate for rate in rates if rate)))
+
+
+def _rate(value: Any) -> Rate | None:
+    """Return a learning rate, or ``None`` for anything else."""
+    if value == "auto":
+        return "auto"
+    rate = _number_of(value)
+    return rate if 0 < rate < math.inf else None
 
 
 def _number_of(value: Any) -> float:

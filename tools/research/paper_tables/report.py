@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from paper_tables.config import Table
+from paper_tables.config import Rate, Table, rate_text
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
 from slzo.tasks.registry import get_task
 from slzo.utils.files import replacing, write_json, write_text
@@ -25,7 +25,7 @@ class Entry:
         task: Column.
         metric: Name of the task's metric.
         score: Mean of the metric on held-out rows, 0 to 1.
-        score_se: Standard error of the score over seeds.
+        score_se: Standard error of the score over seeds; over held-out rows if there is one seed.
         num_seeds: Number of finished seeds.
         num_planned: Number of seeds in the table config.
         num_diverged: Number of seeds that diverged.
@@ -49,7 +49,7 @@ class Entry:
     num_seeds: int
     num_planned: int
     num_diverged: int
-    lr: float | None
+    lr: Rate | None
     dev_loss: float | None
     steps: float | None
     evaluations: float | None
@@ -97,7 +97,7 @@ def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
         task=task,
         metric=get_task(task).metric,
         score=_mean(scores),
-        score_se=_standard_error(scores),
+        score_se=_standard_error(scores) if len(seeds) > 1 else mean("score_se"),
         num_seeds=len(good),
         num_planned=len(seeds),
         num_diverged=len(found) - len(good),
@@ -201,7 +201,7 @@ def markdown(
     lines += [_row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
     for entry in entries:
         figures = [
-            _number(entry.lr, "g"),
+            "-" if entry.lr is None else rate_text(entry.lr),
             _number(entry.dev_loss, ".4f"),
             _number(entry.tuned_parameters, ",.0f"),
             _number(entry.layer, "d"),
@@ -250,10 +250,15 @@ def _score_notes(table: Table, entries: Sequence[Entry]) -> list[str]:
     for entry in entries[: len(table.tasks)]:
         metrics.setdefault(entry.metric, []).append(entry.task)
     names = "; ".join(f"{metric}: {', '.join(tasks)}" for metric, tasks in metrics.items())
-    seeds = ", ".join(map(str, table.seeds))
+    if len(table.seeds) > 1:
+        errors = (
+            f"Mean ± standard error over seeds {', '.join(map(str, table.seeds))}; the untuned model gives the same answers with "
+            "every seed and is scored once."
+        )
+    else:
+        errors = f"± is the standard error over rows; seed {table.seeds[0]}."
     notes = [
-        f"Percent of held-out rows ({names}), for the checkpoint with the lowest dev loss. Mean ± standard error over seeds "
-        f"{seeds}; the untuned model gives the same answers with every seed and is scored once. -: not finished."
+        f"Percent of held-out rows ({names}), for the checkpoint with the lowest dev loss. {errors} -: not finished."
     ]
     if any(0 < entry.num_seeds < entry.num_planned for entry in entries):
         notes.append("(n of m): n of the m seeds finished and did not diverge.")
@@ -267,7 +272,7 @@ def _trouble(results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[st
 
 
 def _title(item: Mapping[str, Any]) -> str:
-    lr = "" if item["lr"] is None else f", lr {item['lr']:g}"
+    lr = "" if item["lr"] is None else f", lr {rate_text(item['lr'])}"
     return f"{item['method']}, {item['task']}, seed {item['seed']}{lr}"
 
 

@@ -103,6 +103,7 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
         "state": FINISHED if finite else DIVERGED,
         "reason": "" if finite else "no validation gave a finite dev loss",
         "score": summary["score_after"],
+        "score_se": summary["score_standard_error"],
         "scores": summary["scores_after"],
         "dev_loss": min(finite) if finite else None,
         "dev_curve": curve,
