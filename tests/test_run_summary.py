@@ -23,9 +23,17 @@ from slzo.tasks.base import Example
 
 def run_facts(**facts):
     """Facts of a run; 1 is as good as any other value."""
-    usual = {"rollbacks": 0, "spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
-    usual |= {"majority_share": None, "reference": None, "first_order_gb": None, "num_rows": 8, "scheduled": False}
-    return RunFacts(**dict.fromkeys([field.name for field in fields(RunFacts)], 1) | usual | facts)
+    usual = {"spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
+    usual |= {"reference": None, "first_order_gb": None, "num_rows": 8, "scheduled": False, "figures": figures(facts)}
+    known = [field.name for field in fields(RunFacts)]
+    return RunFacts(**dict.fromkeys(known, 1) | usual | {name: facts[name] for name in facts if name in known})
+
+
+def figures(facts):
+    """Those of a training of the default kind, with the facts that have other names than the fields of RunFacts."""
+    names = ("layer_reason", "num_layers", "scope", "estimator", "optimizer", "steps", "skipped_steps")
+    names += ("peak_memory_gb", "planned_memory_gb", "tuned_parameters", "total_parameters")
+    return dict.fromkeys(names, 1) | {"rollbacks": 0, "majority_share": None} | facts
 
 
 FACTS = run_facts(

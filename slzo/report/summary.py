@@ -12,32 +12,6 @@ from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
 from slzo.tasks.base import Example
 
-# Facts that the summary has under the same names.
-_COPIED = (
-    "model",
-    "task",
-    "layer_reason",
-    "num_layers",
-    "scope",
-    "estimator",
-    "optimizer",
-    "lr",
-    "lr_at_end",
-    "eps",
-    "seed",
-    "majority_share",
-    "num_rows",
-    "steps",
-    "evaluations",
-    "skipped_steps",
-    "rollbacks",
-    "planned_memory_gb",
-    "peak_memory_gb",
-    "tuned_parameters",
-    "total_parameters",
-    "command",
-)
-
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
     """Return the content of ``summary.json``, primitives only."""
@@ -51,7 +25,8 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     if run.config is None:  # a command would need the options of this run in Python
         suggestion, first = (None if line is None else line.partition("# ")[2] for line in (suggestion, first))
     return {
-        **{name: getattr(run, name) for name in _COPIED},
+        **run.figures,
+        "num_rows": run.num_rows,
         "dominant_layer": run.layer,
         "metric": metric,
         "score_before": scores_before.get(metric),
