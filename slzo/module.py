@@ -61,9 +61,9 @@ class ZOModule(LightningModule):
             local Hugging Face folder, .gguf file, Hub id, or ID@REVISION for a branch, a tag or a commit of the Hub.
         layer: Dominant layer, counted from 0; by default the outlier profile chooses it.
         scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
-        estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator.
-            The default is LayerOutputPerturbation. It is SPSA if the scope has more than one layer, or if eps, eps_end or
-            num_queries is given. Backprop is the first-order reference.
+        estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator;
+            by default LayerOutputPerturbation, or SPSA if the scope has several layers or eps, eps_end or num_queries is given.
+            Backprop is the first-order reference.
         eps: Size of the perturbation of weights, absolute, > 0; auto measures one that changes the loss by 1%.
         eps_end: Change eps to this value over trainer.max_steps, by the same factor each step; by default eps is constant.
         num_queries: Directions of weights per step; with SPSA each costs two evaluations of the suffix, see model.estimator for

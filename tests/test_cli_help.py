@@ -1,5 +1,7 @@
 """Help begins with what matters."""
 
+import re
+
 import pytest
 
 from slzo.__main__ import main
@@ -37,6 +39,18 @@ def test_slzo_comes_first_and_lightning_on_request(capsys):
     assert len(whole.splitlines()) > 500
     assert whole.index("  --ckpt_path") < whole.index("  --model.eps") < whole.index("  --trainer.max_steps")
     assert "--help_all" in short
+
+
+def test_every_option_has_a_text_and_shows_its_default(capsys):
+    for command in COMMANDS:
+        options = re.split(r"\n(?=  --|\S|\n)", printed(capsys, command, "--help"))
+        texts = [" ".join(option.split()[1:]) for option in options if option.startswith("  --")]
+        assert texts
+        assert not [text for text in texts if not re.match(r"[^\[]", text)]
+    text = " ".join(printed(capsys, "fit", "--help").split())
+    for default in ("[LayerScope, all of the dominant layer]", "[LayerOutputPerturbation, or SPSA if", "[Auto]"):
+        assert default in text
+    assert '[Reward with data.reward, otherwise "loss"]' in text
 
 
 def test_the_help_of_export_begins_with_its_own(capsys):

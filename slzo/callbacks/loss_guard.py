@@ -20,8 +20,8 @@ _LOSS_NOISE, _METRIC_NOISE = 0.7, 2.0
 class LossGuard(Callback):
     """Rolls back to the last good weights and halves the learning rate when the dev loss rises too far above its lowest value.
 
-    If training maximizes a reward, the guard uses its distance to the best reward instead of the loss, see
-    :meth:`slzo.evaluation.selection_metric.SelectionMetric.largest`.
+    If training maximizes a reward, the guard uses its distance to the best reward
+    (:class:`slzo.evaluation.selection_metric.SelectionMetric`) instead of the loss.
 
     A rollback also clears the optimizer's momentum. The guard keeps one more float32 copy of the tuned tensors. If that takes
     more than 2 GiB, the guard only halves the rate, and the momentum stays. It ignores a validation that is not scheduled, such

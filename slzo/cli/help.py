@@ -156,9 +156,11 @@ def _first_sentence(text: str) -> str:
 
 
 def _default(action: argparse.Action) -> str:
+    """Return the default in brackets; one that depends on other options stands in the help after "by default"."""
     if action.required:
         return "(required)"
     value = action.default
     if isinstance(value, str | int | float) and value != argparse.SUPPRESS:
         return f"[{str(value).lower() if isinstance(value, bool) else value}]"
-    return ""
+    described = re.search(r"\bby default ([^;]+?)[.;](?:\s|$)", action.help or "")
+    return "" if described is None else f"[{' '.join(described[1].replace('``', '').split())}]"

@@ -55,7 +55,11 @@ _ALL = (
         reads_rows=False,
         own_help=True,
     ),
-    Command("generate", "continue prompts with the untuned and the tuned model", has_app=False),
+    Command(
+        "generate",
+        "answer prompts with the untuned and the tuned model: a text, or the probabilities of candidates",
+        has_app=False,
+    ),
     Command(
         "report",
         "write a page about a run, or about several side by side",

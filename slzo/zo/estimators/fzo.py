@@ -16,7 +16,7 @@ class FZO(Estimator):
 
     where :math:`\sigma` is the standard deviation of the q losses. Taken from FZO: random signs in one batch, one base loss,
     division by the spread of the losses. Here :math:`\sigma` replaces :math:`\epsilon`, so the learning rate does not depend on
-    :math:`\epsilon`: it is about the length of a step per coordinate times :math:`\sqrt q`, as in normalized descent.
+    the latter. It is about the length of a step per coordinate times :math:`\sqrt q`, as in normalized descent.
     Needs model.num_queries >= 2; 8 is usual. model.engine.queries_at_once of the same size evaluates all in one batch.
 
     Args:
