@@ -7,7 +7,6 @@ from pathlib import Path
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
-from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
 from slzo.zo.profile import (
@@ -43,8 +42,8 @@ class ProfileOptions:
             )
         if self.batch_size < 1:
             raise SlzoError(f"profiler.batch_size {self.batch_size}: must be at least 1")
-        if self.text_file is not None and not Path(self.text_file).is_file():
-            found = "is a folder" if Path(self.text_file).is_dir() else "no such file"
+        if self.text_file is not None and not (path := Path(self.text_file).expanduser()).is_file():
+            found = "is a folder" if path.is_dir() else "no such file"
             raise SlzoError(
                 f"profiler.text_file {self.text_file!r}: {found}; give a text file with one sequence per line"
             )
@@ -128,11 +127,10 @@ def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
     if options.text_file is None:
         return rows.profile_batches(options.num_sequences, options.batch_size)
     try:
-        text = Path(options.text_file).read_text(encoding="utf-8")
+        text = Path(options.text_file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SlzoError(
             f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start})"
         ) from error
     lines = [line for line in text.splitlines() if line.strip()]
-    examples = [Example(str(i), line, ()) for i, line in enumerate(lines[: options.num_sequences])]
-    return rows.prompt_batches(examples, options.batch_size)
+    return rows.text_batches(lines[: options.num_sequences], options.batch_size)

@@ -86,6 +86,8 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "noise_seed": prepared.stepper.seed,
         "onednn": model.parts.onednn,
         "optimizer": options.optimizer.classes,
+        "chat": rows.task.chat is not None,
+        "system_prompt": None if rows.task.chat is None else rows.task.chat.system,
         "chat_template": rows.chat_template,
         "candidates": rows.common_candidates,
         "data": prepared.data.to_dict(),

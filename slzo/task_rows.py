@@ -232,8 +232,9 @@ class TaskRows:
         source, size = self.tokenizer_name, len(self.encoder.tokenizer)
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         advice = f"give TaskDataModule(tokenizer={name!r})"
-        if size > known:
+        if size > known and source != name:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
+        self.encoder.num_embeddings = known  # some models have tokens of their own without an embedding
         if source != name:
             warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
         positions = max_positions(model)
@@ -242,6 +243,7 @@ class TaskRows:
         if positions is not None and 0 < positions - reserved < self.encoder.max_length:
             say(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
             self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
+            self.encoder.num_embeddings, self.encoder.limited_by_model = known, True
             self._forget_rows()
 
     def _forget_rows(self) -> None:
@@ -332,10 +334,10 @@ class TaskRows:
             say(note)
         self._warn_of_unused_sources()
         self._warn_of_one_class()
-        if self.num_demonstrations > len(self.splits.train):
+        if self.num_demonstrations > len(self.demonstrations):
             raise SlzoError(
-                f"data.num_demonstrations {self.num_demonstrations}: only {len(self.splits.train)} training rows to take "
-                "them from; lower it, or raise data.num_train"
+                f"data.num_demonstrations {self.num_demonstrations}: only {len(self.demonstrations)} labelled training rows "
+                "to take them from; lower it, or raise data.num_train"
             )
         counts = f"{len(self.splits.train)} training, {len(self.splits.dev)} dev and " if self.splits.train else ""
         origin = f", {self.splits.origin}" if self.splits.origin else ""
@@ -367,8 +369,9 @@ class TaskRows:
 
     @property
     def demonstrations(self) -> tuple[Example, ...]:
-        """Solved rows before each dev and held-out prompt: the first training rows in the drawn order."""
-        return self.splits.train[: self.num_demonstrations] if self.splits is not None else ()
+        """Solved rows before each dev and held-out prompt: the first training rows with a label in the drawn order."""
+        examples = () if self.splits is None else self.splits.train
+        return tuple(example for example in examples if example.gold)[: self.num_demonstrations]
 
     def rows(self, split: str) -> list[Row]:
         """Return the tokenized rows of ``train``, ``dev``, ``test`` or ``predict``, in the order of the split.
@@ -420,15 +423,18 @@ class TaskRows:
         )
 
     def _warn_of_unused_sources(self) -> None:
-        """Warn about a source of rows that the task's own files replace."""
-        if "train" not in self.task.files:
+        """Warn about a source of rows that the task's own files or data_dir replace."""
+        if "train" in self.task.files:
+            reason = f"task {self.task.name!r} has its own files, such as {self.task.files['train']}"
+        elif self.data_dir is not None:
+            reason = f"the rows are read from data.data_dir {self.data_dir!r}"
+        else:
             return
-        for name in ("data_dir", "hub_path", "hub_config"):
+        for name in (
+            ("data_dir", "hub_path", "hub_config") if "train" in self.task.files else ("hub_path", "hub_config")
+        ):
             if (value := getattr(self, name)) is not None:
-                warn(
-                    f"data.{name} {value!r}: is not used, because task {self.task.name!r} has its own files, such as "
-                    f"{self.task.files['train']}; leave it out"
-                )
+                warn(f"data.{name} {value!r}: is not used, because {reason}; leave it out")
 
     def _warn_of_one_class(self) -> None:
         """Warn if all training rows of a classification task have the same answer."""
@@ -594,13 +600,19 @@ class TaskRows:
     def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
         """Return prompts of the first training rows for the outlier profile, or of held-out rows if there are none."""
         assert self.splits is not None
-        return self.prompt_batches((self.splits.train or self.splits.test)[:num_sequences], batch_size)
+        return self._prompt_batches(self.encoder, (self.splits.train or self.splits.test)[:num_sequences], batch_size)
 
-    def prompt_batches(self, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
+    def text_batches(self, texts: Sequence[str], batch_size: int) -> list[PackedBatch]:
+        """Return packed texts for the outlier profile."""
+        encoder = Encoder(self.encoder.tokenizer, self.encoder.max_length)  # that of conversations needs turns
+        examples = [Example(str(number), text, ()) for number, text in enumerate(texts)]
+        return self._prompt_batches(encoder, examples, batch_size)
+
+    def _prompt_batches(self, encoder: Encoder, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
         """Return packed prompts without answers; batches of long prompts contain fewer of them."""
         prompts = []
         for example in examples:
             with catch_bad_row([], self.skip_bad_rows):  # bad rows are reported when the split is encoded
-                prompts.append(self.encoder.encode_prompt(example, max_new_tokens=1))
+                prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
         chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, batch_size, share=False)
         return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

@@ -18,7 +18,7 @@ from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import RowError, SlzoError
 from tiny import make_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -132,7 +132,7 @@ def test_long_conversations_keep_the_last_user_turn_and_the_answer():
     made = encoder(whole - 1)
     (cut,) = made.encode(example, 0).sequences
     assert text_of(cut.ids) == chatml([TALK[0], *TALK[3:]]).rstrip("\n")  # without the first exchange
-    assert made.shortened == 1
+    assert made.num_shortened == 1
     (cut,) = encoder(len(cut.ids) - 1).encode(example, 0).sequences
     assert text_of(cut.ids) == chatml(TALK[3:]).rstrip("\n")  # without the system prompt
     (short,) = encoder(len(cut.ids) - 3).encode(example, 0).sequences
@@ -169,7 +169,7 @@ def test_the_template_of_the_tokenizer_is_used():
     ("content", "message"),
     [
         (FORGETS, "use data.task.turns last, or data.task.template"),
-        ("{% for %}", r"^data.task.template: cannot format a conversation of user \("),
+        ("{% for %}", r"^data.task.template .*: the chat template cannot format a conversation of user \("),
         (None, "neither a known template nor a readable file"),
     ],
     ids=["forgets former turns", "no template", "no file"],
@@ -258,3 +258,37 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
     assert all(isinstance(record["prediction"], str) and record["gold"][0] in words for record in found)
     assert main(["export", "--ckpt_path=last", "--output=merged"]) == 0
     assert AutoTokenizer.from_pretrained("merged").chat_template == TEMPLATES["plain"]
+    for source in ("--ckpt_path=last", "--ckpt_path=merged"):  # the prompt is a turn of the user, as in training
+        capsys.readouterr()
+        rest = ["--untuned=false", f"--prompt={found[0]['prompt']}", "--max_new_tokens=4"]
+        assert main(["generate", source, *rest]) == 0
+        assert capsys.readouterr().out.partition("--- tuned\n")[2].strip() == found[0]["prediction"].strip()
+
+
+def test_answers_of_demonstrations_are_not_scored():
+    shown, own = example_of({"prompt": "A?", "completion": "B."}), example_of({"messages": TALK})
+    (alone,), (after,) = (encoder().encode(own, 0, shots).sequences for shots in ((), (shown,)))
+    assert scored_text(after) == scored_text(alone)
+    (last,) = encoder(turns="last").encode(shown, 0, (own,)).sequences
+    assert scored_text(last) == scored_text(encoder().encode(shown, 0).sequences[0])
+
+
+def test_a_template_that_drops_the_answer_or_refuses_a_turn_names_the_row():
+    drops = "{% for m in messages %}{{ m['role'] if m['role'] == 'assistant' else m['content'] }}{% endfor %}"
+    only_user = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    only_user += "{{ m['role'] + m['content'] }}{% endfor %}"
+    for template, message in (
+        (drops + "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}", "leaves nothing of the answer"),
+        (only_user, r"the chat template cannot format a conversation of system, user.*no system"),
+    ):
+        made = encoder()
+        made.template = template
+        with pytest.raises(RowError, match=rf"^example '7': .*{message}"):
+            made.encode(example_of({"messages": [TALK[0], *TALK[3:]]}), 0)
+
+
+def test_rows_to_predict_may_have_an_empty_cell_for_the_answer(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\nWhy?,\nHow?,So.\n")
+    first, second = RowSource(ChatTask()).read_to_predict(str(path)).examples
+    assert (first.candidates, second.candidates) == ((), ("So.",))

@@ -78,6 +78,12 @@ def test_fewer_layers_than_the_files_hold_are_refused(folder):
         load_model(str(folder))
 
 
+def test_layers_that_predict_further_tokens_are_left_out(folder, capsys):
+    change_config(folder, num_hidden_layers=3, layer_types=None, num_nextn_predict_layers=1)
+    load_model(str(folder))
+    assert "that the model does not use: model.layers.3." in capsys.readouterr().err
+
+
 def test_a_tensor_of_another_shape_is_refused(folder):
     change_weights(folder, **{TENSOR: torch.zeros(3, 32)})
     with pytest.raises(SlzoError, match=rf"{re.escape(repr(TENSOR))} has shape \(3, 32\) in its files and \(64, 32\)"):

@@ -1,11 +1,13 @@
 """A user's own files: one is enough, ids come from a column, and rows that cannot be used may be left out."""
 
+import csv
 import json
 
 import pytest
 from helpers import run_dir
 
 from slzo.__main__ import main
+from slzo.data.sources import RowSource
 from slzo.task_rows import TaskRows
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
@@ -212,3 +214,71 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
             f"slzo: warning: data.max_length 30: {2 * long} sequences of {split} rows are longer, and are cut on the left\n"
         )
         data.profile_batches(4, 4)
+
+
+@pytest.mark.parametrize("number", [0, -5])
+def test_the_number_of_held_out_rows_is_checked_for_a_single_file_too(tmp_path, number):
+    path = write(tmp_path / "rows.jsonl", rows_of(20))
+    with pytest.raises(SlzoError, match=rf"^data.num_test {number}: must be a whole number of at least 1"):
+        set_up(template(train_file=path), num_test=number)
+
+
+def test_a_row_to_predict_needs_no_label_even_if_minus_one_is_one(tmp_path):
+    task = template(labels=[-1, 1])
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b", "label": -1}, {"text": "c", "label": ""}])
+    assert [example.gold for example in RowSource(task).read_to_predict(path).examples] == [(), (0,), ()]
+
+
+def test_an_empty_cell_of_further_answers_is_none(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,answer,more\na,yes,\nb,no,nope\n")
+    task = TemplateTask("{text}", answer_field="answer", references_field="more", train_file=str(path))
+    assert [example.references for example in RowSource(task).read("train").examples] == [("yes",), ("no", "nope")]
+
+
+def test_a_task_with_the_name_of_a_built_in_one_reads_its_own_labels(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "entailment"}])
+    task = template(name="rte", labels=["not_entailment", "entailment"], train_file=path)
+    for rows in (RowSource(task).read("train"), RowSource(task).read_to_predict(path)):
+        assert [example.gold for example in rows.examples] == [(1,)]
+
+
+def test_demonstrations_are_labelled_rows(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row | ({} if i % 2 else {"label": -1}) for i, row in enumerate(rows_of(40))])
+    data = set_up(template(train_file=path), num_demonstrations=4)
+    assert len(data.demonstrations) == 4
+    assert all(example.gold for example in data.demonstrations)
+    assert data.rows("dev")
+    with pytest.raises(SlzoError, match=r"^data.num_demonstrations 30: only \d+ labelled training rows"):
+        set_up(template(train_file=path), num_demonstrations=30)
+
+
+def test_the_outlier_profile_of_a_chat_task_may_read_texts(tmp_path):
+    data = set_up(ChatTask(train_file=write(tmp_path / "rows.jsonl", talks_of(20))))
+    (batch,) = data.text_batches(["one line of text", "another"], 16)
+    assert batch.num_examples == 2
+
+
+def test_ids_that_start_again_in_each_file_are_refused(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"id": f"q{i}", "text": f"a {i}", "label": i % 2} for i in range(8)])
+    test = write(tmp_path / "test.jsonl", [{"id": f"q{i}", "text": f"b {i}", "label": i % 2} for i in range(4)])
+    with pytest.raises(SlzoError, match=r"has id 'q\d', as does .*; give each row its own id across all files"):
+        set_up(template(train_file=train, test_file=test))
+
+
+def test_a_long_cell_and_a_number_as_id_are_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text,label\n{'long ' * 40000},1\n")
+    limit = csv.field_size_limit()
+    (row,) = RowSource(template(train_file=str(path))).read("train").examples
+    assert len(row.prompt) > 131072
+    assert csv.field_size_limit() == limit
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "label": 0, "id": 3.0}])
+    assert RowSource(template(test_file=path)).read("test").examples[0].id == "3"
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path):
+    data = set_up(template(train_file=write(tmp_path / "rows.jsonl", rows_of(8))), tokenizer="tiny", num_dev=1)
+    data.encoder.num_embeddings = 5
+    with pytest.raises(SlzoError, match=r"^.*rows.jsonl:\d.*: the tokenizer gives it token \d+, and the model has 5"):
+        data.rows("train")

@@ -147,7 +147,7 @@ def test_prompts_of_a_file_and_the_line_of_a_wrong_one(tmp_path):
     page.write_text("<p>\n\n</p>\n")
     assert read_prompts(str(page)) == ["<p>", "</p>"]
     rows.write_text('{"prompt": "One"}\n\nTwo\n')
-    with pytest.raises(SlzoError, match=r"rows\.jsonl:3: not a JSON object with a text under prompt"):
+    with pytest.raises(SlzoError, match=r"rows\.jsonl:3: not JSON"):
         read_prompts(str(rows))
 
 

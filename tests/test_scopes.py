@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slzo.batches.packing import pack
+from slzo.models.attention import with_virtual_tokens
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -431,3 +432,17 @@ def test_masked_checkpoints_of_another_shape_are_refused():
     parameters[name] = torch.zeros(200, 200)
     with pytest.raises(KeyError, match=rf"{name} of shape \[32, 32\]"):
         TunedTensors.from_description(parameters, description)
+
+
+def test_a_prefix_of_other_heads_than_those_of_the_attention_is_refused():
+    class Virtual:
+        num_tokens = 1
+
+        def of_layer(self, index):
+            return torch.zeros(2, 1, 8), torch.zeros(2, 1, 8)
+
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    states = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(SlzoError, match=r"^model.scope PrefixTuning: this model's attention uses other keys"):
+        with_virtual_tokens(Virtual(), layer, states, states)

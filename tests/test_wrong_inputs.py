@@ -209,7 +209,7 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.num_train=-1 | data.num_train -1: must be a whole number of at least 1
 --data.num_test=0 | data.num_test 0: must be a whole number of at least 1
 --data.eval_batch_tokens=0 | data.eval_batch_tokens 0: must be at least 1
---data.num_demonstrations=999 | data.num_demonstrations 999: only 40 training rows
+--data.num_demonstrations=999 | data.num_demonstrations 999: only 40 labelled training rows
 --data.max_length=1 | data.max_length 1: the answer ' terrible' of example
 --data.objective=x | data.objective 'x': no such class; choose one of AnswerF1
 --data.nope=1 | data.nope: unknown option

@@ -3,7 +3,7 @@
 import sys
 
 from slzo.prompting.choice import probabilities
-from slzo.prompting.pair import Pair, Source, load_pair
+from slzo.prompting.pair import Source, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import TextOptions, write_continuation
 from slzo.utils.console import say
@@ -24,7 +24,8 @@ def generate(
 ) -> None:
     r"""Answer prompts with the untuned and the tuned model, one below the other.
 
-    For a classification task it shows the probability of each of its answers, otherwise a text.
+    For a classification task it shows the probability of each of its answers, otherwise a text. A model that was tuned on
+    conversations gets each prompt as the user's turn in its chat template.
 
     Args:
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
@@ -48,7 +49,7 @@ def generate(
     known = pair.candidates if candidates is None else tuple(candidates)
     for number, text in enumerate(texts):
         say(f"\n{text}" if number else text)
-        ids = _tokens(pair, text)
+        ids = pair.tokens_of(text)
         for name, use in pair.both():
             say(f"--- {name}")
             with use() as model:
@@ -57,10 +58,3 @@ def generate(
                     say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
                 else:
                     write_continuation(model, pair.tokenizer, ids, options, sys.stdout)
-
-
-def _tokens(pair: Pair, text: str) -> list[int]:
-    ids: list[int] = pair.tokenizer(text)["input_ids"]
-    if not ids:
-        raise SlzoError(f"prompt {text!r}: is empty; give some text")
-    return ids

@@ -1,6 +1,7 @@
 """Tokenization of conversations: chat templates, the tokens to train on, and the truncation of long conversations."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -58,6 +59,19 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
         ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    message: Message
+    scored: bool  # whether it is trained on if it is the assistant's
+
+
+class _TooLongError(Exception):
+    """Even the shortest version of a conversation is too long."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
 class ChatEncoder(Encoder):
     """Encodes conversations with a chat template.
 
@@ -90,8 +104,10 @@ class ChatEncoder(Encoder):
     ) -> EncodedExample:
         if not example.candidates:
             raise SlzoError(f"{example.location}: has no answer; training and demonstrations need one")
-        turns = self._with_demonstrations(example, demonstrations)
-        ids, counts = self._fit(turns, example.candidates[0], self.max_length, example)
+        shown = self._solved(demonstrations)
+        ids, counts = self._fit(example, shown, example.candidates[0], self.max_length)
+        if True not in counts:
+            raise RowError(f"{example.location}: the chat template leaves nothing of the answer; change either")
         first = counts.index(True)
         mask = tuple(counts[first:])
         sequence = EncodedSequence(tuple(ids), len(mask), None if all(mask) else mask)
@@ -103,67 +119,85 @@ class ChatEncoder(Encoder):
         room = self.max_length - max_new_tokens
         if room < 1:
             raise SlzoError(
-                f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; raise it, "
-                "or lower data.task.max_new_tokens"
+                f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; "
+                f"{self._advice}, or lower data.task.max_new_tokens"
             )
-        return tuple(self._fit(self._with_demonstrations(example, demonstrations), None, room, example)[0])
+        return tuple(self._fit(example, self._solved(demonstrations), None, room)[0])
 
-    def _with_demonstrations(self, example: Example, demonstrations: Sequence[Example]) -> tuple[Message, ...]:
+    def _solved(self, demonstrations: Sequence[Example]) -> list[_Turn]:
+        """Return the turns of demonstrations, without their system prompts."""
         solved: list[Message] = []
         for shown in demonstrations:
             if not shown.candidates:
                 raise SlzoError(f"{shown.location}: has no answer; training and demonstrations need one")
             solved += [turn for turn in shown.messages if turn.role != "system"]
             solved.append(Message("assistant", shown.candidates[0]))
-        front = sum(turn.role == "system" for turn in example.messages[:1])
-        return (*example.messages[:front], *solved, *example.messages[front:])
+        return [_Turn(message, scored=False) for message in solved]
 
     def _fit(
-        self, turns: tuple[Message, ...], answer: str | None, room: int, example: Example
+        self, example: Example, shown: Sequence[_Turn], answer: str | None, room: int
     ) -> tuple[list[int], list[bool]]:
-        """Return the tokens of the longest version of a conversation that fits, and which of them are trained on."""
+        """Return the tokens of the longest version of a conversation that fits, and which of them are trained on.
+
+        Args:
+            example: The conversation.
+            shown: Turns to put before it, after its system prompt.
+            answer: The answer; ``None`` for the prompt alone.
+            room: Largest number of tokens.
+        """
+        own = [_Turn(message, scored=self.chat.turns == "all") for message in example.messages]
+        front = sum(turn.message.role == "system" for turn in own[:1])
+        try:
+            return self._longest((*own[:front], *shown, *own[front:]), answer, room)
+        except _TooLongError as error:
+            subject = "the template" if answer is None else "the answer with the template"
+            raise RowError(
+                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {error.length} tokens, and "
+                f"{room} are available; {self._advice}, or leave out the example"
+            ) from None
+        except ValueError as error:  # of the template
+            raise RowError(f"{example.location}: {error}; give rows that it supports, or another template") from error
+
+    def _longest(self, turns: tuple[_Turn, ...], answer: str | None, room: int) -> tuple[list[int], list[bool]]:
         ids, counts = self._tokens(turns, answer)
         if len(ids) <= room:
             return ids, counts
-        self.shortened += 1
+        self.num_shortened += 1
         for shorter in _shorter_versions(turns):
             ids, counts = self._tokens(shorter, answer)
             if len(ids) <= room:
                 return ids, counts
         # the last turn alone is too long: keep as much of its end as fits
-        last, low, high = shorter[-1], 0, len(shorter[-1].content)
+        last = shorter[-1].message
+        low, high = 0, len(last.content)
         best = None
         while low <= high:
             kept = (low + high) // 2
             cut = Message(last.role, last.content[len(last.content) - kept :])
-            ids, counts = self._tokens((*shorter[:-1], cut), answer)
+            ids, counts = self._tokens((*shorter[:-1], _Turn(cut, scored=False)), answer)
             if len(ids) <= room:
                 best, low = (ids, counts), kept + 1
             else:
                 high = kept - 1
         if best is None:
-            subject = "the template" if answer is None else "the answer with the template"
-            raise RowError(
-                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {len(ids)} tokens, and {room} "
-                "are available; raise it, or leave out the example"
-            )
+            raise _TooLongError(len(ids))
         return best
 
-    def _tokens(self, turns: tuple[Message, ...], answer: str | None) -> tuple[list[int], list[bool]]:
+    def _tokens(self, conversation: tuple[_Turn, ...], answer: str | None) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation and which of them are trained on; without an answer, the tokens of the prompt."""
+        turns = [turn.message for turn in conversation]
         prompt = self._render(turns, True)
         if answer is None:
             return self._ids(prompt), []
         full = self._strip_tail(self._render((*turns, Message("assistant", answer)), False))
         spans = [(len(prompt), len(full))]
         starts = [prompt]
-        if self.chat.turns == "all":
-            for number, turn in enumerate(turns):
-                if turn.role == "assistant" and number:
-                    before = self._render(turns[:number], True)
-                    after = self._strip_tail(self._render(turns[: number + 1], False))
-                    starts += [before, after]
-                    spans.append((len(before), len(after)))
+        for number, turn in enumerate(conversation):
+            if turn.scored and turn.message.role == "assistant" and number:
+                before = self._render(turns[:number], True)
+                after = self._strip_tail(self._render(turns[: number + 1], False))
+                starts += [before, after]
+                spans.append((len(before), len(after)))
         if not all(full.startswith(start) for start in starts):
             advice = "" if self.chat.turns == "last" else "data.task.turns last, or "
             raise SlzoError(
@@ -187,9 +221,9 @@ class ChatEncoder(Encoder):
                 messages, tokenize=False, add_generation_prompt=generate, chat_template=self.template
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(
-                f"data.task.template: cannot format a conversation of {', '.join(turn.role for turn in turns)} "
-                f"({one_line(error, None)}); give rows that it supports, or another template"
+            roles = ", ".join(turn.role for turn in turns)
+            raise ValueError(
+                f"the chat template cannot format a conversation of {roles} ({one_line(error, None)})"
             ) from error
         return str(text)
 
@@ -199,8 +233,12 @@ class ChatEncoder(Encoder):
 
     def _end_of_turn(self) -> str:
         turns = (Message("user", "a"),)
-        prompt = self._render(turns, True)
-        full = self._render((*turns, Message("assistant", "b")), False)
+        try:
+            prompt = self._render(turns, True)
+            full = self._render((*turns, Message("assistant", "b")), False)
+        except ValueError as error:
+            name = "of the tokenizer" if self.chat.template is None else repr(self.chat.template)
+            raise SlzoError(f"data.task.template {name}: {error}; choose {', '.join(TEMPLATES)}, or a file") from error
         _, answer, end = full[len(prompt) :].partition("b")
         return end.strip() if answer else ""
 
@@ -208,10 +246,10 @@ class ChatEncoder(Encoder):
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _shorter_versions(turns: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+def _shorter_versions(turns: tuple[_Turn, ...]) -> list[tuple[_Turn, ...]]:
     """Return shorter versions of a conversation: without more and more of its oldest turns, then without its system prompt."""
-    system = turns[:1] if turns[0].role == "system" else ()
+    system = turns[:1] if turns[0].message.role == "system" else ()
     rest = turns[len(system) :]
-    starts = [number for number, turn in enumerate(rest) if turn.role == "user" and number]
+    starts = [number for number, turn in enumerate(rest) if turn.message.role == "user" and number]
     last = rest[starts[-1] :] if starts else rest
     return [*((*system, *rest[number:]) for number in starts), last]

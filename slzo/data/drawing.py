@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from slzo.data.sources import RowSource
-from slzo.data.splits import Splits, check_shared_ids, draw_splits, least_rows, part_test
+from slzo.data.splits import Splits, check_numbers, check_shared_ids, draw_splits, least_rows, part_test
 
 
 def draw_from(
@@ -22,6 +22,7 @@ def draw_from(
     Raises:
         SlzoError: If a required split is missing or broken, or has too few rows.
     """
+    check_numbers(num_train, num_dev, num_test)
     files, origin = source.task.files, ""
     divided = "train" in files and "test" not in files
     read = {}
@@ -33,7 +34,7 @@ def draw_from(
         read["dev"] = source.read("dev")
     notes = [rows.note for rows in read.values() if rows.note]
     test, train, dev = (read[split].examples if split in read else None for split in ("test", "train", "dev"))
-    if source.task.id_field is not None:
+    if files:
         check_shared_ids(source.task.id_field, test or (), train or (), dev or ())
     if divided and train is not None:
         origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"

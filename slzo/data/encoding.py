@@ -31,14 +31,22 @@ class Encoder:
         max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
 
     Attributes:
-        shortened: Number of sequences that were too long so far.
+        num_shortened: Number of sequences that were too long so far.
+        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
+        limited_by_model: Whether ``max_length`` is all that the model takes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.shortened = 0
+        self.num_shortened = 0
+        self.num_embeddings: int | None = None
+        self.limited_by_model = False
         self._num_front, self._num_back = _num_specials(tokenizer)
+
+    @property
+    def _advice(self) -> str:
+        return "use a model that takes longer sequences" if self.limited_by_model else "raise it"
 
     def encode(
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
@@ -84,8 +92,8 @@ class Encoder:
         room = self.max_length - max_new_tokens
         if room <= self._num_front:
             raise SlzoError(
-                f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens;"
-                " raise it"
+                f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; "
+                f"{self._advice}"
             )
         return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
 
@@ -107,13 +115,13 @@ class Encoder:
         if needed > self.max_length:
             raise RowError(
                 f"data.max_length {self.max_length}: the answer {shown} of {example.location} needs {needed} tokens,"
-                " including the one before it; raise it, or leave out the example"
+                f" including the one before it; {self._advice}, or leave out the example"
             )
 
     def _cut(self, ids: list[int], length: int) -> tuple[int, ...]:
         if len(ids) <= length:
             return tuple(ids)
-        self.shortened += 1
+        self.num_shortened += 1
         kept = length - self._num_front
         return (*ids[: self._num_front], *ids[len(ids) - kept :])
 

@@ -91,14 +91,14 @@ def _read_jsonl(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
             continue
         place = f"{path}:{number}"
         try:
-            row = _json_object(line)
+            row = json_object(line)
         except ValueError as error:
             on_bad(RowError(f"{place}: {error}"))
         else:
             yield place, row
 
 
-def _json_object(line: str) -> Fields:
+def json_object(line: str) -> Fields:
     """Parse the JSON object in a line; raise ValueError with the reason if there is none."""
     try:
         row = json.loads(line)
@@ -124,6 +124,9 @@ def _has_lone_surrogate(row: object) -> bool:
 def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     text = _read_csv_text(path)
     delimiter = _delimiter(text)
+    limit = csv.field_size_limit(
+        max(csv.field_size_limit(), len(text))
+    )  # by default a cell may have 131,072 characters
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     names: list[str] = []
     try:
@@ -145,6 +148,8 @@ def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
             yield f"{path}:{start}", {name: _csv_value(name, value) for name, value in pairs if name}
     except csv.Error as error:
         raise SlzoError(f"{path}:{max(1, lines.line_num)}: not CSV ({error}); check quotes and commas") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_csv_text(path: Path) -> str:

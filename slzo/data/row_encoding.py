@@ -56,7 +56,7 @@ def encode_rows(
     """
     found: list[Row] = []
     bad: list[RowError] = []
-    encoder.shortened = 0
+    encoder.num_shortened = 0
     for place, example in numbered:
         with catch_bad_row(bad, skip_bad_rows):
             prompt: tuple[int, ...] = ()
@@ -66,14 +66,25 @@ def encode_rows(
                 encoded = encoder.encode(example, first_key + place, demonstrations, only_gold)
             else:
                 encoded = prompt_alone(first_key + place, prompt)
+            _check_tokens(example, (prompt, *(sequence.ids for sequence in encoded.sequences)), encoder.num_embeddings)
             found.append(Row(example, encoded, place, prompt if generates else ()))
     if bad and not found:
         refuse_all(bad, f"the {split} split")
     if bad:
         say(format_left_out(bad, len(found), f"the {split} split"))
-    if encoder.shortened:
+    if encoder.num_shortened:
         how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
         warn(
-            f"data.max_length {encoder.max_length}: {encoder.shortened} sequences of {split} rows are longer, and {how}"
+            f"data.max_length {encoder.max_length}: {encoder.num_shortened} sequences of {split} rows are longer, and {how}"
         )
     return found
+
+
+def _check_tokens(example: Example, sequences: Iterable[tuple[int, ...]], num_embeddings: int | None) -> None:
+    """Raise RowError if a token has no embedding; a tokenizer may have tokens that its model lacks."""
+    largest = max(max(ids, default=0) for ids in sequences)
+    if num_embeddings is not None and largest >= num_embeddings:
+        raise RowError(
+            f"{example.location}: the tokenizer gives it token {largest}, and the model has {num_embeddings}; remove the special "
+            "token from the text"
+        )

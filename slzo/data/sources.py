@@ -80,7 +80,8 @@ class RowSource:
         bad: list[RowError] = []
         path, on_bad = _existing(file, "data.predict_file"), self._on_bad(bad)
         placed = ((place, {**row, **_missing_labels(self.task, row)}) for place, row in read_file(path, on_bad))
-        return self._usable("test", file, _hub_fields(self.task, placed, on_bad), bad, file)
+        own_files = bool(self.task.files)
+        return self._usable("test", file, placed if own_files else _hub_fields(self.task, placed, on_bad), bad, file)
 
     def _on_bad(self, bad: list[RowError]) -> OnBadRow:
         return bad.append if self.skip_bad_rows else refuse
@@ -131,9 +132,8 @@ class RowSource:
         if source is None:
             raise SlzoError(f"data.task.{split}_file None: task {task.name!r} has no {split} rows; give a file")
         config = source.config if self.hub_config is None else self.hub_config
-        origin, rows, commit = read_hub(
-            replace(source, config=config, revision=revision), split, f"data.task {task.name!r}"
-        )
+        option = f"data.task {task.name!r}" if self.hub_path is None else f"data.hub_path {self.hub_path!r}"
+        origin, rows, commit = read_hub(replace(source, config=config, revision=revision), split, option)
         placed = ((f"{origin} row {number}", row) for number, row in enumerate(rows, start=1))
         return origin, placed, replace(source, config=config, revision=commit)
 
@@ -171,7 +171,7 @@ def row_id(values: Fields, position: int, split: Split, field: str | None = None
     known = ("id", "query_id", "idx") if field is None else (field,)
     name = next((name for name in known if values.get(name) is not None), None)
     value = position if name is None else values[name]
-    if field is not None and isinstance(value, float) and value.is_integer():  # Parquet files made with pandas
+    if isinstance(value, float) and value.is_integer():  # Parquet files made with pandas
         value = int(value)
     parts = [value[part] for part in _IDX_PARTS if part in value] if isinstance(value, Mapping) else [value]
     if not parts or not all(

@@ -65,9 +65,7 @@ def draw_splits(
     Raises:
         SlzoError: If a number is out of range, or there are too few rows for a requested split.
     """
-    for option, value, least in (("num_train", num_train, 1), ("num_dev", num_dev, 0), ("num_test", num_test, 1)):
-        if value is not None and value < least:
-            raise SlzoError(f"data.{option} {value}: must be a whole number of at least {least}; raise it")
+    check_numbers(num_train, num_dev, num_test)
     notes: list[str] = []
     test = _draw_test(test_pool, num_test, notes)
     if train_pool is None:
@@ -97,6 +95,17 @@ def draw_splits(
         )
     ordered = _in_drawn_order(pool, seed)
     return Splits(tuple(ordered[:take_train]), tuple(ordered[take_train : take_train + take_dev]), test, tuple(notes))
+
+
+def check_numbers(num_train: int, num_dev: int, num_test: int | None) -> None:
+    """Check the requested numbers of rows.
+
+    Raises:
+        SlzoError: If one is out of range.
+    """
+    for option, value, least in (("num_train", num_train, 1), ("num_dev", num_dev, 0), ("num_test", num_test, 1)):
+        if value is not None and value < least:
+            raise SlzoError(f"data.{option} {value}: must be a whole number of at least {least}; raise it")
 
 
 def part_test(
@@ -131,8 +140,8 @@ def part_test(
     return train, test, notes
 
 
-def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
-    """Check that rows with the same id in different splits have the same prompt.
+def check_shared_ids(field: str | None, *pools: Sequence[Example]) -> None:
+    """Check that rows with the same id in different splits have the same prompt; ``field`` is data.task.id_field.
 
     Raises:
         SlzoError: If they do not; the message names both rows.
@@ -143,7 +152,7 @@ def check_shared_ids(field: str, *pools: Sequence[Example]) -> None:
         if other.prompt != example.prompt:
             raise SlzoError(
                 f"data.task.id_field {field!r}: {example.place} has id {example.id!r}, as does {other.place}; give each row"
-                " its own id across all files"
+                " its own id across all files, or name another field"
             )
 
 

@@ -101,8 +101,8 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
-        template = self.note.get("chat_template")  # of conversations, if it is not the tokenizer's own
-        candidates = self.note.get("candidates")
+        # the template only if it is not the tokenizer's own
+        chat = {name: self.note.get(name) for name in ("chat", "system_prompt", "chat_template", "candidates")}
         return {
             "slzo": __version__,
             "format": self.format,
@@ -114,8 +114,7 @@ class Facts:
             "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
             "fingerprint": self.note.get("base", {}),
             **({"task": self.data["task"]} if self.data.get("task") in TASKS else {}),
-            **({} if template is None else {"chat_template": template}),
-            **({} if candidates is None else {"candidates": candidates}),
+            **{name: value for name, value in chat.items() if value},
         }
 
 

@@ -18,7 +18,7 @@ def check_repository(repository: str | None, private: bool) -> None:
                 "private true: is used only with push_to_hub; give --push_to_hub ME/NAME too, or leave it out"
             )
         return
-    if not HUB_ID.fullmatch(repository):
+    if "/" not in repository or not HUB_ID.fullmatch(repository):
         raise SlzoError(f"push_to_hub {repository!r}: must be a Hub id like 'me/my-model'")
 
 

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from slzo.batches.layout import PackedLayout
+from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,10 +113,18 @@ def packed_attention_forward(
 
 
 def with_virtual_tokens(virtual: VirtualTokens, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Prepend the learned keys and values to those of a layer, shape (N, heads, L, head_dim)."""
+    """Prepend the learned keys and values to those of a layer, shape (N, heads, L, head_dim).
+
+    Raises:
+        SlzoError: They have other heads than those of the layer.
+    """
+    pairs = list(zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True))  # type: ignore[arg-type]
+    if any((len(learned), learned.shape[2]) != (states.shape[1], states.shape[3]) for learned, states in pairs):
+        raise SlzoError(
+            "model.scope PrefixTuning: this model's attention uses other keys and values than its cache holds; use LoRA"
+        )
     keys, values = (
-        torch.cat([learned.to(states).expand(len(states), -1, -1, -1), states], dim=2)
-        for learned, states in zip(virtual.of_layer(layer.layer_idx), (key, value), strict=True)  # type: ignore[arg-type]
+        torch.cat([learned.to(states).expand(len(states), -1, -1, -1), states], dim=2) for learned, states in pairs
     )
     return keys, values
 

@@ -155,8 +155,9 @@ class DeviceMapChoice:
         if self.offload_folder is None:
             return None
         try:
-            Path(self.offload_folder).mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryDirectory(prefix="layers-", dir=self.offload_folder)
+            folder = Path(self.offload_folder).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(prefix="layers-", dir=folder)
         except OSError as error:
             raise SlzoError(
                 f"model.offload_folder {self.offload_folder!r}: cannot be written ({error.strerror or error}); give "

@@ -119,4 +119,6 @@ def _beyond_the_last_layer(model: PreTrainedModel, names: Collection[str]) -> li
     parts = path.split(".")
     prefixes = "|".join(re.escape(".".join(parts[start:])) for start in range(len(parts)))
     numbered = ((name, re.match(rf"(?:{prefixes})\.(\d+)\.", name)) for name in names)
-    return [name for name, match in numbered if match and int(match[1]) >= len(layers)]
+    # extra layers that predict further tokens, as in DeepSeek-V3; transformers has none
+    known = len(layers) + (getattr(model.config, "num_nextn_predict_layers", None) or 0)
+    return [name for name, match in numbered if match and int(match[1]) >= known]

@@ -59,12 +59,13 @@ class OriginalWeights:
     def dtype(self) -> torch.dtype | None:
         """Type of the largest tensor, read from the file headers; ``None`` if there are no files."""
         largest, dtype = 0, None
-        for name, path in self._files.items():
+        for path in set(self._files.values()):
             with safe_open(path, framework="pt") as file:
-                part = file.get_slice(name)
-                size = math.prod(part.get_shape())
-                if size > largest:
-                    largest, dtype = size, _DTYPES.get(part.get_dtype())
+                for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                    part = file.get_slice(name)
+                    size = math.prod(part.get_shape())
+                    if size > largest:
+                        largest, dtype = size, _DTYPES.get(part.get_dtype())
         return dtype
 
     def _names(self, name: str) -> Iterator[str]:

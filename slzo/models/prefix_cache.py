@@ -224,7 +224,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
     """
     num_bytes = size * dtype.itemsize
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix="prefix-cache-") as file:
+        with tempfile.NamedTemporaryFile(dir=Path(directory).expanduser(), prefix="prefix-cache-") as file:
             if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk kills the process
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
@@ -237,7 +237,7 @@ def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:
 
 def check_cache_folder(directory: str) -> None:
     """Create the folder; raise SlzoError if it cannot be written."""
-    folder = Path(directory)
+    folder = Path(directory).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(folder, os.W_OK) else "no write permission"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ from slzo.models.adapters.base import import_peft
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.origin import loadable
+from slzo.tasks.messages import ChatFormat
 from slzo.utils.errors import SlzoError, one_line
 
 _RUNS = "runs"
@@ -44,12 +46,36 @@ class Pair:
         tuned: The tuned model.
         untuned: The base model; ``None`` if it was not requested.
         candidates: The answers that all rows of the task have; ``None`` if it has none.
+        chat: Format of the conversations that it was tuned on; ``None`` for other texts.
     """
 
     tokenizer: PreTrainedTokenizerBase
     tuned: Use
     untuned: Use | None
     candidates: tuple[str, ...] | None = None
+    chat: ChatFormat | None = None
+
+    def tokens_of(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt; one for a model of conversations is the user's turn in its chat template.
+
+        Raises:
+            SlzoError: The prompt is empty, or the template does not take it.
+        """
+        if self.chat is None:
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        else:
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    self.chat.prompt_of(prompt), tokenize=False, add_generation_prompt=True
+                )
+            except (TemplateError, TypeError, ValueError) as error:
+                raise SlzoError(
+                    f"prompt {prompt!r}: the chat template does not take it ({one_line(error, None)}); give another one"
+                ) from error
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise SlzoError(f"prompt {prompt!r}: is empty; give some text")
+        return ids
 
     def both(self) -> Iterator[tuple[str, Use]]:
         """Yield names and models, the untuned model first."""
@@ -83,7 +109,7 @@ def load_pair(source: Source) -> Pair:
     """
     path = Path(source.path).expanduser()
     if is_export(path):
-        return _with_candidates(_from_export(path, source), _read(path / FACTS_FILE))
+        return _with_answers(_from_export(path, source), _read(path / FACTS_FILE))
     if source.base is not None:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
@@ -93,12 +119,14 @@ def load_pair(source: Source) -> Pair:
     elif (path / "checkpoints").is_dir():
         path = checkpoint_of_run(path)
     checkpoint = read_checkpoint(path)
-    return _with_candidates(_from_checkpoint(checkpoint, source), checkpoint.note)
+    return _with_answers(_from_checkpoint(checkpoint, source), checkpoint.note)
 
 
-def _with_candidates(pair: Pair, note: Mapping[str, Any]) -> Pair:
+def _with_answers(pair: Pair, note: Mapping[str, Any]) -> Pair:
+    """Add how the task of a checkpoint or of an exported folder is answered."""
     found = note.get("candidates")
-    return pair if found is None else replace(pair, candidates=tuple(found))
+    chat = ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None
+    return replace(pair, candidates=None if found is None else tuple(found), chat=chat)
 
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
@@ -162,11 +190,12 @@ def load_exported(source: Source) -> PreTrainedModel:
 
 def _from_export(folder: Path, source: Source) -> Pair:
     facts = _read(folder / FACTS_FILE)
-    name = source.base or _base_name(folder, facts)
     if (folder / "config.json").is_file():
-        model = _load(str(folder), facts, source)
-        base = _always(_base(name, facts, source)) if source.untuned else None
-        return Pair(load_tokenizer(str(folder), source.trust_remote_code), _always(model), base)
+        tokenizer = load_tokenizer(str(folder), source.trust_remote_code)
+        base = _base(source.base or _base_name(folder, facts), facts, source) if source.untuned else None
+        tuned = _always(_load(str(folder), facts, source))
+        return Pair(tokenizer, tuned, None if base is None else _always(base))
+    name = source.base or _base_name(folder, facts)
     model = _base(name, facts, source)
     tokenizer = load_tokenizer(name, source.trust_remote_code, facts.get("chat_template"))
     if (folder / DELTA_FILE).is_file():

@@ -1,8 +1,8 @@
 """Read prompts from a file."""
 
-import json
 from pathlib import Path
 
+from slzo.data.files import json_object
 from slzo.utils.errors import SlzoError
 
 
@@ -26,9 +26,9 @@ def read_prompts(path: str) -> list[str]:
 
 def _field(line: str, place: str) -> str:
     try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise SlzoError(f"prompts {place}: not a JSON object with a text under prompt; write one per line")
-    return str(row["prompt"])
+        prompt = json_object(line).get("prompt")
+    except ValueError as error:
+        raise SlzoError(f"prompts {place}: {error}") from None
+    if not isinstance(prompt, str):
+        raise SlzoError(f"prompts {place}: has no text under prompt; write one JSON object per line")
+    return prompt

@@ -56,7 +56,7 @@ class ChatTask(Task):
     ) -> None:
         self.name, self.id_field = name, id_field
         self.fields = () if id_field is None else (id_field,)
-        self.no_label = {}  # the turns show whether there is an answer
+        self.no_label = {"completion": None, "output": None}  # of messages, the turns show whether there is an answer
         self.train_file, self.dev_file, self.test_file = train_file, dev_file, test_file
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
@@ -65,7 +65,7 @@ class ChatTask(Task):
         if turns not in ("all", "last"):
             raise SlzoError(f"data.task.turns {turns!r}: choose all or last")
         self.system, self.turns, self.template = system, turns, template
-        self.chat = ChatFormat(template, turns)
+        self.chat = ChatFormat(template, turns, system)
         self.max_new_tokens = check_max_new_tokens(max_new_tokens)
         self.stop = check_stop(stop or ())
         self.metrics = check_metrics((PERPLEXITY,) if metrics is None else metrics)

@@ -34,10 +34,17 @@ class ChatFormat:
         template: Name of a built-in template, or path of a file with a Jinja template as in Hugging Face; ``None`` for the
             tokenizer's.
         turns: Which of the assistant's turns are trained on and count in the loss.
+        system: System prompt of conversations without one; ``None`` for none.
     """
 
     template: str | None = None
     turns: Turns = "all"
+    system: str | None = None
+
+    def prompt_of(self, text: str) -> list[dict[str, str]]:
+        """Return the turns of a conversation that begins with a text of the user."""
+        front = [] if self.system is None else [Message("system", self.system)]
+        return [turn.to_dict() for turn in (*front, Message("user", text))]
 
 
 def read_messages(value: object, name: str) -> tuple[Message, ...]:

@@ -99,7 +99,7 @@ class TemplateTask(Task):
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
             self.fields = (*self._in_prompt, label_field)
-            self.no_label = {label_field: -1}
+            self.no_label = {label_field: ""}
         if id_field is not None:
             self.fields = (*self.fields, id_field)
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
@@ -119,8 +119,13 @@ class TemplateTask(Task):
         """Return the accepted answers, the one to train on first; empty if the row has no such field."""
         answers: tuple[str, ...] = ()
         for field in (self.answer_field, self.references_field):
-            if field is not None and row.get(field) is not None:
-                answers += _answers(row[field], field)
+            if field is None or row.get(field) is None:
+                continue
+            if field == self.references_field and (
+                row[field] == "" or row[field] != row[field]
+            ):  # an empty cell, or nan
+                continue
+            answers += _answers(row[field], field)
         for end in self.stop:
             if any(end in answer.strip() for answer in answers):
                 raise ValueError(

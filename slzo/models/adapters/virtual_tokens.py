@@ -37,7 +37,12 @@ class PrefixTokens(Adapter):
     def inject(self, model: PreTrainedModel) -> VirtualTokens:
         peft = import_peft("PrefixTuning")
         ids = torch.tensor([self.first_tokens], device=model.device)
-        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        layers = getattr(cache, "layers", ())
+        if not layers or not all(hasattr(layer, "keys") for layer in layers):
+            raise SlzoError(
+                f"model.scope PrefixTuning: this model keeps a {type(cache).__name__} without keys and values; use LoRA"
+            )
         states = [
             part[0].to(model.device) for layer in layers for part in (layer.keys, layer.values)
         ]  # each (heads, tokens, head_dim)
