@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from slzo.utils.errors import SlzoError
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -22,7 +23,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
         if storage_options is None and "://" not in str(path):
-            write_checkpoint(checkpoint, Path(path))
+            try:
+                write_checkpoint(checkpoint, Path(path))
+            except SlzoError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                raise SlzoError(f"{error}; then resume from the checkpoint before it with --ckpt_path last") from error
         else:
             super().save_checkpoint(checkpoint, path, storage_options)
 

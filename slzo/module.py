@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from slzo.callbacks.run_context import run_context
+from slzo.callbacks.run_context import run_context, steps_per_epoch
 from slzo.callbacks.schedule import callback_of, check_interval, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
@@ -212,7 +212,7 @@ class ZOModule(LightningModule):
         if self._untuned is not None:
             check_shard_group(self._untuned.model, shard_group_of(self.trainer))
         if stage == "fit":
-            check_interval(self.trainer, rows.steps_per_epoch)
+            check_interval(self.trainer, steps_per_epoch(self.trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
             if start is not None:

@@ -17,7 +17,7 @@ from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say, warn
-from slzo.utils.environment import device_name, numerics
+from slzo.utils.environment import device_name, numerics, program_line
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import copy_file
 from slzo.utils.hub import model_commit
@@ -156,11 +156,11 @@ def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:
     try:
         log = read_step_log(path)
     except SlzoError as error:
-        say(f"{error}; its steps are not used")
+        warn(f"{error}; its steps are not used")
         return None
     if log.settings != settings:
-        say(
-            "Options that steps depend on have changed; the steps after the checkpoint in the log of the run are not used."
+        warn(
+            "options that steps depend on have changed; the steps after the checkpoint in the log of the run are not used"
         )
         return None
     return log
@@ -178,9 +178,10 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
 
 
 def checkpoint_of_job(root: str | Path, job: str) -> Path | None:
-    """Return the last checkpoint of the newest run below ``root`` that a SLURM job wrote; ``None`` if there is none."""
-    found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == job]
-    found = [folder for folder in found if any(folder.rglob("*.ckpt"))]
+    """Return the last checkpoint of the newest run below ``root`` that this command of a SLURM job wrote, or ``None``."""
+    mine = (job, program_line())  # a job may run several commands
+    found = [file.parent for file in Path(root).rglob(ENVIRONMENT_FILE) if _job_of(file) == mine]
+    found = [folder for folder in found if any((folder / "checkpoints").glob("*.ckpt"))]
     if not found:
         return None
     path = newest_checkpoint(max(found, key=lambda folder: (folder / ENVIRONMENT_FILE).stat().st_mtime))
@@ -188,9 +189,10 @@ def checkpoint_of_job(root: str | Path, job: str) -> Path | None:
     return path
 
 
-def _job_of(environment: Path) -> str | None:
+def _job_of(environment: Path) -> tuple[str, str] | None:
+    """Return the SLURM job and the command of a run."""
     try:
-        job = json.loads(environment.read_text(encoding="utf-8"))["slurm_job"]
-        return None if job is None else str(job)
+        content = json.loads(environment.read_text(encoding="utf-8"))
+        return str(content["slurm_job"]), content["command"]
     except (OSError, ValueError, KeyError, TypeError):  # a run of another version, or a file that is being written
         return None

@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
-from slzo.callbacks.schedule import callback_of
+from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.schedule import callback_of, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import WholeCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
@@ -58,7 +59,7 @@ class ZOTrainer(Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        for name, value in {**TRAINER_DEFAULTS, **timed_defaults(kwargs)}.items():
+        for name, value in {**TRAINER_DEFAULTS, **limit_defaults(kwargs)}.items():
             kwargs.setdefault(name, value)
         check_options(kwargs)
         limit = _take_time(kwargs)
@@ -84,6 +85,7 @@ class ZOTrainer(Trainer):
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
         kwargs["use_distributed_sampler"] = False
         self._run_folders: set[Path] = set()
+        self._fitted: Path | None = None
         try:
             cluster = _slurm_job() if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins) else None
             super().__init__(**kwargs, plugins=plugins if cluster is None else [*plugins, cluster])
@@ -108,11 +110,12 @@ class ZOTrainer(Trainer):
             train_dataloaders: Not needed with a data module, which can be given here instead.
             val_dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
-            ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` of the newest run.
+            ckpt_path: Checkpoint or run folder to continue from, or ``last`` or ``best`` of the newest run.
             weights_only: Passed on.
         """
-        if (limit := callback_of(self, TimeLimit)) is not None:
-            limit.begin()
+        for clock in (callback_of(self, TimeLimit), callback_of(self, RunRecord)):
+            if clock is not None:
+                clock.begin()
         if datamodule is None and isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
@@ -133,6 +136,8 @@ class ZOTrainer(Trainer):
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, None, weights_only)
             finally:
                 self.ckpt_path = None
+        if (folder := folder_of(self)) is not None and (folder / "checkpoints").is_dir():
+            self._fitted = folder
 
     @property
     def log_dir(self) -> str | None:
@@ -206,25 +211,28 @@ class ZOTrainer(Trainer):
         return str((self.logger.save_dir if self.logger is not None else None) or self.default_root_dir)
 
     def _find(self, ckpt_path: str | Path | None, restarted: bool = False) -> Checkpoint | None:
-        """Read a checkpoint; ``last`` and ``best`` are those of the newest run.
+        """Read a checkpoint; ``last`` and ``best`` are those of this trainer's run, otherwise of the newest one.
 
         Without a path, a training (``restarted``) of a SLURM job that was restarted continues the newest run of this job.
         """
-        root = self.runs_folder
+        root = self.runs_folder if self._fitted is None else self._fitted
         if ckpt_path is None and restarted and is_restarted() and (job := job_id()) is not None:
             ckpt_path = checkpoint_of_job(root, job)
         if ckpt_path is None:
             return None
-        found = find_checkpoint(ckpt_path, root)
+        found = find_checkpoint(ckpt_path, root, to_continue=restarted)
         if isinstance(self.strategy.checkpoint_io, WholeCheckpointIO):
             self.strategy.checkpoint_io.known = found
         return found
 
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
-        """Return the path of the checkpoint to score; print that there is none, unless the model was just fitted."""
+        """Return the path of the checkpoint to score; print that there is none, unless the model is tuned.
+
+        Without a model, Lightning takes the one that was fitted, and its best checkpoint.
+        """
         checkpoint = self._find(ckpt_path)
-        if checkpoint is None and not getattr(model, "is_tuned", False):
-            say("No --ckpt_path given: scoring the untuned model.")
+        if checkpoint is None and model is not None and not getattr(model, "is_tuned", False):
+            say("No ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
 
 
@@ -244,12 +252,17 @@ def _slurm_job() -> SLURMEnvironment | None:
         raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
 
-def timed_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a run that only the time limits: the steps and validations of its plan."""
-    if options.get("max_time") is None or options.get("max_steps", -1) != -1:
+def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a run without a number of steps that the time or the epochs limit.
+
+    One with ``max_time`` has the steps and validations of its plan.
+    """
+    if options.get("max_steps", -1) != -1:
         return {}
-    # validations as rare as the time is long, which the plan makes more frequent
-    return {"max_steps": -1, "val_check_interval": options["max_time"]}
+    if options.get("max_time") is not None:
+        # validations as rare as the time is long, which the plan makes more frequent
+        return {"max_steps": -1, "val_check_interval": options["max_time"]}
+    return {} if options.get("max_epochs") is None else {"max_steps": -1}
 
 
 def _take_time(options: dict[str, Any]) -> TimeLimit | None:

@@ -403,6 +403,15 @@ def test_a_cell_is_worked_on_once(tmp_path):
     assert second.result("x") == {"value": 1}
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    store = CellStore(tmp_path, {"steps": 1})
+    store.save("a", 1)
+    for path in (tmp_path / "cells/a.json", tmp_path / "settings.json"):
+        path.write_text("")
+        with pytest.raises(SlzoError, match=rf"{path.name}': damaged .*; remove it"):
+            CellStore(tmp_path, {"steps": 1}).result("a")
+
+
 def test_a_folder_without_results_takes_other_settings(tmp_path):
     CellStore(tmp_path / "s", {"eps": 1})
     CellStore(tmp_path / "s", {"eps": 2}).save("x", {})

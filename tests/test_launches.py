@@ -1,5 +1,6 @@
 """Processes that torchrun or SLURM start: together, differently, preempted, or standing still."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from torch.distributed import DistNetworkError, TCPStore
 
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
+from slzo.resume import checkpoint_of_job
 from slzo.utils import slurm
 from slzo.utils.agreement import check_agreement
 from slzo.utils.errors import SlzoError
@@ -345,3 +347,22 @@ def test_agreement_names_rank_and_value(monkeypatch):
         check_agreement({}, "give all the same files")
     monkeypatch.setattr("slzo.utils.agreement.gather_from_processes", lambda _: found[:2])
     check_agreement({}, "")
+
+
+def test_a_restarted_job_continues_the_run_of_its_own_command(tmp_path, monkeypatch):
+    for number, command in enumerate(("slzo fit --a", "slzo fit --b", "slzo fit --c")):
+        folder = tmp_path / f"version_{number}" / "checkpoints"
+        folder.mkdir(parents=True)
+        content = {"slurm_job": "42", "command": command}
+        (folder.parent / "environment.json").write_text(json.dumps(content))
+        (folder.parent / "zo_start.ckpt").touch()
+        if number < 2:
+            (folder / "last.ckpt").touch()
+    monkeypatch.setattr("slzo.resume.newest_checkpoint", lambda folder: folder / "checkpoints/last.ckpt")
+    found = {}
+    for option in "abc":
+        monkeypatch.setattr(sys, "argv", ["slzo", "fit", f"--{option}"])
+        found[option] = checkpoint_of_job(tmp_path, "42")
+    last = "checkpoints/last.ckpt"
+    assert found == {"a": tmp_path / "version_0" / last, "b": tmp_path / "version_1" / last, "c": None}
+    assert checkpoint_of_job(tmp_path, "43") is None

@@ -218,3 +218,10 @@ def test_of_equal_rewards_the_newest_weights_are_good(options, monkeypatch, caps
     assert "rose to 0.3, over 1.5 times its lowest, 0: learning rate halved, weights rolled back to step 2" in (
         capsys.readouterr().out
     )
+
+
+def test_the_first_score_is_that_of_the_same_rows_as_the_others(options):
+    """With weights that do not move, all scores of the same rows are equal."""
+    still = ["--model.optimizer.lr=1e-12", "--guard.factor=1.0001", "--trainer.limit_val_batches=1"]
+    assert main(["fit", *options, *still, "--data.eval_batch_size=2", "--trainer.enable_progress_bar=false"]) == 0
+    assert summary()["rollbacks"] == 0

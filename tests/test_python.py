@@ -4,15 +4,23 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from helpers import last_checkpoint, on_tiny, run_dir, summary
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import slzo
 from slzo import TaskDataModule, ZOModule, ZOTrainer
+from slzo.callbacks.checkpoints import LastCheckpoint
+from slzo.callbacks.run_record import RunRecord
+from slzo.callbacks.schedule import callback_of
+from slzo.checkpoints.checkpoint import checkpoint_of_run, newest_checkpoint, read_checkpoint
 from slzo.utils.errors import SlzoError
+from slzo.zo.estimators import SPSA
+from slzo.zo.optim import sgd
 from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -150,3 +158,74 @@ def test_a_trainer_goes_on_after_a_refused_fit(model_dir, data_dir):
     trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3, seed=0), datamodule=rows(data_dir))
     assert summary()["steps"] == 2
     assert [*run_dir().glob("events.*")]
+
+
+def fit(data_dir, model_dir, **options):
+    """A short training; the trainer and the rows."""
+    trainer = ZOTrainer(**{"max_steps": 4, "val_check_interval": 2, **QUIET, **options})
+    data = rows(data_dir)
+    trainer.fit(ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=sgd, eps=1e-3), datamodule=data)
+    return trainer, data
+
+
+def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir):
+    snapshots = ModelCheckpoint(every_n_train_steps=1, filename="snap-{step}", save_top_k=-1)
+    fit(data_dir, model_dir, callbacks=[snapshots])
+    best = min(summary()["validations"], key=lambda point: point["loss"])["step"]
+    assert Path(summary()["best_checkpoint"]).name == f"step={best}.ckpt"
+    assert checkpoint_of_run(run_dir()).name == f"step={best}.ckpt"
+
+
+def test_names_are_those_of_the_trainers_own_run(model_dir, data_dir, capsys):
+    first, data = fit(data_dir, model_dir)
+    fit(data_dir, model_dir)
+    capsys.readouterr()
+    first.test(ZOModule(str(model_dir)), datamodule=data, ckpt_path="best")
+    assert f"Using the best checkpoint of the newest run, {run_dir(0)}" in capsys.readouterr().out
+    first.test(datamodule=data)  # Lightning scores the best checkpoint of the fitted module
+    assert "untuned" not in capsys.readouterr().out
+    other = ZOTrainer(**QUIET)
+    other.test(ZOModule(str(model_dir)), datamodule=data, ckpt_path=run_dir(0))
+    assert "untuned" not in capsys.readouterr().out
+
+
+def test_epochs_replace_the_default_number_of_steps(model_dir, data_dir):
+    trainer, _ = fit(data_dir, model_dir, max_steps=-1, max_epochs=1)
+    assert trainer.global_step == 4
+    assert ZOTrainer(max_epochs=3, **QUIET).max_steps == -1
+    assert ZOTrainer(**QUIET).max_steps == 1000
+    other, _ = fit(data_dir, model_dir, max_steps=50, max_epochs=1)
+    assert callback_of(other, RunRecord)._outcome(other).limit == ("max_epochs", 1)
+
+
+def test_the_clock_of_a_run_starts_with_the_fit(model_dir, data_dir, monkeypatch):
+    trainer = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET)
+    record = callback_of(trainer, RunRecord)
+    record._started -= 1000  # an open notebook
+    trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3), datamodule=rows(data_dir))
+    assert summary()["seconds"] < 500
+
+
+def test_a_run_that_must_go_on_saves_as_usual(model_dir, data_dir):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    trainer, _ = fit(data_dir, model_dir, max_steps=8, min_steps=6, callbacks=[Stop(), LastCheckpoint(every_n_steps=1)])
+    assert trainer.global_step == 6
+    assert not list((run_dir() / "checkpoints").glob("*.final"))
+    assert read_checkpoint(run_dir() / "checkpoints/last.ckpt").content["global_step"] == 6
+
+
+def test_an_interval_longer_than_a_shortened_epoch_is_refused_first(model_dir, data_dir):
+    options = {"check_val_every_n_epoch": 1, "val_check_interval": 2, "limit_train_batches": 1}
+    with pytest.raises(SlzoError, match=r"trainer.val_check_interval 2: an epoch has 1 batches"):
+        fit(data_dir, model_dir, **options)
+
+
+def test_a_broken_link_among_the_checkpoints_is_passed_over(model_dir, data_dir):
+    fit(data_dir, model_dir)
+    (run_dir() / "checkpoints/step=9.ckpt").symlink_to("gone.ckpt")
+    assert newest_checkpoint("runs").name == "last.ckpt"
+    with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):
+        newest_checkpoint("nothing", "best")

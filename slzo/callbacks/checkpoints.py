@@ -178,7 +178,8 @@ class LastCheckpoint(Checkpoint):
                 f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
             )
         job = job_id()
-        preempted = isinstance(exception, Interrupted) and exception.number == PREEMPTION
+        trains = trainer.state.fn == "fit"
+        preempted = trains and isinstance(exception, Interrupted) and exception.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
             say(requeue(job, continues=self.saved is not None or trainer.ckpt_path is not None))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from slzo.callbacks.run_context import dev_batches
 from slzo.callbacks.schedule import is_quick, validation_due
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
@@ -55,7 +56,7 @@ class LossGuard(Callback):
             self.rollbacks, self._lowest = 0, math.inf
             rows = pl_module.rows
             if trainer.enable_validation and rows.rows("dev"):
-                found = rows.score(pl_module.evaluator, rows.eval_batches("dev"), keep_prefix=True)
+                found = rows.score(pl_module.evaluator, dev_batches(trainer, rows), keep_prefix=True)
                 self._note(trainer, pl_module, rows.selection_metric.distance(found))
         elif self._good is None:
             self._keep(trainer, pl_module)

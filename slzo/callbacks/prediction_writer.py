@@ -34,6 +34,10 @@ class PredictionWriter(Callback):
         if output is not None:
             check_writable(output)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an interrupted prediction left."""
+        self._records = []
+
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:

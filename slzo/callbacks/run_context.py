@@ -1,5 +1,6 @@
 """Where and how long a trainer trains."""
 
+from itertools import islice
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -8,6 +9,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.schedule import callback_of, is_quick
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.data.batch import EvalBatch
 from slzo.run import RunContext
 from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
@@ -39,6 +41,13 @@ def run_context(
     )
 
 
+def dev_batches(trainer: Trainer, rows: TaskRows) -> list[EvalBatch]:
+    """Return the batches of dev rows that a validation scores in this process, with ``trainer.limit_val_batches``."""
+    number, limit = len(rows.eval_plan("dev").batches), trainer.limit_val_batches
+    limited = number if limit is None else limit if isinstance(limit, int) else int(number * limit)
+    return list(islice(rows.eval_batches("dev"), limited))
+
+
 def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
     """Return the time of a run and its other limits; ``None`` if the time is not limited."""
     limit = callback_of(trainer, TimeLimit)
@@ -46,7 +55,7 @@ def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
         return None
     max_steps, interval = limit.given(trainer)
     by_step = trainer.check_val_every_n_epoch is None
-    every = interval if isinstance(interval, int) else max(1.0, interval * _steps_per_epoch(trainer, rows))
+    every = interval if isinstance(interval, int) else max(1.0, interval * steps_per_epoch(trainer, rows))
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     passes = [each.passes for each in callbacks if isinstance(getattr(each, "passes", None), Passes)]
     return TimeBudget(
@@ -64,7 +73,7 @@ def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
 def planned_steps(trainer: Trainer, rows: TaskRows) -> int:
     """Return the expected number of training steps; the steps of one epoch if no limit is set."""
     limit = _step_limit(trainer, rows, trainer.max_steps)
-    return limit if limit > 0 else _steps_per_epoch(trainer, rows)
+    return limit if limit > 0 else steps_per_epoch(trainer, rows)
 
 
 def _step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
@@ -72,11 +81,12 @@ def _step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
     limits = [max_steps] if max_steps > 0 else []
     if epochs is not None:
-        limits.append(_steps_per_epoch(trainer, rows) * epochs)
+        limits.append(steps_per_epoch(trainer, rows) * epochs)
     return min(limits, default=-1)
 
 
-def _steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
+def steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
+    """Return the steps of an epoch, with ``trainer.limit_train_batches``."""
     limit, batches = trainer.limit_train_batches, rows.steps_per_epoch
     if limit is None:
         return batches

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slzo.callbacks.checkpoints import LAST, LastCheckpoint
+from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import planned_steps
 from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
@@ -56,6 +56,10 @@ class RunRecord(Callback):
         self._saved: Mapping[str, Any] | None = None
         self._device = torch.device("cpu")
         self._forecast = Forecast()
+
+    def begin(self) -> None:
+        """Start the clock of a ``fit``; without a call it runs from the construction, or from the end of the last ``fit``."""
+        self._started = time.monotonic()
 
     @property
     def passes(self) -> Passes:
@@ -172,9 +176,11 @@ class RunRecord(Callback):
         """Collect the results of the training for the summary. A collective call."""
         guard, watch = callback_of(trainer, LossGuard), callback_of(trainer, StepWatch)
         folder = folder_of(trainer)
-        best = str(trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", "")))
+        checkpoint = callback_of(trainer, BestCheckpoint) or trainer.checkpoint_callback
+        best = str(trainer.strategy.broadcast(getattr(checkpoint, "best_model_path", "")))
         keeps_last = folder is not None and callback_of(trainer, LastCheckpoint) is not None
-        limit = "max_steps" if trainer.max_steps > 0 else "max_epochs"
+        by_steps = 0 < trainer.max_steps <= trainer.global_step or (trainer.max_epochs or 0) <= 0
+        limit = "max_steps" if by_steps else "max_epochs"
         return FitOutcome(
             steps=trainer.global_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],

@@ -53,7 +53,8 @@ def steps_per_validation(trainer: Trainer) -> float | None:
 
 def is_last_step(trainer: Trainer) -> bool:
     """Whether training ends after the current step, as far as this is known in advance."""
-    if trainer.should_stop or trainer.global_step == trainer.max_steps:
+    may_stop = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
+    if (trainer.should_stop and may_stop) or trainer.global_step == trainer.max_steps:
         return True
     epochs = trainer.max_epochs
     return epochs is not None and trainer.current_epoch + 1 == epochs and trainer.is_last_batch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slzo.checkpoints import checkpoint_file
-from slzo.utils.console import inform, say
+from slzo.utils.console import inform, say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import replacing
 from slzo.utils.hub import model_commit, split_revision
@@ -30,6 +30,7 @@ NAMES = ("last", "best")
 
 _OPTIONS = {"lr": "optimizer.lr"}  # options that have another name among the hyper-parameters
 _MISSING = object()
+_BEST_CHECKPOINT = "BestCheckpoint"  # its state is stored under its name and options
 _ADVICE = "give another one of the run, or last for the newest intact one"
 # entries that a resumable checkpoint has in addition to the tuned tensors
 _TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
@@ -137,11 +138,8 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
         SlzoError: It cannot be written, or its weights are not finite.
     """
     _check_finite(content["state_dict"], f"training diverged: at step {content.get('global_step')} the checkpoint's")
-    try:
-        with replacing(path) as partial:
-            checkpoint_file.write(content, partial)
-    except SlzoError as error:
-        raise SlzoError(f"{error}; then resume from the checkpoint before it with --ckpt_path last") from error
+    with replacing(path) as partial:
+        checkpoint_file.write(content, partial)
 
 
 def checkpoint_note(content: Any, option: str = "ckpt_path") -> dict[str, Any]:
@@ -205,37 +203,50 @@ def changed_options(content: dict[str, Any], own: Mapping[str, Any]) -> str:
     return "; ".join(f"model.{_OPTIONS.get(name, name)}: {saved[name]} -> {own[name]}" for name in different)
 
 
-def newest_checkpoint(root: str | Path) -> Path:
+def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
     """Return the last checkpoint of the newest run below ``root``.
 
     If it is missing or damaged, report it and return the newest intact one, of the same run if that has any.
 
+    Args:
+        root: Folder of the runs, or of one run.
+        name: What the user gave as ``ckpt_path``, for messages.
+
     Raises:
         SlzoError: There is no intact checkpoint.
     """
-    files = sorted(Path(root).glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = [path for path in files if not path.name.startswith(REPLAYED)]
+    times = {path: _modified(path) for path in Path(root).glob("**/checkpoints/*.ckpt")}
+    known = {path: time for path, time in times.items() if time is not None and not path.name.startswith(REPLAYED)}
+    found = sorted(known, key=known.__getitem__, reverse=True)
     if not found:
         raise SlzoError(
-            f"ckpt_path 'last': no run below {str(root)!r} has a checkpoint; start without --ckpt_path, or give a file"
+            f"ckpt_path {name!r}: no run below {str(root)!r} has a checkpoint; start without --ckpt_path, or give a file"
         )
     newest = found[0].parent
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
     if last is None:
-        inform(f"ckpt_path 'last': {str(newest)!r} has no last.ckpt")
+        warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
     else:
         try:
             with _one_line(f"ckpt_path {str(last)!r}"):
                 checkpoint_file.verify(last)
             return last
         except SlzoError as error:
-            inform(str(error))
+            warn(str(error))
     for path in sorted(found, key=lambda path: path.parent != newest):
         with suppress(SlzoError):
             if read_checkpoint(path).is_resumable:
                 inform(f"{path} is the newest intact checkpoint")
                 return path
-    raise SlzoError(f"ckpt_path 'last': no checkpoint below {str(root)!r} is intact; start without --ckpt_path")
+    raise SlzoError(f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; start without --ckpt_path")
+
+
+def _modified(path: Path) -> float | None:
+    """Return when a file was changed; ``None`` if it is gone or a broken link."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def named_checkpoint(name: str, root: str | Path) -> Path:
@@ -244,20 +255,24 @@ def named_checkpoint(name: str, root: str | Path) -> Path:
     Raises:
         SlzoError: There is none.
     """
-    last = newest_checkpoint(root)
+    last = newest_checkpoint(root, name)
     found = last if name == "last" else _best_of(last)
     say(f"Using the {name} checkpoint of the newest run, {found}")
     return found
 
 
-def find_checkpoint(ckpt_path: str | Path, root: str | Path) -> Checkpoint:
-    """Read a checkpoint, given by its path or by a name, see :func:`named_checkpoint`.
+def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool = False) -> Checkpoint:
+    """Read a checkpoint, given by its path, by the folder of its run, or by a name, see :func:`named_checkpoint`.
+
+    Of a run's folder it is the best checkpoint, or the last one ``to_continue``.
 
     Raises:
         SlzoError: There is none, or it cannot be used.
     """
     if str(ckpt_path) in NAMES:
         ckpt_path = named_checkpoint(str(ckpt_path), root)
+    elif (Path(ckpt_path) / "checkpoints").is_dir():
+        ckpt_path = newest_checkpoint(ckpt_path, str(ckpt_path)) if to_continue else checkpoint_of_run(ckpt_path)
     return read_checkpoint(ckpt_path)
 
 
@@ -267,7 +282,7 @@ def checkpoint_of_run(folder: str | Path) -> Path:
     Raises:
         SlzoError: There is none.
     """
-    last = newest_checkpoint(folder)
+    last = newest_checkpoint(folder, str(folder))
     try:
         return _best_of(last)
     except SlzoError:
@@ -277,7 +292,14 @@ def checkpoint_of_run(folder: str | Path) -> Path:
 def _best_of(last: Path) -> Path:
     """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
     callbacks = read_checkpoint(last).content.get("callbacks", {})
-    saved = [Path(state["best_model_path"]) for state in callbacks.values() if state.get("best_model_path")]
+    states = sorted(
+        callbacks.items(), key=lambda item: not item[0].startswith(_BEST_CHECKPOINT)
+    )  # the user's own come after
+    saved = [
+        Path(state["best_model_path"])
+        for _, state in states
+        if isinstance(state, dict) and state.get("best_model_path")
+    ]
     for path in (place for best in saved for place in (best, last.parent / best.name)):  # the runs may have been moved
         if path.is_file():
             return path

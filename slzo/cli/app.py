@@ -37,7 +37,7 @@ from slzo.prompting.pair import Source, is_export, load_exported
 from slzo.report.run_files import CONFIG_FILE
 from slzo.run import RunContext
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
-from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer, timed_defaults
+from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer, limit_defaults
 from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 
@@ -196,13 +196,13 @@ class SlzoCLI(LightningCLI):
         self.config["data.task"] = "movie_reviews"  # the data module is made, but no row is read
 
     def before_instantiate_classes(self) -> None:
-        """Write runs below ``trainer.default_root_dir`` if it is given, and let ``trainer.max_time`` replace default limits."""
+        """Write runs below ``trainer.default_root_dir`` if it is given, and let a time or epochs replace the default steps."""
         assert isinstance(self.parser, AppParser)
         given = {name for option in self.parser.given for name in (option.name, *parents(option.name))}
-        own = {name: self.config.get(f"trainer.{name}") for name in ("max_time", "max_steps")}
+        own = {name: self.config.get(f"trainer.{name}") for name in ("max_time", "max_steps", "max_epochs")}
         if "trainer.max_steps" not in given:
             del own["max_steps"]
-        for name, value in timed_defaults(own).items():
+        for name, value in limit_defaults(own).items():
             if f"trainer.{name}" not in given:
                 self.config[f"trainer.{name}"] = value
         root, place = self.config.get("trainer.default_root_dir"), "trainer.logger.init_args.save_dir"

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import NAMES, checkpoint_of_run, named_checkpoint, run_folder_of
+from slzo.checkpoints.checkpoint import NAMES, named_checkpoint, run_folder_of
 from slzo.cli.config_files import check_config_file
 from slzo.cli.parser import option_values
 from slzo.cli.shipped_configs import CONFIG_OPTIONS
@@ -43,11 +43,9 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         models = option_values(args, "--model.model")
         options = exported_options(checkpoint, models[-1] if models else None)
         return [*(f"--{name}={value}" for name, value in options.items()), *args]
-    if command.name != "fit" and (Path(checkpoint) / "checkpoints").is_dir():
-        checkpoint = str(checkpoint_of_run(checkpoint))
-        args = [*args, f"--ckpt_path={checkpoint}"]
-    config = run_folder_of(checkpoint) / CONFIG_FILE
-    if command.reads_run_config and Path(checkpoint).is_file() and config.is_file():
+    run = Path(checkpoint)
+    config = (run if (run / "checkpoints").is_dir() else run_folder_of(run)) / CONFIG_FILE
+    if command.reads_run_config and run.exists() and config.is_file():
         return [_checked(config, args), *args]
     return list(args)
 

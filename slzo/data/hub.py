@@ -39,9 +39,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
         rows = datasets.load_dataset(source.path, source.config, split=name, **at)
     except Exception as error:  # datasets and its dependencies raise many unrelated classes
         if (problem := known_problem(error, source.path, "dataset")) is not None:
-            raise SlzoError(
-                f"{option}: {problem}; or give a local folder as data.data_dir"
-            ) from error
+            raise SlzoError(f"{option}: {problem}; or give a local folder as data.data_dir") from error
         first = causes(error)[-1]
         reason = one_line(first).rstrip(" .")
         raise SlzoError(

@@ -34,7 +34,7 @@ class CellStore:
         path = self.folder / _SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = _read(path)
             # a folder of another experiment may lack them
             old_open = {name: old.get(name) for name in open_settings}
             if all(settings[name] is None for name in open_settings):
@@ -65,7 +65,7 @@ class CellStore:
     def result(self, name: str) -> Any:
         """Return a cell's result; ``None`` if the cell is not finished."""
         path = self._path(name)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return _read(path) if path.is_file() else None
 
     def save(self, name: str, result: Any) -> None:
         """Write a cell's result."""
@@ -115,3 +115,10 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SlzoError(f"{str(path)!r}: damaged ({error}); remove it, and run the same command again") from error

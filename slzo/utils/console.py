@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """Variables that launchers set before there is a process group."""
@@ -18,10 +19,14 @@ def is_first_process() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Write one or more lines to standard output, from the first process of a run only."""
+    """Write one or more lines to standard output, from the first process of a run only.
+
+    If nobody reads them any more, as in ``slzo fit ... | head``, they are dropped.
+    """
     if is_first_process():
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
 
 
 def inform(line: str) -> None:

@@ -33,11 +33,16 @@ def command_line() -> str | None:
     return shlex.join(["slzo", *sys.argv[1:]]) if is_ours else None
 
 
+def program_line() -> str:
+    """Return the program and the arguments of this process."""
+    return shlex.join(sys.argv)
+
+
 def environment() -> dict[str, Any]:
     """Return versions, command, processor, threads and kernel settings, as primitives."""
     installed = {package: _version(package) for package in _PACKAGES}
     return {
-        "command": shlex.join(sys.argv),
+        "command": program_line(),
         "versions": {
             "python": platform.python_version(),
             "slzo": _version("slzo"),
