@@ -197,9 +197,8 @@ def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabula
         new = answers * data.task.max_new_tokens
         most = max(len(row.prompt) for row in data.rows("train")) + new
         tokens, rows = data.batch_size * most, data.batch_size * new
-        if not options.estimator.differentiates:  # other estimators run the answers in parts
-            limit = MOST_LOGITS // vocabulary
-            tokens, rows = max(most, min(tokens, limit)), max(new, min(rows, limit))
+        limit = MOST_LOGITS // vocabulary  # the answers run in parts
+        tokens, rows = max(most, min(tokens, limit)), max(new, min(rows, limit))
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
         vocabulary_rows=max([rows, *(_vocabulary_rows(data, p) for p in scoring)]),

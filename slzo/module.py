@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from slzo.callbacks.run_context import run_context, steps_per_epoch
-from slzo.callbacks.schedule import callback_of, check_interval, folder_of
+from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
 from slzo.data.batch import EvalBatch, TrainBatch
@@ -113,7 +113,9 @@ class ZOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
         scope = LayerScope() if scope is None else scope
+        _check_kinds(scope, estimator, layer, eps)
         step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad)
         if estimator is None:
             estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
@@ -212,6 +214,7 @@ class ZOModule(LightningModule):
         if self._untuned is not None:
             check_shard_group(self._untuned.model, shard_group_of(self.trainer))
         if stage == "fit":
+            check_precision(self.trainer.precision)
             check_interval(self.trainer, steps_per_epoch(self.trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
@@ -470,7 +473,8 @@ class ZOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the tensors elsewhere."""
-        assert self.prepared is not None
+        if self.prepared is None:
+            raise SlzoError("save_checkpoint: nothing was trained; call it in or after fit")
         checkpoint["slzo"] = make_note(self.prepared, self.rows)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -505,3 +509,19 @@ class ZOModule(LightningModule):
             self.teardown("fit")
             self.tuned_model.release()
             self.tuned_model = self.tuned_tensors = self.prepared = None
+
+
+def _check_kinds(scope: object, estimator: object, layer: object, eps: object) -> None:
+    """Check the kinds of options that are used before :class:`TrainingOptions` checks the rest.
+
+    Raises:
+        SlzoError: An option has a value of another kind.
+    """
+    for option, value, kind, example in (
+        ("scope", scope, Scope, "slzo.zo.scopes.LayerScope()"),
+        ("estimator", SPSA() if estimator is None else estimator, Estimator, "slzo.zo.estimators.SPSA()"),
+        ("layer", 0 if layer is None else layer, int, "11"),
+        ("eps", 1.0 if eps == "auto" else eps, (int, float), "1e-3, or auto"),
+    ):
+        if not isinstance(value, kind):
+            raise SlzoError(f"model.{option} {value!r}: is a {type(value).__name__}; give one such as {example}")

@@ -20,7 +20,7 @@ from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
-from slzo.callbacks.schedule import callback_of, folder_of
+from slzo.callbacks.schedule import callback_of, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import WholeCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
@@ -43,7 +43,6 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "enable_model_summary": False,
     }
 )
-_FULL_PRECISION = (None, 32, "32", "32-true")
 _COPYING = ("spawn", "fork", "notebook")
 _SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _MAX_LAUNCHED = 64
@@ -302,11 +301,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         SlzoError: An option cannot be used.
     """
-    if options.get("precision") not in _FULL_PRECISION:
-        raise SlzoError(
-            f"trainer.precision {options['precision']!r}: the masters of the tuned layer stay in float32; leave it at 32-true; "
-            "for a model in half precision set model.dtype to bfloat16 or float16"
-        )
+    check_precision(options.get("precision"))
     if options.get("gradient_clip_val") is not None:
         raise SlzoError(
             f"trainer.gradient_clip_val {options['gradient_clip_val']}: there is no back-propagated gradient to clip; lower "

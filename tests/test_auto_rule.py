@@ -84,6 +84,14 @@ def test_a_race_without_a_winner_keeps_the_layer_and_says_both():
     assert "less than profiler.rule.promise 1.00%. OutlierRemovingLayer decided: no layer lowered" in choice.note
 
 
+def test_a_clear_choice_without_a_measured_rate_plans_no_race():
+    def planned_steps(layer, share=0.0):
+        raise AssertionError
+
+    for rule, changes in ((Auto(), {"measures_rate": False}), (Auto(promise=0), {})):
+        assert choose(rule, LAYERS, FakeTrials(GAINS, planned_steps=planned_steps, **changes)) == REMOVING
+
+
 def test_it_is_the_default():
     assert isinstance(OutlierProfiler().options.rule, Auto)
 
@@ -119,7 +127,7 @@ def test_a_measurement_leaves_the_training_as_it_is(in_doubt, options, monkeypat
     looks, step_size = [], LayerTrials.step_size
     monkeypatch.setattr(OutlierRemovingLayer, "select", lambda self, context: Choice(1, "tested"))
     monkeypatch.setattr(LayerTrials, "step_size", lambda self, layer: looks.append(layer) or step_size(self, layer))
-    assert main(["fit", *in_doubt, "--profiler.rule.promise=0"]) == 0
+    assert main(["fit", *in_doubt, "--profiler.rule.promise=1e-9"]) == 0
     assert looks == [1]
     assert main(["fit", *options, *STEPS, "--model.layer=1"]) == 0
     one, other = (json.loads((run_dir(n) / "history.json").read_text())["points"] for n in (0, 1))

@@ -389,3 +389,12 @@ def test_a_step_that_is_not_finite_says_nothing(losses):
         loss = LossAt(lambda points, values=values: torch.tensor(values))
         take_step(Request(tuned, loss, seed=0, step=0), SPSA(), optimizer, auto=auto)
         assert (auto != before) == learns
+
+
+def test_a_reward_above_the_best_one_is_named():
+    _, tuned, _ = quadratic()
+    loss = LossAt(lambda points: torch.full((len(points),), -3.2))
+    with pytest.raises(
+        SlzoError, match=r"the mean reward 3.2 is not below the best one, data.objective.best 1, .*raise"
+    ):
+        AutoStep.measure(tuned, loss, 0, eps=1e-3, lowest=-1.0)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,6 +220,10 @@ def test_generated_answers_may_have_every_estimator(objective, estimator):
     rows = SimpleNamespace(objective=objective, batch_size=8)
     given = {} if estimator is None else {"estimator": estimator}
     ZOModule(**given).options.check_rows(rows)
+    if estimator is not None and estimator.differentiates:
+        error = slzo_error(partial(ZOModule, **given, parallel="directions"))
+        assert error.startswith(f"model.parallel directions: {estimator.describe()} differentiates and has no points")
+        return
     options = ZOModule(**given, parallel="directions").options
     if isinstance(estimator, SPSA):
         options.check_rows(rows)
@@ -262,3 +267,10 @@ def test_the_classes_whose_options_are_given(args, expected):
         found.get(f"model.{name}", {}).get("class_path", "").rpartition(".")[2] for name in ("estimator", "optimizer")
     )
     assert tuple(name or None for name in names) == expected
+
+
+def test_an_estimator_names_what_differs_from_the_default():
+    """A resume compares the descriptions."""
+    assert LayerOutputPerturbation().describe() == "LayerOutputPerturbation"
+    other = LayerOutputPerturbation(queries=4, scale=0.5, positions="all", tokens=0)
+    assert other.describe() == "LayerOutputPerturbation (queries 4, scale 0.5, positions all, tokens 0)"

@@ -119,7 +119,7 @@ def test_predict_agrees_with_test_and_takes_an_output_file(sst2_options, model_d
     ("command", "message"),
     [
         (["predict", "--output=nowhere/here.jsonl"], "output 'nowhere/here.jsonl'"),
-        (["test", "--data.num_train=20", "--data.num_demonstrations=21"], "21: only 20 training rows"),
+        (["test", "--data.num_train=20", "--data.num_demonstrations=21"], "21: only 20 labelled training rows"),
         (["test", "--data.num_demonstrations=-1"], "data.num_demonstrations -1"),
         (["fit", "--data.objective=accuracy"], "data.objective"),
     ],

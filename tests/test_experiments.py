@@ -19,13 +19,13 @@ from slzo.data.batch import EvalCollator
 from slzo.experiments import layer_trials, sweep
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import plan_sweep
-from slzo.experiments.sweep_rates import RateResult, plan_rates, recommend
+from slzo.experiments.sweep_plan import SweepPlan
+from slzo.experiments.sweep_rates import RateResult, check_rates, plan_rates, recommend
 from slzo.experiments.sweep_report import LayerResult, curves_verdict, layer_curves, seed_curves, verdict
 from slzo.experiments.timing import spaced_batches
 from slzo.training import make_evaluator, make_stepper, tune
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import Point
+from slzo.zo.estimators import SPSA, Backprop, Point
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.trial import Score, Trial
 
@@ -443,7 +443,7 @@ def curve(*points):
 
 def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     """Seeds end at other steps; those on the way are not mixed with the last ones."""
-    store, plan = CellStore(tmp_path / "s", {}), plan_sweep(4, [2, 3], 20, [0, 1, 1], 20, 8, 30.0)
+    store, plan = CellStore(tmp_path / "s", {}), SweepPlan((2, 3), 20, (0, 1, 1), 20, 8, 30.0).of_model(4)
     assert plan.seeds == (0, 1)
     scores = {
         (2, 0): curve((0, 0, 1.0), (10, 4, 0.8), (20, 8, 0.6), (71, 30, 0.5)),
@@ -463,7 +463,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
 
 def test_the_verdict_reads_curves_where_they_were_not_scored():
     """Halfway between two scores the loss is halfway too; a loss that rises again does not count."""
-    plan = plan_sweep(4, None, 20, [0], 20, 8, 30.0)
+    plan = SweepPlan(None, 20, (0,), 20, 8, 30.0).of_model(4)
     curves = {
         1: [curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35))],
         2: [curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46))],
@@ -567,4 +567,6 @@ def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     for bad in ({"lrs": [0.0]}, {"lrs": []}, {"eps": [-1.0]}, {"steps": 0}, {"seeds": []}):
         arguments = {"lrs": [1e-3], "eps": None, "steps": 4, "seeds": [0]} | bad
         with pytest.raises(SlzoError, match=next(iter(bad))):
-            plan_rates(**arguments, own=lambda: (1e-3, 1e-3))
+            check_rates(**arguments, estimator=SPSA())
+    with pytest.raises(SlzoError, match=r"^eps \[0.1\]: Backprop has no eps"):
+        check_rates(None, [0.1], 4, [0], Backprop())

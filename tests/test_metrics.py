@@ -3,15 +3,17 @@
 import math
 import random
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchmetrics.classification import BinaryF1Score
 from torchmetrics.text import SQuAD
 
-from slzo.evaluation.evaluator import RunningScore
+from slzo.batches.losses import LossSum
+from slzo.evaluation.evaluator import Outcome, RunningScore
 from slzo.evaluation.held_out import score_held_out
-from slzo.evaluation.metrics import make_metrics
+from slzo.evaluation.metrics import make_metrics, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.answers import exact_match, normalize_answer, token_f1
 from slzo.tasks.base import Example, Kind
@@ -176,3 +178,19 @@ def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
     held_out = score_held_out(None, [], None, "perplexity")
     assert math.isnan(held_out.metrics["perplexity"])
     assert "reward" in held_out.metrics
+
+
+def test_a_generated_answer_has_a_row_score_in_every_metric():
+    example = Example("a", "What?", ("42",), (0,), ("42",))
+    assert (row_score("accuracy", example, "42"), row_score("accuracy", example, "41")) == (1.0, 0.0)
+    assert row_score("perplexity", example, "42") is None
+    assert row_score("accuracy", example, 0) == 1.0
+
+
+def test_a_loss_that_is_not_a_number_is_not_left_out():
+    score = RunningScore(make_metrics(get_task("sst2")), torch.device("cpu"))
+    example = Example("a", "It was", (" bad", " good"), (1,))
+    for total in (torch.nan, 1.2):
+        loss = LossSum(torch.tensor(total), torch.tensor(4.0))
+        score.update(SimpleNamespace(examples=(example,)), Outcome([1], [[-1.0, -0.5]], loss))
+    assert score.compute()["loss"].isnan()

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import batch_loss, random_example, tiny_model, tuned_layer
+from helpers import batch_loss, described, random_example, tiny_model, tuned_layer
 
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
-from slzo.zo.estimators import Point, RowShare
+from slzo.zo.estimators import Backprop, ForwardGradient, Point, Request, RowShare
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 
 pytestmark = pytest.mark.fast
@@ -57,3 +57,27 @@ def test_the_losses_are_those_of_the_whole_batch_and_no_pass_is_larger(packed, m
         found = batch_loss(model, packed, objective, max_tokens=34).at(points)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert max(seen) <= 34 < packed.num_tokens
+
+
+@pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()])
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=described)
+def test_derivatives_are_those_of_the_whole_batch_too(packed, monkeypatch, objective, estimator):
+    model = tuned_layer(ModelParts(tiny_model(), onednn=False), 2)
+
+    def estimated(max_tokens):
+        loss = batch_loss(model, packed, objective, max_tokens=max_tokens)
+        return estimator.estimate(Request(model.tensors, loss, 0, 0, 1e-3))
+
+    expected, seen, run = estimated(None), [], ModelParts.run
+
+    def recorded(self, batch, *args, **options):
+        seen.append(batch.num_tokens)
+        return run(self, batch, *args, **options)
+
+    monkeypatch.setattr(ModelParts, "run", recorded)
+    found = estimated(34)
+    assert max(seen) <= 34 < packed.num_tokens
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.num_evaluations == expected.num_evaluations == estimator.evaluations(1)
+    for name, gradient in expected.gradient.items():
+        torch.testing.assert_close(found.gradient[name], gradient, rtol=1e-4, atol=1e-5)

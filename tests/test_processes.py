@@ -9,6 +9,7 @@ import torch
 from helpers import batch_loss, described, tiny_loss, tiny_model, tune_scope
 
 from slzo.models.engine import Engine
+from slzo.module import ZOModule
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import (
     FZO,
@@ -82,18 +83,19 @@ def test_a_process_that_fails_is_seen_by_all(examples):
     assert estimate.gradient == {}
 
 
-def test_a_grid_names_its_number(examples):
-    model, _ = tiny_loss(examples)
-    loss = batch_loss(model, examples, processes=Processes(4, 0, 2))
-    with pytest.raises(SlzoError, match=r"model\.parallel 2: .*use rows"):
-        Backprop().estimate(Request(model.tensors, loss, 0, 0))
-
-
 @pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=described)
-def test_what_differentiates_has_no_points(estimator, examples):
+@pytest.mark.parametrize("parallel", ["directions", 2])
+def test_what_differentiates_has_no_points(estimator, parallel):
+    with pytest.raises(SlzoError, match=rf"^model\.parallel {parallel}: .*use rows"):
+        ZOModule(estimator=estimator, parallel=parallel)
+
+
+def test_the_first_process_always_has_points(examples):
+    """It reports what the points gave, such as the reward."""
     model, _ = tiny_loss(examples)
-    with pytest.raises(SlzoError, match=r"model\.parallel directions: .*use rows"):
-        estimator.estimate(Request(model.tensors, of_process(model, examples, 2, 0), 0, 0))
+    points = [Point({}, 0.0)] * 2
+    found = [of_process(model, examples, 4, rank).at(points) for rank in range(4)]
+    assert [int((losses != 0).sum()) for losses in found] == [1, 0, 1, 0]
 
 
 def test_one_process_divides_nothing(examples):

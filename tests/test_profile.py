@@ -213,3 +213,15 @@ def test_a_profile_survives_json():
     more = "first outlier layer", 3.5, "layer 0 is near", ("one", "two"), (("max_abs", 100.0),)
     profile = OutlierProfile(1, "rule", 10, 1, layers, *more)
     assert OutlierProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fallback": "max_ratio"}, "fallback 'max_ratio': choose one of"),
+        ({"ratio": float("nan")}, "ratio nan: must be"),
+    ],
+)
+def test_wrong_thresholds_and_fallbacks_are_named(options, message):
+    with pytest.raises(SlzoError, match=rf"^profiler.rule.{message}"):
+        FirstOutlierLayer(**options)

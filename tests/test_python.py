@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import last_checkpoint, on_tiny, run_dir, summary
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -229,3 +230,36 @@ def test_a_broken_link_among_the_checkpoints_is_passed_over(model_dir, data_dir)
     assert newest_checkpoint("runs").name == "last.ckpt"
     with pytest.raises(SlzoError, match=r"ckpt_path 'best': no run below 'nothing' has a checkpoint"):
         newest_checkpoint("nothing", "best")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "LoRA"}, r"^model.scope 'LoRA': is a str; give one such as slzo.zo.scopes.LayerScope\(\)"),
+        ({"estimator": SPSA}, r"^model.estimator .*: is a \w+; give one such as"),
+        ({"layer": "3"}, r"^model.layer '3': is a str; give one such as 11"),
+        ({"eps": "0.1"}, r"^model.eps '0.1': is a str; give one such as 1e-3, or auto"),
+        ({"dtype": "bf16"}, r"^model.dtype 'bf16': choose one of float32, bfloat16, float16"),
+    ],
+)
+def test_an_option_of_another_kind_is_named(options, message):
+    with pytest.raises(SlzoError, match=message):
+        ZOModule(**options)
+
+
+def test_a_path_and_a_type_of_torch_are_taken(model_dir):
+    assert ZOModule(model_dir, dtype=torch.bfloat16).options.dtype == "bfloat16"
+    assert ZOModule(model_dir).options.model == str(model_dir)
+
+
+def test_half_precision_of_lightning_is_refused_in_its_own_trainer(model_dir, data_dir):
+    trainer = Trainer(max_steps=1, precision="bf16-true", logger=False, enable_checkpointing=False, **QUIET)
+    with pytest.raises(SlzoError, match=r"^trainer.precision 'bf16-true': .* set model.dtype to bfloat16"):
+        trainer.fit(ZOModule(str(model_dir), 2, eps=1e-3), datamodule=rows(data_dir))
+
+
+def test_nothing_is_saved_before_a_training(model_dir, data_dir):
+    trainer = ZOTrainer(**QUIET)
+    trainer.test(ZOModule(str(model_dir)), datamodule=rows(data_dir))
+    with pytest.raises(SlzoError, match=r"^save_checkpoint: nothing was trained"):
+        trainer.save_checkpoint("x.ckpt")

@@ -222,6 +222,7 @@ def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
         ),
         ([{"function": "regex", "arguments": [1]}], r"data.reward 'regex': arguments \[1\] must be a mapping"),
         ("a/b:f", "data.reward 'a/b:f': the file must end in .py"),
+        ("mine.py", "data.reward 'mine.py': name the function too, as in mine.py:function"),
     ],
 )
 def test_wrong_function_options(given, message):
@@ -243,6 +244,20 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
     (folder / "broken.py").write_text("1 / 0")
     with pytest.raises(SlzoError, match=message):
         Rewards(name, in_process=in_process).load()
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_an_argument_that_a_function_does_not_take_is_named(in_process):
+    call = {"function": "number_match", "arguments": {"tolerence": 100}}
+    with pytest.raises(
+        SlzoError, match=r"data.reward 'number_match': takes no argument 'tolerence'; choose from .*toler"
+    ):
+        Rewards(call, in_process=in_process).load()
+
+
+def test_a_text_as_references_is_one_answer():
+    example = Example("a", "What?", (), (), columns={"references": "42"})
+    assert Rewards("accuracy", in_process=True)(reward_inputs(["42"], [example])).totals == (1.0,)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from helpers import (
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import LossSum, RowLosses
 from slzo.batches.packing import pack
-from slzo.zo.estimators import LayerOutputPerturbation, Request
+from slzo.zo.estimators import LayerOutputPerturbation, Point, Request
 from slzo.zo.objectives import (
     AnswerLikelihood,
     CandidateCrossEntropy,
@@ -235,3 +235,12 @@ def test_what_a_users_objective_returns_for_positions_is_checked(returned, examp
     error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
     expected = r"data\.objective \S*Own: of_positions\(\) returned .*; it must return None, or a loss for each point and position"
     assert re.match(expected, error)
+
+
+def test_scores_that_are_not_numbers_are_no_errors(examples):
+    """The best of them would be any candidate; the loss says that the model is broken."""
+    model, loss = tiny_loss(examples, objective=CandidateErrors())
+    (name, tensor), *_ = model.tensors.items()
+    assert torch.isfinite(loss.at([Point({}, 0.0)])).all()
+    broken = {name: torch.full_like(tensor.master, torch.nan)}
+    assert loss.at([Point(broken, 1.0)]).isnan().all()

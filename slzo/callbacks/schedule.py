@@ -60,6 +60,19 @@ def is_last_step(trainer: Trainer) -> bool:
     return epochs is not None and trainer.current_epoch + 1 == epochs and trainer.is_last_batch
 
 
+def check_precision(precision: object) -> None:
+    """Refuse mixed and half precision of Lightning.
+
+    Raises:
+        SlzoError: ``trainer.precision`` is not full precision.
+    """
+    if precision not in (None, 32, "32", "32-true"):
+        raise SlzoError(
+            f"trainer.precision {precision!r}: the masters of the tuned layer stay in float32; leave it at 32-true; for a model "
+            "in half precision set model.dtype to bfloat16 or float16"
+        )
+
+
 def check_interval(trainer: Trainer, num_batches: int) -> None:
     """Refuse an interval between validations that is longer than an epoch, if validations are counted per epoch.
 

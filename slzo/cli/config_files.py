@@ -90,7 +90,7 @@ def _wrong_names(node: yaml.Node, name: str = "") -> Iterator[yaml.ScalarNode]:
         return
     is_class = any(key.value == "class_path" for key, _ in node.value)
     for key, value in node.value:
-        if (is_class or name in GROUPS or name == _ARGUMENTS) and key.tag not in _TEXT:
+        if (is_class or not name or name in GROUPS or name == _ARGUMENTS) and key.tag not in _TEXT:
             yield key
         inner = f"{name}.{key.value}" if name else str(key.value)
         yield from _wrong_names(value, _ARGUMENTS if is_class and key.value == _ARGUMENTS else inner)

@@ -13,25 +13,9 @@ from jsonargparse import ArgumentParser
 
 from slzo.commands.registry import Command
 from slzo.private.parsers import options_of
+from slzo.utils.config_code import GROUPS
 
 HELP_ALL = "--help_all"
-
-_TITLES: Mapping[str, str] = MappingProxyType(
-    {
-        "trainer": "trainer: length, validations, devices",
-        "model": "model: what is tuned and how",
-        "data": "data: task, rows, batches",
-        "profiler": "profiler: how the layer is found",
-        "checkpoint": "checkpoint: which state is the best",
-        "last_checkpoint": "last_checkpoint: the state to continue from",
-        "guard": "guard: rolls back when the dev loss spikes",
-        "watch": "watch: warns of steps that make no progress",
-        "record": "record: scores before and after, files of the run",
-        "answers": "answers: generated answers in TensorBoard",
-        "model.engine": "model.engine: speed and memory",
-    }
-)
-"""Groups of the short help, in order."""
 
 _SHOWN = MappingProxyType(
     {
@@ -90,9 +74,9 @@ def short_help(parser: ArgumentParser, command: Command) -> str:
     actions = [action for action in options_of(parser) if _is_option(action)]
     blocks = [f"usage: slzo {command.name} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
     blocks += _block("options", _own(actions), "", width)
-    for group, title in () if command.own_help or not command.has_app else _TITLES.items():
+    for group, title in () if command.own_help or not command.has_app else GROUPS.items():
         chosen = [action for action in actions if _group(action.dest) == group and _is_shown(action.dest, group)]
-        blocks += _block(title, chosen, f"{group}.", width)
+        blocks += _block(f"{group}: {title}", chosen, f"{group}.", width)
     classes = "; --model.scope.help LoRA lists the options of a class" if command.has_app else ""
     blocks.append(f"slzo {command.name} {HELP_ALL} lists every option with its type{_lightning(command)}{classes}.")
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -104,7 +88,7 @@ def _lightning(command: Command) -> str:
 
 def _own(actions: Sequence[argparse.Action]) -> list[argparse.Action]:
     """Return the command's own options: required ones, then optional ones, then those of every command."""
-    own = [action for action in actions if "." not in action.dest and action.dest not in _TITLES]
+    own = [action for action in actions if "." not in action.dest and action.dest not in GROUPS]
     own = [action for action in own if action.dest != argparse.SUPPRESS and not _is_filler(action)]
     return sorted(own, key=lambda action: (action.dest in _COMMON, not action.required))
 
@@ -121,13 +105,13 @@ def _is_filler(action: argparse.Action) -> bool:
 
 def _group(dest: str) -> str:
     """Return the innermost group of an option."""
-    found = [group for group in _TITLES if dest.startswith(f"{group}.")]
+    found = [group for group in GROUPS if dest.startswith(f"{group}.")]
     return max(found, key=len, default="")
 
 
 def _is_shown(dest: str, group: str) -> bool:
     name = dest.removeprefix(f"{group}.")
-    return dest not in _TITLES and name in _SHOWN.get(group, (name,))
+    return dest not in GROUPS and name in _SHOWN.get(group, (name,))
 
 
 def _block(title: str, actions: Sequence[argparse.Action], prefix: str, width: int) -> Iterator[str]:

@@ -5,8 +5,8 @@ from typing import Literal
 from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sweep import sweep_layers
-from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, plan_sweep
-from slzo.experiments.sweep_rates import plan_rates, sweep_rates
+from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, SweepPlan
+from slzo.experiments.sweep_rates import check_rates, plan_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.profiling import profile_model
@@ -43,7 +43,7 @@ def sweep(
         layers: Layers to train, counted from 0; by default all. The sensitivity is measured in all layers.
         lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 to
             30 times of it.
-        eps: Perturbation sizes to compare; by default the configured one.
+        eps: Perturbation sizes to compare; by default the configured one. Without lrs each is tried with seven rates.
         steps: Steps of each training; 0 only measures the sensitivity of the layers.
         seeds: Seeds of each layer or rate; by default that of seed_everything.
         directions: Largest number of random directions for the sensitivity of a layer, at least 20.
@@ -54,25 +54,29 @@ def sweep(
         workers: Processes on this machine that divide the trainings, the processor's cores and the GPUs.
         output: Folder of the results; by default sweeps/MODEL-TASK.
     """
+    options = app.model.options
+    own_seeds = (options.noise_seed,) if seeds is None else tuple(seeds)
+    finds_rates = lrs is not None or eps is not None
+    if app.trainer.world_size > 1:
+        raise SlzoError(
+            f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
+        )
+    if finds_rates:
+        if layers is not None or seconds is not None:
+            raise SlzoError("lrs, eps: compare rates in one layer; leave out layers and seconds")
+        check_rates(lrs, eps, steps, own_seeds, options.estimator)
+    plan = SweepPlan(
+        None if layers is None else tuple(layers), steps, own_seeds, directions, num_rows, seconds, max_error
+    )
     with disk_errors(), worker_processes(workers):
         parts, rows = app.load()
-        options = app.model.options
         options.check_rows(rows)
-        if app.trainer.world_size > 1:
-            raise SlzoError(
-                f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
-            )
         trials, run = LayerTrials(parts, options, rows), app.run_context()
-        own_seeds = [options.noise_seed] if seeds is None else seeds
-        if lrs is not None or eps is not None:
-            if layers is not None or seconds is not None:
-                raise SlzoError("lrs, eps: compare rates in one layer; leave out layers and seconds")
-            if eps is not None and not options.estimator.uses_points:
-                raise SlzoError(f"eps {list(eps)}: {options.estimator.describe()} has no eps; leave it out")
+        if finds_rates:
             _, choice = choose_layer(parts, options, rows, run)
             layer = None if choice is None else choice.layer
-            plan = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
-            sweep_rates(trials, plan, layer, output)
+            rates = plan_rates(lrs, eps, steps, own_seeds, lambda: trials.own_step(layer))
+            sweep_rates(trials, rates, layer, output)
             return
 
         def profile() -> OutlierProfile:
@@ -81,14 +85,4 @@ def sweep(
             say(format_profile(found))
             return found
 
-        plan_of_layers = plan_sweep(
-            parts.num_layers,
-            layers,
-            steps,
-            own_seeds,
-            directions,
-            num_rows,
-            seconds,
-            max_error,
-        )
-        sweep_layers(trials, plan_of_layers, profile, output)
+        sweep_layers(trials, plan.of_model(parts.num_layers), profile, output)

@@ -231,7 +231,7 @@ class RunningScore:
 
     def __init__(self, metrics: TaskMetrics, device: torch.device, extra_metrics: Sequence[str] = ()) -> None:
         self._metrics = metrics.to(device)
-        self._loss = MeanMetric().to(device)
+        self._loss = MeanMetric(nan_strategy="disable").to(device)  # by default NaN would be left out
         self._extra = extra_metrics
         self._means = {name: MeanMetric().to(device) for name in _REWARD_MEANS} if "reward" in extra_metrics else {}
 

@@ -21,9 +21,9 @@ def row_score(metric: str, example: Example, prediction: int | str) -> float | N
     """
     if not (example.gold or example.references):
         return None
-    if metric == "accuracy":
-        return float(prediction in example.gold)
-    return answer_metric(metric, prediction, example.references) if isinstance(prediction, str) else None
+    if isinstance(prediction, str):
+        return None if metric == PERPLEXITY else answer_metric(metric, prediction, example.references)
+    return float(prediction in example.gold) if metric == "accuracy" else None
 
 
 def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, float]:

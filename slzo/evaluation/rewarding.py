@@ -14,13 +14,15 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Answer
     """Convert answers to examples' prompts to what reward functions get.
 
     If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
-    texts. The columns are the rows' fields. If there is no field ``references``, it is added and holds the accepted answers.
+    texts. The columns are the rows' fields. If there is no field ``references``, it is added and holds the accepted answers. A
+    text in it becomes a list of one.
     """
     names = {str(name) for example in examples for name in example.columns if name not in _RESERVED}
     columns: dict[str, list[Any]] = {
         name: [example.columns.get(name) for example in examples] for name in sorted(names)
     }
     columns.setdefault("references", [list(example.references) for example in examples])
+    columns["references"] = [[value] if isinstance(value, str) else value for value in columns["references"]]
     prompts: list[Any] = []
     completions: list[Any] = []
     for example, answer in zip(examples, answers, strict=True):

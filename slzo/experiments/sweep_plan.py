@@ -1,8 +1,7 @@
 """Options of a sweep, and the names of its cells."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from slzo.utils.errors import SlzoError
@@ -20,16 +19,19 @@ class SweepPlan:
     """Options of a sweep.
 
     Attributes:
-        layers: Layers to train, in rising order; the sensitivity is measured in all layers of the model.
+        layers: Layers to train; ``None`` for all. The sensitivity is measured in all layers of the model.
         steps: Steps of each training; 0 measures only the sensitivity.
         seeds: Seeds; each layer is trained once with each.
         directions: Largest number of random directions for the sensitivity.
         num_rows: Number of training rows that the sensitivity is measured on.
         seconds: Training time of each layer, without scoring; layers that finish their steps earlier continue until then.
         max_error: Relative standard error of a sensitivity at which no more directions are drawn.
+
+    Raises:
+        SlzoError: An option is out of range.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] | None
     steps: int
     seeds: tuple[int, ...]
     directions: int
@@ -37,48 +39,42 @@ class SweepPlan:
     seconds: float | None = None
     max_error: float = MAX_ERROR
 
+    def __post_init__(self) -> None:
+        if self.directions < MIN_DIRECTIONS:
+            raise SlzoError(
+                f"directions {self.directions}: too few for a reliable mean; give at least {MIN_DIRECTIONS} random directions"
+            )
+        for name, value, least in (("steps", self.steps, 0), ("num_rows", self.num_rows, 1)):
+            if value < least:
+                raise SlzoError(f"{name} {value}: must be at least {least}")
+        if not 0 <= self.max_error < math.inf:
+            raise SlzoError(
+                f"max_error {self.max_error}: give a share of the sensitivity such as 0.25, or 0 for all directions"
+            )
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise SlzoError(
+                f"seconds {self.seconds}: give a number above 0, or leave it out to end each training after its steps"
+            )
+        if not self.seeds:
+            raise SlzoError("seeds []: give at least one seed")
+        if self.layers is not None and not self.layers:
+            raise SlzoError("layers []: give at least one layer, or leave it out for all")
+
+    def of_model(self, num_layers: int) -> "SweepPlan":
+        """Return the plan for a model, with its layers in rising order and each seed once.
+
+        Raises:
+            SlzoError: The model does not have a layer.
+        """
+        chosen = range(num_layers) if self.layers is None else sorted(set(self.layers))
+        for layer in chosen:
+            check_layer(layer, num_layers, "layers", left_out="all be trained")
+        return replace(self, layers=tuple(chosen), seeds=tuple(dict.fromkeys(self.seeds)))
+
     @property
     def trainings(self) -> list[tuple[int, int]]:
         """Layer and seed of each training."""
-        return list(product(self.layers, self.seeds)) if self.steps else []
-
-
-def plan_sweep(
-    num_layers: int,
-    layers: Sequence[int] | None,
-    steps: int,
-    seeds: Sequence[int],
-    directions: int,
-    num_rows: int,
-    seconds: float | None = None,
-    max_error: float = MAX_ERROR,
-) -> SweepPlan:
-    """Check the options of a sweep.
-
-    Raises:
-        SlzoError: An option is out of range.
-    """
-    if directions < MIN_DIRECTIONS:
-        raise SlzoError(
-            f"directions {directions}: too few for a reliable mean; give at least {MIN_DIRECTIONS} random directions"
-        )
-    for name, value, least in (("steps", steps, 0), ("num_rows", num_rows, 1)):
-        if value < least:
-            raise SlzoError(f"{name} {value}: must be at least {least}")
-    if not 0 <= max_error < math.inf:
-        raise SlzoError(f"max_error {max_error}: give a share of the sensitivity such as 0.25, or 0 for all directions")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise SlzoError(
-            f"seconds {seconds}: give a number above 0, or leave it out to end each training after its steps"
-        )
-    if not seeds:
-        raise SlzoError("seeds []: give at least one seed")
-    if layers is not None and not layers:
-        raise SlzoError("layers []: give at least one layer, or leave it out for all")
-    chosen = range(num_layers) if layers is None else sorted(set(layers))
-    for layer in chosen:
-        check_layer(layer, num_layers, "layers", left_out="all be trained")
-    return SweepPlan(tuple(chosen), steps, tuple(dict.fromkeys(seeds)), directions, num_rows, seconds, max_error)
+        return list(product(self.layers or (), self.seeds)) if self.steps else []
 
 
 def sensitivity_cell(layer: int) -> str:

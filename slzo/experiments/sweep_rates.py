@@ -15,6 +15,7 @@ from slzo.report.score_change import MIN_PROGRESS
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
+from slzo.zo.estimators import Estimator
 from slzo.zo.trial import Trial
 
 
@@ -80,26 +81,41 @@ def sweep_rates(trials: LayerTrials, plan: RatePlan, layer: int | None, output: 
     say(f"Files      {store.folder}")
 
 
-def plan_rates(
-    lrs: Sequence[float] | Literal["auto"] | None,
-    eps: Sequence[float] | None,
-    steps: int,
-    seeds: Sequence[int],
-    own: Callable[[], tuple[float, float | None]],
-) -> RatePlan:
-    """Check the options. The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
+Rates = Sequence[float] | Literal["auto"] | None
+"""Rates to compare; ``auto`` and ``None`` for those around the own one."""
+
+
+def check_rates(
+    lrs: Rates, eps: Sequence[float] | None, steps: int, seeds: Sequence[int], estimator: Estimator
+) -> None:
+    """Check the options of a search.
 
     Raises:
-        SlzoError: An option is out of range.
+        SlzoError: An option is out of range, or the estimator has no eps.
     """
-    lrs = None if lrs == "auto" else lrs
-    for name, values in (("lrs", lrs), ("eps", eps)):
+    if eps is not None and not estimator.uses_points:
+        raise SlzoError(f"eps {list(eps)}: {estimator.describe()} has no eps; leave it out")
+    for name, values in (("lrs", None if lrs == "auto" else lrs), ("eps", eps)):
         if values is not None and (not values or any(not 0 < value < math.inf for value in values)):
             raise SlzoError(f"{name} {list(values)}: give numbers above 0, like [1e-4, 3e-4, 1e-3]")
     if steps < 1:
         raise SlzoError(f"steps {steps}: must be at least 1; 40 is enough to compare rates")
     if not seeds:
         raise SlzoError("seeds []: give at least one seed")
+
+
+def plan_rates(
+    lrs: Rates,
+    eps: Sequence[float] | None,
+    steps: int,
+    seeds: Sequence[int],
+    own: Callable[[], tuple[float, float | None]],
+) -> RatePlan:
+    """Return the rates and sizes to try.
+
+    The default rates are seven, a factor of sqrt(10) apart, around that of ``own``; eps is that of ``own``.
+    """
+    lrs = None if lrs == "auto" else lrs
     own_lr, own_eps = own() if lrs is None or eps is None else (0.0, 0.0)
     rates = [own_lr * 10 ** (power / 2) for power in range(-3, 4)] if lrs is None else lrs
     sizes = (own_eps,) if eps is None else tuple(sorted(set(eps)))

@@ -54,12 +54,14 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
         started.append(subprocess.Popen(program, env={**os.environ, **variables}, stdout=subprocess.DEVNULL))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    finished = False
     try:
         yield
+        finished = True
     finally:
         torch.set_num_threads(before)
         for worker, process in enumerate(started, start=1):
-            if process.poll() not in (None, 0):
+            if finished and process.poll() not in (None, 0):
                 warn(f"worker {worker} ended early with status {process.returncode}; the others did its work")
             process.terminate()
         for process in started:

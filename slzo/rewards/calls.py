@@ -74,6 +74,19 @@ class RewardFailure(Exception):  # noqa: N818
         self.function, self.reason, self.place = function, reason, place
 
 
+def load_function(wanted: RewardCall) -> RewardFunction:
+    """Find a reward function, and check that it takes the arguments of the config.
+
+    Raises:
+        LookupError: There is no such function, it does not take them, or its file cannot be run; the message is one line.
+    """
+    function = find_function(wanted.function)
+    accepted = _accepted(function, wanted.arguments)
+    if unknown := [name for name in wanted.arguments if name not in accepted]:
+        raise LookupError(f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}")
+    return function
+
+
 def find_function(name: str) -> RewardFunction:
     """Find a reward function by the name that a config gives.
 
@@ -118,7 +131,7 @@ def call(wanted: RewardCall, function: RewardFunction, answers: Answers) -> list
     for place, value in enumerate(values):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise RewardFailure(
                 wanted.function, f"returned {str(value)[:60]!r}, which is not a number", place
             ) from None

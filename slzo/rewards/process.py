@@ -93,7 +93,11 @@ class RewardProcess:
             raise RewardFailure(names, f"took longer than {limit:g} s (timeout) and was stopped") from None
         except (OSError, EOFError):
             process = self._process
-            status = process.wait(timeout=10)
+            try:
+                status = process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise RewardFailure(names, "closed its connection to slzo, but did not end") from None
             self.kill()
             how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
             raise RewardFailure(names, f"ended the reward process {how}") from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.rewards.calls import MAX_REWARD, Answers, RewardCall, RewardFailure, call, find_function
+from slzo.rewards.calls import MAX_REWARD, Answers, RewardCall, RewardFailure, call, load_function
 from slzo.rewards.process import RewardProcess
 from slzo.rewards.registry import REWARDS, check_arguments, check_package
 from slzo.utils.errors import SlzoError
@@ -72,7 +72,7 @@ class Rewards:
             return
         for one in self.functions:
             try:
-                find_function(one.function)
+                load_function(one)
             except LookupError as error:
                 raise SlzoError(f"data.reward {one.function!r}: {error}") from error
 
@@ -113,7 +113,7 @@ class Rewards:
     def _call(self, answers: Answers) -> list[list[float]]:
         if self._process is not None:
             return self._process(answers)
-        return [call(one, find_function(one.function), answers) for one in self.functions]
+        return [call(one, load_function(one), answers) for one in self.functions]
 
     def _search(self, answers: Answers) -> int | None:
         """Return the index of the first answer that fails alone; ``None`` if none does or the search takes too long."""
@@ -147,6 +147,8 @@ def read_functions(given: object) -> tuple[RewardCall, ...]:
                 f"data.reward {one.function!r}: no such reward; choose one of {', '.join(sorted(REWARDS))}, or give "
                 "package.module.function or file.py:function"
             )
+        if not separator and one.function.endswith(".py"):
+            raise SlzoError(f"data.reward {one.function!r}: name the function too, as in {one.function}:function")
         if separator and not path.endswith(".py") and "/" in path:
             raise SlzoError(f"data.reward {one.function!r}: the file must end in .py")
         check_package(one.function)

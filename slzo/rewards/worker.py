@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from slzo.rewards.calls import RewardCall, RewardFailure, call, find_function
+from slzo.rewards.calls import RewardCall, RewardFailure, call, load_function
 from slzo.rewards.registry import RewardFunction
 from slzo.utils.errors import Interrupted
 
@@ -71,7 +71,7 @@ def main() -> None:
 def _load(wanted: Sequence[RewardCall], functions: list[RewardFunction]) -> tuple[str, str] | None:
     for one in wanted:
         try:
-            functions.append(find_function(one.function))
+            functions.append(load_function(one))
         except LookupError as error:
             return one.function, str(error)
     return None

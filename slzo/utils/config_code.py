@@ -30,23 +30,22 @@ CODE_OPTIONS = frozenset(
     }
 )
 """The options that take a class, a function, or the name of one."""
-GROUPS = frozenset(
+GROUPS: Mapping[str, str] = types.MappingProxyType(
     {
-        "",
-        "model",
-        "model.engine",
-        "data",
-        "profiler",
-        "guard",
-        "watch",
-        "answers",
-        "record",
-        "checkpoint",
-        "last_checkpoint",
-        "trainer",
+        "trainer": "length, validations, devices",
+        "model": "what is tuned and how",
+        "data": "task, rows, batches",
+        "profiler": "how the layer is found",
+        "checkpoint": "which state is the best",
+        "last_checkpoint": "the state to continue from",
+        "guard": "rolls back when the dev loss spikes",
+        "watch": "warns of steps that make no progress",
+        "record": "scores before and after, files of the run",
+        "answers": "generated answers in TensorBoard",
+        "model.engine": "speed and memory",
     }
 )
-"""The groups of options; a text in their place is the path of another file."""
+"""The groups of options with their titles, in the order of the help; a text in their place is the path of another file."""
 TRUST = "trust_remote_code"
 
 _PACKAGES = (
@@ -77,7 +76,7 @@ def code_in(config: Mapping[Any, Any], folders: Sequence[Path]) -> list[str]:
 
 
 def _entries(value: Any, name: str, folders: tuple[Path, ...]) -> Iterator[tuple[str, Any]]:
-    if name in GROUPS:
+    if not name or name in GROUPS:
         if not isinstance(value, Mapping):
             if value is not None:
                 yield name, value

@@ -149,13 +149,13 @@ class AutoStep:
         probe, given = _Probe(tuned, loss, seed, lowest), eps
         try:
             here = probe.here()
-            _check(here)
+            _check(here, lowest)
             if eps is None:
                 eps = _find_eps(probe, here, _EPS_SHARE["half" if half else "float32"])
             mean, square = probe.at(eps, _DIRECTIONS)
         finally:
             tuned.restore()
-        _check(mean)
+        _check(mean, lowest)
         if square == 0:
             advice = (
                 "give a larger value, or leave it out"
@@ -288,7 +288,7 @@ def _find_eps(probe: _Probe, here: float, share: float) -> float:
         if not math.isfinite(change) or not loss < _TOO_FAR * here:
             eps /= 30
         else:
-            _check(loss)
+            _check(loss, probe.lowest)
             if share / 3 < change / loss < 3 * share:
                 return float(f"{eps * share * loss / change:.2g}")
             eps = eps * 30 if change == 0 else eps * min(30.0, max(1 / 30, share * loss / change))
@@ -305,14 +305,22 @@ def _size_of_nonzero(tuned: TunedTensors) -> float:
     return math.sqrt(sum(float(m.square().sum()) for m in nonzero) / sum(m.numel() for m in nonzero))
 
 
-def _check(loss: float) -> None:
-    if not math.isfinite(loss):
+def _check(above: float, lowest: float) -> None:
+    """Check the loss above its lower bound."""
+    if not math.isfinite(above):
         raise SlzoError(
-            f"model.eps or model.optimizer.lr auto: the loss is {loss} before training; use model.dtype bfloat16 or float32, or "
+            f"model.eps or model.optimizer.lr auto: the loss is {above} before training; use model.dtype bfloat16 or float32, or "
             "a smaller model.eps"
         )
-    if loss <= 0:
+    if above > 0:
+        return
+    if lowest == 0:
         raise SlzoError(
-            f"model.eps or model.optimizer.lr auto: the loss is {loss:.4g}, and the measurement needs a loss above 0; give "
+            f"model.eps or model.optimizer.lr auto: the loss is {above:.4g}, and the measurement needs a loss above 0; give "
             "numbers instead of auto"
         )
+    raise SlzoError(
+        f"model.eps or model.optimizer.lr auto: the mean reward {-above - lowest:.4g} is not below the best one, "
+        f"data.objective.best {-lowest:.4g}, so nothing is left to learn; raise data.objective.best, or give numbers instead of "
+        "auto"
+    )

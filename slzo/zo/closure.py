@@ -36,7 +36,7 @@ class ClosureLoss(Loss):
             if point.rows.of != 1:
                 raise SlzoError("estimator: a closure evaluates only whole batches; leave divide_rows out")
             self.tuned.write(point.direction, point.scale)
-            losses.append(self.closure().float())
+            losses.append(torch.as_tensor(self.closure()).float())
         return torch.stack(losses)
 
     def gradient(self) -> tuple[float, Direction]:

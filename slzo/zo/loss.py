@@ -1,7 +1,7 @@
 """The loss of one batch of rows, as the estimators evaluate it."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -144,14 +144,19 @@ class BatchLogitLoss(_SummedLoss):
 
     def gradient(self) -> tuple[float, Direction]:
         context = self.context
-        (total, weight), gradient = back_propagate(context.forward.parts.model, context.tuned, self._here)
-        sums = context.reduce(torch.stack([total, weight]))
+        sums = torch.zeros(2, device=self.batch.packed.gold.device)
+        gradient: dict[str, Tensor] = {}
+        for piece in self._pieces():
+            found, of_piece = back_propagate(context.forward.parts.model, context.tuned, piece)
+            sums += torch.stack(found)
+            _add(gradient, of_piece)
+        sums = context.reduce(sums)
         return float(sums[0] / sums[1]), {name: context.reduce(own) / sums[1] for name, own in gradient.items()}
 
     def slope(self, direction: Direction) -> tuple[float, float]:
-        context = self.context
-        here = forward_derivative(context.forward.parts.model, context.tuned, direction, self._here)
-        sums = context.reduce(torch.stack(here))
+        context, model = self.context, self.context.forward.parts.model
+        found = [forward_derivative(model, context.tuned, direction, piece) for piece in self._pieces()]
+        sums = context.reduce(torch.stack([torch.stack(each) for each in found]).sum(dim=0))
         return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
@@ -169,16 +174,24 @@ class BatchLogitLoss(_SummedLoss):
             output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions, self.batch.max_tokens)
             gradient_of_output = torch.zeros_like(hidden)
             gradient_of_output[output.positions] = estimate(output).to(hidden.dtype)
-            for name, own in pull_back(gradient_of_output).items():
-                gradient[name] = gradient[name].add_(own) if name in gradient else own
+            _add(gradient, pull_back(gradient_of_output))
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
         sums = context.reduce(sums)
         mean = {name: context.reduce(own).div_(sums[1]) for name, own in gradient.items()}
         return OutputGradient(float(sums[0] / sums[1]), mean, evaluations)
 
-    def _here(self) -> LossSum:
-        return self.context.forward.loss(self.batch.packed, self.hidden, self.objective)
+    def _pieces(self) -> Iterator[Callable[[], LossSum]]:
+        """Yield functions that compute the loss of parts of the batch at the live weights."""
+        pieces = self.batch.packed.cut(self.batch.max_tokens)
+        for piece, states in zip(pieces, split_states(self.hidden, pieces), strict=True):
+            yield partial(self.context.forward.loss, piece, states, self.objective)
+
+
+def _add(gradient: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add a gradient to another one, in place."""
+    for name, own in more.items():
+        gradient[name] = gradient[name].add_(own) if name in gradient else own
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.engine import DType, Engine
@@ -41,6 +41,8 @@ class TrainingOptions:
     trust_remote_code: bool
 
     def __post_init__(self) -> None:
+        if self.dtype not in get_args(DType):
+            raise SlzoError(f"model.dtype {self.dtype!r}: choose one of {', '.join(get_args(DType))}")
         if self.max_nonfinite < 1:
             raise SlzoError(f"model.max_nonfinite {self.max_nonfinite}: must be at least 1 step before the run stops")
         if self.parallel not in ("rows", "directions") and (not isinstance(self.parallel, int) or self.parallel < 1):
@@ -49,6 +51,11 @@ class TrainingOptions:
                 "the directions of a step"
             )
         self.estimator.check(self.step.num_queries)
+        if self.estimator.differentiates and self.parallel not in ("rows", 1):
+            raise SlzoError(
+                f"model.parallel {self.parallel}: {self.estimator.describe()} differentiates and has no points to divide; use "
+                "rows, or SPSA"
+            )
         if self.estimator.perturbs_output:
             for name, value in (("eps", self.step.eps), ("eps_end", self.step.eps_end)):
                 if value is not None:

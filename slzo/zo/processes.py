@@ -9,7 +9,6 @@ from torch import Tensor
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
-from slzo.zo.tuned import Direction
 
 Parallel = Literal["rows", "directions"] | int
 """What is divided over processes: rows, directions, or both, with this number of processes for the directions of a step."""
@@ -45,12 +44,12 @@ class Processes:
 
     @property
     def of_rows(self) -> tuple[int, int]:
-        """Number of this process's rows, and of all sets of rows that the processes have."""
+        """Which set of rows this process has, counted from 0, and how many sets there are."""
         return self.rank // self.directions, self.number // self.directions
 
     @property
     def of_points(self) -> tuple[int, int]:
-        """Number of this process's points, and of all sets of points that the processes evaluate."""
+        """Which set of points this process evaluates, counted from 0, and how many sets there are."""
         return self.rank % self.directions, self.directions
 
 
@@ -112,23 +111,11 @@ class DividedDirections(Loss):
         rank, number = self.processes.of_points
         shares = points[0].rows.of  # the points that divide one batch stay on one process
         copies = len(points) // shares
-        first, stop = (copies * process // number * shares for process in (rank, rank + 1))
+        first, stop = (_bound(copies, process, number) * shares for process in (rank, rank + 1))
         losses = torch.zeros(len(points), device=self.device)
         if first < stop:
             losses[first:stop] = self.loss.at(points[first:stop])
         return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
-
-    def gradient(self) -> tuple[float, Direction]:
-        raise self._no_points()
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        raise self._no_points()
-
-    def _no_points(self) -> SlzoError:
-        parallel = "directions" if self.processes.of_rows[1] == 1 else self.processes.directions
-        return SlzoError(
-            f"model.parallel {parallel}: this model.estimator differentiates and has no points to divide; use rows, or SPSA"
-        )
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         def divided(output: LayerOutput) -> Tensor:
@@ -151,6 +138,11 @@ class DividedDirections(Loss):
         return self.loss.report
 
 
+def _bound(points: int, process: int, number: int) -> int:
+    """Return where the points of a process begin; the first process always has some, so that it can report them."""
+    return -(-points * process // number)
+
+
 class _DividedOutput(LayerOutput):
     """The output of a layer whose points are divided over processes, which exchange N times M losses."""
 
@@ -163,7 +155,7 @@ class _DividedOutput(LayerOutput):
 
     def losses(self, shifts: Tensor) -> Tensor:
         rank, number = self._processes.of_points
-        first, stop = (len(shifts) * process // number for process in (rank, rank + 1))
+        first, stop = (_bound(len(shifts), process, number) for process in (rank, rank + 1))
         losses = shifts.new_zeros(len(shifts), self.num_parts)
         if first < stop:
             losses[first:stop] = self._output.losses(shifts[first:stop])

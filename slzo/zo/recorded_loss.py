@@ -75,11 +75,3 @@ class ReplayedLoss(Loss):
             )
         self.losses += losses
         return torch.tensor(losses, dtype=torch.float32, device=self._device)
-
-    def gradient(self) -> tuple[float, Direction]:
-        """Raise NotImplementedError, because a log holds no gradient."""
-        raise NotImplementedError("a log of losses holds no gradient")
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        """Raise NotImplementedError, because a log holds no slope."""
-        raise NotImplementedError("a log of losses holds no slope")

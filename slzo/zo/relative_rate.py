@@ -56,10 +56,9 @@ class RelativeRate:
         Raises:
             SlzoError: All of them are 0.
         """
-        tensors = [tensor.live.detach().float() for _, tensor in tuned.items()]
-        nonzero = [tensor for tensor in tensors if tensor.any()]
+        nonzero = [tensor.live.detach() for _, tensor in tuned.items() if tensor.live.any()]
         chosen = [tensor for tensor in nonzero if tensor.dim() > 1] or nonzero
-        squares = sum(float(tensor.square().sum()) for tensor in chosen)
+        squares = sum(float(tensor.float().square().sum()) for tensor in chosen)
         if not squares:
             raise SlzoError(
                 "model.optimizer.lr auto: follows from the size of the tuned weights, and all of them are 0; give a number"

@@ -129,13 +129,21 @@ class Loss(ABC):
         the batch, even if the shares differ in size.
         """
 
-    @abstractmethod
     def gradient(self) -> tuple[float, Direction]:
-        """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters."""
+        """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters.
 
-    @abstractmethod
+        Raises:
+            NotImplementedError: The loss has only values. By default always.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gradient")
+
     def slope(self, direction: Direction) -> tuple[float, float]:
-        """Return the loss at the masters and its derivative along a direction, by forward-mode differentiation."""
+        """Return the loss at the masters and its derivative along a direction, by forward-mode differentiation.
+
+        Raises:
+            NotImplementedError: The loss has only values. By default always.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no slope")
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.

@@ -34,7 +34,7 @@ class ForwardGradient(Estimator):
             request.tuned.accumulate(gradient, direction, slope / request.num_queries)
             del direction  # freed before the next one is drawn
         mean = sum(losses) / len(losses)
-        return Estimate(mean, mean, mean, tuple(slopes), len(losses), gradient)
+        return Estimate(mean, mean, mean, tuple(slopes), 3 * len(losses), gradient)
 
     def evaluations(self, num_queries: int) -> float:
         return 3 * num_queries

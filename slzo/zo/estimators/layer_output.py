@@ -13,6 +13,7 @@ from slzo.zo.noise import row_noise
 # SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With likely tokens of the
 # vocabulary 16 are at least as good as 4 in equal time (COPA). If logits of all tokens are needed, a query costs more than the
 # rest of the step, so fewer are better, and one if each answer token has a loss of its own.
+_SCALE = 0.05
 _QUERIES, _QUERIES_WIDE, _QUERIES_PER_TOKEN = 16, 4, 1
 # With logits of all tokens a direction costs as much as a query, so fewer likely tokens are better.
 _TOKENS, _TOKENS_WIDE = 8, 2
@@ -72,7 +73,7 @@ class LayerOutputPerturbation(Estimator):
     def __init__(
         self,
         queries: int | None = None,
-        scale: float = 0.05,
+        scale: float = _SCALE,
         positions: Positions = "answer",
         tokens: int | None = None,
     ) -> None:
@@ -161,7 +162,10 @@ class LayerOutputPerturbation(Estimator):
         return 1 + 2 * queries if self.positions == "all" else 1 + queries / _QUERIES
 
     def describe(self) -> str:
-        return type(self).__name__ if self.queries is None else f"{type(self).__name__} ({self.queries} queries)"
+        given = {"queries": self.queries, "scale": self.scale, "positions": self.positions, "tokens": self.tokens}
+        usual = {"scale": _SCALE, "positions": "answer"}
+        words = [f"{name} {value}" for name, value in given.items() if value != usual.get(name)]
+        return f"{type(self).__name__} ({', '.join(words)})" if words else type(self).__name__
 
 
 def limit_noise(rest: Tensor, along: Tensor, num_queries: int) -> Tensor:

@@ -1,5 +1,7 @@
 """1 - accuracy of the best candidate."""
 
+import math
+
 from torch import Tensor
 
 from slzo.batches.losses import LossSum, RowLosses, by_example
@@ -16,8 +18,10 @@ class CandidateErrors(CandidateObjective):
         return self.of_row_scores(scores, batch).sum()
 
     def of_row_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
-        best = by_example(scores, batch).argmax(dim=-1)
+        by_row = by_example(scores, batch)
+        best = by_row.argmax(dim=-1)
         hits = by_example(batch.right.to(scores.dtype), batch).clamp(min=0)
         labelled = (hits.sum(dim=-1) > 0).to(scores.dtype)
         hit = hits.expand(*best.shape, -1).gather(-1, best[..., None])[..., 0]
-        return RowLosses(labelled - hit, labelled)
+        broken = by_row.isnan().any(dim=-1)  # a NaN would count as the best candidate
+        return RowLosses((labelled - hit).masked_fill(broken, math.nan), labelled)

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.linear_maps import is_norm, is_router, part_of
+from slzo.zo.scopes.linear_maps import is_norm, is_router, layer_parameters, part_of
 from slzo.zo.tuned import TunedTensors
 
 Part = Literal["layer", "attention", "mlp"]
@@ -34,11 +34,12 @@ class LayerScope(Scope):
         chosen = {}
         for layer in resolve_layers(self.layers, context):
             module = parts.layers[layer]
-            for path, tensor in module.named_parameters():
+            for name, tensor in layer_parameters(parts, layer).items():
+                path = name.removeprefix(f"{parts.layers_path}.{layer}.")
                 in_part = self.part == "layer" or part_of(module, path) == self.part
                 wanted = (self.norms or not is_norm(module, path)) and (self.routers or not is_router(module, path))
                 if in_part and wanted:
-                    chosen[f"{parts.layers_path}.{layer}.{path}"] = tensor
+                    chosen[name] = tensor
         if not chosen:
             raise SlzoError(
                 f"model.scope.part {self.part!r}: the layer has no such tensors; choose layer, attention or mlp"

@@ -1,5 +1,6 @@
 """The first layer with massive activations."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -29,6 +30,11 @@ class FirstOutlierLayer(SelectionRule):
     def __init__(
         self, max_abs: float = 100.0, ratio: float = 1000.0, fallback: Literal["error", "max_ratio_jump"] = "error"
     ) -> None:
+        for name, value in (("max_abs", max_abs), ("ratio", ratio)):
+            if not 0 <= value < math.inf:
+                raise SlzoError(f"profiler.rule.{name} {value}: must be a number of at least 0")
+        if fallback not in ("error", "max_ratio_jump"):
+            raise SlzoError(f"profiler.rule.fallback {fallback!r}: choose one of error, max_ratio_jump")
         self.max_abs = max_abs
         self.ratio = ratio
         self.fallback = fallback
