@@ -143,7 +143,7 @@ ANSWERS = [
     "--data.reward=length.py:length",
 ]
 FEATURES = {
-    "noise on the output": ["--model.estimator=LayerOutputPerturbation"],
+    "output perturbation": ["--model.estimator=LayerOutputPerturbation"],
     "first order": ["--model.estimator=Backprop"],
     "LoRA": ["--model.scope=LoRA"],
     "prefix tuning": ["--model.scope=PrefixTuning"],

@@ -1,8 +1,8 @@
 """Run methods on tasks with several seeds, each run in a separate process, and make tables like those of the paper.
 
-    python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml
-    python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml --only zero-shot dominant-ft
-    python tools/research/reproduce_tables.py --config configs/tables/smollm2.yaml --report
+    python tools/research/reproduce_tables.py --config configs/tables/nine-tasks.yaml
+    python tools/research/reproduce_tables.py --config configs/tables/nine-tasks.yaml --only zero-shot default
+    python tools/research/reproduce_tables.py --config configs/tables/nine-tasks.yaml --report
 
 A table config is a YAML file with these keys; options are those of ``slzo fit``, without the dashes:
 
