@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slzo.batches.packing import PackedBatch
+from slzo.data.blocks import prefix_blocks, prompt_blocks, training_blocks
 from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
@@ -184,7 +185,7 @@ def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
 
 def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabulary: int) -> Workload:
     """Return the largest passes of training and scoring, and the tokens that are cached."""
-    training = list(data.training_blocks())[: max_steps if max_steps > 0 else None]
+    training = list(training_blocks(data))[: max_steps if max_steps > 0 else None]
     largest = max(training, key=lambda block: block.num_tokens).pack()
     scoring = [packed for stage in ("dev", "test") if (packed := _scored(data, stage)) is not None]
     rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)
@@ -202,8 +203,8 @@ def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabula
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
         vocabulary_rows=max([rows, *(_vocabulary_rows(data, p) for p in scoring)]),
-        cached_tokens=sum(block.num_tokens for block in data.prefix_blocks()),
-        prompt_tokens=sum(block.num_tokens for block in data.prompt_blocks()),
+        cached_tokens=sum(block.num_tokens for block in prefix_blocks(data)),
+        prompt_tokens=sum(block.num_tokens for block in prompt_blocks(data)),
         answer_tokens=_answer_tokens(data, answers),
         train_tokens=tokens,
     )

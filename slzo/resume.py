@@ -11,6 +11,7 @@ import torch
 from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, check_commit, newest_checkpoint, write_checkpoint
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
+from slzo.data.balance import common_candidates
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import describe_quantization
 from slzo.report.run_files import ENVIRONMENT_FILE
@@ -74,6 +75,7 @@ def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]
 def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     """Return the note of a checkpoint on its tensors and their model; it holds only tensors and primitives."""
     options, model = prepared.options, prepared.model
+    candidates = None if rows.splits is None else common_candidates(rows.splits.train)
     return {
         "format": CHECKPOINT_FORMAT,
         **model.description(),
@@ -89,7 +91,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "chat": rows.task.chat is not None,
         "system_prompt": None if rows.task.chat is None else rows.task.chat.system,
         "chat_template": rows.chat_template,
-        "candidates": rows.common_candidates,
+        "candidates": None if candidates is None else list(candidates),
         "data": prepared.data.to_dict(),
         "environment": numerics(model.parts.model.device, rows.processes.number),
         "hub": loaded_from_hub(prepared, rows),

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import prompt_alone, prompt_key, prompt_with_gold
+from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
-from slzo.batches.packing import Block, PackedBatch, pack
+from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all
+from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all, one_class
 from slzo.data.batch import (
     EvalBatch,
     EvalCollator,
@@ -47,7 +47,7 @@ from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
-from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, AnswerF1, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
 from slzo.zo.objectives.choice import choose_objective
 from slzo.zo.processes import ALONE, Processes
 
@@ -257,13 +257,6 @@ class TaskRows:
         encoder = self.encoder
         return encoder.template if isinstance(encoder, ChatEncoder) and encoder.note is not None else None
 
-    @property
-    def common_candidates(self) -> list[str] | None:
-        """The candidates that all training rows have, else ``None``."""
-        examples = () if self.splits is None else self.splits.train
-        found = {example.candidates for example in examples}
-        return [*examples[0].candidates] if len(found) == 1 and len(examples[0].candidates) > 1 else None
-
     def running_score(self, device: torch.device) -> RunningScore:
         """Return new counters of the metrics and the loss."""
         return RunningScore(make_metrics(self.task), device, self._extra_metrics)
@@ -287,11 +280,7 @@ class TaskRows:
     @property
     def selection_metric(self) -> SelectionMetric:
         """Metric that compares checkpoints and summarizes a run."""
-        if isinstance(self.objective, Reward):
-            return SelectionMetric("reward", "reward", -self.objective.lowest)
-        if isinstance(self.objective, AnswerF1) and "f1" in self.task.metrics:
-            return SelectionMetric("f1", self.task.metric, 1.0)
-        return SelectionMetric("loss", self.task.metric)
+        return SelectionMetric.of(self.task, self.objective)
 
     def step_settings(self) -> dict[str, Any]:
         """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""
@@ -332,8 +321,9 @@ class TaskRows:
         )
         for note in self.splits.notes:
             say(note)
-        self._warn_of_unused_sources()
-        self._warn_of_one_class()
+        for warning in (self._source.unused(), one_class(self.task, self.splits.train)):
+            if warning is not None:
+                warn(warning)
         if self.num_demonstrations > len(self.demonstrations):
             raise SlzoError(
                 f"data.num_demonstrations {self.num_demonstrations}: only {len(self.demonstrations)} labelled training rows "
@@ -422,31 +412,6 @@ class TaskRows:
             skip_bad_rows=self.skip_bad_rows,
         )
 
-    def _warn_of_unused_sources(self) -> None:
-        """Warn about a source of rows that the task's own files or data_dir replace."""
-        if "train" in self.task.files:
-            reason = f"task {self.task.name!r} has its own files, such as {self.task.files['train']}"
-        elif self.data_dir is not None:
-            reason = f"the rows are read from data.data_dir {self.data_dir!r}"
-        else:
-            return
-        for name in (
-            ("data_dir", "hub_path", "hub_config") if "train" in self.task.files else ("hub_path", "hub_config")
-        ):
-            if (value := getattr(self, name)) is not None:
-                warn(f"data.{name} {value!r}: is not used, because {reason}; leave it out")
-
-    def _warn_of_one_class(self) -> None:
-        """Warn if all training rows of a classification task have the same answer."""
-        assert self.splits is not None
-        labelled = [example for example in self.splits.train if example.gold]
-        answers = {example.candidates[example.gold[0]] for example in labelled}
-        if self.task.kind is Kind.CLASSIFICATION and len(labelled) > 1 and len(answers) == 1:
-            warn(
-                f"data.task {self.task.name!r}: all {len(labelled)} training rows have the same answer, {answers.pop()!r}, so "
-                "training can only learn to always give it; add rows of other classes, or raise data.num_train"
-            )
-
     def _generates(self, split: str) -> bool:
         """Whether scoring a split generates answers."""
         is_predicted = split == "predict" and self.task.kind is Kind.GENERATION
@@ -527,50 +492,10 @@ class TaskRows:
             return self.eval_batch_tokens
         return _ACCELERATOR_TOKENS if self.on_accelerator else _CPU_TOKENS
 
-    def prefix_blocks(self) -> Iterator[Block]:
-        """Yield the blocks in which the prefixes of dev and training rows are computed and cached, most used rows first.
-
-        The blocks are the same after a resume. They include the training rows of all processes, because each process sees other
-        rows in later epochs.
-        """
-        plan = self.eval_plan("dev")
-        if not plan.share:  # batches with shared beginnings are not cached
-            for rows in plan.batches:
-                if not rows[0].prompt:
-                    yield Block([row.encoded for row in rows], self.share_prompts)
-        if not self.objective.generates:
-            yield from self.training_blocks()
-
-    def prompt_blocks(self) -> Iterator[Block]:
-        """Like :meth:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
-        plan = self.eval_plan("dev")
-        if not plan.share:
-            for rows in plan.batches:
-                if rows[0].prompt:
-                    for chunk in chunk_by_tokens([row.prompt for row in rows], self.scoring_tokens, share=False):
-                        chosen = (rows[number] for number in chunk)
-                        yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
-        if self.objective.generates:
-            for new in self._first_rows():
-                yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in new])
-
-    def training_blocks(self) -> Iterator[Block]:
-        """Yield the training batches of all processes, with each row only in the first batch that contains it."""
-        for new in self._first_rows():
-            yield Block([row.encoded for row in new], self.share_prompts)
-
-    def _first_rows(self) -> Iterator[list[Row]]:
-        """Yield each process's batches in the first epochs until all rows have been drawn, without rows of earlier batches."""
-        rows, seen = self.rows("train"), set[int]()
-        for epoch in range(epochs_for_all(self._classes) if self.balanced else 1):
-            for rank in range(self.processes.of_rows[1]):
-                sampler = self.sampler(rank=rank)
-                for step in range(len(sampler)):
-                    numbers = sampler.rows_of_step(epoch * len(sampler) + step)
-                    new = [number for number in dict.fromkeys(numbers) if number not in seen]
-                    seen.update(new)
-                    if new:
-                        yield [rows[number] for number in new]
+    @property
+    def num_epochs_of_all(self) -> int:
+        """Number of epochs until every training row has been drawn; more than one with ``balanced``."""
+        return epochs_for_all(self._classes) if self.balanced else 1
 
     def evaluator(
         self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from slzo.data.blocks import prefix_blocks, prompt_blocks
 from slzo.evaluation.evaluator import Evaluator
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model
@@ -77,7 +78,7 @@ def tune(
 
 def plan_prefix(model: TunedModel, rows: TaskRows) -> None:
     """Decide which rows have their prefix states cached, and which rows are computed together."""
-    model.plan_prefix(rows.prefix_blocks(), rows.prompt_blocks())
+    model.plan_prefix(prefix_blocks(rows), prompt_blocks(rows))
 
 
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:

@@ -8,6 +8,7 @@ from helpers import last_checkpoint, same_tensors, tuned
 
 from slzo.__main__ import main
 from slzo.data.balance import balanced_order, classes_of, describe_balance, epochs_for_all
+from slzo.data.blocks import training_blocks
 from slzo.data.sampler import StepBatchSampler
 from slzo.datamodule import TaskDataModule
 from slzo.tasks.base import Example
@@ -93,7 +94,7 @@ def test_a_row_is_in_one_block(unequal, capsys):
     places = named["model.model"], named["data.data_dir"]
     data = TaskDataModule("sst2", *places, num_train=36, num_dev=16, batch_size=8, balanced=True, seed=0)
     data.setup("fit")
-    keys = [key for block in data.training_blocks() for key in block.keys]
+    keys = [key for block in training_blocks(data) for key in block.keys]
     assert len(keys) == len(set(keys))
     assert len(keys) >= 34  # of 36 rows
 

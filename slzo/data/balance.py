@@ -24,14 +24,33 @@ def check_has_classes(task: Task) -> None:
         )
 
 
+def common_candidates(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    """Return the candidates that all rows have; ``None`` if they differ, or if there are fewer than two."""
+    found = {example.candidates for example in examples}
+    candidates = found.pop() if len(found) == 1 else ()
+    return candidates if len(candidates) > 1 else None
+
+
+def one_class(task: Task, examples: Sequence[Example]) -> str | None:
+    """Return a warning if all training rows of a classification task have the same answer."""
+    labelled = [example for example in examples if example.gold]
+    answers = {example.candidates[example.gold[0]] for example in labelled}
+    if task.kind is not Kind.CLASSIFICATION or len(labelled) < 2 or len(answers) > 1:
+        return None
+    return (
+        f"data.task {task.name!r}: all {len(labelled)} training rows have the same answer, {answers.pop()!r}, so training can "
+        "only learn to always give it; add rows of other classes, or raise data.num_train"
+    )
+
+
 def classes_of(examples: Sequence[Example]) -> list[int]:
     """Return the class of each labelled row: the index of its first correct candidate.
 
     Raises:
         SlzoError: If the rows have different candidates, or a candidate is never correct.
     """
-    candidates = examples[0].candidates
-    if any(example.candidates != candidates for example in examples):
+    candidates = common_candidates(examples)
+    if candidates is None:
         raise SlzoError(
             "data.balanced true: the rows have different candidates, so there are no classes to balance; leave it out"
         )

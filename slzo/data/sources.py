@@ -62,6 +62,18 @@ class RowSource:
     columns: bool = False
     skip_bad_rows: bool = False
 
+    def unused(self) -> str | None:
+        """Return a warning about a source of rows that the task's own files or data_dir replace."""
+        given = {"data_dir": self.data_dir, "hub_path": self.hub_path, "hub_config": self.hub_config}
+        if "train" in self.task.files:
+            reason = f"task {self.task.name!r} has its own files, such as {self.task.files['train']}"
+        elif given.pop("data_dir") is not None:
+            reason = f"the rows are read from data.data_dir {self.data_dir!r}"
+        else:
+            return None
+        unused = [f"data.{name} {value!r}" for name, value in given.items() if value is not None]
+        return f"{', '.join(unused)}: not used, because {reason}; leave it out" if unused else None
+
     def read(self, split: Split) -> SourceRows:
         """Read ``"train"``, ``"test"`` (the Hub's validation split), or ``"dev"`` for a task with a dev file.
 

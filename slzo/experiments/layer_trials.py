@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from slzo.data.batch import EvalBatch, TrainBatch
+from slzo.data.blocks import prefix_blocks
 from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -332,7 +333,7 @@ class LayerTrials(Trials):
 
     def _fill_prefix(self, model: TunedModel) -> None:
         """Compute the states of every row for which the cache has room."""
-        for block in self.rows.prefix_blocks():
+        for block in prefix_blocks(self.rows):
             model.forward.prefix(block.pack().to(model.parts.model.device))
 
     def _carry_prefix(self, layer: int | None) -> None:
@@ -345,7 +346,7 @@ class LayerTrials(Trials):
             return
         moved = cache.empty_like(layer)
         with torch.no_grad():
-            for block in self.rows.prefix_blocks():  # in the same blocks as they were computed
+            for block in prefix_blocks(self.rows):  # in the same blocks as they were computed
                 if not all(key in cache for key in block.keys):
                     continue
                 batch = block.pack()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from slzo.data.blocks import prefix_blocks
 from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
@@ -164,7 +165,7 @@ def _train(
 def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
     """Compute the states below the tuned layer for all training and dev rows."""
     plan_prefix(model, rows)
-    for batch in rows.prefix_blocks():
+    for batch in prefix_blocks(rows):
         model.forward.prefix(batch.pack().to(model.parts.model.device))
 
 
