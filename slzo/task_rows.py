@@ -48,7 +48,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
-from slzo.zo.objectives.choice import choose_objective
+from slzo.zo.objectives.choice import choose_objective, selection_metric
 from slzo.zo.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class TaskRows:
     @property
     def selection_metric(self) -> SelectionMetric:
         """Metric that compares checkpoints and summarizes a run."""
-        return SelectionMetric.of(self.task, self.objective)
+        return selection_metric(self.task, self.objective)
 
     def step_settings(self) -> dict[str, Any]:
         """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""

@@ -8,10 +8,10 @@ from helpers import last_checkpoint, same_tensors, tuned
 
 from slzo.__main__ import main
 from slzo.data.balance import balanced_order, classes_of, describe_balance, epochs_for_all
-from slzo.data.blocks import training_blocks
 from slzo.data.sampler import StepBatchSampler
 from slzo.datamodule import TaskDataModule
 from slzo.tasks.base import Example
+from slzo.training import training_blocks
 from slzo.utils.errors import SlzoError
 
 CLASSES = [0] * 30 + [1] * 7 + [2] * 3

@@ -120,7 +120,7 @@ class ChatEncoder(Encoder):
         if room < 1:
             raise SlzoError(
                 f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; "
-                f"{self._advice}, or lower data.task.max_new_tokens"
+                f"{self.length_advice}, or lower data.task.max_new_tokens"
             )
         return tuple(self._fit(example, self._solved(demonstrations), None, room)[0])
 
@@ -153,7 +153,7 @@ class ChatEncoder(Encoder):
             subject = "the template" if answer is None else "the answer with the template"
             raise RowError(
                 f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {error.length} tokens, and "
-                f"{room} are available; {self._advice}, or leave out the example"
+                f"{room} are available; {self.length_advice}, or leave out the example"
             ) from None
         except ValueError as error:  # of the template
             raise RowError(f"{example.location}: {error}; give rows that it supports, or another template") from error

@@ -45,7 +45,8 @@ class Encoder:
         self._num_front, self._num_back = _num_specials(tokenizer)
 
     @property
-    def _advice(self) -> str:
+    def length_advice(self) -> str:
+        """What to do about a sequence that is too long."""
         return "use a model that takes longer sequences" if self.limited_by_model else "raise it"
 
     def encode(
@@ -93,7 +94,7 @@ class Encoder:
         if room <= self._num_front:
             raise SlzoError(
                 f"data.max_length {self.max_length}: leaves no room for a prompt with {max_new_tokens} new tokens; "
-                f"{self._advice}"
+                f"{self.length_advice}"
             )
         return self._cut(self._tokenize([_demonstration_text(demonstrations) + example.prompt])[0].ids, room)
 
@@ -115,7 +116,7 @@ class Encoder:
         if needed > self.max_length:
             raise RowError(
                 f"data.max_length {self.max_length}: the answer {shown} of {example.location} needs {needed} tokens,"
-                f" including the one before it; {self._advice}, or leave out the example"
+                f" including the one before it; {self.length_advice}, or leave out the example"
             )
 
     def _cut(self, ids: list[int], length: int) -> tuple[int, ...]:

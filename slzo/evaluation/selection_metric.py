@@ -3,11 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from slzo.rewards.registry import PERPLEXITY
-from slzo.tasks.base import Task
-from slzo.zo.objectives import AnswerF1, Objective, Reward
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,6 @@ class SelectionMetric:
     name: str
     metric: str
     best: float | None = None
-
-    @classmethod
-    def of(cls, task: Task, objective: Objective) -> Self:
-        """Return the metric of a task and of what training minimizes."""
-        if isinstance(objective, Reward):
-            return cls("reward", "reward", -objective.lowest)
-        if isinstance(objective, AnswerF1) and "f1" in task.metrics:
-            return cls("f1", task.metric, 1.0)
-        return cls("loss", task.metric)
 
     @property
     def mode(self) -> Literal["min", "max"]:

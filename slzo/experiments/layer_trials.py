@@ -13,12 +13,20 @@ from typing import Any
 import torch
 
 from slzo.data.batch import EvalBatch, TrainBatch
-from slzo.data.blocks import prefix_blocks
 from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.task_rows import TaskRows
-from slzo.training import auto_rate, make_evaluator, make_stepper, measure_step, needs_measuring, plan_prefix, tune
+from slzo.training import (
+    auto_rate,
+    make_evaluator,
+    make_stepper,
+    measure_step,
+    needs_measuring,
+    plan_prefix,
+    prefix_blocks,
+    tune,
+)
 from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point

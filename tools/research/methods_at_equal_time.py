@@ -22,13 +22,21 @@ from typing import Any
 
 import torch
 
-from slzo.data.blocks import prefix_blocks
 from slzo.experiments.store import CellStore
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
-from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
+from slzo.training import (
+    adapt_rows,
+    auto_rate,
+    load_parts,
+    make_evaluator,
+    make_stepper,
+    plan_prefix,
+    prefix_blocks,
+    tune,
+)
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions

@@ -1,10 +1,11 @@
-"""The choice of the objective and of the rewards that are reported, checked against the task."""
+"""The choice of the objective, of the rewards that are reported, and of the metric that selects a checkpoint."""
 
 from typing import Any
 
+from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, AnswerF1, Objective, Reward
 
 
 def choose_objective(
@@ -37,3 +38,12 @@ def choose_objective(
             "or the rows' answers in data.task.answer_field"
         )
     return objective, rewards
+
+
+def selection_metric(task: Task, objective: Objective) -> SelectionMetric:
+    """Return the metric that compares checkpoints and summarizes a run."""
+    if isinstance(objective, Reward):
+        return SelectionMetric("reward", "reward", -objective.lowest)
+    if isinstance(objective, AnswerF1) and "f1" in task.metrics:
+        return SelectionMetric("f1", task.metric, 1.0)
+    return SelectionMetric("loss", task.metric)
