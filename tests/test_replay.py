@@ -107,7 +107,7 @@ def test_other_options_do_not_take_the_old_steps(fit, forward_passes, capsys):
     forward_passes.clear()
     ckpt = "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"
     assert main([*fit, "--model.eps=2e-3", ckpt]) == 0
-    assert "Options that steps depend on have changed" in capsys.readouterr().out
+    assert "warning: options that steps depend on have changed" in capsys.readouterr().err
     assert forward_passes == [2, 3, 4, 5]
     # a longer run with a constant rate is the same run
     forward_passes.clear()

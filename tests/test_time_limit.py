@@ -27,7 +27,7 @@ from slzo.callbacks.time_limit import TimeLimit
 from slzo.datamodule import TaskDataModule
 from slzo.experiments import timing
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer, timed_defaults
+from slzo.trainer import ZOTrainer, limit_defaults
 from slzo.utils.errors import SlzoError
 from slzo.zo.selection import Race
 from slzo.zo.time_plan import Passes, RunTimes, TimeBudget, TimePlan
@@ -231,10 +231,11 @@ def test_another_fit_of_a_trainer_takes_its_own_steps(model_dir, data_dir, own_f
 
 @pytest.mark.fast
 def test_the_time_alone_limits_unless_steps_are_given():
-    assert timed_defaults({"max_time": "00:01:00:00"}) == {"max_steps": -1, "val_check_interval": "00:01:00:00"}
-    assert timed_defaults({"max_time": {"hours": 1}, "max_steps": -1})["max_steps"] == -1
-    assert timed_defaults({"max_time": "00:01:00:00", "max_steps": 9}) == {}
-    assert timed_defaults({"max_steps": -1}) == timed_defaults({"max_time": None}) == {}
+    assert limit_defaults({"max_time": "00:01:00:00"}) == {"max_steps": -1, "val_check_interval": "00:01:00:00"}
+    assert limit_defaults({"max_time": {"hours": 1}, "max_steps": -1})["max_steps"] == -1
+    assert limit_defaults({"max_time": "00:01:00:00", "max_steps": 9}) == {}
+    assert limit_defaults({"max_steps": -1}) == limit_defaults({"max_time": None}) == {}
+    assert limit_defaults({"max_epochs": 3}) == {"max_steps": -1}
 
 
 @pytest.mark.fast
