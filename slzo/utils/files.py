@@ -209,6 +209,8 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # raised by a library, not by the operating system
             raise
+        if isinstance(error, BrokenPipeError):
+            raise SlzoError("standard output: was closed while the command ran; write it to a file instead") from error
         where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
         if isinstance(error, FileNotFoundError):
             raise SlzoError(
