@@ -398,3 +398,22 @@ def test_a_reward_above_the_best_one_is_named():
         SlzoError, match=r"the mean reward 3.2 is not below the best one, data.objective.best 1, .*raise"
     ):
         AutoStep.measure(tuned, loss, 0, eps=1e-3, lowest=-1.0)
+
+
+def test_a_scope_that_perturbs_some_tensors_per_step_is_measured_on_several():
+    weights = {name: nn.Parameter(torch.ones(4, 4)) for name in "abc"}
+    tuned, seen = TunedTensors(weights, subset=lambda seed, step: ["abc"[step % 3]]), set()
+
+    def square(points):
+        seen.update(name for point in points for name in point.direction)
+        losses = []
+        for point in points:
+            moved = [
+                1 + point.scale * point.direction[name] if name in point.direction else torch.ones(4, 4)
+                for name in "abc"
+            ]
+            losses.append(sum(float(each.square().sum()) for each in moved))
+        return torch.tensor(losses)
+
+    AutoStep.measure(tuned, LossAt(square), 0, eps=1e-3)
+    assert seen == {"a", "b", "c"}

@@ -271,7 +271,9 @@ class _Probe:
         """Return mean loss and mean squared slope at distance ``eps`` along some directions."""
         losses, squares = [], []
         for query in range(directions):
-            z = self.tuned.draw(self.seed, _PROBE_STEP, query)
+            # a step perturbs one subset of the tensors, and the measurement should see several
+            step = _PROBE_STEP if self.tuned.subset is None else _PROBE_STEP + query
+            z = self.tuned.draw(self.seed, step, query)
             high, low = self.loss.at([Point(z, eps), Point(z, -eps)]).tolist()
             losses.append((high + low) / 2 - self.lowest)
             squares.append(((high - low) / (2 * eps)) ** 2)
