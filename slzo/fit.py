@@ -54,7 +54,7 @@ from slzo.training import (
     restored_rate,
     tune,
 )
-from slzo.utils.console import say
+from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.utils.runtime import gather_from_processes, peak_memory_gb
@@ -149,7 +149,7 @@ def choose_layer(
         try:  # the profile is only drawn here, so an error must not stop the run
             return profile_model(parts, rows, profiler, "the layer is given", given)[0], given
         except SlzoError as error:
-            say(f"No outlier profile: {error}")
+            warn(f"no outlier profile: {error}")
             return None, given
     if profiler is None:
         raise SlzoError(

@@ -194,8 +194,8 @@ class ZOTrainer(Trainer):
             ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
             weights_only: Passed on.
         """
-        path = self._to_score(ckpt_path, model)
         with self._running():
+            path = self._to_score(ckpt_path, model)
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
 
     def _running(self, begun: int = 0) -> AbstractContextManager[None]:
