@@ -23,7 +23,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
 
     @cached_property
     def _groups(self) -> dict[int, tuple[Any, Any]]:
-        """Groups of processes by number of directions, see :func:`_groups_of`."""
+        """Process groups that share rows or points, by number of directions, see :func:`_groups_of`."""
         return {}
 
     @property

@@ -7,7 +7,7 @@ when        function                            what happens
                                                 measure the first step, plan for a limited time
 step 0      :func:`score_test_rows`,            score the held-out rows with the untuned model
             :func:`predict_samples`
-each step   ``Stepper.step``                    prefix, losses at perturbed weights, gradient, optimizer step
+each step   ``Stepper.step``                    prefix, losses at perturbed outputs or weights, gradient, step
 at the end  :func:`finish`                      score the best checkpoint, write summary, samples and report
 ==========  ==================================  ======================================================================
 

@@ -362,7 +362,7 @@ class ZOModule(LightningModule):
     # ---- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, StepResult]:
-        """Take one zeroth-order step; callbacks get its result."""
+        """Take one training step; callbacks get its result."""
         started, every = time.perf_counter(), getattr(self.trainer, "log_every_n_steps", 1)
         measure_update = every > 0 and (self.global_step + 1) % every == 0
         optimizer, scheduler = cast("Optimizer", self.optimizers()), self.lr_schedulers()

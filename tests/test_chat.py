@@ -13,7 +13,7 @@ from slzo.batches.losses import answer_loss
 from slzo.batches.packing import pack
 from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.data.sources import RowSource
-from slzo.data.splits import draw_splits, part_test
+from slzo.data.splits import draw_splits, split_off_test
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
@@ -204,11 +204,11 @@ def rows_of(count, prefix="p"):
 
 def test_held_out_rows_are_drawn_once_for_all_seeds_and_in_no_other_split():
     pool = [*rows_of(50), Example("twin", "p says 3", (" b",), (0,))]
-    train, test, notes = part_test(pool, None)
+    train, test, notes = split_off_test(pool, None)
     assert len(test) == 10
     assert sum("Left out 1 rows" in note for note in notes) == ("p says 3" in {example.prompt for example in test})
     assert not {example.prompt for example in train} & {example.prompt for example in test}
-    again = part_test(pool[::-1], 4)
+    again = split_off_test(pool[::-1], 4)
     assert {example.prompt for example in again[1]} <= {example.prompt for example in test}
     assert len(again[1]) == 4
     splits = draw_splits(train, test, num_train=30, num_dev=5, num_test=None, seed=1)

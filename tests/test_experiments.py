@@ -99,8 +99,8 @@ def test_a_step_size_that_is_known_is_not_measured_again(options):
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (AUTO, {"caches": True, "carries": True, "measuring": 25, "measures_rate": True}),
-        (["--model.engine.cache_dtype=bfloat16"], {"carries": False, "measuring": 0, "measures_rate": False}),
+        (AUTO, {"caches": True, "reuses_states": True, "measuring": 25, "measures_rate": True}),
+        (["--model.engine.cache_dtype=bfloat16"], {"reuses_states": False, "measuring": 0, "measures_rate": False}),
         (["--model.engine.cache_gb=0", "--model.num_queries=3"], {"caches": False, "evaluations": 6, "dev_rows": 10}),
         ([*AUTO, "--model.dtype=bfloat16"], {"measuring": 25, "measures_rate": False}),
     ],
@@ -108,7 +108,7 @@ def test_a_step_size_that_is_known_is_not_measured_again(options):
 def test_the_cost_of_a_step_follows_the_options(options, extra, expected):
     trials = trials_of(options, *extra)
     cost = trials.cost(10)
-    assert (cost.num_layers, cost.batch_size, cost.head_layers) == (4, 8, 0)
+    assert (cost.num_layers, cost.batch_size, cost.head_cost) == (4, 8, 0)
     assert {name: getattr(trials if name == "measures_rate" else cost, name) for name in expected} == expected
     assert trials.cost(1000).dev_rows == trials.num_dev == 16
     assert trials.num_train == 40

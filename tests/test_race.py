@@ -53,7 +53,7 @@ def test_a_race_costs_what_it_says_and_no_more_than_its_share(share):
 
 
 def test_whole_vocabulary_logits_cost_every_layer_the_same():
-    steps = plan((11, 29), cost=replace(COST, head_layers=9.0), reference=29).steps
+    steps = plan((11, 29), cost=replace(COST, head_cost=9.0), reference=29).steps
     assert (2 * steps[29] + 25) / (2 * steps[11] + 25) == pytest.approx((30 - 11 + 9) / (30 - 29 + 9), rel=0.1)
 
 
@@ -80,7 +80,7 @@ def test_a_step_size_that_is_known_leaves_more_steps_for_all():
     assert known.share == pytest.approx(plain.share, rel=0.005)
 
 
-@pytest.mark.parametrize(("cost", "lost"), [({}, 1), ({"carries": False}, 29), ({"caches": False}, 0)])
+@pytest.mark.parametrize(("cost", "lost"), [({}, 1), ({"reuses_states": False}, 29), ({"caches": False}, 0)])
 def test_states_that_are_not_carried_on_or_not_kept_are_counted(cost, lost):
     found = plan((28, 29), share=2.0, cost=replace(COST, **cost), total_steps=320, num_train=200)
     depth = {layer: 31.5 if lost == 0 else 31.5 - layer for layer in found.steps}

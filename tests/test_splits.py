@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from slzo.data.splits import divide, draw_splits, least_rows, part_test
+from slzo.data.splits import divide, draw_splits, least_rows, split_off_test
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 
@@ -112,12 +112,12 @@ def test_too_few_rows_are_refused():
 
 def test_held_out_rows_leave_enough_for_the_others():
     repeated = [Example(f"x{number}", f"p {number % 4}", ()) for number in range(60)]
-    train, test, notes = part_test(repeated, None, least=3)
+    train, test, notes = split_off_test(repeated, None, least=3)
     assert len(test) == 1
     assert len({example.prompt for example in train}) == 3
     assert notes == ("Left out 14 rows whose prompts are also in held-out rows.",)
     with pytest.raises(SlzoError, match=r"^data.task.train_file: .* at least 5 rows with different .*, and it has 4"):
-        part_test(repeated, None, least=4)
+        split_off_test(repeated, None, least=4)
 
 
 def test_notes_say_what_was_taken():

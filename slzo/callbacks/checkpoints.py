@@ -61,8 +61,8 @@ class LastCheckpoint(Checkpoint):
 
     It saves only where Lightning can restart exactly: after a validation, and after a step that no validation follows. Ctrl-C
     and SIGTERM stop a run at the next such place, which is the same for all processes. A second signal stops it at once without
-    saving. A later resume repeats the lost steps from the log of losses. In a SLURM job SIGUSR1 also stops it there, and then
-    the job goes back into the queue.
+    saving. With weight perturbation a later resume repeats the lost steps from the log of losses. In a SLURM job SIGUSR1 also
+    stops it there, and then the job goes back into the queue.
 
     The state after the last step replaces ``last.ckpt`` only when everything else is done. A run that is killed while its
     held-out rows are scored therefore has steps left, and a resume finishes it normally. The last step is always validated,
@@ -97,7 +97,7 @@ class LastCheckpoint(Checkpoint):
         self._stop = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals. The first step is saved, so that a resume after a crash can use the log of losses."""
+        """Handle signals. The first step is saved, so that a resume after a crash has a checkpoint."""
         if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(signal.SIGTERM)
         self._saved_step = self._final_step = -1

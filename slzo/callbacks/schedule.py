@@ -1,4 +1,4 @@
-"""When Lightning validates, where a run is written and its callbacks, from the public attributes of its trainer."""
+"""Says when Lightning validates, where a run is written, and which callbacks it has, from its trainer's public attributes."""
 
 import math
 from pathlib import Path

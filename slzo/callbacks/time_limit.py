@@ -14,7 +14,9 @@ _MAX_SLOWDOWN = 2.0
 
 
 class TimeLimit(Callback):
-    """Gives a run a time. :func:`slzo.fit.prepare` plans its steps and validations; this callback ends it if they are slower.
+    """Ends a run after a given time.
+
+    :func:`slzo.fit.prepare` plans its steps and validations; this callback ends it if they are slower.
 
     The run stops after the last step that leaves enough time for the last validation and the scores at the end. Without a plan,
     for other modules, it stops when the time is over.

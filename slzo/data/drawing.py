@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from slzo.data.sources import RowSource
-from slzo.data.splits import Splits, check_numbers, check_shared_ids, draw_splits, least_rows, part_test
+from slzo.data.splits import Splits, check_numbers, check_shared_ids, draw_splits, least_rows, split_off_test
 
 
 def draw_from(
@@ -39,7 +39,7 @@ def draw_from(
     if divided and train is not None:
         origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"
         least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
-        train, test, repeats = part_test(train, num_test, least)
+        train, test, repeats = split_off_test(train, num_test, least)
         notes += repeats
     drawn = draw_splits(
         train if needs_train else None,

@@ -108,7 +108,7 @@ def check_numbers(num_train: int, num_dev: int, num_test: int | None) -> None:
             raise SlzoError(f"data.{option} {value}: must be a whole number of at least {least}; raise it")
 
 
-def part_test(
+def split_off_test(
     pool: Sequence[Example], num_test: int | None, least: int = 0
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
     """Divide the rows of a task without test rows into training and test rows, and return them with notes for the log.

@@ -118,10 +118,10 @@ class LayerTrials(Trials):
             evaluations=options.estimator.evaluations(options.step.num_queries),
             measuring=_MEASURING if options.estimator.along_directions and needs_measuring(options) else 0,
             dev_rows=min(dev_rows, self.num_dev),
-            head_layers=self._head_layers(),
+            head_cost=self._head_cost(),
             measured=frozenset(layer for layer in self._measured if layer is not None),
             caches=engine.cache_gb > 0,
-            carries=not rounds,
+            reuses_states=not rounds,
         )
 
     def step_size(self, layer: int) -> AutoStep:
@@ -381,7 +381,7 @@ class LayerTrials(Trials):
         risen = after > metric.largest(before, _DIVERGED)
         return f"the {metric.description} rose from {before:.3g} to {after:.3g}" if risen else ""
 
-    def _head_layers(self) -> float:
+    def _head_cost(self) -> float:
         """Return the cost of a training batch's whole-vocabulary logits, as a number of layers; 0 if the loss needs none."""
         objective, parts = self.rows.objective, self.parts
         if not isinstance(objective, LogitObjective):

@@ -58,7 +58,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
 
 
 class _Still(Optimizer):
-    """Moves nothing."""
+    """Changes nothing, so that steps can be timed."""
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
         super().__init__(params, {"lr": 0.0})

@@ -17,7 +17,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Kind(StrEnum):
-    """How a task is trained and scored (PROTOCOL of MeZO's ``large_models``)."""
+    """How a task is trained and scored as in MeZO's ``large_models``."""
 
     CLASSIFICATION = "classification"
     """Trained by cross-entropy over the candidates' scores, scored by the best candidate."""

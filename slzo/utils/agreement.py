@@ -1,4 +1,4 @@
-"""Check that all processes of a run were started alike."""
+"""Check that all processes of a run have the same options and versions."""
 
 from collections.abc import Mapping
 from typing import Any

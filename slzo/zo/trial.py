@@ -22,10 +22,10 @@ class StepCost:
         evaluations: Evaluations of the batch per step.
         measuring: Evaluations that measure the step size before the first step.
         dev_rows: Rows per dev score.
-        head_layers: Cost of logits over the whole vocabulary, as a number of layers.
+        head_cost: Cost of logits over the whole vocabulary, as a number of layers.
         measured: Layers whose step size is already known.
         caches: Whether the states that enter a layer are cached.
-        carries: Whether a trial computes its states from the cached states of an earlier trial in a lower layer.
+        reuses_states: Whether a trial computes its states from the cached states of an earlier trial in a lower layer.
     """
 
     num_layers: int
@@ -33,14 +33,14 @@ class StepCost:
     evaluations: float
     measuring: float = 0
     dev_rows: int = 0
-    head_layers: float = 0.0
+    head_cost: float = 0.0
     measured: frozenset[int] = frozenset()
     caches: bool = True
-    carries: bool = True
+    reuses_states: bool = True
 
     def layers(self, lowest: int) -> float:
         """Return the cost of one evaluation of a row if ``lowest`` is the first tuned layer."""
-        return self.num_layers - (lowest if self.caches else 0) + OVERHEAD_LAYERS + self.head_layers
+        return self.num_layers - (lowest if self.caches else 0) + OVERHEAD_LAYERS + self.head_cost
 
     def step(self, layer: int) -> float:
         """Return the cost of one step in a layer."""
@@ -50,7 +50,7 @@ class StepCost:
         """Return the cost of measuring the step size in a layer."""
         return self.measuring * self.batch_size * self.layers(layer)
 
-    def spared(self, layers: Iterable[int]) -> float:
+    def already_paid(self, layers: Iterable[int]) -> float:
         """Return the cost of measurements that were already made in some of the layers."""
         return sum(self.measure(layer) for layer in self.measured.intersection(layers))
 

@@ -166,11 +166,11 @@ def plan_race(
     running = sorted(candidates)
     while len(running) > 1:
         overhead = _overhead(running, cost, num_train)
-        budget = (share * training - overhead + cost.spared(running)) / len(running)
+        budget = (share * training - overhead + cost.already_paid(running)) / len(running)
         steps = {layer: min(int((budget - cost.measure(layer)) / cost.step(layer)), total_steps) for layer in running}
         if min(steps.values()) >= _MIN_STEPS:
             runs = sum(cost.measure(layer) + number * cost.step(layer) for layer, number in steps.items())
-            spent = (overhead + runs - cost.spared(running)) / training
+            spent = (overhead + runs - cost.already_paid(running)) / training
             return RacePlan(steps, tuple(sorted(set(candidates) - set(running))), spent, reference)
         running.remove(next(layer for layer in running if layer != reference))
     return RacePlan({}, tuple(candidates), 0.0, reference)
@@ -179,7 +179,7 @@ def plan_race(
 def _overhead(candidates: Sequence[int], cost: StepCost, num_train: int) -> float:
     """Return the cost other than measurements and steps: dev losses, and states that the main training cannot reuse."""
     rows = cost.dev_rows + min(num_train, _NUM_BATCHES * cost.batch_size)
-    extra_layers = (max(candidates) if cost.carries else sum(candidates)) - min(candidates) if cost.caches else 0
+    extra_layers = (max(candidates) if cost.reuses_states else sum(candidates)) - min(candidates) if cost.caches else 0
     return rows * extra_layers + sum(2 * cost.dev_rows * cost.layers(layer) for layer in candidates)
 
 
