@@ -29,7 +29,7 @@ def path(tmp_path):
     return tmp_path / "last.ckpt"
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(content=st.dictionaries(st.text(), VALUES))
 def test_what_is_written_is_read(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.ckpt"

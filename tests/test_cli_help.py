@@ -42,7 +42,7 @@ def test_slzo_comes_first_and_lightning_on_request(capsys):
 
 
 def test_every_option_has_a_text_and_shows_its_default(capsys):
-    for command in COMMANDS:
+    for command in ("fit", "sweep", "export", "generate"):
         options = re.split(r"\n(?=  --|\S|\n)", printed(capsys, command, "--help"))
         texts = [" ".join(option.split()[1:]) for option in options if option.startswith("  --")]
         assert texts
