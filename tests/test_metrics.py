@@ -187,10 +187,11 @@ def test_a_generated_answer_has_a_row_score_in_every_metric():
     assert row_score("accuracy", example, 0) == 1.0
 
 
-def test_a_loss_that_is_not_a_number_is_not_left_out():
+@pytest.mark.parametrize(("totals", "mean"), [((6.0, 14.0), 20 / 64), ((torch.nan, 14.0), torch.nan)])
+def test_the_loss_is_the_mean_over_rows_and_no_value_is_left_out(totals, mean):
     score = RunningScore(make_metrics(get_task("sst2")), torch.device("cpu"))
     example = Example("a", "It was", (" bad", " good"), (1,))
-    for total in (torch.nan, 1.2):
-        loss = LossSum(torch.tensor(total), torch.tensor(4.0))
+    for total, weight in zip(totals, (60.0, 4.0), strict=True):
+        loss = LossSum(torch.tensor(total), torch.tensor(weight))
         score.update(SimpleNamespace(examples=(example,)), Outcome([1], [[-1.0, -0.5]], loss))
-    assert score.compute()["loss"].isnan()
+    assert float(score.compute()["loss"]) == pytest.approx(mean, nan_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, prompt_key
@@ -231,7 +231,8 @@ class RunningScore:
 
     def __init__(self, metrics: TaskMetrics, device: torch.device, extra_metrics: Sequence[str] = ()) -> None:
         self._metrics = metrics.to(device)
-        self._loss = MeanMetric(nan_strategy="disable").to(device)  # by default NaN would be left out
+        # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
+        self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
         self._extra = extra_metrics
         self._means = {name: MeanMetric().to(device) for name in _REWARD_MEANS} if "reward" in extra_metrics else {}
 
@@ -240,7 +241,8 @@ class RunningScore:
         self._metrics.update(batch.examples, outcome.predictions)
         total, weight = outcome.loss
         if weight > 0:
-            self._loss.update(total / weight, weight=weight)
+            self._loss.update(total / weight * weight)
+            self._weight.update(weight)
         if self._means and outcome.rewarded is not None:
             rewards = torch.tensor(outcome.rewarded.totals, dtype=torch.float64)
             rewards = rewards[rewards.isfinite()]  # failed rewards are reported by Rewards
@@ -253,7 +255,7 @@ class RunningScore:
         """Return each metric by name, 0-dimensional, and ``loss`` unless rows are rewarded and none has a label."""
         with warnings.catch_warnings():  # of torchmetrics, if there are no labels or no rows
             warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
-            found = {**self._metrics.compute(), "loss": self._loss.compute()}
+            found = {**self._metrics.compute(), "loss": self._loss.compute() / self._weight.compute()}
         if self._means and found["loss"].isnan():  # rewarded rows need no gold answer
             del found["loss"]
         elif PERPLEXITY in self._extra:
