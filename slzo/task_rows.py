@@ -14,7 +14,7 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all, one_class
+from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all, one_class_warning
 from slzo.data.batch import (
     EvalBatch,
     EvalCollator,
@@ -205,9 +205,11 @@ class TaskRows:
             )
         return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
 
-    def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
+    def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **model: Any) -> Encoder:
         chat = self.task.chat
-        return Encoder(tokenizer, max_length) if chat is None else ChatEncoder(tokenizer, max_length, chat)
+        if chat is None:
+            return Encoder(tokenizer, max_length, **model)
+        return ChatEncoder(tokenizer, max_length, chat, **model)
 
     def follow_model(self, name: str, trust_remote_code: bool = False) -> None:
         """Take the tokenizer of a model, unless another one was given. Call this before using rows."""
@@ -234,16 +236,18 @@ class TaskRows:
         advice = f"give TaskDataModule(tokenizer={name!r})"
         if size > known and source != name:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
-        self.encoder.num_embeddings = known  # some models have tokens of their own without an embedding
         if source != name:
             warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
         positions = max_positions(model)
         if longest is not None:
             positions = min(longest, positions or longest)
-        if positions is not None and 0 < positions - reserved < self.encoder.max_length:
-            say(f"Prompts are cut to {positions - reserved} tokens, the longest that {name} takes.")
-            self.encoder = self._make_encoder(self.encoder.tokenizer, positions - reserved)
-            self.encoder.num_embeddings, self.encoder.limited_by_model = known, True
+        tokenizer, length, limited = self.encoder.tokenizer, self.encoder.max_length, self.encoder.limited_by_model
+        cuts = positions is not None and 0 < positions - reserved < length
+        if positions is not None and cuts:
+            length, limited = positions - reserved, True
+            say(f"Prompts are cut to {length} tokens, the longest that {name} takes.")
+        if cuts or size > known:  # some tokenizers have tokens without an embedding, which a row must not contain
+            self.encoder = self._make_encoder(tokenizer, length, num_embeddings=known, limited_by_model=limited)
             self._forget_rows()
 
     def _forget_rows(self) -> None:
@@ -321,7 +325,7 @@ class TaskRows:
         )
         for note in self.splits.notes:
             say(note)
-        for warning in (self._source.unused(), one_class(self.task, self.splits.train)):
+        for warning in (self._source.unused_warning(), one_class_warning(self.task, self.splits.train)):
             if warning is not None:
                 warn(warning)
         if self.num_demonstrations > len(self.demonstrations):

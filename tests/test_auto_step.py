@@ -394,9 +394,7 @@ def test_a_step_that_is_not_finite_says_nothing(losses):
 def test_a_reward_above_the_best_one_is_named():
     _, tuned, _ = quadratic()
     loss = LossAt(lambda points: torch.full((len(points),), -3.2))
-    with pytest.raises(
-        SlzoError, match=r"the mean reward 3.2 is not below the best one, data.objective.best 1, .*raise"
-    ):
+    with pytest.raises(SlzoError, match=r"the loss -3.2 is not above its lower bound -1, .*raise data.objective.best"):
         AutoStep.measure(tuned, loss, 0, eps=1e-3, lowest=-1.0)
 
 

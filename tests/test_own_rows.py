@@ -2,8 +2,10 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import run_dir
 
 from slzo.__main__ import main
@@ -279,7 +281,20 @@ def test_a_long_cell_and_a_number_as_id_are_read(tmp_path):
 
 
 def test_a_token_without_an_embedding_is_named(tmp_path):
+    """Also if the rows were encoded before the model was loaded, for the memory plan."""
     data = set_up(template(train_file=write(tmp_path / "rows.jsonl", rows_of(8))), tokenizer="tiny", num_dev=1)
-    data.encoder.num_embeddings = 5
+    size = len(data.encoder.tokenizer)
+
+    def model(known):
+        config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())
+        embeddings = SimpleNamespace(weight=torch.empty(known, 1))
+        return SimpleNamespace(get_input_embeddings=lambda: embeddings, config=config)
+
+    before = [row.encoded for row in data.rows("train")]
+    data.adapt_to_model(model(size - 1), "tiny")  # no row has the last token
+    assert [row.encoded for row in data.rows("train")] == before
+    data.adapt_to_model(model(5), "tiny")
     with pytest.raises(SlzoError, match=r"^.*rows.jsonl:\d.*: the tokenizer gives it token \d+, and the model has 5"):
         data.rows("train")
+    with pytest.raises(SlzoError, match=rf"^data.tokenizer 'tiny': has {size} tokens, but model 'other' has 5"):
+        data.adapt_to_model(model(5), "other")

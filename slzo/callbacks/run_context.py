@@ -1,5 +1,6 @@
 """Where and how long a trainer trains."""
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -41,11 +42,11 @@ def run_context(
     )
 
 
-def dev_batches(trainer: Trainer, rows: TaskRows) -> list[EvalBatch]:
+def dev_batches(trainer: Trainer, rows: TaskRows) -> Iterator[EvalBatch]:
     """Return the batches of dev rows that a validation scores in this process, with ``trainer.limit_val_batches``."""
     number, limit = len(rows.eval_plan("dev").batches), trainer.limit_val_batches
     limited = number if limit is None else limit if isinstance(limit, int) else int(number * limit)
-    return list(islice(rows.eval_batches("dev"), limited))
+    return islice(rows.eval_batches("dev"), limited)
 
 
 def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:

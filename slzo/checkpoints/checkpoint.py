@@ -292,14 +292,9 @@ def checkpoint_of_run(folder: str | Path) -> Path:
 def _best_of(last: Path) -> Path:
     """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
     callbacks = read_checkpoint(last).content.get("callbacks", {})
-    states = sorted(
-        callbacks.items(), key=lambda item: not item[0].startswith(_BEST_CHECKPOINT)
-    )  # the user's own come after
-    saved = [
-        Path(state["best_model_path"])
-        for _, state in states
-        if isinstance(state, dict) and state.get("best_model_path")
-    ]
+    own_first = sorted(callbacks, key=lambda name: not name.startswith(_BEST_CHECKPOINT))
+    states = [callbacks[name] for name in own_first if isinstance(callbacks[name], dict)]
+    saved = [Path(state["best_model_path"]) for state in states if state.get("best_model_path")]
     for path in (place for best in saved for place in (best, last.parent / best.name)):  # the runs may have been moved
         if path.is_file():
             return path

@@ -43,9 +43,10 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         models = option_values(args, "--model.model")
         options = exported_options(checkpoint, models[-1] if models else None)
         return [*(f"--{name}={value}" for name, value in options.items()), *args]
-    run = Path(checkpoint)
-    config = (run if (run / "checkpoints").is_dir() else run_folder_of(run)) / CONFIG_FILE
-    if command.reads_run_config and run.exists() and config.is_file():
+    path = Path(checkpoint)
+    is_run = (path / "checkpoints").is_dir()
+    config = (path if is_run else run_folder_of(path)) / CONFIG_FILE
+    if command.reads_run_config and (is_run or path.is_file()) and config.is_file():
         return [_checked(config, args), *args]
     return list(args)
 

@@ -24,7 +24,7 @@ def export(
     Args:
         app: Only the model's trust_remote_code is used; the checkpoint names its base model.
         output: Folder to write.
-        ckpt_path: Checkpoint to export, or ``last`` or ``best`` of the newest run.
+        ckpt_path: Checkpoint to export, folder of a run (its best one), or ``last`` or ``best`` of the newest run.
         format: {FORMATS}; by default adapter if the tuned change has a low rank, otherwise merged.
         base_model: Hub id of the base model for the adapter and the card, if slzo does not know it.
         push_to_hub: Also upload the folder to this repository of the Hugging Face Hub, such as me/my-model.

@@ -8,6 +8,6 @@ def fit(app: App, ckpt_path: str | None = None) -> None:
 
     Args:
         app: Trainer, model and rows.
-        ckpt_path: Checkpoint to continue from, or ``last`` or ``best`` of the newest run.
+        ckpt_path: Checkpoint or folder of a run to continue from, or ``last`` or ``best`` of the newest run.
     """
     app.trainer.fit(app.model, datamodule=app.rows, ckpt_path=ckpt_path)

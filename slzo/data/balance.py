@@ -31,7 +31,7 @@ def common_candidates(examples: Sequence[Example]) -> tuple[str, ...] | None:
     return candidates if len(candidates) > 1 else None
 
 
-def one_class(task: Task, examples: Sequence[Example]) -> str | None:
+def one_class_warning(task: Task, examples: Sequence[Example]) -> str | None:
     """Return a warning if all training rows of a classification task have the same answer."""
     labelled = [example for example in examples if example.gold]
     answers = {example.candidates[example.gold[0]] for example in labelled}

@@ -29,19 +29,25 @@ class Encoder:
     Args:
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, in tokens. Longer sequences are truncated on the left, but keep BOS.
+        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
+        limited_by_model: Whether ``max_length`` is all that the model takes.
 
     Attributes:
         num_shortened: Number of sequences that were too long so far.
-        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
-        limited_by_model: Whether ``max_length`` is all that the model takes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 2048,
+        *,
+        num_embeddings: int | None = None,
+        limited_by_model: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.num_shortened = 0
-        self.num_embeddings: int | None = None
-        self.limited_by_model = False
+        self.num_embeddings, self.limited_by_model = num_embeddings, limited_by_model
         self._num_front, self._num_back = _num_specials(tokenizer)
 
     @property

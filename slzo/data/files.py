@@ -124,9 +124,8 @@ def _has_lone_surrogate(row: object) -> bool:
 def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     text = _read_csv_text(path)
     delimiter = _delimiter(text)
-    limit = csv.field_size_limit(
-        max(csv.field_size_limit(), len(text))
-    )  # by default a cell may have 131,072 characters
+    # by default a cell may have 131,072 characters
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     names: list[str] = []
     try:

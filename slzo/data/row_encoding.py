@@ -82,8 +82,10 @@ def encode_rows(
 
 def _check_tokens(example: Example, sequences: Iterable[tuple[int, ...]], num_embeddings: int | None) -> None:
     """Raise RowError if a token has no embedding; a tokenizer may have tokens that its model lacks."""
+    if num_embeddings is None:
+        return
     largest = max(max(ids, default=0) for ids in sequences)
-    if num_embeddings is not None and largest >= num_embeddings:
+    if largest >= num_embeddings:
         raise RowError(
             f"{example.location}: the tokenizer gives it token {largest}, and the model has {num_embeddings}; remove the special "
             "token from the text"

@@ -62,7 +62,7 @@ class RowSource:
     columns: bool = False
     skip_bad_rows: bool = False
 
-    def unused(self) -> str | None:
+    def unused_warning(self) -> str | None:
         """Return a warning about a source of rows that the task's own files or data_dir replace."""
         given = {"data_dir": self.data_dir, "hub_path": self.hub_path, "hub_config": self.hub_config}
         if "train" in self.task.files:

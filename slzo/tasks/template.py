@@ -121,9 +121,8 @@ class TemplateTask(Task):
         for field in (self.answer_field, self.references_field):
             if field is None or row.get(field) is None:
                 continue
-            if field == self.references_field and (
-                row[field] == "" or row[field] != row[field]
-            ):  # an empty cell, or nan
+            # an empty cell, or the NaN that pandas writes for one
+            if field == self.references_field and (row[field] == "" or row[field] != row[field]):
                 continue
             answers += _answers(row[field], field)
         for end in self.stop:

@@ -322,7 +322,6 @@ def _check(above: float, lowest: float) -> None:
             "numbers instead of auto"
         )
     raise SlzoError(
-        f"model.eps or model.optimizer.lr auto: the mean reward {-above - lowest:.4g} is not below the best one, "
-        f"data.objective.best {-lowest:.4g}, so nothing is left to learn; raise data.objective.best, or give numbers instead of "
-        "auto"
+        f"model.eps or model.optimizer.lr auto: the loss {above + lowest:.4g} is not above its lower bound {lowest:.4g}, so "
+        "nothing is left to learn; raise data.objective.best of a reward, or give numbers instead of auto"
     )
