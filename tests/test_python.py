@@ -212,13 +212,18 @@ def test_the_clock_of_a_run_starts_with_the_fit(model_dir, data_dir, monkeypatch
 
 
 def test_a_run_that_must_go_on_saves_as_usual(model_dir, data_dir):
+    saved = []
+
     class Stop(Callback):
+        def on_train_batch_start(self, *args):
+            saved.append((run_dir() / "checkpoints/last.ckpt").is_file())
+
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = True
 
     trainer, _ = fit(data_dir, model_dir, max_steps=8, min_steps=6, callbacks=[Stop(), LastCheckpoint(every_n_steps=1)])
     assert trainer.global_step == 6
-    assert not list((run_dir() / "checkpoints").glob("*.final"))
+    assert saved == [False, *[True] * 5]
     assert read_checkpoint(run_dir() / "checkpoints/last.ckpt").content["global_step"] == 6
 
 
