@@ -90,7 +90,7 @@ def prepare(
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
     options.check_rows(rows)
-    _check_schedules(options, run)
+    options.optimizer.check_schedule(run.max_steps)
     if run.checkpoint is not None:
         run.checkpoint.check_resumable(options.optimizer.classes)
         options = _as_trained(options, run.checkpoint)
@@ -118,7 +118,7 @@ def prepare(
         model.forward.cache.adopt(choice.states)
     auto = _measure(make_stepper(model, options, rows), options, rows) if needs_measuring(options) else None
     time = _plan_time(model, options, rows, run)
-    stepper = make_stepper(model, options, rows, max_steps=run.max_steps if time is None else time.steps, auto=auto)
+    stepper = make_stepper(model, options, rows, auto=auto)
     reason = "" if choice is None else choice.reason
     prepared = Prepared(options, parts, model, stepper, reason, data, choice, profile, plan, time=time)
     stepper.log, _ = open_step_log(prepared, rows, run)
@@ -177,16 +177,6 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
     return LayerTrials(parts, options, rows, run.planned_steps, run.time)
 
 
-def _check_schedules(options: TrainingOptions, run: RunContext) -> None:
-    """Refuse schedules that do not fit the length of the run."""
-    options.optimizer.check_schedule(run.max_steps)
-    if options.step.eps_end is not None and run.max_steps < 1 and run.time is None:
-        raise SlzoError(
-            f"model.eps_end {options.step.eps_end}: eps moves over trainer.max_steps, which is {run.max_steps}; set it to the "
-            "number of steps, or leave model.eps_end out"
-        )
-
-
 def _as_trained(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
     """Return the options with the kernels of a checkpoint; refuse options that name another layer."""
     layer = checkpoint.note["layer"]
@@ -220,8 +210,7 @@ def _continue(
         auto = _measure(make_stepper(model, options, rows, seed=seed), options, rows)
         evaluations = auto.evaluations
     time = _plan_time(model, options, rows, run, checkpoint)
-    max_steps = run.max_steps if time is None else time.steps
-    stepper = make_stepper(model, options, rows, max_steps=max_steps, auto=auto, seed=seed)
+    stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
     prepared = Prepared(options, parts, model, stepper, note["layer_reason"], data, plan=plan, resumed=True, time=time)
     stepper.load_state_dict(note)
     stepper.num_evaluations += evaluations

@@ -83,8 +83,7 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
     if options.parallel not in ("rows", 1):
         return None
     try:
-        step = StepOptions(clip_projected_grad=options.step.clip_projected_grad)
-        changed = replace(options, estimator=Backprop(), optimizer=OptimizerChoice.of(adamw), step=step)
+        changed = replace(options, estimator=Backprop(), optimizer=OptimizerChoice.of(adamw), step=StepOptions())
         changed.check_rows(rows)
     except SlzoError:
         return None
@@ -126,9 +125,8 @@ def memory_inputs(
     away = num_shards > 1 or options.device_map is not None  # all queries run together, see TunedModel.queries_at_once
     tuned = tuning_bytes(
         _tensors(options.scope, context, layers),
-        options.estimator,
         options.step.num_queries,
-        options.step.num_queries if away else options.engine.queries_at_once,
+        options.step.num_queries if away else rows.processes.directions * options.engine.queries_at_once,
         options.optimizer,
     )
     engine = options.engine

@@ -62,13 +62,11 @@ class ZOModule(LightningModule):
         layer: Dominant layer, counted from 0; by default the outlier profile chooses it.
         scope: What is tuned: {SCOPES}, or your own Scope; by default LayerScope, all of the dominant layer.
         estimator: How gradients are estimated: {ESTIMATORS}, or your own Estimator;
-            by default LayerOutputPerturbation, or SPSA if the scope has several layers or eps, eps_end or num_queries is given.
+            by default LayerOutputPerturbation, or SPSA if the scope has several layers or eps or num_queries is given.
             Backprop is the first-order reference.
         eps: Size of the perturbation of weights, absolute, > 0; auto measures one that changes the loss by 1%.
-        eps_end: Change eps to this value over trainer.max_steps, by the same factor each step; by default eps is constant.
         num_queries: Directions of weights per step; with SPSA each costs two evaluations of the suffix, see model.estimator for
             others.
-        clip_projected_grad: Scale down a step whose projected gradient is above this multiple of the median of the last 100.
         optimizer: Any torch optimizer that takes a dense gradient; by default SGD, or AdamW for LayerOutputPerturbation and
             Backprop. lr auto sets the rate from a measurement, or from the size of the weights.
         lr_scheduler: Learning-rate scheduler, stepped once per training step.
@@ -96,9 +94,7 @@ class ZOModule(LightningModule):
         scope: Scope | None = None,
         estimator: Estimator | None = None,
         eps: float | Literal["auto"] = "auto",
-        eps_end: float | None = None,
         num_queries: int = 1,
-        clip_projected_grad: float | None = None,
         optimizer: MakeOptimizer | None = None,
         lr_scheduler: MakeScheduler | None = None,
         dtype: DType = "float32",
@@ -116,7 +112,7 @@ class ZOModule(LightningModule):
         model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
         scope = LayerScope() if scope is None else scope
         _check_kinds(scope, estimator, layer, eps)
-        step = StepOptions(None if eps == "auto" else eps, eps_end, num_queries, clip_projected_grad)
+        step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
             estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
         if optimizer is None:
@@ -463,12 +459,13 @@ class ZOModule(LightningModule):
             raise SlzoError(
                 "nothing is tuned yet: a state dictionary alone does not say what its tensors are; use ckpt_path"
             )
-        if (wrong := self.tuned_model.tensors.first_mismatch(state_dict)) is not None:
+        try:
+            self.tuned_model.tensors.load(state_dict)
+        except KeyError as error:
             raise SlzoError(
-                f"ckpt_path: tensor {wrong!r} of the checkpoint does not fit model {self.options.model!r} with dominant layer "
+                f"ckpt_path: tensor {error} of the checkpoint does not fit model {self.options.model!r} with dominant layer "
                 f"{self.tuned_model.layer} and scope {self.options.scope.describe()!r}; use the options it was trained with"
-            )
-        self.tuned_model.tensors.load(state_dict)
+            ) from error
         return torch.nn.Module().load_state_dict({})  # nothing is missing or unexpected
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

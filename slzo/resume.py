@@ -112,11 +112,9 @@ def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     options = prepared.options
     data = rows.step_settings()
     del data["batch_size"]
-    moves = options.optimizer.make_scheduler is not None or options.step.eps_end is not None
     found = {
         "model": options.step_settings(prepared.stepper.seed, prepared.model.layer),
         "data": {**data, "rows_per_step": rows.rows_per_step},
-        "max_steps": prepared.stepper.max_steps if moves else None,
         "device": device_name(prepared.model.parts.model.device),
     }
     return dict(json.loads(json.dumps(found, default=str)))

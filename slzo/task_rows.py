@@ -284,7 +284,7 @@ class TaskRows:
     @property
     def selection_metric(self) -> SelectionMetric:
         """Metric that compares checkpoints and summarizes a run."""
-        return selection_metric(self.task, self.objective)
+        return selection_metric(self.task, self.objective, self.reward)
 
     def step_settings(self) -> dict[str, Any]:
         """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""

@@ -9,7 +9,6 @@ from helpers import cnn, described, flat, image_loss, images, page_code
 from torch import nn
 from torch.nn import functional as F
 
-from slzo.utils.errors import SlzoError
 from slzo.zo import ClosureLoss, Request, take_step
 from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided
 
@@ -98,9 +97,3 @@ def test_a_step_that_fails_leaves_the_weights_and_no_gradient():
         take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))
     assert torch.equal(flat(dict(model.named_parameters())), before)
     assert all(master.grad is None for master in tuned.masters)
-
-
-def test_a_closure_has_no_shares_of_its_rows():
-    tuned, loss = image_loss(cnn(), images())
-    with pytest.raises(SlzoError, match="leave divide_rows out"):
-        SPSA(divide_rows=True).estimate(Request(tuned, loss, seed=0, step=0, num_queries=2))

@@ -192,14 +192,6 @@ def test_the_step_is_measured_on_the_first_batch_of_the_run(auto, monkeypatch):
     assert measured == first != second
 
 
-def test_eps_end_begins_at_the_measured_eps(auto):
-    assert main(["fit", *auto, "--model.eps_end=1e-4", "--trainer.max_steps=3"]) == 0
-    first, middle, end = logged("train/eps")
-    assert first == pytest.approx(summary()["eps"])
-    assert middle == pytest.approx(math.sqrt(first * end), rel=1e-4)
-    assert end == pytest.approx(1e-4)
-
-
 def test_in_half_precision_the_eps_is_larger(auto):
     for number, dtype in enumerate(("float32", "bfloat16")):
         assert main(["fit", *auto, "--model.layer=1", "--trainer.max_steps=2", f"--model.dtype={dtype}"]) == 0, number

@@ -415,3 +415,19 @@ def test_a_scope_that_perturbs_some_tensors_per_step_is_measured_on_several():
 
     AutoStep.measure(tuned, LossAt(square), 0, eps=1e-3)
     assert seen == {"a", "b", "c"}
+
+
+def test_each_subset_is_measured_with_the_other_tensors_at_their_masters():
+    weights = {name: nn.Parameter(torch.ones(4, 4)) for name in "abc"}
+    tuned, moved = TunedTensors(weights, subset=lambda seed, step: ["abc"[step % 3]]), []
+
+    def square(points):
+        losses = []
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            moved.append([name for name, weight in weights.items() if bool((weight != 1).any())])
+            losses.append(sum(float(weight.detach().square().sum()) for weight in weights.values()))
+        return torch.tensor(losses)
+
+    AutoStep.measure(tuned, LossAt(square), 0, eps=0.1)
+    assert {tuple(names) for names in moved} == {(), ("a",), ("b",), ("c",)}

@@ -275,7 +275,7 @@ def put_tensor(**entry):
 
 
 NOTE_FIELDS = "scope adapter tensors layer num_evaluations model layer_reason dtype trust_remote_code noise_seed"
-NOTE_FIELDS += " num_nonfinite auto_step projected_grads base optimizer onednn data"
+NOTE_FIELDS += " num_nonfinite auto_step nonfinite_in_row base optimizer onednn data"
 BROKEN = [
     *(drop("slzo", name) for name in NOTE_FIELDS.split()),
     *(put((0.5,), "slzo", name) for name in NOTE_FIELDS.split()),

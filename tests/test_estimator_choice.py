@@ -23,6 +23,7 @@ from slzo.__main__ import main
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.given import given_options
 from slzo.module import ZOModule
+from slzo.task_rows import TaskRows
 from slzo.zo.estimators import SPSA, Backprop, ForwardGradient, LayerOutputPerturbation, Request
 from slzo.zo.objectives import (
     AnswerF1,
@@ -107,7 +108,6 @@ def test_wrong_arguments(option, value, expected):
             {"eps": 1e-3},
             r"model\.eps 0\.001: is a distance between weights, and LayerOutputPerturbation perturbs no weights",
         ),
-        ({"eps_end": 1e-3}, r"model\.eps_end 0\.001: is a distance between weights, .* use model\.estimator SPSA"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -162,9 +162,7 @@ def test_a_run_cannot_be_replayed(plain, capsys):
         ({"optimizer": torch.optim.Adam}, "LayerOutputPerturbation", "Adam"),
         ({"estimator": SPSA()}, "SPSA", "SGD"),
         ({"eps": 1e-3}, "SPSA", "SGD"),
-        ({"eps_end": 1e-3}, "SPSA", "SGD"),
         ({"num_queries": 2}, "SPSA", "SGD"),
-        ({"clip_projected_grad": 10}, "LayerOutputPerturbation", "AdamW"),
         ({"scope": AllParameters()}, "SPSA", "SGD"),
         ({"scope": LayerScope(layers=[1, 2])}, "SPSA", "SGD"),
     ],
@@ -180,7 +178,7 @@ def test_the_defaults_follow_from_what_is_given(given, estimator, optimizer):
     ("args", "estimator", "optimizer"),
     [
         (["--model.estimator.queries=4"], "LayerOutputPerturbation", None),
-        (["--model.estimator.divide_rows=true", "--model.num_queries=2"], "SPSA", None),
+        (["--model.estimator.noise=rademacher", "--model.num_queries=2"], "SPSA", None),
         (["--model.optimizer.lr=1e-3"], None, "AdamW"),
         (["--model.optimizer.lr=1e-3", "--model.eps=1e-3"], None, "SGD"),
         (["--model.optimizer.lr=1e-3", "--model.estimator=SPSA"], "SPSA", "SGD"),
@@ -207,8 +205,21 @@ def test_options_alone_choose_the_class(plain, capsys, args, estimator, optimize
 class Short(AnswerObjective):
     """A user's objective of generated answers."""
 
+    selected_by = "f1"
+
     def answer_losses(self, answers, examples):
         return [len(text) for text in answers]
+
+
+def test_an_objective_of_the_user_says_what_selects_a_checkpoint():
+    metric = TaskRows("squad", objective=Short()).selection_metric
+    assert (metric.name, metric.metric, metric.best) == ("f1", "f1", 1.0)
+    by_reward = Short()
+    by_reward.selected_by = "reward"
+    metric = TaskRows("squad", objective=by_reward, reward="json_valid").selection_metric
+    assert (metric.name, metric.metric, metric.best) == ("reward", "reward", 1.0)
+    error = slzo_error(lambda: TaskRows("squad", objective=by_reward))
+    assert error == "data.objective Short: selects checkpoints by a reward, and there is none; give a data.reward"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +261,7 @@ def test_errors_of_candidates_have_no_derivative(estimator):
         (["--model.eps=auto", "--model.num_queries=1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
         (["--model.eps=auto", "--model.estimator.queries=4"], ("LayerOutputPerturbation", None)),
-        (["--model.num_queries=4", "--model.estimator.divide_rows=true"], ("SPSA", None)),
+        (["--model.num_queries=4", "--model.estimator.noise=rademacher"], ("SPSA", None)),
         (["--model.scope=LayerScope", "--model.scope.layers=[1,2]", "--model.optimizer.lr=1e-3"], (None, "SGD")),
         (["--model.scope=LayerScope", "--model.scope.layers=[1]", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.scope=SmallestWeights", "--model.optimizer.lr=1e-3"], (None, "SGD")),

@@ -33,7 +33,6 @@ SCOPES = {
 ESTIMATORS = {
     "SPSA": [],
     "two queries": ["--model.num_queries=2"],
-    "divided": ["--model.estimator=SPSA", "--model.estimator.divide_rows=true", "--model.num_queries=2"],
     "OneSided": ["--model.estimator=OneSided", "--model.num_queries=2"],
     "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
     "LOZO": ["--model.estimator=LOZO"],

@@ -169,6 +169,8 @@ SCHEDULERS = {
     "chained": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.LinearLR(o, total_iters=9)]
     ),
+    "CosineAnnealingLR, eta_min": lambda o: lr_scheduler.CosineAnnealingLR(o, 10, eta_min=0.05),
+    "CosineAnnealingWarmRestarts, eta_min": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4, eta_min=0.05),
 }
 
 

@@ -139,7 +139,7 @@ def test_a_step_has_the_rate_and_a_rollback_halves_it(examples):
     assert same_tensors(dict(stepper.model.tensors.named_masters()), before)
     assert not optimizer.state
     assert stepper.step(batch, 2, optimizer).record.lr == pytest.approx(0.005 / 1.03)
-    expected = {"size": 2.0, "share": 0.005, "steps": 3, "factor": 0.5}
+    expected = {"size": 2.0, "share": 0.005, "steps": 3, "factor": 0.5, "eps": None, "evaluations": 0}
     assert stepper.state_dict()["auto_step"] == expected
 
 
@@ -154,6 +154,20 @@ def test_a_step_without_a_finite_loss_moves_and_counts_nothing(examples):
     assert not result.estimate.finite
     assert (rate.steps, stepper.num_nonfinite) == (0, 1)
     assert same_tensors(dict(tensors.named_masters()), before)
+
+
+@pytest.mark.fast
+def test_steps_without_a_finite_loss_are_counted_over_a_resume(examples):
+    stepper = relative_stepper(RelativeRate(2.0))
+    optimizer, batch = torch.optim.Adam(stepper.model.tensors.masters), TrainBatch(pack(examples), ())
+    stepper.model.parts.model.lm_head.weight.fill_(torch.nan)
+    for step in range(9):
+        stepper.step(batch, step, optimizer)
+    resumed = relative_stepper(RelativeRate(2.0))
+    resumed.load_state_dict(stepper.state_dict())
+    resumed.model.parts.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(SlzoError, match="10 steps in a row"):
+        resumed.step(batch, 9, torch.optim.Adam(resumed.model.tensors.masters))
 
 
 @pytest.mark.fast

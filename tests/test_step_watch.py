@@ -1,13 +1,11 @@
 """Steps without progress cause a warning and end a run; loss spikes are in the summary; projected gradients can be clipped."""
 
 import pytest
-from helpers import error_line, last_checkpoint, same_tensors, summary, tuned
+from helpers import error_line, last_checkpoint, summary, tuned
 
 from slzo.__main__ import main
 from slzo.callbacks.step_watch import StepWatch
 from slzo.report.summary import format_summary
-from slzo.zo.estimators import Estimate
-from slzo.zo.stepper import ProjectedGradHistory
 
 
 def test_eps_that_is_lost_in_rounding_is_told_at_once_and_ends_the_run(options, capsys):
@@ -60,28 +58,3 @@ def test_spikes_and_skipped_steps_are_in_the_summary(options, capsys):
     text = format_summary({**found, "loss_spikes": spikes, "skipped_steps": 3})
     assert "2 steps with a loss far above the usual one, the largest 9 at step 21, usually 0.71" in text
     assert "3 steps without a finite loss" in text
-
-
-def clip_factor(history, *slopes, loss=0.7):
-    return history.clip_factor(Estimate(loss, loss, loss, slopes, 2, {}), 5)
-
-
-def test_an_outlier_is_clipped_to_a_multiple_of_the_median():
-    history = ProjectedGradHistory()
-    for slope in [1.0, -2.0, 3.0] * 4:
-        assert clip_factor(history, slope) == 1
-    assert clip_factor(history, -100.0) == pytest.approx(0.1)
-    assert clip_factor(history, 60.0, -40.0) == pytest.approx(0.2)  # the mean size of two queries
-    assert len(history.sizes) == 14
-
-
-@pytest.mark.parametrize("stop", [pytest.param(n, marks=pytest.mark.slow) for n in (5, 14)])
-def test_clipping_goes_on_over_a_resume(options, stop):
-    options = [*options, "--model.clip_projected_grad=1", "--trainer.max_steps=16"]
-    assert main(["fit", *options]) == 0
-    assert main(["fit", *options, f"--trainer.max_steps={stop}"]) == 0
-    assert main(["fit", *options, "--ckpt_path=last"]) == 0
-    assert main(["fit", *options, "--model.clip_projected_grad=null"]) == 0
-    whole, resumed, free = (tuned(last_checkpoint(i)) for i in (0, 2, 3))
-    assert same_tensors(whole, resumed)
-    assert not same_tensors(whole, free)

@@ -53,8 +53,7 @@ WRONG = """
 --model.estimator=EvolutionStrategy --model.estimator.shaping=log | model.estimator.shaping 'log': choose one of raw, zscore, rank
 --model.estimator=EvolutionStrategy --model.estimator.antithetic=false | model.num_queries 1: EvolutionStrategy compares the members
 --model.estimator=SPSA --model.estimator.noise=x | model.estimator.noise 'x': choose one of gaussian, r
---model.estimator=SPSA --model.estimator.divide_rows=true --model.num_queries=9 | model.num_queries 9
---model.estimator=SPSA --model.estimator.divide_rows=3 | model.estimator.divide_rows '3': expected true or false
+--model.estimator=FZO --model.estimator.antithetic=3 | model.estimator.antithetic '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative, which Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop
 --model.eps=0 | model.eps 0.0: must be a number above 0
@@ -66,9 +65,6 @@ WRONG = """
 --model.eps=inf | model.eps 'inf': expected a number
 --model.eps=nan | model.eps 'nan': expected a number
 --model.eps= | model.eps '': expected a number
---model.eps_end=0 | model.eps_end 0.0: must be a number above 0
---model.eps_end=1e39 | model.eps_end 1e+39: must be a number above 0 and at most
---model.eps_end=1e-4 --trainer.max_steps=-1 --trainer.max_epochs=1 | model.eps_end 0.0001: eps moves over trainer.max_steps
 --model.num_queries=0 | model.num_queries 0: must be 1 to
 --model.num_queries=1.5 | model.num_queries '1.5': expected a whole number
 --model.num_queries=9999999999999999999999 | model.num_queries 9999999999999999999999: must be 1 to
@@ -312,7 +308,7 @@ model.scope | LoRA | layers | x | 'x': expected a list like [1, 2] or all or nul
 model.scope | LoRA | target_modules | {a: 1} | {'a': 1}: expected a list like [a, b] or null; see --model.scope.help LoRA
 model.scope | LayerScope | part | mpl | 'mpl': choose one of layer, attention, mlp; see --model.scope.help LayerScope
 model.estimator | LOZO | rank | 1.5 | '1.5': expected a whole number; see --model.estimator.help LOZO
-model.estimator | SPSA | divide_rows | some | 'some': expected true or false; see --model.estimator.help SPSA
+model.estimator | FZO | antithetic | some | 'some': expected true or false; see --model.estimator.help FZO
 model.optimizer | torch.optim.SGD | momentum | abc | 'abc': expected a number; see --model.optimizer.help SGD
 model.optimizer | SGD | momentm | 0.5 | : unknown option of the chosen class SGD, which has params, lr, momentum
 model.lr_scheduler | StepLR | step_size | abc | 'abc': expected a whole number; see --model.lr_scheduler.help StepLR

@@ -102,7 +102,6 @@ def test_a_step_that_is_not_finite_moves_nothing():
     [
         *((lambda eps=eps: StepOptions(eps), "model.eps") for eps in (0, -1e-3, float("inf"), float("nan"))),
         (lambda: StepOptions(num_queries=0), "model.num_queries 0"),
-        (lambda: StepOptions(clip_projected_grad=0.5), "model.clip_projected_grad 0.5"),
         (lambda: Engine(queries_at_once=0), "model.engine.queries_at_once 0"),
         (lambda: OptimizerChoice.of(partial(torch.optim.SGD, lr=-1)), "model.optimizer: Invalid learning rate: -1"),
         *(

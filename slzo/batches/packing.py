@@ -87,12 +87,6 @@ class PackedBatch(TokenBatch):
         ends = torch.tensor(self.example_tokens, device=positions.device).cumsum(0)
         return torch.searchsorted(ends, positions, right=True)
 
-    def divide(self, parts: int) -> tuple["PackedBatch | None", ...]:
-        """Cut the batch, in order, into parts of nearly the same number of examples; ``None`` for a part without examples."""
-        if parts == 1:
-            return (self,)
-        return self._between([self.num_examples * part // parts for part in range(parts + 1)])
-
     def cut(self, max_tokens: int | None) -> tuple["PackedBatch", ...]:
         """Cut the batch, in order, into parts of at most ``max_tokens`` tokens. A longer example is a separate part."""
         if max_tokens is None or self.num_tokens <= max_tokens or self.num_examples == 1:
@@ -103,10 +97,10 @@ class PackedBatch(TokenBatch):
                 bounds.append(number)
                 used = 0
             used += size
-        return tuple(part for part in self._between([*bounds, self.num_examples]) if part is not None)
+        return self._between([*bounds, self.num_examples])
 
-    def _between(self, bounds: Sequence[int]) -> tuple["PackedBatch | None", ...]:
-        """Return the examples from each bound to the next; ``None`` for a part without examples."""
+    def _between(self, bounds: Sequence[int]) -> tuple["PackedBatch", ...]:
+        """Return the examples from each bound to the next one, which is larger."""
         examples = [range(first, stop) for first, stop in pairwise(bounds)]
         tokens = [0, *accumulate(sum(self.example_tokens[n] for n in numbers) for numbers in examples)]
         # everything is in the order of the examples, so each part is a slice
@@ -114,9 +108,7 @@ class PackedBatch(TokenBatch):
         answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates, device=self.gold.device)).tolist()
         needed = torch.searchsorted(self.needed, torch.tensor(tokens, device=self.gold.device)).tolist()
         return tuple(
-            None
-            if not numbers
-            else replace(
+            replace(
                 self,
                 **vars(self.select(numbers)),
                 example_index=self.example_index[numbers.start : numbers.stop],

@@ -136,7 +136,7 @@ def _reason(module: ZOModule, at_start: float | None) -> str:
             "the gradient is exactly 0; lower the learning rate if the loss jumped before, or use another layer or "
             "model.estimator SPSA"
         )
-    eps = module.stepper.options.eps_at(module.global_step, module.trainer.max_steps)
+    eps = module.stepper.eps
     smallest_change = now * torch.finfo(getattr(torch, module.options.dtype)).eps
     if eps < smallest_change:
         return (

@@ -48,7 +48,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "noise_seed": (int,),
         "num_nonfinite": (int,),
         "auto_step": (dict, type(None)),
-        "projected_grads": (list,),
+        "nonfinite_in_row": (int,),
         "base": (dict,),
         "data": (dict,),
         "environment": (dict,),

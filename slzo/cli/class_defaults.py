@@ -12,9 +12,7 @@ from slzo.zo.optim import AUTO_LR
 from slzo.zo.scopes import SCOPES
 
 # Options of weight perturbations with their defaults; see StepOptions.perturbs_weights.
-_OF_WEIGHTS = {
-    f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "eps_end", "num_queries")
-}
+_OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "num_queries")}
 
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:

@@ -207,7 +207,6 @@ class LayerTrials(Trials):
                 self.rows,
                 step=step_options,
                 seed=seed,
-                max_steps=steps,
                 auto=auto,
                 sets_rate=lr is None and choice.automatic,
                 max_nonfinite=1 << 60,

@@ -104,7 +104,6 @@ def _stepper(
         options.estimator,
         options.step,
         seed=note["noise_seed"],
-        max_steps=log.settings["max_steps"] or 1,  # those of a limited time are in the log only
         auto=auto,
         sets_rate=options.optimizer.automatic,
         max_nonfinite=options.max_nonfinite,

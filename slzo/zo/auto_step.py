@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import torch
 from torch.optim import Optimizer
@@ -42,45 +43,54 @@ _HALF_STEPS = 100
 _PROBE_STEP = 2**40
 
 
-class AutoRate(Protocol):
-    """A learning rate that is set before each step.
+@dataclass(kw_only=True)
+class AutoRate(ABC):
+    r"""A learning rate that is set before each step, and falls with the number of steps t as :math:`1 / (1 + t / 100)`.
 
     Attributes:
+        steps: Steps so far.
         factor: Factor of the rate, halved at each rollback.
+        eps: Size of the perturbation; ``None`` if the estimator perturbs no weights.
+        evaluations: Batch evaluations that the measurement took.
     """
 
-    factor: float
+    steps: int = 0
+    factor: float = 1.0
+    eps: float | None = None
+    evaluations: int = 0
 
     @property
-    def evaluations(self) -> int:
-        """Batch evaluations that the measurement took."""
+    def decay(self) -> float:
+        """What the rate is divided by: 1 + t / 100, and twice as much after each rollback."""
+        return (1 + self.steps / _HALF_STEPS) / self.factor
 
-    @property
-    def eps(self) -> float | None:
-        """Measured size of the perturbation; ``None`` if the estimator has none."""
-
-    def clip_factor(self, estimate: Estimate) -> float:
-        """Return the factor, at most 1, that the gradient is scaled by."""
-
-    def update(self, estimate: Estimate) -> None:
-        """Take a finite estimate into account."""
-
+    @abstractmethod
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
-        """Return the learning rate for the next step.
+        """Return the learning rate for the step whose estimate was added last.
 
         Raises:
             SlzoError: No rate is known for this optimizer.
         """
 
+    def clip_factor(self, estimate: Estimate) -> float:
+        """Return the factor, at most 1, that the gradient is scaled by; 1 by default."""
+        return 1.0
+
+    def update(self, estimate: Estimate) -> None:
+        """Add a finite estimate: count its step."""
+        self.steps += 1
+
+    @abstractmethod
     def describe(self, sets_rate: bool = True) -> str:
         """Describe the rate in one line; without ``sets_rate`` only what was measured."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return numbers only, for checkpoints."""
+        """Return primitives only, for checkpoints."""
+        return asdict(self)
 
 
 @dataclass
-class AutoStep:
+class AutoStep(AutoRate):
     r"""A learning rate that follows the loss and its slopes (Polyak's step, 1987, for directional derivatives).
 
     A step :math:`-\eta s z` along a direction z with slope s lowers the loss L by about :math:`\eta s^2`. The rate is chosen so
@@ -99,22 +109,16 @@ class AutoStep:
         square: Running mean of the squared slopes.
         curvature: Mean second derivative of the loss along random directions, before training; 0 if unknown.
         weight: Number of steps that the means are taken over.
-        steps: Steps so far.
-        factor: Factor of the rate, halved at each rollback.
-        evaluations: Batch evaluations that the measurement took.
         lowest: Lower bound of the loss.
         largest: Upper limit of the rate if some matrices are 0 and multiply others; 0 for no limit.
         first_square: Mean squared slope before training; 0 if unknown, or if ``largest`` is set, since slopes grow then.
     """
 
-    eps: float
+    eps: float = field()  # required here
     loss: float
     square: float
     curvature: float = 0.0
     weight: float = float(_DIRECTIONS)
-    steps: int = 0
-    factor: float = 1.0
-    evaluations: int = 0
     lowest: float = 0.0
     largest: float = 0.0
     first_square: float = 0.0
@@ -186,7 +190,7 @@ class AutoStep:
         return math.sqrt(self.square)
 
     @property
-    def promise(self) -> float:
+    def first_gain(self) -> float:
         """Share of the loss that the first step removes, if the loss were linear."""
         return self._undecayed_rate() * self.square / max(self.loss, 1e-30)
 
@@ -197,16 +201,16 @@ class AutoStep:
 
     def update(self, estimate: Estimate) -> None:
         """Add the loss and the clipped slopes of a finite estimate to the running means."""
+        super().update(estimate)
         square, limit = _mean_square(estimate), _CLIP_MULTIPLE**2 * self.square
         if limit > 0:
             square = min(square, limit)
-        self.steps += 1
         self.weight = min(self.weight + 1, _MEAN_STEPS)
         self.loss += (estimate.loss - self.lowest - self.loss) / self.weight
         self.square += (square - self.square) / self.weight
 
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
-        r"""Return the learning rate for the next step.
+        r"""Return the learning rate for the step whose estimate was added last.
 
         Optimizers and estimators that divide the gradient by its size move every element by about the rate. For them the rate is
         the distance that plain gradient descent would move an element: :math:`\eta` times the slope.
@@ -220,8 +224,7 @@ class AutoStep:
         """
         power, share = gradient_power(optimizer)
         power = 0 if estimator.normalizes else power
-        share = share * self.factor / (1 + self.steps / _HALF_STEPS)
-        return share * self._undecayed_rate() * (self.slope if power == 0 else 1.0)
+        return share / self.decay * self._undecayed_rate() * (self.slope if power == 0 else 1.0)
 
     def describe(self, sets_rate: bool = True) -> str:
         """Describe the measurement in one line, with the expected gain of the first step if this sets the rate."""
@@ -232,8 +235,8 @@ class AutoStep:
         )
         if not sets_rate:
             return line
-        less = "" if self.promise > 0.99 * _SHARE else f" ({_SHARE:.1%} without the limit on the rate)"
-        return f"{line}; the first step should lower the loss by {self.promise:.2%}{less}"
+        less = "" if self.first_gain > 0.99 * _SHARE else f" ({_SHARE:.1%} without the limit on the rate)"
+        return f"{line}; the first step should lower the loss by {self.first_gain:.2%}{less}"
 
     def _undecayed_rate(self) -> float:
         """The rate of plain gradient descent, without the decay over the steps."""
@@ -244,10 +247,6 @@ class AutoStep:
         if self.largest > 0:
             rate = min(rate, self.largest)
         return rate
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return numbers only, for checkpoints."""
-        return asdict(self)
 
 
 def _mean_square(estimate: Estimate) -> float:
@@ -275,6 +274,7 @@ class _Probe:
             step = _PROBE_STEP if self.tuned.subset is None else _PROBE_STEP + query
             z = self.tuned.draw(self.seed, step, query)
             high, low = self.loss.at([Point(z, eps), Point(z, -eps)]).tolist()
+            self.tuned.restore(z)  # the next direction may not move these tensors
             losses.append((high + low) / 2 - self.lowest)
             squares.append(((high - low) / (2 * eps)) ** 2)
         self.evaluations += 2 * directions

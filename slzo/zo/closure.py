@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.losses import LossSum
-from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import back_propagate, forward_derivative
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors
@@ -16,8 +15,6 @@ from slzo.zo.tuned import Direction, TunedTensors
 @dataclass(frozen=True)
 class ClosureLoss(Loss):
     """The loss of one batch on any ``torch.nn.Module``.
-
-    It cannot evaluate a share of the batch's rows; :meth:`at` raises SlzoError then.
 
     Attributes:
         module: The module to tune. It must compute the same function at each call: no dropout, no running statistics.
@@ -33,8 +30,6 @@ class ClosureLoss(Loss):
     def at(self, points: Sequence[Point]) -> Tensor:
         losses = []
         for point in points:
-            if point.rows.of != 1:
-                raise SlzoError("estimator: a closure evaluates only whole batches; leave divide_rows out")
             self.tuned.write(point.direction, point.scale)
             losses.append(torch.as_tensor(self.closure()).float())
         return torch.stack(losses)

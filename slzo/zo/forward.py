@@ -8,13 +8,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum, no_loss, stack
+from slzo.batches.losses import LogitLoss, LossSum, stack
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
 from slzo.models.parts import ModelParts
 from slzo.models.pending import PendingTensor
 from slzo.models.prefix_cache import PrefixCache
-from slzo.zo.estimators.base import Point, RowShare
+from slzo.zo.estimators.base import Point
 from slzo.zo.tuned import TunedTensors
 
 
@@ -145,54 +145,34 @@ class SuffixForward:
             batch: The batch. It is run in parts if it has more than ``max_tokens`` tokens, since losses are sums over rows.
             hidden: The result of :meth:`prefix` for the batch.
             tuned: The tuned tensors.
-            points: P points and their row shares, see :meth:`slzo.zo.estimators.base.Loss.at`.
+            points: P points.
             objective: The loss as a function of logits.
             max_tokens: Run at most this many tokens at once; ``None`` for no limit.
 
         Returns:
-            The total loss of each point's rows and the weight to divide it by, shape (2, P), float32.
+            The total loss at each point and the weight to divide it by, shape (2, P), float32.
         """
-        shares, pieces = points[0].rows.of, batch.cut(max_tokens)
-        if len(pieces) > 1 and shares == 1:
+        pieces = batch.cut(max_tokens)
+        if len(pieces) > 1:
             with_states = zip(pieces, split_states(hidden, pieces), strict=True)
             return reduce(torch.add, (self.losses(p, h, tuned, points, objective, max_tokens) for p, h in with_states))
-        divided = batch.divide(shares)
-        inputs = split_states(hidden, divided)
-        if len(pieces) > 1:
-            found = []
-            for point in points:
-                rows, states = divided[point.rows.number], inputs[point.rows.number]
-                if rows is None:
-                    found.append(stack([no_loss(batch.input_ids.device)]))
-                    continue
-                alone = point._replace(rows=RowShare())
-                found.append(self.losses(rows, states, tuned, [alone], objective, max_tokens))
-            return torch.cat(found, dim=1)
-        copies = [points[start : start + len(divided)] for start in range(0, len(points), len(divided))]
-        layers_above = self.span.inside and self.span.stop < self.parts.num_layers
-        paired = self._pairs(batch, len(copies), max_tokens)
-        if layers_above and (paired or len(divided) > 1):
-            runs = [copies] if paired else [[copy] for copy in copies]
-            found = [self._joined_losses(batch, divided, inputs, tuned, run, objective) for run in runs]
-            return torch.cat(found, dim=1)
+        if self._pairs(batch, len(points), max_tokens):
+            return self._joined_losses(batch, hidden, tuned, points, objective)
         sums = []
         for point in points:
-            rows = divided[point.rows.number]
-            if rows is None:
-                sums.append(no_loss(batch.input_ids.device))
-                continue
             tuned.write(point.direction, point.scale)
-            sums.append(self.loss(rows, inputs[point.rows.number], objective))
+            sums.append(self.loss(batch, hidden, objective))
         return stack(sums)
 
     def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Return whether only the candidates' logits are computed."""
         return self.candidate_logits and not objective.needs_vocabulary(batch)
 
-    def _pairs(self, batch: PackedBatch, num_copies: int, max_tokens: int | None) -> bool:
-        if num_copies == 1:
+    def _pairs(self, batch: PackedBatch, num_points: int, max_tokens: int | None) -> bool:
+        """Return whether the layers above the tuned ones run once for all points."""
+        if num_points == 1 or not self.span.inside or self.span.stop == self.parts.num_layers:
             return False
-        if max_tokens is not None and num_copies * batch.num_tokens > max_tokens:
+        if max_tokens is not None and num_points * batch.num_tokens > max_tokens:
             return False
         if self.paired is not None:
             return self.paired
@@ -201,34 +181,26 @@ class SuffixForward:
     def _joined_losses(
         self,
         batch: PackedBatch,
-        divided: Sequence[PackedBatch | None],
-        inputs: Sequence[Tensor | None],
+        hidden: Tensor | None,
         tuned: TunedTensors,
-        copies: Sequence[Sequence[Point]],
+        points: Sequence[Point],
         objective: LogitLoss,
     ) -> Tensor:
-        """:meth:`losses` with one run of the layers above the tuned ones, over a copy of the batch for each of ``copies``."""
+        """:meth:`losses` with one run of the layers above the tuned ones, over a copy of the batch for each point."""
         outputs = []
-        for point in (point for copy in copies for point in copy):
-            rows = divided[point.rows.number]
-            if rows is not None:
-                tuned.write(point.direction, point.scale)
-                outputs.append(self.parts.run(rows, self.span.start, self.span.stop, inputs[point.rows.number]))
-        repeated = batch.repeat(len(copies)) if len(copies) > 1 else batch
-        final = self.parts.run(repeated, self.span.stop, self.parts.num_layers, torch.cat(outputs))
+        for point in points:
+            tuned.write(point.direction, point.scale)
+            outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
+        final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
         selected = self.selects(objective, batch)
         token_ids = batch.choice_ids if selected else None
-        num_needed = [0 if rows is None else rows.needed.numel() for rows in divided]
         sums = []
         for states in final.split(batch.num_tokens):
-            logits = self.parts.head(states.index_select(0, batch.needed), token_ids).split(num_needed)
-            for rows, own in zip(divided, logits, strict=True):
-                sums.append(no_loss(own.device) if rows is None else objective.of_logits(own, rows, selected))
+            logits = self.parts.head(states.index_select(0, batch.needed), token_ids)
+            sums.append(objective.of_logits(logits, batch, selected))
         return stack(sums)
 
 
-def split_states(hidden: Tensor | None, parts: Sequence[PackedBatch | None]) -> Sequence[Tensor | None]:
+def split_states(hidden: Tensor | None, parts: Sequence[PackedBatch]) -> Sequence[Tensor | None]:
     """Return the states of the parts of a batch, whose states follow each other in ``hidden``."""
-    if hidden is None:
-        return [None] * len(parts)
-    return hidden.split([0 if part is None else part.num_tokens for part in parts])
+    return [None] * len(parts) if hidden is None else hidden.split([part.num_tokens for part in parts])

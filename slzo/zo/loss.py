@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum, stack
+from slzo.batches.losses import LogitLoss, LossSum
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.decoding import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
@@ -67,7 +67,7 @@ class LossContext:
             self.tuned.write(point.direction, point.scale)
             done = sum(map(len, found))
             keys = None if sampling is None else sampling.of(range(done, done + len(own)))
-            found.append(self.evaluator.answers(own, keys) if own else [])
+            found.append(self.evaluator.answers(own, keys))
         return found
 
     def sampled_answers(
@@ -112,10 +112,8 @@ class _SummedLoss(Loss):
         """Return totals and weights of the rows of this process, shape (2, P)."""
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        sums = self.context.reduce(self.sums(points))
-        shares = points[0].rows.of
-        weights = sums[1].view(-1, shares).sum(dim=1, keepdim=True).expand(-1, shares).reshape(-1)
-        return sums[0] * shares / weights
+        totals, weights = self.context.reduce(self.sums(points))
+        return totals / weights
 
 
 @dataclass
@@ -203,18 +201,25 @@ class RowsLoss(_SummedLoss):
 
     Attributes:
         sampling: How answers are sampled for a policy gradient.
+        at_points: How answers are sampled at points around the masters.
     """
 
     sampling: AnswerSampling
+    at_points: AnswerSampling
 
     @abstractmethod
     def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
         """Return the loss of each answer, given with its row; NaN for all if one cannot be computed."""
 
-    def rows_of(self, point: Point) -> tuple[Row, ...]:
-        """Return the rows that a point is evaluated on."""
-        rows, (number, shares) = self.batch.rows, point.rows
-        return rows[len(rows) * number // shares : len(rows) * (number + 1) // shares]
+    def sums(self, points: Sequence[Point]) -> Tensor:
+        context, batch, samples = self.context, self.batch, self.at_points.samples
+        rows, sampling = self.at_points.of(batch.rows, context.seed, context.step)
+        keys = Sampling(sampling.temperature, sampling.keys * len(points)) if sampling.temperature > 0 else None
+        answers = context.answers(points, [rows] * len(points), keys)
+        losses = self.losses([answer for own in answers for answer in own], rows * len(points))
+        totals = [sum(losses[start : start + len(rows)]) / samples for start in range(0, len(losses), len(rows))]
+        weights = [float(len(batch.rows))] * len(points)
+        return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
 
     def gradient(self) -> tuple[float, Direction]:
         loss, policy = self._policy
@@ -261,15 +266,6 @@ class BatchAnswerLoss(RowsLoss):
 
     def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
         return self.answer_losses([answer.text for answer in answers], [row.example for row in rows])
-
-    def sums(self, points: Sequence[Point]) -> Tensor:
-        device = self.batch.packed.input_ids.device
-        chosen = [self.rows_of(point) for point in points]
-        sums = []
-        for rows, answers in zip(chosen, self.context.answers(points, chosen), strict=True):
-            losses = self.losses(answers, rows) if rows else []
-            sums.append(LossSum(*torch.tensor([sum(losses), float(len(rows))], device=device)))
-        return stack(sums)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import torch
 
 from slzo.models.quantization import Quantization
 from slzo.models.shape import ModelShape
-from slzo.zo.estimators import Estimator
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.tuned import TunedTensors
 
@@ -189,13 +188,13 @@ class MemoryInputs:
 
 
 def tuning_bytes(
-    tensors: TunedTensors, estimator: Estimator, num_queries: int, queries_at_once: int, optimizer: OptimizerChoice
+    tensors: TunedTensors, num_queries: int, queries_at_once: int, optimizer: OptimizerChoice
 ) -> dict[str, int]:
     """Return the bytes that tuning takes in addition to the model, by purpose."""
     masters = 4 * tensors.num_elements
     named = tensors.named_masters()
     moved = 4 * sum(named[name].numel() for name in tensors.names_of_step(0, 0))
-    at_once = estimator.directions_at_once(num_queries, queries_at_once)
+    at_once = min(num_queries, queries_at_once)
     # The gradient takes the memory of the first direction, so later directions are in addition to it. With rounding the gradient
     # is a separate tensor, and all directions are in addition to it.
     rounded = any(tensor.live.dtype != torch.float32 for _, tensor in tensors.items())

@@ -238,3 +238,5 @@ def halve_rate(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
         for name in ("base_lrs", "max_lrs"):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, [rate / 2 for rate in getattr(scheduler, name)])
+        if hasattr(scheduler, "eta_min"):
+            scheduler.eta_min /= 2

@@ -56,13 +56,11 @@ class TrainingOptions:
                 f"model.parallel {self.parallel}: {self.estimator.describe()} differentiates and has no points to divide; use "
                 "rows, or SPSA"
             )
-        if self.estimator.perturbs_output:
-            for name, value in (("eps", self.step.eps), ("eps_end", self.step.eps_end)):
-                if value is not None:
-                    raise SlzoError(
-                        f"model.{name} {value}: is a distance between weights, and {self.estimator.describe()} perturbs no "
-                        "weights; leave it out, or use model.estimator SPSA"
-                    )
+        if self.estimator.perturbs_output and self.step.eps is not None:
+            raise SlzoError(
+                f"model.eps {self.step.eps}: is a distance between weights, and {self.estimator.describe()} perturbs no weights; "
+                "leave it out, or use model.estimator SPSA"
+            )
         if self.estimator.differentiates:
             object.__setattr__(self, "engine", self.engine.with_derivatives(self.estimator.describe()))
         _ = self.scope_settings, self.estimator_settings  # raises if a checkpoint could not store them

@@ -62,7 +62,6 @@ class PackedLayerOutput(LayerOutput):
     Attributes:
         positions: Packed positions that are shifted, shape (P,), int64, rising.
         sums: The loss at the masters.
-        evaluations: Forward passes of the batch from the tuned layer on that were made so far.
     """
 
     def __init__(
@@ -99,7 +98,8 @@ class PackedLayerOutput(LayerOutput):
         self.points_at_once = max(1, most // num_run)
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
         self._per_point = num_run / batch.num_tokens * above / layers
-        self.evaluations = above / layers
+        self._at_masters = above / layers
+        self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
         self.sums = objective.of_rows(logits, batch, self._selected).sum()
@@ -116,7 +116,11 @@ class PackedLayerOutput(LayerOutput):
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
         self.whole_vocabulary = not self._selected and self._likely is None
         self.part = torch.arange(len(self.row), device=self.row.device) if self.by_position else self.row
-        self.num_parts = len(self.row) if self.by_position else batch.num_examples
+
+    @property
+    def evaluations(self) -> float:
+        """Forward passes of the batch from the tuned layer on that all processes together have made so far."""
+        return self._at_masters + self.num_points * self._per_point
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
         """See :class:`LayerOutput`."""
@@ -137,7 +141,7 @@ class PackedLayerOutput(LayerOutput):
         """See :class:`LayerOutput`."""
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, self._changed] = self._moved(shifts)
-        self.evaluations += len(shifts) * self._per_point
+        self.num_points += len(shifts)
         logits = self._logits(self._above.at(hidden))
         batch = self._batch if self._likely is None else self._likely.batch
         own = self._objective.of_positions(logits, batch) if self.by_position else None

@@ -109,9 +109,7 @@ class DividedDirections(Loss):
 
     def at(self, points: Sequence[Point]) -> Tensor:
         rank, number = self.processes.of_points
-        shares = points[0].rows.of  # the points that divide one batch stay on one process
-        copies = len(points) // shares
-        first, stop = (_bound(copies, process, number) * shares for process in (rank, rank + 1))
+        first, stop = (_bound(len(points), process, number) for process in (rank, rank + 1))
         losses = torch.zeros(len(points), device=self.device)
         if first < stop:
             losses[first:stop] = self.loss.at(points[first:stop])
@@ -147,18 +145,19 @@ class _DividedOutput(LayerOutput):
     """The output of a layer whose points are divided over processes, which exchange N times M losses."""
 
     def __init__(self, output: LayerOutput, processes: Processes) -> None:
-        self.keys, self.row, self.size, self.width = output.keys, output.row, output.size, output.width
-        self.part, self.num_parts, self.by_position = output.part, output.num_parts, output.by_position
-        self.whole_vocabulary = output.whole_vocabulary
-        self.points_at_once = output.points_at_once * processes.directions
+        for name in LayerOutput.__annotations__:
+            setattr(self, name, getattr(output, name))
+        self.points_at_once *= processes.directions
         self._output, self._processes = output, processes
 
     def losses(self, shifts: Tensor) -> Tensor:
         rank, number = self._processes.of_points
         first, stop = (_bound(len(shifts), process, number) for process in (rank, rank + 1))
         losses = shifts.new_zeros(len(shifts), self.num_parts)
+        before = self._output.num_points
         if first < stop:
             losses[first:stop] = self._output.losses(shifts[first:stop])
+        self._output.num_points = self.num_points = before + len(shifts)
         return self._processes.sum_points(losses)
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:

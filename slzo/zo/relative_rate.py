@@ -1,13 +1,14 @@
 """A learning rate for Adam from the size of the tuned weights."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Self
 
 from torch.optim import Optimizer
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator
+from slzo.zo.auto_step import AutoRate
+from slzo.zo.estimators.base import Estimator
 from slzo.zo.optim import gradient_power
 from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
@@ -16,12 +17,10 @@ from slzo.zo.tuned import TunedTensors
 # moved by a product of two matrices, one of which begins at 0 (LoRA), or along fixed directions (ActivationSubspace). The largest
 # was best of 0.005, 0.02, 0.08 and 0.2 for LoRA, and of 0.005 and 0.05 for the subspace (SmolLM2-135M, layer 28, SST-2).
 _SHARE, _PRODUCT_SHARE, _DIRECTION_SHARE = 0.005, 0.2, 0.05
-# After this many steps the rate is halved.
-_HALF_STEPS = 100
 
 
 @dataclass
-class RelativeRate:
+class RelativeRate(AutoRate):
     r"""A learning rate for optimizers that divide the gradient by its size.
 
     Adam moves every element by about the learning rate, whatever the size of the gradient. The rate is a share of the root mean
@@ -32,18 +31,10 @@ class RelativeRate:
     Attributes:
         size: Root mean square of the tuned matrices before training, without those that are 0.
         share: :math:`\kappa`: 0.005; 0.2 for LoRA; 0.05 for the coordinates of a subspace.
-        steps: Steps so far.
-        factor: Factor of the rate, halved at each rollback.
-        eps: ``None``: there is no perturbation of weights.
-        evaluations: 0: nothing is measured by forward passes.
     """
 
     size: float
     share: float = _SHARE
-    steps: int = 0
-    factor: float = 1.0
-    eps: ClassVar[None] = None
-    evaluations: ClassVar[int] = 0
 
     @classmethod
     def of(cls, tuned: TunedTensors, multiplies: bool = False) -> Self:
@@ -67,25 +58,11 @@ class RelativeRate:
         share = _PRODUCT_SHARE if multiplies else _DIRECTION_SHARE if along else _SHARE
         return cls(math.sqrt(squares / sum(tensor.numel() for tensor in chosen)), share)
 
-    def clip_factor(self, estimate: Estimate) -> float:
-        """Return 1: these optimizers divide the gradient by its size."""
-        return 1.0
-
-    def update(self, estimate: Estimate) -> None:
-        """Count a step."""
-        self.steps += 1
-
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
-        """Return the learning rate for the next step."""
         _, share = gradient_power(optimizer)
-        return share * self.factor * self.share * self.size / (1 + self.steps / _HALF_STEPS)
+        return share * self.share * self.size / self.decay
 
     def describe(self, sets_rate: bool = True) -> str:
-        """Describe the rate in one line."""
         return (
             f"Step size: learning rate {self.share * self.size:.2g}, {self.share:.1%} of the size of the tuned weights"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return primitives only, for checkpoints."""
-        return asdict(self)

@@ -1,6 +1,5 @@
 """One step on any module: estimate the gradient, clip it, set the learning rate, update the masters, restore the weights."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,6 @@ def take_step(
     optimizer: Optimizer,
     *,
     auto: AutoRate | None = None,
-    clip_factor: Callable[[Estimate], float] | None = None,
     measure_update: bool = False,
 ) -> tuple[Estimate, float | None]:
     """Take one step on any module.
@@ -31,7 +29,6 @@ def take_step(
         estimator: Estimates the gradient.
         optimizer: Updates the masters.
         auto: Clips the gradient, updates its running means and sets the learning rate.
-        clip_factor: Returns the factor, at most 1, by which the gradient of a finite estimate is scaled.
         measure_update: Measure the norm of the update. This holds a copy of the masters during the step.
 
     Returns:
@@ -47,8 +44,6 @@ def take_step(
                 estimate.scale_gradient(auto.clip_factor(estimate))
                 auto.update(estimate)
             set_rate(optimizer, auto.rate(optimizer, estimator))
-        if clip_factor is not None and estimate.finite:
-            estimate.scale_gradient(clip_factor(estimate))
         tuned.set_grad(estimate.gradient if estimate.finite else {})
         optimizer.step()
     finally:

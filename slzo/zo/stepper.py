@@ -3,11 +3,8 @@
 Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
 """
 
-import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,27 +26,6 @@ from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
 from slzo.zo.step import take_step
 from slzo.zo.tuned_model import TunedModel
 
-_HISTORY_STEPS = 100
-_MIN_HISTORY = 10
-
-
-@dataclass
-class ProjectedGradHistory:
-    """Sizes of the projected gradients of the last 100 steps: the mean magnitude over the queries of each step."""
-
-    sizes: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY_STEPS))
-
-    def clip_factor(self, estimate: Estimate, multiple: float) -> float:
-        """Add a finite estimate, and return the factor that clips it to ``multiple`` times the median size.
-
-        The factor is at most 1. The first 10 steps are not clipped.
-        """
-        size = sum(map(abs, estimate.projected_grad)) / len(estimate.projected_grad)
-        limit = multiple * statistics.median(self.sizes) if len(self.sizes) >= _MIN_HISTORY else size
-        self.sizes.append(size)
-        return limit / size if 0 < limit < size else 1.0
-
-
 _MAX_EPS = 1e30  # far more than is useful; a direction times this still fits into float32
 _MAX_QUERIES = 32_767  # a step has two losses for each, and the step log counts them in 16 bits
 
@@ -60,48 +36,27 @@ class StepOptions:
 
     Attributes:
         eps: Absolute size of the perturbation, > 0; ``None`` until it is measured.
-        eps_end: Value of eps at the end of the run, reached by the same factor in each step; ``None`` keeps eps constant.
         num_queries: Directions per step.
-        clip_projected_grad: Largest projected gradient, as a multiple of the median of the last steps; ``None`` for no limit.
 
     Raises:
         SlzoError: A value is out of range.
     """
 
     eps: float | None = 1e-3
-    eps_end: float | None = None
     num_queries: int = 1
-    clip_projected_grad: float | None = None
 
     def __post_init__(self) -> None:
         if self.eps is not None and not 0 < self.eps <= _MAX_EPS:
             raise SlzoError(
                 f"model.eps {self.eps}: must be a number above 0 and at most {_MAX_EPS}, or auto; 1e-3 is a good start"
             )
-        if self.eps_end is not None and not 0 < self.eps_end <= _MAX_EPS:
-            raise SlzoError(
-                f"model.eps_end {self.eps_end}: must be a number above 0 and at most {_MAX_EPS}; leave it out to keep eps"
-            )
         if not 1 <= self.num_queries <= _MAX_QUERIES:
             raise SlzoError(f"model.num_queries {self.num_queries}: must be 1 to {_MAX_QUERIES} directions per step")
-        if self.clip_projected_grad is not None and not 1 <= self.clip_projected_grad < float("inf"):
-            raise SlzoError(
-                f"model.clip_projected_grad {self.clip_projected_grad}: must be a multiple of the usual size, at least 1; 10 is "
-                "a good start, or leave it out"
-            )
 
     @property
     def perturbs_weights(self) -> bool:
         """Whether an option is given that only perturbations of weights have."""
-        return self.eps is not None or self.eps_end is not None or self.num_queries != 1
-
-    def eps_at(self, step: int, max_steps: int) -> float:
-        """Return the size of the perturbation at a step of a run of ``max_steps``."""
-        if self.eps is None:
-            raise SlzoError("model.eps auto: must be measured first (see slzo.zo.auto_step); or give a number")
-        if self.eps_end is None:
-            return self.eps
-        return self.eps * (self.eps_end / self.eps) ** min(1.0, step / max(1, max_steps - 1))
+        return self.eps is not None or self.num_queries != 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +87,6 @@ class Stepper:
         estimator: Estimates the gradient.
         options: Size and number of the perturbations. If ``eps`` is ``None``, ``auto`` gives the size.
         seed: Seed of the directions, which are drawn from (seed, step, query).
-        max_steps: Length of the training, over which ``eps`` changes.
         evaluator: Generates answers, for objectives that need them.
         processes: Processes that share the work of a step.
         auto: Measured step size; ``None`` if nothing is measured.
@@ -146,6 +100,7 @@ class Stepper:
         log: Writes steps and rollbacks to a file.
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
+        nonfinite_in_row: How many of the last steps in a row had a loss that was not finite.
     """
 
     def __init__(
@@ -156,7 +111,6 @@ class Stepper:
         options: StepOptions,
         *,
         seed: int = 0,
-        max_steps: int = 1,
         evaluator: Evaluator | None = None,
         processes: Processes = ALONE,
         auto: AutoRate | None = None,
@@ -171,16 +125,15 @@ class Stepper:
         self.objective = objective
         self.estimator = estimator
         self.options = replace(options, eps=auto.eps) if options.eps is None and auto is not None else options
-        self.seed, self.max_steps, self.max_nonfinite = seed, max_steps, max_nonfinite
+        self.seed, self.max_nonfinite = seed, max_nonfinite
         self.evaluator = evaluator
         self.processes = processes
         self.auto = auto
         self.sets_rate = sets_rate and auto is not None
         self.log = log
         self.known = dict(known or {})
-        self._history = ProjectedGradHistory()
         self.num_evaluations = 0 if auto is None else auto.evaluations
-        self.num_nonfinite = self._nonfinite_in_row = 0
+        self.num_nonfinite = self.nonfinite_in_row = 0
 
     def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:
         """Return the loss over the rows of all processes.
@@ -219,7 +172,7 @@ class Stepper:
             SlzoError: The loss was not finite for too many steps in a row, or a recorded step does not fit.
         """
         tensors = self.model.tensors
-        eps = self.options.eps_at(step, self.max_steps) if self.estimator.uses_points else 0.0
+        eps = self.eps
         known = self.known.pop(step, None)
         rows, points = CountedSum(self.processes.sum_rows), CountedSum(self.processes.sum_points)
         if known is None:
@@ -232,11 +185,7 @@ class Stepper:
         request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
         measure_update = measure_update and 4 * tensors.num_elements <= tensors.hold_bytes
         auto = self.auto if self.sets_rate else None
-        multiple = self.options.clip_projected_grad
-        clip = None if multiple is None else partial(self._history.clip_factor, multiple=multiple)
-        estimate, norm = take_step(
-            request, self.estimator, optimizer, auto=auto, clip_factor=clip, measure_update=measure_update
-        )
+        estimate, norm = take_step(request, self.estimator, optimizer, auto=auto, measure_update=measure_update)
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
             scheduler.step()
@@ -274,30 +223,43 @@ class Stepper:
         return {
             "num_evaluations": self.num_evaluations,
             "num_nonfinite": self.num_nonfinite,
+            "nonfinite_in_row": self.nonfinite_in_row,
             "auto_step": None if self.auto is None else self.auto.to_dict(),
-            "projected_grads": list(self._history.sizes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore counters and history. The measured step size is restored by the constructor's ``auto``."""
+        """Restore the counters. The measured step size is restored by the constructor's ``auto``."""
         self.num_evaluations, self.num_nonfinite = state["num_evaluations"], state["num_nonfinite"]
-        self._history.sizes.extend(state["projected_grads"])
+        self.nonfinite_in_row = state["nonfinite_in_row"]
+
+    @property
+    def eps(self) -> float:
+        """Size of the perturbation of the weights; 0 if the estimator perturbs none.
+
+        Raises:
+            SlzoError: It has not been measured yet.
+        """
+        if not self.estimator.uses_points:
+            return 0.0
+        if self.options.eps is None:
+            raise SlzoError("model.eps auto: must be measured first (see slzo.zo.auto_step); or give a number")
+        return self.options.eps
 
     def _count(self, estimate: Estimate, step: int, report: LossReport) -> None:
         self.num_evaluations += estimate.num_evaluations
         if estimate.finite:
-            self._nonfinite_in_row = 0
+            self.nonfinite_in_row = 0
             return
         self.num_nonfinite += 1
-        self._nonfinite_in_row += 1
-        if self._nonfinite_in_row < self.max_nonfinite:
+        self.nonfinite_in_row += 1
+        if self.nonfinite_in_row < self.max_nonfinite:
             return
         if report.problems:
             raise SlzoError(
-                f"{report.problems[0]}; no step was taken {self._nonfinite_in_row} times in a row (model.max_nonfinite)"
+                f"{report.problems[0]}; no step was taken {self.nonfinite_in_row} times in a row (model.max_nonfinite)"
             )
         raise SlzoError(
-            f"training diverged: the loss was infinite or NaN {self._nonfinite_in_row} steps in a row, the last at step "
+            f"training diverged: the loss was infinite or NaN {self.nonfinite_in_row} steps in a row, the last at step "
             f"{step + 1}; lower the learning rate (model.optimizer.lr) or model.eps, or use model.dtype bfloat16 or "
             "float32"
         )

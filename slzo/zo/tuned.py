@@ -145,20 +145,18 @@ class TunedTensors(nn.Module):
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:
-        """Set all masters, by name, and the live weights. KeyError if one is missing or has another shape."""
+        """Set all masters, by name, and the live weights.
+
+        Raises:
+            KeyError: The name of a tensor that is unknown, missing or of another shape. Nothing has changed then.
+        """
         own = self.named_masters()
-        for name, master in own.items():
-            if masters[name].shape != master.shape:
-                raise KeyError(f"{name} of shape {list(masters[name].shape)}")
+        wrong = [name for name, given in masters.items() if name not in own or own[name].shape != given.shape]
+        for name in [*wrong, *(name for name in own if name not in masters)]:
+            raise KeyError(name)
         for name, master in own.items():
             master.copy_(masters[name])
         self.restore()
-
-    def first_mismatch(self, masters: Mapping[str, Tensor]) -> str | None:
-        """Return the name of a tensor that is unknown, missing or of another shape, or ``None`` if all fit."""
-        own = self.named_masters()
-        wrong = [name for name, given in masters.items() if name not in own or own[name].shape != given.shape]
-        return next(iter([*wrong, *(name for name in own if name not in masters)]), None)
 
     def description(self) -> dict[str, dict[str, Any]]:
         """Describe how each tensor is tuned, for checkpoints: tensors, strings and numbers only, without the masters' values."""

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedMod
 
 from slzo.models.parts import ModelParts
 from slzo.models.shape import ModelShape, shape_of, skeleton_of
-from slzo.zo.estimators import SPSA
 from slzo.zo.memory import MemoryInputs, Workload, tuning_bytes
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.scopes import LayerScope, ScopeContext
@@ -64,7 +63,7 @@ def memory_inputs(model: PreTrainedModel, shape: ModelShape, quantization: str |
         shape=shape,
         dtype=torch.bfloat16 if on_cpu else torch.float16,
         quantization=quantization,
-        tuned=tuning_bytes(tensors, SPSA(), 1, 1, optimizer),
+        tuned=tuning_bytes(tensors, 1, 1, optimizer),
         full_layers=1,
         start=layer,
         workload=Workload(_TOKENS, 0, 1000 * 256),

@@ -1,7 +1,7 @@
 """Estimators of the gradient. Each is one file, imported and listed here."""
 
 from slzo.zo.estimators.backprop import Backprop
-from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request, RowShare
+from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request
 from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
 from slzo.zo.estimators.forward_gradient import ForwardGradient
 from slzo.zo.estimators.fzo import FZO
@@ -29,5 +29,4 @@ __all__ = [
     "OneSided",
     "Point",
     "Request",
-    "RowShare",
 ]

@@ -14,19 +14,11 @@ from slzo.utils.errors import SlzoError, broken_contract, shown
 from slzo.zo.tuned import Direction, TunedTensors
 
 
-class RowShare(NamedTuple):
-    """A share of a batch's rows: share ``number``, counted from 0, of ``of`` shares of nearly the same size."""
-
-    number: int = 0
-    of: int = 1
-
-
 class Point(NamedTuple):
-    """A point ``masters + scale * direction`` at which the loss is evaluated, and the rows to evaluate it on."""
+    """A point ``masters + scale * direction`` at which the loss is evaluated."""
 
     direction: Direction
     scale: float
-    rows: RowShare = RowShare()
 
 
 @dataclass(frozen=True)
@@ -54,23 +46,28 @@ class LayerOutput(ABC):
         row: Row of each position, shape (P,), int64, not decreasing.
         part: Part of the loss that each position is measured by, shape (P,), int64. The parts are the rows, M = B; or, if only
             positions of answers are shifted and the loss is a sum over them, the positions, M = P.
-        num_parts: M.
         by_position: Whether the parts are positions.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
         whole_vocabulary: Whether each point needs logits of the whole vocabulary, which cost more than a layer.
         points_at_once: Number of points that :meth:`losses` can evaluate in about the memory of one forward pass of the batch.
+        num_points: Number of points that all processes together have evaluated so far.
     """
 
     keys: tuple[int, ...]
     row: Tensor
     part: Tensor
-    num_parts: int
     by_position: bool
     size: Tensor
     width: int
     whole_vocabulary: bool
     points_at_once: int
+    num_points: int
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts of the loss, M."""
+        return len(self.row) if self.by_position else len(self.keys)
 
     @abstractmethod
     def losses(self, shifts: Tensor) -> Tensor:
@@ -122,12 +119,7 @@ class Loss(ABC):
 
     @abstractmethod
     def at(self, points: Sequence[Point]) -> Tensor:
-        """Return the losses at P points, shape (P,), float32, from forward passes alone.
-
-        The row shares of all points have the same ``of``, and their numbers run from 0 to ``of - 1``, once or several times. The
-        loss of a share is its contribution to the loss of the batch, times ``of``. So the mean over the shares is the loss of
-        the batch, even if the shares differ in size.
-        """
+        """Return the losses at P points, shape (P,), float32, from forward passes alone."""
 
     def gradient(self) -> tuple[float, Direction]:
         """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters.
@@ -209,7 +201,7 @@ class Estimate:
             or ``loss_plus`` if they do not evaluate that either.
         projected_grad: Slope of the loss along each direction.
         num_evaluations: Number of evaluations of the batch.
-        gradient: Gradient by name of the tuned tensor, float32; empty if the estimate is not finite.
+        gradient: Gradient by name of the tuned tensor, float32; not used if the estimate is not finite.
     """
 
     loss: float
@@ -253,7 +245,7 @@ class Estimator(ABC):
 
         Then eps is used, and steps can be replayed from a log of the losses.
         """
-        return self.along_directions and not self.differentiates
+        return not (self.differentiates or self.perturbs_output)
 
     @abstractmethod
     def estimate(self, request: Request) -> Estimate:
@@ -271,10 +263,6 @@ class Estimator(ABC):
     def evaluations(self, num_queries: int) -> float:
         """Return the cost of a step with ``num_queries`` directions, as a number of forward passes of the whole batch."""
 
-    def directions_at_once(self, num_queries: int, queries_at_once: int) -> int:
-        """Return how many directions a step holds in memory at the same time."""
-        return min(num_queries, queries_at_once)
-
     def describe(self) -> str:
         """Describe the estimator in a few words, for the summary."""
         return type(self).__name__
@@ -282,9 +270,7 @@ class Estimator(ABC):
 
 def estimate_from_gradient(loss: float, gradient: Mapping[str, Tensor], evaluations: int) -> Estimate:
     """Return the estimate of an estimator without directions: the loss at the masters, with the norm of the gradient as slope."""
-    norm = float(get_total_norm(gradient.values()))
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    return Estimate(loss, loss, loss, (norm,), evaluations, gradient if finite else {})
+    return Estimate(loss, loss, loss, (float(get_total_norm(gradient.values())),), evaluations, gradient)
 
 
 def estimate_of(estimator: Estimator, request: Request) -> Estimate:

@@ -1,46 +1,34 @@
 """Two-sided and one-sided finite differences of the loss along random directions. The estimators use them."""
 
-import math
-from itertools import chain
-
 from torch import Tensor
 
-from slzo.zo.estimators.base import Estimate, Point, Request, RowShare
+from slzo.zo.estimators.base import Estimate, Point, Request
 from slzo.zo.noise import Noise
 
 
-def two_point(request: Request, noise: Noise, divide_rows: bool = False) -> Estimate:
-    """Return the mean over the queries of ``(L(w + eps z) - L(w - eps z)) / (2 eps) z``.
-
-    With ``divide_rows`` each query evaluates its own share of the rows.
-    """
-    tuned, eps, count = request.tuned, request.eps, request.num_queries
+def two_point(request: Request, noise: Noise) -> Estimate:
+    """Return the mean over the queries of ``(L(w + eps z) - L(w - eps z)) / (2 eps) z``."""
+    tuned, eps = request.tuned, request.eps
     plus: list[float] = []
     minus: list[float] = []
     gradient: dict[str, Tensor] = {}
-    for queries in [range(count)] if divide_rows else request.queries_in_turn():
+    for queries in request.queries_in_turn():
         directions = [tuned.draw(request.seed, request.step, query, noise) for query in queries]
-        rows = [RowShare(query, count) if divide_rows else RowShare() for query in queries]
-        pairs = [[Point(z, sign * eps, share) for sign in (1, -1)] for z, share in zip(directions, rows, strict=True)]
-        if divide_rows:  # the numbers of the row shares must run from 0 to count - 1
-            highs, lows = request.loss.at([*chain(*zip(*pairs, strict=True))]).view(2, -1).tolist()
-        else:  # this order does not depend on the number of queries at once, so a step log can be replayed with any number
-            highs, lows = request.loss.at([*chain(*pairs)]).view(-1, 2).T.tolist()
+        # neither order nor number of the points depends on the queries at once, so a step log can be replayed with any number
+        points = [Point(z, sign * eps) for z in directions for sign in (1, -1)]
+        highs, lows = request.loss.at(points).view(-1, 2).T.tolist()
         plus += highs
         minus += lows
-        if not all(map(math.isfinite, highs + lows)):
-            gradient = {}
-            break
         for z, high, low in zip(directions, highs, lows, strict=True):
-            tuned.accumulate(gradient, z, (high - low) / (2 * eps) / count, (eps, -eps))
-        del directions, pairs, z  # freed before the next ones are drawn
+            tuned.accumulate(gradient, z, (high - low) / (2 * eps) / request.num_queries, (eps, -eps))
+        del directions, points, z  # freed before the next ones are drawn
     mean_plus, mean_minus = sum(plus) / len(plus), sum(minus) / len(minus)
     return Estimate(
         loss=(mean_plus + mean_minus) / 2,
         loss_plus=mean_plus,
         loss_minus=mean_minus,
         projected_grad=tuple((high - low) / (2 * eps) for high, low in zip(plus, minus, strict=True)),
-        num_evaluations=2 if divide_rows else 2 * len(plus),
+        num_evaluations=2 * len(plus),
         gradient=gradient,
     )
 
@@ -59,9 +47,6 @@ def one_sided(request: Request, noise: Noise) -> tuple[Estimate, list[float]]:
         else:
             highs = request.loss.at(points).tolist()
         losses += highs
-        if not all(map(math.isfinite, [base, *highs])):
-            gradient = {}
-            break
         for z, loss in zip(directions, highs, strict=True):
             tuned.accumulate(gradient, z, (loss - base) / eps / request.num_queries, (eps, 0.0))
         del directions, points, z  # freed before the next ones are drawn

@@ -83,8 +83,6 @@ class EvolutionStrategy(Estimator):
             held.clear()  # freed before the next ones are drawn
             held.update((query, self._draw(request, query)) for query in queries)
             losses += request.loss.at([Point(z, sign * request.eps) for z in held.values() for sign in signs]).tolist()
-            if not all(map(math.isfinite, losses)):
-                break
         if len(held) < request.num_queries:
             held.clear()
         slopes = self._slopes(losses, request.eps)

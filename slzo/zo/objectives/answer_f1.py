@@ -10,5 +10,7 @@ from slzo.zo.objectives.base import AnswerObjective
 class AnswerF1(AnswerObjective):
     """1 - token F1 of the generated answer, the best over the references."""
 
+    selected_by = "f1"
+
     def answer_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         return [1 - token_f1(answer, example.references) for answer, example in zip(answers, examples, strict=True)]

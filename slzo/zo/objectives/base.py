@@ -31,6 +31,8 @@ class Objective(ABC):
         needs_label: Whether rows without a label cannot be used and are left out.
         sampling: How answers are sampled for a policy gradient; objectives that generate none ignore it.
         lowest: Lower bound of the loss. Measured step sizes are relative to the distance from it.
+        selected_by: Value on the dev rows that selects a checkpoint and that the guard watches: "loss", the loss of the gold
+            answer; "reward", which needs ``data.reward``; or a metric of the task such as "f1", whose best value is 1.
     """
 
     only_gold: bool = False
@@ -39,6 +41,7 @@ class Objective(ABC):
     needs_label: bool = True
     lowest: float = 0.0
     sampling: AnswerSampling = AnswerSampling()
+    selected_by: str = "loss"
 
     @abstractmethod
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
@@ -80,7 +83,7 @@ def _one_by_one(
     size: Callable[[PackedBatch], int],
 ) -> RowLosses:
     """Call ``loss`` with the values of each example at each point; ``size`` is how many an example has."""
-    examples = [example for example in batch.divide(batch.num_examples) if example is not None]
+    examples = batch.cut(1)  # one token at most, so each example is separate
     sizes = [size(example) for example in examples]
     of_points = [[loss(*own) for own in zip(point.split(sizes), examples, strict=True)] for point in values]
     totals = torch.stack([torch.stack([sums.total for sums in point]) for point in of_points])
@@ -229,7 +232,7 @@ class AnswerObjective(Objective):
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.sampling, self._checked_losses)
+        return BatchAnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self._checked_losses)
 
     def _checked_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
         losses = self.answer_losses(answers, examples)

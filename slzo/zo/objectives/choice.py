@@ -5,7 +5,7 @@ from typing import Any
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.tasks.base import Kind, Task
 from slzo.utils.errors import SlzoError
-from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, AnswerF1, Objective, Reward
+from slzo.zo.objectives import LOSS_OBJECTIVES, METRIC_OBJECTIVES, Objective, Reward
 
 
 def choose_objective(
@@ -32,6 +32,10 @@ def choose_objective(
             f"data.reward: task {task.name!r} chooses among candidates; a reward needs a task that generates answers, "
             "such as TemplateTask with an answer_field, or ChatTask"
         )
+    if objective.selected_by == "reward" and rewards is None:
+        raise SlzoError(
+            f"data.objective {objective.describe()}: selects checkpoints by a reward, and there is none; give a data.reward"
+        )
     if task.metric == "reward" and rewards is None:
         raise SlzoError(
             f"data.reward: task {task.name!r} has no answers to score held-out rows with; give a data.reward, "
@@ -40,10 +44,9 @@ def choose_objective(
     return objective, rewards
 
 
-def selection_metric(task: Task, objective: Objective) -> SelectionMetric:
-    """Return the metric that compares checkpoints and summarizes a run."""
-    if isinstance(objective, Reward):
-        return SelectionMetric("reward", "reward", -objective.lowest)
-    if isinstance(objective, AnswerF1) and "f1" in task.metrics:
-        return SelectionMetric("f1", task.metric, 1.0)
-    return SelectionMetric("loss", task.metric)
+def selection_metric(task: Task, objective: Objective, rewards: Reward | None) -> SelectionMetric:
+    """Return the metric that compares checkpoints and summarizes a run, see :attr:`Objective.selected_by`."""
+    name = objective.selected_by
+    if name == "reward" and rewards is not None:
+        return SelectionMetric(name, name, -rewards.lowest)
+    return SelectionMetric(name, task.metric, 1.0) if name in task.metrics else SelectionMetric("loss", task.metric)

@@ -4,24 +4,18 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from slzo.batches.losses import LossSum, stack
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.rewarding import reward_inputs
-from slzo.evaluation.sampling import Sampling
 from slzo.rewards.calls import MAX_REWARD
 from slzo.rewards.registry import REWARDS
 from slzo.rewards.runner import RewardResult, Rewards
 from slzo.tasks.base import Example
 from slzo.utils.docs import with_lists
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Loss, LossReport, Point
+from slzo.zo.estimators.base import Loss, LossReport
 from slzo.zo.loss import LossContext, RowsLoss
 from slzo.zo.objectives.base import Objective
 from slzo.zo.policy_gradient import AnswerSampling
@@ -59,6 +53,7 @@ class Reward(Objective):
     only_gold = True
     generates = True
     needs_label = False
+    selected_by = "reward"
 
     def __init__(
         self,
@@ -85,6 +80,8 @@ class Reward(Objective):
         self.sampling = AnswerSampling(
             usual.samples if samples is None else samples, usual.temperature if temperature is None else temperature
         )
+        several = self.samples is not None and self.samples > 1
+        self.at_points = AnswerSampling(samples or 1, self.sampling.temperature if several else temperature or 0.0)
         self.timeout, self.in_process = timeout, in_process
         self.best = best
         self.rewards = Rewards(functions, timeout, in_process)
@@ -95,7 +92,7 @@ class Reward(Objective):
         return self.rewards(reward_inputs(answers, examples))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return _RewardLoss(context, batch, self.sampling, self)
+        return _RewardLoss(context, batch, self.sampling, self.at_points, self)
 
     def describe(self) -> str:
         how = [] if self.samples is None else [f"{self.samples} samples"]
@@ -139,30 +136,6 @@ class _RewardLoss(RowsLoss):
         rewarded = self.objective.rewards(reward_inputs(distinct.answers, distinct.examples), all_or_none=True)
         self._report = _report(rewarded, numbers, [answer.num_tokens for answer in answers])
         return [-rewarded.totals[number] for number in numbers]
-
-    def sums(self, points: Sequence[Point]) -> Tensor:
-        samples, answers = self.objective.samples or 1, self._answers(points)
-        pairs = [pair for of_point in answers for pair in of_point]
-        losses = iter(self.losses([answer for answer, _ in pairs], [row for _, row in pairs]))
-        device = self.batch.packed.input_ids.device
-        sums = []
-        for of_point in answers:
-            total = sum(islice(losses, len(of_point))) / samples
-            sums.append(LossSum(*torch.tensor([total, len(of_point) / samples], device=device)))
-        return stack(sums)
-
-    def _answers(self, points: Sequence[Point]) -> list[list[tuple[Answer, Row]]]:
-        """Generate the answers at each point, each with its row; the samples of a row follow each other."""
-        context, samples = self.context, self.objective.samples or 1
-        temperature = self.objective.temperature
-        if temperature is None:
-            temperature = self.sampling.temperature if samples > 1 else 0.0
-        sampling = AnswerSampling(samples, temperature)
-        found = [sampling.of(self.rows_of(point), context.seed, context.step) for point in points]
-        rows = [of_point for of_point, _ in found]
-        keys = tuple(key for _, of_point in found for key in of_point.keys)
-        answers = context.answers(points, rows, Sampling(temperature, keys) if temperature > 0 else None)
-        return [list(zip(*answers_and_rows, strict=True)) for answers_and_rows in zip(answers, rows, strict=True)]
 
 
 def _report(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:

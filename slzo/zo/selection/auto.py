@@ -16,7 +16,7 @@ class Auto(SelectionRule):
     The race compares that layer, the last one, and if there is room the choices of FirstOutlierLayer and MaxRatioJump.
 
     The first step is promising if the measured step size (model.optimizer.lr auto) expects it to lower the loss by at least
-    ``promise``. If it expects only a fraction of a percent, because the loss is curved along random directions, the layer
+    ``min_gain``. If it expects only a fraction of a percent, because the loss is curved along random directions, the layer
     learns slowly on this task, and other layers may not. This happens with tasks whose loss is that of a free answer (COPA,
     SQuAD, DROP); docs/results.md has the figures. Only the margin of the statistics is checked with LayerOutputPerturbation
     and Backprop, which measure no step size, with a given rate, and in half precision, where rounding hides the curvature.
@@ -25,20 +25,20 @@ class Auto(SelectionRule):
     Args:
         share: Largest cost of a race, as a share of the whole training in OutlierRemovingLayer's layer, > 0; if it is too
             small for all candidates, the lowest ones are left out.
-        promise: Smallest share of the loss that the first step should remove; 0 only checks whether the choice is clear.
+        min_gain: Smallest share of the loss that the first step should remove; 0 only checks whether the choice is clear.
     """
 
-    def __init__(self, share: float = 0.25, promise: float = 0.01) -> None:
-        if not (math.isfinite(promise) and promise >= 0):
-            raise SlzoError(f"profiler.rule.promise {promise}: must be a share of the loss, 0 or more; 0.01 is 1%")
+    def __init__(self, share: float = 0.25, min_gain: float = 0.01) -> None:
+        if not (math.isfinite(min_gain) and min_gain >= 0):
+            raise SlzoError(f"profiler.rule.min_gain {min_gain}: must be a share of the loss, 0 or more; 0.01 is 1%")
         Race(share)  # validates share
         self.share = share
-        self.promise = promise
+        self.min_gain = min_gain
 
     def select(self, context: SelectionContext) -> Choice:
         choice = OutlierRemovingLayer().select(context)
         is_clear = choice.margin is None or choice.margin.errors >= CLEAR
-        measures = self.promise > 0 and context.trials is not None and context.trials.measures_rate
+        measures = self.min_gain > 0 and context.trials is not None and context.trials.measures_rate
         if is_clear and not measures:  # planning a race would measure the time of its steps
             return choice
         race = self._race(context, choice)
@@ -73,6 +73,9 @@ class Auto(SelectionRule):
         except SlzoError:  # the main training also measures, and reports the error
             return ""
         # with matrices that start at 0 (step.largest > 0) the first step says nothing about later ones
-        if step.largest > 0 or step.promise >= self.promise:
+        if step.largest > 0 or step.first_gain >= self.min_gain:
             return ""
-        return f"its first step should lower the loss by {step.promise:.2%}, less than profiler.rule.promise {self.promise:.2%}"
+        return (
+            f"its first step should lower the loss by {step.first_gain:.2%}, less than profiler.rule.min_gain "
+            f"{self.min_gain:.2%}"
+        )
