@@ -43,6 +43,7 @@ from slzo.report.summary import format_summary, gold_texts, sample_row, summariz
 from slzo.resume import check_environment, open_step_log, restore
 from slzo.run import FitOutcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import Kind
 from slzo.training import (
     adapt_rows,
     auto_rate,
@@ -291,9 +292,13 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutSco
 
 
 def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]:
-    """Return predictions for the first held-out rows of all processes, by position in the split."""
+    """Return predictions for the first held-out rows of all processes, by position in the split.
+
+    Empty if the task's answers are free texts and none are generated: only the likelihood of the given answers is known then.
+    """
     assert rows.splits is not None
-    if len(rows.splits.test) < rows.processes.number:
+    has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
+    if not has_predictions or len(rows.splits.test) < rows.processes.number:
         return {}
     found: list[tuple[int, dict[str, Any]]] = []
     device, evaluator = prepared.model.parts.model.device, make_evaluator(rows, prepared.model)

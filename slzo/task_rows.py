@@ -411,13 +411,13 @@ class TaskRows:
             first_key={"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40,
             demonstrations=() if is_train else self.demonstrations,
             max_new_tokens=self.task.max_new_tokens,
-            generates=objective.generates if is_train else self._generates(split),
+            generates=objective.generates if is_train else self.generates(split),
             only_gold=is_train and objective.only_gold,
             skip_bad_rows=self.skip_bad_rows,
         )
 
-    def _generates(self, split: str) -> bool:
-        """Whether scoring a split generates answers."""
+    def generates(self, split: str) -> bool:
+        """Whether scoring ``dev``, ``test`` or ``predict`` generates answers."""
         is_predicted = split == "predict" and self.task.kind is Kind.GENERATION
         return self.task.generates or self.reward is not None or is_predicted
 

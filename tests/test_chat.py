@@ -2,10 +2,11 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import summary, tiny_model
+from helpers import run_dir, summary, tiny_model
 from transformers import AutoTokenizer
 
 from slzo.__main__ import main
@@ -263,6 +264,23 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
         rest = ["--untuned=false", f"--prompt={found[0]['prompt']}", "--max_new_tokens=4"]
         assert main(["generate", source, *rest]) == 0
         assert capsys.readouterr().out.partition("--- tuned\n")[2].strip() == found[0]["prediction"].strip()
+
+
+def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Film {i}?", "completion": "great"} for i in range(12)]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("test.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "AB") + json.dumps(rows[0]))
+    files = {"train_file": "talks.jsonl", "test_file": "test.jsonl"}
+    task = {"class_path": "ChatTask", "init_args": {**files, "max_new_tokens": 2}}
+    options = [f"--data.task={json.dumps(task)}", "--data.num_dev=2", "--data.batch_size=4", "--trainer.max_steps=1"]
+    assert main(["fit", *options, f"--model.model={model_dir}", "--model.layer=1", "--trainer.accelerator=cpu"]) == 0
+    assert summary()["scores_after"]["perplexity"] > 0
+    assert not (run_dir() / "samples.json").exists()
+    assert main(["predict", "--ckpt_path=last", "--output=found.jsonl"]) == 0
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert [record["gold"] for record in found] == [None, None, ["great"]]
+    assert all(isinstance(record["prediction"], str) for record in found)
 
 
 def test_answers_of_demonstrations_are_not_scored():
