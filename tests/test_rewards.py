@@ -234,7 +234,7 @@ def test_wrong_function_options(given, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone.py:f", "data.reward 'gone.py:f': gone.py cannot be imported .FileNotFoundError: gone.py: no such file"),
+        ("gone.py:f", "data.reward 'gone.py:f': gone.py cannot be imported .FileNotFoundError: gone.py: no such file.$"),
         ("mine.py:f", "data.reward 'mine.py:f': mine.py has no function f"),
         ("broken.py:f", "broken.py cannot be imported .ZeroDivisionError: division by zero"),
         ("no.such.module", "data.reward 'no.such.module': no.such cannot be imported .ModuleNotFoundError"),
@@ -286,6 +286,8 @@ def test_conversations_are_given_as_messages():
     examples = [
         Example(e.id, e.prompt, e.candidates, e.gold, e.references, messages=e.messages, columns=row) for row, e in rows
     ]
+    added = ChatTask(system="Be kind.").example(plain, "2").messages
+    assert reward_inputs(["b"], [Example("2", "system: Be kind.\nuser: Hi", (), messages=added)]).prompts == ["Hi"]
     made = reward_inputs(["a", "b"], examples)
     assert made.prompts == [[{"role": "user", "content": "Hi"}], "Hi"]
     assert made.completions == [[{"role": "assistant", "content": "a"}], "b"]

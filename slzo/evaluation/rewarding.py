@@ -30,7 +30,8 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Answer
             prompts.append([turn.to_dict() for turn in example.messages])
             completions.append([{"role": "assistant", "content": answer}])
         else:
-            prompts.append(example.prompt)
+            # the text of the row: ``prompt`` also shows a system prompt that the task adds
+            prompts.append(example.messages[-1].content if example.messages else example.prompt)
             completions.append(answer)
     return Answers([example.id for example in examples], prompts, completions, columns)
 

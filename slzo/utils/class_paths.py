@@ -46,7 +46,7 @@ def required_arguments(kind: type) -> list[str]:
 
 def _is_internal(file: str) -> bool:
     """Whether a file belongs to this package or to Python's import system."""
-    return Path(__file__).parent in Path(file).parents or Path(file).parent == Path(importlib.__file__).parent
+    return Path(__file__).parents[1] in Path(file).parents or Path(file).parent == Path(importlib.__file__).parent
 
 
 def _short(file: str) -> str:
