@@ -10,7 +10,7 @@ from helpers import FAMILIES, VOCABULARY, tiny_model
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
-from slzo.evaluation.generation import answer_text, generate, stop_tokens
+from slzo.evaluation.generation import answer_text, ends_with, generate, stop_tokens
 from slzo.models.parts import ModelParts
 from tiny import make_tokenizer
 
@@ -118,3 +118,26 @@ def test_answer_text_is_cut_at_a_newline_inside_a_token_and_stripped():
     assert answer_text(tokenizer, tokenizer(" great movie \nBad").input_ids) == "great movie"
     assert answer_text(tokenizer, []) == ""
     assert stop_tokens(tokenizer) == {tokenizer.eos_token_id, *tokenizer("\n").input_ids}
+    ended = ends_with(_Joined(), ("\n", "<end>"))
+    assert [ended(ids) for ids in ([1, 1], [1, 2])] == [False, True]
+    assert ends_with(_Joined(), ("<end>",)) is None
+
+
+class _Joined:
+    """A tokenizer with a token that contains a newline, besides the newline itself, and with an added token."""
+
+    def get_added_vocab(self):
+        return {"<end>": 4}
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join({1: "a", 2: ".\n\n", 3: "\n"}[id] for id in ids)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_settings_that_come_with_a_model_change_no_answer(packed):
+    parts = ModelParts(tiny_model(), packed=packed)
+    expected = generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers
+    parts.model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0)
+    own = parts.model.generation_config
+    assert generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers == expected
+    assert parts.model.generation_config is own

@@ -8,10 +8,11 @@ stored in buffers of rows of similar length, so that attention covers little pad
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
@@ -67,13 +68,13 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Se
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the token that always encodes this text, whatever surrounds it; ``None`` if there is none."""
+    """Return the token that is this text alone; ``None`` if there is none. Other tokens may contain a newline too."""
     return newline_token(tokenizer) if text == "\n" else tokenizer.get_added_vocab().get(text)
 
 
 def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-    """Return a function that says whether tokens end in a stop text of several tokens; ``None`` if there is no such text."""
-    texts = [text for text in stop if _single_token(tokenizer, text) is None]
+    """Return a function that says whether the last tokens contain a stop text; ``None`` if :func:`stop_tokens` has them all."""
+    texts = [text for text in stop if text not in tokenizer.get_added_vocab()]  # added tokens are never part of others
     if not texts:
         return None
     longest = max(len(text.encode()) for text in texts) + 1
@@ -129,6 +130,26 @@ def generate(
     )
 
 
+def generate_plainly(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """Generate with transformers without the settings that come with the model, such as a repetition penalty.
+
+    Args:
+        model: The model.
+        ids: Prompts, shape (rows, tokens), int64.
+        options: Further arguments of ``model.generate``, among them ``eos_token_id``.
+
+    Returns:
+        Prompts and answers, shape (rows, tokens), int64.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        output: Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
+        return output
+    finally:
+        model.generation_config = own
+
+
 def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
     losses = []
     known = [example for example in gold if example.gold]
@@ -171,8 +192,9 @@ def _generate_padded(
         assert sampling is not None
         return sampling.with_noise(logits, range(len(prompts)), so_far.shape[1] - width)
 
-    output = parts.model.generate(  # type: ignore[operator]
-        input_ids=ids,
+    output = generate_plainly(
+        parts.model,
+        ids,
         attention_mask=mask,
         do_sample=False,
         max_new_tokens=max_new_tokens,
