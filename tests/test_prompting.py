@@ -1,20 +1,29 @@
 """Generate shows what slzo's own engine generates, tuned and untuned, from every kind of source."""
 
 import json
+from contextlib import nullcontext
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from helpers import error_line, last_checkpoint
+from helpers import error_line, last_checkpoint, tiny_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.data.chat import TEMPLATES
 from slzo.evaluation.generation import generate
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
+from slzo.prompting.pair import Pair
 from slzo.prompting.prompts import read_prompts
+from slzo.prompting.stream import TextOptions, write_continuation
+from slzo.tasks.base import Example
+from slzo.tasks.messages import ChatFormat
 from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
+from tiny import make_tokenizer
 
 PROMPT = "It was a good film"
 LENGTH = 12
@@ -145,9 +154,12 @@ def test_mistakes_are_one_line(tuned, capsys):
 def test_prompts_of_a_file_and_the_line_of_a_wrong_one(tmp_path):
     page, rows = tmp_path / "page.html", tmp_path / "rows.jsonl"
     page.write_text("<p>\n\n</p>\n")
-    assert read_prompts(str(page)) == ["<p>", "</p>"]
+    assert [one.prompt for one in read_prompts(str(page))] == ["<p>", "</p>"]
     rows.write_text('{"prompt": "One"}\n\nTwo\n')
     with pytest.raises(SlzoError, match=r"rows\.jsonl:3: not JSON"):
+        read_prompts(str(rows))
+    rows.write_text('{"prompt": "One", "messages": [{"role": "user"}]}')
+    with pytest.raises(SlzoError, match=r"rows\.jsonl:1: field 'messages', turn 1"):
         read_prompts(str(rows))
 
 
@@ -157,4 +169,46 @@ def test_prompts_with_other_line_separators_and_a_byte_order_mark(tmp_path):
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     rows.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     page.write_text("\r\n".join(prompts), encoding="utf-8-sig", newline="")
-    assert read_prompts(str(rows)) == read_prompts(str(page)) == prompts
+    assert [[one.prompt for one in read_prompts(str(file))] for file in (rows, page)] == [prompts, prompts]
+
+
+def test_prompts_have_the_tokens_of_training():
+    plain = make_tokenizer()
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    pair = Pair(plain, nullcontext, None)
+    assert pair.tokens_of(Example("1", "Hi", ())) == (1, *make_tokenizer()("Hi").input_ids)
+    for empty in ("", " "):
+        with pytest.raises(SlzoError, match=f"prompt '{empty}': is empty; give some text"):
+            pair.tokens_of(Example("1", empty, ()))
+    assert pair.stop == ()
+
+
+def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    pair = Pair(tokenizer, nullcontext, None, chat=ChatFormat(system="Be kind."))
+    turns = [{"role": "system", "content": "Go."}, {"role": "user", "content": "Why?"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "shown", "messages": turns}))
+    (prompt,) = read_prompts(str(tmp_path / "p.jsonl"))
+    front = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(pair.tokens_of(prompt)) == front.format("Go.", "Why?")
+    assert tokenizer.decode(pair.tokens_of(Example("1", "Why?", ()))) == front.format("Be kind.", "Why?")
+    assert pair.stop == ("<|im_end|>",)
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}])
+def test_a_text_has_the_most_likely_tokens_and_ends_at_a_stop_text(settings):
+    tokenizer, model, ids = make_tokenizer(), tiny_model(), [5, 6, 7]
+    (made,) = generate(ModelParts(tiny_model()), [ids], {2}, max_new_tokens=LENGTH).answers
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    model.generation_config.update(**settings)
+
+    def written(*stop):
+        out = StringIO()
+        write_continuation(model, tokenizer, ids, TextOptions(LENGTH, 0.0, 0), out, stop)
+        return out.getvalue()
+
+    assert written() == f"{text}\n"
+    assert written(text[4:7]) == f"{text[: text.index(text[4:7])]}\n"

@@ -6,6 +6,7 @@ from slzo.prompting.choice import probabilities
 from slzo.prompting.pair import Source, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import TextOptions, write_continuation
+from slzo.tasks.base import Example
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 
@@ -31,7 +32,8 @@ def generate(
         ckpt_path: Folder of a run, checkpoint, exported folder (adapter, merged or delta), or last or best of the newest run in
             runs.
         prompt: The text to continue, as it ends before the answer.
-        prompts: File with prompts: one per line, or JSON Lines with the field prompt.
+        prompts: File with prompts: one per line, or JSON Lines with the field prompt, and messages for a conversation, such as
+            slzo predict writes.
         max_new_tokens: Length of each text, in tokens.
         temperature: 0 takes the most likely token each time; above 0 tokens are drawn.
         seed: Seed of the drawn tokens.
@@ -43,13 +45,14 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise SlzoError("prompt: give either one prompt with --prompt, or a file of prompts with --prompts")
-    texts = [prompt] if prompt is not None else read_prompts(str(prompts))
+    asked = [Example("prompt", prompt, ())] if prompt is not None else read_prompts(str(prompts))
     options = TextOptions(max_new_tokens, temperature, seed)
     pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
     known = pair.candidates if candidates is None else tuple(candidates)
-    for number, text in enumerate(texts):
+    for number, example in enumerate(asked):
+        text = example.prompt
         say(f"\n{text}" if number else text)
-        ids = pair.tokens_of(text)
+        ids = pair.tokens_of(example)
         for name, use in pair.both():
             say(f"--- {name}")
             with use() as model:
@@ -57,4 +60,4 @@ def generate(
                     shares = probabilities(model, pair.tokenizer, text, known)
                     say(", ".join(f"{answer.strip()} {share:.3f}" for answer, share in zip(known, shares, strict=True)))
                 else:
-                    write_continuation(model, pair.tokenizer, ids, options, sys.stdout)
+                    write_continuation(model, pair.tokenizer, ids, options, sys.stdout, pair.stop)

@@ -1,14 +1,15 @@
 """Load a tuned model together with its untuned base model."""
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,8 @@ from slzo.checkpoints.checkpoint import (
     named_checkpoint,
     read_checkpoint,
 )
+from slzo.data.chat import ChatEncoder
+from slzo.data.encoding import Encoder
 from slzo.export import FACTS_FILE
 from slzo.export.adapter import ADAPTER_CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
@@ -28,6 +31,7 @@ from slzo.models.adapters.base import import_peft
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.origin import loadable
+from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat
 from slzo.utils.errors import SlzoError, one_line
 
@@ -55,27 +59,30 @@ class Pair:
     candidates: tuple[str, ...] | None = None
     chat: ChatFormat | None = None
 
-    def tokens_of(self, prompt: str) -> list[int]:
-        """Return the tokens of a prompt; one for a model of conversations is the user's turn in its chat template.
+    def tokens_of(self, prompt: Example) -> tuple[int, ...]:
+        """Return the tokens of a prompt as in training, but never cut.
+
+        For a model of conversations these are its messages in the chat template. Without messages, the text is the user's turn.
 
         Raises:
             SlzoError: The prompt is empty, or the template does not take it.
         """
+        if not prompt.prompt.strip():
+            raise SlzoError(f"prompt {prompt.prompt!r}: is empty; give some text")
+        if self.chat is not None and not prompt.messages:
+            prompt = replace(prompt, messages=self.chat.turns_of(prompt.prompt))
+        return self._encoder.encode_prompt(prompt, max_new_tokens=0)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Text that ends an answer besides the EOS token: the end of turn of the chat template."""
+        return self._encoder.stop if isinstance(self._encoder, ChatEncoder) else ()
+
+    @cached_property
+    def _encoder(self) -> Encoder:
         if self.chat is None:
-            ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        else:
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    self.chat.prompt_of(prompt), tokenize=False, add_generation_prompt=True
-                )
-            except (TemplateError, TypeError, ValueError) as error:
-                raise SlzoError(
-                    f"prompt {prompt!r}: the chat template does not take it ({one_line(error, None)}); give another one"
-                ) from error
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise SlzoError(f"prompt {prompt!r}: is empty; give some text")
-        return ids
+            return Encoder(self.tokenizer, sys.maxsize)
+        return ChatEncoder(self.tokenizer, sys.maxsize, self.chat)
 
     def both(self) -> Iterator[tuple[str, Use]]:
         """Yield names and models, the untuned model first."""

@@ -3,11 +3,18 @@
 from pathlib import Path
 
 from slzo.data.files import json_object
+from slzo.tasks.base import Example
+from slzo.tasks.messages import read_messages
 from slzo.utils.errors import SlzoError
 
 
-def read_prompts(path: str) -> list[str]:
-    """Read one prompt per line, or from a ``.jsonl`` file, such as ``slzo predict`` writes, the field ``prompt`` of each line.
+def read_prompts(path: str) -> list[Example]:
+    """Read one prompt per line, or the rows of a ``.jsonl`` file, such as ``slzo predict`` writes.
+
+    A row has the field ``prompt`` and, if it is a conversation, ``messages``: its turns before the answer.
+
+    Returns:
+        The prompts without answers; the id is the place in the file.
 
     Raises:
         SlzoError: The file cannot be read, or has no prompts.
@@ -17,18 +24,20 @@ def read_prompts(path: str) -> list[str]:
         lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n"), 1)
     except (OSError, UnicodeDecodeError) as error:
         raise SlzoError(f"prompts {path!r}: cannot be read ({error}); give a text or JSON Lines file") from error
-    filled = [(number, line) for number, line in lines if line.strip()]
+    filled = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
     if not filled:
         raise SlzoError(f"prompts {path!r}: is empty; write one prompt per line")
     is_json = Path(path).suffix.lower() == ".jsonl"
-    return [_field(line, f"{path}:{number}") if is_json else line for number, line in filled]
+    return [_read(line, place) if is_json else Example(place, line, ()) for place, line in filled]
 
 
-def _field(line: str, place: str) -> str:
+def _read(line: str, place: str) -> Example:
     try:
-        prompt = json_object(line).get("prompt")
+        row = json_object(line)
+        messages = () if row.get("messages") is None else read_messages(row["messages"], "messages")
     except ValueError as error:
         raise SlzoError(f"prompts {place}: {error}") from None
+    prompt = row.get("prompt")
     if not isinstance(prompt, str):
         raise SlzoError(f"prompts {place}: has no text under prompt; write one JSON object per line")
-    return prompt
+    return Example(place, prompt, (), messages=messages)

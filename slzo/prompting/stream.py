@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from slzo.evaluation.generation import ends_with, generate_plainly, stop_tokens
 from slzo.models.load import max_positions
 from slzo.utils.errors import SlzoError
 
@@ -38,23 +40,34 @@ class TextOptions:
 
 
 class _Stream(TextStreamer):
-    """Writes complete words to a given stream as soon as they are generated."""
+    """Writes complete words to a given stream as soon as they are generated, up to the first stop text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO, stop: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._out = out
+        self._out, self._stop = out, stop
+        self._text, self._written = "", 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write a piece of text."""
-        self._out.write(text + ("\n" if stream_end else ""))
+        """Write a piece of text, except what may be the beginning of a stop text."""
+        self._text += text
+        found = min((self._text.find(stop) for stop in self._stop if stop in self._text), default=len(self._text))
+        begun = 0 if stream_end else max((len(stop) - 1 for stop in self._stop), default=0)
+        end = max(self._written, min(found, len(self._text) - begun))
+        self._out.write(self._text[self._written : end] + ("\n" if stream_end else ""))
         self._out.flush()
+        self._written = end
 
 
 @torch.no_grad()
 def write_continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], options: TextOptions, out: TextIO
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    options: TextOptions,
+    out: TextIO,
+    stop: Sequence[str] = (),
 ) -> None:
-    """Generate a continuation with transformers and write it to ``out`` meanwhile.
+    """Generate a continuation with transformers up to EOS or a text of ``stop``; write it to ``out`` meanwhile.
 
     Raises:
         SlzoError: Prompt and new tokens exceed the model's maximum length.
@@ -65,18 +78,29 @@ def write_continuation(
             f"the prompt has {len(ids)} tokens; with max_new_tokens {options.max_new_tokens} this exceeds the model's limit of "
             f"{known}; shorten the prompt or lower max_new_tokens"
         )
-    stream, prompt = _Stream(tokenizer, out), torch.tensor([list(ids)], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    stream, prompt = _Stream(tokenizer, out, stop), torch.tensor([list(ids)], device=model.device)
+    own = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = stop_tokens(tokenizer, stop).union([own] if isinstance(own, int) else own or ())
+    ended = ends_with(tokenizer, stop)
+
+    def is_done(so_far: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
+        assert ended is not None
+        return torch.tensor([ended(so_far[0, len(ids) :].tolist())], device=so_far.device)
+
+    sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model.generate(  # type: ignore[operator]
-            input_ids=prompt,
+        generate_plainly(
+            model,
+            prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=options.max_new_tokens,
             pad_token_id=0 if pad is None else pad,
             streamer=stream,
+            eos_token_id=sorted(ends),
+            stopping_criteria=None if ended is None else [is_done],
             **sampling,
         )

@@ -41,10 +41,10 @@ class ChatFormat:
     turns: Turns = "all"
     system: str | None = None
 
-    def prompt_of(self, text: str) -> list[dict[str, str]]:
+    def turns_of(self, text: str) -> tuple[Message, ...]:
         """Return the turns of a conversation that begins with a text of the user."""
-        front = [] if self.system is None else [Message("system", self.system)]
-        return [turn.to_dict() for turn in (*front, Message("user", text))]
+        front = () if self.system is None else (Message("system", self.system),)
+        return (*front, Message("user", text))
 
 
 def read_messages(value: object, name: str) -> tuple[Message, ...]:
