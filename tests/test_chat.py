@@ -280,6 +280,7 @@ def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, mo
     assert main(["predict", "--ckpt_path=last", "--output=found.jsonl"]) == 0
     found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
     assert [record["gold"] for record in found] == [None, None, ["great"]]
+    assert found[0]["messages"] == [{"role": "user", "content": "A"}]
     assert all(isinstance(record["prediction"], str) for record in found)
 
 

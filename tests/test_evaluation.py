@@ -1,6 +1,7 @@
 """Scoring commands: zero-shot, in-context learning, predictions, generation tasks, training on the metric."""
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -15,13 +16,13 @@ from helpers import error_line, last_checkpoint, run_dir, summary, tiny_model
 
 from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.losses import candidate_scores
+from slzo.batches.losses import candidate_scores, no_loss
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
-from slzo.evaluation.evaluator import Evaluator
+from slzo.evaluation.evaluator import Evaluator, Outcome, records
 from slzo.evaluation.metrics import make_metrics
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
@@ -252,6 +253,13 @@ def test_rows_with_one_beginning_are_shared_and_scored_alike():
             assert scores == pytest.approx(one.scores[0], abs=1e-4)
         assert float(outcome.loss.total) == pytest.approx(sum(float(one.loss.total) for one in alone), abs=1e-3)
     assert tokens < 0.6 * sum(len(row.encoded.sequences[0].ids) for row in rows)
+
+
+def test_records_are_json_with_scores_that_are_not_numbers():
+    batch = EvalCollator()(make_rows(["one It was"]))
+    (record,) = records(batch, Outcome([0], [[math.nan, -1.0]], no_loss(torch.device("cpu"))))
+    json.dumps(record, allow_nan=False)
+    assert record["scores"] == [None, -1.0]
 
 
 def test_unlabelled_rows_do_not_count_in_the_loss():

@@ -182,9 +182,10 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
 
     Returns:
         Records with id, prompt, prediction (candidate index or generated text), prediction_text, scores (log-likelihoods of the
-        candidates, means over their tokens) and probabilities (softmax of the scores), both ``None`` for a generated answer, gold
-        (candidate index, a list of indices if several are right, a list of accepted answers, or ``None`` without a label) and,
-        with reward functions, reward (``None`` if one of them failed).
+        candidates, means over their tokens) and probabilities (softmax of the scores), both ``None`` for a generated answer and
+        with ``None`` for numbers that are not finite, which JSON does not have, gold
+        (candidate index, a list of indices if several are right, a list of accepted answers, or ``None`` without a label), of
+        conversations messages (the turns before the answer) and, with reward functions, reward (``None`` if one of them failed).
     """
     predictions: Sequence[int | str] = outcome.predictions
     scores: Sequence[list[float] | None] = outcome.scores or [None] * len(batch.rows)
@@ -195,13 +196,20 @@ def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
         if isinstance(prediction, int):
             text = example.candidates[prediction]
             gold = example.gold[0] if len(example.gold) == 1 else list(example.gold) or None
-        entry = {"id": example.id, "prompt": example.prompt, "prediction": prediction, "prediction_text": text}
+        entry: dict[str, Any] = {"id": example.id, "prompt": example.prompt}
+        if example.messages:
+            entry["messages"] = [turn.to_dict() for turn in example.messages]
+        entry |= {"prediction": prediction, "prediction_text": text}
         shares = None if log_likelihoods is None else torch.tensor(log_likelihoods).softmax(0).tolist()
-        found.append({**entry, "scores": log_likelihoods, "probabilities": shares, "gold": gold})
+        found.append({**entry, "scores": _finite(log_likelihoods), "probabilities": _finite(shares), "gold": gold})
     if outcome.rewarded is not None:
         for record, reward in zip(found, outcome.rewarded.totals, strict=True):
             record["reward"] = reward if math.isfinite(reward) else None
     return found
+
+
+def _finite(values: Sequence[float] | None) -> list[float | None] | None:
+    return None if values is None else [value if math.isfinite(value) else None for value in values]
 
 
 def gold_losses(batch: EvalBatch, outcome: Outcome) -> dict[str, tuple[float, float]]:
