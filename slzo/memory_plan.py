@@ -139,8 +139,7 @@ def memory_inputs(
         min(layers, default=0),
         _workload(options, rows, max_steps, shape.vocabulary),
         int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
-        engine.states_dtype,
-        device.type == "cpu",
+        on_cpu=device.type == "cpu",
         differentiated=_differentiated(options, parts.num_layers, min(layers, default=0)),
         records=options.estimator.perturbs_output,
     )

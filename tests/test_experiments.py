@@ -99,8 +99,8 @@ def test_a_step_size_that_is_known_is_not_measured_again(options):
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (AUTO, {"caches": True, "reuses_states": True, "measuring": 25, "measures_rate": True}),
-        (["--model.engine.cache_dtype=bfloat16"], {"reuses_states": False, "measuring": 0, "measures_rate": False}),
+        (AUTO, {"caches": True, "measuring": 25, "measures_rate": True}),
+        ([], {"measuring": 0, "measures_rate": False}),
         (["--model.engine.cache_gb=0", "--model.num_queries=3"], {"caches": False, "evaluations": 6, "dev_rows": 10}),
         ([*AUTO, "--model.dtype=bfloat16"], {"measuring": 25, "measures_rate": False}),
     ],
@@ -176,15 +176,6 @@ def test_states_of_a_lower_layer_are_carried_to_the_next_one(options):
     assert losses == pytest.approx(expected, rel=1e-4)
     assert tokens == run(fresh)[1]  # all are kept by then
     assert len(tokens) <= len(more) - 3
-
-
-def test_rounded_states_are_not_rounded_again_at_the_next_layer(options):
-    """A trial after others equals one that is the first."""
-    small = [*options, "--model.engine.cache_dtype=bfloat16"]
-    trials = trials_of(small)
-    for layer in (1, 2):
-        trials.run(layer, steps=3, seed=0)
-    assert trials.run(3, steps=4, seed=0).losses == trials_of(small).run(3, steps=4, seed=0).losses
 
 
 def test_sensitivity_is_the_mean_slope(options):

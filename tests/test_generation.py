@@ -137,7 +137,9 @@ class _Joined:
 def test_settings_that_come_with_a_model_change_no_answer(packed):
     parts = ModelParts(tiny_model(), packed=packed)
     expected = generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers
-    parts.model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0)
+    parts.model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0
+    )
     own = parts.model.generation_config
     assert generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers == expected
     assert parts.model.generation_config is own

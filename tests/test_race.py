@@ -80,8 +80,8 @@ def test_a_step_size_that_is_known_leaves_more_steps_for_all():
     assert known.share == pytest.approx(plain.share, rel=0.005)
 
 
-@pytest.mark.parametrize(("cost", "lost"), [({}, 1), ({"reuses_states": False}, 29), ({"caches": False}, 0)])
-def test_states_that_are_not_carried_on_or_not_kept_are_counted(cost, lost):
+@pytest.mark.parametrize(("cost", "lost"), [({}, 1), ({"caches": False}, 0)])
+def test_states_that_are_not_kept_are_counted(cost, lost):
     found = plan((28, 29), share=2.0, cost=replace(COST, **cost), total_steps=320, num_train=200)
     depth = {layer: 31.5 if lost == 0 else 31.5 - layer for layer in found.steps}
     costs = sum(depth[layer] * (32 * steps + 25 * 16 + 2 * 96) for layer, steps in found.steps.items())

@@ -234,7 +234,10 @@ def test_wrong_function_options(given, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone.py:f", "data.reward 'gone.py:f': gone.py cannot be imported .FileNotFoundError: gone.py: no such file.$"),
+        (
+            "gone.py:f",
+            "data.reward 'gone.py:f': gone.py cannot be imported .FileNotFoundError: gone.py: no such file.$",
+        ),
         ("mine.py:f", "data.reward 'mine.py:f': mine.py has no function f"),
         ("broken.py:f", "broken.py cannot be imported .ZeroDivisionError: division by zero"),
         ("no.such.module", "data.reward 'no.such.module': no.such cannot be imported .ModuleNotFoundError"),

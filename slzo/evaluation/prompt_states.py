@@ -56,7 +56,7 @@ class PromptStates:
         width = model.config.get_text_config(decoder=True).hidden_size + sum(
             sum(sizes) for _, _, sizes in self._columns
         )
-        return int(width) * (self.cache.dtype or model.dtype).itemsize
+        return int(width) * model.dtype.itemsize
 
     def of(self, batch: PackedBatch, keep: bool, max_tokens: int | None = None) -> tuple[Tensor, KeyValues]:
         """Return the states that enter the layer, shape (T, hidden), and the keys and values below it.

@@ -110,18 +110,16 @@ class LayerTrials(Trials):
 
     def cost(self, dev_rows: int) -> StepCost:
         """See :meth:`slzo.zo.trial.Trials.cost`."""
-        options, engine, parts = self.options, self.options.engine, self.parts
-        rounds = PrefixCache(0, engine.cache_gb, engine.states_dtype).rounds(parts.model.dtype)
+        options = self.options
         return StepCost(
-            num_layers=parts.num_layers,
+            num_layers=self.parts.num_layers,
             batch_size=self.rows.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
             measuring=_MEASURING if options.estimator.along_directions and needs_measuring(options) else 0,
             dev_rows=min(dev_rows, self.num_dev),
             head_cost=self._head_cost(),
             measured=frozenset(layer for layer in self._measured if layer is not None),
-            caches=engine.cache_gb > 0,
-            reuses_states=not rounds,
+            caches=options.engine.cache_gb > 0,
         )
 
     def step_size(self, layer: int) -> AutoStep:
@@ -299,7 +297,6 @@ class LayerTrials(Trials):
             **asdict(options.step),
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
-            "cache_dtype": options.engine.cache_dtype,
             **{name: getattr(rows, name) for name in names.split()},
             "data_dir": None if rows.data_dir is None else str(Path(rows.data_dir).expanduser().resolve()),
         }
@@ -347,9 +344,6 @@ class LayerTrials(Trials):
         """Run cached states from their layer to the next layer to tune, so that the layers in between run only once."""
         cache, parts = self._cache, self.parts
         if cache is None or layer is None or not 0 < cache.start < layer:
-            return
-        if cache.rounds(parts.model.dtype):  # errors of repeated rounding would add up
-            self._cache = None
             return
         moved = cache.empty_like(layer)
         with torch.no_grad():

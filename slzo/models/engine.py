@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from slzo.utils.errors import SlzoError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -12,7 +10,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Engine:
-    """Options for computing the loss. Only a smaller cache_dtype, which rounds, changes its value.
+    """Options for computing the loss. None changes its value, apart from rounding.
 
     Args:
         packed: Run batches without padding.
@@ -22,7 +20,6 @@ class Engine:
             of the tuned tensors for each.
         onednn: Run float32 linear layers on the CPU through oneDNN; left out, a short timing decides.
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
-        cache_dtype: Type in which they are kept; left out, that of the model.
         cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
 
     Raises:
@@ -35,7 +32,6 @@ class Engine:
     queries_at_once: int = 1
     onednn: bool | None = None
     cache_gb: float = 2.0
-    cache_dtype: DType | None = None
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -43,11 +39,6 @@ class Engine:
             raise SlzoError(f"model.engine.queries_at_once {self.queries_at_once}: must be at least 1")
         if self.cache_gb < 0:
             raise SlzoError(f"model.engine.cache_gb {self.cache_gb}: must be 0 or more; 0 switches the cache off")
-
-    @property
-    def states_dtype(self) -> torch.dtype | None:
-        """``cache_dtype`` as a torch dtype; ``None`` for the model's dtype."""
-        return None if self.cache_dtype is None else getattr(torch, self.cache_dtype)
 
     def with_derivatives(self, needed_by: str) -> "Engine":
         """Return a copy that uses only operations with derivatives.

@@ -25,7 +25,6 @@ class PrefixCache:
     Args:
         start: Number of the layer that the states enter.
         budget_gb: Size limit in GiB; 0 disables the cache.
-        dtype: Type of the stored states; ``None`` keeps their own. A smaller type saves space and rounds the values.
         directory: Folder for an unnamed memory-mapped file, which replaces memory. It disappears with the process.
         primary: Cache that shares this one's budget and has priority. This cache uses only what it leaves; ``None`` for the
             whole budget.
@@ -38,13 +37,11 @@ class PrefixCache:
         self,
         start: int,
         budget_gb: float,
-        dtype: torch.dtype | None = None,
         directory: str | None = None,
         primary: "PrefixCache | None" = None,
     ) -> None:
         self.start = start
         self.budget = int(budget_gb * 2**30)
-        self.dtype = dtype
         self.directory = directory
         if directory is not None:
             check_cache_folder(directory)
@@ -97,7 +94,7 @@ class PrefixCache:
         keep: bool,
         max_tokens: int | None = None,
     ) -> PendingTensor:
-        """Return the states of a batch, rounded as if they all came from the cache.
+        """Return the states of a batch.
 
         Only missing examples are computed. With ``keep``, a planned example is computed together with the rest of its block.
 
@@ -148,17 +145,7 @@ class PrefixCache:
         for chunk in chunks:
             is_whole = len(chunk) == batch.num_examples
             states.append(run(batch if is_whole else batch.select([numbers[position] for position in chunk])))
-        return self.round(states[0] if len(states) == 1 else torch.cat(states))
-
-    def round(self, hidden: Tensor) -> Tensor:
-        """Round states as the cache does, so that a loss does not depend on what is cached."""
-        if self.dtype is None or not self.budget:
-            return hidden
-        return hidden.to(self.dtype).to(hidden.dtype)
-
-    def rounds(self, dtype: torch.dtype) -> bool:
-        """Whether the cache rounds states of this type."""
-        return self.dtype is not None and torch.promote_types(self.dtype, dtype) != self.dtype
+        return states[0] if len(states) == 1 else torch.cat(states)
 
     def gather(
         self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device, dtype: torch.dtype
@@ -172,22 +159,21 @@ class PrefixCache:
 
     def put(self, keys: Sequence[int], lengths: Sequence[int], hidden: Tensor) -> None:
         """Store hidden states (T, hidden) as far as they fit; an example is given by its key and its number of packed tokens."""
-        dtype = self.dtype or hidden.dtype
         for key, states in zip(keys, hidden.split(tuple(lengths)), strict=True):
-            size = states.numel() * dtype.itemsize
+            size = states.nbytes
             planned = self._plan is None or key in self._plan
             if not planned or key in self._states:
                 continue
             if self.num_bytes + size > self._limit:
                 self._full = True
                 continue
-            storage = self._allocate(states.numel(), dtype, pinned=states.is_cuda)
+            storage = self._allocate(states.numel(), states.dtype, pinned=states.is_cuda)
             self._states[key] = storage.copy_(states.detach().flatten()).view(states.shape)
             self.num_bytes += size
 
     def adopt(self, other: "PrefixCache") -> None:
-        """Share the states of another cache, as far as they fit, if it has the same layer and type; nothing is copied."""
-        if (other.start, other.dtype) != (self.start, self.dtype):
+        """Share the states of another cache, as far as they fit, if it has the same layer; nothing is copied."""
+        if other.start != self.start:
             return
         for key, states in other._states.items():
             if key not in self and self.wants(key) and self.num_bytes + states.nbytes <= self._limit:
@@ -196,7 +182,7 @@ class PrefixCache:
 
     def empty_like(self, start: int) -> "PrefixCache":
         """Return an empty cache with the same settings for another layer."""
-        return PrefixCache(start, self.budget / 2**30, self.dtype, self.directory)
+        return PrefixCache(start, self.budget / 2**30, self.directory)
 
     def clear(self) -> None:
         """Remove all states; needed when the layers before the tuned one change."""

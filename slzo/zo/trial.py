@@ -24,8 +24,7 @@ class StepCost:
         dev_rows: Rows per dev score.
         head_cost: Cost of logits over the whole vocabulary, as a number of layers.
         measured: Layers whose step size is already known.
-        caches: Whether the states that enter a layer are cached.
-        reuses_states: Whether a trial computes its states from the cached states of an earlier trial in a lower layer.
+        caches: Whether the states that enter a layer are cached; a trial then computes its states from those of a lower layer.
     """
 
     num_layers: int
@@ -36,7 +35,6 @@ class StepCost:
     head_cost: float = 0.0
     measured: frozenset[int] = frozenset()
     caches: bool = True
-    reuses_states: bool = True
 
     def layers(self, lowest: int) -> float:
         """Return the cost of one evaluation of a row if ``lowest`` is the first tuned layer."""

@@ -78,14 +78,14 @@ class TunedModel:
         self.base = None if base is None else base.with_tuned(live)
         self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
-            cache = PrefixCache(span.start, engine.cache_gb, engine.states_dtype, engine.cache_dir)
+            cache = PrefixCache(span.start, engine.cache_gb, engine.cache_dir)
         placement = placement_of(parts.model)
         # weights on disk or another device should be read only once a step, so all points are evaluated together
         self._offloads = placement is not None and placement.offloads
         self.forward = SuffixForward(parts, span, cache, engine.candidate_logits, self._offloads or engine.paired)
         self.prompt_states: PromptStates | None = None
         if span.start > 0 and self.forward.decodes_together:
-            prompt_cache = PrefixCache(span.start, engine.cache_gb, cache.dtype, cache.directory, primary=cache)
+            prompt_cache = PrefixCache(span.start, engine.cache_gb, cache.directory, primary=cache)
             self.prompt_states = PromptStates(parts, prompt_cache)
 
     @classmethod
@@ -225,7 +225,7 @@ class TunedModel:
         """
         cache, model = self.forward.cache, self.parts.model
         width = model.config.get_text_config(decoder=True).hidden_size
-        cache.plan(blocks, width * (cache.dtype or model.dtype).itemsize)
+        cache.plan(blocks, width * model.dtype.itemsize)
         if self.prompt_states is not None:
             self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes)
 

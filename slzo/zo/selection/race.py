@@ -179,7 +179,7 @@ def plan_race(
 def _overhead(candidates: Sequence[int], cost: StepCost, num_train: int) -> float:
     """Return the cost other than measurements and steps: dev losses, and states that the main training cannot reuse."""
     rows = cost.dev_rows + min(num_train, _NUM_BATCHES * cost.batch_size)
-    extra_layers = (max(candidates) if cost.reuses_states else sum(candidates)) - min(candidates) if cost.caches else 0
+    extra_layers = max(candidates) - min(candidates) if cost.caches else 0
     return rows * extra_layers + sum(2 * cost.dev_rows * cost.layers(layer) for layer in candidates)
 
 
