@@ -89,7 +89,6 @@ class TaskRows:
             uses 32. Training batches never contain any.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
         share_prompts: Run a prompt once for all of its candidates.
-        length_buckets: Draw training batches of rows of similar length; each row still comes once per epoch.
         balanced: Draw all classes equally often in training; rows of a small class then come several times per epoch.
             For unequal weights instead, see CandidateCrossEntropy.
         objective: What training minimizes: loss, metric, {OBJECTIVES}, or your
@@ -123,7 +122,6 @@ class TaskRows:
         num_demonstrations: int = 0,
         max_length: int = 2048,
         share_prompts: bool = True,
-        length_buckets: bool = False,
         balanced: bool = False,
         objective: Literal["loss", "metric"] | Objective | None = None,
         reward: str | list[str | dict[str, Any]] | None = None,
@@ -171,14 +169,9 @@ class TaskRows:
         self.num_demonstrations = num_demonstrations
         self.max_length = max_length
         self.share_prompts = share_prompts
-        self.length_buckets = length_buckets
         self.balanced = balanced
         if balanced:
             check_has_classes(task)
-        if balanced and length_buckets:
-            raise SlzoError(
-                "data.balanced true: data.length_buckets chooses the rows of a batch by length, not by class; leave one out"
-            )
         self.allow_changed_rows = allow_changed_rows
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
@@ -288,7 +281,7 @@ class TaskRows:
 
     def step_settings(self) -> dict[str, Any]:
         """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""
-        names = ("seed", "batch_size", "num_train", "length_buckets", "balanced")
+        names = ("seed", "batch_size", "num_train", "balanced")
         return {**self.task_settings, **{name: getattr(self, name) for name in names}}
 
     @property
@@ -434,11 +427,10 @@ class TaskRows:
             SlzoError: There are fewer rows than processes.
         """
         rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
-        lengths = [len(row.encoded.sequences[0].ids) for row in rows] if self.length_buckets else None
         classes = self._classes if self.balanced else None
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
-        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, lengths, classes, steps_done)
+        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, classes, steps_done)
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler

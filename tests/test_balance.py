@@ -65,7 +65,6 @@ def test_classes_are_right_candidates():
     [
         ({"task": "squad"}, "data.balanced true: task 'squad' generates answers"),
         ({"task": "copa"}, "data.balanced true: task 'copa' has different candidates in each row"),
-        ({"task": "sst2", "length_buckets": True}, "data.balanced true: data.length_buckets chooses"),
     ],
 )
 def test_what_cannot_be_balanced_is_told(options, message):

@@ -195,7 +195,7 @@ def test_in_python_the_tokenizer_must_fit_the_model(model_dir, data_dir, tmp_pat
 @pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_one_that_was_not_stopped(options, optimizer, stop, monkeypatch, capsys):
     """Stops inside an epoch of 5 batches, at its end and in the next one; with a scheduler, and without a second profile."""
-    options = [*options, "--trainer.enable_progress_bar=false", "--data.length_buckets=true"]
+    options = [*options, "--trainer.enable_progress_bar=false"]
     options += [f"--model.optimizer={optimizer}", "--model.optimizer.lr=1e-3", "--model.lr_scheduler=LinearLR"]
     assert main(["fit", *options, "--trainer.max_steps=12"]) == 0
     assert main(["fit", *options, f"--trainer.max_steps={stop}"]) == 0

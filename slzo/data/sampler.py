@@ -1,4 +1,4 @@
-"""Sampler whose rows depend only on (seed, step): they stay the same after a resume and on any number of processes."""
+"""Sampler whose rows depend only on (seed, step): they stay the same after a resume, and on more processes of the same total batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +8,6 @@ from torch.utils.data import BatchSampler
 
 from slzo.data.balance import balanced_order
 from slzo.utils.seeding import derive_seed
-
-_WINDOW_BATCHES = 16
 
 
 @dataclass(eq=False)
@@ -28,11 +26,7 @@ class StepBatchSampler(BatchSampler):
         seed: Seed of the permutations.
         rank: Rank of this process.
         world_size: Number of processes.
-        lengths: Length of each row. Batches then consist of rows of similar length: rows are sorted within windows of 16
-            batches, and the batches are shuffled. Each row still comes once per epoch, so an epoch is unbiased, but the rows
-            of one batch are not independent draws.
-        classes: Class of each row. An epoch then draws all classes equally often, see :mod:`slzo.data.balance`. Cannot be
-            combined with ``lengths``.
+        classes: Class of each row. An epoch then draws all classes equally often, see :mod:`slzo.data.balance`.
         steps_done: Returns the number of completed steps; called at the start of each pass.
     """
 
@@ -41,7 +35,6 @@ class StepBatchSampler(BatchSampler):
     seed: int
     rank: int = 0
     world_size: int = 1
-    lengths: Sequence[int] | None = None
     classes: Sequence[int] | None = None
     steps_done: Callable[[], int] = lambda: 0
     _batches: tuple[int, list[list[int]]] = field(default=(-1, []), init=False, repr=False)
@@ -64,16 +57,11 @@ class StepBatchSampler(BatchSampler):
         return self._batches[1][number]
 
     def _make_batches(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
         if self.classes is None:
+            generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
             order = torch.randperm(self.num_rows, generator=generator).tolist()
         else:
             order = balanced_order(self.classes, self.seed, epoch)
         size = self.batch_size * self.world_size
-        numbers = list(range(len(self)))
-        lengths, window = self.lengths, size * _WINDOW_BATCHES
-        if lengths is not None:
-            windows = (order[start : start + window] for start in range(0, len(order), window))
-            order = [row for part in windows for row in sorted(part, key=lambda row: lengths[row])]
-            numbers = torch.randperm(len(self), generator=generator).tolist()
-        return [order[number * size : (number + 1) * size][self.rank :: self.world_size] for number in numbers]
+        batches = (order[number * size : (number + 1) * size] for number in range(len(self)))
+        return [batch[self.rank :: self.world_size] for batch in batches]

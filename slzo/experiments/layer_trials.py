@@ -286,7 +286,7 @@ class LayerTrials(Trials):
     def settings(self) -> dict[str, Any]:
         """Return the settings that the results depend on, in addition to steps and seeds, as primitives."""
         options, rows = self.options, self.rows
-        names = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length length_buckets balanced seed"
+        names = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length balanced seed"
         described = options.to_dict()
         return {
             **{name: described[name] for name in ("model", "dtype", "quantization")},
