@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
-from slzo.data.batch import EvalBatch, EvalCollator, TrainBatch
+from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.task_rows import TaskRows
 from slzo.utils.console import warn
 from slzo.utils.settings import differences
@@ -69,7 +69,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
         trainer = self.trainer
         sampler = self.sampler(steps_done=lambda: trainer.global_step if trainer else 0)
         return DataLoader(
-            cast("Dataset[TrainBatch]", self.rows("train")), batch_sampler=sampler, collate_fn=self.collate
+            cast("Dataset[TrainBatch]", self.rows("train")), batch_sampler=sampler, collate_fn=self.train_batch
         )
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
@@ -86,9 +86,8 @@ class TaskDataModule(TaskRows, LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[EvalBatch]:
         plan = self.eval_plan(split)
-        collate = EvalCollator(self.share_prompts, plan.share)
         # an item is a whole batch, because Lightning replaces batch samplers for predict
-        return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=collate)
+        return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=plan.pack)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings that determine the loss of a step, for checkpoints."""

@@ -17,12 +17,11 @@ from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all, one_class_warning
 from slzo.data.batch import (
     EvalBatch,
-    EvalCollator,
     EvalPlan,
     Row,
     TrainBatch,
-    TrainCollator,
     plan_batches,
+    train_batch,
 )
 from slzo.data.chat import ChatEncoder
 from slzo.data.drawing import draw_from
@@ -88,7 +87,6 @@ class TaskRows:
         num_demonstrations: Solved training rows to put before each dev and held-out prompt. This is in-context learning; MeZO
             uses 32. Training batches never contain any.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
-        share_prompts: Run a prompt once for all of its candidates.
         balanced: Draw all classes equally often in training; rows of a small class then come several times per epoch.
             For unequal weights instead, see CandidateCrossEntropy.
         objective: What training minimizes: loss, metric, {OBJECTIVES}, or your
@@ -121,7 +119,6 @@ class TaskRows:
         eval_batch_tokens: int | None = None,
         num_demonstrations: int = 0,
         max_length: int = 2048,
-        share_prompts: bool = True,
         balanced: bool = False,
         objective: Literal["loss", "metric"] | Objective | None = None,
         reward: str | list[str | dict[str, Any]] | None = None,
@@ -168,7 +165,6 @@ class TaskRows:
         self.eval_batch_tokens = eval_batch_tokens
         self.num_demonstrations = num_demonstrations
         self.max_length = max_length
-        self.share_prompts = share_prompts
         self.balanced = balanced
         if balanced:
             check_has_classes(task)
@@ -443,16 +439,15 @@ class TaskRows:
         say(describe_balance(examples, classes))
         return classes
 
-    @property
-    def collate(self) -> TrainCollator:
-        """Collator of training batches."""
-        return TrainCollator(self.share_prompts, self.tokens_per_pass)
+    def train_batch(self, rows: Sequence[Row]) -> TrainBatch:
+        """Pack training rows, in the given order."""
+        return train_batch(rows, self.tokens_per_pass)
 
     def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
         """Yield the training batches of this process without end; seed and batch size default to the run's."""
         rows = self.rows("train")
         sampler = self.sampler(batch_size, seed)
-        return (self.collate([rows[number] for number in sampler.rows_of_step(step)]) for step in count())
+        return (self.train_batch([rows[number] for number in sampler.rows_of_step(step)]) for step in count())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -479,7 +474,7 @@ class TaskRows:
     def eval_batches(self, split: str, num_rows: int | None = None) -> Iterator[EvalBatch]:
         """Return the packed batches of :meth:`eval_plan`."""
         plan = self.eval_plan(split, num_rows)
-        return map(EvalCollator(self.share_prompts, plan.share), plan.batches)
+        return map(plan.pack, plan.batches)
 
     @property
     def scoring_tokens(self) -> int:

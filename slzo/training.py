@@ -91,10 +91,10 @@ def prefix_blocks(rows: TaskRows) -> Iterator[Block]:
     in later epochs.
     """
     plan = rows.eval_plan("dev")
-    if not plan.share:  # batches with shared beginnings are not cached
+    if not plan.shares_beginnings:  # batches with shared beginnings are not cached
         for batch in plan.batches:
             if not batch[0].prompt:
-                yield Block([row.encoded for row in batch], rows.share_prompts)
+                yield Block([row.encoded for row in batch])
     if not rows.objective.generates:
         yield from training_blocks(rows)
 
@@ -102,7 +102,7 @@ def prefix_blocks(rows: TaskRows) -> Iterator[Block]:
 def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
     """Like :func:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
     plan = rows.eval_plan("dev")
-    if not plan.share:
+    if not plan.shares_beginnings:
         for batch in plan.batches:
             if batch[0].prompt:
                 for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
@@ -116,7 +116,7 @@ def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
 def training_blocks(rows: TaskRows) -> Iterator[Block]:
     """Yield the training batches of all processes, with each row only in the first batch that contains it."""
     for new in _first_rows(rows):
-        yield Block([row.encoded for row in new], rows.share_prompts)
+        yield Block([row.encoded for row in new])
 
 
 def _first_rows(rows: TaskRows) -> Iterator[list[Row]]:

@@ -19,7 +19,7 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.losses import candidate_scores, no_loss
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.data.batch import EvalCollator, Row, TrainCollator, plan_batches
+from slzo.data.batch import Row, eval_batch, plan_batches, train_batch
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, records
@@ -233,22 +233,22 @@ def test_each_row_is_planned_once(world_size, text):
     seen = [row.position for plan in plans for batch in plan.batches for row in batch]
     assert sorted(seen) == list(range(20))
     assert all(len(batch) <= 4 for plan in plans for batch in plan.batches)
-    assert len({plan.share for plan in plans}) == 1
+    assert len({plan.shares_beginnings for plan in plans}) == 1
 
 
 def test_rows_with_one_beginning_are_shared_and_scored_alike():
     paragraph = "A film about a good movie that was bad. "
     rows = make_rows([f"{paragraph * (1 + i // 4)}{i} It was" for i in range(12)])
     plan = plan_batches(rows, max_rows=8, max_tokens=10_000)
-    assert plan.share
+    assert plan.shares_beginnings
     parts = ModelParts(tiny_model())
     evaluator = make_evaluator(parts)
     tokens = 0
     for members in plan.batches:
-        batch = EvalCollator(share_rows=True)(members)
+        batch = plan.pack(members)
         outcome = evaluator(batch)
         tokens += batch.packed.num_tokens
-        alone = [evaluator(EvalCollator()([row])) for row in members]
+        alone = [evaluator(eval_batch([row])) for row in members]
         for scores, one in zip(outcome.scores, alone, strict=True):
             assert scores == pytest.approx(one.scores[0], abs=1e-4)
         assert float(outcome.loss.total) == pytest.approx(sum(float(one.loss.total) for one in alone), abs=1e-3)
@@ -256,7 +256,7 @@ def test_rows_with_one_beginning_are_shared_and_scored_alike():
 
 
 def test_records_are_json_with_scores_that_are_not_numbers():
-    batch = EvalCollator()(make_rows(["one It was"]))
+    batch = eval_batch(make_rows(["one It was"]))
     (record,) = records(batch, Outcome([0], [[math.nan, -1.0]], no_loss(torch.device("cpu"))))
     json.dumps(record, allow_nan=False)
     assert record["scores"] == [None, -1.0]
@@ -267,7 +267,7 @@ def test_unlabelled_rows_do_not_count_in_the_loss():
     blank = Example("x", "three It was", (" great", " bad"))
     mixed = [*rows, Row(blank, Encoder(make_tokenizer()).encode(blank, 2), 2)]
     evaluator = make_evaluator(ModelParts(tiny_model()))
-    labelled, all_rows = (evaluator(EvalCollator()(part)) for part in (rows, mixed))
+    labelled, all_rows = (evaluator(eval_batch(part)) for part in (rows, mixed))
     assert float(all_rows.loss.weight) == 2
     assert float(all_rows.loss.total) == pytest.approx(float(labelled.loss.total), abs=1e-4)
     assert len(all_rows.predictions) == 3
@@ -279,8 +279,8 @@ def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     golds = [(0,), (1,), (0, 2), (1, 2), (2,), ()]
     examples = [Example(str(i), f"film {i} It was", (" a", " good", " movie"), gold) for i, gold in enumerate(golds)]
     rows = [Row(e, Encoder(tokenizer).encode(e, i), i) for i, e in enumerate(examples)]
-    batch = TrainCollator()(rows)
-    best = make_evaluator(parts)(EvalCollator()(rows)).predictions
+    batch = train_batch(rows)
+    best = make_evaluator(parts)(eval_batch(rows)).predictions
     wrong = sum(index not in gold for index, gold in zip(best, golds, strict=True) if gold)
     errors = CandidateErrors().of_scores(candidate_scores(parts.logits(batch.packed), batch.packed), batch.packed)
     assert (float(errors.total), float(errors.weight)) == (wrong, 5)
@@ -302,7 +302,7 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, 
             for point, value in zip(points, losses.tolist(), strict=True):
                 stepper.model.tensors.write(point.direction, point.scale)
                 metrics = make_metrics(datamodule.task)
-                predictions = stepper.evaluator(EvalCollator()(batch.rows)).predictions
+                predictions = stepper.evaluator(eval_batch(batch.rows)).predictions
                 metrics.update([row.example for row in batch.rows], predictions)
                 seen.append((value, 1 - float(metrics.compute()[datamodule.task.metric])))
             return losses

@@ -15,7 +15,7 @@ from slzo.__main__ import main
 from slzo.batches.losses import candidate_scores
 from slzo.cli.app import App, SlzoCLI
 from slzo.commands.registry import COMMANDS
-from slzo.data.batch import EvalCollator
+from slzo.data.batch import eval_batch
 from slzo.experiments import layer_trials, sweep
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
@@ -226,7 +226,7 @@ def test_trials_train_on_the_objective_of_fit(options):
     batch = next(trials.rows.training_batches(0, 4))
     model = tune(trials.parts, trials.options, trials.rows, 1)
     with torch.no_grad():
-        found = make_evaluator(trials.rows, model)(EvalCollator()(batch.rows)).predictions
+        found = make_evaluator(trials.rows, model)(eval_batch(batch.rows)).predictions
         (loss,) = make_stepper(model, trials.options, trials.rows).loss(batch).at([Point({}, 0.0)]).tolist()
     right = [index in row.example.gold for index, row in zip(found, batch.rows, strict=True)]
     assert loss == pytest.approx(1 - sum(right) / 4)

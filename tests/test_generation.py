@@ -98,7 +98,7 @@ def test_shared_beginnings_give_the_same_logits(family):
         for i, prompt in enumerate(prompts)
     ]
     plain = pack(rows)
-    shared = share_beginnings(plain)
+    shared, _ = share_beginnings(plain)
     assert shared.num_tokens < plain.num_tokens
     assert shared.num_tokens == num_distinct_tokens(s.ids[:-1] for row in rows for s in row.sequences)
     assert sum(len(group) for group in shared.layout.groups) < sum(len(group) for group in plain.layout.groups)

@@ -50,7 +50,7 @@ def fast_scores(parts, encoder, examples, demonstrations=(), share=False):
     scores = {}
     for batch in plan_batches(rows, max_rows=64, max_tokens=400).batches:
         packed = pack([row.encoded for row in batch])
-        packed = share_beginnings(packed) if share else packed
+        packed = share_beginnings(packed)[0] if share else packed
         table = by_example(candidate_scores(parts.logits(packed), packed), packed).tolist()
         for row, values in zip(batch, table, strict=True):
             scores[row.position] = values[: len(row.example.candidates)]

@@ -138,7 +138,7 @@ class PackedBatch(TokenBatch):
         return self.input_ids.numel()
 
 
-def _num_shared(example: EncodedExample, share: bool) -> int:
+def _num_shared(example: EncodedExample, share: bool = True) -> int:
     """Return the number of leading tokens that all candidates have in common, without tokens of answers."""
     if not share and len(example.sequences) > 1:
         return 0
@@ -222,11 +222,9 @@ class Block:
 
     Attributes:
         examples: The examples, in packing order.
-        share_prompts: See :func:`pack`.
     """
 
     examples: Sequence[EncodedExample]
-    share_prompts: bool = True
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -238,10 +236,10 @@ class Block:
         """Number of packed tokens: those that the candidates share, and those that each adds, without its last one."""
         total = 0
         for example in self.examples:
-            shared = _num_shared(example, self.share_prompts)
+            shared = _num_shared(example)
             total += shared + sum(len(sequence.ids) - 1 - shared for sequence in example.sequences)
         return total
 
     def pack(self) -> PackedBatch:
         """Return the packed batch."""
-        return pack(self.examples, share_prompts=self.share_prompts)
+        return pack(self.examples)

@@ -11,17 +11,18 @@ from slzo.batches.layout import build_layout
 from slzo.batches.packing import PackedBatch
 
 
-def share_beginnings(batch: PackedBatch) -> PackedBatch:
-    """Return a packed batch that stores, and so evaluates, every common beginning of its sequences once.
+def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    """Store, and so evaluate, every common beginning of a batch's sequences once.
 
     The result is the same, because the hidden state of a token depends only on the tokens before it. The tokens no longer belong
     to single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
+
+    Args:
+        batch: A packed batch on the CPU.
+
+    Returns:
+        The new batch, and the position of each of its T tokens in ``batch``, shape (T,), int64.
     """
-    return merge_common_prefixes(batch)[0]
-
-
-def merge_common_prefixes(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
-    """Return :func:`share_beginnings` of a batch on the CPU and each token's position in that batch, shape (tokens,), int64."""
     ids = batch.input_ids.tolist()
     merged = [-1] * len(ids)
     kept: list[int] = []

@@ -9,7 +9,7 @@ from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.tasks.base import Example
 
-# Rows share common prefixes if that saves at least this fraction of the tokens.
+# Rows share common beginnings if that saves at least this fraction of the tokens.
 _MIN_SAVING = 0.15
 
 
@@ -63,66 +63,50 @@ class EvalBatch(Movable):
         return tuple(row.example for row in self.rows)
 
 
-@dataclass(frozen=True)
-class TrainCollator:
-    """Packs rows for training.
-
-    Args:
-        share_prompts: Store a prompt once for all of its candidates.
-        max_tokens: Value of :attr:`TrainBatch.max_tokens`.
-    """
-
-    share_prompts: bool = True
-    max_tokens: int | None = None
-
-    def __call__(self, rows: Sequence[Row]) -> TrainBatch:
-        """Pack in the given order."""
-        packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
-        return TrainBatch(packed, tuple(rows), self.max_tokens)
-
-
-@dataclass(frozen=True)
-class EvalCollator:
-    """Packs rows for scoring.
-
-    Args:
-        share_prompts: Store a prompt once for all of its candidates.
-        share_rows: Store common prefixes of different rows once.
-    """
-
-    share_prompts: bool = True
-    share_rows: bool = False
-
-    def __call__(self, rows: Sequence[Row]) -> EvalBatch:
-        """Pack in the given order."""
-        if rows[0].prompt:
-            return EvalBatch(tuple(rows), None)
-        packed = pack([row.encoded for row in rows], share_prompts=self.share_prompts)
-        return EvalBatch(tuple(rows), share_beginnings(packed) if self.share_rows else packed)
-
-
 @dataclass(frozen=True, slots=True)
 class EvalPlan:
-    """Batches of one process, and whether the rows of a batch share common prefixes."""
+    """Batches of one process.
+
+    Attributes:
+        batches: Rows of each batch.
+        shares_beginnings: Whether the common beginnings of different rows in a batch are stored once.
+    """
 
     batches: list[list[Row]]
-    share: bool
+    shares_beginnings: bool
+
+    def pack(self, rows: Sequence[Row]) -> EvalBatch:
+        """Pack one of the batches."""
+        return eval_batch(rows, self.shares_beginnings)
+
+
+def train_batch(rows: Sequence[Row], max_tokens: int | None = None) -> TrainBatch:
+    """Pack rows for training, in the given order; for ``max_tokens`` see :class:`TrainBatch`."""
+    return TrainBatch(pack([row.encoded for row in rows]), tuple(rows), max_tokens)
+
+
+def eval_batch(rows: Sequence[Row], shares_beginnings: bool = False) -> EvalBatch:
+    """Pack rows for scoring, in the given order; for ``shares_beginnings`` see :class:`EvalPlan`."""
+    if rows[0].prompt:
+        return EvalBatch(tuple(rows), None)
+    packed = pack([row.encoded for row in rows])
+    return EvalBatch(tuple(rows), share_beginnings(packed)[0] if shares_beginnings else packed)
 
 
 def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1) -> EvalPlan:
-    """Divide the rows of this process into batches: by common prefix if that saves enough, otherwise by length.
+    """Divide the rows of this process into batches: by common beginning if that saves enough, otherwise by length.
 
     Args:
         rows: All rows.
         max_rows: Most rows in a batch.
-        max_tokens: Most tokens in a batch, with common prefixes counted once. A longer row is a batch by itself. There is no
+        max_tokens: Most tokens in a batch, with common beginnings counted once. A longer row is a batch by itself. There is no
             limit if answers are generated: prompts run in parts then, and more rows decode faster.
         rank: Rank of this process.
         world_size: Number of processes.
     """
     sequences = [row.prompt or row.encoded.sequences[0].ids for row in rows]
-    share = num_distinct_tokens(sequences) <= (1 - _MIN_SAVING) * sum(map(len, sequences))
-    if share:
+    shares = num_distinct_tokens(sequences) <= (1 - _MIN_SAVING) * sum(map(len, sequences))
+    if shares:
         order = sorted(range(len(rows)), key=lambda number: sequences[number])
         bounds = [len(rows) * part // world_size for part in range(world_size + 1)]
         order = order[bounds[rank] : bounds[rank + 1]]
@@ -130,5 +114,5 @@ def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int 
         order = sorted(range(len(rows)), key=lambda number: -len(sequences[number]))[rank::world_size]
     generates = any(row.prompt for row in rows)
     budget = None if generates else max_tokens
-    chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=share)
-    return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], share)
+    chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=shares)
+    return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], shares)

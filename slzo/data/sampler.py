@@ -1,4 +1,4 @@
-"""Sampler whose rows depend only on (seed, step): they stay the same after a resume, and on more processes of the same total batch."""
+"""Sampler whose rows depend only on (seed, step): the same after a resume, and on more processes with the same total batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

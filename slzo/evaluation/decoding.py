@@ -17,7 +17,7 @@ from torch import Tensor
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
 from slzo.batches.losses import LossSum, answer_loss, sum_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
-from slzo.batches.sharing import chunk_by_tokens, merge_common_prefixes
+from slzo.batches.sharing import chunk_by_tokens, share_beginnings
 from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, check_places
 from slzo.evaluation.prompt_states import PromptStates, recorded, run_with
 from slzo.evaluation.sampling import Sampling
@@ -230,7 +230,7 @@ class _Decoder:
             for key, row in zip(keys, rows, strict=True)
         ]
         packed, device = pack(encoded), self.parts.model.device
-        shared, source = merge_common_prefixes(packed)
+        shared, source = share_beginnings(packed)
         batch = shared.to(device)
         last = batch.token_needed[batch.candidate_slot[batch.token_candidate] == 0]
         positions = dict(zip(rows, batch.layout.sequences_up_to(batch.needed[last]), strict=True))
