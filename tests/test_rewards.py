@@ -212,15 +212,8 @@ def test_a_stuck_process_is_killed_and_a_dead_one_replaced(folder):
             [{"function": "accuracy", "weight": 1e308}],
             r"data.reward 'accuracy': weight 1e\+308 must be a number from -1e\+30",
         ),
-        (
-            [{"function": "regex", "arguments": {"pattern": "("}}],
-            r"data.reward 'regex': pattern '\(' is not a regular expression \(missing \), unterminated",
-        ),
-        (
-            [{"function": "regex", "arguments": {"pattern": 5}}],
-            "data.reward 'regex': pattern 5 must be text; correct it",
-        ),
         ([{"function": "regex", "arguments": [1]}], r"data.reward 'regex': arguments \[1\] must be a mapping"),
+        (".py:", "data.reward '.py:': no such reward; choose one of"),
         ("a/b:f", "data.reward 'a/b:f': the file must end in .py"),
         ("mine.py", "data.reward 'mine.py': name the function too, as in mine.py:function"),
     ],
@@ -250,12 +243,21 @@ def test_functions_that_are_not_found(folder, name, message, in_process):
 
 
 @pytest.mark.parametrize("in_process", [False, True])
-def test_an_argument_that_a_function_does_not_take_is_named(in_process):
-    call = {"function": "number_match", "arguments": {"tolerence": 100}}
-    with pytest.raises(
-        SlzoError, match=r"data.reward 'number_match': takes no argument 'tolerence'; choose from .*toler"
-    ):
-        Rewards(call, in_process=in_process).load()
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("number_match", {"tolerence": 100}, "takes no argument 'tolerence'; choose from .*toler"),
+        (
+            "regex",
+            {"pattern": "("},
+            r"pattern '\(' is not a regular expression \(missing \), unterminated.*; correct it",
+        ),
+        ("regex", {"pattern": 5}, "pattern 5 must be text; correct it"),
+    ],
+)
+def test_an_argument_that_a_function_cannot_use_is_named(function, arguments, message, in_process):
+    with pytest.raises(SlzoError, match=f"data.reward '{function}': {message}"):
+        Rewards({"function": function, "arguments": arguments}, in_process=in_process).load()
 
 
 def test_a_text_as_references_is_one_answer():

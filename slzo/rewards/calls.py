@@ -74,32 +74,36 @@ class RewardFailure(Exception):  # noqa: N818
         self.function, self.reason, self.place = function, reason, place
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Return the file or module of a function that is not built in, and its name there; one is empty in a wrong name."""
+    where, _, attribute = name.rpartition(":" if ":" in name else ".")
+    return where, attribute
+
+
 def load_function(wanted: RewardCall) -> RewardFunction:
     """Find a reward function, and check that it takes the arguments of the config.
+
+    A function may have an attribute ``check``, a function of the arguments that raises ValueError.
 
     Raises:
         LookupError: There is no such function, it does not take them, or its file cannot be run; the message is one line.
     """
-    function = find_function(wanted.function)
+    function = _find(wanted.function)
     accepted = _accepted(function, wanted.arguments)
     if unknown := [name for name in wanted.arguments if name not in accepted]:
         raise LookupError(f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}")
+    if (check := getattr(function, "check", None)) is not None:
+        try:
+            check(wanted.arguments)
+        except ValueError as error:
+            raise LookupError(str(error)) from None
     return function
 
 
-def find_function(name: str) -> RewardFunction:
-    """Find a reward function by the name that a config gives.
-
-    Raises:
-        LookupError: There is no such function, or its file cannot be run; the message is one line.
-    """
+def _find(name: str) -> RewardFunction:
     if name in REWARDS:
         return REWARDS[name]
-    where, separator, attribute = name.rpartition(":" if ":" in name else ".")
-    if not separator or not where or not attribute:
-        raise LookupError(
-            f"no such reward; choose one of {', '.join(sorted(REWARDS))}, or give package.module.function or file.py:function"
-        )
+    where, attribute = split_name(name)
     try:
         module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # the user's file may raise anything

@@ -11,7 +11,7 @@ from slzo.rewards.builtin.accuracy import accuracy
 from slzo.rewards.builtin.exact_match import exact_match
 from slzo.rewards.builtin.json_valid import json_valid
 from slzo.rewards.builtin.number_match import number_match
-from slzo.rewards.builtin.regex import check_pattern, regex
+from slzo.rewards.builtin.regex import regex
 from slzo.rewards.builtin.rouge import rouge
 from slzo.rewards.builtin.token_f1 import token_f1
 from slzo.utils.errors import SlzoError
@@ -51,16 +51,6 @@ def check_package(name: str) -> None:
     package = getattr(REWARDS.get(name), "package", None)
     if package is not None and importlib.util.find_spec(package) is None:
         raise SlzoError(f"{name}: needs {package}, which is not installed; run: pip install 'slzo[rewards]'")
-
-
-def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise an error if a built-in reward cannot work with the arguments of a config; other names pass."""
-    if name != regex.__name__ or "pattern" not in arguments:
-        return
-    try:
-        check_pattern(arguments["pattern"])
-    except ValueError as error:
-        raise SlzoError(f"data.reward {name!r}: pattern {arguments['pattern']!r} {error}; correct it") from None
 
 
 def check_metrics(names: Sequence[str]) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.rewards.calls import MAX_REWARD, Answers, RewardCall, RewardFailure, call, load_function
+from slzo.rewards.calls import MAX_REWARD, Answers, RewardCall, RewardFailure, call, load_function, split_name
 from slzo.rewards.process import RewardProcess
-from slzo.rewards.registry import REWARDS, check_arguments, check_package
+from slzo.rewards.registry import REWARDS, check_package
 from slzo.utils.errors import SlzoError
 
 _log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def read_functions(given: object) -> tuple[RewardCall, ...]:
     found = [_read(entry) for entry in entries]
     for one in found:
         path, separator, _ = one.function.rpartition(":")
-        if not one.function.strip() or (not separator and "." not in one.function and one.function not in REWARDS):
+        if one.function not in REWARDS and not all(split_name(one.function)):
             raise SlzoError(
                 f"data.reward {one.function!r}: no such reward; choose one of {', '.join(sorted(REWARDS))}, or give "
                 "package.module.function or file.py:function"
@@ -152,7 +152,6 @@ def read_functions(given: object) -> tuple[RewardCall, ...]:
         if separator and not path.endswith(".py") and "/" in path:
             raise SlzoError(f"data.reward {one.function!r}: the file must end in .py")
         check_package(one.function)
-        check_arguments(one.function, one.arguments)
     return tuple(found)
 
 

