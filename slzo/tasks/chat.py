@@ -1,7 +1,8 @@
 """Task on your own conversations, described in the config. The model trains on the assistant's turns.
 
-Source: ``train_file`` (and ``dev_file``, ``test_file``), a folder or the Hub. A row has ``messages`` (turns with role and
-content), or ``prompt`` and ``completion`` (texts or turns), or ``instruction``, ``input`` and ``output`` (Alpaca).
+Source: ``train_file`` (and ``dev_file``, ``test_file``), or instead of files ``data.data_dir`` or ``data.hub_path`` with splits
+called train and validation. A row has ``messages`` (turns with role and content), or ``prompt`` and ``completion`` (texts or
+turns), or ``instruction``, ``input`` and ``output`` (Alpaca).
 Metric: perplexity of the answers, or the ``metrics`` of generated answers.
 """
 
