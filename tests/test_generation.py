@@ -10,7 +10,7 @@ from helpers import FAMILIES, VOCABULARY, tiny_model
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
-from slzo.evaluation.generation import answer_text, ends_with, generate, stop_tokens
+from slzo.evaluation.generation import answer_text, ends_with, generate, generate_plainly, stop_tokens
 from slzo.models.parts import ModelParts
 from tiny import make_tokenizer
 
@@ -143,3 +143,12 @@ def test_settings_that_come_with_a_model_change_no_answer(packed):
     own = parts.model.generation_config
     assert generate(parts, [[5, 6, 7]], {2}, max_new_tokens=8).answers == expected
     assert parts.model.generation_config is own
+
+
+def test_an_adapter_leaves_the_eos_tokens_of_its_base_model():
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    model.generation_config.eos_token_id = [2, 9]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    generate_plainly(adapted, torch.tensor([[5, 6]]), max_new_tokens=1)
+    assert adapted.get_base_model().generation_config.eos_token_id == [2, 9]

@@ -131,18 +131,19 @@ def generate(
 
 
 def generate_plainly(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    """Generate with transformers without the settings that come with the model, such as a repetition penalty.
+    """Generate with transformers without the settings that come with the model, such as a repetition penalty; its EOS stays.
 
     Args:
         model: The model.
         ids: Prompts, shape (rows, tokens), int64.
-        options: Further arguments of ``model.generate``, among them ``eos_token_id``.
+        options: Further arguments of ``model.generate``.
 
     Returns:
         Prompts and answers, shape (rows, tokens), int64.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
+    own: Any = model.generation_config
+    # with EOS, because a PeftModel also leaves this one in its base model
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
     try:
         output: Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
         return output

@@ -79,7 +79,7 @@ def write_continuation(
             f"{known}; shorten the prompt or lower max_new_tokens"
         )
     stream, prompt = _Stream(tokenizer, out, stop), torch.tensor([list(ids)], device=model.device)
-    own = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    own = model.generation_config.eos_token_id
     ends = stop_tokens(tokenizer, stop).union([own] if isinstance(own, int) else own or ())
     ended = ends_with(tokenizer, stop)
 
@@ -100,7 +100,7 @@ def write_continuation(
             max_new_tokens=options.max_new_tokens,
             pad_token_id=0 if pad is None else pad,
             streamer=stream,
-            eos_token_id=sorted(ends),
+            eos_token_id=sorted(ends) or None,
             stopping_criteria=None if ended is None else [is_done],
             **sampling,
         )
