@@ -5,14 +5,16 @@ stored in buffers of rows of similar length, so that attention covers little pad
 :mod:`slzo.evaluation.decoding`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
@@ -22,6 +24,9 @@ from slzo.data.encoding import newline_token
 from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, Decoded, decode
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_NEW_TOKENS = 50
 """Default length limit of an answer, in tokens, as in MeZO (Malladi et al. 2023)."""
@@ -141,6 +146,8 @@ def generate_plainly(model: PreTrainedModel, ids: Tensor, **options: Any) -> Ten
     Returns:
         Prompts and answers, shape (rows, tokens), int64.
     """
+    from transformers import GenerationConfig  # loads packages that scoring candidates does not need
+
     own: Any = model.generation_config
     # with EOS, because a PeftModel also leaves this one in its base model
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
