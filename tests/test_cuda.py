@@ -63,7 +63,7 @@ def test_states_come_back_from_pinned_memory():
     assert all(kept.is_pinned() and kept.device.type == "cpu" for kept in cache._states.values())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = cache.gather([4, 3], {}, CARD, torch.float32)
+        found = cache.gather([4, 3], {}, CARD)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found, torch.cat([states[5:], states[:5]]))
@@ -78,7 +78,7 @@ def test_states_come_on_a_stream_of_their_own():
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # the computing stream is busy
     busy = torch.cuda.current_stream().record_event()
-    pending = cache.get_or_compute(batch, lambda part: pytest.fail("computed"), torch.float32, keep=True)
+    pending = cache.get_or_compute(batch, lambda part: pytest.fail("computed"), keep=True)
     assert pending.copied is not None
     pending.copied.synchronize()
     assert not busy.query()

@@ -351,7 +351,7 @@ class LayerTrials(Trials):
                 if not all(key in cache for key in block.keys):
                     continue
                 batch = block.pack()
-                hidden = cache.gather(batch.example_index, {}, parts.model.device, parts.model.dtype)
+                hidden = cache.gather(batch.example_index, {}, parts.model.device)
                 states = parts.run(batch.to(parts.model.device), cache.start, layer, hidden)
                 moved.put(batch.example_index, batch.example_tokens, states)
         self._cache = moved

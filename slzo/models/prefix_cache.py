@@ -90,7 +90,6 @@ class PrefixCache:
         self,
         batch: PackedBatch,
         run: Callable[[TokenBatch], Tensor],
-        dtype: torch.dtype,
         keep: bool,
         max_tokens: int | None = None,
     ) -> PendingTensor:
@@ -101,7 +100,6 @@ class PrefixCache:
         Args:
             batch: The examples.
             run: Computes the states of tokens.
-            dtype: Type of the returned states.
             keep: Whether to store the new states.
             max_tokens: Most tokens to compute at once; ``None`` for no limit. The examples must not share tokens then.
 
@@ -119,7 +117,7 @@ class PrefixCache:
                     self.put(packed.example_index, packed.example_tokens, states)
         missing = [number for number, key in enumerate(keys) if key not in self]
         if not missing:
-            return self._copy_stream.copy(lambda: self.gather(keys, {}, device, dtype), device)
+            return self._copy_stream.copy(lambda: self.gather(keys, {}, device), device)
         fresh = self._run(run, batch, missing, max_tokens)
         lengths = [batch.example_tokens[number] for number in missing]
         if keep:
@@ -127,7 +125,7 @@ class PrefixCache:
         if len(missing) == batch.num_examples:
             return PendingTensor(fresh)
         new = dict(zip(missing, fresh.split(lengths), strict=True))
-        return PendingTensor(self.gather(keys, new, device, dtype))
+        return PendingTensor(self.gather(keys, new, device))
 
     def _run(
         self,
@@ -147,12 +145,10 @@ class PrefixCache:
             states.append(run(batch if is_whole else batch.select([numbers[position] for position in chunk])))
         return states[0] if len(states) == 1 else torch.cat(states)
 
-    def gather(
-        self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
+    def gather(self, keys: Sequence[int], new: Mapping[int, Tensor], device: torch.device) -> Tensor:
         """Concatenate the states of examples, shape (T, hidden); ``new`` holds uncached ones by their position in ``keys``."""
         pieces = [
-            new[position] if position in new else self._states[key].to(device, non_blocking=True).to(dtype)
+            new[position] if position in new else self._states[key].to(device, non_blocking=True)
             for position, key in enumerate(keys)
         ]
         return torch.cat(pieces)

@@ -107,9 +107,7 @@ class SuffixForward:
         """
         if self.span.start == 0:
             return None
-        return self.cache.get_or_compute(
-            batch, lambda part: self.parts.run(part, 0, self.span.start), self.parts.model.dtype, keep, max_tokens
-        )
+        return self.cache.get_or_compute(batch, lambda part: self.parts.run(part, 0, self.span.start), keep, max_tokens)
 
     @torch.no_grad()
     def compute_prefix(self, batch: PackedBatch, max_tokens: int | None = None) -> PendingTensor | None:

@@ -88,7 +88,6 @@ class MemoryInputs:
         start: The first tuned layer.
         workload: Numbers of tokens.
         cache_bytes: Budget of the prefix cache.
-        cache_dtype: Type of the cached states; ``None`` for that of the model.
         on_cpu: Whether program, weights and cache share one memory.
         away: Number of frozen layers that ``model.device_map`` puts elsewhere. One of them at a time takes memory here.
         where: Where the layers are, in words; empty if all are here.
@@ -105,7 +104,6 @@ class MemoryInputs:
     start: int
     workload: Workload
     cache_bytes: int
-    cache_dtype: torch.dtype | None = None
     on_cpu: bool = True
     away: int = 0
     where: str = ""
@@ -137,7 +135,7 @@ class MemoryInputs:
         program = PROGRAM_BYTES + TOKENIZER_BYTES * shape.vocabulary if self.on_cpu else 0
         parts = {"program": program, "weights": weights, **self.tuned}
         if self.start > 0 and self.on_cpu:
-            size = (self.cache_dtype or self.dtype).itemsize
+            size = self.dtype.itemsize
             parts["prefix cache"] = min(self.cache_bytes, work.cached_tokens * shape.hidden * size)
             wide = shape.hidden + self.start * shape.key_values
             parts["kept prompts"] = min(self.cache_bytes - parts["prefix cache"], work.prompt_tokens * wide * size)
