@@ -4,7 +4,7 @@
 when        function                            what happens
 ==========  ==================================  ======================================================================
 ``setup``   :func:`prepare`                     plan memory, load the model, choose the layer, make the masters,
-                                                measure the first step, plan for a limited time
+                                                set the step size, plan for a limited time
 step 0      :func:`score_test_rows`,            score the held-out rows with the untuned model
             :func:`predict_samples`
 each step   ``Stepper.step``                    prefix, losses at perturbed outputs or weights, gradient, step
@@ -50,10 +50,10 @@ from slzo.training import (
     load_parts,
     make_evaluator,
     make_stepper,
-    needs_measuring,
     plan_prefix,
     restored_rate,
     tune,
+    uses_auto,
 )
 from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
@@ -117,7 +117,7 @@ def prepare(
     plan_prefix(model, rows)
     if choice is not None and choice.states is not None:
         model.forward.cache.adopt(choice.states)
-    auto = _measure(make_stepper(model, options, rows), options, rows) if needs_measuring(options) else None
+    auto = _automatic(make_stepper(model, options, rows), options, rows) if uses_auto(options) else None
     time = _plan_time(model, options, rows, run)
     stepper = make_stepper(model, options, rows, auto=auto)
     reason = "" if choice is None else choice.reason
@@ -206,9 +206,9 @@ def _continue(
     plan_prefix(model, rows)
     auto = restored_rate(note["auto_step"], options)
     seed, evaluations = note["noise_seed"], 0
-    if auto is None and needs_measuring(options):  # so far the run used given numbers
+    if auto is None and uses_auto(options):  # so far the run used given numbers
         model.tensors.load(checkpoint.content["state_dict"])
-        auto = _measure(make_stepper(model, options, rows, seed=seed), options, rows)
+        auto = _automatic(make_stepper(model, options, rows, seed=seed), options, rows)
         evaluations = auto.evaluations
     time = _plan_time(model, options, rows, run, checkpoint)
     stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
@@ -219,8 +219,8 @@ def _continue(
     return prepared
 
 
-def _measure(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoRate:
-    """Find the step size at the current weights, and print it."""
+def _automatic(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> AutoRate:
+    """Return the automatic step size at the current weights, and print it."""
     auto = auto_rate(stepper, rows, eps=options.step.eps)
     say(auto.describe(options.optimizer.automatic))
     return auto

@@ -501,7 +501,7 @@ class TaskRows:
             logits=logits,
             prompt_states=prompt_states,
             decoding=self.decoding,
-            rewards=None if self.reward is None else self.reward.of_rows,
+            rewards=None if self.reward is None else self.reward.rewards_of,
         )
 
     def score(self, evaluator: Evaluator, batches: Iterable[EvalBatch], keep_prefix: bool = False) -> dict[str, float]:

@@ -158,7 +158,7 @@ def make_stepper(
     )
 
 
-def needs_measuring(options: TrainingOptions) -> bool:
+def uses_auto(options: TrainingOptions) -> bool:
     """Whether learning rate or eps are ``auto`` and used."""
     return options.optimizer.automatic or (options.step.eps is None and options.estimator.uses_points)
 

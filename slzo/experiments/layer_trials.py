@@ -22,10 +22,10 @@ from slzo.training import (
     make_evaluator,
     make_stepper,
     measure_step,
-    needs_measuring,
     plan_prefix,
     prefix_blocks,
     tune,
+    uses_auto,
 )
 from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
@@ -115,7 +115,7 @@ class LayerTrials(Trials):
             num_layers=self.parts.num_layers,
             batch_size=self.rows.batch_size,
             evaluations=options.estimator.evaluations(options.step.num_queries),
-            measuring=_MEASURING if options.estimator.along_directions and needs_measuring(options) else 0,
+            measuring=_MEASURING if options.estimator.along_directions and uses_auto(options) else 0,
             dev_rows=min(dev_rows, self.num_dev),
             head_cost=self._head_cost(),
             measured=frozenset(layer for layer in self._measured if layer is not None),
@@ -244,7 +244,7 @@ class LayerTrials(Trials):
         eps is ``None`` if the estimator has none.
         """
         choice, eps = self.options.optimizer, self.options.step.eps
-        if not needs_measuring(self.options):
+        if not uses_auto(self.options):
             return choice.lr, eps
         with self._tuned(layer) as model:
             measured = self._rate(layer, model, eps, self.options.noise_seed)

@@ -113,7 +113,7 @@ class OptimizerChoice:
         make: Creates the optimizer for given parameters.
         make_scheduler: Creates its scheduler; ``None`` for a constant rate.
         name: Name of the optimizer's class.
-        lr: Learning rate; ``AUTO_LR`` if it is measured.
+        lr: Learning rate; ``AUTO_LR`` if it is automatic.
         settings: Class and options of optimizer and scheduler, primitives only.
         state_copies: Elements of optimizer state per parameter element (2 for Adam).
         normalizes: Whether the optimizer divides the gradient by its size; ``None`` if unknown.
@@ -129,7 +129,7 @@ class OptimizerChoice:
 
     @property
     def automatic(self) -> bool:
-        """Whether the learning rate is measured."""
+        """Whether the learning rate is automatic."""
         return self.lr == AUTO_LR
 
     @property

@@ -89,7 +89,7 @@ class Stepper:
         seed: Seed of the directions, which are drawn from (seed, step, query).
         evaluator: Generates answers, for objectives that need them.
         processes: Processes that share the work of a step.
-        auto: Measured step size; ``None`` if nothing is measured.
+        auto: Automatic step size; ``None`` if numbers are given.
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
         known: Recorded steps by number. They are replayed from their losses, without forward passes.
@@ -228,7 +228,7 @@ class Stepper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the counters. The measured step size is restored by the constructor's ``auto``."""
+        """Restore the counters. The automatic step size is restored by the constructor's ``auto``."""
         self.num_evaluations, self.num_nonfinite = state["num_evaluations"], state["num_nonfinite"]
         self.nonfinite_in_row = state["nonfinite_in_row"]
 

@@ -154,7 +154,7 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     keys = tuple(sample_key(0, 0, row.example.id, number % _SAMPLES) for number, row in enumerate(found))
     answers = [answer.text for answer in evaluator.answers(found, Sampling(1.0, keys))]
     assert rows.reward is not None
-    totals = torch.tensor(rows.reward.of_rows(answers, [row.example for row in found]).totals).view(-1, _SAMPLES)
+    totals = torch.tensor(rows.reward.rewards_of(answers, [row.example for row in found]).totals).view(-1, _SAMPLES)
     return {"mean": float(totals.mean()), "best": float(totals.amax(dim=1).mean())}
 
 

@@ -30,7 +30,7 @@ class Objective(ABC):
             is a loss of generated answers, which has a policy gradient.
         needs_label: Whether rows without a label cannot be used and are left out.
         sampling: How answers are sampled for a policy gradient; objectives that generate none ignore it.
-        lowest: Lower bound of the loss. Measured step sizes are relative to the distance from it.
+        lowest: Lower bound of the loss. Automatic step sizes of SPSA are relative to the distance from it.
         selected_by: Value on the dev rows that selects a checkpoint and that the guard watches: "loss", the loss of the gold
             answer; "reward", which needs ``data.reward``; or a metric of the task such as "f1", whose best value is 1.
     """

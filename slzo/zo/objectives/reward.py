@@ -87,7 +87,7 @@ class Reward(Objective):
         self.rewards = Rewards(functions, timeout, in_process)
         self.lowest = -(self.rewards.best if best is None else best)
 
-    def of_rows(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardResult:
+    def rewards_of(self, answers: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Return the rewards of one answer per example, for evaluation."""
         return self.rewards(reward_inputs(answers, examples))
 
