@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,15 @@ from helpers import error_line, last_checkpoint, run_dir, tiny_model, tuned
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
+from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import (
+    CHECKPOINT_FORMAT,
+    checkpoint_of_run,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from slzo.models.fingerprint import Fingerprint
 from slzo.utils.errors import SlzoError
 
@@ -247,6 +255,26 @@ def test_last_falls_back_to_the_newest_whole_file_and_says_so(run, capsys, monke
     monkeypatch.delenv("RANK")
     (folder / "step=2.ckpt").write_bytes(b"")
     assert "no checkpoint below 'runs' is intact" in error_line(capsys, "test", "--ckpt_path=last")
+
+
+def test_the_best_state_is_never_that_of_another_project(run):
+    """A folder of the same name in the current folder holds runs of something else."""
+    callbacks = read_checkpoint(CHECKPOINT).content["callbacks"]
+    state = next(state for name, state in callbacks.items() if name.startswith("BestCheckpoint"))
+    foreign = Path(state["best_model_path"])
+    assert not foreign.is_absolute()
+    foreign.parent.mkdir(parents=True)
+    shutil.copy(CHECKPOINT, foreign)
+    own = Path("run/checkpoints", foreign.name)
+    assert checkpoint_of_run("run") == own
+    best = BestCheckpoint()
+    best.on_load_checkpoint(SimpleNamespace(ckpt_path=CHECKPOINT), None, {})
+    best.load_state_dict(state)
+    assert [best.best_model_path, *best.best_k_models] == [str(own.absolute())] * 2
+    shutil.copytree("run", "moved/version_1")  # a resumed run and the one that it continued, in another place
+    (foreign := Path("moved").joinpath(*foreign.parts[-3:])).parent.mkdir(parents=True)
+    shutil.move(Path("moved/version_1/checkpoints", own.name), foreign)
+    assert checkpoint_of_run(Path("moved/version_1").absolute()) == foreign.absolute()
 
 
 # ---- what is in it --------------------------------------------------------------------------------------------------------

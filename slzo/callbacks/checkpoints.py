@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.schedule import folder_of, is_last_step, validation_due
 from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
+from slzo.checkpoints.checkpoint import best_file
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import Interrupted, SlzoError
@@ -39,6 +40,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(
             monitor=monitor, mode=mode, filename=filename, auto_insert_metric_name=auto_insert_metric_name, **options
         )
+        self._loaded: str | Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the metric to watch if ``monitor`` is auto."""
@@ -50,10 +52,20 @@ class BestCheckpoint(ModelCheckpoint):
             self.kth_value = torch.tensor(math.inf if metric.mode == "min" else -math.inf)
         super().setup(trainer, pl_module, stage)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which checkpoint is loaded, since the paths in it count from the folder in which its run was started."""
+        self._loaded = trainer.ckpt_path
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best score and path; the file of a former run in another folder is never deleted."""
-        for name in ("best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value"):
-            setattr(self, name, state_dict[name])
+        self.best_model_score, self.kth_value = state_dict["best_model_score"], state_dict["kth_value"]
+        self.best_model_path = self._place(state_dict["best_model_path"])
+        self.kth_best_model_path = self._place(state_dict["kth_best_model_path"])
+        self.best_k_models = {self._place(path): score for path, score in state_dict["best_k_models"].items()}
+
+    def _place(self, path: str) -> str:
+        """Return where the file of a former state is."""
+        return str(best_file(path, self._loaded).absolute()) if path and self._loaded is not None else path
 
 
 class LastCheckpoint(Checkpoint):

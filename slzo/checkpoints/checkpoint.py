@@ -294,11 +294,30 @@ def _best_of(last: Path) -> Path:
     callbacks = read_checkpoint(last).content.get("callbacks", {})
     own_first = sorted(callbacks, key=lambda name: not name.startswith(_BEST_CHECKPOINT))
     states = [callbacks[name] for name in own_first if isinstance(callbacks[name], dict)]
-    saved = [Path(state["best_model_path"]) for state in states if state.get("best_model_path")]
-    for path in (place for best in saved for place in (best, last.parent / best.name)):  # the runs may have been moved
+    for path in (best_file(state["best_model_path"], last) for state in states if state.get("best_model_path")):
         if path.is_file():
             return path
     raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} was not validated and has no best one; give last")
+
+
+def best_file(saved: str, checkpoint: str | Path) -> Path:
+    """Return the file of a best state.
+
+    Its saved path counts from the folder in which that run was started, which may hold another project's runs now. The file is
+    looked for in the runs folder of the checkpoint instead, which may have been moved.
+
+    Args:
+        saved: Path of the best state in a checkpoint.
+        checkpoint: Path of this checkpoint, of the same run or of one that continued it.
+
+    Returns:
+        The first place that has the file, or the likeliest one if none has it.
+    """
+    path, run = Path(saved), run_folder_of(checkpoint)
+    places = [run.parent.joinpath(*path.parts[-3:]), Path(checkpoint).parent / path.name]
+    if path.is_absolute():
+        places.insert(0, path)
+    return next((place for place in places if place.is_file()), places[0])
 
 
 @contextmanager
