@@ -85,6 +85,7 @@ class ZOTrainer(Trainer):
         kwargs["use_distributed_sampler"] = False
         self._run_folders: set[Path] = set()
         self._fitted: Path | None = None
+        self._trained: tuple[LightningModule, LightningDataModule | None] | None = None
         try:
             cluster = _slurm_job() if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins) else None
             super().__init__(**kwargs, plugins=plugins if cluster is None else [*plugins, cluster])
@@ -111,6 +112,9 @@ class ZOTrainer(Trainer):
             datamodule: A TaskDataModule.
             ckpt_path: Checkpoint or run folder to continue from, or ``last`` or ``best`` of the newest run.
             weights_only: Passed on.
+
+        Raises:
+            SlzoError: Without a checkpoint, an earlier fit of this trainer had another model or other rows.
         """
         for clock in (callback_of(self, TimeLimit), callback_of(self, RunRecord)):
             if clock is not None:
@@ -122,6 +126,11 @@ class ZOTrainer(Trainer):
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, restarted=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
+        if path is None and self._trained is not None and self._trained != (model, datamodule):
+            # its callbacks keep the untuned score and the best state
+            raise SlzoError(
+                "fit: this trainer has trained before; make a new ZOTrainer for another model or other rows"
+            )
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
             say(
@@ -135,6 +144,8 @@ class ZOTrainer(Trainer):
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, None, weights_only)
             finally:
                 self.ckpt_path = None
+                if self.global_step > begun:
+                    self._trained = (model, datamodule)
         if (folder := folder_of(self)) is not None and (folder / "checkpoints").is_dir():
             self._fitted = folder
 

@@ -183,6 +183,8 @@ def test_the_best_checkpoint_is_not_one_of_another_callback(model_dir, data_dir)
 
 def test_names_are_those_of_the_trainers_own_run(model_dir, data_dir, capsys):
     first, data = fit(data_dir, model_dir)
+    with pytest.raises(SlzoError, match="make a new ZOTrainer for another model or other rows"):
+        first.fit(ZOModule(str(model_dir), 1, eps=1e-3), datamodule=data)
     fit(data_dir, model_dir)
     capsys.readouterr()
     first.test(ZOModule(str(model_dir)), datamodule=data, ckpt_path="best")
