@@ -30,11 +30,11 @@ from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note, restore
 from slzo.run import Prepared
 from slzo.strategy import shard_group_of
-from slzo.training import adapt_rows, load_parts, make_evaluator
+from slzo.training import adapt_rows, agreed_settings, load_parts, make_evaluator
 from slzo.utils.agreement import check_agreement
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
-from slzo.utils.environment import environment
+from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import peak_memory_gb
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
@@ -257,7 +257,7 @@ class ZOModule(LightningModule):
         several = self.trainer.world_size > 1
         if several:
             limits = {"max_steps": run.max_steps, "val_check_interval": self.trainer.val_check_interval}
-            start = {**environment()["versions"], **self.hparams, **self.rows.step_settings(), **limits}
+            start = {**versions(), **agreed_settings(self.options, self.rows), **limits}
             check_agreement(start, "start all with the same command and in the same environment")
         prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
         layer_barrier(prepared.model.parts.model)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,18 @@ from slzo.zo.options import TrainingOptions
 from slzo.zo.relative_rate import RelativeRate
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
+
+
+def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
+    """Return the options of model and rows in which all processes of a run must agree, by name, as primitives."""
+    own = {
+        **options.step_settings(options.noise_seed, options.layer),
+        "parallel": options.parallel,
+        "max_nonfinite": options.max_nonfinite,
+        **{f"engine.{name}": value for name, value in asdict(options.engine).items()},
+    }
+    drawn = {f"data.{name}": value for name, value in rows.step_settings().items()}
+    return {**{f"model.{name}": value for name, value in own.items()}, **drawn}
 
 
 def load_parts(options: TrainingOptions, device: torch.device, shard_group: ShardGroup | None = None) -> ModelParts:

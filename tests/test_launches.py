@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import last_checkpoint, run_dir, same_tensors, tuned
 from torch.distributed import DistNetworkError, TCPStore
 
+from slzo import TaskDataModule, ZOModule
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.resume import checkpoint_of_job
+from slzo.training import agreed_settings
 from slzo.utils import slurm
 from slzo.utils.agreement import check_agreement
 from slzo.utils.errors import SlzoError
@@ -94,8 +98,9 @@ def test_torchrun_takes_the_steps_of_ddp(fit):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--data.batch_size=5"], "batch_size: 6 -> 5; start all with the same command"),
-        (["--model.optimizer.lr=2e-3"], "lr: 0.001 -> 0.002; start all with the same command"),
+        (["--data.batch_size=5"], "data.batch_size: 6 -> 5; start all with the same command"),
+        (["--model.optimizer.lr=2e-3"], "model.optimizer: "),
+        (["--model.seed=1"], "model.noise_seed: "),
         ("rows", "train rows: "),
         ("weights", "weights: "),
     ],
@@ -338,6 +343,18 @@ def test_a_task_of_an_array_has_a_name_of_its_own(monkeypatch):
     assert slurm.job_id() == "8_3"
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     assert slurm.job_id() == "9"
+
+
+def test_processes_agree_on_all_that_their_steps_depend_on():
+    rows = TaskDataModule("sst2", seed=5)
+    first = agreed_settings(ZOModule(seed=0).options, rows)
+    for option in (
+        {"seed": 1},
+        {"parallel": "directions"},
+        {"optimizer": partial(torch.optim.AdamW, weight_decay=0.5)},
+    ):
+        assert agreed_settings(ZOModule(**{"seed": 0, **option}).options, rows) != first
+    assert agreed_settings(ZOModule(seed=0).options, TaskDataModule("sst2", seed=6)) != first
 
 
 def test_agreement_names_rank_and_value(monkeypatch):

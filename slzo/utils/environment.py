@@ -40,15 +40,9 @@ def program_line() -> str:
 
 def environment() -> dict[str, Any]:
     """Return versions, command, processor, threads and kernel settings, as primitives."""
-    installed = {package: _version(package) for package in _PACKAGES}
     return {
         "command": program_line(),
-        "versions": {
-            "python": platform.python_version(),
-            "slzo": _version("slzo"),
-            **{package: version for package, version in installed.items() if version is not None},
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
         "commit": git_commit(Path(__file__).parent),
         "slurm_job": job_id(),
         "system": platform.platform(),
@@ -64,6 +58,17 @@ def environment() -> dict[str, Any]:
             "float32_matmul": torch.get_float32_matmul_precision(),
         },
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, slzo and the packages that results depend on, if they are installed."""
+    installed = {package: _version(package) for package in _PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "slzo": _version("slzo"),
+        **{package: version for package, version in installed.items() if version is not None},
+        "torch": torch.__version__,
     }
 
 
