@@ -9,6 +9,7 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
+from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.shard_group import ShardGroup
 from slzo.profiling import ProfileOptions
@@ -81,10 +82,14 @@ class Prepared:
 
     def identity(self) -> dict[str, str | int | None]:
         """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
-        base = self.model.base
-        rows = {f"{split} rows": str(hash(tuple(hashes.tolist()))) for split, hashes in self.data.rows.items()}
-        weights = None if base is None else " ".join([*base.sample.values(), *base.tuned.values()])
-        return {"tokenizer": self.data.tokenizer, **rows, "weights": weights, "layer": self.model.layer}
+        return {**hashes_of(self.data, self.model.base), "layer": self.model.layer}
+
+
+def hashes_of(data: DataFingerprint, base: Fingerprint | None) -> dict[str, str | None]:
+    """Return hashes of tokenizer, rows and weights, to compare processes or runs."""
+    rows = {f"{split} rows": str(hash(tuple(hashes.tolist()))) for split, hashes in data.rows.items()}
+    weights = None if base is None else " ".join([*base.sample.values(), *base.tuned.values()])
+    return {"tokenizer": data.tokenizer, **rows, "weights": weights}
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,7 @@ def test_a_sweep_into_a_folder_of_another_configuration_is_refused(options, caps
         assert "holds results of other settings" in refused
 
 
-def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):
+def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(options, capsys):
     for name in ("train", "test"):
         rows = [{"text": f"{name} {n}", "label": n % 2} for n in range(24)]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -326,6 +326,9 @@ def test_a_sweep_of_another_task_of_the_same_name_is_refused(options, capsys):
 
     assert main(command("{text} is")) == 0
     assert "task.prompt: {text} is -> {text} was" in error_line(capsys, *command("{text} was"))
+    train = Path("train.jsonl")
+    train.write_text(train.read_text(encoding="utf-8").replace("train 3", "other 3"), encoding="utf-8")
+    assert "train rows: " in error_line(capsys, *command("{text} is"))
 
 
 @pytest.mark.parametrize(

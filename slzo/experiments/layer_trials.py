@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from slzo.data.batch import EvalBatch, TrainBatch
+from slzo.data.fingerprint import DataFingerprint
 from slzo.experiments.timing import measure_times, spaced_batches
+from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
+from slzo.run import hashes_of
 from slzo.task_rows import TaskRows
 from slzo.training import (
     auto_rate,
@@ -284,10 +287,14 @@ class LayerTrials(Trials):
         return Sensitivity(statistics.fmean(slopes), math.nan if error is None else error, len(slopes))
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that the results depend on, in addition to steps and seeds, as primitives."""
+        """Return the settings that the results depend on, in addition to steps and seeds, as primitives.
+
+        Rows and weights are compared by their hashes, since files can change under the same name.
+        """
         options, rows = self.options, self.rows
-        names = "hub_path hub_config num_train num_dev num_demonstrations batch_size max_length balanced seed"
+        names = "batch_size balanced seed"
         described = options.to_dict()
+        data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
         return {
             **{name: described[name] for name in ("model", "dtype", "quantization")},
             **rows.task_settings,
@@ -298,7 +305,7 @@ class LayerTrials(Trials):
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
             **{name: getattr(rows, name) for name in names.split()},
-            "data_dir": None if rows.data_dir is None else str(Path(rows.data_dir).expanduser().resolve()),
+            **hashes_of(data, Fingerprint.of(self.parts.model)),
         }
 
     def default_folder(self) -> Path:
