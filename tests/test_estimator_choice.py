@@ -260,6 +260,7 @@ def test_errors_of_candidates_have_no_derivative(estimator):
         (["--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=auto", "--model.num_queries=1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
+        (["--model.num_queries=4", "--model.num_queries=null", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=auto", "--model.estimator.queries=4"], ("LayerOutputPerturbation", None)),
         (["--model.num_queries=4", "--model.estimator.noise=rademacher"], ("SPSA", None)),
         (["--model.scope=LayerScope", "--model.scope.layers=[1,2]", "--model.optimizer.lr=1e-3"], (None, "SGD")),

@@ -17,7 +17,8 @@ _OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].def
 
 def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
     """Return estimator and optimizer with a class, for those of which an option is given."""
-    options = {each.name: loaded(each.value) for each in given if loaded(each.value) is not None}
+    latest = {each.name: loaded(each.value) for each in given}  # the last one counts, also if it is null
+    options = {name: value for name, value in latest.items() if value is not None}
     found: dict[str, dict[str, Any]] = {}
     of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
     perturbs_output = _one_layer(given, options) and not of_weights
