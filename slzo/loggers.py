@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.utils.console import is_first_process
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import check_inside, disk_errors, remove_folder, remove_leftovers
+from slzo.utils.files import check_inside, check_local, disk_errors, remove_folder, remove_leftovers
 
 RUNS = "runs"
 """Folder above the runs."""
@@ -42,9 +42,13 @@ class RunLogger(_OwnFolder, TensorBoardLogger):
         name: Folder between ``save_dir`` and the run's folder; empty for none.
         version: Version of the run, a number or a name; by default the next one.
         options: Other arguments of :class:`lightning.pytorch.loggers.TensorBoardLogger`.
+
+    Raises:
+        SlzoError: ``save_dir`` is not a local folder.
     """
 
     def __init__(self, save_dir: str = RUNS, name: str = "", version: int | str | None = None, **options: Any) -> None:
+        check_local("trainer.logger.save_dir", save_dir)
         super().__init__(save_dir, name, version, **{"default_hp_metric": False, **options})
         self._given = version is not None
 
@@ -123,7 +127,7 @@ def log_dir_of(trainer: Trainer) -> str | None:
 
 def _folder_of(logger: object, taken: Collection[Path]) -> Path | None:
     """Make and return the folder of a logger; ``None`` if it has none, if it is taken, or if another process makes it."""
-    if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process() or "://" in logger.root_dir:
+    if not isinstance(logger, TensorBoardLogger | CSVLogger) or not is_first_process():
         return None
     check_inside("trainer.logger.name", str(logger.name or ""), _SET_FOLDER)
     folder = Path(logger.log_dir)  # an own logger makes it here
@@ -143,7 +147,7 @@ def _take(root: str, version: int | str, given: bool) -> int | str:
     Raises:
         SlzoError: The folder cannot be made, or a given version already exists.
     """
-    if not is_first_process() or "://" in root:
+    if not is_first_process():
         return version
     check_inside("trainer.logger.version", str(version), _SET_FOLDER)
     folder = Path(os.path.expandvars(root)).expanduser()

@@ -22,7 +22,7 @@ from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.schedule import callback_of, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
-from slzo.checkpoint_io import WholeCheckpointIO
+from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
@@ -30,7 +30,9 @@ from slzo.resume import checkpoint_of_job
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
+from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.files import check_local
 from slzo.utils.slurm import is_restarted, job_id
 
 TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -61,10 +63,14 @@ class ZOTrainer(Trainer):
         for name, value in {**TRAINER_DEFAULTS, **limit_defaults(kwargs)}.items():
             kwargs.setdefault(name, value)
         check_options(kwargs)
+        check_local("trainer.default_root_dir", kwargs.get("default_root_dir"))
         limit = _take_time(kwargs)
         root = kwargs.get("default_root_dir")
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(RUNS if root is None else str(Path(root) / RUNS))
+        given = kwargs["logger"]
+        for logger in given if isinstance(given, list | tuple) else [given]:
+            check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))
         self._writes = kwargs["logger"] is not False or root is not None
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
@@ -78,7 +84,7 @@ class ZOTrainer(Trainer):
         plugins = kwargs.pop("plugins", None) or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(WholeCheckpointIO())
+            plugins.append(AtomicCheckpointIO())
         if kwargs.get("strategy") == SHARDED:
             kwargs["strategy"] = ShardedStrategy()
         # the rows are divided by slzo, so that a step sees the same rows on any number of processes
@@ -167,7 +173,8 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the untuned model is scored.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the model as it is:
+                untuned, or with its last weights.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -202,7 +209,8 @@ class ZOTrainer(Trainer):
             dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             return_predictions: Whether to return the records, batch by batch; by default true.
-            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the untuned model is used.
+            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the model as it is:
+                untuned, or with its last weights.
             weights_only: Passed on.
         """
         with self._running():
@@ -223,15 +231,18 @@ class ZOTrainer(Trainer):
     def _find(self, ckpt_path: str | Path | None, restarted: bool = False) -> Checkpoint | None:
         """Read a checkpoint; ``last`` and ``best`` are those of this trainer's run, otherwise of the newest one.
 
-        Without a path, a training (``restarted``) of a SLURM job that was restarted continues the newest run of this job.
+        Without a path, a training (``restarted``) by slzo's command line in a SLURM job that was restarted continues the newest
+        run of this job.
         """
         root = self.runs_folder if self._fitted is None else self._fitted
-        if ckpt_path is None and restarted and is_restarted() and (job := job_id()) is not None:
+        # a script may fit several times, and all its runs have the same command
+        job = job_id() if restarted and is_restarted() and command_line() is not None else None
+        if ckpt_path is None and job is not None:
             ckpt_path = checkpoint_of_job(root, job)
         if ckpt_path is None:
             return None
         found = find_checkpoint(ckpt_path, root, to_continue=restarted)
-        if isinstance(self.strategy.checkpoint_io, WholeCheckpointIO):
+        if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
             self.strategy.checkpoint_io.known = found
         return found
 
@@ -382,5 +393,6 @@ def _check_files(callback: ModelCheckpoint, option: str, metrics: Sequence[str])
         raise SlzoError(
             f"{option}.filename {callback.filename!r}: {error}; write metrics as {{NAME}} or with a format, like {{step:05d}}"
         ) from error
+    check_local(f"{option}.dirpath", callback.dirpath)
     if callback.dirpath is not None and Path(callback.dirpath).exists() and not Path(callback.dirpath).is_dir():
         raise SlzoError(f"{option}.dirpath {str(callback.dirpath)!r}: is a file; give a folder, or leave it out")

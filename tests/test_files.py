@@ -56,7 +56,9 @@ def test_a_file_that_is_gone_is_named_as_text():
     """TensorBoard gives the path as bytes."""
     with pytest.raises(SlzoError) as caught, disk_errors():
         os.stat(b"runs/version_0/events")  # noqa: PTH116
-    assert str(caught.value).startswith("'runs/version_0/events': it or its folder was removed while the command ran")
+    assert str(caught.value).startswith(
+        "'runs/version_0/events': does not exist, or was removed while the command ran; check the path"
+    )
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

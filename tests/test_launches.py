@@ -18,7 +18,7 @@ import torch
 from helpers import last_checkpoint, run_dir, same_tensors, tuned
 from torch.distributed import DistNetworkError, TCPStore
 
-from slzo import TaskDataModule, ZOModule
+from slzo import TaskDataModule, ZOModule, ZOTrainer
 from slzo.__main__ import main
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.resume import checkpoint_of_job
@@ -343,6 +343,19 @@ def test_a_task_of_an_array_has_a_name_of_its_own(monkeypatch):
     assert slurm.job_id() == "8_3"
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     assert slurm.job_id() == "9"
+
+
+def test_only_a_command_continues_the_run_of_a_restarted_job(tmp_path, monkeypatch):
+    """A script may fit several times."""
+    monkeypatch.setattr("slzo.trainer.is_restarted", lambda: True)
+    monkeypatch.setattr("slzo.trainer.job_id", lambda: "42")
+    asked = []
+    monkeypatch.setattr("slzo.trainer.checkpoint_of_job", lambda root, job: asked.append(job))
+    trainer = ZOTrainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    for program in ("script.py", "slzo"):
+        monkeypatch.setattr(sys, "argv", [program, "fit"])
+        assert trainer._find(None, restarted=True) is None
+    assert asked == ["42"]
 
 
 def test_processes_agree_on_all_that_their_steps_depend_on():

@@ -60,6 +60,9 @@ WRONG = """
 --model.eps=-1 | model.eps -1.0: must be a number above 0
 --model.eps=abc | model.eps 'abc': expected a number or auto
 --model.epz=1 | model.epz: unknown option; did you mean model.eps?
+--trainer.default_root_dir=memory://all | trainer.default_root_dir 'memory://all': is not a folder of this machine
+--trainer.logger=TensorBoardLogger --trainer.logger.save_dir=memory://all | trainer.logger.save_dir 'memory://all': is not a
+--checkpoint.dirpath=memory://all | checkpoint.dirpath 'memory://all': is not a folder of this machine; give one
 --trainer.max_step=3 | trainer.max_step: unknown option; did you mean trainer.max_steps?
 --model.eps=1e39 | model.eps 1e+39: must be a number above 0 and at most 1e+30
 --model.eps=inf | model.eps 'inf': expected a number

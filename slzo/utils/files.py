@@ -195,6 +195,18 @@ def _flush_names(folder: Path) -> None:
         os.close(number)
 
 
+def check_local(option: str, path: object) -> None:
+    """Refuse the address of another file system, such as ``s3://bucket``; ``None`` is no path.
+
+    Raises:
+        SlzoError: ``path`` is such an address.
+    """
+    if "://" in str(path):
+        raise SlzoError(
+            f"{option} {str(path)!r}: is not a folder of this machine; give one, and copy the run afterwards"
+        )
+
+
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
     """Convert errors of files and folders within the context to SlzoErrors.
@@ -213,9 +225,7 @@ def disk_errors() -> Iterator[None]:
             raise SlzoError("standard output: was closed while the command ran; write it to a file instead") from error
         where = "a file" if error.filename is None else repr(os.fsdecode(error.filename))
         if isinstance(error, FileNotFoundError):
-            raise SlzoError(
-                f"{where}: it or its folder was removed while the command ran; run the command again"
-            ) from error
+            raise SlzoError(f"{where}: does not exist, or was removed while the command ran; check the path") from error
         raise SlzoError(
             f"{where}: cannot be used ({error.strerror}); free space or fix the permissions there, or choose another folder "
             "(trainer.logger.save_dir, output, SLZO_CACHE); --ckpt_path last resumes from the last checkpoint"
