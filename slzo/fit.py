@@ -369,11 +369,11 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     stepper, history = prepared.stepper, outcome.history
     device = model.parts.model.device
     peak = max(history.peak_memory_gb, peak_memory_gb(device))  # before the reference, which loads another library
-    words = None
-    if outcome.reference and is_classified:
+    words = first = None
+    writes = rows.processes.rank == 0  # the other processes print and write nothing of it
+    if writes and outcome.reference and is_classified:
         words = bag_of_words(rows.splits.train, test)
-    first = None
-    if placement_of(prepared.model.parts.model) is None:
+    if writes and placement_of(prepared.model.parts.model) is None:
         first = first_order_bytes(replace(options, layer=model.layer), rows, outcome.steps, device)
     figures = {
         "model": options.model,
@@ -400,6 +400,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     }
     return RunFacts(
         figures=figures,
+        processes=rows.processes.number,
         layer=model.layer,
         scheduled=options.optimizer.make_scheduler is not None,
         metric=metric,

@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +179,13 @@ SEARCH = "slzo sweep --config run/config.yaml --lrs auto  # "
 )
 def test_the_next_command_fits_the_case(change, dev, expected):
     assert re.match(expected, next_command(change, dev, FACTS))
+
+
+def test_what_several_processes_cannot_do_is_suggested_for_one():
+    facts, one = replace(FACTS, processes=2), "--trainer.devices 1 --trainer.num_nodes 1 --trainer.strategy auto"
+    assert f"--lrs auto {one}  #" in next_command(WITHIN, losses(0.6, 0.6), facts)
+    assert f"--profiler.rule Race {one}  #" in next_command(FELL, losses(0.6, 0.5), facts)
+    assert one not in next_command(WITHIN, losses(0.6, 0.5), facts)
 
 
 def lines_after_scoring(output):

@@ -6,11 +6,11 @@ from typing import Any
 from slzo.pictures.curves import HeldOut
 from slzo.report.run_files import RunFiles
 
-Rows = Mapping[str, str]
+Texts = Mapping[str, str]
 """Texts by name; a text is empty if the run lacks the figure."""
 
 
-def scores(run: RunFiles) -> Rows:
+def scores(run: RunFiles) -> Texts:
     """Format the held-out scores with their standard errors, and the dev loss."""
     summary = run.summary
     change, error = summary.get("score_change"), summary.get("score_change_standard_error")
@@ -38,7 +38,7 @@ def _held_out(score: HeldOut | None) -> str:
     return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")
 
 
-def method(run: RunFiles) -> Rows:
+def method(run: RunFiles) -> Texts:
     """Format what was tuned and how."""
     summary = run.summary
     layer, total = summary.get("dominant_layer"), summary.get("num_layers")
@@ -62,7 +62,7 @@ def _rate(summary: Mapping[str, Any]) -> str:
     return "" if given is None else f"{given}" + ("" if end is None or end == given else f", {end:.3g} at the end")
 
 
-def speed(run: RunFiles) -> Rows:
+def speed(run: RunFiles) -> Texts:
     """Format steps, time and memory."""
     summary = run.summary
     steps, training = summary.get("steps"), summary.get("train_seconds")
@@ -79,7 +79,7 @@ def speed(run: RunFiles) -> Rows:
     }
 
 
-def versions(run: RunFiles) -> Rows:
+def versions(run: RunFiles) -> Texts:
     """Format software versions, hardware and the command."""
     environment = run.environment
     device = str(environment.get("device", ""))

@@ -13,7 +13,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     small. If the dev loss fell but the score clearly became worse, another layer may generalize better. If the dev loss was
     lowest at the end, more steps may help. If the score improved within two standard errors, more held-out rows may show it.
     """
-    search = _command("sweep", run, "--lrs", "auto")
+    search = _command("sweep", run, "--lrs", "auto", *_one_process(run))
     if losses is None:
         return f"{search}  # too few validations to find the reason: compares learning rates"
     if losses.rose:
@@ -23,7 +23,7 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
     if change is not None and change.worse and change.shown:
         if run.layer is None:
             return f"{search}  # the dev loss fell but the score became worse: compares learning rates"
-        look = _command("fit", run, "--model.layer", "null", "--profiler.rule", "Race")
+        look = _command("fit", run, "--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
         return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
     if losses.best == losses.last and run.last is not None and run.limit[1] > 0:
         options = ("--ckpt_path", run.last, f"--trainer.{run.limit[0]}", str(2 * run.limit[1]))
@@ -47,6 +47,12 @@ def first_order_command(run: RunFacts, memory_gb: float) -> str:
     scheduler = ("--model.lr_scheduler", "null") if run.scheduled else ()  # it would change a rate that is measured
     command = _command("fit", run, *layer, *chosen, *scheduler)
     return f"{command}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
+
+
+def _one_process(run: RunFacts) -> tuple[str, ...]:
+    """Return the options that undo those for several processes, which refuse to train layer by layer or rate by rate."""
+    one = ("--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto")
+    return one if run.processes > 1 else ()
 
 
 def _command(name: str, run: RunFacts, *options: str) -> str:

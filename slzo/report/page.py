@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 from slzo.pictures.curves import curves_picture
 from slzo.pictures.profile import profile_picture
 from slzo.pictures.style import save, svg_of
-from slzo.report.figures import Rows, method, scores, speed, versions
+from slzo.report.figures import Texts, method, scores, speed, versions
 from slzo.report.run_files import REPORT_FILE, RunFiles, read_run
 from slzo.utils.files import write_text
 from slzo.version import __version__
@@ -50,7 +50,7 @@ def _title(runs: Sequence[RunFiles]) -> str:
     return f"{subject}: {runs[0].name}" if len(runs) == 1 else f"{subject}: {len(runs)} runs"
 
 
-def _tiles(run: RunFiles) -> Rows:
+def _tiles(run: RunFiles) -> Texts:
     """Return the most important figures."""
     figures = {**scores(run), **method(run), **speed(run)}
     before, after = figures["before"], figures["after"]
@@ -64,7 +64,7 @@ def _tiles(run: RunFiles) -> Rows:
     }
 
 
-def _table(runs: Sequence[RunFiles], figures: Callable[[RunFiles], Rows]) -> list[tuple[str, list[str]]]:
+def _table(runs: Sequence[RunFiles], figures: Callable[[RunFiles], Texts]) -> list[tuple[str, list[str]]]:
     """Return the name of each figure that at least one run has, with one text per run."""
     columns = [figures(run) for run in runs]
     names = dict.fromkeys(name for rows in columns for name in rows if rows[name])

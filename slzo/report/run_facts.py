@@ -14,6 +14,7 @@ class RunFacts:
 
     Attributes:
         figures: Facts that ``summary.json`` repeats, by their names there; primitives only.
+        processes: Number of processes.
         layer: Dominant layer; ``None`` if the scope needs none.
         scheduled: Whether a scheduler changes the learning rate.
         metric: The metric of the run.
@@ -35,6 +36,7 @@ class RunFacts:
     """
 
     figures: Mapping[str, Any]
+    processes: int
     layer: int | None
     scheduled: bool
     metric: SelectionMetric
