@@ -111,6 +111,12 @@ def prefix_blocks(rows: TaskRows) -> Iterator[Block]:
         yield from training_blocks(rows)
 
 
+def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
+    """Compute the states of every row for which the cache has room; :func:`plan_prefix` comes first."""
+    for block in prefix_blocks(rows):
+        model.forward.prefix(block.pack().to(model.parts.model.device))
+
+
 def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
     """Like :func:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
     plan = rows.eval_plan("dev")

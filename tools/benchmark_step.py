@@ -315,7 +315,7 @@ def run_published(
     number: int,
     timings: Timings,
 ) -> None:
-    """Return the three variants that do not use slzo."""
+    """Time the chosen variants that do not use slzo."""
     everything = list(plain.parameters())
     of_layer = list(plain.get_submodule(f"{layers_path}.{args.layer}").parameters())
     padded = pad_left(examples, only_gold).to(args.device)

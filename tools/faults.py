@@ -25,12 +25,12 @@ class Fault(NamedTuple):
 
     Attributes:
         number: Number of the signal.
-        share: Time in seconds after the start; ``None`` for an event.
+        seconds: Time in seconds after the start; ``None`` for an event.
         event: Number of the write, rename or delete.
     """
 
     number: signal.Signals
-    share: float | None
+    seconds: float | None
     event: int = 0
 
 
@@ -92,7 +92,7 @@ def run_child(call: Callable[[], int], folder: Path, counters: Counters, fault: 
             code = os.waitstatus_to_exitcode(status)
             hit = fault is not None and (sent or code == -fault.number or code == 128 + fault.number)
             return Child(code, passed, hit)
-        if fault is not None and fault.share is not None and not sent and passed >= fault.share:
+        if fault is not None and fault.seconds is not None and not sent and passed >= fault.seconds:
             os.kill(pid, fault.number)
             sent = True
         if passed > PATIENCE_S:
@@ -138,5 +138,5 @@ def _at_event(event: str, args: tuple[Any, ...], folder: str, counters: Counters
     if not os.path.abspath(args[0]).startswith(folder):  # noqa: PTH100
         return
     number = counters.add(0)
-    if fault is not None and fault.share is None and number == fault.event:
+    if fault is not None and fault.seconds is None and number == fault.event:
         os.kill(os.getpid(), fault.number)

@@ -24,6 +24,7 @@ from slzo.data.splits import draw_splits
 from slzo.models.load import load_model, load_tokenizer
 from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
+from slzo.utils.runtime import peak_memory_gb
 
 METHODS = ("mezo", "adamw", "lora", "lora-checkpointing")
 LEARNING_RATE = 1e-5
@@ -65,12 +66,6 @@ def unmap(model: nn.Module) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is used now
 
 
-def peak_gb() -> float:
-    """Return the peak of the resident memory of this process in GiB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-
-
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Take the steps; return ``peak`` in GiB, ``seconds`` of a step and the number of ``trained`` parameters."""
     own, only_gold = batches(args.model, args.task, args.data_dir, args.rows, args.steps)
@@ -96,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             adamw_step(model, optimizer, pad_left(examples, only_gold=True))
         seconds.append(time.perf_counter() - started)
     return {
-        "peak": peak_gb(),
+        "peak": peak_memory_gb(torch.device("cpu")),
         "seconds": statistics.median(seconds[1:] or seconds),
         "trained": sum(parameter.numel() for parameter in trained),
     }

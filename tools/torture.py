@@ -184,13 +184,13 @@ class Ranks(Scenario):
             known = stream.tell()
             first = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, start_new_session=True)
         hit, trains, patience = False, False, PATIENCE_S
-        if fault is not None and fault.share is not None:
-            _wait(lambda: first.poll() is not None, fault.share)
+        if fault is not None and fault.seconds is not None:
+            _wait(lambda: first.poll() is not None, fault.seconds)
             trains = any(folder.glob("runs/**/checkpoints/last.ckpt"))
             ranks = _group(first.pid)
             hit = bool(ranks)
             if hit:
-                os.kill(ranks[int(1000 * fault.share) % len(ranks)], fault.number)
+                os.kill(ranks[int(1000 * fault.seconds) % len(ranks)], fault.number)
                 patience = _OTHERS_S
         if not _wait(lambda: first.poll() is not None and not _group(first.pid), patience):
             os.killpg(first.pid, signal.SIGKILL)
@@ -390,7 +390,7 @@ class Torture:
             if ended.status == 0 or fault is None:
                 break
             if ended.hit:
-                outcome.faults.append(fault.number.name + ("" if fault.share is None else " at a time"))
+                outcome.faults.append(fault.number.name + ("" if fault.seconds is None else " at a time"))
             outcome.unreadable += _unreadable(folder)
             outcome.hung += ended.status is None
             # a signal before the first or after the last line of slzo ends the process itself, which a shell reports alike

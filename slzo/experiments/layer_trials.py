@@ -22,6 +22,7 @@ from slzo.run import hashes_of
 from slzo.task_rows import TaskRows
 from slzo.training import (
     auto_rate,
+    fill_prefix,
     make_evaluator,
     make_stepper,
     measure_step,
@@ -219,7 +220,7 @@ class LayerTrials(Trials):
                 self._before[dev_rows] = self._score(model, dev_rows)
             scores.append(self._before[dev_rows])
             if seconds is not None:
-                self._fill_prefix(model)
+                fill_prefix(model, self.rows)
             step = -1
             while (step := step + 1) < steps or (seconds is not None and used < seconds):
                 if seconds is not None and (step in _CURVE or step == steps):
@@ -341,11 +342,6 @@ class LayerTrials(Trials):
             return replace(self._measured[layer], evaluations=0)
         stepper = make_stepper(model, self.options, self.rows, seed=seed)
         return auto_rate(stepper, self.rows, self._row_seed(seed), eps)
-
-    def _fill_prefix(self, model: TunedModel) -> None:
-        """Compute the states of every row for which the cache has room."""
-        for block in prefix_blocks(self.rows):
-            model.forward.prefix(block.pack().to(model.parts.model.device))
 
     def _carry_prefix(self, layer: int | None) -> None:
         """Run cached states from their layer to the next layer to tune, so that the layers in between run only once."""

@@ -20,6 +20,7 @@ from slzo.experiments.sweep_report import (
     write_sweep,
 )
 from slzo.experiments.workers import is_worker
+from slzo.report.forecast import duration
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
@@ -121,9 +122,6 @@ class _Clock:
             found = result["diverged"] or f"dev loss {last['loss']:.4f}, metric {last['metric']:.4f}"
         else:
             found = f"{result['mean']:.4g} +- {result['standard_error']:.2g}, {result['directions']} directions"
-        seconds = (now - self._started) / self._done * sum(left)
-        rest = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-        say(
-            f"{name}: {found} ({now - self._last:.0f} s; {f'{len(left)} cells left, about {rest}' if left else 'done'})"
-        )
+        rest = f"{len(left)} cells left, about {duration((now - self._started) / self._done * sum(left))}"
+        say(f"{name}: {found} ({duration(now - self._last)}; {rest if left else 'done'})")
         self._last = now

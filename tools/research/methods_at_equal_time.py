@@ -30,11 +30,11 @@ from slzo.task_rows import TaskRows
 from slzo.training import (
     adapt_rows,
     auto_rate,
+    fill_prefix,
     load_parts,
     make_evaluator,
     make_stepper,
     plan_prefix,
-    prefix_blocks,
     tune,
 )
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
@@ -43,7 +43,6 @@ from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import profile_layers
 from slzo.zo.scopes import ActivationSubspace, LayerScope, Scope
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext
-from slzo.zo.tuned_model import TunedModel
 
 METHODS: dict[str, tuple[type[Estimator], type[Scope], tuple[float, ...]]] = {
     "spsa": (SPSA, LayerScope, (1.0,)),
@@ -126,6 +125,7 @@ def _train(
     setting.states.clear()
     setting.states[layer] = model.forward.cache
     before = model.tensors.copy_of_masters()
+    plan_prefix(model, rows)
     fill_prefix(model, rows)
     auto = auto_rate(make_stepper(model, options, rows), rows)
     auto.factor *= factor
@@ -168,13 +168,6 @@ def _train(
         "score": held_out.get(metric.metric),
         "curve": curve,
     }
-
-
-def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
-    """Compute the states below the tuned layer for all training and dev rows."""
-    plan_prefix(model, rows)
-    for batch in prefix_blocks(rows):
-        model.forward.prefix(batch.pack().to(model.parts.model.device))
 
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str, int], str, str]]:

@@ -23,7 +23,7 @@ The grid is run on the first seed. The learning rate with the lowest dev loss is
 equal time instead of equal steps, set ``trainer.max_time: {seconds: 600}``, ``trainer.max_steps: -1`` and, so that slow methods
 are validated as often, ``trainer.val_check_interval: {seconds: 60}``.
 
-The output folder holds table.md, table.csv, table.json and table.png, ``cells`` (figures of each finished run), ``failed``
+The output folder holds table.md and table.json, ``cells`` (figures of each finished run), ``failed``
 (reasons of failed runs) and ``runs`` (logs and run folders). The same command continues where it stopped. Finished cells are not
 run again. Failed cells are, since the cause may have been fixed. An interrupted run starts again, so that its seconds and memory
 are those of a complete run. --workers N divides the work among processes on this machine; the same command also runs on several

@@ -1,19 +1,17 @@
-"""The tables of the finished runs: Markdown, CSV, JSON and a figure."""
+"""The tables of the finished runs: Markdown and JSON."""
 
-import csv
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from paper_tables.config import Rate, Table, rate_text
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
 from slzo.tasks.registry import get_task
-from slzo.utils.files import replacing, write_json, write_text
+from slzo.utils.files import write_json, write_text
+from slzo.zo.profile import standard_error
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
         task=task,
         metric=get_task(task).metric,
         score=_mean(scores),
-        score_se=_standard_error(scores) if len(seeds) > 1 else mean("score_se"),
+        score_se=standard_error(scores) if len(seeds) > 1 else mean("score_se"),
         num_seeds=len(good),
         num_planned=len(seeds),
         num_diverged=len(found) - len(good),
@@ -141,12 +139,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def write_tables(work: Work, command: str) -> None:
-    """Write table.md, table.csv, table.json and table.png from the finished cells.
+    """Write table.md and table.json from the finished cells.
 
     Args:
         work: The cells.
@@ -156,10 +150,6 @@ def write_tables(work: Work, command: str) -> None:
     entries = [make_entry(table, method, task, work.result) for method in table.methods for task in table.tasks]
     averages = [make_average([e for e in entries if e.method == method]) for method in table.methods]
     results, failures = work.results(), work.failures()
-    with replacing(folder / "table.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Entry)])
-        writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in asdict(entry).items()} for entry in entries)
     content = {
         "command": command,
         "seeds": list(table.seeds),
@@ -172,8 +162,6 @@ def write_tables(work: Work, command: str) -> None:
     write_json(folder / "table.json", content)
     text = markdown(table, entries, averages, results, failures, command)
     write_text(folder / "table.md", text)
-    with replacing(folder / "table.png") as partial:
-        bar_chart(table, entries, averages).savefig(partial, dpi=120)
 
 
 def _distinct(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -300,31 +288,3 @@ def _percent(score: float | None, error: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def bar_chart(table: Table, entries: Sequence[Entry], averages: Sequence[Average]) -> Figure:
-    """Draw scores in groups by task with standard errors; several tasks have a group for their average."""
-    groups = [*table.tasks, *(["average"] if len(table.tasks) > 1 else [])]
-    width = 0.85 / len(table.methods)
-    figure = Figure(figsize=(max(8.0, 2 + 0.25 * len(groups) * len(table.methods)), 5.5), layout="constrained")
-    axis = figure.add_subplot()
-    for number, method in enumerate(table.methods):
-        found = {e.task: (e.score, e.score_se) for e in entries if e.method == method}
-        found["average"] = next((a.score, a.score_se) for a in averages if a.method == method)
-        bars = [(place, *found[group]) for place, group in enumerate(groups) if found[group][0] is not None]
-        axis.bar(
-            [place + (number - (len(table.methods) - 1) / 2) * width for place, _, _ in bars],
-            [100 * (score or 0.0) for _, score, _ in bars],
-            width,
-            yerr=[math.nan if error is None else 100 * error for _, _, error in bars],
-            capsize=2,
-            label=method,
-            color=f"C{number % 10}",
-            hatch="//" if number >= 10 else None,  # matplotlib has ten colours
-        )
-    axis.set_xticks(range(len(groups)), groups)
-    axis.set_ylabel("score in percent, ± standard error")
-    axis.grid(visible=True, axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=min(6, len(table.methods)), fontsize=8)
-    return figure

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import slzo
 from paper_tables.config import Cell, Table
 from slzo.experiments.store import CellStore
+from slzo.report.forecast import duration
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
@@ -206,7 +206,8 @@ class Work:
         total = sum(
             len(self.table.grid(m, t)) + len(self.table.seeds_of(m, t)) - 1 for m in methods for t in self.table.tasks
         )
-        print(f"{total} cells in {self.folder}, {total - self._num_left(methods)} finished before", flush=True)
+        finished = sum(result["method"] in methods for result in self.results())
+        print(f"{total} cells in {self.folder}, {finished} finished before", flush=True)
         while cells := self.pending(methods):
             if not any(self._claim(cell, methods) for cell in cells):
                 time.sleep(_WAIT_SECONDS)  # other processes are working on all of them
@@ -218,7 +219,8 @@ class Work:
                 print(f"{cell.name} ...", flush=True)
                 started = time.monotonic()
                 words = self._work(cell)
-                print(f"  {words} ({_duration(time.monotonic() - started)}; {self._left(methods)})", flush=True)
+                spent, left = duration(time.monotonic() - started), len(self.pending(methods))
+                print(f"  {words} ({spent}; {left} cells can run now)", flush=True)
         return mine
 
     def _work(self, cell: Cell) -> str:
@@ -254,41 +256,6 @@ class Work:
         failed.unlink(missing_ok=True)
         return _headline(identity | figures)
 
-    def _num_left(self, methods: Sequence[str]) -> int:
-        return sum(self._left_by_row(methods).values())
-
-    def _left_by_row(self, methods: Sequence[str]) -> dict[tuple[str, str], int]:
-        """Return the number of cells left by method and task, including seeds whose learning rate is not known yet."""
-        left = {}
-        open_cells = {(c.method, c.task, c.seed, c.lr) for c in self.pending(methods)}
-        for method in methods:
-            for task in self.table.tasks:
-                mine = [key for key in open_cells if key[:2] == (method, task)]
-                of_grid = [key for key in mine if key[2] == self.table.seeds[0]]
-                others = len(self.table.seeds_of(method, task)) - 1 if of_grid else 0
-                left[method, task] = len(mine) + others
-        return left
-
-    def _left(self, methods: Sequence[str]) -> str:
-        """Describe how many cells are left, and how long they may take at the pace of similar cells."""
-        left = self._left_by_row(methods)
-        count = sum(left.values())
-        if not count:
-            return "done"
-        words = f"{count} {'cell' if count == 1 else 'cells'} left"
-        spent: dict[tuple[str, str], list[float]] = {}
-        for result in self.results():
-            spent.setdefault((result["method"], result["task"]), []).append(result["wall_seconds"])
-        seconds = 0.0
-        for (method, task), number in left.items():
-            like = spent.get((method, task)) or [s for key, part in spent.items() if key[0] == method for s in part]
-            like = like or [s for key, part in spent.items() if key[1] == task for s in part]
-            like = like or [s for part in spent.values() for s in part]
-            if not like:
-                return words
-            seconds += number * statistics.fmean(like)
-        return f"{words}, about {_duration(seconds)}"
-
     def results(self) -> list[dict[str, Any]]:
         """Return the figures of all finished cells of the table, including the grid."""
         found = []
@@ -323,9 +290,3 @@ def _headline(result: Mapping[str, Any]) -> str:
         return f"diverged: {result['reason']}"
     loss = "" if result.get("dev_loss") is None else f"dev loss {result['dev_loss']:.4f}, "
     return f"{loss}{result['metric']} {result['score']:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
