@@ -165,10 +165,6 @@ class ZOModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls,
         checkpoint_path: str | Path,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
         **options: Any,
     ) -> Self:
         """Return the tuned model of a checkpoint, to validate, test, predict, or tune it further.
@@ -178,10 +174,6 @@ class ZOModule(LightningModule):
 
         Args:
             checkpoint_path: Checkpoint of a run.
-            map_location: Not used.
-            hparams_file: Not used.
-            strict: Not used; all tensors must fit.
-            weights_only: Not used; nothing in a checkpoint is executed.
             options: Options of :class:`ZOModule`; model, dtype and quantization are those of the checkpoint by default. To tune
                 further, give scope, estimator and optimizer.
 

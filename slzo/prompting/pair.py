@@ -13,14 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slzo.checkpoints.checkpoint import (
-    NAMES,
-    Checkpoint,
-    base_model,
-    checkpoint_of_run,
-    named_checkpoint,
-    read_checkpoint,
-)
+from slzo.checkpoints.checkpoint import Checkpoint, base_model, find_checkpoint
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.export import FACTS_FILE
@@ -121,11 +114,7 @@ def load_pair(source: Source) -> Pair:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
         )
-    if source.path in NAMES:
-        path = named_checkpoint(source.path, _RUNS)
-    elif (path / "checkpoints").is_dir():
-        path = checkpoint_of_run(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = find_checkpoint(path, _RUNS)
     return _with_answers(_from_checkpoint(checkpoint, source), checkpoint.note)
 
 
