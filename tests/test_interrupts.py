@@ -107,6 +107,7 @@ def test_a_resumed_run_that_ends_in_its_final_scores_can_be_resumed(run, whole):
     assert run("--trainer.val_check_interval=5", place="on_train_batch_start", step=STEPS - 2, number="SIGINT") == 130
     more = ["--trainer.val_check_interval=5", "--ckpt_path=last"]
     assert run(*more, place="on_train_end", step=STEPS, number="SIGINT") == 130
+    assert [path.name for path in run_dir(1).rglob("last.ckpt*")] == ["last.ckpt"]
     assert run(*more) == 0
     assert_same(outcome(0, 1, 2), expected)
 

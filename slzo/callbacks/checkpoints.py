@@ -106,6 +106,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = self._final_step = -1
         self._saved_at = -math.inf
         self.saved: Path | None = None
+        self._final: Path | None = None  # holds the state after the last step until everything else is done
         self._stop = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,7 +114,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(signal.SIGTERM)
         self._saved_step = self._final_step = -1
-        self._saved_at, self.saved, self._stop = -math.inf, None, 0
+        self._saved_at, self.saved, self._final, self._stop = -math.inf, None, None, 0
         self._signals.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -175,8 +176,8 @@ class LastCheckpoint(Checkpoint):
         if self._final_step != trainer.global_step:  # another callback has ended the training
             if self._saved_step != trainer.global_step:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
-        elif trainer.is_global_zero:
-            _final(folder).replace(folder / LAST)
+        elif trainer.is_global_zero and self._final is not None:
+            self._final.replace(folder / LAST)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print how to continue, forward a signal, and put a preempted job back into the queue."""
@@ -185,6 +186,8 @@ class LastCheckpoint(Checkpoint):
         if isinstance(exception, Interrupted) and not exception.saved:
             pass_on(trainer, exception.number)
         # no collective call: the other processes may be elsewhere
+        if self._final is not None and trainer.is_global_zero:
+            self._final.unlink(missing_ok=True)
         if self.saved is not None and self.saved.is_file() and not isinstance(exception, SlzoError):
             say(
                 f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
@@ -229,7 +232,8 @@ class LastCheckpoint(Checkpoint):
         """Save the state after the last step, and stop if a signal came."""
         folder = _folder(trainer)
         if folder is not None:
-            trainer.save_checkpoint(_final(folder), weights_only=False)
+            self._final = folder / f"{LAST}.final"
+            trainer.save_checkpoint(self._final, weights_only=False)
             self._final_step = trainer.global_step
         self._signals.waits = False
         (stop,) = largest(trainer, self._signals.requested)
@@ -245,8 +249,3 @@ def _folder(trainer: Trainer) -> Path | None:
     """Return the folder of the checkpoints; ``None`` if nothing is written. A collective call."""
     folder = folder_of(trainer)
     return None if folder is None else folder / "checkpoints"
-
-
-def _final(folder: Path) -> Path:
-    """File that holds the state after the last step until everything else is done."""
-    return folder / f"{LAST}.final"
