@@ -366,7 +366,7 @@ def test_every_layer_over_the_thresholds_is_told(options, capsys):
 
 
 def test_what_export_refuses(options, capsys):
-    assert "export needs a checkpoint" in error_line(capsys, "export", "--output=x")
+    assert "ckpt_path: is required; give --ckpt_path VALUE: " in error_line(capsys, "export", "--output=x")
     assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
     Path("full").mkdir()
     Path("full/file").touch()
@@ -377,8 +377,8 @@ def test_what_export_refuses(options, capsys):
     content["slzo"]["trust_remote_code"] = True
     checkpoint_file.write(content, last_checkpoint())
     args = ["export", f"--ckpt_path={last_checkpoint()}", "--output=out"]
-    assert "give --model.trust_remote_code true" in error_line(capsys, *args)
-    assert main([*args, "--model.trust_remote_code=true"]) == 0
+    assert "give --trust_remote_code true" in error_line(capsys, *args)
+    assert main([*args, "--trust_remote_code=true"]) == 0
 
 
 def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):

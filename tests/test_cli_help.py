@@ -23,7 +23,7 @@ def test_every_command_has_help(command, capsys):
     text = printed(capsys, command, "--help")
     assert text.startswith(f"usage: slzo {command}")
     assert len(text.splitlines()) < 220
-    assert ("--model.eps " in text) == (COMMANDS[command].has_app and not COMMANDS[command].own_help)
+    assert ("--model.eps " in text) == COMMANDS[command].has_app
     assert ("Lightning" in text) == ("--model.scope.help" in text) == COMMANDS[command].has_app
 
 

@@ -106,16 +106,16 @@ OTHERS = [pytest.param(code, marks=pytest.mark.slow) for code in (errno.EROFS, e
 @pytest.mark.parametrize("command", ["fit", "predict", "export"])
 def test_a_write_that_fails_is_one_line(options, capsys, monkeypatch, code, command):
     """Whatever the disk says, wherever: permission bits prove nothing for root."""
-    checkpoint = []
+    given = options
     if command != "fit":
         assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
-        checkpoint = ["--ckpt_path=last", *(["--output=out"] if command == "export" else [])]
+        given = ["--ckpt_path=last", *(["--output=out"] if command == "export" else options)]
 
     def fail(number):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
-    assert os.strerror(code) in error_line(capsys, command, *options, *checkpoint)
+    assert os.strerror(code) in error_line(capsys, command, *given)
     assert not Path("out").exists()
     assert not list(Path.cwd().rglob("*partial"))
 

@@ -34,11 +34,12 @@ def test_best_is_the_checkpoint_that_was_scored(options, capsys, monkeypatch):
         assert main(["test", "--ckpt_path=last.ckpt", "--trainer.logger=false"]) == 0  # with the config of its run
     # moved, and without a file
     shutil.move("runs", "elsewhere")
-    moved = ["export", "--ckpt_path=best", "--trainer.logger.save_dir=elsewhere"]
-    assert main([*moved, "--output=moved"]) == 0
+    assert main(["export", "--ckpt_path=elsewhere/version_0", "--output=moved"]) == 0
     for path in Path("elsewhere").rglob("step=*.ckpt"):
         path.unlink()
-    assert "ckpt_path 'best': the run of" in error_line(capsys, *moved, "--output=no")
+    assert "ckpt_path 'best': the run of" in error_line(
+        capsys, "test", "--ckpt_path=best", "--trainer.logger.save_dir=elsewhere"
+    )
 
 
 @pytest.mark.slow

@@ -174,8 +174,7 @@ def test_a_run_with_own_code_is_used_with_its_config(own_task, capsys):
 def test_code_of_a_model_needs_the_option(options, capsys):
     assert main(["fit", *options, "--trainer.max_steps=2", "--model.trust_remote_code=true"]) == 0
     *_, export, generate = (shlex.split(command) for command in summary()["use"])
-    assert generate[2:4] == ["--trust_remote_code", "true"]
-    assert export[2:4] == ["--model.trust_remote_code", "true"]
+    assert generate[2:4] == export[2:4] == ["--trust_remote_code", "true"]
     config = str(run_dir() / "config.yaml")
     test = ["test", f"--ckpt_path={last_checkpoint()}"]
     advice = f"if you trust it, give --config {config} or --model.trust_remote_code true"

@@ -74,7 +74,7 @@ def short_help(parser: ArgumentParser, command: Command) -> str:
     actions = [action for action in options_of(parser) if _is_option(action)]
     blocks = [f"usage: slzo {command.name} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
     blocks += _block("options", _own(actions), "", width)
-    for group, title in () if command.own_help or not command.has_app else GROUPS.items():
+    for group, title in GROUPS.items() if command.has_app else ():
         chosen = [action for action in actions if _group(action.dest) == group and _is_shown(action.dest, group)]
         blocks += _block(f"{group}: {title}", chosen, f"{group}.", width)
     classes = "; --model.scope.help LoRA lists the options of a class" if command.has_app else ""

@@ -22,7 +22,6 @@ class Command:
         runs_model: Whether it runs a model; otherwise torch is not imported.
         reads_run_config: Whether it reads the config of the checkpoint's run if none is given.
         resumes: Whether the same command continues where it stopped after an interrupt.
-        own_help: Whether its help lists only its own options, because few others matter.
         words: Option that takes the words before the first option; empty for none.
     """
 
@@ -33,7 +32,6 @@ class Command:
     runs_model: bool = True
     reads_run_config: bool = True
     resumes: bool = False
-    own_help: bool = False
     words: str = ""
 
 
@@ -51,9 +49,7 @@ _ALL = (
     Command(
         "export",
         "write the tuned model as an adapter, a delta or a Hugging Face folder, with a model card",
-        reads_run_config=False,
-        reads_rows=False,
-        own_help=True,
+        has_app=False,
     ),
     Command(
         "generate",

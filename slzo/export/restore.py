@@ -18,17 +18,13 @@ def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
     return tuned_model
 
 
-def untuned(
-    checkpoint: Checkpoint, trust_remote_code: bool = False, option: str = "model.trust_remote_code"
-) -> TunedModel:
-    """Load the base model like :func:`restore`, but leave its live weights untuned; see :func:`load_values`.
-
-    ``option`` is the name of the command's option for ``trust_remote_code``, for the message.
-    """
+def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+    """Load the base model like :func:`restore`, but leave its live weights untuned; see :func:`load_values`."""
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(
-            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give --{option} true"
+            f"ckpt_path {checkpoint.path!r}: model {note['model']!r} runs its own code; if you trust it, give "
+            "--trust_remote_code true"
         )
     model = load_model(base_model(note), note["dtype"], trust_remote_code)
     try:

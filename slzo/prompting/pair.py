@@ -20,6 +20,7 @@ from slzo.export import FACTS_FILE
 from slzo.export.adapter import ADAPTER_CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
 from slzo.export.restore import load_values, untuned
+from slzo.loggers import RUNS
 from slzo.models.adapters.base import import_peft
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
@@ -27,8 +28,6 @@ from slzo.models.origin import loadable
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat
 from slzo.utils.errors import SlzoError, one_line
-
-_RUNS = "runs"
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Function that returns a context in which the model can be used; only one context may be open at a time."""
@@ -114,7 +113,7 @@ def load_pair(source: Source) -> Pair:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
         )
-    checkpoint = find_checkpoint(path, _RUNS)
+    checkpoint = find_checkpoint(path, RUNS)
     return _with_answers(_from_checkpoint(checkpoint, source), checkpoint.note)
 
 
@@ -126,7 +125,7 @@ def _with_answers(pair: Pair, note: Mapping[str, Any]) -> Pair:
 
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
-    tuned_model, note = untuned(checkpoint, source.trust_remote_code, "trust_remote_code"), checkpoint.note
+    tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
     tokenizer = load_tokenizer(base_model(note), source.trust_remote_code, note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}

@@ -69,10 +69,11 @@ def use_commands(run: RunFacts) -> list[str]:
         return []
     config = ("--config", run.config) if run.config is not None and run.own_code else ()
     rows = (("test", config, ()), ("predict", config, ("--output", "predictions.jsonl")))
+    trust = ("--trust_remote_code", "true") if run.trusts_code else ()
     ways = (
         *(rows if run.config is not None else ()),
-        ("export", ("--model.trust_remote_code", "true") if run.trusts_code else (), ("--output", "tuned-model")),
-        ("generate", ("--trust_remote_code", "true") if run.trusts_code else (), ("--prompt", "TEXT")),
+        ("export", trust, ("--output", "tuned-model")),
+        ("generate", trust, ("--prompt", "TEXT")),
     )
     return [shlex.join(["slzo", name, *before, "--ckpt_path", run.best, *after]) for name, before, after in ways]
 
