@@ -261,7 +261,7 @@ def test_a_preempted_job_goes_back_into_the_queue_and_continues_its_own_run(fit,
     assert (tmp_path / "scontrol.txt").read_text(encoding="utf-8") == "requeue 42\n"
     assert not list(Path().rglob("hpc_ckpt*"))  # Lightning would save in the middle of a step
     assert main(fit) == 0  # a run of another job, which is newer
-    second = start(["slzo", *fit], **job, SLURM_RESTART_COUNT="1")
+    second = start(["slzo", *fit, *sender], **job, SLURM_RESTART_COUNT="1")
     (text,) = outputs([second])
     assert second.returncode == 0, text
     assert f"SLURM job 42 was restarted and continues {run_dir(0)}/checkpoints/last.ckpt" in text
