@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import last_checkpoint, run_dir, summary
 
+from slzo import TaskDataModule, fit
 from slzo.__main__ import main
 from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.metrics import perplexity_by_row, row_score
@@ -19,6 +20,7 @@ from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.report.summary import format_summary, summarize
 from slzo.tasks.base import Example
+from slzo.zo.processes import ALONE
 
 
 def run_facts(**facts):
@@ -216,6 +218,18 @@ def test_a_run_that_changed_nothing_says_so_first_and_resumed_too(options, capsy
     )
     assert main(["fit", *options, f"--ckpt_path={last_checkpoint()}"]) == 0
     assert summary(1)["score_change_paired"] is True
+
+
+def test_only_the_first_process_computes_what_only_it_prints(options, monkeypatch):
+    facts = fit._facts
+
+    def of_the_second(*args):
+        monkeypatch.setattr(TaskDataModule, "processes", replace(ALONE, rank=1))
+        return facts(*args)
+
+    monkeypatch.setattr(fit, "_facts", of_the_second)
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+    assert (summary()["reference_score"], summary()["first_order"]) == (None, None)
 
 
 def test_without_a_score_before_nothing_is_said_of_its_change(options, capsys):

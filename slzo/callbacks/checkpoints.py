@@ -15,6 +15,7 @@ from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
 from slzo.checkpoints.checkpoint import best_file
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
+from slzo.utils.environment import command_line
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.files import check_inside, copy_file
 from slzo.utils.slurm import PREEMPTION, job_id, requeue
@@ -197,7 +198,8 @@ class LastCheckpoint(Checkpoint):
         preempted = trains and isinstance(exception, Interrupted) and exception.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
-            say(requeue(job, continues=self.saved is not None or trainer.ckpt_path is not None))
+            has_state = self.saved is not None or trainer.ckpt_path is not None
+            say(requeue(job, continues=has_state and command_line() is not None))  # a script passes ckpt_path itself
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:
