@@ -176,9 +176,9 @@ def test_in_python_the_tokenizer_must_fit_the_model(model_dir, data_dir, tmp_pat
         tokenizer.save_pretrained(tmp_path / name)
         shutil.copy(model_dir / "config.json", tmp_path / name)
     settings = {"max_steps": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
-    trainer = ZOTrainer(accelerator="cpu", default_root_dir=tmp_path, **settings)
 
     def train(name):
+        trainer = ZOTrainer(accelerator="cpu", default_root_dir=tmp_path, **settings)
         rows = TaskDataModule("sst2", str(tmp_path / name), str(data_dir), num_train=8, num_dev=4, batch_size=4)
         trainer.fit(ZOModule(str(model_dir), 1), datamodule=rows)
 
