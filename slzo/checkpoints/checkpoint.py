@@ -220,7 +220,7 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
     found = sorted(known, key=known.__getitem__, reverse=True)
     if not found:
         raise SlzoError(
-            f"ckpt_path {name!r}: no run below {str(root)!r} has a checkpoint; start without --ckpt_path, or give a file"
+            f"ckpt_path {name!r}: no run below {str(root)!r} has a checkpoint; run slzo fit first, or give a file"
         )
     newest = found[0].parent
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
