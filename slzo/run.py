@@ -9,7 +9,6 @@ import torch
 
 from slzo.checkpoints.checkpoint import Checkpoint
 from slzo.data.fingerprint import DataFingerprint
-from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.shard_group import ShardGroup
 from slzo.profiling import ProfileOptions
@@ -82,14 +81,8 @@ class Prepared:
 
     def identity(self) -> dict[str, str | int | None]:
         """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
-        return {**hashes_of(self.data, self.model.base), "layer": self.model.layer}
-
-
-def hashes_of(data: DataFingerprint, base: Fingerprint | None) -> dict[str, str | None]:
-    """Return hashes of tokenizer, rows and weights, to compare processes or runs."""
-    rows = {f"{split} rows": str(hash(tuple(hashes.tolist()))) for split, hashes in data.rows.items()}
-    weights = None if base is None else " ".join([*base.sample.values(), *base.tuned.values()])
-    return {"tokenizer": data.tokenizer, **rows, "weights": weights}
+        base = self.model.base
+        return {**self.data.hashes(), "weights": None if base is None else base.hashes(), "layer": self.model.layer}
 
 
 @dataclass(frozen=True)

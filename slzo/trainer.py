@@ -23,8 +23,8 @@ from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.schedule import callback_of, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import AtomicCheckpointIO
-from slzo.checkpoints.checkpoint import Checkpoint, find_checkpoint
-from slzo.loggers import RUNS, RunLogger, log_dir_of, run_folder
+from slzo.checkpoints.checkpoint import RUNS, Checkpoint, find_checkpoint
+from slzo.loggers import RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
 from slzo.strategy import SHARDED, ShardedStrategy

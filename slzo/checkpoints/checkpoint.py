@@ -28,6 +28,9 @@ REPLAYED = "replay-"
 NAMES = ("last", "best")
 """Names that stand for the last and the best checkpoint of the newest run."""
 
+RUNS = "runs"
+"""Folder above the runs."""
+
 _OPTIONS = {"lr": "optimizer.lr"}  # options that have another name among the hyper-parameters
 _MISSING = object()
 _BEST_CHECKPOINT = "BestCheckpoint"  # its state is stored under its name and options

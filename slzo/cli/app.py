@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import DEFAULTS
 from slzo.callbacks.run_context import run_context
-from slzo.checkpoints.checkpoint import find_checkpoint
+from slzo.checkpoints.checkpoint import RUNS, find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
@@ -30,7 +30,7 @@ from slzo.cli.parser import (
 from slzo.cli.run_config import with_run_config
 from slzo.commands.registry import Command
 from slzo.datamodule import TaskDataModule
-from slzo.loggers import RUNS, FolderLogger
+from slzo.loggers import FolderLogger
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.prompting.pair import Source, is_export, load_exported

@@ -4,12 +4,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import NAMES, named_checkpoint, run_folder_of
+from slzo.checkpoints.checkpoint import NAMES, RUNS, named_checkpoint, run_folder_of
 from slzo.cli.config_files import check_config_file
 from slzo.cli.parser import option_values
 from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.commands.registry import Command
-from slzo.loggers import RUNS
 from slzo.prompting.pair import exported_options, is_export
 from slzo.report.run_files import CONFIG_FILE, code_of
 from slzo.utils.config_code import TRUST

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import find_checkpoint
+from slzo.checkpoints.checkpoint import RUNS, find_checkpoint
 from slzo.export import FORMATS, ExportOptions, export_checkpoint
-from slzo.loggers import RUNS
 from slzo.utils.console import say
 from slzo.utils.docs import with_lists
 from slzo.utils.files import disk_errors

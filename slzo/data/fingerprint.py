@@ -40,6 +40,11 @@ class DataFingerprint:
         """Return tensors and primitives only, for checkpoints."""
         return {"tokenizer": self.tokenizer, "rows": dict(self.rows)}
 
+    def hashes(self) -> dict[str, str]:
+        """Return one hash for the tokenizer and one for the rows of each split, to compare processes or results."""
+        rows = {f"{split} rows": str(hash(tuple(own.tolist()))) for split, own in self.rows.items()}
+        return {"tokenizer": self.tokenizer, **rows}
+
     def check(self, saved: Mapping[str, Any], splits: Mapping[str, Sequence[Row]]) -> None:
         """Check that the rows and the tokenizer are those of a checkpoint.
 

@@ -18,7 +18,6 @@ from slzo.experiments.timing import measure_times, spaced_batches
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
-from slzo.run import hashes_of
 from slzo.task_rows import TaskRows
 from slzo.training import (
     auto_rate,
@@ -306,7 +305,8 @@ class LayerTrials(Trials):
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
             **{name: getattr(rows, name) for name in names.split()},
-            **hashes_of(data, Fingerprint.of(self.parts.model)),
+            **data.hashes(),
+            "weights": Fingerprint.of(self.parts.model).hashes(),
         }
 
     def default_folder(self) -> Path:

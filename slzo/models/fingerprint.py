@@ -74,6 +74,10 @@ class Fingerprint:
         config = {name: value for name, value in config.items() if name not in _OTHER_FIELDS}
         return cls(json.loads(json.dumps(config, default=str)), sample, {})
 
+    def hashes(self) -> str:
+        """Return the hashes of the weights in one text, to compare processes or results."""
+        return " ".join([*self.sample.values(), *self.tuned.values()])
+
     def with_tuned(self, tensors: Mapping[str, Tensor]) -> Self:
         """Add the model's tensors that are tuned, before they change."""
         if not tensors:

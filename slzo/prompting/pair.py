@@ -13,14 +13,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slzo.checkpoints.checkpoint import Checkpoint, base_model, find_checkpoint
+from slzo.checkpoints.checkpoint import RUNS, Checkpoint, base_model, find_checkpoint
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.export import FACTS_FILE
 from slzo.export.adapter import ADAPTER_CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
 from slzo.export.restore import load_values, untuned
-from slzo.loggers import RUNS
 from slzo.models.adapters.base import import_peft
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
