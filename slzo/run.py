@@ -28,7 +28,7 @@ class RunContext:
 
     Attributes:
         device: Device of this process.
-        max_steps: Limit of the steps, -1 for none; schedules depend on it.
+        max_steps: Limit of the steps, -1 for none.
         planned_steps: Expected number of steps.
         folder: Folder of the run, for the log of losses; ``None`` if no checkpoints are written.
         checkpoint: Checkpoint to continue; ``None`` for a new training.
@@ -82,7 +82,7 @@ class Prepared:
     def identity(self) -> dict[str, str | int | None]:
         """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
         base = self.model.base
-        return {**self.data.hashes(), "weights": None if base is None else base.hashes(), "layer": self.model.layer}
+        return {**self.data.hashes(), "weights": None if base is None else base.short_hash(), "layer": self.model.layer}
 
 
 @dataclass(frozen=True)

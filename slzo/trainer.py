@@ -326,8 +326,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     check_precision(options.get("precision"))
     if options.get("gradient_clip_val") is not None:
         raise SlzoError(
-            f"trainer.gradient_clip_val {options['gradient_clip_val']}: there is no back-propagated gradient to clip; leave "
-            "it out, and lower model.optimizer.lr if steps are too large (with auto, large slopes are clipped)"
+            f"trainer.gradient_clip_val {options['gradient_clip_val']}: slzo does not clip gradients by their norm; leave it "
+            "out, and lower model.optimizer.lr if steps are too large"
         )
     if options.get("accumulate_grad_batches", 1) != 1:
         raise SlzoError(

@@ -23,6 +23,7 @@ from slzo.models.sharded import load_sharded
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.utils.errors import SlzoError
+from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.relative_rate import RelativeRate
@@ -32,11 +33,18 @@ from slzo.zo.tuned_model import TunedModel
 
 def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
     """Return the options of model and rows in which all processes of a run must agree, by name, as primitives."""
+    described = options.to_dict()
     own = {
-        **options.step_settings(options.noise_seed, options.layer),
+        **{name: described[name] for name in ("model", "dtype", "quantization")},
+        **flat_settings("scope", described["scope"]),
+        **flat_settings("estimator", described["estimator"]),
+        **flat_settings("optimizer", described["optimizer"]),
+        **asdict(options.step),
+        "layer": options.layer,
+        "seed": options.noise_seed,
         "parallel": options.parallel,
         "max_nonfinite": options.max_nonfinite,
-        **{f"engine.{name}": value for name, value in asdict(options.engine).items()},
+        **flat_settings("engine", asdict(options.engine)),
     }
     drawn = {f"data.{name}": value for name, value in rows.step_settings().items()}
     return {**{f"model.{name}": value for name, value in own.items()}, **drawn}

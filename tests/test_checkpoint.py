@@ -17,6 +17,7 @@ from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import (
     CHECKPOINT_FORMAT,
+    best_file,
     checkpoint_of_run,
     newest_checkpoint,
     read_checkpoint,
@@ -275,6 +276,18 @@ def test_the_best_state_is_never_that_of_another_project(run):
     (foreign := Path("moved").joinpath(*foreign.parts[-3:])).parent.mkdir(parents=True)
     shutil.move(Path("moved/version_1/checkpoints", own.name), foreign)
     assert checkpoint_of_run(Path("moved/version_1").absolute()) == foreign.absolute()
+
+
+def test_a_renamed_run_has_its_own_best_state_and_a_copied_checkpoint_finds_it(tmp_path):
+    saved = Path("runs/version_0/checkpoints/step=4.ckpt")
+    for place in (saved, Path("runs/good/checkpoints/step=4.ckpt")):  # version_0 is a new run
+        place.parent.mkdir(parents=True)
+        place.touch()
+    renamed = Path("runs/good/checkpoints/last.ckpt")
+    assert best_file(str(saved), renamed) == renamed.with_name("step=4.ckpt")
+    assert best_file(str(saved), tmp_path / "backup" / "last.ckpt") == saved
+    assert best_file(str(saved), renamed.parents[2] / "other" / "checkpoints" / "last.ckpt") == saved
+    assert best_file(str(saved.absolute()), renamed) == saved.absolute()
 
 
 # ---- what is in it --------------------------------------------------------------------------------------------------------

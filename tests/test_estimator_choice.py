@@ -228,7 +228,7 @@ def test_an_objective_of_the_user_says_what_selects_a_checkpoint():
 @pytest.mark.parametrize("estimator", [None, Backprop(), ForwardGradient(), SPSA()], ids=["default", "B", "F", "SPSA"])
 def test_generated_answers_may_have_every_estimator(objective, estimator):
     """But only points can be divided over processes."""
-    rows = SimpleNamespace(objective=objective, batch_size=8)
+    rows = SimpleNamespace(objective=objective)
     given = {} if estimator is None else {"estimator": estimator}
     ZOModule(**given).options.check_rows(rows)
     if estimator is not None and estimator.differentiates:
@@ -247,7 +247,7 @@ def test_generated_answers_may_have_every_estimator(objective, estimator):
 
 @pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=described)
 def test_errors_of_candidates_have_no_derivative(estimator):
-    rows = SimpleNamespace(objective=CandidateErrors(), batch_size=8)
+    rows = SimpleNamespace(objective=CandidateErrors())
     error = slzo_error(ZOModule(estimator=estimator).options.check_rows, rows)
     assert error.startswith(f"data.objective CandidateErrors: has no derivative, which {estimator.describe()} needs")
     ZOModule().options.check_rows(rows)
@@ -260,7 +260,8 @@ def test_errors_of_candidates_have_no_derivative(estimator):
         (["--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=auto", "--model.num_queries=1", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=1e-3", "--model.optimizer.lr=1e-3"], (None, "SGD")),
-        (["--model.num_queries=4", "--model.num_queries=null", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--model.scope=AllParameters", "--model.scope=null", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
+        (["--model.scope.layers=[1,2]", "--model.scope.layers=null", "--model.optimizer.lr=1e-3"], (None, "AdamW")),
         (["--model.eps=auto", "--model.estimator.queries=4"], ("LayerOutputPerturbation", None)),
         (["--model.num_queries=4", "--model.estimator.noise=rademacher"], ("SPSA", None)),
         (["--model.scope=LayerScope", "--model.scope.layers=[1,2]", "--model.optimizer.lr=1e-3"], (None, "SGD")),

@@ -99,8 +99,8 @@ def test_torchrun_takes_the_steps_of_ddp(fit):
     ("change", "named"),
     [
         (["--data.batch_size=5"], "data.batch_size: 6 -> 5; start all with the same command"),
-        (["--model.optimizer.lr=2e-3"], "model.optimizer: "),
-        (["--model.seed=1"], "model.noise_seed: "),
+        (["--model.optimizer.lr=2e-3"], "model.optimizer.lr: "),
+        (["--model.seed=1"], "model.seed: "),
         ("rows", "train rows: "),
         ("weights", "weights: "),
     ],
@@ -363,6 +363,7 @@ def test_processes_agree_on_all_that_their_steps_depend_on():
     first = agreed_settings(ZOModule(seed=0).options, rows)
     for option in (
         {"seed": 1},
+        {"model": "gemma3-270m"},
         {"parallel": "directions"},
         {"optimizer": partial(torch.optim.AdamW, weight_decay=0.5)},
     ):

@@ -184,9 +184,9 @@ def test_the_next_command_fits_the_case(change, dev, expected):
 
 
 def test_what_several_processes_cannot_do_is_suggested_for_one():
-    facts, one = replace(FACTS, processes=2), "--trainer.devices 1 --trainer.num_nodes 1 --trainer.strategy auto"
-    assert f"--lrs auto {one}  #" in next_command(WITHIN, losses(0.6, 0.6), facts)
-    assert f"--profiler.rule Race {one}  #" in next_command(FELL, losses(0.6, 0.5), facts)
+    facts, one = replace(FACTS, processes=2), "--trainer.strategy auto --model.parallel rows"
+    assert f"{one}  #" in next_command(WITHIN, losses(0.6, 0.6), facts)
+    assert f"{one}  #" in next_command(FELL, losses(0.6, 0.5), facts)
     assert one not in next_command(WITHIN, losses(0.6, 0.5), facts)
 
 

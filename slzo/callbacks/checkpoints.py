@@ -190,16 +190,15 @@ class LastCheckpoint(Checkpoint):
         if self._final is not None and trainer.is_global_zero:
             self._final.unlink(missing_ok=True)
         if self.saved is not None and self.saved.is_file() and not isinstance(exception, SlzoError):
-            say(
-                f"\nInterrupted at step {trainer.global_step}; continue with the same command and --ckpt_path {self.saved}"
-            )
+            same = "the same command and --ckpt_path" if command_line() is not None else "fit(..., ckpt_path=...) and"
+            say(f"\nInterrupted at step {trainer.global_step}; continue with {same} {self.saved}")
         job = job_id()
         trains = trainer.state.fn == "fit"
         preempted = trains and isinstance(exception, Interrupted) and exception.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
             has_state = self.saved is not None or trainer.ckpt_path is not None
-            say(requeue(job, continues=has_state and command_line() is not None))  # a script passes ckpt_path itself
+            say(requeue(job, continues=has_state, by_script=command_line() is None))
 
     def _restore_schedule(self, trainer: Trainer) -> None:
         if self._every_n_epoch is not None:

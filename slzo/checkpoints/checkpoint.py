@@ -223,7 +223,8 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
     found = sorted(known, key=known.__getitem__, reverse=True)
     if not found:
         raise SlzoError(
-            f"ckpt_path {name!r}: no run below {str(root)!r} has a checkpoint; run slzo fit first, or give a file"
+            f"ckpt_path {name!r}: no run below {str(root)!r} has a checkpoint; run slzo fit without --ckpt_path, or give "
+            "a file"
         )
     newest = found[0].parent
     last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
@@ -241,7 +242,9 @@ def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
             if read_checkpoint(path).is_resumable:
                 inform(f"{path} is the newest intact checkpoint")
                 return path
-    raise SlzoError(f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; start without --ckpt_path")
+    raise SlzoError(
+        f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a file"
+    )
 
 
 def _modified(path: Path) -> float | None:
@@ -306,21 +309,25 @@ def _best_of(last: Path) -> Path:
 def best_file(saved: str, checkpoint: str | Path) -> Path:
     """Return the file of a best state.
 
-    Its saved path counts from the folder in which that run was started, which may hold another project's runs now. The file is
-    looked for in the runs folder of the checkpoint instead, which may have been moved.
+    A relative path was saved by the checkpoint's own run. It counts from the folder in which that run was started, which may hold
+    another project's runs now, so the file is looked for next to the checkpoint. A run that continues another one saves an
+    absolute path; its folders may have been moved together. Only from a copy of a checkpoint outside a run the path counts from
+    the current folder.
 
     Args:
         saved: Path of the best state in a checkpoint.
         checkpoint: Path of this checkpoint, of the same run or of one that continued it.
 
     Returns:
-        The first place that has the file, or the likeliest one if none has it.
+        The first place that has the file; ``saved`` if none has it.
     """
-    path, run = Path(saved), run_folder_of(checkpoint)
-    places = [run.parent.joinpath(*path.parts[-3:]), Path(checkpoint).parent / path.name]
+    path, folder = Path(saved), Path(checkpoint).parent
+    places = [folder / path.name, run_folder_of(checkpoint).parent.joinpath(*path.parts[-3:])]
     if path.is_absolute():
         places.insert(0, path)
-    return next((place for place in places if place.is_file()), places[0])
+    elif folder.name != "checkpoints":
+        places.append(path)
+    return next((place for place in places if place.is_file()), path)
 
 
 @contextmanager

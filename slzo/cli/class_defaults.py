@@ -45,7 +45,7 @@ def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
 
 def _last_class(name: str, given: Sequence[Given], known: Iterable[type]) -> Any:
     """Return the class that an option names last; ``None`` if there is none."""
-    paths = [each.value for each in given if each.name == name and isinstance(each.value, str)]
-    if not paths:
+    paths = [each.value for each in given if each.name == name]
+    if not paths or not isinstance(loaded(paths[-1]), str):  # null takes a class back
         return None
     return next((kind for kind in known if kind.__name__ == paths[-1]), None) or imported_class(paths[-1])

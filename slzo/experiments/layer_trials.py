@@ -306,7 +306,7 @@ class LayerTrials(Trials):
             "noise_seed": options.noise_seed,
             **{name: getattr(rows, name) for name in names.split()},
             **data.hashes(),
-            "weights": Fingerprint.of(self.parts.model).hashes(),
+            "weights": Fingerprint.of(self.parts.model).short_hash(),
         }
 
     def default_folder(self) -> Path:

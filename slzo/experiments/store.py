@@ -44,8 +44,8 @@ class CellStore:
             changes = differences(old, settings)
             if changes:
                 raise SlzoError(
-                    f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder or the "
-                    "same settings"
+                    f"output {str(self.folder)!r}: holds results of other settings ({changes}); give another folder, or "
+                    "the settings, rows and weights of before"
                 )
         # another process that starts at the same time may be writing its settings
         files = [self.folder] if self.folder.is_file() else self.folder.glob("*")

@@ -74,9 +74,9 @@ class Fingerprint:
         config = {name: value for name, value in config.items() if name not in _OTHER_FIELDS}
         return cls(json.loads(json.dumps(config, default=str)), sample, {})
 
-    def hashes(self) -> str:
-        """Return the hashes of the weights in one text, to compare processes or results."""
-        return " ".join([*self.sample.values(), *self.tuned.values()])
+    def short_hash(self) -> str:
+        """Return one short hash of the weights, to compare processes or results."""
+        return hashlib.sha256(" ".join([*self.sample.values(), *self.tuned.values()]).encode()).hexdigest()[:12]
 
     def with_tuned(self, tensors: Mapping[str, Tensor]) -> Self:
         """Add the model's tensors that are tuned, before they change."""

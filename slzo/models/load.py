@@ -93,7 +93,7 @@ def _load(name: str, where: str, loader: Any, config: PretrainedConfig | None = 
         reason = reason_of(error, config).replace(where, name)  # the cache of the Hub has long paths
         advice = "the folder must hold a complete causal language model and its tokenizer"
         if "trust_remote_code" in str(error):
-            advice = "if you trust its authors, set model.trust_remote_code to true"
+            advice = "if you trust its authors, set trust_remote_code to true (--help names the option)"
         elif "quantization_config" in kwargs:
             advice = "model.quantization may need another package or an accelerator; int8 and nf4 run on CPUs"
         elif "offload_folder" in str(error):

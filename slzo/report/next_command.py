@@ -51,8 +51,10 @@ def first_order_command(run: RunFacts, memory_gb: float) -> str:
 
 def _one_process(run: RunFacts) -> tuple[str, ...]:
     """Return the options that undo those for several processes, which refuse to train layer by layer or rate by rate."""
+    if run.processes == 1:
+        return ()
     one = ("--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto")
-    return one if run.processes > 1 else ()
+    return (*one, "--model.parallel", "rows")
 
 
 def _command(name: str, run: RunFacts, *options: str) -> str:

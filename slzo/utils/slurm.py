@@ -21,12 +21,13 @@ def is_restarted() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
-def requeue(job: str, continues: bool = True) -> str:
+def requeue(job: str, continues: bool = True, by_script: bool = False) -> str:
     """Put the job of this process back into the queue, and say so; if that fails, say how to do it by hand.
 
     Args:
         job: Number of the job.
-        continues: Whether there is a checkpoint that the job will continue from.
+        continues: Whether there is a checkpoint to continue from.
+        by_script: Whether a Python script trains, which passes ``ckpt_path`` itself.
     """
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=_PATIENCE_S)
@@ -34,4 +35,7 @@ def requeue(job: str, continues: bool = True) -> str:
         said: bytes | None = getattr(error, "stderr", None)
         reason = said.decode(errors="replace") if said else str(error)
         return f"SLURM job {job} could not be requeued ({' '.join(reason.split())}); run: scontrol requeue {job}"
-    return f"SLURM job {job} is in the queue again, and will {'continue this run' if continues else 'start anew'}"
+    if not continues:
+        return f"SLURM job {job} is in the queue again, and will start anew"
+    continued = "continues this run if the script passes ckpt_path" if by_script else "will continue this run"
+    return f"SLURM job {job} is in the queue again, and {continued}"

@@ -90,9 +90,8 @@ class TrainingOptions:
         """Check that the options fit the rows and their objective.
 
         Raises:
-            SlzoError: The estimator cannot use the batch size, or needs a derivative that the objective does not have.
+            SlzoError: The estimator needs a derivative that the objective does not have, or they do not fit otherwise.
         """
-        self.estimator.check(self.step.num_queries, rows.batch_size)
         if rows.objective.generates and not self.estimator.uses_points:
             rows.objective.sampling.check()
             if self.parallel not in ("rows", 1):

@@ -251,8 +251,8 @@ class Estimator(ABC):
     def estimate(self, request: Request) -> Estimate:
         """Estimate the gradient. Neither the estimator nor the masters keep any state of it."""
 
-    def check(self, num_queries: int, batch_size: int | None = None) -> None:
-        """Check that the estimator can work with a number of directions and, if known, of rows per step.
+    def check(self, num_queries: int) -> None:
+        """Check that the estimator can work with a number of directions.
 
         Raises:
             SlzoError: It cannot. By default all settings are accepted.

@@ -65,7 +65,7 @@ class EvolutionStrategy(Estimator):
         self.normalizes = shaping != "raw"
         self._noise = gaussian if direction_rank is None else low_rank(direction_rank, None)
 
-    def check(self, num_queries: int, batch_size: int | None = None) -> None:
+    def check(self, num_queries: int) -> None:
         if not self.antithetic and num_queries < 2:
             raise SlzoError(
                 f"model.num_queries {num_queries}: EvolutionStrategy compares the members of a population; give at least 2, or "

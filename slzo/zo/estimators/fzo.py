@@ -28,7 +28,7 @@ class FZO(Estimator):
     def __init__(self, antithetic: bool = False) -> None:
         self.antithetic = antithetic
 
-    def check(self, num_queries: int, batch_size: int | None = None) -> None:
+    def check(self, num_queries: int) -> None:
         if num_queries < 2:
             raise SlzoError(
                 f"model.num_queries {num_queries}: FZO divides by the spread of several losses; give at least 2 (8 is usual)"

@@ -87,7 +87,7 @@ class LayerOutputPerturbation(Estimator):
             raise SlzoError(f"model.estimator.tokens {tokens}: must be at least 0; 0 for noise alone")
         self.queries, self.scale, self.positions, self.tokens = queries, scale, positions, tokens
 
-    def check(self, num_queries: int, batch_size: int | None = None) -> None:
+    def check(self, num_queries: int) -> None:
         if num_queries != 1:
             raise SlzoError(
                 f"model.num_queries {num_queries}: counts directions of weights, and LayerOutputPerturbation has none; set "
