@@ -16,12 +16,15 @@ from helpers import (
     image_loss,
     images,
     slzo_error,
+    tiny_loss,
     tuned_model,
 )
 
 from slzo.__main__ import main
+from slzo.batches.packing import pack
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.given import given_options
+from slzo.data.batch import TrainBatch
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.zo.estimators import SPSA, Backprop, ForwardGradient, LayerOutputPerturbation, Request
@@ -280,6 +283,25 @@ def test_the_classes_whose_options_are_given(args, expected):
         found.get(f"model.{name}", {}).get("class_path", "").rpartition(".")[2] for name in ("estimator", "optimizer")
     )
     assert tuple(name or None for name in names) == expected
+
+
+class Accurate(SPSA):
+    """A user's estimator that averages enough points for Adam."""
+
+    along_directions = False
+
+
+def test_an_estimator_for_adam_may_evaluate_points(examples):
+    """Then it has an eps, and a log of losses."""
+    options = ZOModule(estimator=Accurate(), eps=1e-2).options
+    assert (options.optimizer.name, options.estimator.uses_points) == ("AdamW", True)
+    model, _ = tiny_loss(examples)
+    stepper = Stepper(model, CandidateCrossEntropy(), options.estimator, options.step)
+    optimizer = torch.optim.AdamW(model.tensors.masters, lr=1e-3)
+    result = stepper.step(TrainBatch(pack(examples), ()), 0, optimizer)
+    assert result.estimate.finite
+    assert result.record.eps == 1e-2
+    assert len(result.record.losses) == 2
 
 
 def test_an_estimator_names_what_differs_from_the_default():
