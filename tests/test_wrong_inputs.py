@@ -55,7 +55,7 @@ WRONG = """
 --model.estimator=SPSA --model.estimator.noise=x | model.estimator.noise 'x': choose one of gaussian, r
 --model.estimator=FZO --model.estimator.antithetic=3 | model.estimator.antithetic '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative, which Backprop
---model.estimator=Adam | model.estimator 'Adam': no such class; choose one of Backprop
+--model.estimator=Adam | model.estimator 'Adam': no such class; choose one of
 --model.eps=0 | model.eps 0.0: must be a number above 0
 --model.eps=-1 | model.eps -1.0: must be a number above 0
 --model.eps=abc | model.eps 'abc': expected a number or auto
