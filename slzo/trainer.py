@@ -173,8 +173,8 @@ class ZOTrainer(Trainer):
         Args:
             model: A ZOModule.
             dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``; without it the model as it is:
-                untuned, or with its last weights.
+            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``. Without it the current
+                weights are used, untuned or tuned.
             args: Passed on.
             kwargs: Passed on.
         """
@@ -209,8 +209,8 @@ class ZOTrainer(Trainer):
             dataloaders: Not needed with a data module.
             datamodule: A TaskDataModule.
             return_predictions: Whether to return the records, batch by batch; by default true.
-            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``; without it the model as it is:
-                untuned, or with its last weights.
+            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``. Without it the current
+                weights are used, untuned or tuned.
             weights_only: Passed on.
         """
         with self._running():

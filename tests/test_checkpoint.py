@@ -278,6 +278,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     assert checkpoint_of_run(Path("moved/version_1").absolute()) == foreign.absolute()
 
 
+@pytest.mark.usefixtures("own_folder")
 def test_a_renamed_run_has_its_own_best_state_and_a_copied_checkpoint_finds_it(tmp_path):
     saved = Path("runs/version_0/checkpoints/step=4.ckpt")
     for place in (saved, Path("runs/good/checkpoints/step=4.ckpt")):  # version_0 is a new run

@@ -138,10 +138,8 @@ class PackedBatch(TokenBatch):
         return self.input_ids.numel()
 
 
-def _num_shared(example: EncodedExample, share: bool = True) -> int:
+def _num_shared(example: EncodedExample) -> int:
     """Return the number of leading tokens that all candidates have in common, without tokens of answers."""
-    if not share and len(example.sequences) > 1:
-        return 0
     limit = min(len(sequence.ids) - sequence.num_answer for sequence in example.sequences)
     first = example.sequences[0].ids
     for sequence in example.sequences[1:]:
@@ -155,7 +153,7 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
 
     Args:
         examples: The examples, in the order of the batch.
-        share_prompts: Store a prompt once for all its candidates. ``False`` gives each candidate its own copy.
+        share_prompts: Store a prompt once for all its candidates. ``False``, for comparison, gives each candidate its own copy.
         group_lengths: Group sequences of similar length for attention. ``False`` pads all to the longest one.
     """
     ids: list[int] = []
@@ -166,7 +164,7 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     example_tokens: list[int] = []
     for example in examples:
         start = len(ids)
-        shared = _num_shared(example, share_prompts)
+        shared = _num_shared(example) if share_prompts or len(example.sequences) == 1 else 0
         common = tuple(range(start, start + shared))
         ids.extend(example.sequences[0].ids[:shared])
         positions.extend(range(shared))

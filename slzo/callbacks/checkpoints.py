@@ -190,8 +190,9 @@ class LastCheckpoint(Checkpoint):
         if self._final is not None and trainer.is_global_zero:
             self._final.unlink(missing_ok=True)
         if self.saved is not None and self.saved.is_file() and not isinstance(exception, SlzoError):
-            same = "the same command and --ckpt_path" if command_line() is not None else "fit(..., ckpt_path=...) and"
-            say(f"\nInterrupted at step {trainer.global_step}; continue with {same} {self.saved}")
+            by_command = f"the same command and --ckpt_path {self.saved}"
+            way = by_command if command_line() is not None else f"trainer.fit(..., ckpt_path={str(self.saved)!r})"
+            say(f"\nInterrupted at step {trainer.global_step}; continue with {way}")
         job = job_id()
         trains = trainer.state.fn == "fit"
         preempted = trains and isinstance(exception, Interrupted) and exception.number == PREEMPTION

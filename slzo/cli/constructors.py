@@ -37,7 +37,7 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
     except ArgumentError:  # an argument is passed later, such as an optimizer's parameters
         return None
     except Exception as error:  # whatever a class raises
-        return SlzoError(f"{name}: {one_line(error, None)}; see slzo COMMAND --help")
+        return SlzoError(f"{name}: {one_line(error, None)}; correct it")
     return None
 
 

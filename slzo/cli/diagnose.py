@@ -55,12 +55,14 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
             raise SlzoError(f"{option.name} {value!r}: {reason}")
 
 
-def explain(parser: ArgumentParser, given: Sequence[Given], message: str) -> str:
-    """Return one line about the first wrong option; the parser's own message if none is found."""
+def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
+    """Return one line about the first wrong option of a command; the parser's own message if none is found."""
     hints = _hints(parser, given)
     classes = _chosen_classes(parser, given, hints)
     for number, option in enumerate(given):
-        line = _problem(option, hints, classes) or _order_problem(parser, option, hints, given[:number], given[number:])
+        line = _problem(option, command, hints, classes) or _order_problem(
+            parser, option, hints, given[:number], given[number:]
+        )
         if line:
             return line
     for name, (kind, arguments) in classes.items():
@@ -94,7 +96,9 @@ def check_nulls(parser: ArgumentParser, options: Any) -> None:
             )
 
 
-def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tuple[type, set[str]]]) -> str:
+def _problem(
+    option: Given, command: str, hints: Mapping[str, Any], classes: Mapping[str, tuple[type, set[str]]]
+) -> str:
     """Return what is wrong with an option; empty if nothing is found."""
     name, value = option.name, option.value
     if name in hints:
@@ -107,7 +111,7 @@ def _problem(option: Given, hints: Mapping[str, Any], classes: Mapping[str, tupl
         return _value_problem(name, value, hints[name], option.is_class_path)
     owner = next((each for each in parents(name) if class_choices(hints.get(each))), None)
     if owner is None:
-        return f"{name}: unknown option; {_suggestion(name, list(hints))}"
+        return f"{name}: unknown option; {_suggestion(name, list(hints)) or f'see slzo {command} --help'}"
     if owner not in classes:
         return _class_comes_first(name, owner, hints)
     kind = classes[owner][0]
@@ -154,7 +158,10 @@ def _help_of(name: str, kind: type) -> str:
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
-    """Suggest an option for an unknown name, from the same group if that exists; otherwise list a small group."""
+    """Suggest an option for an unknown name, from the same group if that exists; otherwise list a small group.
+
+    Empty if no name is close.
+    """
     for group in parents(name):
         members = [option for option in known if option.startswith(f"{group}.")]
         if not members:
@@ -162,9 +169,9 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
         last, ends = name.removeprefix(f"{group}."), {option.removeprefix(f"{group}."): option for option in members}
         if near := difflib.get_close_matches(last, list(ends), n=1, cutoff=0.5):
             return f"did you mean {ends[near[0]]}?"
-        return f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else "see slzo COMMAND --help"
+        return f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else ""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else "see slzo COMMAND --help"
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _order_problem(

@@ -27,7 +27,7 @@ class CommandParser(ArgumentParser):
         """Raise a SlzoError that names the option, its value and what is allowed."""
         if not hasattr(self, "command"):  # the parser of a class's arguments: the command's parser reports the error
             super().error(message, ex)
-        raise SlzoError(explain(self, self.given, message)) from ex
+        raise SlzoError(explain(self, self.command.name, self.given, message)) from ex
 
     def format_help(self) -> str:  # type: ignore[override]
         """Return the short help of a command, or the full help of a class."""
