@@ -50,12 +50,12 @@ def test_published_losses_equal_ours(objective, answers):
 
 def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, capsys):
     target = tmp_path / "out.json"
-    options = [f"--data_dir={data_dir}", f"--model={model_dir}", f"--json={target}", "--no_memory", "--ablations"]
+    options = [f"--data_dir={data_dir}", f"--model={model_dir}", f"--json={target}", "--no_memory", "--ablations", "--cpu_time", "--default_layer=1"]
     assert tool.main(["--task=sst2", "--layer=1", "--batches=2", "--batch_size=4", *options]) == 0
     assert "mezo-layer" in capsys.readouterr().out
     result = json.loads(target.read_text())
     assert (result["task"], result["dtype"], result["threads"]) == ("sst2", "float32", 1)
-    assert {"mezo", "mezo-layer", "forward2", "slzo", "slzo-cold", *tool.SWITCHES} == set(result["variants"])
+    assert {*tool.PUBLISHED, "slzo", "slzo-cold", "default", *tool.SWITCHES} == set(result["variants"])
     assert all(len(v["seconds"]) == 2 and v["median_s"] > 0 for v in result["variants"].values())
     assert set(result["breakdown_s"]) == {"data", "prefix", "perturb", "suffix", "head", "update"}
 

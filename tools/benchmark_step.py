@@ -9,8 +9,9 @@ All variants get the same random batches of real rows, in alternation, in one pr
 * mezo: every candidate is a separate sequence, left-padded to a multiple of 8; log-softmax over the whole vocabulary at all
   positions; three perturbation passes and one update pass over all parameters, each of which draws z again.
 * mezo-layer: the same, but only one layer is perturbed and updated, as in the Dominant-Layer paper.
-* forward2: two plain forward passes on one sequence per example.
-* slzo: the step of the package with a warm prefix cache; ``slzo-cold`` is the same without a cache.
+* forward2: two plain forward passes on one sequence per example; ``forward2-onednn`` runs their linear layers through oneDNN.
+* slzo: the step of ``SPSA`` with a warm prefix cache; ``slzo-cold`` is the same without a cache.
+* default: the step of ``LayerOutputPerturbation`` and AdamW in the layer that the default rule chooses, with a warm prefix cache.
 """
 
 import argparse
@@ -37,13 +38,14 @@ from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits
 from slzo.models.engine import Engine
+from slzo.models.linear import with_onednn
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
-from slzo.zo.estimators import SPSA
+from slzo.zo.estimators import SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
 from slzo.zo.scopes import LayerScope
 from slzo.zo.stepper import StepOptions, Stepper
@@ -51,7 +53,8 @@ from slzo.zo.tuned_model import TunedModel
 
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 _ATTENTION = "aten::_scaled_dot_product"
-PUBLISHED = ("mezo", "mezo-layer", "forward2")
+Clock = Callable[[], float]  # seconds
+PUBLISHED = ("mezo", "mezo-layer", "forward2", "forward2-onednn")
 
 
 # ---- the step of the package --------------------------------------------------------------------------------------------
@@ -61,14 +64,22 @@ class SlzoStep:
     """The work of ``ZOModule.training_step``, without Lightning."""
 
     def __init__(
-        self, parts: ModelParts, layer: int, objective: LogitObjective, share_prompts: bool = True, **engine: Any
+        self,
+        parts: ModelParts,
+        layer: int,
+        objective: LogitObjective,
+        share_prompts: bool = True,
+        estimator: Estimator | None = None,
+        **engine: Any,
     ) -> None:
         self.objective = objective
         self.share_prompts = share_prompts
         self.model = TunedModel.from_scope(parts, LayerScope(), layer, engine=Engine(**engine))
         self.parts, self.forward, self.tuned = parts, self.model.forward, self.model.tensors
-        self.stepper = Stepper(self.model, objective, SPSA(), StepOptions(EPS))
-        self.optimizer = torch.optim.SGD(self.tuned.masters, lr=LEARNING_RATE)
+        estimator = SPSA() if estimator is None else estimator
+        self.stepper = Stepper(self.model, objective, estimator, StepOptions(EPS))
+        optimizer = torch.optim.SGD if estimator.along_directions else torch.optim.AdamW
+        self.optimizer = optimizer(self.tuned.masters, lr=LEARNING_RATE)
         self.step = 0
 
     def pack(self, examples: Sequence[EncodedExample]) -> PackedBatch:
@@ -78,7 +89,7 @@ class SlzoStep:
         return pack(examples, share_prompts=self.share_prompts).to(self.parts.model.device)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> tuple[float, float]:
-        """Take one step; return both losses."""
+        """Take one step; return both losses of ``SPSA``, or the loss twice."""
         estimate = self.stepper.step(TrainBatch(self.pack(examples), ()), self.step, self.optimizer).estimate
         self.step += 1
         return estimate.loss_plus, estimate.loss_minus
@@ -87,14 +98,14 @@ class SlzoStep:
         """Return the tokens whose logits are needed; ``None`` for the whole vocabulary."""
         return batch.choice_ids if self.forward.selects(self.objective, batch) else None
 
-    def breakdown(self, examples: Sequence[EncodedExample]) -> dict[str, float]:
+    def breakdown(self, examples: Sequence[EncodedExample], clock: Clock) -> dict[str, float]:
         """Return the seconds of each part of a step, run one by one."""
         spent = dict.fromkeys(("data", "prefix", "perturb", "suffix", "head", "update"), 0.0)
 
         def timed(part: str, function: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
+            start = clock()
             result = function()
-            spent[part] += time.perf_counter() - start
+            spent[part] += clock() - start
             return result
 
         batch = timed("data", lambda: self.pack(examples))
@@ -126,7 +137,7 @@ class SlzoStep:
         return float(total / weight)
 
 
-def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[float, float]:
+def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool, clock: Clock) -> tuple[float, float]:
     """Return seconds and floating-point operations of one evaluation's matrix products, suffix layers and needed logits.
 
     A plain loop over the weights in the order of the suffix, with inputs of the same shapes.
@@ -150,14 +161,14 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool) -> tuple[f
 
     trials = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = clock()
         products()
-        trials.append(time.perf_counter() - start)
+        trials.append(clock() - start)
     operations = 2.0 * batch.num_tokens * sum(m.weight.numel() for m in modules)
     return statistics.median(trials), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
 
 
-def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
+def attention_product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) -> float:
     """Return the seconds of one evaluation's attention products (scores and values), in a plain loop over the suffix layers.
 
     Full squares are timed. Only their causal part, (L + 1) / 2L, is counted, because no kernel needs fewer operations.
@@ -171,21 +182,21 @@ def attention_product_seconds(step: SlzoStep, batch: PackedBatch) -> float:
         query, key, value = (torch.randn(count, heads, length, size, dtype=dtype) for _ in range(3))
         trials = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = clock()
             scores = query @ key.transpose(-1, -2)
             scores @ value
-            trials.append(time.perf_counter() - start)
+            trials.append(clock() - start)
         seconds += statistics.median(trials) * (length + 1) / (2 * length)
     return seconds * (step.parts.num_layers - step.forward.span.start)
 
 
-def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[str, float]:
+def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample], clock: Clock) -> dict[str, float]:
     """Return shares of a step's time from torch's profiler: linear layers and head, fused attention (products and softmax), rest.
 
     ``outside products`` is the time outside the linear layers and attention's two products, which are timed alone.
     """
     batch = step.pack(examples)
-    products = 2 * attention_product_seconds(step, batch)
+    products = 2 * attention_product_seconds(step, batch, clock)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(examples)
     spent = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
@@ -208,6 +219,7 @@ def shares_of_step(step: SlzoStep, examples: Sequence[EncodedExample]) -> dict[s
 class Timings:
     """Seconds of each variant and step, and of the parts of slzo's step."""
 
+    clock: Clock
     seconds: dict[str, list[float]] = field(default_factory=dict)
     parts: list[dict[str, float]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -218,10 +230,10 @@ class Timings:
     def add(self, variant: str, function: Callable[[], Any]) -> Any:
         """Add the time of one step."""
         wait_for_device()
-        start = time.perf_counter()
+        start = self.clock()
         result = function()
         wait_for_device()
-        self.seconds.setdefault(variant, []).append(time.perf_counter() - start)
+        self.seconds.setdefault(variant, []).append(self.clock() - start)
         return result
 
 
@@ -274,31 +286,32 @@ def compare(args: argparse.Namespace) -> Timings:
     parts = split_and_verify(loaded(args))
     warm = SlzoStep(parts, args.layer, objective, cache_gb=8.0)
     cold = SlzoStep(parts, args.layer, objective, cache_gb=0.0)
+    default = SlzoStep(parts, args.default_layer, objective, estimator=LayerOutputPerturbation(), cache_gb=8.0)
     switched = {}
     for name, options in (SWITCHES if args.ablations else {}).items():
         of_parts = {option: value for option, value in options.items() if option in ("packed", "onednn")}
         own = split_and_verify(loaded(args), **of_parts) if of_parts else parts
         switched[name] = SlzoStep(own, args.layer, objective, cache_gb=8.0, **options)
-    timings = Timings()
+    timings = Timings(time.process_time if args.cpu_time else time.perf_counter)
     for number, examples in enumerate(batches):
-        for step in (warm, *switched.values()):
+        for step in (warm, default, *switched.values()):
             step.forward.prefix(step.pack(examples))
         if plain is not None:
             run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
-        for name, step in {"slzo": warm, "slzo-cold": cold, **switched}.items():
+        for name, step in {"slzo": warm, "slzo-cold": cold, "default": default, **switched}.items():
             timings.add(name, partial(step, examples))
         if args.device != "cpu":  # the rest is measured on a CPU only
             continue
-        timings.parts.append(warm.breakdown(examples))
+        timings.parts.append(warm.breakdown(examples, timings.clock))
         batch = warm.pack(examples)
         timings.tokens.append(batch.num_tokens)
         for name in timings.product:
             if name == "onednn" and not parts.onednn:
                 continue
-            seconds, operations = product_seconds(warm, batch, onednn=name == "onednn")
+            seconds, operations = product_seconds(warm, batch, onednn=name == "onednn", clock=timings.clock)
             timings.product[name].append(seconds)
         timings.operations.append(operations)
-        timings.shares.append(shares_of_step(warm, examples))
+        timings.shares.append(shares_of_step(warm, examples, timings.clock))
         print(
             f"batch {number + 1} of {len(batches)}: "
             + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in timings.seconds.items())
@@ -321,17 +334,18 @@ def run_published(
     padded = pad_left(examples, only_gold).to(args.device)
     single = pad_left(examples, only_gold=True).to(args.device)
 
-    def forward_twice() -> None:
+    def forward_twice(model: nn.Module) -> None:
         for _ in range(2):
-            plain(input_ids=single.input_ids, attention_mask=single.attention_mask)
+            model(input_ids=single.input_ids, attention_mask=single.attention_mask)
 
     steps: dict[str, Callable[[], Any]] = {
         "mezo": lambda: published_step(plain, everything, padded, only_gold, number),
         "mezo-layer": lambda: published_step(plain, of_layer, padded, only_gold, number),
-        "forward2": forward_twice,
+        "forward2": lambda: forward_twice(plain),
+        "forward2-onednn": lambda: forward_twice(with_onednn(plain)),
     }
     for name, step in steps.items():
-        if name in args.variants:
+        if name in args.variants and (name != "forward2-onednn" or args.dtype == "float32"):
             timings.add(name, step)
 
 
@@ -416,6 +430,7 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
         "threads": args.threads,
         "model": args.model,
         "layer": args.layer,
+        "default_layer": args.default_layer,
         "batch_size": args.batch_size,
         "torch": torch.__version__,
         "variants": variants,
@@ -449,6 +464,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the model")
     parser.add_argument(
         "--variants", nargs="*", default=list(PUBLISHED), choices=PUBLISHED, help="variants to time in addition to slzo"
+    )
+    parser.add_argument("--default_layer", type=int, default=28, help="tuned layer of default")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="CPU time instead of time; for one thread next to other jobs"
     )
     parser.add_argument("--ablations", action="store_true", help="also time slzo with each optimization changed")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
