@@ -9,8 +9,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.task_rows import TaskRows
-from slzo.utils.console import warn
-from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import ALONE, Parallel, Processes, num_directions
 
@@ -88,19 +86,6 @@ class TaskDataModule(TaskRows, LightningDataModule):
         plan = self.eval_plan(split)
         # an item is a whole batch, because Lightning replaces batch samplers for predict
         return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=plan.pack)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the settings that determine the loss of a step, for checkpoints."""
-        return self.step_settings()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn if the settings of a resumed run differ from the checkpoint's."""
-        old, new = (
-            {f"data.{name}": value for name, value in settings.items()}
-            for settings in (state_dict, self.step_settings())
-        )
-        if (changes := differences(old, new)) and self.trainer is not None and self.trainer.state.fn == "fit":
-            warn(f"these data options differ from the checkpoint's: {changes}")
 
 
 def _groups_of(number: int, rank: int, directions: int) -> tuple[Any, Any]:

@@ -16,9 +16,9 @@ optimizer before the first step.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.stepper import Stepper
-from slzo.zo.time_plan import TimePlan
+from slzo.zo.time_plan import RunTimes, TimePlan
 from slzo.zo.tuned_model import TunedModel
 
 _NUM_SAMPLES = 8
@@ -202,7 +202,12 @@ def _continue(
     note = checkpoint.note
     data = rows.fingerprint(note["data"])
     check_environment(note, run.device, rows.processes.number)
-    model = restore(parts, note, options, for_training=True) if tuned is None else tuned
+    if tuned is None:
+        model = restore(parts, note, options, for_training=True)
+    else:
+        model = tuned
+        model.check(note)
+        model.clear_prefix()  # its keys belong to one data module
     plan_prefix(model, rows)
     auto = restored_rate(note["auto_step"], options)
     seed, evaluations = note["noise_seed"], 0
@@ -243,7 +248,8 @@ def _plan_time(
         done = int(checkpoint.content["global_step"])
         budget = replace(budget, done=done, passes=budget.passes.when_resumed)
     times = measure_times(model, options, rows, budget)
-    plan = rows.processes.broadcast(TimePlan.of(times, budget, budget.left))
+    slowest = RunTimes(*map(max, zip(*map(astuple, gather_from_processes([times])), strict=True)))
+    plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
     if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
         raise SlzoError(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
@@ -325,7 +331,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         The summary.
     """
     first = rows.processes.rank == 0
-    with best_weights(prepared.model, outcome.best) as restored:
+    with best_weights(prepared.model, rows.processes.broadcast(_best_state(outcome.best))) as restored:
         when = f"after training, {Path(outcome.best).name if restored else 'last weights'}"
         after = score_test_rows(prepared, rows, when)
         samples = predict_samples(prepared, rows)
@@ -342,19 +348,24 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     return summary
 
 
+def _best_state(path: str) -> dict[str, Any] | None:
+    """Return the tuned tensors of the best checkpoint; ``None`` if there is none, as on a machine that writes no files."""
+    return read_checkpoint(path).content["state_dict"] if path and Path(path).is_file() else None
+
+
 @contextmanager
-def best_weights(model: TunedModel, path: str) -> Iterator[bool]:
-    """Load the weights of a checkpoint for a ``with`` block; afterwards the model has its last weights again.
+def best_weights(model: TunedModel, state: Mapping[str, Any] | None) -> Iterator[bool]:
+    """Load tuned tensors for a ``with`` block; afterwards the model has its last weights again.
 
     Yields:
-        Whether the checkpoint exists; otherwise the last weights stay.
+        Whether there are any; otherwise the last weights stay.
     """
-    if not path or not Path(path).is_file():
+    if state is None:
         yield False
         return
     last = model.tensors.copy_of_masters()
     try:
-        model.tensors.load(read_checkpoint(path).content["state_dict"])
+        model.tensors.load(state)
         yield True
     finally:
         model.tensors.load(last)
@@ -387,7 +398,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         "lr_at_end": outcome.lr,
         "eps": stepper.options.eps,
         "steps": outcome.steps,
-        "evaluations": stepper.num_evaluations,
+        "evaluations": round(stepper.num_evaluations),
         "skipped_steps": stepper.num_nonfinite,
         "rollbacks": outcome.rollbacks,
         "planned_memory_gb": None if prepared.plan is None else round(prepared.plan.total / 2**30, 3),

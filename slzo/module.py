@@ -37,6 +37,7 @@ from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.settings import differences
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, sgd
 from slzo.zo.options import TrainingOptions
@@ -301,9 +302,6 @@ class ZOModule(LightningModule):
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
         self.prepared = prepared
-        options = prepared.options  # estimator and optimizer may follow from the objective
-        described = {"estimator": options.estimator.describe(), "optimizer": options.optimizer.name}
-        self.save_hyperparameters({**described, "lr": options.optimizer.settings["lr"]})
         self._hold_tuned(prepared.model)
 
     def _hold_tuned(self, model: TunedModel) -> None:
@@ -372,7 +370,7 @@ class ZOModule(LightningModule):
             "train/loss_minus": estimate.loss_minus,
             "train/projected_grad": sum(projected) / len(projected),
             "train/abs_projected_grad": sum(map(abs, projected)) / len(projected),
-            "train/lr": cast("Any", self.optimizers()).param_groups[0]["lr"],
+            "train/lr": result.record.lr,
             "train/eps": result.record.eps,
             "train/evaluations": float(self.stepper.num_evaluations),
             "train/step_seconds": seconds,
@@ -478,15 +476,15 @@ class ZOModule(LightningModule):
         if self.tuned_model is None:
             self._load()
             self._restore(note)
-        elif not self.tuned_model.fits(note):
-            raise SlzoError(
-                "ckpt_path: holds other tensors, bases or masks than this module already tunes; load it into a new ZOModule"
-            )
         else:
-            self.tuned_model.check_base(note)
+            self.tuned_model.check(note)
         if trainer is not None and not in_fit:
             self._check_rows(note)
-        if in_fit and (different := changed_options(checkpoint, self.hparams)):
+        if not in_fit:
+            return
+        if changes := differences(*(_data_options(rows) for rows in (note["rows"], self.rows.step_settings()))):
+            warn(f"these data options differ from the checkpoint's: {changes}")
+        if different := changed_options(checkpoint, self.hparams):
             warn(
                 f"these model options differ from the checkpoint's: {different}; the new values are used, but seed, "
                 "optimizer state and learning rate continue from the checkpoint"
@@ -498,6 +496,10 @@ class ZOModule(LightningModule):
             self.teardown("fit")
             self.tuned_model.release()
             self.tuned_model = self.tuned_tensors = self.prepared = None
+
+
+def _data_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"data.{name}": value for name, value in settings.items()}
 
 
 def _check_kinds(scope: object, estimator: object, layer: object, eps: object) -> None:

@@ -93,6 +93,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "chat_template": rows.chat_template,
         "candidates": None if candidates is None else list(candidates),
         "data": prepared.data.to_dict(),
+        "rows": rows.step_settings(),
         "environment": numerics(model.parts.model.device, rows.processes.number),
         "hub": loaded_from_hub(prepared, rows),
     }

@@ -8,6 +8,7 @@ import torch
 from helpers import layer_forward, random_example, tiny_model, tune_layer
 
 import benchmark_step as tool
+import step_table
 from published_step import EPS, LEARNING_RATE, pad_left, published_step
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
@@ -50,7 +51,15 @@ def test_published_losses_equal_ours(objective, answers):
 
 def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, capsys):
     target = tmp_path / "out.json"
-    options = [f"--data_dir={data_dir}", f"--model={model_dir}", f"--json={target}", "--no_memory", "--ablations", "--cpu_time", "--default_layer=1"]
+    options = [
+        f"--data_dir={data_dir}",
+        f"--model={model_dir}",
+        f"--json={target}",
+        "--no_memory",
+        "--ablations",
+        "--cpu_time",
+        "--default_layer=1",
+    ]
     assert tool.main(["--task=sst2", "--layer=1", "--batches=2", "--batch_size=4", *options]) == 0
     assert "mezo-layer" in capsys.readouterr().out
     result = json.loads(target.read_text())
@@ -70,3 +79,21 @@ def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, 
 def test_bad_options_give_one_line(model_dir, options, expected, capsys):
     assert tool.main([f"--model={model_dir}", *options]) == 2
     assert capsys.readouterr().err.startswith(f"benchmark_step: error: {expected}")
+
+
+@pytest.mark.pictures
+def test_results_of_several_tasks_are_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+    seconds = {"mezo": [8.0, 12.0], "slzo": [1.0, 1.0], "slzo-cold": [1.5, 1.5], "default": [0.5, 0.5]}
+    for task, tokens in (("copa", 300), ("sst2", 200)):
+        variants = {
+            name: {"median_s": sum(values) / 2, "mean_s": sum(values) / 2, "seconds": values}
+            for name, values in seconds.items()
+        }
+        (tmp_path / f"{task}.json").write_text(json.dumps({"task": task, "variants": variants, "tokens": [tokens]}))
+    files = [str(tmp_path / f"{task}.json") for task in ("copa", "sst2")]
+    monkeypatch.setattr("sys.argv", ["step_table", *files, f"--picture={tmp_path / 'steps'}"])
+    step_table.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2] == "| sst2 | 2 | 200 | 0.50 | 20 (20) | 1.00 | 10 (10) | - | - | - | 1.50 |"
+    assert rows[3].startswith("| copa | 2 | 300 |")
+    assert "published MeZO step" in (tmp_path / "steps.svg").read_text()

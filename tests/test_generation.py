@@ -152,3 +152,20 @@ def test_an_adapter_leaves_the_eos_tokens_of_its_base_model():
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     generate_plainly(adapted, torch.tensor([[5, 6]]), max_new_tokens=1)
     assert adapted.get_base_model().generation_config.eos_token_id == [2, 9]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left_padding", [True, False])
+def test_an_answer_ends_where_its_tokens_say_so_with_and_without_padding(left_padding, monkeypatch):
+    model, prompts = tiny_model(), make_prompts()
+    long = [plain_greedy(model, prompt, set(), 12) for prompt in prompts]
+    pairs = {tuple(answer[number % 7 : number % 7 + 2]) for number, answer in enumerate(long[:5])}
+
+    def ended(ids):
+        return tuple(ids[-2:]) in pairs
+
+    expected = generate(ModelParts(model), prompts, set(), max_new_tokens=12, ended=ended).answers
+    assert len({len(answer) for answer in expected}) > 2
+    padded = ModelParts(tiny_model(), packed=False)
+    monkeypatch.setattr(padded, "allows_left_padding", left_padding)
+    assert generate(padded, prompts, set(), max_new_tokens=12, ended=ended).answers == expected

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import last_checkpoint, summary, tuned
+from helpers import last_checkpoint, logged, summary, tuned
 from torch import nn
 from torch.optim import lr_scheduler
 from transformers import AutoModelForCausalLM
@@ -151,6 +151,12 @@ def test_a_scheduler_goes_on_from_half_the_rate(options, capsys):
     assert summary()["lr_at_end"] == pytest.approx(0.5 * 0.1 / 2**times)
 
 
+def test_the_logged_rate_is_that_of_the_step(options):
+    more = ["--model.lr_scheduler=ExponentialLR", "--model.lr_scheduler.gamma=0.5", "--trainer.max_steps=3"]
+    assert main(["fit", *options, *more, "--model.optimizer.lr=1e-3"]) == 0
+    assert logged("train/lr") == pytest.approx([1e-3, 5e-4, 2.5e-4])
+
+
 SCHEDULERS = {
     "constant": lambda o: lr_scheduler.ConstantLR(o, factor=1.0),
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
@@ -202,7 +208,7 @@ def test_without_a_copy_only_the_rate_is_halved(options, monkeypatch, capsys):
 def test_a_guard_forgets_the_run_before(options):
     """One callback in two fits of one process."""
     guard = LossGuard()
-    guard.load_state_dict({"rollbacks": 3, "lowest": 1e-9, "good": None, "good_step": 7})
+    guard.load_state_dict({"rollbacks": 3, "first": 2.0, "lowest": 1e-9, "good": None, "good_step": 7})
     more = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--model.layer=1"]
     cli = SlzoCLI(COMMANDS["fit"], [*options, *more])
     cli.trainer.callbacks = [guard]

@@ -162,12 +162,15 @@ def test_no_row_is_not_a_number(name):
 
 @pytest.mark.parametrize(
     ("best", "before", "largest"),
-    [(None, 2.0, 2.2), (None, -2.0, -1.8), (1.0, 0.5, 0.55), (1.0, 0.005, 0.015), (1.0, 0.0, 0.01), (1.0, -4.0, -3.6)],
+    [
+        *[(None, 2.0, 2.2), (None, -2.0, -1.8), (None, 0.002, 0.032), (None, 0.0, 0.03)],
+        *[(1.0, 0.5, 0.55), (1.0, 0.005, 0.015), (1.0, 0.0, 0.01), (1.0, -4.0, -3.6)],
+    ],
 )
 def test_a_distance_may_rise_by_a_share_of_its_size(best, before, largest):
-    """Near the best reward or F1, by a share of a tenth of it; with losses and rewards of any sign."""
+    """Near 0, by a share of a tenth of the first loss, or of the best reward or F1; with losses and rewards of any sign."""
     metric = SelectionMetric("loss" if best is None else "reward", "reward", best)
-    assert metric.largest(before, 1.1) == pytest.approx(largest)
+    assert metric.largest(before, 1.1, first=3.0) == pytest.approx(largest)
 
 
 def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):

@@ -1,6 +1,8 @@
 """slzo as a package: ``from slzo import ZOModule, TaskDataModule, ZOTrainer``."""
 
 import inspect
+import json
+import random
 import subprocess
 import sys
 import textwrap
@@ -29,7 +31,8 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
 def rows(data_dir, **options):
-    return TaskDataModule("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12, batch_size=4, **options)
+    sizes = {"num_train": 16, "num_dev": 8, "num_test": 12, "batch_size": 4}
+    return TaskDataModule("sst2", data_dir=str(data_dir), **{**sizes, **options})
 
 
 def printed(code):
@@ -124,6 +127,35 @@ def test_a_checkpoint_is_tuned_further_with_its_scope(model_dir, data_dir):
     ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(module, datamodule=rows(data_dir))
     assert module.state_dict().keys() == before.keys()
     assert any(not tensor.equal(before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_second_data_module_gets_no_states_of_the_first(model_dir, tmp_path):
+    """The cached states and the plan of the cache belong to one data module."""
+    draw = random.Random(0)  # rows that share no beginnings, whose dev states are cached
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        sentences = ["".join(draw.choices("abcdefgh", k=6 + number % 9)) for number in range(80)]
+        found = [json.dumps({"idx": n, "sentence": text, "label": n % 2}) for n, text in enumerate(sentences)]
+        (tmp_path / f"sst2/{split}.jsonl").write_text("\n".join(found))
+    data_dir = tmp_path
+
+    second = {"seed": 7, "num_dev": 6}  # other rows under the same keys, in other batches
+
+    def fit(module, steps, ckpt_path=None, **options):
+        trainer = ZOTrainer(max_steps=steps, val_check_interval=1, **QUIET)
+        trainer.fit(module, datamodule=rows(data_dir, **options), ckpt_path=ckpt_path)
+
+    module, other = (ZOModule(str(model_dir), seed=0, layer=1) for _ in range(2))
+    fit(module, 2)
+    fit(other, 2, **second)
+    found = [
+        Trainer(logger=False, **QUIET).validate(each, datamodule=rows(data_dir, **second), verbose=False)
+        for each in (module, ZOModule.load_from_checkpoint(last_checkpoint()))
+    ]
+    assert found[0] == found[1]
+    fit(module, 4, last_checkpoint(1), **second)
+    fit(other, 4, last_checkpoint(1), **second)
+    assert all(tensor.equal(other.state_dict()[name]) for name, tensor in module.state_dict().items())
 
 
 def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch):

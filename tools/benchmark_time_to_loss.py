@@ -110,7 +110,7 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
 
     def step(number: int) -> int:
         stepper.step(next(batches), number, optimizer)
-        return stepper.num_evaluations
+        return round(stepper.num_evaluations)
 
     return {"layer": layer} | Recorder(score, min(args.targets), args.seconds, used).train(step)
 

@@ -30,7 +30,8 @@ class LossGuard(Callback):
 
     Args:
         factor: Largest allowed dev loss as a multiple of the lowest so far, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200
-            (1 + 2 / sqrt(dev rows) for rewards and F1); null never rolls back.
+            (1 + 2 / sqrt(dev rows) for rewards and F1); null never rolls back. The allowed rise is at least that of a tenth of
+            the first dev loss.
     """
 
     def __init__(self, factor: float | Literal["auto"] | None = "auto") -> None:
@@ -38,7 +39,7 @@ class LossGuard(Callback):
             raise SlzoError(f"guard.factor {factor}: must be above 1, or auto, or null for no rollback; 1.05 is usual")
         self.factor = factor
         self.rollbacks = 0
-        self._lowest = math.inf
+        self._first = self._lowest = math.inf
         self._good: dict[str, Tensor] | None = None
         self._good_step = -1
 
@@ -53,7 +54,7 @@ class LossGuard(Callback):
             return
         assert pl_module.prepared is not None
         if not pl_module.prepared.resumed:
-            self.rollbacks, self._lowest = 0, math.inf
+            self.rollbacks, self._first, self._lowest = 0, math.inf, math.inf
             rows = pl_module.rows
             if trainer.enable_validation and rows.rows("dev"):
                 found = rows.score(pl_module.evaluator, dev_batches(trainer, rows), keep_prefix=True)
@@ -68,13 +69,14 @@ class LossGuard(Callback):
         metric = pl_module.rows.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
         factor = self.factor if self.factor != "auto" else _usual_factor(pl_module.rows)
-        if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor):
+        if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor, self._first):
             self._note(trainer, pl_module, loss)
         else:
             self._roll_back(trainer, pl_module, loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
         if loss <= self._lowest:  # of equal rewards, the newest
+            self._first = loss if self._first == math.inf else self._first
             self._lowest = loss
             self._keep(trainer, module)
 
@@ -97,11 +99,12 @@ class LossGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The lowest dev loss and the weights that had it."""
-        return {"rollbacks": self.rollbacks, "lowest": self._lowest, "good": self._good, "good_step": self._good_step}
+        own = {"rollbacks": self.rollbacks, "first": self._first, "lowest": self._lowest}
+        return {**own, "good": self._good, "good_step": self._good_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.rollbacks, self._lowest = state_dict["rollbacks"], state_dict["lowest"]
+        self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
 
 

@@ -118,7 +118,7 @@ class RunRecord(Callback):
         self._history.points.append(
             {
                 "step": trainer.global_step,
-                "evaluations": pl_module.stepper.num_evaluations,
+                "evaluations": round(pl_module.stepper.num_evaluations),
                 "seconds": round(record.train_seconds, 4),
                 "loss": loss if math.isfinite(loss) else None,
                 "distance": distance if math.isfinite(distance) else None,

@@ -35,6 +35,7 @@ class StepWatch(Callback):
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._size_at_start: float | None = None
         self._zeros = 0
+        self._stands_still = False
         self.spikes: dict[str, Any] = {"number": 0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,8 +51,14 @@ class StepWatch(Callback):
         result = outputs.get("result") if isinstance(outputs, dict) else None
         if not isinstance(result, StepResult) or not isinstance(pl_module, ZOModule) or not result.estimate.finite:
             return
-        estimate = result.estimate
+        estimate, stepper = result.estimate, pl_module.stepper
         self._look_for_spike(estimate.loss, trainer.global_step)
+        if result.record.lr == 0 and stepper.sets_rate and not self._stands_still:
+            self._stands_still = True
+            warn(
+                f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
+                f"{pl_module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"
+            )
         if any(estimate.projected_grad):
             self._zeros = 0
             return

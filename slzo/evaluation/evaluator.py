@@ -249,7 +249,7 @@ class RunningScore:
         self._metrics.update(batch.examples, outcome.predictions)
         total, weight = outcome.loss
         if weight > 0:
-            self._loss.update(total / weight * weight)
+            self._loss.update(total)
             self._weight.update(weight)
         if self._means and outcome.rewarded is not None:
             rewards = torch.tensor(outcome.rewarded.totals, dtype=torch.float64)

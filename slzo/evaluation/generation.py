@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,13 +112,13 @@ def generate(
         max_new_tokens: Longest answer, in tokens, >= 1.
         prefill_tokens: Prompt tokens per forward pass.
         gold: Examples whose gold answers' loss is computed in the same passes, one per prompt.
-        ended: Says whether an answer's tokens so far end it, see :func:`ends_with`; ignored by models that pad.
+        ended: Says whether an answer's tokens so far end it, see :func:`ends_with`.
         sampling: Samples the tokens, with one key per prompt; ``None`` takes the most likely token.
         kept: Cached states of the prompts.
     """
     if not parts.packed:
         loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
-        made = _generate_padded(parts, prompts, stops, max_new_tokens, sampling)
+        made = _generate_padded(parts, prompts, stops, max_new_tokens, ended, sampling)
         return Decoded([answer for answer, _ in made], [end for _, end in made], loss)
     return decode(
         parts,
@@ -172,6 +171,7 @@ def _generate_padded(
     prompts: Sequence[Sequence[int]],
     stops: set[int],
     max_new_tokens: int,
+    ended: Callable[[Sequence[int]], bool] | None,
     sampling: Sampling | None,
 ) -> list[tuple[list[int], int | None]]:
     """Generate with transformers, padded on the left, for models whose attention cannot be replaced.
@@ -189,7 +189,7 @@ def _generate_padded(
         for length in set(lengths):
             rows = [row for row, row_length in enumerate(lengths) if row_length == length]
             of_rows = None if sampling is None else sampling.of(rows)
-            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, of_rows)
+            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, ended, of_rows)
             answers.update(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(prompts))]
     width = max(lengths)
@@ -200,6 +200,10 @@ def _generate_padded(
         assert sampling is not None
         return sampling.with_noise(logits, range(len(prompts)), so_far.shape[1] - width)
 
+    def has_ended(so_far: Tensor, logits: Tensor) -> Tensor:
+        assert ended is not None
+        return torch.tensor([ended(answer) for answer in so_far[:, width:].tolist()], device=so_far.device)
+
     output = generate_plainly(
         parts.model,
         ids,
@@ -209,6 +213,20 @@ def _generate_padded(
         eos_token_id=sorted(stops) or None,
         pad_token_id=0,
         logits_processor=None if sampling is None else [add_noise],
+        stopping_criteria=None if ended is None else [has_ended],
     )
-    made = [(list(takewhile(lambda token: token not in stops, new)), new) for new in output[:, width:].tolist()]
-    return [(answer, new[len(answer)] if len(answer) < len(new) else None) for answer, new in made]
+    return [_until_end(new, stops, ended) for new in output[:, width:].tolist()]
+
+
+def _until_end(
+    new: Sequence[int], stops: set[int], ended: Callable[[Sequence[int]], bool] | None
+) -> tuple[list[int], int | None]:
+    """Return the tokens up to the end of the answer, without a stop token, and the stop token."""
+    answer: list[int] = []
+    for token in new:
+        if token in stops:
+            return answer, token
+        answer.append(token)
+        if ended is not None and ended(answer):
+            break
+    return answer, None

@@ -42,10 +42,11 @@ class SelectionMetric:
         value = float(found.get(f"{prefix}{self.name}", math.nan))
         return value if self.best is None else self.best - value
 
-    def largest(self, distance: float, factor: float) -> float:
+    def largest(self, distance: float, factor: float, first: float) -> float:
         """Return the largest distance that counts as at most ``factor`` times another one.
 
-        A distance can be 0 or negative. The rise is a share of its size, and of at least a tenth of the best reward or F1.
+        A distance can be 0 or negative. The rise is a share of its size, and of at least a tenth of the first distance, or of
+        the best reward or F1: near 0 a rise says little.
         """
-        size = abs(distance) if self.best is None else max(abs(distance), abs(self.best) / 10)
+        size = max(abs(distance), abs(first if self.best is None else self.best) / 10)
         return distance + (factor - 1) * size

@@ -360,7 +360,7 @@ class LayerTrials(Trials):
         self._cache = moved
 
     def _score(
-        self, model: TunedModel, dev_rows: int | None, step: int = 0, evaluations: int = 0, seconds: float = 0.0
+        self, model: TunedModel, dev_rows: int | None, step: int = 0, evaluations: float = 0, seconds: float = 0.0
     ) -> Score:
         """Score the dev rows with the live weights."""
         rows, metric = self.rows, self.rows.selection_metric
@@ -368,13 +368,13 @@ class LayerTrials(Trials):
         if dev_rows is not None:
             batches = spaced_batches(batches, dev_rows)
         found = rows.score(make_evaluator(rows, model), batches, keep_prefix=True)
-        return Score(step, evaluations, seconds, metric.distance(found), found.get(metric.metric, math.nan))
+        return Score(step, round(evaluations), seconds, metric.distance(found), found.get(metric.metric, math.nan))
 
     def _divergence(self, before: float, after: float) -> str:
         metric = self.rows.selection_metric
         if not math.isfinite(after):
             return f"the {metric.description} is not finite"
-        risen = after > metric.largest(before, _DIVERGED)
+        risen = after > metric.largest(before, _DIVERGED, before)
         return f"the {metric.description} rose from {before:.3g} to {after:.3g}" if risen else ""
 
     def _head_cost(self) -> float:

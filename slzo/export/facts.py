@@ -133,7 +133,7 @@ def facts_of(
         tuned_model.tensors.num_elements,
         tuned_model.parts.num_layers,
         adapter,
-        checkpoint.content.get("TaskDataModule", {}),
+        note["rows"],
         summary,
         best is not None and Path(best).name == Path(checkpoint.path).name,
     )

@@ -185,6 +185,11 @@ class PrefixCache:
         self._states.clear()
         self._block, self._used, self.num_bytes, self._full = None, 0, 0, False
 
+    def reset(self) -> None:
+        """Remove all states and the plan, whose keys are valid for one data module only."""
+        self.clear()
+        self._plan, self._planned = None, 0
+
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
         """Reserve ``count`` values in the current block, or in a new one."""
         if self._block is None or self._used + count > self._block.numel():

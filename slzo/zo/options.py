@@ -7,6 +7,7 @@ from typing import Any, get_args
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.quantization import Quantization, describe_quantization
+from slzo.private.modules import has_onednn_linear
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings
@@ -82,7 +83,7 @@ class TrainingOptions:
 
     def with_onednn(self, onednn: bool | None) -> "TrainingOptions":
         """Return the options with an earlier choice of kernels: a new timing may choose kernels that round differently."""
-        if onednn is None or self.engine.onednn is not None:
+        if onednn is None or self.engine.onednn is not None or (onednn and not has_onednn_linear()):
             return self
         return replace(self, engine=replace(self.engine, onednn=onednn))
 

@@ -132,7 +132,7 @@ class Stepper:
         self.sets_rate = sets_rate and auto is not None
         self.log = log
         self.known = dict(known or {})
-        self.num_evaluations = 0 if auto is None else auto.evaluations
+        self.num_evaluations: float = 0 if auto is None else auto.evaluations
         self.num_nonfinite = self.nonfinite_in_row = 0
 
     def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:

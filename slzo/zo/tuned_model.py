@@ -155,7 +155,7 @@ class TunedModel:
             )
             scope, layer = description["scope"], description["layer"]
             model = cls(adapted, tensors, scope, adapter, layer, engine, None, base, full_precision, moved)
-            model.check_base(description)
+            model._check_base(description)
             undo.pop_all()
             return model
 
@@ -169,12 +169,20 @@ class TunedModel:
             "base": {} if self.base is None else self.base.to_dict(),
         }
 
-    def check_base(self, description: Mapping[str, Any]) -> None:
-        """Check that a description is of the same base model. A description without a fingerprint passes.
+    def check(self, description: Mapping[str, Any]) -> None:
+        """Check that a description is of the same tensors and of the same base model.
 
         Raises:
-            SlzoError: The base models differ; the message says in what.
+            SlzoError: The tensors, bases or masks differ, or the base models; the message says in what.
         """
+        if not self.fits(description):
+            raise SlzoError(
+                "ckpt_path: holds other tensors, bases or masks than this module already tunes; load it into a new ZOModule"
+            )
+        self._check_base(description)
+
+    def _check_base(self, description: Mapping[str, Any]) -> None:
+        """Compare the base models. A description without a fingerprint passes."""
         if self.base is not None:
             self.base.check(description.get("base", {}))
 
@@ -230,10 +238,10 @@ class TunedModel:
             self.prompt_states.cache.plan(prompts, self.prompt_states.token_bytes)
 
     def clear_prefix(self) -> None:
-        """Drop all cached states. Their keys are valid for one data module only."""
-        self.forward.cache.clear()
+        """Drop all cached states and their plan. Their keys are valid for one data module only."""
+        self.forward.cache.reset()
         if self.prompt_states is not None:
-            self.prompt_states.cache.clear()
+            self.prompt_states.cache.reset()
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """Return the logits of a batch, see :data:`slzo.evaluation.evaluator.Logits`."""

@@ -200,7 +200,7 @@ class Estimate:
         loss_minus: Loss at ``w - eps z``, mean over queries. Estimators that do not evaluate this point give the loss at ``w``,
             or ``loss_plus`` if they do not evaluate that either.
         projected_grad: Slope of the loss along each direction.
-        num_evaluations: Number of evaluations of the batch.
+        num_evaluations: Evaluations of the batch; a pass through some of the layers counts as a part of one.
         gradient: Gradient by name of the tuned tensor, float32; not used if the estimate is not finite.
     """
 
@@ -208,7 +208,7 @@ class Estimate:
     loss_plus: float
     loss_minus: float
     projected_grad: tuple[float, ...]
-    num_evaluations: int
+    num_evaluations: float
     gradient: Mapping[str, Tensor]
 
     @property
@@ -268,7 +268,7 @@ class Estimator(ABC):
         return type(self).__name__
 
 
-def estimate_from_gradient(loss: float, gradient: Mapping[str, Tensor], evaluations: int) -> Estimate:
+def estimate_from_gradient(loss: float, gradient: Mapping[str, Tensor], evaluations: float) -> Estimate:
     """Return the estimate of an estimator without directions: the loss at the masters, with the norm of the gradient as slope."""
     return Estimate(loss, loss, loss, (float(get_total_norm(gradient.values())),), evaluations, gradient)
 

@@ -99,7 +99,7 @@ class LayerOutputPerturbation(Estimator):
             return self._at_output(output, request.seed, request.step)
 
         loss, gradient, evaluations = request.loss.gradient_from_output(at_output, self.positions)
-        return estimate_from_gradient(loss, gradient, round(evaluations))
+        return estimate_from_gradient(loss, gradient, evaluations)
 
     def _at_output(self, output: LayerOutput, seed: int, step: int) -> Tensor:
         """Return the estimated gradient of the total loss with respect to the output, shape (P, width)."""

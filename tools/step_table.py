@@ -1,0 +1,94 @@
+"""Print a table of the results of benchmark_step.py, one task a row, and draw it.
+
+python tools/step_table.py steps/*.json --picture docs/images/steps
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from slzo.pictures.style import lines, new_figure, save, style_axis
+from slzo.utils.files import read_json
+
+# Names of the variants in the picture, from slow to fast.
+VARIANTS = {
+    "mezo": "published MeZO step",
+    "mezo-layer": "published step, one layer",
+    "forward2": "two forward passes",
+    "slzo": "SPSA",
+    "default": "LayerOutputPerturbation",
+}
+
+
+def ratio(result: dict[str, Any], slow: str, fast: str) -> str:
+    """Return the ratio of two variants' medians, with that of their means in parentheses."""
+    variants = result["variants"]
+    if slow not in variants:
+        return "-"
+    of_medians, of_means = (variants[slow][key] / variants[fast][key] for key in ("median_s", "mean_s"))
+    return f"{of_medians:.3g} ({of_means:.3g})"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: seconds of slzo's steps, and how many times as long the others take."""
+    heads = [
+        "task",
+        "batches",
+        "tokens per batch",
+        "default, s",
+        "mezo / default",
+        "SPSA, s",
+        "mezo / SPSA",
+        "mezo-layer / SPSA",
+    ]
+    heads += ["forward2 / SPSA", "forward2-onednn / SPSA", "cold / warm"]
+    rows = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    for result in results:
+        variants = result["variants"]
+        cells = [
+            result["task"],
+            str(len(variants["slzo"]["seconds"])),
+            f"{sum(result['tokens']) / len(result['tokens']):.0f}",
+            f"{variants['default']['median_s']:.2f}",
+            ratio(result, "mezo", "default"),
+            f"{variants['slzo']['median_s']:.2f}",
+            *(ratio(result, name, "slzo") for name in ("mezo", "mezo-layer", "forward2", "forward2-onednn")),
+            f"{variants['slzo-cold']['median_s'] / variants['slzo']['median_s']:.2f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the median seconds of a step, on a logarithmic axis."""
+    figure = new_figure(8, 0.45 * len(results) + 1.8, "Seconds of a training step")
+    axis = figure.subplots()
+    for (name, label), (colour, _) in zip(VARIANTS.items(), lines(len(VARIANTS)), strict=True):
+        found = [(row, result["variants"][name]) for row, result in enumerate(results) if name in result["variants"]]
+        axis.scatter(
+            [variant["median_s"] for _, variant in found], [row for row, _ in found], color=colour, label=label
+        )
+    axis.set_xscale("log")
+    style_axis(axis, "seconds, logarithmic", "", whole=False)
+    axis.set_yticks(range(len(results)), [result["task"] for result in results])
+    axis.invert_yaxis()
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.subplots_adjust(top=1 - 0.85 / figure.get_figheight())
+    save(figure, path.parent, path.name)
+
+
+def main() -> None:
+    """Print the table and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="JSON files of benchmark_step.py")
+    parser.add_argument("--picture", help="also draw the seconds to this path, without suffix")
+    args = parser.parse_args()
+    results = [read_json(Path(file)) for file in args.files]
+    results.sort(key=lambda result: sum(result["tokens"]) / len(result["tokens"]))
+    print(table(results))
+    if args.picture:
+        draw(results, Path(args.picture))
+
+
+if __name__ == "__main__":
+    main()
