@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slzo.zo import ClosureLoss, Request, take_step
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, ForwardGradient, OneSided
+from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, OneSided
 
 
 class Encoder(nn.Module):
@@ -47,7 +47,7 @@ def test_it_needs_torch_only():
 
 @pytest.mark.parametrize(
     "estimator",
-    [SPSA(), OneSided(), FZO(), LOZO(), EvolutionStrategy(), ForwardGradient(), Backprop()],
+    [SPSA(), OneSided(), FZO(), LOZO(), EvolutionStrategy(), Backprop()],
     ids=described,
 )
 def test_every_estimator_takes_a_step(estimator):
@@ -64,7 +64,7 @@ def test_every_estimator_takes_a_step(estimator):
     assert moved > 0
 
 
-def test_gradient_and_slope_are_those_of_autograd():
+def test_the_gradient_is_that_of_autograd():
     model = cnn()
     x, y = images()
     tuned, loss = image_loss(model, (x, y))
@@ -73,8 +73,6 @@ def test_gradient_and_slope_are_those_of_autograd():
     value, gradient = loss.gradient()
     assert value == pytest.approx(float(plain))
     torch.testing.assert_close(gradient, expected)
-    direction = tuned.draw(0, 0, 0)
-    assert loss.slope(direction)[1] == pytest.approx(float(flat(direction) @ flat(expected)), rel=1e-3)
 
 
 def test_a_model_in_bfloat16_learns_from_its_masters():

@@ -22,11 +22,9 @@ from slzo.zo.estimators import (
     SPSA,
     Backprop,
     EvolutionStrategy,
-    ForwardGradient,
     OneSided,
     Request,
 )
-from slzo.zo.forward import SuffixForward
 from slzo.zo.noise import rademacher
 from slzo.zo.scopes import AllParameters, LayerScope, RandomLayers
 from slzo.zo.tuned import TunedTensors
@@ -62,29 +60,6 @@ def test_backprop_moves_only_what_a_step_moves(examples):
     assert 0 < len(moved) < len(model.tensors.names)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_slopes_are_exact(family, examples):
-    model, loss = tiny_loss(examples, family)
-    true = flat(autograd_gradient(model.parts.model, examples, model.tensors.names))
-    for step in range(3):
-        direction = flat(model.tensors.draw(0, step, 0))
-        result = ForwardGradient().estimate(Request(model.tensors, loss, 0, step))
-        assert result.projected_grad[0] == pytest.approx(float(direction @ true), rel=1e-3, abs=1e-4)
-        assert result.loss == pytest.approx(float(plain_losses(model.parts.model, examples)[0]), rel=1e-5)
-        torch.testing.assert_close(flat(result.gradient), direction * result.projected_grad[0])
-
-
-def test_an_op_without_forward_derivative_is_named(examples, monkeypatch):
-    model, loss = tiny_loss(examples)
-
-    def broken(self, *args):
-        raise NotImplementedError("Trying to use forward AD with some_op that does not support it")
-
-    monkeypatch.setattr(SuffixForward, "loss", broken)
-    with pytest.raises(SlzoError, match=r"model\.estimator ForwardGradient.*some_op.*use SPSA"):
-        ForwardGradient().estimate(Request(model.tensors, loss, 0, 0))
-
-
 @pytest.mark.parametrize("estimator", [SPSA(), SPSA("rademacher"), OneSided(), LOZO(2, 5)], ids=described)
 def test_slopes_on_a_model_follow_autograd(estimator, examples):
     """The gradient is slope * z, so its product with the true gradient is slope * (z . g), about the slope squared."""
@@ -104,9 +79,7 @@ class Held(dict):
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 6])
-@pytest.mark.parametrize(
-    "estimator", [SPSA(), OneSided(), FZO(), EvolutionStrategy(), ForwardGradient()], ids=described
-)
+@pytest.mark.parametrize("estimator", [SPSA(), OneSided(), FZO(), EvolutionStrategy()], ids=described)
 def test_no_more_directions_are_held_than_planned(estimator, at_once, examples, monkeypatch):
     model, loss = tiny_loss(examples)
     drawn, most, draw = [], [], TunedTensors.draw
@@ -119,7 +92,7 @@ def test_no_more_directions_are_held_than_planned(estimator, at_once, examples, 
 
     monkeypatch.setattr(TunedTensors, "draw", counted)
     estimator.estimate(Request(model.tensors, loss, 0, 0, num_queries=6, queries_at_once=at_once))
-    assert max(most) == (1 if isinstance(estimator, ForwardGradient) else at_once)
+    assert max(most) == at_once
 
 
 # ---- against theory --------------------------------------------------------------------------------------------------------
@@ -241,7 +214,7 @@ def test_a_loss_that_is_not_finite_has_as_many_evaluations(estimator, place):
     assert tuned.masters[0].grad is None
 
 
-@pytest.mark.parametrize("estimator", [*BY_DIFFERENCES, ForwardGradient(), Backprop()], ids=described)
+@pytest.mark.parametrize("estimator", [*BY_DIFFERENCES, Backprop()], ids=described)
 def test_an_estimate_leaves_nothing_behind(estimator, examples):
     """The gradient is in what it returns, and writing the masters brings the live weights back."""
     model, loss = tiny_loss(examples)

@@ -45,7 +45,6 @@ METHODS = {
     "lozo": "model.estimator=LOZO",
     "ranks": "model.estimator=EvolutionStrategy model.estimator.shaping=rank model.estimator.antithetic=false "
     "model.num_queries=4",
-    "forward": "model.estimator=ForwardGradient",
     "adam": "model.optimizer=Adam model.scope=ActivationSubspace model.scope.rank=4",
     "first-order": "model.estimator=Backprop model.optimizer=AdamW model.scope=AllParameters",
     "sign": "model.optimizer=slzo.zo.optim.SignSGD model.optimizer.momentum=0.9",

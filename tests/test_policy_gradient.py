@@ -38,7 +38,7 @@ from slzo.evaluation.generation import Answer, Decoding, answer_text
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example
-from slzo.zo.estimators import Backprop, ForwardGradient, LayerOutputPerturbation
+from slzo.zo.estimators import Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import AnswerLikelihood, AnswerObjective, Reward
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import AnswerSampling, advantages, policy_batch
@@ -50,7 +50,7 @@ fast = pytest.mark.fast
 
 SEED, STOP, LONGEST, TOKENS, LAST, TEMPERATURE = 5, 2, 4, 16, 3, 0.8  # few tokens, so the stop token is often sampled
 SAME = "r1"  # its answers are all equally good
-ESTIMATORS = [LayerOutputPerturbation(), Backprop(), ForwardGradient()]
+ESTIMATORS = [LayerOutputPerturbation(), Backprop()]
 
 
 def letters(text):
@@ -191,23 +191,19 @@ def test_the_exact_gradient_is_that_of_plain_passes(layer, max_tokens, packed):
     assert gradient.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradient[name], expected[name], rtol=1e-3, atol=1e-5 * float(flat(expected).norm()))
-    direction = stepper.model.tensors.draw(0, 0, 0)
-    found, slope = loss.slope(direction)
-    assert found == pytest.approx(value, rel=1e-5)
-    assert slope == pytest.approx(float(flat(direction) @ flat(gradient)), rel=1e-3)
     other = flat(stepper.loss(batch_of(rows), step=1).gradient()[1])  # the answers are those of the step
     assert (other - flat(gradient)).norm() > 0.1 * other.norm()
 
 
 @fast
 def test_the_answers_of_a_step_are_sampled_once(monkeypatch):
-    """Several directions use the same answers, and a reward is asked once."""
+    """Several parts of a step use the same answers, and a reward is asked once."""
     calls, objective = [], Letters()
     losses = objective.answer_losses
     monkeypatch.setattr(objective, "answer_losses", lambda *given: calls.append(given) or losses(*given))
     loss = stepper_of(objective).loss(batch_of(rows_of()))
-    for query in range(3):
-        loss.slope({name: torch.full_like(own, query + 1.0) for name, own in loss.gradient()[1].items()})
+    for _ in range(3):
+        loss.gradient()
     assert len(calls) == 1
 
 

@@ -17,7 +17,6 @@ from slzo.zo.estimators import (
     SPSA,
     Backprop,
     EvolutionStrategy,
-    ForwardGradient,
     LayerOutputPerturbation,
     OneSided,
     Point,
@@ -80,7 +79,7 @@ def test_a_process_that_fails_is_seen_by_all(examples):
     assert not estimate.finite
 
 
-@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=described)
+@pytest.mark.parametrize("estimator", [Backprop()], ids=described)
 @pytest.mark.parametrize("parallel", ["directions", 2])
 def test_what_differentiates_has_no_points(estimator, parallel):
     with pytest.raises(SlzoError, match=rf"^model\.parallel {parallel}: .*use rows"):
@@ -137,7 +136,6 @@ ESTIMATOR_CASES = [
     EvolutionStrategy(),
     LayerOutputPerturbation(queries=4),  # left out, it depends on the candidates in the batch
     Backprop(),
-    ForwardGradient(),
 ]
 
 

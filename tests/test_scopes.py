@@ -174,6 +174,14 @@ def test_random_layers_change_from_step_to_step_and_are_the_same_again():
     assert {layer for pair in chosen for layer in pair} == {0, 1, 2, 3}
 
 
+def change_of(part, direction):
+    """How the model's tensor changes along a direction of the master."""
+    part.write(direction, 1.0)
+    moved = part.live.clone()
+    part.write(None, 0.0)
+    return moved - part.live
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     """V V^T is the identity then, so that moving C is moving W."""
@@ -183,7 +191,7 @@ def test_the_subspace_holds_the_gradient_when_its_rank_is_full(family):
     narrow = next(linear for linear in linears(ModelParts(model), LAYER) if linear.sizes[1] == rank)
     part = dict(tuned.items())[narrow.name]
     gradient = torch.randn(narrow.weight.shape)
-    torch.testing.assert_close(part.tangent(part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(change_of(part, part.pull_back(gradient)), gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_the_subspace_of_some_modules_only():
@@ -214,17 +222,15 @@ def test_the_subspace_spans_the_inputs():
 
 
 @each_scope
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tangent_and_pull_back_are_transposes(scope, dtype):
-    tuned = tensors_of(scope, tiny_model("gpt2").to(dtype))
+def test_the_gradient_of_a_master_is_the_transpose_of_its_change(scope):
+    tuned = tensors_of(scope, tiny_model("gpt2").double())
     generator = torch.Generator().manual_seed(1)
     for _, part in tuned.items():
         z = torch.randn(part.master.shape, generator=generator)
         g = torch.randn(part.live.shape, generator=generator)
-        left = float((part.tangent(z).double() * g).sum())
+        left = float((change_of(part, z).double() * g).sum())
         right = float((z.double() * part.pull_back(g)).sum())
-        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        assert left == pytest.approx(right, rel=tolerance, abs=tolerance * g.numel() ** 0.5)
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4 * g.numel() ** 0.5)
 
 
 @each_scope

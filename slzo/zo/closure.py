@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slzo.batches.losses import LossSum
-from slzo.zo.derivatives import back_propagate, forward_derivative
+from slzo.zo.derivatives import back_propagate
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors
 
@@ -37,10 +37,6 @@ class ClosureLoss(Loss):
     def gradient(self) -> tuple[float, Direction]:
         (loss, _), gradient = back_propagate(self.module, self.tuned, self._sums)
         return float(loss), gradient
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        loss, slope, _ = forward_derivative(self.module, self.tuned, direction, self._sums)
-        return float(loss), float(slope)
 
     def _sums(self) -> LossSum:
         loss = self.closure()

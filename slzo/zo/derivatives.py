@@ -1,17 +1,14 @@
-"""Exact derivatives of a loss with respect to the masters of any module: back-propagation and forward mode."""
+"""Exact derivatives with respect to the masters of any module, by back-propagation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slzo.batches.losses import LossSum
-from slzo.utils.errors import SlzoError, one_line
-from slzo.zo.tuned import Direction, TunedTensors
+from slzo.zo.tuned import TunedTensors
 
 _Result = TypeVar("_Result")
 
@@ -66,37 +63,6 @@ def _pulled_back(tuned: TunedTensors, gradients: Sequence[Tensor | None]) -> dic
         name: torch.zeros_like(tensor.master) if gradient is None else tensor.pull_back(gradient)
         for (name, tensor), gradient in zip(tuned.items(), gradients, strict=True)
     }
-
-
-def forward_derivative(
-    module: nn.Module, tuned: TunedTensors, direction: Direction, function: Callable[[], LossSum]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a loss and its derivative along a direction by forward-mode differentiation.
-
-    Arguments are as for :func:`back_propagate`.
-
-    Returns:
-        The summed loss, its derivative along ``direction``, and the weight.
-
-    Raises:
-        SlzoError: The module has an operation without a forward derivative.
-    """
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        live = {
-            name: forward_ad.make_dual(tensor.live.detach(), tensor.tangent(direction[name]))
-            for name, tensor in tuned.items()
-            if name in direction
-        }
-        try:
-            total, weight = _call_with(module, tuned, live, function)
-        except (NotImplementedError, RuntimeError) as error:
-            reason = one_line(error)
-            raise SlzoError(
-                f"model.estimator ForwardGradient: this model cannot be differentiated in forward mode ({reason}); "
-                "use SPSA, which needs loss values only"
-            ) from error
-        primal, tangent = forward_ad.unpack_dual(total)
-        return primal, torch.zeros_like(primal) if tangent is None else tangent, weight
 
 
 def _call_with(

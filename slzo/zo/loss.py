@@ -18,7 +18,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.pending import PendingTensor
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate, forward_derivative, linearize
+from slzo.zo.derivatives import back_propagate, linearize
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
 from slzo.zo.forward import SuffixForward, split_states
 from slzo.zo.packed_layer_output import PackedLayerOutput
@@ -151,12 +151,6 @@ class BatchLogitLoss(_SummedLoss):
         sums = context.reduce(sums)
         return float(sums[0] / sums[1]), {name: context.reduce(own) / sums[1] for name, own in gradient.items()}
 
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        context, model = self.context, self.context.forward.parts.model
-        found = [forward_derivative(model, context.tuned, direction, piece) for piece in self._pieces()]
-        sums = context.reduce(torch.stack([torch.stack(each) for each in found]).sum(dim=0))
-        return float(sums[0] / sums[2]), float(sums[1] / sums[2])
-
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         context, entering = self.context, self.hidden
         forward, model = context.forward, context.forward.parts.model
@@ -224,10 +218,6 @@ class RowsLoss(_SummedLoss):
     def gradient(self) -> tuple[float, Direction]:
         loss, policy = self._policy
         return loss, policy.gradient()[1]
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        loss, policy = self._policy
-        return loss, policy.slope(direction)[1]
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         loss, policy = self._policy

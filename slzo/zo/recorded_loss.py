@@ -32,10 +32,6 @@ class RecordedLoss(Loss):
         """Return loss and gradient without recording them."""
         return self._loss.gradient()
 
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        """Return loss and slope without recording them."""
-        return self._loss.slope(direction)
-
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         """Return loss and gradient without recording them."""
         return self._loss.gradient_from_output(estimate, positions)

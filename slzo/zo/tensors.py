@@ -44,12 +44,8 @@ class TunedTensor(nn.Module, ABC):
         """Write ``master + scale * direction`` to the live tensor, with one rounding to its dtype."""
 
     @abstractmethod
-    def tangent(self, direction: Tensor) -> Tensor:
-        """Return how the live tensor changes when the master moves along ``direction``, in the live tensor's shape and dtype."""
-
-    @abstractmethod
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the master, float32, from that of the live tensor: the transpose of :meth:`tangent`."""
+        """Return the gradient of the master, float32, from that of the live tensor."""
 
     def applied(self, direction: Tensor, high: float, low: float) -> Tensor:
         """Return the direction that the live tensor really moves along, after rounding to its dtype.
@@ -94,9 +90,6 @@ class Whole(TunedTensor):
         else:
             self.live.copy_(self.moved(direction, scale))
 
-    def tangent(self, direction: Tensor) -> Tensor:
-        return direction.to(self.live.dtype)
-
     def pull_back(self, gradient: Tensor) -> Tensor:
         return gradient.float()
 
@@ -124,11 +117,6 @@ class Masked(TunedTensor):
 
     def write(self, direction: Tensor | None, scale: float) -> None:
         self.live.view(-1)[self.index] = self.moved(direction, scale).to(self.live.dtype)
-
-    def tangent(self, direction: Tensor) -> Tensor:
-        moved = torch.zeros_like(self.live)
-        moved.view(-1)[self.index] = direction.to(moved.dtype)
-        return moved
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1)[self.index].float()
@@ -170,9 +158,6 @@ class Subspace(TunedTensor):
     def _full(self, coordinates: Tensor) -> Tensor:
         full = coordinates @ self.basis.T
         return full.T if self.transposed else full
-
-    def tangent(self, direction: Tensor) -> Tensor:
-        return self._full(direction).to(self.live.dtype).contiguous()
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         return (gradient.float().T if self.transposed else gradient.float()) @ self.basis

@@ -3,14 +3,13 @@
 from slzo.zo.estimators.backprop import Backprop
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request
 from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
-from slzo.zo.estimators.forward_gradient import ForwardGradient
 from slzo.zo.estimators.fzo import FZO
 from slzo.zo.estimators.layer_output import LayerOutputPerturbation
 from slzo.zo.estimators.lozo import LOZO
 from slzo.zo.estimators.one_sided import OneSided
 from slzo.zo.estimators.spsa import SPSA
 
-ESTIMATORS = (Backprop, EvolutionStrategy, ForwardGradient, FZO, LayerOutputPerturbation, LOZO, OneSided, SPSA)
+ESTIMATORS = (Backprop, EvolutionStrategy, FZO, LayerOutputPerturbation, LOZO, OneSided, SPSA)
 """The estimators that the command line offers by name."""
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Estimate",
     "Estimator",
     "EvolutionStrategy",
-    "ForwardGradient",
     "LayerOutputPerturbation",
     "Loss",
     "LossReport",

@@ -129,14 +129,6 @@ class Loss(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no gradient")
 
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        """Return the loss at the masters and its derivative along a direction, by forward-mode differentiation.
-
-        Raises:
-            NotImplementedError: The loss has only values. By default always.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no slope")
-
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.
 
