@@ -16,7 +16,7 @@ from helpers import error_line, last_checkpoint, run_dir, summary, tiny_model
 
 from slzo.__main__ import main
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.losses import candidate_scores, no_loss
+from slzo.batches.losses import no_loss
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import Row, eval_batch, plan_batches, train_batch
@@ -282,7 +282,7 @@ def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     batch = train_batch(rows)
     best = make_evaluator(parts)(eval_batch(rows)).predictions
     wrong = sum(index not in gold for index, gold in zip(best, golds, strict=True) if gold)
-    errors = CandidateErrors().of_scores(candidate_scores(parts.logits(batch.packed), batch.packed), batch.packed)
+    errors = CandidateErrors().row_losses(parts.logits(batch.packed), batch.packed, False).sum()
     assert (float(errors.total), float(errors.weight)) == (wrong, 5)
 
 
@@ -364,10 +364,10 @@ def test_class_weights_are_those_of_torch():
     gold = torch.tensor([0, 1, -1, 1])
     examples = [EncodedExample(i, tuple(EncodedSequence((5, 6 + slot), 1) for slot in range(2)), ()) for i in range(4)]
     batch = replace(pack(examples), gold=gold)
-    total, weight = CandidateCrossEntropy([1.0, 3.0]).of_scores(scores, batch)
+    total, weight = CandidateCrossEntropy([1.0, 3.0]).losses_from_scores(scores, batch).sum()
     expected = torch.nn.functional.cross_entropy(scores.view(4, 2), gold, torch.tensor([1.0, 3.0]), ignore_index=-1)
     assert float(total / weight) == pytest.approx(float(expected), rel=1e-6)
     with pytest.raises(SlzoError, match=r"class_weights \[1.0\]: the task has 2 candidates; give one weight for each"):
-        CandidateCrossEntropy([1.0]).of_scores(scores, batch)
+        CandidateCrossEntropy([1.0]).losses_from_scores(scores, batch)
     with pytest.raises(SlzoError, match=r"class_weights \[0.0, 1.0\]: give a number above 0 for each candidate"):
         CandidateCrossEntropy([0.0, 1.0])

@@ -12,7 +12,6 @@ import torch
 from helpers import error_line, logged, same_tensors, summary
 
 from slzo.__main__ import main
-from slzo.batches.losses import candidate_scores
 from slzo.cli.app import App, SlzoCLI
 from slzo.commands.registry import COMMANDS
 from slzo.data.batch import eval_batch
@@ -190,9 +189,8 @@ def test_sensitivity_is_the_mean_slope(options):
             losses = []
             for sign in (1, -1):
                 tuned.write(tuned.draw(5, 0, query), sign * eps)
-                total, weight = CandidateCrossEntropy().of_scores(
-                    candidate_scores(trials.parts.logits(rows), rows), rows
-                )
+                logits = trials.parts.logits(rows)
+                total, weight = CandidateCrossEntropy().row_losses(logits, rows, False).sum()
                 losses.append(float(total / weight))
             slopes.append(abs(losses[0] - losses[1]) / (2 * eps))
     slopes = torch.tensor(slopes)

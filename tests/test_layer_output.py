@@ -535,7 +535,7 @@ def test_only_the_layers_above_run_for_a_query(queries, positions, examples, mon
 class OfRows(AnswerLikelihood):
     """The same loss, which does not say that it is a sum over positions."""
 
-    def of_positions(self, logits, batch):
+    def position_losses(self, logits, batch):
         return None
 
 

@@ -10,7 +10,6 @@ from slzo.zo import likely_tokens
 from slzo.zo.estimators import Backprop, Request
 from slzo.zo.likely_tokens import LikelyTokens
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy, LogitObjective
-from slzo.zo.objectives.base import _CheckedLoss
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import PolicyLoss
 from tiny import VOCABULARY
@@ -122,8 +121,8 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
             moved = hidden.clone()
             moved[output.positions] += shift
             logits = torch.where(is_likely, parts.logits(batch, stop, moved), base)
-            own = objective.of_positions(logits[None], batch) if output.by_position else None
-            expected.append(objective.of_rows(logits[None], batch, False).totals if own is None else own)
+            own = objective.position_losses(logits[None], batch) if output.by_position else None
+            expected.append(objective.row_losses(logits[None], batch, False).totals if own is None else own)
         outputs.append((output.losses(shifts), torch.cat(expected)))
         return torch.zeros(len(output.row), output.width)
 
@@ -142,18 +141,18 @@ def test_the_mean_of_many_queries_is_near_the_gradient(few, examples, objective)
 
 
 class OwnLogits(AnswerLikelihood):
-    def of_logits(self, logits, batch, selected):
+    def row_losses(self, logits, batch, selected):
         assert logits.shape[-1] == VOCABULARY
-        return super().of_logits(logits, batch, selected)
+        return super().row_losses(logits, batch, selected)
 
 
 class OwnScores(CandidateCrossEntropy):
-    def of_scores(self, scores, batch):
-        return super().of_scores(scores, batch)
+    def losses_from_scores(self, scores, batch):
+        return super().losses_from_scores(scores, batch)
 
 
 class OwnObjective(LogitObjective):
-    def of_logits(self, logits, batch, selected):
+    def row_losses(self, logits, batch, selected):
         raise NotImplementedError
 
 
@@ -169,8 +168,8 @@ class OwnObjective(LogitObjective):
     ids=lambda value: type(value).__name__,
 )
 def test_an_objective_that_reads_logits_itself_gets_all_of_them(objective, temperature):
-    assert _CheckedLoss(objective).likelihood_temperature() == temperature
-    assert PolicyLoss({}, 1.0, 0.5).likelihood_temperature() == 0.5
+    assert objective.likelihood_temperature == temperature
+    assert PolicyLoss({}, 1.0, 0.5).likelihood_temperature == 0.5
 
 
 def test_an_own_objective_sees_the_whole_vocabulary_at_shifts(few, examples):

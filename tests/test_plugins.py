@@ -213,8 +213,12 @@ CONTRACTS = [
     ("profiler.rule", "slzo.zo.selection.SelectionRule.select", "a Choice of a layer from 0 to 3"),
     ("data.task", "slzo.tasks.sst2.Sst2.example", "an Example with texts as prompt and different candidates"),
     ("data.objective", "slzo.zo.objectives.Objective.loss", "a Loss"),
-    ("data.objective", "slzo.zo.objectives.CandidateObjective.of_scores", "a LossSum of two 0-dimensional tensors"),
-    ("data.objective", "slzo.zo.objectives.LogitObjective.of_logits", "a LossSum of two 0-dimensional tensors"),
+    (
+        "data.objective",
+        "slzo.zo.objectives.CandidateObjective.losses_from_scores",
+        "RowLosses with a total for each point",
+    ),
+    ("data.objective", "slzo.zo.objectives.LogitObjective.row_losses", "RowLosses with a total for each point"),
     ("model.estimator", "slzo.zo.estimators.SPSA.estimate", "an Estimate with numbers, and a float32 gradient by name"),
 ]
 

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import LossSum, RowLosses
+from slzo.batches.losses import RowLosses
 from slzo.batches.packing import pack
 from slzo.zo.estimators import LayerOutputPerturbation, Point, Request
 from slzo.zo.objectives import (
@@ -35,21 +35,27 @@ from tiny import VOCABULARY
 pytestmark = pytest.mark.fast
 
 
+def of_examples(values, examples, batch):
+    """Sums of values over the candidates or positions of each example."""
+    totals = values.new_zeros(*values.shape[:-1], batch.num_examples)
+    return totals.index_add_(-1, examples, values)
+
+
 class Margins(CandidateObjective):
     """A user's objective of scores: by how much each wrong candidate is closer than 1 to the right one."""
 
-    def of_scores(self, scores, batch):
-        right = scores[batch.right][batch.candidate_example]  # one in each example
-        wrong = (1 + scores - right).relu()[~batch.right]
-        return LossSum(wrong.sum(), torch.tensor(float(batch.num_examples)))
+    def losses_from_scores(self, scores, batch):
+        right = scores[..., batch.right][..., batch.candidate_example]  # one in each example
+        wrong = (1 + scores - right).relu() * ~batch.right
+        return RowLosses(of_examples(wrong, batch.candidate_example, batch), torch.ones(batch.num_examples))
 
 
 class Certainty(LogitObjective):
     """A user's objective of logits, with another weight for each example."""
 
-    def of_logits(self, logits, batch, selected):
-        entropy = torch.distributions.Categorical(logits=logits).entropy()
-        return LossSum(entropy.sum(), torch.tensor(float(batch.needed.numel())))
+    def row_losses(self, logits, batch, selected):
+        entropy, examples = torch.distributions.Categorical(logits=logits).entropy(), batch.rows_of(batch.needed)
+        return RowLosses(of_examples(entropy, examples, batch), torch.bincount(examples).float())
 
 
 WEIGHTED = CandidateCrossEntropy([1.0, 5.0])
@@ -60,7 +66,7 @@ def plain_loss(objective, logits, example):
     """Total and weight of an example alone, from the logits before its answer tokens."""
     batch = pack([example])
     if objective not in BUILT_IN:
-        return objective.of_logits(logits, batch, False)
+        return objective.row_losses(logits, batch, False).sum()
     tokens = logits.log_softmax(-1)[batch.token_needed, batch.token_id].split(batch.candidate_length.tolist())
     means = torch.stack([own.mean() for own in tokens])
     if not example.gold:
@@ -116,10 +122,10 @@ def test_the_losses_of_rows_are_those_of_each_row_alone(objective, answers):
         inputs.append((logits[..., batch.choice_ids], True))
     assert len(inputs) == (2 if answers == "one token" and isinstance(objective, CandidateObjective) else 1)
     for given, selected in inputs:
-        totals, weights = objective.of_rows(given, batch, selected)
+        totals, weights = objective.row_losses(given, batch, selected)
         torch.testing.assert_close(torch.stack([totals, weights.expand_as(totals)], dim=-1), expected)
         for point, own in zip(given, expected, strict=True):
-            torch.testing.assert_close(torch.stack([*objective.of_logits(point, batch, selected)]), own.sum(dim=0))
+            torch.testing.assert_close(torch.stack(objective.row_losses(point, batch, selected).sum()), own.sum(dim=0))
 
 
 @pytest.mark.parametrize("answers", ANSWERS)
@@ -136,10 +142,10 @@ def test_the_losses_of_positions_are_those_of_the_gold_tokens_after_them(answers
                 for position, token in zip(positions, sequence.ids[-sequence.num_answer :], strict=True):
                     expected[:, position] = -logits[:, position].log_softmax(-1)[:, token]
         ends.append(end)
-    found = AnswerLikelihood().of_positions(logits, batch)
+    found = AnswerLikelihood().position_losses(logits, batch)
     torch.testing.assert_close(found, expected)
     of_rows = torch.stack([found[:, start:end].sum(dim=1) for start, end in pairwise(ends)], dim=1)
-    torch.testing.assert_close(of_rows, AnswerLikelihood().of_rows(logits, batch, False).totals)
+    torch.testing.assert_close(of_rows, AnswerLikelihood().row_losses(logits, batch, False).totals)
 
 
 @pytest.mark.parametrize("objective", [CandidateErrors(), Margins(), Certainty()], ids=described)
@@ -150,41 +156,35 @@ def test_an_objective_without_derivative_or_of_the_user_has_an_estimate(objectiv
     assert found.finite
     assert all(part.isfinite().all() for part in found.gradient.values())
     logits = model.parts.logits(pack(examples), 0, None)
-    total, weight = objective.of_logits(logits, pack(examples), False)
+    total, weight = objective.row_losses(logits, pack(examples), False).sum()
     assert found.loss == pytest.approx(float(total / weight), rel=1e-4)
     if not isinstance(objective, CandidateErrors):  # the errors may be the same at all points
         assert flat(found.gradient).norm() > 0
 
 
 class OwnScores(CandidateCrossEntropy):
-    of_scores = Margins.of_scores
+    losses_from_scores = Margins.losses_from_scores
 
 
 class OwnLogits(AnswerLikelihood):
-    of_logits = Certainty.of_logits
+    row_losses = Certainty.row_losses
 
 
 class OwnLogitsOfCandidates(CandidateCrossEntropy):
     needs_vocabulary = LogitObjective.needs_vocabulary
-    of_logits = Certainty.of_logits
-
-
-class OwnRows(AnswerLikelihood):
-    def of_rows(self, logits, batch, selected):
-        totals, weights = super().of_rows(logits, batch, selected)
-        return RowLosses(2 * totals, weights)
+    row_losses = Certainty.row_losses
 
 
 class Doubled(AnswerLikelihood):
-    def of_logits(self, logits, batch, selected):
-        total, weight = super().of_logits(logits, batch, selected)
-        return LossSum(2 * total, weight)
+    def row_losses(self, logits, batch, selected):
+        totals, weights = super().row_losses(logits, batch, selected)
+        return RowLosses(2 * totals, weights)
 
 
 class PlainDoubled(LogitObjective):
-    def of_logits(self, logits, batch, selected):
-        total, weight = AnswerLikelihood().of_logits(logits, batch, selected)
-        return LossSum(2 * total, weight)
+    def row_losses(self, logits, batch, selected):
+        totals, weights = AnswerLikelihood().row_losses(logits, batch, selected)
+        return RowLosses(2 * totals, weights)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,6 @@ class PlainDoubled(LogitObjective):
         (OwnScores(), Margins()),
         (OwnLogits(), Certainty()),
         (OwnLogitsOfCandidates(), Certainty()),
-        (OwnRows(), PlainDoubled()),
         (Doubled(), PlainDoubled()),
     ],
     ids=described,
@@ -208,32 +207,30 @@ def test_one_method_of_a_built_in_objective_can_be_replaced(own, plain, answers)
     assert flat(found.gradient).norm() > 0
 
 
-@pytest.mark.parametrize("returned", ["sums", "number"])
+@pytest.mark.parametrize("returned", ["number", "sums", "points"])
 def test_what_a_users_objective_returns_is_checked(returned, examples):
     class Own(CandidateObjective):
-        def of_scores(self, scores, batch):
-            total, weight = -scores.sum(), torch.tensor(float(batch.num_examples))
-            return (total, weight) if returned == "sums" else total
+        def losses_from_scores(self, scores, batch):
+            own = RowLosses(scores.new_zeros(batch.num_examples), torch.ones(batch.num_examples))
+            return {"number": -scores.sum(), "sums": own.sum(), "points": own}[returned]
 
     model, loss = tiny_loss(examples, objective=Own())
-    request = Request(model.tensors, loss, 0, 0)
-    if returned == "sums":
-        assert LayerOutputPerturbation(queries=2).estimate(request).finite
-        return
-    error = slzo_error(LayerOutputPerturbation(queries=2).estimate, request)
-    assert re.search(r"of_scores\(\) returned .*must return a LossSum", error)
+    error = slzo_error(LayerOutputPerturbation(queries=2).estimate, Request(model.tensors, loss, 0, 0))
+    assert re.search(
+        r"losses_from_scores\(\) returned .*must return RowLosses with a total for each point and example", error
+    )
 
 
 @pytest.mark.parametrize("returned", ["number", "total", "rows"])
 def test_what_a_users_objective_returns_for_positions_is_checked(returned, examples):
     class Own(AnswerLikelihood):
-        def of_positions(self, logits, batch):
-            totals = self.of_rows(logits, batch, False).totals
+        def position_losses(self, logits, batch):
+            totals = self.row_losses(logits, batch, False).totals
             return {"number": 1.0, "total": totals.sum(), "rows": totals}[returned]
 
     model, loss = tiny_loss(examples, objective=Own())
     error = slzo_error(LayerOutputPerturbation().estimate, Request(model.tensors, loss, 0, 0))
-    expected = r"data\.objective \S*Own: of_positions\(\) returned .*; it must return None, or a loss for each point and position"
+    expected = r"data\.objective \S*Own: position_losses\(\) returned .*; it must return None, or a loss for each point"
     assert re.match(expected, error)
 
 

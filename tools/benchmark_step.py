@@ -133,7 +133,7 @@ class SlzoStep:
     def _loss(self, batch: PackedBatch, final: Tensor) -> float:
         ids = self.head_ids(batch)
         logits = self.parts.head(final.index_select(0, batch.needed), ids)
-        total, weight = self.objective.of_logits(logits, batch, selected=ids is not None)
+        total, weight = self.objective.row_losses(logits, batch, selected=ids is not None).sum()
         return float(total / weight)
 
 

@@ -33,24 +33,29 @@ class RowLosses(NamedTuple):
 class LogitLoss(Protocol):
     """A loss as a function of logits, such as any :class:`slzo.zo.objectives.LogitObjective`."""
 
-    def needs_vocabulary(self, batch: PackedBatch) -> bool:
-        """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
-
+    @property
     def likelihood_temperature(self) -> float | None:
-        """Return the temperature, usually 1, if logits of the whole vocabulary are only read by :func:`token_log_likelihoods`.
+        """The temperature, usually 1, if logits of the whole vocabulary are only read by :func:`token_log_likelihoods`.
 
         Then the vocabulary may be another one, in which ``batch.token_id`` has the places of the answer tokens. ``None`` if the
         loss reads logits itself.
         """
 
-    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        """Return the loss from float32 logits, shape (U, K) for ``batch.choice_ids`` if ``selected``, else (U, vocabulary)."""
+    def needs_vocabulary(self, batch: PackedBatch) -> bool:
+        """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
 
-    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        """Return the loss of each example at N points, from logits of shape (N, U, K or vocabulary)."""
+    def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+        """Return the loss of each example.
 
-    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
-        """Return what the logits of each needed position add to the total loss at N points, shape (N, U).
+        Args:
+            logits: Logits of the needed positions, float32, shape (..., U, K) for ``batch.choice_ids`` if ``selected``, else
+                (..., U, vocabulary).
+            batch: The batch.
+            selected: Whether only the logits of ``batch.choice_ids`` are given.
+        """
+
+    def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
+        """Return what the logits of each needed position add to the total loss, shape (..., U).
 
         ``None`` if the loss is not a sum over positions. ``logits`` are those of the whole vocabulary.
         """

@@ -87,7 +87,7 @@ class Evaluator:
             logits = self.parts.logits(batch.packed)
         else:
             logits = self.logits(batch.packed, keep_prefix)
-        loss = self.loss.of_logits(logits, batch.packed, selected=False)
+        loss = self.loss.row_losses(logits, batch.packed, selected=False).sum()
         table = by_example(candidate_scores(logits, batch.packed), batch.packed)
         lists = [values[: len(row.encoded.sequences)] for values, row in zip(table.tolist(), batch.rows, strict=True)]
         return Outcome(table.argmax(dim=1).tolist(), lists, loss)

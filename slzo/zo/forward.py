@@ -125,7 +125,7 @@ class SuffixForward:
         """Return the summed loss with the live weights, and its weight. Arguments as for :meth:`losses`; autograd works here."""
         selected = self.selects(objective, batch)
         logits = self.logits(batch, hidden, batch.choice_ids if selected else None)
-        return objective.of_logits(logits, batch, selected)
+        return objective.row_losses(logits, batch, selected).sum()
 
     @torch.no_grad()
     def losses(
@@ -195,7 +195,7 @@ class SuffixForward:
         sums = []
         for states in final.split(batch.num_tokens):
             logits = self.parts.head(states.index_select(0, batch.needed), token_ids)
-            sums.append(objective.of_logits(logits, batch, selected))
+            sums.append(objective.row_losses(logits, batch, selected).sum())
         return stack(sums)
 
 

@@ -102,13 +102,13 @@ class PackedLayerOutput(LayerOutput):
         self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
-        self.sums = objective.of_rows(logits, batch, self._selected).sum()
+        self.sums = objective.row_losses(logits, batch, self._selected).sum()
         # a loss that is no sum over positions says so at any logits
         self.by_position = (
-            positions == "answer" and not self._selected and objective.of_positions(logits, batch) is not None
+            positions == "answer" and not self._selected and objective.position_losses(logits, batch) is not None
         )
         self._unshifted = logits[0]
-        temperature = None if self._selected else objective.likelihood_temperature()
+        temperature = None if self._selected else objective.likelihood_temperature
         if temperature is not None:
             self._likely = LikelyTokens.of(logits[0], batch, temperature)
         if not self._selected:
@@ -144,8 +144,8 @@ class PackedLayerOutput(LayerOutput):
         self.num_points += len(shifts)
         logits = self._logits(self._above.at(hidden))
         batch = self._batch if self._likely is None else self._likely.batch
-        own = self._objective.of_positions(logits, batch) if self.by_position else None
-        return self._objective.of_rows(logits, batch, self._selected).totals if own is None else own
+        own = self._objective.position_losses(logits, batch) if self.by_position else None
+        return self._objective.row_losses(logits, batch, self._selected).totals if own is None else own
 
     def applied(self, shifts: Tensor) -> Tensor:
         """See :class:`LayerOutput`."""
@@ -162,6 +162,6 @@ class PackedLayerOutput(LayerOutput):
         if likely is None:
             ids = self._batch.choice_ids if self._selected else None
             return self._head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
-        of_rows = zip(needed.split(likely.sizes, dim=1), likely.ids, strict=True)
-        logits = [self._head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in of_rows]
+        rows = zip(needed.split(likely.sizes, dim=1), likely.ids, strict=True)
+        logits = [self._head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in rows]
         return likely.with_rest(torch.cat(logits, dim=1))

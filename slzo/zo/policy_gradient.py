@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.losses import LossSum, RowLosses, token_log_likelihoods
+from slzo.batches.losses import RowLosses, token_log_likelihoods
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import Row
 from slzo.evaluation.generation import Answer
@@ -84,22 +84,19 @@ class PolicyLoss:
         """Always: the likelihood of an answer needs all logits."""
         return True
 
+    @property
     def likelihood_temperature(self) -> float:
         """The temperature of the samples."""
         return self.temperature
 
-    def of_logits(self, logits: Tensor, batch: PackedBatch, selected: bool) -> LossSum:
-        """See :class:`slzo.batches.losses.LogitLoss`."""
-        return self.of_rows(logits, batch, selected).sum()
-
-    def of_rows(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+    def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
         """See :class:`slzo.batches.losses.LogitLoss`."""
         tokens = self._tokens(logits, batch)
         totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples)
         totals.index_add_(-1, batch.candidate_example[batch.token_candidate], tokens)
         return RowLosses(totals, tokens.new_full((batch.num_examples,), self.weight))
 
-    def of_positions(self, logits: Tensor, batch: PackedBatch) -> Tensor:
+    def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor:
         """See :class:`slzo.batches.losses.LogitLoss`."""
         tokens = self._tokens(logits, batch)
         totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())

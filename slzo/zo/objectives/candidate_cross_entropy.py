@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slzo.batches.losses import LossSum, RowLosses, by_example
+from slzo.batches.losses import RowLosses, by_example
 from slzo.batches.packing import PackedBatch
 from slzo.utils.errors import SlzoError
 from slzo.zo.objectives.base import CandidateObjective
@@ -28,10 +28,7 @@ class CandidateCrossEntropy(CandidateObjective):
         if class_weights is not None and not (class_weights and all(0 < weight < math.inf for weight in class_weights)):
             raise SlzoError(f"data.objective.class_weights {class_weights}: give a number above 0 for each candidate")
 
-    def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:
-        return self.of_row_scores(scores, batch).sum()
-
-    def of_row_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
+    def losses_from_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
         table, labelled = by_example(scores, batch), batch.gold >= 0
         gold = batch.gold.expand(table.shape[:-1])
         weights = None if self.class_weights is None else self._weights(table, batch)

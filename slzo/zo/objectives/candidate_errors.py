@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from slzo.batches.losses import LossSum, RowLosses, by_example
+from slzo.batches.losses import RowLosses, by_example
 from slzo.batches.packing import PackedBatch
 from slzo.zo.objectives.base import CandidateObjective
 
@@ -14,10 +14,7 @@ class CandidateErrors(CandidateObjective):
 
     differentiable = False
 
-    def of_scores(self, scores: Tensor, batch: PackedBatch) -> LossSum:
-        return self.of_row_scores(scores, batch).sum()
-
-    def of_row_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
+    def losses_from_scores(self, scores: Tensor, batch: PackedBatch) -> RowLosses:
         by_row = by_example(scores, batch)
         best = by_row.argmax(dim=-1)
         hits = by_example(batch.right.to(scores.dtype), batch).clamp(min=0)
