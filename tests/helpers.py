@@ -59,6 +59,13 @@ FAMILIES = {
 }
 
 
+# some families of different build; the others are slow tests
+FAST = ("llama", "gpt2", "gemma3_text")
+each_family = pytest.mark.parametrize(
+    "family", [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
+
+
 def tiny_model(family="llama", seed=0, scale=3.0, **changes):
     """A random model whose logits differ enough between tokens to reveal errors."""
     return tiny.tiny_model(family, seed, scale, **{**FAMILIES.get(family, {}), **changes})

@@ -149,8 +149,10 @@ def test_the_fingerprint_is_that_of_the_untuned_model(run):
     "scope",
     [
         "LoRA",
-        "OutlierChannels",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("PrefixTuning", "ActivationSubspace", "SmallestWeights")),
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ("OutlierChannels", "PrefixTuning", "ActivationSubspace", "SmallestWeights")
+        ),
         pytest.param("AllParameters", marks=pytest.mark.slow),
     ],
 )

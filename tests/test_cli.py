@@ -191,8 +191,9 @@ def test_in_python_the_tokenizer_must_fit_the_model(model_dir, data_dir, tmp_pat
 # ---- resume -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", pytest.param("Adam", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_exact_resume.py has the usual cases
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("stop", [3, 5, 10])
 def test_a_resumed_run_equals_one_that_was_not_stopped(options, optimizer, stop, monkeypatch, capsys):
     """Stops inside an epoch of 5 batches, at its end and in the next one; with a scheduler, and without a second profile."""
     options = [*options, "--trainer.enable_progress_bar=false"]

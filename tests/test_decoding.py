@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import FAMILIES, VOCABULARY, tiny_model, tuned_layer
+from helpers import VOCABULARY, each_family, tiny_model, tuned_layer
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
@@ -55,7 +55,7 @@ def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, **
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", list(FAMILIES))
+@each_family
 def test_answers_at_points_are_those_of_plain_generation(family):
     model, prompts = tiny_model(family), make_prompts()
     layer = {"llama": 0, "qwen2": 3, "mistral": 3}.get(family, 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, error_line, last_checkpoint, random_example, tiny_model, tuned
+from helpers import each_family, error_line, last_checkpoint, random_example, tiny_model, tuned
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
@@ -114,7 +114,7 @@ def test_scopes_of_the_whole_model_are_refused(model_dir):
         TunedModel.from_scope(parts, AllParameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 @torch.no_grad()
 def test_every_family_runs_from_disk(family, tmp_path):
     model = tiny_model(family)

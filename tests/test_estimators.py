@@ -101,10 +101,11 @@ def test_no_more_directions_are_held_than_planned(estimator, at_once, examples, 
 @pytest.mark.parametrize(
     ("estimator", "queries", "steps"),
     [
-        *((estimator, 1, 6000) for estimator in (SPSA(), SPSA("rademacher"), OneSided(), LOZO(1, 1), LOZO(2, 1))),
+        *((estimator, 1, 6000) for estimator in (SPSA(), OneSided(), LOZO(2, 1))),
+        *(pytest.param(own, 1, 6000, marks=pytest.mark.slow) for own in (SPSA("rademacher"), LOZO(1, 1))),
         (EvolutionStrategy("raw"), 3, 2500),
         (EvolutionStrategy("raw", antithetic=False), 3, 2500),
-        (EvolutionStrategy("raw", direction_rank=1), 3, 2500),
+        pytest.param(EvolutionStrategy("raw", direction_rank=1), 3, 2500, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )

@@ -3,10 +3,9 @@
 import itertools
 import random
 
-import pytest
 import torch
 from helpers import (
-    FAMILIES,
+    each_family,
     layer_forward,
     plain_two_passes,
     random_example,
@@ -25,13 +24,10 @@ from slzo.zo.stepper import StepOptions, Stepper
 
 EPS = 1e-3
 LAYER = 2
-FAST = ("llama", "gpt2", "gemma3_text")
 OBJECTIVES = (CandidateCrossEntropy(), AnswerLikelihood())
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.fast if f in FAST else pytest.mark.slow) for f in FAMILIES]
-)
+@each_family
 def test_losses_equal_the_plain_computation(family, examples, one_token_examples):
     for rows in (one_token_examples, examples):
         direction = tune_layer(ModelParts(tiny_model(family, scale=1.5)), LAYER).draw(0, 0, 0)

@@ -50,8 +50,10 @@ def weights(trials):
     [
         [],
         ["--model.scope=LoRA", "--model.scope.rank=4"],
-        ["--model.scope=ActivationSubspace", "--model.scope.rank=4"],
-        ["--data.seed=5"],
+        *(
+            pytest.param(own, marks=pytest.mark.slow)
+            for own in (["--model.scope=ActivationSubspace"], ["--data.seed=5"])
+        ),
         AUTO,
     ],
     ids=lambda extra: " ".join(extra[:1]),

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, VOCABULARY, tiny_model
+from helpers import VOCABULARY, each_family, tiny_model
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
@@ -39,7 +39,7 @@ def make_prompts(count=9, seed=0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", list(FAMILIES))
+@each_family
 def test_equals_a_plain_loop(family):
     model = tiny_model(family)
     prompts = make_prompts()

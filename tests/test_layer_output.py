@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import (
-    FAMILIES,
     assert_mean_is,
     assert_same_estimate,
     autograd_gradient,
     batch_loss,
     described,
+    each_family,
     estimate_at,
     flat,
     layer_forward,
@@ -107,7 +107,7 @@ def shifted_scores(model, layer, example, shifts):
 
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=described)
 @pytest.mark.parametrize("layer", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_losses_at_a_shifted_output(family, layer, objective, examples):
     """Those of the rows, or, if the loss is a sum over tokens of answers, those of the token after each position."""
     model = tiny_model(family, scale=1.5, attn_implementation="eager")

@@ -399,6 +399,7 @@ def test_what_has_no_policy_gradient_is_refused_in_one_line(fit, options, expect
     assert error.endswith(("or use model.estimator SPSA", "or model.estimator SPSA"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(fit, monkeypatch):
     """Stopped in the second epoch, with states of prompts that depend on the size of the batch, as they do by rounding."""
     run = ModelParts.run

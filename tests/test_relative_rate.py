@@ -207,13 +207,8 @@ def test_the_logged_rates_are_those_of_the_weights_in_parts_too(fit, model_dir):
     assert logged("train/projected_grad", 1) == pytest.approx(logged("train/projected_grad", 0), rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        pytest.param([], marks=pytest.mark.slow),
-        ["--data.tokens_per_pass=150", "--model.scope=LoRA", "--model.scope.rank=2"],
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [[], ["--data.tokens_per_pass=150", "--model.scope=LoRA", "--model.scope.rank=2"]])
 def test_a_resumed_run_equals_one_that_was_not_stopped(fit, given):
     for steps, more in ((7, []), (3, []), (7, ["--ckpt_path=last"])):  # an epoch has 5 steps
         assert main([*fit, *given, f"--trainer.max_steps={steps}", *more]) == 0
