@@ -424,6 +424,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         config=None if config is None else str(config),
         own_code=config is not None and bool(code_of(config)),
         trusts_code=options.trust_remote_code,
+        virtual_tokens=options.scope.num_positions > 0,
         best=outcome.best or None,
         last=outcome.last,
         limit=outcome.limit,

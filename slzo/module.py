@@ -2,9 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -39,7 +40,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
-from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, sgd
+from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, set_rate, sgd
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
@@ -112,7 +113,17 @@ class ZOModule(LightningModule):
         self.automatic_optimization = False
         model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
         scope = LayerScope() if scope is None else scope
-        _check_kinds(scope, estimator, layer, eps)
+        _check_kinds(
+            scope=scope,
+            estimator=SPSA() if estimator is None else estimator,
+            layer=0 if layer is None else layer,
+            eps=1.0 if eps == "auto" else eps,
+            num_queries=num_queries,
+            seed=0 if seed is None else seed,
+            max_nonfinite=max_nonfinite,
+            engine=engine,
+            optimizer=sgd if optimizer is None else optimizer,
+        )
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
             estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
@@ -339,8 +350,10 @@ class ZOModule(LightningModule):
         """The optimizer over the masters."""
         assert self.tuned_model is not None
         assert self.prepared is not None
-        choice = self.prepared.options.optimizer
+        choice, stepper = self.prepared.options.optimizer, self.stepper
         optimizer = choice.make(self.tuned_model.tensors.masters)
+        if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
+            set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator))
         if choice.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": choice.make_scheduler(optimizer)}
@@ -486,33 +499,47 @@ class ZOModule(LightningModule):
             warn(f"these data options differ from the checkpoint's: {changes}")
         if different := changed_options(checkpoint, self.hparams):
             warn(
-                f"these model options differ from the checkpoint's: {different}; the new values are used, but seed, "
-                "optimizer state and learning rate continue from the checkpoint"
+                f"these model options differ from the checkpoint's: {different}; the new values are used, except that seed, "
+                "learning rate and optimizer state continue from the checkpoint"
             )
 
     def _release(self) -> None:
-        """Remove the tuned tensors from the model."""
+        """Drop the tuned tensors, and the model, whose weights they have changed: it is loaded again when it is needed."""
         if self.tuned_model is not None:
             self.teardown("fit")
             self.tuned_model.release()
             self.tuned_model = self.tuned_tensors = self.prepared = None
+            if not self._is_given:
+                self._untuned = self.model = None
 
 
 def _data_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"data.{name}": value for name, value in settings.items()}
 
 
-def _check_kinds(scope: object, estimator: object, layer: object, eps: object) -> None:
-    """Check the kinds of options that are used before :class:`TrainingOptions` checks the rest.
+# kind and example of options that are used before TrainingOptions checks the rest
+_KINDS: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        "scope": (Scope, "slzo.zo.scopes.LayerScope()"),
+        "estimator": (Estimator, "slzo.zo.estimators.SPSA()"),
+        "layer": (int, "11"),
+        "eps": ((int, float), "1e-3, or auto"),
+        "num_queries": (int, "1"),
+        "seed": (int, "0"),
+        "max_nonfinite": (int, "10"),
+        "engine": (Engine, "slzo.models.engine.Engine()"),
+        "optimizer": (Callable, "torch.optim.AdamW"),
+    }
+)
+
+
+def _check_kinds(**given: Any) -> None:
+    """Check the kinds of options.
 
     Raises:
         SlzoError: An option has a value of another kind.
     """
-    for option, value, kind, example in (
-        ("scope", scope, Scope, "slzo.zo.scopes.LayerScope()"),
-        ("estimator", SPSA() if estimator is None else estimator, Estimator, "slzo.zo.estimators.SPSA()"),
-        ("layer", 0 if layer is None else layer, int, "11"),
-        ("eps", 1.0 if eps == "auto" else eps, (int, float), "1e-3, or auto"),
-    ):
-        if not isinstance(value, kind):
+    for option, value in given.items():
+        kind, example = _KINDS[option]
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise SlzoError(f"model.{option} {value!r}: is a {type(value).__name__}; give one such as {example}")

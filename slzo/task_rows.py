@@ -59,6 +59,7 @@ _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
 # Tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
 _PROMPT_TOKENS = 4096
+_COUNTS = ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length")
 
 
 @with_lists(TASKS=sorted(TASKS), OBJECTIVES=class_names(OBJECTIVES), REWARDS=sorted(REWARDS))
@@ -173,7 +174,14 @@ class TaskRows:
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
         self.trust_remote_code = trust_remote_code
-        for name in ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"):
+        for name in (*_COUNTS, "num_train", "num_dev", "num_test", "num_demonstrations", "seed"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give a whole number")
+        for name in ("skip_bad_rows", "balanced", "allow_changed_rows"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give true or false")
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SlzoError(f"data.{name} {value}: must be at least 1")

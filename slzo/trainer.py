@@ -24,7 +24,7 @@ from slzo.callbacks.schedule import callback_of, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import AtomicCheckpointIO
 from slzo.checkpoints.checkpoint import RUNS, Checkpoint, find_checkpoint
-from slzo.loggers import RunLogger, log_dir_of, run_folder
+from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
 from slzo.strategy import SHARDED, ShardedStrategy
@@ -68,10 +68,12 @@ class ZOTrainer(Trainer):
         root = kwargs.get("default_root_dir")
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(RUNS if root is None else str(Path(root) / RUNS))
+        elif kwargs["logger"] is False and root is not None:
+            kwargs["logger"] = FolderLogger(str(Path(root) / RUNS))
         given = kwargs["logger"]
         for logger in given if isinstance(given, list | tuple) else [given]:
             check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))
-        self._writes = kwargs["logger"] is not False or root is not None
+        self._writes = kwargs["logger"] is not False
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         callbacks += [] if limit is None else [limit]

@@ -124,6 +124,8 @@ def test_the_answers_of_a_classification_task_are_scored(tuned, model_dir, capsy
     assert generated(capsys, "--ckpt_path=merged", f"--base={model_dir}", f"--prompt={row['prompt']}") == found
     own = generated(capsys, "--ckpt_path=last", f"--prompt={row['prompt']}", '--candidates=[" great", " terrible"]')
     assert own["tuned"].split(", ") == expected.split(", ")[::-1]
+    assert main(["generate", "--ckpt_path=last", "--prompt=x", "--max_new_tokens=5"]) == 0
+    assert "do not change the probabilities of answers" in capsys.readouterr().err
 
 
 def test_draws_depend_on_the_seed(tuned, capsys):
@@ -145,6 +147,8 @@ def test_mistakes_are_one_line(tuned, capsys):
         (checkpoint, "--prompt=x", "--temperature=-1"): "temperature -1.0",
         (checkpoint, "--prompt=x", "--base=y"): "is not an exported folder",
         (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",
+        (checkpoint, "--prompt=x", "--prompt=y"): "prompt: given twice, and only the last would count; give it once",
+        (checkpoint, "--prompt=x", '--candidates=[" a", " a"]'): "two are equal; give different answers",
         (checkpoint, "--prompts=nothing.txt"): "cannot be read",
         ("--ckpt_path=nothing", "--prompt=x"): "no such file",
     }.items():

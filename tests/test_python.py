@@ -158,6 +158,56 @@ def test_a_second_data_module_gets_no_states_of_the_first(model_dir, tmp_path):
     assert all(tensor.equal(other.state_dict()[name]) for name, tensor in module.state_dict().items())
 
 
+def test_a_module_that_was_scored_is_tuned_further(model_dir, data_dir):
+    """The tuned weights of a scored checkpoint are not taken for those of the base model."""
+    fitted(model_dir, data_dir, LayerScope())
+    module, same = (ZOModule.load_from_checkpoint(last_checkpoint(), eps=1e-3) for _ in range(2))
+    trainer = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET)
+    trainer.test(module, datamodule=rows(data_dir), verbose=False)
+    for each in (module, same):
+        ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(each, datamodule=rows(data_dir))
+    assert all(tensor.equal(same.state_dict()[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(model_dir, data_dir):
+    """Also in Lightning's format, which slzo reads."""
+
+    def fit(module, steps, path=None):
+        saved = ModelCheckpoint(save_last=True)
+        trainer = Trainer(max_steps=steps, logger=False, callbacks=[saved], default_root_dir=f"to{steps}", **QUIET)
+        trainer.fit(module, datamodule=rows(data_dir), ckpt_path=path)
+        return module, saved
+
+    module, saved = fit(ZOModule(str(model_dir), seed=0, layer=1), 4)
+    Trainer(logger=False, **QUIET).test(
+        module, datamodule=rows(data_dir), ckpt_path=saved.best_model_path, verbose=False
+    )
+    fit(module, 8, saved.last_model_path)
+    new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 8, saved.last_model_path)
+    assert all(tensor.equal(new.state_dict()[name]) for name, tensor in module.state_dict().items())
+    assert read_checkpoint(saved.last_model_path).note["layer"] == 1
+
+
+def test_runs_without_a_logger_have_their_folders_too(model_dir, data_dir):
+    for _ in range(2):
+        trainer = ZOTrainer(max_steps=1, val_check_interval=1, logger=False, default_root_dir="own", **QUIET)
+        trainer.fit(ZOModule(str(model_dir), layer=1), datamodule=rows(data_dir))
+    assert [Path(f"own/runs/version_{number}/summary.json").is_file() for number in (0, 1)] == [True, True]
+
+
+def test_rates_are_known_before_the_first_step(model_dir, data_dir):
+    """For callbacks such as Lightning's LearningRateMonitor."""
+    rates = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = ZOTrainer(max_steps=2, val_check_interval=1, logger=False, callbacks=[Look()], **QUIET)
+    trainer.fit(ZOModule(str(model_dir), layer=1), datamodule=rows(data_dir))
+    assert 0 < rates[1] <= rates[0] < 1
+
+
 def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir, monkeypatch):
     with pytest.raises(SlzoError, match=r"'nope\.ckpt'"):
         ZOModule.load_from_checkpoint("nope.ckpt")
@@ -274,12 +324,34 @@ def test_an_interval_longer_than_a_shortened_epoch_is_refused_first(model_dir, d
         ({"estimator": SPSA}, r"^model.estimator .*: is a \w+; give one such as"),
         ({"layer": "3"}, r"^model.layer '3': is a str; give one such as 11"),
         ({"eps": "0.1"}, r"^model.eps '0.1': is a str; give one such as 1e-3, or auto"),
+        ({"layer": True}, r"^model.layer True: is a bool; give one such as 11"),
+        ({"num_queries": 2.5}, r"^model.num_queries 2.5: is a float; give one such as 1"),
+        ({"seed": "a"}, r"^model.seed 'a': is a str; give one such as 0"),
+        (
+            {"engine": {"cache_gb": 1}},
+            r"^model.engine {'cache_gb': 1}: is a dict; give one such as slzo.models.engine.Engine",
+        ),
+        ({"optimizer": "Adam"}, r"^model.optimizer 'Adam': is a str; give one such as torch.optim.AdamW"),
         ({"dtype": "bf16"}, r"^model.dtype 'bf16': choose one of float32, bfloat16, float16"),
     ],
 )
 def test_an_option_of_another_kind_is_named(options, message):
     with pytest.raises(SlzoError, match=message):
         ZOModule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train": 1.5}, "data.num_train 1.5: is a float; give a whole number"),
+        ({"batch_size": "4"}, "data.batch_size '4': is a str; give a whole number"),
+        ({"skip_bad_rows": "no"}, "data.skip_bad_rows 'no': is a str; give true or false"),
+    ],
+)
+def test_an_option_of_the_rows_of_another_kind_is_named(options, message):
+    with pytest.raises(SlzoError) as error:
+        TaskDataModule("sst2", **options)
+    assert str(error.value) == message
 
 
 def test_a_path_and_a_type_of_torch_are_taken(model_dir):

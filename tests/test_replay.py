@@ -128,6 +128,14 @@ def test_a_run_is_replayed_inside_its_folder(fit, monkeypatch):
     assert_same("checkpoints/replay-step=2.ckpt", "checkpoints/step=2.ckpt")
 
 
+def test_a_replay_keeps_the_checkpoints_of_the_run(fit, capsys):
+    assert main([*fit, "--trainer.max_steps=2"]) == 0
+    before = last_checkpoint().read_bytes()
+    line = error_line(capsys, "replay", "--run=runs/version_0", f"--output={last_checkpoint()}")
+    assert line.endswith("exists, and a replayed checkpoint cannot be continued; give another path")
+    assert last_checkpoint().read_bytes() == before
+
+
 def test_differentiating_estimators_have_no_log(fit, capsys):
     assert main([*fit, "--model.estimator=Backprop", "--trainer.max_steps=2"]) == 0
     assert not (run_dir() / "zo_log").exists()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -129,7 +130,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not Path(path).is_file():
         raise SlzoError(f"{option}: no such file; give a .ckpt file from a run's checkpoints folder, last or best")
     with _one_line(option):
-        content = checkpoint_file.read(path)
+        # a plain Trainer of Lightning writes pickles in a zip file
+        content = torch.load(path, "cpu", weights_only=True) if is_zipfile(path) else checkpoint_file.read(path)
     checkpoint_note(content, option)
     _check_state(content, option)
     return Checkpoint(str(path), content)

@@ -222,11 +222,8 @@ class SlzoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; a run without a logger also gets its own folder."""
         options = self.config_init["trainer"]
-        if options.get("logger") is False:
-            if options.get("default_root_dir") is not None:
-                self.save_config_callback = None
-            else:
-                kwargs["logger"] = FolderLogger(RUNS)
+        if options.get("logger") is False and options.get("default_root_dir") is None:
+            kwargs["logger"] = FolderLogger(RUNS)
         return super().instantiate_trainer(**kwargs)
 
 

@@ -43,6 +43,9 @@ def _run(command: Command, args: Sequence[str]) -> None:
 
 def _run_plain(command: Command, args: Sequence[str]) -> None:
     parser, args = plain_parser(command), _named(command, args)
+    names = [word.partition("=")[0].removeprefix("--") for word in args if word.startswith("--")]
+    if twice := next((name for name in names if names.count(name) > 1 and name != "config"), None):
+        raise SlzoError(f"{twice}: given twice, and only the last would count; give it once")
     parser.given = read_given(args)
     options = parser.parse_args(list(args)).as_dict()
     options.pop("config", None)

@@ -7,7 +7,7 @@ from slzo.prompting.pair import Source, load_pair
 from slzo.prompting.prompts import read_prompts
 from slzo.prompting.stream import TextOptions, write_continuation
 from slzo.tasks.base import Example
-from slzo.utils.console import say
+from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 
 
@@ -46,9 +46,15 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise SlzoError("prompt: give either one prompt with --prompt, or a file of prompts with --prompts")
     asked = [Example("prompt", prompt, ())] if prompt is not None else read_prompts(str(prompts))
+    if candidates is not None and len(set(candidates)) < len(candidates):
+        raise SlzoError(f"candidates {candidates}: two are equal; give different answers")
     options = TextOptions(max_new_tokens, temperature, seed)
     pair = load_pair(Source(ckpt_path, base, untuned, trust_remote_code))
     known = pair.candidates if candidates is None else tuple(candidates)
+    if known and options != TextOptions():
+        warn(
+            "max_new_tokens, temperature and seed do not change the probabilities of answers; --candidates '[]' gives a text"
+        )
     for number, example in enumerate(asked):
         text = example.prompt
         say(f"\n{text}" if number else text)

@@ -200,7 +200,7 @@ def _generate_padded(
         assert sampling is not None
         return sampling.with_noise(logits, range(len(prompts)), so_far.shape[1] - width)
 
-    def has_ended(so_far: Tensor, logits: Tensor) -> Tensor:
+    def has_ended(so_far: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
         assert ended is not None
         return torch.tensor([ended(answer) for answer in so_far[:, width:].tolist()], device=so_far.device)
 

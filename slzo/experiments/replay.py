@@ -60,6 +60,10 @@ def replay_run(
             f"{device_name(device)}; replay it on {trained_on}"
         )
     output = folder / "checkpoints" / f"{REPLAYED}step={number}.ckpt" if output is None else output
+    if (given := Path(output)).is_file() and not given.name.startswith(REPLAYED):
+        raise SlzoError(
+            f"output {str(given)!r}: exists, and a replayed checkpoint cannot be continued; give another path"
+        )
     check_writable(output)
     start = read_checkpoint(folder / START)
     is_named = options.layer is not None and options.scope.needs_layer

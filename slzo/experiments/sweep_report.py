@@ -214,7 +214,7 @@ def write_sweep(
         "verdict": sentence,
         "plan": asdict(plan),
         "settings": settings,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "layers": [asdict(row) for row in rows],
         "curves": {layer: [asdict(score) for score in scores] for layer, scores in curves.items()},
     }

@@ -23,9 +23,9 @@ class TextOptions:
         seed: Seed of the samples, the same for both models.
     """
 
-    max_new_tokens: int
-    temperature: float
-    seed: int
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Validate the options.

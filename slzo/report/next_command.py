@@ -49,6 +49,13 @@ def first_order_command(run: RunFacts, memory_gb: float) -> str:
     return f"{command}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
 
 
+def in_python(line: str) -> str:
+    """Return what a command with its reason means for a run that was not started from the command line."""
+    command, _, reason = line.partition("  # ")
+    name = "estimator=Backprop()" if "Backprop" in command else " ".join(shlex.split(command)[:2])
+    return f"{name}: {reason}"
+
+
 def _one_process(run: RunFacts) -> tuple[str, ...]:
     """Return the options that undo those for several processes, which refuse to train layer by layer or rate by rate."""
     if run.processes == 1:

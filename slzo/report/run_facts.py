@@ -27,6 +27,7 @@ class RunFacts:
         config: Config file in the run's folder; ``None`` if the run was not started from the command line.
         own_code: Whether the config runs code that did not come with slzo, so that commands must name it.
         trusts_code: Whether the model runs code from its repository.
+        virtual_tokens: Whether virtual tokens are tuned, which ``slzo generate`` cannot use.
         best: Checkpoint that was scored; ``None`` if there is none.
         last: Last checkpoint; ``None`` if there is none.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
@@ -49,6 +50,7 @@ class RunFacts:
     config: str | None
     own_code: bool
     trusts_code: bool
+    virtual_tokens: bool
     best: str | None
     last: str | None
     limit: tuple[str, int]

@@ -68,7 +68,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "slzo": _version("slzo"),
         **{package: version for package, version in installed.items() if version is not None},
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
@@ -86,7 +86,7 @@ def numerics(device: torch.device, processes: int) -> dict[str, str | int | None
         "threads": torch.get_num_threads(),
         "processes": processes,
         "slzo": _version("slzo"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": _version("transformers"),
     }
 

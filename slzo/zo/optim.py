@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from slzo.private.modules import nested_schedulers
 from slzo.utils.errors import SlzoError
@@ -198,6 +199,11 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
     """Return class and state of a scheduler. The optimizer's learning rate may change."""
     try:
         scheduler = make(probe)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise SlzoError(
+                "model.lr_scheduler ReduceLROnPlateau: needs a metric at every step, and there is one only after validations; "
+                "use another scheduler"
+            )
         state = {name: value for name, value in scheduler.state_dict().items() if isinstance(value, int | float | str)}
         _take_steps(scheduler, 2)
     except ArithmeticError as error:
