@@ -363,7 +363,7 @@ def best_weights(model: TunedModel, state: Mapping[str, Any] | None) -> Iterator
     if state is None:
         yield False
         return
-    last = model.tensors.copy_of_masters()
+    last = model.tensors.clone_masters()
     try:
         model.tensors.load(state)
         yield True

@@ -173,7 +173,7 @@ def _start(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     return {
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
-        "state_dict": {} if prepared.model.adapter is None else tensors.copy_of_masters(),
+        "state_dict": {} if prepared.model.adapter is None else tensors.clone_masters(),
         "slzo": make_note(prepared, rows),
     }
 

@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_autograd():
 def test_a_model_in_bfloat16_learns_from_its_masters():
     model, (x, y) = cnn().bfloat16(), images()
     tuned, loss = image_loss(model, (x.bfloat16(), y))
-    before = flat(tuned.copy_of_masters())
+    before = flat(tuned.clone_masters())
     take_step(Request(tuned, loss, seed=0, step=0, eps=1e-2), SPSA(), torch.optim.SGD(tuned.masters, lr=1e-6))
     assert not torch.equal(flat(tuned.named_masters()), before)
 
@@ -89,7 +89,7 @@ def test_a_step_that_fails_leaves_the_weights_and_no_gradient():
 
     model = cnn()
     tuned, _ = image_loss(model, images())
-    before = flat(tuned.copy_of_masters())
+    before = flat(tuned.clone_masters())
     request = Request(tuned, ClosureLoss(model, tuned, fails), seed=0, step=0, eps=1.0)
     with pytest.raises(KeyboardInterrupt):
         take_step(request, SPSA(), torch.optim.SGD(tuned.masters, lr=1.0))

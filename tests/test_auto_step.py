@@ -93,7 +93,7 @@ def test_measuring_costs_what_it_says_and_leaves_everything_as_it_was(scale, eps
     with torch.no_grad():
         tuned.masters[0].copy_(torch.randn(SIZE, generator=torch.Generator().manual_seed(0)))
     tuned.restore()
-    before = tuned.copy_of_masters()
+    before = tuned.clone_masters()
     state = torch.random.get_rng_state()
     assert AutoStep.measure(tuned, loss, 0, eps).evaluations == model.calls <= most
     for weight in (model.weight, tuned.masters[0]):

@@ -56,7 +56,7 @@ def steps(model, scope=None, onednn=False, before_step=lambda: None):
         before_step()
         done = stepper.step(batch, step, optimizer)
         losses.append((done.estimate.loss, done.estimate.projected_grad))
-    return own.tensors.copy_of_masters(), losses, stepper
+    return own.tensors.clone_masters(), losses, stepper
 
 
 def same(found, expected):
@@ -103,7 +103,7 @@ def test_a_layer_goes_back_unless_it_has_changed(model_dir):
     TunedModel.from_scope(parts, LoRA(), 1).release()
     assert away() == {"0", "1", "2", "3"}
     changed = TunedModel.from_scope(parts, LayerScope(), 2)
-    changed.tensors.load({name: master + 1 for name, master in changed.tensors.copy_of_masters().items()})
+    changed.tensors.load({name: master + 1 for name, master in changed.tensors.clone_masters().items()})
     changed.release()
     assert away() == {"0", "1", "3"}
 

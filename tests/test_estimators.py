@@ -220,7 +220,7 @@ def test_an_estimate_leaves_nothing_behind(estimator, examples):
     """The gradient is in what it returns, and writing the masters brings the live weights back."""
     model, loss = tiny_loss(examples)
     weights = {name: tensor.clone() for name, tensor in model.parts.model.named_parameters()}
-    masters = model.tensors.copy_of_masters()
+    masters = model.tensors.clone_masters()
     results = []
     for step in (0, 1, 0):
         results.append(estimator.estimate(Request(model.tensors, loss, 0, step, 1e-2, 4)))
@@ -229,7 +229,7 @@ def test_an_estimate_leaves_nothing_behind(estimator, examples):
         assert all(part.dtype == torch.float32 for part in results[-1].gradient.values())
     torch.testing.assert_close(results[2].gradient, results[0].gradient, rtol=0, atol=0)
     assert all(master.grad is None for master in model.tensors.masters)
-    torch.testing.assert_close(model.tensors.copy_of_masters(), masters, rtol=0, atol=0)
+    torch.testing.assert_close(model.tensors.clone_masters(), masters, rtol=0, atol=0)
     for name, tensor in model.parts.model.named_parameters():
         assert torch.equal(tensor, weights[name]), name
 

@@ -52,7 +52,7 @@ def test_base_and_adapter_compute_what_the_tuned_model_does(tmp_path, family, sc
     tuned_model = tune_scope(scope, tiny_model(family))
     tensors = tuned_model.tensors
     direction = tensors.draw(0, 0, 0)
-    tensors.load({name: master + 0.1 * direction[name] for name, master in tensors.copy_of_masters().items()})
+    tensors.load({name: master + 0.1 * direction[name] for name, master in tensors.clone_masters().items()})
     files = tuned_model.peft_files()
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/b", **files.config}))
     save_file(dict(files.tensors), tmp_path / "adapter_model.safetensors")

@@ -301,7 +301,7 @@ def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told)
     good = Estimate(1.0, 1.0, 1.0, (0.5,), 2, {"vector": torch.ones(7)})
     wrong = dataclasses.replace(good, **changes)
     request = Request(quadratic.tuned, quadratic, seed=0, step=0)
-    before = quadratic.tuned.copy_of_masters()
+    before = quadratic.tuned.clone_masters()
     optimizer = torch.optim.SGD(quadratic.tuned.masters, lr=1.0)
     line = slzo_error(take_step, request, own(SPSA, "estimate", wrong), optimizer)
     assert f"Own: estimate() returned {told}; it must return an Estimate" in line

@@ -337,7 +337,7 @@ def test_the_loss_of_a_step_is_minus_the_mean_reward(estimator, folder):
     stepper, rows = stepper_of(Reward("mine.py:letters", TEMPERATURE, in_process=True), estimator=estimator), rows_of()
     model = plain_copy(stepper.model.parts.model)
     answers = [plain_answer(model, row, 7, sample) for row in rows for sample in range(4)]
-    before = stepper.model.tensors.copy_of_masters()
+    before = stepper.model.tensors.clone_masters()
     result = stepper.step(batch_of(rows), 7, torch.optim.AdamW(stepper.model.tensors.masters, lr=1e-3))
     rewards = torch.tensor([letters(text_of(ids)) for ids in answers])
     mean = float(rewards.mean())
@@ -354,7 +354,7 @@ def test_the_loss_of_a_step_is_minus_the_mean_reward(estimator, folder):
 def test_no_step_is_taken_when_a_reward_fails(estimator, folder):
     stepper = stepper_of(Reward("mine.py:fails", in_process=True), estimator=estimator)
     tensors, model = stepper.model.tensors, stepper.model.parts.model
-    before = tensors.copy_of_masters(), {name: own.clone() for name, own in model.named_parameters()}
+    before = tensors.clone_masters(), {name: own.clone() for name, own in model.named_parameters()}
     optimizer = torch.optim.AdamW(tensors.masters, lr=1.0)
     result = stepper.step(batch_of(rows_of()), 0, optimizer)
     assert not result.estimate.finite

@@ -126,13 +126,13 @@ def test_a_step_has_the_rate_and_a_rollback_halves_it(examples):
     rate = RelativeRate(2.0)
     stepper = relative_stepper(rate)
     masters, batch = stepper.model.tensors.masters, TrainBatch(pack(examples), ())
-    optimizer, before = torch.optim.Adam(masters), stepper.model.tensors.copy_of_masters()
+    optimizer, before = torch.optim.Adam(masters), stepper.model.tensors.clone_masters()
     for step in range(2):
         result = stepper.step(batch, step, optimizer)
         assert result.record.lr == pytest.approx(0.01 / (1 + (step + 1) / 100))
         assert result.record.losses == ()  # nothing to replay
         if not step:  # Adam's first step moves an element by the rate, unless its gradient is hardly there
-            now = stepper.model.tensors.copy_of_masters()
+            now = stepper.model.tensors.clone_masters()
             moves = torch.cat([(now[name] - before[name]).abs().flatten() for name in now])
             assert float(moves.median()) == pytest.approx(result.record.lr, rel=1e-3)
     stepper.rollback(before, optimizer, [], 2, 0)
@@ -148,7 +148,7 @@ def test_a_step_without_a_finite_loss_moves_and_counts_nothing(examples):
     rate = RelativeRate(2.0)
     stepper = relative_stepper(rate)
     tensors = stepper.model.tensors
-    before, optimizer = tensors.copy_of_masters(), torch.optim.Adam(tensors.masters)
+    before, optimizer = tensors.clone_masters(), torch.optim.Adam(tensors.masters)
     stepper.model.parts.model.lm_head.weight.fill_(torch.nan)
     result = stepper.step(TrainBatch(pack(examples), ()), 0, optimizer)
     assert not result.estimate.finite

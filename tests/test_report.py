@@ -124,7 +124,7 @@ def test_the_page_of_a_run(tmp_path, capsys):
 def test_several_runs_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / name / "version_0", lr) for name, lr in (("a", 0.1), ("b", 0.2))]
-    assert main(["report", *map(str, runs), "--output=both.html"]) == 0
+    assert main(["report", "--output", "both.html", *map(str, runs)]) == 0
     page = Page(Path("both.html"))
     assert not page.foreign
     assert page.tags.count("svg") == 2  # one picture of all curves, and the profile that both share

@@ -390,7 +390,7 @@ def test_samples_are_common_to_both_points_and_to_all_processes(sampling, folder
 def test_no_step_is_taken_when_a_reward_fails(folder, caplog):
     stepper = stepper_with(Reward("mine.py:nothing"))
     tensors = stepper.model.tensors
-    before = tensors.copy_of_masters()
+    before = tensors.clone_masters()
     result = stepper.step(batch_of(), 0, torch.optim.SGD(tensors.masters, lr=1.0))
     assert not result.estimate.finite
     assert all(torch.equal(before[name], now) for name, now in tensors.named_masters().items())

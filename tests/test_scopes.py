@@ -279,7 +279,7 @@ def test_a_description_brings_the_tuned_model_back(scope, tmp_path):
     for master in tuned.masters:
         master.data.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1)
     tuned.restore()
-    values = tuned.copy_of_masters()
+    values = tuned.clone_masters()
     path = tmp_path / "description.pt"
     torch.save(tuned_model.description(), path)
     description = torch.load(path, weights_only=True)
@@ -325,10 +325,10 @@ def test_removing_the_adapter_leaves_the_plain_model(scope):
 def test_lora_starts_the_same_for_a_seed_and_leaves_the_global_generator_alone():
     model, plain = tiny_model("llama"), tiny_model("llama")
     state = torch.random.get_rng_state()
-    first = tensors_of(LoRA(4), model).copy_of_masters()
+    first = tensors_of(LoRA(4), model).clone_masters()
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(1)
-    torch.testing.assert_close(tensors_of(LoRA(4), plain).copy_of_masters(), first, rtol=0, atol=0)
+    torch.testing.assert_close(tensors_of(LoRA(4), plain).clone_masters(), first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -47,7 +47,7 @@ def test_a_description_and_the_masters_continue_a_training_on_another_copy_of_th
     batch = make_batch()
     again = TunedModel.from_description(ModelParts(tiny_model()), tuned.description())
     assert not torch.equal(again.logits(batch), tuned.logits(batch))
-    again.tensors.load(tuned.tensors.copy_of_masters())
+    again.tensors.load(tuned.tensors.clone_masters())
     assert torch.equal(again.logits(batch), tuned.logits(batch))
     assert take_steps(again) == take_steps(tuned)
 

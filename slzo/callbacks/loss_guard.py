@@ -84,7 +84,7 @@ class LossGuard(Callback):
         assert module.tuned_model is not None
         tensors = module.tuned_model.tensors
         self._good_step = trainer.global_step
-        self._good = tensors.copy_of_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
+        self._good = tensors.clone_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
 
     def _roll_back(self, trainer: Trainer, module: ZOModule, loss: float, factor: float) -> None:
         self.rollbacks += 1

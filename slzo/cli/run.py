@@ -53,8 +53,14 @@ def _run_plain(command: Command, args: Sequence[str]) -> None:
 
 
 def _named(command: Command, args: Sequence[str]) -> list[str]:
-    """Pass the words before the first option to the option that takes them."""
-    words, rest = [], list(args)
-    while command.words and rest and not rest[0].startswith("-"):
-        words.append(rest.pop(0))
+    """Pass the words that belong to no option to the option that takes them."""
+    if not command.words:
+        return list(args)
+    words, rest, is_value = [], [], False
+    for arg in args:
+        if is_value or arg.startswith("-"):
+            rest.append(arg)
+            is_value = not is_value and arg.startswith("--") and "=" not in arg and arg != "--help"
+        else:
+            words.append(arg)
     return [f"--{command.words}={json.dumps(words, ensure_ascii=False)}", *rest] if words else rest

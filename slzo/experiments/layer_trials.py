@@ -325,7 +325,7 @@ class LayerTrials(Trials):
         model = tune(self.parts, self.options, self.rows, layer, self._cache)
         plan_prefix(model, self.rows)
         self._cache = model.forward.cache
-        initial = model.tensors.copy_of_masters()
+        initial = model.tensors.clone_masters()
         try:
             yield model
         finally:

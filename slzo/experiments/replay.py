@@ -120,12 +120,12 @@ def _take_steps(stepper: Stepper, options: TrainingOptions, log: StepLog, steps:
     tensors, choice = stepper.model.tensors, options.optimizer
     optimizer = choice.make(tensors.masters)
     scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
-    targets = {0: tensors.copy_of_masters()} if 0 in log.rollbacks.values() else {}
+    targets = {0: tensors.clone_masters()} if 0 in log.rollbacks.values() else {}
     for step in range(steps):
         stepper.step(None, step, optimizer, scheduler)
         if step + 1 in log.rollbacks.values():
-            targets[step + 1] = tensors.copy_of_masters()
+            targets[step + 1] = tensors.clone_masters()
         to = log.rollbacks.get(step + 1)
         if to is not None:
             stepper.rollback(targets.get(to), optimizer, [] if scheduler is None else [scheduler], step + 1, to)
-    return tensors.copy_of_masters()
+    return tensors.clone_masters()

@@ -57,7 +57,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     )
 
 
-class _Still(Optimizer):
+class _NoOpOptimizer(Optimizer):
     """Changes nothing, so that steps can be timed."""
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
@@ -71,7 +71,7 @@ def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, mos
     """Return the seconds of a step with cached states, and what a new row adds."""
     step_options = replace(options.step, eps=options.step.eps or _EPS)
     stepper = make_stepper(model, options, rows, step=step_options, max_nonfinite=1 << 60)
-    optimizer, cache, device = _Still(model.tensors.masters), model.forward.cache, model.parts.model.device
+    optimizer, cache, device = _NoOpOptimizer(model.tensors.masters), model.forward.cache, model.parts.model.device
     train, sampler = rows.rows("train"), rows.sampler()
     last = max(1, len(sampler) - 1)  # the last batch may be smaller, and the first rows may be cached
     new, added, steps, began = 0, 0.0, [], time.perf_counter()

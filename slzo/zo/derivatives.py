@@ -33,10 +33,10 @@ def back_propagate(
     return LossSum(total.detach(), weight.detach()), _pulled_back(tuned, gradients)
 
 
-def linearize(
+def vjp(
     module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]
 ) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
-    """Call a function, and return its result with the transpose of its derivative.
+    """Call a function, and return its result with the transpose of its derivative, as ``torch.func.vjp`` does.
 
     Args:
         module: The module that ``function`` runs. Its live tensors must equal the masters.

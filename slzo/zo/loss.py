@@ -18,7 +18,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.pending import PendingTensor
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate, linearize
+from slzo.zo.derivatives import back_propagate, vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
 from slzo.zo.forward import SuffixForward, split_states
 from slzo.zo.packed_layer_output import PackedLayerOutput
@@ -162,7 +162,7 @@ class BatchLogitLoss(_SummedLoss):
         evaluations = 3 / (forward.parts.num_layers - start)
         for piece, states in zip(pieces, split_states(entering, pieces), strict=True):
             run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
-            hidden, pull_back = linearize(model, context.tuned, run)
+            hidden, pull_back = vjp(model, context.tuned, run)
             output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions, self.batch.max_tokens)
             gradient_of_output = torch.zeros_like(hidden)
             gradient_of_output[output.positions] = estimate(output).to(hidden.dtype)

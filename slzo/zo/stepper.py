@@ -202,7 +202,7 @@ class Stepper:
         """Go back to earlier masters, halve the learning rate, and reset the optimizer's state.
 
         Args:
-            masters: The earlier masters, see :meth:`TunedTensors.copy_of_masters`; ``None`` only halves the learning rate.
+            masters: The earlier masters, see :meth:`TunedTensors.clone_masters`; ``None`` only halves the learning rate.
             optimizer: The optimizer. Its state is reset only if ``masters`` are given.
             schedulers: Learning-rate schedulers.
             steps: Steps taken so far.

@@ -139,7 +139,7 @@ class TunedTensors(nn.Module):
         for name, master in self.named_masters().items():
             master.grad = gradient.get(name)
 
-    def copy_of_masters(self) -> dict[str, Tensor]:
+    def clone_masters(self) -> dict[str, Tensor]:
         """Return copies of the masters by name, for :meth:`load`."""
         return {name: master.detach().clone() for name, master in self.named_masters().items()}
 

@@ -124,7 +124,7 @@ def _train(
     model = tune(parts, options, rows, layer, setting.states.get(layer))
     setting.states.clear()
     setting.states[layer] = model.forward.cache
-    before = model.tensors.copy_of_masters()
+    before = model.tensors.clone_masters()
     plan_prefix(model, rows)
     fill_prefix(model, rows)
     auto = auto_rate(make_stepper(model, options, rows), rows)
@@ -142,7 +142,7 @@ def _train(
                 scores = rows.score(make_evaluator(rows, model), rows.eval_batches("dev"), keep_prefix=True)
                 curve.append((step, round(used, 2), scores["loss"], scores[metric.metric]))
                 if scores["loss"] < lowest:
-                    lowest, best = scores["loss"], model.tensors.copy_of_masters()
+                    lowest, best = scores["loss"], model.tensors.clone_masters()
                 checks += 1
                 if checks > CHECKS:
                     break

@@ -101,24 +101,6 @@ class Reward(Objective):
 
 
 @dataclass
-class _DistinctAnswers:
-    """The distinct answers of a step. An answer that occurs at several points is rewarded once, so its reward is the same."""
-
-    answers: list[str] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-    numbers: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def number(self, answer: Answer, example: Example) -> int:
-        """Return the index of an answer, which is added if it is new."""
-        key = (example.id, answer.text)
-        if key not in self.numbers:
-            self.numbers[key] = len(self.answers)
-            self.answers.append(answer.text)
-            self.examples.append(example)
-        return self.numbers[key]
-
-
-@dataclass
 class _RewardLoss(RowsLoss):
     """Minus the mean reward of a batch."""
 
@@ -131,9 +113,14 @@ class _RewardLoss(RowsLoss):
         return self._report
 
     def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
-        distinct = _DistinctAnswers()
-        numbers = [distinct.number(answer, row.example) for answer, row in zip(answers, rows, strict=True)]
-        rewarded = self.objective.rewards(reward_inputs(distinct.answers, distinct.examples), all_or_none=True)
+        distinct: dict[tuple[str, str], Example] = {}  # an answer at several points is rewarded once
+        keys = [(row.example.id, answer.text) for answer, row in zip(answers, rows, strict=True)]
+        for key, row in zip(keys, rows, strict=True):
+            distinct.setdefault(key, row.example)
+        inputs = reward_inputs([text for _, text in distinct], list(distinct.values()))
+        rewarded = self.objective.rewards(inputs, all_or_none=True)
+        places = {key: place for place, key in enumerate(distinct)}
+        numbers = [places[key] for key in keys]
         self._report = _report(rewarded, numbers, [answer.num_tokens for answer in answers])
         return [-rewarded.totals[number] for number in numbers]
 
