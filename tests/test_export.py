@@ -186,7 +186,7 @@ def test_without_a_logger_the_newest_run_is_found_too(options, tmp_path):
     own = [*options, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path / 'own'}"]
     assert main(["fit", *own, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]) == 0
     assert main(["test", *own, "--ckpt_path=last"]) == 0
-    assert main(["export", f"--ckpt_path={tmp_path / 'own'}", f"--output={tmp_path / 'tuned'}"]) == 0
+    assert main(["export", f"--ckpt_path={tmp_path / 'own/runs/version_0'}", f"--output={tmp_path / 'tuned'}"]) == 0
     assert (tmp_path / "tuned" / "README.md").is_file()
 
 

@@ -84,7 +84,7 @@ WRONG = """
 --model.seed=x | model.seed 'x': expected a whole number or null
 --model.optimizer=Adam --model.optimizer.lr=-1 | model.optimizer: Invalid learning rate: -1.0
 --model.optimizer=Adam --model.optimizer.betas=[2,3] | model.optimizer: Invalid beta parameter at index 0: 2.0
---model.optimizer=Adam --model.optimizer.betas=x | model.optimizer.betas 'x': expected a number
+--model.optimizer=Adam --model.optimizer.betas=x | model.optimizer.betas 'x': expected a list of 2 values
 --model.optimizer=SGD --model.optimizer.nesterov=true | model.optimizer: Nesterov momentum requires a momentum
 --model.optimizer=SGD --model.optimizer.lr=nan | model.optimizer.lr 'nan': expected a number
 --model.optimizer=SparseAdam | model.optimizer SparseAdam: cannot take a zeroth-order gradient
