@@ -18,9 +18,11 @@ optimizer before the first step.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoint
 from slzo.data.balance import majority_share
@@ -62,6 +64,7 @@ from slzo.utils.runtime import gather_from_processes, peak_memory_gb
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
+from slzo.zo.processes import Processes
 from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection import Choice
 from slzo.zo.stepper import Stepper
@@ -248,7 +251,7 @@ def _plan_time(
         done = int(checkpoint.content["global_step"])
         budget = replace(budget, done=done, passes=budget.passes.when_resumed)
     times = measure_times(model, options, rows, budget)
-    slowest = RunTimes(*map(max, zip(*map(astuple, gather_from_processes([times])), strict=True)))
+    slowest = RunTimes.slowest(gather_from_processes([times]))
     plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))
     if plan.new_steps < 1 and not 0 < budget.max_steps <= budget.done:
         raise SlzoError(
@@ -331,7 +334,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         The summary.
     """
     first = rows.processes.rank == 0
-    with best_weights(prepared.model, rows.processes.broadcast(_best_state(outcome.best))) as restored:
+    with best_weights(prepared.model, best_state(outcome.best, rows.processes)) as restored:
         when = f"after training, {Path(outcome.best).name if restored else 'last weights'}"
         after = score_test_rows(prepared, rows, when)
         samples = predict_samples(prepared, rows)
@@ -348,13 +351,22 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     return summary
 
 
-def _best_state(path: str) -> dict[str, Any] | None:
-    """Return the tuned tensors of the best checkpoint; ``None`` if there is none, as on a machine that writes no files."""
-    return read_checkpoint(path).content["state_dict"] if path and Path(path).is_file() else None
+def best_state(path: str, processes: Processes) -> dict[str, Tensor] | None:
+    """Return the tuned tensors of a checkpoint; ``None`` if there is no such file. A collective call.
+
+    The first process reads it and sends one tensor at a time, because other machines need not have the file.
+    """
+    own = None
+    if processes.rank == 0 and path and Path(path).is_file():
+        own = read_checkpoint(path).content["state_dict"]
+    names = processes.broadcast(None if own is None else list(own))
+    if names is None:
+        return None
+    return {name: processes.broadcast(None if own is None else own[name]) for name in names}
 
 
 @contextmanager
-def best_weights(model: TunedModel, state: Mapping[str, Any] | None) -> Iterator[bool]:
+def best_weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[bool]:
     """Load tuned tensors for a ``with`` block; afterwards the model has its last weights again.
 
     Yields:

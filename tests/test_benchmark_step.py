@@ -64,7 +64,7 @@ def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, 
     assert "mezo-layer" in capsys.readouterr().out
     result = json.loads(target.read_text())
     assert (result["task"], result["dtype"], result["threads"]) == ("sst2", "float32", 1)
-    assert {*tool.PUBLISHED, "slzo", "slzo-cold", "default", *tool.SWITCHES} == set(result["variants"])
+    assert {*tool.PUBLISHED, "spsa", "spsa-cold", "default", *tool.SWITCHES} == set(result["variants"])
     assert all(len(v["seconds"]) == 2 and v["median_s"] > 0 for v in result["variants"].values())
     assert set(result["breakdown_s"]) == {"data", "prefix", "perturb", "suffix", "head", "update"}
 
@@ -83,7 +83,7 @@ def test_bad_options_give_one_line(model_dir, options, expected, capsys):
 
 @pytest.mark.pictures
 def test_results_of_several_tasks_are_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
-    seconds = {"mezo": [8.0, 12.0], "slzo": [1.0, 1.0], "slzo-cold": [1.5, 1.5], "default": [0.5, 0.5]}
+    seconds = {"mezo": [8.0, 12.0], "spsa": [1.0, 1.0], "spsa-cold": [1.5, 1.5], "default": [0.5, 0.5]}
     for task, tokens in (("copa", 300), ("sst2", 200)):
         variants = {
             name: {"median_s": sum(values) / 2, "mean_s": sum(values) / 2, "seconds": values}

@@ -21,9 +21,12 @@ from slzo.callbacks.checkpoints import LastCheckpoint
 from slzo.callbacks.run_record import RunRecord
 from slzo.callbacks.schedule import callback_of
 from slzo.checkpoints.checkpoint import checkpoint_of_run, newest_checkpoint, read_checkpoint
+from slzo.export import ExportOptions, export_checkpoint
+from slzo.fit import best_state
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import sgd
+from slzo.zo.processes import ALONE, Processes
 from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -186,6 +189,36 @@ def test_a_plain_trainer_continues_its_own_checkpoint_with_the_module_in_memory(
     new, _ = fit(ZOModule(str(model_dir), seed=0, layer=1), 8, saved.last_model_path)
     assert all(tensor.equal(new.state_dict()[name]) for name, tensor in module.state_dict().items())
     assert read_checkpoint(saved.last_model_path).note["layer"] == 1
+
+
+class OwnRows(TaskDataModule):
+    """A user's subclass."""
+
+
+def test_the_card_of_a_subclass_of_the_rows_names_the_task(model_dir, data_dir):
+    own = OwnRows("sst2", data_dir=str(data_dir), num_train=16, num_dev=8, num_test=12)
+    ZOTrainer(max_steps=1, val_check_interval=1, **QUIET).fit(ZOModule(str(model_dir), layer=1), datamodule=own)
+    export_checkpoint(read_checkpoint(last_checkpoint()), ExportOptions("out"))
+    assert json.loads(Path("out/slzo.json").read_text())["task"] == "sst2"
+
+
+def test_the_best_weights_reach_a_process_without_the_file(model_dir, data_dir):
+    fitted(model_dir, data_dir, LayerScope())
+    sent = []
+    first = Processes(2, 0, broadcast=lambda value: sent.append(value) or value)
+    expected = best_state(str(last_checkpoint()), first)
+    found = best_state("elsewhere.ckpt", Processes(2, 1, broadcast=lambda _: sent.pop(0)))
+    assert expected.keys() == found.keys() == read_checkpoint(last_checkpoint()).content["state_dict"].keys()
+    assert all(tensor.equal(found[name]) for name, tensor in expected.items())
+    assert best_state("elsewhere.ckpt", ALONE) is best_state("", ALONE) is None
+
+
+def test_kernels_that_are_missing_are_not_forced_on_resume(monkeypatch):
+    options = ZOModule().options
+    assert options.with_onednn(True).engine.onednn
+    monkeypatch.setattr("slzo.zo.options.has_onednn_linear", lambda: False)
+    assert options.with_onednn(True).engine.onednn is None
+    assert options.with_onednn(False).engine.onednn is False
 
 
 def test_runs_without_a_logger_have_their_folders_too(model_dir, data_dir):

@@ -26,7 +26,14 @@ from slzo.zo.processes import ALONE
 def run_facts(**facts):
     """Facts of a run; 1 is as good as any other value."""
     usual = {"spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
-    usual |= {"reference": None, "first_order_gb": None, "num_rows": 8, "scheduled": False, "figures": figures(facts)}
+    usual |= {
+        "virtual_tokens": False,
+        "reference": None,
+        "first_order_gb": None,
+        "num_rows": 8,
+        "scheduled": False,
+        "figures": figures(facts),
+    }
     known = [field.name for field in fields(RunFacts)]
     return RunFacts(**dict.fromkeys(known, 1) | usual | {name: facts[name] for name in facts if name in known})
 
@@ -373,12 +380,18 @@ def test_the_first_order_command_names_no_layer_where_the_scope_needs_none():
     assert found["first_order"] == FIRST_ORDER.replace(" --model.layer 3", "")
 
 
+@pytest.mark.parametrize("virtual_tokens", [True, False])
+def test_virtual_tokens_have_no_command_to_generate(virtual_tokens):
+    found = summarized(BEFORE, AFTER, virtual_tokens=virtual_tokens)
+    assert any("generate" in command for command in found["use"]) is not virtual_tokens
+
+
 @pytest.mark.parametrize("config", [None, "run/config.yaml"])
 def test_in_python_the_hint_is_what_to_do_without_a_command(config, monkeypatch):
     monkeypatch.setattr("slzo.report.summary._change", lambda run, before, after: FELL)
     monkeypatch.setattr("slzo.report.summary.dev_loss", lambda validations, description: losses(0.6, 0.9))
     reason, more = "the learning rate may be too large", "first order fits (about 1.25 GiB) and may learn more"
     found = summarized(BEFORE, AFTER, config=config, first_order_gb=1.25, layer=3)
-    in_python = f"slzo sweep: {reason}", f"estimator=Backprop(): {more}"
+    in_python = f"slzo sweep  # {reason}", f"estimator=Backprop()  # {more}"
     expected = (f"slzo sweep --config {config} --lrs auto  # {reason}", FIRST_ORDER) if config else in_python
     assert (found["next"], found["first_order"]) == expected

@@ -6,6 +6,7 @@ from helpers import error_line, last_checkpoint, summary, tuned
 from slzo.__main__ import main
 from slzo.callbacks.step_watch import StepWatch
 from slzo.report.summary import format_summary
+from slzo.zo import AutoStep
 
 
 def test_eps_that_is_lost_in_rounding_is_told_at_once_and_ends_the_run(options, capsys):
@@ -36,6 +37,15 @@ def test_a_metric_that_no_direction_changes_does_not_end_a_run(options, capsys):
     more = ["--data.objective=metric", "--model.eps=1e-9", "--watch.max_zero_steps=3"]
     assert main(["fit", *options, *more]) == 0
     assert "did not change along any direction for 3 steps" in capsys.readouterr().err
+
+
+def test_a_loss_at_its_lower_bound_stops_the_automatic_rate_and_is_told(options, capsys, monkeypatch):
+    monkeypatch.setattr(AutoStep, "update", lambda self, estimate: setattr(self, "loss", -0.1))  # below the bound
+    auto = ["--model.eps=auto", "--model.optimizer.lr=auto", "--model.estimator=SPSA", "--trainer.max_steps=3"]
+    assert main(["fit", *options, *auto]) == 0
+    assert (
+        capsys.readouterr().err.count("the automatic learning rate is 0 at step 1, because the loss is not above") == 1
+    )
 
 
 def test_spikes_are_counted():

@@ -67,6 +67,12 @@ def test_a_plan_by_hand(times, budget, steps, every, validations):
 
 
 @pytest.mark.fast
+def test_the_slowest_process_counts_for_each_time():
+    times = [RunTimes(1.0, 0.5, 3, 16, 2.0, 1.0, 4.0), RunTimes(2.0, 0.1, 8, 16, 1.0, 5.0, 3.0)]
+    assert RunTimes.slowest(times) == RunTimes(2.0, 0.5, 8, 16, 2.0, 5.0, 4.0)
+
+
+@pytest.mark.fast
 def test_a_continued_run_plans_the_steps_that_are_left():
     found = plan(done=500)
     assert (found.steps, found.new_steps) == (1240, 740)

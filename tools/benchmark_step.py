@@ -10,7 +10,7 @@ All variants get the same random batches of real rows, in alternation, in one pr
   positions; three perturbation passes and one update pass over all parameters, each of which draws z again.
 * mezo-layer: the same, but only one layer is perturbed and updated, as in the Dominant-Layer paper.
 * forward2: two plain forward passes on one sequence per example; ``forward2-onednn`` runs their linear layers through oneDNN.
-* slzo: the step of ``SPSA`` with a warm prefix cache; ``slzo-cold`` is the same without a cache.
+* spsa: the step of ``SPSA`` with a warm prefix cache; ``spsa-cold`` is the same without a cache.
 * default: the step of ``LayerOutputPerturbation`` and AdamW in the layer that the default rule chooses, with a warm prefix cache.
 """
 
@@ -298,7 +298,7 @@ def compare(args: argparse.Namespace) -> Timings:
             step.forward.prefix(step.pack(examples))
         if plain is not None:
             run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
-        for name, step in {"slzo": warm, "slzo-cold": cold, "default": default, **switched}.items():
+        for name, step in {"spsa": warm, "spsa-cold": cold, "default": default, **switched}.items():
             timings.add(name, partial(step, examples))
         if args.device != "cpu":  # the rest is measured on a CPU only
             continue
@@ -411,9 +411,9 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
     print(
         f"\n{args.task}, {args.dtype}, {args.threads} thread(s), batch {args.batch_size}, layer {args.layer}, {args.model}"
     )
-    print(f"{'variant':24s} {'median s':>9s} {'mean s':>9s} {'min s':>8s} {'max s':>8s} {'x slzo (median, mean)':>22s}")
+    print(f"{'variant':24s} {'median s':>9s} {'mean s':>9s} {'min s':>8s} {'max s':>8s} {'x spsa (median, mean)':>22s}")
     for name, values in timings.seconds.items():
-        ratios = f"{median[name] / median['slzo']:10.2f} {mean[name] / mean['slzo']:10.2f}"
+        ratios = f"{median[name] / median['spsa']:10.2f} {mean[name] / mean['spsa']:10.2f}"
         print(f"{name:24s} {median[name]:9.3f} {mean[name]:9.3f} {min(values):8.3f} {max(values):8.3f} {ratios:>22s}")
     of_parts = report_of_parts(timings) if timings.parts else {}
     for name, peak in memory.items():
@@ -434,7 +434,7 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
         "batch_size": args.batch_size,
         "torch": torch.__version__,
         "variants": variants,
-        "ratios": {f"{name}/slzo": median[name] / median["slzo"] for name in median},
+        "ratios": {f"{name}/spsa": median[name] / median["spsa"] for name in median},
         "device": args.device,
         **of_parts,
         "memory_gib": memory,

@@ -15,7 +15,7 @@ VARIANTS = {
     "mezo": "published MeZO step",
     "mezo-layer": "published step, one layer",
     "forward2": "two forward passes",
-    "slzo": "SPSA",
+    "spsa": "SPSA",
     "default": "LayerOutputPerturbation",
 }
 
@@ -47,13 +47,13 @@ def table(results: list[dict[str, Any]]) -> str:
         variants = result["variants"]
         cells = [
             result["task"],
-            str(len(variants["slzo"]["seconds"])),
+            str(len(variants["spsa"]["seconds"])),
             f"{sum(result['tokens']) / len(result['tokens']):.0f}",
             f"{variants['default']['median_s']:.2f}",
             ratio(result, "mezo", "default"),
-            f"{variants['slzo']['median_s']:.2f}",
-            *(ratio(result, name, "slzo") for name in ("mezo", "mezo-layer", "forward2", "forward2-onednn")),
-            f"{variants['slzo-cold']['median_s'] / variants['slzo']['median_s']:.2f}",
+            f"{variants['spsa']['median_s']:.2f}",
+            *(ratio(result, name, "spsa") for name in ("mezo", "mezo-layer", "forward2", "forward2-onednn")),
+            f"{variants['spsa-cold']['median_s'] / variants['spsa']['median_s']:.2f}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -30,8 +30,8 @@ class LossGuard(Callback):
 
     Args:
         factor: Largest allowed dev loss as a multiple of the lowest so far, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200
-            (1 + 2 / sqrt(dev rows) for rewards and F1); null never rolls back. The allowed rise is at least that of a tenth of
-            the first dev loss.
+            (1 + 2 / sqrt(dev rows) for rewards and F1); null never rolls back. Below a tenth of the first dev
+            loss, the rise may be as large as at that tenth.
     """
 
     def __init__(self, factor: float | Literal["auto"] | None = "auto") -> None:

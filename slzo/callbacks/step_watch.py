@@ -35,7 +35,7 @@ class StepWatch(Callback):
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._size_at_start: float | None = None
         self._zeros = 0
-        self._stands_still = False
+        self._warned_of_rate = False
         self.spikes: dict[str, Any] = {"number": 0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,6 +43,7 @@ class StepWatch(Callback):
         if isinstance(pl_module, ZOModule) and not (_resumed(pl_module) and self._size_at_start is not None):
             self._losses.clear()
             self._zeros, self.spikes, self._size_at_start = 0, {"number": 0}, _size(pl_module)
+            self._warned_of_rate = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,8 +54,8 @@ class StepWatch(Callback):
             return
         estimate, stepper = result.estimate, pl_module.stepper
         self._look_for_spike(estimate.loss, trainer.global_step)
-        if result.record.lr == 0 and stepper.sets_rate and not self._stands_still:
-            self._stands_still = True
+        if result.record.lr == 0 and stepper.sets_rate and not self._warned_of_rate:
+            self._warned_of_rate = True
             warn(
                 f"the automatic learning rate is 0 at step {trainer.global_step}, because the loss is not above its lower bound "
                 f"{pl_module.rows.objective.lowest:g}; raise data.objective.best of a reward, or give model.optimizer.lr a number"

@@ -33,7 +33,7 @@ def describe_type(hint: Any) -> str:
     if origin is dict:
         return "a mapping"
     if origin is tuple:
-        return f"a list of {len(inner)} values"
+        return "a list" if Ellipsis in inner else f"a list of {len(inner)} values"
     return " or ".join(dict.fromkeys(describe_type(item) for item in inner if not _is_tensor(item)))
 
 

@@ -45,15 +45,8 @@ def first_order_command(run: RunFacts, memory_gb: float) -> str:
     layer = () if run.layer is None else ("--model.layer", str(run.layer))
     chosen = ("--model.estimator", "Backprop", "--model.optimizer", "AdamW", "--model.optimizer.lr", "auto")
     scheduler = ("--model.lr_scheduler", "null") if run.scheduled else ()  # it would change a rate that is measured
-    command = _command("fit", run, *layer, *chosen, *scheduler)
+    command = "estimator=Backprop()" if run.config is None else _command("fit", run, *layer, *chosen, *scheduler)
     return f"{command}  # first order fits (about {memory_gb:.2f} GiB) and may learn more"
-
-
-def in_python(line: str) -> str:
-    """Return what a command with its reason means for a run that was not started from the command line."""
-    command, _, reason = line.partition("  # ")
-    name = "estimator=Backprop()" if "Backprop" in command else " ".join(shlex.split(command)[:2])
-    return f"{name}: {reason}"
 
 
 def _one_process(run: RunFacts) -> tuple[str, ...]:
@@ -65,5 +58,5 @@ def _one_process(run: RunFacts) -> tuple[str, ...]:
 
 
 def _command(name: str, run: RunFacts, *options: str) -> str:
-    config = ("--config", run.config) if run.config is not None else ()
-    return shlex.join(["slzo", name, *config, *options])
+    """Return a command with the options of the run; only its name for a run in Python, which has no config."""
+    return f"slzo {name}" if run.config is None else shlex.join(["slzo", name, "--config", run.config, *options])

@@ -7,7 +7,7 @@ from typing import Any
 
 from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.held_out import HeldOutScores
-from slzo.report.next_command import first_order_command, in_python, next_command
+from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
 from slzo.tasks.base import Example
@@ -22,8 +22,6 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     doubtful = is_doubtful(change, losses)
     first = None if run.first_order_gb is None else first_order_command(run, run.first_order_gb)
     suggestion = next_command(change, losses, run) if doubtful else first
-    if run.config is None:  # a command would need the options of this run in Python
-        suggestion, first = (None if line is None else in_python(line) for line in (suggestion, first))
     return {
         **run.figures,
         "num_rows": run.num_rows,

@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Self
 
 _MOST_VALIDATIONS = 8
@@ -88,6 +89,11 @@ class RunTimes:
     validation: float = 0.0
     before: float = 0.0
     after: float = 0.0
+
+    @classmethod
+    def slowest(cls, times: Sequence[Self]) -> Self:
+        """Return the largest of each time, over the processes of a run."""
+        return cls(*map(max, zip(*map(astuple, times), strict=True)))
 
     def of_steps(self, number: int) -> float:
         """Return the time of the first ``number`` steps, without validations."""
