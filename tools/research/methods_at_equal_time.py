@@ -59,6 +59,7 @@ ROWS = {
     "squad": (200, 50, 50),
 }
 CHECKS = 8
+NAMED_LAYERS = ("removing", "last", "first")
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
     parser.add_argument("--tasks", nargs="+", default=["sst2"], help="tasks, as in data.task")
-    parser.add_argument("--layers", nargs="+", default=["removing"], choices=["removing", "last", "first"])
+    parser.add_argument("--layers", nargs="+", default=["removing"], help="removing, last, first, or a number")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
@@ -217,13 +218,16 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table without training")
     parser.add_argument("--json", help="also write all results to this file")
     args = parser.parse_args()
+    if wrong := [layer for layer in args.layers if layer not in NAMED_LAYERS and not layer.isdigit()]:
+        parser.error(f"--layers {wrong[0]}: choose removing, last, first, or a number from 0")
     store = CellStore(args.output, {"seconds": args.seconds, "threads": torch.get_num_threads()})
     setting_of = lru_cache(maxsize=1)(lambda model, task, seed: Setting.of(model, task, seed, args.data_dir))
 
     def compute(setting: tuple[str, str, int], layer: str, method: str) -> dict[str, Any]:
         model, _, seed = setting
         loaded = setting_of(*setting)
-        return train(loaded, loaded.layers[layer], method, model, seed, args.seconds)
+        number = loaded.layers[layer] if layer in loaded.layers else int(layer)
+        return train(loaded, number, method, model, seed, args.seconds)
 
     def say(name: str, result: dict[str, Any]) -> None:
         print(
