@@ -117,7 +117,7 @@ def prepare(
         model, profile = tuned, None
         choice = None if model.layer is None else Choice(model.layer, "tuned before")
         model.clear_prefix()  # its keys belong to one data module
-    plan_prefix(model, rows)
+    plan_prefix(model, rows, held_out=True)
     if choice is not None and choice.states is not None:
         model.forward.cache.adopt(choice.states)
     auto = _automatic(make_stepper(model, options, rows), options, rows) if uses_auto(options) else None
@@ -211,7 +211,7 @@ def _continue(
         model = tuned
         model.check(note)
         model.clear_prefix()  # its keys belong to one data module
-    plan_prefix(model, rows)
+    plan_prefix(model, rows, held_out=True)
     auto = restored_rate(note["auto_step"], options)
     seed, evaluations = note["noise_seed"], 0
     if auto is None and uses_auto(options):  # so far the run used given numbers
@@ -288,8 +288,15 @@ def _announce(prepared: Prepared) -> None:
         say(quantized)
 
 
-def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutScores:
-    """Score the held-out rows with the live weights; ``when`` is part of the printed line."""
+def score_test_rows(prepared: Prepared, rows: TaskRows, when: str, keep_prefix: bool = False) -> HeldOutScores:
+    """Score the held-out rows with the live weights.
+
+    Args:
+        prepared: The prepared training.
+        rows: Rows of the task.
+        when: Part of the printed line.
+        keep_prefix: Whether the states that enter the tuned layer are cached, because the rows are scored again.
+    """
     assert rows.splits is not None
     say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
     return score_held_out(
@@ -297,6 +304,7 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str) -> HeldOutSco
         rows.eval_batches("test"),
         rows.running_score(prepared.model.parts.model.device),
         rows.selection_metric.metric,
+        keep_prefix,
     )
 
 

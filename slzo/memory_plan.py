@@ -200,7 +200,7 @@ def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabula
     return Workload(
         tokens=max([tokens, *(packed.num_tokens for packed in scoring)]),
         vocabulary_rows=max([rows, *(_vocabulary_rows(data, p) for p in scoring)]),
-        cached_tokens=sum(block.num_tokens for block in prefix_blocks(data)),
+        cached_tokens=sum(block.num_tokens for block in prefix_blocks(data, held_out=True)),
         prompt_tokens=sum(block.num_tokens for block in prompt_blocks(data)),
         answer_tokens=_answer_tokens(data, answers),
         train_tokens=tokens,

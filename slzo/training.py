@@ -99,24 +99,31 @@ def tune(
     )
 
 
-def plan_prefix(model: TunedModel, rows: TaskRows) -> None:
-    """Decide which rows have their prefix states cached, and which rows are computed together."""
-    model.plan_prefix(prefix_blocks(rows), prompt_blocks(rows))
+def plan_prefix(model: TunedModel, rows: TaskRows, held_out: bool = False) -> None:
+    """Decide which rows have their prefix states cached, and which rows are computed together; see :func:`prefix_blocks`."""
+    model.plan_prefix(prefix_blocks(rows, held_out), prompt_blocks(rows))
 
 
-def prefix_blocks(rows: TaskRows) -> Iterator[Block]:
-    """Yield the blocks of dev and training rows.
+def prefix_blocks(rows: TaskRows, held_out: bool = False) -> Iterator[Block]:
+    """Yield the blocks of dev and training rows, and with ``held_out`` those of held-out rows.
 
     The blocks are the same after a resume. They include the training rows of all processes, because each process sees other rows
     in later epochs.
     """
-    plan = rows.eval_plan("dev")
+    yield from _scored_blocks(rows, "dev")
+    if not rows.objective.generates:
+        yield from training_blocks(rows)
+    if held_out:
+        yield from _scored_blocks(rows, "test")
+
+
+def _scored_blocks(rows: TaskRows, split: str) -> Iterator[Block]:
+    """Yield the batches in which this process scores a split, without rows whose answers are generated."""
+    plan = rows.eval_plan(split)
     if not plan.shares_beginnings:  # batches with shared beginnings are not cached
         for batch in plan.batches:
             if not batch[0].prompt:
                 yield Block([row.encoded for row in batch])
-    if not rows.objective.generates:
-        yield from training_blocks(rows)
 
 
 def fill_prefix(model: TunedModel, rows: TaskRows) -> None:

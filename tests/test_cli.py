@@ -269,10 +269,10 @@ def test_a_resumed_run_says_what_differs_and_keeps_its_seed(options, capsys):
 def test_an_interrupt_while_the_best_checkpoint_is_scored_loses_nothing(options, monkeypatch):
     original = fit.score_test_rows
 
-    def score(prepared, rows, when):
+    def score(prepared, rows, when, **more):
         if when.startswith("after"):
             raise KeyboardInterrupt
-        return original(prepared, rows, when)
+        return original(prepared, rows, when, **more)
 
     assert main(["fit", *options]) == 0
     with monkeypatch.context() as patch:

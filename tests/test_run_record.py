@@ -11,8 +11,10 @@ from helpers import error_line, last_checkpoint, run_dir, same_tensors, summary,
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slzo
+from slzo import fit
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.models.parts import ModelParts
 from slzo.report import forecast
 from slzo.report.forecast import Forecast, duration
 from slzo.report.run_files import read_run
@@ -21,6 +23,30 @@ from slzo.utils.environment import environment, git_commit
 
 def record(name, number=0):
     return json.loads((run_dir(number) / name).read_text())
+
+
+def test_held_out_rows_run_through_the_lower_layers_once(options, monkeypatch):
+    """Their states are kept from the scores before training for those after it."""
+    run, score, starts, lowest = ModelParts.run, fit.score_held_out, [], []
+
+    def counted(self, batch, start, *args, **more):
+        starts.append(start)
+        return run(self, batch, start, *args, **more)
+
+    def scored(*args):
+        starts.clear()
+        found = score(*args)
+        lowest.append(min(starts))
+        return found
+
+    monkeypatch.setattr(ModelParts, "run", counted)
+    monkeypatch.setattr(fit, "score_held_out", scored)
+    monkeypatch.setattr("slzo.data.batch._MIN_SAVING", 2)  # the made-up rows share beginnings; such rows are not cached
+    for more, expected in (([], [0, 2]), (["--record.test_before=false"], [0])):
+        assert main(["fit", *options, "--model.layer=2", "--trainer.max_steps=2", *more]) == 0
+        assert lowest == expected
+        lowest.clear()
+    assert summary(0)["score_after"] == summary(1)["score_after"]
 
 
 def test_a_saved_config_gives_the_same_weights_and_the_record_says_with_what(options):

@@ -102,7 +102,7 @@ class RunRecord(Callback):
                 planned_steps(trainer, pl_module.rows) - trainer.global_step,
                 steps_per_validation(trainer),
                 splits,
-                peak_memory_gb(pl_module.device) + _cache_growth(trainer, pl_module),
+                peak_memory_gb(pl_module.device) + _cache_growth(pl_module),
             )
             if line:
                 say(line)
@@ -150,7 +150,7 @@ class RunRecord(Callback):
         """Score the held-out rows with the untuned model, and keep some predictions."""
         begun = time.monotonic()
         if self.test_before and self._history.before is None:
-            self._history.before = score_test_rows(prepared, rows, "before training")
+            self._history.before = score_test_rows(prepared, rows, "before training", keep_prefix=True)
             _log_scores(trainer, self._history.before.metrics)
             self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
         samples = predict_samples(prepared, rows)
@@ -243,12 +243,9 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
     }
 
 
-def _cache_growth(trainer: Trainer, module: ZOModule) -> float:
-    """Return the GiB of CPU memory that the prefix cache will still take for unseen training rows."""
+def _cache_growth(module: ZOModule) -> float:
+    """Return the GiB of CPU memory that the prefix cache will still take."""
     assert module.tuned_model is not None
-    cache, rows = module.tuned_model.forward.cache, module.rows
-    seen = trainer.global_step * rows.batch_size
-    if not seen or module.device.type != "cpu" or cache.directory is not None:
-        return 0.0
-    unseen = max(0, len(rows.rows("train")) - seen)
-    return min(cache.budget - cache.num_bytes, cache.num_bytes * unseen / seen) / 2**30
+    cache = module.tuned_model.forward.cache
+    in_memory = module.device.type == "cpu" and cache.directory is None
+    return cache.missing_bytes / 2**30 if in_memory else 0.0

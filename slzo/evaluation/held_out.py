@@ -30,6 +30,7 @@ def score_held_out(
     batches: Iterable[EvalBatch],
     score: RunningScore,
     metric: str,
+    keep_prefix: bool = False,
 ) -> HeldOutScores:
     """Score rows with the live weights.
 
@@ -38,6 +39,7 @@ def score_held_out(
         batches: The rows of this process.
         score: Fresh counters.
         metric: Name of the metric that summarizes the run.
+        keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
     """
     scores: list[tuple[str, float]] = []
     losses: list[tuple[str, tuple[float, float]]] = []
@@ -53,7 +55,7 @@ def score_held_out(
             if value is not None and math.isfinite(value):
                 scores.append((example.id, value))
 
-    found = score_rows(evaluator, batches, score, seen=keep)
+    found = score_rows(evaluator, batches, score, keep_prefix, seen=keep)
     by_row = dict(gather_from_processes(scores))
     if metric == PERPLEXITY:
         by_row = perplexity_by_row(dict(gather_from_processes(losses)))

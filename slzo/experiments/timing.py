@@ -44,15 +44,16 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     most = _SHARE * budget.left
     step, new_row = _time_steps(model, options, rows, most)
     dev, dev_new = _time_scores(model, rows, "dev", most, keep=True)
-    test, _ = _time_scores(model, rows, "test", most, keep=False)
     passes = budget.passes
+    kept = passes.test_before > 0 and not rows.generates("test")
+    test, test_new = _time_scores(model, rows, "test", most, keep=kept)
     return RunTimes(
         step=step + _HOOKS_SECONDS,
         new_row=new_row,
         new_rows=_uncached(rows.rows("train"), model.forward.cache),
         rows_per_step=rows.batch_size,  # each process computes the states of its own rows
         validation=dev,
-        before=passes.dev_before * dev + dev_new + passes.test_before * test,
+        before=passes.dev_before * dev + dev_new + passes.test_before * test + test_new,
         after=passes.test_after * test + _FILES_SECONDS,
     )
 
