@@ -5,8 +5,7 @@ when        function                            what happens
 ==========  ==================================  ======================================================================
 ``setup``   :func:`prepare`                     plan memory, load the model, choose the layer, make the masters,
                                                 set the step size, plan for a limited time
-step 0      :func:`score_test_rows`,            score the held-out rows with the untuned model
-            :func:`predict_samples`
+step 0      :func:`score_test_rows`             score the held-out rows with the untuned model
 each step   ``Stepper.step``                    prefix, losses at perturbed outputs or weights, gradient, step
 at the end  :func:`finish`                      score the best checkpoint, write summary, samples and report
 ==========  ==================================  ======================================================================
@@ -27,21 +26,20 @@ from torch import Tensor
 from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoint
 from slzo.data.balance import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
-from slzo.evaluation.evaluator import records
-from slzo.evaluation.held_out import HeldOutScores, score_held_out
+from slzo.evaluation.held_out import HeldOut, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.timing import measure_times
 from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
-from slzo.models.placement import layer_barrier, placement_of
+from slzo.models.placement import placement_of
 from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import RunFacts
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
-from slzo.report.summary import format_summary, gold_texts, sample_row, summarize
+from slzo.report.summary import format_summary, sample_row, summarize
 from slzo.resume import check_environment, open_step_log, restore
 from slzo.run import FitOutcome, Prepared, RunContext
 from slzo.task_rows import TaskRows
@@ -288,8 +286,11 @@ def _announce(prepared: Prepared) -> None:
         say(quantized)
 
 
-def score_test_rows(prepared: Prepared, rows: TaskRows, when: str, keep_prefix: bool = False) -> HeldOutScores:
+def score_test_rows(prepared: Prepared, rows: TaskRows, when: str, keep_prefix: bool = False) -> HeldOut:
     """Score the held-out rows with the live weights.
+
+    There are no samples if the task's answers are free texts and none are generated: only the likelihood of the given answers is
+    known then.
 
     Args:
         prepared: The prepared training.
@@ -299,32 +300,15 @@ def score_test_rows(prepared: Prepared, rows: TaskRows, when: str, keep_prefix: 
     """
     assert rows.splits is not None
     say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
+    has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
     return score_held_out(
         make_evaluator(rows, prepared.model),
         rows.eval_batches("test"),
         rows.running_score(prepared.model.parts.model.device),
         rows.selection_metric.metric,
+        _NUM_SAMPLES if has_predictions else 0,
         keep_prefix,
     )
-
-
-def predict_samples(prepared: Prepared, rows: TaskRows) -> dict[int, dict[str, Any]]:
-    """Return predictions for the first held-out rows of all processes, by position in the split.
-
-    Empty if the task's answers are free texts and none are generated: only the likelihood of the given answers is known then.
-    """
-    assert rows.splits is not None
-    has_predictions = rows.task.kind is not Kind.GENERATION or rows.generates("test")
-    if not has_predictions or len(rows.splits.test) < rows.processes.number:
-        return {}
-    found: list[tuple[int, dict[str, Any]]] = []
-    device, evaluator = prepared.model.parts.model.device, make_evaluator(rows, prepared.model)
-    for batch in rows.eval_batches("test", max(_NUM_SAMPLES, rows.processes.number)):
-        moved = batch.to(device)
-        for row, record in zip(batch.rows, records(moved, evaluator(moved)), strict=True):
-            found.append((row.position, {**record, "gold_texts": gold_texts(row.example)}))
-    layer_barrier(prepared.model.parts.model)
-    return dict(gather_from_processes(found))
 
 
 def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> dict[str, Any]:
@@ -344,8 +328,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     first = rows.processes.rank == 0
     with best_weights(prepared.model, best_state(outcome.best, rows.processes)) as restored:
         when = f"after training, {Path(outcome.best).name if restored else 'last weights'}"
-        after = score_test_rows(prepared, rows, when)
-        samples = predict_samples(prepared, rows)
+        after, samples = score_test_rows(prepared, rows, when)
     summary = summarize(_facts(prepared, rows, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)

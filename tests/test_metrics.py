@@ -178,7 +178,7 @@ def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
     found = score.compute()
     assert not {"loss", "perplexity"} & set(found)
     monkeypatch.setattr("slzo.evaluation.held_out.score_rows", lambda *_, **__: dict(found))
-    held_out = score_held_out(None, [], None, "perplexity")
+    held_out = score_held_out(None, [], None, "perplexity").scores
     assert math.isnan(held_out.metrics["perplexity"])
     assert "reward" in held_out.metrics
 

@@ -15,7 +15,7 @@ from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import planned_steps
 from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
 from slzo.callbacks.step_watch import StepWatch
-from slzo.fit import finish, predict_samples, score_test_rows
+from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
@@ -81,8 +81,8 @@ class RunRecord(Callback):
         if prepared.resumed:
             self._history = History() if self._saved is None else History.from_dict(self._saved)
         else:
-            self._history = History(before=self._history.before)
-            if not is_quick(trainer):
+            self._history = History(before=self._history.before, samples=self._history.samples)
+            if self.test_before and self._history.before is None and not is_quick(trainer):
                 self._score_before(trainer, prepared, rows)
         self._write(trainer)
         self._train_started = time.monotonic()
@@ -149,12 +149,11 @@ class RunRecord(Callback):
     def _score_before(self, trainer: Trainer, prepared: Prepared, rows: TaskRows) -> None:
         """Score the held-out rows with the untuned model, and keep some predictions."""
         begun = time.monotonic()
-        if self.test_before and self._history.before is None:
-            self._history.before = score_test_rows(prepared, rows, "before training", keep_prefix=True)
-            _log_scores(trainer, self._history.before.metrics)
-            self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
-        samples = predict_samples(prepared, rows)
+        scores, samples = score_test_rows(prepared, rows, "before training", keep_prefix=True)
+        self._history.before = scores
         self._history.samples = {place: record["prediction_text"] for place, record in samples.items()}
+        _log_scores(trainer, scores.metrics)
+        self._forecast.row_seconds = (time.monotonic() - begun) / max(1, len(rows.rows("test")))
 
     def _so_far(self) -> History:
         """Return the record with time and memory of this run added."""

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from slzo.data.batch import EvalBatch
-from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_losses, score_rows
+from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_losses, records, score_rows
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.rewards.registry import PERPLEXITY
+from slzo.tasks.base import Example
 from slzo.utils.runtime import gather_from_processes
 
 
@@ -25,13 +27,27 @@ class HeldOutScores:
     rows: dict[str, float]
 
 
+class HeldOut(NamedTuple):
+    """Results on the held-out rows.
+
+    Attributes:
+        scores: The scores.
+        samples: Records of the first rows by position in the split, see :func:`slzo.evaluation.evaluator.records`. They also
+            have ``gold_texts``, the correct answers as texts.
+    """
+
+    scores: HeldOutScores
+    samples: dict[int, dict[str, Any]]
+
+
 def score_held_out(
     evaluator: Evaluator,
     batches: Iterable[EvalBatch],
     score: RunningScore,
     metric: str,
+    num_samples: int = 0,
     keep_prefix: bool = False,
-) -> HeldOutScores:
+) -> HeldOut:
     """Score rows with the live weights.
 
     Args:
@@ -39,12 +55,18 @@ def score_held_out(
         batches: The rows of this process.
         score: Fresh counters.
         metric: Name of the metric that summarizes the run.
+        num_samples: Number of samples.
         keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
     """
     scores: list[tuple[str, float]] = []
     losses: list[tuple[str, tuple[float, float]]] = []
+    samples: list[tuple[int, dict[str, Any]]] = []
 
     def keep(batch: EvalBatch, outcome: Outcome) -> None:
+        if any(row.position < num_samples for row in batch.rows):
+            for row, record in zip(batch.rows, records(batch, outcome), strict=True):
+                if row.position < num_samples:
+                    samples.append((row.position, {**record, "gold_texts": _gold_texts(row.example)}))
         if metric == PERPLEXITY:
             losses.extend(gold_losses(batch, outcome).items())
             return
@@ -60,4 +82,9 @@ def score_held_out(
     if metric == PERPLEXITY:
         by_row = perplexity_by_row(dict(gather_from_processes(losses)))
     found.pop("loss", None)
-    return HeldOutScores({metric: math.nan, **found}, by_row)  # without gold answers there is no perplexity
+    scored = HeldOutScores({metric: math.nan, **found}, by_row)  # without gold answers there is no perplexity
+    return HeldOut(scored, dict(gather_from_processes(samples)))
+
+
+def _gold_texts(example: Example) -> list[str]:
+    return list(example.references) or [example.candidates[index].strip() for index in example.gold]

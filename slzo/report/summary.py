@@ -10,7 +10,6 @@ from slzo.evaluation.held_out import HeldOutScores
 from slzo.report.next_command import first_order_command, next_command
 from slzo.report.run_facts import RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, score_error, verdict
-from slzo.tasks.base import Example
 
 
 def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> dict[str, Any]:
@@ -161,7 +160,7 @@ def sample_row(after: Mapping[str, Any], before: str | None) -> dict[str, Any]:
     """Return id, prompt, correct answers as texts, and both predictions of a row.
 
     Args:
-        after: Record of the row, see :func:`slzo.evaluation.evaluator.records`, with its ``gold_texts``.
+        after: Record of the row, see :class:`slzo.evaluation.held_out.HeldOut`.
         before: Prediction before training; ``None`` if it is unknown.
     """
     return {
@@ -171,8 +170,3 @@ def sample_row(after: Mapping[str, Any], before: str | None) -> dict[str, Any]:
         "before": None if before is None else before.strip(),
         "after": after["prediction_text"].strip(),
     }
-
-
-def gold_texts(example: Example) -> list[str]:
-    """Return the correct answers as texts."""
-    return list(example.references) or [example.candidates[index].strip() for index in example.gold]
