@@ -37,11 +37,11 @@ from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
-from slzo.report.run_facts import RunFacts
+from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
 from slzo.report.summary import format_summary, sample_row, summarize
 from slzo.resume import check_environment, open_step_log, restore
-from slzo.run import FitOutcome, Prepared, RunContext
+from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
 from slzo.training import (
@@ -327,7 +327,7 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     """
     first = rows.processes.rank == 0
     with best_weights(prepared.model, best_state(outcome.best, rows.processes)) as restored:
-        when = f"after training, {Path(outcome.best).name if restored else 'last weights'}"
+        when = f"after training, {Path(outcome.best).name if outcome.best and restored else 'last weights'}"
         after, samples = score_test_rows(prepared, rows, when)
     summary = summarize(_facts(prepared, rows, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
@@ -342,13 +342,13 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     return summary
 
 
-def best_state(path: str, processes: Processes) -> dict[str, Tensor] | None:
+def best_state(path: str | None, processes: Processes) -> dict[str, Tensor] | None:
     """Return the tuned tensors of a checkpoint; ``None`` if there is no such file. A collective call.
 
     The first process reads it and sends one tensor at a time, because other machines need not have the file.
     """
     own = None
-    if processes.rank == 0 and path and Path(path).is_file():
+    if processes.rank == 0 and path is not None and Path(path).is_file():
         own = read_checkpoint(path).content["state_dict"]
     names = processes.broadcast(None if own is None else list(own))
     if names is None:
@@ -380,9 +380,11 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     config = None if folder is None or not (folder / CONFIG_FILE).is_file() else folder / CONFIG_FILE
     assert rows.splits is not None
     test, is_classified = rows.splits.test, metric.metric == "accuracy"
-    stepper, history = prepared.stepper, outcome.history
+    stepper = prepared.stepper
     device = model.parts.model.device
-    peak = max(history.peak_memory_gb, peak_memory_gb(device))  # before the reference, which loads another library
+    peak = max(
+        outcome.history.peak_memory_gb, peak_memory_gb(device)
+    )  # before the reference, which loads another library
     words = first = None
     writes = rows.processes.rank == 0  # the other processes print and write nothing of it
     if writes and outcome.reference and is_classified:
@@ -413,6 +415,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         "majority_share": majority_share(test) if is_classified else None,
     }
     return RunFacts(
+        outcome=outcome,
         figures=figures,
         processes=rows.processes.number,
         layer=model.layer,
@@ -420,17 +423,10 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         metric=metric,
         num_rows=len(test),
         requested_rows=rows.num_test,
-        spikes=outcome.spikes,
-        seconds=history.seconds,
-        train_seconds=history.train_seconds,
-        validations=history.validations,
         config=None if config is None else str(config),
         own_code=config is not None and bool(code_of(config)),
         trusts_code=options.trust_remote_code,
         virtual_tokens=options.scope.num_positions > 0,
-        best=outcome.best or None,
-        last=outcome.last,
-        limit=outcome.limit,
         folder=None if folder is None else str(folder),
         reference=words,
         first_order_gb=None if first is None else round(first / 2**30, 3),

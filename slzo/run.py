@@ -1,9 +1,7 @@
-"""The parts of a training run: where it runs, what its steps need, and how it ended."""
+"""The parts of a training run: where it runs, and what its steps need."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,7 +10,6 @@ from slzo.data.fingerprint import DataFingerprint
 from slzo.models.parts import ModelParts
 from slzo.models.shard_group import ShardGroup
 from slzo.profiling import ProfileOptions
-from slzo.report.history import History
 from slzo.zo.memory import MemoryPlan
 from slzo.zo.options import TrainingOptions
 from slzo.zo.profile import OutlierProfile
@@ -83,32 +80,3 @@ class Prepared:
         """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
         base = self.model.base
         return {**self.data.hashes(), "weights": None if base is None else base.short_hash(), "layer": self.model.layer}
-
-
-@dataclass(frozen=True)
-class FitOutcome:
-    """Results of a training after its last step.
-
-    Attributes:
-        steps: Steps taken.
-        lr: Learning rate at the end.
-        best: Path of the best checkpoint; empty if there is none.
-        last: Path of the last checkpoint; ``None`` if there is none.
-        history: The record of this run and of the runs that it continues.
-        rollbacks: How often the run went back to earlier weights.
-        spikes: Number of steps with a loss far above the usual one, and the largest of them.
-        limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
-        command: Command line that started the run; ``None`` in Python.
-        reference: Whether to compare with a bag of words.
-    """
-
-    steps: int
-    lr: float
-    best: str
-    last: str | None
-    history: History
-    rollbacks: int = 0
-    spikes: Mapping[str, Any] = field(default_factory=lambda: {"number": 0})
-    limit: tuple[str, int] = ("max_steps", 0)
-    command: str | None = None
-    reference: bool = False

@@ -210,7 +210,7 @@ def test_the_best_weights_reach_a_process_without_the_file(model_dir, data_dir):
     found = best_state("elsewhere.ckpt", Processes(2, 1, broadcast=lambda _: sent.pop(0)))
     assert expected.keys() == found.keys() == read_checkpoint(last_checkpoint()).content["state_dict"].keys()
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
-    assert best_state("elsewhere.ckpt", ALONE) is best_state("", ALONE) is None
+    assert best_state("elsewhere.ckpt", ALONE) is best_state(None, ALONE) is None
 
 
 def test_kernels_that_are_missing_are_not_forced_on_resume(monkeypatch):

@@ -15,8 +15,9 @@ from slzo.__main__ import main
 from slzo.evaluation.bag_of_words import WordsReference
 from slzo.evaluation.metrics import perplexity_by_row, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
+from slzo.report.history import History
 from slzo.report.next_command import next_command
-from slzo.report.run_facts import RunFacts
+from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.score_change import ScoreChange, dev_loss, is_doubtful, score_change, verdict
 from slzo.report.summary import format_summary, summarize
 from slzo.tasks.base import Example
@@ -25,7 +26,7 @@ from slzo.zo.processes import ALONE
 
 def run_facts(**facts):
     """Facts of a run; 1 is as good as any other value."""
-    usual = {"spikes": {"number": 0}, "validations": [], "best": "b.ckpt", "config": "run/config.yaml"}
+    usual = {"best": "b.ckpt", "config": "run/config.yaml", "steps": 1, "lr": 1.0, "last": None}
     usual |= {
         "virtual_tokens": False,
         "reference": None,
@@ -33,9 +34,12 @@ def run_facts(**facts):
         "num_rows": 8,
         "scheduled": False,
         "figures": figures(facts),
+        "history": History(seconds=1.0, train_seconds=1.0),
     }
-    known = [field.name for field in fields(RunFacts)]
-    return RunFacts(**dict.fromkeys(known, 1) | usual | {name: facts[name] for name in facts if name in known})
+    given = usual | facts
+    outcome, known = ({field.name for field in fields(kind)} for kind in (FitOutcome, RunFacts))
+    given["outcome"] = FitOutcome(**{name: given[name] for name in outcome & given.keys()})
+    return RunFacts(**dict.fromkeys(known, 1) | {name: given[name] for name in known & given.keys()})
 
 
 def figures(facts):

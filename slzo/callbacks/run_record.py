@@ -19,9 +19,10 @@ from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
 from slzo.report.history import History
+from slzo.report.run_facts import FitOutcome
 from slzo.report.run_files import ENVIRONMENT_FILE, HISTORY_FILE
 from slzo.resume import loaded_from_hub
-from slzo.run import FitOutcome, Prepared
+from slzo.run import Prepared
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
@@ -183,7 +184,7 @@ class RunRecord(Callback):
         return FitOutcome(
             steps=trainer.global_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
-            best=best,
+            best=best or None,
             last=str(folder / "checkpoints" / LAST) if keeps_last and folder is not None else None,
             history=self._so_far(),
             rollbacks=0 if guard is None else guard.rollbacks,

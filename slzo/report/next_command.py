@@ -25,17 +25,18 @@ def next_command(change: ScoreChange | None, losses: DevLoss | None, run: RunFac
             return f"{search}  # the dev loss fell but the score became worse: compares learning rates"
         look = _command("fit", run, "--model.layer", "null", "--profiler.rule", "Race", *_one_process(run))
         return f"{look}  # the dev loss fell but the score became worse: compares layers by short trainings"
-    if losses.best == losses.last and run.last is not None and run.limit[1] > 0:
-        options = ("--ckpt_path", run.last, f"--trainer.{run.limit[0]}", str(2 * run.limit[1]))
+    (limit, value), last, best = run.outcome.limit, run.outcome.last, run.outcome.best
+    if losses.best == losses.last and last is not None and value > 0:
+        options = ("--ckpt_path", last, f"--trainer.{limit}", str(2 * value))
         return f"{_command('fit', run, *options)}  # the dev loss was still falling: takes more steps"
     if (
         change is not None
         and not change.worse
         and change.change != 0
-        and run.best is not None
+        and best is not None
         and run.num_rows == run.requested_rows
     ):
-        options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", run.best)
+        options = ("--data.num_test", str(4 * run.num_rows), "--ckpt_path", best)
         return f"{_command('test', run, *options)}  # more held-out rows; repeat without --ckpt_path to compare"
     return f"{search}  # compares learning rates"
 

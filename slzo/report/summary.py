@@ -17,7 +17,8 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
     metric = run.metric.metric
     scores_before = {} if before is None else before.metrics
     change = _change(run, before, after)
-    losses = dev_loss(run.validations, run.metric.description)
+    outcome, history = run.outcome, run.outcome.history
+    losses = dev_loss(history.validations, run.metric.description)
     doubtful = is_doubtful(change, losses)
     first = None if run.first_order_gb is None else first_order_command(run, run.first_order_gb)
     suggestion = next_command(change, losses, run) if doubtful else first
@@ -42,11 +43,11 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "use": use_commands(run),
         "scores_before": scores_before,
         "scores_after": after.metrics,
-        "loss_spikes": dict(run.spikes),
-        "seconds": round(run.seconds, 2),
-        "train_seconds": round(run.train_seconds, 4),
-        "validations": list(run.validations),
-        "best_checkpoint": run.best,
+        "loss_spikes": dict(outcome.spikes),
+        "seconds": round(history.seconds, 2),
+        "train_seconds": round(history.train_seconds, 4),
+        "validations": list(history.validations),
+        "best_checkpoint": outcome.best,
         "run_dir": run.folder,
     }
 
@@ -62,7 +63,8 @@ def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -
 
 def use_commands(run: RunFacts) -> list[str]:
     """Return commands that use the best checkpoint; those on rows need the options in the run's folder."""
-    if run.best is None:
+    best = run.outcome.best
+    if best is None:
         return []
     config = ("--config", run.config) if run.config is not None and run.own_code else ()
     rows = (("test", config, ()), ("predict", config, ("--output", "predictions.jsonl")))
@@ -72,7 +74,7 @@ def use_commands(run: RunFacts) -> list[str]:
         ("export", trust, ("--output", "tuned-model")),
         *(() if run.virtual_tokens else (("generate", trust, ("--prompt", "TEXT")),)),
     )
-    return [shlex.join(["slzo", name, *before, "--ckpt_path", run.best, *after]) for name, before, after in ways]
+    return [shlex.join(["slzo", name, *before, "--ckpt_path", best, *after]) for name, before, after in ways]
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
