@@ -144,9 +144,9 @@ def _train(
                 curve.append((step, round(used, 2), scores["loss"], scores[metric.metric]))
                 if scores["loss"] < lowest:
                     lowest, best = scores["loss"], model.tensors.clone_masters()
-                checks += 1
-                if checks > CHECKS:
+                if used >= seconds:
                     break
+                checks = int(used / seconds * CHECKS) + 1
             batch = next(batches).to(parts.model.device)
             started = time.process_time()
             result = stepper.step(batch, step, optimizer)
