@@ -327,8 +327,8 @@ def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     """
     first = rows.processes.rank == 0
     with best_weights(prepared.model, best_state(outcome.best, rows.processes)) as restored:
-        when = f"after training, {Path(outcome.best).name if outcome.best and restored else 'last weights'}"
-        after, samples = score_test_rows(prepared, rows, when)
+        weights = Path(outcome.best).name if restored and outcome.best is not None else "last weights"
+        after, samples = score_test_rows(prepared, rows, f"after training, {weights}")
     summary = summarize(_facts(prepared, rows, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
@@ -382,9 +382,8 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     test, is_classified = rows.splits.test, metric.metric == "accuracy"
     stepper = prepared.stepper
     device = model.parts.model.device
-    peak = max(
-        outcome.history.peak_memory_gb, peak_memory_gb(device)
-    )  # before the reference, which loads another library
+    # before the reference, which loads another library
+    peak = max(outcome.history.peak_memory_gb, peak_memory_gb(device))
     words = first = None
     writes = rows.processes.rank == 0  # the other processes print and write nothing of it
     if writes and outcome.reference and is_classified:

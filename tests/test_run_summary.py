@@ -299,6 +299,13 @@ def summarized(before, after, metric="accuracy", **facts):
     return summarize(run, before, after)
 
 
+def test_the_change_of_one_row_shows_nothing():
+    found = summarized(scored(1), scored(0), num_rows=1)
+    assert (found["score_before"], found["score_after"]) == (1.0, 0.0)
+    assert {found[name] for name in ("score_change", "score_standard_error", "verdict")} == {None}
+    assert not found["doubtful"]
+
+
 def lines_of(found, name=""):
     """The lines of a summary from the one with a name on, or all; their names apart."""
     lines = [(line[:11].strip(), line[11:]) for line in format_summary(found).splitlines()]

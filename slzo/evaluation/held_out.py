@@ -55,7 +55,7 @@ def score_held_out(
         batches: The rows of this process.
         score: Fresh counters.
         metric: Name of the metric that summarizes the run.
-        num_samples: Number of samples.
+        num_samples: Number of first rows in the split whose records are returned.
         keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
     """
     scores: list[tuple[str, float]] = []

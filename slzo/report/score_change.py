@@ -109,7 +109,8 @@ def score_change(
 def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: int) -> float | None:
     """Return the standard error of a held-out score.
 
-    It is that of the mean over the rows, s / sqrt(n), or of a proportion, sqrt(p (1 - p) / n); ``None`` for other metrics.
+    It is that of the mean over the rows, s / sqrt(n), or of a proportion, sqrt(p (1 - p) / n); ``None`` for other metrics
+    and for one row.
 
     Args:
         metric: Name of the metric.
@@ -119,7 +120,7 @@ def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: 
     """
     if len(rows) > 1 and math.isclose(statistics.fmean(rows.values()), score, abs_tol=1e-4 * max(1.0, abs(score))):
         return statistics.stdev(rows.values()) / math.sqrt(len(rows))
-    if metric in PROPORTIONS and num_rows > 0 and 0 <= score <= 1:
+    if metric in PROPORTIONS and num_rows > 1 and 0 <= score <= 1:
         return math.sqrt(score * (1 - score) / num_rows)
     return None
 

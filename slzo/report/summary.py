@@ -53,8 +53,10 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
 
 
 def _change(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores) -> ScoreChange | None:
-    """Return the change of the run's metric; ``None`` if a score is missing or not finite."""
+    """Return the change of the run's metric; ``None`` if a score is missing or not finite, or if there is only one row."""
     metric = run.metric.metric
+    if run.num_rows < 2:  # its change has no standard error and shows nothing
+        return None
     if before is None or not math.isfinite(before.metrics.get(metric, math.nan) + after.metrics[metric]):
         return None
     scores, rows = (before.metrics[metric], after.metrics[metric]), (before.rows, after.rows)
