@@ -2,7 +2,7 @@
 
 import pytest
 
-from slzo.data.sampler import StepBatchSampler
+from slzo.data.sampler import StepBatchSampler, divide
 
 pytestmark = pytest.mark.fast
 
@@ -49,6 +49,24 @@ def test_processes_share_the_rows_of_one_large_batch(options):
     whole = sampler(**options)
     parts = [sampler(batch_size=4, rank=rank, world_size=2, **options) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+
+
+def test_processes_have_about_as_many_tokens():
+    num_tokens = [5 + (7 * row) % 50 for row in range(50)]
+    whole = sampler(batch_size=16)
+    parts = [list(sampler(rank=rank, world_size=2, num_tokens=num_tokens)) for rank in (0, 1)]
+    for batch, *own in zip(whole, *parts, strict=True):
+        assert sorted(own[0] + own[1]) == sorted(batch)
+        assert all(rows == [row for row in batch if row in rows] for rows in own)  # in the order of the batch
+    sums = [[sum(num_tokens[row] for row in rows) for rows in own[:-1]] for own in parts]
+    assert all(max(pair) <= 1.05 * min(pair) for pair in zip(*sums, strict=True))
+
+
+def test_each_part_has_rows_and_none_has_too_many():
+    assert divide([3, 1, 2], [1, 9, 1, 1], 2) == [[1], [3, 2]]
+    assert [len(part) for part in divide(list(range(9)), [100] + [1] * 8, 3)] == [3, 3, 3]
+    for number in range(4, 12):
+        assert all(divide(list(range(number)), list(range(number)), 4))
 
 
 def test_a_rest_too_small_for_every_process_is_left_out():

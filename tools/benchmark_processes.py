@@ -5,10 +5,11 @@
 
 A process has one thread and 16 rows of its own, or with divided directions the same 16 rows as the others; with SPSA a step has 4
 queries. Each round starts the processes of every variant once, in alternation, and counts the last steps, whose rows are in the
-prefix cache. Tokens are those of different rows. ``exchange and waiting`` is the time in all-reduce, in which a process also
-waits for the others, and ``exchange`` that of the process that waits least. With shared layers (``trainer.strategy sharded``)
-the processes divide the rows and the weights of the layers; there these and ``bytes`` include the gathering of layers. The
-speed-up, in tokens a second, is the median over the rounds.
+prefix cache. Tokens are those of different rows. A process first waits for the others and then sums: ``exchange`` is the time of
+the sums. With shared layers (``trainer.strategy sharded``) the processes divide the rows and the weights of the layers; there
+``exchange`` is the time of the process that waits least, and it and ``bytes`` include the gathering of layers. The speed-up, in
+tokens a second, is the median over the rounds. ``separate runs`` are as many runs of one process at the same time, which exchange
+nothing: what the machine can do.
 """
 
 import argparse
@@ -39,21 +40,27 @@ from slzo.zo.processes import Processes
 
 _CPU = torch.device("cpu")
 _SHARED = "rows and layers"
+_SEPARATE = "separate runs"
 _EPS, _QUERIES = 1e-3, 4
 _STEPS, _WARM = 9, 4  # the first steps fill the cache
 
 
 @dataclass
 class TimedSum:
-    """An all-reduce that counts its seconds."""
+    """An all-reduce that counts its seconds, and those of waiting for the other processes before."""
 
     shards: ShardGroup | None
     seconds: float = 0.0
+    waiting: float = 0.0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
+        began = time.perf_counter()
         if self.shards is not None:
-            self.shards.barrier()
+            self.shards.barrier()  # counts its seconds itself
+        else:
+            distributed.barrier()
+            self.waiting += time.perf_counter() - began
         started = time.perf_counter()
         distributed.all_reduce(tensor)
         self.seconds += time.perf_counter() - started
@@ -103,9 +110,9 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     set_rate(optimizer, 1e-4)
     auto = auto_rate(make_stepper(model, options, rows), rows) if estimator.perturbs_output else None
     stepper, batches = make_stepper(model, options, rows, auto=auto), rows.training_batches(None)
-    figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "bytes", "tokens")}
+    figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "waiting", "bytes", "tokens")}
     for step in range(_STEPS):
-        before, received = exchange.seconds, 0
+        before, waited, received = exchange.seconds, exchange.waiting, 0
         if shards is not None:
             before, received = before + shards.seconds, shards.num_bytes
         batch, started = next(batches), time.perf_counter()
@@ -113,6 +120,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
         taken = (
             time.perf_counter() - started,
             exchange.seconds + (0 if shards is None else shards.seconds) - before,
+            exchange.waiting - waited,
             result.exchanged_bytes + (0 if shards is None else shards.num_bytes - received),
             batch.packed.num_tokens,
         )
@@ -127,15 +135,18 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, float]:
-    """Start the processes of a variant; return the figures of the slowest, and the exchange of the one that waits least."""
+    """Start the processes of a variant; return the figures of the slowest, and the shortest exchange."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+    together = 1 if divide == _SEPARATE else number
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(together), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--rank", "--divide", divide]
     command += [f"--{name}={getattr(args, name)}" for name in ("model", "task", "data_dir", "layer", "estimator")]
     started = [
-        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(rank % together)}, stdout=subprocess.PIPE, text=True
+        )
         for rank in range(number)
     ]
     texts = [process.communicate()[0] for process in started]
@@ -144,8 +155,9 @@ def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, flo
     found = [json.loads(text.strip().splitlines()[-1]) for text in texts]
     tokens = found[0]["tokens"] if divide == "directions" else sum(each["tokens"] for each in found)
     slowest = {name: max(each[name] for each in found) for name in found[0]}
+    total = max(each["exchange"] + each["waiting"] for each in found)
     shortest = min(each["exchange"] for each in found)
-    return slowest | {"tokens": tokens, "rate": tokens / slowest["seconds"], "without waiting": shortest}
+    return slowest | {"tokens": tokens, "rate": tokens / slowest["seconds"], "total": total, "exchange": shortest}
 
 
 def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
@@ -160,8 +172,8 @@ def report(rounds: Mapping[str, list[dict[str, float]]]) -> str:
         faster = statistics.median(each["rate"] / one["rate"] for one, each in zip(alone, found, strict=True))
         lines.append(
             f"| {name} | {middle['seconds']:.3f} | {faster:.2f} | {middle['rate']:.0f} | "
-            f"{middle['bytes']:.0f} | {middle['exchange'] / middle['seconds']:.1%} | "
-            f"{middle['without waiting'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
+            f"{middle['bytes']:.0f} | {middle['total'] / middle['seconds']:.1%} | "
+            f"{middle['exchange'] / middle['seconds']:.1%} | {middle['peak']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -185,7 +197,7 @@ def main() -> None:
         return
     variants = {
         "1": (1, "rows"),
-        **{f"{args.processes}, {each}": (args.processes, each) for each in ("rows", "directions", _SHARED)},
+        **{f"{args.processes}, {each}": (args.processes, each) for each in (_SEPARATE, "rows", "directions", _SHARED)},
     }
     measured = partial(measure, args)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}

@@ -39,6 +39,12 @@ class EncodedExample:
     sequences: tuple[EncodedSequence, ...]
     gold: tuple[int, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all candidates, with the prompt once."""
+        first = self.sequences[0]
+        return len(first.ids) - first.num_answer + sum(sequence.num_answer for sequence in self.sequences)
+
 
 def prompt_alone(index: int, ids: tuple[int, ...]) -> EncodedExample:
     """Return an example with only a prompt."""

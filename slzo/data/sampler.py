@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch.utils.data import BatchSampler
@@ -15,7 +16,8 @@ class StepBatchSampler(BatchSampler):
     """Random batches without replacement.
 
     Each epoch is a new permutation of all rows, drawn from (seed, epoch). Consecutive rows form the batches. With n processes,
-    a batch is n times as large, and each process takes every n-th row.
+    a batch is n times as large, and each process takes a part of it. The parts have about as many tokens, since the processes
+    wait for the slowest one.
 
     A pass has as many batches as an epoch and starts at the current step of the run, even in the middle of an epoch. A resumed
     run or a new loader therefore continues with the right rows, and the loader has no state to save.
@@ -26,6 +28,7 @@ class StepBatchSampler(BatchSampler):
         seed: Seed of the permutations.
         rank: Rank of this process.
         world_size: Number of processes.
+        num_tokens: Number of tokens of each row; by default all rows count as equally long.
         classes: Class of each row. An epoch then draws all classes equally often, see :mod:`slzo.data.balance`.
         steps_done: Returns the number of completed steps; called at the start of each pass.
     """
@@ -35,6 +38,7 @@ class StepBatchSampler(BatchSampler):
     seed: int
     rank: int = 0
     world_size: int = 1
+    num_tokens: Sequence[int] | None = None
     classes: Sequence[int] | None = None
     steps_done: Callable[[], int] = lambda: 0
     _batches: tuple[int, list[list[int]]] = field(default=(-1, []), init=False, repr=False)
@@ -64,4 +68,26 @@ class StepBatchSampler(BatchSampler):
             order = balanced_order(self.classes, self.seed, epoch)
         size = self.batch_size * self.world_size
         batches = (order[number * size : (number + 1) * size] for number in range(len(self)))
-        return [batch[self.rank :: self.world_size] for batch in batches]
+        num_tokens = [1] * self.num_rows if self.num_tokens is None else self.num_tokens
+        return [divide(batch, num_tokens, self.world_size)[self.rank] for batch in batches]
+
+
+def divide(rows: Sequence[int], num_tokens: Sequence[int], parts: int) -> list[list[int]]:
+    """Divide rows into parts of about as many tokens: from the longest row on, each goes to the part with the fewest tokens.
+
+    Args:
+        rows: Row numbers, at least as many as parts.
+        num_tokens: Number of tokens of each row of the data set.
+        parts: Number of parts.
+
+    Returns:
+        The rows of each part, in the given order. No part has more than ``len(rows) / parts`` rows, rounded up.
+    """
+    most = ceil(len(rows) / parts)
+    divided: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
+    for place in sorted(range(len(rows)), key=lambda place: -num_tokens[rows[place]]):
+        part = min((part for part in range(parts) if len(divided[part]) < most), key=sums.__getitem__)
+        divided[part].append(place)
+        sums[part] += num_tokens[rows[place]]
+    return [[rows[place] for place in sorted(places)] for places in divided]
