@@ -1,4 +1,4 @@
-"""The main job on the real model and real rows."""
+"""The quickstart on the real model and real rows."""
 
 import itertools
 import json

@@ -183,6 +183,7 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
         "- **Error** is the largest difference of the logits from plain forward passes, one sequence at a time, relative to the "
         "largest logit. It is measured in",
         "  float32, over every layer that the model can be split before.",
+        "- **Note**: for padded models, why they do not run packed.",
         "- **(MoE)** marks mixtures of experts.",
         "- **(images)** marks models with image input. Their text decoder is tuned.",
         "",

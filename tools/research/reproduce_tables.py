@@ -130,7 +130,7 @@ def _main(options: argparse.Namespace, runner: Runner) -> int:
             raise
     write_tables(work, command)
     print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
-    print(f"Files      {work.folder}/table.md, .csv, .json, .png")
+    print(f"Files      {work.folder}/table.md, table.json")
     return status
 
 
