@@ -33,7 +33,7 @@ from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.profiling import profile_model
+from slzo.profiling import ProfileOptions, profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
@@ -157,6 +157,17 @@ def choose_layer(
         raise SlzoError(
             "model.layer: not set, and there is no OutlierProfiler to choose a layer; set it, or add the callback"
         )
+    return profile_and_choose(parts, options, rows, run, profiler)
+
+
+def profile_and_choose(
+    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext, profiler: ProfileOptions
+) -> tuple[OutlierProfile, Choice]:
+    """Profile the layers, choose one by the profiler's rule, and print the profile.
+
+    Raises:
+        SlzoError: The rule finds no layer.
+    """
     profile, choice = profile_model(parts, rows, profiler, make_trials(parts, options, rows, run))
     say(format_profile(profile))
     if choice.layer < 0:
@@ -385,7 +396,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
     # before the reference, which loads another library
     peak = max(outcome.history.peak_memory_gb, peak_memory_gb(device))
     words = first = None
-    writes = rows.processes.rank == 0  # the other processes print and write nothing of it
+    writes = rows.processes.rank == 0  # only this process prints and writes
     if writes and outcome.reference and is_classified:
         words = bag_of_words(rows.splits.train, test)
     if writes and placement_of(prepared.model.parts.model) is None:

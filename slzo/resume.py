@@ -17,6 +17,7 @@ from slzo.models.quantization import describe_quantization
 from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import Kind
 from slzo.utils.console import say, warn
 from slzo.utils.environment import device_name, numerics, program_line
 from slzo.utils.errors import SlzoError
@@ -92,6 +93,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "system_prompt": None if rows.task.chat is None else rows.task.chat.system,
         "chat_template": rows.chat_template,
         "candidates": None if candidates is None else list(candidates),
+        "stop": list(rows.decoding.stop) if rows.task.kind is Kind.GENERATION else [],
         "data": prepared.data.to_dict(),
         "rows": rows.step_settings(),
         "environment": numerics(model.parts.model.device, rows.processes.number),

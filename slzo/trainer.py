@@ -141,6 +141,7 @@ class ZOTrainer(Trainer):
             )
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
+            self._forget()
             say(
                 f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); raise "
                 "trainer.max_steps to continue, or score it with slzo test"
@@ -247,6 +248,11 @@ class ZOTrainer(Trainer):
         if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
             self.strategy.checkpoint_io.known = found
         return found
+
+    def _forget(self) -> None:
+        """Free the tensors of the checkpoint that was found, which Lightning will not load."""
+        if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
+            self.strategy.checkpoint_io.known = None
 
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
         """Return the path of the checkpoint to score; print that there is none, unless the model is tuned.

@@ -16,6 +16,7 @@ from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.data.sources import RowSource
 from slzo.data.splits import draw_splits, split_off_test
 from slzo.models.parts import ModelParts
+from slzo.prompting.pair import Source, load_pair
 from slzo.tasks.base import Example
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.messages import ChatFormat, Message
@@ -242,7 +243,7 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
     words = ["great", "terrible", "good", "bad"]
     rows = [{"prompt": f"Film {i}?", "completion": words[i % 4]} for i in range(30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4}}
+    task = {"class_path": "ChatTask", "init_args": {"train_file": "talks.jsonl", "max_new_tokens": 4, "stop": ["?"]}}
     options = [f"--data.task={json.dumps(task)}", "--data.batch_size=8", f"--model.model={model_dir}"]
     options += ["--model.layer=1", "--model.eps=1e-3", "--model.optimizer=SGD", "--model.optimizer.lr=1e-2"]
     options += ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
@@ -264,6 +265,7 @@ def test_from_fit_to_export(model_dir, tmp_path, monkeypatch, capsys):
         rest = ["--untuned=false", f"--prompt={found[0]['prompt']}", "--max_new_tokens=4"]
         assert main(["generate", source, *rest]) == 0
         assert capsys.readouterr().out.partition("--- tuned\n")[2].strip() == found[0]["prediction"].strip()
+        assert load_pair(Source(source.partition("=")[2], untuned=False)).stop[-1] == "?"
 
 
 def test_answers_that_are_only_scored_are_no_predictions(model_dir, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Files are written completely or not at all, first to a temporary file in the same folder."""
 
 import errno
+import json
+import math
 import os
 import shutil
 import signal
@@ -32,6 +34,11 @@ def test_a_file_replaces_the_former_one(tmp_path):
     assert names(path.parent) == ["result.json"]
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.nan, 1.5], "b": {"c": (math.inf, "x")}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5], "b": {"c": [None, "x"]}}
 
 
 def test_after_an_error_the_former_file_is_whole_and_nothing_else_is_left(tmp_path):

@@ -79,6 +79,15 @@ def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(fit, strategy
 
 
 @pytest.mark.slow
+def test_processes_that_share_layers_plan_for_a_limited_time(fit):
+    """The first of two scores five dev rows in two batches, the second four in one."""
+    time = ["--trainer.max_steps=3", "--trainer.max_time=00:00:30:00", "--data.num_dev=9"]
+    status, output = on(2, [*fit, *time], strategy="sharded")
+    assert status == 0, output
+    assert read_checkpoint(last_checkpoint()).content["global_step"] == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_a_population_over_two_processes_is_that_of_one(fit, strategy):
     """Six members on the same rows. From the log of losses one process makes the same weights again, bit by bit."""

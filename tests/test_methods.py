@@ -203,6 +203,15 @@ def test_optimizer_state_is_counted(kind, options, copies):
     assert OptimizerChoice.of(partial(kind, **options)).state_copies == copies
 
 
+def test_an_optimizer_that_cannot_take_a_step_is_refused():
+    class NeedsClosure(torch.optim.SGD):
+        def step(self, closure):
+            return super().step(closure)
+
+    with pytest.raises(SlzoError, match=r"model.optimizer NeedsClosure: cannot take a step .*closure"):
+        OptimizerChoice.of(NeedsClosure)
+
+
 def test_prompts_leave_room_for_the_learned_prefix(options, tmp_path, capsys):
     """GPT-2 knows so many positions and no more."""
     folder = tmp_path / "short"

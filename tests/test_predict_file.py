@@ -127,6 +127,10 @@ def test_an_exported_folder_predicts_as_its_run(options, tmp_path, capsys, scope
         assert "give a copy with --model.model" in line
     assert main(["predict", "--ckpt_path=out", *rows, *base, "--output=out.jsonl"]) == 0
     assert "untuned" not in capsys.readouterr().out
+    if format == "adapter":
+        assert main(["predict", "--ckpt_path=out", *rows, *base, "--model.dtype=bfloat16", "--output=half.jsonl"]) == 0
+        half = read(tmp_path / "half.jsonl")[0]["probabilities"]
+        assert half != pytest.approx(read(tmp_path / "out.jsonl")[0]["probabilities"], abs=1e-6)
     for mine, theirs in zip(read(tmp_path / "out.jsonl"), read(tmp_path / "run.jsonl"), strict=True):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
     assert main(["predict", *options, *rows, "--output=untuned.jsonl"]) == 0

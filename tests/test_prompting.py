@@ -199,7 +199,6 @@ def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path)
     front = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.tokens_of(prompt)) == front.format("Go.", "Why?")
     assert tokenizer.decode(pair.tokens_of(Example("1", "Why?", ()))) == front.format("Be kind.", "Why?")
-    assert pair.stop == ("<|im_end|>",)
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}])

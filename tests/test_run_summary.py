@@ -140,6 +140,7 @@ def test_the_sentence_says_what_happened():
     )
     same = ScoreChange("f1", 0.5, 0.5, 0.0, True)
     assert verdict(same, None) == "The held-out f1 did not change: 0.5000 before and after."
+    assert losses(math.inf, 0.5, 0.4).fell
     rose = ScoreChange("f1", 0.5, 0.6, None, False)
     assert verdict(rose, losses(0.6, 0.5, 0.8)) == (
         "The held-out f1 rose from 0.5000 to 0.6000 (+0.1000). The dev loss rose from 0.6000 at step 10 to 0.8000 at step 30."

@@ -6,10 +6,10 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from slzo.callbacks.run_context import dev_batches
+from slzo.callbacks.run_context import dev_batches, num_dev_rows
 from slzo.callbacks.schedule import is_quick, validation_due
+from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.module import ZOModule
-from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.zo.time_plan import Passes
@@ -68,14 +68,14 @@ class LossGuard(Callback):
             return
         metric = pl_module.rows.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
-        factor = self.factor if self.factor != "auto" else _usual_factor(pl_module.rows)
+        factor = self.factor if self.factor != "auto" else _usual_factor(num_dev_rows(trainer, pl_module.rows), metric)
         if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor, self._first):
             self._note(trainer, pl_module, loss)
         else:
             self._roll_back(trainer, pl_module, loss, factor)
 
     def _note(self, trainer: Trainer, module: ZOModule, loss: float) -> None:
-        if loss <= self._lowest:  # of equal rewards, the newest
+        if loss <= self._lowest:  # if rewards are equal, the newest counts
             self._first = loss if self._first == math.inf else self._first
             self._lowest = loss
             self._keep(trainer, module)
@@ -108,6 +108,6 @@ class LossGuard(Callback):
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
 
 
-def _usual_factor(rows: TaskRows) -> float:
-    noise = _LOSS_NOISE if rows.selection_metric.best is None else _METRIC_NOISE
-    return 1 + noise / math.sqrt(max(1, len(rows.rows("dev"))))
+def _usual_factor(num_rows: int, metric: SelectionMetric) -> float:
+    noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
+    return 1 + noise / math.sqrt(max(1, num_rows))

@@ -14,6 +14,7 @@ from slzo.data.batch import EvalBatch
 from slzo.run import RunContext
 from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
+from slzo.utils.runtime import gather_from_processes
 from slzo.zo.time_plan import Passes, TimeBudget
 
 
@@ -44,9 +45,18 @@ def run_context(
 
 def dev_batches(trainer: Trainer, rows: TaskRows) -> Iterator[EvalBatch]:
     """Return the batches of dev rows that a validation scores in this process, with ``trainer.limit_val_batches``."""
+    return islice(rows.eval_batches("dev"), _num_dev_batches(trainer, rows))
+
+
+def num_dev_rows(trainer: Trainer, rows: TaskRows) -> int:
+    """Return how many dev rows a validation scores, with ``trainer.limit_val_batches``. A collective call."""
+    scored = rows.eval_plan("dev").batches[: _num_dev_batches(trainer, rows)]
+    return sum(gather_from_processes([sum(map(len, scored))]))
+
+
+def _num_dev_batches(trainer: Trainer, rows: TaskRows) -> int:
     number, limit = len(rows.eval_plan("dev").batches), trainer.limit_val_batches
-    limited = number if limit is None else limit if isinstance(limit, int) else int(number * limit)
-    return islice(rows.eval_batches("dev"), limited)
+    return number if limit is None else limit if isinstance(limit, int) else int(number * limit)
 
 
 def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:

@@ -59,7 +59,7 @@ class RunRecord(Callback):
         self._forecast = Forecast()
 
     def begin(self) -> None:
-        """Start the clock of a ``fit``; without a call it runs from the construction, or from the end of the last ``fit``."""
+        """Start the clock of a ``fit``. Without a call it starts at the construction, or at the end of the last ``fit``."""
         self._started = time.monotonic()
 
     @property

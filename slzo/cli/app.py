@@ -86,7 +86,8 @@ class App:
             if getattr(options, name) is not None:
                 raise SlzoError(f"model.{name}: does not apply to the exported folder {ckpt_path!r}; leave it out")
         merged = (Path(ckpt_path).expanduser() / "config.json").is_file()
-        source = Source(ckpt_path, None if merged else options.model, False, options.trust_remote_code)
+        base = None if merged else options.model
+        source = Source(ckpt_path, base, False, options.trust_remote_code, options.dtype)
         self.model.use(load_exported(source), self.device)
         return None
 

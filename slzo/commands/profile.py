@@ -4,12 +4,10 @@ from pathlib import Path
 
 from slzo.callbacks.outlier_profiler import log_picture
 from slzo.cli.app import App
-from slzo.fit import make_trials
+from slzo.fit import profile_and_choose
 from slzo.loggers import run_folder
-from slzo.profiling import profile_model
-from slzo.report.profile_files import PICTURE, format_profile, write_profile
+from slzo.report.profile_files import PICTURE, write_profile
 from slzo.utils.console import say
-from slzo.utils.errors import SlzoError
 
 
 def profile(app: App) -> None:
@@ -22,10 +20,7 @@ def profile(app: App) -> None:
         parts, rows = app.load()
         options, run = app.model.options, app.run_context()
         assert run.profiler is not None
-        found, choice = profile_model(parts, rows, run.profiler, make_trials(parts, options, rows, run))
-        say(format_profile(found))
-        if choice.layer < 0:
-            raise SlzoError(choice.reason)
+        found, choice = profile_and_choose(parts, options, rows, run, run.profiler)
         log_dir = app.trainer.log_dir
         if log_dir is not None:
             write_profile(Path(log_dir), found, choice, options.model, rows.task.name)

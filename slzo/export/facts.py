@@ -92,7 +92,7 @@ class Facts:
 
     def num_rows(self, split: str) -> int:
         """Return how many rows of ``train``, ``dev`` or ``test`` the run used."""
-        return len(self.note.get("data", {}).get("rows", {}).get(split, ()))
+        return len(self.note["data"]["rows"].get(split, ()))
 
     @property
     def rank(self) -> int | None:
@@ -102,7 +102,7 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts to store next to the weights; they identify the base model, so that another one is rejected."""
         # the template only if it is not the tokenizer's own
-        chat = {name: self.note.get(name) for name in ("chat", "system_prompt", "chat_template", "candidates")}
+        chat = {name: self.note.get(name) for name in ("chat", "system_prompt", "chat_template", "candidates", "stop")}
         return {
             "slzo": __version__,
             "format": self.format,
@@ -112,7 +112,7 @@ class Facts:
             "steps": self.step,
             "dtype": self.note["dtype"],
             "tensors": {name: list(entry["shape"]) for name, entry in self.note["tensors"].items()},
-            "fingerprint": self.note.get("base", {}),
+            "fingerprint": self.note["base"],
             **({"task": self.data["task"]} if self.data.get("task") in TASKS else {}),
             **{name: value for name, value in chat.items() if value},
         }

@@ -59,7 +59,7 @@ class PrefixCache:
         return key in self._states
 
     def plan(self, blocks: Iterable[Block], token_bytes: int) -> None:
-        """Choose the examples to store and the examples that each is computed with: whole blocks in this order, while they fit.
+        """Choose the examples to store and the examples that each is computed with: whole blocks, in this order, that still fit.
 
         The states are then the same in every run with the same blocks and budget, regardless of earlier requests. A cache that
         holds an example outside the plan is cleared.

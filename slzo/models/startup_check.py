@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.packing import pack
+from slzo.batches.packing import PackedBatch, pack
 from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import method_of
@@ -171,7 +171,7 @@ class _Twin:
 
     def _check(self, parts: ModelParts, rows: _Rows) -> None:
         for layer in range(parts.num_layers):
-            error = largest_difference(parts, self.expected[rows], rows, layer)
+            error = largest_difference(parts, self.expected[rows], *_final_states(parts, rows, layer))
             if not error <= _TWIN_TOLERANCE:  # also true for NaN
                 raise _MismatchError(f"a tiny model of this type gives different logits, relative error {error:.2g}")
         _check_leaks(parts)
@@ -181,7 +181,9 @@ _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def _check_model(parts: ModelParts, expected: Tensor) -> None:
-    error = largest_difference(parts, expected)
+    batch, final = _final_states(parts, _FEW, parts.num_layers // 2)
+    parts.selects = parts.selects and _selects_tokens(parts, final)
+    error = largest_difference(parts, expected, batch, final)
     if not error <= _tolerance(parts):
         raise _MismatchError(f"its logits differ from those of a plain forward pass, relative error {error:.2g}")
     _check_leaks(parts)
@@ -255,24 +257,32 @@ def _plain_logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
 
 
 @torch.no_grad()
-def largest_difference(parts: ModelParts, expected: Tensor, rows: _Rows = _FEW, layer: int | None = None) -> float:
-    """Return the largest difference between the logits of the parts and ``expected``, relative to the largest expected logit.
-
-    The model is split before ``layer``, by default in the middle. The function also tests the head for selected tokens, and
-    disables it if it fails or differs. For a mixture of experts in half precision it returns the median over the rows of logits
-    instead of the maximum, because rounding can route a token to another expert.
-    """
+def _final_states(parts: ModelParts, rows: _Rows, layer: int) -> tuple[PackedBatch, Tensor]:
+    """Run random rows in two parts, below ``layer`` and from it on; return the batch and the states whose logits it needs."""
     batch = pack(_examples(parts.model, rows)).to(parts.model.device)
-    layer = parts.num_layers // 2 if layer is None else layer
-    final = parts.run(batch, layer, parts.num_layers, parts.run(batch, 0, layer) if layer else None)
-    final = final.index_select(0, batch.needed)
-    logits, scale = parts.head(final), expected.abs().max()
-    ids = torch.arange(3, 12, 4, device=final.device)
-    try:
-        few = parts.head(final, ids)
-        parts.selects &= bool((few - logits[:, ids]).abs().max() <= _tolerance(parts) * scale)
-    except _FAILURES:
-        parts.selects = False
+    below = parts.run(batch, 0, layer) if layer else None
+    return batch, parts.run(batch, layer, parts.num_layers, below).index_select(0, batch.needed)
+
+
+@torch.no_grad()
+def largest_difference(parts: ModelParts, expected: Tensor, batch: PackedBatch, final: Tensor) -> float:
+    """Return the largest difference between the logits of final states and ``expected``, relative to the largest expected one.
+
+    For a mixture of experts in half precision it is the median over the rows of logits instead of the maximum, because rounding
+    can route a token to another expert.
+    """
+    logits = parts.head(final)
     differences = (logits[batch.token_needed] - expected).abs().amax(dim=1)
     routed = parts.model.dtype != torch.float32 and any("expert" in name for name, _ in parts.model.named_parameters())
-    return float((differences.median() if routed else differences.max()) / scale)
+    return float((differences.median() if routed else differences.max()) / expected.abs().max())
+
+
+@torch.no_grad()
+def _selects_tokens(parts: ModelParts, final: Tensor) -> bool:
+    """Return whether the head gives the same logits for selected tokens as for all of them."""
+    logits, ids = parts.head(final), torch.arange(3, 12, 4, device=final.device)
+    try:
+        few = parts.head(final, ids)
+    except _FAILURES:
+        return False
+    return bool((few - logits[:, ids]).abs().max() <= _tolerance(parts) * logits.abs().max())

@@ -21,6 +21,7 @@ from slzo.export.adapter import ADAPTER_CONFIG_FILE, write_peft_files
 from slzo.export.delta import DELTA_FILE, read_delta, swap
 from slzo.export.restore import load_values, untuned
 from slzo.models.adapters.base import import_peft
+from slzo.models.engine import DType
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.origin import loadable
@@ -42,6 +43,7 @@ class Pair:
         untuned: The base model; ``None`` if it was not requested.
         candidates: The answers that all rows of the task have; ``None`` if it has none.
         chat: Format of the conversations that it was tuned on; ``None`` for other texts.
+        stop: Texts that end an answer besides the EOS token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,6 +51,7 @@ class Pair:
     untuned: Use | None
     candidates: tuple[str, ...] | None = None
     chat: ChatFormat | None = None
+    stop: tuple[str, ...] = ()
 
     def tokens_of(self, prompt: Example) -> tuple[int, ...]:
         """Return the tokens of a prompt as in training, but never cut.
@@ -63,11 +66,6 @@ class Pair:
         if self.chat is not None and not prompt.messages:
             prompt = replace(prompt, messages=self.chat.turns_of(prompt.prompt))
         return self._encoder.encode_prompt(prompt, max_new_tokens=0)
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Text that ends an answer besides the EOS token: the end of turn of the chat template."""
-        return self._encoder.stop if isinstance(self._encoder, ChatEncoder) else ()
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -91,12 +89,14 @@ class Source:
         base: The base model of an exported folder; ``None`` for the one that it names.
         untuned: Whether to load the base model too.
         trust_remote_code: Whether to run code from the model's repository.
+        dtype: Type of the weights of an exported folder; ``None`` for the one that it names.
     """
 
     path: str
     base: str | None = None
     untuned: bool = True
     trust_remote_code: bool = False
+    dtype: DType | None = None
 
 
 def load_pair(source: Source) -> Pair:
@@ -120,7 +120,9 @@ def _with_answers(pair: Pair, note: Mapping[str, Any]) -> Pair:
     """Add how the task of a checkpoint or of an exported folder is answered."""
     found = note.get("candidates")
     chat = ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None
-    return replace(pair, candidates=None if found is None else tuple(found), chat=chat)
+    return replace(
+        pair, candidates=None if found is None else tuple(found), chat=chat, stop=tuple(note.get("stop") or ())
+    )
 
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
@@ -218,7 +220,7 @@ def _base(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedMode
 
 
 def _load(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedModel:
-    return load_model(name, facts.get("dtype", "float32"), source.trust_remote_code)
+    return load_model(name, source.dtype or facts.get("dtype", "float32"), source.trust_remote_code)
 
 
 def _with_tensors(

@@ -70,8 +70,7 @@ class RunFiles:
     @property
     def task(self) -> str:
         """The task's name, or class."""
-        given = self.summary.get("task") or self.config.get("data.task") or ""
-        return str(given).rpartition(".")[2]
+        return str(self.summary.get("task") or str(self.config.get("data.task") or "").rpartition(".")[2])
 
     def held_out(self, when: str) -> HeldOut | None:
         """Return the held-out score ``before`` or ``after``, with its standard error if it is known."""

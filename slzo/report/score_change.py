@@ -149,7 +149,8 @@ class DevLoss:
     @property
     def fell(self) -> bool:
         """Whether the best loss is below the first by more than ``MIN_PROGRESS``."""
-        return self.best[1] < self.first[1] - MIN_PROGRESS * abs(self.first[1])
+        first = self.first[1]
+        return self.best[1] < (first - MIN_PROGRESS * abs(first) if math.isfinite(first) else first)
 
     def sentence(self) -> str:
         """Return a sentence on a loss that rose, without a full stop."""

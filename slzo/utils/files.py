@@ -3,11 +3,12 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write primitives as indented JSON; see :func:`replacing`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write primitives as indented JSON, with null for numbers that are not finite; see :func:`replacing`."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from slzo.private.modules import nested_schedulers
-from slzo.utils.errors import SlzoError
+from slzo.utils.errors import SlzoError, one_line
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeScheduler = Callable[[Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -214,10 +214,20 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
 
 
 def _state_copies(probe: Optimizer) -> float:
-    """Take a step and return the elements of optimizer state per parameter element."""
+    """Take a step and return the elements of optimizer state per parameter element.
+
+    Raises:
+        SlzoError: The optimizer cannot take a step.
+    """
     (parameter,) = probe.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
-    probe.step()
+    try:
+        probe.step()
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ArithmeticError) as error:
+        reason = one_line(error)
+        raise SlzoError(
+            f"model.optimizer {type(probe).__name__}: cannot take a step ({reason}); use another one"
+        ) from error
     state: dict[str, Any] = probe.state[parameter]
     held = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
     return held / parameter.numel()

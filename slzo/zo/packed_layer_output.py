@@ -5,12 +5,12 @@ from torch import Tensor
 
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch
-from slzo.evaluation.last_tokens import layers_above
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Positions, rms
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
+from slzo.zo.last_tokens import layers_above
 from slzo.zo.likely_tokens import LikelyTokens
 
 # Several points run together until they have this many tokens: small matrix products leave a processor idle.

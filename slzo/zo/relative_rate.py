@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from slzo.utils.errors import SlzoError
 from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimator
-from slzo.zo.optim import gradient_power
 from slzo.zo.tensors import Subspace
 from slzo.zo.tuned import TunedTensors
 
@@ -59,8 +58,7 @@ class RelativeRate(AutoRate):
         return cls(math.sqrt(squares / sum(tensor.numel() for tensor in chosen)), share)
 
     def rate(self, optimizer: Optimizer, estimator: Estimator) -> float:
-        _, share = gradient_power(optimizer)
-        return share * self.share * self.size / self.decay
+        return self.share * self.size / self.decay
 
     def describe(self, sets_rate: bool = True) -> str:
         return (

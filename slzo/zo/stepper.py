@@ -93,11 +93,10 @@ class Stepper:
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
         known: Recorded steps by number. They are replayed from their losses, without forward passes.
-        log: Writes steps and rollbacks to a file; ``None`` keeps no log.
 
     Attributes:
         known: The recorded steps that have not been replayed yet.
-        log: Writes steps and rollbacks to a file.
+        log: Writes steps and rollbacks to a file, if it is set.
         num_evaluations: Evaluations of the batch so far.
         num_nonfinite: Steps so far whose loss was not finite.
         nonfinite_in_row: How many of the last steps in a row had a loss that was not finite.
@@ -117,7 +116,6 @@ class Stepper:
         sets_rate: bool = False,
         max_nonfinite: int = 10,
         known: Mapping[int, StepRecord] | None = None,
-        log: StepLogWriter | None = None,
     ) -> None:
         if estimator.perturbs_output:
             check_layer_output(model.parts, model.span)
@@ -130,7 +128,7 @@ class Stepper:
         self.processes = processes
         self.auto = auto
         self.sets_rate = sets_rate and auto is not None
-        self.log = log
+        self.log: StepLogWriter | None = None
         self.known = dict(known or {})
         self.num_evaluations: float = 0 if auto is None else auto.evaluations
         self.num_nonfinite = self.nonfinite_in_row = 0

@@ -25,13 +25,11 @@ class PrefixTokens(Adapter):
 
     Attributes:
         first_tokens: Tokens whose keys and values are the initial values, one position each.
-        model_name: Name of the base model, for exported adapters.
     """
 
     kind = "prefix"
 
     first_tokens: tuple[int, ...]
-    model_name: str
 
     @torch.no_grad()
     def inject(self, model: PreTrainedModel) -> VirtualTokens:
@@ -57,7 +55,6 @@ class PrefixTokens(Adapter):
             num_attention_heads=heads,
             token_dim=heads * head_dim,
             encoder_hidden_size=heads * head_dim,
-            base_model_name_or_path=self.model_name,
         )
         encoder = peft.PrefixEncoder(config).to(model.device, model.dtype)
         # peft's order: one row per token, with the keys and values of each layer

@@ -43,7 +43,7 @@ class PrefixTuning(Scope):
             raise SlzoError(
                 f"model.scope.num_tokens {self.num_tokens}: must be at most {len(ids)}, the length of the first prompt; lower it"
             )
-        return PrefixTokens(tuple(ids[: self.num_tokens]), context.parts.model.name_or_path or "")
+        return PrefixTokens(tuple(ids[: self.num_tokens]))
 
     def tensors(self, context: ScopeContext) -> TunedTensors:
         return TunedTensors(virtual_token_parameters(context.parts.model))
