@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -112,18 +112,18 @@ class ZOModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
-        scope = LayerScope() if scope is None else scope
         _check_kinds(
             scope=scope,
-            estimator=SPSA() if estimator is None else estimator,
-            layer=0 if layer is None else layer,
+            estimator=estimator,
+            layer=layer,
             eps=1.0 if eps == "auto" else eps,
             num_queries=num_queries,
-            seed=0 if seed is None else seed,
+            seed=seed,
             max_nonfinite=max_nonfinite,
             engine=engine,
-            optimizer=sgd if optimizer is None else optimizer,
+            optimizer=optimizer,
         )
+        scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
             estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
@@ -520,15 +520,15 @@ def _data_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 # kind and example of options that are used before TrainingOptions checks the rest
 _KINDS: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
-        "scope": (Scope, "slzo.zo.scopes.LayerScope()"),
-        "estimator": (Estimator, "slzo.zo.estimators.SPSA()"),
-        "layer": (int, "11"),
-        "eps": ((int, float), "1e-3, or auto"),
+        "scope": (Scope | None, "slzo.zo.scopes.LayerScope()"),
+        "estimator": (Estimator | None, "slzo.zo.estimators.SPSA()"),
+        "layer": (int | None, "11"),
+        "eps": (int | float, "1e-3, or auto"),
         "num_queries": (int, "1"),
-        "seed": (int, "0"),
+        "seed": (int | None, "0"),
         "max_nonfinite": (int, "10"),
         "engine": (Engine, "slzo.models.engine.Engine()"),
-        "optimizer": (Callable, "torch.optim.AdamW"),
+        "optimizer": ((Callable, NoneType), "torch.optim.AdamW"),
     }
 )
 

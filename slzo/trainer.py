@@ -65,26 +65,16 @@ class ZOTrainer(Trainer):
         check_options(kwargs)
         check_local("trainer.default_root_dir", kwargs.get("default_root_dir"))
         limit = _take_time(kwargs)
-        root = kwargs.get("default_root_dir")
-        if kwargs.get("logger") in (None, True):
-            kwargs["logger"] = RunLogger(RUNS if root is None else str(Path(root) / RUNS))
-        elif kwargs["logger"] is False and root is not None:
-            kwargs["logger"] = FolderLogger(str(Path(root) / RUNS))
-        given = kwargs["logger"]
-        for logger in given if isinstance(given, list | tuple) else [given]:
-            check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))
+        kwargs["logger"] = _run_logger(kwargs.get("logger"), kwargs.get("default_root_dir"))
         self._writes = kwargs["logger"] is not False
-        callbacks = kwargs.get("callbacks") or []
-        callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-        callbacks += [] if limit is None else [limit]
+        callbacks = [*_listed(kwargs.get("callbacks")), *([] if limit is None else [limit])]
         saves = kwargs.get("enable_checkpointing") is not False
         if saves and not self._writes:  # Lightning would write into the current folder
             callbacks = [c for c in callbacks if not isinstance(c, CheckpointCallback) or getattr(c, "dirpath", None)]
             saves = kwargs["enable_checkpointing"] = any(isinstance(c, CheckpointCallback) for c in callbacks)
         progress = kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones")
         kwargs["callbacks"] = with_defaults(callbacks, checkpoints=saves, progress=progress)
-        plugins = kwargs.pop("plugins", None) or []
-        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        plugins = _listed(kwargs.pop("plugins", None))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         if kwargs.get("strategy") == SHARDED:
@@ -263,6 +253,23 @@ class ZOTrainer(Trainer):
         if checkpoint is None and model is not None and not getattr(model, "is_tuned", False):
             say("No ckpt_path given: scoring the untuned model.")
         return None if checkpoint is None else checkpoint.path
+
+
+def _listed(given: Any) -> list[Any]:
+    """Return one or several callbacks, plugins or loggers as a list."""
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+
+
+def _run_logger(given: Any, root: str | Path | None) -> Any:
+    """Return the loggers of a trainer: the given ones, or one that makes run folders below ``root``; ``False`` for none."""
+    runs = RUNS if root is None else str(Path(root) / RUNS)
+    if given in (None, True):
+        return RunLogger(runs)
+    if given is False:
+        return False if root is None else FolderLogger(runs)
+    for logger in _listed(given):
+        check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))
+    return given
 
 
 def _slurm_job() -> SLURMEnvironment | None:

@@ -225,7 +225,7 @@ def test_a_scope_without_a_layer_has_no_race(options, capsys):
 def planned_rows(processes=ALONE):
     """200 training rows, 16 per batch."""
     rows = type("Rows", (TaskRows,), {"processes": processes})("sst2", batch_size=16)
-    rows._rows["train"] = range(200)
+    rows._rows["train"] = [SimpleNamespace(encoded=SimpleNamespace(num_tokens=1 + number % 7)) for number in range(200)]
     return rows
 
 

@@ -218,15 +218,15 @@ class LayerTrials(Trials):
             if dev_rows not in self._before:  # the same for every trial
                 self._before[dev_rows] = self._score(model, dev_rows)
             scores.append(self._before[dev_rows])
+            continues = dict(checks or {})
             if seconds is not None:
                 fill_prefix(model, self.rows)
+                continues |= {step: lambda _: True for step in (*_CURVE, steps)}
             step = -1
             while (step := step + 1) < steps or (seconds is not None and used < seconds):
-                if seconds is not None and (step in _CURVE or step == steps):
+                if step in continues:
                     scores.append(self._score(model, dev_rows, step, stepper.num_evaluations, used))
-                if checks and step in checks:
-                    scores.append(self._score(model, dev_rows, step, stepper.num_evaluations, used))
-                    if not checks[step](scores[-1]):
+                    if not continues[step](scores[-1]):
                         break
                 started = time.perf_counter()
                 batch = next(batches).to(model.parts.model.device)
@@ -271,11 +271,11 @@ class LayerTrials(Trials):
         """
         self._carry_prefix(layer)
         eps = self.options.step.eps or _SENSITIVITY_EPS
-        rows = next(self.rows.training_batches(seed, num_rows)).to(self.parts.model.device)
+        batch = next(self.rows.training_batches(seed, num_rows)).to(self.parts.model.device)
         slopes: list[float] = []
         error = None
         with self._tuned(layer) as model, torch.no_grad():
-            loss = make_stepper(model, self.options, self.rows).loss(rows)
+            loss = make_stepper(model, self.options, self.rows).loss(batch)
             for query in range(directions):
                 z = model.tensors.draw(seed, 0, query)
                 high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
