@@ -467,7 +467,7 @@ class TaskRows:
     @property
     def rows_per_step(self) -> int:
         """Number of training rows per step, over all processes."""
-        return self.batch_size * self.processes.of_rows[1]
+        return self.batch_size * self.processes.of_rows.total
 
     def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
         """Plan the batches in which this process scores dev or held-out rows: all rows, or the first ``num_rows``."""

@@ -156,7 +156,7 @@ def _first_rows(rows: TaskRows) -> Iterator[list[Row]]:
     """Yield each process's batches in the first epochs until all rows have been drawn, without rows of earlier batches."""
     training, seen = rows.rows("train"), set[int]()
     for epoch in range(rows.num_epochs_of_all):
-        for rank in range(rows.processes.of_rows[1]):
+        for rank in range(rows.processes.of_rows.total):
             sampler = rows.sampler(rank=rank)
             for step in range(len(sampler)):
                 numbers = sampler.rows_of_step(epoch * len(sampler) + step)

@@ -20,7 +20,7 @@ from slzo.evaluation.rewarding import reward_inputs
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.parts import ModelParts
 from slzo.rewards.builtin.number_match import last_number
-from slzo.rewards.calls import Answers
+from slzo.rewards.calls import RewardInputs
 from slzo.rewards.registry import REWARDS, check_package
 from slzo.rewards.runner import Rewards, read_functions
 from slzo.tasks.base import Example
@@ -74,7 +74,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def answers(*texts, **columns):
-    return Answers([f"row-{text}" for text in texts], ["p"] * len(texts), texts, columns)
+    return RewardInputs([f"row-{text}" for text in texts], ["p"] * len(texts), texts, columns)
 
 
 def rewarded(name, *texts, **given):

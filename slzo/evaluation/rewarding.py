@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from slzo.rewards.calls import Answers
+from slzo.rewards.calls import RewardInputs
 from slzo.tasks.base import Example
 
 # columns that would hide the prompts and answers
 _RESERVED = ("prompt", "prompts", "completion", "completions")
 
 
-def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Answers:
+def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> RewardInputs:
     """Convert answers to examples' prompts to what reward functions get.
 
     If a row is a conversation (a field with a list of turns), its prompt and completion are lists of messages; otherwise they are
@@ -33,7 +33,7 @@ def reward_inputs(answers: Sequence[str], examples: Sequence[Example]) -> Answer
             # the text of the row: ``prompt`` also shows a system prompt that the task adds
             prompts.append(example.messages[-1].content if example.messages else example.prompt)
             completions.append(answer)
-    return Answers([example.id for example in examples], prompts, completions, columns)
+    return RewardInputs([example.id for example in examples], prompts, completions, columns)
 
 
 def _is_conversation(example: Example) -> bool:

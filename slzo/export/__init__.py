@@ -12,7 +12,7 @@ from slzo.export.delta import DELTA
 from slzo.export.facts import Exported, ExportOptions, Facts, facts_of
 from slzo.export.merged import MERGED
 from slzo.export.push import check_repository, push
-from slzo.export.restore import restore
+from slzo.export.restore import load_tuned
 from slzo.models.origin import origin_of
 from slzo.models.quantization import method_of
 from slzo.utils.errors import SlzoError
@@ -48,7 +48,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
     check_writable(target)
     check_repository(options.push_to_hub, options.private)
     origin = origin_of(base_model(checkpoint.note), options.base_model)
-    tuned_model = restore(checkpoint, options.trust_remote_code)
+    tuned_model = load_tuned(checkpoint, options.trust_remote_code)
     adapter = tuned_model.peft_files() if options.format in (None, "adapter") else None
     name = options.format or ("merged" if adapter is None else "adapter")
     format, facts = FORMATS[name], facts_of(checkpoint, name, origin, tuned_model, adapter)

@@ -7,7 +7,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.tuned_model import TunedModel
 
 
-def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
+def load_tuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
     """Load the base model of a checkpoint and write the tuned values into its live weights; its attention is not replaced.
 
     Raises:
@@ -19,7 +19,7 @@ def restore(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedMod
 
 
 def untuned(checkpoint: Checkpoint, trust_remote_code: bool = False) -> TunedModel:
-    """Load the base model like :func:`restore`, but leave its live weights untuned; see :func:`load_values`."""
+    """Load the base model like :func:`load_tuned`, but leave its live weights untuned; see :func:`load_values`."""
     note = checkpoint.note
     if note["trust_remote_code"] and not trust_remote_code:
         raise SlzoError(

@@ -35,8 +35,8 @@ class RewardCall:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers to reward; all lists have the same length.
+class RewardInputs:
+    """The answers to reward, with their rows; all lists have the same length.
 
     Attributes:
         ids: Ids of the rows.
@@ -50,14 +50,14 @@ class Answers:
     completions: Sequence[Any]
     columns: Mapping[str, Sequence[Any]]
 
-    def some(self, places: Sequence[int]) -> "Answers":
+    def some(self, places: Sequence[int]) -> "RewardInputs":
         """Return the answers at some indices."""
 
         def select(values: Sequence[Any]) -> list[Any]:
             return [values[place] for place in places]
 
         columns = {name: select(values) for name, values in self.columns.items()}
-        return Answers(select(self.ids), select(self.prompts), select(self.completions), columns)
+        return RewardInputs(select(self.ids), select(self.prompts), select(self.completions), columns)
 
 
 class RewardFailure(Exception):  # noqa: N818
@@ -114,7 +114,7 @@ def _find(name: str) -> RewardFunction:
     return function
 
 
-def call(wanted: RewardCall, function: RewardFunction, answers: Answers) -> list[float]:
+def call(wanted: RewardCall, function: RewardFunction, answers: RewardInputs) -> list[float]:
     """Call a reward function; return one number per answer.
 
     Raises:

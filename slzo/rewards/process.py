@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from slzo.rewards.calls import Answers, RewardCall, RewardFailure
+from slzo.rewards.calls import RewardCall, RewardFailure, RewardInputs
 from slzo.rewards.worker import LENGTH, write_frame
 from slzo.utils.errors import Interrupted, SlzoError
 
@@ -58,7 +58,7 @@ class RewardProcess:
             self.kill()
             raise SlzoError(f"data.reward {problem[0]!r}: {problem[1]}")
 
-    def __call__(self, answers: Answers) -> list[list[float]]:
+    def __call__(self, answers: RewardInputs) -> list[list[float]]:
         """Return one number per answer for each function.
 
         Raises:

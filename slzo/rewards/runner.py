@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slzo.rewards.calls import MAX_REWARD, Answers, RewardCall, RewardFailure, call, load_function, split_name
+from slzo.rewards.calls import MAX_REWARD, RewardCall, RewardFailure, RewardInputs, call, load_function, split_name
 from slzo.rewards.process import RewardProcess
 from slzo.rewards.registry import REWARDS, check_package
 from slzo.utils.errors import SlzoError
@@ -76,7 +76,7 @@ class Rewards:
             except LookupError as error:
                 raise SlzoError(f"data.reward {one.function!r}: {error}") from error
 
-    def __call__(self, answers: Answers, all_or_none: bool = False) -> RewardResult:
+    def __call__(self, answers: RewardInputs, all_or_none: bool = False) -> RewardResult:
         """Reward answers.
 
         If a function fails at an answer, that answer is left out and the others are tried again. All are left out if it fails at
@@ -110,12 +110,12 @@ class Rewards:
         parts = {name: tuple(of_function) for name, of_function in zip(self.names, values, strict=True)}
         return RewardResult(tuple(totals), parts, tuple(problems))
 
-    def _call(self, answers: Answers) -> list[list[float]]:
+    def _call(self, answers: RewardInputs) -> list[list[float]]:
         if self._process is not None:
             return self._process(answers)
         return [call(one, load_function(one), answers) for one in self.functions]
 
-    def _search(self, answers: Answers) -> int | None:
+    def _search(self, answers: RewardInputs) -> int | None:
         """Return the index of the first answer that fails alone; ``None`` if none does or the search takes too long."""
         if len(answers.ids) == 1:
             return 0
@@ -178,7 +178,7 @@ def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name if short.index(name) == place else f"{name}_{place}" for place, name in enumerate(short))
 
 
-def _message(failure: RewardFailure, answers: Answers, place: int | None) -> str:
+def _message(failure: RewardFailure, answers: RewardInputs, place: int | None) -> str:
     if place is not None:
         where = f"at row {answers.ids[place]!r}"
     else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ Parallel = Literal["rows", "directions"] | int
 def identity(value: Any) -> Any:
     """Return the value. This is the sum and the broadcast of a single process."""
     return value
+
+
+class Part(NamedTuple):
+    """A part of the rows or points of a step.
+
+    Attributes:
+        number: Number of the part, counted from 0.
+        total: Number of parts.
+    """
+
+    number: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -43,14 +55,14 @@ class Processes:
     broadcast: Callable[[Any], Any] = identity
 
     @property
-    def of_rows(self) -> tuple[int, int]:
-        """Which set of rows this process has, counted from 0, and how many sets there are."""
-        return self.rank // self.directions, self.number // self.directions
+    def of_rows(self) -> Part:
+        """The part of the rows that this process has."""
+        return Part(self.rank // self.directions, self.number // self.directions)
 
     @property
-    def of_points(self) -> tuple[int, int]:
-        """Which set of points this process evaluates, counted from 0, and how many sets there are."""
-        return self.rank % self.directions, self.directions
+    def of_points(self) -> Part:
+        """The part of the points that this process evaluates."""
+        return Part(self.rank % self.directions, self.directions)
 
 
 def num_directions(parallel: Parallel, number: int) -> int:
@@ -120,7 +132,7 @@ class DividedDirections(Loss):
             return estimate(_DividedOutput(output, self.processes))
 
         found = self.loss.gradient_from_output(divided, positions)
-        if self.processes.of_rows[1] == 1:
+        if self.processes.of_rows.total == 1:
             return found
         # processes with other points add up the rows in a sum of their own, which may round differently
         loss = self._of_first(torch.tensor(found.loss, device=self.device)).item()
@@ -128,7 +140,7 @@ class DividedDirections(Loss):
 
     def _of_first(self, tensor: Tensor) -> Tensor:
         """Return the tensor of the process with the first points."""
-        return self.processes.sum_points(tensor if self.processes.of_points[0] == 0 else torch.zeros_like(tensor))
+        return self.processes.sum_points(tensor if self.processes.of_points.number == 0 else torch.zeros_like(tensor))
 
     @property
     def report(self) -> LossReport:

@@ -142,7 +142,7 @@ class Stepper:
             processes: The processes; by default those of the training.
         """
         processes, model = self.processes if processes is None else processes, self.model
-        reduce = processes.sum_rows if processes.of_rows[1] > 1 else identity
+        reduce = processes.sum_rows if processes.of_rows.total > 1 else identity
         context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
