@@ -301,7 +301,7 @@ def test_names_are_texts_in_a_card(tmp_path):
     """Markdown and HTML in them change nothing else; the code fences are longer than what they hold."""
     name = "a`b``\n---\n# [x](y) <script> | _i_ my_rows"
     licence = Licence("other", name, "javascript:alert(1)")
-    note = {"dtype": "float32", "layer": 1, "layer_reason": name, "hub": {}}
+    note = {"dtype": "float32", "layer": 1, "layer_reason": name, "hub": {}, "data": {"rows": {}}}
     told = {"estimator": name, "optimizer": name, "seed": 0, "metric": name, "num_rows": 2, "score_before": None}
     told |= {"score_after": 0.5, "task": name, "command": f"slzo fit {name}", "verdict": name}
     origin = Origin(name, False, licence=licence)

@@ -87,12 +87,6 @@ def test_the_rate_falls_with_the_steps(kind):
     assert "learning rate 0.015, 0.5% of the size" in rate.describe()
 
 
-@pytest.mark.fast
-def test_an_optimizer_without_a_known_rate_is_refused():
-    with pytest.raises(SlzoError, match=r"model\.optimizer\.lr auto: no rate is known for Adagrad"):
-        rate_of(RelativeRate(1.0), adam(torch.optim.Adagrad))
-
-
 STORED = {
     "relative": RelativeRate(3.0, steps=7, factor=0.25),
     "measured": AutoStep(**dict.fromkeys(AutoStep.__dataclass_fields__, 1)),
