@@ -435,8 +435,8 @@ class TaskRows:
         classes = self._classes if self.balanced else None
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
-        lengths = [row.encoded.num_tokens for row in rows] if world_size > 1 else None
-        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, lengths, classes, steps_done)
+        num_tokens = [row.encoded.num_tokens for row in rows] if world_size > 1 else None
+        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, num_tokens, classes, steps_done)
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler

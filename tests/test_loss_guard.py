@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
 from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.run_context import num_dev_rows
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.cli.app import SlzoCLI
 from slzo.commands.registry import COMMANDS
@@ -233,3 +235,10 @@ def test_the_first_score_is_that_of_the_same_rows_as_the_others(options):
     still = ["--model.optimizer.lr=1e-12", "--guard.factor=1.0001", "--trainer.limit_val_batches=1"]
     assert main(["fit", *options, *still, "--data.eval_batch_size=2", "--trainer.enable_progress_bar=false"]) == 0
     assert summary()["rollbacks"] == 0
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("limit", "number"), [(None, 10), (1.0, 10), (0.7, 8), (1, 4), (0, 0), (9, 10)])
+def test_the_automatic_factor_counts_the_rows_that_are_scored(limit, number):
+    rows = SimpleNamespace(eval_plan=lambda split: SimpleNamespace(batches=[[0] * 4, [0] * 4, [0] * 2]))
+    assert num_dev_rows(SimpleNamespace(limit_val_batches=limit), rows) == number

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.data.chat import TEMPLATES
+from slzo.data.chat import TEMPLATES, ChatEncoder
 from slzo.evaluation.generation import generate
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -199,6 +199,7 @@ def test_conversations_are_prompts_as_they_are_and_end_with_their_turn(tmp_path)
     front = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.tokens_of(prompt)) == front.format("Go.", "Why?")
     assert tokenizer.decode(pair.tokens_of(Example("1", "Why?", ()))) == front.format("Be kind.", "Why?")
+    assert ChatEncoder(tokenizer, 100, pair.chat).stop == ("<|im_end|>",)
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}])

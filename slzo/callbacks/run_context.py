@@ -10,7 +10,7 @@ from slzo.callbacks.outlier_profiler import OutlierProfiler
 from slzo.callbacks.schedule import callback_of, is_quick
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint
-from slzo.data.batch import EvalBatch
+from slzo.data.batch import EvalBatch, Row
 from slzo.run import RunContext
 from slzo.strategy import shard_group_of
 from slzo.task_rows import TaskRows
@@ -45,18 +45,18 @@ def run_context(
 
 def dev_batches(trainer: Trainer, rows: TaskRows) -> Iterator[EvalBatch]:
     """Return the batches of dev rows that a validation scores in this process, with ``trainer.limit_val_batches``."""
-    return islice(rows.eval_batches("dev"), _num_dev_batches(trainer, rows))
+    return islice(rows.eval_batches("dev"), len(_scored_rows(trainer, rows)))
 
 
 def num_dev_rows(trainer: Trainer, rows: TaskRows) -> int:
     """Return how many dev rows a validation scores, with ``trainer.limit_val_batches``. A collective call."""
-    scored = rows.eval_plan("dev").batches[: _num_dev_batches(trainer, rows)]
-    return sum(gather_from_processes([sum(map(len, scored))]))
+    return sum(gather_from_processes([sum(map(len, _scored_rows(trainer, rows)))]))
 
 
-def _num_dev_batches(trainer: Trainer, rows: TaskRows) -> int:
-    number, limit = len(rows.eval_plan("dev").batches), trainer.limit_val_batches
-    return number if limit is None else limit if isinstance(limit, int) else int(number * limit)
+def _scored_rows(trainer: Trainer, rows: TaskRows) -> list[list[Row]]:
+    """Return the dev rows that a validation scores in this process, batch by batch."""
+    batches, limit = rows.eval_plan("dev").batches, trainer.limit_val_batches
+    return batches[: limit if limit is None or isinstance(limit, int) else int(len(batches) * limit)]
 
 
 def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:

@@ -221,7 +221,7 @@ class LayerTrials(Trials):
             continues = dict(checks or {})
             if seconds is not None:
                 fill_prefix(model, self.rows)
-                continues |= {step: lambda _: True for step in (*_CURVE, steps)}
+                continues = {step: lambda _: True for step in (*_CURVE, steps)} | continues
             step = -1
             while (step := step + 1) < steps or (seconds is not None and used < seconds):
                 if step in continues:

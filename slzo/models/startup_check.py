@@ -171,7 +171,8 @@ class _Twin:
 
     def _check(self, parts: ModelParts, rows: _Rows) -> None:
         for layer in range(parts.num_layers):
-            error = largest_difference(parts, self.expected[rows], *_final_states(parts, rows, layer))
+            batch, final = _final_states(parts, rows, layer)
+            error = largest_difference(parts, self.expected[rows], batch, parts.head(final))
             if not error <= _TWIN_TOLERANCE:  # also true for NaN
                 raise _MismatchError(f"a tiny model of this type gives different logits, relative error {error:.2g}")
         _check_leaks(parts)
@@ -182,8 +183,9 @@ _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 
 def _check_model(parts: ModelParts, expected: Tensor) -> None:
     batch, final = _final_states(parts, _FEW, parts.num_layers // 2)
-    parts.selects = parts.selects and _selects_tokens(parts, final)
-    error = largest_difference(parts, expected, batch, final)
+    logits = parts.head(final)
+    parts.selects = parts.selects and _selects_tokens(parts, final, logits)
+    error = largest_difference(parts, expected, batch, logits)
     if not error <= _tolerance(parts):
         raise _MismatchError(f"its logits differ from those of a plain forward pass, relative error {error:.2g}")
     _check_leaks(parts)
@@ -265,22 +267,21 @@ def _final_states(parts: ModelParts, rows: _Rows, layer: int) -> tuple[PackedBat
 
 
 @torch.no_grad()
-def largest_difference(parts: ModelParts, expected: Tensor, batch: PackedBatch, final: Tensor) -> float:
-    """Return the largest difference between the logits of final states and ``expected``, relative to the largest expected one.
+def largest_difference(parts: ModelParts, expected: Tensor, batch: PackedBatch, logits: Tensor) -> float:
+    """Return the largest difference between the logits of a batch and ``expected``, relative to the largest expected one.
 
     For a mixture of experts in half precision it is the median over the rows of logits instead of the maximum, because rounding
     can route a token to another expert.
     """
-    logits = parts.head(final)
     differences = (logits[batch.token_needed] - expected).abs().amax(dim=1)
     routed = parts.model.dtype != torch.float32 and any("expert" in name for name, _ in parts.model.named_parameters())
     return float((differences.median() if routed else differences.max()) / expected.abs().max())
 
 
 @torch.no_grad()
-def _selects_tokens(parts: ModelParts, final: Tensor) -> bool:
-    """Return whether the head gives the same logits for selected tokens as for all of them."""
-    logits, ids = parts.head(final), torch.arange(3, 12, 4, device=final.device)
+def _selects_tokens(parts: ModelParts, final: Tensor, logits: Tensor) -> bool:
+    """Return whether the head gives the same logits for selected tokens as ``logits``, those of all tokens."""
+    ids = torch.arange(3, 12, 4, device=final.device)
     try:
         few = parts.head(final, ids)
     except _FAILURES:
