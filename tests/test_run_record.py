@@ -203,11 +203,10 @@ def test_a_forecast_adds_up(monkeypatch):
         known.begin()
         ended.append(known.end())
     assert ended == [False, False, False, True]
-    splits = SimpleNamespace(dev=range(20), test=range(50))
-    assert "4 validations not counted" in known.line(100, 25, splits, 1.0)
+    assert "4 validations not counted" in known.line(100, 25, 20, 50, 1.0)
     known.row_seconds = 0.1
-    assert known.line(100, 25, splits, 1.26) == (
+    assert known.line(100, 25, 20, 50, 1.26) == (
         "Expect     up to 1 min 3 s more (100 steps of 0.5 s, 4 validations of 2 s, held-out rows 5 s); memory about 1.3 GiB"
     )
-    assert known.line(4, 25, splits, 1.0) == ""
+    assert known.line(4, 25, 20, 50, 1.0) == ""
     assert [duration(s) for s in (59.4, 200, 7500)] == ["59 s", "3 min 20 s", "2 h 5 min"]

@@ -135,6 +135,17 @@ def test_first_passes_show_what_a_new_row_costs(options, monkeypatch):
     assert times.after > 2.0
 
 
+def test_only_the_dev_batches_that_are_scored_are_planned(options, monkeypatch):
+    """16 dev rows in batches of about one row; scoring a batch takes 1 s."""
+    found, measure = [], timing.measure_times
+    monkeypatch.setattr(timing, "_seconds", lambda work: work() and 1.0)
+    monkeypatch.setattr("slzo.fit.measure_times", lambda *args: found.append(measure(*args)) or found[-1])
+    limited = ["--trainer.max_time=01:00:00:00", "--model.layer=2", "--data.eval_batch_tokens=16"]
+    for limit in (1.0, 3):
+        assert main(["fit", *options, *limited, f"--trainer.limit_val_batches={limit}"]) == 0
+    assert found[0].validation > found[1].validation == 3.0
+
+
 def test_a_time_that_is_long_enough_changes_nothing(options):
     options = [*options, "--model.estimator=SPSA", "--model.eps=auto"]
     assert main(["fit", *options]) == 0

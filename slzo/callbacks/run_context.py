@@ -77,6 +77,7 @@ def _time_budget(trainer: Trainer, rows: TaskRows) -> TimeBudget | None:
         every=every * (trainer.check_val_every_n_epoch or 1),
         every_seconds=limit.every_seconds,
         sets_interval=by_step,
+        dev_batches=len(_scored_rows(trainer, rows)),
         passes=sum(passes, Passes()),
     )
 

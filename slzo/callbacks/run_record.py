@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
-from slzo.callbacks.run_context import planned_steps
+from slzo.callbacks.run_context import num_dev_rows, planned_steps
 from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
 from slzo.callbacks.step_watch import StepWatch
 from slzo.fit import finish, score_test_rows
@@ -97,12 +97,12 @@ class RunRecord(Callback):
     ) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
         if self._forecast.end() and isinstance(pl_module, ZOModule) and not is_quick(trainer):
-            splits = pl_module.rows.splits
-            assert splits is not None
+            rows = pl_module.rows
             line = self._forecast.line(
-                planned_steps(trainer, pl_module.rows) - trainer.global_step,
+                planned_steps(trainer, rows) - trainer.global_step,
                 steps_per_validation(trainer),
-                splits,
+                num_dev_rows(trainer, rows),
+                len(rows.rows("test")),
                 peak_memory_gb(pl_module.device) + _cache_growth(pl_module),
             )
             if line:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def measure_times(model: TunedModel, options: TrainingOptions, rows: TaskRows, b
     """
     most = _SHARE * budget.left
     step, new_row = _time_steps(model, options, rows, most)
-    dev, dev_new = _time_scores(model, rows, "dev", most, keep=True)
+    dev, dev_new = _time_scores(model, rows, "dev", most, keep=True, number=budget.dev_batches)
     passes = budget.passes
     kept = passes.test_before > 0 and not rows.generates("test")
     test, test_new = _time_scores(model, rows, "test", most, keep=kept)
@@ -90,11 +91,13 @@ def _time_steps(model: TunedModel, options: TrainingOptions, rows: TaskRows, mos
     return sum(steps) / len(steps), added / new if new else 0.0
 
 
-def _time_scores(model: TunedModel, rows: TaskRows, split: str, most: float, keep: bool) -> tuple[float, float]:
-    """Return the seconds to score all rows of this process, and what the first time adds if their states are kept."""
+def _time_scores(
+    model: TunedModel, rows: TaskRows, split: str, most: float, keep: bool, number: int | None = None
+) -> tuple[float, float]:
+    """Return the seconds to score the first batches of this process, and what the first time adds if their states are kept."""
     cache, evaluator = model.forward.cache, make_evaluator(rows, model)
     scored, new, seconds, added, began = 0, 0, 0.0, 0.0, time.perf_counter()
-    for batch in spaced_batches(rows.eval_batches(split), _SCORED_ROWS):
+    for batch in spaced_batches(islice(rows.eval_batches(split), number), _SCORED_ROWS):
         moved = batch.to(model.parts.model.device)
         unseen = _uncached(batch.rows, cache) if keep else 0
         with torch.no_grad():
@@ -103,7 +106,7 @@ def _time_scores(model: TunedModel, rows: TaskRows, split: str, most: float, kee
         new, added = new + unseen, added + max(0.0, times[0] - times[-1])
         if time.perf_counter() - began > most:
             break
-    members = [row for batch in rows.eval_plan(split).batches for row in batch]
+    members = [row for batch in rows.eval_plan(split).batches[:number] for row in batch]
     left = _uncached(members, cache) if keep else 0
     return seconds * len(members) / max(1, scored), added * left / max(1, new)
 

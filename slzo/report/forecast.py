@@ -4,7 +4,6 @@ import math
 import statistics
 import time
 
-from slzo.data.splits import Splits
 from slzo.zo.time_plan import TimeBudget, TimePlan
 
 # timed steps; the first one warms up and is not used
@@ -34,20 +33,20 @@ class Forecast:
         self._seconds.append(time.perf_counter() - self._begun)
         return len(self._seconds) == _STEPS
 
-    def line(self, steps: int, every: float | None, splits: Splits, memory_gb: float) -> str:
+    def line(self, steps: int, every: float | None, num_dev: int, num_test: int, memory_gb: float) -> str:
         """Return the forecast in one line; empty for a run of few steps.
 
         Args:
             steps: Number of remaining steps.
             every: Steps between two validations; ``None`` without validations.
-            splits: Rows of the run.
+            num_dev: Dev rows that a validation scores.
+            num_test: Held-out rows of the run.
             memory_gb: Peak memory, GiB.
         """
         if steps <= _STEPS:
             return ""
         step_seconds, row_seconds = statistics.median(self._seconds[1:]), self.row_seconds
         validations = math.ceil(steps / every) if every and every < math.inf else 0
-        num_dev, num_test = len(splits.dev), 0 if row_seconds is None else len(splits.test)
         total = steps * step_seconds + (validations * num_dev + num_test) * (row_seconds or 0.0)
         parts = [f"{steps} steps of {step_seconds:.2g} s"]
         if row_seconds is None:

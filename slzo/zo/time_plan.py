@@ -50,6 +50,7 @@ class TimeBudget:
         every: Steps between two validations; ``math.inf`` for the last validation only.
         every_seconds: Seconds of steps between two validations, instead of ``every``; ``None`` if it is given in steps.
         sets_interval: Whether the interval between validations can be changed.
+        dev_batches: Batches of dev rows that a validation scores in this process; ``None`` for all.
         passes: Other scoring passes.
     """
 
@@ -60,6 +61,7 @@ class TimeBudget:
     every: float = math.inf
     every_seconds: float | None = None
     sets_interval: bool = True
+    dev_batches: int | None = None
     passes: Passes = field(default_factory=Passes)
 
     @property
