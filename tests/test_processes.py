@@ -11,6 +11,7 @@ from helpers import batch_loss, described, tiny_loss, tiny_model, tune_scope
 from slzo.models.engine import Engine
 from slzo.module import ZOModule
 from slzo.utils.errors import SlzoError
+from slzo.zo import processes as processes_module
 from slzo.zo.estimators import (
     FZO,
     LOZO,
@@ -22,7 +23,7 @@ from slzo.zo.estimators import (
     Point,
     Request,
 )
-from slzo.zo.processes import Processes, identity, num_directions
+from slzo.zo.processes import Processes, identity, num_directions, sum_tensors
 from slzo.zo.scopes import (
     ActivationSubspace,
     AllParameters,
@@ -99,6 +100,23 @@ def test_one_process_divides_nothing(examples):
     z = model.tensors.draw(0, 0, 0)
     points = [Point(z, 1e-2), Point(z, -1e-2)]
     assert torch.equal(of_process(model, examples, 1, 0).at(points), whole.at(points))
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(400, [65]), (100, [10, 40, 15]), (0, [10, 40, 0, 10, 5])])
+def test_tensors_are_summed_in_buckets(most, sizes, monkeypatch):
+    monkeypatch.setattr(processes_module, "_BUCKET_BYTES", most)
+    own = [torch.randn(shape) for shape in ((2, 5), (40,), (0,), (10,), (5, 1))]
+    exchanged = []
+
+    def sum_over(tensor):
+        exchanged.append(tensor.numel())
+        return 2 * tensor
+
+    found = sum_tensors(sum_over, own)
+    assert exchanged == sizes
+    for summed, tensor in zip(found, own, strict=True):
+        assert torch.equal(summed, 2 * tensor)
+    assert all(same is tensor for same, tensor in zip(sum_tensors(identity, own), own, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Po
 from slzo.zo.forward import SuffixForward, split_states
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
+from slzo.zo.processes import sum_tensors
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -148,8 +149,7 @@ class BatchLogitLoss(_SummedLoss):
             found, of_piece = back_propagate(context.forward.parts.model, context.tuned, piece)
             sums += torch.stack(found)
             _add(gradient, of_piece)
-        sums = context.reduce(sums)
-        return float(sums[0] / sums[1]), {name: context.reduce(own) / sums[1] for name, own in gradient.items()}
+        return self._mean(sums, gradient)
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         context, entering = self.context, self.hidden
@@ -169,9 +169,14 @@ class BatchLogitLoss(_SummedLoss):
             _add(gradient, pull_back(gradient_of_output))
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
-        sums = context.reduce(sums)
-        mean = {name: context.reduce(own).div_(sums[1]) for name, own in gradient.items()}
-        return OutputGradient(float(sums[0] / sums[1]), mean, evaluations)
+        loss, mean = self._mean(sums, gradient)
+        return OutputGradient(loss, mean, evaluations)
+
+    def _mean(self, sums: Tensor, gradient: Mapping[str, Tensor]) -> tuple[float, Direction]:
+        """Return loss and gradient of the rows of all processes, from total, weight and gradient of this process's rows."""
+        sums, *summed = sum_tensors(self.context.reduce, [sums, *gradient.values()])
+        mean = {name: own.div_(sums[1]) for name, own in zip(gradient, summed, strict=True)}
+        return float(sums[0] / sums[1]), mean
 
     def _pieces(self) -> Iterator[Callable[[], LossSum]]:
         """Yield functions that compute the loss of parts of the batch at the live weights."""

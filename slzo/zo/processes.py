@@ -10,6 +10,9 @@ from torch import Tensor
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
 
+# Many small sums take up to three times as long as one large sum.
+_BUCKET_BYTES = 32 << 20
+
 Parallel = Literal["rows", "directions"] | int
 """What is divided over processes: rows, directions, or both, with this number of processes for the directions of a step."""
 
@@ -17,6 +20,36 @@ Parallel = Literal["rows", "directions"] | int
 def identity(value: Any) -> Any:
     """Return the value. This is the sum and the broadcast of a single process."""
     return value
+
+
+def sum_tensors(sum_over: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sum of each tensor over the processes.
+
+    Tensors are exchanged in buckets of up to 32 MiB; a larger one is exchanged alone, without a copy.
+
+    Args:
+        sum_over: Returns the sum of a tensor over the processes; ``identity`` for a single process.
+        tensors: Tensors of one dtype and device.
+    """
+    if sum_over is identity:
+        return list(tensors)
+    buckets: list[list[Tensor]] = []
+    free = 0
+    for tensor in tensors:
+        if not buckets or tensor.nbytes > free:
+            buckets.append([])
+            free = _BUCKET_BYTES
+        buckets[-1].append(tensor)
+        free -= tensor.nbytes
+    return [tensor for bucket in buckets for tensor in _sum_bucket(sum_over, bucket)]
+
+
+def _sum_bucket(sum_over: Callable[[Tensor], Tensor], bucket: list[Tensor]) -> list[Tensor]:
+    if len(bucket) == 1:
+        return [sum_over(bucket[0])]
+    summed = sum_over(torch.cat([tensor.flatten() for tensor in bucket]))
+    parts = summed.split([tensor.numel() for tensor in bucket])
+    return [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
 
 
 class Part(NamedTuple):
@@ -135,12 +168,11 @@ class DividedDirections(Loss):
         if self.processes.of_rows.total == 1:
             return found
         # processes with other points add up the rows in a sum of their own, which may round differently
-        loss = self._of_first(torch.tensor(found.loss, device=self.device)).item()
-        return found._replace(loss=loss, gradient={name: self._of_first(own) for name, own in found.gradient.items()})
-
-    def _of_first(self, tensor: Tensor) -> Tensor:
-        """Return the tensor of the process with the first points."""
-        return self.processes.sum_points(tensor if self.processes.of_points.number == 0 else torch.zeros_like(tensor))
+        own = [torch.tensor([found.loss], device=self.device), *found.gradient.values()]
+        if self.processes.of_points.number > 0:  # those of the process with the first points count
+            own = [torch.zeros_like(tensor) for tensor in own]
+        loss, *gradient = sum_tensors(self.processes.sum_points, own)
+        return found._replace(loss=loss.item(), gradient=dict(zip(found.gradient, gradient, strict=True)))
 
     @property
     def report(self) -> LossReport:
