@@ -169,7 +169,7 @@ def with_every_scope():
             yield pytest.param(estimator, scope, marks=marks, id=f"{estimator.describe()}, {scope.describe()}")
 
 
-@pytest.mark.parametrize(("estimator", "scope"), with_every_scope())
+@pytest.mark.parametrize(("estimator", "scope"), list(with_every_scope()))
 @pytest.mark.parametrize("directions", [1, 2], ids=["rows", "rows and directions"])
 def test_processes_with_other_rows_take_the_step_of_one(estimator, scope, directions, examples):
     """Three sets of rows of other sizes, each on one process, or on two that divide the points."""

@@ -33,7 +33,7 @@ from slzo.models.shard_group import ShardGroup
 from slzo.module import ZOModule
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_stepper, plan_prefix, tune
-from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo import estimators
 from slzo.zo.optim import set_rate
 from slzo.zo.processes import Processes
@@ -81,6 +81,8 @@ class _Rows(TaskRows):
 def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     """Take the steps of one process; return seconds, seconds of exchange, tokens and bytes of a step, and the peak in GiB."""
     number, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
+    keep_freed_memory()  # as the slzo command does
+    bound_kernel_caches()
     torch.set_num_threads(1)
     if number > 1:
         distributed.init_process_group("gloo")
