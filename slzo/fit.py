@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import Checkpoint, check_commit, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from slzo.checkpoints.note import check_commit
 from slzo.data.balance import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOut, score_held_out

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.checkpoints.checkpoint import RUNS
+from slzo.checkpoints.find import RUNS
 from slzo.utils.console import is_first_process
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import check_inside, check_local, disk_errors, remove_folder, remove_leftovers

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from slzo.callbacks.run_context import run_context, steps_per_epoch
 from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
-from slzo.checkpoints.checkpoint import Checkpoint, changed_options, checkpoint_note, read_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint, changed_options, read_checkpoint
+from slzo.checkpoints.note import checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
 from slzo.datamodule import TaskDataModule
@@ -291,7 +292,9 @@ class ZOModule(LightningModule):
         assert self.tuned_model is not None
         parts = self.tuned_model.parts
         if parts.virtual_tokens is not None:
-            self.rows.adapt_to_model(parts.model, self.options.model, parts.virtual_tokens.num_tokens, parts.longest)
+            self.rows.adapt_to_model(
+                parts.model, self.options.model, parts.virtual_tokens.num_tokens, parts.limits.longest
+            )
         if not self.rows.allow_changed_rows:
             check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
 
@@ -376,15 +379,9 @@ class ZOModule(LightningModule):
 
     def _log_step(self, batch: TrainBatch, result: StepResult, started: float) -> None:
         estimate, seconds = result.estimate, time.perf_counter() - started
-        projected = estimate.projected_grad
         values = {
             "train/loss": estimate.loss,
-            "train/loss_plus": estimate.loss_plus,
-            "train/loss_minus": estimate.loss_minus,
-            "train/projected_grad": sum(projected) / len(projected),
-            "train/abs_projected_grad": sum(map(abs, projected)) / len(projected),
             "train/lr": result.record.lr,
-            "train/eps": result.record.eps,
             "train/evaluations": float(self.stepper.num_evaluations),
             "train/step_seconds": seconds,
             "train/tokens_per_second": batch.packed.num_tokens / seconds,
@@ -392,6 +389,15 @@ class ZOModule(LightningModule):
             "train/skipped_steps": float(self.stepper.num_nonfinite),
             **{f"train/{name}": value for name, value in result.report.values.items()},
         }
+        slopes, estimator = estimate.projected_grad, self.stepper.estimator
+        if estimator.along_directions:
+            values["train/loss_plus"], values["train/loss_minus"] = estimate.loss_plus, estimate.loss_minus
+            values["train/projected_grad"] = sum(slopes) / len(slopes)
+            values["train/abs_projected_grad"] = sum(map(abs, slopes)) / len(slopes)
+        else:
+            values["train/grad_norm"] = slopes[0]
+        if estimator.uses_points:
+            values["train/eps"] = result.record.eps
         if self.stepper.processes.number > 1:
             values["train/exchanged_bytes"] = float(result.exchanged_bytes)
         if result.update_norm is not None:

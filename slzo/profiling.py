@@ -32,7 +32,6 @@ class ProfileOptions:
 
     rule: SelectionRule
     num_sequences: int
-    batch_size: int
     text_file: str | None
 
     def __post_init__(self) -> None:
@@ -40,8 +39,6 @@ class ProfileOptions:
             raise SlzoError(
                 f"profiler.num_sequences {self.num_sequences}: too few for a reliable average; give at least {MIN_SEQUENCES}"
             )
-        if self.batch_size < 1:
-            raise SlzoError(f"profiler.batch_size {self.batch_size}: must be at least 1")
         if self.text_file is not None and not (path := Path(self.text_file).expanduser()).is_file():
             found = "is a folder" if path.is_dir() else "no such file"
             raise SlzoError(
@@ -125,7 +122,7 @@ def _same_everywhere(profile: OutlierProfile, choice: Choice, processes: Process
 
 def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
     if options.text_file is None:
-        return rows.profile_batches(options.num_sequences, options.batch_size)
+        return rows.profile_batches(options.num_sequences)
     try:
         text = Path(options.text_file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -133,4 +130,4 @@ def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
             f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start})"
         ) from error
     lines = [line for line in text.splitlines() if line.strip()]
-    return rows.text_batches(lines[: options.num_sequences], options.batch_size)
+    return rows.text_batches(lines[: options.num_sequences])

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, check_commit, newest_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import write_checkpoint
+from slzo.checkpoints.find import newest_checkpoint
+from slzo.checkpoints.note import CHECKPOINT_FORMAT, check_commit
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.balance import common_candidates
@@ -21,7 +23,7 @@ from slzo.tasks.base import Kind
 from slzo.utils.console import say, warn
 from slzo.utils.environment import device_name, numerics, program_line
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import copy_file
+from slzo.utils.files import copy_file, read_json
 from slzo.utils.hub import model_commit
 from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
@@ -194,8 +196,5 @@ def checkpoint_of_job(root: str | Path, job: str) -> Path | None:
 
 def _job_of(environment: Path) -> tuple[str, str] | None:
     """Return the SLURM job and the command of a run."""
-    try:
-        content = json.loads(environment.read_text(encoding="utf-8"))
-        return str(content["slurm_job"]), content["command"]
-    except (OSError, ValueError, KeyError, TypeError):  # a run of another version, or a file that is being written
-        return None
+    content = read_json(environment)  # empty while it is being written
+    return (str(content["slurm_job"]), content["command"]) if {"slurm_job", "command"} <= content.keys() else None

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
-# Tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
-_PROMPT_TOKENS = 4096
+# Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
+_PROMPTS, _PROMPT_TOKENS = 16, 4096
 _COUNTS = ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length")
 
 
@@ -223,7 +223,7 @@ class TaskRows:
             model: The model.
             name: Name of the model, as in model.model.
             reserved: Number of positions before every sequence.
-            longest: Longest sequence that its parts support, see :class:`slzo.models.parts.ModelParts`.
+            longest: Longest sequence that its parts support, see :class:`slzo.models.parts.Limits`.
 
         Raises:
             SlzoError: If the tokenizer has more tokens than the model.
@@ -523,22 +523,22 @@ class TaskRows:
         template_stop = self.encoder.stop if isinstance(self.encoder, ChatEncoder) else ()
         return Decoding((*template_stop, *self.task.stop), self.task.max_new_tokens)
 
-    def profile_batches(self, num_sequences: int, batch_size: int) -> list[PackedBatch]:
+    def profile_batches(self, num_sequences: int) -> list[PackedBatch]:
         """Return prompts of the first training rows for the outlier profile, or of held-out rows if there are none."""
         assert self.splits is not None
-        return self._prompt_batches(self.encoder, (self.splits.train or self.splits.test)[:num_sequences], batch_size)
+        return self._prompt_batches(self.encoder, (self.splits.train or self.splits.test)[:num_sequences])
 
-    def text_batches(self, texts: Sequence[str], batch_size: int) -> list[PackedBatch]:
+    def text_batches(self, texts: Sequence[str]) -> list[PackedBatch]:
         """Return packed texts for the outlier profile."""
         encoder = Encoder(self.encoder.tokenizer, self.encoder.max_length)  # that of conversations needs turns
         examples = [Example(str(number), text, ()) for number, text in enumerate(texts)]
-        return self._prompt_batches(encoder, examples, batch_size)
+        return self._prompt_batches(encoder, examples)
 
-    def _prompt_batches(self, encoder: Encoder, examples: Sequence[Example], batch_size: int) -> list[PackedBatch]:
+    def _prompt_batches(self, encoder: Encoder, examples: Sequence[Example]) -> list[PackedBatch]:
         """Return packed prompts without answers; batches of long prompts contain fewer of them."""
         prompts = []
         for example in examples:
             with catch_bad_row([], self.skip_bad_rows):  # bad rows are reported when the split is encoded
                 prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
-        chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, batch_size, share=False)
+        chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, _PROMPTS, share=False)
         return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

@@ -1,53 +1,34 @@
 """Lightning's Trainer with slzo's defaults: its callbacks, its checkpoint files and one folder per run."""
 
-import os
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
 from slzo.callbacks.defaults import with_defaults
 from slzo.callbacks.rank_watch import RankWatch
 from slzo.callbacks.run_record import RunRecord
-from slzo.callbacks.schedule import callback_of, check_precision, folder_of
+from slzo.callbacks.schedule import callback_of, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoint_io import AtomicCheckpointIO
-from slzo.checkpoints.checkpoint import RUNS, Checkpoint, find_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.loggers import FolderLogger, RunLogger, log_dir_of, run_folder
 from slzo.module import ZOModule
 from slzo.resume import checkpoint_of_job
 from slzo.strategy import SHARDED, ShardedStrategy
 from slzo.task_rows import TaskRows
+from slzo.trainer_options import TRAINER_DEFAULTS, check_callbacks, check_options, limit_defaults, take_time_limit
 from slzo.utils.console import say
 from slzo.utils.environment import command_line
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import check_local
 from slzo.utils.slurm import is_restarted, job_id
-
-TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "max_steps": 1000,
-        "val_check_interval": 100,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 10,
-        "enable_model_summary": False,
-    }
-)
-_COPYING = ("spawn", "fork", "notebook")
-_SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-_MAX_LAUNCHED = 64
 
 
 class ZOTrainer(Trainer):
@@ -64,7 +45,7 @@ class ZOTrainer(Trainer):
             kwargs.setdefault(name, value)
         check_options(kwargs)
         check_local("trainer.default_root_dir", kwargs.get("default_root_dir"))
-        limit = _take_time(kwargs)
+        limit = take_time_limit(kwargs)
         kwargs["logger"] = _run_logger(kwargs.get("logger"), kwargs.get("default_root_dir"))
         self._writes = kwargs["logger"] is not False
         callbacks = [*_listed(kwargs.get("callbacks")), *([] if limit is None else [limit])]
@@ -286,128 +267,3 @@ def _slurm_job() -> SLURMEnvironment | None:
         return SLURMEnvironment(auto_requeue=False)
     except RuntimeError as error:
         raise SlzoError(f"trainer: {one_line(error, None)}") from error
-
-
-def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a run without a number of steps that the time or the epochs limit.
-
-    One with ``max_time`` has the steps and validations of its plan.
-    """
-    if options.get("max_steps", -1) != -1:
-        return {}
-    if options.get("max_time") is not None:
-        # validations as rare as the time is long, which the plan makes more frequent
-        return {"max_steps": -1, "val_check_interval": options["max_time"]}
-    return {} if options.get("max_epochs") is None else {"max_steps": -1}
-
-
-def _take_time(options: dict[str, Any]) -> TimeLimit | None:
-    """Take the time from the options, and validations by time with it, which Lightning would count from the first step on.
-
-    Raises:
-        SlzoError: A time cannot be read.
-    """
-    if options.get("max_time") is None:
-        return None
-    seconds, every = _seconds("max_time", options["max_time"]), options["val_check_interval"]
-    if options.get("max_epochs") is None:
-        options["max_epochs"] = -1
-    options["max_time"] = None
-    if every is None or isinstance(every, int | float):
-        return TimeLimit(seconds)
-    if options["check_val_every_n_epoch"] is None:
-        options["val_check_interval"] = TRAINER_DEFAULTS["val_check_interval"]  # until the plan sets it
-    return TimeLimit(seconds, _seconds("val_check_interval", every))
-
-
-def _seconds(name: str, value: Any) -> float:
-    try:
-        seconds = Timer(value).time_remaining()
-    except (MisconfigurationException, TypeError, OverflowError) as error:
-        raise SlzoError(
-            f"trainer.{name} {value!r}: not a time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes, or {{minutes: 10}}"
-        ) from error
-    if seconds is None or seconds <= 0:
-        raise SlzoError(f"trainer.{name} {value!r}: no time; give DD:HH:MM:SS, such as 00:00:10:00 for ten minutes")
-    return seconds
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that would fail late, do nothing or never end, before anything is loaded.
-
-    Raises:
-        SlzoError: An option cannot be used.
-    """
-    check_precision(options.get("precision"))
-    if options.get("gradient_clip_val") is not None:
-        raise SlzoError(
-            f"trainer.gradient_clip_val {options['gradient_clip_val']}: slzo does not clip gradients by their norm; leave it "
-            "out, and lower model.optimizer.lr if steps are too large"
-        )
-    if options.get("accumulate_grad_batches", 1) != 1:
-        raise SlzoError(
-            f"trainer.accumulate_grad_batches {options['accumulate_grad_batches']}: a forward-only step needs no accumulation; "
-            "raise data.batch_size; data.tokens_per_pass runs a large batch in parts"
-        )
-    if options.get("val_check_interval") == 0:
-        raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
-    _check_strategy(options.get("strategy"))
-    for name, least in (("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):
-        value = options.get(name)
-        if isinstance(value, int) and value < least:
-            raise SlzoError(f"trainer.{name} {value}: must be at least {least}")
-    for name in ("max_steps", "max_epochs", "limit_train_batches"):
-        value = options.get(name)
-        if value == 0 and value is not False:
-            raise SlzoError(f"trainer.{name} 0: nothing would be trained; give more, or use `slzo test` to score only")
-    devices = options.get("devices")
-    most = max(_MAX_LAUNCHED, os.cpu_count() or 1, torch.cuda.device_count())
-    if str(devices).isdecimal() and int(str(devices)) > most:
-        raise SlzoError(f"trainer.devices {devices}: each device has a process of its own; give at most {most}")
-
-
-def _check_strategy(strategy: Any) -> None:
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
-        raise SlzoError(f"trainer.strategy {name!r}: it copies this process, which slzo does not support; use ddp")
-    classes = [each.__name__ for each in _SHARDING]
-    if name.rpartition(".")[2] in classes or name.startswith(("fsdp", "deepspeed")):
-        raise SlzoError(
-            f"trainer.strategy {name!r}: not supported, as its processes must run every layer equally often; use {SHARDED}, "
-            "whose processes share the frozen layers, or one process with model.device_map auto, which spreads them over all GPUs"
-        )
-
-
-def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
-    """Refuse callbacks that monitor, or name a file after, a metric that does not exist; ``metrics`` lists those of validations.
-
-    Raises:
-        SlzoError: There is no such metric, or a file cannot be named.
-    """
-    own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
-    for callback in callbacks:
-        option = "checkpoint" if isinstance(callback, BestCheckpoint) else type(callback).__name__
-        monitor = getattr(callback, "monitor", None)
-        # other callbacks may log metrics of their own, and training steps log many
-        if (
-            own
-            and isinstance(monitor, str)
-            and monitor not in (AUTO_MONITOR, *metrics)
-            and not monitor.startswith("train/")
-        ):
-            raise SlzoError(f"{option}.monitor {monitor!r}: no such metric; choose one of {', '.join(metrics)}")
-        if isinstance(callback, ModelCheckpoint):
-            _check_files(callback, option, metrics)
-
-
-def _check_files(callback: ModelCheckpoint, option: str, metrics: Sequence[str]) -> None:
-    known = {name: torch.tensor(0.0) for name in metrics}
-    try:
-        callback.format_checkpoint_name({**known, "step": torch.tensor(0), "epoch": torch.tensor(0)})
-    except (ValueError, KeyError, IndexError, AttributeError) as error:
-        raise SlzoError(
-            f"{option}.filename {callback.filename!r}: {error}; write metrics as {{NAME}} or with a format, like {{step:05d}}"
-        ) from error
-    check_local(f"{option}.dirpath", callback.dirpath)
-    if callback.dirpath is not None and Path(callback.dirpath).exists() and not Path(callback.dirpath).is_dir():
-        raise SlzoError(f"{option}.dirpath {str(callback.dirpath)!r}: is a file; give a folder, or leave it out")

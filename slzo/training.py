@@ -80,7 +80,7 @@ def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> N
         SlzoError: The tokenizer has tokens that the model does not have.
     """
     rows.follow_model(options.model, options.trust_remote_code)
-    rows.adapt_to_model(parts.model, options.model, options.scope.num_positions, parts.longest)
+    rows.adapt_to_model(parts.model, options.model, options.scope.num_positions, parts.limits.longest)
 
 
 def tune(
@@ -92,7 +92,7 @@ def tune(
         parts,
         options.scope,
         layer,
-        prompts=lambda count: [batch.to(device) for batch in rows.profile_batches(count, batch_size=16)],
+        prompts=lambda count: [batch.to(device) for batch in rows.profile_batches(count)],
         seed=options.noise_seed,
         engine=options.engine,
         cache=cache,

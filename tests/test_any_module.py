@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slzo.zo import ClosureLoss, Request, take_step
-from slzo.zo.estimators import FZO, LOZO, SPSA, Backprop, EvolutionStrategy, OneSided
+from slzo.zo.estimators import FZOO, LOZO, SPSA, Backprop, EvolutionStrategy, OneSided
 
 
 class Encoder(nn.Module):
@@ -47,7 +47,7 @@ def test_it_needs_torch_only():
 
 @pytest.mark.parametrize(
     "estimator",
-    [SPSA(), OneSided(), FZO(), LOZO(), EvolutionStrategy(), Backprop()],
+    [SPSA(), OneSided(), FZOO(), LOZO(), EvolutionStrategy(), Backprop()],
     ids=described,
 )
 def test_every_estimator_takes_a_step(estimator):

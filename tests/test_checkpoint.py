@@ -15,14 +15,9 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.callbacks.checkpoints import BestCheckpoint
 from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.checkpoint import (
-    CHECKPOINT_FORMAT,
-    best_file,
-    checkpoint_of_run,
-    newest_checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.find import best_file, checkpoint_of_run, newest_checkpoint
+from slzo.checkpoints.note import CHECKPOINT_FORMAT
 from slzo.models.fingerprint import Fingerprint
 from slzo.utils.errors import SlzoError
 

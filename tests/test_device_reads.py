@@ -22,7 +22,7 @@ from slzo.models.engine import Engine
 from slzo.models.pending import CopyStream, PendingTensor
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
-from slzo.zo.estimators import FZO, SPSA, OneSided
+from slzo.zo.estimators import FZOO, SPSA, OneSided
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.stepper import StepOptions, Stepper
@@ -92,7 +92,7 @@ CASES = {
     "channels": (OutlierChannels(), SPSA(), 1),
     "three queries": (LayerScope(), SPSA(), 3),
     "one-sided": (LayerScope(), OneSided(), 3),
-    "FZO": (LayerScope(), FZO(), 3),
+    "FZOO": (LayerScope(), FZOO(), 3),
 }
 
 

@@ -12,7 +12,8 @@ from helpers import error_line, last_checkpoint, run_dir
 from torch.utils.tensorboard import SummaryWriter
 
 from slzo.__main__ import main
-from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.checkpoints.find import newest_checkpoint
 
 LOGGER = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.name="]
 ON_DISK = [*LOGGER, "--trainer.logger.save_dir=disk"]

@@ -172,9 +172,9 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
 
 def test_long_prompts_are_profiled_few_at_once(model_dir, data_dir, monkeypatch):
     rows = set_up("sst2", model_dir, data_dir)
-    (whole,) = rows.profile_batches(12, 16)
+    (whole,) = rows.profile_batches(12)
     monkeypatch.setattr("slzo.task_rows._PROMPT_TOKENS", 3 * max(whole.example_tokens))
-    parts = rows.profile_batches(12, 16)
+    parts = rows.profile_batches(12)
     assert len(parts) > 2
     assert all(part.num_tokens <= 3 * max(whole.example_tokens) for part in parts)
     assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)

@@ -34,7 +34,7 @@ ESTIMATORS = {
     "SPSA": [],
     "two queries": ["--model.num_queries=2"],
     "OneSided": ["--model.estimator=OneSided", "--model.num_queries=2"],
-    "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
+    "FZOO": ["--model.estimator=FZOO", "--model.num_queries=3"],
     "LOZO": ["--model.estimator=LOZO"],
     "EvolutionStrategy": ["--model.estimator=EvolutionStrategy", "--model.num_queries=3"],
     "Adam": ["--model.optimizer=Adam", "--model.optimizer.lr=1e-3"],

@@ -399,10 +399,10 @@ def test_a_cell_is_worked_on_once(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     store = CellStore(tmp_path, {"steps": 1})
-    store.save("a", 1)
+    store.save("a", {})
     for path in (tmp_path / "cells/a.json", tmp_path / "settings.json"):
         path.write_text("")
-        with pytest.raises(SlzoError, match=rf"{path.name}': damaged .*; remove it"):
+        with pytest.raises(SlzoError, match=rf"{path.name}': cannot be read .*; remove it"):
             CellStore(tmp_path, {"steps": 1}).result("a")
 
 

@@ -124,7 +124,7 @@ ORIGINAL = {"original_max_position_embeddings": 40}
 def test_rows_stay_within_the_length_that_rotary_embeddings_were_made_for(family, rope, options, longest):
     model = tiny_model(family, rope_parameters=rope, **options)
     parts = split_and_verify(model)
-    assert (parts.packed, parts.longest) == (True, longest)
+    assert (parts.packed, parts.limits.longest) == (True, longest)
     generator = random.Random(0)
     with torch.no_grad():
         parts.logits(pack([random_example(generator, 0, longest - 1), random_example(generator, 1, 5)]))
@@ -139,7 +139,7 @@ def test_a_head_that_cannot_be_selected_is_run_whole(monkeypatch):
 
     monkeypatch.setattr(model_parts.SelectedHead, "forward", fails)
     parts = split_and_verify(tiny_model("llama"))
-    assert not parts.selects
+    assert not parts.limits.selects
     hidden, ids = torch.randn(3, 32), torch.tensor([5, 2])
     torch.testing.assert_close(parts.head(hidden, ids), parts.head(hidden)[:, ids])
 
@@ -184,7 +184,7 @@ def test_a_model_that_sees_padding_generates_rows_of_equal_length_together():
     prompts = [generator.choices(range(3, 300), k=k) for k in (3, 9, 9, 14)]
     with pytest.warns(UserWarning, match="padding is used"):
         parts = split_and_verify(family_table.tiny_model("recurrent_gemma"))
-    assert not parts.allows_left_padding
+    assert not parts.limits.left_padding
     together = generate(parts, prompts, set(), max_new_tokens=5).answers
     assert together == [generate(parts, [prompt], set(), max_new_tokens=5).answers[0] for prompt in prompts]
 

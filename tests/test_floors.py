@@ -34,6 +34,7 @@ ROOMS = {
     "slzo.commands.registry": "commands.registry",  # known before torch is loaded
     "slzo.callbacks": "module",  # callbacks and module know each other
     "slzo.resume": "fit",
+    "slzo.trainer_options": "trainer",
     "slzo.run": "fit",
 }
 

@@ -11,7 +11,7 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
 from slzo.evaluation.generation import answer_text, ends_with, generate, generate_plainly, stop_tokens
-from slzo.models.parts import ModelParts
+from slzo.models.parts import Limits, ModelParts
 from tiny import make_tokenizer
 
 
@@ -156,7 +156,7 @@ def test_an_adapter_leaves_the_eos_tokens_of_its_base_model():
 
 @torch.no_grad()
 @pytest.mark.parametrize("left_padding", [True, False])
-def test_an_answer_ends_where_its_tokens_say_so_with_and_without_padding(left_padding, monkeypatch):
+def test_an_answer_ends_where_its_tokens_say_so_with_and_without_padding(left_padding):
     model, prompts = tiny_model(), make_prompts()
     long = [plain_greedy(model, prompt, set(), 12) for prompt in prompts]
     pairs = {tuple(answer[number % 7 : number % 7 + 2]) for number, answer in enumerate(long[:5])}
@@ -166,6 +166,5 @@ def test_an_answer_ends_where_its_tokens_say_so_with_and_without_padding(left_pa
 
     expected = generate(ModelParts(model), prompts, set(), max_new_tokens=12, ended=ended).answers
     assert len({len(answer) for answer in expected}) > 2
-    padded = ModelParts(tiny_model(), packed=False)
-    monkeypatch.setattr(padded, "allows_left_padding", left_padding)
+    padded = ModelParts(tiny_model(), packed=False, limits=Limits(left_padding=left_padding))
     assert generate(padded, prompts, set(), max_new_tokens=12, ended=ended).answers == expected

@@ -16,7 +16,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 
 from slzo.__main__ import main
-from slzo.checkpoints.checkpoint import base_model, read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.checkpoints.note import base_model
 from slzo.cli.process import prepare_process
 from slzo.data.sources import RowSource
 from slzo.export.adapter import ADAPTER

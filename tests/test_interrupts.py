@@ -53,7 +53,7 @@ def events(*numbers):
 def outcome(*numbers):
     """What some runs, each of which continues the one before, came to."""
     found = summary(numbers[-1])
-    same = {name: found[name] for name in ("score_after", "steps", "evaluations", "loss_spikes")}
+    same = {name: found[name] for name in ("score_after", "steps", "evaluations")}
     best = Path(found["best_checkpoint"]).name
     return events(*numbers), tuned(last_checkpoint(numbers[-1])), {**same, "best": best}
 

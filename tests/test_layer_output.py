@@ -285,7 +285,7 @@ def test_the_mean_with_a_loss_of_each_token_is_the_gradient_of_its_position(fami
 
 SCOPES = [
     LayerScope("attention"),
-    LayerScope("mlp", norms=False),
+    LayerScope("mlp"),
     OutlierChannels(percent=10),
     OutlierChannels(percent=10, complement=True),
     ActivationSubspace(rank=4, num_sequences=8),

@@ -41,7 +41,7 @@ METHODS = {
     "lezo": "model.scope=RandomLayers model.scope.fraction=0.5",
     "sparse": "model.scope=SmallestWeights",
     "one-sided": "model.estimator=OneSided model.num_queries=3",
-    "fzo": "model.estimator=FZO model.num_queries=4 model.engine.queries_at_once=4",
+    "fzoo": "model.estimator=FZOO model.num_queries=4 model.engine.queries_at_once=4",
     "lozo": "model.estimator=LOZO",
     "ranks": "model.estimator=EvolutionStrategy model.estimator.shaping=rank model.estimator.antithetic=false "
     "model.num_queries=4",
@@ -139,7 +139,7 @@ def test_memory_of_a_subspace_has_the_base_weights_and_the_bases():
         ("model.scope=LoRa", r"model\.scope.*LoRa"),
         ("model.scope=LayerScope model.scope.layers=[7]", r"model\.scope\.layers 7: the model has 4 decoder"),
         ("model.scope=OutlierChannels model.scope.percent=0.1", r"percent 0\.1: selects none of the 64 channels"),
-        ("model.estimator=FZO", r"model\.num_queries 1: FZO"),
+        ("model.estimator=FZOO", r"model\.num_queries 1: FZOO"),
         ("model.estimator=Backprop data.objective=metric", r"data\.objective CandidateErrors: has no derivative"),
         ("model.estimator=Backprop model.engine.onednn=true", r"model\.engine\.onednn true: has no derivative"),
         ("model.scope=PrefixTuning model.engine.packed=false", r"model\.scope PrefixTuning: needs packed"),

@@ -216,7 +216,7 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
         assert capsys.readouterr().err == (
             f"slzo: warning: data.max_length 30: {2 * long} sequences of {split} rows are longer, and are cut on the left\n"
         )
-        data.profile_batches(4, 4)
+        data.profile_batches(4)
 
 
 @pytest.mark.parametrize("number", [0, -5])
@@ -258,7 +258,7 @@ def test_demonstrations_are_labelled_rows(tmp_path):
 
 def test_the_outlier_profile_of_a_chat_task_may_read_texts(tmp_path):
     data = set_up(ChatTask(train_file=write(tmp_path / "rows.jsonl", talks_of(20))), tokenizer="tiny")
-    (batch,) = data.text_batches(["one line of text", "another"], 16)
+    (batch,) = data.text_batches(["one line of text", "another"])
     assert batch.num_examples == 2
 
 

@@ -13,7 +13,7 @@ from slzo.module import ZOModule
 from slzo.utils.errors import SlzoError
 from slzo.zo import processes as processes_module
 from slzo.zo.estimators import (
-    FZO,
+    FZOO,
     LOZO,
     SPSA,
     Backprop,
@@ -149,7 +149,7 @@ SCOPE_CASES = [
 ESTIMATOR_CASES = [
     SPSA(),
     OneSided(),
-    FZO(),
+    FZOO(),
     LOZO(),
     EvolutionStrategy(),
     LayerOutputPerturbation(queries=4),  # left out, it depends on the candidates in the batch

@@ -97,14 +97,10 @@ def test_both_thresholds_must_be_passed():
     assert choose(FirstOutlierLayer(ratio=100), layers).layer == 1
 
 
-def test_no_outlier_is_an_error_or_a_stated_fallback():
+def test_no_outlier_is_an_error():
     layers = layer_statistics((1, 4), (2, 40), (3, 50))
     with pytest.raises(SlzoError, match="closest is layer 2 with max 3 and ratio 50"):
         choose(FirstOutlierLayer(), layers)
-    choice = choose(FirstOutlierLayer(fallback="max_ratio_jump"), layers)
-    assert choice.layer == 1
-    assert "none, so" in choice.reason
-    assert choice.title == "chosen layer"  # it is not an outlier layer
 
 
 def test_the_margin_is_over_the_chosen_layer_and_those_before_it():
@@ -125,9 +121,7 @@ def test_a_layer_below_both_thresholds_must_pass_both():
     assert choice.margin.errors == pytest.approx(12644 / 136.44)  # not the 1 of layer 0's magnitude
 
 
-@pytest.mark.parametrize(
-    "rule", [FirstOutlierLayer(), MaxRatioJump(), FirstOutlierLayer(ratio=1e6, fallback="max_ratio_jump")]
-)
+@pytest.mark.parametrize("rule", [FirstOutlierLayer(), MaxRatioJump()])
 def test_without_standard_errors_there_is_no_margin(rule):
     assert choose(rule, layer_statistics((20, 40), (23000, 13644))).margin is None
 
@@ -139,12 +133,6 @@ def test_the_margin_of_the_largest_growth():
     assert choice.layer == 0
     assert choice.margin.errors == pytest.approx(math.log(2) / (0.05 * math.sqrt(3)))
     assert choice.margin.description == "layer 0's growth of 40 times is 8.0 standard errors above layer 3's of 20"
-
-
-def test_a_fallback_is_as_clear_as_its_closest_call():
-    layers = layer_statistics((20, 40), (796, 998), (1000, 900), error=0.01)
-    choice = choose(FirstOutlierLayer(fallback="max_ratio_jump"), layers)
-    assert choice.margin.description.startswith("layer 1 is 0.2 standard errors below the threshold of 1,000")
 
 
 def test_a_rule_that_does_not_tell_the_layers_apart_says_so():
@@ -215,13 +203,6 @@ def test_a_profile_survives_json():
     assert OutlierProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fallback": "max_ratio"}, "fallback 'max_ratio': choose one of"),
-        ({"ratio": float("nan")}, "ratio nan: must be"),
-    ],
-)
-def test_wrong_thresholds_and_fallbacks_are_named(options, message):
-    with pytest.raises(SlzoError, match=rf"^profiler.rule.{message}"):
-        FirstOutlierLayer(**options)
+def test_a_wrong_threshold_is_named():
+    with pytest.raises(SlzoError, match=r"^profiler\.rule\.ratio nan: must be"):
+        FirstOutlierLayer(ratio=float("nan"))

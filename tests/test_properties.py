@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from slzo.__main__ import main
 from slzo.checkpoints import checkpoint_file
-from slzo.checkpoints.checkpoint import CHECKPOINT_FORMAT, checkpoint_note, read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.checkpoints.note import CHECKPOINT_FORMAT, checkpoint_note
 from slzo.cli.config_files import check_config_file
 from slzo.data.files import READERS, read_file
 from slzo.data.sources import RowSource

@@ -26,7 +26,7 @@ METHODS = {
     ],
     "auto": ["--model.estimator=SPSA", "--model.optimizer.lr=auto"],
     "OneSided": ["--model.estimator=OneSided", "--model.num_queries=3"],
-    "FZO": ["--model.estimator=FZO", "--model.num_queries=3"],
+    "FZOO": ["--model.estimator=FZOO", "--model.num_queries=3"],
     "LOZO": ["--model.estimator=LOZO"],
     "EvolutionStrategy": [
         "--model.estimator=EvolutionStrategy",

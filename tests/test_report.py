@@ -164,7 +164,7 @@ def test_training_losses_come_from_the_step_log(tmp_path):
         (["runs"], "run 'runs': not the folder of a run; runs/version_0 is one"),
         (["runs/version_0", "--output="], "output '': not a file"),
         (["runs/version_0", "--model=x"], "model: unknown option"),
-        (["damaged"], "its summary.json cannot be read"),
+        (["damaged"], "'damaged/summary.json': cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, message):

@@ -18,7 +18,7 @@ from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Decoding, answer_text, generate
 from slzo.evaluation.rewarding import reward_inputs
 from slzo.evaluation.sampling import Sampling, sample_key
-from slzo.models.parts import ModelParts
+from slzo.models.parts import Limits, ModelParts
 from slzo.rewards.builtin.number_match import last_number
 from slzo.rewards.calls import RewardInputs
 from slzo.rewards.registry import REWARDS, check_package
@@ -319,7 +319,7 @@ def test_an_answer_depends_on_its_key_alone():
     whole = drawn(parts, prompts, keys)
     assert [drawn(parts, [prompt], [key])[0] for prompt, key in zip(prompts, keys, strict=True)] == whole
     assert drawn(padded, prompts, keys) == whole
-    padded.allows_left_padding = False  # rows of one length together
+    padded = padded.with_limits(Limits(left_padding=False))  # rows of one length together
     assert drawn(padded, prompts, keys) == whole
     assert drawn(parts, prompts, [sample_key(3, 2, f"r{number}", 0) for number in range(3)]) != whole
 

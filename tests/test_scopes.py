@@ -58,7 +58,6 @@ SCOPES = [
     LayerScope(),
     LayerScope("mlp"),
     LayerScope("attention"),
-    LayerScope(norms=False),
     LayerScope(layers=[1, 3]),
     LayerScope(layers="all"),
     OutlierChannels(5.0),
@@ -108,9 +107,6 @@ def test_the_parts_of_a_layer_add_up():
     assert whole == {f"model.layers.{LAYER}.{name}" for name, _ in layer.named_parameters()}
     assert any("q_norm" in name for name in attention)
     assert all("mlp" in name for name in mlp)
-    without = names_of(LayerScope(norms=False), "qwen3")
-    assert without == {name for name in whole if "norm" not in name}
-    assert not any("q_norm" in name for name in names_of(LayerScope("attention", norms=False), "qwen3"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

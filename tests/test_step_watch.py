@@ -1,10 +1,9 @@
-"""Steps without progress cause a warning and end a run; loss spikes are in the summary; projected gradients can be clipped."""
+"""Steps without progress cause a warning and end a run; skipped steps are in the summary; projected gradients can be clipped."""
 
 import pytest
 from helpers import error_line, last_checkpoint, summary, tuned
 
 from slzo.__main__ import main
-from slzo.callbacks.step_watch import StepWatch
 from slzo.report.summary import format_summary
 from slzo.zo import AutoStep
 
@@ -48,23 +47,6 @@ def test_a_loss_at_its_lower_bound_stops_the_automatic_rate_and_is_told(options,
     )
 
 
-def test_spikes_are_counted():
-    watch = StepWatch()
-    for step in range(30):
-        watch._look_for_spike(9.0 if step == 20 else 5.0 if step == 25 else 0.7 + 0.01 * (step % 3), step + 1)
-    assert watch.spikes == {"number": 2, "step": 21, "loss": 9.0, "usual": pytest.approx(0.71)}
-    again = StepWatch()
-    again.load_state_dict(watch.state_dict())
-    again.load_state_dict(watch.state_dict())  # replaces the losses of an earlier fit
-    assert again.state_dict() == watch.state_dict()
-
-
-def test_spikes_and_skipped_steps_are_in_the_summary(options, capsys):
+def test_skipped_steps_are_in_the_summary(options):
     assert main(["fit", *options]) == 0
-    found = summary()
-    assert found["loss_spikes"] == {"number": 0}
-    assert "Spikes" not in capsys.readouterr().out
-    spikes = {"number": 2, "step": 21, "loss": 9.0, "usual": 0.71}
-    text = format_summary({**found, "loss_spikes": spikes, "skipped_steps": 3})
-    assert "2 steps with a loss far above the usual one, the largest 9 at step 21, usually 0.71" in text
-    assert "3 steps without a finite loss" in text
+    assert "3 steps without a finite loss" in format_summary({**summary(), "skipped_steps": 3})

@@ -26,7 +26,8 @@ from slzo.callbacks.time_limit import TimeLimit
 from slzo.datamodule import TaskDataModule
 from slzo.experiments import timing
 from slzo.module import ZOModule
-from slzo.trainer import ZOTrainer, limit_defaults
+from slzo.trainer import ZOTrainer
+from slzo.trainer_options import limit_defaults
 from slzo.utils.errors import SlzoError
 from slzo.zo.selection import Race
 from slzo.zo.time_plan import Passes, RunTimes, TimeBudget, TimePlan

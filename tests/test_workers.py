@@ -26,17 +26,17 @@ def test_all_cells_are_computed_and_those_of_a_process_that_ended_too(tmp_path, 
 
     def wait(seconds):
         if other.result("c") is None:
-            other.save("c", "other")
+            other.save("c", {"value": "other"})
             slow.__exit__(None, None, None)
         else:
             lost.__exit__(None, None, None)
 
     monkeypatch.setattr("slzo.experiments.store.time.sleep", wait)
     store.complete(
-        {name: partial(str.upper, name) for name in "abc"}, lambda name, result: reported.append((name, result))
+        {name: partial(dict, value=name) for name in "abc"}, lambda name, result: reported.append((name, result))
     )
-    assert reported == [("a", "A"), ("b", "B")]
-    assert [store.result(name) for name in "abc"] == ["A", "B", "other"]
+    assert reported == [("a", {"value": "a"}), ("b", {"value": "b"})]
+    assert [store.result(name)["value"] for name in "abc"] == ["a", "b", "other"]
 
 
 def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):

@@ -49,11 +49,11 @@ WRONG = """
 --model.scope='{"class_path": "LoRA", "init_args": {"rank": 0}}' | model.scope.rank 0: must be at least 1
 --model.estimator=LOZO --model.estimator.rank=0 | model.estimator.rank 0: must be at least 1
 --model.estimator=LOZO --model.estimator.interval=0 | model.estimator.interval 0: must be at least 1
---model.estimator=FZO | model.num_queries 1: FZO divides by the spread of several losses
---model.estimator=EvolutionStrategy --model.estimator.shaping=log | model.estimator.shaping 'log': choose one of raw, zscore, rank
+--model.estimator=FZOO | model.num_queries 1: FZOO divides by the spread of several losses
+--model.estimator=EvolutionStrategy --model.estimator.shaping=log | model.estimator.shaping 'log': choose one of zscore, rank
 --model.estimator=EvolutionStrategy --model.estimator.antithetic=false | model.num_queries 1: EvolutionStrategy compares the members
 --model.estimator=SPSA --model.estimator.noise=x | model.estimator.noise 'x': choose one of gaussian, r
---model.estimator=FZO --model.estimator.antithetic=3 | model.estimator.antithetic '3': expected true or false
+--model.estimator=EvolutionStrategy --model.estimator.antithetic=3 | model.estimator.antithetic '3': expected true or false
 --model.estimator=Backprop --data.objective=metric | data.objective CandidateErrors: has no derivative, which Backprop
 --model.estimator=Adam | model.estimator 'Adam': no such class; choose one of
 --model.eps=0 | model.eps 0.0: must be a number above 0
@@ -311,7 +311,7 @@ model.scope | LoRA | layers | x | 'x': expected a list like [1, 2] or all or nul
 model.scope | LoRA | target_modules | {a: 1} | {'a': 1}: expected a list like [a, b] or null; see --model.scope.help LoRA
 model.scope | LayerScope | part | mpl | 'mpl': choose one of layer, attention, mlp; see --model.scope.help LayerScope
 model.estimator | LOZO | rank | 1.5 | '1.5': expected a whole number; see --model.estimator.help LOZO
-model.estimator | FZO | antithetic | some | 'some': expected true or false; see --model.estimator.help FZO
+model.estimator | EvolutionStrategy | antithetic | some | 'some': expected true or false; see --model.estimator.help EvolutionStrategy
 model.optimizer | torch.optim.SGD | momentum | abc | 'abc': expected a number; see --model.optimizer.help SGD
 model.optimizer | SGD | momentm | 0.5 | : unknown option of the chosen class SGD, which has params, lr, momentum
 model.lr_scheduler | StepLR | step_size | abc | 'abc': expected a whole number; see --model.lr_scheduler.help StepLR

@@ -93,7 +93,7 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
     started = time.process_time()
-    profile, _ = profile_layers(parts, list(rows.profile_batches(16, 8)))
+    profile, _ = profile_layers(parts, list(rows.profile_batches(16)))
     layer = rule.select(SelectionContext(profile)).layer
     model = tune(parts, options, rows, layer)
     plan_prefix(model, rows)

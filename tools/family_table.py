@@ -113,7 +113,7 @@ def verdict_of(model_type: str) -> Verdict:
     reason = padded[0].partition("(")[2].rpartition(")")[0] if padded else ""
     difference = largest_error(parts, tiny_model(model_type))
     assert difference <= _TOLERANCE, f"{model_type}: accepted, but its logits are wrong by {difference:.2g}"
-    limit = "" if parts.longest is None else f"up to {parts.longest} tokens of {MAX_LENGTH}"
+    limit = "" if parts.limits.longest is None else f"up to {parts.limits.longest} tokens of {MAX_LENGTH}"
     experts = any("expert" in name for name, _ in model.named_parameters())
     if not parts.packed:
         reason = reason or "its attention cannot be replaced"
@@ -124,7 +124,7 @@ def verdict_of(model_type: str) -> Verdict:
 @torch.no_grad()
 def largest_error(parts: ModelParts, whole: PreTrainedModel) -> float:
     """Return the largest difference from plain forward passes, over all splits, relative to the largest logit."""
-    generator, longest = random.Random(5), parts.longest or 44
+    generator, longest = random.Random(5), parts.limits.longest or 44
     examples = []
     for number, (prompt, answers) in enumerate(((7, (1, 1)), (longest - 3, (3, 2)), (10, (2,)), (longest // 2, (1,)))):
         start = generator.choices(range(3, 300), k=prompt)

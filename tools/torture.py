@@ -39,7 +39,8 @@ import torch
 
 from faults import PATIENCE_S, Child, Counters, Fault, run_child
 from slzo.__main__ import main as slzo
-from slzo.checkpoints.checkpoint import newest_checkpoint, read_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint
+from slzo.checkpoints.find import newest_checkpoint
 from slzo.report.run_files import read_run
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.schedule import folder_of, is_last_step, validation_due
 from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
-from slzo.checkpoints.checkpoint import best_file
+from slzo.checkpoints.find import best_file
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.environment import command_line

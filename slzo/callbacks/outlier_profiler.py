@@ -29,7 +29,6 @@ class OutlierProfiler(Callback):
     Args:
         rule: {RULES}, or your own SelectionRule; by default Auto.
         num_sequences: Prompts to average over, at least 10; all of them if there are fewer. Prompts of one token are left out.
-        batch_size: Prompts per forward pass.
         text_file: Take sequences from this file, one per line, instead of the task's prompts.
     """
 
@@ -37,10 +36,9 @@ class OutlierProfiler(Callback):
         self,
         rule: SelectionRule | None = None,
         num_sequences: int = 16,
-        batch_size: int = 16,
         text_file: str | None = None,
     ) -> None:
-        self.options = ProfileOptions(Auto() if rule is None else rule, num_sequences, batch_size, text_file)
+        self.options = ProfileOptions(Auto() if rule is None else rule, num_sequences, text_file)
         self.profile: OutlierProfile | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,6 @@ from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import num_dev_rows, planned_steps
 from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
-from slzo.callbacks.step_watch import StepWatch
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -174,7 +173,7 @@ class RunRecord(Callback):
 
     def _outcome(self, trainer: Trainer) -> FitOutcome:
         """Collect the results of the training for the summary. A collective call."""
-        guard, watch = callback_of(trainer, LossGuard), callback_of(trainer, StepWatch)
+        guard = callback_of(trainer, LossGuard)
         folder = folder_of(trainer)
         checkpoint = callback_of(trainer, BestCheckpoint) or trainer.checkpoint_callback
         best = str(trainer.strategy.broadcast(getattr(checkpoint, "best_model_path", "")))
@@ -188,7 +187,6 @@ class RunRecord(Callback):
             last=str(folder / "checkpoints" / LAST) if keeps_last and folder is not None else None,
             history=self._so_far(),
             rollbacks=0 if guard is None else guard.rollbacks,
-            spikes={"number": 0} if watch is None else watch.spikes,
             limit=(limit, int(getattr(trainer, limit) or 0)),
             command=command_line(),
             reference=self.reference,

@@ -1,48 +1,43 @@
-"""Detects steps that make no progress, and counts spikes of the loss."""
+"""Detects steps that make no progress."""
 
 import math
-import statistics
-from collections import deque
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.utils import get_total_norm
 
 from slzo.module import ZOModule
 from slzo.utils.console import warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.stepper import StepResult
 
-_WINDOW, _MIN_LOSSES = 50, 10
 _MAX_GROWTH = 100.0
 
 
 class StepWatch(Callback):
-    """Warns at the first step whose projected gradients are exactly 0, with the reason, and stops the run after several of them.
+    """Warns at the first step whose gradient is exactly 0, with the reason, and stops the run after several of them.
 
-    If the loss is a metric or a reward, it often does not change, and the callback only warns. A spike is a loss above twice the
-    median of the last 50 steps and more than ten median absolute deviations above that median. The summary has the number of
-    spikes and the largest one.
+    With weight perturbation these are the projected gradients, the slopes along all directions of the step.
+
+    If the loss is a metric or a reward, it often does not change, and the callback only warns.
 
     Args:
-        max_zero_steps: Stop after this many steps in a row whose projected gradients are exactly 0.
+        max_zero_steps: Stop after this many steps in a row whose gradient is exactly 0.
     """
 
     def __init__(self, max_zero_steps: int = 20) -> None:
         if max_zero_steps < 1:
             raise SlzoError(f"watch.max_zero_steps {max_zero_steps}: at least 1 step is needed before giving up")
         self.max_zero_steps = max_zero_steps
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._size_at_start: float | None = None
         self._zeros = 0
         self._warned_of_rate = False
-        self.spikes: dict[str, Any] = {"number": 0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the tuned tensors; a resumed run keeps the size at the first start."""
         if isinstance(pl_module, ZOModule) and not (_resumed(pl_module) and self._size_at_start is not None):
-            self._losses.clear()
-            self._zeros, self.spikes, self._size_at_start = 0, {"number": 0}, _size(pl_module)
+            self._zeros, self._size_at_start = 0, _size(pl_module)
             self._warned_of_rate = False
 
     def on_train_batch_end(
@@ -53,7 +48,6 @@ class StepWatch(Callback):
         if not isinstance(result, StepResult) or not isinstance(pl_module, ZOModule) or not result.estimate.finite:
             return
         estimate, stepper = result.estimate, pl_module.stepper
-        self._look_for_spike(estimate.loss, trainer.global_step)
         if result.record.lr == 0 and stepper.sets_rate and not self._warned_of_rate:
             self._warned_of_rate = True
             warn(
@@ -68,42 +62,25 @@ class StepWatch(Callback):
             if self._zeros == self.max_zero_steps:
                 warn(_no_difference(pl_module, estimate.loss, self._zeros))
             return
+        what = "projected gradient" if stepper.estimator.along_directions else "gradient"
         if self._zeros == 1:
             warn(
-                f"the projected gradient is exactly 0 at step {trainer.global_step}, so nothing is learned: "
+                f"the {what} is exactly 0 at step {trainer.global_step}, so nothing is learned: "
                 f"{_reason(pl_module, self._size_at_start)}"
             )
         if self._zeros >= self.max_zero_steps:
             raise SlzoError(
-                f"the projected gradient was exactly 0 for {self._zeros} steps in a row, the last at step {trainer.global_step}: "
+                f"the {what} was exactly 0 for {self._zeros} steps in a row, the last at step {trainer.global_step}: "
                 f"{_reason(pl_module, self._size_at_start)} (watch.max_zero_steps {self.max_zero_steps})"
             )
 
-    def _look_for_spike(self, loss: float, step: int) -> None:
-        known, usual = self._losses, 0.0
-        if len(known) >= _MIN_LOSSES:
-            usual = statistics.median(known)
-            distance = statistics.median(abs(other - usual) for other in known)
-            if loss > max(2 * usual, usual + 10 * distance):
-                self.spikes["number"] += 1
-                if loss > self.spikes.get("loss", -math.inf):
-                    self.spikes |= {"step": step, "loss": loss, "usual": usual}
-        known.append(loss)
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {
-            "losses": list(self._losses),
-            "size_at_start": self._size_at_start,
-            "zeros": self._zeros,
-            "spikes": dict(self.spikes),
-        }
+        return {"size_at_start": self._size_at_start, "zeros": self._zeros}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._losses = deque(state_dict["losses"], maxlen=_WINDOW)
         self._size_at_start, self._zeros = state_dict["size_at_start"], state_dict["zeros"]
-        self.spikes = dict(state_dict["spikes"])
 
 
 def _resumed(module: ZOModule) -> bool:
@@ -113,8 +90,8 @@ def _resumed(module: ZOModule) -> bool:
 def _size(module: ZOModule) -> float:
     """Return the root mean square of the tuned tensors."""
     assert module.tuned_model is not None
-    norms = torch.stack([master.detach().float().norm() for master in module.tuned_model.tensors.masters])
-    return float(norms.norm()) / math.sqrt(module.tuned_model.tensors.num_elements)
+    tensors = module.tuned_model.tensors
+    return float(get_total_norm(master.detach() for master in tensors.masters)) / math.sqrt(tensors.num_elements)
 
 
 def _no_difference(module: ZOModule, loss: float, steps: int) -> str:

@@ -44,7 +44,7 @@ class DamagedError(ValueError):
 def write(content: Mapping[str, Any], path: Path) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, text, ``True``, ``False`` and ``None``.
 
-    Tensors are written one by one, since the writer of safetensors would first copy all of them.
+    Tensors are written one by one, since the writer of safetensors before 0.8 would first copy all of them.
 
     Raises:
         SlzoError: The content holds a value of another type.

@@ -116,7 +116,7 @@ def read_step_log(path: Path) -> StepLog:
         decoded = json.loads(header)
         found, settings = decoded["format"], decoded["settings"]
     except FileNotFoundError:
-        raise SlzoError(f"{option} is missing; give the folder of a run of slzo 0.2 or later") from None
+        raise SlzoError(f"{option} is missing; give the folder of a run") from None
     except (ValueError, KeyError, TypeError):
         raise SlzoError(f"{option} was not written by slzo; give the folder of another run") from None
     if found != _FORMAT:

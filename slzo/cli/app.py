@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.defaults import DEFAULTS
 from slzo.callbacks.run_context import run_context
-from slzo.checkpoints.checkpoint import RUNS, find_checkpoint
+from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.cli.auto_values import spelled_out, with_words
 from slzo.cli.class_defaults import class_defaults
 from slzo.cli.constructors import constructor_problem
@@ -37,7 +37,8 @@ from slzo.prompting.pair import Source, is_export, load_exported
 from slzo.report.run_files import CONFIG_FILE
 from slzo.run import RunContext
 from slzo.tasks.template import TemplateTask  # noqa: F401  so that --data.task.help finds it by name
-from slzo.trainer import TRAINER_DEFAULTS, ZOTrainer, limit_defaults
+from slzo.trainer import ZOTrainer
+from slzo.trainer_options import TRAINER_DEFAULTS, limit_defaults
 from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 

@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import NAMES, RUNS, named_checkpoint, run_folder_of
+from slzo.checkpoints.checkpoint import run_folder_of
+from slzo.checkpoints.find import NAMES, RUNS, named_checkpoint
 from slzo.cli.config_files import check_config_file
 from slzo.cli.parser import option_values
 from slzo.cli.shipped_configs import CONFIG_OPTIONS

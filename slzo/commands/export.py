@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from slzo.checkpoints.checkpoint import RUNS, find_checkpoint
+from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.export import FORMATS, ExportOptions, export_checkpoint
 from slzo.utils.console import say
 from slzo.utils.docs import with_lists

@@ -183,7 +183,7 @@ def _generate_padded(
         return []
     lengths = [len(prompt) for prompt in prompts]
     if (
-        not parts.allows_left_padding and len(set(lengths)) > 1
+        not parts.limits.left_padding and len(set(lengths)) > 1
     ):  # the model would see padding: run equal lengths together
         answers: dict[int, tuple[list[int], int | None]] = {}
         for length in set(lengths):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import DataFingerprint
@@ -30,13 +31,14 @@ from slzo.training import (
     tune,
     uses_auto,
 )
+from slzo.utils.sampling_error import standard_error
 from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
 from slzo.zo.optim import set_rate
 from slzo.zo.options import TrainingOptions
-from slzo.zo.profile import standard_error
+from slzo.zo.stepper import Stepper
 from slzo.zo.time_plan import RunTimes, TimeBudget, TimePlan
 from slzo.zo.trial import Score, StepCost, Trial, Trials
 from slzo.zo.tuned_model import TunedModel
@@ -186,35 +188,14 @@ class LayerTrials(Trials):
             dev_rows: Score about this many dev rows, in complete batches; ``None`` for all.
         """
         self._carry_prefix(layer)
-        options, choice = self.options, self.options.optimizer
-        step_options = options.step if eps is None else replace(options.step, eps=eps)
         losses: list[float] = []
         slopes: list[float] = []
         scores: list[Score] = []
         with self._tuned(layer) as model:
-            optimizer = choice.make(model.tensors.masters)
+            stepper, optimizer, scheduler, used = self._training(layer, model, seed, lr, eps)
             batches: Iterator[TrainBatch] = self.rows.training_batches(self._row_seed(seed))
             if num_batches is not None:
                 batches = cycle(islice(batches, num_batches))
-            auto, used = None, 0.0
-            needs_eps = step_options.eps is None and options.estimator.uses_points
-            if needs_eps or (lr is None and choice.automatic):
-                started = time.perf_counter()
-                auto = self._rate(layer, model, step_options.eps, seed)
-                used = time.perf_counter() - started
-            stepper = make_stepper(
-                model,
-                options,
-                self.rows,
-                step=step_options,
-                seed=seed,
-                auto=auto,
-                sets_rate=lr is None and choice.automatic,
-                max_nonfinite=1 << 60,
-            )
-            if lr is not None:
-                set_rate(optimizer, lr)
-            scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
             if dev_rows not in self._before:  # the same for every trial
                 self._before[dev_rows] = self._score(model, dev_rows)
             scores.append(self._before[dev_rows])
@@ -331,6 +312,28 @@ class LayerTrials(Trials):
         finally:
             model.tensors.load(initial)
             model.release()
+
+    def _training(
+        self, layer: int | None, model: TunedModel, seed: int, lr: float | None, eps: float | None
+    ) -> tuple[Stepper, Optimizer, Any, float]:
+        """Return stepper, optimizer and scheduler of a training, and the seconds that measuring its step sizes took.
+
+        ``lr`` and ``eps`` replace those of the options.
+        """
+        options, choice = self.options, self.options.optimizer
+        step_options = options.step if eps is None else replace(options.step, eps=eps)
+        sets_rate = lr is None and choice.automatic
+        auto, started = None, time.perf_counter()
+        if sets_rate or (step_options.eps is None and options.estimator.uses_points):
+            auto = self._rate(layer, model, step_options.eps, seed)
+        used = 0.0 if auto is None else time.perf_counter() - started
+        state = {"seed": seed, "auto": auto, "sets_rate": sets_rate, "max_nonfinite": 1 << 60}
+        stepper = make_stepper(model, options, self.rows, step=step_options, **state)
+        optimizer = choice.make(model.tensors.masters)
+        if lr is not None:
+            set_rate(optimizer, lr)
+        scheduler = None if choice.make_scheduler is None else choice.make_scheduler(optimizer)
+        return stepper, optimizer, scheduler, used
 
     def _row_seed(self, seed: int) -> int:
         """Return the seed of the batches: with the noise seed of the options, the rows' own seed, as in ``fit``."""

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slzo.checkpoints.checkpoint import REPLAYED, check_commit, read_checkpoint, write_checkpoint
+from slzo.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from slzo.checkpoints.find import REPLAYED
+from slzo.checkpoints.note import check_commit
 from slzo.checkpoints.step_log import NAME, START, StepLog, read_step_log
 from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows

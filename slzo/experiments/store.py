@@ -10,10 +10,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import PARTIAL, write_json
+from slzo.utils.files import PARTIAL, read_json, write_json
 from slzo.utils.settings import differences
 
 _SETTINGS_FILE = "settings.json"
+_REMOVE = "remove it, and run the same command again"
 _WAIT_SECONDS = 2.0
 
 
@@ -34,7 +35,7 @@ class CellStore:
         path = self.folder / _SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
         if path.is_file() and any((self.folder / "cells").glob("*.json")):
-            old = _read(path)
+            old = read_json(path, _REMOVE)
             # a folder of another experiment may lack them
             old_open = {name: old.get(name) for name in open_settings}
             if all(settings[name] is None for name in open_settings):
@@ -63,11 +64,11 @@ class CellStore:
             ) from error
 
     def result(self, name: str) -> Any:
-        """Return a cell's result; ``None`` if the cell is not finished."""
+        """Return the dict of a cell; ``None`` if the cell is not finished."""
         path = self._path(name)
-        return _read(path) if path.is_file() else None
+        return read_json(path, _REMOVE) if path.is_file() else None
 
-    def save(self, name: str, result: Any) -> None:
+    def save(self, name: str, result: Mapping[str, Any]) -> None:
         """Write a cell's result."""
         write_json(self._path(name), result)
 
@@ -96,7 +97,7 @@ class CellStore:
         The cell of a process that has ended is computed here.
 
         Args:
-            cells: The function of each cell, by name; it returns primitives.
+            cells: The function of each cell, by name; it returns a dict of primitives.
             report: Called with the name and the result of a cell that was computed here.
         """
         while left := [name for name in cells if self.result(name) is None]:
@@ -115,10 +116,3 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SlzoError(f"{str(path)!r}: damaged ({error}); remove it, and run the same command again") from error

@@ -17,7 +17,8 @@ from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_ce
 from slzo.pictures.style import save
 from slzo.pictures.sweep import sweep_curves_picture, sweep_picture
 from slzo.utils.files import replacing, write_json
-from slzo.zo.profile import OutlierProfile, standard_error
+from slzo.utils.sampling_error import standard_error
+from slzo.zo.profile import OutlierProfile
 from slzo.zo.selection.base import CLEAR, in_errors
 from slzo.zo.trial import Score, Trial
 

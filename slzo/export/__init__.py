@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from slzo.checkpoints.checkpoint import Checkpoint, base_model
+from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.note import base_model
 from slzo.export.adapter import ADAPTER
 from slzo.export.base import ExportFormat
 from slzo.export.card import write_card, write_licences

@@ -6,7 +6,6 @@ from safetensors.torch import save
 
 from slzo.export.base import ExportFormat, load_base_code
 from slzo.export.facts import Facts
-from slzo.models.peft_files import PeftFiles
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.tuned_model import TunedModel
@@ -25,7 +24,11 @@ def write_adapter(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
             f"format adapter: the change of {facts.scope} does not have a low rank; use --format merged, or delta for "
             "the tuned tensors alone"
         )
-    write_peft_files(facts.adapter, facts.origin.name, folder, facts.origin.commit)
+    origin = facts.origin
+    revision = {} if origin.commit is None else {"revision": origin.commit}
+    config = {"base_model_name_or_path": origin.name, **revision, **facts.adapter.config}
+    write_json(folder / ADAPTER_CONFIG_FILE, config)
+    (folder / "adapter_model.safetensors").write_bytes(save(dict(facts.adapter.tensors), {"format": "pt"}))
 
 
 def load_code(facts: Facts) -> str:
@@ -33,13 +36,6 @@ def load_code(facts: Facts) -> str:
     base, tokenizer = load_base_code(facts)
     imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
     return f'{imports}\n\n{base}\nmodel = PeftModel.from_pretrained(base, "PATH_OR_REPOSITORY")\n{tokenizer}'
-
-
-def write_peft_files(files: PeftFiles, base_model: str, folder: Path, commit: str | None = None) -> None:
-    """Write the two files that peft reads; a base model of the Hub has a commit."""
-    base = {"base_model_name_or_path": base_model, **({} if commit is None else {"revision": commit})}
-    write_json(folder / ADAPTER_CONFIG_FILE, {**base, **files.config})
-    (folder / "adapter_model.safetensors").write_bytes(save(dict(files.tensors), {"format": "pt"}))
 
 
 ADAPTER = ExportFormat(

@@ -60,7 +60,7 @@ class Facts:
     Attributes:
         format: Format of the export.
         origin: Origin of the base model.
-        note: The checkpoint's note, see :func:`slzo.checkpoints.checkpoint.checkpoint_note`.
+        note: The checkpoint's note, see :func:`slzo.checkpoints.note.checkpoint_note`.
         step: Number of steps that were taken.
         scope: Description of the scope.
         num_tuned: Number of tuned parameters.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from slzo.checkpoints.checkpoint import base_model
+from slzo.checkpoints.note import base_model
 from slzo.export.base import ExportFormat
 from slzo.export.facts import Facts
 from slzo.models.load import load_tokenizer, resolve_model

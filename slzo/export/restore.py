@@ -1,6 +1,7 @@
 """Restore a tuned model from a checkpoint for use with transformers, without slzo's own engine."""
 
-from slzo.checkpoints.checkpoint import Checkpoint, base_model
+from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.note import base_model
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError

@@ -7,6 +7,7 @@ each layer. The original model is never modified.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,21 @@ _PACKED = "slzo_packed"
 _View = tuple[nn.Module, Inject | None, "Capture | CaptureOutput | None"]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model run in parts can do; :func:`slzo.models.startup_check.split_and_verify` finds out.
+
+    Attributes:
+        longest: Longest sequence in tokens whose result does not depend on the rest of its batch; ``None`` for no limit.
+        selects: Whether the head can be run for some tokens of the vocabulary; otherwise it is run for all of them.
+        left_padding: Whether left padding leaves results unchanged when sequences are padded for generation.
+    """
+
+    longest: int | None = None
+    selects: bool = True
+    left_padding: bool = True
+
+
 class ModelParts:
     """Runs parts of a decoder-only model on packed batches.
 
@@ -45,18 +61,10 @@ class ModelParts:
             transformers' attention interface are always padded.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by timing both.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
-
-    Attributes:
-        longest: Longest sequence in tokens whose result does not depend on the rest of its batch; ``None`` for no limit.
-        selects: Whether the head can be run for some tokens of the vocabulary; otherwise it is run for all of them.
-        allows_left_padding: Whether left padding leaves results unchanged when sequences are padded for generation.
+        limits: What the model can do; by default everything.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
-
-    longest: int | None = None
-    selects: bool = True
-    allows_left_padding: bool = True
 
     def __init__(
         self,
@@ -64,9 +72,11 @@ class ModelParts:
         packed: bool = True,
         onednn: bool | None = None,
         virtual_tokens: VirtualTokens | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.model = model
         self.virtual_tokens = virtual_tokens
+        self.limits = Limits() if limits is None else limits
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and _use_packed_attention(model)
@@ -80,8 +90,14 @@ class ModelParts:
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
-        parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
-        parts.longest, parts.selects, parts.allows_left_padding = self.longest, self.selects, self.allows_left_padding
+        return self._changed(virtual_tokens, self.limits)
+
+    def with_limits(self, limits: Limits) -> ModelParts:
+        """Return new parts of the same model with other limits."""
+        return self._changed(self.virtual_tokens, limits)
+
+    def _changed(self, virtual_tokens: VirtualTokens | None, limits: Limits) -> ModelParts:
+        parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens, limits)
         parts._known_outputs = self._known_outputs
         return parts
 
@@ -121,13 +137,14 @@ class ModelParts:
             Input of layer ``stop``, or the final hidden states; shape (T, hidden).
 
         Raises:
-            SlzoError: If a sequence is longer than :attr:`longest`.
+            SlzoError: If a sequence is longer than the longest of ``limits``.
         """
         before = 0 if self.virtual_tokens is None else self.virtual_tokens.num_tokens
-        if self.longest is not None and int(batch.position_ids.max()) + before >= self.longest:
+        longest = self.limits.longest
+        if longest is not None and int(batch.position_ids.max()) + before >= longest:
             raise SlzoError(
-                f"data.max_length: with a sequence of more than {self.longest} tokens {type(self.model).__name__} computes the "
-                f"others of its batch differently; set it to {self.longest} or less"
+                f"data.max_length: with a sequence of more than {longest} tokens {type(self.model).__name__} computes the "
+                f"others of its batch differently; set it to {longest} or less"
             )
         view, inject, capture = self._view(start, stop, norm, derivatives)
         if inject is not None:
@@ -155,7 +172,7 @@ class ModelParts:
         Returns:
             Logits, shape (U, K or vocabulary), float32, after the model's own scaling or soft-capping.
         """
-        if token_ids is not None and not (self.selects and is_plain(self.model.get_output_embeddings().weight)):
+        if token_ids is not None and not (self.limits.selects and is_plain(self.model.get_output_embeddings().weight)):
             return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be selected
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)

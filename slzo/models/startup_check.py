@@ -17,7 +17,7 @@ from torch.distributed import DistError
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import PackedBatch, pack
 from slzo.models.decoder_layers import find_decoder_layers, refusal
-from slzo.models.parts import ModelParts
+from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
@@ -83,9 +83,8 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
         try:
             longest = twin.longest(without_padding)
             parts = ModelParts(model, without_padding, onednn)
-            _check_model(parts, expected)
-            parts.longest = longest
-            parts.allows_left_padding = parts.packed or twin.allows_left_padding()
+            selects = _check_model(parts, expected)
+            parts = parts.with_limits(Limits(longest, selects, parts.packed or twin.allows_left_padding()))
         except DistError:
             raise
         except _MismatchError as wrong:
@@ -181,14 +180,15 @@ class _Twin:
 _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def _check_model(parts: ModelParts, expected: Tensor) -> None:
+def _check_model(parts: ModelParts, expected: Tensor) -> bool:
+    """Compare a few logits; return whether the head can be run for some tokens of the vocabulary."""
     batch, final = _final_states(parts, _FEW, parts.num_layers // 2)
     logits = parts.head(final)
-    parts.selects = parts.selects and _selects_tokens(parts, final, logits)
     error = largest_difference(parts, expected, batch, logits)
     if not error <= _tolerance(parts):
         raise _MismatchError(f"its logits differ from those of a plain forward pass, relative error {error:.2g}")
     _check_leaks(parts)
+    return _selects_tokens(parts, final, logits)
 
 
 def _tolerance(parts: ModelParts) -> float:

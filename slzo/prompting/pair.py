@@ -1,8 +1,6 @@
 """Load a tuned model together with its untuned base model."""
 
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,11 +11,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slzo.checkpoints.checkpoint import RUNS, Checkpoint, base_model, find_checkpoint
+from slzo.checkpoints.checkpoint import Checkpoint
+from slzo.checkpoints.find import RUNS, find_checkpoint
+from slzo.checkpoints.note import base_model
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
 from slzo.export import FACTS_FILE
-from slzo.export.adapter import ADAPTER_CONFIG_FILE, write_peft_files
+from slzo.export.adapter import ADAPTER_CONFIG_FILE
 from slzo.export.delta import DELTA_FILE, read_delta, swap
 from slzo.export.restore import load_values, untuned
 from slzo.models.adapters.base import import_peft
@@ -28,6 +28,9 @@ from slzo.models.origin import loadable
 from slzo.tasks.base import Example
 from slzo.tasks.messages import ChatFormat
 from slzo.utils.errors import SlzoError, one_line
+from slzo.utils.files import read_json
+
+_EXPORT_AGAIN = "export it again"
 
 Use = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Function that returns a context in which the model can be used; only one context may be open at a time."""
@@ -107,7 +110,7 @@ def load_pair(source: Source) -> Pair:
     """
     path = Path(source.path).expanduser()
     if is_export(path):
-        return _with_answers(_from_export(path, source), _read(path / FACTS_FILE))
+        return _with_answers(_from_export(path, source), read_json(path / FACTS_FILE, _EXPORT_AGAIN))
     if source.base is not None:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
@@ -127,18 +130,14 @@ def _with_answers(pair: Pair, note: Mapping[str, Any]) -> Pair:
 
 def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     tuned_model, note = untuned(checkpoint, source.trust_remote_code), checkpoint.note
+    if tuned_model.parts.virtual_tokens is not None:
+        raise _virtual_tokens_error(source)
     tokenizer = load_tokenizer(base_model(note), source.trust_remote_code, note.get("chat_template"))
     model, tensors = tuned_model.parts.model, tuned_model.tensors
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     load_values(tuned_model, checkpoint)
-    if tuned_model.adapter is None:
-        return _with_tensors(model, swap(model, before), tokenizer, source)
-    files = tuned_model.peft_files()
-    assert files is not None
-    tuned_model.release()
-    with tempfile.TemporaryDirectory() as folder:  # load the adapter like an exported one
-        write_peft_files(files, "", Path(folder))
-        return _with_adapter(model, Path(folder), tokenizer, source)
+    # an adapter stays in the model: LoRA's matrices add 0 before training
+    return _with_tensors(model, swap(model, before), tokenizer, source)
 
 
 def is_export(path: str | Path) -> bool:
@@ -157,7 +156,7 @@ def exported_options(folder: str | Path, model: str | None) -> dict[str, str]:
         SlzoError: The base model is a local folder, and none is given.
     """
     path = Path(folder).expanduser()
-    facts = _read(path / FACTS_FILE)
+    facts = read_json(path / FACTS_FILE, _EXPORT_AGAIN)
     if model is None:
         is_whole = (path / "config.json").is_file()
         model = str(path) if is_whole else _base_name(path, facts, "model.model")
@@ -172,7 +171,7 @@ def load_exported(source: Source) -> PreTrainedModel:
         SlzoError: The folder or its base model cannot be used, or it is another base model.
     """
     folder = Path(source.path).expanduser()
-    facts = _read(folder / FACTS_FILE)
+    facts = read_json(folder / FACTS_FILE, _EXPORT_AGAIN)
     if (folder / "config.json").is_file():
         return _load(str(folder), facts, source)
     model = _load(source.base or _base_name(folder, facts), facts, source)
@@ -185,7 +184,7 @@ def load_exported(source: Source) -> PreTrainedModel:
 
 
 def _from_export(folder: Path, source: Source) -> Pair:
-    facts = _read(folder / FACTS_FILE)
+    facts = read_json(folder / FACTS_FILE, _EXPORT_AGAIN)
     if (folder / "config.json").is_file():
         tokenizer = load_tokenizer(str(folder), source.trust_remote_code)
         base = _base(source.base or _base_name(folder, facts), facts, source) if source.untuned else None
@@ -201,7 +200,7 @@ def _from_export(folder: Path, source: Source) -> Pair:
 
 def _base_name(folder: Path, facts: Mapping[str, Any], option: str = "base") -> str:
     base = facts.get("base_model", {})
-    name = base.get("name") or _read(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    name = base.get("name") or read_json(folder / ADAPTER_CONFIG_FILE, _EXPORT_AGAIN).get("base_model_name_or_path")
     if not name or base.get("public") is False:  # a local folder on the machine where it was tuned
         which = f" (a local folder called {name!r} when it was tuned)" if name else ""
         raise SlzoError(f"ckpt_path {str(folder)!r}: its base model is not public{which}; give a copy with --{option}")
@@ -247,12 +246,17 @@ def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = one_line(error)
         raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
-    if adapted.active_peft_config.is_prompt_learning:  # transformers 5.24 ignores peft 0.21's virtual tokens
-        raise SlzoError(
-            f"ckpt_path {source.path!r}: transformers cannot use the virtual tokens of prefix tuning; use slzo predict with the "
-            "checkpoint of the run"
-        )
+    if adapted.active_peft_config.is_prompt_learning:
+        raise _virtual_tokens_error(source)
     return adapted
+
+
+def _virtual_tokens_error(source: Source) -> SlzoError:
+    # transformers 5.24 ignores peft 0.21's virtual tokens
+    return SlzoError(
+        f"ckpt_path {source.path!r}: transformers cannot use the virtual tokens of prefix tuning; use slzo predict with the "
+        "checkpoint of the run"
+    )
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, source: Source) -> Pair:
@@ -268,12 +272,3 @@ def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTok
 
 def _always(model: PreTrainedModel) -> Use:
     return lambda: nullcontext(model)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise SlzoError(f"{str(path)!r}: cannot be read ({error}); export it again") from error

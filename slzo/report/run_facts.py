@@ -1,7 +1,7 @@
 """How a training ended, and what a finished run reports of itself in addition to its held-out scores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from slzo.evaluation.bag_of_words import WordsReference
@@ -20,7 +20,6 @@ class FitOutcome:
         last: Path of the last checkpoint; ``None`` if there is none.
         history: The record of this run and of the runs that it continues.
         rollbacks: How often the run went back to earlier weights.
-        spikes: Number of steps with a loss far above the usual one, and the largest of them.
         limit: Option that ends the run, ``max_steps`` or ``max_epochs``, and its value.
         command: Command line that started the run; ``None`` in Python.
         reference: Whether to compare with a bag of words.
@@ -32,7 +31,6 @@ class FitOutcome:
     last: str | None
     history: History
     rollbacks: int = 0
-    spikes: Mapping[str, Any] = field(default_factory=lambda: {"number": 0})
     limit: tuple[str, int] = ("max_steps", 0)
     command: str | None = None
     reference: bool = False

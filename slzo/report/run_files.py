@@ -1,6 +1,5 @@
 """Read the files of a run folder, without loading a model."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from slzo.pictures.curves import CurvePoint, HeldOut, RunCurves
 from slzo.report.score_change import score_error
 from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import read_json
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -28,6 +28,8 @@ SAMPLES_FILE = "samples.json"
 """Predictions of some held-out rows."""
 
 REPORT_FILE = "report.html"
+
+_REMOVE = "remove it"
 
 
 @dataclass(frozen=True)
@@ -103,30 +105,20 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
     """
     if not folder.is_dir():
         raise SlzoError(f"run {str(folder)!r}: no such folder; give the folder of a run, such as runs/version_0")
-    summary, environment = _json(folder / SUMMARY_FILE), _json(folder / ENVIRONMENT_FILE)
-    profile, config = _json(folder / PROFILE_FILE), _config(folder)
+    summary, environment = read_json(folder / SUMMARY_FILE, _REMOVE), read_json(folder / ENVIRONMENT_FILE, _REMOVE)
+    profile, config = read_json(folder / PROFILE_FILE, _REMOVE), _config(folder)
     if not (summary or environment or profile or config):
         below = sorted(path.name for path in folder.glob("version_*"))
         hint = f"{folder / below[-1]} is one" if below else "give one such as runs/version_0"
         raise SlzoError(f"run {str(folder)!r}: not the folder of a run; {hint}")
     points, train = _points(folder, summary), _step_losses(folder)
-    samples = _json(folder / SAMPLES_FILE).get("rows", ())
+    samples = read_json(folder / SAMPLES_FILE, _REMOVE).get("rows", ())
     return RunFiles(folder, name or folder.name, config, summary, environment, profile, points, train, tuple(samples))
 
 
 def code_of(config: Path) -> list[str]:
     """Return what a run's config runs besides slzo, torch and Lightning, see :func:`slzo.utils.config_code.code_in`."""
     return code_in(yaml.safe_load(config.read_text(encoding="utf-8")) or {}, (config.parent, Path.cwd()))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise SlzoError(f"run {str(path.parent)!r}: its {path.name} cannot be read ({error}); remove it") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -157,7 +149,7 @@ def flat(options: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def _points(folder: Path, summary: Mapping[str, Any]) -> tuple[CurvePoint, ...]:
     metric = f"val/{summary.get('metric', 'accuracy')}"
-    points = _json(folder / HISTORY_FILE).get("points", [])
+    points = read_json(folder / HISTORY_FILE, _REMOVE).get("points", [])
     return tuple(
         CurvePoint(p["step"], p["seconds"], p["loss"], p["metrics"].get(metric), p["peak_memory_gb"]) for p in points
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slzo.utils.sampling_error import standard_error
+
 MIN_PROGRESS = 0.005
 """A relative change of the dev loss below this is no progress; the learning-rate search uses the same bound."""
 
@@ -98,8 +100,7 @@ def score_change(
         if math.isclose(
             statistics.fmean(differences), after - before, abs_tol=1e-4 * max(1.0, abs(before), abs(after))
         ):
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            return ScoreChange(metric, before, after, error, True, lower_is_better)
+            return ScoreChange(metric, before, after, standard_error(differences), True, lower_is_better)
     if metric in PROPORTIONS and num_rows > 0:
         error = math.sqrt((before * (1 - before) + after * (1 - after)) / num_rows)
         return ScoreChange(metric, before, after, error, False, lower_is_better)
@@ -119,7 +120,7 @@ def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: 
         num_rows: Number of rows.
     """
     if len(rows) > 1 and math.isclose(statistics.fmean(rows.values()), score, abs_tol=1e-4 * max(1.0, abs(score))):
-        return statistics.stdev(rows.values()) / math.sqrt(len(rows))
+        return standard_error(list(rows.values()))
     if metric in PROPORTIONS and num_rows > 1 and 0 <= score <= 1:
         return math.sqrt(score * (1 - score) / num_rows)
     return None

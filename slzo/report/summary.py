@@ -43,7 +43,6 @@ def summarize(run: RunFacts, before: HeldOutScores | None, after: HeldOutScores)
         "use": use_commands(run),
         "scores_before": scores_before,
         "scores_after": after.metrics,
-        "loss_spikes": dict(outcome.spikes),
         "seconds": round(history.seconds, 2),
         "train_seconds": round(history.train_seconds, 4),
         "validations": list(history.validations),
@@ -107,12 +106,6 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         )
     if summary["skipped_steps"]:
         lines.append(f"Skipped    {summary['skipped_steps']} steps without a finite loss")
-    spikes = summary["loss_spikes"]
-    if spikes["number"]:
-        lines.append(
-            f"Spikes     {spikes['number']} steps with a loss far above the usual one, the largest {spikes['loss']:.4g} at step "
-            f"{spikes['step']}, usually {spikes['usual']:.4g}"
-        )
     if summary["run_dir"]:
         lines.append(f"Files      {summary['run_dir']}")
     if summary["best_checkpoint"]:

@@ -94,13 +94,27 @@ def _finite(content: Any) -> Any:
     return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if there is no such file, or if it holds no object."""
+def read_json(path: str | Path, advice: str | None = None) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is no such file.
+
+    Args:
+        path: The file.
+        advice: What to do about a file that cannot be read, for the error; ``None`` treats such a file as empty.
+
+    Raises:
+        SlzoError: The file cannot be read or holds no object, and there is advice.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not isinstance(content, dict):
+            raise TypeError("not a JSON object")
+    except FileNotFoundError:
         return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, TypeError) as error:
+        if advice is None:
+            return {}
+        raise SlzoError(f"{str(path)!r}: cannot be read ({error}); {advice}") from error
+    return content
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:

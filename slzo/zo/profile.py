@@ -1,7 +1,5 @@
 """Activation statistics of every decoder layer, from a few forward passes."""
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
+from slzo.utils.sampling_error import standard_error
 
 
 @dataclass(frozen=True)
@@ -165,11 +164,6 @@ def _average(index: int, sequences: list[_SequenceStatistics]) -> LayerStatistic
         rest_max_abs=mean(lambda sequence: sequence.rest_max_abs),
         rest_ratio=mean(lambda sequence: sequence.rest_ratio),
     )
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean; ``None`` for fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 @torch.no_grad()

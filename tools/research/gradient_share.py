@@ -53,7 +53,7 @@ def main() -> None:
     squares = sum(float(gradient.square().sum()) for gradient in gradients.values())
 
     def prompts(num_sequences: int) -> list[PackedBatch]:
-        return [batch.to(parts.model.device) for batch in rows.profile_batches(num_sequences, batch_size=16)]
+        return [batch.to(parts.model.device) for batch in rows.profile_batches(num_sequences)]
 
     context = ScopeContext(parts, args.layer, prompts)
     kept = {rank: dict(ActivationSubspace(rank).tensors(context).items()) for rank in args.ranks}

@@ -99,7 +99,7 @@ class Setting:
         options = ZOModule(model, seed=seed).options
         parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         adapt_rows(rows, parts, options)
-        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16, 8)]
+        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16)]
         context = SelectionContext(profile_layers(parts, batches)[0])
         layers = {
             "removing": OutlierRemovingLayer().select(context).layer,

@@ -50,7 +50,7 @@ def trials_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | N
     parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     adapt_rows(rows, parts, options)
     if scope.needs_layer and layer is None:
-        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16, 8)]
+        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16)]
         layer = OutlierRemovingLayer().select(SelectionContext(profile_layers(parts, batches)[0])).layer
     return LayerTrials(parts, options, rows), layer if scope.needs_layer else None
 

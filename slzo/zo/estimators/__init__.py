@@ -3,18 +3,18 @@
 from slzo.zo.estimators.backprop import Backprop
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Point, Request
 from slzo.zo.estimators.evolution_strategy import EvolutionStrategy
-from slzo.zo.estimators.fzo import FZO
+from slzo.zo.estimators.fzoo import FZOO
 from slzo.zo.estimators.layer_output import LayerOutputPerturbation
 from slzo.zo.estimators.lozo import LOZO
 from slzo.zo.estimators.one_sided import OneSided
 from slzo.zo.estimators.spsa import SPSA
 
-ESTIMATORS = (Backprop, EvolutionStrategy, FZO, LayerOutputPerturbation, LOZO, OneSided, SPSA)
+ESTIMATORS = (Backprop, EvolutionStrategy, FZOO, LayerOutputPerturbation, LOZO, OneSided, SPSA)
 """The estimators that the command line offers by name."""
 
 __all__ = [
     "ESTIMATORS",
-    "FZO",
+    "FZOO",
     "LOZO",
     "SPSA",
     "Backprop",

@@ -13,7 +13,7 @@ from slzo.zo.estimators.base import Estimate, Estimator, Point, Request, check_h
 from slzo.zo.noise import gaussian, low_rank
 from slzo.zo.tuned import Direction
 
-_SHAPINGS = ("raw", "zscore", "rank")
+_SHAPINGS = ("zscore", "rank")
 
 
 class EvolutionStrategy(Estimator):
@@ -25,11 +25,9 @@ class EvolutionStrategy(Estimator):
     each direction; otherwise n = q members, e = z. :math:`\bar L` and :math:`\sigma` are mean and standard deviation of the n
     losses. f is
 
-    * raw: :math:`(L_j - b_j) / \epsilon`, where :math:`b_j` is the mean loss of the other members, or 0 with pairs, where it
-      would cancel. The expectation is the gradient of the loss smoothed over the population. With ``antithetic`` the estimate is
-      that of SPSA.
-    * zscore: :math:`(L_j - \bar L) / \sigma`. This is the raw estimate divided by :math:`\sigma / \epsilon`, about the length of
-      the gradient. So the learning rate depends neither on :math:`\epsilon` nor on the scale of loss or reward, as for FZO.
+    * zscore: :math:`(L_j - \bar L) / \sigma`. With ``antithetic`` this is the estimate of SPSA divided by
+      :math:`\sigma / \epsilon`, about the length of the gradient. So the learning rate depends neither on :math:`\epsilon` nor on
+      the scale of loss or reward, as for FZOO.
     * rank: the zscore of the losses' ranks, where equal losses share a rank. So the weight of an outlier does not depend on its
       distance. Salimans et al. use ranks from -1/2 to 1/2, which are :math:`1 / \sqrt{12}` times these in a large population.
 
@@ -41,15 +39,17 @@ class EvolutionStrategy(Estimator):
     pairs); Sarkar et al. 2025, arXiv 2511.16652 (EGGROLL: directions of low rank).
 
     Args:
-        shaping: How losses become weights: raw, zscore or rank.
+        shaping: How losses become weights: zscore or rank.
         antithetic: Use two members for each direction, on either side of the weights.
         direction_rank: Directions of matrices are U V^T / sqrt(r) of this rank r, with U and V drawn for each direction; left
             out, they are of full rank. Needs a scope that tunes complete matrices.
     """
 
+    normalizes = True
+
     def __init__(
         self,
-        shaping: Literal["raw", "zscore", "rank"] = "zscore",
+        shaping: Literal["zscore", "rank"] = "zscore",
         antithetic: bool = True,
         direction_rank: int | None = None,
     ) -> None:
@@ -62,7 +62,6 @@ class EvolutionStrategy(Estimator):
         self.shaping = shaping
         self.antithetic = antithetic
         self.direction_rank = direction_rank
-        self.normalizes = shaping != "raw"
         self._noise = gaussian if direction_rank is None else low_rank(direction_rank, None)
 
     def check(self, num_queries: int) -> None:
@@ -89,7 +88,7 @@ class EvolutionStrategy(Estimator):
         gradient: dict[str, Tensor] = {}
         if all(map(math.isfinite, losses)):
             ends = (request.eps, -request.eps if self.antithetic else 0.0)
-            for query, weight in enumerate(self._weights(losses, slopes)):
+            for query, weight in enumerate(self._weights(losses)):
                 z = held.pop(query) if query in held else self._draw(request, query)
                 request.tuned.accumulate(gradient, z, weight, ends)
                 del z
@@ -114,10 +113,8 @@ class EvolutionStrategy(Estimator):
         total, others = sum(losses), max(1, len(losses) - 1)
         return [(loss - (total - loss) / others) / eps for loss in losses]
 
-    def _weights(self, losses: Sequence[float], slopes: Sequence[float]) -> list[float]:
+    def _weights(self, losses: Sequence[float]) -> list[float]:
         """Factor of each direction in the estimate."""
-        if self.shaping == "raw":
-            return [slope / len(slopes) for slope in slopes]
         shaped = z_scores(losses if self.shaping == "zscore" else middle_ranks(losses))
         if self.antithetic:
             return [(high - low) / len(losses) for high, low in _pairs(shaped)]

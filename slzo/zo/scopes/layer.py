@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import Layers, Scope, ScopeContext, describe_layers, resolve_layers
-from slzo.zo.scopes.linear_maps import is_norm, is_router, layer_parameters, part_of
+from slzo.zo.scopes.linear_maps import is_router, layer_parameters, part_of
 from slzo.zo.tuned import TunedTensors
 
 Part = Literal["layer", "attention", "mlp"]
@@ -15,17 +15,15 @@ class LayerScope(Scope):
 
     Args:
         part: The whole layer, its attention, or its MLP.
-        norms: Also tune norms: all norms of a whole layer, or those inside the part (Qwen3's attention has some).
         layers: Decoder layers, counted from 0, or all; left out, the dominant layer.
         routers: Also tune the router of a mixture of experts. Left out, it is not tuned: a changed router sends tokens to other
             experts, and the loss jumps.
     """
 
-    def __init__(self, part: Part = "layer", norms: bool = True, layers: Layers = None, routers: bool = False) -> None:
+    def __init__(self, part: Part = "layer", layers: Layers = None, routers: bool = False) -> None:
         if part not in get_args(Part):
             raise SlzoError(f"model.scope.part {part!r}: choose one of {', '.join(get_args(Part))}")
         self.part = part
-        self.norms = norms
         self.layers = layers
         self.routers = routers
 
@@ -37,8 +35,7 @@ class LayerScope(Scope):
             for name, tensor in layer_parameters(parts, layer).items():
                 path = name.removeprefix(f"{parts.layers_path}.{layer}.")
                 in_part = self.part == "layer" or part_of(module, path) == self.part
-                wanted = (self.norms or not is_norm(module, path)) and (self.routers or not is_router(module, path))
-                if in_part and wanted:
+                if in_part and (self.routers or not is_router(module, path)):
                     chosen[name] = tensor
         if not chosen:
             raise SlzoError(
@@ -48,5 +45,4 @@ class LayerScope(Scope):
 
     def describe(self) -> str:
         part = "" if self.part == "layer" else f"the {self.part} of "
-        without, routers = "" if self.norms else " without norms", " with routers" if self.routers else ""
-        return part + describe_layers(self.layers) + without + routers
+        return part + describe_layers(self.layers) + (" with routers" if self.routers else "")

@@ -31,7 +31,7 @@ def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in parts.model.named_parameters() if name not in left_out}
 
 
-def is_norm(layer: nn.Module, name: str) -> bool:
+def _is_norm(layer: nn.Module, name: str) -> bool:
     """Return whether a parameter of a layer, given by its path, belongs to a norm."""
     owner = layer.get_submodule(name.rpartition(".")[0])
     return "norm" in type(owner).__name__.lower()
@@ -43,7 +43,7 @@ def part_of(layer: nn.Module, name: str) -> str:
     Attention is recognized by its name. Everything else is the MLP, except for norms between the two.
     """
     steps = name.split(".")
-    if len(steps) == 2 and is_norm(layer, name):
+    if len(steps) == 2 and _is_norm(layer, name):
         return BETWEEN
     return ATTENTION if any("attn" in step or "attention" in step for step in steps) else MLP
 

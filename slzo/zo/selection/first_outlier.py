@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import LayerStatistics, format_figure
@@ -15,7 +14,6 @@ from slzo.zo.selection.base import (
     smallest,
     threshold_margin,
 )
-from slzo.zo.selection.max_ratio_jump import MaxRatioJump
 
 
 class FirstOutlierLayer(SelectionRule):
@@ -24,26 +22,20 @@ class FirstOutlierLayer(SelectionRule):
     Args:
         max_abs: A layer's largest magnitude must exceed this.
         ratio: Its largest magnitude must exceed this many times its median magnitude.
-        fallback: What to do when no layer qualifies: ``error``, or ``max_ratio_jump`` (and say so).
     """
 
-    def __init__(
-        self, max_abs: float = 100.0, ratio: float = 1000.0, fallback: Literal["error", "max_ratio_jump"] = "error"
-    ) -> None:
+    def __init__(self, max_abs: float = 100.0, ratio: float = 1000.0) -> None:
         for name, value in (("max_abs", max_abs), ("ratio", ratio)):
             if not 0 <= value < math.inf:
                 raise SlzoError(f"profiler.rule.{name} {value}: must be a number of at least 0")
-        if fallback not in ("error", "max_ratio_jump"):
-            raise SlzoError(f"profiler.rule.fallback {fallback!r}: choose one of error, max_ratio_jump")
         self.max_abs = max_abs
         self.ratio = ratio
-        self.fallback = fallback
 
     def select(self, context: SelectionContext) -> Choice:
         """See :class:`SelectionRule`. The margin is the smallest of the chosen layer and the layers before it.
 
         Raises:
-            SlzoError: No layer qualifies and ``fallback`` is ``error``.
+            SlzoError: No layer qualifies.
         """
         layers = context.layers
         rule = f"first layer with max > {self.max_abs:g} and max/median > {self.ratio:g}"
@@ -53,17 +45,11 @@ class FirstOutlierLayer(SelectionRule):
             margin = smallest(self._margin(layer) for layer in layers if layer.index <= first)
             note = self._note(qualified, layers)
             return Choice(first, rule, "first outlier layer", margin, note, self._thresholds)
-        if self.fallback == "max_ratio_jump":
-            choice = MaxRatioJump().select(context)
-            margin = smallest([*(self._margin(layer) for layer in layers), choice.margin])
-            why = f"{rule}; there is none, so {choice.reason}"
-            return Choice(choice.layer, why, choice.title, margin, thresholds=self._thresholds)
         best = max(layers, key=lambda layer: layer.ratio)
         raise SlzoError(
             f"profiler.rule: no layer has max > {self.max_abs:g} and max/median > {self.ratio:g}; the closest is layer "
             f"{best.index} with max {best.max_abs:.4g} and ratio {_with_error(best.ratio, best.ratio_se)}; lower the thresholds "
-            "(profiler.rule.max_abs, profiler.rule.ratio), set profiler.rule.fallback to max_ratio_jump, or choose a layer with "
-            "model.layer"
+            "(profiler.rule.max_abs, profiler.rule.ratio), use --profiler.rule MaxRatioJump, or choose a layer with model.layer"
         )
 
     @property

@@ -11,7 +11,7 @@ from paper_tables.config import Rate, Table, rate_text
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
 from slzo.tasks.registry import get_task
 from slzo.utils.files import write_json, write_text
-from slzo.zo.profile import standard_error
+from slzo.utils.sampling_error import standard_error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Finds the checkpoints of runs: the last and the best one of the newest run, or of a given one."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint, run_folder_of, verify_checkpoint
+from slzo.utils.console import inform, say, warn
+from slzo.utils.errors import SlzoError
+
+REPLAYED = "replay-"
+"""Beginning of the names of checkpoints that were rebuilt from a log."""
+
+NAMES = ("last", "best")
+"""Names that stand for the last and the best checkpoint of the newest run."""
+
+RUNS = "runs"
+"""Folder above the runs."""
+
+_BEST_CHECKPOINT = "BestCheckpoint"  # its state is stored under its name and options
+
+
+def newest_checkpoint(root: str | Path, name: str = "last") -> Path:
+    """Return the last checkpoint of the newest run below ``root``.
+
+    If it is missing or damaged, report it and return the newest intact one, of the same run if that has any.
+
+    Args:
+        root: Folder of the runs, or of one run.
+        name: What the user gave as ``ckpt_path``, for messages.
+
+    Raises:
+        SlzoError: There is no intact checkpoint.
+    """
+    times = {path: _modified(path) for path in Path(root).glob("**/checkpoints/*.ckpt")}
+    known = {path: time for path, time in times.items() if time is not None and not path.name.startswith(REPLAYED)}
+    found = sorted(known, key=known.__getitem__, reverse=True)
+    if not found:
+        raise SlzoError(
+            f"ckpt_path {name!r}: no run below {str(root)!r} has a checkpoint; run slzo fit without --ckpt_path, or give "
+            "a file"
+        )
+    newest = found[0].parent
+    last = next((path for path in found if path.parent == newest and path.name.startswith("last")), None)
+    if last is None:
+        warn(f"ckpt_path {name!r}: {str(newest)!r} has no last.ckpt")
+    else:
+        try:
+            verify_checkpoint(last)
+            return last
+        except SlzoError as error:
+            warn(str(error))
+    for path in sorted(found, key=lambda path: path.parent != newest):
+        with suppress(SlzoError):
+            if read_checkpoint(path).is_resumable:
+                inform(f"{path} is the newest intact checkpoint")
+                return path
+    raise SlzoError(
+        f"ckpt_path {name!r}: no checkpoint below {str(root)!r} is intact; run slzo fit without --ckpt_path, or give a file"
+    )
+
+
+def _modified(path: Path) -> float | None:
+    """Return when a file was changed; ``None`` if it is gone or a broken link."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def named_checkpoint(name: str, root: str | Path) -> Path:
+    """Return the checkpoint of the newest run below ``root`` that has the name, see :data:`NAMES`; print its path.
+
+    Raises:
+        SlzoError: There is none.
+    """
+    last = newest_checkpoint(root, name)
+    found = last if name == "last" else _best_of(last)
+    say(f"Using the {name} checkpoint of the newest run, {found}")
+    return found
+
+
+def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool = False) -> Checkpoint:
+    """Read a checkpoint, given by its path, by the folder of its run, or by a name, see :func:`named_checkpoint`.
+
+    Of a run's folder it is the best checkpoint, or the last one ``to_continue``.
+
+    Raises:
+        SlzoError: There is none, or it cannot be used.
+    """
+    if str(ckpt_path) in NAMES:
+        ckpt_path = named_checkpoint(str(ckpt_path), root)
+    elif (Path(ckpt_path) / "checkpoints").is_dir():
+        ckpt_path = newest_checkpoint(ckpt_path, str(ckpt_path)) if to_continue else checkpoint_of_run(ckpt_path)
+    return read_checkpoint(ckpt_path)
+
+
+def checkpoint_of_run(folder: str | Path) -> Path:
+    """Return the best checkpoint in the folder of a run, or the last one if the run was not validated.
+
+    Raises:
+        SlzoError: There is none.
+    """
+    last = newest_checkpoint(folder, str(folder))
+    try:
+        return _best_of(last)
+    except SlzoError:
+        return last
+
+
+def _best_of(last: Path) -> Path:
+    """Return the best checkpoint that the last one refers to; after a resume it may be in the folder of the earlier run."""
+    callbacks = read_checkpoint(last).content.get("callbacks", {})
+    own_first = sorted(callbacks, key=lambda name: not name.startswith(_BEST_CHECKPOINT))
+    states = [callbacks[name] for name in own_first if isinstance(callbacks[name], dict)]
+    for path in (best_file(state["best_model_path"], last) for state in states if state.get("best_model_path")):
+        if path.is_file():
+            return path
+    raise SlzoError(f"ckpt_path 'best': the run of {str(last)!r} was not validated and has no best one; give last")
+
+
+def best_file(saved: str, checkpoint: str | Path) -> Path:
+    """Return the file of a best state.
+
+    A relative path was saved by the checkpoint's own run. It counts from the folder in which that run was started, which may hold
+    another project's runs now, so the file is looked for next to the checkpoint. A run that continues another one saves an
+    absolute path; its folders may have been moved together. Only from a copy of a checkpoint outside a run the path counts from
+    the current folder.
+
+    Args:
+        saved: Path of the best state in a checkpoint.
+        checkpoint: Path of this checkpoint, of the same run or of one that continued it.
+
+    Returns:
+        The first place that has the file; ``saved`` if none has it.
+    """
+    path, folder = Path(saved), Path(checkpoint).parent
+    places = [folder / path.name, run_folder_of(checkpoint).parent.joinpath(*path.parts[-3:])]
+    if path.is_absolute():
+        places.insert(0, path)
+    elif folder.name != "checkpoints":
+        places.append(path)
+    return next((place for place in places if place.is_file()), path)
