@@ -14,7 +14,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo import AutoStep, ClosureLoss, Request, TunedTensors, take_step
 from slzo.zo.auto_step import _PROBE_STEP
 from slzo.zo.estimators import FZOO, SPSA, Estimate
-from slzo.zo.optim import SignSGD, set_rate
+from slzo.zo.optim import set_rate
 
 pytestmark = pytest.mark.fast
 
@@ -149,8 +149,7 @@ KNOWN = (torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam, torch.optim.AdamW,
         (torch.optim.SGD, {"momentum": 0.9}, 0.1),
         (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, 0.1),
         (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, 1.0),
-        *((kind, {}, 5.0) for kind in (*KNOWN[2:], SignSGD)),
-        (SignSGD, {"momentum": 0.9}, 5.0),
+        *((kind, {}, 5.0) for kind in KNOWN[2:]),
     ],
 )
 def test_the_rate_lowers_the_loss_by_its_share(kind, options, share):
@@ -174,7 +173,7 @@ def test_other_optimizers_are_refused_in_one_line(kind):
         AutoStep(**MEASURED).rate(made(kind), SPSA())
 
 
-@pytest.mark.parametrize("kind", [*KNOWN, SignSGD])
+@pytest.mark.parametrize("kind", KNOWN)
 def test_no_known_optimizer_begins_with_a_jump(kind):
     """The first steps must not be longer than later ones, as those of RMSprop are, nor depend on the scale, as those of RAdam."""
     losses = train(*image_loss(cnn(), images()), kind, steps=8)
@@ -296,7 +295,6 @@ def train(tuned, loss, make, steps, **options):
         (torch.optim.SGD, {}),
         (torch.optim.SGD, {"momentum": 0.9}),
         (torch.optim.Adam, {}),
-        (SignSGD, {"momentum": 0.9}),
     ],
 )
 def test_a_classifier_learns_with_measured_steps(make, options):

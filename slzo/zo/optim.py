@@ -1,4 +1,4 @@
-"""Optimizers: checks of the user's choice, the memory that they take, and the sign optimizer that torch lacks."""
+"""Optimizers: checks of the user's choice, and the memory that they take."""
 
 import math
 import warnings
@@ -34,47 +34,6 @@ _NORMALIZED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.op
 _TRIED_STEPS = 20_000
 
 
-class SignSGD(Optimizer):
-    r"""Moves every element by the same step size: ZO-signSGD (Liu et al. 2019), or Signum (arXiv 1802.04434) with momentum.
-
-    .. math:: w \leftarrow w - \eta \, \mathrm{sign}(m)
-
-    where m is the gradient or its running mean.
-
-    Args:
-        params: Parameters or parameter groups.
-        lr: Absolute step size, > 0.
-        momentum: Decay factor of the running mean, in [0, 1); 0 keeps no state.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
-
-    def __init__(self, params: Iterable, lr: float = 1e-5, momentum: float = 0.0) -> None:
-        if not lr > 0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"Invalid momentum value: {momentum}")
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                mean = parameter.grad
-                if group["momentum"] > 0:
-                    state = self.state[parameter]
-                    if not state:
-                        state["mean"] = torch.zeros_like(parameter)
-                    mean = state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
-                parameter.sub_(mean.sign(), alpha=group["lr"])
-        return loss
-
-
 def sgd(params: Iterable) -> Optimizer:
     """The default optimizer of estimates along random directions: plain SGD, with a measured learning rate."""
     return torch.optim.SGD(params, lr=AUTO_LR)
@@ -98,9 +57,9 @@ def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
     if isinstance(optimizer, _PLAIN):
         momentum, dampening = (float(optimizer.param_groups[0].get(name, 0.0)) for name in ("momentum", "dampening"))
         return 1, (1.0 - momentum) / (1.0 - dampening) if momentum > 0 and dampening < 1 else 1.0
-    if isinstance(optimizer, (*_NORMALIZED, SignSGD)):
+    if isinstance(optimizer, _NORMALIZED):
         return 0, 1.0
-    names = ", ".join(kind.__name__ for kind in (*_PLAIN, *_NORMALIZED, SignSGD))
+    names = ", ".join(kind.__name__ for kind in (*_PLAIN, *_NORMALIZED))
     raise SlzoError(
         f"model.optimizer.lr auto: no rate is known for {type(optimizer).__name__}; give a number, or use one of {names}"
     )
