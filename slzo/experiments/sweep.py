@@ -54,10 +54,11 @@ def sweep_layers(
     if is_worker():
         return
     rows = layer_results(store, plan, profile)
-    sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
     curves = seed_curves(store, plan)
     if plan.seconds is not None and curves:
         sentence = curves_verdict(curves, plan, profile.dominant_layer)
+    else:
+        sentence = verdict(rows, trials.rows.selection_metric.metric, profile.title)
     title = f"{Path(trials.options.model).name} on {task}: {scope.describe()}"
     write_sweep(store.folder, rows, plan, settings, sentence, layer_curves(curves), title)
     say(format_rows(rows))
