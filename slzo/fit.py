@@ -41,7 +41,7 @@ from slzo.report.profile_files import format_profile
 from slzo.report.run_facts import FitOutcome, RunFacts
 from slzo.report.run_files import CONFIG_FILE, SAMPLES_FILE, SUMMARY_FILE, code_of
 from slzo.report.summary import format_summary, sample_row, summarize
-from slzo.resume import check_environment, open_step_log, restore
+from slzo.resume import check_environment, check_layer_option, open_step_log, restore
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Kind
@@ -93,9 +93,12 @@ def prepare(
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
     options.check_rows(rows)
-    options.optimizer.check_schedule(run.max_steps)
     if run.checkpoint is not None:
         run.checkpoint.check_resumable(options.optimizer.classes)
+    if run.time is None:  # otherwise the plan decides the steps
+        state = None if run.checkpoint is None else run.checkpoint.scheduler_state
+        options.optimizer.check_schedule(run.planned_steps, state)
+    if run.checkpoint is not None:
         options = _as_trained(options, run.checkpoint)
         folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
         check_commit(run.checkpoint.note, options.model, folder)  # before the weights are downloaded
@@ -193,12 +196,7 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
 
 def _as_trained(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
     """Return the options with the kernels of a checkpoint; refuse options that name another layer."""
-    layer = checkpoint.note["layer"]
-    if layer is not None and options.layer not in (None, layer):
-        raise SlzoError(
-            f"model.layer {options.layer}: the checkpoint tunes layer {layer}; leave model.layer out to continue it, or "
-            "start without --ckpt_path"
-        )
+    check_layer_option(options, checkpoint.note)
     return options.with_onednn(checkpoint.note["onednn"])
 
 
@@ -268,7 +266,7 @@ def _plan_time(
             f"trainer.max_time {duration(budget.seconds)}: too short for one step, its validation and the scores of this run; "
             f"give at least {duration(math.ceil(1.1 * plan.least))}, or fewer rows (data.num_test, data.num_dev)"
         )
-    options.optimizer.check_schedule(plan.steps)
+    options.optimizer.check_schedule(plan.steps, None if checkpoint is None else checkpoint.scheduler_state)
     say(format_time_plan(plan, budget))
     return plan
 
@@ -380,7 +378,12 @@ def best_weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Itera
         return
     last = model.tensors.clone_masters()
     try:
-        model.tensors.load(state)
+        try:
+            model.tensors.load(state)
+        except KeyError as error:
+            raise SlzoError(
+                f"the best checkpoint has no tensor {error}; a callback has replaced it by another one: leave this callback out"
+            ) from error
         yield True
     finally:
         model.tensors.load(last)

@@ -152,6 +152,7 @@ class ZOModule(LightningModule):
         self.tuned_tensors: TunedTensors | None = None
         self._untuned: ModelParts | None = None
         self._start: Checkpoint | None = None
+        self._scored: Mapping[str, Any] | None = None  # note of a checkpoint that was restored for scoring only
         self._is_given = False
         self._score: RunningScore | None = None
         # for loggers and checkpoints; the options are not read back from there
@@ -219,11 +220,9 @@ class ZOModule(LightningModule):
             check_interval(self.trainer, steps_per_epoch(self.trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
-            if start is not None:
-                self._release()  # scored before, without the options of the training
-                self._load(for_training=True)
-                self._start = None
-            self._hold(self._prepare(self._checkpoint_to_continue()))
+            checkpoint = self._checkpoint_to_continue()
+            self._restore_for_training(resumes=checkpoint is not None)
+            self._hold(self._prepare(checkpoint))
             return
         self._load()
         adapt_rows(rows, self.parts, self.options)
@@ -264,7 +263,12 @@ class ZOModule(LightningModule):
             limits = {"max_steps": run.max_steps, "val_check_interval": self.trainer.val_check_interval}
             start = {**versions(), **agreed_settings(self.options, self.rows), **limits}
             check_agreement(start, "start all with the same command and in the same environment")
-        prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
+        try:
+            prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
+        except BaseException:
+            if self.tuned_model is None and not self._is_given:  # the model's weights and modules may have changed
+                self._untuned = self.model = None
+            raise
         layer_barrier(prepared.model.parts.model)
         if several:
             check_agreement(prepared.identity(), "give all the same files")
@@ -286,6 +290,23 @@ class ZOModule(LightningModule):
         """Make masters for the tensors of a checkpoint."""
         assert self._untuned is not None
         self._hold_tuned(restore(self._untuned, note, self.options, for_training))
+        self._scored = None if for_training else note
+
+    def _restore_for_training(self, resumes: bool) -> None:
+        """Restore with the options of the training what :meth:`load_from_checkpoint` names, or what was only scored.
+
+        Nothing is restored if a checkpoint is continued (``resumes``), which brings its own tensors.
+        """
+        if self._scored is not None:
+            assert self.tuned_model is not None
+            state = self.tuned_model.tensors.clone_masters()
+            self._start = Checkpoint("the scored one", {"slzo": self._scored, "state_dict": state})
+        if self._start is None:
+            return
+        self._release()
+        if not resumes:
+            self._load(for_training=True)
+        self._start = None
 
     def _check_rows(self, note: Mapping[str, Any]) -> None:
         """Fit the rows to a checkpoint that is scored: positions of virtual tokens, and the same tokenizer."""
@@ -508,13 +529,17 @@ class ZOModule(LightningModule):
                 f"these model options differ from the checkpoint's: {different}; the new values are used, except that seed, "
                 "learning rate and optimizer state continue from the checkpoint"
             )
+        if changes := differences(note["optimizer"]["options"], self.options.optimizer.options):
+            warn(
+                f"these options differ from the checkpoint's: {changes}; a resumed optimizer or scheduler keeps its own"
+            )
 
     def _release(self) -> None:
         """Drop the tuned tensors, and the model, whose weights they have changed: it is loaded again when it is needed."""
         if self.tuned_model is not None:
             self.teardown("fit")
             self.tuned_model.release()
-            self.tuned_model = self.tuned_tensors = self.prepared = None
+            self.tuned_model = self.tuned_tensors = self.prepared = self._scored = None
             if not self._is_given:
                 self._untuned = self.model = None
 

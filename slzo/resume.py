@@ -1,6 +1,7 @@
 """Resumes a run from a checkpoint and from the log of the steps after it."""
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,8 @@ def restore(
     Raises:
         SlzoError: The checkpoint does not fit the model or the scope.
     """
+    if for_training:
+        check_layer_option(options, note)
     if for_training and note["scope"] != options.scope_settings:
         changes = differences(note["scope"], options.scope_settings)
         raise SlzoError(
@@ -58,6 +61,20 @@ def restore(
             f"ckpt_path: tensor {error} of the checkpoint does not fit model {options.model!r}; use the model it was trained "
             "with"
         ) from error
+
+
+def check_layer_option(options: TrainingOptions, note: Mapping[str, Any]) -> None:
+    """Check that the options name no other layer than a checkpoint.
+
+    Raises:
+        SlzoError: They do.
+    """
+    layer = note["layer"]
+    if layer is not None and options.layer not in (None, layer):
+        raise SlzoError(
+            f"model.layer {options.layer}: the checkpoint tunes layer {layer}; leave model.layer out to continue it, or "
+            "start without a checkpoint"
+        )
 
 
 def loaded_from_hub(prepared: Prepared, rows: TaskRows) -> dict[str, str | None]:
@@ -90,7 +107,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "trust_remote_code": options.trust_remote_code,
         "noise_seed": prepared.stepper.seed,
         "onednn": model.parts.onednn,
-        "optimizer": options.optimizer.classes,
+        "optimizer": {**options.optimizer.classes, "options": options.optimizer.options},
         "chat": rows.task.chat is not None,
         "system_prompt": None if rows.task.chat is None else rows.task.chat.system,
         "chat_template": rows.chat_template,
@@ -131,17 +148,18 @@ def open_step_log(
     """Begin the log of losses in the run's folder, with the log of the continued run.
 
     A resumed run first repeats the steps that the log has after the checkpoint, without forward passes, unless an option that
-    they depend on has changed. Estimators that differentiate have no log.
+    they depend on has changed. Estimators that differentiate have no log, and a second training by the same trainer keeps that of
+    the first one: the steps of both could not be repeated together, because the optimizer begins anew.
 
     Returns:
         The writer of the log, ``None`` if no log is written; and the steps to repeat.
     """
-    if run.quick or not prepared.options.estimator.uses_points:
+    if run.quick or run.steps_before > 0 or not prepared.options.estimator.uses_points:
         return None, {}
     settings, first = log_settings(prepared, rows), rows.processes.rank == 0
     before = rows.processes.broadcast(_log_before(run, settings) if first else None)
     step = 0 if run.checkpoint is None else int(run.checkpoint.content["global_step"])
-    known = {} if before is None else {number: record for number, record in before.steps.items() if number >= step}
+    known = {} if before is None else _steps_to_repeat(before, step)
     if known:
         say(f"Steps {step} to {max(known)} are in the log of the run and are repeated from it.")
     if run.folder is None or not first:
@@ -151,6 +169,12 @@ def open_step_log(
     elif (start := run.checkpoint.run_folder / START).is_file():
         copy_file(start, run.folder / START)
     return StepLogWriter(run.folder / STEP_LOG, StepLog(settings, () if before is None else before.before(step))), known
+
+
+def _steps_to_repeat(log: StepLog, step: int) -> dict[int, StepRecord]:
+    """Return the steps from ``step`` on, up to the next rollback: whether it comes again depends on options of validations."""
+    end = min((steps for steps in log.rollbacks if steps > step), default=math.inf)
+    return {number: record for number, record in log.steps.items() if step <= number < end}
 
 
 def _log_before(run: RunContext, settings: Mapping[str, Any]) -> StepLog | None:

@@ -30,6 +30,7 @@ class RunContext:
         folder: Folder of the run, for the log of losses; ``None`` if no checkpoints are written.
         checkpoint: Checkpoint to continue; ``None`` for a new training.
         profiler: How the model is profiled; ``None`` without a profiler.
+        steps_before: Steps of earlier trainings by the same trainer, which are not in the log of losses.
         quick: Whether this is a ``fast_dev_run``, in which nothing extra is measured or written.
         time: The time of the run; ``None`` if it is not limited.
         shard_group: The processes that share the frozen layers; ``None`` if this process has all.
@@ -41,6 +42,7 @@ class RunContext:
     folder: Path | None
     checkpoint: Checkpoint | None
     profiler: ProfileOptions | None
+    steps_before: int
     quick: bool
     time: TimeBudget | None
     shard_group: ShardGroup | None

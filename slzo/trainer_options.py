@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -32,6 +40,15 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 _COPYING = ("spawn", "fork", "notebook")
 _SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _MAX_LAUNCHED = 64
+_REFUSED: Mapping[type[Callback], str] = MappingProxyType(
+    {
+        WeightAveraging: "leave it out; the best checkpoint is kept",
+        StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
+        LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
+        BatchSizeFinder: "leave it out; slzo plan estimates the memory",
+        GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
+    }
+)
 
 
 def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +112,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             f"trainer.accumulate_grad_batches {options['accumulate_grad_batches']}: a forward-only step needs no accumulation; "
             "raise data.batch_size; data.tokens_per_pass runs a large batch in parts"
         )
+    if options.get("overfit_batches"):
+        raise SlzoError(
+            f"trainer.overfit_batches {options['overfit_batches']}: each step draws other rows; leave it out, and set "
+            "data.num_train to a few rows to train on the same ones"
+        )
     if options.get("val_check_interval") == 0:
         raise SlzoError("trainer.val_check_interval 0: give the number of steps between two validations, at least 1")
     _check_strategy(options.get("strategy"))
@@ -125,11 +147,17 @@ def _check_strategy(strategy: Any) -> None:
 
 
 def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> None:
-    """Refuse callbacks that monitor, or name a file after, a metric that does not exist; ``metrics`` lists those of validations.
+    """Refuse callbacks that do not work with slzo's steps, and names of metrics that do not exist; ``metrics`` lists them.
 
     Raises:
         SlzoError: There is no such metric, or a file cannot be named.
     """
+    for callback in callbacks:
+        for kind, advice in _REFUSED.items():
+            if isinstance(callback, kind):
+                raise SlzoError(
+                    f"trainer.callbacks {type(callback).__name__}: does not work with slzo's steps; {advice}"
+                )
     own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
     for callback in callbacks:
         option = "checkpoint" if isinstance(callback, BestCheckpoint) else type(callback).__name__

@@ -230,7 +230,9 @@ def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps:
     loss = stepper.loss(batch)
     half = model.parts.model.dtype in HALF
     try:
-        return AutoStep.measure(model.tensors, loss, stepper.seed, eps, half, objective.lowest)
+        return AutoStep.measure(
+            model.tensors, loss, stepper.seed, eps, half, objective.lowest, objective.differentiable
+        )
     except SlzoError as error:
         if problems := loss.report.problems:
             raise SlzoError(

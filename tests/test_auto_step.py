@@ -272,6 +272,13 @@ def test_a_loss_that_no_step_can_be_measured_from_is_an_error(eps, value, messag
     assert len(calls) <= 40
 
 
+def test_a_metric_that_no_direction_changes_is_named():
+    model, tuned, _ = quadratic()
+    constant = ClosureLoss(model, tuned, lambda: torch.tensor(0.5))
+    with pytest.raises(SlzoError, match=r"model\.eps 1: no direction changes the metric of 0\.5; use more rows"):
+        AutoStep.measure(tuned, constant, 0, smooth=False)
+
+
 def test_an_eps_that_overflows_is_made_smaller():
     """Where a weight moves by 3e-4 the loss is infinite, as it is at the first guess."""
     model, tuned, _ = quadratic(scale=1e3)

@@ -266,7 +266,7 @@ def test_the_best_state_is_never_that_of_another_project(run):
     own = Path("run/checkpoints", foreign.name)
     assert checkpoint_of_run("run") == own
     best = BestCheckpoint()
-    best.on_load_checkpoint(SimpleNamespace(ckpt_path=CHECKPOINT), None, {})
+    best.on_load_checkpoint(SimpleNamespace(ckpt_path=CHECKPOINT, state=SimpleNamespace(fn="fit")), None, {})
     best.load_state_dict(state)
     assert [best.best_model_path, *best.best_k_models] == [str(own.absolute())] * 2
     shutil.copytree("run", "moved/version_1")  # a resumed run and the one that it continued, in another place

@@ -62,6 +62,22 @@ def test_a_run_resumed_between_validations_logs_and_validates_as_if_never_stoppe
         assert events_of(number) == {name: values for name, values in later.items() if values}, step
 
 
+@pytest.mark.parametrize("epochs", [(1, 2), (1, 1, 3)], ids=str)
+def test_a_last_validation_outside_of_the_schedule_does_not_count_in_a_longer_run(options, epochs):
+    """An epoch has five steps, and the schedule validates every second one."""
+    options = [*options, "--trainer.max_steps=-1", "--trainer.log_every_n_steps=1", "--record.test_before=false"]
+    for number, limit in enumerate(epochs):
+        resumes = ["--ckpt_path=last"] if number else []
+        assert main(["fit", *options, f"--trainer.max_epochs={limit}", *resumes]) == 0
+        assert read_checkpoint(last_checkpoint(number)).content["global_step"] == 5 * limit
+    assert main(["fit", *options, f"--trainer.max_epochs={epochs[-1]}"]) == 0
+    first, last = 5 * epochs[-2], len(epochs)
+    whole, resumed = events_of(last), events_of(last - 1)
+    assert same_tensors(tuned(last_checkpoint(last - 1)), tuned(last_checkpoint(last)))
+    for name in ("train/loss", "val/loss"):
+        assert resumed[name] == [entry for entry in whole[name] if entry[0] >= first]
+
+
 @pytest.mark.parametrize(("minutes", "steps"), [(1, [1, 3, 5, 7]), (1.5, [1, 4, 7]), (0, [1])])
 def test_a_state_is_saved_every_so_many_minutes(options, saved, monkeypatch, minutes, steps):
     """A step takes half a minute on this clock."""

@@ -122,6 +122,15 @@ def test_a_resumed_run_goes_on_as_it_would_have(options):
     assert summary(0)["lr_at_end"] == summary(2)["lr_at_end"]
 
 
+def test_weights_that_were_rolled_back_are_not_saved_as_the_best(options):
+    """The score of the validation is that of the weights before the rollback."""
+    fit = [*options, *SPIKES, "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--guard.factor=1.001"]
+    assert main(["fit", *fit]) == 0
+    assert summary()["rollbacks"] == 1
+    assert summary()["best_checkpoint"] is None
+    assert summary()["score_after"] == summary()["score_before"]
+
+
 def test_null_never_rolls_back(options, capsys):
     assert main(["fit", *options, *SPIKES, "--guard.factor=null"]) == 0
     assert not rollbacks(capsys.readouterr().out)

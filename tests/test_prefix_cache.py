@@ -65,6 +65,16 @@ def test_states_in_a_mapped_file(tmp_path, examples):
     assert batch.example_index[0] not in cache
 
 
+def test_long_rows_leave_no_block_half_empty(monkeypatch):
+    """Rows of 5 values in blocks of 8 would take a block each."""
+    monkeypatch.setattr("slzo.models.prefix_cache._BLOCK_BYTES", 32)
+    cache, states = PrefixCache(LAYER, 1.0), torch.arange(25.0).view(25, 1)
+    cache.put(range(5), [5] * 5, states)
+    blocks = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row in cache._states.values()}
+    assert sum(blocks.values()) == cache.num_bytes == 100
+    assert torch.equal(cache.gather(range(5), {}, states.device), states)
+
+
 def test_a_cache_takes_over_what_fits_of_another(examples):
     batch = pack(examples)
     states, keys = torch.randn(batch.num_tokens, 4), batch.example_index

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.optim import sgd
 from slzo.zo.processes import ALONE, Processes
-from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning
+from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning, RandomLayers
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -90,6 +91,81 @@ def test_a_checkpoint_becomes_a_module(scope, model_dir, data_dir):
     assert others.encoder.max_length == data.encoder.max_length
     with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
         ZOTrainer(max_steps=1, **QUIET).fit(module, datamodule=rows(data_dir))
+
+
+def test_a_checkpoint_that_is_scored_is_no_part_of_the_next_training(model_dir, data_dir):
+    """Neither its best state nor the options of its run."""
+    fitted(model_dir, data_dir, RandomLayers(0.5), layer=None)
+    old, trainer = last_checkpoint(), ZOTrainer(max_steps=2, val_check_interval=2, **QUIET)
+    module = ZOModule(str(model_dir), scope=RandomLayers(0.5), eps=1e-3, seed=0)
+    trainer.test(module, datamodule=rows(data_dir), ckpt_path=str(old))
+    trainer.fit(module, datamodule=rows(data_dir))
+    assert Path(summary(1)["best_checkpoint"]) == run_dir(1) / "checkpoints" / "step=2.ckpt"
+    assert len(module.tuned_model.tensors.draw(0, 0, 0)) < len(module.tuned_model.tensors.names)
+    other = ZOModule(str(model_dir), 1, seed=0)
+    trainer = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET)
+    trainer.test(other, datamodule=rows(data_dir), ckpt_path=str(old))
+    with pytest.raises(SlzoError, match=r"model\.scope: this run and the checkpoint differ"):
+        trainer.fit(other, datamodule=rows(data_dir))
+
+
+def test_a_second_fit_keeps_the_log_of_the_first(model_dir, data_dir):
+    module, data = ZOModule(str(model_dir), 2, eps=1e-3, seed=0), rows(data_dir)
+    trainer = ZOTrainer(max_steps=2, val_check_interval=2, **QUIET)
+    trainer.fit(module, datamodule=data)
+    before = (run_dir() / "zo_log").read_bytes()
+    for steps in (2, 4):
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        trainer.fit(module, datamodule=data)
+        assert trainer.global_step == steps
+        assert (run_dir() / "zo_log").read_bytes() == before
+
+
+def test_a_fit_that_fails_leaves_nothing_in_the_model(model_dir, data_dir, monkeypatch):
+    """The fingerprint in a later checkpoint would be that of a model with the adapter."""
+    module, data = ZOModule(str(model_dir), 2, LoRA(rank=2), seed=0), rows(data_dir)
+    trainer = ZOTrainer(max_steps=1, val_check_interval=1, **QUIET)
+    trainer.test(module, datamodule=data)
+    with monkeypatch.context() as patch:
+        patch.setattr("slzo.fit.plan_prefix", fail)
+        with pytest.raises(SlzoError, match="out of luck"):
+            trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data)
+    scored = ZOTrainer(**QUIET).test(
+        ZOModule(str(model_dir)), datamodule=rows(data_dir), ckpt_path=str(last_checkpoint())
+    )
+    assert scored == trainer.test(module, datamodule=data)
+
+
+def fail(*_, **__):
+    raise SlzoError("out of luck")
+
+
+def test_the_layer_of_a_checkpoint_is_not_replaced(model_dir, data_dir):
+    fitted(model_dir, data_dir, LayerScope(), layer=2)
+    module = ZOModule.load_from_checkpoint(last_checkpoint(), layer=1)
+    with pytest.raises(SlzoError, match=r"model\.layer 1: the checkpoint tunes layer 2"):
+        ZOTrainer(max_steps=1, **QUIET).fit(module, datamodule=rows(data_dir))
+
+
+def test_a_resumed_optimizer_keeps_its_options_and_says_so(model_dir, data_dir, capsys):
+    def fit(steps, schedule, **options):
+        module = ZOModule(
+            str(model_dir), 2, seed=0, optimizer=partial(torch.optim.AdamW, lr=1e-3, **options), lr_scheduler=schedule
+        )
+        trainer = ZOTrainer(max_steps=steps, val_check_interval=2, **QUIET)
+        trainer.fit(module, datamodule=rows(data_dir), ckpt_path="last" if steps > 2 else None)
+        return trainer
+
+    cosine, once = torch.optim.lr_scheduler.CosineAnnealingLR, torch.optim.lr_scheduler.OneCycleLR
+    fit(2, partial(cosine, T_max=2))
+    trainer = fit(4, partial(cosine, T_max=4), weight_decay=0.5)
+    changes = "model.lr_scheduler.T_max: 2 -> 4; model.optimizer.weight_decay: 0.01 -> 0.5"
+    assert f"these options differ from the checkpoint's: {changes}; a resumed" in capsys.readouterr().err
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.01
+    fit(2, partial(once, max_lr=1e-3, total_steps=2))
+    with pytest.raises(SlzoError, match=r"model\.lr_scheduler: .* is 2 \(the run takes 4 steps\); a resumed run keeps"):
+        fit(4, partial(once, max_lr=1e-3, total_steps=4))
 
 
 class StopAtStep2(Callback):

@@ -11,6 +11,7 @@ from helpers import error_line, last_checkpoint, run_dir, same_tensors, tuned
 
 from slzo.__main__ import main
 from slzo.checkpoints.step_log import Rollback, StepLog, StepLogWriter, StepRecord, read_step_log
+from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.zo.stepper import Stepper
 
 STEPS = 6
@@ -119,6 +120,20 @@ def test_a_run_with_a_rollback_is_rebuilt(fit):
     assert read_step_log(run_dir() / "zo_log").rollbacks
     assert main(["replay", "--run=runs/version_0", "--output=all.ckpt"]) == 0
     assert_same("all.ckpt", last_checkpoint())
+
+
+@pytest.mark.parametrize("changed", ["--guard.factor=null", "--trainer.val_check_interval=100"])
+def test_a_resume_repeats_no_step_after_a_rollback(fit, changed, forward_passes, capsys, monkeypatch):
+    """Whether it comes again depends on options that may have changed."""
+    # of the dev rows before training, and after steps 2 and 4, for the guard and the record
+    found = iter([2.0, 1.9, 1.9, 9.0, 9.0, *[1.8] * 9])
+    monkeypatch.setattr(SelectionMetric, "distance", lambda self, values, prefix="": next(found))
+    assert main(fit) == 0
+    assert read_step_log(run_dir() / "zo_log").rollbacks == {4: 2}
+    forward_passes.clear()
+    assert main([*fit, changed, "--ckpt_path=runs/version_0/checkpoints/step=2.ckpt"]) == 0
+    assert "Steps 2 to 3 are in the log" in capsys.readouterr().out
+    assert forward_passes == [4, 5]
 
 
 def test_a_run_is_replayed_inside_its_folder(fit, monkeypatch):

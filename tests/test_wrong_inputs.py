@@ -92,7 +92,8 @@ WRONG = """
 --model.optimizer=Muon | model.optimizer Muon: cannot take
 --model.optimizer=torch.optim.SDG | model.optimizer 'torch.optim.SDG': no such class; did you mean SGD?
 --model.optimizer.lrr=1 | model.optimizer.lrr: unknown option of the chosen class
---model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3 (trainer.max_steps is 8)
+--model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=3 | model.lr_scheduler: Tried to step 4 times. The specified number of total steps is 3 (the run takes 8 steps)
+--model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=7 --trainer.max_steps=-1 --trainer.max_epochs=3 | model.lr_scheduler: Tried to step 8 times. The specified number of total steps is 7 (the run takes 15 steps)
 --model.lr_scheduler=OneCycleLR --model.lr_scheduler.max_lr=0.1 --model.lr_scheduler.total_steps=-1 | model.lr_scheduler: Expected positive integer total_steps
 --model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0 | model.lr_scheduler: cannot take a step (integer modulo by zero)
 --model.lr_scheduler=StepLR | model.lr_scheduler: the chosen class needs step_size
@@ -131,6 +132,11 @@ WRONG = """
 --trainer.callbacks=EarlyStopping | trainer.callbacks: the chosen class needs monitor
 --trainer.callbacks=ModelCheckpoint --trainer.callbacks.monitor=nope | ModelCheckpoint.monitor 'nope': no such metric
 --trainer.callbacks=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1 | trainer: SWA with `swa_epoch_start` as a float
+--trainer.callbacks=EMAWeightAveraging | trainer.callbacks EMAWeightAveraging: does not work with slzo's steps; leave it out
+--trainer.callbacks=LearningRateFinder | trainer.callbacks LearningRateFinder: does not work with slzo's steps; leave model.optimizer.lr at auto
+--trainer.callbacks=BatchSizeFinder | trainer.callbacks BatchSizeFinder: does not work with slzo's steps
+--trainer.callbacks=GradientAccumulationScheduler --trainer.callbacks.scheduling={2:4} | trainer.callbacks GradientAccumulationScheduler: does not work with slzo's steps; raise data.batch_size
+--trainer.overfit_batches=1 | trainer.overfit_batches 1: each step draws other rows; leave it out
 --trainer.callbacks=Timer --trainer.callbacks.duration=x | trainer.callbacks: `Timer(duration='x')` is not a valid duration
 --trainer.callbacks=nope.Nope | trainer.callbacks 'nope.Nope': nope cannot be imported
 --trainer.callbacks=3 | trainer.callbacks '3': no such class

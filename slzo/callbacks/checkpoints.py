@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from slzo.callbacks.schedule import folder_of, is_last_step, validation_due
+from slzo.callbacks.loss_guard import LossGuard
+from slzo.callbacks.schedule import callback_of, folder_of, is_last_step, validation_due
 from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
 from slzo.checkpoints.find import best_file
 from slzo.task_rows import TaskRows
@@ -41,7 +42,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(
             monitor=monitor, mode=mode, filename=filename, auto_insert_metric_name=auto_insert_metric_name, **options
         )
-        self._loaded: str | Path | None = None
+        self._resumed: str | Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the metric to watch if ``monitor`` is auto."""
@@ -54,11 +55,16 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which checkpoint is loaded, since the paths in it count from the folder in which its run was started."""
-        self._loaded = trainer.ckpt_path
+        """Note which checkpoint is resumed, since the paths in it count from the folder in which its run was started."""
+        self._resumed = trainer.ckpt_path if trainer.state.fn == "fit" else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best score and path; the file of a former run in another folder is never deleted."""
+        """Take over the best score and path; the file of a former run in another folder is never deleted.
+
+        A checkpoint that is only scored is no part of a later training, so its state is not used.
+        """
+        if self._resumed is None:
+            return
         self.best_model_score, self.kth_value = state_dict["best_model_score"], state_dict["kth_value"]
         self.best_model_path = self._place(state_dict["best_model_path"])
         self.kth_best_model_path = self._place(state_dict["kth_best_model_path"])
@@ -66,7 +72,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _place(self, path: str) -> str:
         """Return where the file of a former state is."""
-        return str(best_file(path, self._loaded).absolute()) if path and self._loaded is not None else path
+        return str(best_file(path, self._resumed).absolute()) if path and self._resumed is not None else path
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the state if it is the best one, unless it was rolled back: it no longer has the score."""
+        guard = callback_of(trainer, LossGuard)
+        if guard is None or guard.rolled_back_at != trainer.global_step:
+            super().on_validation_end(trainer, pl_module)
 
 
 class LastCheckpoint(Checkpoint):
@@ -104,7 +116,7 @@ class LastCheckpoint(Checkpoint):
         self._signals = StopSignals()
         self._in_epoch = False
         self._every_n_epoch: int | None = None  # the schedule's value while the last validation is forced
-        self._saved_step = self._final_step = -1
+        self._first_step = self._saved_step = self._final_step = -1
         self._saved_at = -math.inf
         self.saved: Path | None = None
         self._final: Path | None = None  # holds the state after the last step until everything else is done
@@ -114,7 +126,7 @@ class LastCheckpoint(Checkpoint):
         """Handle signals. The first step is saved, so that a resume after a crash has a checkpoint."""
         if trainer.received_sigterm:  # the signal came before this handler was installed
             raise Interrupted(signal.SIGTERM)
-        self._saved_step = self._final_step = -1
+        self._first_step, self._saved_step, self._final_step = trainer.global_step, -1, -1
         self._saved_at, self.saved, self._final, self._stop = -math.inf, None, None, 0
         self._signals.install()
 
@@ -166,6 +178,11 @@ class LastCheckpoint(Checkpoint):
         if self._in_epoch:
             for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 counts["ready"] = counts["started"] = counts["processed"] + 1
+        if trainer.state.fn == "fit" and trainer.validating and not validation_due(trainer):
+            # a longer run has no validation here, so its step is not completed yet
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+                if isinstance(counts, dict):
+                    counts["completed"] = counts["processed"] - 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state after the last step."""
@@ -174,7 +191,11 @@ class LastCheckpoint(Checkpoint):
         folder = _folder(trainer)
         if folder is None:
             return
-        if self._final_step != trainer.global_step:  # another callback has ended the training
+        if trainer.global_step == self._first_step and trainer.ckpt_path is not None:
+            self._keep_resumed(
+                trainer
+            )  # there was no step, and Lightning's counts of the restart are not those of a run
+        elif self._final_step != trainer.global_step:  # another callback has ended the training
             if self._saved_step != trainer.global_step:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)
         elif trainer.is_global_zero and self._final is not None:
@@ -218,7 +239,7 @@ class LastCheckpoint(Checkpoint):
             self._saved_at = time.monotonic()
 
     def _keep_resumed(self, trainer: Trainer) -> None:
-        """Give a resumed run whose first step is its last one the checkpoint that it continues as its ``last.ckpt``.
+        """Give a resumed run of one step or none the checkpoint that it continues as its ``last.ckpt``.
 
         Otherwise the best checkpoint, which has no steps left, would be all that a later resume finds in its folder.
         """

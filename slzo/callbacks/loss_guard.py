@@ -32,6 +32,10 @@ class LossGuard(Callback):
         factor: Largest allowed dev loss as a multiple of the lowest so far, > 1; auto is 1 + 0.7 / sqrt(dev rows), 1.05 with 200
             (1 + 2 / sqrt(dev rows) for rewards and F1); null never rolls back. Below a tenth of the first dev
             loss, the rise may be as large as at that tenth.
+
+    Attributes:
+        rollbacks: Number of rollbacks.
+        rolled_back_at: Number of steps after which this training last went back to earlier weights; -1 if it never did.
     """
 
     def __init__(self, factor: float | Literal["auto"] | None = "auto") -> None:
@@ -39,6 +43,7 @@ class LossGuard(Callback):
             raise SlzoError(f"guard.factor {factor}: must be above 1, or auto, or null for no rollback; 1.05 is usual")
         self.factor = factor
         self.rollbacks = 0
+        self.rolled_back_at = -1
         self._first = self._lowest = math.inf
         self._good: dict[str, Tensor] | None = None
         self._good_step = -1
@@ -53,6 +58,7 @@ class LossGuard(Callback):
         if self.factor is None or not isinstance(pl_module, ZOModule) or is_quick(trainer):
             return
         assert pl_module.prepared is not None
+        self.rolled_back_at = -1
         if not pl_module.prepared.resumed:
             self.rollbacks, self._first, self._lowest = 0, math.inf, math.inf
             rows = pl_module.rows
@@ -88,6 +94,8 @@ class LossGuard(Callback):
 
     def _roll_back(self, trainer: Trainer, module: ZOModule, loss: float, factor: float) -> None:
         self.rollbacks += 1
+        if self._good is not None:
+            self.rolled_back_at = trainer.global_step
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         to = -1 if self._good is None else self._good_step
         module.stepper.rollback(self._good, trainer.optimizers[0], schedulers, trainer.global_step, to)

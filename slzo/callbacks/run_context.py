@@ -37,6 +37,7 @@ def run_context(
         folder=folder,
         checkpoint=checkpoint,
         profiler=None if profiler is None else profiler.options,
+        steps_before=0 if checkpoint is not None else trainer.global_step,
         quick=is_quick(trainer),
         time=_time_budget(trainer, rows),
         shard_group=shard_group_of(trainer),

@@ -53,6 +53,12 @@ class Checkpoint:
         """Whether training can be resumed from it."""
         return all(name in self.content for name in _TRAINING_STATE)
 
+    @property
+    def scheduler_state(self) -> Mapping[str, Any] | None:
+        """State of the learning-rate scheduler; ``None`` if there was none."""
+        states = self.content.get("lr_schedulers")
+        return states[0] if states else None
+
     def check_resumable(self, optimizer: Mapping[str, Any]) -> None:
         """Check that training with this optimizer can be resumed from the checkpoint.
 

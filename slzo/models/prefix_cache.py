@@ -14,6 +14,8 @@ from slzo.models.pending import CopyStream, PendingTensor
 from slzo.utils.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
+# Values of one example that are more than this share of a block get a block of their own.
+_LARGEST_SHARE = 1 / 8
 
 
 class PrefixCache:
@@ -196,16 +198,19 @@ class PrefixCache:
         self._plan, self._planned = None, 0
 
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-        """Reserve ``count`` values in the current block, or in a new one."""
+        """Reserve ``count`` values: in the current block, in a new one, or, if they are many, in a block of their own."""
+        size = min(_BLOCK_BYTES, self.budget) // dtype.itemsize
+        if count > _LARGEST_SHARE * size:  # the rest of a block that cannot take them would be lost
+            return self._new_block(count, dtype, pinned)
         if self._block is None or self._used + count > self._block.numel():
-            size = max(count, min(_BLOCK_BYTES, self.budget) // dtype.itemsize)
-            if self.directory is None:  # copies from pinned memory to the GPU are asynchronous
-                self._block = torch.empty(size, dtype=dtype, pin_memory=pinned)
-            else:
-                self._block = _file_block(self.directory, size, dtype)
-            self._used = 0
+            self._block, self._used = self._new_block(size, dtype, pinned), 0
         self._used += count
         return self._block[self._used - count : self._used]
+
+    def _new_block(self, size: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+        if self.directory is not None:
+            return _file_block(self.directory, size, dtype)
+        return torch.empty(size, dtype=dtype, pin_memory=pinned)  # copies from pinned memory are asynchronous
 
 
 def _file_block(directory: str, size: int, dtype: torch.dtype) -> Tensor:

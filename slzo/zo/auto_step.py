@@ -132,6 +132,7 @@ class AutoStep(AutoRate):
         eps: float | None = None,
         half: bool = False,
         lowest: float = 0.0,
+        smooth: bool = True,
     ) -> Self:
         """Measure the loss along random directions around the masters, with 17 to 29 evaluations of the batch.
 
@@ -146,6 +147,7 @@ class AutoStep(AutoRate):
             half: Whether the model computes in half precision. Then eps changes the loss by about 3%, and the curvature is not
                 measured.
             lowest: Lower bound of the loss.
+            smooth: Whether every change of the weights changes the loss, unlike a metric.
 
         Raises:
             SlzoError: The loss is not finite or not above ``lowest``, or does not change at any distance.
@@ -161,14 +163,7 @@ class AutoStep(AutoRate):
             tuned.restore()
         _check(mean, lowest)
         if square == 0:
-            advice = (
-                "give a larger value, or leave it out"
-                if given is not None
-                else "use model.dtype float32, or another scope"
-            )
-            raise SlzoError(
-                f"model.eps {eps:g}: rounding hides the effect of every direction on the loss of {mean:.4g}; {advice}"
-            )
+            raise SlzoError(f"model.eps {eps:g}: {_no_effect(mean, given is not None, smooth)}")
         curvature = 0.0 if half else 2 * (mean - here) / eps**2  # rounding hides it in half precision
         if given is None and curvature > 0:
             eps = min(eps, float(f"{2 * math.sqrt(square) / curvature:.2g}"))
@@ -247,6 +242,14 @@ class AutoStep(AutoRate):
         if self.largest > 0:
             rate = min(rate, self.largest)
         return rate
+
+
+def _no_effect(loss: float, given: bool, smooth: bool) -> str:
+    """Return why no direction changes the loss, and what to do."""
+    if not smooth:
+        return f"no direction changes the metric of {loss:.4g}; use more rows (data.batch_size), or give a larger model.eps"
+    way = "give a larger value, or leave it out" if given else "use model.dtype float32, or another scope"
+    return f"rounding hides the effect of every direction on the loss of {loss:.4g}; {way}"
 
 
 def _mean_square(estimate: Estimate) -> float:

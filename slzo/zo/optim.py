@@ -1,9 +1,10 @@
 """Optimizers: checks of the user's choice, and the memory that they take."""
 
+import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -98,6 +99,19 @@ class OptimizerChoice:
         scheduler = self.settings["scheduler"]
         return {"class": self.settings["class"], "scheduler": None if scheduler is None else scheduler["class"]}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of optimizer and scheduler by name, except the learning rate; a saved state brings its own."""
+        scheduler = self.settings["scheduler"] or {}
+        own = {"model.optimizer": self.settings, "model.lr_scheduler": scheduler}
+        left_out = ("class", "lr", "scheduler", "last_epoch")
+        return {
+            f"{option}.{name}": value
+            for option, settings in own.items()
+            for name, value in settings.items()
+            if name not in left_out and name[0] != "_"
+        }
+
     @classmethod
     def of(cls, make: MakeOptimizer, make_scheduler: MakeScheduler | None = None) -> Self:
         """Try optimizer and scheduler on a small matrix, so that errors appear before anything expensive is done.
@@ -130,8 +144,12 @@ class OptimizerChoice:
         settings["scheduler"] = None if make_scheduler is None else _try_scheduler(make_scheduler, probe)
         return cls(make, make_scheduler, name, lr, settings, _state_copies(probe), normalizes)
 
-    def check_schedule(self, num_steps: int) -> None:
+    def check_schedule(self, num_steps: int, state: Mapping[str, Any] | None = None) -> None:
         """Step the scheduler as often as the run does, at most 20 000 times.
+
+        Args:
+            num_steps: Steps of the run.
+            state: State of the scheduler in the checkpoint that the run continues.
 
         Raises:
             SlzoError: The scheduler ends earlier.
@@ -140,11 +158,16 @@ class OptimizerChoice:
             return
         try:
             scheduler = self.make_scheduler(self.make([nn.Parameter(torch.zeros(1, 1))]))
-            _take_steps(scheduler, min(num_steps, _TRIED_STEPS))
+            done = 0
+            if state is not None:
+                scheduler.load_state_dict(copy.deepcopy(dict(state)))
+                done = scheduler.last_epoch
+            _take_steps(scheduler, min(num_steps - done, _TRIED_STEPS))
         except (ValueError, ArithmeticError) as error:
-            raise SlzoError(
-                f"model.lr_scheduler: {error} (trainer.max_steps is {num_steps}); correct its init_args"
-            ) from error
+            way = "correct its init_args"
+            if state is not None:
+                way = "a resumed run keeps the schedule of its checkpoint; take fewer steps, or start without a checkpoint"
+            raise SlzoError(f"model.lr_scheduler: {error} (the run takes {num_steps} steps); {way}") from error
 
 
 def _take_steps(scheduler: Any, num_steps: int) -> None:
