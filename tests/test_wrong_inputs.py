@@ -131,11 +131,10 @@ WRONG = """
 --trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/loss --trainer.callbacks.mode=x | trainer.callbacks: `mode` can be min, max, got x
 --trainer.callbacks=EarlyStopping | trainer.callbacks: the chosen class needs monitor
 --trainer.callbacks=ModelCheckpoint --trainer.callbacks.monitor=nope | ModelCheckpoint.monitor 'nope': no such metric
---trainer.callbacks=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1 | trainer: SWA with `swa_epoch_start` as a float
+--trainer.callbacks=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1 | trainer.callbacks StochasticWeightAveraging: does not work with slzo's steps; leave it out
 --trainer.callbacks=EMAWeightAveraging | trainer.callbacks EMAWeightAveraging: does not work with slzo's steps; leave it out
 --trainer.callbacks=LearningRateFinder | trainer.callbacks LearningRateFinder: does not work with slzo's steps; leave model.optimizer.lr at auto
 --trainer.callbacks=BatchSizeFinder | trainer.callbacks BatchSizeFinder: does not work with slzo's steps
---trainer.callbacks=GradientAccumulationScheduler --trainer.callbacks.scheduling={2:4} | trainer.callbacks GradientAccumulationScheduler: does not work with slzo's steps; raise data.batch_size
 --trainer.overfit_batches=1 | trainer.overfit_batches 1: each step draws other rows; leave it out
 --trainer.callbacks=Timer --trainer.callbacks.duration=x | trainer.callbacks: `Timer(duration='x')` is not a valid duration
 --trainer.callbacks=nope.Nope | trainer.callbacks 'nope.Nope': nope cannot be imported
