@@ -1,6 +1,7 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         resumes = "; the same command continues where it stopped" if COMMANDS[args[0]].resumes else ""
-        sys.stderr.write(f"slzo: interrupted{resumes}\n")
+        if "SLZO_WORKER" not in os.environ:  # the process that has started the workers reports it
+            sys.stderr.write(f"slzo: interrupted{resumes}\n")
         return status
     return 0
 

@@ -435,7 +435,7 @@ def _facts(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path
         layer=model.layer,
         scheduled=options.optimizer.make_scheduler is not None,
         metric=metric,
-        num_rows=len(test),
+        num_rows=len(test) if rows.reward is not None else sum(example.is_labelled for example in test),
         requested_rows=rows.num_test,
         config=None if config is None else str(config),
         own_code=config is not None and bool(code_of(config)),

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from slzo.checkpoints.find import RUNS
 from slzo.utils.console import is_first_process
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import check_inside, check_local, disk_errors, remove_folder, remove_leftovers
+from slzo.utils.files import check_inside, check_local, disk_errors, expanded, remove_folder, remove_leftovers
 
 _SET_FOLDER = "set the folder with trainer.logger.save_dir"
 
@@ -47,7 +47,8 @@ class RunLogger(_OwnFolder, TensorBoardLogger):
 
     def __init__(self, save_dir: str = RUNS, name: str = "", version: int | str | None = None, **options: Any) -> None:
         check_local("trainer.logger.save_dir", save_dir)
-        super().__init__(save_dir, name, version, **{"default_hp_metric": False, **options})
+        # TensorBoardLogger would do so for some of its files only
+        super().__init__(expanded(save_dir), name, version, **{"default_hp_metric": False, **options})
         self._given = version is not None
 
 
@@ -59,7 +60,7 @@ class FolderLogger(_OwnFolder, CSVLogger):
     """
 
     def __init__(self, save_dir: str) -> None:
-        super().__init__(save_dir, "")
+        super().__init__(expanded(save_dir), "")
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""

@@ -14,7 +14,14 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.data.balance import check_has_classes, classes_of, describe_balance, epochs_for_all, one_class_warning
+from slzo.data.balance import (
+    check_has_classes,
+    classes_of,
+    describe_balance,
+    epochs_for_all,
+    one_class_warning,
+    unlabelled_warning,
+)
 from slzo.data.batch import (
     EvalBatch,
     EvalPlan,
@@ -323,7 +330,10 @@ class TaskRows:
         )
         for note in self.splits.notes:
             say(note)
-        for warning in (self._source.unused_warning(), one_class_warning(self.task, self.splits.train)):
+        remarks = [self._source.unused_warning(), one_class_warning(self.task, self.splits.train)]
+        if self.reward is None and stage != "predict":
+            remarks += [unlabelled_warning("dev", self.splits.dev), unlabelled_warning("held-out", self.splits.test)]
+        for warning in remarks:
             if warning is not None:
                 warn(warning)
         if self.num_demonstrations > len(self.demonstrations):

@@ -545,6 +545,18 @@ def test_recommendations(tried, best, words):
     assert ("of the grid" in reason) == ("of the grid" in words)
 
 
+def test_a_distance_below_0_that_rose_is_not_recommended():
+    """Such as minus a reward."""
+    assert recommend([RateResult(1e-3, None, -18.95, 0.5, "")], -19.0)[0] is None
+    assert recommend([RateResult(1e-3, None, -20.0, 0.5, "")], -19.0)[0] is not None
+
+
+@pytest.mark.parametrize("lrs", [[], ["--lrs=[1e-3]"]])
+def test_a_sweep_needs_dev_rows(options, lrs, capsys):
+    line = error_line(capsys, "sweep", *options, *lrs, "--steps=2", "--model.layer=1", "--data.num_dev=0")
+    assert "data.num_dev 0: trainings are compared on dev rows, and there are none" in line
+
+
 def test_rates_are_planned_around_the_own_rate_where_none_are_given():
     def fails():
         raise AssertionError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import error_line, last_checkpoint, slzo_error, summary, tiny_model, tune_scope
+from helpers import error_line, last_checkpoint, run_dir, slzo_error, summary, tiny_model, tune_scope
 from hub_stand_in import HubStandIn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -146,6 +146,13 @@ def test_an_adapter_with_its_card(run, model_dir, capsys, monkeypatch):
     assert "| always the most frequent label | 0.5500 |" in text
     line = error_line(capsys, "export", f"--ckpt_path={best}", "--output=no", "--base_model=/home/me/model")
     assert "must be a Hub id that others can load" in line
+    (run_dir() / "summary.json").write_text(json.dumps({**told, "score_after": None, "score_change": None}))
+    assert main(["export", f"--ckpt_path={best}", "--output=again"]) == 0
+    assert "This state was not scored on held-out rows." in card("again")[1]
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    line = error_line(capsys, "export", f"--ckpt_path={Path('..', best)}", "--output=.")
+    assert "output '.': is the current folder; give the name of a new one" in line
 
 
 def test_a_whole_layer_is_merged_or_a_delta(run, model_dir, tmp_path, capsys):

@@ -95,6 +95,18 @@ def test_a_logger_without_folders_has_one_for_each_run(options, tmp_path, monkey
     assert not (Path("kept") / "summary.json").exists()
 
 
+@pytest.mark.parametrize("place", ["--trainer.logger.save_dir=~/$OWN", "--trainer.default_root_dir=~/$OWN"])
+def test_a_home_folder_and_variables_are_expanded(options, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OWN", "my runs")
+    assert main(["fit", *options, "--trainer.max_steps=2", "--model.layer=1", place]) == 0
+    (folder,) = (tmp_path / "home" / "my runs").rglob("version_0")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step=2.ckpt"}
+    assert main(["test", place, "--ckpt_path=best", "--data.num_test=4"]) == 0
+    assert main(["export", f"--ckpt_path=~/my runs{str(folder).partition('my runs')[2]}", "--output=~/out"]) == 0
+    assert not [path for path in Path().iterdir() if path.name[0] in "~$"]
+
+
 def test_a_folder_that_holds_a_run_is_one_line(options, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("same_logger.py").write_text(OWN_LOGGER.replace("lambda self: self._version", "lambda self: 'same'"))

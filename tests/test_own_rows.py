@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -244,6 +245,24 @@ def test_a_task_with_the_name_of_a_built_in_one_reads_its_own_labels(tmp_path):
     task = template(name="rte", labels=["not_entailment", "entailment"], train_file=path)
     for rows in (RowSource(task).read("train"), RowSource(task).read_to_predict(path)):
         assert [example.gold for example in rows.examples] == [(1,)]
+
+
+def test_numbers_among_the_labels_of_a_csv(tmp_path):
+    """Names such as 007 stay as they are; pandas writes 1.0 in a column with gaps."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"film {i},00{7 + i % 2}\n" for i in range(8)))
+    data = set_up(template(train_file=str(path), labels=["007", "008"]), num_dev=0)
+    assert {example.gold for part in parts_of(data) for example in part} == {(0,), (1,)}
+    path.write_text("text,label\n" + "".join(f"film {i},{i % 2}.0\n" for i in range(8)))
+    data = set_up(template(train_file=str(path)), num_dev=0)
+    assert {example.gold for part in parts_of(data) for example in part} == {(0,), (1,)}
+
+
+def test_rows_without_a_label_are_told(tmp_path, capsys):
+    train, test = (write(tmp_path / f"{name}.jsonl", rows_of(8, first)) for name, first in (("train", 0), ("test", 8)))
+    write(Path(test), [row | ({"label": -1} if i < 3 else {}) for i, row in enumerate(rows_of(8, 8))])
+    set_up(template(train_file=train, test_file=test), num_dev=2)
+    assert "3 of 8 held-out rows have no label and are not scored" in capsys.readouterr().err
 
 
 def test_demonstrations_are_labelled_rows(tmp_path):

@@ -145,6 +145,8 @@ def test_mistakes_are_one_line(tuned, capsys):
         (checkpoint, "--prompt=x", "--max_new_tokens=0"): "must be at least 1",
         (checkpoint, "--prompt=x", "--max_new_tokens=400", "--candidates=[]"): "exceeds the model's limit of 256",
         (checkpoint, "--prompt=x", "--temperature=-1"): "temperature -1.0",
+        (checkpoint, "--prompt=x", "--temperature=1e-300"): "must be 0 (the most likely token), or at least 0.001",
+        (checkpoint, "--prompt=x", "--seed=99999999999999999999"): "give a number from 0 to 9223372036854775807",
         (checkpoint, "--prompt=x", "--base=y"): "is not an exported folder",
         (checkpoint, "--prompt=x", "--prompt_file=y"): "unknown option",
         (checkpoint, "--prompt=x", "--prompt=y"): "prompt: given twice, and only the last would count; give it once",

@@ -100,6 +100,14 @@ def test_built_in_rewards(name, texts, given, expected):
 
 def test_the_last_number_of_a_text():
     assert [last_number(text) for text in ("-3.5 and .5", "x", "1e3", "a-2")] == [0.5, None, 1000, -2]
+    assert [last_number(text) for text in ("2010-2015", "5-3", "5 - -3", "=-4")] == [2015, 3, -3, -4]
+
+
+def test_rewards_have_names_of_their_own(tmp_path):
+    for name, functions in {"a": ["f"], "b": ["f"], "c": ["f_1"]}.items():
+        (tmp_path / f"{name}.py").write_text("".join(f"def {f}(completions):\n    return [0.0]\n" for f in functions))
+    places = [str(tmp_path / place) for place in ("a.py:f", "b.py:f", "c.py:f_1")]
+    assert len(set(Rewards(places).names)) == 3
 
 
 def test_json_with_a_schema(tmp_path):

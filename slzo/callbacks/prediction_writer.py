@@ -50,7 +50,7 @@ class PredictionWriter(Callback):
             layer_barrier(pl_module.parts.model)
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = folder / "predictions.jsonl" if self.output is None else Path(self.output)
+        path = folder / "predictions.jsonl" if self.output is None else Path(self.output).expanduser()
         if not trainer.is_global_zero:
             return
         with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

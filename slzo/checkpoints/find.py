@@ -89,9 +89,11 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
     """
     if str(ckpt_path) in NAMES:
         ckpt_path = named_checkpoint(str(ckpt_path), root)
-    elif (Path(ckpt_path) / "checkpoints").is_dir():
-        ckpt_path = newest_checkpoint(ckpt_path, str(ckpt_path)) if to_continue else checkpoint_of_run(ckpt_path)
-    return read_checkpoint(ckpt_path)
+        return read_checkpoint(ckpt_path)
+    path = Path(ckpt_path).expanduser()
+    if (path / "checkpoints").is_dir():
+        path = newest_checkpoint(path, str(path)) if to_continue else checkpoint_of_run(path)
+    return read_checkpoint(path)
 
 
 def checkpoint_of_run(folder: str | Path) -> Path:

@@ -14,6 +14,7 @@ from slzo.prompting.pair import exported_options, is_export
 from slzo.report.run_files import CONFIG_FILE, code_of
 from slzo.utils.config_code import TRUST
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import expanded
 
 
 def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
@@ -35,7 +36,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     checkpoint = checkpoints[-1]
     folders = option_values(args, "--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
     roots = option_values(args, "--trainer.default_root_dir")
-    folder = folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS
+    folder = expanded(folders[-1] if folders else str(Path(roots[-1]) / RUNS) if roots else RUNS)
     if checkpoint in NAMES and Path(folder).is_dir():
         checkpoint = str(named_checkpoint(checkpoint, folder))
         args = [*args, f"--ckpt_path={checkpoint}"]
@@ -43,7 +44,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
         models = option_values(args, "--model.model")
         options = exported_options(checkpoint, models[-1] if models else None)
         return [*(f"--{name}={value}" for name, value in options.items()), *args]
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     is_run = (path / "checkpoints").is_dir()
     config = (path if is_run else run_folder_of(path)) / CONFIG_FILE
     if command.reads_run_config and (is_run or path.is_file()) and config.is_file():

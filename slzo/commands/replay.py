@@ -18,5 +18,5 @@ def replay(app: App, run: str, step: int | None = None, output: str | None = Non
             the run's folder.
     """
     with disk_errors():
-        target = None if output is None else Path(output)
+        target = None if output is None else Path(output).expanduser()
         replay_run(app.model.options, app.rows, run, step, target, app.device)

@@ -11,6 +11,7 @@ from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
 from slzo.profiling import profile_model
 from slzo.report.profile_files import format_profile
+from slzo.task_rows import TaskRows
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import disk_errors
@@ -72,6 +73,8 @@ def sweep(
         parts, rows = app.load()
         options.check_rows(rows)
         trials, run = LayerTrials(parts, options, rows), app.run_context()
+        if finds_rates or steps:
+            _check_dev_rows(rows)
         if finds_rates:
             _, choice = choose_layer(parts, options, rows, run)
             layer = None if choice is None else choice.layer
@@ -86,3 +89,12 @@ def sweep(
             return found
 
         sweep_layers(trials, plan.of_model(parts.num_layers), profile, output)
+
+
+def _check_dev_rows(rows: TaskRows) -> None:
+    """Refuse a sweep without dev rows to compare by."""
+    if rows.reward is None and not any(row.example.gold for row in rows.rows("dev")):
+        what = "none of the dev rows has a label" if rows.rows("dev") else "there are none"
+        raise SlzoError(
+            f"data.num_dev {rows.num_dev}: trainings are compared on dev rows, and {what}; give labelled ones"
+        )

@@ -43,6 +43,12 @@ def one_class_warning(task: Task, examples: Sequence[Example]) -> str | None:
     )
 
 
+def unlabelled_warning(name: str, examples: Sequence[Example]) -> str | None:
+    """Return a warning if some rows of a split, called ``name``, have no label and so no score."""
+    missing = sum(not example.is_labelled for example in examples)
+    return f"{missing} of {len(examples)} {name} rows have no label and are not scored" if missing else None
+
+
 def classes_of(examples: Sequence[Example]) -> list[int]:
     """Return the class of each labelled row: the index of its first correct candidate.
 

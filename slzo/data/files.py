@@ -183,8 +183,10 @@ def _column_names(cells: list[str], place: str) -> list[str]:
 
 
 def _csv_value(name: str, value: str) -> str | int:
-    # CSV has no types, but labels on the Hub are numbers
-    return int(value) if name == "label" and re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value
+    # CSV has no types, but labels on the Hub are numbers; 007 is a name, and pandas writes 1.0 in columns with gaps
+    if name == "label" and re.fullmatch(r"(0|-?[1-9]\d{0,8})(\.0)?", value, re.ASCII):
+        return int(value.removesuffix(".0"))
+    return value
 
 
 def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:

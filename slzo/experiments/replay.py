@@ -46,7 +46,7 @@ def replay_run(
     Raises:
         SlzoError: The folder has no complete log of that many steps, or the estimator needs no losses.
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     if not run or not folder.is_dir():
         raise SlzoError(f"run {run!r}: no such folder; give the folder of a run, such as runs/version_0")
     options.check_rows(rows)

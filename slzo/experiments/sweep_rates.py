@@ -159,7 +159,7 @@ def recommend(tried: Sequence[RateResult], before: float) -> tuple[RateResult | 
         lowest = min(pair.lr for pair in tried)
         return None, f"Every rate diverged, down to lr {lowest:.3g}: try smaller ones."
     best = min(good, key=lambda pair: pair.loss)
-    if best.loss > (1 - MIN_PROGRESS) * before:
+    if best.loss > before - MIN_PROGRESS * abs(before):
         return None, (
             f"No rate lowered the dev loss of {before:.4f} in these steps (best: lr {best.lr:.3g}, {best.loss:.4f}): try other "
             "rates or more steps."

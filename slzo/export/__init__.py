@@ -46,6 +46,8 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Exporte
         raise SlzoError(
             f"output {options.output!r}: exists and is not an empty folder; choose another one or remove it"
         )
+    if target.resolve() == Path.cwd():
+        raise SlzoError(f"output {options.output!r}: is the current folder; give the name of a new one")
     check_writable(target)
     check_repository(options.push_to_hub, options.private)
     origin = origin_of(base_model(checkpoint.note), options.base_model)

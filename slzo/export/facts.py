@@ -135,5 +135,7 @@ def facts_of(
         adapter,
         note["rows"],
         summary,
-        best is not None and Path(best).name == Path(checkpoint.path).name,
+        best is not None
+        and Path(best).name == Path(checkpoint.path).name
+        and summary.get("score_after") is not None,  # null if it is not a number
     )

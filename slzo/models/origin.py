@@ -111,11 +111,11 @@ def _apache_text() -> tuple[Path, ...]:
 
 
 def _name_of_folder(folder: Path) -> str | None:
-    """Return the Hub id from the folder's path in the Hub's cache, or from its config."""
-    if (cached := repository_of(folder.resolve())) is not None:
-        return cached
-    name = read_json(folder / "config.json").get("_name_or_path")
-    return name if isinstance(name, str) and "/" in name and HUB_ID.fullmatch(name) else None
+    """Return the Hub id from the folder's path in the Hub's cache.
+
+    The ``_name_or_path`` in a config.json may be that of a model of which this one is a changed copy.
+    """
+    return repository_of(folder.resolve())
 
 
 def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, Licence | None]:

@@ -1,6 +1,7 @@
 """Generate texts and write them token by token."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from slzo.evaluation.generation import ends_with, generate_plainly, stop_tokens
 from slzo.models.load import max_positions
 from slzo.utils.errors import SlzoError
+
+_LEAST_TEMPERATURE = 1e-3  # with less, logits over it overflow
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,12 @@ class TextOptions:
         """
         if self.max_new_tokens < 1:
             raise SlzoError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise SlzoError(f"temperature {self.temperature}: must be 0 (the most likely token) or more")
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise SlzoError(
+                f"temperature {self.temperature}: must be 0 (the most likely token), or at least {_LEAST_TEMPERATURE}"
+            )
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise SlzoError(f"seed {self.seed}: give a number from 0 to {_LARGEST_SEED}")
 
 
 class _Stream(TextStreamer):
@@ -53,8 +61,9 @@ class _Stream(TextStreamer):
         found = min((self._text.find(stop) for stop in self._stop if stop in self._text), default=len(self._text))
         begun = 0 if stream_end else max((len(stop) - 1 for stop in self._stop), default=0)
         end = max(self._written, min(found, len(self._text) - begun))
-        self._out.write(self._text[self._written : end] + ("\n" if stream_end else ""))
-        self._out.flush()
+        with suppress(BrokenPipeError):  # nobody reads it any more, as in ``slzo generate ... | head``
+            self._out.write(self._text[self._written : end] + ("\n" if stream_end else ""))
+            self._out.flush()
         self._written = end
 
 

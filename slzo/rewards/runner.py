@@ -175,7 +175,12 @@ def _read(entry: object) -> RewardCall:
 
 def _short_names(names: Sequence[str]) -> tuple[str, ...]:
     short = [name.rpartition(":" if ":" in name else ".")[2] for name in names]
-    return tuple(name if short.index(name) == place else f"{name}_{place}" for place, name in enumerate(short))
+    found: list[str] = []
+    for place, name in enumerate(short):
+        while name in found or name in short[:place]:
+            name = f"{name}_{place}"
+        found.append(name)
+    return tuple(found)
 
 
 def _message(failure: RewardFailure, answers: RewardInputs, place: int | None) -> str:

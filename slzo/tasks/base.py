@@ -55,6 +55,11 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
 
     @property
+    def is_labelled(self) -> bool:
+        """Whether a correct answer is known."""
+        return bool(self.gold or self.references)
+
+    @property
     def location(self) -> str:
         """Id and location, for messages."""
         return f"example {self.id!r}" + (f" ({self.place})" if self.place else "")

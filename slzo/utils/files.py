@@ -19,6 +19,11 @@ PARTIAL = ".slzo-partial"
 """Suffix of the hidden folders in which files are written."""
 
 
+def expanded(path: str | Path) -> str:
+    """Return a path with the user's home folder for ``~``, and values for variables such as ``$SCRATCH``."""
+    return str(Path(os.path.expandvars(path)).expanduser())
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file or folder that replaces ``path`` when the context ends, flushed to the disk; an error leaves nothing behind.
