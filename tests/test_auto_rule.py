@@ -122,6 +122,7 @@ def test_a_fit_in_doubt_tunes_the_winner_of_a_race(in_doubt, capsys):
     assert "A race will decide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_measurement_leaves_the_training_as_it_is(in_doubt, options, monkeypatch):
     """A training after it is the one that model.layer gives."""
     looks, step_size = [], LayerTrials.step_size

@@ -65,6 +65,7 @@ def test_a_disk_that_becomes_full_leaves_whole_checkpoints_only(options, disk, c
         assert 0 < step < read_checkpoint(newest_checkpoint(folder)).content["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_no_command_writes_to_a_full_or_read_only_disk_or_in_the_temporary_folder(options, disk, capsys, monkeypatch):
     assert main(["fit", *options]) == 0
     checkpoint = f"--ckpt_path={last_checkpoint()}"

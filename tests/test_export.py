@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slzo.__main__ import main
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
+from slzo.export import FORMATS
 from slzo.export.adapter import ADAPTER
 from slzo.export.card import without_folders, write_card, write_licences
 from slzo.export.facts import Facts
@@ -324,6 +325,14 @@ def test_names_are_texts_in_a_card(tmp_path):
     assert f"{code}, a local folder, with {shown} tuned" in text
     assert f"- Command: {code.replace('a`', 'slzo fit a`', 1)}\n" in text
     assert not re.search(r"(?<!\\)<script", re.sub("```.*?```", "", text.partition("## Use")[0]))
+
+
+@pytest.mark.parametrize("format", FORMATS.values())
+@pytest.mark.parametrize("own", [False, True])
+def test_the_code_of_a_card_trusts_the_code_of_a_model_that_has_some(format, own):
+    note = {"dtype": "float32", "trust_remote_code": own}
+    code = format.load_code(Facts("merged", Origin("me/tiny", True), note, 1, "LoRA", 2, 4, None))
+    assert code.count("trust_remote_code=True") == 2 * own
 
 
 @pytest.mark.parametrize(("rank", "option"), [(9, "--max-lora-rank 16 "), (512, "--max-lora-rank 512 "), (513, None)])

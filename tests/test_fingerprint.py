@@ -86,6 +86,7 @@ def test_options_that_change_rows_are_noticed(run, capsys, option, message):
     assert main(["fit", *run, "--ckpt_path=last", option, ALLOW]) == 0
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused_and_can_be_allowed(run, tmp_path, capsys):
     swap_two_tokens(tmp_path / "model")
     for command in ("fit", "test", "validate", "predict"):

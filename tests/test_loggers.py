@@ -95,7 +95,10 @@ def test_a_logger_without_folders_has_one_for_each_run(options, tmp_path, monkey
     assert not (Path("kept") / "summary.json").exists()
 
 
-@pytest.mark.parametrize("place", ["--trainer.logger.save_dir=~/$OWN", "--trainer.default_root_dir=~/$OWN"])
+@pytest.mark.parametrize(
+    "place",
+    ["--trainer.logger.save_dir=~/$OWN", pytest.param("--trainer.default_root_dir=~/$OWN", marks=pytest.mark.slow)],
+)
 def test_a_home_folder_and_variables_are_expanded(options, place, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OWN", "my runs")

@@ -122,7 +122,9 @@ def test_a_run_with_a_rollback_is_rebuilt(fit):
     assert_same("all.ckpt", last_checkpoint())
 
 
-@pytest.mark.parametrize("changed", ["--guard.factor=null", "--trainer.val_check_interval=100"])
+@pytest.mark.parametrize(
+    "changed", ["--guard.factor=null", pytest.param("--trainer.val_check_interval=100", marks=pytest.mark.slow)]
+)
 def test_a_resume_repeats_no_step_after_a_rollback(fit, changed, forward_passes, capsys, monkeypatch):
     """Whether it comes again depends on options that may have changed."""
     # of the dev rows before training, and after steps 2 and 4, for the guard and the record

@@ -102,6 +102,7 @@ def test_a_perplexity_has_the_error_of_a_ratio_over_rows():
     jackknife = math.sqrt(399 / 400 * float(((left_out - left_out.mean()) ** 2).sum()))
     assert change.standard_error == pytest.approx(jackknife, rel=0.02)
     assert perplexity_by_row({}) == {}
+    assert perplexity_by_row({"a": (1000.0, 1.0)}) == {"a": math.inf}
 
 
 def test_without_the_same_rows_accuracy_has_an_unpaired_error_and_f1_none():

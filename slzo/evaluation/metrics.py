@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ def row_score(metric: str, example: Example, prediction: int | str) -> float | N
     return float(prediction in example.gold) if metric == "accuracy" else None
 
 
+_LARGEST_LOSS = math.log(sys.float_info.max)
+
+
 def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return one value per row; their mean is the perplexity, and their spread gives its standard error.
 
@@ -40,7 +44,8 @@ def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, floa
         return {}
     loss = sum(total for total, _ in rows.values()) / tokens
     mean_count = tokens / len(rows)
-    return {name: math.exp(loss) * (1 + (total - loss * count) / mean_count) for name, (total, count) in rows.items()}
+    perplexity = math.exp(loss) if loss < _LARGEST_LOSS else math.inf
+    return {name: perplexity * (1 + (total - loss * count) / mean_count) for name, (total, count) in rows.items()}
 
 
 class TaskMetrics(Metric):

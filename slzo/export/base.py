@@ -33,5 +33,11 @@ def load_base_code(facts: Facts) -> tuple[str, str]:
     """Return the lines of Python that load the base model as ``base``, and its tokenizer."""
     name = facts.origin.name
     at = "" if facts.origin.commit is None else f', revision="{facts.origin.commit}"'
+    at += trust_argument(facts)
     base = f'base = AutoModelForCausalLM.from_pretrained("{name}", dtype="{facts.note["dtype"]}"{at})'
     return base, f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})'
+
+
+def trust_argument(facts: Facts) -> str:
+    """Return the argument of ``from_pretrained`` for a model with code of its own, else nothing."""
+    return ", trust_remote_code=True" if facts.note.get("trust_remote_code") else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from slzo.checkpoints.note import base_model
-from slzo.export.base import ExportFormat
+from slzo.export.base import ExportFormat, trust_argument
 from slzo.export.facts import Facts
 from slzo.models.load import load_tokenizer, resolve_model
 from slzo.models.save import leave_unquantized, save_model
@@ -46,10 +46,11 @@ def write_merged(tuned_model: TunedModel, facts: Facts, folder: Path) -> None:
 
 def load_code(facts: Facts) -> str:
     """Return the Python code that loads the folder."""
+    trust = trust_argument(facts)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")'
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY"{trust})'
     )
 
 

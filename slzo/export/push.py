@@ -1,5 +1,6 @@
 """Upload an exported folder to the Hugging Face Hub."""
 
+import shlex
 from pathlib import Path
 
 from slzo.utils.errors import SlzoError, one_line
@@ -44,9 +45,10 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
                 api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:  # of the Hub, of files, or of the HTTP library, which differs between versions
         reason = one_line(error)
+        command = f"hf upload {repository} {shlex.quote(str(folder))}{' --private' if private else ''}"
         raise SlzoError(
             f"push_to_hub {repository!r}: not uploaded ({reason}); check the name, the connection and `hf auth login`; the "
-            f"folder is complete, so `hf upload {repository} {folder}{' --private' if private else ''}` is enough"
+            f"folder is complete, so `{command}` is enough"
         ) from error
     if is_public:
         raise SlzoError(

@@ -108,8 +108,8 @@ def read_run(folder: Path, name: str = "") -> RunFiles:
     summary, environment = read_json(folder / SUMMARY_FILE, _REMOVE), read_json(folder / ENVIRONMENT_FILE, _REMOVE)
     profile, config = read_json(folder / PROFILE_FILE, _REMOVE), _config(folder)
     if not (summary or environment or profile or config):
-        below = sorted(path.name for path in folder.glob("version_*"))
-        hint = f"{folder / below[-1]} is one" if below else "give one such as runs/version_0"
+        newest = max(folder.glob("version_*"), key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"{newest} is one" if newest is not None else "give one such as runs/version_0"
         raise SlzoError(f"run {str(folder)!r}: not the folder of a run; {hint}")
     points, train = _points(folder, summary), _step_losses(folder)
     samples = read_json(folder / SAMPLES_FILE, _REMOVE).get("rows", ())
