@@ -43,6 +43,8 @@ from slzo.training import adapt_rows, load_parts
 from slzo.utils.errors import SlzoError, one_line
 
 _MAX_SEED = 2**32 - 1
+# options of the rows that follow those of the model
+_LINKED = {"data.tokenizer": "model.model", "data.trust_remote_code": "model.trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,16 @@ class SlzoCLI(LightningCLI):
                 "profiler.rule": {"class_path": "slzo.zo.selection.Auto"},
             }
         )
-        parser.link_arguments("model.model", "data.tokenizer")
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        for target, source in _LINKED.items():
+            parser.link_arguments(source, target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
         parser.given = read_given(self._options)
+        for option in parser.given:
+            if (source := _LINKED.get(option.name)) is not None:
+                raise SlzoError(f"{option.name} {option.value!r}: is that of {source} here; leave it out")
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
         super().parse_arguments(parser, args)
