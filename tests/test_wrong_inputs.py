@@ -272,7 +272,7 @@ FILES = {
     "yes.yaml": "data:\n  task:\n    class_path: slzo.tasks.template.TemplateTask\n    init_args: {candidates: [yes, no]}\n",
 }
 CASES = [tuple(line.split(" | ", 1)) for line in WRONG.strip().splitlines()]
-_USUAL = 2  # cases of an option, by the last one that is given; more are exhaustive
+_USUAL = 1  # cases of an option, by the last one that is given; more are exhaustive
 
 
 def cases():
