@@ -1,7 +1,6 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from slzo.commands.registry import COMMANDS
+from slzo.utils.console import is_worker
 from slzo.utils.errors import Interrupted, SlzoError
 from slzo.utils.slurm import PREEMPTION, job_id
 from slzo.version import __version__
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         resumes = "; the same command continues where it stopped" if COMMANDS[args[0]].resumes else ""
-        if "SLZO_WORKER" not in os.environ:  # the process that has started the workers reports it
+        if not is_worker():  # the process that has started the workers reports it
             sys.stderr.write(f"slzo: interrupted{resumes}\n")
         return status
     return 0

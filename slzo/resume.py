@@ -47,11 +47,11 @@ def restore(
     """
     if for_training:
         check_layer_option(options, note)
-    if for_training and note["scope"] != options.scope_settings:
-        changes = differences(note["scope"], options.scope_settings)
-        raise SlzoError(
-            f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
-        )
+        if note["scope"] != options.scope_settings:
+            changes = differences(note["scope"], options.scope_settings)
+            raise SlzoError(
+                f"model.scope: this run and the checkpoint differ ({changes}); resume with the checkpoint's options"
+            )
     check_commit(note, options.model, parts.model.name_or_path)
     subset = options.scope.subset(tuple(note["tensors"]), parts) if for_training else None
     try:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from slzo.experiments.store import CellStore
-from slzo.experiments.workers import is_worker, workers
+from slzo.experiments.workers import workers
+from slzo.utils.console import is_worker
 from slzo.utils.errors import SlzoError
 
 

@@ -72,7 +72,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _place(self, path: str) -> str:
         """Return where the file of a former state is."""
-        return str(best_file(path, self._resumed).absolute()) if path and self._resumed is not None else path
+        assert self._resumed is not None
+        return str(best_file(path, self._resumed).absolute()) if path else path
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state if it is the best one, unless it was rolled back: it no longer has the score."""
@@ -192,9 +193,8 @@ class LastCheckpoint(Checkpoint):
         if folder is None:
             return
         if trainer.global_step == self._first_step and trainer.ckpt_path is not None:
-            self._keep_resumed(
-                trainer
-            )  # there was no step, and Lightning's counts of the restart are not those of a run
+            # without a step, Lightning's counts are those of the restart, and a later resume would miscount
+            self._keep_resumed(trainer)
         elif self._final_step != trainer.global_step:  # another callback has ended the training
             if self._saved_step != trainer.global_step:
                 trainer.save_checkpoint(folder / LAST, weights_only=False)

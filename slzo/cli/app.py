@@ -178,7 +178,7 @@ class SlzoCLI(LightningCLI):
         parser.given = read_given(self._options)
         for option in parser.given:
             if (source := _LINKED.get(option.name)) is not None:
-                raise SlzoError(f"{option.name} {option.value!r}: is that of {source} here; leave it out")
+                raise SlzoError(f"{option.name} {option.value!r}: follows {source} on the command line; leave it out")
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
         super().parse_arguments(parser, args)

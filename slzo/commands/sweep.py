@@ -93,7 +93,7 @@ def sweep(
 
 def _check_dev_rows(rows: TaskRows) -> None:
     """Refuse a sweep without dev rows to compare by."""
-    if rows.reward is None and not any(row.example.gold for row in rows.rows("dev")):
+    if rows.reward is None and not any(row.example.is_labelled for row in rows.rows("dev")):
         what = "none of the dev rows has a label" if rows.rows("dev") else "there are none"
         raise SlzoError(
             f"data.num_dev {rows.num_dev}: trainings are compared on dev rows, and {what}; give labelled ones"

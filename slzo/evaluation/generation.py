@@ -182,9 +182,8 @@ def _generate_padded(
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
-    if (
-        not parts.limits.left_padding and len(set(lengths)) > 1
-    ):  # the model would see padding: run equal lengths together
+    # the model would see padding: run equal lengths together
+    if not parts.limits.left_padding and len(set(lengths)) > 1:
         answers: dict[int, tuple[list[int], int | None]] = {}
         for length in set(lengths):
             rows = [row for row, row_length in enumerate(lengths) if row_length == length]

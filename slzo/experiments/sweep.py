@@ -19,9 +19,8 @@ from slzo.experiments.sweep_report import (
     verdict,
     write_sweep,
 )
-from slzo.experiments.workers import is_worker
 from slzo.report.forecast import duration
-from slzo.utils.console import say
+from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.zo.profile import OutlierProfile
 

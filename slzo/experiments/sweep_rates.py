@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.workers import is_worker
 from slzo.report.score_change import MIN_PROGRESS
-from slzo.utils.console import say
+from slzo.utils.console import is_worker, say
 from slzo.utils.errors import SlzoError
 from slzo.utils.files import write_json
 from slzo.zo.estimators import Estimator

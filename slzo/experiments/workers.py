@@ -8,16 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from slzo.utils.console import warn
+from slzo.utils.console import WORKER, is_worker, warn
 from slzo.utils.errors import SlzoError
-
-_OWN = "SLZO_WORKER"
-"""Environment variable of the processes that :func:`workers` starts."""
-
-
-def is_worker() -> bool:
-    """Whether :func:`workers` of another process started this one, which then writes results of cells only."""
-    return _OWN in os.environ
 
 
 @contextmanager
@@ -47,7 +39,7 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
     cards = visible.split(",") if visible else [str(card) for card in range(torch.cuda.device_count())]
     started = []
     for worker in range(1, number):
-        variables = {_OWN: str(worker), "OMP_NUM_THREADS": str(threads)}
+        variables = {WORKER: str(worker), "OMP_NUM_THREADS": str(threads)}
         if len(cards) > 1:
             variables["CUDA_VISIBLE_DEVICES"] = cards[worker % len(cards)]
         program = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)

@@ -199,8 +199,9 @@ class PrefixCache:
 
     def _allocate(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
         """Reserve ``count`` values: in the current block, in a new one, or, if they are many, in a block of their own."""
-        size = min(_BLOCK_BYTES, self.budget) // dtype.itemsize
-        if count > _LARGEST_SHARE * size:  # the rest of a block that cannot take them would be lost
+        size = max(count, min(_BLOCK_BYTES, self.budget) // dtype.itemsize)
+        # the rest of a block that cannot take them would be lost; torch rounds pinned memory up to powers of two
+        if not pinned and count > _LARGEST_SHARE * size:
             return self._new_block(count, dtype, pinned)
         if self._block is None or self._used + count > self._block.numel():
             self._block, self._used = self._new_block(size, dtype, pinned), 0

@@ -7,6 +7,14 @@ from contextlib import suppress
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """Variables that launchers set before there is a process group."""
 
+WORKER = "SLZO_WORKER"
+"""Environment variable of processes that work on cells for another one, see :mod:`slzo.experiments.workers`."""
+
+
+def is_worker() -> bool:
+    """Whether this process works on cells for another one, which writes and prints the results."""
+    return WORKER in os.environ
+
 
 def is_first_process() -> bool:
     """Whether this process has rank 0."""
