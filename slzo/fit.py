@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoints.note import check_commit
-from slzo.data.balance import majority_share
+from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
 from slzo.evaluation.held_out import HeldOut, score_held_out
 from slzo.experiments.layer_trials import LayerTrials

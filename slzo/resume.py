@@ -14,7 +14,7 @@ from slzo.checkpoints.find import newest_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT, check_commit
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
-from slzo.data.balance import common_candidates
+from slzo.data.classes import common_candidates
 from slzo.models.parts import ModelParts
 from slzo.models.quantization import describe_quantization
 from slzo.report.run_files import ENVIRONMENT_FILE

@@ -14,14 +14,6 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.data.balance import (
-    check_has_classes,
-    classes_of,
-    describe_balance,
-    epochs_for_all,
-    one_class_warning,
-    unlabelled_warning,
-)
 from slzo.data.batch import (
     EvalBatch,
     EvalPlan,
@@ -31,6 +23,10 @@ from slzo.data.batch import (
     train_batch,
 )
 from slzo.data.chat import ChatEncoder
+from slzo.data.classes import (
+    one_class_warning,
+    unlabelled_warning,
+)
 from slzo.data.drawing import draw_from
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
@@ -96,8 +92,6 @@ class TaskRows:
         num_demonstrations: Solved training rows to put before each dev and held-out prompt. This is in-context learning; MeZO
             uses 32. Training batches never contain any.
         max_length: Longest sequence in tokens; longer prompts are cut on the left.
-        balanced: Draw all classes equally often in training; rows of a small class then come several times per epoch.
-            For unequal weights instead, see CandidateCrossEntropy.
         objective: What training minimizes: loss, metric, {OBJECTIVES}, or your
             own Objective; by default Reward with data.reward, otherwise "loss". "loss" is the task's loss (cross-entropy over
             candidates, or the answer's likelihood). "metric" is the task's error (1 - accuracy, or 1 - F1 of generated
@@ -128,7 +122,6 @@ class TaskRows:
         eval_batch_tokens: int | None = None,
         num_demonstrations: int = 0,
         max_length: int = 2048,
-        balanced: bool = False,
         objective: Literal["loss", "metric"] | Objective | None = None,
         reward: str | list[str | dict[str, Any]] | None = None,
         allow_changed_rows: bool = False,
@@ -174,9 +167,6 @@ class TaskRows:
         self.eval_batch_tokens = eval_batch_tokens
         self.num_demonstrations = num_demonstrations
         self.max_length = max_length
-        self.balanced = balanced
-        if balanced:
-            check_has_classes(task)
         self.allow_changed_rows = allow_changed_rows
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
@@ -185,7 +175,7 @@ class TaskRows:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give a whole number")
-        for name in ("skip_bad_rows", "balanced", "allow_changed_rows"):
+        for name in ("skip_bad_rows", "allow_changed_rows"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give true or false")
         for name in _COUNTS:
@@ -258,7 +248,6 @@ class TaskRows:
     def _forget_rows(self) -> None:
         """Encode the rows again when they are used next."""
         self._rows.clear()
-        vars(self).pop("_classes", None)
 
     @property
     def chat_template(self) -> str | None:
@@ -293,7 +282,7 @@ class TaskRows:
 
     def step_settings(self) -> dict[str, Any]:
         """Return the settings that determine the loss of a step: task and objective with arguments, and how batches are drawn."""
-        names = ("seed", "batch_size", "num_train", "balanced")
+        names = ("seed", "batch_size", "num_train")
         return {**self.task_settings, **{name: getattr(self, name) for name in names}}
 
     @property
@@ -442,22 +431,13 @@ class TaskRows:
             SlzoError: There are fewer rows than processes.
         """
         rows, (own_rank, world_size) = self.rows("train"), self.processes.of_rows
-        classes = self._classes if self.balanced else None
         size, seed = self.batch_size if batch_size is None else batch_size, (self.seed or 0) if seed is None else seed
         rank = own_rank if rank is None else rank
         num_tokens = [row.encoded.num_tokens for row in rows] if world_size > 1 else None
-        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, num_tokens, classes, steps_done)
+        sampler = StepBatchSampler(len(rows), size, seed, rank, world_size, num_tokens, steps_done)
         if len(sampler) == 0:
             raise SlzoError(f"data.num_train {len(rows)}: fewer rows than processes; use more rows or fewer devices")
         return sampler
-
-    @cached_property
-    def _classes(self) -> list[int]:
-        """Class of each training row."""
-        examples = [row.example for row in self.rows("train")]
-        classes = classes_of(examples)
-        say(describe_balance(examples, classes))
-        return classes
 
     def train_batch(self, rows: Sequence[Row]) -> TrainBatch:
         """Pack training rows, in the given order."""
@@ -502,11 +482,6 @@ class TaskRows:
         if self.eval_batch_tokens is not None:
             return self.eval_batch_tokens
         return _ACCELERATOR_TOKENS if self.on_accelerator else _CPU_TOKENS
-
-    @property
-    def num_epochs_of_all(self) -> int:
-        """Number of epochs until every training row has been drawn; more than one with ``balanced``."""
-        return epochs_for_all(self._classes) if self.balanced else 1
 
     def evaluator(
         self, parts: ModelParts, logits: Logits | None = None, prompt_states: PromptStates | None = None

@@ -142,28 +142,23 @@ def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
                     chosen = (batch[number] for number in chunk)
                     yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
     if rows.objective.generates:
-        for new in _first_rows(rows):
-            yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in new])
+        for batch in _first_epoch(rows):
+            yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in batch])
 
 
 def training_blocks(rows: TaskRows) -> Iterator[Block]:
-    """Yield the training batches of all processes, with each row only in the first batch that contains it."""
-    for new in _first_rows(rows):
-        yield Block([row.encoded for row in new])
+    """Yield the training batches of the first epoch, of all processes."""
+    for batch in _first_epoch(rows):
+        yield Block([row.encoded for row in batch])
 
 
-def _first_rows(rows: TaskRows) -> Iterator[list[Row]]:
-    """Yield each process's batches in the first epochs until all rows have been drawn, without rows of earlier batches."""
-    training, seen = rows.rows("train"), set[int]()
-    for epoch in range(rows.num_epochs_of_all):
-        for rank in range(rows.processes.of_rows.total):
-            sampler = rows.sampler(rank=rank)
-            for step in range(len(sampler)):
-                numbers = sampler.rows_of_step(epoch * len(sampler) + step)
-                new = [number for number in dict.fromkeys(numbers) if number not in seen]
-                seen.update(new)
-                if new:
-                    yield [training[number] for number in new]
+def _first_epoch(rows: TaskRows) -> Iterator[list[Row]]:
+    """Yield the batches of the first epoch, process by process."""
+    training = rows.rows("train")
+    for rank in range(rows.processes.of_rows.total):
+        sampler = rows.sampler(rank=rank)
+        for step in range(len(sampler)):
+            yield [training[number] for number in sampler.rows_of_step(step)]
 
 
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:

@@ -96,9 +96,8 @@ CHANGES = {
         (None, {"model.max_nonfinite": 5}),
     ],
     "`model.parallel`, `model.device_map`, `model.offload_folder`": [(None, {"model.parallel": "directions"})],
-    "`data.batch_size`, `data.balanced`, `data.objective`, `data.reward`": [
+    "`data.batch_size`, `data.objective`, `data.reward`": [
         (None, {"data.batch_size": 4}),
-        (None, {"data.balanced": True}),
         (None, {"data.objective": "metric"}),
     ],
     "`data.tokens_per_pass`, `data.eval_batch_size`, `data.eval_batch_tokens`": [

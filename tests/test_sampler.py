@@ -6,8 +6,6 @@ from slzo.data.sampler import StepBatchSampler, divide
 
 pytestmark = pytest.mark.fast
 
-CLASSES = {"classes": [0] * 40 + [1] * 7 + [2] * 3}
-
 
 def sampler(done=0, **options):
     return StepBatchSampler(**{"num_rows": 50, "batch_size": 8, "seed": 3, **options}, steps_done=lambda: done)
@@ -19,11 +17,10 @@ def test_every_row_comes_once_per_epoch():
     assert len(drawn) == 7
 
 
-@pytest.mark.parametrize("options", [{}, CLASSES])
 @pytest.mark.parametrize("done", [0, 3, 7, 10])
-def test_a_pass_goes_on_from_the_present_step_across_epochs(options, done):
-    whole = [batch for step in (0, 7, 14) for batch in sampler(step, **options)]
-    resumed = sampler(done, **options)
+def test_a_pass_goes_on_from_the_present_step_across_epochs(done):
+    whole = [batch for step in (0, 7, 14) for batch in sampler(step)]
+    resumed = sampler(done)
     assert list(resumed) == whole[done : done + 7]
     assert len(resumed) == 7
     assert [resumed.rows_of_step(step) for step in (12, 0, 20)] == [whole[step] for step in (12, 0, 20)]
@@ -44,10 +41,9 @@ def test_seed_and_epoch_change_the_order():
     assert list(sampler(seed=4)) != first
 
 
-@pytest.mark.parametrize("options", [{}, CLASSES])
-def test_processes_share_the_rows_of_one_large_batch(options):
-    whole = sampler(**options)
-    parts = [sampler(batch_size=4, rank=rank, world_size=2, **options) for rank in (0, 1)]
+def test_processes_share_the_rows_of_one_large_batch():
+    whole = sampler()
+    parts = [sampler(batch_size=4, rank=rank, world_size=2) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
 
 

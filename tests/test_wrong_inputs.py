@@ -371,6 +371,13 @@ def test_a_name_that_is_a_number_is_found_in_the_file(own_folder, capsys, text, 
     )
 
 
+def test_a_time_without_quotes_is_explained(own_folder, capsys):
+    Path("config.yaml").write_text("trainer:\n  max_time: 12:00:00:00\n")
+    line = error_line(capsys, "fit", "--config=config.yaml")
+    assert "trainer.max_time '2592000': expected text" in line
+    assert "YAML reads a time such as 12:00:00:00 without quotes as a number, so put it in quotes" in line
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [

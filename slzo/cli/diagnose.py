@@ -8,6 +8,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _UNUSABLE = {
     "ReduceLROnPlateau": "it needs a metric at every step, and there is one only after validations; use another scheduler"
 }
 _YAML_WORDS = "; YAML reads yes, no, on and off without quotes as true or false"
+_YAML_TIMES = "; YAML reads a time such as 12:00:00:00 without quotes as a number, so put it in quotes"
 
 
 def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
@@ -214,6 +216,8 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
     read = loaded(value)
     values = read if isinstance(read, list) else [read]
     words = _YAML_WORDS if str in types and any(isinstance(each, bool) for each in values) else ""
+    if timedelta in types and isinstance(read, int):
+        words = _YAML_TIMES
     return f"{name} {shown}: expected {describe_type(hint)}{words}"
 
 

@@ -7,7 +7,6 @@ from math import ceil
 import torch
 from torch.utils.data import BatchSampler
 
-from slzo.data.balance import balanced_order
 from slzo.utils.seeding import derive_seed
 
 
@@ -29,7 +28,6 @@ class StepBatchSampler(BatchSampler):
         rank: Rank of this process.
         world_size: Number of processes.
         num_tokens: Number of tokens of each row; by default all rows count as equally long.
-        classes: Class of each row. An epoch then draws all classes equally often, see :mod:`slzo.data.balance`.
         steps_done: Returns the number of completed steps; called at the start of each pass.
     """
 
@@ -39,7 +37,6 @@ class StepBatchSampler(BatchSampler):
     rank: int = 0
     world_size: int = 1
     num_tokens: Sequence[int] | None = None
-    classes: Sequence[int] | None = None
     steps_done: Callable[[], int] = lambda: 0
     _batches: tuple[int, list[list[int]]] = field(default=(-1, []), init=False, repr=False)
 
@@ -61,11 +58,8 @@ class StepBatchSampler(BatchSampler):
         return self._batches[1][number]
 
     def _make_batches(self, epoch: int) -> list[list[int]]:
-        if self.classes is None:
-            generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
-            order = torch.randperm(self.num_rows, generator=generator).tolist()
-        else:
-            order = balanced_order(self.classes, self.seed, epoch)
+        generator = torch.Generator().manual_seed(derive_seed("epoch", self.seed, epoch))
+        order = torch.randperm(self.num_rows, generator=generator).tolist()
         size = self.batch_size * self.world_size
         batches = (order[number * size : (number + 1) * size] for number in range(len(self)))
         num_tokens = [1] * self.num_rows if self.num_tokens is None else self.num_tokens

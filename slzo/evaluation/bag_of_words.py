@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slzo.data.balance import majority_share
+from slzo.data.classes import majority_share
 from slzo.tasks.base import Example
 
 
