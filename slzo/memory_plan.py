@@ -182,7 +182,7 @@ def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
 
 def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabulary: int) -> Workload:
     """Return the largest passes of training and scoring, and the tokens that are cached."""
-    training = list(training_blocks(data))[: max_steps if max_steps > 0 else None]
+    training = [block for own in training_blocks(data) for block in own[: max_steps if max_steps > 0 else None]]
     largest = max(training, key=lambda block: block.num_tokens).pack()
     scoring = [packed for stage in ("dev", "test") if (packed := _scored(data, stage)) is not None]
     rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)

@@ -26,7 +26,7 @@ from slzo.models.device_map import DeviceMap, DeviceMapChoice
 from slzo.models.engine import DType, Engine
 from slzo.models.parts import ModelParts
 from slzo.models.placement import layer_barrier
-from slzo.models.quantization import Quantization, describe_quantization
+from slzo.models.quantization import Quantization
 from slzo.models.sharded import check_shard_group
 from slzo.models.startup_check import split_and_verify
 from slzo.resume import make_note, restore
@@ -123,6 +123,11 @@ class ZOModule(LightningModule):
             max_nonfinite=max_nonfinite,
             engine=engine,
             optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            quantization=quantization,
+            device_map=device_map,
+            parallel=parallel,
+            trust_remote_code=trust_remote_code,
         )
         scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
@@ -160,7 +165,7 @@ class ZOModule(LightningModule):
             {
                 "model": model,
                 "dtype": dtype,
-                "quantization": describe_quantization(quantization),
+                "quantization": quantization,
                 "scope": self.options.scope.describe(),
                 "estimator": self.options.estimator.describe(),
                 "optimizer": self.options.optimizer.name,
@@ -560,6 +565,11 @@ _KINDS: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "max_nonfinite": (int, "10"),
         "engine": (Engine, "slzo.models.engine.Engine()"),
         "optimizer": ((Callable, NoneType), "torch.optim.AdamW"),
+        "quantization": (str | dict | None, '"int8", or a dictionary with class_path and init_args'),
+        "device_map": (str | dict | None, '"auto"'),
+        "parallel": (int | str, '"rows"'),
+        "lr_scheduler": ((Callable, NoneType), "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)"),
+        "trust_remote_code": (bool, "True"),
     }
 )
 
@@ -572,5 +582,5 @@ def _check_kinds(**given: Any) -> None:
     """
     for option, value in given.items():
         kind, example = _KINDS[option]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise SlzoError(f"model.{option} {value!r}: is a {type(value).__name__}; give one such as {example}")

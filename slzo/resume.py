@@ -16,7 +16,6 @@ from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import START, StepLog, StepLogWriter, StepRecord, read_step_log
 from slzo.data.classes import common_candidates
 from slzo.models.parts import ModelParts
-from slzo.models.quantization import describe_quantization
 from slzo.report.run_files import ENVIRONMENT_FILE
 from slzo.run import Prepared, RunContext
 from slzo.task_rows import TaskRows
@@ -103,7 +102,7 @@ def make_note(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
         "model": options.model,
         "layer_reason": prepared.layer_reason,
         "dtype": options.dtype,
-        "quantization": describe_quantization(options.quantization),
+        "quantization": options.quantization,
         "trust_remote_code": options.trust_remote_code,
         "noise_seed": prepared.stepper.seed,
         "onednn": model.parts.onednn,

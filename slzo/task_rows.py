@@ -175,7 +175,7 @@ class TaskRows:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give a whole number")
-        for name in ("skip_bad_rows", "allow_changed_rows"):
+        for name in ("skip_bad_rows", "allow_changed_rows", "trust_remote_code"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give true or false")
         for name in _COUNTS:

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.options import TrainingOptions
 from slzo.zo.relative_rate import RelativeRate
+from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
 
@@ -112,7 +114,7 @@ def prefix_blocks(rows: TaskRows, held_out: bool = False) -> Iterator[Block]:
     """
     yield from _scored_blocks(rows, "dev")
     if not rows.objective.generates:
-        yield from training_blocks(rows)
+        yield from chain.from_iterable(training_blocks(rows))
     if held_out:
         yield from _scored_blocks(rows, "test")
 
@@ -142,23 +144,31 @@ def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
                     chosen = (batch[number] for number in chunk)
                     yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
     if rows.objective.generates:
-        for batch in _first_epoch(rows):
+        for batch in chain.from_iterable(_first_epoch(rows)):
             yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in batch])
 
 
-def training_blocks(rows: TaskRows) -> Iterator[Block]:
-    """Yield the training batches of the first epoch, of all processes."""
-    for batch in _first_epoch(rows):
-        yield Block([row.encoded for row in batch])
+def training_blocks(rows: TaskRows) -> list[list[Block]]:
+    """Return the training batches of the first epoch, by process."""
+    return [[Block([row.encoded for row in batch]) for batch in batches] for batches in _first_epoch(rows)]
 
 
-def _first_epoch(rows: TaskRows) -> Iterator[list[Row]]:
-    """Yield the batches of the first epoch, process by process."""
+def _first_epoch(rows: TaskRows) -> list[list[list[Row]]]:
+    """Return the rows of the batches of the first epoch, by process."""
     training = rows.rows("train")
-    for rank in range(rows.processes.of_rows.total):
-        sampler = rows.sampler(rank=rank)
-        for step in range(len(sampler)):
-            yield [training[number] for number in sampler.rows_of_step(step)]
+    samplers = [rows.sampler(rank=rank) for rank in range(rows.processes.of_rows.total)]
+    return [
+        [[training[number] for number in sampler.rows_of_step(step)] for step in range(len(sampler))]
+        for sampler in samplers
+    ]
+
+
+def shared_prefix(model: TunedModel, rows: TaskRows) -> SharedPrefix | None:
+    """Return how processes send prefix states to each other; ``None`` if they have no states of training rows to send."""
+    part, span = rows.processes.of_rows, model.span
+    if part.total == 1 or span.start == 0 or rows.objective.generates or not model.engine.share_prefix:
+        return None
+    return SharedPrefix(model.forward, training_blocks(rows), part.number)
 
 
 def make_evaluator(rows: TaskRows, model: TunedModel) -> Evaluator:
@@ -177,6 +187,7 @@ def make_stepper(
         options.step if step is None else step,
         evaluator=make_evaluator(rows, model),
         processes=rows.processes,
+        shared_prefix=shared_prefix(model, rows),
         **{
             "seed": options.noise_seed,
             "sets_rate": options.optimizer.automatic,

@@ -5,8 +5,11 @@ import hashlib
 import json
 import random
 import re
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,9 +31,10 @@ from slzo.utils.assets import WheelFile
 from slzo.utils.errors import SlzoError
 from slzo.zo.closure import ClosureLoss
 from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
+from slzo.zo.estimators.base import estimate_of
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.processes import ALONE
+from slzo.zo.processes import ALONE, Processes
 from slzo.zo.profile import LayerStatistics
 from slzo.zo.scopes import LayerScope, LoRA, ScopeContext
 from slzo.zo.selection import SelectionContext
@@ -106,7 +110,7 @@ class LossAt:
 
 def estimate(estimator, tuned, function, seed=0, step=0, **settings):
     """One estimate from a function of the points."""
-    return estimator.estimate(Request(tuned, LossAt(function), seed, step, **settings))
+    return estimate_of(estimator, Request(tuned, LossAt(function), seed, step, **settings))
 
 
 def flat(gradient):
@@ -486,3 +490,38 @@ def on_processes(number, run):
         return found
 
     return added, [with_sums(rank) for rank in range(number)]
+
+
+def on_grid(rows, directions, run):
+    """What ``run(processes)`` returns on each process of a grid, in threads that add up what they exchange."""
+    number = rows * directions
+    exchanges = {("rows", d): Exchange(rows) for d in range(directions)} | {
+        ("points", r): Exchange(directions) for r in range(rows)
+    }
+    turn = threading.Lock()  # the seed of torch is global
+
+    def process(rank):
+        d, r = rank % directions, rank // directions
+        sums = (partial(exchanges[name].sum, turn=turn) for name in (("rows", d), ("points", r)))
+        with turn:
+            return run(Processes(number, rank, directions, *sums))
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(process, range(number)))
+
+
+class Exchange:
+    """The sum of a tensor over threads, each of which gives up its turn while it waits for the others."""
+
+    def __init__(self, number):
+        self.barrier, self.number, self.parts = threading.Barrier(number, timeout=60), number, {}
+
+    def sum(self, tensor, turn):
+        turn.release()
+        place = self.barrier.wait()
+        self.parts[place] = tensor.clone()
+        self.barrier.wait()
+        total = torch.stack([self.parts[place] for place in range(self.number)]).sum(dim=0)
+        self.barrier.wait()
+        turn.acquire()
+        return total

@@ -151,6 +151,15 @@ class OwnScores(CandidateCrossEntropy):
         return super().losses_from_scores(scores, batch)
 
 
+class Mixin:
+    def row_losses(self, logits, batch, selected):
+        raise NotImplementedError
+
+
+class MixedObjective(Mixin, AnswerLikelihood):
+    pass
+
+
 class OwnObjective(LogitObjective):
     def row_losses(self, logits, batch, selected):
         raise NotImplementedError
@@ -164,6 +173,7 @@ class OwnObjective(LogitObjective):
         (OwnScores(), 1.0),
         (OwnLogits(), None),
         (OwnObjective(), None),
+        (MixedObjective(), None),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -1,12 +1,8 @@
 """Rows and directions divided over processes: what they add up is the step of one. No process is started."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-
 import pytest
 import torch
-from helpers import batch_loss, described, tiny_loss, tiny_model, tune_scope
+from helpers import batch_loss, described, on_grid, tiny_loss, tiny_model, tune_scope
 
 from slzo.models.engine import Engine
 from slzo.module import ZOModule
@@ -208,38 +204,3 @@ def test_the_cost_of_a_step_does_not_depend_on_the_processes(examples):
     assert alone > 2
     for number in (2, 4):
         assert on_grid(1, number, evaluations) == [alone] * number
-
-
-def on_grid(rows, directions, run):
-    """What ``run(processes)`` returns on each process of a grid, in threads that add up what they exchange."""
-    number = rows * directions
-    exchanges = {("rows", d): Exchange(rows) for d in range(directions)} | {
-        ("points", r): Exchange(directions) for r in range(rows)
-    }
-    turn = threading.Lock()  # the seed of torch is global
-
-    def process(rank):
-        d, r = rank % directions, rank // directions
-        sums = (partial(exchanges[name].sum, turn=turn) for name in (("rows", d), ("points", r)))
-        with turn:
-            return run(Processes(number, rank, directions, *sums))
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(process, range(number)))
-
-
-class Exchange:
-    """The sum of a tensor over threads, each of which gives up its turn while it waits for the others."""
-
-    def __init__(self, number):
-        self.barrier, self.number, self.parts = threading.Barrier(number, timeout=60), number, {}
-
-    def sum(self, tensor, turn):
-        turn.release()
-        place = self.barrier.wait()
-        self.parts[place] = tensor.clone()
-        self.barrier.wait()
-        total = torch.stack([self.parts[place] for place in range(self.number)]).sum(dim=0)
-        self.barrier.wait()
-        turn.acquire()
-        return total

@@ -385,6 +385,27 @@ def test_bad_scopes_say_what_is_wrong(kind, options, message):
         tensors_of(kind(**options), tiny_model())
 
 
+def test_linear_maps_of_a_subclass_are_found():
+    """Falcon has a class of its own."""
+
+    class OwnLinear(nn.Linear):
+        pass
+
+    parts = ModelParts(tiny_model())
+    before = [linear.name for linear in linears(parts, LAYER)]
+    for module in parts.layers[LAYER].modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OwnLinear
+    assert [linear.name for linear in linears(parts, LAYER)] == before != []
+
+
+@pytest.mark.parametrize(
+    ("layers", "one"), [([3], True), ((3,), True), ([3, 3], True), ([2, 3], False), ("all", False)]
+)
+def test_any_collection_of_one_layer_is_one_layer(layers, one):
+    assert LayerScope(layers=layers).one_layer is one
+
+
 def test_lora_without_peft_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SlzoError, match=r"needs peft, which is not installed; run: pip install 'slzo\[peft\]'"):

@@ -100,7 +100,7 @@ def test_a_direction_that_is_not_held_is_drawn_once_for_each_use(monkeypatch):
     assert drawn == []
     tuned.write(direction, 1.0)
     assert drawn == ["a", "b"]
-    tuned.accumulate({}, direction, 1.0)
+    tuned.accumulate({}, direction, 1.0, (1e-3, -1e-3))
     assert drawn == ["a", "b"] * 2
 
 

@@ -5,13 +5,15 @@ from functools import partial
 import pytest
 import torch
 from helpers import LossAt, layer_forward, tiny_model, tune_layer
+from torch import nn
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators import SPSA, Request
+from slzo.zo.derivatives import back_propagate
+from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.optim import OptimizerChoice
@@ -20,6 +22,8 @@ from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
 
 pytestmark = pytest.mark.fast
+
+ONES = torch.ones(2, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -108,11 +112,27 @@ def test_a_step_that_is_not_finite_moves_nothing():
             (lambda kind=kind: OptimizerChoice.of(partial(kind, lr=0.1)), f"model.optimizer {kind.__name__}")
             for kind in (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Muon)
         ),
+        (lambda: TunedTensors({"a": ONES, "b": ONES}), "model.scope: 'a' and 'b' are the same tensor"),
+        (lambda: back_propagate(nn.Linear(2, 2), TunedTensors({"a": ONES}), tuple), "tensor 'a' is not a parameter"),
     ],
 )
 def test_bad_options(make, option):
     with pytest.raises(SlzoError, match=option):
         make()
+
+
+def test_a_step_refuses_a_number_of_directions_that_the_estimator_would_ignore():
+    tuned = TunedTensors({"a": ONES.clone()})
+    request = Request(tuned, LossAt(lambda points: ONES[0]), 0, 0, num_queries=4)
+    with pytest.raises(SlzoError, match="model.num_queries 4"):
+        take_step(request, LayerOutputPerturbation(), torch.optim.SGD(tuned.masters))
+
+
+def test_an_optimizer_of_ones_own_may_have_any_name():
+    class Muon(torch.optim.AdamW):
+        pass
+
+    assert OptimizerChoice.of(partial(Muon, lr=0.1)).name == "Muon"
 
 
 def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt(examples, one_token_examples):

@@ -10,6 +10,7 @@ from slzo.module import ZOModule
 from slzo.zo.estimators import ESTIMATORS, SPSA, LayerOutputPerturbation
 from slzo.zo.optim import AUTO_LR
 from slzo.zo.scopes import SCOPES
+from slzo.zo.scopes.base import is_one_layer
 
 # Options of weight perturbations with their defaults; see StepOptions.perturbs_weights.
 _OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "num_queries")}
@@ -39,8 +40,7 @@ def _one_layer(given: Sequence[Given], options: Mapping[str, Any]) -> bool:
         return True
     parameter = inspect.signature(kind).parameters.get("layers")
     usual = getattr(kind, "layers", None) if parameter is None else parameter.default
-    layers = options.get("model.scope.layers", usual)
-    return layers is None or (isinstance(layers, list) and len(set(layers)) == 1)
+    return is_one_layer(options.get("model.scope.layers", usual))
 
 
 def _last_class(name: str, given: Sequence[Given], known: Iterable[type]) -> Any:

@@ -273,7 +273,6 @@ class LayerTrials(Trials):
         Rows and weights are compared by their hashes, since files can change under the same name.
         """
         options, rows = self.options, self.rows
-        names = "batch_size balanced seed"
         described = options.to_dict()
         data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
         return {
@@ -285,7 +284,8 @@ class LayerTrials(Trials):
             **asdict(options.step),
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
-            **{name: getattr(rows, name) for name in names.split()},
+            "batch_size": rows.batch_size,
+            "seed": rows.seed,
             **data.hashes(),
             "weights": Fingerprint.of(self.parts.model).short_hash(),
         }

@@ -21,6 +21,8 @@ class Engine:
         onednn: Run float32 linear layers on the CPU through oneDNN; left out, a short timing decides.
         cache_gb: CPU memory in GiB for hidden states that enter the tuned layer, kept per example.
         cache_dir: Keep them in a memory-mapped file in this folder instead of in memory.
+        share_prefix: With several processes, compute these states of a row in one process and send them to the others; false on
+            slow networks.
 
     Raises:
         SlzoError: If a number is out of range.
@@ -33,6 +35,7 @@ class Engine:
     onednn: bool | None = None
     cache_gb: float = 2.0
     cache_dir: str | None = None
+    share_prefix: bool = True
 
     def __post_init__(self) -> None:
         if self.queries_at_once < 1:

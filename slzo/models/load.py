@@ -17,7 +17,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slzo.models.builtin import BUILTIN_MODELS
 from slzo.models.engine import DType
@@ -25,7 +24,6 @@ from slzo.models.gguf_folder import gguf_to_folder
 from slzo.models.loading_check import check_config_file, check_loading, reason_of
 from slzo.models.quantization import (
     Quantization,
-    describe_quantization,
     method_of_config,
     missing_package,
     quantization_config,
@@ -113,7 +111,7 @@ def load_model(
     name: str,
     dtype: DType = "float32",
     trust_remote_code: bool = False,
-    quantization: Quantization | QuantizationConfigMixin | None = None,
+    quantization: Quantization | None = None,
     device_map: Mapping[str, str] | None = None,
     offload_folder: str | None = None,
     device: torch.device | None = None,
@@ -174,8 +172,7 @@ def _check_quantized(name: str, method: str, quantization: Any) -> None:
     """Check that a quantized model is not quantized again and that its package is installed."""
     if quantization is not None:
         raise SlzoError(
-            f"model.quantization {describe_quantization(quantization)!r}: model {name!r} is already quantized ({method}); leave "
-            "the option out"
+            f"model.quantization {quantization!r}: model {name!r} is already quantized ({method}); leave the option out"
         )
     missing = missing_package(method)
     if missing is not None:

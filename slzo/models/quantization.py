@@ -58,14 +58,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 _PACKAGES = frozenset(preset.package for preset in PRESETS.values())
 
 
-def quantization_config(quantization: Quantization | QuantizationConfigMixin, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     """Return the config to load a model with; ``dtype`` is the type that the model computes in.
 
     Raises:
         SlzoError: If the quantization is unknown, its package is missing, or its arguments are wrong.
     """
-    if isinstance(quantization, QuantizationConfigMixin):
-        return quantization
     preset = PRESETS.get(quantization) if isinstance(quantization, str) else None
     if preset is not None:
         if missing := missing_package(preset.package):
@@ -75,13 +73,6 @@ def quantization_config(quantization: Quantization | QuantizationConfigMixin, dt
     if not isinstance(config, QuantizationConfigMixin):
         raise _error(quantization, f"{type(config).__name__} is not a quantization config of transformers")
     return config
-
-
-def describe_quantization(quantization: Quantization | QuantizationConfigMixin | None) -> Quantization | None:
-    """Return the form of a quantization that checkpoints and options store: primitives only."""
-    if isinstance(quantization, QuantizationConfigMixin):
-        return type(quantization).__name__
-    return quantization
 
 
 def method_of(model: PreTrainedModel) -> str | None:

@@ -1,6 +1,6 @@
 """Exact derivatives with respect to the masters of any module, by back-propagation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from slzo.batches.losses import LossSum
+from slzo.utils.errors import SlzoError
 from slzo.zo.tuned import TunedTensors
 
 _Result = TypeVar("_Result")
@@ -26,10 +27,9 @@ def back_propagate(
     Returns:
         What ``function`` returned, detached, and the gradient of the summed loss for each master, float32.
     """
-    live = {name: tensor.live.detach().requires_grad_() for name, tensor in tuned.items()}
     with torch.enable_grad():
-        total, weight = _call_with(module, tuned, live, function)
-        gradients = torch.autograd.grad(total, list(live.values()), allow_unused=True)
+        (total, weight), live = _call_with_copies(module, tuned, function)
+        gradients = torch.autograd.grad(total, live, allow_unused=True)
     return LossSum(total.detach(), weight.detach()), _pulled_back(tuned, gradients)
 
 
@@ -47,12 +47,11 @@ def vjp(
         The tensor, detached; and a function from the gradient with respect to it, of its shape and dtype, to the gradient of each
         master, float32. It can be called once.
     """
-    live = {name: tensor.live.detach().requires_grad_() for name, tensor in tuned.items()}
     with torch.enable_grad():
-        output = _call_with(module, tuned, live, function)
+        output, live = _call_with_copies(module, tuned, function)
 
     def pull_back(gradient: Tensor) -> dict[str, Tensor]:
-        return _pulled_back(tuned, torch.autograd.grad(output, list(live.values()), gradient, allow_unused=True))
+        return _pulled_back(tuned, torch.autograd.grad(output, live, gradient, allow_unused=True))
 
     return output.detach(), pull_back
 
@@ -65,13 +64,23 @@ def _pulled_back(tuned: TunedTensors, gradients: Sequence[Tensor | None]) -> dic
     }
 
 
-def _call_with(
-    module: nn.Module, tuned: TunedTensors, live: Mapping[str, Tensor], function: Callable[[], _Result]
-) -> _Result:
-    """Call the function with other tensors in place of the live ones."""
+def _call_with_copies(
+    module: nn.Module, tuned: TunedTensors, function: Callable[[], _Result]
+) -> tuple[_Result, list[Tensor]]:
+    """Call the function with views of the live tensors in their place that need a gradient; return its result and the views.
+
+    Raises:
+        SlzoError: A tuned tensor is not a parameter of the module.
+    """
     paths = {id(parameter): name for name, parameter in module.named_parameters()}
-    tensors = {f"module.{paths[id(tensor.live)]}": live[name] for name, tensor in tuned.items() if name in live}
-    return functional_call(_Call(module, function), tensors, ())
+    views: dict[str, Tensor] = {}
+    for name, tensor in tuned.items():
+        if id(tensor.live) not in paths:
+            raise SlzoError(
+                f"model.scope: tensor {name!r} is not a parameter of the model, so it has no gradient; use SPSA"
+            )
+        views[f"module.{paths[id(tensor.live)]}"] = tensor.live.detach().requires_grad_()
+    return functional_call(_Call(module, function), views, ()), list(views.values())
 
 
 class _Call(nn.Module):

@@ -124,7 +124,7 @@ class OptimizerChoice:
         except (ValueError, TypeError) as error:
             raise SlzoError(f"model.optimizer: {error}; correct its init_args") from error
         name = type(probe).__name__
-        if name in _REASONS:
+        if name in _REASONS and f"{type(probe).__module__}.".startswith("torch.optim."):
             raise SlzoError(
                 f"model.optimizer {name}: cannot take a zeroth-order gradient ({_REASONS[name]}); use SGD, Adam, AdamW or "
                 "another torch.optim class"

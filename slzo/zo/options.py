@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.engine import DType, Engine
-from slzo.models.quantization import Quantization, describe_quantization
+from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
@@ -128,7 +128,7 @@ class TrainingOptions:
             )
         if self.quantization is not None:
             raise SlzoError(
-                f"model.quantization {describe_quantization(self.quantization)!r}: quantized layers cannot be divided over "
+                f"model.quantization {self.quantization!r}: quantized layers cannot be divided over "
                 "processes (trainer.strategy sharded); leave it out, or use ddp"
             )
         if self.estimator.differentiates:
@@ -151,7 +151,7 @@ class TrainingOptions:
         return {
             "model": self.model,
             "dtype": self.dtype,
-            "quantization": describe_quantization(self.quantization),
+            "quantization": self.quantization,
             "scope": self.scope_settings,
             "estimator": self.estimator_settings,
             "optimizer": self.optimizer.settings,

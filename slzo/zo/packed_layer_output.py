@@ -25,8 +25,8 @@ _MOST_OF_STATE = 0.1
 _LEAST_SHARE, _LEAST = 1e-3, 1e-12
 
 
-def check_layer_output(parts: ModelParts, span: Span) -> None:
-    """Check that an estimator can perturb the output of the tuned layer.
+def check_layer_output(parts: ModelParts, span: Span, estimator: str) -> None:
+    """Check that an estimator, given by name, can perturb the output of the tuned layer.
 
     Raises:
         SlzoError: Not exactly one layer is tuned, or the loss of a row depends on the other rows of its batch.
@@ -36,13 +36,13 @@ def check_layer_output(parts: ModelParts, span: Span) -> None:
             f"layers {span.start} to {span.stop - 1} are" if span.inside else "tensors outside the decoder layers are"
         )
         raise SlzoError(
-            f"model.estimator LayerOutputPerturbation: perturbs the output of one layer, and {tuned} tuned; use a scope of one "
+            f"model.estimator {estimator}: perturbs the output of one layer, and {tuned} tuned; use a scope of one "
             "layer (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or SPSA"
         )
     config = getattr(parts.model.config, "quantization_config", None)
     if getattr(config, "load_in_8bit", False):
         raise SlzoError(
-            "model.estimator LayerOutputPerturbation: with LLM.int8 (load_in_8bit) the loss of a row depends on the other rows "
+            f"model.estimator {estimator}: with LLM.int8 (load_in_8bit) the loss of a row depends on the other rows "
             "of its batch; use model.quantization int8, nf4 or none, or SPSA"
         )
 
@@ -103,7 +103,7 @@ class PackedLayerOutput(LayerOutput):
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
         self.sums = objective.row_losses(logits, batch, self._selected).sum()
-        # a loss that is no sum over positions says so at any logits
+        # a loss that is not a sum over positions returns None for any logits
         self.by_position = (
             positions == "answer" and not self._selected and objective.position_losses(logits, batch) is not None
         )

@@ -23,6 +23,7 @@ from slzo.zo.optim import halve_rate, reset_state
 from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
+from slzo.zo.shared_prefix import SharedPrefix
 from slzo.zo.step import take_step
 from slzo.zo.tuned_model import TunedModel
 
@@ -89,6 +90,7 @@ class Stepper:
         seed: Seed of the directions, which are drawn from (seed, step, query).
         evaluator: Generates answers, for objectives that need them.
         processes: Processes that share the work of a step.
+        shared_prefix: Sends prefix states of training rows to processes with other rows; ``None`` if each computes its own.
         auto: Automatic step size; ``None`` if numbers are given.
         sets_rate: Whether ``auto`` sets the learning rate; otherwise only ``eps`` is taken from it.
         max_nonfinite: Training ends after this number of steps in a row with an infinite or NaN loss.
@@ -112,13 +114,14 @@ class Stepper:
         seed: int = 0,
         evaluator: Evaluator | None = None,
         processes: Processes = ALONE,
+        shared_prefix: SharedPrefix | None = None,
         auto: AutoRate | None = None,
         sets_rate: bool = False,
         max_nonfinite: int = 10,
         known: Mapping[int, StepRecord] | None = None,
     ) -> None:
         if estimator.perturbs_output:
-            check_layer_output(model.parts, model.span)
+            check_layer_output(model.parts, model.span, estimator.describe())
         self.model = model
         self.objective = objective
         self.estimator = estimator
@@ -126,6 +129,7 @@ class Stepper:
         self.seed, self.max_nonfinite = seed, max_nonfinite
         self.evaluator = evaluator
         self.processes = processes
+        self.shared_prefix = shared_prefix
         self.auto = auto
         self.sets_rate = sets_rate and auto is not None
         self.log: StepLogWriter | None = None
@@ -143,6 +147,8 @@ class Stepper:
         """
         processes, model = self.processes if processes is None else processes, self.model
         reduce = processes.sum_rows if processes.of_rows.total > 1 else identity
+        if self.shared_prefix is not None:
+            self.shared_prefix.fill(batch.packed, reduce, batch.max_tokens)
         context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slzo.utils.errors import one_line
+from slzo.utils.errors import SlzoError, one_line
 from slzo.zo.noise import Noise, gaussian
 from slzo.zo.tensors import KINDS, TunedTensor, Whole
 
@@ -55,6 +55,9 @@ class TunedTensors(nn.Module):
         tensors: The tensors by name; all elements of a plain tensor are tuned.
         subset: Chooses the tensors that a step perturbs; ``None`` for all.
         hold_bytes: Directions of more bytes are drawn again at each use instead of held.
+
+    Raises:
+        SlzoError: A tensor has two names.
     """
 
     def __init__(
@@ -65,6 +68,10 @@ class TunedTensors(nn.Module):
         self.tensors = nn.ModuleList(t if isinstance(t, TunedTensor) else Whole(t) for t in tensors.values())
         self.subset = subset
         self.hold_bytes = hold_bytes
+        first: dict[int, str] = {}
+        for name, tensor in self.items():
+            if (other := first.setdefault(id(tensor.live), name)) != name:
+                raise SlzoError(f"model.scope: {other!r} and {name!r} are the same tensor; name it once")
 
     def items(self) -> Iterator[tuple[str, TunedTensor]]:
         """Iterate over names and tuned tensors."""
@@ -122,16 +129,16 @@ class TunedTensors(nn.Module):
 
     @torch.no_grad()
     def accumulate(
-        self, gradient: dict[str, Tensor], direction: Direction, factor: float, ends: tuple[float, float] | None = None
+        self, gradient: dict[str, Tensor], direction: Direction, factor: float, ends: tuple[float, float]
     ) -> None:
-        """Add ``factor * direction`` to a gradient, in place. The direction may be overwritten.
+        """Add ``factor`` times a direction to a gradient, in place. The direction may be overwritten.
 
-        ``ends`` are the two scales at which the loss was evaluated along the direction. With them, the direction is replaced by
-        the one that the rounded live weights moved along, see :meth:`TunedTensor.applied`.
+        ``ends`` are the two scales at which the loss was evaluated along the direction. The direction is replaced by the one that
+        the rounded live weights moved along, see :meth:`TunedTensor.applied`.
         """
         for name, tensor in self.items():
             if name in direction:
-                moved = direction[name] if ends is None else tensor.applied(direction[name], *ends)
+                moved = tensor.applied(direction[name], *ends)
                 gradient[name] = gradient[name].add_(moved, alpha=factor) if name in gradient else moved.mul_(factor)
 
     def set_grad(self, gradient: Mapping[str, Tensor]) -> None:

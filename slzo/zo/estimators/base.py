@@ -125,9 +125,9 @@ class Loss(ABC):
         """Return loss and gradient at the masters, by back-propagation. The live weights must equal the masters.
 
         Raises:
-            NotImplementedError: The loss has only values. By default always.
+            SlzoError: The loss has only values. By default always.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no gradient")
+        raise SlzoError(f"model.estimator: {type(self).__name__} has no gradient; use SPSA")
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
         """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.
@@ -140,7 +140,7 @@ class Loss(ABC):
             positions: Positions at which the output is estimated; elsewhere it is treated as constant.
 
         Raises:
-            SlzoError: The loss is not a sum over rows, or more than one layer is tuned. By default always.
+            SlzoError: The loss is not a sum over rows. By default always.
         """
         raise SlzoError(
             f"model.estimator: {type(self).__name__} is not a sum over rows of a loss of logits, so a layer's output cannot be "
@@ -247,7 +247,7 @@ class Estimator(ABC):
         """Check that the estimator can work with a number of directions.
 
         Raises:
-            SlzoError: It cannot. By default all settings are accepted.
+            SlzoError: The estimator cannot work with this number. By default every number is accepted.
         """
         return
 
@@ -269,8 +269,9 @@ def estimate_of(estimator: Estimator, request: Request) -> Estimate:
     """Return the estimate of a step.
 
     Raises:
-        SlzoError: The estimator does not return an estimate for the tuned tensors.
+        SlzoError: The estimator cannot work with this number of directions, or does not return an estimate for the tuned tensors.
     """
+    estimator.check(request.num_queries)
     estimate, masters = estimator.estimate(request), request.tuned.named_masters()
     wanted = "an Estimate with numbers, and a float32 gradient by name of the tuned tensor"
     if not isinstance(estimate, Estimate):

@@ -72,7 +72,6 @@ class EvolutionStrategy(Estimator):
             )
 
     def estimate(self, request: Request) -> Estimate:
-        self.check(request.num_queries)
         if self.direction_rank is not None:
             check_has_matrices(request.tuned, "EvolutionStrategy.direction_rank")
         signs = (1, -1) if self.antithetic else (1,)

@@ -28,7 +28,6 @@ class FZOO(Estimator):
             )
 
     def estimate(self, request: Request) -> Estimate:
-        self.check(request.num_queries)
         estimate, losses = one_sided(request, rademacher)
         if estimate.finite:
             spread = statistics.stdev(losses)

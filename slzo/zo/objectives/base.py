@@ -100,6 +100,11 @@ class _CheckedLoss:
         return losses
 
 
+def _place(kind: type, name: str) -> int:
+    """Return the place of the class that defines an attribute in the order in which attributes are looked up."""
+    return next(place for place, owner in enumerate(kind.__mro__) if name in vars(owner))
+
+
 class LogitObjective(Objective):
     """A loss of the logits at the answers' positions. It uses the prefix cache.
 
@@ -111,12 +116,11 @@ class LogitObjective(Objective):
     likelihood_temperature: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Forget what a base class says of its own :meth:`row_losses` if a subclass has another one."""
+        """Reset what a base class says of its own :meth:`row_losses` if this class has another one."""
         super().__init_subclass__(**kwargs)
-        if "row_losses" in vars(cls):
-            for name in ("likelihood_temperature", "position_losses"):
-                if name not in vars(cls):
-                    setattr(cls, name, vars(LogitObjective)[name])
+        for name in ("likelihood_temperature", "position_losses"):
+            if _place(cls, name) > _place(cls, "row_losses"):
+                setattr(cls, name, vars(LogitObjective)[name])
 
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""

@@ -1,9 +1,9 @@
 """The base class of scopes and what a scope can use."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from slzo.batches.packing import PackedBatch
 from slzo.models.adapters import Adapter
@@ -13,6 +13,11 @@ from slzo.zo.tuned import Subset, TunedTensors
 
 Layers = list[int] | Literal["all"] | None
 """Numbers of decoder layers, counted from 0; ``None`` means the dominant layer."""
+
+
+def is_one_layer(layers: Any) -> bool:
+    """Whether the layers of a scope are one layer."""
+    return layers is None or (isinstance(layers, Collection) and layers != "all" and len(set(layers)) == 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Scope(ABC):
     @property
     def one_layer(self) -> bool:
         """Whether the scope is within one decoder layer."""
-        return self.needs_layer or (isinstance(self.layers, list) and len(set(self.layers)) == 1)
+        return is_one_layer(self.layers)
 
     @property
     def num_positions(self) -> int:

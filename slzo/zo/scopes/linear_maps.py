@@ -157,7 +157,8 @@ def linears(parts: ModelParts, layer: int) -> list[Linear]:
     return [
         Linear(f"{parts.layers_path}.{layer}.{name}.weight", name, child, part_of(module, f"{name}.weight"))
         for name, child in module.named_modules()
-        if (type(child) is nn.Linear or type(child) is Conv1D)
+        if isinstance(child, nn.Linear | Conv1D)
+        and child.weight.ndim == 2
         and not name.startswith(experts)
         and not is_router(module, f"{name}.weight")
     ]
