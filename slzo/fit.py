@@ -99,7 +99,8 @@ def prepare(
         state = None if run.checkpoint is None else run.checkpoint.scheduler_state
         options.optimizer.check_schedule(run.planned_steps, state)
     if run.checkpoint is not None:
-        options = _as_trained(options, run.checkpoint)
+        check_layer_option(options, run.checkpoint.note)
+        options = options.with_onednn(run.checkpoint.note["onednn"])
         folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
         check_commit(run.checkpoint.note, options.model, folder)  # before the weights are downloaded
     plan = None
@@ -137,7 +138,7 @@ def choose_layer(
 ) -> tuple[OutlierProfile | None, Choice | None]:
     """Choose the layer to tune: the given one, or the one that the profiler's rule selects.
 
-    A rule may run short trainings; see :func:`make_trials`.
+    A rule may run short trainings; see :func:`_make_trials`.
 
     Returns:
         The profile, ``None`` if none was made, and the choice, ``None`` for scopes without a layer.
@@ -172,14 +173,14 @@ def profile_and_choose(
     Raises:
         SlzoError: The rule finds no layer.
     """
-    profile, choice = profile_model(parts, rows, profiler, make_trials(parts, options, rows, run))
+    profile, choice = profile_model(parts, rows, profiler, _make_trials(parts, options, rows, run))
     say(format_profile(profile))
     if choice.layer < 0:
         raise SlzoError(choice.reason)
     return profile, choice
 
 
-def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> LayerTrials | str:
+def _make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext) -> LayerTrials | str:
     """Return the runner of short trainings for a rule, or a text that says why they cannot run."""
     if not options.scope.needs_layer:
         return f"model.scope {options.scope.describe()} has no dominant layer; choose another rule"
@@ -192,12 +193,6 @@ def make_trials(parts: ModelParts, options: TrainingOptions, rows: TaskRows, run
         return "trainer.fast_dev_run is set; set model.layer"
     options.check_rows(rows)
     return LayerTrials(parts, options, rows, run.planned_steps, run.time)
-
-
-def _as_trained(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
-    """Return the options with the kernels of a checkpoint; refuse options that name another layer."""
-    check_layer_option(options, checkpoint.note)
-    return options.with_onednn(checkpoint.note["onednn"])
 
 
 def _continue(

@@ -132,7 +132,7 @@ class ZOModule(LightningModule):
         scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
-            estimator = LayerOutputPerturbation() if scope.one_layer and not step.perturbs_weights else SPSA()
+            estimator = LayerOutputPerturbation() if scope.one_layer and not step.has_weight_options else SPSA()
         if optimizer is None:
             optimizer = sgd if estimator.along_directions else adamw
         self.options = TrainingOptions(

@@ -35,13 +35,8 @@ from slzo.zo.tuned_model import TunedModel
 
 def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
     """Return the options of model and rows in which all processes of a run must agree, by name, as primitives."""
-    described = options.to_dict()
     own = {
-        **{name: described[name] for name in ("model", "dtype", "quantization")},
-        **flat_settings("scope", described["scope"]),
-        **flat_settings("estimator", described["estimator"]),
-        **flat_settings("optimizer", described["optimizer"]),
-        **asdict(options.step),
+        **options.flat(),
         "layer": options.layer,
         "seed": options.noise_seed,
         "parallel": options.parallel,

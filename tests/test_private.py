@@ -123,6 +123,7 @@ def private_names(code):
     found = [name for name in imported if any(map(is_private, name.split(".")))]
     found += [ast.unparse(node) for node in attributes if node.attr not in own and node.attr not in NAMED_TUPLE]
     found += [name for name in map(named_attribute, nodes) if is_private(name)]
+    found += [node.arg for node in nodes if isinstance(node, ast.keyword) and is_private(node.arg or "")]
     return found
 
 
@@ -144,6 +145,7 @@ def test_no_private_name_outside_of_its_folder():
         "import torch\nhasattr(torch.ops, '_x')",
         "from torch import nn\nnn._x",
         "import transformers\nmodel._x()",
+        "import transformers\nmodel.x(_y=1)",
     ],
 )
 def test_the_check_sees_a_private_name(code):

@@ -124,7 +124,7 @@ def test_bad_options(make, option):
 def test_a_step_refuses_a_number_of_directions_that_the_estimator_would_ignore():
     tuned = TunedTensors({"a": ONES.clone()})
     request = Request(tuned, LossAt(lambda points: ONES[0]), 0, 0, num_queries=4)
-    with pytest.raises(SlzoError, match="model.num_queries 4"):
+    with pytest.raises(SlzoError, match=r"model\.num_queries 4"):
         take_step(request, LayerOutputPerturbation(), torch.optim.SGD(tuned.masters))
 
 

@@ -12,7 +12,7 @@ from slzo.zo.optim import AUTO_LR
 from slzo.zo.scopes import SCOPES
 from slzo.zo.scopes.base import is_one_layer
 
-# Options of weight perturbations with their defaults; see StepOptions.perturbs_weights.
+# Options of weight perturbations with their defaults; see StepOptions.has_weight_options.
 _OF_WEIGHTS = {f"model.{name}": inspect.signature(ZOModule).parameters[name].default for name in ("eps", "num_queries")}
 
 

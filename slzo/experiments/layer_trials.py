@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from slzo.training import (
     uses_auto,
 )
 from slzo.utils.sampling_error import standard_error
-from slzo.utils.settings import flat_settings
 from slzo.zo.auto_step import HALF, AutoRate, AutoStep
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import LogitObjective
@@ -273,15 +272,10 @@ class LayerTrials(Trials):
         Rows and weights are compared by their hashes, since files can change under the same name.
         """
         options, rows = self.options, self.rows
-        described = options.to_dict()
         data = DataFingerprint.of(rows.encoder.tokenizer, {split: rows.rows(split) for split in ("train", "dev")})
         return {
-            **{name: described[name] for name in ("model", "dtype", "quantization")},
+            **options.flat(),
             **rows.task_settings,
-            **flat_settings("scope", described["scope"]),
-            **flat_settings("estimator", described["estimator"]),
-            **flat_settings("optimizer", described["optimizer"]),
-            **asdict(options.step),
             "eps": options.step.eps or "auto",
             "noise_seed": options.noise_seed,
             "batch_size": rows.batch_size,

@@ -151,7 +151,8 @@ def masked_attention(
         query: Queries, shape (N, heads, queries, head_dim).
         key: Keys, shape (N, key_value_heads, keys, head_dim); key_value_heads divides heads.
         value: Values, shaped like ``key``; their head_dim may differ.
-        mask: Boolean, broadcastable to (N, heads, queries, keys), ``True`` where attention is allowed; ``None`` is causal.
+        mask: Boolean, broadcastable to (N, heads, queries, keys), ``True`` where attention is allowed; ``None``
+            is causal, for as many queries as keys.
         scaling: Factor of the scores; ``None`` for 1/sqrt(head_dim).
         softcap: Bound of the scores, ``softcap * tanh(scores / softcap)``; ``None`` for no bound.
         sinks: Scores of a key without a value that every query sees, broadcastable to (N, heads, queries, 1).

@@ -57,3 +57,9 @@ def refusal(model: PreTrainedModel, reason: str) -> SlzoError:
         f"model.model: architecture {type(model).__name__} is not supported: {reason}; use a causal language model such as "
         "Llama, Qwen, Mistral, OPT, GPT-2, GPT-NeoX, Gemma or Phi-3 (docs/families.md lists those that work)"
     )
+
+
+def layer_of(name: str, path: str) -> int | None:
+    """Return the decoder layer that a tensor is in, given by its name; ``None`` outside of the layers at ``path``."""
+    number = name.removeprefix(f"{path}.").partition(".")[0]
+    return int(number) if name.startswith(f"{path}.") and number.isdecimal() else None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slzo.models.attention import VIRTUAL_ARGUMENT
+from slzo.models.decoder_layers import layer_of
 from slzo.models.device_map import DISK, DeviceMapChoice, LayerPlaces
 from slzo.models.engine import DType
 from slzo.models.load import load_model
@@ -85,10 +86,10 @@ class DevicePlacement(Placement):
                 self._add_hooks(number)
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        start = f"{self.places.path}."
+        path = self.places.path
         for name, parameter in model.named_parameters():
-            number, _, inside = name.removeprefix(start).partition(".")
-            yield name, self._weights[int(number)][inside] if parameter.is_meta else parameter
+            number = layer_of(name, path) if parameter.is_meta else None
+            yield name, parameter if number is None else self._weights[number][name.removeprefix(f"{path}.{number}.")]
 
     def _add_hooks(self, number: int) -> None:
         from accelerate.hooks import AlignDevicesHook

@@ -19,7 +19,7 @@ class FinalNorm:
     """How the final norm treats a state, as measured from outside.
 
     Attributes:
-        gain: By what it multiplies each channel, shape (width,), float32.
+        gain: Factor of each channel, shape (width,), float32.
         centers: Whether it subtracts the mean of the channels first, as LayerNorm does and RMSNorm does not.
     """
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
+
+from slzo.private.models import cached_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,11 +93,4 @@ class OriginalWeights:
             return {}
 
     def _find(self, name: str) -> str | None:
-        return cached_file(
-            self.source,
-            name,
-            local_files_only=True,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        return cached_path(self.source, name)

@@ -7,6 +7,7 @@ each layer. The original model is never modified.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -192,10 +193,10 @@ class ModelParts:
         final = self.run(batch, start, self.num_layers, hidden)
         return self.head(final.index_select(0, batch.needed), token_ids)
 
-    def _view(self, start: int, stop: int, norm: bool, plain: bool) -> _View:
+    def _view(self, start: int, stop: int, norm: bool, derivatives: bool) -> _View:
         if not 0 <= start <= stop <= self.num_layers:
             raise ValueError(f"layers {start} to {stop} are not within 0 and {self.num_layers}")
-        plain = plain or not self.onednn
+        plain = derivatives or not self.onednn
         norm = norm or stop < self.num_layers
         if (start, stop, norm, plain) not in self._views:
             inject = Inject(self.layers[start - 1], self._outputs[0]) if start > 0 else None
@@ -261,15 +262,10 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
 def _inspect_outputs(model: PreTrainedModel, layer: nn.Module, stack: nn.Module) -> tuple[int, type[ModelOutput]]:
     """Return the length of a decoder layer's output tuple, 0 if it returns no tuple, and the class of the decoder's output."""
     seen: dict[nn.Module, Any] = {}
-    handles = [
-        module.register_forward_hook(lambda module, _inputs, output: seen.update({module: output}))
-        for module in (layer, stack)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in (layer, stack):
+            hooks.enter_context(module.register_forward_hook(lambda module, _, output: seen.update({module: output})))
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     returned, output = seen[layer], seen[stack]
     hidden = returned[0] if isinstance(returned, tuple | list) else returned
     if hidden.shape[:2] != (1, 2):

@@ -96,7 +96,7 @@ class ShardGroup:
 
 @contextmanager
 def _lost_processes() -> Iterator[None]:
-    """Raise what a failed exchange raises as DistError, which no other failure of a forward pass is."""
+    """Turn the errors of a failed exchange into DistError, to tell them from other errors of a forward pass."""
     try:
         yield
     except DistError:

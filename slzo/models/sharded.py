@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from slzo.models.decoder_layers import find_decoder_layers
+from slzo.models.decoder_layers import find_decoder_layers, layer_of
 from slzo.models.engine import DType
 from slzo.models.load import load_model
 from slzo.models.placement import Placement, place, placement_of
@@ -65,14 +65,8 @@ class ShardedLayers(Placement):
             self._layers[number].give_back()
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        start = f"{self._path}."
-
-        def layer_of(named: tuple[str, Tensor]) -> int:
-            number = named[0].removeprefix(start).partition(".")[0]
-            return int(number) if named[0].startswith(start) else -1
-
-        for number, named in groupby(model.named_parameters(), layer_of):
-            if number < 0:
+        for number, named in groupby(model.named_parameters(), lambda named: layer_of(named[0], self._path)):
+            if number is None:
                 yield from named
                 continue
             names = [name for name, _ in named]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from slzo.private.models import attention_of, model_from_config
+from slzo.private.models import attention_of, has_single_layer_sizes, model_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +153,7 @@ def _shrink(config: PretrainedConfig) -> None:
         if isinstance(value, PretrainedConfig):
             _shrink(value)
     # sizes that differ in single layers; config fields cannot be read while these are set
-    single = {} if "_heterogeneity_spec" not in before else config.to_dict().get("per_layer_config") or {}
+    single = (config.to_dict().get("per_layer_config") if has_single_layer_sizes(config) else None) or {}
     if single:
         config.per_layer_config = None
     num_layers = _shrink_layers(config, before)

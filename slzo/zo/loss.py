@@ -9,7 +9,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum
+from slzo.batches.losses import LogitLoss
+from slzo.batches.packing import PackedBatch
 from slzo.data.batch import Row, TrainBatch
 from slzo.evaluation.decoding import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
@@ -145,22 +146,22 @@ class BatchLogitLoss(_SummedLoss):
         context = self.context
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
         gradient: dict[str, Tensor] = {}
-        for piece in self._pieces():
-            found, of_piece = back_propagate(context.forward.parts.model, context.tuned, piece)
+        for piece, states in self._pieces():
+            run = partial(context.forward.loss, piece, states, self.objective)
+            found, of_piece = back_propagate(context.forward.parts.model, context.tuned, run)
             sums += torch.stack(found)
             _add(gradient, of_piece)
         return self._mean(sums, gradient)
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        context, entering = self.context, self.hidden
+        context = self.context
         forward, model = context.forward, context.forward.parts.model
         start, stop = forward.span.start, forward.span.stop
-        pieces = self.batch.packed.cut(self.batch.max_tokens)
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
         gradient: dict[str, Tensor] = {}
         # the tuned layer runs forward and backward once, which costs about three passes of it
         evaluations = 3 / (forward.parts.num_layers - start)
-        for piece, states in zip(pieces, split_states(entering, pieces), strict=True):
+        for piece, states in self._pieces():
             run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
             hidden, pull_back = vjp(model, context.tuned, run)
             output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions, self.batch.max_tokens)
@@ -178,11 +179,10 @@ class BatchLogitLoss(_SummedLoss):
         mean = {name: own.div_(sums[1]) for name, own in zip(gradient, summed, strict=True)}
         return float(sums[0] / sums[1]), mean
 
-    def _pieces(self) -> Iterator[Callable[[], LossSum]]:
-        """Yield functions that compute the loss of parts of the batch at the live weights."""
+    def _pieces(self) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+        """Return the parts of the batch that run in one forward pass, with their states."""
         pieces = self.batch.packed.cut(self.batch.max_tokens)
-        for piece, states in zip(pieces, split_states(self.hidden, pieces), strict=True):
-            yield partial(self.context.forward.loss, piece, states, self.objective)
+        return zip(pieces, split_states(self.hidden, pieces), strict=True)
 
 
 def _add(gradient: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
@@ -213,7 +213,7 @@ class RowsLoss(_SummedLoss):
     def sums(self, points: Sequence[Point]) -> Tensor:
         context, batch, samples = self.context, self.batch, self.at_points.samples
         rows, sampling = self.at_points.of(batch.rows, context.seed, context.step)
-        keys = Sampling(sampling.temperature, sampling.keys * len(points)) if sampling.temperature > 0 else None
+        keys = None if sampling is None else Sampling(sampling.temperature, sampling.keys * len(points))
         answers = context.answers(points, [rows] * len(points), keys)
         losses = self.losses([answer for own in answers for answer in own], rows * len(points))
         totals = [sum(losses[start : start + len(rows)]) / samples for start in range(0, len(losses), len(rows))]
@@ -234,6 +234,7 @@ class RowsLoss(_SummedLoss):
         context, batch = self.context, self.batch
         self.sampling.check()
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
+        assert keys is not None  # the check refuses a temperature of 0
         answers, states = context.sampled_answers(batch.rows, rows, keys)
         losses = self.losses(answers, rows)
         device = batch.packed.gold.device

@@ -1,4 +1,4 @@
-"""Estimates the memory of a run before its model is loaded."""
+"""Arithmetic of a memory plan: sizes in, bytes by purpose out."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

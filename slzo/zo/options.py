@@ -10,7 +10,7 @@ from slzo.models.quantization import Quantization
 from slzo.private.modules import has_onednn_linear
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import global_seed
-from slzo.utils.settings import constructor_settings
+from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.estimators import Estimator
 from slzo.zo.optim import OptimizerChoice
 from slzo.zo.processes import Parallel
@@ -145,6 +145,17 @@ class TrainingOptions:
         found = {**self.to_dict(), **asdict(self.step), "noise_seed": seed, "layer": layer}
         del found["model"]
         return dict(json.loads(json.dumps(found, default=str)))
+
+    def flat(self) -> dict[str, Any]:
+        """Return the options of :meth:`to_dict` and the step's by dotted name, such as ``scope.rank``."""
+        described = self.to_dict()
+        return {
+            **{name: described[name] for name in ("model", "dtype", "quantization")},
+            **flat_settings("scope", described["scope"]),
+            **flat_settings("estimator", described["estimator"]),
+            **flat_settings("optimizer", described["optimizer"]),
+            **asdict(self.step),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that the steps depend on, primitives only, for step logs and result folders."""

@@ -25,11 +25,12 @@ MOST_LOGITS = 2**24
 
 @dataclass(frozen=True)
 class AnswerSampling:
-    """How answers to training rows are sampled for a policy gradient.
+    """How answers to training rows are sampled.
 
     Attributes:
         samples: Answers per row.
-        temperature: Divides the logits, > 0. The gradient is that of the expected loss at this temperature.
+        temperature: Divides the logits; 0 takes the likeliest tokens. A policy gradient is that of the expected loss at this
+            temperature.
     """
 
     samples: int = 4
@@ -39,7 +40,7 @@ class AnswerSampling:
         """Check that a policy gradient follows from such answers.
 
         Raises:
-            SlzoError: It does not.
+            SlzoError: There are fewer than two answers to a row, or they are not sampled.
         """
         if self.samples < 2:
             raise SlzoError(
@@ -52,9 +53,11 @@ class AnswerSampling:
                 "leave it out, or use model.estimator SPSA"
             )
 
-    def of(self, rows: Sequence[Row], seed: int, step: int) -> tuple[list[Row], Sampling]:
-        """Repeat each row for its answers, and return the random numbers of all answers."""
+    def of(self, rows: Sequence[Row], seed: int, step: int) -> tuple[list[Row], Sampling | None]:
+        """Repeat each row for its answers; also return how these are sampled, ``None`` for the likeliest tokens."""
         repeated = [row for row in rows for _ in range(self.samples)]
+        if self.temperature == 0:
+            return repeated, None
         keys = (sample_key(seed, step, row.example.id, number % self.samples) for number, row in enumerate(repeated))
         return repeated, Sampling(self.temperature, tuple(keys))
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,15 +188,10 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
     passes = 0
     parts.prepare()  # runs the model, so it must come before the hooks
     for batch in batches:
-        handles = [
-            layer.register_forward_hook(_recorder(index, found[index], parts, batch))
-            for index, layer in enumerate(parts.layers)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for index, layer in enumerate(parts.layers):
+                hooks.enter_context(layer.register_forward_hook(_recorder(index, found[index], parts, batch)))
             parts.run(batch, 0, parts.num_layers)
-        finally:
-            for handle in handles:
-                handle.remove()
         passes += 1
     return [_average(index, sequences) for index, sequences in enumerate(found)], passes
 

@@ -49,11 +49,10 @@ class ReplayedLoss(Loss):
 
     Args:
         record: The recorded step.
-        device: Device of the returned losses.
     """
 
-    def __init__(self, record: StepRecord, device: torch.device) -> None:
-        self._record, self._device = record, device
+    def __init__(self, record: StepRecord) -> None:
+        self._record = record
         self.losses: list[float] = []
 
     def at(self, points: Sequence[Point]) -> Tensor:
@@ -70,4 +69,4 @@ class ReplayedLoss(Loss):
                 "the log of these steps; remove it"
             )
         self.losses += losses
-        return torch.tensor(losses, dtype=torch.float32, device=self._device)
+        return torch.tensor(losses, dtype=torch.float32)

@@ -55,7 +55,7 @@ class StepOptions:
             raise SlzoError(f"model.num_queries {self.num_queries}: must be 1 to {_MAX_QUERIES} directions per step")
 
     @property
-    def perturbs_weights(self) -> bool:
+    def has_weight_options(self) -> bool:
         """Whether an option is given that only perturbations of weights have."""
         return self.eps is not None or self.num_queries != 1
 
@@ -184,7 +184,7 @@ class Stepper:
             counted = replace(self.processes, sum_rows=rows, sum_points=points)
             loss: RecordedLoss | ReplayedLoss = RecordedLoss(self.loss(batch, step, counted))
         else:
-            loss = ReplayedLoss(known, self.model.parts.model.device)
+            loss = ReplayedLoss(known)
         at_once = self.processes.directions * self.model.queries_at_once(self.options.num_queries)
         request = Request(tensors, loss, self.seed, step, eps, self.options.num_queries, at_once)
         measure_update = measure_update and 4 * tensors.num_elements <= tensors.hold_bytes

@@ -1,7 +1,7 @@
 """The ways to tune one of a model's tensors: all of its elements, some of them, or a low-rank subspace.
 
 Each class maps a float32 master to the model's own (live) tensor. Directions, gradients and optimizer states have the shape of
-the master. ``tangent`` and ``pull_back`` map to and from the shape of the live tensor.
+the master.
 """
 
 from abc import ABC, abstractmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 from slzo.batches.packing import Block, PackedBatch
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.models.adapters import Adapter, adapter_from_dict
+from slzo.models.decoder_layers import layer_of
 from slzo.models.engine import Engine
 from slzo.models.fingerprint import Fingerprint
 from slzo.models.full_precision import FullPrecision
@@ -304,9 +305,8 @@ def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
 
 def _layers_of(parts: ModelParts, names: Iterable[str]) -> list[int]:
     """Return the decoder layers of some tensors, given by name."""
-    start = f"{parts.layers_path}."
-    found = {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
-    return sorted(int(layer) for layer in found if layer.isdecimal() and int(layer) < parts.num_layers)
+    found = {layer_of(name, parts.layers_path) for name in names}
+    return sorted(layer for layer in found if layer is not None and layer < parts.num_layers)
 
 
 def _check_plain(tensors: TunedTensors) -> None:

@@ -65,7 +65,7 @@ def loss_of(objective: Objective, batch: TrainBatch, context: LossContext) -> Lo
 
 
 def _checked(objective: Objective, method: str, found: object, points: torch.Size, batch: PackedBatch) -> RowLosses:
-    """Return what a method returned, or raise SlzoError if it is no loss and weight of each example."""
+    """Return what a method returned, or raise SlzoError if it is not a loss and a weight for each example."""
     shapes = (*points, batch.num_examples), (batch.num_examples,)
     if not isinstance(found, RowLosses) or tuple(part.shape for part in found) != shapes:
         wanted = "RowLosses with a total for each point and example, and a weight for each example"

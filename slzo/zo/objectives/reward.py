@@ -121,11 +121,11 @@ class _RewardLoss(RowsLoss):
         rewarded = self.objective.rewards(inputs, all_or_none=True)
         places = {key: place for place, key in enumerate(distinct)}
         numbers = [places[key] for key in keys]
-        self._report = _report(rewarded, numbers, [answer.num_tokens for answer in answers])
+        self._report = _summarized(rewarded, numbers, [answer.num_tokens for answer in answers])
         return [-rewarded.totals[number] for number in numbers]
 
 
-def _report(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:
+def _summarized(rewarded: RewardResult, numbers: Sequence[int], num_tokens: Sequence[int]) -> LossReport:
     """Summarize the rewards of the answers ``numbers``, which have ``num_tokens`` tokens each."""
     totals = [rewarded.totals[number] for number in numbers]
     values: dict[str, float] = {}

@@ -1,6 +1,7 @@
 """Records the inputs of linear maps on some prompts."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,10 +30,8 @@ def record_inputs(parts: ModelParts, modules: Sequence[nn.Module], batches: Sequ
         return hook
 
     for batch in batches:
-        handles = [m.register_forward_pre_hook(recorder(number, batch)) for number, m in enumerate(modules)]
-        try:
+        with ExitStack() as hooks:
+            for number, module in enumerate(modules):
+                hooks.enter_context(module.register_forward_pre_hook(recorder(number, batch)))
             plain.run(batch, 0, plain.num_layers)
-        finally:
-            for handle in handles:
-                handle.remove()
     return [torch.cat(pieces) for pieces in recorded]

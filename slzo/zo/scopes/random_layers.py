@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from slzo.models.decoder_layers import layer_of
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
 from slzo.utils.seeding import derive_seed
@@ -37,12 +38,11 @@ class RandomLayers(Scope):
 
     def subset(self, names: Sequence[str], parts: ModelParts) -> Subset:
         count = max(1, round(self.fraction * parts.num_layers))
-        layers = f"{parts.layers_path}."
-        owner = {name: int(name.removeprefix(layers).split(".")[0]) for name in names if name.startswith(layers)}
+        owner = {name: layer_of(name, parts.layers_path) for name in names}
 
         def choose(seed: int, step: int) -> list[str]:
             kept = set(random.Random(derive_seed(seed, step, "layers")).sample(range(parts.num_layers), count))
-            return [name for name in names if name not in owner or owner[name] in kept]
+            return [name for name in names if owner[name] is None or owner[name] in kept]
 
         return choose
 
