@@ -91,16 +91,16 @@ def profile_model(
     notes += [note for note in (choice.note, of_bos) if note]
     margin = choice.margin if choice.margin is not None and math.isfinite(choice.margin.errors) else None
     profile = OutlierProfile(
-        choice.layer,
-        choice.reason,
-        len(sequences),
-        passes,
-        tuple(layers),
-        choice.title,
-        None if margin is None else margin.errors,
-        "" if margin is None else margin.description,
-        tuple(notes),
-        choice.thresholds,
+        dominant_layer=choice.layer,
+        rule=choice.reason,
+        num_sequences=len(sequences),
+        num_forward_passes=passes,
+        layers=tuple(layers),
+        title=choice.title,
+        margin=None if margin is None else margin.errors,
+        margin_reason="" if margin is None else margin.description,
+        notes=tuple(notes),
+        thresholds=choice.thresholds,
     )
     return _same_everywhere(profile, choice, rows.processes)
 

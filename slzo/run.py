@@ -80,5 +80,4 @@ class Prepared:
 
     def identity(self) -> dict[str, str | int | None]:
         """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
-        base = self.model.base
-        return {**self.data.hashes(), "weights": None if base is None else base.short_hash(), "layer": self.model.layer}
+        return {**self.data.hashes(), "weights": self.model.base.short_hash(), "layer": self.model.layer}

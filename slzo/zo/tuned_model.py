@@ -42,11 +42,11 @@ class TunedModel:
         parts: The model, including the modules of the adapter.
         tensors: Masters of the tuned tensors.
         scope: Class and arguments of the scope, primitives only.
+        base: Fingerprint of the model before the adapter was added.
         adapter: The modules that the scope added; ``None`` if there are none.
         layer: The dominant layer; ``None`` if the scope needs none.
         engine: How losses are computed. ``packed`` and ``onednn`` are not used here; ``parts`` has its own.
         cache: Prefix cache of an earlier tuned model on the same rows. It is used if its states enter the same layer.
-        base: Fingerprint of the model before the adapter was added; ``None`` if unknown.
         full_precision: The quantized linear maps that full-precision ones replace while they are tuned.
         moved_layers: Layers that were moved to the model's main device while they are tuned.
     """
@@ -56,11 +56,12 @@ class TunedModel:
         parts: ModelParts,
         tensors: TunedTensors,
         scope: Mapping[str, Any],
+        base: Fingerprint,
+        *,
         adapter: Adapter | None = None,
         layer: int | None = None,
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
-        base: Fingerprint | None = None,
         full_precision: FullPrecision | None = None,
         moved_layers: Sequence[int] = (),
     ) -> None:
@@ -76,7 +77,7 @@ class TunedModel:
         # an adapter's tensors are not in the base model, and dequantized values depend on the processor
         comparable = adapter is None and (full_precision is None or not full_precision.dequantized)
         live = {name: tensor.live for name, tensor in self.tensors.items()} if comparable else {}
-        self.base = None if base is None else base.with_tuned(live)
+        self.base = base.with_tuned(live)
         self.span = span = Span.of(parts, self.tensors)
         if cache is None or cache.start != span.start:
             cache = PrefixCache(span.start, engine.cache_gb, engine.cache_dir)
@@ -119,7 +120,18 @@ class TunedModel:
             adapted = _add_adapter(plain, adapter, undo)
             tensors = tensors_of(scope, replace(context, parts=adapted))
             _check_plain(tensors)
-            model = cls(adapted, tensors, settings, adapter, layer, engine, cache, base, full_precision, moved)
+            model = cls(
+                adapted,
+                tensors,
+                settings,
+                base,
+                adapter=adapter,
+                layer=layer,
+                engine=engine,
+                cache=cache,
+                full_precision=full_precision,
+                moved_layers=moved,
+            )
             undo.pop_all()
             return model
 
@@ -154,8 +166,17 @@ class TunedModel:
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
             )
-            scope, layer = description["scope"], description["layer"]
-            model = cls(adapted, tensors, scope, adapter, layer, engine, None, base, full_precision, moved)
+            model = cls(
+                adapted,
+                tensors,
+                description["scope"],
+                base,
+                adapter=adapter,
+                layer=description["layer"],
+                engine=engine,
+                full_precision=full_precision,
+                moved_layers=moved,
+            )
             model._check_base(description)
             undo.pop_all()
             return model
@@ -167,7 +188,7 @@ class TunedModel:
             "adapter": None if self.adapter is None else self.adapter.to_dict(),
             "tensors": self.tensors.description(),
             "layer": self.layer,
-            "base": {} if self.base is None else self.base.to_dict(),
+            "base": self.base.to_dict(),
         }
 
     def check(self, description: Mapping[str, Any]) -> None:
@@ -184,8 +205,7 @@ class TunedModel:
 
     def _check_base(self, description: Mapping[str, Any]) -> None:
         """Compare the base models. A description without a fingerprint passes."""
-        if self.base is not None:
-            self.base.check(description.get("base", {}))
+        self.base.check(description.get("base", {}))
 
     def fits(self, description: Mapping[str, Any]) -> bool:
         """Return whether a description is equal to this model's, including bases and masks. The base model is not compared."""
