@@ -16,6 +16,7 @@ from slzo.callbacks.run_context import run_context, steps_per_epoch
 from slzo.callbacks.schedule import callback_of, check_interval, check_precision, folder_of
 from slzo.callbacks.time_limit import TimeLimit
 from slzo.checkpoints.checkpoint import Checkpoint, changed_options, read_checkpoint
+from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.checkpoints.note import checkpoint_note
 from slzo.data.batch import EvalBatch, TrainBatch
 from slzo.data.fingerprint import check_tokenizer, hash_tokenizer
@@ -192,14 +193,14 @@ class ZOModule(LightningModule):
         call ``trainer.fit(ZOModule(...), datamodule=rows, ckpt_path=path)`` instead.
 
         Args:
-            checkpoint_path: Checkpoint of a run.
+            checkpoint_path: Checkpoint or folder of a run, or last or best of the newest run in runs.
             options: Options of :class:`ZOModule`; model, dtype and quantization are those of the checkpoint by default. To tune
                 further, give scope, estimator and optimizer.
 
         Raises:
             SlzoError: The checkpoint cannot be read, or its model needs code that is not trusted.
         """
-        start = read_checkpoint(checkpoint_path)
+        start = find_checkpoint(checkpoint_path, RUNS)
         if start.note["trust_remote_code"] and not options.get("trust_remote_code"):
             raise SlzoError(
                 f"checkpoint_path {start.path!r}: model {start.note['model']!r} runs its own code; if you trust it, give "

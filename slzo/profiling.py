@@ -127,7 +127,7 @@ def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
         text = Path(options.text_file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SlzoError(
-            f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start})"
+            f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
     lines = [line for line in text.splitlines() if line.strip()]
     return rows.text_batches(lines[: options.num_sequences])

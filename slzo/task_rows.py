@@ -139,7 +139,7 @@ class TaskRows:
             task = get_task(str(task))
         check_name(task.name)
         self.task = task
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name = None if tokenizer is None else str(tokenizer)
         self._follows_model = tokenizer is None
         self.loss: LogitLoss = LOSS_OBJECTIVES[self.task.kind]()
         self.objective, self.reward = choose_objective(self.task, objective, reward)

@@ -182,12 +182,12 @@ def test_states_of_a_lower_layer_are_carried_to_the_next_one(options):
 def test_sensitivity_is_the_mean_slope(options):
     """Compared with a plain loop over the whole model, with the same directions."""
     trials = trials_of(options)
-    found = trials.sensitivity(2, directions=20, seed=5, num_rows=8)
-    rows = next(trials.rows.training_batches(5, 8)).packed
+    found = trials.sensitivity(2, directions=20, seed=5)
+    rows = next(trials.rows.training_batches(5, 16)).packed
     tuned, eps = tune(trials.parts, trials.options, trials.rows, 2).tensors, 1e-3
     slopes = []
     with torch.no_grad():
-        for query in range(20):
+        for query in range(found.directions):
             losses = []
             for sign in (1, -1):
                 tuned.write(tuned.draw(5, 0, query), sign * eps)
@@ -197,21 +197,19 @@ def test_sensitivity_is_the_mean_slope(options):
             slopes.append(abs(losses[0] - losses[1]) / (2 * eps))
     slopes = torch.tensor(slopes)
     assert found.mean == pytest.approx(float(slopes.mean()), rel=1e-2)
-    assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(20)), rel=2e-2)
+    assert found.standard_error == pytest.approx(float(slopes.std() / math.sqrt(len(slopes))), rel=2e-2)
 
 
-def test_a_sensitivity_ends_when_its_error_is_small_enough(options):
+def test_a_sensitivity_ends_when_its_error_is_small_enough(options, monkeypatch):
     trials = trials_of(options)
-
-    def measure(directions=20, max_error=0.0):
-        return trials.sensitivity(2, directions=directions, seed=5, num_rows=8, max_error=max_error)
-
-    assert measure().directions == 20
-    assert measure(max_error=1.0).directions == 8
-    found = measure(max_error=0.25)
-    assert 8 <= found.directions <= 20
+    monkeypatch.setattr(layer_trials, "_MAX_ERROR", 0.0)
+    assert trials.sensitivity(2, 20, 5).directions == 20
+    monkeypatch.setattr(layer_trials, "_MAX_ERROR", 1.0)
+    assert trials.sensitivity(2, 20, 5).directions == 8
+    monkeypatch.undo()
+    found = trials.sensitivity(2, 20, 5)
     assert found.directions == 20 or found.standard_error < 0.25 * found.mean
-    assert measure(found.directions) == found
+    assert trials.sensitivity(2, found.directions, 5) == found
 
 
 def test_divergence_is_reported(options):
@@ -234,7 +232,7 @@ def test_trials_train_on_the_objective_of_fit(options):
 
 # ---- the layer sweep -------------------------------------------------------------------------------------------------------
 
-SWEEP = ["--steps=3", "--output=swept", "--directions=20", "--num_rows=8"]
+SWEEP = ["--steps=3", "--output=swept", "--directions=20"]
 ONLY = "--steps=0"
 
 
@@ -285,7 +283,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(options, capsys, m
 
 @pytest.mark.slow
 def test_a_sensitivity_may_be_followed_by_trainings_of_one_length(options, capsys):
-    common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]"]
+    common = ["sweep", *options, "--output=swept", "--layers=[1]"]
     assert main([*common, ONLY]) == 0
     assert "no layer was trained" in capsys.readouterr().out
     assert all(row["loss"] == "" for row in sweep_csv())
@@ -337,8 +335,8 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
         (["--layers=[9]"], r"layers 9: the model has 4 decoder layers"),
         (["--layers=1"], r"layers '1': expected a list like \[1, 2\] or null"),
         (["--layers=[]"], r"layers \[\]: give at least one layer"),
-        (["--max_error=-1"], r"max_error -1.0: give a share"),
         (["--directions=3"], r"directions 3: .*at least 20"),
+        (["--directions=0", "--steps=0"], r"steps 0, directions 0: leave nothing to do"),
         (["--steps=-1"], r"steps -1"),
         (["--seeds=[]"], r"seeds \[\]"),
         (["--seconds=0"], r"seconds 0.0: give a number above 0"),
@@ -355,7 +353,10 @@ def test_bad_sweep_options(options, capsys, extra, message):
 
 @pytest.mark.pictures
 def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(options, capsys):
-    assert main(["sweep", *options, *SWEEP, "--layers=[1,3]", "--seconds=0.2"]) == 0
+    """And without the sensitivity."""
+    plan = ["--steps=3", "--output=swept", "--directions=0", "--layers=[1,3]", "--seconds=0.2"]
+    assert main(["sweep", *options, *plan]) == 0
+    assert {row["sensitivity"] for row in sweep_csv()} == {""}
     content = json.loads(Path("swept/sweep.json").read_text())
     assert set(content["curves"]) == {"1", "3"}
     for curve in content["curves"].values():
@@ -374,7 +375,7 @@ def test_a_sweep_for_a_time_compares_after_the_same_steps_and_the_same_time(opti
 
 @pytest.mark.slow
 def test_a_sweep_for_a_time_and_one_for_steps_share_no_trainings(options, capsys):
-    common = ["sweep", *options, "--output=swept", "--num_rows=8", "--layers=[1]", "--steps=2"]
+    common = ["sweep", *options, "--output=swept", "--layers=[1]", "--steps=2"]
     assert main([*common, ONLY, "--seconds=1"]) == 0  # no training, no time
     assert not Path("swept/sweep_curves.png").exists()
     assert main(common) == 0

@@ -322,9 +322,10 @@ def test_a_checkpoint_of_code_that_is_not_trusted_is_refused(model_dir, data_dir
     with pytest.raises(SlzoError, match=r"'nope\.ckpt'"):
         ZOModule.load_from_checkpoint("nope.ckpt")
     fitted(model_dir, data_dir, LayerScope())
+    assert ZOModule.load_from_checkpoint("last").options.model == str(model_dir)
     content = slzo.module.read_checkpoint(last_checkpoint())
     content.note["trust_remote_code"] = True
-    monkeypatch.setattr(slzo.module, "read_checkpoint", lambda path: content)
+    monkeypatch.setattr(slzo.module, "find_checkpoint", lambda *_: content)
     with pytest.raises(SlzoError, match="if you trust it, give trust_remote_code=True"):
         ZOModule.load_from_checkpoint(last_checkpoint())
 

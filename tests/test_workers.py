@@ -66,7 +66,7 @@ def test_workers_run_the_command_and_end_with_it(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_sweep_with_two_workers_has_the_results_of_one(options):
-    common = ["sweep", *options, "--num_rows=8", "--directions=20", "--layers=[1,2]", "--steps=2"]
+    common = ["sweep", *options, "--directions=20", "--layers=[1,2]", "--steps=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, own in (("one", []), ("two", ["--workers=2"]), ("worker", [])):
         environment |= {"SLZO_WORKER": "1"} if name == "worker" else {}

@@ -9,8 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slzo.models.placement import layer_barrier
 from slzo.module import ZOModule
 from slzo.utils.console import say
-from slzo.utils.errors import SlzoError
-from slzo.utils.files import check_writable, replacing
+from slzo.utils.files import output_file, replacing
 from slzo.utils.runtime import gather_from_processes
 
 
@@ -25,14 +24,8 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, output: str | None = None) -> None:
-        self.output = output
+        self.output = None if output is None else output_file(output, "predictions.jsonl")
         self._records: list[tuple[int, dict[str, Any]]] = []
-        if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-            raise SlzoError(
-                f"output {output!r}: not a file in an existing folder; give a path such as predictions.jsonl"
-            )
-        if output is not None:
-            check_writable(output)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted prediction left."""
@@ -50,7 +43,7 @@ class PredictionWriter(Callback):
             layer_barrier(pl_module.parts.model)
         records, self._records = gather_from_processes(self._records), []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = folder / "predictions.jsonl" if self.output is None else Path(self.output).expanduser()
+        path = folder / "predictions.jsonl" if self.output is None else self.output
         if not trainer.is_global_zero:
             return
         with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

@@ -88,8 +88,9 @@ def find_checkpoint(ckpt_path: str | Path, root: str | Path, to_continue: bool =
         SlzoError: There is none, or it cannot be used.
     """
     if str(ckpt_path) in NAMES:
-        ckpt_path = named_checkpoint(str(ckpt_path), root)
-        return read_checkpoint(ckpt_path)
+        return read_checkpoint(named_checkpoint(str(ckpt_path), root))
+    if not str(ckpt_path):
+        raise SlzoError("ckpt_path '': is empty; give a checkpoint, the folder of a run, last or best")
     path = Path(ckpt_path).expanduser()
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path, str(path)) if to_continue else checkpoint_of_run(path)

@@ -29,9 +29,9 @@ def check_config_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SlzoError(f"{option}: not UTF-8 text ({error.reason} at byte {error.start}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SlzoError(f"{option}: not YAML ({one_line(error, None)})") from error
+        raise SlzoError(f"{option}: not YAML ({one_line(error, None)}); correct it there") from error
     except OSError as error:
-        raise SlzoError(f"{option}: cannot be read ({error.strerror})") from error
+        raise SlzoError(f"{option}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if content is None:
         raise SlzoError(f"{option}: holds no options; add some, such as `model: {{eps: 1e-3}}`, or leave out --config")
     if not isinstance(content, dict):

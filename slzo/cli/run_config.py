@@ -28,7 +28,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     if option_values(args, *CONFIG_OPTIONS):
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
-    if runs and (config := Path(runs[-1]) / CONFIG_FILE).is_file():
+    if runs and (config := Path(runs[-1]).expanduser() / CONFIG_FILE).is_file():
         return [_checked(config, args), *args]
     checkpoints = option_values(args, "--ckpt_path")
     if not checkpoints:

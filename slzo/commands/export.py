@@ -1,7 +1,5 @@
 """``slzo export``."""
 
-from pathlib import Path
-
 from slzo.checkpoints.find import RUNS, find_checkpoint
 from slzo.export import FORMATS, ExportOptions, export_checkpoint
 from slzo.utils.console import say
@@ -31,7 +29,7 @@ def export(
         private: Make the repository of push_to_hub a private one.
         trust_remote_code: Run model code that comes with a Hub repository.
     """
-    checkpoint = find_checkpoint(Path(ckpt_path).expanduser(), RUNS)
+    checkpoint = find_checkpoint(ckpt_path, RUNS)
     options = ExportOptions(output, format, base_model, push_to_hub, private, trust_remote_code)
     with disk_errors():
         done = export_checkpoint(checkpoint, options)

@@ -7,6 +7,7 @@ from slzo.report.page import write_report
 from slzo.report.run_files import REPORT_FILE, read_run
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import output_file
 
 
 def report(runs: list[str], output: str | None = None) -> None:
@@ -21,12 +22,10 @@ def report(runs: list[str], output: str | None = None) -> None:
     """
     if not runs:
         raise SlzoError("runs: is empty; give one or more run folders, such as slzo report runs/version_0")
-    output = str(Path(output).expanduser()) if output else output
-    if output is not None and (not output or Path(output).is_dir()):
-        raise SlzoError(f"output {output!r}: not a file; give a file such as --output report.html")
+    given = None if output is None else output_file(output, "report.html")
     folders = [Path(run).expanduser() for run in runs]
     read = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    path = Path(output or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE)
+    path = given or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE
     write_report(read, path)
     say(f"Report     {path}")
 

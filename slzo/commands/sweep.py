@@ -5,7 +5,7 @@ from typing import Literal
 from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sweep import sweep_layers
-from slzo.experiments.sweep_plan import MAX_ERROR, NUM_ROWS, SweepPlan
+from slzo.experiments.sweep_plan import SweepPlan
 from slzo.experiments.sweep_rates import check_rates, plan_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
@@ -26,8 +26,6 @@ def sweep(
     steps: int = 120,
     seeds: list[int] | None = None,
     directions: int = 20,
-    num_rows: int = NUM_ROWS,
-    max_error: float = MAX_ERROR,
     seconds: float | None = None,
     workers: int = 1,
     output: str | None = None,
@@ -42,14 +40,12 @@ def sweep(
     Args:
         app: Trainer, model and rows; the model's scope is tuned in each layer.
         layers: Layers to train, counted from 0; by default all. The sensitivity is measured in all layers.
-        lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 to
-            30 times of it.
+        lrs: Learning rates to compare in the chosen layer; auto tries seven around the configured or measured one, from 1/30 of
+            it to 30 times it.
         eps: Perturbation sizes to compare; by default the configured one. Without lrs each is tried with seven rates.
         steps: Steps of each training; 0 only measures the sensitivity of the layers.
         seeds: Seeds of each layer or rate; by default that of seed_everything.
-        directions: Largest number of random directions for the sensitivity of a layer, at least 20.
-        num_rows: Training rows for the sensitivity.
-        max_error: The measurement of a layer ends when its standard error is below this share of it; 0 uses all directions.
+        directions: Largest number of random directions for the sensitivity of a layer, at least 20; 0 does not measure it.
         seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The verdict and
             sweep_curves.png then cover both steps and seconds.
         workers: Processes on this machine that divide the trainings, the processor's cores and the GPUs.
@@ -66,9 +62,7 @@ def sweep(
         if layers is not None or seconds is not None:
             raise SlzoError("lrs, eps: compare rates in one layer; leave out layers and seconds")
         check_rates(lrs, eps, steps, own_seeds, options.estimator)
-    plan = SweepPlan(
-        None if layers is None else tuple(layers), steps, own_seeds, directions, num_rows, seconds, max_error
-    )
+    plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, directions, seconds)
     with disk_errors(), worker_processes(workers):
         parts, rows = app.load()
         options.check_rows(rows)

@@ -54,6 +54,9 @@ _MEASURING = 25
 _LOGITS = 2.7
 # With fewer directions the estimated standard error is unreliable.
 _LEAST_DIRECTIONS = 8
+_MAX_ERROR = 0.25
+SENSITIVITY_ROWS = 16
+"""Number of training rows that the sensitivity is measured on."""
 
 
 @dataclass(frozen=True)
@@ -237,21 +240,19 @@ class LayerTrials(Trials):
                 rate = float(f"{measured.rate(optimizer, self.options.estimator):.1g}")
             return rate, measured.eps
 
-    def sensitivity(
-        self, layer: int, *, directions: int, seed: int, num_rows: int, max_error: float = 0.0
-    ) -> Sensitivity:
-        """Measure the sensitivity of one layer along random directions, on the first ``num_rows`` training rows of a run.
+    def sensitivity(self, layer: int, directions: int, seed: int) -> Sensitivity:
+        """Measure the sensitivity of one layer along random directions, on the first :data:`SENSITIVITY_ROWS` training rows.
+
+        The measurement ends when the standard error is below a quarter of the mean, after 8 directions at the earliest.
 
         Args:
             layer: Decoder layer, counted from 0.
             directions: Largest number of directions.
             seed: Seed of directions and rows; both are the same for every layer.
-            num_rows: Number of rows; the loss is their mean.
-            max_error: Stop after at least 8 directions when the standard error is below this share of the mean.
         """
         self._carry_prefix(layer)
         eps = self.options.step.eps or _SENSITIVITY_EPS
-        batch = next(self.rows.training_batches(seed, num_rows)).to(self.parts.model.device)
+        batch = next(self.rows.training_batches(seed, SENSITIVITY_ROWS)).to(self.parts.model.device)
         slopes: list[float] = []
         error = None
         with self._tuned(layer) as model, torch.no_grad():
@@ -261,7 +262,7 @@ class LayerTrials(Trials):
                 high, low = loss.at([Point(z, eps), Point(z, -eps)]).tolist()
                 slopes.append(abs(high - low) / (2 * eps))
                 error = standard_error(slopes)
-                enough = error is not None and error < max_error * statistics.fmean(slopes)
+                enough = error is not None and error < _MAX_ERROR * statistics.fmean(slopes)
                 if enough and len(slopes) >= _LEAST_DIRECTIONS:
                     break
         return Sensitivity(statistics.fmean(slopes), math.nan if error is None else error, len(slopes))

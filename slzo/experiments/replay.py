@@ -16,7 +16,7 @@ from slzo.training import load_parts, restored_rate
 from slzo.utils.console import say
 from slzo.utils.environment import device_name
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import check_writable
+from slzo.utils.files import output_file
 from slzo.utils.settings import differences
 from slzo.zo.options import TrainingOptions
 from slzo.zo.stepper import Stepper
@@ -61,12 +61,10 @@ def replay_run(
             f"trainer.accelerator: run {run!r} was trained on {trained_on}, and random directions differ on "
             f"{device_name(device)}; replay it on {trained_on}"
         )
-    output = folder / "checkpoints" / f"{REPLAYED}step={number}.ckpt" if output is None else output
-    if (given := Path(output)).is_file() and not given.name.startswith(REPLAYED):
-        raise SlzoError(
-            f"output {str(given)!r}: exists, and a replayed checkpoint cannot be continued; give another path"
-        )
-    check_writable(output)
+    name = f"{REPLAYED}step={number}.ckpt"
+    path = output_file(folder / "checkpoints" / name if output is None else output, name)
+    if path.is_file() and not path.name.startswith(REPLAYED):
+        raise SlzoError(f"output {output!r}: exists, and a replayed checkpoint cannot be continued; give another path")
     start = read_checkpoint(folder / START)
     is_named = options.layer is not None and options.scope.needs_layer
     layer = options.layer if is_named else start.note["layer"]
@@ -82,8 +80,8 @@ def replay_run(
         stepper.model.tensors.load(first)
     masters = _take_steps(stepper, options, log, number)
     note = {**start.note, **stepper.state_dict()}
-    write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, output)
-    say(f"Checkpoint {output}, the tuned weights after {number} steps")
+    write_checkpoint({**start.content, "global_step": number, "slzo": note, "state_dict": masters}, path)
+    say(f"Checkpoint {path}, the tuned weights after {number} steps")
 
 
 def _number_of_steps(log: StepLog, requested: int | None, run: str) -> int:

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slzo.experiments.layer_trials import LayerTrials
+from slzo.experiments.layer_trials import SENSITIVITY_ROWS, LayerTrials
 from slzo.experiments.store import CellStore
-from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
+from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan, sensitivity_cell, training_cell
 from slzo.experiments.sweep_report import (
     curves_verdict,
     format_rows,
@@ -40,8 +40,6 @@ def sweep_layers(
         )
     settings = trials.settings() | {
         "directions": plan.directions,
-        "num_rows": plan.num_rows,
-        "max_error": plan.max_error,
         "steps": plan.steps or None,
         "seconds": plan.seconds if plan.steps else None,
         "seed_of_sensitivity": plan.seeds[0],
@@ -68,33 +66,28 @@ def run_cells(trials: LayerTrials, store: CellStore, plan: SweepPlan) -> None:
     """Compute all cells together with the other processes on the same folder, lowest layer first."""
     num_layers, options = trials.parts.num_layers, trials.options
     cost = trials.cost(trials.num_dev)
+    measured = range(num_layers if plan.directions else 0)
     work = {
-        sensitivity_cell(layer): 2.0 * plan.directions * plan.num_rows * cost.layers(layer)
-        for layer in range(num_layers)
+        sensitivity_cell(layer): 2.0 * plan.directions * SENSITIVITY_ROWS * cost.layers(layer) for layer in measured
     }
     evaluations = options.estimator.evaluations(options.step.num_queries)
     rows = evaluations * plan.steps * trials.rows.batch_size + trials.num_dev
     if plan.seconds is not None:  # all trainings cost the same, about twice the sensitivity of layer 0
-        work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), 2 * work[sensitivity_cell(0)])
+        each = 4.0 * MIN_DIRECTIONS * SENSITIVITY_ROWS * cost.layers(0)
+        work |= dict.fromkeys((training_cell(*training) for training in plan.trainings), each)
     else:
         work |= {training_cell(layer, seed): rows * cost.layers(layer) for layer, seed in plan.trainings}
 
     def sensitivity(layer: int) -> dict[str, Any]:
-        measured = trials.sensitivity(
-            layer,
-            directions=plan.directions,
-            seed=plan.seeds[0],
-            num_rows=plan.num_rows,
-            max_error=plan.max_error,
-        )
+        found = trials.sensitivity(layer, plan.directions, plan.seeds[0])
         if layer == num_layers - 1:  # it used few rows, and the trainings begin at a lower layer again
             trials.clear_prefix()
-        return asdict(measured)
+        return asdict(found)
 
     def train(layer: int, seed: int) -> dict[str, Any]:
         return asdict(trials.run(layer, steps=plan.steps, seed=seed, seconds=plan.seconds))
 
-    cells = {sensitivity_cell(layer): partial(sensitivity, layer) for layer in range(num_layers)}
+    cells = {sensitivity_cell(layer): partial(sensitivity, layer) for layer in measured}
     cells |= {training_cell(*training): partial(train, *training) for training in plan.trainings}
     store.complete(cells, _Clock(work, store).tick)
 

@@ -8,10 +8,6 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.scopes.base import check_layer
 
 MIN_DIRECTIONS = 20
-NUM_ROWS = 16
-"""Default number of training rows that the sensitivity is measured on."""
-MAX_ERROR = 0.25
-"""Default relative standard error of a sensitivity at which the measurement stops."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +18,8 @@ class SweepPlan:
         layers: Layers to train; ``None`` for all. The sensitivity is measured in all layers of the model.
         steps: Steps of each training; 0 measures only the sensitivity.
         seeds: Seeds; each layer is trained once with each.
-        directions: Largest number of random directions for the sensitivity.
-        num_rows: Number of training rows that the sensitivity is measured on.
+        directions: Largest number of random directions for the sensitivity; 0 does not measure it.
         seconds: Training time of each layer, without scoring; layers that finish their steps earlier continue until then.
-        max_error: Relative standard error of a sensitivity at which no more directions are drawn.
 
     Raises:
         SlzoError: An option is out of range.
@@ -35,22 +29,18 @@ class SweepPlan:
     steps: int
     seeds: tuple[int, ...]
     directions: int
-    num_rows: int
     seconds: float | None = None
-    max_error: float = MAX_ERROR
 
     def __post_init__(self) -> None:
-        if self.directions < MIN_DIRECTIONS:
+        if self.directions != 0 and self.directions < MIN_DIRECTIONS:
             raise SlzoError(
-                f"directions {self.directions}: too few for a reliable mean; give at least {MIN_DIRECTIONS} random directions"
+                f"directions {self.directions}: too few for a reliable mean; give at least {MIN_DIRECTIONS} directions, or "
+                "0 to measure no sensitivity"
             )
-        for name, value, least in (("steps", self.steps, 0), ("num_rows", self.num_rows, 1)):
-            if value < least:
-                raise SlzoError(f"{name} {value}: must be at least {least}")
-        if not 0 <= self.max_error < math.inf:
-            raise SlzoError(
-                f"max_error {self.max_error}: give a share of the sensitivity such as 0.25, or 0 for all directions"
-            )
+        if self.steps < 0:
+            raise SlzoError(f"steps {self.steps}: must be at least 0")
+        if self.steps == 0 and self.directions == 0:
+            raise SlzoError("steps 0, directions 0: leave nothing to do; give one of them")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise SlzoError(
                 f"seconds {self.seconds}: give a number above 0, or leave it out to end each training after its steps"

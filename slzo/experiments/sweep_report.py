@@ -29,7 +29,7 @@ class LayerResult:
 
     Attributes:
         layer: Decoder layer, counted from 0.
-        sensitivity: Mean of |L+ - L-| / (2 eps) before training.
+        sensitivity: Mean of |L+ - L-| / (2 eps) before training; NaN if it was not measured.
         sensitivity_se: Standard error of the sensitivity.
         outlier_ratio: Largest magnitude of the layer's output, divided by the median.
         seeds: Number of finished trainings.
@@ -67,7 +67,8 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     rows = []
     for measured in profile.layers:
         layer = measured.index
-        sensitivity = Sensitivity(**store.result(sensitivity_cell(layer)))
+        found = store.result(sensitivity_cell(layer)) if plan.directions else None
+        sensitivity = None if found is None else Sensitivity(**found)
         names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
         trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]
@@ -76,8 +77,8 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
         rows.append(
             LayerResult(
                 layer=layer,
-                sensitivity=sensitivity.mean,
-                sensitivity_se=sensitivity.standard_error,
+                sensitivity=math.nan if sensitivity is None else sensitivity.mean,
+                sensitivity_se=math.nan if sensitivity is None else sensitivity.standard_error,
                 outlier_ratio=measured.ratio,
                 seeds=len(trials),
                 loss_before=trials[0].scores[0].loss if trials else None,
@@ -190,9 +191,10 @@ def format_rows(rows: Sequence[LayerResult]) -> str:
         elif row.diverged:
             trained = "  diverged         -             -"
         mark = "  <- dominant" if row.dominant else ""
-        lines.append(
-            f"{row.layer:5d}{row.sensitivity:11.4g} ({row.sensitivity_se:.2g}){row.outlier_ratio:17.4g}  {trained}{mark}"
+        sensitivity = (
+            "-".rjust(11) if math.isnan(row.sensitivity) else f"{row.sensitivity:11.4g} ({row.sensitivity_se:.2g})"
         )
+        lines.append(f"{row.layer:5d}{sensitivity}{row.outlier_ratio:17.4g}  {trained}{mark}")
     return "\n".join(lines)
 
 
@@ -210,7 +212,8 @@ def write_sweep(
     with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
+        # NaN is not equal to itself
+        writer.writerows({k: "" if v is None or v != v else v for k, v in asdict(row).items()} for row in rows)
     content: dict[str, Any] = {
         "verdict": sentence,
         "plan": asdict(plan),

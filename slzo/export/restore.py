@@ -48,4 +48,7 @@ def load_values(tuned_model: TunedModel, checkpoint: Checkpoint) -> None:
 
 
 def _misfit(checkpoint: Checkpoint, error: Exception) -> SlzoError:
-    return SlzoError(f"ckpt_path {checkpoint.path!r}: does not fit model {checkpoint.note['model']!r} ({error})")
+    return SlzoError(
+        f"ckpt_path {checkpoint.path!r}: does not fit model {checkpoint.note['model']!r} ({error}); use the model that it was "
+        "trained with"
+    )

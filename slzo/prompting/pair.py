@@ -245,7 +245,9 @@ def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:
         adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = one_line(error)
-        raise SlzoError(f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason})") from error
+        raise SlzoError(
+            f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason}); give the right one with --base_model"
+        ) from error
     if adapted.active_peft_config.is_prompt_learning:
         raise _virtual_tokens_error(source)
     return adapted

@@ -80,6 +80,19 @@ def check_writable(path: str | Path) -> None:
         raise _cannot_write(path, error) from error
 
 
+def output_file(path: str | Path, example: str) -> Path:
+    """Return the path of a file that a command will write, given as its option ``output``.
+
+    Raises:
+        SlzoError: It is not a file, or cannot be written.
+    """
+    found = Path(path).expanduser()
+    if not str(path) or found.is_dir():
+        raise SlzoError(f"output {str(path)!r}: not a file; give one such as {example}")
+    check_writable(found)
+    return found
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, UTF-8; see :func:`replacing`."""
     with replacing(path) as partial:
