@@ -39,6 +39,7 @@ from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
+from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.runtime import peak_memory_gb
 from slzo.utils.settings import differences
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
@@ -114,22 +115,23 @@ class ZOModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
-        _check_kinds(
-            scope=scope,
-            estimator=estimator,
-            layer=layer,
-            eps=1.0 if eps == "auto" else eps,
-            num_queries=num_queries,
-            seed=seed,
-            max_nonfinite=max_nonfinite,
-            engine=engine,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            quantization=quantization,
-            device_map=device_map,
-            parallel=parallel,
-            trust_remote_code=trust_remote_code,
-        )
+        given = {
+            "scope": scope,
+            "estimator": estimator,
+            "layer": layer,
+            "eps": 1.0 if eps == "auto" else eps,
+            "num_queries": num_queries,
+            "optimizer": optimizer,
+            "lr_scheduler": lr_scheduler,
+            "quantization": quantization,
+            "device_map": device_map,
+            "seed": seed,
+            "parallel": parallel,
+            "engine": engine,
+            "max_nonfinite": max_nonfinite,
+            "trust_remote_code": trust_remote_code,
+        }
+        check_kinds("model", _KINDS, given)
         scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
@@ -554,34 +556,22 @@ def _data_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"data.{name}": value for name, value in settings.items()}
 
 
-# kind and example of options that are used before TrainingOptions checks the rest
-_KINDS: Mapping[str, tuple[Any, str]] = MappingProxyType(
+# types of the options that are used before TrainingOptions checks the rest
+_KINDS: Kinds = MappingProxyType(
     {
-        "scope": (Scope | None, "slzo.zo.scopes.LayerScope()"),
-        "estimator": (Estimator | None, "slzo.zo.estimators.SPSA()"),
-        "layer": (int | None, "11"),
-        "eps": (int | float, "1e-3, or auto"),
-        "num_queries": (int, "1"),
-        "seed": (int | None, "0"),
-        "max_nonfinite": (int, "10"),
-        "engine": (Engine, "slzo.models.engine.Engine()"),
-        "optimizer": ((Callable, NoneType), "torch.optim.AdamW"),
-        "quantization": (str | dict | None, '"int8", or a dictionary with class_path and init_args'),
-        "device_map": (str | dict | None, '"auto"'),
-        "parallel": (int | str, '"rows"'),
-        "lr_scheduler": ((Callable, NoneType), "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)"),
-        "trust_remote_code": (bool, "True"),
+        "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
+        "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
+        "layer": (int | None, "a whole number, or None for the dominant layer"),
+        "eps": (int | float, "a number, or auto"),
+        "num_queries": (int, "a whole number"),
+        "optimizer": ((Callable, NoneType), "a class of torch.optim, or functools.partial of one"),
+        "lr_scheduler": ((Callable, NoneType), "functools.partial of a class of torch.optim.lr_scheduler"),
+        "quantization": (str | dict | None, 'a name such as "int8", or a dictionary with class_path and init_args'),
+        "device_map": (str | dict | None, 'a name such as "auto", or a dictionary of devices by module'),
+        "seed": (int | None, "a whole number"),
+        "parallel": (int | str, "rows, directions, or a number of processes"),
+        "engine": (Engine, "one such as slzo.models.engine.Engine()"),
+        "max_nonfinite": (int, "a whole number"),
+        "trust_remote_code": (bool, "true or false"),
     }
 )
-
-
-def _check_kinds(**given: Any) -> None:
-    """Check the kinds of options.
-
-    Raises:
-        SlzoError: An option has a value of another kind.
-    """
-    for option, value in given.items():
-        kind, example = _KINDS[option]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise SlzoError(f"model.{option} {value!r}: is a {type(value).__name__}; give one such as {example}")

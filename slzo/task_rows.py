@@ -47,6 +47,7 @@ from slzo.tasks.registry import TASKS, get_task
 from slzo.utils.console import say, warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.errors import SlzoError
+from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.seeding import global_seed
 from slzo.utils.settings import constructor_settings, flat_settings
 from slzo.zo.objectives import LOSS_OBJECTIVES, OBJECTIVES, Objective
@@ -62,7 +63,15 @@ _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
 # Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
 _PROMPTS, _PROMPT_TOKENS = 16, 4096
-_COUNTS = ("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length")
+# Smallest values of the whole numbers.
+_LEAST = {
+    **{f"num_{split}": least for split, least in (("train", 1), ("dev", 0), ("test", 1), ("demonstrations", 0))},
+    **dict.fromkeys(("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"), 1),
+}
+_KINDS: Kinds = {
+    **dict.fromkeys((*_LEAST, "seed"), (int | None, "a whole number")),
+    **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
+}
 
 
 @with_lists(TASKS=sorted(TASKS), OBJECTIVES=class_names(OBJECTIVES), REWARDS=sorted(REWARDS))
@@ -171,19 +180,11 @@ class TaskRows:
         self.skip_bad_rows = skip_bad_rows
         self.seed = seed
         self.trust_remote_code = trust_remote_code
-        for name in (*_COUNTS, "num_train", "num_dev", "num_test", "num_demonstrations", "seed"):
+        check_kinds("data", _KINDS, vars(self))
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give a whole number")
-        for name in ("skip_bad_rows", "allow_changed_rows", "trust_remote_code"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise SlzoError(f"data.{name} {value!r}: is a {type(value).__name__}; give true or false")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SlzoError(f"data.{name} {value}: must be at least 1")
-        if num_demonstrations < 0:
-            raise SlzoError(f"data.num_demonstrations {num_demonstrations}: must be 0 (zero-shot) or more")
+            if value is not None and value < least:
+                raise SlzoError(f"data.{name} {value}: must be at least {least}")
         self.splits: Splits | None = None
         self._rows: dict[str, list[Row]] = {}
 

@@ -139,8 +139,9 @@ class ZOTrainer(Trainer):
         model: LightningModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
-        *args: Any,
-        **kwargs: Any,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
     ) -> Any:
         """Score held-out rows.
 
@@ -149,23 +150,27 @@ class ZOTrainer(Trainer):
             dataloaders: Not needed with a data module.
             ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``. Without it the current
                 weights are used, untuned or tuned.
-            args: Passed on.
-            kwargs: Passed on.
+            verbose: Print the scores.
+            datamodule: A TaskDataModule.
+            weights_only: See :meth:`lightning.pytorch.Trainer.test`.
         """
         with self._running():
-            return super().test(model, dataloaders, self._to_score(ckpt_path, model), *args, **kwargs)
+            path = self._to_score(ckpt_path, model)
+            return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def validate(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
-        *args: Any,
-        **kwargs: Any,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
     ) -> Any:
         """Score dev rows; arguments as for :meth:`test`."""
         with self._running():
-            return super().validate(model, dataloaders, self._to_score(ckpt_path, model), *args, **kwargs)
+            path = self._to_score(ckpt_path, model)
+            return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
         self,

@@ -223,7 +223,7 @@ def test_cut_prompts_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize("number", [0, -5])
 def test_the_number_of_held_out_rows_is_checked_for_a_single_file_too(tmp_path, number):
     path = write(tmp_path / "rows.jsonl", rows_of(20))
-    with pytest.raises(SlzoError, match=rf"^data.num_test {number}: must be a whole number of at least 1"):
+    with pytest.raises(SlzoError, match=rf"^data.num_test {number}: must be at least 1"):
         set_up(template(train_file=path), num_test=number)
 
 

@@ -433,16 +433,24 @@ def test_an_interval_longer_than_a_shortened_epoch_is_refused_first(model_dir, d
     [
         ({"scope": "LoRA"}, r"^model.scope 'LoRA': is a str; give one such as slzo.zo.scopes.LayerScope\(\)"),
         ({"estimator": SPSA}, r"^model.estimator .*: is a \w+; give one such as"),
-        ({"layer": "3"}, r"^model.layer '3': is a str; give one such as 11"),
-        ({"eps": "0.1"}, r"^model.eps '0.1': is a str; give one such as 1e-3, or auto"),
-        ({"layer": True}, r"^model.layer True: is a bool; give one such as 11"),
-        ({"num_queries": 2.5}, r"^model.num_queries 2.5: is a float; give one such as 1"),
-        ({"seed": "a"}, r"^model.seed 'a': is a str; give one such as 0"),
+        ({"layer": "3"}, r"^model.layer '3': is a str; give a whole number, or None for the dominant layer"),
+        ({"eps": "0.1"}, r"^model.eps '0.1': is a str; give a number, or auto"),
+        ({"layer": True}, r"^model.layer True: is a bool; give a whole number"),
+        ({"num_queries": 2.5}, r"^model.num_queries 2.5: is a float; give a whole number"),
+        ({"seed": "a"}, r"^model.seed 'a': is a str; give a whole number"),
         (
             {"engine": {"cache_gb": 1}},
             r"^model.engine {'cache_gb': 1}: is a dict; give one such as slzo.models.engine.Engine",
         ),
-        ({"optimizer": "Adam"}, r"^model.optimizer 'Adam': is a str; give one such as torch.optim.AdamW"),
+        (
+            {"optimizer": "Adam"},
+            r"^model.optimizer 'Adam': is a str; give a class of torch.optim, or functools.partial",
+        ),
+        ({"device_map": 3}, r"^model.device_map 3: is a int; give a name such as"),
+        ({"parallel": True}, r"^model.parallel True: is a bool; give rows, directions"),
+        ({"lr_scheduler": 3}, r"^model.lr_scheduler 3: is a int; give functools.partial of a class"),
+        ({"trust_remote_code": "no"}, r"^model.trust_remote_code 'no': is a str; give true or false"),
+        ({"quantization": 8}, r"^model.quantization 8: is a int; give a name such as"),
         ({"dtype": "bf16"}, r"^model.dtype 'bf16': choose one of float32, bfloat16, float16"),
     ],
 )
@@ -456,6 +464,7 @@ def test_an_option_of_another_kind_is_named(options, message):
     [
         ({"num_train": 1.5}, "data.num_train 1.5: is a float; give a whole number"),
         ({"batch_size": "4"}, "data.batch_size '4': is a str; give a whole number"),
+        ({"num_train": 0}, "data.num_train 0: must be at least 1"),
         ({"skip_bad_rows": "no"}, "data.skip_bad_rows 'no': is a str; give true or false"),
     ],
 )

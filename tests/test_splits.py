@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 
 from slzo.data.splits import divide, draw_splits, least_rows, split_off_test
+from slzo.datamodule import TaskDataModule
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 
@@ -150,7 +151,7 @@ def test_without_training_rows_and_without_a_limit():
 )
 def test_numbers_out_of_range(option, value):
     with pytest.raises(SlzoError, match=f"^data.{option} {value}: must be "):
-        draw(pool("r", 5), pool("t", 5), **{option: value})
+        TaskDataModule("sst2", **{option: value})
 
 
 def test_training_rows_that_are_all_test_rows():

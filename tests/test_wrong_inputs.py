@@ -211,8 +211,8 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --data.data_dir=nowhere | data.data_dir 'nowhere'
 --data.batch_size=0 | data.batch_size 0
 --data.data_dir=/proc | data.data_dir '/proc': the test split of task 'sst2' is missing
---data.num_train=-1 | data.num_train -1: must be a whole number of at least 1
---data.num_test=0 | data.num_test 0: must be a whole number of at least 1
+--data.num_train=-1 | data.num_train -1: must be at least 1
+--data.num_test=0 | data.num_test 0: must be at least 1
 --data.eval_batch_tokens=0 | data.eval_batch_tokens 0: must be at least 1
 --data.num_demonstrations=999 | data.num_demonstrations 999: only 40 labelled training rows
 --data.max_length=1 | data.max_length 1: the answer ' terrible' of example

@@ -63,7 +63,7 @@ def add_command_arguments(parser: CommandParser, command: Command) -> None:
 def plain_parser(command: Command) -> CommandParser:
     """Return the parser of a command without the options of trainer, model and data."""
     parser = CommandParser(description=command.help, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="Options in a YAML file.")
+    parser.add_argument(*CONFIG_OPTIONS, action="config", help="Options in a YAML file.")
     add_command_arguments(parser, command)
     return parser
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slzo.cli.parser import command_function, plain_parser, read_given
-from slzo.cli.shipped_configs import missing_tool, with_shipped_configs
+from slzo.cli.shipped_configs import CONFIG_OPTIONS, missing_tool, with_shipped_configs
 from slzo.commands.registry import COMMANDS, Command
 from slzo.utils.errors import SlzoError
 
@@ -60,7 +60,8 @@ def _named(command: Command, args: Sequence[str]) -> list[str]:
     for arg in args:
         if is_value or arg.startswith("-"):
             rest.append(arg)
-            is_value = not is_value and arg.startswith("--") and "=" not in arg and arg != "--help"
+            takes_value = arg.startswith("--") and "=" not in arg and arg != "--help"
+            is_value = not is_value and (takes_value or arg in CONFIG_OPTIONS)
         else:
             words.append(arg)
     return [f"--{command.words}={json.dumps(words, ensure_ascii=False)}", *rest] if words else rest

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from slzo.data.sources import RowSource
-from slzo.data.splits import Splits, check_numbers, check_shared_ids, draw_splits, least_rows, split_off_test
+from slzo.data.splits import Splits, check_shared_ids, draw_splits, least_rows, split_off_test
 
 
 def draw_from(
@@ -22,7 +22,6 @@ def draw_from(
     Raises:
         SlzoError: If a required split is missing or broken, or has too few rows.
     """
-    check_numbers(num_train, num_dev, num_test)
     files, origin = source.task.files, ""
     divided = "train" in files and "test" not in files
     read = {}

@@ -65,7 +65,6 @@ def draw_splits(
     Raises:
         SlzoError: If a number is out of range, or there are too few rows for a requested split.
     """
-    check_numbers(num_train, num_dev, num_test)
     notes: list[str] = []
     test = _draw_test(test_pool, num_test, notes)
     if train_pool is None:
@@ -95,17 +94,6 @@ def draw_splits(
         )
     ordered = _in_drawn_order(pool, seed)
     return Splits(tuple(ordered[:take_train]), tuple(ordered[take_train : take_train + take_dev]), test, tuple(notes))
-
-
-def check_numbers(num_train: int, num_dev: int, num_test: int | None) -> None:
-    """Check the requested numbers of rows.
-
-    Raises:
-        SlzoError: If one is out of range.
-    """
-    for option, value, least in (("num_train", num_train, 1), ("num_dev", num_dev, 0), ("num_test", num_test, 1)):
-        if value is not None and value < least:
-            raise SlzoError(f"data.{option} {value}: must be a whole number of at least {least}; raise it")
 
 
 def split_off_test(

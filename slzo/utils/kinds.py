@@ -1,0 +1,26 @@
+"""Checks the types of arguments that are given in Python; on the command line the parser has done so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slzo.utils.errors import SlzoError
+
+Kinds = Mapping[str, tuple[Any, str]]
+"""For each argument a type, as for ``isinstance``, and what to give, in words."""
+
+
+def check_kinds(prefix: str, kinds: Kinds, given: Mapping[str, Any]) -> None:
+    """Check the types of arguments; ``True`` and ``False`` are not numbers.
+
+    Args:
+        prefix: Group of the arguments, for messages.
+        kinds: The types.
+        given: The arguments; those without a type are not checked.
+
+    Raises:
+        SlzoError: An argument has another type.
+    """
+    for name, (kind, wanted) in kinds.items():
+        value = given[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise SlzoError(f"{prefix}.{name} {value!r}: is a {type(value).__name__}; give {wanted}")
