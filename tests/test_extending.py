@@ -78,6 +78,15 @@ def test_a_command(options, monkeypatch, capsys):
     assert re.search(r"^16 rows of \d+ to \d+ tokens$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_rows_and_classes_of_ones_own_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"film {number}", "label": ["bad", "good"][number % 2]} for number in range(8)]
+    Path("my_train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    names: dict = {}
+    exec(page_code("docs/runs.md", "own_classes"), names)
+    assert names["model"].options.scope.describe().startswith("LoRA of rank 4")
+
+
 @pytest.mark.parametrize("name", ["zo_trainer", "plain_trainer"])
 def test_the_python_of_the_page_on_runs(name, model_dir, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
