@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slzo.batches.packing import PackedBatch
+from slzo.data.encoding import Encoder
+from slzo.data.row_encoding import prompt_batches
 from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
 from slzo.zo.processes import Processes
 from slzo.zo.profile import (
@@ -130,4 +133,6 @@ def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:
             f"profiler.text_file {options.text_file!r}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
     lines = [line for line in text.splitlines() if line.strip()]
-    return rows.text_batches(lines[: options.num_sequences])
+    encoder = Encoder(rows.encoder.tokenizer, rows.encoder.max_length)  # that of conversations needs turns
+    examples = [Example(str(number), line, ()) for number, line in enumerate(lines[: options.num_sequences])]
+    return prompt_batches(encoder, examples)

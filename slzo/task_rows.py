@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import prompt_alone
 from slzo.batches.losses import LogitLoss
-from slzo.batches.packing import PackedBatch, pack
-from slzo.batches.sharing import chunk_by_tokens
+from slzo.batches.packing import PackedBatch
 from slzo.data.batch import (
     EvalBatch,
     EvalPlan,
@@ -30,7 +28,7 @@ from slzo.data.classes import (
 from slzo.data.drawing import draw_from
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
-from slzo.data.row_encoding import catch_bad_row, encode_rows
+from slzo.data.row_encoding import encode_rows, prompt_batches
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
 from slzo.data.splits import Splits
@@ -61,8 +59,6 @@ if TYPE_CHECKING:
 # A CPU is fastest while a layer's activations fit in its cache; an accelerator needs more tokens to be fully used.
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
-# Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
-_PROMPTS, _PROMPT_TOKENS = 16, 4096
 # Smallest values of the whole numbers.
 _LEAST = {
     **{f"num_{split}": least for split, least in (("train", 1), ("dev", 0), ("test", 1), ("demonstrations", 0))},
@@ -512,19 +508,4 @@ class TaskRows:
     def profile_batches(self, num_sequences: int) -> list[PackedBatch]:
         """Return prompts of the first training rows for the outlier profile, or of held-out rows if there are none."""
         assert self.splits is not None
-        return self._prompt_batches(self.encoder, (self.splits.train or self.splits.test)[:num_sequences])
-
-    def text_batches(self, texts: Sequence[str]) -> list[PackedBatch]:
-        """Return packed texts for the outlier profile."""
-        encoder = Encoder(self.encoder.tokenizer, self.encoder.max_length)  # that of conversations needs turns
-        examples = [Example(str(number), text, ()) for number, text in enumerate(texts)]
-        return self._prompt_batches(encoder, examples)
-
-    def _prompt_batches(self, encoder: Encoder, examples: Sequence[Example]) -> list[PackedBatch]:
-        """Return packed prompts without answers; batches of long prompts contain fewer of them."""
-        prompts = []
-        for example in examples:
-            with catch_bad_row([], self.skip_bad_rows):  # bad rows are reported when the split is encoded
-                prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
-        chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, _PROMPTS, share=False)
-        return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]
+        return prompt_batches(self.encoder, (self.splits.train or self.splits.test)[:num_sequences], self.skip_bad_rows)

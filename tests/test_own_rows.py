@@ -9,12 +9,15 @@ import pytest
 import torch
 from helpers import run_dir
 
+from slzo import profiling
 from slzo.__main__ import main
 from slzo.data.sources import RowSource
+from slzo.profiling import ProfileOptions
 from slzo.task_rows import TaskRows
 from slzo.tasks.chat import ChatTask
 from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
+from slzo.zo.selection import FirstOutlierLayer
 from tiny import make_tokenizer
 
 
@@ -277,7 +280,9 @@ def test_demonstrations_are_labelled_rows(tmp_path):
 
 def test_the_outlier_profile_of_a_chat_task_may_read_texts(tmp_path):
     data = set_up(ChatTask(train_file=write(tmp_path / "rows.jsonl", talks_of(20))), tokenizer="tiny")
-    (batch,) = data.text_batches(["one line of text", "another"])
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one line of text\n\nanother\n", encoding="utf-8")
+    (batch,) = profiling._batches(data, ProfileOptions(FirstOutlierLayer(), 16, str(texts)))
     assert batch.num_examples == 2
 
 

@@ -20,11 +20,12 @@ import torch
 from transformers import PreTrainedModel
 
 from slzo.data.batch import Row
-from slzo.evaluation.generation import MAX_NEW_TOKENS, answer_text, stop_tokens
+from slzo.evaluation.generation import answer_text, stop_tokens
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
+from slzo.tasks.base import MAX_NEW_TOKENS
 from slzo.utils.errors import SlzoError
 
 TIE = 1e-4

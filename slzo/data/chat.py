@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.data.encoding import Encoder
-from slzo.tasks.base import Example
+from slzo.tasks.base import MAX_NEW_TOKENS, Example
 from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import RowError, SlzoError, one_line
 
@@ -124,7 +124,7 @@ class ChatEncoder(Encoder):
         return EncodedExample(index, (sequence,), example.gold)
 
     def encode_prompt(
-        self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = 50
+        self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = MAX_NEW_TOKENS
     ) -> tuple[int, ...]:
         room = self.max_length - max_new_tokens
         if room < 1:

@@ -7,7 +7,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.tasks.base import Example
+from slzo.tasks.base import MAX_NEW_TOKENS, Example
 from slzo.utils.errors import RowError, SlzoError
 
 DEMONSTRATION_SEPARATOR = "\n\n"
@@ -88,7 +88,7 @@ class Encoder:
         return EncodedExample(index, tuple(sequences), gold)
 
     def encode_prompt(
-        self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = 50
+        self, example: Example, demonstrations: Sequence[Example] = (), max_new_tokens: int = MAX_NEW_TOKENS
     ) -> tuple[int, ...]:
         """Encode the prompt for generation, with at most ``max_length - max_new_tokens`` tokens.
 

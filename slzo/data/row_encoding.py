@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from slzo.batches.encoded import prompt_alone
+from slzo.batches.packing import PackedBatch, pack
+from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.batch import Row
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
@@ -13,6 +15,9 @@ from slzo.data.files import format_left_out, refuse, refuse_all
 from slzo.tasks.base import Example
 from slzo.utils.console import say, warn
 from slzo.utils.errors import RowError
+
+# Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
+_PROMPTS, _PROMPT_TOKENS = 16, 4096
 
 
 @contextmanager
@@ -90,3 +95,13 @@ def _check_tokens(example: Example, sequences: Iterable[tuple[int, ...]], num_em
             f"{example.location}: the tokenizer gives it token {largest}, and the model has {num_embeddings}; remove the special "
             "token from the text"
         )
+
+
+def prompt_batches(encoder: Encoder, examples: Sequence[Example], skip_bad_rows: bool = False) -> list[PackedBatch]:
+    """Return packed prompts without answers, for the outlier profile; batches of long prompts contain fewer of them."""
+    prompts = []
+    for example in examples:
+        with catch_bad_row([], skip_bad_rows):  # bad rows are reported when the split is encoded
+            prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
+    chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, _PROMPTS, share=False)
+    return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

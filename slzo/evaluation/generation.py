@@ -23,12 +23,10 @@ from slzo.data.encoding import newline_token
 from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, Decoded, decode
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
+from slzo.tasks.base import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MAX_NEW_TOKENS = 50
-"""Default length limit of an answer, in tokens, as in MeZO (Malladi et al. 2023)."""
 
 
 @dataclass(frozen=True, slots=True)

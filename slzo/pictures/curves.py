@@ -36,7 +36,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ScorePoint:
     """A score on the held-out rows.
 
     Attributes:
@@ -67,8 +67,8 @@ class RunCurves:
     metric: str
     points: Sequence[CurvePoint] = ()
     train: Sequence[tuple[int, float]] = ()
-    before: HeldOut | None = None
-    after: HeldOut | None = None
+    before: ScorePoint | None = None
+    after: ScorePoint | None = None
 
 
 def curves_picture(runs: Sequence[RunCurves], title: str = "") -> Figure:

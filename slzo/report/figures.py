@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slzo.pictures.curves import HeldOut
+from slzo.pictures.curves import ScorePoint
 from slzo.report.run_files import RunFiles
 
 Texts = Mapping[str, str]
@@ -32,7 +32,7 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _held_out(score: HeldOut | None) -> str:
+def _held_out(score: ScorePoint | None) -> str:
     if score is None:
         return ""
     return f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}")

@@ -11,7 +11,7 @@ import yaml
 
 from slzo.checkpoints.step_log import NAME as STEP_LOG
 from slzo.checkpoints.step_log import read_step_log
-from slzo.pictures.curves import CurvePoint, HeldOut, RunCurves
+from slzo.pictures.curves import CurvePoint, RunCurves, ScorePoint
 from slzo.report.score_change import score_error
 from slzo.utils.config_code import code_in
 from slzo.utils.errors import SlzoError
@@ -74,7 +74,7 @@ class RunFiles:
         """The task's name, or class."""
         return str(self.summary.get("task") or str(self.config.get("data.task") or "").rpartition(".")[2])
 
-    def held_out(self, when: str) -> HeldOut | None:
+    def held_out(self, when: str) -> ScorePoint | None:
         """Return the held-out score ``before`` or ``after``, with its standard error if it is known."""
         value = self.summary.get(f"score_{when}")
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -83,7 +83,7 @@ class RunFiles:
             error = self.summary.get("score_standard_error")
         else:
             error = score_error(self.metric, value, {}, self.summary.get("num_rows") or 0)
-        return HeldOut(self._scored_step() if when == "after" else 0, float(value), error)
+        return ScorePoint(self._scored_step() if when == "after" else 0, float(value), error)
 
     def _scored_step(self) -> int:
         """Return the step in the name of the scored checkpoint; the last step without one."""

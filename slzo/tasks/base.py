@@ -15,6 +15,9 @@ from slzo.utils.errors import SlzoError, broken_contract, shown
 Split = Literal["train", "dev", "test"]
 """The pools that rows are read from. Without a dev file, dev examples are drawn from ``train``."""
 
+MAX_NEW_TOKENS = 50
+"""Default length limit of an answer, in tokens, as in MeZO (Malladi et al. 2023)."""
+
 
 class Kind(StrEnum):
     """How a task is trained and scored as in MeZO's ``large_models``."""
@@ -113,7 +116,7 @@ class Task(ABC):
     metric: str = "accuracy"
     metrics: tuple[str, ...] = ("f1", "exact_match")
     stop: tuple[str, ...] = ("\n",)
-    max_new_tokens: int = 50
+    max_new_tokens: int = MAX_NEW_TOKENS
     chat: ChatFormat | None = None
     grouped: bool = False
     default_num_dev: int = 500
