@@ -342,7 +342,8 @@ def test_a_sweep_of_another_task_or_other_rows_of_the_same_name_is_refused(optio
         (["--seconds=0"], r"seconds 0.0: give a number above 0"),
         (["--seconds=.inf"], r"seconds inf: give a number above 0"),
         (["--model.scope=AllParameters"], r"model\.scope: a sweep varies the dominant layer"),
-        (["--lrs=[1e-3]", "--layers=[1]"], r"lrs, eps: compare .*leave out layers and seconds"),
+        (["--lrs=[1e-3]", "--layers=[1]"], r"lrs, eps: compare .*leave out layers, seconds and"),
+        (["--lrs=[1e-3]", "--directions=40"], r"lrs, eps: compare .*leave out layers, seconds and"),
         (["--lrs=[0]"], r"lrs \[0.0\]: give numbers above 0"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Literal
 from slzo.cli.app import App
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.sweep import sweep_layers
-from slzo.experiments.sweep_plan import SweepPlan
+from slzo.experiments.sweep_plan import MIN_DIRECTIONS, SweepPlan
 from slzo.experiments.sweep_rates import check_rates, plan_rates, sweep_rates
 from slzo.experiments.workers import workers as worker_processes
 from slzo.fit import choose_layer
@@ -25,7 +25,7 @@ def sweep(
     eps: list[float] | None = None,
     steps: int = 120,
     seeds: list[int] | None = None,
-    directions: int = 20,
+    directions: int | None = None,
     seconds: float | None = None,
     workers: int = 1,
     output: str | None = None,
@@ -45,7 +45,8 @@ def sweep(
         eps: Perturbation sizes to compare; by default the configured one. Without lrs each is tried with seven rates.
         steps: Steps of each training; 0 only measures the sensitivity of the layers.
         seeds: Seeds of each layer or rate; by default that of seed_everything.
-        directions: Largest number of random directions for the sensitivity of a layer, at least 20; 0 does not measure it.
+        directions: Largest number of random directions for the sensitivity of a layer, at least 20, the default; 0 does not
+            measure it.
         seconds: Training time of each layer in seconds; layers that finish earlier continue until then. The verdict and
             sweep_curves.png then cover both steps and seconds.
         workers: Processes on this machine that divide the trainings, the processor's cores and the GPUs.
@@ -59,10 +60,16 @@ def sweep(
             f"trainer.devices {app.trainer.world_size}: a sweep runs each training on one device; set trainer.devices to 1"
         )
     if finds_rates:
-        if layers is not None or seconds is not None:
-            raise SlzoError("lrs, eps: compare rates in one layer; leave out layers and seconds")
+        if any(option is not None for option in (layers, seconds, directions)):
+            raise SlzoError("lrs, eps: compare rates in one layer; leave out layers, seconds and directions")
         check_rates(lrs, eps, steps, own_seeds, options.estimator)
-    plan = SweepPlan(None if layers is None else tuple(layers), steps, own_seeds, directions, seconds)
+    plan = SweepPlan(
+        None if layers is None else tuple(layers),
+        steps,
+        own_seeds,
+        MIN_DIRECTIONS if directions is None else directions,
+        seconds,
+    )
     with disk_errors(), worker_processes(workers):
         parts, rows = app.load()
         options.check_rows(rows)
