@@ -371,6 +371,15 @@ def test_a_name_that_is_a_number_is_found_in_the_file(own_folder, capsys, text, 
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "option"), [("fit quickstart", "config quickstart"), ("test folder", "ckpt_path folder")]
+)
+def test_a_word_without_its_option_is_explained(own_folder, capsys, command, option):
+    Path("folder").mkdir()
+    line = error_line(capsys, *command.split())
+    assert f"belongs to no option; write it as --OPTION VALUE, such as --{option}" in line
+
+
 def test_a_time_without_quotes_is_explained(own_folder, capsys):
     Path("config.yaml").write_text("trainer:\n  max_time: 12:00:00:00\n")
     line = error_line(capsys, "fit", "--config=config.yaml")
