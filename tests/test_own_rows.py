@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 from helpers import run_dir
+from pyarrow import parquet
 
 from slzo import profiling
 from slzo.__main__ import main
@@ -284,6 +286,13 @@ def test_the_outlier_profile_of_a_chat_task_may_read_texts(tmp_path):
     texts.write_text("one line of text\n\nanother\n", encoding="utf-8")
     (batch,) = profiling._batches(data, ProfileOptions(FirstOutlierLayer(), 16, str(texts)))
     assert batch.num_examples == 2
+
+
+def test_a_parquet_file_with_two_equal_columns_is_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(SlzoError, match=r"rows.parquet: two columns are called 'text'; give each its own name"):
+        set_up(template(train_file=tmp_path / "rows.parquet"))
 
 
 def test_ids_that_start_again_in_each_file_are_refused(tmp_path):

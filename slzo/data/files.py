@@ -194,7 +194,9 @@ def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
     from pyarrow import parquet
 
     try:
-        rows = parquet.read_table(io.BytesIO(_read_bytes(path)), page_checksum_verification=True).to_pylist()
+        file = parquet.ParquetFile(io.BytesIO(_read_bytes(path)), page_checksum_verification=True)
+        _column_names(file.schema_arrow.names, str(path))
+        rows = file.read().to_pylist()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = one_line(error)
         what = "not a Parquet file" if isinstance(error, pyarrow.ArrowInvalid) else "a damaged Parquet file"

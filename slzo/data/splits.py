@@ -138,9 +138,10 @@ def check_shared_ids(field: str | None, *pools: Sequence[Example]) -> None:
     for example in (example for pool in pools for example in pool):
         other = seen.setdefault(example.id, example)
         if other.prompt != example.prompt:
+            option = "data.task.id_field, left out" if field is None else f"data.task.id_field {field!r}"
             raise SlzoError(
-                f"data.task.id_field {field!r}: {example.place} has id {example.id!r}, as does {other.place}; give each row"
-                " its own id across all files, or name another field"
+                f"{option}: {example.place} has id {example.id!r}, as does {other.place}; give each row its own id across all "
+                "files, or name another field"
             )
 
 
