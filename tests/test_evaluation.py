@@ -119,7 +119,7 @@ def test_predict_agrees_with_test_and_takes_an_output_file(sst2_options, model_d
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["predict", "--output=nowhere/here.jsonl"], "output 'nowhere/here.jsonl'"),
+        (["predict", "--output=."], "output '.': not a file; give one such as predictions.jsonl"),
         (["test", "--data.num_train=20", "--data.num_demonstrations=21"], "21: only 20 labelled training rows"),
         (["test", "--data.num_demonstrations=-1"], "data.num_demonstrations -1"),
         (["fit", "--data.objective=accuracy"], "data.objective"),
@@ -173,7 +173,7 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
 def test_long_prompts_are_profiled_few_at_once(model_dir, data_dir, monkeypatch):
     rows = set_up("sst2", model_dir, data_dir)
     (whole,) = rows.profile_batches(12)
-    monkeypatch.setattr("slzo.task_rows._PROMPT_TOKENS", 3 * max(whole.example_tokens))
+    monkeypatch.setattr("slzo.data.row_encoding._PROMPT_TOKENS", 3 * max(whole.example_tokens))
     parts = rows.profile_batches(12)
     assert len(parts) > 2
     assert all(part.num_tokens <= 3 * max(whole.example_tokens) for part in parts)

@@ -439,7 +439,7 @@ def curve(*points):
 
 def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
     """Seeds end at other steps; those on the way are not mixed with the last ones."""
-    store, plan = CellStore(tmp_path / "s", {}), SweepPlan((2, 3), 20, (0, 1, 1), 20, 8, 30.0).of_model(4)
+    store, plan = CellStore(tmp_path / "s", {}), SweepPlan((2, 3), 20, (0, 1, 1), 20, 30.0).of_model(4)
     assert plan.seeds == (0, 1)
     scores = {
         (2, 0): curve((0, 0, 1.0), (10, 4, 0.8), (20, 8, 0.6), (71, 30, 0.5)),
@@ -459,7 +459,7 @@ def test_curves_are_means_over_seeds_at_the_same_steps(tmp_path):
 
 def test_the_verdict_reads_curves_where_they_were_not_scored():
     """Halfway between two scores the loss is halfway too; a loss that rises again does not count."""
-    plan = SweepPlan(None, 20, (0,), 20, 8, 30.0).of_model(4)
+    plan = SweepPlan(None, 20, (0,), 20, 30.0).of_model(4)
     curves = {
         1: [curve((0, 0, 1.0), (20, 10, 0.5), (40, 20, 0.45), (80, 40, 0.35))],
         2: [curve((0, 0, 1.0), (20, 28, 0.42), (24, 32, 0.46))],

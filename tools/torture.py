@@ -212,7 +212,7 @@ class Sweep(Scenario):
     """A sweep over two layers."""
 
     def call(self, folder: Path) -> Callable[[], int]:
-        more = ["--steps=3", "--layers=[1,2]", "--num_rows=8", "--output=sweep"]
+        more = ["--steps=3", "--layers=[1,2]", "--output=sweep"]
         return lambda: slzo(["sweep", *self.options, *more])
 
     def result(self, folder: Path) -> Any:
