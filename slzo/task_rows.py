@@ -21,10 +21,7 @@ from slzo.data.batch import (
     train_batch,
 )
 from slzo.data.chat import ChatEncoder
-from slzo.data.classes import (
-    one_class_warning,
-    unlabelled_warning,
-)
+from slzo.data.classes import one_class_warning, unlabelled_warning
 from slzo.data.drawing import draw_from
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
@@ -61,8 +58,15 @@ _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
 # Smallest values of the whole numbers.
 _LEAST = {
-    **{f"num_{split}": least for split, least in (("train", 1), ("dev", 0), ("test", 1), ("demonstrations", 0))},
-    **dict.fromkeys(("batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"), 1),
+    "num_train": 1,
+    "num_dev": 0,
+    "num_test": 1,
+    "num_demonstrations": 0,
+    "batch_size": 1,
+    "tokens_per_pass": 1,
+    "eval_batch_size": 1,
+    "eval_batch_tokens": 1,
+    "max_length": 1,
 }
 _KINDS: Kinds = {
     **dict.fromkeys((*_LEAST, "seed"), (int | None, "a whole number")),

@@ -99,4 +99,4 @@ def test_a_new_training_with_a_full_cache_sends_nothing(examples):
             numbers.append(total.num_bytes)
         return numbers[1] - numbers[0]
 
-    assert on_grid(2, 1, sent) == [3 * 4 * 4] * 2  # which of the four blocks are wanted and stored
+    assert on_grid(2, 1, sent) == [2 * 4 * 4] * 2  # which of the four blocks are wanted and stored

@@ -230,13 +230,18 @@ class Block:
         return tuple(example.index for example in self.examples)
 
     @property
+    def example_tokens(self) -> tuple[int, ...]:
+        """Packed tokens of each example: those that its candidates share, and those that each adds, without its last one."""
+        shared = [_num_shared(example) for example in self.examples]
+        return tuple(
+            number + sum(len(sequence.ids) - 1 - number for sequence in example.sequences)
+            for number, example in zip(shared, self.examples, strict=True)
+        )
+
+    @property
     def num_tokens(self) -> int:
-        """Number of packed tokens: those that the candidates share, and those that each adds, without its last one."""
-        total = 0
-        for example in self.examples:
-            shared = _num_shared(example)
-            total += shared + sum(len(sequence.ids) - 1 - shared for sequence in example.sequences)
-        return total
+        """Number of packed tokens."""
+        return sum(self.example_tokens)
 
     def pack(self) -> PackedBatch:
         """Return the packed batch."""

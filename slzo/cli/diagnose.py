@@ -216,7 +216,7 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
     read = loaded(value)
     values = read if isinstance(read, list) else [read]
     words = _YAML_WORDS if str in types and any(isinstance(each, bool) for each in values) else ""
-    if timedelta in types and isinstance(read, int):
+    if timedelta in types and type(read) is int:  # not true and false
         words = _YAML_TIMES
     return f"{name} {shown}: expected {describe_type(hint)}{words}"
 

@@ -84,7 +84,7 @@ def read_given(args: Sequence[str]) -> list[Given]:
         if not value:
             raise SlzoError("--config: is empty; give a YAML file")
         path = Path(value)
-        if _exists(path):
+        if exists(path):
             configs.append(check_config_file(path))
         elif ":" not in value:  # a config given as text contains a colon
             names = ", ".join(shipped_configs())
@@ -94,7 +94,8 @@ def read_given(args: Sequence[str]) -> list[Given]:
     return given_options(args, configs)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether a path exists; a text that cannot be a path does not."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a config given as text can be too long for a path

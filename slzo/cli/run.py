@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slzo.cli.parser import command_function, plain_parser, read_given
+from slzo.cli.parser import command_function, exists, plain_parser, read_given
 from slzo.cli.shipped_configs import CONFIG_OPTIONS, missing_tool, shipped_configs, with_shipped_configs
 from slzo.commands.registry import COMMANDS, Command
 from slzo.utils.errors import SlzoError
@@ -29,7 +29,7 @@ def run_command(name: str, args: Sequence[str]) -> None:
 def _run(command: Command, args: Sequence[str]) -> None:
     if args and not args[0].startswith("-") and not command.words:
         is_config = args[0] in shipped_configs() or Path(args[0]).suffix in (".yaml", ".yml")
-        option = "ckpt_path" if Path(args[0]).exists() and not is_config else "config"
+        option = "ckpt_path" if exists(Path(args[0])) and not is_config else "config"
         raise SlzoError(f"{args[0]!r}: belongs to no option; write it as --OPTION VALUE, such as --{option} {args[0]}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for class paths of the user's own files

@@ -79,18 +79,15 @@ class OriginalWeights:
     def _files(self) -> dict[str, str]:
         """File of each tensor; empty if there are no safetensors files."""
         try:
-            index = self._find(_INDEX)
+            index = cached_path(self.source, _INDEX)
             if index is not None:
                 names: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-                paths = {file: self._find(file) for file in set(names.values())}
+                paths = {file: cached_path(self.source, file) for file in set(names.values())}
                 return {name: path for name, file in names.items() if (path := paths[file]) is not None}
-            single = self._find(_SINGLE)
+            single = cached_path(self.source, _SINGLE)
             if single is None:
                 return {}
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         except (OSError, ValueError, KeyError, SafetensorError):
             return {}
-
-    def _find(self, name: str) -> str | None:
-        return cached_path(self.source, name)

@@ -28,7 +28,7 @@ def back_propagate(
         What ``function`` returned, detached, and the gradient of the summed loss for each master, float32.
     """
     with torch.enable_grad():
-        (total, weight), live = _call_with_copies(module, tuned, function)
+        (total, weight), live = _call_with_views(module, tuned, function)
         gradients = torch.autograd.grad(total, live, allow_unused=True)
     return LossSum(total.detach(), weight.detach()), _pulled_back(tuned, gradients)
 
@@ -48,7 +48,7 @@ def vjp(
         master, float32. It can be called once.
     """
     with torch.enable_grad():
-        output, live = _call_with_copies(module, tuned, function)
+        output, live = _call_with_views(module, tuned, function)
 
     def pull_back(gradient: Tensor) -> dict[str, Tensor]:
         return _pulled_back(tuned, torch.autograd.grad(output, live, gradient, allow_unused=True))
@@ -64,7 +64,7 @@ def _pulled_back(tuned: TunedTensors, gradients: Sequence[Tensor | None]) -> dic
     }
 
 
-def _call_with_copies(
+def _call_with_views(
     module: nn.Module, tuned: TunedTensors, function: Callable[[], _Result]
 ) -> tuple[_Result, list[Tensor]]:
     """Call the function with views of the live tensors in their place that need a gradient; return its result and the views.

@@ -24,7 +24,7 @@ class SharedPrefix:
     """
 
     def __init__(self, forward: SuffixForward, blocks: Sequence[Sequence[Block]], rank: int) -> None:
-        self._forward, self._rank = forward, rank
+        self._forward, self._rank, self._processes = forward, rank, len(blocks)
         self._blocks = list(chain.from_iterable(blocks))
         self._owners = [owner for owner, own in enumerate(blocks) for _ in own]
         self._number = {key: number for number, block in enumerate(self._blocks) for key in block.keys}
@@ -45,7 +45,7 @@ class SharedPrefix:
             return
         numbers = {self._number[key] for key in batch.example_index if key in self._number}
         needed = sum_rows(self._mask(numbers & self._missing)).nonzero()[:, 0].tolist()
-        by_owner: list[list[int]] = [[] for _ in range(max(self._owners) + 1)]
+        by_owner: list[list[int]] = [[] for _ in range(self._processes)]
         for number in needed:
             by_owner[self._owners[number]].append(number)
         for group in zip_longest(*by_owner):  # one block of each process at once
@@ -57,9 +57,8 @@ class SharedPrefix:
         cache = self._forward.cache
         wanted = {number for number, block in enumerate(self._blocks) if all(map(cache.wants, block.keys))}
         stored = {number for number in wanted if all(key in cache for key in self._blocks[number].keys)}
-        masks = torch.stack([self._mask(range(len(self._blocks))), self._mask(wanted), self._mask(stored)])
-        processes, wanting, storing = sum_rows(masks)
-        return set(((wanting == processes) & (storing < processes)).nonzero()[:, 0].tolist())
+        wanting, storing = sum_rows(torch.stack([self._mask(wanted), self._mask(stored)]))
+        return set(((wanting == self._processes) & (storing < self._processes)).nonzero()[:, 0].tolist())
 
     def _exchange(self, numbers: Sequence[int], sum_rows: Callable[[Tensor], Tensor], max_tokens: int | None) -> None:
         """Send the states of some blocks, of which this process computes its own, to all processes, and store them."""
@@ -74,9 +73,9 @@ class SharedPrefix:
                 assert computed is not None  # there are layers below
                 own.copy_(computed.wait())
         for block, received in zip(blocks, sum_rows(states).split(sizes), strict=True):  # exact: all other terms are 0
-            cache.put(block.keys, block.pack().example_tokens, received)
+            cache.put(block.keys, block.example_tokens, received)
 
-    def _mask(self, numbers: Sequence[int] | set[int] | range) -> Tensor:
+    def _mask(self, numbers: set[int]) -> Tensor:
         """Return 1 for the given blocks and 0 for the others."""
         mask = torch.zeros(len(self._blocks), device=self._forward.parts.model.device)
         mask[list(numbers)] = 1

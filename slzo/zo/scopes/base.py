@@ -17,7 +17,8 @@ Layers = list[int] | Literal["all"] | None
 
 def is_one_layer(layers: Any) -> bool:
     """Whether the layers of a scope are one layer."""
-    return layers is None or (isinstance(layers, Collection) and layers != "all" and len(set(layers)) == 1)
+    is_list = isinstance(layers, Collection) and not isinstance(layers, str)
+    return layers is None or (is_list and len(set(layers)) == 1)
 
 
 @dataclass(frozen=True)
