@@ -61,11 +61,11 @@ class RewardInputs:
 
 
 class RewardFailure(Exception):  # noqa: N818
-    """A function did not return a number for each answer.
+    """A function cannot be loaded, or did not return a number for each answer.
 
     Attributes:
         function: Name of the function.
-        reason: What it did, as a phrase that begins with a verb.
+        reason: What is wrong, or what it did as a phrase that begins with a verb.
         place: Index of the answer at which it failed; ``None`` if unknown.
     """
 
@@ -86,17 +86,18 @@ def load_function(wanted: RewardCall) -> RewardFunction:
     A function may have an attribute ``check``, a function of the arguments that raises ValueError.
 
     Raises:
-        LookupError: There is no such function, it does not take them, or its file cannot be run; the message is one line.
+        RewardFailure: There is no such function, it does not take them, or its file cannot be run.
     """
     function = _find(wanted.function)
     accepted = _accepted(function, wanted.arguments)
     if unknown := [name for name in wanted.arguments if name not in accepted]:
-        raise LookupError(f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}")
+        reason = f"takes no argument {unknown[0]!r}; choose from {', '.join(sorted(accepted))}"
+        raise RewardFailure(wanted.function, reason)
     if (check := getattr(function, "check", None)) is not None:
         try:
             check(wanted.arguments)
         except ValueError as error:
-            raise LookupError(str(error)) from None
+            raise RewardFailure(wanted.function, str(error)) from None
     return function
 
 
@@ -107,10 +108,11 @@ def _find(name: str) -> RewardFunction:
     try:
         module = _run_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # the user's file may raise anything
-        raise LookupError(f"{where} cannot be imported ({format_error(error)}){format_place(error)}") from error
+        reason = f"{where} cannot be imported ({format_error(error)}){format_place(error)}"
+        raise RewardFailure(name, reason) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise LookupError(f"{where} has no function {attribute}")
+        raise RewardFailure(name, f"{where} has no function {attribute}")
     return function
 
 

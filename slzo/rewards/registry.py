@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from slzo.rewards.builtin.accuracy import accuracy
 from slzo.rewards.builtin.exact_match import exact_match
@@ -19,15 +18,7 @@ from slzo.utils.errors import SlzoError
 RewardFunction = Callable[..., Sequence[float]]
 """``f(prompts, completions, **columns)`` returns one number per completion. It gets only the arguments that it declares."""
 
-_ALL: tuple[Callable[..., list[float]], ...] = (
-    accuracy,
-    exact_match,
-    json_valid,
-    number_match,
-    regex,
-    rouge,
-    token_f1,
-)
+_ALL: tuple[RewardFunction, ...] = (accuracy, exact_match, json_valid, number_match, regex, rouge, token_f1)
 REWARDS: Mapping[str, RewardFunction] = MappingProxyType({function.__name__: function for function in _ALL})
 
 PERPLEXITY = "perplexity"
@@ -76,7 +67,5 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 def answer_metric(name: str, answer: str, references: Sequence[str]) -> float:
     """Return the score of one generated answer, 0 to 1, in the metric of that name."""
     function = _METRICS[name]
-    arguments: dict[str, Any] = {"completions": [answer]}
-    if "references" in inspect.signature(function).parameters:
-        arguments["references"] = [references]
-    return float(function(**arguments)[0])
+    more = {"references": [references]} if "references" in inspect.signature(function).parameters else {}
+    return float(function(completions=[answer], **more)[0])

@@ -70,11 +70,11 @@ class Rewards:
         if self._process is not None:
             self._process.load()
             return
-        for one in self.functions:
-            try:
+        try:
+            for one in self.functions:
                 load_function(one)
-            except LookupError as error:
-                raise SlzoError(f"data.reward {one.function!r}: {error}") from error
+        except RewardFailure as failure:
+            raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
 
     def __call__(self, answers: RewardInputs, all_or_none: bool = False) -> RewardResult:
         """Reward answers.
