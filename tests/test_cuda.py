@@ -21,7 +21,7 @@ from helpers import (
 
 from slzo.__main__ import main
 from slzo.batches.packing import pack
-from slzo.evaluation.generation import generate
+from slzo.evaluation.decoding import generate
 from slzo.models.device_map import DeviceMapChoice
 from slzo.models.device_placement import load_with_device_map
 from slzo.models.load import load_model

@@ -9,8 +9,7 @@ from helpers import VOCABULARY, each_family, tiny_model, tuned_layer
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence, prompt_key, prompt_with_gold
 from slzo.batches.packing import Block
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, decode
-from slzo.evaluation.generation import generate
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, generate
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
@@ -51,7 +50,7 @@ def joint_answers(tuned_model, points, prompts, wanted, stops, budget=10_000, **
     span = tuned_model.span
     with live_points(tuned_model.tensors, points) as write:
         varied = VariedLayers(span.start, span.stop, write)
-        return decode(tuned_model.parts, prompts, wanted, stops, varied=varied, **options)[0]
+        return generate(tuned_model.parts, prompts, stops, wanted=wanted, varied=varied, **options)[0]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import family_table
 from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
-from slzo.evaluation.generation import generate
+from slzo.evaluation.decoding import generate
 from slzo.models import parts as model_parts
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts

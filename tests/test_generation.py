@@ -10,7 +10,8 @@ from helpers import VOCABULARY, each_family, tiny_model
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.batches.sharing import chunk_by_tokens, num_distinct_tokens, share_beginnings
-from slzo.evaluation.generation import answer_text, ends_with, generate, generate_plainly, stop_tokens
+from slzo.evaluation.decoding import generate
+from slzo.evaluation.generation import answer_text, ends_with, generate_plainly, stop_tokens
 from slzo.models.parts import Limits, ModelParts
 from tiny import make_tokenizer
 
@@ -150,7 +151,7 @@ def test_an_adapter_leaves_the_eos_tokens_of_its_base_model():
     model = tiny_model()
     model.generation_config.eos_token_id = [2, 9]
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    generate_plainly(adapted, torch.tensor([[5, 6]]), max_new_tokens=1)
+    generate_plainly(adapted, torch.tensor([[5, 6]]), set(), None, max_new_tokens=1)
     assert adapted.get_base_model().generation_config.eos_token_id == [2, 9]
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from slzo.__main__ import main
 from slzo.cli.app import SlzoCLI
 from slzo.commands.registry import COMMANDS
-from slzo.evaluation.generation import generate
+from slzo.evaluation.decoding import generate
 from slzo.utils.errors import SlzoError
 from slzo.zo.memory import tuning_bytes
 from slzo.zo.optim import OptimizerChoice

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from slzo.__main__ import main
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.chat import TEMPLATES, ChatEncoder
-from slzo.evaluation.generation import generate
+from slzo.evaluation.decoding import generate
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.prompting.pair import Pair

@@ -14,8 +14,9 @@ from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.data.batch import Row, TrainBatch
+from slzo.evaluation.decoding import generate
 from slzo.evaluation.evaluator import Evaluator
-from slzo.evaluation.generation import Decoding, answer_text, generate
+from slzo.evaluation.generation import Decoding, answer_text
 from slzo.evaluation.rewarding import reward_inputs
 from slzo.evaluation.sampling import Sampling, sample_key
 from slzo.models.parts import Limits, ModelParts

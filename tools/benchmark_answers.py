@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from slzo.batches.encoded import prompt_key
 from slzo.data.encoding import Encoder
 from slzo.data.sources import RowSource
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, decode
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, VariedLayers, generate
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
@@ -74,11 +74,11 @@ class Step:
         states = tuned.prompt_states
         wanted = [AnswerRequest(prompt, point) for point in range(len(points)) for prompt in range(len(prompts))]
         with live_points(tuned.tensors, points) as write:
-            return decode(
+            return generate(
                 self.parts,
                 prompts,
-                wanted,
                 set(),
+                wanted=wanted,
                 max_new_tokens=self.args.new_tokens,
                 prefill_tokens=768,
                 varied=VariedLayers(span.start, span.stop, write),

@@ -1,4 +1,7 @@
-"""Generate answers to many prompts, with the weights at one or several points at once.
+"""Generate answers to many prompts, greedily or by sampling, with the weights at one or several points at once.
+
+Prompts run packed, and a common beginning runs once. Decoding then feeds one token per unfinished answer. Keys and values are
+stored in buffers of rows of similar length, so that attention covers little padding.
 
 The weights of the points differ only in some layers. Below these layers, answers to the same prompt share one computation as
 long as their tokens are equal. A *history* is a prompt with the tokens generated after it; it forks where two answers differ.
@@ -15,13 +18,15 @@ import torch
 from torch import Tensor
 
 from slzo.batches.encoded import EncodedExample, prompt_with_gold
-from slzo.batches.losses import LossSum, answer_loss, sum_losses
+from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
 from slzo.batches.sharing import chunk_by_tokens, share_beginnings
+from slzo.evaluation.generation import Ended, generate_padded
 from slzo.evaluation.key_values import Buffer, KeyValues, NewTokens, check_places
 from slzo.evaluation.prompt_states import PromptStates, recorded, run_with
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
+from slzo.tasks.base import MAX_NEW_TOKENS
 
 
 class AnswerRequest(NamedTuple):
@@ -103,9 +108,11 @@ class _Stage:
         """The rows, in the order in which they run."""
         return [row for buffer in self.buffers for row in buffer.rows]
 
-    def record(self, batch: TokenBatch, hidden: Tensor | None) -> tuple[Tensor, KeyValues]:
-        """Run packed prompts; return the states after the last layer, and the keys and values of the layers."""
-        return recorded(self.parts, batch, self.start, self.stop, hidden)
+    def prefill(self, batch: TokenBatch, hidden: Tensor | None, positions: Mapping[int, Tensor]) -> Tensor:
+        """Run packed prompts, store the keys and values of each row's prompt, and return the states after the last layer."""
+        output, states = recorded(self.parts, batch, self.start, self.stop, hidden)
+        self.fill(states, positions)
+        return output
 
     def fill(self, states: KeyValues, positions: Mapping[int, Tensor]) -> None:
         """Store each row's keys and values, which are at the given packed positions of ``states``."""
@@ -243,8 +250,7 @@ class _Decoder:
             sequences = unshared.layout.sequences_up_to(unshared.needed[last])
             self.below.stage.fill(below, dict(zip(rows, sequences, strict=True)))
         elif self.below is not None:
-            hidden, below = self.below.stage.record(batch, None)
-            self.below.stage.fill(below, positions)
+            hidden = self.below.stage.prefill(batch, None, positions)
         if self.entering is not None and hidden is not None:
             self.entering.prompts.update({row: hidden.index_select(0, where) for row, where in positions.items()})
         final, answers = self._prefill_above(batch, hidden, positions, points)
@@ -270,19 +276,15 @@ class _Decoder:
             outputs = []
             for copy, point in enumerate(points):
                 self._write(point)
-                output, states = self.points[point].record(batch, hidden)
                 of_point = {answer: positions[row] for answer, (number, row) in answers.items() if number == copy}
-                self.points[point].fill(states, of_point)
-                outputs.append(output)
+                outputs.append(self.points[point].prefill(batch, hidden, of_point))
             hidden = torch.cat(outputs)
         if self.above is None:
             assert hidden is not None
             return hidden, answers
-        hidden, states = self.above.record(batch.repeat(len(points)) if len(points) > 1 else batch, hidden)
-        self.above.fill(
-            states, {answer: positions[row] + copy * batch.num_tokens for answer, (copy, row) in answers.items()}
-        )
-        return hidden, answers
+        of_copies = {answer: positions[row] + copy * batch.num_tokens for answer, (copy, row) in answers.items()}
+        copies = batch.repeat(len(points)) if len(points) > 1 else batch
+        return self.above.prefill(copies, hidden, of_copies), answers
 
     def advance(self, tokens: Mapping[int, int]) -> _Logits:
         """Run one more token of each answer and return the logits of the next one."""
@@ -334,15 +336,16 @@ class Decoded(NamedTuple):
     gold: LossSum | None
 
 
-def decode(
+@torch.no_grad()
+def generate(
     parts: ModelParts,
     prompts: Sequence[Sequence[int]],
-    wanted: Sequence[AnswerRequest],
     stops: set[int],
     *,
-    max_new_tokens: int,
+    wanted: Sequence[AnswerRequest] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     prefill_tokens: int = 1024,
-    ended: Callable[[Sequence[int]], bool] | None = None,
+    ended: Ended | None = None,
     sampling: Sampling | None = None,
     varied: VariedLayers | None = None,
     kept: CachedPrompts | None = None,
@@ -352,10 +355,10 @@ def decode(
     """Generate answers.
 
     Args:
-        parts: The model, packed.
+        parts: The model. If it is not packed, only one answer to each prompt with the live weights can be generated.
         prompts: Token ids of each prompt, at least one id each.
-        wanted: The answers to generate; the same prompt may occur several times.
-        stops: Tokens that end an answer.
+        stops: Tokens that end an answer, see :func:`slzo.evaluation.generation.stop_tokens`.
+        wanted: The answers to generate; the same prompt may occur several times. ``None`` for one answer to each prompt.
         max_new_tokens: Longest answer, in tokens, >= 1.
         prefill_tokens: Prompt tokens per forward pass, summed over the points.
         ended: Function that says whether an answer's tokens so far end it.
@@ -366,6 +369,12 @@ def decode(
         gold: Examples whose gold answers' loss is computed in the same passes, one per prompt; with one point only.
         entering: Records the states that enter the varied layers, unless these are the first ones; with one point only.
     """
+    if not parts.packed:
+        loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
+        made = generate_padded(parts, prompts, stops, max_new_tokens, ended, sampling)
+        return Decoded([answer for answer, _ in made], [end for _, end in made], loss)
+    if wanted is None:
+        wanted = [AnswerRequest(prompt) for prompt in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in wanted]
     ends: list[int | None] = [None] * len(wanted)
     if not wanted:
@@ -393,3 +402,12 @@ def decode(
             break
         tokens = decoder.advance(tokens).tokens(step + 1, sampling)
     return Decoded(answers, ends, sum_losses(losses) if losses else None)
+
+
+def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
+    losses = []
+    known = [example for example in gold if example.gold]
+    for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
+        batch = pack([known[number] for number in chunk]).to(parts.model.device)
+        losses.append(answer_loss(parts.logits(batch), batch))
+    return sum_losses(losses) if losses else no_loss(parts.model.device)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample, prompt_key
+from slzo.batches.encoded import prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, Decoded, EnteringStates, VariedLayers, decode
-from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, generate, stop_tokens
+from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, EnteringStates, VariedLayers, generate
+from slzo.evaluation.generation import Answer, Decoding, answer_text, ends_with, stop_tokens
 from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.sampling import Sampling
@@ -77,7 +77,9 @@ class Evaluator:
     def __call__(self, batch: EvalBatch, keep_prefix: bool = False) -> Outcome:
         """Evaluate one batch; with ``keep_prefix`` new hidden states are cached, otherwise the cache is only read."""
         if batch.packed is None:
-            answers, gold_loss = self._generate(batch.rows, [row.encoded for row in batch.rows], keep_prefix)
+            gold = [row.encoded for row in batch.rows]
+            keys = [example.index for example in gold]
+            answers, gold_loss = self._generate(batch.rows, keys, keep_prefix, None, gold=gold)
             assert gold_loss is not None
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
@@ -94,7 +96,7 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
         """Generate answers; ``sampling`` has one key per row, ``None`` takes the most likely tokens."""
-        return self._generate(rows, None, keep=False, sampling=sampling)[0]
+        return self._generate(rows, [prompt_key(row.encoded.index) for row in rows], False, sampling)[0]
 
     def answers_at_points(
         self, rows: Sequence[Sequence[Row]], varied: VariedLayers, sampling: Sampling | None = None
@@ -134,47 +136,40 @@ class Evaluator:
     ) -> list[Answer]:
         distinct = {row.encoded.index: row for of_point in rows for row in of_point}
         place = {index: number for number, index in enumerate(distinct)}
-        decoded = decode(
-            self.parts,
-            [row.prompt for row in distinct.values()],
-            [AnswerRequest(place[row.encoded.index], point) for point, of_point in enumerate(rows) for row in of_point],
-            stop_tokens(self.tokenizer, self.decoding.stop),
-            max_new_tokens=self.decoding.max_new_tokens,
-            prefill_tokens=self.tokens_per_pass,
-            ended=ends_with(self.tokenizer, self.decoding.stop),
-            sampling=sampling,
-            varied=varied,
-            kept=self._kept([prompt_key(index) for index in distinct], keep=True),
-            entering=entering,
-        )
-        return self._to_answers(decoded)
+        wanted = [AnswerRequest(place[row.encoded.index], point) for point, own in enumerate(rows) for row in own]
+        options = {"wanted": wanted, "varied": varied, "entering": entering}
+        keys = [prompt_key(index) for index in distinct]
+        return self._generate(list(distinct.values()), keys, True, sampling, **options)[0]
 
     def _generate(
-        self, rows: Sequence[Row], gold: list[EncodedExample] | None, keep: bool, sampling: Sampling | None = None
+        self, rows: Sequence[Row], keys: Sequence[int], keep: bool, sampling: Sampling | None, **options: Any
     ) -> tuple[list[Answer], LossSum | None]:
-        indices = [row.encoded.index for row in rows]
-        generated = generate(
+        """Generate answers to rows, and return the loss of the gold answers if these are among the options.
+
+        Args:
+            rows: The rows.
+            keys: Their keys in the cache of states.
+            keep: Whether new states are cached.
+            sampling: See :meth:`answers`.
+            options: Further arguments of :func:`slzo.evaluation.decoding.generate`.
+        """
+        tokenizer, stop = self.tokenizer, self.decoding.stop
+        decoded = generate(
             self.parts,
             [row.prompt for row in rows],
-            stop_tokens(self.tokenizer, self.decoding.stop),
+            stop_tokens(tokenizer, stop),
             max_new_tokens=self.decoding.max_new_tokens,
             prefill_tokens=self.tokens_per_pass,
-            gold=gold,
-            ended=ends_with(self.tokenizer, self.decoding.stop),
+            ended=ends_with(tokenizer, stop),
             sampling=sampling,
-            kept=self._kept(indices if gold is not None else [prompt_key(index) for index in indices], keep),
+            kept=None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep),
+            **options,
         )
-        return self._to_answers(generated), generated.gold
-
-    def _to_answers(self, decoded: Decoded) -> list[Answer]:
-        stop = self.decoding.stop
-        return [
-            Answer(answer_text(self.tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))
+        answers = [
+            Answer(answer_text(tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))
             for ids, end in zip(decoded.answers, decoded.ends, strict=True)
         ]
-
-    def _kept(self, keys: Sequence[int], keep: bool) -> CachedPrompts | None:
-        return None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep)
+        return answers, decoded.gold
 
 
 def records(batch: EvalBatch, outcome: Outcome) -> list[dict[str, Any]]:
@@ -242,7 +237,8 @@ class RunningScore:
         # a MeanMetric leaves NaN out, or with nan_strategy="disable" the weights
         self._loss, self._weight = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
         self._extra = extra_metrics
-        self._means = {name: MeanMetric().to(device) for name in _REWARD_MEANS} if "reward" in extra_metrics else {}
+        # of reward, its square and the number of answer tokens
+        self._means = [MeanMetric().to(device) for _ in range(3)] if "reward" in extra_metrics else []
 
     def update(self, batch: EvalBatch, outcome: Outcome) -> None:
         """Add the results of a batch."""
@@ -255,7 +251,7 @@ class RunningScore:
             rewards = torch.tensor(outcome.rewarded.totals, dtype=torch.float64)
             rewards = rewards[rewards.isfinite()]  # failed rewards are reported by Rewards
             tokens = torch.tensor(outcome.num_tokens, dtype=torch.float64)
-            for mean, values in zip(self._means.values(), (rewards, rewards**2, tokens), strict=True):
+            for mean, values in zip(self._means, (rewards, rewards**2, tokens), strict=True):
                 if len(values):
                     mean.update(values.to(mean.device, torch.float32))
 
@@ -269,13 +265,12 @@ class RunningScore:
         elif PERPLEXITY in self._extra:
             found[PERPLEXITY] = found["loss"].exp()
         if self._means:
-            reward, square, tokens = (mean.compute() for mean in self._means.values())
+            reward, square, tokens = (mean.compute() for mean in self._means)
             spread = (square - reward**2).clamp(min=0).sqrt()
             found |= {"reward": reward, "reward_std": spread, "answer_tokens": tokens}
         return found
 
 
-_REWARD_MEANS = ("reward", "reward_square", "answer_tokens")
 REWARD_NAMES = ("reward", "reward_std", "answer_tokens")
 """Values of rewarded rows: mean reward, its standard deviation over rows, and mean number of answer tokens."""
 

@@ -1,9 +1,4 @@
-"""Generate answers to many prompts at once, greedily or by sampling.
-
-Prompts run packed, and a common beginning runs once. Decoding then feeds one token per unfinished row. Keys and values are
-stored in buffers of rows of similar length, so that attention covers little padding, and finished rows are removed at once; see
-:mod:`slzo.evaluation.decoding`.
-"""
+"""What ends an answer, its text, and generation with transformers; :mod:`slzo.evaluation.decoding` has slzo's own."""
 
 from __future__ import annotations
 
@@ -15,18 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import EncodedExample
-from slzo.batches.losses import LossSum, answer_loss, no_loss, sum_losses
-from slzo.batches.packing import pack
-from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.encoding import newline_token
-from slzo.evaluation.decoding import AnswerRequest, CachedPrompts, Decoded, decode
 from slzo.evaluation.sampling import Sampling
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Ended = Callable[[Sequence[int]], bool]
+"""Function that says whether an answer's tokens so far end it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     return newline_token(tokenizer) if text == "\n" else tokenizer.get_added_vocab().get(text)
 
 
-def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Ended | None:
     """Return a function that says whether the last tokens contain a stop text; ``None`` if :func:`stop_tokens` has them all."""
     texts = [text for text in stop if text not in tokenizer.get_added_vocab()]  # added tokens are never part of others
     if not texts:
@@ -88,56 +81,16 @@ def ends_with(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callab
     return ended
 
 
-@torch.no_grad()
-def generate(
-    parts: ModelParts,
-    prompts: Sequence[Sequence[int]],
-    stops: set[int],
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    prefill_tokens: int = 1024,
-    gold: Sequence[EncodedExample] | None = None,
-    ended: Callable[[Sequence[int]], bool] | None = None,
-    sampling: Sampling | None = None,
-    kept: CachedPrompts | None = None,
-) -> Decoded:
-    """Generate continuations of prompts.
-
-    Args:
-        parts: The model with its live weights.
-        prompts: Token ids of each prompt, at least one id each.
-        stops: Tokens that end an answer, see :func:`stop_tokens`.
-        max_new_tokens: Longest answer, in tokens, >= 1.
-        prefill_tokens: Prompt tokens per forward pass.
-        gold: Examples whose gold answers' loss is computed in the same passes, one per prompt.
-        ended: Says whether an answer's tokens so far end it, see :func:`ends_with`.
-        sampling: Samples the tokens, with one key per prompt; ``None`` takes the most likely token.
-        kept: Cached states of the prompts.
-    """
-    if not parts.packed:
-        loss = None if gold is None else _gold_loss(parts, gold, prefill_tokens)
-        made = _generate_padded(parts, prompts, stops, max_new_tokens, ended, sampling)
-        return Decoded([answer for answer, _ in made], [end for _, end in made], loss)
-    return decode(
-        parts,
-        prompts,
-        [AnswerRequest(prompt) for prompt in range(len(prompts))],
-        stops,
-        max_new_tokens=max_new_tokens,
-        prefill_tokens=prefill_tokens,
-        ended=ended,
-        sampling=sampling,
-        kept=kept,
-        gold=gold,
-    )
-
-
-def generate_plainly(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    """Generate with transformers without the settings that come with the model, such as a repetition penalty; its EOS stays.
+def generate_plainly(
+    model: PreTrainedModel, ids: Tensor, stops: set[int], ended: Ended | None, **options: Any
+) -> Tensor:
+    """Generate with transformers without the settings that come with the model, such as a repetition penalty.
 
     Args:
         model: The model.
         ids: Prompts, shape (rows, tokens), int64.
+        stops: Tokens that end an answer; if there are none, the model's own EOS does.
+        ended: Says whether an answer's tokens so far end it.
         options: Further arguments of ``model.generate``.
 
     Returns:
@@ -145,31 +98,31 @@ def generate_plainly(model: PreTrainedModel, ids: Tensor, **options: Any) -> Ten
     """
     from transformers import GenerationConfig  # loads packages that scoring candidates does not need
 
+    def has_ended(so_far: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
+        assert ended is not None
+        return torch.tensor([ended(answer) for answer in so_far[:, ids.shape[1] :].tolist()], device=so_far.device)
+
     own: Any = model.generation_config
     # with EOS, because a PeftModel also leaves this one in its base model
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
     try:
-        output: Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
+        output: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            eos_token_id=sorted(stops) or None,
+            stopping_criteria=None if ended is None else [has_ended],
+            **options,
+        )
         return output
     finally:
         model.generation_config = own
 
 
-def _gold_loss(parts: ModelParts, gold: Sequence[EncodedExample], max_tokens: int) -> LossSum:
-    losses = []
-    known = [example for example in gold if example.gold]
-    for chunk in chunk_by_tokens([example.sequences[0].ids for example in known], max_tokens, share=False):
-        batch = pack([known[number] for number in chunk]).to(parts.model.device)
-        losses.append(answer_loss(parts.logits(batch), batch))
-    return sum_losses(losses) if losses else no_loss(parts.model.device)
-
-
-def _generate_padded(
+def generate_padded(
     parts: ModelParts,
     prompts: Sequence[Sequence[int]],
     stops: set[int],
     max_new_tokens: int,
-    ended: Callable[[Sequence[int]], bool] | None,
+    ended: Ended | None,
     sampling: Sampling | None,
 ) -> list[tuple[list[int], int | None]]:
     """Generate with transformers, padded on the left, for models whose attention cannot be replaced.
@@ -186,7 +139,7 @@ def _generate_padded(
         for length in set(lengths):
             rows = [row for row, row_length in enumerate(lengths) if row_length == length]
             of_rows = None if sampling is None else sampling.of(rows)
-            found = _generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, ended, of_rows)
+            found = generate_padded(parts, [prompts[row] for row in rows], stops, max_new_tokens, ended, of_rows)
             answers.update(zip(rows, found, strict=True))
         return [answers[row] for row in range(len(prompts))]
     width = max(lengths)
@@ -197,27 +150,21 @@ def _generate_padded(
         assert sampling is not None
         return sampling.with_noise(logits, range(len(prompts)), so_far.shape[1] - width)
 
-    def has_ended(so_far: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
-        assert ended is not None
-        return torch.tensor([ended(answer) for answer in so_far[:, width:].tolist()], device=so_far.device)
-
     output = generate_plainly(
         parts.model,
         ids,
+        stops,
+        ended,
         attention_mask=mask,
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops) or None,
         pad_token_id=0,
         logits_processor=None if sampling is None else [add_noise],
-        stopping_criteria=None if ended is None else [has_ended],
     )
     return [_until_end(new, stops, ended) for new in output[:, width:].tolist()]
 
 
-def _until_end(
-    new: Sequence[int], stops: set[int], ended: Callable[[Sequence[int]], bool] | None
-) -> tuple[list[int], int | None]:
+def _until_end(new: Sequence[int], stops: set[int], ended: Ended | None) -> tuple[list[int], int | None]:
     """Return the tokens up to the end of the answer, without a stop token, and the stop token."""
     answer: list[int] = []
     for token in new:

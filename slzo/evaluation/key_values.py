@@ -1,4 +1,4 @@
-"""Key-value buffers: attention that records the keys and values of prompts, and attention of new tokens to recorded ones.
+"""Key-value buffers, and the attention of new tokens to what they hold.
 
 Shapes used here: ``H`` heads, ``G`` key-value heads, ``D`` head size, ``T`` packed tokens, ``m`` rows in one buffer of
 width ``W``.
@@ -11,13 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slzo.batches.layout import PackedLayout, group_by_length
-from slzo.models.attention import (
-    VIRTUAL_ARGUMENT,
-    masked_attention,
-    packed_attention_forward,
-    with_virtual_tokens,
-)
+from slzo.batches.layout import group_by_length
+from slzo.models.attention import VIRTUAL_ARGUMENT, masked_attention, with_virtual_tokens
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 from slzo.utils.errors import SlzoError
@@ -102,21 +97,6 @@ class Buffer:
         for store in (self.keys, self.values):
             for states in store.values():
                 states[target] = states[source]
-
-
-@dataclass
-class Recording:
-    """Packed attention that records the keys and values."""
-
-    layout: PackedLayout
-    states: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, None]:
-        """See :data:`slzo.models.attention.Attend`."""
-        self.states[layer] = (key[0], value[0])
-        return packed_attention_forward(layer, query, key, value, None, packed_layout=self.layout, **options)
 
 
 class NewTokens:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.layout import PackedLayout
 from slzo.batches.packing import PackedBatch, TokenBatch, pack
-from slzo.evaluation.key_values import KeyValues, Recording, check_places
+from slzo.evaluation.key_values import KeyValues, check_places
+from slzo.models.attention import packed_attention_forward
 from slzo.models.parts import ModelParts
 from slzo.models.prefix_cache import PrefixCache
 
@@ -19,8 +20,15 @@ def recorded(
     parts: ModelParts, batch: TokenBatch, start: int, stop: int, hidden: Tensor | None
 ) -> tuple[Tensor, KeyValues]:
     """Run layers; return the states after them, and their keys and values."""
-    recording = Recording(batch.layout)
-    return run_with(parts, batch, recording.attend, start, stop, hidden), recording.states
+    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        states[layer] = (key[0], value[0])
+        return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
+
+    return run_with(parts, batch, attend, start, stop, hidden), states
 
 
 def run_with(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from slzo.evaluation.generation import ends_with, generate_plainly, stop_tokens
@@ -90,12 +89,6 @@ def write_continuation(
     stream, prompt = _Stream(tokenizer, out, stop), torch.tensor([list(ids)], device=model.device)
     own = model.generation_config.eos_token_id
     ends = stop_tokens(tokenizer, stop).union([own] if isinstance(own, int) else own or ())
-    ended = ends_with(tokenizer, stop)
-
-    def is_done(so_far: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
-        assert ended is not None
-        return torch.tensor([ended(so_far[0, len(ids) :].tolist())], device=so_far.device)
-
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
@@ -105,11 +98,11 @@ def write_continuation(
         generate_plainly(
             model,
             prompt,
+            ends,
+            ends_with(tokenizer, stop),
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=options.max_new_tokens,
             pad_token_id=0 if pad is None else pad,
             streamer=stream,
-            eos_token_id=sorted(ends) or None,
-            stopping_criteria=None if ended is None else [is_done],
             **sampling,
         )
