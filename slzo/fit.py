@@ -27,7 +27,7 @@ from slzo.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from slzo.checkpoints.note import check_commit
 from slzo.data.classes import majority_share
 from slzo.evaluation.bag_of_words import bag_of_words
-from slzo.evaluation.held_out import HeldOut, score_held_out
+from slzo.evaluation.held_out import HeldOutScores, score_held_out
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.timing import measure_times
 from slzo.memory_plan import first_order_bytes, plan_memory
@@ -291,8 +291,10 @@ def _announce(prepared: Prepared) -> None:
         say(quantized)
 
 
-def score_test_rows(prepared: Prepared, rows: TaskRows, when: str, keep_prefix: bool = False) -> HeldOut:
-    """Score the held-out rows with the live weights.
+def score_test_rows(
+    prepared: Prepared, rows: TaskRows, when: str, keep_prefix: bool = False
+) -> tuple[HeldOutScores, dict[int, dict[str, Any]]]:
+    """Score the held-out rows with the live weights, see :func:`slzo.evaluation.held_out.score_held_out`.
 
     There are no samples if the task's answers are free texts and none are generated: only the likelihood of the given answers is
     known then.

@@ -22,16 +22,15 @@ from slzo.data.batch import (
 )
 from slzo.data.chat import ChatEncoder
 from slzo.data.classes import one_class_warning, unlabelled_warning
-from slzo.data.drawing import draw_from
 from slzo.data.encoding import Encoder
 from slzo.data.fingerprint import DataFingerprint
 from slzo.data.row_encoding import encode_rows, prompt_batches
 from slzo.data.sampler import StepBatchSampler
 from slzo.data.sources import RowSource
-from slzo.data.splits import Splits
+from slzo.data.splits import Splits, draw_from
 from slzo.evaluation.evaluator import REWARD_NAMES, Evaluator, Logits, RunningScore, score_rows
 from slzo.evaluation.generation import Decoding
-from slzo.evaluation.metrics import make_metrics
+from slzo.evaluation.metrics import TaskMetrics
 from slzo.evaluation.prompt_states import PromptStates
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.models.load import load_tokenizer, max_positions
@@ -258,14 +257,14 @@ class TaskRows:
 
     def running_score(self, device: torch.device) -> RunningScore:
         """Return new counters of the metrics and the loss."""
-        return RunningScore(make_metrics(self.task), device, self._extra_metrics)
+        return RunningScore(TaskMetrics(self.task), device, self._extra_metrics)
 
     @property
     def metric_names(self) -> list[str]:
         """Names of the logged metrics of the dev rows, such as ``val/loss``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are no rows
-            names = make_metrics(self.task).compute()
+            names = TaskMetrics(self.task).compute()
         extra = [name for name in self._extra_metrics if name != "reward"]
         rewards = REWARD_NAMES if self.reward is not None else ()
         return [f"val/{name}" for name in ("loss", *names, *extra, *rewards)]

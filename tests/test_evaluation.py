@@ -23,7 +23,7 @@ from slzo.data.batch import Row, eval_batch, plan_batches, train_batch
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, records
-from slzo.evaluation.metrics import make_metrics
+from slzo.evaluation.metrics import TaskMetrics
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.rewards.answers import token_f1
@@ -161,7 +161,7 @@ def test_generation_tasks_report_f1_exact_match_and_loss(squad_options, model_di
     assert all(line["scores"] is None and line["prediction"] == line["prediction_text"] for line in lines)
     assert all("\n" not in line["prediction"] for line in lines)
     result, module, datamodule = scored(model_dir, squad_dir, "squad", tmp_path)
-    metrics = make_metrics(datamodule.task)
+    metrics = TaskMetrics(datamodule.task)
     metrics.update([row.example for row in datamodule.rows("test")], [line["prediction"] for line in lines])
     for name, value in metrics.compute().items():
         assert result[f"test/{name}"] == pytest.approx(float(value))
@@ -301,7 +301,7 @@ def test_training_on_the_metric(task, model_dir, data_dir, squad_dir, tmp_path, 
             losses = losses_at(points)
             for point, value in zip(points, losses.tolist(), strict=True):
                 stepper.model.tensors.write(point.direction, point.scale)
-                metrics = make_metrics(datamodule.task)
+                metrics = TaskMetrics(datamodule.task)
                 predictions = stepper.evaluator(eval_batch(batch.rows)).predictions
                 metrics.update([row.example for row in batch.rows], predictions)
                 seen.append((value, 1 - float(metrics.compute()[datamodule.task.metric])))

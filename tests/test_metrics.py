@@ -13,7 +13,7 @@ from torchmetrics.text import SQuAD
 from slzo.batches.losses import LossSum
 from slzo.evaluation.evaluator import Outcome, RunningScore
 from slzo.evaluation.held_out import score_held_out
-from slzo.evaluation.metrics import make_metrics, row_score
+from slzo.evaluation.metrics import TaskMetrics, row_score
 from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.rewards.answers import exact_match, normalize_answer, token_f1
 from slzo.tasks.base import Example, Kind
@@ -59,7 +59,7 @@ def generated():
 
 def test_generation_agrees_with_torchmetrics():
     examples, predictions = generated()
-    metrics = make_metrics(get_task("squad"))
+    metrics = TaskMetrics(get_task("squad"))
     for start in range(0, 100, 30):
         metrics.update(examples[start : start + 30], predictions[start : start + 30])
     other = SQuAD()
@@ -72,7 +72,7 @@ def test_generation_agrees_with_torchmetrics():
 
 
 def test_accuracy_counts_any_gold_and_no_unlabelled_row():
-    metrics = make_metrics(get_task("record"))
+    metrics = TaskMetrics(get_task("record"))
     golds = [(0,), (1, 2), (1,), ()]
     examples = [Example(str(i), "p", (" a", " b", " c"), gold) for i, gold in enumerate(golds)]
     metrics.update(examples[:2], torch.tensor([0, 2]))
@@ -95,7 +95,7 @@ def answers():
 
 def test_multirc():
     examples, predictions = answers()
-    metrics = make_metrics(get_task("multirc"))
+    metrics = TaskMetrics(get_task("multirc"))
     for row in range(0, len(examples), 3):  # groups are parted over batches
         metrics.update(examples[row : row + 3], predictions[row : row + 3])
     gold = [example.gold[0] for example in examples]
@@ -133,7 +133,7 @@ def merged(first, others):
 @pytest.mark.parametrize("name", ["multirc", "squad", "sst2"])
 def test_processes_together_give_what_one_gives(name):
     examples, predictions = generated() if name == "squad" else answers()
-    whole, *parts = (make_metrics(get_task(name)) for _ in range(4))  # the last sees no row
+    whole, *parts = (TaskMetrics(get_task(name)) for _ in range(4))  # the last sees no row
     whole.update(examples, predictions)
     for start in (0, 1):
         parts[start].update(examples[start::2], predictions[start::2])
@@ -145,7 +145,7 @@ def test_processes_together_give_what_one_gives(name):
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_the_tasks_metric_is_computed(name):
     task = get_task(name)
-    metrics = make_metrics(task)
+    metrics = TaskMetrics(task)
     example = Example("0", "p", (" a", " b"), (1,), references=("b",))
     metrics.update([example], ["b"] if task.kind is Kind.GENERATION else [1])
     found = metrics.compute()
@@ -155,7 +155,7 @@ def test_the_tasks_metric_is_computed(name):
 
 @pytest.mark.parametrize("name", ["sst2", "squad", "multirc"])
 def test_no_row_is_not_a_number(name):
-    metrics = make_metrics(get_task(name))
+    metrics = TaskMetrics(get_task(name))
     metrics.update([], [])
     assert metrics.compute()[get_task(name).metric].isnan()
 
@@ -174,11 +174,11 @@ def test_a_distance_may_rise_by_a_share_of_its_size(best, before, largest):
 
 
 def test_rewarded_rows_without_labels_have_no_perplexity(monkeypatch):
-    score = RunningScore(make_metrics(get_task("squad")), torch.device("cpu"), ("perplexity", "reward"))
+    score = RunningScore(TaskMetrics(get_task("squad")), torch.device("cpu"), ("perplexity", "reward"))
     found = score.compute()
     assert not {"loss", "perplexity"} & set(found)
     monkeypatch.setattr("slzo.evaluation.held_out.score_rows", lambda *_, **__: dict(found))
-    held_out = score_held_out(None, [], None, "perplexity").scores
+    held_out, _ = score_held_out(None, [], None, "perplexity")
     assert math.isnan(held_out.metrics["perplexity"])
     assert "reward" in held_out.metrics
 
@@ -192,7 +192,7 @@ def test_a_generated_answer_has_a_row_score_in_every_metric():
 
 @pytest.mark.parametrize(("totals", "mean"), [((6.0, 14.0), 20 / 64), ((torch.nan, 14.0), torch.nan)])
 def test_the_loss_is_the_mean_over_rows_and_no_value_is_left_out(totals, mean):
-    score = RunningScore(make_metrics(get_task("sst2")), torch.device("cpu"))
+    score = RunningScore(TaskMetrics(get_task("sst2")), torch.device("cpu"))
     example = Example("a", "It was", (" bad", " good"), (1,))
     for total, weight in zip(totals, (60.0, 4.0), strict=True):
         loss = LossSum(torch.tensor(total), torch.tensor(weight))

@@ -7,9 +7,10 @@ split, or from the training split if there is none. Their choice does not depend
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from slzo.tasks.base import Example, HubSource
+from slzo.data.sources import RowSource
+from slzo.tasks.base import Example, HubSource, Split
 from slzo.utils.errors import SlzoError
 
 _TEST_ORDER = "test"
@@ -36,6 +37,46 @@ class Splits:
     notes: tuple[str, ...]
     origin: str = ""
     hub: HubSource | None = None
+
+
+def draw_from(
+    source: RowSource, *, num_train: int, num_dev: int, num_test: int | None, seed: int, needs_train: bool
+) -> Splits:
+    """Read the rows of a task and draw its splits, see :func:`draw_splits`; the only file of a custom task is divided among them.
+
+    Without ``needs_train``, there are no training and dev rows.
+
+    Raises:
+        SlzoError: If a required split is missing or broken, or has too few rows.
+    """
+    files, origin = source.task.files, ""
+    divided = "train" in files and "test" not in files
+    wanted: dict[Split, bool] = {
+        "test": not divided,
+        "train": needs_train or divided,
+        "dev": needs_train and "dev" in files,
+    }
+    read = {split: source.read(split) for split, is_needed in wanted.items() if is_needed}
+    notes = [rows.note for rows in read.values() if rows.note]
+    test, train, dev = (read[split].examples if split in read else None for split in ("test", "train", "dev"))
+    if files:
+        check_shared_ids(source.task.id_field, test or (), train or (), dev or ())
+    if divided and train is not None:
+        origin = f"drawn from the {len(train)} of {files['train']} (seed {seed}; the same held-out rows for every seed)"
+        least = least_rows(num_train, 0 if dev else num_dev) if needs_train else 0
+        train, test, repeats = split_off_test(train, num_test, least)
+        notes += repeats
+    drawn = draw_splits(
+        train if needs_train else None,
+        test or [],
+        num_train=num_train,
+        num_dev=num_dev,
+        num_test=None if divided else num_test,
+        seed=seed,
+        dev_pool=dev,
+    )
+    hub = next((rows.hub for rows in read.values() if rows.hub is not None), None)
+    return replace(drawn, notes=(*notes, *drawn.notes), origin=origin, hub=hub)
 
 
 def draw_splits(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from slzo.data.batch import EvalBatch
 from slzo.evaluation.evaluator import Evaluator, Outcome, RunningScore, gold_losses, records, score_rows
@@ -27,19 +27,6 @@ class HeldOutScores:
     rows: dict[str, float]
 
 
-class HeldOut(NamedTuple):
-    """Results on the held-out rows.
-
-    Attributes:
-        scores: The scores.
-        samples: Records of the first rows by position in the split, see :func:`slzo.evaluation.evaluator.records`. They also
-            have ``gold_texts``, the correct answers as texts.
-    """
-
-    scores: HeldOutScores
-    samples: dict[int, dict[str, Any]]
-
-
 def score_held_out(
     evaluator: Evaluator,
     batches: Iterable[EvalBatch],
@@ -47,7 +34,7 @@ def score_held_out(
     metric: str,
     num_samples: int = 0,
     keep_prefix: bool = False,
-) -> HeldOut:
+) -> tuple[HeldOutScores, dict[int, dict[str, Any]]]:
     """Score rows with the live weights.
 
     Args:
@@ -57,6 +44,10 @@ def score_held_out(
         metric: Name of the metric that summarizes the run.
         num_samples: Number of first rows in the split whose records are returned.
         keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
+
+    Returns:
+        The scores, and the records of the first rows by position in the split, see :func:`slzo.evaluation.evaluator.records`.
+        These also have ``gold_texts``, the correct answers as texts.
     """
     scores: list[tuple[str, float]] = []
     losses: list[tuple[str, tuple[float, float]]] = []
@@ -83,7 +74,7 @@ def score_held_out(
         by_row = perplexity_by_row(dict(gather_from_processes(losses)))
     found.pop("loss", None)
     scored = HeldOutScores({metric: math.nan, **found}, by_row)  # without gold answers there is no perplexity
-    return HeldOut(scored, dict(gather_from_processes(samples)))
+    return scored, dict(gather_from_processes(samples))
 
 
 def _gold_texts(example: Example) -> list[str]:

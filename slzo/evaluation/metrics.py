@@ -4,7 +4,6 @@ import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +48,9 @@ def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, floa
 
 
 class TaskMetrics(Metric):
-    """All metrics of a task; states are summed over processes.
+    """All metrics of a task but the perplexity; states are summed over processes.
 
-    Args:
-        kind: Kind of the task: generation compares texts, the other kinds compare candidate indices.
-        grouped: Also compute answer F1 and exact match per :attr:`Example.group` (MultiRC).
-        names: Metrics of generated answers; ignored by the other kinds.
+    Generation compares texts, the other kinds of tasks compare candidate indices.
     """
 
     full_state_update = False
@@ -65,14 +61,14 @@ class TaskMetrics(Metric):
     group_keys: list[Tensor]
     group_correct: list[Tensor]
 
-    def __init__(self, kind: Kind, grouped: bool = False, names: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.kind = kind
-        self.names = tuple(names) if kind is Kind.GENERATION else ()
-        self.grouped = grouped and kind is not Kind.GENERATION
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.generates = task.kind is Kind.GENERATION
+        self.names = [name for name in task.metrics if name != PERPLEXITY]
+        self.grouped = task.grouped and not self.generates
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
         sums = {f"{name}_sum": 0.0 for name in self.names}
-        for name, start in (sums if kind is Kind.GENERATION else {"correct": 0, "hits": 0, "misses": 0}).items():
+        for name, start in (sums if self.generates else {"correct": 0, "hits": 0, "misses": 0}).items():
             self.add_state(name, torch.tensor(start), dist_reduce_fx="sum")
         if self.grouped:
             self.add_state("group_keys", [], dist_reduce_fx="cat")
@@ -84,7 +80,7 @@ class TaskMetrics(Metric):
         values = predictions.tolist() if isinstance(predictions, Tensor) else list(predictions)
         pairs = [pair for pair in zip(examples, values, strict=True) if pair[0].gold or pair[0].references]
         self.rows = self.rows + len(pairs)
-        if self.kind is Kind.GENERATION:
+        if self.generates:
             for name in self.names:
                 total = sum(answer_metric(name, str(text), example.references) for example, text in pairs)
                 setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + total)
@@ -100,7 +96,7 @@ class TaskMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return each metric by name, 0-dimensional, in 0..1; NaN if there was no labelled row."""
-        if self.kind is Kind.GENERATION:
+        if self.generates:
             return {name: getattr(self, f"{name}_sum") / self.rows for name in self.names}
         scores = {"accuracy": self.correct / self.rows}
         if self.grouped:
@@ -119,11 +115,6 @@ class TaskMetrics(Metric):
     def _add_to_groups(self, keys: Sequence[int], right: Sequence[bool]) -> None:
         self.group_keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
         self.group_correct.append(torch.tensor(right, dtype=torch.int64, device=self.device))
-
-
-def make_metrics(task: Task) -> TaskMetrics:
-    """Make the metrics of a task; :attr:`Task.metric` is one of their names."""
-    return TaskMetrics(task.kind, task.grouped, [name for name in task.metrics if name != PERPLEXITY])
 
 
 def _stable_hash(text: str) -> int:

@@ -157,7 +157,7 @@ def sample_row(after: Mapping[str, Any], before: str | None) -> dict[str, Any]:
     """Return id, prompt, correct answers as texts, and both predictions of a row.
 
     Args:
-        after: Record of the row, see :class:`slzo.evaluation.held_out.HeldOut`.
+        after: Record of the row, see :func:`slzo.evaluation.held_out.score_held_out`.
         before: Prediction before training; ``None`` if it is unknown.
     """
     return {

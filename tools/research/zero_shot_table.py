@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slzo.evaluation.evaluator import Evaluator
-from slzo.evaluation.metrics import make_metrics
+from slzo.evaluation.metrics import TaskMetrics
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
@@ -33,7 +33,7 @@ def score_task(data: TaskRows, evaluator: Evaluator, num_rows: int | None = None
         num_rows: Number of rows, from the first one; ``None`` for all.
     """
     device = evaluator.parts.model.device
-    metrics = make_metrics(data.task)
+    metrics = TaskMetrics(data.task)
     predictions: dict[int, int | str] = {}
     for batch in data.eval_batches("test", num_rows):
         found = evaluator(batch.to(device)).predictions
