@@ -193,7 +193,7 @@ def test_a_folder_that_is_not_ready_is_made_again(tmp_path):
 
 def test_importing_these_modules_loads_no_heavy_package():
     code = (
-        "import sys, slzo.utils.assets, slzo.models.builtin, slzo.tasks.movie_reviews_wheel; "
+        "import sys, slzo.utils.assets, slzo.models.builtin, slzo.tasks.movie_reviews; "
         "sys.exit(str([name for name in ('torch', 'transformers') if name in sys.modules] or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

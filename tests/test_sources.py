@@ -13,6 +13,7 @@ from pyarrow import parquet
 from slzo.data.files import read_file
 from slzo.data.sources import RowSource, row_id
 from slzo.data.superglue import hub_rows
+from slzo.tasks.movie_reviews import MovieReviews
 from slzo.tasks.registry import get_task
 from slzo.tasks.template import TemplateTask
 from slzo.utils.errors import SlzoError
@@ -160,8 +161,7 @@ def test_wrong_ids(wrong):
 
 def test_rows_that_come_with_a_task(monkeypatch, tmp_path):
     rows = [{"id": "m1", "text": "fine", "label": 1}]
-    wheel = SimpleNamespace(movie_review_rows=lambda split: rows if split == "test" else [])
-    monkeypatch.setitem(sys.modules, "slzo.tasks.movie_reviews_wheel", wheel)
+    monkeypatch.setattr(MovieReviews, "shipped_rows", lambda self, split: rows if split == "test" else [])
     assert [e.id for e in load("movie_reviews")] == ["m1"]
     assert "holds no rows" in error_of("movie_reviews", "train")
     write_lines(tmp_path / "movie_reviews" / "train.jsonl", [{"text": "bad", "label": 0}])

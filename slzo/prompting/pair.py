@@ -26,7 +26,7 @@ from slzo.models.fingerprint import Fingerprint
 from slzo.models.load import load_model, load_tokenizer
 from slzo.models.origin import loadable
 from slzo.tasks.base import Example
-from slzo.tasks.messages import ChatFormat
+from slzo.tasks.messages import ChatFormat, Message
 from slzo.utils.errors import SlzoError, one_line
 from slzo.utils.files import read_json
 
@@ -67,7 +67,7 @@ class Pair:
         if not prompt.prompt.strip():
             raise SlzoError(f"prompt {prompt.prompt!r}: is empty; give some text")
         if self.chat is not None and not prompt.messages:
-            prompt = replace(prompt, messages=self.chat.turns_of(prompt.prompt))
+            prompt = replace(prompt, messages=self.chat.with_system((Message("user", prompt.prompt),)))
         return self._encoder.encode_prompt(prompt, max_new_tokens=0)
 
     @cached_property
@@ -110,17 +110,15 @@ def load_pair(source: Source) -> Pair:
     """
     path = Path(source.path).expanduser()
     if is_export(path):
-        return _with_answers(_from_export(path, source), read_json(path / FACTS_FILE, _EXPORT_AGAIN))
-    if source.base is not None:
+        note: Mapping[str, Any] = read_json(path / FACTS_FILE, _EXPORT_AGAIN)
+        pair = _from_export(path, note, source)
+    elif source.base is not None:
         raise SlzoError(
             f"base {source.base!r}: {source.path!r} is not an exported folder, and a checkpoint names its own base; leave it out"
         )
-    checkpoint = find_checkpoint(path, RUNS)
-    return _with_answers(_from_checkpoint(checkpoint, source), checkpoint.note)
-
-
-def _with_answers(pair: Pair, note: Mapping[str, Any]) -> Pair:
-    """Add how the task of a checkpoint or of an exported folder is answered."""
+    else:
+        checkpoint = find_checkpoint(path, RUNS)
+        note, pair = checkpoint.note, _from_checkpoint(checkpoint, source)
     found = note.get("candidates")
     chat = ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None
     return replace(
@@ -183,8 +181,7 @@ def load_exported(source: Source) -> PreTrainedModel:
     return merged
 
 
-def _from_export(folder: Path, source: Source) -> Pair:
-    facts = read_json(folder / FACTS_FILE, _EXPORT_AGAIN)
+def _from_export(folder: Path, facts: Mapping[str, Any], source: Source) -> Pair:
     if (folder / "config.json").is_file():
         tokenizer = load_tokenizer(str(folder), source.trust_remote_code)
         base = _base(source.base or _base_name(folder, facts), facts, source) if source.untuned else None
@@ -195,7 +192,14 @@ def _from_export(folder: Path, source: Source) -> Pair:
     tokenizer = load_tokenizer(name, source.trust_remote_code, facts.get("chat_template"))
     if (folder / DELTA_FILE).is_file():
         return _with_tensors(model, read_delta(folder), tokenizer, source)
-    return _with_adapter(model, folder, tokenizer, source)
+    adapted = _adapted(model, folder, source)
+
+    @contextmanager
+    def plain() -> Iterator[PreTrainedModel]:
+        with adapted.disable_adapter():
+            yield adapted.get_base_model()
+
+    return Pair(tokenizer, _always(adapted), plain if source.untuned else None)
 
 
 def _base_name(folder: Path, facts: Mapping[str, Any], option: str = "base") -> str:
@@ -259,17 +263,6 @@ def _virtual_tokens_error(source: Source) -> SlzoError:
         f"ckpt_path {source.path!r}: transformers cannot use the virtual tokens of prefix tuning; use slzo predict with the "
         "checkpoint of the run"
     )
-
-
-def _with_adapter(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, source: Source) -> Pair:
-    adapted = _adapted(model, folder, source)
-
-    @contextmanager
-    def plain() -> Iterator[PreTrainedModel]:
-        with adapted.disable_adapter():
-            yield adapted.get_base_model()
-
-    return Pair(tokenizer, _always(adapted), plain if source.untuned else None)
 
 
 def _always(model: PreTrainedModel) -> Use:

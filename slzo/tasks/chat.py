@@ -66,7 +66,7 @@ class ChatTask(Task):
         if turns not in ("all", "last"):
             raise SlzoError(f"data.task.turns {turns!r}: choose all or last")
         self.system, self.turns, self.template = system, turns, template
-        self.chat = ChatFormat(template, turns, system)
+        self.chat: ChatFormat = ChatFormat(template, turns, system)
         self.max_new_tokens = check_max_new_tokens(max_new_tokens)
         self.stop = check_stop(stop or ())
         self.metrics = check_metrics((PERPLEXITY,) if metrics is None else metrics)
@@ -82,8 +82,7 @@ class ChatTask(Task):
             raise ValueError("the user turn is empty; give it some text")
         if answer is not None and not answer.strip():
             raise ValueError("the answer is empty; give it some text, or leave it out")
-        if self.system is not None and turns[0].role != "system":
-            turns = (Message("system", self.system), *turns)
+        turns = self.chat.with_system(turns)
         known = () if answer is None else (answer,)
         prompt = turns[0].content if len(turns) == 1 else "\n".join(f"{t.role}: {t.content}" for t in turns)
         references = tuple(text.strip() for text in known)

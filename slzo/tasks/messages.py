@@ -41,10 +41,11 @@ class ChatFormat:
     turns: Turns = "all"
     system: str | None = None
 
-    def turns_of(self, text: str) -> tuple[Message, ...]:
-        """Return the turns of a conversation that begins with a text of the user."""
-        front = () if self.system is None else (Message("system", self.system),)
-        return (*front, Message("user", text))
+    def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Return the turns of a conversation, with the system prompt if they have none."""
+        if self.system is None or turns[0].role == "system":
+            return turns
+        return (Message("system", self.system), *turns)
 
 
 def read_messages(value: object, name: str) -> tuple[Message, ...]:

@@ -106,9 +106,6 @@ class TemplateTask(Task):
         self.files = {split: file for split, file in files.items() if file is not None}
 
     def example(self, row: Fields, id: str) -> Example:
-        missing = [field for field in self.fields if field not in row]
-        if missing:
-            raise ValueError(f"field {missing[0]!r} is missing; the row has {', '.join(map(str, row))}")
         values = {field: _as_text(row[field], field) for field in self._in_prompt}
         prompt = self.prompt.format_map(values).strip(" ")
         if self.kind is Kind.GENERATION:
