@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -65,13 +66,6 @@ class _Turn:
     scored: bool  # whether it is trained on if it is the assistant's
 
 
-class _TooLongError(Exception):
-    """Even the shortest version of a conversation is too long."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-
 class ChatEncoder(Encoder):
     """Encodes conversations with a chat template.
 
@@ -82,24 +76,15 @@ class ChatEncoder(Encoder):
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, in tokens.
         chat: Template and turns to train on.
-        num_embeddings: Number of tokens that the model has; ``None`` if it is not known.
-        limited_by_model: Whether ``max_length`` is all that the model takes.
+        model: Further arguments of :class:`Encoder`.
 
     Attributes:
         template: Text of the template.
         note: Sentence for the log if the template is not the tokenizer's, else ``None``.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        chat: ChatFormat,
-        *,
-        num_embeddings: int | None = None,
-        limited_by_model: bool = False,
-    ) -> None:
-        super().__init__(tokenizer, max_length, num_embeddings=num_embeddings, limited_by_model=limited_by_model)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatFormat, **model: Any) -> None:
+        super().__init__(tokenizer, max_length, **model)
         self.chat = chat
         self.template, self.note = find_template(tokenizer, chat.template)
         self._end = self._end_of_turn()
@@ -158,17 +143,19 @@ class ChatEncoder(Encoder):
         own = [_Turn(message, scored=self.chat.turns == "all") for message in example.messages]
         front = sum(turn.message.role == "system" for turn in own[:1])
         try:
-            return self._longest((*own[:front], *shown, *own[front:]), answer, room)
-        except _TooLongError as error:
-            subject = "the template" if answer is None else "the answer with the template"
-            raise RowError(
-                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {error.length} tokens, and "
-                f"{room} are available; {self.length_advice}, or leave out the example"
-            ) from None
+            ids, counts = self._longest((*own[:front], *shown, *own[front:]), answer, room)
         except ValueError as error:  # of the template
             raise RowError(f"{example.location}: {error}; give rows that it supports, or another template") from error
+        if len(ids) > room:
+            subject = "the template" if answer is None else "the answer with the template"
+            raise RowError(
+                f"data.max_length {self.max_length}: {subject} of {example.location} alone needs {len(ids)} tokens, and "
+                f"{room} are available; {self.length_advice}, or leave out the example"
+            )
+        return ids, counts
 
     def _longest(self, turns: tuple[_Turn, ...], answer: str | None, room: int) -> tuple[list[int], list[bool]]:
+        """Return the longest version that fits, or the shortest one if none does."""
         ids, counts = self._tokens(turns, answer)
         if len(ids) <= room:
             return ids, counts
@@ -189,9 +176,7 @@ class ChatEncoder(Encoder):
                 best, low = (ids, counts), kept + 1
             else:
                 high = kept - 1
-        if best is None:
-            raise _TooLongError(len(ids))
-        return best
+        return best or (ids, counts)
 
     def _tokens(self, conversation: tuple[_Turn, ...], answer: str | None) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation and which of them are trained on; without an answer, the tokens of the prompt."""

@@ -102,23 +102,17 @@ def json_object(line: str) -> Fields:
     """Parse the JSON object in a line; raise ValueError with the reason if there is none."""
     try:
         row = json.loads(line)
+        if re.search(r"\\u[dD][89a-fA-F]", line):
+            json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno}); write one object per line") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair; write complete characters") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({type(error).__name__}); write one object per line") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}; each line must be an object with the row's fields")
-    if re.search(r"\\u[dD][89a-fA-F]", line) and _has_lone_surrogate(row):
-        raise ValueError("half of a surrogate pair; write complete characters")
     return row
-
-
-def _has_lone_surrogate(row: object) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:

@@ -93,9 +93,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _hash_rows(rows: Sequence[Row]) -> Tensor:
     hashes = (_digest((repr(part) for part in _parts(row)), 4) for row in rows)
-    return (
-        torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int32) if rows else torch.zeros(0, dtype=torch.int32)
-    )
+    return torch.tensor([int.from_bytes(each, "little", signed=True) for each in hashes], dtype=torch.int32)
 
 
 def _parts(row: Row) -> tuple[Any, ...]:
