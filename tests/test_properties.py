@@ -14,7 +14,7 @@ from slzo.checkpoints import checkpoint_file
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.note import CHECKPOINT_FORMAT, checkpoint_note
 from slzo.cli.config_files import check_config_file
-from slzo.data.files import READERS, read_file
+from slzo.data.files import READERS, BadRows, read_file
 from slzo.data.sources import RowSource
 from slzo.tasks.template import TemplateTask
 from slzo.trainer import ZOTrainer
@@ -59,7 +59,7 @@ def result(function, *args, names="", error=SlzoError):
 def test_files_of_rows(tmp_path, ending, content):
     path = tmp_path / f"rows{ending}"
     path.write_bytes(content)
-    rows = result(lambda: list(read_file(path)), names=str(path))
+    rows = result(lambda: list(read_file(path, BadRows(skip=False))), names=str(path))
     assert all(isinstance(row, dict) for _, row in rows or ())
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import SHARED_DATA
 from pyarrow import parquet
 
-from slzo.data.files import read_file
+from slzo.data.files import BadRows, read_file
 from slzo.data.sources import RowSource, row_id
 from slzo.data.superglue import hub_rows
 from slzo.tasks.movie_reviews import MovieReviews
@@ -265,7 +265,7 @@ def test_damaged_pages_of_a_parquet_file_are_one_line(tmp_path, compression):
         with pytest.raises(
             SlzoError, match=r"^\S*rows\.parquet: a damaged Parquet file \([^\n]*\); write it again"
         ) as error:
-            list(read_file(path))
+            list(read_file(path, BadRows(skip=False)))
         assert "\n" not in str(error.value)
 
 

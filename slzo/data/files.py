@@ -5,10 +5,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
 
 from slzo.tasks.fields import Fields
 from slzo.utils.console import warn
@@ -19,43 +18,56 @@ _DELIMITERS = (",", ";", "\t", "|")
 PlacedRow = tuple[str, Fields]
 """Location of a row (``file:line``, or ``file row number`` counted from 1) and its fields."""
 
-OnBadRow = Callable[[RowError], None]
-"""Handler of a row that cannot be used. It raises, or records the error so that reading continues."""
-
 _NUM_SHOWN = 3
 
 
-def refuse(error: RowError) -> NoReturn:
-    """Raise the error and name the option that leaves such rows out."""
-    raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
-
-
-def refuse_all(errors: Sequence[RowError], source: str) -> NoReturn:
-    """Raise an error that says that no row of a source can be used, with the first reason."""
-    raise SlzoError(
-        f"{source}: none of the {len(errors)} rows can be used; correct them; the first error is {errors[0]}"
-    )
-
-
-def format_left_out(left_out: Sequence[RowError], used: int, source: str) -> str:
-    """Return log lines with the number of rows that were left out of a source, and the first of them."""
-    first = [f"  {error}" for error in left_out[:_NUM_SHOWN]]
-    more = ["  ..."] if len(left_out) > _NUM_SHOWN else []
-    return "\n".join(
-        [
-            f"Left out {len(left_out)} of {len(left_out) + used} rows of {source} that cannot be used (data.skip_bad_rows):",
-            *first,
-            *more,
-        ]
-    )
-
-
-def read_file(path: Path, on_bad: OnBadRow = refuse) -> Iterator[PlacedRow]:
-    """Read the rows of a file in the format that its extension names.
+class BadRows:
+    """Rows that cannot be used: the first one raises an error, or all are left out.
 
     Args:
-        path: The file.
-        on_bad: Called for each unreadable row if the other rows are readable.
+        skip: Whether they are left out.
+
+    Attributes:
+        errors: One error for each row that is left out.
+    """
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.errors: list[RowError] = []
+
+    def add(self, error: RowError) -> None:
+        """Leave out a row, or raise its error and name the option that leaves such rows out."""
+        if not self.skip:
+            raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
+        self.errors.append(error)
+
+    def note(self, used: int, source: str, name: str) -> str:
+        """Return log lines with the number of rows that are left out, and the first of them; empty if there are none.
+
+        Args:
+            used: Number of the other rows.
+            source: Name of the source, for the error.
+            name: Name of the source, for the log.
+
+        Raises:
+            SlzoError: No row can be used.
+        """
+        errors = self.errors
+        if errors and not used:
+            raise SlzoError(
+                f"{source}: none of the {len(errors)} rows can be used; correct them; the first error is {errors[0]}"
+            )
+        if not errors:
+            return ""
+        head = (
+            f"Left out {len(errors)} of {len(errors) + used} rows of {name} that cannot be used (data.skip_bad_rows):"
+        )
+        more = ["  ..."] if len(errors) > _NUM_SHOWN else []
+        return "\n".join([head, *(f"  {error}" for error in errors[:_NUM_SHOWN]), *more])
+
+
+def read_file(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    """Read the rows of a file in the format that its extension names; unreadable rows are added to ``bad``.
 
     Raises:
         SlzoError: If the file cannot be read or has another format; the message contains the line.
@@ -63,10 +75,10 @@ def read_file(path: Path, on_bad: OnBadRow = refuse) -> Iterator[PlacedRow]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise SlzoError(f"{path}: unknown kind of file; use one that ends in {', '.join(READERS)}")
-    return reader(path, on_bad)
+    return reader(path, bad)
 
 
-def _read_lines(path: Path, on_bad: OnBadRow) -> list[tuple[int, str]]:
+def _read_lines(path: Path, bad: BadRows) -> list[tuple[int, str]]:
     """Return the lines of a text file with their numbers, from 1."""
     lines = []
     # not splitlines(): JSON strings may contain other line separators, such as U+2028
@@ -74,7 +86,7 @@ def _read_lines(path: Path, on_bad: OnBadRow) -> list[tuple[int, str]]:
         try:
             lines.append((number, line.decode("utf-8")))
         except UnicodeDecodeError:
-            on_bad(RowError(f"{path}:{number}: not valid UTF-8; save the file as UTF-8"))
+            bad.add(RowError(f"{path}:{number}: not valid UTF-8; save the file as UTF-8"))
     return lines
 
 
@@ -85,15 +97,15 @@ def _read_bytes(path: Path) -> bytes:
         raise SlzoError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def _read_jsonl(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
-    for number, line in _read_lines(path, on_bad):
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    for number, line in _read_lines(path, bad):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             row = json_object(line)
         except ValueError as error:
-            on_bad(RowError(f"{place}: {error}"))
+            bad.add(RowError(f"{place}: {error}"))
         else:
             yield place, row
 
@@ -115,7 +127,7 @@ def json_object(line: str) -> Fields:
     return row
 
 
-def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
+def _read_csv(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     text = _read_csv_text(path)
     delimiter = _delimiter(text)
     # by default a cell may have 131,072 characters
@@ -135,7 +147,7 @@ def _read_csv(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
                 continue
             if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
                 reason = f"more columns than the first line has; quote texts that contain {delimiter!r}"
-                on_bad(RowError(f"{path}:{start}: {reason}"))
+                bad.add(RowError(f"{path}:{start}: {reason}"))
                 continue
             pairs = zip(names, cells, strict=False)
             yield f"{path}:{start}", {name: _csv_value(name, value) for name, value in pairs if name}
@@ -183,7 +195,7 @@ def _csv_value(name: str, value: str) -> str | int:
     return value
 
 
-def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
+def _read_parquet(path: Path, bad: BadRows) -> Iterator[PlacedRow]:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
@@ -199,7 +211,7 @@ def _read_parquet(path: Path, on_bad: OnBadRow) -> Iterator[PlacedRow]:
         yield f"{path} row {number}", row
 
 
-READERS: Mapping[str, Callable[[Path, OnBadRow], Iterator[PlacedRow]]] = MappingProxyType(
+READERS: Mapping[str, Callable[[Path, BadRows], Iterator[PlacedRow]]] = MappingProxyType(
     {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
 )
 """Readers by file extension."""

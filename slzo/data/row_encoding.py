@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from slzo.batches.encoded import prompt_alone
 from slzo.batches.packing import PackedBatch, pack
@@ -11,24 +10,13 @@ from slzo.batches.sharing import chunk_by_tokens
 from slzo.data.batch import Row
 from slzo.data.chat import ChatEncoder
 from slzo.data.encoding import Encoder
-from slzo.data.files import format_left_out, refuse, refuse_all
+from slzo.data.files import BadRows
 from slzo.tasks.base import Example
 from slzo.utils.console import say, warn
 from slzo.utils.errors import RowError
 
 # Prompts and tokens per forward pass of the profile: enough for speed, too few to raise the peak memory of a run.
 _PROMPTS, _PROMPT_TOKENS = 16, 4096
-
-
-@contextmanager
-def catch_bad_row(bad: list[RowError], skip: bool) -> Iterator[None]:
-    """Add the error of a row that cannot be used to ``bad`` if ``skip`` is set; otherwise raise it with advice."""
-    try:
-        yield
-    except RowError as error:
-        if not skip:
-            refuse(error)
-        bad.append(error)
 
 
 def encode_rows(
@@ -43,27 +31,20 @@ def encode_rows(
     only_gold: bool,
     skip_bad_rows: bool,
 ) -> list[Row]:
-    """Return the rows of examples.
+    """Return the rows of examples, which are given with their places in the split.
 
-    Args:
-        numbered: The examples with their places in the split.
-        encoder: Encoder of text into tokens.
-        split: Name of the split, for messages.
-        first_key: Key of the first example of the split; keys are unique over all splits.
-        demonstrations: Solved examples before each prompt.
-        max_new_tokens: Tokens that a generated answer may have.
-        generates: Whether answers are generated, which needs the prompt alone.
-        only_gold: Whether only the right candidates are encoded.
-        skip_bad_rows: Whether examples that cannot be used are left out and reported.
+    The key of an example is ``first_key`` and its place; keys are unique over all splits. Demonstrations are solved examples
+    before each prompt. If answers of at most ``max_new_tokens`` are generated, the prompt is encoded alone too. With
+    ``only_gold``, only right candidates are encoded, and with ``skip_bad_rows`` unusable examples are left out and reported.
 
     Raises:
         SlzoError: No example can be used, or one cannot and ``skip_bad_rows`` is not set.
     """
     found: list[Row] = []
-    bad: list[RowError] = []
+    bad = BadRows(skip_bad_rows)
     encoder.num_shortened = 0
     for place, example in numbered:
-        with catch_bad_row(bad, skip_bad_rows):
+        try:
             prompt: tuple[int, ...] = ()
             if generates or not example.candidates:
                 prompt = encoder.encode_prompt(example, demonstrations, max_new_tokens)
@@ -73,10 +54,10 @@ def encode_rows(
                 encoded = prompt_alone(first_key + place, prompt)
             _check_tokens(example, (prompt, *(sequence.ids for sequence in encoded.sequences)), encoder.num_embeddings)
             found.append(Row(example, encoded, place, prompt if generates else ()))
-    if bad and not found:
-        refuse_all(bad, f"the {split} split")
-    if bad:
-        say(format_left_out(bad, len(found), f"the {split} split"))
+        except RowError as error:
+            bad.add(error)
+    if note := bad.note(len(found), f"the {split} split", f"the {split} split"):
+        say(note)
     if encoder.num_shortened:
         how = "lose earlier turns first" if isinstance(encoder, ChatEncoder) else "are cut on the left"
         warn(
@@ -100,8 +81,11 @@ def _check_tokens(example: Example, sequences: Iterable[tuple[int, ...]], num_em
 def prompt_batches(encoder: Encoder, examples: Sequence[Example], skip_bad_rows: bool = False) -> list[PackedBatch]:
     """Return packed prompts without answers, for the outlier profile; batches of long prompts contain fewer of them."""
     prompts = []
+    bad = BadRows(skip_bad_rows)  # they are reported when the split is encoded
     for example in examples:
-        with catch_bad_row([], skip_bad_rows):  # bad rows are reported when the split is encoded
+        try:
             prompts.append(encoder.encode_prompt(example, max_new_tokens=1))
+        except RowError as error:
+            bad.add(error)
     chunks = chunk_by_tokens(prompts, _PROMPT_TOKENS, _PROMPTS, share=False)
     return [pack([prompt_alone(number, prompts[number]) for number in chunk]) for chunk in chunks]

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from slzo.data.files import READERS, OnBadRow, PlacedRow, format_left_out, read_file, refuse, refuse_all
+from slzo.data.files import READERS, BadRows, PlacedRow, read_file
 from slzo.data.hub import read_hub
 from slzo.data.superglue import FOLDERS, hub_rows
 from slzo.tasks.base import Example, HubSource, Split, Task, example_of
@@ -25,12 +25,9 @@ _NUMBERS = re.compile(r"-?\d+(-\d+)*")
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Rows of a split.
+    """Rows of a split in the order of the source, and a note about those that were left out, empty if there are none.
 
-    Attributes:
-        examples: The rows, in the order of the source.
-        note: Sentence about the rows that were left out; empty if there are none.
-        hub: Data set of the Hub that they come from, with the commit that was loaded as its revision.
+    If they come from a data set of the Hub, the revision of ``hub`` is the commit that was loaded.
     """
 
     examples: list[Example]
@@ -81,32 +78,24 @@ class RowSource:
             SlzoError: If the source is missing, broken or empty, a field is missing or has the wrong type, a label does not match
                 the candidates, a prompt or candidate is empty, or two rows have the same id.
         """
-        bad: list[RowError] = []
-        origin, placed, hub = self._open(split, self._on_bad(bad))
-        return replace(
-            self._usable(split, origin, placed, bad, self.task.files.get(split, f"the {split} split")), hub=hub
-        )
+        bad = BadRows(self.skip_bad_rows)
+        origin, placed, hub = self._open(split, bad)
+        name = self.task.files.get(split, f"the {split} split")
+        return replace(self._usable(split, origin, placed, bad, name), hub=hub)
 
     def read_to_predict(self, file: str) -> SourceRows:
         """Read a file with rows to predict, which need no labels; errors as for :meth:`read`."""
-        bad: list[RowError] = []
-        path, on_bad = _existing(file, "data.predict_file"), self._on_bad(bad)
-        placed = ((place, {**row, **_missing_labels(self.task, row)}) for place, row in read_file(path, on_bad))
-        own_files = bool(self.task.files)
-        return self._usable("test", file, placed if own_files else _hub_fields(self.task, placed, on_bad), bad, file)
+        bad = BadRows(self.skip_bad_rows)
+        rows = read_file(_existing(file, "data.predict_file"), bad)
+        placed = ((place, {**row, **_missing_labels(self.task, row)}) for place, row in rows)
+        return self._usable("test", file, placed if self.task.files else _hub_fields(self.task, placed, bad), bad, file)
 
-    def _on_bad(self, bad: list[RowError]) -> OnBadRow:
-        return bad.append if self.skip_bad_rows else refuse
-
-    def _usable(
-        self, split: Split, origin: str, placed: Iterable[PlacedRow], bad: list[RowError], name: str
-    ) -> SourceRows:
+    def _usable(self, split: Split, origin: str, placed: Iterable[PlacedRow], bad: BadRows, name: str) -> SourceRows:
         """Return the rows that can be used; errors of the others are added to ``bad``."""
-        on_bad = self._on_bad(bad)
         examples: list[Example] = []
         places: dict[str, str] = {}
         for place, values in placed:
-            position = len(examples) + len(bad)  # bad rows count, so that other ids stay the same
+            position = len(examples) + len(bad.errors)  # bad rows count, so that other ids stay the same
             try:
                 example = _example(self.task, split, values, position)
                 if example.id in places:
@@ -114,25 +103,23 @@ class RowSource:
                         f"id {example.id!r} is also the id of {places[example.id]}; give each row its own id"
                     )
             except ValueError as error:
-                on_bad(RowError(f"{place}: {error}"))
+                bad.add(RowError(f"{place}: {error}"))
                 continue
             places[example.id] = place
             examples.append(replace(example, place=place, columns=values if self.columns else {}))
-        if not examples and bad:
-            refuse_all(bad, origin)
-        if not examples:
+        if not examples and not bad.errors:
             raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
-        return SourceRows(examples, format_left_out(bad, len(examples), name) if bad else "")
+        return SourceRows(examples, bad.note(len(examples), origin, name))
 
-    def _open(self, split: Split, on_bad: OnBadRow) -> tuple[str, Iterable[PlacedRow], HubSource | None]:
+    def _open(self, split: Split, bad: BadRows) -> tuple[str, Iterable[PlacedRow], HubSource | None]:
         """Return the name of the source, for messages, its rows, and the data set of the Hub if it is one."""
         task = self.task
         if split in task.files:
             path = _existing(task.files[split], f"data.task.{split}_file")
-            return str(path), read_file(path, on_bad), None
+            return str(path), read_file(path, bad), None
         if self.data_dir is not None:
             path = _find_file(task, split, Path(self.data_dir).expanduser())
-            return str(path), _hub_fields(task, read_file(path, on_bad), on_bad), None
+            return str(path), _hub_fields(task, read_file(path, bad), bad), None
         if self.hub_path is None:
             shipped = task.shipped_rows(split)
             if shipped is not None:
@@ -230,11 +217,11 @@ def _find_file(task: Task, split: Split, root: Path) -> Path:
     )
 
 
-def _hub_fields(task: Task, placed: Iterable[PlacedRow], on_bad: OnBadRow) -> Iterator[PlacedRow]:
+def _hub_fields(task: Task, placed: Iterable[PlacedRow], bad: BadRows) -> Iterator[PlacedRow]:
     for place, values in placed:
         try:
             rows = list(hub_rows(task.name, values))
         except ValueError as error:
-            on_bad(RowError(f"{place}: {error}"))
+            bad.add(RowError(f"{place}: {error}"))
         else:
             yield from ((place, row) for row in rows)
