@@ -59,7 +59,7 @@ def generate(
         text = example.prompt
         say(f"\n{text}" if number else text)
         ids = pair.tokens_of(example)
-        for name, use in pair.both():
+        for name, use in pair.models.items():
             say(f"--- {name}")
             with use() as model:
                 if known:

@@ -24,12 +24,7 @@ Ended = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Where an answer ends.
-
-    Attributes:
-        stop: Texts that end an answer, in addition to the EOS token.
-        max_new_tokens: Largest number of tokens, >= 1.
-    """
+    """Where an answer ends: at EOS, before one of the texts of ``stop``, or after ``max_new_tokens`` tokens, >= 1."""
 
     stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -109,6 +104,7 @@ def generate_plainly(
         output: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
             eos_token_id=sorted(stops) or None,
+            pad_token_id=0,  # of finished rows
             stopping_criteria=None if ended is None else [has_ended],
             **options,
         )
@@ -158,7 +154,6 @@ def generate_padded(
         attention_mask=mask,
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        pad_token_id=0,
         logits_processor=None if sampling is None else [add_noise],
     )
     return [_until_end(new, stops, ended) for new in output[:, width:].tolist()]

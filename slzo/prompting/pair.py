@@ -42,16 +42,14 @@ class Pair:
 
     Attributes:
         tokenizer: The tokenizer.
-        tuned: The tuned model.
-        untuned: The base model; ``None`` if it was not requested.
+        models: The models by name: "untuned", unless it was not requested, and "tuned", in this order.
         candidates: The answers that all rows of the task have; ``None`` if it has none.
         chat: Format of the conversations that it was tuned on; ``None`` for other texts.
         stop: Texts that end an answer besides the EOS token.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    tuned: Use
-    untuned: Use | None
+    models: Mapping[str, Use]
     candidates: tuple[str, ...] | None = None
     chat: ChatFormat | None = None
     stop: tuple[str, ...] = ()
@@ -75,12 +73,6 @@ class Pair:
         if self.chat is None:
             return Encoder(self.tokenizer, sys.maxsize)
         return ChatEncoder(self.tokenizer, sys.maxsize, self.chat)
-
-    def both(self) -> Iterator[tuple[str, Use]]:
-        """Yield names and models, the untuned model first."""
-        if self.untuned is not None:
-            yield "untuned", self.untuned
-        yield "tuned", self.tuned
 
 
 @dataclass(frozen=True)
@@ -120,9 +112,12 @@ def load_pair(source: Source) -> Pair:
         checkpoint = find_checkpoint(path, RUNS)
         note, pair = checkpoint.note, _from_checkpoint(checkpoint, source)
     found = note.get("candidates")
-    chat = ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None
     return replace(
-        pair, candidates=None if found is None else tuple(found), chat=chat, stop=tuple(note.get("stop") or ())
+        pair,
+        models={name: use for name, use in pair.models.items() if source.untuned or name == "tuned"},
+        candidates=None if found is None else tuple(found),
+        chat=ChatFormat(system=note.get("system_prompt")) if note.get("chat") else None,
+        stop=tuple(note.get("stop") or ()),
     )
 
 
@@ -135,7 +130,7 @@ def _from_checkpoint(checkpoint: Checkpoint, source: Source) -> Pair:
     before = {name: tensor.live.detach().clone() for name, tensor in tensors.items()}
     load_values(tuned_model, checkpoint)
     # an adapter stays in the model: LoRA's matrices add 0 before training
-    return _with_tensors(model, swap(model, before), tokenizer, source)
+    return _with_tensors(model, swap(model, before), tokenizer)
 
 
 def is_export(path: str | Path) -> bool:
@@ -146,9 +141,7 @@ def is_export(path: str | Path) -> bool:
 def exported_options(folder: str | Path, model: str | None) -> dict[str, str]:
     """Return the options that score an exported folder: model, dtype, and the task if it is a built-in one.
 
-    Args:
-        folder: The folder.
-        model: The base model that the user gave; ``None`` for the one that the folder names.
+    ``model`` is the base model that the user gave; ``None`` for the one that the folder names.
 
     Raises:
         SlzoError: The base model is a local folder, and none is given.
@@ -183,15 +176,16 @@ def load_exported(source: Source) -> PreTrainedModel:
 
 def _from_export(folder: Path, facts: Mapping[str, Any], source: Source) -> Pair:
     if (folder / "config.json").is_file():
-        tokenizer = load_tokenizer(str(folder), source.trust_remote_code)
-        base = _base(source.base or _base_name(folder, facts), facts, source) if source.untuned else None
-        tuned = _always(_load(str(folder), facts, source))
-        return Pair(tokenizer, tuned, None if base is None else _always(base))
+        tokenizer, models = load_tokenizer(str(folder), source.trust_remote_code), {}
+        if source.untuned:
+            models["untuned"] = _always(_base(source.base or _base_name(folder, facts), facts, source))
+        models["tuned"] = _always(_load(str(folder), facts, source))
+        return Pair(tokenizer, models)
     name = source.base or _base_name(folder, facts)
     model = _base(name, facts, source)
     tokenizer = load_tokenizer(name, source.trust_remote_code, facts.get("chat_template"))
     if (folder / DELTA_FILE).is_file():
-        return _with_tensors(model, read_delta(folder), tokenizer, source)
+        return _with_tensors(model, read_delta(folder), tokenizer)
     adapted = _adapted(model, folder, source)
 
     @contextmanager
@@ -199,7 +193,7 @@ def _from_export(folder: Path, facts: Mapping[str, Any], source: Source) -> Pair
         with adapted.disable_adapter():
             yield adapted.get_base_model()
 
-    return Pair(tokenizer, _always(adapted), plain if source.untuned else None)
+    return Pair(tokenizer, {"untuned": plain, "tuned": _always(adapted)})
 
 
 def _base_name(folder: Path, facts: Mapping[str, Any], option: str = "base") -> str:
@@ -226,9 +220,7 @@ def _load(name: str, facts: Mapping[str, Any], source: Source) -> PreTrainedMode
     return load_model(name, source.dtype or facts.get("dtype", "float32"), source.trust_remote_code)
 
 
-def _with_tensors(
-    model: PreTrainedModel, tuned: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Source
-) -> Pair:
+def _with_tensors(model: PreTrainedModel, tuned: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Pair:
     """Make a pair from a model with untuned weights; the tuned ones are written into it while they are used."""
 
     @contextmanager
@@ -239,7 +231,7 @@ def _with_tensors(
         finally:
             swap(model, before)
 
-    return Pair(tokenizer, swapped, _always(model) if source.untuned else None)
+    return Pair(tokenizer, {"untuned": _always(model), "tuned": swapped})
 
 
 def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:

@@ -24,6 +24,9 @@ class TextOptions:
         max_new_tokens: Largest number of new tokens, >= 1.
         temperature: 0 takes the most likely token; larger values sample from the model's distribution.
         seed: Seed of the samples, the same for both models.
+
+    Raises:
+        SlzoError: An option is out of range.
     """
 
     max_new_tokens: int = 64
@@ -31,11 +34,6 @@ class TextOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Validate the options.
-
-        Raises:
-            SlzoError: An option is out of range.
-        """
         if self.max_new_tokens < 1:
             raise SlzoError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
         if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
@@ -92,7 +90,6 @@ def write_continuation(
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         generate_plainly(
@@ -102,7 +99,6 @@ def write_continuation(
             ends_with(tokenizer, stop),
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=options.max_new_tokens,
-            pad_token_id=0 if pad is None else pad,
             streamer=stream,
             **sampling,
         )
