@@ -11,8 +11,6 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class BoolQ(Task):
-    """See the module docstring."""
-
     name = "boolq"
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "boolq")

@@ -11,8 +11,6 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Cb(Task):
-    """See the module docstring."""
-
     name = "cb"
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "cb")

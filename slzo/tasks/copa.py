@@ -16,8 +16,6 @@ CONJUNCTIONS = MappingProxyType({"effect": "so", "cause": "because"})
 
 
 class Copa(Task):
-    """See the module docstring."""
-
     name = "copa"
     kind = Kind.MULTIPLE_CHOICE
     hub = HubSource("aps/super_glue", "copa")

@@ -13,8 +13,6 @@ from slzo.tasks.fields import Fields, text_field, texts_field
 
 
 class Drop(Task):
-    """See the module docstring."""
-
     name = "drop"
     kind = Kind.GENERATION
     hub = HubSource("ucinlp/drop")

@@ -32,8 +32,6 @@ _TEST_SHARE = 10
 
 
 class MovieReviews(Task):
-    """See the module docstring."""
-
     name = "movie_reviews"
     kind = Kind.CLASSIFICATION
     fields = ("text", "label")

@@ -13,8 +13,6 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class MultiRc(Task):
-    """See the module docstring."""
-
     name = "multirc"
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "multirc")

@@ -14,8 +14,6 @@ from slzo.utils.errors import shown
 
 
 class Record(Task):
-    """See the module docstring."""
-
     name = "record"
     kind = Kind.MULTIPLE_CHOICE
     hub = HubSource("aps/super_glue", "record")

@@ -11,8 +11,6 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Rte(Task):
-    """See the module docstring."""
-
     name = "rte"
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "rte")

@@ -13,8 +13,6 @@ from slzo.tasks.fields import Fields, text_field, texts_field
 
 
 class Squad(Task):
-    """See the module docstring."""
-
     name = "squad"
     kind = Kind.GENERATION
     hub = HubSource("rajpurkar/squad")

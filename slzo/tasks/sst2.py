@@ -11,8 +11,6 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Sst2(Task):
-    """See the module docstring."""
-
     name = "sst2"
     kind = Kind.CLASSIFICATION
     hub = HubSource("nyu-mll/glue", "sst2")

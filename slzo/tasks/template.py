@@ -93,15 +93,13 @@ class TemplateTask(Task):
             default_metrics = Task.metrics if has_answers else ()
             self.metrics = default_metrics if metrics is None else check_metrics(metrics)
             self.metric = self.metrics[0] if self.metrics else "reward"
-            self.fields = self._in_prompt if answer_field is None else (*self._in_prompt, answer_field)
             self.no_label = {} if answer_field is None else {answer_field: ()}
         else:
             self.kind = Kind.CLASSIFICATION
             self._index_of = _label_index(self.candidates, labels)
-            self.fields = (*self._in_prompt, label_field)
             self.no_label = {label_field: ""}
-        if id_field is not None:
-            self.fields = (*self.fields, id_field)
+        needed = (*self._in_prompt, answer_field if given else label_field, id_field)
+        self.fields = tuple(field for field in needed if field is not None)
         files: dict[Split, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
         self.files = {split: file for split, file in files.items() if file is not None}
 

@@ -11,8 +11,6 @@ from slzo.tasks.fields import Fields, label_field, text_field
 
 
 class Wsc(Task):
-    """See the module docstring."""
-
     name = "wsc"
     kind = Kind.CLASSIFICATION
     hub = HubSource("aps/super_glue", "wsc.fixed")
