@@ -32,12 +32,9 @@ class Row:
 
 @dataclass(frozen=True)
 class TrainBatch(Movable):
-    """Rows to train on.
+    """Rows to train on; ``packed`` holds their candidates, or their gold answers only, in the order of ``rows``.
 
-    Attributes:
-        packed: The rows' candidates, or their gold answers only, in the order of ``rows``.
-        rows: The rows.
-        max_tokens: Most tokens in one forward pass; ``None`` for no limit.
+    A forward pass takes at most ``max_tokens`` tokens; ``None`` for no limit.
     """
 
     packed: PackedBatch
@@ -47,12 +44,7 @@ class TrainBatch(Movable):
 
 @dataclass(frozen=True)
 class EvalBatch(Movable):
-    """Rows to score.
-
-    Attributes:
-        rows: The rows.
-        packed: The rows' candidates, in the order of ``rows``; ``None`` if answers are generated.
-    """
+    """Rows to score; ``packed`` holds their candidates, in the order of ``rows``, and is ``None`` if answers are generated."""
 
     rows: tuple[Row, ...]
     packed: PackedBatch | None
@@ -96,23 +88,17 @@ def eval_batch(rows: Sequence[Row], shares_beginnings: bool = False) -> EvalBatc
 def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1) -> EvalPlan:
     """Divide the rows of this process into batches: by common beginning if that saves enough, otherwise by length.
 
-    Args:
-        rows: All rows.
-        max_rows: Most rows in a batch.
-        max_tokens: Most tokens in a batch, with common beginnings counted once. A longer row is a batch by itself. There is no
-            limit if answers are generated: prompts run in parts then, and more rows decode faster.
-        rank: Rank of this process.
-        world_size: Number of processes.
+    A batch has at most ``max_tokens`` tokens, with common beginnings counted once. A longer row is a batch by itself. There is no
+    limit if answers are generated: prompts run in parts then, and more rows decode faster.
     """
     sequences = [row.prompt or row.encoded.sequences[0].ids for row in rows]
     shares = num_distinct_tokens(sequences) <= (1 - _MIN_SAVING) * sum(map(len, sequences))
     if shares:
-        order = sorted(range(len(rows)), key=lambda number: sequences[number])
+        order = sorted(range(len(rows)), key=sequences.__getitem__)
         bounds = [len(rows) * part // world_size for part in range(world_size + 1)]
         order = order[bounds[rank] : bounds[rank + 1]]
     else:
         order = sorted(range(len(rows)), key=lambda number: -len(sequences[number]))[rank::world_size]
-    generates = any(row.prompt for row in rows)
-    budget = None if generates else max_tokens
+    budget = None if any(row.prompt for row in rows) else max_tokens
     chunks = chunk_by_tokens([sequences[number] for number in order], budget, max_rows, share=shares)
     return EvalPlan([[rows[order[position]] for position in chunk] for chunk in chunks], shares)

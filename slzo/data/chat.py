@@ -40,15 +40,13 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple
         SlzoError: If the name is neither a known template nor a readable file.
     """
     if name is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):  # several templates by name
-            own = own.get("default")
-        if isinstance(own, str):
-            return own, None
-        return TEMPLATES[DEFAULT_TEMPLATE], (
-            f"The tokenizer has no chat template: using the one called {DEFAULT_TEMPLATE} (data.task.template can be "
-            f"{', '.join(TEMPLATES)}, or a file)."
-        )
+        try:
+            return tokenizer.get_chat_template(), None
+        except ValueError:
+            return TEMPLATES[DEFAULT_TEMPLATE], (
+                f"The tokenizer has no chat template: using the one called {DEFAULT_TEMPLATE} (data.task.template can be "
+                f"{', '.join(TEMPLATES)}, or a file)."
+            )
     if name in TEMPLATES:
         return TEMPLATES[name], f"Using the chat template called {name}."
     try:
@@ -97,10 +95,7 @@ class ChatEncoder(Encoder):
     def encode(
         self, example: Example, index: int, demonstrations: Sequence[Example] = (), only_gold: bool = False
     ) -> EncodedExample:
-        if not example.candidates:
-            raise SlzoError(f"{example.location}: has no answer; training and demonstrations need one")
-        shown = self._solved(demonstrations)
-        ids, counts = self._fit(example, shown, example.candidates[0], self.max_length)
+        ids, counts = self._fit(example, self._solved(demonstrations), _answer(example), self.max_length)
         if True not in counts:
             raise RowError(f"{example.location}: the chat template leaves nothing of the answer; change either")
         first = counts.index(True)
@@ -123,10 +118,8 @@ class ChatEncoder(Encoder):
         """Return the turns of demonstrations, without their system prompts."""
         solved: list[Message] = []
         for shown in demonstrations:
-            if not shown.candidates:
-                raise SlzoError(f"{shown.location}: has no answer; training and demonstrations need one")
             solved += [turn for turn in shown.messages if turn.role != "system"]
-            solved.append(Message("assistant", shown.candidates[0]))
+            solved.append(Message("assistant", _answer(shown)))
         return [_Turn(message, scored=False) for message in solved]
 
     def _fit(
@@ -134,11 +127,7 @@ class ChatEncoder(Encoder):
     ) -> tuple[list[int], list[bool]]:
         """Return the tokens of the longest version of a conversation that fits, and which of them are trained on.
 
-        Args:
-            example: The conversation.
-            shown: Turns to put before it, after its system prompt.
-            answer: The answer; ``None`` for the prompt alone.
-            room: Largest number of tokens.
+        The turns of ``shown`` come after the system prompt. Without an answer, the tokens are those of the prompt alone.
         """
         own = [_Turn(message, scored=self.chat.turns == "all") for message in example.messages]
         front = sum(turn.message.role == "system" for turn in own[:1])
@@ -239,6 +228,12 @@ class ChatEncoder(Encoder):
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _answer(example: Example) -> str:
+    if not example.candidates:
+        raise SlzoError(f"{example.location}: has no answer; training and demonstrations need one")
+    return example.candidates[0]
 
 
 def _shorter_versions(turns: tuple[_Turn, ...]) -> list[tuple[_Turn, ...]]:

@@ -1,8 +1,8 @@
 """Tokenization of prompts with answers: which tokens belong to the answer, and the truncation of long prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,8 +13,7 @@ from slzo.utils.errors import RowError, SlzoError
 DEMONSTRATION_SEPARATOR = "\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
+class _Tokens(NamedTuple):
     ids: list[int]
     ends: list[int] | None  # end of each token in the text; only fast tokenizers know it
 
@@ -155,7 +154,6 @@ def newline_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _num_answer(prompt: _Tokens, full: _Tokens, prompt_length: int) -> int:
-    beyond = len(full.ids) - len(prompt.ids)
     if full.ids == prompt.ids:
         return 0
     if full.ends is not None:
@@ -163,7 +161,7 @@ def _num_answer(prompt: _Tokens, full: _Tokens, prompt_length: int) -> int:
     else:
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt.ids, full.ids, strict=False)))
         touched = len(full.ids) - same
-    return max(beyond, touched)
+    return max(len(full.ids) - len(prompt.ids), touched)
 
 
 def _num_specials(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -46,11 +46,7 @@ class DataFingerprint:
         return {"tokenizer": self.tokenizer, **rows}
 
     def check(self, saved: Mapping[str, Any], splits: Mapping[str, Sequence[Row]]) -> None:
-        """Check that the rows and the tokenizer are those of a checkpoint.
-
-        Args:
-            saved: What :meth:`to_dict` returned for the checkpoint.
-            splits: The rows, for the message.
+        """Check that ``splits`` and the tokenizer are those of a checkpoint, for which :meth:`to_dict` returned ``saved``.
 
         Raises:
             SlzoError: Rows or tokenizer differ; the message names the first row that differs.

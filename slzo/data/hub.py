@@ -12,15 +12,9 @@ from slzo.utils.hub import causes, commit_of, known_problem
 
 
 def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterable[Fields], str | None]:
-    """Load a split of a data set.
+    """Return the name of a data set's split, for messages, its rows, and the commit that was loaded, ``None`` if it is unknown.
 
-    Args:
-        source: The data set.
-        split: Split of the task.
-        option: Option and value that error messages begin with.
-
-    Returns:
-        The name of the split, for messages, its rows, and the commit that was loaded, ``None`` if it is unknown.
+    Error messages begin with ``option``, an option and its value.
 
     Raises:
         SlzoError: The Hub does not have it, needs a login, or cannot be reached, and it is not in the cache.

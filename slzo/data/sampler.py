@@ -69,13 +69,8 @@ class StepBatchSampler(BatchSampler):
 def divide(rows: Sequence[int], num_tokens: Sequence[int], parts: int) -> list[list[int]]:
     """Divide rows into parts of about as many tokens: from the longest row on, each goes to the part with the fewest tokens.
 
-    Args:
-        rows: Row numbers, at least as many as parts.
-        num_tokens: Number of tokens of each row of the data set.
-        parts: Number of parts.
-
-    Returns:
-        The rows of each part, in the given order. No part has more than ``len(rows) / parts`` rows, rounded up.
+    There are at least as many rows as parts; ``num_tokens`` has the number of tokens of each row of the data set. The rows of a
+    part keep their order. No part has more than ``len(rows) / parts`` rows, rounded up.
     """
     most = ceil(len(rows) / parts)
     divided: list[list[int]] = [[] for _ in range(parts)]

@@ -144,10 +144,7 @@ def split_off_test(
 
     At most a fifth of the rows are for test. Of rows with equal prompts, only the first is drawn. No seed affects the draw.
 
-    Args:
-        pool: All rows.
-        num_test: Number of test rows; ``None`` for a fifth.
-        least: Number of rows with different prompts to leave for the other splits.
+    ``num_test`` rows are for test, ``None`` for a fifth; ``least`` rows with different prompts stay for the other splits.
 
     Raises:
         SlzoError: If there are too few rows.

@@ -1,20 +1,14 @@
 """The accuracy of a linear model on the words of the prompts, as a reference for classification tasks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from slzo.data.classes import majority_share
 from slzo.tasks.base import Example
 
 
-@dataclass(frozen=True)
-class WordsReference:
-    """The result of :func:`bag_of_words`.
-
-    Attributes:
-        accuracy: Share of the held-out rows that are classified correctly; ``None`` if there is a problem.
-        problem: Why there is no accuracy, in a few words; empty if there is one.
-    """
+class WordsReference(NamedTuple):
+    """The share of the held-out rows that are classified correctly, or ``None`` and why there is no accuracy, in a few words."""
 
     accuracy: float | None = None
     problem: str = ""
@@ -25,10 +19,6 @@ def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> Words
 
     The model sees the prompts and labels of the training rows, and no language model. Where it is ahead, the task is about the
     words that a text contains.
-
-    Args:
-        train: Training rows.
-        held_out: Held-out rows.
 
     Returns:
         The accuracy, or the problem; ``None`` if the rows have no common classes, so that a comparison has no meaning.

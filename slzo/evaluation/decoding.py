@@ -38,13 +38,7 @@ class AnswerRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class VariedLayers:
-    """Layers whose weights differ from point to point.
-
-    Attributes:
-        start: First layer that differs.
-        stop: One past the last layer that differs.
-        write: Function that takes a point's number and makes its weights the live ones.
-    """
+    """Layers from ``start`` to ``stop``, whose weights differ from point to point; ``write`` makes those of a point live."""
 
     start: int
     stop: int
@@ -53,13 +47,7 @@ class VariedLayers:
 
 @dataclass(frozen=True)
 class CachedPrompts:
-    """Cached states of prompts.
-
-    Attributes:
-        states: The cache; it also knows which layer the states enter.
-        keys: The cache key of each prompt.
-        keep: Whether newly computed states are added to the cache.
-    """
+    """Cached states of prompts, with the key of each prompt; newly computed states are added if ``keep`` is set."""
 
     states: PromptStates
     keys: Sequence[int]
@@ -195,7 +183,7 @@ class _Decoder:
 
     def __post_init__(self) -> None:
         parts, varied, kept, last = self.parts, self.varied, self.kept, self.parts.num_layers
-        start = varied.start if varied is not None else 0 if kept is None else kept.states.start
+        start = varied.start if varied is not None else 0 if kept is None else kept.states.cache.start
         stop = start if varied is None else varied.stop
         lengths = {answer: len(self.prompts[want.prompt]) for answer, want in enumerate(self.wanted)}
         if start > 0:

@@ -111,7 +111,7 @@ class Evaluator:
     def answers_with_states(
         self, rows: Sequence[Row], samples: int, varied: VariedLayers, sampling: Sampling | None = None
     ) -> tuple[list[Answer], list[Tensor] | None]:
-        """Generate ``samples`` answers to each row, and return the states that enter the first varied layer.
+        """Generate ``samples`` answers to each of different rows, and return the states that enter the first varied layer.
 
         Returns:
             The answers, those to a row one after the other, and for each row the states of its prompt and, after them, of each
@@ -121,10 +121,8 @@ class Evaluator:
         answers = self._decode([[row for row in rows for _ in range(samples)]], varied, sampling, entering)
         if varied.start == 0:
             return answers, None
-        place = {index: number for number, index in enumerate(dict.fromkeys(row.encoded.index for row in rows))}
         return answers, [
-            entering.of(place[row.encoded.index], range(number * samples, (number + 1) * samples))
-            for number, row in enumerate(rows)
+            entering.of(number, range(number * samples, (number + 1) * samples)) for number in range(len(rows))
         ]
 
     def _decode(
@@ -144,14 +142,9 @@ class Evaluator:
     def _generate(
         self, rows: Sequence[Row], keys: Sequence[int], keep: bool, sampling: Sampling | None, **options: Any
     ) -> tuple[list[Answer], LossSum | None]:
-        """Generate answers to rows, and return the loss of the gold answers if these are among the options.
+        """Generate answers to rows, which have these keys in the cache, with further options of :func:`generate`.
 
-        Args:
-            rows: The rows.
-            keys: Their keys in the cache of states.
-            keep: Whether new states are cached.
-            sampling: See :meth:`answers`.
-            options: Further arguments of :func:`slzo.evaluation.decoding.generate`.
+        The loss of the gold answers is ``None`` unless these are among the options.
         """
         tokenizer, stop = self.tokenizer, self.decoding.stop
         decoded = generate(
@@ -282,14 +275,9 @@ def score_rows(
     keep_prefix: bool = False,
     seen: Callable[[EvalBatch, Outcome], None] | None = None,
 ) -> dict[str, float]:
-    """Return metrics and loss of the live weights on rows.
+    """Return metrics and loss of the live weights on the rows of this process; ``score`` has fresh counters.
 
-    Args:
-        evaluator: Evaluates a batch.
-        batches: The rows of this process.
-        score: Fresh counters, see :meth:`slzo.task_rows.TaskRows.running_score`.
-        keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
-        seen: Function that is called with each batch and its outcome.
+    ``seen`` is called with each batch and its outcome. For ``keep_prefix`` see :class:`Evaluator`.
     """
     device = evaluator.parts.model.device
     for batch in batches:

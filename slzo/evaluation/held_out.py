@@ -15,12 +15,9 @@ from slzo.utils.runtime import gather_from_processes
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Scores of the held-out rows.
+    """Metrics of the held-out rows, and the score of each row, by id, in the metric that summarizes the run.
 
-    Attributes:
-        metrics: Metrics of the task, by name.
-        rows: Score of each row in the metric that summarizes the run, by row id; for a perplexity see
-            :func:`slzo.evaluation.metrics.perplexity_by_row`. Empty if the metric is not a mean over rows.
+    For a perplexity see :func:`slzo.evaluation.metrics.perplexity_by_row`. Empty if the metric is not a mean over rows.
     """
 
     metrics: dict[str, float]
@@ -35,19 +32,11 @@ def score_held_out(
     num_samples: int = 0,
     keep_prefix: bool = False,
 ) -> tuple[HeldOutScores, dict[int, dict[str, Any]]]:
-    """Score rows with the live weights.
-
-    Args:
-        evaluator: Evaluates a batch.
-        batches: The rows of this process.
-        score: Fresh counters.
-        metric: Name of the metric that summarizes the run.
-        num_samples: Number of first rows in the split whose records are returned.
-        keep_prefix: Whether new hidden states are cached, see :class:`Evaluator`.
+    """Score rows with the live weights, see :func:`score_rows`; ``metric`` is the one that summarizes the run.
 
     Returns:
-        The scores, and the records of the first rows by position in the split, see :func:`slzo.evaluation.evaluator.records`.
-        These also have ``gold_texts``, the correct answers as texts.
+        The scores, and the records of the ``num_samples`` first rows by position in the split, see :func:`records`. These also
+        have ``gold_texts``, the correct answers as texts.
     """
     scores: list[tuple[str, float]] = []
     losses: list[tuple[str, tuple[float, float]]] = []

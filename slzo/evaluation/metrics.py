@@ -58,8 +58,7 @@ class TaskMetrics(Metric):
     correct: Tensor
     hits: Tensor
     misses: Tensor
-    group_keys: list[Tensor]
-    group_correct: list[Tensor]
+    groups: list[Tensor]
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -71,8 +70,7 @@ class TaskMetrics(Metric):
         for name, start in (sums if self.generates else {"correct": 0, "hits": 0, "misses": 0}).items():
             self.add_state(name, torch.tensor(start), dist_reduce_fx="sum")
         if self.grouped:
-            self.add_state("group_keys", [], dist_reduce_fx="cat")
-            self.add_state("group_correct", [], dist_reduce_fx="cat")
+            self.add_state("groups", [], dist_reduce_fx="cat")
             self._add_to_groups([], [])
 
     def update(self, examples: Sequence[Example], predictions: Sequence[int] | Sequence[str] | Tensor) -> None:
@@ -101,8 +99,9 @@ class TaskMetrics(Metric):
         scores = {"accuracy": self.correct / self.rows}
         if self.grouped:
             scores["answer_f1"] = 2 * self.hits / (2 * self.hits + self.misses).clamp(min=1)
-            groups, member = dim_zero_cat(self.group_keys).unique(return_inverse=True)
-            wrong = torch.zeros_like(groups).index_add_(0, member, 1 - dim_zero_cat(self.group_correct))
+            keys, right = dim_zero_cat(self.groups).unbind(dim=1)
+            distinct, member = keys.unique(return_inverse=True)
+            wrong = torch.zeros_like(distinct).index_add_(0, member, 1 - right)
             scores["question_em"] = (wrong == 0).float().mean()
         return scores
 
@@ -113,8 +112,7 @@ class TaskMetrics(Metric):
             self._add_to_groups([], [])  # a process without rows must still gather integers like the others
 
     def _add_to_groups(self, keys: Sequence[int], right: Sequence[bool]) -> None:
-        self.group_keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
-        self.group_correct.append(torch.tensor(right, dtype=torch.int64, device=self.device))
+        self.groups.append(torch.tensor([keys, right], dtype=torch.int64, device=self.device).T)
 
 
 def _stable_hash(text: str) -> int:

@@ -53,11 +53,6 @@ class PromptStates:
         self.cache = cache
 
     @property
-    def start(self) -> int:
-        """The layer that the states enter."""
-        return self.cache.start
-
-    @property
     def token_bytes(self) -> int:
         """Size of one token's states in the cache, in bytes."""
         model = self.parts.model
@@ -84,7 +79,7 @@ class PromptStates:
 
     def _run(self, batch: TokenBatch) -> Tensor:
         check_places(self.parts)
-        hidden, states = recorded(self.parts, batch, 0, self.start, None)
+        hidden, states = recorded(self.parts, batch, 0, self.cache.start, None)
         pieces = [state.transpose(0, 1).flatten(1) for layer, _, _ in self._columns for state in states[layer]]
         return torch.cat([hidden, *pieces], dim=1)
 
@@ -94,7 +89,7 @@ class PromptStates:
         probe = pack([prompt_alone(0, (0,))]).to(self.parts.model.device)
         check_places(self.parts)
         with torch.no_grad():
-            _, states = recorded(self.parts, probe, 0, self.start, None)
+            _, states = recorded(self.parts, probe, 0, self.cache.start, None)
         return [
             (layer, key.shape[0], (key.shape[0] * key.shape[2], value.shape[0] * value.shape[2]))
             for layer, (key, value) in states.items()

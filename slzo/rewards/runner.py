@@ -99,11 +99,11 @@ class Rewards:
                     break
                 _log.warning("%s; the row is not counted", problems[-1])
                 del places[place]
-                continue
-            for of_function, new in zip(values, found, strict=True):
-                for place, value in zip(places, new, strict=True):
-                    of_function[place] = value
-            break
+            else:
+                for of_function, new in zip(values, found, strict=True):
+                    for place, value in zip(places, new, strict=True):
+                        of_function[place] = value
+                break
         totals = [
             sum(w.weight * v for w, v in zip(self.functions, row, strict=True)) for row in zip(*values, strict=True)
         ]
