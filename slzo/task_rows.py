@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.losses import LogitLoss
-from slzo.batches.packing import PackedBatch
+from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import (
     EvalBatch,
     EvalPlan,
     Row,
     TrainBatch,
     plan_batches,
-    train_batch,
 )
 from slzo.data.chat import ChatEncoder
 from slzo.data.classes import one_class_warning, unlabelled_warning
@@ -441,7 +440,7 @@ class TaskRows:
 
     def train_batch(self, rows: Sequence[Row]) -> TrainBatch:
         """Pack training rows, in the given order."""
-        return train_batch(rows, self.tokens_per_pass)
+        return TrainBatch(pack([row.encoded for row in rows]), tuple(rows), self.tokens_per_pass)
 
     def training_batches(self, seed: int | None = None, batch_size: int | None = None) -> Iterator[TrainBatch]:
         """Yield the training batches of this process without end; seed and batch size default to the run's."""

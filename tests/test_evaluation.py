@@ -19,7 +19,7 @@ from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.losses import no_loss
 from slzo.batches.packing import pack
 from slzo.checkpoints.checkpoint import read_checkpoint
-from slzo.data.batch import Row, eval_batch, plan_batches, train_batch
+from slzo.data.batch import Row, TrainBatch, eval_batch, plan_batches
 from slzo.data.encoding import Encoder
 from slzo.datamodule import TaskDataModule
 from slzo.evaluation.evaluator import Evaluator, Outcome, records
@@ -279,7 +279,7 @@ def test_errors_are_one_minus_accuracy_with_any_right_candidate():
     golds = [(0,), (1,), (0, 2), (1, 2), (2,), ()]
     examples = [Example(str(i), f"film {i} It was", (" a", " good", " movie"), gold) for i, gold in enumerate(golds)]
     rows = [Row(e, Encoder(tokenizer).encode(e, i), i) for i, e in enumerate(examples)]
-    batch = train_batch(rows)
+    batch = TrainBatch(pack([row.encoded for row in rows]), tuple(rows))
     best = make_evaluator(parts)(eval_batch(rows)).predictions
     wrong = sum(index not in gold for index, gold in zip(best, golds, strict=True) if gold)
     errors = CandidateErrors().row_losses(parts.logits(batch.packed), batch.packed, False).sum()

@@ -72,11 +72,6 @@ class EvalPlan:
         return eval_batch(rows, self.shares_beginnings)
 
 
-def train_batch(rows: Sequence[Row], max_tokens: int | None = None) -> TrainBatch:
-    """Pack rows for training, in the given order; for ``max_tokens`` see :class:`TrainBatch`."""
-    return TrainBatch(pack([row.encoded for row in rows]), tuple(rows), max_tokens)
-
-
 def eval_batch(rows: Sequence[Row], shares_beginnings: bool = False) -> EvalBatch:
     """Pack rows for scoring, in the given order; for ``shares_beginnings`` see :class:`EvalPlan`."""
     if rows[0].prompt:

@@ -143,18 +143,16 @@ class _Histories:
         for answer, token in tokens.items():
             history = self._history_of[answer]
             if (history, token) not in continued:
-                new = history if history not in newest else self._fork(history)
+                new = history
+                if history in newest:
+                    new, self._next = self._next, self._next + 1
+                    self.stage.fork(history, new)
                 continued[history, token] = new
                 newest[new] = token
             self._history_of[answer] = continued[history, token]
         self.stage.remove(set(self.stage.rows) - newest.keys())
         hidden = self.stage.advance(newest, None)
         return _pick_rows(hidden, self.stage.rows, [self._history_of[answer] for answer in order])
-
-    def _fork(self, history: int) -> int:
-        self.stage.fork(history, self._next)
-        self._next += 1
-        return self._next - 1
 
 
 def _pick_rows(hidden: Tensor, rows: Sequence[int], order: Sequence[int]) -> Tensor:

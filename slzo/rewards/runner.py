@@ -139,38 +139,32 @@ def read_functions(given: object) -> tuple[RewardCall, ...]:
     entries = [given] if isinstance(given, str | Mapping) else given
     if not isinstance(entries, Sequence) or not entries:
         raise SlzoError(f"data.reward {given!r}: name a function, or a list of them")
-    found = [_read(entry) for entry in entries]
-    for one in found:
-        path, separator, _ = one.function.rpartition(":")
-        if one.function not in REWARDS and not all(split_name(one.function)):
-            raise SlzoError(
-                f"data.reward {one.function!r}: no such reward; choose one of {', '.join(sorted(REWARDS))}, or give "
-                "package.module.function or file.py:function"
-            )
-        if not separator and one.function.endswith(".py"):
-            raise SlzoError(f"data.reward {one.function!r}: name the function too, as in {one.function}:function")
-        if separator and not path.endswith(".py") and "/" in path:
-            raise SlzoError(f"data.reward {one.function!r}: the file must end in .py")
-        check_package(one.function)
-    return tuple(found)
+    return tuple(_read({"function": entry} if isinstance(entry, str) else entry) for entry in entries)
 
 
 def _read(entry: object) -> RewardCall:
-    if isinstance(entry, str):
-        return RewardCall(entry)
     known = ("function", "weight", "arguments")
     if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), str) or set(entry) - set(known):
         raise SlzoError(f"data.reward {entry!r}: give a name, or a mapping with {', '.join(known)}")
-    weight, arguments = entry.get("weight", 1.0), entry.get("arguments") or {}
+    name, weight, arguments = entry["function"], entry.get("weight", 1.0), entry.get("arguments") or {}
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= MAX_REWARD:
         raise SlzoError(
-            f"data.reward {entry['function']!r}: weight {weight!r} must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}"
+            f"data.reward {name!r}: weight {weight!r} must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}"
         )
-    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+    if not isinstance(arguments, Mapping) or not all(isinstance(argument, str) for argument in arguments):
+        raise SlzoError(f"data.reward {name!r}: arguments {arguments!r} must be a mapping of names to values")
+    path, separator, _ = name.rpartition(":")
+    if name not in REWARDS and not all(split_name(name)):
         raise SlzoError(
-            f"data.reward {entry['function']!r}: arguments {arguments!r} must be a mapping of names to values"
+            f"data.reward {name!r}: no such reward; choose one of {', '.join(sorted(REWARDS))}, or give "
+            "package.module.function or file.py:function"
         )
-    return RewardCall(entry["function"], float(weight), dict(arguments))
+    if not separator and name.endswith(".py"):
+        raise SlzoError(f"data.reward {name!r}: name the function too, as in {name}:function")
+    if separator and not path.endswith(".py") and "/" in path:
+        raise SlzoError(f"data.reward {name!r}: the file must end in .py")
+    check_package(name)
+    return RewardCall(name, float(weight), dict(arguments))
 
 
 def _short_names(names: Sequence[str]) -> tuple[str, ...]:

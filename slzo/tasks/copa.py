@@ -6,13 +6,9 @@ Candidates: a space and the choice, its first word in lower case unless it is ``
 Metric: accuracy.
 """
 
-from types import MappingProxyType
-
 from slzo.tasks.base import Example, HubSource, Kind, Task
 from slzo.tasks.fields import Fields, label_field, text_field
 from slzo.utils.errors import shown
-
-CONJUNCTIONS = MappingProxyType({"effect": "so", "cause": "because"})
 
 
 class Copa(Task):
@@ -23,7 +19,7 @@ class Copa(Task):
     default_num_dev = 100
 
     def example(self, row: Fields, id: str) -> Example:
-        conjunction = CONJUNCTIONS.get(str(row.get("question")))
+        conjunction = {"effect": "so", "cause": "because"}.get(str(row.get("question")))
         if conjunction is None:
             raise ValueError(f"field 'question' is {shown(row.get('question'))}; it must be 'effect' or 'cause'")
         premise = text_field(row, "premise").strip().removesuffix(".")
