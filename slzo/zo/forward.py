@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum, stack
+from slzo.batches.losses import LogitLoss, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
 from slzo.models.parts import ModelParts
@@ -117,15 +117,17 @@ class SuffixForward:
         pieces = batch.cut(max_tokens)
         return PendingTensor(torch.cat([self.parts.run(piece, 0, self.span.start) for piece in pieces]))
 
-    def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
-        """Return the logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
-        return self.parts.logits(batch, self.span.start, hidden, token_ids)
+    def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> Tensor:
+        """Return the summed loss with the live weights, and its weight, shape (2,), float32.
 
-    def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> LossSum:
-        """Return the summed loss with the live weights, and its weight. Arguments as for :meth:`losses`; autograd works here."""
+        Arguments as for :meth:`losses`; autograd works here.
+        """
+        return self._loss_of(self.parts.run(batch, self.span.start, self.parts.num_layers, hidden), batch, objective)
+
+    def _loss_of(self, final: Tensor, batch: PackedBatch, objective: LogitLoss) -> Tensor:
         selected = self.selects(objective, batch)
-        logits = self.logits(batch, hidden, batch.choice_ids if selected else None)
-        return objective.row_losses(logits, batch, selected).sum()
+        logits = self.parts.head(final.index_select(0, batch.needed), batch.choice_ids if selected else None)
+        return torch.stack(checked_row_losses(objective, logits, batch, selected).sum())
 
     @torch.no_grad()
     def losses(
@@ -160,7 +162,7 @@ class SuffixForward:
         for point in points:
             tuned.write(point.direction, point.scale)
             sums.append(self.loss(batch, hidden, objective))
-        return stack(sums)
+        return torch.stack(sums, dim=1)
 
     def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Return whether only the candidates' logits are computed."""
@@ -190,13 +192,8 @@ class SuffixForward:
             tuned.write(point.direction, point.scale)
             outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
         final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
-        selected = self.selects(objective, batch)
-        token_ids = batch.choice_ids if selected else None
-        sums = []
-        for states in final.split(batch.num_tokens):
-            logits = self.parts.head(states.index_select(0, batch.needed), token_ids)
-            sums.append(objective.row_losses(logits, batch, selected).sum())
-        return stack(sums)
+        sums = [self._loss_of(states, batch, objective) for states in final.split(batch.num_tokens)]
+        return torch.stack(sums, dim=1)
 
 
 def split_states(hidden: Tensor | None, parts: Sequence[PackedBatch]) -> Sequence[Tensor | None]:

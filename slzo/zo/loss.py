@@ -19,7 +19,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.models.pending import PendingTensor
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate, vjp
+from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
 from slzo.zo.forward import SuffixForward, split_states
 from slzo.zo.packed_layer_output import PackedLayerOutput
@@ -143,14 +143,14 @@ class BatchLogitLoss(_SummedLoss):
         )
 
     def gradient(self) -> tuple[float, Direction]:
-        context = self.context
+        context, forward = self.context, self.context.forward
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
         gradient: dict[str, Tensor] = {}
         for piece, states in self._pieces():
-            run = partial(context.forward.loss, piece, states, self.objective)
-            found, of_piece = back_propagate(context.forward.parts.model, context.tuned, run)
-            sums += torch.stack(found)
-            _add(gradient, of_piece)
+            run = partial(forward.loss, piece, states, self.objective)
+            found, pull_back = vjp(forward.parts.model, context.tuned, run)
+            sums += found
+            _add(gradient, pull_back(sums.new_tensor([1.0, 0.0])))  # of the total
         return self._mean(sums, gradient)
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:

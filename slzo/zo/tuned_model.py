@@ -266,7 +266,7 @@ class TunedModel:
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """Return the logits of a batch, see :data:`slzo.evaluation.evaluator.Logits`."""
-        return self.forward.logits(batch, self.forward.prefix(batch, keep_prefix))
+        return self.parts.logits(batch, self.span.start, self.forward.prefix(batch, keep_prefix))
 
     def queries_at_once(self, num_queries: int) -> int:
         """Return how many directions of a step are evaluated together."""
