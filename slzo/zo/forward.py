@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -142,27 +141,28 @@ class SuffixForward:
         """Return the summed losses at several points. The live weights stay at the last point.
 
         Args:
-            batch: The batch. It is run in parts if it has more than ``max_tokens`` tokens, since losses are sums over rows.
+            batch: The batch.
             hidden: The result of :meth:`prefix` for the batch.
             tuned: The tuned tensors.
             points: P points.
             objective: The loss as a function of logits.
-            max_tokens: Run at most this many tokens at once; ``None`` for no limit.
+            max_tokens: Run several points at once only up to this number of tokens; ``None`` for no limit.
 
         Returns:
             The total loss at each point and the weight to divide it by, shape (2, P), float32.
         """
-        pieces = batch.cut(max_tokens)
-        if len(pieces) > 1:
-            with_states = zip(pieces, split_states(hidden, pieces), strict=True)
-            return reduce(torch.add, (self.losses(p, h, tuned, points, objective, max_tokens) for p, h in with_states))
-        if self._pairs(batch, len(points), max_tokens):
-            return self._joined_losses(batch, hidden, tuned, points, objective)
-        sums = []
+        if not self._pairs(batch, len(points), max_tokens):
+            sums = []
+            for point in points:
+                tuned.write(point.direction, point.scale)
+                sums.append(self.loss(batch, hidden, objective))
+            return torch.stack(sums, dim=1)
+        outputs = []
         for point in points:
             tuned.write(point.direction, point.scale)
-            sums.append(self.loss(batch, hidden, objective))
-        return torch.stack(sums, dim=1)
+            outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
+        final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
+        return torch.stack([self._loss_of(own, batch, objective) for own in final.split(batch.num_tokens)], dim=1)
 
     def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Return whether only the candidates' logits are computed."""
@@ -177,25 +177,3 @@ class SuffixForward:
         if self.paired is not None:
             return self.paired
         return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
-
-    def _joined_losses(
-        self,
-        batch: PackedBatch,
-        hidden: Tensor | None,
-        tuned: TunedTensors,
-        points: Sequence[Point],
-        objective: LogitLoss,
-    ) -> Tensor:
-        """:meth:`losses` with one run of the layers above the tuned ones, over a copy of the batch for each point."""
-        outputs = []
-        for point in points:
-            tuned.write(point.direction, point.scale)
-            outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
-        final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
-        sums = [self._loss_of(states, batch, objective) for states in final.split(batch.num_tokens)]
-        return torch.stack(sums, dim=1)
-
-
-def split_states(hidden: Tensor | None, parts: Sequence[PackedBatch]) -> Sequence[Tensor | None]:
-    """Return the states of the parts of a batch, whose states follow each other in ``hidden``."""
-    return [None] * len(parts) if hidden is None else hidden.split([part.num_tokens for part in parts])

@@ -3,6 +3,7 @@
 Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
 from slzo.zo.loss import LossContext
 from slzo.zo.objectives import Objective, loss_of
-from slzo.zo.optim import halve_rate, reset_state
+from slzo.zo.optim import halve_rate
 from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
@@ -214,7 +215,7 @@ class Stepper:
         """
         if masters is not None:
             self.model.tensors.load(masters)
-            reset_state(optimizer)
+            optimizer.state = defaultdict(dict)
         if self.sets_rate and self.auto is not None:
             self.auto.factor /= 2
         else:

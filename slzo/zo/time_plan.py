@@ -28,14 +28,7 @@ class Passes:
     test_after: int = 0
 
     def __add__(self, other: "Passes") -> "Passes":
-        return Passes(
-            self.dev_before + other.dev_before, self.test_before + other.test_before, self.test_after + other.test_after
-        )
-
-    @property
-    def when_resumed(self) -> "Passes":
-        """The passes of a run that continues a checkpoint, which has the scores before training."""
-        return Passes(test_after=self.test_after)
+        return Passes(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ class LayerOutputPerturbation(Estimator):
         gradient = torch.zeros(len(output.row), output.width, device=size.device)
         counts = torch.bincount(output.row, minlength=len(output.keys)).tolist()
         at_once = max(1, output.points_at_once // 2)
-        tokens = self._num_tokens(output)
+        usual = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
+        tokens = usual if self.tokens is None else self.tokens
         shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
         directions = gradient.new_zeros(0, *gradient.shape) if shifts is None else normalize(shifts, dim=2)
         if shifts is not None:
@@ -143,11 +144,6 @@ class LayerOutputPerturbation(Estimator):
         losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
         (high, low), (up, down) = losses.chunk(2), output.applied(points).chunk(2)
         return (high - low)[:, output.part] / 2, (up - down) / 2
-
-    def _num_tokens(self, output: LayerOutput) -> int:
-        if self.tokens is not None:
-            return self.tokens
-        return _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
 
     def _num_queries(self, output: LayerOutput) -> int:
         if self.queries is not None:

@@ -2,17 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from slzo.batches.losses import LogitLoss, RowLosses, candidate_scores, checked
 from slzo.batches.packing import PackedBatch
-from slzo.data.batch import TrainBatch
+from slzo.data.batch import Row, TrainBatch
+from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
 from slzo.utils.errors import broken_contract, shown
 from slzo.zo.estimators.base import Loss
-from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
+from slzo.zo.loss import BatchLogitLoss, LossContext, RowsLoss
 from slzo.zo.policy_gradient import AnswerSampling
 
 
@@ -117,15 +119,21 @@ class AnswerObjective(Objective):
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self._checked_losses)
+        return _AnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self)
 
-    def _checked_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
-        losses = self.answer_losses(answers, examples)
+
+@dataclass
+class _AnswerLoss(RowsLoss):
+    objective: AnswerObjective
+
+    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+        losses = self.objective.answer_losses([answer.text for answer in answers], [row.example for row in rows])
         try:
             numbers = [float(loss) for loss in losses]
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != len(answers):
             wanted = f"a number for each of the {len(answers)} answers"
-            raise broken_contract("data.objective", self, f"answer_losses() returned {shown(losses)}", wanted)
+            returned = f"answer_losses() returned {shown(losses)}"
+            raise broken_contract("data.objective", self.objective, returned, wanted)
         return numbers
