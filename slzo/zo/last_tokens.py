@@ -57,18 +57,18 @@ class LastTokens:
         layout, num_tokens = batch.layout, batch.num_tokens
         is_chosen = torch.zeros(num_tokens, dtype=torch.bool, device=chosen.device)
         is_chosen[chosen] = True
-        starts = [
-            (is_chosen[group] & valid).int().argmax(dim=1)
+        sequences = [
+            (group, valid, (is_chosen[group] & valid).int().argmax(dim=1))
             for group, valid in zip(layout.groups, layout.valid, strict=True)
         ]
         is_last = torch.zeros_like(is_chosen)
-        for group, valid, start in zip(layout.groups, layout.valid, starts, strict=True):
+        for group, valid, start in sequences:
             column = torch.arange(group.shape[1], device=group.device)
             is_last[group[valid & (column >= start[:, None])]] = True
         positions = is_last.nonzero()[:, 0]
         number = is_last.cumsum(0) - 1
         groups, inverse, offset = [], torch.zeros_like(positions), 0
-        for group, valid, start in zip(layout.groups, layout.valid, starts, strict=True):
+        for group, valid, start in sequences:
             length = valid.sum(dim=1)
             most = int((length - start).max())
             place = start[:, None] + torch.arange(most, device=group.device)
@@ -98,8 +98,10 @@ class _PointsAttention:
         q, k, v = (states[0].unflatten(1, (points, -1)).transpose(0, 1) for states in (query, key, value))
         recorded_keys, recorded_values = self.states[layer]
         sinks = None if options["s_aux"] is None else options["s_aux"].view(1, -1, 1, 1)
-        outputs = []
-        for group, mask in zip(self.tokens.groups, self._masks_of(options["sliding_window"]), strict=True):
+        outputs, window = [], options["sliding_window"]
+        if window not in self._masks:  # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
+            self._masks[window] = [_mask(group, points, window) for group in self.tokens.groups]
+        for group, mask in zip(self.tokens.groups, self._masks[window], strict=True):
             own = [_by_sequence(states, group.last) for states in (q, k, v)]
             keys = torch.cat([_earlier(recorded_keys, group.earlier), own[1]], dim=2)
             values = torch.cat([_earlier(recorded_values, group.earlier), own[2]], dim=2)
@@ -109,12 +111,6 @@ class _PointsAttention:
             outputs.append(output.flatten(0, 1))
         chosen = torch.cat(outputs).index_select(0, self.tokens.inverse)
         return chosen.transpose(0, 1).flatten(0, 1).unsqueeze(0), None
-
-    def _masks_of(self, window: int | None) -> list[Tensor]:
-        """Return a mask for each group, shape (S, 1, N L, E + N L), bool: ``True`` where attention is allowed."""
-        if window not in self._masks:
-            self._masks[window] = [_mask(group, self.num_points, window) for group in self.tokens.groups]
-        return self._masks[window]
 
 
 def _mask(group: _Group, num_points: int, window: int | None) -> Tensor:

@@ -160,10 +160,9 @@ class DividedDirections(Loss):
         return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        def divided(output: LayerOutput) -> Tensor:
-            return estimate(_DividedOutput(output, self.processes))
-
-        found = self.loss.gradient_from_output(divided, positions)
+        found = self.loss.gradient_from_output(
+            lambda output: estimate(_DividedOutput(output, self.processes)), positions
+        )
         if self.processes.of_rows.total == 1:
             return found
         # processes with other points add up the rows in a sum of their own, which may round differently

@@ -194,7 +194,8 @@ class Stepper:
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
             scheduler.step()
-        self._check_replayed(known, record)
+        if known is not None:
+            _check_replayed(known, record)
         if self.log is not None:
             self.log.append(record)
         report = loss.report
@@ -269,14 +270,12 @@ class Stepper:
             "float32"
         )
 
-    @staticmethod
-    def _check_replayed(known: StepRecord | None, record: StepRecord) -> None:
-        if known is None:
-            return
-        before, now = ((len(each.losses), each.lr, each.eps) for each in (known, record))
-        if before != now:
-            raise SlzoError(
-                f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
-                f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}, so it is not the log of these steps; "
-                "remove it"
-            )
+
+def _check_replayed(known: StepRecord, record: StepRecord) -> None:
+    before, now = ((len(each.losses), each.lr, each.eps) for each in (known, record))
+    if before != now:
+        raise SlzoError(
+            f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
+            f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}, so it is not the log of these steps; "
+            "remove it"
+        )

@@ -101,7 +101,7 @@ class Trial:
     def from_dict(cls, data: Mapping[str, Any]) -> "Trial":
         """Create a trial from the result of :meth:`to_dict`."""
         # a file has null for what is not a number
-        known = [
+        known: list[dict[str, Any]] = [
             {name: math.nan if value is None else value for name, value in each.items()} for each in data["scores"]
         ]
         scores = tuple(Score(**each) for each in known)

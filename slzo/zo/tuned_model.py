@@ -154,7 +154,8 @@ class TunedModel:
             adapter = None if settings is None else adapter_from_dict(settings)
         except TypeError as error:
             raise KeyError(f"{settings} as adapter ({error})") from error
-        layers = _layers_of(parts, description["tensors"])
+        owners = {layer_of(name, parts.layers_path) for name in description["tensors"]}
+        layers = sorted(layer for layer in owners if layer is not None and layer < parts.num_layers)
         with ExitStack() as undo:
             plain, full_precision = _make_tunable(parts, lambda: layers, undo)
             adapted = _add_adapter(plain, adapter, undo)
@@ -294,12 +295,6 @@ def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
             "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the quantization out"
         )
     return changed
-
-
-def _layers_of(parts: ModelParts, names: Iterable[str]) -> list[int]:
-    """Return the decoder layers of some tensors, given by name."""
-    found = {layer_of(name, parts.layers_path) for name in names}
-    return sorted(layer for layer in found if layer is not None and layer < parts.num_layers)
 
 
 def _check_plain(tensors: TunedTensors) -> None:

@@ -1,6 +1,7 @@
 """The gradient at the tuned layer's output from forward passes, and from there by the derivative of this one layer."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,9 +96,7 @@ class LayerOutputPerturbation(Estimator):
             )
 
     def estimate(self, request: Request) -> Estimate:
-        def at_output(output: LayerOutput) -> Tensor:
-            return self._at_output(output, request.seed, request.step)
-
+        at_output = partial(self._at_output, seed=request.seed, step=request.step)
         loss, gradient, evaluations = request.loss.gradient_from_output(at_output, self.positions)
         return estimate_from_gradient(loss, gradient, evaluations)
 
@@ -118,7 +117,8 @@ class LayerOutputPerturbation(Estimator):
                 own = shifts[part : part + at_once] * torch.stack(signs[part : part + at_once])
                 change, applied = self._changes(output, own)
                 gradient += (change[..., None] * normalize(applied, dim=2) / _norm(applied)).sum(dim=0)
-        num_queries = self._num_queries(output)
+        usual = (_QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE) if output.whole_vocabulary else _QUERIES
+        num_queries = usual if self.queries is None else self.queries
         rest = torch.zeros_like(gradient)
         for first in range(0, num_queries, at_once):
             queries = range(first, min(first + at_once, num_queries))
@@ -144,13 +144,6 @@ class LayerOutputPerturbation(Estimator):
         losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
         (high, low), (up, down) = losses.chunk(2), output.applied(points).chunk(2)
         return (high - low)[:, output.part] / 2, (up - down) / 2
-
-    def _num_queries(self, output: LayerOutput) -> int:
-        if self.queries is not None:
-            return self.queries
-        if not output.whole_vocabulary:
-            return _QUERIES
-        return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
 
     def evaluations(self, num_queries: int) -> float:
         queries = _QUERIES if self.queries is None else self.queries

@@ -64,11 +64,6 @@ def loss_of(objective: Objective, batch: TrainBatch, context: LossContext) -> Lo
     return loss
 
 
-def _place(kind: type, name: str) -> int:
-    """Return the place of the class that defines an attribute in the order in which attributes are looked up."""
-    return next(place for place, owner in enumerate(kind.__mro__) if name in vars(owner))
-
-
 class LogitObjective(Objective, LogitLoss):
     """A loss of the logits at the answers' positions. It uses the prefix cache."""
 
@@ -76,7 +71,8 @@ class LogitObjective(Objective, LogitLoss):
         """Reset what a base class says of its own :meth:`row_losses` if this class has another one."""
         super().__init_subclass__(**kwargs)
         for name in ("likelihood_temperature", "position_losses"):
-            if _place(cls, name) > _place(cls, "row_losses"):
+            owner = next(kind for kind in cls.__mro__ if {name, "row_losses"} & vars(kind).keys())
+            if name not in vars(owner):
                 setattr(cls, name, getattr(LogitLoss, name))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
