@@ -83,17 +83,10 @@ class SuffixForward:
 
     @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
-        """Return the hidden states that enter the first tuned layer.
+        """Return the hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if no layer is before it.
 
         Only examples that the cache does not hold are computed. An example that the cache plans to keep is computed together
-        with the other examples of its block.
-
-        Args:
-            batch: The batch, T tokens.
-            keep: Offer new states to the cache.
-
-        Returns:
-            The states, shape (T, hidden), or ``None`` if there is no layer before the first tuned one.
+        with the other examples of its block. ``keep`` offers new states to the cache.
         """
         states = self.fetch(batch, keep)
         return None if states is None else states.wait()

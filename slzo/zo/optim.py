@@ -195,11 +195,7 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
 
 
 def _state_copies(probe: Optimizer) -> float:
-    """Take a step and return the elements of optimizer state per parameter element.
-
-    Raises:
-        SlzoError: The optimizer cannot take a step.
-    """
+    """Take a step and return the elements of optimizer state per parameter element."""
     (parameter,) = probe.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
     try:

@@ -117,7 +117,7 @@ class PackedLayerOutput(LayerOutput):
     def token_shifts(self, number: int, change: float) -> Tensor | None:
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
         if weight is None or self.positions is not batch.needed:
-            return super().token_shifts(number, change)
+            return None
         tokens = tokens_of_positions(batch, self.row, None if self._selected else self._unshifted, number)
         states = self._output[self.positions].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm(batch), states, tokens)

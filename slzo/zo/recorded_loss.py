@@ -39,9 +39,6 @@ class ReplayedLoss(Loss):
     """Replays the losses of a step, without forward passes.
 
     Directions are drawn from seed, step and query, so the same losses give the same step bit for bit.
-
-    Args:
-        record: The recorded step.
     """
 
     def __init__(self, record: StepRecord) -> None:

@@ -139,12 +139,9 @@ class Stepper:
         self.num_nonfinite = self.nonfinite_in_row = 0
 
     def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:
-        """Return the loss over the rows of all processes.
+        """Return the loss over the rows of all processes; ``batch`` has those of this one, on the model's device.
 
-        Args:
-            batch: Rows of this process, on the model's device.
-            step: Number of the step.
-            processes: The processes; by default those of the training.
+        ``processes`` are by default those of the training.
         """
         processes, model = self.processes if processes is None else processes, self.model
         reduce = processes.sum_rows if processes.of_rows.total > 1 else identity

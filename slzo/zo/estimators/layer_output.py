@@ -131,14 +131,9 @@ class LayerOutputPerturbation(Estimator):
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return half of the difference between shifts and their opposites.
+        """Return half of the difference between shifts, shape (N, P, width), and their opposites.
 
-        Args:
-            output: The output.
-            shifts: Shape (N, P, width).
-
-        Returns:
-            That of the part of the loss that measures each position, shape (N, P), and that of the output, shape (N, P, width).
+        That of the part of the loss that measures each position, shape (N, P), and that of the output, shape (N, P, width).
         """
         points = torch.cat([shifts, -shifts])
         losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
