@@ -252,7 +252,8 @@ def _plan_time(
     if checkpoint is not None:
         model.tensors.load(checkpoint.content["state_dict"])
         done = int(checkpoint.content["global_step"])
-        budget = replace(budget, done=done, passes=budget.passes.when_resumed)
+        # the checkpoint has the scores before training
+        budget = replace(budget, done=done, passes=replace(budget.passes, dev_before=0, test_before=0))
     times = measure_times(model, options, rows, budget)
     slowest = RunTimes.slowest(gather_from_processes([times]))
     plan = rows.processes.broadcast(TimePlan.of(slowest, budget, budget.left))

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from slzo.__main__ import main
+from slzo.evaluation.generation import Answer
 from slzo.models.parts import ModelParts
 from slzo.tasks.base import Example, example_of
 from slzo.tasks.registry import get_task
@@ -313,5 +315,6 @@ def test_an_estimator_must_return_a_gradient_of_the_tuned_tensors(changes, told)
 def test_an_objective_of_answers_must_return_a_number_for_each(returned):
     objective = own(AnswerObjective, "answer_losses", returned)
     loss = objective.loss(None, None)
-    line = slzo_error(loss.answer_losses, ["a", "b"], [None, None])
+    row = SimpleNamespace(example=None)
+    line = slzo_error(loss.losses, [Answer("a", 1), Answer("b", 1)], [row, row])
     assert re.search(r"Own: answer_losses\(\) returned .*; it must return a number for each of the 2 answers", line)

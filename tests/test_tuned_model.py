@@ -58,8 +58,9 @@ def test_a_description_of_other_bases_does_not_fit():
         for looks in (prompts, lambda _: [make_batch()])
     )
     assert one.tensors.names == other.tensors.names
-    assert one.fits(one.description())
-    assert not one.fits(other.description())
+    one.check(one.description())
+    with pytest.raises(SlzoError, match="holds other tensors, bases or masks"):
+        one.check(other.description())
 
 
 def test_a_scope_that_fails_leaves_the_model_as_it_was():

@@ -12,7 +12,7 @@ from slzo.batches.packing import pack
 from slzo.models.engine import Engine
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate
+from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -113,7 +113,7 @@ def test_a_step_that_is_not_finite_moves_nothing():
             for kind in (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Muon)
         ),
         (lambda: TunedTensors({"a": ONES, "b": ONES}), "model.scope: 'a' and 'b' are the same tensor"),
-        (lambda: back_propagate(nn.Linear(2, 2), TunedTensors({"a": ONES}), tuple), "tensor 'a' is not a parameter"),
+        (lambda: vjp(nn.Linear(2, 2), TunedTensors({"a": ONES}), tuple), "tensor 'a' is not a parameter"),
     ],
 )
 def test_bad_options(make, option):

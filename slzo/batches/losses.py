@@ -3,13 +3,15 @@
 ``...`` in a shape stands for any number of dimensions: the batch may be evaluated at several points at once.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slzo.batches.packing import PackedBatch
+from slzo.utils.errors import broken_contract, shown
 
 
 class LossSum(NamedTuple):
@@ -30,20 +32,22 @@ class RowLosses(NamedTuple):
         return LossSum(self.totals.sum(), self.weights.sum())
 
 
-class LogitLoss(Protocol):
-    """A loss as a function of logits, such as any :class:`slzo.zo.objectives.LogitObjective`."""
+class LogitLoss(ABC):
+    """A loss as a function of logits.
 
-    @property
-    def likelihood_temperature(self) -> float | None:
-        """The temperature, usually 1, if logits of the whole vocabulary are only read by :func:`token_log_likelihoods`.
+    Attributes:
+        likelihood_temperature: The temperature, usually 1, if logits of the whole vocabulary are only read by
+            :func:`token_log_likelihoods`. Then the vocabulary may be another one, in which ``batch.token_id`` has the places of
+            the answer tokens. ``None`` if the loss reads logits itself.
+    """
 
-        Then the vocabulary may be another one, in which ``batch.token_id`` has the places of the answer tokens. ``None`` if the
-        loss reads logits itself.
-        """
+    likelihood_temperature: float | None = None
 
     def needs_vocabulary(self, batch: PackedBatch) -> bool:
         """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
+        return True
 
+    @abstractmethod
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
         """Return the loss of each example.
 
@@ -57,8 +61,32 @@ class LogitLoss(Protocol):
     def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
         """Return what the logits of each needed position add to the total loss, shape (..., U).
 
-        ``None`` if the loss is not a sum over positions. ``logits`` are those of the whole vocabulary.
+        ``None``, the default, if the loss is not a sum over positions. ``logits`` are those of the whole vocabulary.
         """
+        return None
+
+
+def checked(loss: LogitLoss, method: str, found: object, points: torch.Size, batch: PackedBatch) -> RowLosses:
+    """Return what a method returned, or raise SlzoError if it is not a loss and a weight for each example."""
+    shapes = (*points, batch.num_examples), (batch.num_examples,)
+    if not isinstance(found, RowLosses) or tuple(part.shape for part in found) != shapes:
+        wanted = "RowLosses with a total for each point and example, and a weight for each example"
+        raise broken_contract("data.objective", loss, f"{method}() returned {shown(found)}", wanted)
+    return found
+
+
+def checked_row_losses(loss: LogitLoss, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
+    """Return :meth:`LogitLoss.row_losses`, or raise SlzoError if they are wrong."""
+    return checked(loss, "row_losses", loss.row_losses(logits, batch, selected), logits.shape[:-2], batch)
+
+
+def checked_position_losses(loss: LogitLoss, logits: Tensor, batch: PackedBatch) -> Tensor | None:
+    """Return :meth:`LogitLoss.position_losses`, or raise SlzoError if they are wrong."""
+    losses = loss.position_losses(logits, batch)
+    if losses is not None and (not isinstance(losses, Tensor) or losses.shape != logits.shape[:-1]):
+        wanted = "None, or a loss for each point and position"
+        raise broken_contract("data.objective", loss, f"position_losses() returned {shown(losses)}", wanted)
+    return losses
 
 
 def token_log_likelihoods(logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
@@ -86,23 +114,26 @@ def by_example(scores: Tensor, batch: PackedBatch) -> Tensor:
     return table
 
 
+def sum_by_example(tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the sum over the answer tokens of each example, shape (..., B), from (..., R)."""
+    totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples)
+    return totals.index_add_(-1, batch.candidate_example[batch.token_candidate], tokens)
+
+
+def sum_by_position(tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the sum over the answer tokens that follow each needed position, shape (..., U), from (..., R)."""
+    totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())
+    return totals.index_add_(-1, batch.token_needed, tokens)
+
+
 def answer_losses(logits: Tensor, batch: PackedBatch) -> RowLosses:
     """Return the negative log-likelihood of the gold answers, summed over their tokens, from logits (..., U, vocabulary)."""
-    tokens = -token_log_likelihoods(logits, batch)
-    mask = _is_gold(batch).to(tokens.dtype)
-    example = batch.candidate_example[batch.token_candidate]
-    totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples).index_add_(-1, example, tokens * mask)
-    return RowLosses(totals, mask.new_zeros(batch.num_examples).index_add_(0, example, mask))
+    return RowLosses(sum_by_example(gold_losses(logits, batch), batch), sum_by_example(_is_gold(batch).float(), batch))
 
 
-def position_losses(logits: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the negative log-likelihood of the gold tokens that follow each needed position, shape (..., U).
-
-    The logits have shape (..., U, vocabulary).
-    """
-    tokens = -token_log_likelihoods(logits, batch)
-    totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())
-    return totals.index_add_(-1, batch.token_needed, tokens * _is_gold(batch).to(tokens.dtype))
+def gold_losses(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the negative log-likelihood of each answer token of the gold answers, 0 for other answers, shape (..., R)."""
+    return -token_log_likelihoods(logits, batch) * _is_gold(batch).float()
 
 
 def _is_gold(batch: PackedBatch) -> Tensor:
@@ -118,11 +149,6 @@ def answer_loss(logits: Tensor, batch: PackedBatch) -> LossSum:
 def sum_losses(sums: Sequence[LossSum]) -> LossSum:
     """Return the sum of one or more loss sums."""
     return LossSum(*(torch.stack(parts).sum() for parts in zip(*sums, strict=True)))
-
-
-def stack(sums: Sequence[LossSum]) -> Tensor:
-    """Stack the totals and weights of P >= 1 evaluations, shape (2, P)."""
-    return torch.stack([torch.stack(parts) for parts in zip(*sums, strict=True)])
 
 
 def no_loss(device: torch.device) -> LossSum:

@@ -97,10 +97,7 @@ class PackedBatch(TokenBatch):
                 bounds.append(number)
                 used = 0
             used += size
-        return self._between([*bounds, self.num_examples])
-
-    def _between(self, bounds: Sequence[int]) -> tuple["PackedBatch", ...]:
-        """Return the examples from each bound to the next one, which is larger."""
+        bounds.append(self.num_examples)
         examples = [range(first, stop) for first, stop in pairwise(bounds)]
         tokens = [0, *accumulate(sum(self.example_tokens[n] for n in numbers) for numbers in examples)]
         # everything is in the order of the examples, so each part is a slice

@@ -15,10 +15,8 @@ def share_beginnings(batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
     """Store, and so evaluate, every common beginning of a batch's sequences once.
 
     The result is the same, because the hidden state of a token depends only on the tokens before it. The tokens no longer belong
-    to single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example.
-
-    Args:
-        batch: A packed batch on the CPU.
+    to single examples: ``example_tokens`` is empty, and the hidden states must not be cached by example. The batch must be on the
+    CPU.
 
     Returns:
         The new batch, and the position of each of its T tokens in ``batch``, shape (T,), int64.

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slzo.batches.losses import LossSum
-from slzo.zo.derivatives import back_propagate
+from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import Loss, Point
 from slzo.zo.tuned import Direction, TunedTensors
 
@@ -35,9 +34,5 @@ class ClosureLoss(Loss):
         return torch.stack(losses)
 
     def gradient(self) -> tuple[float, Direction]:
-        (loss, _), gradient = back_propagate(self.module, self.tuned, self._sums)
-        return float(loss), gradient
-
-    def _sums(self) -> LossSum:
-        loss = self.closure()
-        return LossSum(loss, torch.ones_like(loss))
+        loss, pull_back = vjp(self.module, self.tuned, self.closure)
+        return float(loss), pull_back(torch.ones_like(loss))

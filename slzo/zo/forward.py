@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss, LossSum, stack
+from slzo.batches.losses import LogitLoss, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
 from slzo.models.parts import ModelParts
@@ -84,17 +83,10 @@ class SuffixForward:
 
     @torch.no_grad()
     def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
-        """Return the hidden states that enter the first tuned layer.
+        """Return the hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if no layer is before it.
 
         Only examples that the cache does not hold are computed. An example that the cache plans to keep is computed together
-        with the other examples of its block.
-
-        Args:
-            batch: The batch, T tokens.
-            keep: Offer new states to the cache.
-
-        Returns:
-            The states, shape (T, hidden), or ``None`` if there is no layer before the first tuned one.
+        with the other examples of its block. ``keep`` offers new states to the cache.
         """
         states = self.fetch(batch, keep)
         return None if states is None else states.wait()
@@ -117,15 +109,17 @@ class SuffixForward:
         pieces = batch.cut(max_tokens)
         return PendingTensor(torch.cat([self.parts.run(piece, 0, self.span.start) for piece in pieces]))
 
-    def logits(self, batch: PackedBatch, hidden: Tensor | None, token_ids: Tensor | None = None) -> Tensor:
-        """Return the logits at the needed positions with the live weights, shape (U, K or vocabulary), float32."""
-        return self.parts.logits(batch, self.span.start, hidden, token_ids)
+    def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> Tensor:
+        """Return the summed loss with the live weights, and its weight, shape (2,), float32.
 
-    def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> LossSum:
-        """Return the summed loss with the live weights, and its weight. Arguments as for :meth:`losses`; autograd works here."""
+        Arguments as for :meth:`losses`; autograd works here.
+        """
+        return self._loss_of(self.parts.run(batch, self.span.start, self.parts.num_layers, hidden), batch, objective)
+
+    def _loss_of(self, final: Tensor, batch: PackedBatch, objective: LogitLoss) -> Tensor:
         selected = self.selects(objective, batch)
-        logits = self.logits(batch, hidden, batch.choice_ids if selected else None)
-        return objective.row_losses(logits, batch, selected).sum()
+        logits = self.parts.head(final.index_select(0, batch.needed), batch.choice_ids if selected else None)
+        return torch.stack(checked_row_losses(objective, logits, batch, selected).sum())
 
     @torch.no_grad()
     def losses(
@@ -140,27 +134,28 @@ class SuffixForward:
         """Return the summed losses at several points. The live weights stay at the last point.
 
         Args:
-            batch: The batch. It is run in parts if it has more than ``max_tokens`` tokens, since losses are sums over rows.
+            batch: The batch.
             hidden: The result of :meth:`prefix` for the batch.
             tuned: The tuned tensors.
             points: P points.
             objective: The loss as a function of logits.
-            max_tokens: Run at most this many tokens at once; ``None`` for no limit.
+            max_tokens: Run several points at once only up to this number of tokens; ``None`` for no limit.
 
         Returns:
             The total loss at each point and the weight to divide it by, shape (2, P), float32.
         """
-        pieces = batch.cut(max_tokens)
-        if len(pieces) > 1:
-            with_states = zip(pieces, split_states(hidden, pieces), strict=True)
-            return reduce(torch.add, (self.losses(p, h, tuned, points, objective, max_tokens) for p, h in with_states))
-        if self._pairs(batch, len(points), max_tokens):
-            return self._joined_losses(batch, hidden, tuned, points, objective)
-        sums = []
+        if not self._pairs(batch, len(points), max_tokens):
+            sums = []
+            for point in points:
+                tuned.write(point.direction, point.scale)
+                sums.append(self.loss(batch, hidden, objective))
+            return torch.stack(sums, dim=1)
+        outputs = []
         for point in points:
             tuned.write(point.direction, point.scale)
-            sums.append(self.loss(batch, hidden, objective))
-        return stack(sums)
+            outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
+        final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
+        return torch.stack([self._loss_of(own, batch, objective) for own in final.split(batch.num_tokens)], dim=1)
 
     def selects(self, objective: LogitLoss, batch: PackedBatch) -> bool:
         """Return whether only the candidates' logits are computed."""
@@ -175,30 +170,3 @@ class SuffixForward:
         if self.paired is not None:
             return self.paired
         return batch.num_tokens <= _PAIR_TOKENS.get(batch.input_ids.device.type, _PAIR_TOKENS_ACCELERATOR)
-
-    def _joined_losses(
-        self,
-        batch: PackedBatch,
-        hidden: Tensor | None,
-        tuned: TunedTensors,
-        points: Sequence[Point],
-        objective: LogitLoss,
-    ) -> Tensor:
-        """:meth:`losses` with one run of the layers above the tuned ones, over a copy of the batch for each point."""
-        outputs = []
-        for point in points:
-            tuned.write(point.direction, point.scale)
-            outputs.append(self.parts.run(batch, self.span.start, self.span.stop, hidden))
-        final = self.parts.run(batch.repeat(len(points)), self.span.stop, self.parts.num_layers, torch.cat(outputs))
-        selected = self.selects(objective, batch)
-        token_ids = batch.choice_ids if selected else None
-        sums = []
-        for states in final.split(batch.num_tokens):
-            logits = self.parts.head(states.index_select(0, batch.needed), token_ids)
-            sums.append(objective.row_losses(logits, batch, selected).sum())
-        return stack(sums)
-
-
-def split_states(hidden: Tensor | None, parts: Sequence[PackedBatch]) -> Sequence[Tensor | None]:
-    """Return the states of the parts of a batch, whose states follow each other in ``hidden``."""
-    return [None] * len(parts) if hidden is None else hidden.split([part.num_tokens for part in parts])

@@ -7,8 +7,9 @@ Shapes: ``T`` packed tokens, ``K`` last tokens, ``N`` points, ``S`` sequences of
 tokens; heads and head sizes as in :mod:`slzo.evaluation.key_values`.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,18 +57,18 @@ class LastTokens:
         layout, num_tokens = batch.layout, batch.num_tokens
         is_chosen = torch.zeros(num_tokens, dtype=torch.bool, device=chosen.device)
         is_chosen[chosen] = True
-        starts = [
-            (is_chosen[group] & valid).int().argmax(dim=1)
+        sequences = [
+            (group, valid, (is_chosen[group] & valid).int().argmax(dim=1))
             for group, valid in zip(layout.groups, layout.valid, strict=True)
         ]
         is_last = torch.zeros_like(is_chosen)
-        for group, valid, start in zip(layout.groups, layout.valid, starts, strict=True):
+        for group, valid, start in sequences:
             column = torch.arange(group.shape[1], device=group.device)
             is_last[group[valid & (column >= start[:, None])]] = True
         positions = is_last.nonzero()[:, 0]
         number = is_last.cumsum(0) - 1
         groups, inverse, offset = [], torch.zeros_like(positions), 0
-        for group, valid, start in zip(layout.groups, layout.valid, starts, strict=True):
+        for group, valid, start in sequences:
             length = valid.sum(dim=1)
             most = int((length - start).max())
             place = start[:, None] + torch.arange(most, device=group.device)
@@ -97,8 +98,10 @@ class _PointsAttention:
         q, k, v = (states[0].unflatten(1, (points, -1)).transpose(0, 1) for states in (query, key, value))
         recorded_keys, recorded_values = self.states[layer]
         sinks = None if options["s_aux"] is None else options["s_aux"].view(1, -1, 1, 1)
-        outputs = []
-        for group, mask in zip(self.tokens.groups, self._masks_of(options["sliding_window"]), strict=True):
+        outputs, window = [], options["sliding_window"]
+        if window not in self._masks:  # for each group, (S, 1, N L, E + N L), bool: True where attention is allowed
+            self._masks[window] = [_mask(group, points, window) for group in self.tokens.groups]
+        for group, mask in zip(self.tokens.groups, self._masks[window], strict=True):
             own = [_by_sequence(states, group.last) for states in (q, k, v)]
             keys = torch.cat([_earlier(recorded_keys, group.earlier), own[1]], dim=2)
             values = torch.cat([_earlier(recorded_values, group.earlier), own[2]], dim=2)
@@ -108,12 +111,6 @@ class _PointsAttention:
             outputs.append(output.flatten(0, 1))
         chosen = torch.cat(outputs).index_select(0, self.tokens.inverse)
         return chosen.transpose(0, 1).flatten(0, 1).unsqueeze(0), None
-
-    def _masks_of(self, window: int | None) -> list[Tensor]:
-        """Return a mask for each group, shape (S, 1, N L, E + N L), bool: ``True`` where attention is allowed."""
-        if window not in self._masks:
-            self._masks[window] = [_mask(group, self.num_points, window) for group in self.tokens.groups]
-        return self._masks[window]
 
 
 def _mask(group: _Group, num_points: int, window: int | None) -> Tensor:
@@ -143,73 +140,51 @@ def _earlier(states: Tensor, positions: Tensor) -> Tensor:
     return states.index_select(1, positions.flatten()).unflatten(1, positions.shape).transpose(0, 1)
 
 
-class LayersAbove(ABC):
+class LayersAbove(NamedTuple):
     """The layers above the tuned one, run at several points for one batch.
 
     Attributes:
         positions: Packed positions of the tokens that run at each point, shape (K,), int64, rising.
         final: Final states of these tokens without any change, shape (K, hidden).
+        at: Returns the final states, shape (N, K, hidden), from states that enter the layers, shape (N, K, hidden).
     """
 
     positions: Tensor
     final: Tensor
-
-    @abstractmethod
-    def at(self, hidden: Tensor) -> Tensor:
-        """Return the final states, shape (N, K, hidden), from states that enter the layers, shape (N, K, hidden)."""
-
-
-class LayersOverLastTokens(LayersAbove):
-    """Runs only the last tokens of each sequence at each point.
-
-    Args:
-        parts: The model, packed, with all layers on one device.
-        start: The first of the layers.
-        batch: The batch.
-        hidden: States that enter the first layer, shape (T, hidden).
-        changed: Packed positions whose states will change, one or more in each sequence.
-    """
-
-    def __init__(self, parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor, changed: Tensor) -> None:
-        final, self._states = recorded(parts, batch, start, parts.num_layers, hidden)
-        self._parts, self._start, self._batch = parts, start, batch
-        self._tokens = LastTokens.of(batch, changed)
-        self.positions = self._tokens.positions
-        self.final = final[self.positions]
-        self._attention = _PointsAttention(self._tokens, self._states, 1)
-
-    def at(self, hidden: Tensor) -> Tensor:
-        """See :class:`LayersAbove`."""
-        points, batch = len(hidden), self._batch
-        if self._attention.num_points != points:  # its masks hold for one number of points
-            self._attention = _PointsAttention(self._tokens, self._states, points)
-        ids, places = (values[self.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
-        tokens = TokenBatch(ids, places, batch.layout)  # the attention takes the place of the layout
-        parts = self._parts
-        final = run_with(parts, tokens, self._attention.attend, self._start, parts.num_layers, hidden.flatten(0, 1))
-        return final.unflatten(0, (points, -1))
-
-
-class LayersOverAllTokens(LayersAbove):
-    """Runs all tokens at each point; for the arguments see :class:`LayersOverLastTokens`."""
-
-    def __init__(self, parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor) -> None:
-        self._parts, self._start, self._batch = parts, start, batch
-        self.positions = torch.arange(batch.num_tokens, device=hidden.device)
-        self.final = parts.run(batch, start, parts.num_layers, hidden)
-
-    def at(self, hidden: Tensor) -> Tensor:
-        """See :class:`LayersAbove`."""
-        parts = self._parts
-        final = parts.run(self._batch.repeat(len(hidden)), self._start, parts.num_layers, hidden.flatten(0, 1))
-        return final.unflatten(0, (len(hidden), -1))
+    at: Callable[[Tensor], Tensor]
 
 
 def layers_above(
     parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor, changed: Tensor | None
 ) -> LayersAbove:
-    """Return the layers from ``start`` on for a batch; ``changed`` is ``None`` if the states of any token may change."""
-    placement = placement_of(parts.model)
+    """Return the layers from ``start`` on for a batch. If possible, only the last tokens of each sequence run at each point.
+
+    Args:
+        parts: The model.
+        start: The first of the layers.
+        batch: The batch.
+        hidden: States that enter the first layer, shape (T, hidden).
+        changed: Packed positions whose states may change, one or more in each sequence; ``None`` if those of any token may.
+    """
+    stop, placement = parts.num_layers, placement_of(parts.model)
     if changed is None or not parts.packed or (placement is not None and placement.elsewhere):
-        return LayersOverAllTokens(parts, start, batch, hidden)
-    return LayersOverLastTokens(parts, start, batch, hidden, changed)
+
+        def over_all_tokens(entering: Tensor) -> Tensor:
+            final = parts.run(batch.repeat(len(entering)), start, stop, entering.flatten(0, 1))
+            return final.unflatten(0, (len(entering), -1))
+
+        positions = torch.arange(batch.num_tokens, device=hidden.device)
+        return LayersAbove(positions, parts.run(batch, start, stop, hidden), over_all_tokens)
+
+    final, states = recorded(parts, batch, start, stop, hidden)
+    last = LastTokens.of(batch, changed)
+    attention_at = lru_cache(maxsize=1)(partial(_PointsAttention, last, states))  # by number of points
+
+    def over_last_tokens(entering: Tensor) -> Tensor:
+        points = len(entering)
+        ids, places = (values[last.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
+        tokens = TokenBatch(ids, places, batch.layout)  # the attention takes the place of the layout
+        final = run_with(parts, tokens, attention_at(points).attend, start, stop, entering.flatten(0, 1))
+        return final.unflatten(0, (points, -1))
+
+    return LayersAbove(last.positions, final[last.positions], over_last_tokens)

@@ -41,13 +41,7 @@ class LikelyTokens:
 
     @classmethod
     def of(cls, logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Self | None:
-        """Choose the likely tokens at a temperature; ``None`` if the vocabulary is small.
-
-        Args:
-            logits: Logits without a shift, shape (U, vocabulary).
-            batch: The batch.
-            temperature: Divides the logits.
-        """
+        """Choose the likely tokens from logits without a shift, shape (U, vocabulary); ``None`` if the vocabulary is small."""
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
 from slzo.models.pending import PendingTensor
-from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.derivatives import back_propagate, vjp
+from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
-from slzo.zo.forward import SuffixForward, split_states
+from slzo.zo.forward import SuffixForward
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
 from slzo.zo.processes import sum_tensors
@@ -131,26 +130,20 @@ class BatchLogitLoss(_SummedLoss):
     objective: LogitLoss
     states: PendingTensor | None
 
-    @property
-    def hidden(self) -> Tensor | None:
-        """The states, after waiting for them."""
-        return None if self.states is None else self.states.wait()
-
     def sums(self, points: Sequence[Point]) -> Tensor:
-        batch, context = self.batch, self.context
-        return context.forward.losses(
-            batch.packed, self.hidden, context.tuned, points, self.objective, max_tokens=batch.max_tokens
-        )
+        losses, tuned = self.context.forward.losses, self.context.tuned
+        pieces = (losses(*piece, tuned, points, self.objective, self.batch.max_tokens) for piece in self._pieces())
+        return reduce(torch.add, pieces)
 
     def gradient(self) -> tuple[float, Direction]:
-        context = self.context
+        context, forward = self.context, self.context.forward
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
         gradient: dict[str, Tensor] = {}
         for piece, states in self._pieces():
-            run = partial(context.forward.loss, piece, states, self.objective)
-            found, of_piece = back_propagate(context.forward.parts.model, context.tuned, run)
-            sums += torch.stack(found)
-            _add(gradient, of_piece)
+            run = partial(forward.loss, piece, states, self.objective)
+            found, pull_back = vjp(forward.parts.model, context.tuned, run)
+            sums += found
+            _add(gradient, pull_back(sums.new_tensor([1.0, 0.0])))  # of the total
         return self._mean(sums, gradient)
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
@@ -182,7 +175,10 @@ class BatchLogitLoss(_SummedLoss):
     def _pieces(self) -> Iterator[tuple[PackedBatch, Tensor | None]]:
         """Return the parts of the batch that run in one forward pass, with their states."""
         pieces = self.batch.packed.cut(self.batch.max_tokens)
-        return zip(pieces, split_states(self.hidden, pieces), strict=True)
+        states: Sequence[Tensor | None] = [None] * len(pieces)
+        if self.states is not None:
+            states = self.states.wait().split([piece.num_tokens for piece in pieces])
+        return zip(pieces, states, strict=True)
 
 
 def _add(gradient: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
@@ -248,20 +244,6 @@ class RowsLoss(_SummedLoss):
             entering = PendingTensor(torch.cat([states[number] for number in kept]))
         total, weight = context.reduce(torch.tensor([sum(losses), float(len(losses))], device=device))
         return float(total / weight), BatchLogitLoss(context, sampled, policy, entering)
-
-
-@dataclass
-class BatchAnswerLoss(RowsLoss):
-    """A loss that is computed for each generated answer.
-
-    Attributes:
-        answer_losses: Returns the losses of some answers, given the answers and their examples.
-    """
-
-    answer_losses: Callable[[Sequence[str], Sequence[Example]], Sequence[float]]
-
-    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
-        return self.answer_losses([answer.text for answer in answers], [row.example for row in rows])
 
 
 @contextmanager

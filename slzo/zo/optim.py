@@ -3,7 +3,6 @@
 import copy
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -196,11 +195,7 @@ def _try_scheduler(make: MakeScheduler, probe: Optimizer) -> dict[str, Any]:
 
 
 def _state_copies(probe: Optimizer) -> float:
-    """Take a step and return the elements of optimizer state per parameter element.
-
-    Raises:
-        SlzoError: The optimizer cannot take a step.
-    """
+    """Take a step and return the elements of optimizer state per parameter element."""
     (parameter,) = probe.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
     try:
@@ -213,11 +208,6 @@ def _state_copies(probe: Optimizer) -> float:
     state: dict[str, Any] = probe.state[parameter]
     held = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
     return held / parameter.numel()
-
-
-def reset_state(optimizer: Optimizer) -> None:
-    """Drop the optimizer's state, such as momentum."""
-    optimizer.state = defaultdict(dict)
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

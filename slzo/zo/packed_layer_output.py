@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slzo.batches.losses import LogitLoss
+from slzo.batches.losses import LogitLoss, checked_position_losses, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
@@ -75,43 +75,35 @@ class PackedLayerOutput(LayerOutput):
         max_tokens: int | None = None,
     ) -> None:
         parts, span = forward.parts, forward.span
-        self._forward = forward
-        self._head, self._batch, self._objective = parts.head, batch, objective
+        self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
         self._selected = forward.selects(objective, batch)
-        self._output = output
         entered = parts.run(batch, 0, 0) if hidden is None else hidden
-        if positions == "all":
-            self.positions = torch.arange(batch.num_tokens, device=self._output.device)
-            self._above = layers_above(parts, span.stop, batch, self._output, None)
-        else:
-            self.positions = batch.needed
-            self._above = layers_above(parts, span.stop, batch, self._output, batch.needed)
-        self.keys, self.width = batch.example_index, self._output.shape[1]
+        everywhere = positions == "all"
+        self.positions = torch.arange(batch.num_tokens, device=output.device) if everywhere else batch.needed
+        self._above = layers_above(parts, span.stop, batch, output, None if everywhere else batch.needed)
+        self.keys, self.width = batch.example_index, output.shape[1]
         self.row = batch.rows_of(self.positions)
-        here = self._output[self.positions].float()
+        here = output[self.positions].float()
         added = rms(here - entered[self.positions].float())
         self.size = torch.maximum(added, _LEAST_SHARE * rms(here)).clamp(min=_LEAST)
         run = self._above.positions
         self._changed, self._needed = (torch.searchsorted(run, where) for where in (self.positions, batch.needed))
-        num_run = run.numel()
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
-        self.points_at_once = max(1, most // num_run)
+        self.points_at_once = max(1, most // run.numel())
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
-        self._per_point = num_run / batch.num_tokens * above / layers
+        self._per_point = run.numel() / batch.num_tokens * above / layers
         self._at_masters = above / layers
         self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
-        self.sums = objective.row_losses(logits, batch, self._selected).sum()
-        # a loss that is not a sum over positions returns None for any logits
-        self.by_position = (
-            positions == "answer" and not self._selected and objective.position_losses(logits, batch) is not None
-        )
         self._unshifted = logits[0]
-        temperature = None if self._selected else objective.likelihood_temperature
-        if temperature is not None:
-            self._likely = LikelyTokens.of(logits[0], batch, temperature)
+        self.sums = checked_row_losses(objective, logits, batch, self._selected).sum()
+        self.by_position = False
         if not self._selected:
+            # a loss that is not a sum over positions returns None for any logits
+            self.by_position = not everywhere and checked_position_losses(objective, logits, batch) is not None
+            if objective.likelihood_temperature is not None:
+                self._likely = LikelyTokens.of(logits[0], batch, objective.likelihood_temperature)
             computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
         self.whole_vocabulary = not self._selected and self._likely is None
@@ -123,10 +115,9 @@ class PackedLayerOutput(LayerOutput):
         return self._at_masters + self.num_points * self._per_point
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
-        """See :class:`LayerOutput`."""
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
         if weight is None or self.positions is not batch.needed:
-            return super().token_shifts(number, change)
+            return None
         tokens = tokens_of_positions(batch, self.row, None if self._selected else self._unshifted, number)
         states = self._output[self.positions].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm(batch), states, tokens)
@@ -138,17 +129,15 @@ class PackedLayerOutput(LayerOutput):
         return directions * torch.where(sensitivity > 0, distance, 0)
 
     def losses(self, shifts: Tensor) -> Tensor:
-        """See :class:`LayerOutput`."""
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
         hidden[:, self._changed] = self._moved(shifts)
         self.num_points += len(shifts)
         logits = self._logits(self._above.at(hidden))
         batch = self._batch if self._likely is None else self._likely.batch
-        own = self._objective.position_losses(logits, batch) if self.by_position else None
-        return self._objective.row_losses(logits, batch, self._selected).totals if own is None else own
+        own = checked_position_losses(self._objective, logits, batch) if self.by_position else None
+        return checked_row_losses(self._objective, logits, batch, self._selected).totals if own is None else own
 
     def applied(self, shifts: Tensor) -> Tensor:
-        """See :class:`LayerOutput`."""
         here = self._output[self.positions]
         return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
 
@@ -161,7 +150,7 @@ class PackedLayerOutput(LayerOutput):
         needed, likely = final[:, self._needed], self._likely
         if likely is None:
             ids = self._batch.choice_ids if self._selected else None
-            return self._head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
+            return self._forward.parts.head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
         rows = zip(needed.split(likely.sizes, dim=1), likely.ids, strict=True)
-        logits = [self._head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in rows]
+        logits = [self._forward.parts.head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in rows]
         return likely.with_rest(torch.cat(logits, dim=1))

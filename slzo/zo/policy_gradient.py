@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.losses import RowLosses, token_log_likelihoods
+from slzo.batches.losses import LogitLoss, RowLosses, sum_by_example, sum_by_position, token_log_likelihoods
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import Row
 from slzo.evaluation.generation import Answer
@@ -70,45 +70,30 @@ def advantages(losses: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    """A loss of logits whose derivative is the policy gradient, see :class:`slzo.batches.losses.LogitLoss`.
+class PolicyLoss(LogitLoss):
+    """A loss of logits whose derivative is the policy gradient.
 
     Attributes:
         advantages: Advantages of the answers to an example, shape (samples,), float32, by cache key of the example.
         weight: Weight of one example.
-        temperature: Temperature at which the answers were sampled.
+        likelihood_temperature: Temperature at which the answers were sampled.
     """
 
     advantages: Mapping[int, Tensor]
     weight: float
-    temperature: float
-
-    def needs_vocabulary(self, batch: PackedBatch) -> bool:
-        """Always: the likelihood of an answer needs all logits."""
-        return True
-
-    @property
-    def likelihood_temperature(self) -> float:
-        """The temperature of the samples."""
-        return self.temperature
+    likelihood_temperature: float
 
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        """See :class:`slzo.batches.losses.LogitLoss`."""
         tokens = self._tokens(logits, batch)
-        totals = tokens.new_zeros(*tokens.shape[:-1], batch.num_examples)
-        totals.index_add_(-1, batch.candidate_example[batch.token_candidate], tokens)
-        return RowLosses(totals, tokens.new_full((batch.num_examples,), self.weight))
+        return RowLosses(sum_by_example(tokens, batch), tokens.new_full((batch.num_examples,), self.weight))
 
     def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor:
-        """See :class:`slzo.batches.losses.LogitLoss`."""
-        tokens = self._tokens(logits, batch)
-        totals = tokens.new_zeros(*tokens.shape[:-1], batch.needed.numel())
-        return totals.index_add_(-1, batch.token_needed, tokens)
+        return sum_by_position(self._tokens(logits, batch), batch)
 
     def _tokens(self, logits: Tensor, batch: PackedBatch) -> Tensor:
         """Return what each answer token adds, shape (..., R)."""
         advantages = torch.cat([self.advantages[key] for key in batch.example_index])
-        return token_log_likelihoods(logits, batch, self.temperature) * advantages[batch.token_candidate]
+        return token_log_likelihoods(logits, batch, self.likelihood_temperature) * advantages[batch.token_candidate]
 
 
 def policy_batch(

@@ -153,18 +153,16 @@ class DividedDirections(Loss):
     device: torch.device
 
     def at(self, points: Sequence[Point]) -> Tensor:
-        rank, number = self.processes.of_points
-        first, stop = (_bound(len(points), process, number) for process in (rank, rank + 1))
+        own = _share(len(points), self.processes)
         losses = torch.zeros(len(points), device=self.device)
-        if first < stop:
-            losses[first:stop] = self.loss.at(points[first:stop])
+        if own.start < own.stop:
+            losses[own] = self.loss.at(points[own])
         return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        def divided(output: LayerOutput) -> Tensor:
-            return estimate(_DividedOutput(output, self.processes))
-
-        found = self.loss.gradient_from_output(divided, positions)
+        found = self.loss.gradient_from_output(
+            lambda output: estimate(_DividedOutput(output, self.processes)), positions
+        )
         if self.processes.of_rows.total == 1:
             return found
         # processes with other points add up the rows in a sum of their own, which may round differently
@@ -180,9 +178,10 @@ class DividedDirections(Loss):
         return self.loss.report
 
 
-def _bound(points: int, process: int, number: int) -> int:
-    """Return where the points of a process begin; the first process always has some, so that it can report them."""
-    return -(-points * process // number)
+def _share(points: int, processes: Processes) -> slice:
+    """Return which points this process evaluates; the first process always has some, so that it can report them."""
+    rank, number = processes.of_points
+    return slice(-(-points * rank // number), -(-points * (rank + 1) // number))
 
 
 class _DividedOutput(LayerOutput):
@@ -195,12 +194,11 @@ class _DividedOutput(LayerOutput):
         self._output, self._processes = output, processes
 
     def losses(self, shifts: Tensor) -> Tensor:
-        rank, number = self._processes.of_points
-        first, stop = (_bound(len(shifts), process, number) for process in (rank, rank + 1))
+        own = _share(len(shifts), self._processes)
         losses = shifts.new_zeros(len(shifts), self.num_parts)
         before = self._output.num_points
-        if first < stop:
-            losses[first:stop] = self._output.losses(shifts[first:stop])
+        if own.start < own.stop:
+            losses[own] = self._output.losses(shifts[own])
         self._output.num_points = self.num_points = before + len(shifts)
         return self._processes.sum_points(losses)
 

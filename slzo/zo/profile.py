@@ -1,9 +1,9 @@
 """Activation statistics of every decoder layer, from a few forward passes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -100,70 +100,46 @@ class OutlierProfile:
         return cls(**{**data, "layers": layers, "notes": notes, "thresholds": thresholds})
 
 
-@dataclass(frozen=True)
-class _SequenceStatistics:
-    max_abs: float
-    median_abs: float
-    kurtosis: float
-    channel: int
-    position: int
-    token_id: int
-    rest_max_abs: float
-    rest_median_abs: float
-
-    @property
-    def ratio(self) -> float:
-        return self.max_abs / max(self.median_abs, 1e-30)
-
-    @property
-    def rest_ratio(self) -> float:
-        return self.rest_max_abs / max(self.rest_median_abs, 1e-30)
-
-
-def _sequence_statistics(hidden: Tensor, ids: Tensor) -> _SequenceStatistics:
+def _sequence_statistics(index: int, hidden: Tensor, ids: Tensor) -> LayerStatistics:
     """Return the statistics of one sequence of at least two tokens; ``hidden`` (L, hidden), ``ids`` (L,)."""
     hidden = hidden.float()
     magnitude = hidden.abs()
     largest = int(magnitude.argmax())
     position, channel = divmod(largest, hidden.shape[1])
+    max_abs, median_abs = float(magnitude.flatten()[largest]), float(magnitude.median())
+    rest_max_abs, rest_median_abs = float(magnitude[1:].max()), float(magnitude[1:].median())
     centered = hidden - hidden.mean()
     variance = centered.square().mean()
-    return _SequenceStatistics(
-        max_abs=float(magnitude.flatten()[largest]),
-        median_abs=float(magnitude.median()),
+    return LayerStatistics(
+        index=index,
+        max_abs=max_abs,
+        median_abs=median_abs,
+        ratio=max_abs / max(median_abs, 1e-30),
         kurtosis=float(centered.pow(4).mean() / variance.square().clamp_min(1e-30)),
         channel=channel,
         position=position,
         token_id=int(ids[position]),
-        rest_max_abs=float(magnitude[1:].max()),
-        rest_median_abs=float(magnitude[1:].median()),
+        rest_max_abs=rest_max_abs,
+        rest_ratio=rest_max_abs / max(rest_median_abs, 1e-30),
     )
 
 
-def _average(index: int, sequences: list[_SequenceStatistics]) -> LayerStatistics:
+def _average(sequences: list[LayerStatistics]) -> LayerStatistics:
     count = len(sequences)
     channel = Counter(sequence.channel for sequence in sequences).most_common(1)[0][0]
     same = [sequence for sequence in sequences if sequence.channel == channel]
     (position, token_id), _ = Counter((sequence.position, sequence.token_id) for sequence in same).most_common(1)[0]
-
-    def mean(figure: Callable[[_SequenceStatistics], float]) -> float:
-        return sum(map(figure, sequences)) / count
-
-    return LayerStatistics(
-        index=index,
-        max_abs=mean(lambda sequence: sequence.max_abs),
-        median_abs=mean(lambda sequence: sequence.median_abs),
-        ratio=mean(lambda sequence: sequence.ratio),
-        kurtosis=mean(lambda sequence: sequence.kurtosis),
+    averaged = ("max_abs", "median_abs", "ratio", "kurtosis", "rest_max_abs", "rest_ratio")
+    return replace(
+        sequences[0],
+        **{figure: sum(getattr(sequence, figure) for sequence in sequences) / count for figure in averaged},
         channel=channel,
         position=position,
         token_id=token_id,
         max_abs_se=standard_error([sequence.max_abs for sequence in sequences]),
         ratio_se=standard_error([sequence.ratio for sequence in sequences]),
         same_channel=len(same) / count,
-        same_position=mean(lambda sequence: sequence.position == position),
-        rest_max_abs=mean(lambda sequence: sequence.rest_max_abs),
-        rest_ratio=mean(lambda sequence: sequence.rest_ratio),
+        same_position=sum(sequence.position == position for sequence in sequences) / count,
     )
 
 
@@ -184,7 +160,7 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
     Raises:
         SlzoError: The output of a layer is not finite.
     """
-    found: list[list[_SequenceStatistics]] = [[] for _ in range(parts.num_layers)]
+    found: list[list[LayerStatistics]] = [[] for _ in range(parts.num_layers)]
     passes = 0
     parts.prepare()  # runs the model, so it must come before the hooks
     for batch in batches:
@@ -193,7 +169,7 @@ def profile_layers(parts: ModelParts, batches: Iterable[PackedBatch]) -> tuple[l
                 hooks.enter_context(layer.register_forward_hook(_recorder(index, found[index], parts, batch)))
             parts.run(batch, 0, parts.num_layers)
         passes += 1
-    return [_average(index, sequences) for index, sequences in enumerate(found)], passes
+    return [_average(sequences) for sequences in found], passes
 
 
 def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
@@ -202,7 +178,7 @@ def usable_sequences(batches: Iterable[PackedBatch]) -> list[tuple[int, ...]]:
     return [tuple(ids.tolist()) for ids in split if len(ids) > 1]
 
 
-def _recorder(index: int, found: list[_SequenceStatistics], parts: ModelParts, batch: PackedBatch) -> Any:
+def _recorder(index: int, found: list[LayerStatistics], parts: ModelParts, batch: PackedBatch) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden = parts.to_packed(output[0] if isinstance(output, tuple | list) else output, batch).flatten(1)
         if not hidden.isfinite().all():
@@ -217,7 +193,7 @@ def _recorder(index: int, found: list[_SequenceStatistics], parts: ModelParts, b
             hidden.split(batch.example_tokens), batch.input_ids.split(batch.example_tokens), strict=True
         ):
             if len(ids) > 1:
-                found.append(_sequence_statistics(states, ids))
+                found.append(_sequence_statistics(index, states, ids))
 
     return hook
 

@@ -12,11 +12,7 @@ from slzo.zo.tuned import Direction
 
 
 class RecordedLoss(Loss):
-    """Records every loss that the estimator evaluates.
-
-    Args:
-        loss: The loss to evaluate.
-    """
+    """Records every loss that an estimator evaluates at a point."""
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
@@ -29,16 +25,13 @@ class RecordedLoss(Loss):
         return losses
 
     def gradient(self) -> tuple[float, Direction]:
-        """Return loss and gradient without recording them."""
         return self._loss.gradient()
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        """Return loss and gradient without recording them."""
         return self._loss.gradient_from_output(estimate, positions)
 
     @property
     def report(self) -> LossReport:
-        """The report of the wrapped loss."""
         return self._loss.report
 
 
@@ -46,9 +39,6 @@ class ReplayedLoss(Loss):
     """Replays the losses of a step, without forward passes.
 
     Directions are drawn from seed, step and query, so the same losses give the same step bit for bit.
-
-    Args:
-        record: The recorded step.
     """
 
     def __init__(self, record: StepRecord) -> None:

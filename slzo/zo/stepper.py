@@ -3,6 +3,7 @@
 Every training of slzo takes its steps with :class:`Stepper`: ``fit``, the trials of a sweep or a race, and ``replay``.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from slzo.zo.auto_step import AutoRate
 from slzo.zo.estimators.base import Estimate, Estimator, Loss, LossReport, Request
 from slzo.zo.loss import LossContext
 from slzo.zo.objectives import Objective, loss_of
-from slzo.zo.optim import halve_rate, reset_state
+from slzo.zo.optim import halve_rate
 from slzo.zo.packed_layer_output import check_layer_output
 from slzo.zo.processes import ALONE, CountedSum, DividedDirections, Processes, identity
 from slzo.zo.recorded_loss import RecordedLoss, ReplayedLoss
@@ -138,12 +139,9 @@ class Stepper:
         self.num_nonfinite = self.nonfinite_in_row = 0
 
     def loss(self, batch: TrainBatch, step: int = 0, processes: Processes | None = None) -> Loss:
-        """Return the loss over the rows of all processes.
+        """Return the loss over the rows of all processes; ``batch`` has those of this one, on the model's device.
 
-        Args:
-            batch: Rows of this process, on the model's device.
-            step: Number of the step.
-            processes: The processes; by default those of the training.
+        ``processes`` are by default those of the training.
         """
         processes, model = self.processes if processes is None else processes, self.model
         reduce = processes.sum_rows if processes.of_rows.total > 1 else identity
@@ -193,7 +191,8 @@ class Stepper:
         record = StepRecord(step, float(optimizer.param_groups[0]["lr"]), eps, tuple(loss.losses))
         if scheduler is not None:
             scheduler.step()
-        self._check_replayed(known, record)
+        if known is not None:
+            _check_replayed(known, record)
         if self.log is not None:
             self.log.append(record)
         report = loss.report
@@ -214,7 +213,7 @@ class Stepper:
         """
         if masters is not None:
             self.model.tensors.load(masters)
-            reset_state(optimizer)
+            optimizer.state = defaultdict(dict)
         if self.sets_rate and self.auto is not None:
             self.auto.factor /= 2
         else:
@@ -268,14 +267,12 @@ class Stepper:
             "float32"
         )
 
-    @staticmethod
-    def _check_replayed(known: StepRecord | None, record: StepRecord) -> None:
-        if known is None:
-            return
-        before, now = ((len(each.losses), each.lr, each.eps) for each in (known, record))
-        if before != now:
-            raise SlzoError(
-                f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
-                f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}, so it is not the log of these steps; "
-                "remove it"
-            )
+
+def _check_replayed(known: StepRecord, record: StepRecord) -> None:
+    before, now = ((len(each.losses), each.lr, each.eps) for each in (known, record))
+    if before != now:
+        raise SlzoError(
+            f"zo_log: step {record.step} was taken with lr {known.lr:g}, eps {known.eps:g} and {len(known.losses)} losses, "
+            f"and now it has {record.lr:g}, {record.eps:g} and {len(record.losses)}, so it is not the log of these steps; "
+            "remove it"
+        )

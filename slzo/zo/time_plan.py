@@ -28,14 +28,7 @@ class Passes:
     test_after: int = 0
 
     def __add__(self, other: "Passes") -> "Passes":
-        return Passes(
-            self.dev_before + other.dev_before, self.test_before + other.test_before, self.test_after + other.test_after
-        )
-
-    @property
-    def when_resumed(self) -> "Passes":
-        """The passes of a run that continues a checkpoint, which has the scores before training."""
-        return Passes(test_after=self.test_after)
+        return Passes(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -126,15 +119,10 @@ class TimePlan:
 
     @classmethod
     def of(cls, times: RunTimes, budget: TimeBudget, left: float) -> Self:
-        """Plan the most steps that fit.
+        """Plan the most steps that fit into ``left`` seconds.
 
         If all of ``budget.max_steps`` fit, the interval between validations stays. Otherwise it is lowered so that there are 8
         validations, or as many as take a quarter of the time; at least one, after the last step.
-
-        Args:
-            times: Measured times.
-            budget: The time and the limits.
-            left: Seconds that are left of it.
         """
         usable = _USED * left - times.before - times.after
         most = math.inf if budget.max_steps < 0 else max(0, budget.max_steps - budget.done)

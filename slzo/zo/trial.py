@@ -100,7 +100,11 @@ class Trial:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Trial":
         """Create a trial from the result of :meth:`to_dict`."""
-        scores = tuple(_score(score) for score in data["scores"])
+        # a file has null for what is not a number
+        known: list[dict[str, Any]] = [
+            {name: math.nan if value is None else value for name, value in each.items()} for each in data["scores"]
+        ]
+        scores = tuple(Score(**each) for each in known)
         return cls(**{**data, "scores": scores, "losses": tuple(data["losses"])})
 
     @property
@@ -176,9 +180,3 @@ class Trials(Protocol):
         Raises:
             SlzoError: The layer cannot be trained.
         """
-
-
-def _score(data: Mapping[str, Any]) -> Score:
-    """Create a score from a file, which has null for what is not a number."""
-    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in data.items()}
-    return Score(**known)

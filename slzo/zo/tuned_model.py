@@ -48,7 +48,6 @@ class TunedModel:
         engine: How losses are computed. ``packed`` and ``onednn`` are not used here; ``parts`` has its own.
         cache: Prefix cache of an earlier tuned model on the same rows. It is used if its states enter the same layer.
         full_precision: The quantized linear maps that full-precision ones replace while they are tuned.
-        moved_layers: Layers that were moved to the model's main device while they are tuned.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class TunedModel:
         engine: Engine | None = None,
         cache: PrefixCache | None = None,
         full_precision: FullPrecision | None = None,
-        moved_layers: Sequence[int] = (),
     ) -> None:
         engine = Engine() if engine is None else engine
         self.parts = parts
@@ -71,7 +69,7 @@ class TunedModel:
         self.scope = dict(scope)
         self.adapter = adapter
         self.full_precision = full_precision
-        self._moved_layers = moved_layers
+        self._undo = ExitStack()  # reverts the changes of the model
         self.layer = layer
         self.engine = engine
         # an adapter's tensors are not in the base model, and dequantized values depend on the processor
@@ -114,8 +112,7 @@ class TunedModel:
         context = ScopeContext(parts, layer, prompts, seed)
         settings, base = constructor_settings(scope, "model.scope"), Fingerprint.of(parts.model)
         with ExitStack() as undo:
-            moved = _move_to_main_device(parts, partial(scope.changed_layers, context), undo)
-            plain, full_precision = _put_in_full_precision(parts, partial(_changed_layers, scope, context), undo)
+            plain, full_precision = _make_tunable(parts, partial(_changed_layers, scope, context), undo)
             adapter = scope.adapter(replace(context, parts=plain))
             adapted = _add_adapter(plain, adapter, undo)
             tensors = tensors_of(scope, replace(context, parts=adapted))
@@ -130,9 +127,8 @@ class TunedModel:
                 engine=engine,
                 cache=cache,
                 full_precision=full_precision,
-                moved_layers=moved,
             )
-            undo.pop_all()
+            model._undo = undo.pop_all()
             return model
 
     @classmethod
@@ -158,10 +154,10 @@ class TunedModel:
             adapter = None if settings is None else adapter_from_dict(settings)
         except TypeError as error:
             raise KeyError(f"{settings} as adapter ({error})") from error
-        layers = _layers_of(parts, description["tensors"])
+        owners = {layer_of(name, parts.layers_path) for name in description["tensors"]}
+        layers = sorted(layer for layer in owners if layer is not None and layer < parts.num_layers)
         with ExitStack() as undo:
-            moved = _move_to_main_device(parts, lambda: layers, undo)
-            plain, full_precision = _put_in_full_precision(parts, lambda: layers, undo)
+            plain, full_precision = _make_tunable(parts, lambda: layers, undo)
             adapted = _add_adapter(plain, adapter, undo)
             tensors = TunedTensors.from_description(
                 dict(parts.model.named_parameters()), description["tensors"], subset
@@ -175,10 +171,9 @@ class TunedModel:
                 layer=description["layer"],
                 engine=engine,
                 full_precision=full_precision,
-                moved_layers=moved,
             )
-            model._check_base(description)
-            undo.pop_all()
+            model.base.check(description.get("base", {}))
+            model._undo = undo.pop_all()
             return model
 
     def description(self) -> dict[str, Any]:
@@ -197,35 +192,19 @@ class TunedModel:
         Raises:
             SlzoError: The tensors, bases or masks differ, or the base models; the message says in what.
         """
-        if not self.fits(description):
+        own = self.description()
+        if not all(_same(own[name], description[name]) for name in own if name != "base"):
             raise SlzoError(
                 "ckpt_path: holds other tensors, bases or masks than this module already tunes; load it into a new ZOModule"
             )
-        self._check_base(description)
-
-    def _check_base(self, description: Mapping[str, Any]) -> None:
-        """Compare the base models. A description without a fingerprint passes."""
         self.base.check(description.get("base", {}))
-
-    def fits(self, description: Mapping[str, Any]) -> bool:
-        """Return whether a description is equal to this model's, including bases and masks. The base model is not compared."""
-        own = self.description()
-        own.pop("base")
-        return all(_same(own[name], description[name]) for name in own)
 
     def release(self) -> None:
         """Remove the adapter's modules from the model and restore quantized ones. Other weights stay as they are.
 
         Do not use this object afterwards.
         """
-        if self.adapter is not None:
-            self.adapter.remove(self.parts.model)
-            self.adapter = None
-        if self.full_precision is not None:
-            self.full_precision.undo(self.parts.model)
-            self.full_precision = None
-        if (placement := placement_of(self.parts.model)) is not None:
-            placement.return_layers(self._moved_layers)
+        self._undo.close()
 
     def merge(self) -> None:
         """Merge the adapter into the model's weights. Do not use this object afterwards.
@@ -266,7 +245,7 @@ class TunedModel:
 
     def logits(self, batch: PackedBatch, keep_prefix: bool = False) -> Tensor:
         """Return the logits of a batch, see :data:`slzo.evaluation.evaluator.Logits`."""
-        return self.forward.logits(batch, self.forward.prefix(batch, keep_prefix))
+        return self.parts.logits(batch, self.span.start, self.forward.prefix(batch, keep_prefix))
 
     def queries_at_once(self, num_queries: int) -> int:
         """Return how many directions of a step are evaluated together."""
@@ -283,23 +262,18 @@ class TunedModel:
         )
 
 
-# The next three functions change the model and register the reverse change with ``undo``.
-def _move_to_main_device(parts: ModelParts, layers: Callable[[], Sequence[int]], undo: ExitStack) -> Sequence[int]:
-    placement = placement_of(parts.model)
-    if placement is None:
-        return ()
-    numbers = layers()
-    placement.load_layers(numbers)
-    undo.callback(placement.return_layers, numbers)
-    return numbers
-
-
-def _put_in_full_precision(
-    parts: ModelParts, layers: Callable[[], Sequence[int]], undo: ExitStack
+# The next two functions change the model and register the reverse change with ``undo``.
+def _make_tunable(
+    parts: ModelParts, changed_layers: Callable[[], Sequence[int]], undo: ExitStack
 ) -> tuple[ModelParts, FullPrecision | None]:
+    """Move the layers that will change to the model's main device, and put them in full precision."""
+    if (placement := placement_of(parts.model)) is not None:
+        layers = changed_layers()
+        placement.load_layers(layers)
+        undo.callback(placement.return_layers, layers)
     if method_of(parts.model) is None:
         return parts, None
-    full_precision = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in layers()])
+    full_precision = FullPrecision.make(parts.model, [f"{parts.layers_path}.{layer}" for layer in changed_layers()])
     undo.callback(full_precision.undo, parts.model)
     return parts.with_virtual_tokens(parts.virtual_tokens), full_precision
 
@@ -313,20 +287,14 @@ def _add_adapter(parts: ModelParts, adapter: Adapter | None, undo: ExitStack) ->
 
 
 def _changed_layers(scope: Scope, context: ScopeContext) -> list[int]:
-    """Return the layers that a scope changes in a quantized model, and refuse a scope that changes all."""
+    """Return the layers that a scope changes, and refuse a scope that changes all layers of a quantized model."""
     changed = scope.changed_layers(context)
-    if scope.layers == "all" and changed:
+    if scope.layers == "all" and changed and method_of(context.parts.model) is not None:
         raise SlzoError(
             f"model.scope: tunes {scope.describe()}, and model.quantization is for frozen layers; tune only some "
             "layers (LayerScope, OutlierChannels, ActivationSubspace, LoRA), or leave the quantization out"
         )
     return changed
-
-
-def _layers_of(parts: ModelParts, names: Iterable[str]) -> list[int]:
-    """Return the decoder layers of some tensors, given by name."""
-    found = {layer_of(name, parts.layers_path) for name in names}
-    return sorted(layer for layer in found if layer is not None and layer < parts.num_layers)
 
 
 def _check_plain(tensors: TunedTensors) -> None:

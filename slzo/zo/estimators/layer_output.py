@@ -1,6 +1,7 @@
 """The gradient at the tuned layer's output from forward passes, and from there by the derivative of this one layer."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,9 +96,7 @@ class LayerOutputPerturbation(Estimator):
             )
 
     def estimate(self, request: Request) -> Estimate:
-        def at_output(output: LayerOutput) -> Tensor:
-            return self._at_output(output, request.seed, request.step)
-
+        at_output = partial(self._at_output, seed=request.seed, step=request.step)
         loss, gradient, evaluations = request.loss.gradient_from_output(at_output, self.positions)
         return estimate_from_gradient(loss, gradient, evaluations)
 
@@ -107,7 +106,8 @@ class LayerOutputPerturbation(Estimator):
         gradient = torch.zeros(len(output.row), output.width, device=size.device)
         counts = torch.bincount(output.row, minlength=len(output.keys)).tolist()
         at_once = max(1, output.points_at_once // 2)
-        tokens = self._num_tokens(output)
+        usual = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
+        tokens = usual if self.tokens is None else self.tokens
         shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
         directions = gradient.new_zeros(0, *gradient.shape) if shifts is None else normalize(shifts, dim=2)
         if shifts is not None:
@@ -117,7 +117,8 @@ class LayerOutputPerturbation(Estimator):
                 own = shifts[part : part + at_once] * torch.stack(signs[part : part + at_once])
                 change, applied = self._changes(output, own)
                 gradient += (change[..., None] * normalize(applied, dim=2) / _norm(applied)).sum(dim=0)
-        num_queries = self._num_queries(output)
+        usual = (_QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE) if output.whole_vocabulary else _QUERIES
+        num_queries = usual if self.queries is None else self.queries
         rest = torch.zeros_like(gradient)
         for first in range(0, num_queries, at_once):
             queries = range(first, min(first + at_once, num_queries))
@@ -130,31 +131,14 @@ class LayerOutputPerturbation(Estimator):
 
     @staticmethod
     def _changes(output: LayerOutput, shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return half of the difference between shifts and their opposites.
+        """Return half of the difference between shifts, shape (N, P, width), and their opposites.
 
-        Args:
-            output: The output.
-            shifts: Shape (N, P, width).
-
-        Returns:
-            That of the part of the loss that measures each position, shape (N, P), and that of the output, shape (N, P, width).
+        That of the part of the loss that measures each position, shape (N, P), and that of the output, shape (N, P, width).
         """
         points = torch.cat([shifts, -shifts])
         losses = torch.cat([output.losses(part) for part in points.split(output.points_at_once)])
         (high, low), (up, down) = losses.chunk(2), output.applied(points).chunk(2)
         return (high - low)[:, output.part] / 2, (up - down) / 2
-
-    def _num_tokens(self, output: LayerOutput) -> int:
-        if self.tokens is not None:
-            return self.tokens
-        return _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
-
-    def _num_queries(self, output: LayerOutput) -> int:
-        if self.queries is not None:
-            return self.queries
-        if not output.whole_vocabulary:
-            return _QUERIES
-        return _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
 
     def evaluations(self, num_queries: int) -> float:
         queries = _QUERIES if self.queries is None else self.queries

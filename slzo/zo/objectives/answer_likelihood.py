@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from slzo.batches.losses import RowLosses, answer_losses, position_losses
+from slzo.batches.losses import RowLosses, answer_losses, gold_losses, sum_by_position
 from slzo.batches.packing import PackedBatch
 from slzo.zo.objectives.base import LogitObjective
 
@@ -17,4 +17,4 @@ class AnswerLikelihood(LogitObjective):
         return answer_losses(logits, batch)
 
     def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor:
-        return position_losses(logits, batch)
+        return sum_by_position(gold_losses(logits, batch), batch)

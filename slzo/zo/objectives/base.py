@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from slzo.batches.losses import RowLosses, candidate_scores
+from slzo.batches.losses import LogitLoss, RowLosses, candidate_scores, checked
 from slzo.batches.packing import PackedBatch
-from slzo.data.batch import TrainBatch
+from slzo.data.batch import Row, TrainBatch
+from slzo.evaluation.generation import Answer
 from slzo.tasks.base import Example
 from slzo.utils.errors import broken_contract, shown
 from slzo.zo.estimators.base import Loss
-from slzo.zo.loss import BatchAnswerLoss, BatchLogitLoss, LossContext
+from slzo.zo.loss import BatchLogitLoss, LossContext, RowsLoss
 from slzo.zo.policy_gradient import AnswerSampling
 
 
@@ -64,79 +64,20 @@ def loss_of(objective: Objective, batch: TrainBatch, context: LossContext) -> Lo
     return loss
 
 
-def _checked(objective: Objective, method: str, found: object, points: torch.Size, batch: PackedBatch) -> RowLosses:
-    """Return what a method returned, or raise SlzoError if it is not a loss and a weight for each example."""
-    shapes = (*points, batch.num_examples), (batch.num_examples,)
-    if not isinstance(found, RowLosses) or tuple(part.shape for part in found) != shapes:
-        wanted = "RowLosses with a total for each point and example, and a weight for each example"
-        raise broken_contract("data.objective", objective, f"{method}() returned {shown(found)}", wanted)
-    return found
-
-
-@dataclass(frozen=True)
-class _CheckedLoss:
-    """The loss of an objective as a function of logits, with a check of what it returns."""
-
-    objective: "LogitObjective"
-
-    @property
-    def likelihood_temperature(self) -> float | None:
-        return self.objective.likelihood_temperature
-
-    def needs_vocabulary(self, batch: PackedBatch) -> bool:
-        return self.objective.needs_vocabulary(batch)
-
-    def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        losses = self.objective.row_losses(logits, batch, selected)
-        return _checked(self.objective, "row_losses", losses, logits.shape[:-2], batch)
-
-    def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
-        losses = self.objective.position_losses(logits, batch)
-        if losses is not None and (not isinstance(losses, Tensor) or losses.shape != logits.shape[:-1]):
-            wanted = "None, or a loss for each point and position"
-            raise broken_contract(
-                "data.objective", self.objective, f"position_losses() returned {shown(losses)}", wanted
-            )
-        return losses
-
-
-def _place(kind: type, name: str) -> int:
-    """Return the place of the class that defines an attribute in the order in which attributes are looked up."""
-    return next(place for place, owner in enumerate(kind.__mro__) if name in vars(owner))
-
-
-class LogitObjective(Objective):
-    """A loss of the logits at the answers' positions. It uses the prefix cache.
-
-    Attributes:
-        likelihood_temperature: Temperature if logits are only read as likelihoods, see
-            :class:`slzo.batches.losses.LogitLoss`; ``None`` by default.
-    """
-
-    likelihood_temperature: float | None = None
+class LogitObjective(Objective, LogitLoss):
+    """A loss of the logits at the answers' positions. It uses the prefix cache."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Reset what a base class says of its own :meth:`row_losses` if this class has another one."""
         super().__init_subclass__(**kwargs)
         for name in ("likelihood_temperature", "position_losses"):
-            if _place(cls, name) > _place(cls, "row_losses"):
-                setattr(cls, name, vars(LogitObjective)[name])
-
-    def needs_vocabulary(self, batch: PackedBatch) -> bool:
-        """Return whether the loss needs the logits of the whole vocabulary, or only those of ``batch.choice_ids``."""
-        return True
-
-    @abstractmethod
-    def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
-        """Return the loss of each example; for the arguments see :class:`slzo.batches.losses.LogitLoss`."""
-
-    def position_losses(self, logits: Tensor, batch: PackedBatch) -> Tensor | None:
-        """Return what each position adds to the loss, see :class:`slzo.batches.losses.LogitLoss`. ``None`` by default."""
-        return None
+            owner = next(kind for kind in cls.__mro__ if {name, "row_losses"} & vars(kind).keys())
+            if name not in vars(owner):
+                setattr(cls, name, getattr(LogitLoss, name))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
         states = context.forward.fetch(batch.packed, max_tokens=batch.max_tokens)
-        return BatchLogitLoss(context, batch, _CheckedLoss(self), states)
+        return BatchLogitLoss(context, batch, self, states)
 
 
 class CandidateObjective(LogitObjective):
@@ -160,7 +101,7 @@ class CandidateObjective(LogitObjective):
     def row_losses(self, logits: Tensor, batch: PackedBatch, selected: bool) -> RowLosses:
         scores = logits[..., batch.token_needed, batch.token_choice] if selected else candidate_scores(logits, batch)
         losses = self.losses_from_scores(scores, batch)
-        return _checked(self, "losses_from_scores", losses, logits.shape[:-2], batch)
+        return checked(self, "losses_from_scores", losses, logits.shape[:-2], batch)
 
 
 class AnswerObjective(Objective):
@@ -174,15 +115,21 @@ class AnswerObjective(Objective):
         """Return the loss of each answer to the prompt of its example."""
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        return BatchAnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self._checked_losses)
+        return _AnswerLoss(context, batch, self.sampling, AnswerSampling(1, 0.0), self)
 
-    def _checked_losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Sequence[float]:
-        losses = self.answer_losses(answers, examples)
+
+@dataclass
+class _AnswerLoss(RowsLoss):
+    objective: AnswerObjective
+
+    def losses(self, answers: Sequence[Answer], rows: Sequence[Row]) -> Sequence[float]:
+        losses = self.objective.answer_losses([answer.text for answer in answers], [row.example for row in rows])
         try:
             numbers = [float(loss) for loss in losses]
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != len(answers):
             wanted = f"a number for each of the {len(answers)} answers"
-            raise broken_contract("data.objective", self, f"answer_losses() returned {shown(losses)}", wanted)
+            returned = f"answer_losses() returned {shown(losses)}"
+            raise broken_contract("data.objective", self.objective, returned, wanted)
         return numbers

@@ -43,9 +43,11 @@ class Scope(ABC):
 
     Attributes:
         layers: The decoder layers of the scope, or ``"all"`` for the whole model.
+        num_positions: Number of positions that the scope adds before every sequence.
     """
 
     layers: Layers = None
+    num_positions: int = 0
 
     @abstractmethod
     def tensors(self, context: ScopeContext) -> TunedTensors:
@@ -68,11 +70,6 @@ class Scope(ABC):
     def one_layer(self) -> bool:
         """Whether the scope is within one decoder layer."""
         return is_one_layer(self.layers)
-
-    @property
-    def num_positions(self) -> int:
-        """Number of positions that the scope adds before every sequence."""
-        return 0
 
     def changed_layers(self, context: ScopeContext) -> list[int]:
         """Return the layers whose weights the scope changes. In a quantized model these are first put in full precision.

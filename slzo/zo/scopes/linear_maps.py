@@ -31,19 +31,13 @@ def all_parameters(parts: ModelParts, routers: bool) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in parts.model.named_parameters() if name not in left_out}
 
 
-def _is_norm(layer: nn.Module, name: str) -> bool:
-    """Return whether a parameter of a layer, given by its path, belongs to a norm."""
-    owner = layer.get_submodule(name.rpartition(".")[0])
-    return "norm" in type(owner).__name__.lower()
-
-
 def part_of(layer: nn.Module, name: str) -> str:
     """Return the part of the layer that a parameter, given by its path, belongs to.
 
     Attention is recognized by its name. Everything else is the MLP, except for norms between the two.
     """
     steps = name.split(".")
-    if len(steps) == 2 and _is_norm(layer, name):
+    if len(steps) == 2 and "norm" in type(layer.get_submodule(steps[0])).__name__.lower():
         return BETWEEN
     return ATTENTION if any("attn" in step or "attention" in step for step in steps) else MLP
 

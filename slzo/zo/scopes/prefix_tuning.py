@@ -22,11 +22,7 @@ class PrefixTuning(Scope):
     def __init__(self, num_tokens: int = 5) -> None:
         if num_tokens < 1:
             raise SlzoError(f"model.scope.num_tokens {num_tokens}: must be at least 1; MeZO uses 5")
-        self.num_tokens = num_tokens
-
-    @property
-    def num_positions(self) -> int:
-        return self.num_tokens
+        self.num_tokens = self.num_positions = num_tokens
 
     def changed_layers(self, context: ScopeContext) -> list[int]:
         return []

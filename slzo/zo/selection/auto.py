@@ -8,6 +8,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.selection.base import CLEAR, Choice, SelectionContext, SelectionRule
 from slzo.zo.selection.outlier_removing import OutlierRemovingLayer
 from slzo.zo.selection.race import Race, outlier_layers
+from slzo.zo.trial import Trials
 
 
 class Auto(SelectionRule):
@@ -36,14 +37,16 @@ class Auto(SelectionRule):
         self.min_gain = min_gain
 
     def select(self, context: SelectionContext) -> Choice:
-        choice = OutlierRemovingLayer().select(context)
+        choice, trials = OutlierRemovingLayer().select(context), context.trials
         is_clear = choice.margin is None or choice.margin.errors >= CLEAR
-        measures = self.min_gain > 0 and context.trials is not None and context.trials.measures_rate
+        measures = self.min_gain > 0 and trials is not None and trials.measures_rate
         if is_clear and not measures:  # planning a race would measure the time of its steps
             return choice
         race = self._race(context, choice)
-        doubt = "" if race is None else self._doubt(context, choice)
-        if race is None or not doubt:
+        if race is None or trials is None:
+            return choice
+        doubt = self._doubt(choice, trials)
+        if not doubt:
             return choice
         say(
             f"Layer {choice.layer} ({choice.reason}): {doubt}. A race will decide; --model.layer {choice.layer} skips it."
@@ -61,13 +64,10 @@ class Auto(SelectionRule):
         race = Race(self.share, layers=sorted(candidates))
         return race if race.plan(layers, trials).steps else None
 
-    def _doubt(self, context: SelectionContext, choice: Choice) -> str:
+    def _doubt(self, choice: Choice, trials: Trials) -> str:
         """Return why the choice is in doubt; empty if it is not."""
-        trials = context.trials
         if choice.margin is not None and choice.margin.errors < CLEAR:
             return f"the choice is not clear, {choice.margin.description}"
-        if trials is None or not trials.measures_rate:
-            return ""
         try:
             step = trials.step_size(choice.layer)
         except SlzoError:  # the main training also measures, and reports the error

@@ -118,6 +118,15 @@ def threshold_margin(layer: LayerStatistics, figure: str, threshold: float) -> M
     )
 
 
+def lead_margin(lead: float, variances: Sequence[float | None], winner: str, other: str) -> Margin | None:
+    """Return the distance of two figures from each other, ``None`` if one of the variances that add up is unknown."""
+    known = [variance for variance in variances if variance is not None]
+    if len(known) < len(variances):
+        return None
+    errors = in_errors(lead, math.sqrt(sum(known)))
+    return Margin(errors, f"{winner} is {errors:.1f} standard errors above {other}")
+
+
 def smallest(margins: Iterable[Margin | None]) -> Margin | None:
     """Return the smallest margin, or ``None`` if one of them is unknown."""
     return min(_all_known(margins), key=attrgetter("errors"), default=None)

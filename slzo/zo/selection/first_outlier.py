@@ -70,15 +70,15 @@ class FirstOutlierLayer(SelectionRule):
         """Return a remark if the thresholds hardly distinguish the layers; outliers may fade in the last layers."""
         if qualified[0].index > 0 or len(qualified) <= len(layers) / 2:
             return ""
-        count, worth = (
-            f"{len(qualified)} of {len(layers)} layers, starting with the first, are above the thresholds",
-            "little",
+        every = len(qualified) == len(layers)
+        found = (
+            f"All {len(layers)} layers"
+            if every
+            else f"{len(qualified)} of {len(layers)} layers, starting with the first,"
         )
-        if len(qualified) == len(layers):
-            count, worth = f"All {len(layers)} layers are above the thresholds", "no"
         return (
-            f"{count}: the rule's choice carries {worth} information here; try another rule (--profiler.rule), let slzo sweep "
-            "train the layers, or set --model.layer."
+            f"{found} are above the thresholds: the rule's choice carries {'no' if every else 'little'} information here; try "
+            "another rule (--profiler.rule), let slzo sweep train the layers, or set --model.layer."
         )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from slzo.zo.profile import LayerStatistics
-from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, in_errors, smallest
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, lead_margin, smallest
 
 
 class MaxRatioJump(SelectionRule):
@@ -28,16 +28,12 @@ class MaxRatioJump(SelectionRule):
 
 
 def _margin(layers: Sequence[LayerStatistics], jumps: list[float], best: int, other: int) -> Margin | None:
-    variances = [_log_variance(layers, layer) for layer in (best, other)]
-    known = [variance for variance in variances if variance is not None]
-    if len(known) < len(variances) or jumps[other] <= 0:
+    if jumps[other] <= 0:
         return None
-    error, lead = math.sqrt(sum(known)), math.log(jumps[best] / jumps[other])
-    errors = in_errors(lead, error)
-    return Margin(
-        errors,
-        f"layer {best}'s growth of {jumps[best]:.3g} times is {errors:.1f} standard errors above layer {other}'s of "
-        f"{jumps[other]:.3g}",
+    variances = [_log_variance(layers, layer) for layer in (best, other)]
+    lead = math.log(jumps[best] / jumps[other])
+    return lead_margin(
+        lead, variances, f"layer {best}'s growth of {jumps[best]:.3g} times", f"layer {other}'s of {jumps[other]:.3g}"
     )
 
 

@@ -1,11 +1,10 @@
 """The layer that removes the outlier from the residual stream."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from slzo.zo.profile import LayerStatistics, format_figure
-from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, in_errors, smallest
+from slzo.zo.selection.base import Choice, Margin, SelectionContext, SelectionRule, lead_margin, smallest
 
 
 class OutlierRemovingLayer(SelectionRule):
@@ -32,13 +31,9 @@ class OutlierRemovingLayer(SelectionRule):
 def _margin(layers: Sequence[LayerStatistics], falls: list[float], best: int, other: int) -> Margin | None:
     """Treat the standard errors of the four maxima as independent. This is approximate: the layers share their sequences."""
     standard_errors = [layers[index].max_abs_se for fall in (best, other) for index in (fall, fall + 1)]
-    known = [error for error in standard_errors if error is not None]
-    if len(known) < len(standard_errors):
-        return None
-    error, lead = math.sqrt(sum(one**2 for one in known)), falls[best] - falls[other]
-    errors = in_errors(lead, error)
-    return Margin(
-        errors,
-        f"layer {layers[best + 1].index}'s fall of {format_figure(falls[best])} is {errors:.1f} standard errors above layer "
-        f"{layers[other + 1].index}'s of {format_figure(falls[other])}",
+    return lead_margin(
+        falls[best] - falls[other],
+        [None if error is None else error**2 for error in standard_errors],
+        f"layer {layers[best + 1].index}'s fall of {format_figure(falls[best])}",
+        f"layer {layers[other + 1].index}'s of {format_figure(falls[other])}",
     )

@@ -84,7 +84,7 @@ class Race(SelectionRule):
             )
         plan = self.plan(layers, trials)
         if not plan.steps:
-            candidates = ", ".join(map(str, self.candidates(layers)))
+            candidates = ", ".join(map(str, plan.left_out))
             steps = trials.planned_steps(plan.reference, self.share)
             reason = (
                 f"{steps} steps leave no room for a race of layers {candidates} at profiler.rule.share {self.share:g}"
