@@ -9,7 +9,7 @@ from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
 from slzo.callbacks.run_context import run_context, steps_per_epoch
@@ -151,29 +151,23 @@ class ZOModule(LightningModule):
         # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
             {
-                "model": model,
-                "dtype": dtype,
-                "quantization": quantization,
-                "scope": self.options.scope.describe(),
-                "estimator": self.options.estimator.describe(),
+                **{name: getattr(self.options, name) for name in ("model", "dtype", "quantization")},
+                "scope": scope.describe(),
+                "estimator": estimator.describe(),
                 "optimizer": self.options.optimizer.name,
                 "lr": self.options.optimizer.settings["lr"],
-                **asdict(self.options.step),
                 "eps": eps,
-                "seed": seed,
-                "layer": layer,
-                "max_nonfinite": max_nonfinite,
-                "trust_remote_code": trust_remote_code,
-                **{f"engine.{name}": value for name, value in asdict(self.options.engine).items()},
+                "num_queries": num_queries,
+                **{
+                    name: getattr(self.options, name)
+                    for name in ("seed", "layer", "max_nonfinite", "trust_remote_code")
+                },
+                **flat_settings("engine", asdict(self.options.engine)),
             }
         )
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: str | Path,
-        **options: Any,
-    ) -> Self:
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
         """Return the tuned model of a checkpoint, to validate, test, predict, or tune it further.
 
         The model is loaded when it is first used, on the trainer's device. To continue a run, with its optimizer and its steps,
@@ -231,8 +225,8 @@ class ZOModule(LightningModule):
         """
         engine = self.options.engine
         moved: Any = model.to(device)  # type: ignore[arg-type]
-        self._hold_parts(split_and_verify(moved, engine.packed, engine.onednn))
-        self._is_given = True
+        self._untuned, self._is_given = split_and_verify(moved, engine.packed, engine.onednn), True
+        self.model = self._untuned.model
 
     def _checkpoint_to_continue(self) -> Checkpoint | None:
         path = self.trainer.ckpt_path
@@ -259,7 +253,8 @@ class ZOModule(LightningModule):
             raise
         layer_barrier(prepared.model.parts.model)
         if several:
-            check_agreement(prepared.identity(), "give all the same files")
+            found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer}
+            check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
         if (limit := callback_of(trainer, TimeLimit)) is not None:
             limit.apply(trainer, prepared.time)
         if self._untuned is None:
@@ -270,9 +265,8 @@ class ZOModule(LightningModule):
     def _load_parts(self) -> ModelParts:
         """Return the untuned model, and load it if that has not been done."""
         if self._untuned is None:
-            trainer = self._attached_trainer()
-            device = self.device if trainer is None else trainer.strategy.root_device
-            self._hold_parts(load_parts(self.options, device, None if trainer is None else shard_group_of(trainer)))
+            root = self.trainer.strategy.root_device
+            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer)))
         assert self._untuned is not None
         return self._untuned
 
@@ -309,17 +303,10 @@ class ZOModule(LightningModule):
         if not self.rows.allow_changed_rows:
             check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
 
-    def _attached_trainer(self) -> Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # Lightning raises it if there is none
-            return None
-
     def _hold_parts(self, parts: ModelParts) -> None:
         self._untuned = parts
-        trainer = self._attached_trainer()
         # otherwise strategies would move it to one device, or send it to all processes
-        if self.options.device_map is None and (trainer is None or trainer.world_size == 1):
+        if self.options.device_map is None and self.trainer.world_size == 1:
             self.model = parts.model
 
     def _drop_parts(self) -> None:
@@ -355,10 +342,9 @@ class ZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
-        assert self.tuned_model is not None
         assert self.prepared is not None
-        choice, stepper = self.prepared.options.optimizer, self.stepper
-        optimizer = choice.make(self.tuned_model.tensors.masters)
+        choice, stepper = self.prepared.options.optimizer, self.prepared.stepper
+        optimizer = choice.make(stepper.model.tensors.masters)
         if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator))
         if choice.make_scheduler is None:

@@ -77,7 +77,3 @@ class Prepared:
     plan: MemoryPlan | None = None
     resumed: bool = False
     time: TimePlan | None = None
-
-    def identity(self) -> dict[str, str | int | None]:
-        """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
-        return {**self.data.hashes(), "weights": self.model.base.short_hash(), "layer": self.model.layer}

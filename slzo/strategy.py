@@ -33,40 +33,33 @@ class ShardedStrategy(DDPStrategy):
         self._shard_timeout = timeout
 
     def setup_environment(self) -> None:
-        """Connect the processes."""
         super().setup_environment()
         if self.shard_group is None and self.world_size > 1:
             self.shard_group = ShardGroup(self.root_device, self._shard_timeout)
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the run."""
         self._layer_barrier()
         super().setup(trainer)
 
     # Before any exchange a process joins in gathering layers until the others are here too.
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the other processes."""
         self._layer_barrier()
         super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return the object of one process."""
         self._layer_barrier()
         return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sum, mean or maximum of a tensor over the processes."""
         self._layer_barrier()
         return super().reduce(*args, **kwargs)
 
     def all_gather(self, *args: Any, **kwargs: Any) -> Any:
-        """Return a tensor of each process."""
         self._layer_barrier()
         return super().all_gather(*args, **kwargs)
 
     def on_predict_end(self) -> None:
-        """Wait for the processes that still predict."""
         self._layer_barrier()
         super().on_predict_end()
 

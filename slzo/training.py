@@ -43,8 +43,7 @@ def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
         "max_nonfinite": options.max_nonfinite,
         **flat_settings("engine", asdict(options.engine)),
     }
-    drawn = {f"data.{name}": value for name, value in rows.step_settings().items()}
-    return {**{f"model.{name}": value for name, value in own.items()}, **drawn}
+    return flat_settings("model", own) | flat_settings("data", rows.step_settings())
 
 
 def load_parts(options: TrainingOptions, device: torch.device, shard_group: ShardGroup | None = None) -> ModelParts:

@@ -131,15 +131,13 @@ class LastCheckpoint(Checkpoint):
         self._saved_at, self.saved, self._final, self._stop = -math.inf, None, None, 0
         self._signals.install()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         """Stop before the step if a signal came; otherwise later signals wait until the step is done."""
         if self._stop:
             raise Interrupted(self._stop, saved=True)
         self._signals.waits = self._in_epoch = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save, unless a validation follows."""
         if validation_due(trainer):
             return
@@ -168,7 +166,6 @@ class LastCheckpoint(Checkpoint):
             self._save_if_due(trainer, always=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the epoch is over."""
         self._in_epoch = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -228,8 +225,9 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
         """Save if it is time or a signal came; after a signal, the next step does not begin."""
-        step = trainer.global_step
-        self._stop, is_time = largest(trainer, self._signals.requested, int(self._is_time()))
+        step, waited = trainer.global_step, time.monotonic() - self._saved_at
+        waited_enough = self._saved_step < 0 or 0 < 60 * self.every_minutes <= waited
+        self._stop, is_time = largest(trainer, self._signals.requested, waited_enough)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         if always or self._stop or by_steps or is_time:
             folder = _folder(trainer)
@@ -262,10 +260,6 @@ class LastCheckpoint(Checkpoint):
         (stop,) = largest(trainer, self._signals.requested)
         if stop:
             raise Interrupted(stop, saved=True)
-
-    def _is_time(self) -> bool:
-        passed = time.monotonic() - self._saved_at
-        return self._saved_step < 0 or (self.every_minutes > 0 and passed >= 60 * self.every_minutes)
 
 
 def _folder(trainer: Trainer) -> Path | None:

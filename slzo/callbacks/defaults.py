@@ -33,10 +33,7 @@ DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
 def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
     """Return the given callbacks and the missing default ones, in the order in which they run.
 
-    Args:
-        given: The user's callbacks.
-        checkpoints: Whether checkpoints are saved.
-        progress: Whether progress is shown.
+    Without ``checkpoints`` or ``progress`` there are none that save checkpoints, or show progress.
     """
     kept = [each for each in given if checkpoints or not isinstance(each, Checkpoint)]
     missing = [kind for kind in DEFAULTS.values() if not any(isinstance(each, kind) for each in kept)]

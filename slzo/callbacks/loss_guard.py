@@ -69,7 +69,6 @@ class LossGuard(Callback):
             self._keep(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the dev loss with the lowest so far."""
         if self.factor is None or not validation_due(trainer) or not isinstance(pl_module, ZOModule):
             return
         metric = pl_module.rows.selection_metric
@@ -87,8 +86,7 @@ class LossGuard(Callback):
             self._keep(trainer, module)
 
     def _keep(self, trainer: Trainer, module: ZOModule) -> None:
-        assert module.tuned_model is not None
-        tensors = module.tuned_model.tensors
+        tensors = module.stepper.model.tensors
         self._good_step = trainer.global_step
         self._good = tensors.clone_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
 
@@ -111,7 +109,6 @@ class LossGuard(Callback):
         return {**own, "good": self._good, "good_step": self._good_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
         self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
 

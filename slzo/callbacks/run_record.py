@@ -27,6 +27,7 @@ from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.settings import flat_settings
 from slzo.zo.time_plan import Passes
 
 
@@ -87,13 +88,10 @@ class RunRecord(Callback):
         self._write(trainer)
         self._train_started = time.monotonic()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record when a step begins."""
+    def on_train_batch_start(self, *_: Any) -> None:
         self._forecast.begin()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
         if self._forecast.end() and isinstance(pl_module, ZOModule) and not is_quick(trainer):
             rows = pl_module.rows
@@ -108,7 +106,6 @@ class RunRecord(Callback):
                 say(line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the results to the history."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
             return
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -193,7 +190,6 @@ class RunRecord(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The record so far."""
         return self._so_far().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,12 +210,10 @@ def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str
 
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     """Return the options to log besides those of the model, which Lightning logs itself."""
-    rows = {f"data.{name}": value for name, value in module.rows.step_settings().items()}
-    assert module.prepared is not None
     return {
-        **rows,
+        **flat_settings("data", module.rows.step_settings()),
         "trainer.max_steps": trainer.max_steps,
-        "dominant_layer": module.prepared.model.layer,
+        "dominant_layer": module.stepper.model.layer,
         "noise_seed": module.stepper.seed,
     }
 
@@ -243,7 +237,6 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
 
 def _cache_growth(module: ZOModule) -> float:
     """Return the GiB of CPU memory that the prefix cache will still take."""
-    assert module.tuned_model is not None
-    cache = module.tuned_model.forward.cache
+    cache = module.stepper.model.forward.cache
     in_memory = module.device.type == "cpu" and cache.directory is None
     return cache.missing_bytes / 2**30 if in_memory else 0.0
