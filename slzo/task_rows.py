@@ -50,17 +50,9 @@ if TYPE_CHECKING:
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
 # Smallest values of the whole numbers.
-_LEAST = {
-    "num_train": 1,
-    "num_dev": 0,
-    "num_test": 1,
-    "num_demonstrations": 0,
-    "batch_size": 1,
-    "tokens_per_pass": 1,
-    "eval_batch_size": 1,
-    "eval_batch_tokens": 1,
-    "max_length": 1,
-}
+_LEAST = dict.fromkeys(("num_dev", "num_demonstrations"), 0) | dict.fromkeys(
+    ("num_train", "num_test", "batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"), 1
+)
 _KINDS: Kinds = {
     **dict.fromkeys((*_LEAST, "seed"), (int | None, "a whole number")),
     **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
@@ -350,8 +342,30 @@ class TaskRows:
         Raises:
             SlzoError: If the objective needs labels and no training row has one.
         """
-        if split not in self._rows:
-            self._rows[split] = self._encode(split)
+        if split in self._rows:
+            return self._rows[split]
+        examples = self._examples(split)
+        is_train, objective = split == "train", self.objective
+        needs_label = is_train and objective.needs_label
+        kept = [(place, example) for place, example in enumerate(examples) if example.gold or not needs_label]
+        if needs_label and not kept:
+            raise SlzoError(
+                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; give labelled rows"
+            )
+        if len(kept) < len(examples):
+            say(f"Left out {len(examples) - len(kept)} training rows without a label.")
+        self._rows[split] = encode_rows(
+            kept,
+            self.encoder,
+            split=split,
+            # keys do not depend on which splits are loaded
+            first_key={"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40,
+            demonstrations=() if is_train else self.demonstrations,
+            max_new_tokens=self.task.max_new_tokens,
+            generates=objective.generates if is_train else self.generates(split),
+            only_gold=is_train and objective.only_gold,
+            skip_bad_rows=self.skip_bad_rows,
+        )
         return self._rows[split]
 
     def fingerprint(self, saved: Mapping[str, Any] | None = None) -> DataFingerprint:
@@ -367,30 +381,6 @@ class TaskRows:
         if saved is not None and not self.allow_changed_rows:
             own.check(saved, splits)
         return own
-
-    def _encode(self, split: str) -> list[Row]:
-        examples = self._examples(split)
-        is_train, objective = split == "train", self.objective
-        needs_label = is_train and objective.needs_label
-        kept = [(place, example) for place, example in enumerate(examples) if example.gold or not needs_label]
-        if needs_label and not kept:
-            raise SlzoError(
-                f"data.task: none of the {len(examples)} training rows has a label, and training needs one; give labelled rows"
-            )
-        if len(kept) < len(examples):
-            say(f"Left out {len(examples) - len(kept)} training rows without a label.")
-        return encode_rows(
-            kept,
-            self.encoder,
-            split=split,
-            # keys do not depend on which splits are loaded
-            first_key={"train": 0, "dev": 1, "test": 2, "predict": 2 if self.predict_file is None else 3}[split] << 40,
-            demonstrations=() if is_train else self.demonstrations,
-            max_new_tokens=self.task.max_new_tokens,
-            generates=objective.generates if is_train else self.generates(split),
-            only_gold=is_train and objective.only_gold,
-            skip_bad_rows=self.skip_bad_rows,
-        )
 
     def generates(self, split: str) -> bool:
         """Whether scoring ``dev``, ``test`` or ``predict`` generates answers."""
