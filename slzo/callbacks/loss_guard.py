@@ -8,7 +8,6 @@ from torch import Tensor
 
 from slzo.callbacks.run_context import dev_batches, num_dev_rows
 from slzo.callbacks.schedule import is_quick, validation_due
-from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.module import ZOModule
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
@@ -73,7 +72,9 @@ class LossGuard(Callback):
             return
         metric = pl_module.rows.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
-        factor = self.factor if self.factor != "auto" else _usual_factor(num_dev_rows(trainer, pl_module.rows), metric)
+        if (factor := self.factor) == "auto":
+            noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
+            factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, pl_module.rows)))
         if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor, self._first):
             self._note(trainer, pl_module, loss)
         else:
@@ -111,8 +112,3 @@ class LossGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
-
-
-def _usual_factor(num_rows: int, metric: SelectionMetric) -> float:
-    noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
-    return 1 + noise / math.sqrt(max(1, num_rows))

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import num_dev_rows, planned_steps
-from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
+from slzo.callbacks.schedule import callback_of, folder_of, is_quick
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -94,10 +94,10 @@ class RunRecord(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
         if self._forecast.end() and isinstance(pl_module, ZOModule) and not is_quick(trainer):
-            rows = pl_module.rows
+            rows, every = pl_module.rows, trainer.val_check_batch  # None if validations follow the clock
             line = self._forecast.line(
                 planned_steps(trainer, rows) - trainer.global_step,
-                steps_per_validation(trainer),
+                every * (trainer.check_val_every_n_epoch or 1) if every and trainer.enable_validation else None,
                 num_dev_rows(trainer, rows),
                 len(rows.rows("test")),
                 peak_memory_gb(pl_module.device) + _cache_growth(pl_module),
