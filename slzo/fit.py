@@ -27,7 +27,7 @@ from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.profiling import ProfileOptions, profile_model
+from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
@@ -140,7 +140,7 @@ def choose_layer(
             raise SlzoError(
                 "model.layer: not set, and there is no OutlierProfiler to choose a layer; set it, or add the callback"
             )
-        return profile_and_choose(parts, options, rows, run, run.profiler)
+        return profile_and_choose(parts, options, rows, run)
     given = Choice(options.layer, "set by model.layer")
     # tune() names a wrong layer
     if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
@@ -152,14 +152,15 @@ def choose_layer(
 
 
 def profile_and_choose(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext, profiler: ProfileOptions
+    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
 ) -> tuple[OutlierProfile, Choice]:
     """Profile the layers, choose one by the profiler's rule, and print the profile.
 
     Raises:
         SlzoError: The rule finds no layer.
     """
-    profile, choice = profile_model(parts, rows, profiler, _make_trials(parts, options, rows, run))
+    assert run.profiler is not None
+    profile, choice = profile_model(parts, rows, run.profiler, _make_trials(parts, options, rows, run))
     say(format_profile(profile))
     if choice.layer < 0:
         raise SlzoError(choice.reason)
@@ -207,7 +208,7 @@ def _continue(
         model.tensors.load(checkpoint.content["state_dict"])
         auto = _automatic(make_stepper(model, options, rows, seed=seed), options, rows)
         evaluations = auto.evaluations
-    time = _plan_time(model, options, rows, run, checkpoint)
+    time = _plan_time(model, options, rows, run)
     stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
     prepared = Prepared(options, parts, model, stepper, note["layer_reason"], data, plan=plan, resumed=True, time=time)
     stepper.load_state_dict(note)
@@ -223,15 +224,13 @@ def _automatic(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> Au
     return auto
 
 
-def _plan_time(
-    model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext, checkpoint: Checkpoint | None = None
-) -> TimePlan | None:
+def _plan_time(model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext) -> TimePlan | None:
     """Turn the time of the run into steps and validations, and print them; ``None`` if it is not limited. A collective call.
 
     Raises:
         SlzoError: Not even one step and its validation fit.
     """
-    budget = run.time
+    budget, checkpoint = run.time, run.checkpoint
     if budget is None:
         return None
     _check_time(rows, run, "loading, profile and measurements took")

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ENGINE = Engine()
+_RECORDED = ("model", "dtype", "quantization", "seed", "layer", "max_nonfinite", "trust_remote_code")
 
 
 @with_lists(SCOPES=class_names(SCOPES), ESTIMATORS=class_names(ESTIMATORS))
@@ -151,17 +152,13 @@ class ZOModule(LightningModule):
         # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
             {
-                **{name: getattr(self.options, name) for name in ("model", "dtype", "quantization")},
+                **{name: getattr(self.options, name) for name in _RECORDED},
                 "scope": scope.describe(),
                 "estimator": estimator.describe(),
                 "optimizer": self.options.optimizer.name,
                 "lr": self.options.optimizer.settings["lr"],
                 "eps": eps,
                 "num_queries": num_queries,
-                **{
-                    name: getattr(self.options, name)
-                    for name in ("seed", "layer", "max_nonfinite", "trust_remote_code")
-                },
                 **flat_settings("engine", asdict(self.options.engine)),
             }
         )
@@ -213,7 +210,7 @@ class ZOModule(LightningModule):
             return
         adapt_rows(rows, self.parts, self.options)
         if self._start is not None:
-            self._check_rows(self._start.note)
+            self._check_tokenizer(self._start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -240,11 +237,10 @@ class ZOModule(LightningModule):
         trainer, rows = self.trainer, self.rows
         folder = folder_of(trainer)  # a collective call: every process must make it
         run = run_context(trainer, rows, folder=folder if trainer.checkpoint_callbacks else None, checkpoint=checkpoint)
-        several = trainer.world_size > 1
-        if several:
-            limits = {"max_steps": run.max_steps, "val_check_interval": trainer.val_check_interval}
-            start = {**versions(), **agreed_settings(self.options, rows), **limits}
-            check_agreement(start, "start all with the same command and in the same environment")
+        # Lightning sets no interval for a wall-clock time
+        limits = {"max_steps": run.max_steps, "val_check_interval": getattr(trainer, "val_check_interval", None)}
+        start = {**versions(), **agreed_settings(self.options, rows), **limits}
+        check_agreement(start, "start all with the same command and in the same environment")
         try:
             prepared = prepare(self.options, rows, run, self._untuned, self.tuned_model)
         except BaseException:
@@ -252,9 +248,8 @@ class ZOModule(LightningModule):
                 self._drop_parts()  # their weights and modules may have changed
             raise
         layer_barrier(prepared.model.parts.model)
-        if several:
-            found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer}
-            check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
+        found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer}
+        check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
         if (limit := callback_of(trainer, TimeLimit)) is not None:
             limit.apply(trainer, prepared.time)
         if self._untuned is None:
@@ -292,14 +287,8 @@ class ZOModule(LightningModule):
             self._restore(start, for_training=True)
         self._start = None
 
-    def _check_rows(self, note: Mapping[str, Any]) -> None:
-        """Fit the rows to a checkpoint that is scored: positions of virtual tokens, and the same tokenizer."""
-        assert self.tuned_model is not None
-        parts = self.tuned_model.parts
-        if parts.virtual_tokens is not None:
-            self.rows.adapt_to_model(
-                parts.model, self.options.model, parts.virtual_tokens.num_tokens, parts.limits.longest
-            )
+    def _check_tokenizer(self, note: Mapping[str, Any]) -> None:
+        """Check that the rows have the tokenizer of a checkpoint that is scored."""
         if not self.rows.allow_changed_rows:
             check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
 
@@ -490,7 +479,9 @@ class ZOModule(LightningModule):
         else:
             self.tuned_model.check(note)
         if not in_fit:
-            self._check_rows(note)
+            if self.parts.virtual_tokens is not None:
+                adapt_rows(rows, self.parts, self.options)
+            self._check_tokenizer(note)
             return
         old, new = (flat_settings("data", settings) for settings in (note["rows"], rows.step_settings()))
         if changes := differences(old, new):
@@ -515,21 +506,19 @@ class ZOModule(LightningModule):
 
 
 # types of the options that are used before TrainingOptions checks the rest
-_KINDS: Kinds = MappingProxyType(
-    {
-        "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
-        "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
-        "layer": (int | None, "a whole number, or None for the dominant layer"),
-        "eps": (int | float, "a number, or auto"),
-        "num_queries": (int, "a whole number"),
-        "optimizer": ((Callable, NoneType), "a class of torch.optim, or functools.partial of one"),
-        "lr_scheduler": ((Callable, NoneType), "functools.partial of a class of torch.optim.lr_scheduler"),
-        "quantization": (str | dict | None, 'a name such as "int8", or a dictionary with class_path and init_args'),
-        "device_map": (str | dict | None, 'a name such as "auto", or a dictionary of devices by module'),
-        "seed": (int | None, "a whole number"),
-        "parallel": (int | str, "rows, directions, or a number of processes"),
-        "engine": (Engine, "one such as slzo.models.engine.Engine()"),
-        "max_nonfinite": (int, "a whole number"),
-        "trust_remote_code": (bool, "true or false"),
-    }
-)
+_KINDS: Kinds = {
+    "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
+    "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
+    "layer": (int | None, "a whole number, or None for the dominant layer"),
+    "eps": (int | float, "a number, or auto"),
+    "num_queries": (int, "a whole number"),
+    "optimizer": ((Callable, NoneType), "a class of torch.optim, or functools.partial of one"),
+    "lr_scheduler": ((Callable, NoneType), "functools.partial of a class of torch.optim.lr_scheduler"),
+    "quantization": (str | dict | None, 'a name such as "int8", or a dictionary with class_path and init_args'),
+    "device_map": (str | dict | None, 'a name such as "auto", or a dictionary of devices by module'),
+    "seed": (int | None, "a whole number"),
+    "parallel": (int | str, "rows, directions, or a number of processes"),
+    "engine": (Engine, "one such as slzo.models.engine.Engine()"),
+    "max_nonfinite": (int, "a whole number"),
+    "trust_remote_code": (bool, "true or false"),
+}

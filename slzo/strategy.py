@@ -1,6 +1,5 @@
 """The Lightning strategy that divides the frozen layers over processes."""
 
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -19,8 +18,7 @@ class ShardedStrategy(DDPStrategy):
     every process. Steps, rows and checkpoints are those of ``ddp``.
 
     Args:
-        timeout: Time after which a process that waits for the others fails.
-        arguments: Further arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+        arguments: Arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
 
     Attributes:
         shard_group: The processes that share the layers; ``None`` in a run of one process.
@@ -28,9 +26,9 @@ class ShardedStrategy(DDPStrategy):
 
     shard_group: ShardGroup | None = None
 
-    def __init__(self, timeout: timedelta | None = default_pg_timeout, **arguments: Any) -> None:
-        super().__init__(timeout=timeout, **arguments)
-        self._shard_timeout = timeout
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._shard_timeout = arguments.get("timeout", default_pg_timeout)
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -71,8 +69,3 @@ class ShardedStrategy(DDPStrategy):
 def shard_group_of(trainer: Trainer) -> ShardGroup | None:
     """Return the processes that share the frozen layers in a trainer's run; ``None`` if each has all."""
     return trainer.strategy.shard_group if isinstance(trainer.strategy, ShardedStrategy) else None
-
-
-def num_shards(trainer: Trainer) -> int:
-    """Return how many processes divide the frozen layers, before a run too."""
-    return trainer.world_size if isinstance(trainer.strategy, ShardedStrategy) else 1

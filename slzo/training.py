@@ -76,7 +76,9 @@ def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> N
         SlzoError: The tokenizer has tokens that the model does not have.
     """
     rows.follow_model(options.model, options.trust_remote_code)
-    rows.adapt_to_model(parts.model, options.model, options.scope.num_positions, parts.limits.longest)
+    virtual = parts.virtual_tokens
+    reserved = options.scope.num_positions if virtual is None else virtual.num_tokens
+    rows.adapt_to_model(parts.model, options.model, reserved, parts.limits.longest)
 
 
 def tune(
@@ -197,10 +199,7 @@ def uses_auto(options: TrainingOptions) -> bool:
 
 
 def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoRate:
-    """Return the learning rate of ``auto`` for a training that starts from the current weights.
-
-    For arguments and errors see :func:`measure_step`, which estimates along random directions need.
-    """
+    """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
     if not stepper.estimator.along_directions:
         adapter = stepper.model.adapter
         return RelativeRate.of(stepper.model.tensors, adapter is not None and adapter.multiplies)
@@ -216,11 +215,7 @@ def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> A
 def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoStep:
     """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
 
-    Args:
-        stepper: Stepper of the training.
-        rows: Rows of the training.
-        seed: Seed of the batches; by default that of the rows.
-        eps: Size of the perturbation; ``None`` to find one.
+    ``seed`` is that of the batches, by default the rows' own. ``eps`` is the size of the perturbation; ``None`` finds one.
 
     Raises:
         SlzoError: The loss is not finite, or does not change at any distance.
