@@ -49,11 +49,7 @@ class ProfileOptions:
 
 
 def profile_model(
-    parts: ModelParts,
-    rows: TaskRows,
-    options: ProfileOptions,
-    trials: Trials | str,
-    given: Choice | None = None,
+    parts: ModelParts, rows: TaskRows, options: ProfileOptions, trials: Trials | str, given: Choice | None = None
 ) -> tuple[OutlierProfile, Choice]:
     """Measure every layer on prompts, of the rows or of a text file, and choose one, unless a layer is ``given``.
 

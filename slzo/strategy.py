@@ -15,10 +15,7 @@ class ShardedStrategy(DDPStrategy):
     """``ddp`` whose processes divide the weights of the frozen layers; by name, ``trainer.strategy sharded``.
 
     Each process holds a share of every layer, see :mod:`slzo.models.sharded`. Embeddings, head and tuned layers are whole on
-    every process. Steps, rows and checkpoints are those of ``ddp``.
-
-    Args:
-        arguments: Arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+    every process. Steps, rows, checkpoints and arguments are those of ``ddp``.
 
     Attributes:
         shard_group: The processes that share the layers; ``None`` in a run of one process.

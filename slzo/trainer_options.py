@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
@@ -38,7 +37,7 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     }
 )
 _COPYING = ("spawn", "fork", "notebook")
-_SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _MAX_LAUNCHED = 64
 _REFUSED: Mapping[type[Callback], str] = {
     WeightAveraging: "leave it out; the best checkpoint is kept",
@@ -136,8 +135,7 @@ def _check_strategy(strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
         raise SlzoError(f"trainer.strategy {name!r}: it copies this process, which slzo does not support; use ddp")
-    classes = [each.__name__ for each in _SHARDING]
-    if name.rpartition(".")[2] in classes or name.startswith(("fsdp", "deepspeed")):
+    if name.rpartition(".")[2] in _SHARDING or name.startswith(("fsdp", "deepspeed")):
         raise SlzoError(
             f"trainer.strategy {name!r}: not supported, as its processes must run every layer equally often; use {SHARDED}, "
             "whose processes share the frozen layers, or one process with model.device_map auto, which spreads them over all GPUs"

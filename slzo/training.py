@@ -3,7 +3,7 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any, cast
@@ -108,20 +108,22 @@ def prefix_blocks(rows: TaskRows, held_out: bool = False) -> Iterator[Block]:
     The blocks are the same after a resume. They include the training rows of all processes, because each process sees other rows
     in later epochs.
     """
-    yield from _scored_blocks(rows, "dev")
+    yield from map(_block, _scored(rows, "dev", generated=False))
     if not rows.objective.generates:
         yield from chain.from_iterable(training_blocks(rows))
     if held_out:
-        yield from _scored_blocks(rows, "test")
+        yield from map(_block, _scored(rows, "test", generated=False))
 
 
-def _scored_blocks(rows: TaskRows, split: str) -> Iterator[Block]:
-    """Yield the batches in which this process scores a split, without rows whose answers are generated."""
+def _scored(rows: TaskRows, split: str, generated: bool) -> list[list[Row]]:
+    """Return the batches in which this process scores a split: those whose answers are generated, or the others."""
     plan = rows.eval_plan(split)
-    if not plan.shares_beginnings:  # batches with shared beginnings are not cached
-        for batch in plan.batches:
-            if not batch[0].prompt:
-                yield Block([row.encoded for row in batch])
+    # batches with shared beginnings are not cached
+    return [] if plan.shares_beginnings else [batch for batch in plan.batches if bool(batch[0].prompt) == generated]
+
+
+def _block(batch: Sequence[Row]) -> Block:
+    return Block([row.encoded for row in batch])
 
 
 def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
@@ -132,13 +134,10 @@ def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
 
 def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
     """Like :func:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
-    plan = rows.eval_plan("dev")
-    if not plan.shares_beginnings:
-        for batch in plan.batches:
-            if batch[0].prompt:
-                for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
-                    chosen = (batch[number] for number in chunk)
-                    yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
+    for batch in _scored(rows, "dev", generated=True):
+        for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
+            chosen = (batch[number] for number in chunk)
+            yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
     if rows.objective.generates:
         for batch in chain.from_iterable(_first_epoch(rows)):
             yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in batch])
@@ -146,7 +145,7 @@ def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
 
 def training_blocks(rows: TaskRows) -> list[list[Block]]:
     """Return the training batches of the first epoch, by process."""
-    return [[Block([row.encoded for row in batch]) for batch in batches] for batches in _first_epoch(rows)]
+    return [[*map(_block, batches)] for batches in _first_epoch(rows)]
 
 
 def _first_epoch(rows: TaskRows) -> list[list[list[Row]]]:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.schedule import callback_of, folder_of, is_last_step, validation_due
-from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
+from slzo.callbacks.stop_signals import StopSignals, largest
 from slzo.checkpoints.find import best_file
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -45,7 +45,6 @@ class BestCheckpoint(ModelCheckpoint):
         self._resumed: str | Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the metric to watch if ``monitor`` is auto."""
         check_inside("checkpoint.filename", self.filename or "", "set the folder with checkpoint.dirpath")
         rows = getattr(trainer, "datamodule", None)
         if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
@@ -151,7 +150,6 @@ class LastCheckpoint(Checkpoint):
             self._save_final(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the schedule that was changed for the last validation."""
         self._restore_schedule(trainer)
         if trainer.state.fn == "fit" and not trainer.sanity_checking and is_last_step(trainer):
             self._keep_resumed(trainer)
@@ -183,7 +181,6 @@ class LastCheckpoint(Checkpoint):
                     counts["completed"] = counts["processed"] - 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state after the last step."""
         self._signals.remove()
         self._restore_schedule(trainer)
         folder = _folder(trainer)
@@ -202,8 +199,10 @@ class LastCheckpoint(Checkpoint):
         """Print how to continue, forward a signal, and put a preempted job back into the queue."""
         self._signals.remove()
         self._restore_schedule(trainer)
-        if isinstance(exception, Interrupted) and not exception.saved:
-            pass_on(trainer, exception.number)
+        stopped = exception if isinstance(exception, Interrupted) else None
+        launcher: Any = trainer.strategy.launcher
+        if stopped is not None and not stopped.saved and hasattr(launcher, "kill"):
+            launcher.kill(stopped.number)  # the processes that this one has started
         # no collective call: the other processes may be elsewhere
         if self._final is not None and trainer.is_global_zero:
             self._final.unlink(missing_ok=True)
@@ -211,9 +210,8 @@ class LastCheckpoint(Checkpoint):
             by_command = f"the same command and --ckpt_path {self.saved}"
             way = by_command if command_line() is not None else f"trainer.fit(..., ckpt_path={str(self.saved)!r})"
             say(f"\nInterrupted at step {trainer.global_step}; continue with {way}")
-        job = job_id()
-        trains = trainer.state.fn == "fit"
-        preempted = trains and isinstance(exception, Interrupted) and exception.number == PREEMPTION
+        job, trains = job_id(), trainer.state.fn == "fit"
+        preempted = trains and stopped is not None and stopped.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
             has_state = self.saved is not None or trainer.ckpt_path is not None

@@ -33,10 +33,7 @@ class OutlierProfiler(Callback):
     """
 
     def __init__(
-        self,
-        rule: SelectionRule | None = None,
-        num_sequences: int = 16,
-        text_file: str | None = None,
+        self, rule: SelectionRule | None = None, num_sequences: int = 16, text_file: str | None = None
     ) -> None:
         self.options = ProfileOptions(Auto() if rule is None else rule, num_sequences, text_file)
         self.profile: OutlierProfile | None = None

@@ -68,7 +68,6 @@ class RunRecord(Callback):
         return Passes(test_before=int(self.test_before), test_after=1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the environment, and score the held-out rows with the untuned model."""
         if not isinstance(pl_module, ZOModule):
             return
         prepared = pl_module.prepared
@@ -126,7 +125,6 @@ class RunRecord(Callback):
         self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the best checkpoint; print and write the summary."""
         if not isinstance(pl_module, ZOModule) or is_quick(trainer) or trainer.interrupted:
             return
         prepared = pl_module.prepared
