@@ -1,14 +1,7 @@
 """A training run from start to end. Lightning's hooks only call these functions.
 
-==========  ==================================  ======================================================================
-when        function                            what happens
-==========  ==================================  ======================================================================
-``setup``   :func:`prepare`                     plan memory, load the model, choose the layer, make the masters,
-                                                set the step size, plan for a limited time
-step 0      :func:`score_test_rows`             score the held-out rows with the untuned model
-each step   ``Stepper.step``                    prefix, losses at perturbed outputs or weights, gradient, step
-at the end  :func:`finish`                      score the best checkpoint, write summary, samples and report
-==========  ==================================  ======================================================================
+:func:`prepare` comes before the first step, then :func:`score_test_rows` scores the untuned model. Each step is a
+``Stepper.step``, and :func:`finish` comes after the last one.
 
 ``prepare`` runs in Lightning's ``setup`` hook: process groups exist only inside ``Trainer.fit``, and Lightning asks for the
 optimizer before the first step.
@@ -34,7 +27,7 @@ from slzo.memory_plan import first_order_bytes, plan_memory
 from slzo.models.load import resolve_model
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.profiling import ProfileOptions, profile_model
+from slzo.profiling import profile_model
 from slzo.report.forecast import duration, format_time_plan
 from slzo.report.page import write_run_report
 from slzo.report.profile_files import format_profile
@@ -80,38 +73,32 @@ def prepare(
     loaded: ModelParts | None = None,
     tuned: TunedModel | None = None,
 ) -> Prepared:
-    """Do everything that comes before the first step.
+    """Do everything that comes before the first step. The rows are already set up for ``fit``.
 
-    Args:
-        options: Options of the training.
-        rows: Rows of the task, set up for ``fit``.
-        run: Device, length and folder of the run.
-        loaded: The untuned model, if it is already loaded.
-        tuned: The tuned model of an earlier ``fit``, to tune it further.
+    ``loaded`` is the untuned model if it is already loaded, ``tuned`` the model of an earlier ``fit``, to tune it further.
 
     Raises:
         SlzoError: An option, the rows, the model or the checkpoint cannot be used.
     """
     options.check_rows(rows)
-    if run.checkpoint is not None:
-        run.checkpoint.check_resumable(options.optimizer.classes)
+    checkpoint, plan = run.checkpoint, None
+    if checkpoint is not None:
+        checkpoint.check_resumable(options.optimizer.classes)
     if run.time is None:  # otherwise the plan decides the steps
-        state = None if run.checkpoint is None else run.checkpoint.scheduler_state
-        options.optimizer.check_schedule(run.planned_steps, state)
-    if run.checkpoint is not None:
-        check_layer_option(options, run.checkpoint.note)
-        options = options.with_onednn(run.checkpoint.note["onednn"])
+        options.optimizer.check_schedule(run.planned_steps, None if checkpoint is None else checkpoint.scheduler_state)
+    if checkpoint is not None:
+        check_layer_option(options, checkpoint.note)
+        options = options.with_onednn(checkpoint.note["onednn"])
         folder = resolve_model(options.model) if loaded is None else loaded.model.name_or_path
-        check_commit(run.checkpoint.note, options.model, folder)  # before the weights are downloaded
-    plan = None
+        check_commit(checkpoint.note, options.model, folder)  # before the weights are downloaded
     if loaded is None:
         num_shards = 1 if run.shard_group is None else run.shard_group.number
         plan, options = plan_memory(options, rows, run.max_steps, run.device, num_shards)
     parts = load_parts(options, run.device, run.shard_group) if loaded is None else loaded
     adapt_rows(rows, parts, options)
     _check_time(rows, run, "loading took")
-    if run.checkpoint is not None:
-        return _continue(options, rows, run, parts, run.checkpoint, plan, tuned)
+    if checkpoint is not None:
+        return _continue(options, rows, run, parts, checkpoint, plan, tuned)
     data = rows.fingerprint()
     if tuned is None:
         profile, choice = choose_layer(parts, options, rows, run)
@@ -148,32 +135,32 @@ def choose_layer(
     """
     if not options.scope.needs_layer:
         return None, None
-    given = None if options.layer is None else Choice(options.layer, "set by model.layer")
-    profiler = run.profiler
-    if given is not None:
-        if profiler is None or run.quick or not 0 <= given.layer < parts.num_layers:  # tune() names a wrong layer
-            return None, given
+    if options.layer is None:
+        if run.profiler is None:
+            raise SlzoError(
+                "model.layer: not set, and there is no OutlierProfiler to choose a layer; set it, or add the callback"
+            )
+        return profile_and_choose(parts, options, rows, run)
+    given = Choice(options.layer, "set by model.layer")
+    # tune() names a wrong layer
+    if run.profiler is not None and not run.quick and 0 <= given.layer < parts.num_layers:
         try:  # the profile is only drawn here, so an error must not stop the run
-            return profile_model(parts, rows, profiler, "the layer is given", given)[0], given
+            return profile_model(parts, rows, run.profiler, "the layer is given", given)
         except SlzoError as error:
             warn(f"no outlier profile: {error}")
-            return None, given
-    if profiler is None:
-        raise SlzoError(
-            "model.layer: not set, and there is no OutlierProfiler to choose a layer; set it, or add the callback"
-        )
-    return profile_and_choose(parts, options, rows, run, profiler)
+    return None, given
 
 
 def profile_and_choose(
-    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext, profiler: ProfileOptions
+    parts: ModelParts, options: TrainingOptions, rows: TaskRows, run: RunContext
 ) -> tuple[OutlierProfile, Choice]:
     """Profile the layers, choose one by the profiler's rule, and print the profile.
 
     Raises:
         SlzoError: The rule finds no layer.
     """
-    profile, choice = profile_model(parts, rows, profiler, _make_trials(parts, options, rows, run))
+    assert run.profiler is not None
+    profile, choice = profile_model(parts, rows, run.profiler, _make_trials(parts, options, rows, run))
     say(format_profile(profile))
     if choice.layer < 0:
         raise SlzoError(choice.reason)
@@ -221,7 +208,7 @@ def _continue(
         model.tensors.load(checkpoint.content["state_dict"])
         auto = _automatic(make_stepper(model, options, rows, seed=seed), options, rows)
         evaluations = auto.evaluations
-    time = _plan_time(model, options, rows, run, checkpoint)
+    time = _plan_time(model, options, rows, run)
     stepper = make_stepper(model, options, rows, auto=auto, seed=seed)
     prepared = Prepared(options, parts, model, stepper, note["layer_reason"], data, plan=plan, resumed=True, time=time)
     stepper.load_state_dict(note)
@@ -237,15 +224,13 @@ def _automatic(stepper: Stepper, options: TrainingOptions, rows: TaskRows) -> Au
     return auto
 
 
-def _plan_time(
-    model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext, checkpoint: Checkpoint | None = None
-) -> TimePlan | None:
+def _plan_time(model: TunedModel, options: TrainingOptions, rows: TaskRows, run: RunContext) -> TimePlan | None:
     """Turn the time of the run into steps and validations, and print them; ``None`` if it is not limited. A collective call.
 
     Raises:
         SlzoError: Not even one step and its validation fit.
     """
-    budget = run.time
+    budget, checkpoint = run.time, run.checkpoint
     if budget is None:
         return None
     _check_time(rows, run, "loading, profile and measurements took")
@@ -298,13 +283,8 @@ def score_test_rows(
     """Score the held-out rows with the live weights, see :func:`slzo.evaluation.held_out.score_held_out`.
 
     There are no samples if the task's answers are free texts and none are generated: only the likelihood of the given answers is
-    known then.
-
-    Args:
-        prepared: The prepared training.
-        rows: Rows of the task.
-        when: Part of the printed line.
-        keep_prefix: Whether the states that enter the tuned layer are cached, because the rows are scored again.
+    known then. ``when`` is part of the printed line. With ``keep_prefix`` the states that enter the tuned layer are cached, as
+    the rows are scored again.
     """
     assert rows.splits is not None
     say(f"Scoring {len(rows.splits.test)} held-out rows {when} ...")
@@ -322,21 +302,13 @@ def score_test_rows(
 def finish(prepared: Prepared, rows: TaskRows, outcome: FitOutcome, folder: Path | None) -> dict[str, Any]:
     """Do everything after the last step: score the best checkpoint, print the summary, write the run's files.
 
-    Afterwards the model has its last weights again.
-
-    Args:
-        prepared: The prepared training.
-        rows: Rows of the task.
-        outcome: Results of the training.
-        folder: Folder of the run; ``None`` to write nothing.
-
-    Returns:
-        The summary.
+    Afterwards the model has its last weights again. Without a ``folder`` nothing is written. Returns the summary.
     """
     first = rows.processes.rank == 0
-    with best_weights(prepared.model, best_state(outcome.best, rows.processes)) as restored:
-        weights = Path(outcome.best).name if restored and outcome.best is not None else "last weights"
-        after, samples = score_test_rows(prepared, rows, f"after training, {weights}")
+    best = best_state(outcome.best, rows.processes)
+    name = "last weights" if best is None else Path(str(outcome.best)).name
+    with _weights(prepared.model, best):
+        after, samples = score_test_rows(prepared, rows, f"after training, {name}")
     summary = summarize(_facts(prepared, rows, outcome, folder), outcome.history.before, after)
     if folder is not None and first:
         write_json(folder / SUMMARY_FILE, summary)
@@ -365,24 +337,20 @@ def best_state(path: str | None, processes: Processes) -> dict[str, Tensor] | No
 
 
 @contextmanager
-def best_weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[bool]:
-    """Load tuned tensors for a ``with`` block; afterwards the model has its last weights again.
-
-    Yields:
-        Whether there are any; otherwise the last weights stay.
-    """
+def _weights(model: TunedModel, state: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Load tuned tensors, if there are any, for a ``with`` block."""
     if state is None:
-        yield False
+        yield
         return
     last = model.tensors.clone_masters()
     try:
-        try:
-            model.tensors.load(state)
-        except KeyError as error:
-            raise SlzoError(
-                f"the best checkpoint has no tensor {error}; a callback has replaced it by another one: leave this callback out"
-            ) from error
-        yield True
+        model.tensors.load(state)
+    except KeyError as error:
+        raise SlzoError(
+            f"the best checkpoint has no tensor {error}; a callback has replaced it by another one: leave this callback out"
+        ) from error
+    try:
+        yield
     finally:
         model.tensors.load(last)
 

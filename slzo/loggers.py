@@ -62,17 +62,13 @@ class FolderLogger(_OwnFolder, CSVLogger):
     def __init__(self, save_dir: str) -> None:
         super().__init__(expanded(save_dir), "")
 
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def save(self) -> None:
-        """Do nothing."""
+    def save(self) -> None: ...
 
-    def finalize(self, status: str) -> None:
-        """Do nothing."""
+    def finalize(self, status: str) -> None: ...
 
 
 @contextmanager

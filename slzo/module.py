@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
 from slzo.callbacks.run_context import run_context, steps_per_epoch
@@ -41,7 +41,7 @@ from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.runtime import peak_memory_gb
-from slzo.utils.settings import differences
+from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, set_rate, sgd
 from slzo.zo.options import TrainingOptions
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ENGINE = Engine()
+_RECORDED = ("model", "dtype", "quantization", "seed", "layer", "max_nonfinite", "trust_remote_code")
 
 
 @with_lists(SCOPES=class_names(SCOPES), ESTIMATORS=class_names(ESTIMATORS))
@@ -114,24 +115,8 @@ class ZOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        check_kinds("model", _KINDS, {**locals(), "eps": 1.0 if eps == "auto" else eps})
         model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
-        given = {
-            "scope": scope,
-            "estimator": estimator,
-            "layer": layer,
-            "eps": 1.0 if eps == "auto" else eps,
-            "num_queries": num_queries,
-            "optimizer": optimizer,
-            "lr_scheduler": lr_scheduler,
-            "quantization": quantization,
-            "device_map": device_map,
-            "seed": seed,
-            "parallel": parallel,
-            "engine": engine,
-            "max_nonfinite": max_nonfinite,
-            "trust_remote_code": trust_remote_code,
-        }
-        check_kinds("model", _KINDS, given)
         scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
@@ -154,41 +139,32 @@ class ZOModule(LightningModule):
             max_nonfinite=max_nonfinite,
             trust_remote_code=trust_remote_code,
         )
-        self.prepared: Prepared | None = None
-        self.model: Any = None
-        self.tuned_model: TunedModel | None = None
-        self.tuned_tensors: TunedTensors | None = None
+        # First the model is loaded (_load_parts), then tensors are tuned: new ones by _prepare, those of a checkpoint by _restore
         self._untuned: ModelParts | None = None
-        self._start: Checkpoint | None = None
-        self._scored: Mapping[str, Any] | None = None  # note of a checkpoint that was restored for scoring only
-        self._is_given = False
+        self._is_given = False  # the untuned model comes from use() and cannot be loaded again
+        self.tuned_model: TunedModel | None = None
+        self.prepared: Prepared | None = None  # of the current or last fit
+        self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
+        # submodules: strategies move them to their device and find what requires a gradient
+        self.model: Any = None
+        self.tuned_tensors: TunedTensors | None = None
         self._score: RunningScore | None = None
         # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
             {
-                "model": model,
-                "dtype": dtype,
-                "quantization": quantization,
-                "scope": self.options.scope.describe(),
-                "estimator": self.options.estimator.describe(),
+                **{name: getattr(self.options, name) for name in _RECORDED},
+                "scope": scope.describe(),
+                "estimator": estimator.describe(),
                 "optimizer": self.options.optimizer.name,
                 "lr": self.options.optimizer.settings["lr"],
-                **asdict(self.options.step),
                 "eps": eps,
-                "seed": seed,
-                "layer": layer,
-                "max_nonfinite": max_nonfinite,
-                "trust_remote_code": trust_remote_code,
-                **{f"engine.{name}": value for name, value in asdict(self.options.engine).items()},
+                "num_queries": num_queries,
+                **flat_settings("engine", asdict(self.options.engine)),
             }
         )
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: str | Path,
-        **options: Any,
-    ) -> Self:
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
         """Return the tuned model of a checkpoint, to validate, test, predict, or tune it further.
 
         The model is loaded when it is first used, on the trainer's device. To continue a run, with its optimizer and its steps,
@@ -216,26 +192,25 @@ class ZOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Prepare a fit, see :func:`slzo.fit.prepare`; for other stages load the model."""
-        rows, start = self.rows, self._start
+        trainer, rows = self.trainer, self.rows
         if self.options.device_map is not None:
-            self.options.device_map.check_processes(self.trainer.world_size)
-        if shard_group_of(self.trainer) is not None:
+            self.options.device_map.check_processes(trainer.world_size)
+        if shard_group_of(trainer) is not None:
             self.options.check_shards()
         if self._untuned is not None:
-            check_shard_group(self._untuned.model, shard_group_of(self.trainer))
+            check_shard_group(self._untuned.model, shard_group_of(trainer))
         if stage == "fit":
-            check_precision(self.trainer.precision)
-            check_interval(self.trainer, steps_per_epoch(self.trainer, rows))
+            check_precision(trainer.precision)
+            check_interval(trainer, steps_per_epoch(trainer, rows))
             # Lightning warns of it; both evaluations of a step must see the same function, so there is no dropout
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
             checkpoint = self._checkpoint_to_continue()
-            self._restore_for_training(resumes=checkpoint is not None)
-            self._hold(self._prepare(checkpoint))
+            self._start_training(resumes=checkpoint is not None)
+            self._prepare(checkpoint)
             return
-        self._load()
         adapt_rows(rows, self.parts, self.options)
-        if start is not None:
-            self._check_rows(start.note)
+        if self._start is not None:
+            self._check_tokenizer(self._start.note)
         if self.tuned_model is not None:
             self.tuned_model.clear_prefix()  # its keys are those of one data module
 
@@ -247,8 +222,8 @@ class ZOModule(LightningModule):
         """
         engine = self.options.engine
         moved: Any = model.to(device)  # type: ignore[arg-type]
-        self._hold_parts(split_and_verify(moved, engine.packed, engine.onednn))
-        self._is_given = True
+        self._untuned, self._is_given = split_and_verify(moved, engine.packed, engine.onednn), True
+        self.model = self._untuned.model
 
     def _checkpoint_to_continue(self) -> Checkpoint | None:
         path = self.trainer.ckpt_path
@@ -257,100 +232,76 @@ class ZOModule(LightningModule):
         known = getattr(self.trainer.strategy.checkpoint_io, "known", None)
         return known if isinstance(known, Checkpoint) and known.path == str(path) else read_checkpoint(str(path))
 
-    def _prepare(self, checkpoint: Checkpoint | None) -> Prepared:
+    def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Do everything before the first step; a model that is already tuned is tuned further."""
-        folder = folder_of(self.trainer)  # a collective call: every process must make it
-        run = run_context(
-            self.trainer,
-            self.rows,
-            folder=folder if self.trainer.checkpoint_callbacks else None,
-            checkpoint=checkpoint,
-        )
-        several = self.trainer.world_size > 1
-        if several:
-            limits = {"max_steps": run.max_steps, "val_check_interval": self.trainer.val_check_interval}
-            start = {**versions(), **agreed_settings(self.options, self.rows), **limits}
-            check_agreement(start, "start all with the same command and in the same environment")
+        trainer, rows = self.trainer, self.rows
+        folder = folder_of(trainer)  # a collective call: every process must make it
+        run = run_context(trainer, rows, folder=folder if trainer.checkpoint_callbacks else None, checkpoint=checkpoint)
+        # Lightning sets no interval for a wall-clock time
+        limits = {"max_steps": run.max_steps, "val_check_interval": getattr(trainer, "val_check_interval", None)}
+        start = {**versions(), **agreed_settings(self.options, rows), **limits}
+        check_agreement(start, "start all with the same command and in the same environment")
         try:
-            prepared = prepare(self.options, self.rows, run, self._untuned, self.tuned_model)
+            prepared = prepare(self.options, rows, run, self._untuned, self.tuned_model)
         except BaseException:
-            if self.tuned_model is None and not self._is_given:  # the model's weights and modules may have changed
-                self._untuned = self.model = None
+            if self.tuned_model is None:
+                self._drop_parts()  # their weights and modules may have changed
             raise
         layer_barrier(prepared.model.parts.model)
-        if several:
-            check_agreement(prepared.identity(), "give all the same files")
-        if (limit := callback_of(self.trainer, TimeLimit)) is not None:
-            limit.apply(self.trainer, prepared.time)
-        return prepared
-
-    def _load(self, for_training: bool = False) -> None:
-        """Load the model, and its tuned tensors from a given checkpoint; calling it again changes nothing."""
-        if self._untuned is None:
-            trainer = self._attached_trainer()
-            device = self.device if trainer is None else trainer.strategy.root_device
-            self._hold_parts(load_parts(self.options, device, None if trainer is None else shard_group_of(trainer)))
-        if self._start is not None and self.tuned_model is None:
-            self._restore(self._start.note, for_training)
-            self.load_state_dict(self._start.content["state_dict"])
-
-    def _restore(self, note: Mapping[str, Any], for_training: bool = False) -> None:
-        """Make masters for the tensors of a checkpoint."""
-        assert self._untuned is not None
-        self._hold_tuned(restore(self._untuned, note, self.options, for_training))
-        self._scored = None if for_training else note
-
-    def _restore_for_training(self, resumes: bool) -> None:
-        """Restore with the options of the training what :meth:`load_from_checkpoint` names, or what was only scored.
-
-        Nothing is restored if a checkpoint is continued (``resumes``), which brings its own tensors.
-        """
-        if self._scored is not None:
-            assert self.tuned_model is not None
-            state = self.tuned_model.tensors.clone_masters()
-            self._start = Checkpoint("the scored one", {"slzo": self._scored, "state_dict": state})
-        if self._start is None:
-            return
-        self._release()
-        if not resumes:
-            self._load(for_training=True)
-        self._start = None
-
-    def _check_rows(self, note: Mapping[str, Any]) -> None:
-        """Fit the rows to a checkpoint that is scored: positions of virtual tokens, and the same tokenizer."""
-        assert self.tuned_model is not None
-        parts = self.tuned_model.parts
-        if parts.virtual_tokens is not None:
-            self.rows.adapt_to_model(
-                parts.model, self.options.model, parts.virtual_tokens.num_tokens, parts.limits.longest
-            )
-        if not self.rows.allow_changed_rows:
-            check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
-
-    def _attached_trainer(self) -> Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # Lightning raises it if there is none
-            return None
-
-    def _hold_parts(self, parts: ModelParts) -> None:
-        self._untuned = parts
-        trainer = self._attached_trainer()
-        if self.options.device_map is None and (trainer is None or trainer.world_size == 1):
-            self.model = parts.model
-        else:  # not a submodule, which strategies would move to one device, or send to all processes
-            vars(self)["model"] = parts.model
-
-    def _hold(self, prepared: Prepared) -> None:
+        found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer}
+        check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
+        if (limit := callback_of(trainer, TimeLimit)) is not None:
+            limit.apply(trainer, prepared.time)
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
         self.prepared = prepared
-        self._hold_tuned(prepared.model)
+        self.tuned_model, self.tuned_tensors = prepared.model, prepared.model.tensors
 
-    def _hold_tuned(self, model: TunedModel) -> None:
-        self.tuned_model = model
-        # a submodule: strategies move it to their device and find what requires a gradient
-        self.tuned_tensors = model.tensors
+    def _load_parts(self) -> ModelParts:
+        """Return the untuned model, and load it if that has not been done."""
+        if self._untuned is None:
+            root = self.trainer.strategy.root_device
+            self._hold_parts(load_parts(self.options, root, shard_group_of(self.trainer)))
+        assert self._untuned is not None
+        return self._untuned
+
+    def _restore(self, start: Checkpoint, for_training: bool = False) -> None:
+        """Load the tuned tensors of a checkpoint."""
+        self.tuned_model = restore(self._load_parts(), start.note, self.options, for_training)
+        self.tuned_tensors = self.tuned_model.tensors
+        self.load_state_dict(start.content["state_dict"])
+
+    def _start_training(self, resumes: bool) -> None:
+        """Restore what was scored so far, or named by :meth:`load_from_checkpoint`, with the options of the training.
+
+        Nothing is restored if a checkpoint is continued (``resumes``), which brings its own tensors.
+        """
+        start, tuned = self._start, self.tuned_model
+        if start is None:
+            return
+        if tuned is not None:  # their values may have changed
+            start = Checkpoint(start.path, {**start.content, "state_dict": tuned.tensors.clone_masters()})
+        self._release()
+        self._start = start
+        if not resumes:
+            self._restore(start, for_training=True)
+        self._start = None
+
+    def _check_tokenizer(self, note: Mapping[str, Any]) -> None:
+        """Check that the rows have the tokenizer of a checkpoint that is scored."""
+        if not self.rows.allow_changed_rows:
+            check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
+
+    def _hold_parts(self, parts: ModelParts) -> None:
+        self._untuned = parts
+        # otherwise strategies would move it to one device, or send it to all processes
+        if self.options.device_map is None and self.trainer.world_size == 1:
+            self.model = parts.model
+
+    def _drop_parts(self) -> None:
+        """Drop the untuned model, so that it is loaded again when it is needed."""
+        if not self._is_given:
+            self._untuned = self.model = None
 
     @property
     def is_tuned(self) -> bool:
@@ -359,10 +310,10 @@ class ZOModule(LightningModule):
 
     @property
     def parts(self) -> ModelParts:
-        """The model's parts, with the modules that the scope added."""
-        self._load()
-        assert self._untuned is not None
-        return self._untuned if self.tuned_model is None else self.tuned_model.parts
+        """The model's parts, with the modules that the scope added; loaded when they are first used."""
+        if self.tuned_model is None and self._start is not None:
+            self._restore(self._start)
+        return self._load_parts() if self.tuned_model is None else self.tuned_model.parts
 
     @property
     def rows(self) -> TaskDataModule:
@@ -380,10 +331,9 @@ class ZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the masters."""
-        assert self.tuned_model is not None
         assert self.prepared is not None
-        choice, stepper = self.prepared.options.optimizer, self.stepper
-        optimizer = choice.make(self.tuned_model.tensors.masters)
+        choice, stepper = self.prepared.options.optimizer, self.prepared.stepper
+        optimizer = choice.make(stepper.model.tensors.masters)
         if stepper.sets_rate and stepper.auto is not None:  # for callbacks that log rates before the first step
             set_rate(optimizer, stepper.auto.rate(optimizer, stepper.estimator))
         if choice.make_scheduler is None:
@@ -398,16 +348,19 @@ class ZOModule(LightningModule):
         measure_update = every > 0 and (self.global_step + 1) % every == 0
         optimizer, scheduler = cast("Optimizer", self.optimizers()), self.lr_schedulers()
         group = shard_group_of(self.trainer)
-        before = None if group is None else (group.num_bytes, group.seconds)
+        before = (0, 0.0) if group is None else (group.num_bytes, group.seconds)
         result = self.stepper.step(batch, self.global_step, optimizer, scheduler, measure_update)
-        self._log_step(batch, result, started)
-        if group is not None and before is not None:
-            values = {"bytes": group.num_bytes - before[0], "seconds": group.seconds - before[1]}
-            self.log_dict({f"train/gathered_{name}": torch.tensor(float(value)) for name, value in values.items()})
+        values = self._step_values(batch, result, time.perf_counter() - started)
+        if group is not None:
+            values["train/gathered_bytes"] = float(group.num_bytes - before[0])
+            values["train/gathered_seconds"] = group.seconds - before[1]
+        # tensors on the CPU: Lightning copies a number to the device at each step
+        self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
+        self.log("loss", torch.tensor(result.estimate.loss), prog_bar=True, logger=False, batch_size=1)
         return {"result": result}
 
-    def _log_step(self, batch: TrainBatch, result: StepResult, started: float) -> None:
-        estimate, seconds = result.estimate, time.perf_counter() - started
+    def _step_values(self, batch: TrainBatch, result: StepResult, seconds: float) -> dict[str, float]:
+        estimate = result.estimate
         values = {
             "train/loss": estimate.loss,
             "train/lr": result.record.lr,
@@ -431,9 +384,7 @@ class ZOModule(LightningModule):
             values["train/exchanged_bytes"] = float(result.exchanged_bytes)
         if result.update_norm is not None:
             values["train/update_norm"] = result.update_norm
-        # tensors on the CPU: Lightning copies a number to the device at each step
-        self.log_dict({name: torch.tensor(v) for name, v in values.items()}, batch_size=batch.packed.num_examples)
-        self.log("loss", torch.tensor(estimate.loss), prog_bar=True, logger=False, batch_size=1)
+        return values
 
     def teardown(self, stage: str) -> None:
         """Close the log of losses."""
@@ -514,23 +465,26 @@ class ZOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make masters for the tensors of the checkpoint, unless they already fit, and warn of options that differ."""
-        note = checkpoint_note(checkpoint)
-        trainer = self._attached_trainer()
-        in_fit = trainer is not None and trainer.state.fn == "fit"
+        note, rows, trainer = checkpoint_note(checkpoint), self.rows, self.trainer
+        in_fit = trainer.state.fn == "fit"
         if in_fit and self.prepared is not None and not self.prepared.resumed:
             # a trainer that did not know the checkpoint at setup, such as Lightning's own
             self._release()
-            self._hold(self._prepare(Checkpoint(str(self.trainer.ckpt_path), checkpoint)))
+            self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
         if self.tuned_model is None:
-            self._load()
-            self._restore(note)
+            kept = {name: checkpoint[name] for name in ("slzo", "state_dict")}
+            start = Checkpoint(str(trainer.ckpt_path), kept)
+            self._restore(start)
+            self._start = start
         else:
             self.tuned_model.check(note)
-        if trainer is not None and not in_fit:
-            self._check_rows(note)
         if not in_fit:
+            if self.parts.virtual_tokens is not None:
+                adapt_rows(rows, self.parts, self.options)
+            self._check_tokenizer(note)
             return
-        if changes := differences(*(_data_options(rows) for rows in (note["rows"], self.rows.step_settings()))):
+        old, new = (flat_settings("data", settings) for settings in (note["rows"], rows.step_settings()))
+        if changes := differences(old, new):
             warn(f"these data options differ from the checkpoint's: {changes}")
         if different := changed_options(checkpoint, self.hparams):
             warn(
@@ -543,35 +497,28 @@ class ZOModule(LightningModule):
             )
 
     def _release(self) -> None:
-        """Drop the tuned tensors, and the model, whose weights they have changed: it is loaded again when it is needed."""
+        """Drop the tuned tensors, and the model, whose weights they have changed."""
         if self.tuned_model is not None:
             self.teardown("fit")
             self.tuned_model.release()
-            self.tuned_model = self.tuned_tensors = self.prepared = self._scored = None
-            if not self._is_given:
-                self._untuned = self.model = None
-
-
-def _data_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"data.{name}": value for name, value in settings.items()}
+            self.tuned_model = self.tuned_tensors = self.prepared = None
+            self._drop_parts()
 
 
 # types of the options that are used before TrainingOptions checks the rest
-_KINDS: Kinds = MappingProxyType(
-    {
-        "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
-        "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
-        "layer": (int | None, "a whole number, or None for the dominant layer"),
-        "eps": (int | float, "a number, or auto"),
-        "num_queries": (int, "a whole number"),
-        "optimizer": ((Callable, NoneType), "a class of torch.optim, or functools.partial of one"),
-        "lr_scheduler": ((Callable, NoneType), "functools.partial of a class of torch.optim.lr_scheduler"),
-        "quantization": (str | dict | None, 'a name such as "int8", or a dictionary with class_path and init_args'),
-        "device_map": (str | dict | None, 'a name such as "auto", or a dictionary of devices by module'),
-        "seed": (int | None, "a whole number"),
-        "parallel": (int | str, "rows, directions, or a number of processes"),
-        "engine": (Engine, "one such as slzo.models.engine.Engine()"),
-        "max_nonfinite": (int, "a whole number"),
-        "trust_remote_code": (bool, "true or false"),
-    }
-)
+_KINDS: Kinds = {
+    "scope": (Scope | None, "one such as slzo.zo.scopes.LayerScope()"),
+    "estimator": (Estimator | None, "one such as slzo.zo.estimators.SPSA()"),
+    "layer": (int | None, "a whole number, or None for the dominant layer"),
+    "eps": (int | float, "a number, or auto"),
+    "num_queries": (int, "a whole number"),
+    "optimizer": ((Callable, NoneType), "a class of torch.optim, or functools.partial of one"),
+    "lr_scheduler": ((Callable, NoneType), "functools.partial of a class of torch.optim.lr_scheduler"),
+    "quantization": (str | dict | None, 'a name such as "int8", or a dictionary with class_path and init_args'),
+    "device_map": (str | dict | None, 'a name such as "auto", or a dictionary of devices by module'),
+    "seed": (int | None, "a whole number"),
+    "parallel": (int | str, "rows, directions, or a number of processes"),
+    "engine": (Engine, "one such as slzo.models.engine.Engine()"),
+    "max_nonfinite": (int, "a whole number"),
+    "trust_remote_code": (bool, "true or false"),
+}

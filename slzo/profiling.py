@@ -11,7 +11,6 @@ from slzo.models.parts import ModelParts
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import Example
 from slzo.utils.errors import SlzoError
-from slzo.zo.processes import Processes
 from slzo.zo.profile import (
     MIN_SEQUENCES,
     OutlierProfile,
@@ -50,20 +49,11 @@ class ProfileOptions:
 
 
 def profile_model(
-    parts: ModelParts,
-    rows: TaskRows,
-    options: ProfileOptions,
-    trials: Trials | str,
-    given: Choice | None = None,
+    parts: ModelParts, rows: TaskRows, options: ProfileOptions, trials: Trials | str, given: Choice | None = None
 ) -> tuple[OutlierProfile, Choice]:
-    """Measure every layer and choose one.
+    """Measure every layer on prompts, of the rows or of a text file, and choose one, unless a layer is ``given``.
 
-    Args:
-        parts: The model.
-        rows: Rows of the task; their prompts are used, unless the options name a text file.
-        options: Options of the profile.
-        trials: Runs short trainings for rules that need them; a text says why they cannot run.
-        given: The layer, if it is already chosen.
+    ``trials`` runs short trainings for rules that need them; a text says why they cannot run.
 
     Returns:
         Profile and choice. If the rule finds no layer, its number is -1 and the reason says why. All processes get the results
@@ -87,8 +77,10 @@ def profile_model(
     if has_too_few_distinct(sequences):
         layers = [replace(layer, max_abs_se=None, ratio_se=None) for layer in layers]
     runs, reason = (None, trials) if isinstance(trials, str) else (trials, "")
-    context = SelectionContext(layers, runs, reason)
-    choice = given if given is not None else _choose(context, options.rule)
+    try:
+        choice = given or choice_of(options.rule, SelectionContext(layers, runs, reason))
+    except SlzoError as error:  # the profile is still shown: it helps to choose thresholds
+        choice = Choice(-1, str(error))
     notes = sequence_notes(options.num_sequences, num_given, sequences)
     of_bos = None if choice.layer < 0 else bos_note(layers[choice.layer], tokenizer.bos_token_id)
     notes += [note for note in (choice.note, of_bos) if note]
@@ -105,22 +97,10 @@ def profile_model(
         notes=tuple(notes),
         thresholds=choice.thresholds,
     )
-    return _same_everywhere(profile, choice, rows.processes)
-
-
-def _choose(context: SelectionContext, rule: SelectionRule) -> Choice:
-    try:
-        return choice_of(rule, context)
-    except SlzoError as error:  # the profile is still shown: it helps to choose thresholds
-        return Choice(-1, str(error))
-
-
-def _same_everywhere(profile: OutlierProfile, choice: Choice, processes: Processes) -> tuple[OutlierProfile, Choice]:
-    """Make all processes tune the same layer, even if rounding differs between their devices."""
-    if processes.number == 1:
-        return profile, choice
-    profile = OutlierProfile.from_dict(processes.broadcast(profile.to_dict()))
-    return profile, replace(choice, layer=profile.dominant_layer, reason=profile.rule)
+    if rows.processes.number > 1:  # all tune the same layer, even if rounding differs between their devices
+        profile = OutlierProfile.from_dict(rows.processes.broadcast(profile.to_dict()))
+        choice = replace(choice, layer=profile.dominant_layer, reason=profile.rule)
+    return profile, choice
 
 
 def _batches(rows: TaskRows, options: ProfileOptions) -> list[PackedBatch]:

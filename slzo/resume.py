@@ -33,13 +33,9 @@ from slzo.zo.tuned_model import TunedModel
 def restore(
     parts: ModelParts, note: Mapping[str, Any], options: TrainingOptions, for_training: bool = False
 ) -> TunedModel:
-    """Make masters for the tensors of a checkpoint; their values are set afterwards.
+    """Make masters for the tensors of a checkpoint with this note; their values are set afterwards.
 
-    Args:
-        parts: The untuned model.
-        note: Note of the checkpoint.
-        options: Options of the run.
-        for_training: Whether to refuse a scope other than that of the options.
+    ``parts`` is the untuned model. ``for_training`` refuses a scope other than that of the options.
 
     Raises:
         SlzoError: The checkpoint does not fit the model or the scope.
@@ -130,12 +126,11 @@ def check_environment(note: Mapping[str, Any], device: torch.device, processes: 
 
 def log_settings(prepared: Prepared, rows: TaskRows) -> dict[str, Any]:
     """Return the options that steps depend on, as they are read back from JSON."""
-    options = prepared.options
     data = rows.step_settings()
-    del data["batch_size"]
+    data["rows_per_step"] = data.pop("batch_size") * rows.processes.of_rows.total
     found = {
-        "model": options.step_settings(prepared.stepper.seed, prepared.model.layer),
-        "data": {**data, "rows_per_step": rows.rows_per_step},
+        "model": prepared.options.step_settings(prepared.stepper.seed, prepared.model.layer),
+        "data": data,
         "device": device_name(prepared.model.parts.model.device),
     }
     return dict(json.loads(json.dumps(found, default=str)))

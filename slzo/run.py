@@ -21,63 +21,32 @@ from slzo.zo.tuned_model import TunedModel
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and how long a training runs.
+    """Where and how long a training runs."""
 
-    Attributes:
-        device: Device of this process.
-        max_steps: Limit of the steps, -1 for none.
-        planned_steps: Expected number of steps.
-        folder: Folder of the run, for the log of losses; ``None`` if no checkpoints are written.
-        checkpoint: Checkpoint to continue; ``None`` for a new training.
-        profiler: How the model is profiled; ``None`` without a profiler.
-        steps_before: Steps of earlier trainings by the same trainer, which are not in the log of losses.
-        quick: Whether this is a ``fast_dev_run``, in which nothing extra is measured or written.
-        time: The time of the run; ``None`` if it is not limited.
-        shard_group: The processes that share the frozen layers; ``None`` if this process has all.
-    """
-
-    device: torch.device
-    max_steps: int
+    device: torch.device  # of this process
+    max_steps: int  # -1 for no limit
     planned_steps: int
-    folder: Path | None
-    checkpoint: Checkpoint | None
+    folder: Path | None  # for the log of losses; None if no checkpoints are written
+    checkpoint: Checkpoint | None  # to continue; None for a new training
     profiler: ProfileOptions | None
-    steps_before: int
-    quick: bool
-    time: TimeBudget | None
-    shard_group: ShardGroup | None
+    steps_before: int  # of earlier trainings by the same trainer, which are not in the log of losses
+    quick: bool  # a fast_dev_run, in which nothing extra is measured or written
+    time: TimeBudget | None  # None if it is not limited
+    shard_group: ShardGroup | None  # processes that share the frozen layers; None if this one has all
 
 
 @dataclass
 class Prepared:
-    """Everything that the steps of a training need.
+    """Everything that the steps of a training need."""
 
-    Attributes:
-        options: The options, with the decisions made in preparation.
-        untuned: The untuned model.
-        model: The tuned model.
-        stepper: Takes the steps.
-        layer_reason: Why the layer of the model was chosen.
-        data: Fingerprint of rows and tokenizer, for checkpoints.
-        choice: The choice of a rule, with its trials; ``None`` if no rule was used.
-        profile: Outlier profile; ``None`` if there is none.
-        plan: Memory plan; ``None`` if there is none.
-        resumed: Whether a checkpoint is continued.
-        time: Steps and validations for the time of the run; ``None`` if it is not limited.
-    """
-
-    options: TrainingOptions
+    options: TrainingOptions  # with the decisions made in preparation
     untuned: ModelParts
     model: TunedModel
     stepper: Stepper
-    layer_reason: str
+    layer_reason: str  # why the layer of the model was chosen
     data: DataFingerprint
-    choice: Choice | None = None
+    choice: Choice | None = None  # of a rule, with its trials; None if no rule was used
     profile: OutlierProfile | None = None
     plan: MemoryPlan | None = None
-    resumed: bool = False
-    time: TimePlan | None = None
-
-    def identity(self) -> dict[str, str | int | None]:
-        """Return hashes of rows and weights, and the layer, to compare processes or runs; primitives only."""
-        return {**self.data.hashes(), "weights": self.model.base.short_hash(), "layer": self.model.layer}
+    resumed: bool = False  # whether a checkpoint is continued
+    time: TimePlan | None = None  # None if the time is not limited

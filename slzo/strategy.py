@@ -1,6 +1,5 @@
 """The Lightning strategy that divides the frozen layers over processes."""
 
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -16,11 +15,7 @@ class ShardedStrategy(DDPStrategy):
     """``ddp`` whose processes divide the weights of the frozen layers; by name, ``trainer.strategy sharded``.
 
     Each process holds a share of every layer, see :mod:`slzo.models.sharded`. Embeddings, head and tuned layers are whole on
-    every process. Steps, rows and checkpoints are those of ``ddp``.
-
-    Args:
-        timeout: Time after which a process that waits for the others fails.
-        arguments: Further arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+    every process. Steps, rows, checkpoints and arguments are those of ``ddp``.
 
     Attributes:
         shard_group: The processes that share the layers; ``None`` in a run of one process.
@@ -28,45 +23,38 @@ class ShardedStrategy(DDPStrategy):
 
     shard_group: ShardGroup | None = None
 
-    def __init__(self, timeout: timedelta | None = default_pg_timeout, **arguments: Any) -> None:
-        super().__init__(timeout=timeout, **arguments)
-        self._shard_timeout = timeout
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._shard_timeout = arguments.get("timeout", default_pg_timeout)
 
     def setup_environment(self) -> None:
-        """Connect the processes."""
         super().setup_environment()
         if self.shard_group is None and self.world_size > 1:
             self.shard_group = ShardGroup(self.root_device, self._shard_timeout)
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the run."""
         self._layer_barrier()
         super().setup(trainer)
 
     # Before any exchange a process joins in gathering layers until the others are here too.
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the other processes."""
         self._layer_barrier()
         super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return the object of one process."""
         self._layer_barrier()
         return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sum, mean or maximum of a tensor over the processes."""
         self._layer_barrier()
         return super().reduce(*args, **kwargs)
 
     def all_gather(self, *args: Any, **kwargs: Any) -> Any:
-        """Return a tensor of each process."""
         self._layer_barrier()
         return super().all_gather(*args, **kwargs)
 
     def on_predict_end(self) -> None:
-        """Wait for the processes that still predict."""
         self._layer_barrier()
         super().on_predict_end()
 
@@ -78,8 +66,3 @@ class ShardedStrategy(DDPStrategy):
 def shard_group_of(trainer: Trainer) -> ShardGroup | None:
     """Return the processes that share the frozen layers in a trainer's run; ``None`` if each has all."""
     return trainer.strategy.shard_group if isinstance(trainer.strategy, ShardedStrategy) else None
-
-
-def num_shards(trainer: Trainer) -> int:
-    """Return how many processes divide the frozen layers, before a run too."""
-    return trainer.world_size if isinstance(trainer.strategy, ShardedStrategy) else 1

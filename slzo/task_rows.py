@@ -12,13 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slzo.batches.losses import LogitLoss
 from slzo.batches.packing import PackedBatch, pack
-from slzo.data.batch import (
-    EvalBatch,
-    EvalPlan,
-    Row,
-    TrainBatch,
-    plan_batches,
-)
+from slzo.data.batch import EvalBatch, EvalPlan, Row, TrainBatch, plan_batches
 from slzo.data.chat import ChatEncoder
 from slzo.data.classes import one_class_warning, unlabelled_warning
 from slzo.data.encoding import Encoder
@@ -55,17 +49,9 @@ if TYPE_CHECKING:
 _CPU_TOKENS = 768
 _ACCELERATOR_TOKENS = 16384
 # Smallest values of the whole numbers.
-_LEAST = {
-    "num_train": 1,
-    "num_dev": 0,
-    "num_test": 1,
-    "num_demonstrations": 0,
-    "batch_size": 1,
-    "tokens_per_pass": 1,
-    "eval_batch_size": 1,
-    "eval_batch_tokens": 1,
-    "max_length": 1,
-}
+_LEAST = dict.fromkeys(("num_dev", "num_demonstrations"), 0) | dict.fromkeys(
+    ("num_train", "num_test", "batch_size", "tokens_per_pass", "eval_batch_size", "eval_batch_tokens", "max_length"), 1
+)
 _KINDS: Kinds = {
     **dict.fromkeys((*_LEAST, "seed"), (int | None, "a whole number")),
     **dict.fromkeys(("skip_bad_rows", "allow_changed_rows", "trust_remote_code"), (bool, "true or false")),
@@ -155,12 +141,9 @@ class TaskRows:
         self.task_settings = {
             **flat_settings("task", constructor_settings(self.task, "data.task") | identity),
             **flat_settings("objective", constructor_settings(self.objective, "data.objective")),
-            **(
-                {}
-                if self.reward in (None, self.objective)
-                else flat_settings("reward", constructor_settings(self.reward, "data.reward"))
-            ),
         }
+        if self.reward not in (None, self.objective):
+            self.task_settings |= flat_settings("reward", constructor_settings(self.reward, "data.reward"))
         self.data_dir = data_dir
         self.hub_path = hub_path
         self.hub_config = hub_config
@@ -200,53 +183,46 @@ class TaskRows:
         return self._make_encoder(load_tokenizer(self.tokenizer_name, self.trust_remote_code), self.max_length)
 
     def _make_encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int, **model: Any) -> Encoder:
-        chat = self.task.chat
-        if chat is None:
+        if self.task.chat is None:
             return Encoder(tokenizer, max_length, **model)
-        return ChatEncoder(tokenizer, max_length, chat, **model)
+        return ChatEncoder(tokenizer, max_length, self.task.chat, **model)
 
     def follow_model(self, name: str, trust_remote_code: bool = False) -> None:
         """Take the tokenizer of a model, unless another one was given. Call this before using rows."""
         if self._follows_model and name != self.tokenizer_name:
             self.tokenizer_name, self.trust_remote_code = name, trust_remote_code
             vars(self).pop("encoder", None)
-            self._forget_rows()
+            self._rows.clear()  # they are encoded again when they are used next
 
     def adapt_to_model(self, model: PreTrainedModel, name: str, reserved: int = 0, longest: int | None = None) -> None:
         """Check the tokenizer against a model and limit sequences to its positions. Call this before using rows.
 
-        Args:
-            model: The model.
-            name: Name of the model, as in model.model.
-            reserved: Number of positions before every sequence.
-            longest: Longest sequence that its parts support, see :class:`slzo.models.parts.Limits`.
+        ``name`` is that of the model, ``reserved`` the number of positions before every sequence, and ``longest`` the longest
+        sequence that its parts support, see :class:`slzo.models.parts.Limits`.
 
         Raises:
             SlzoError: If the tokenizer has more tokens than the model.
         """
         # a tokenizer that was given in Python may differ by mistake
-        source, size = self.tokenizer_name, len(self.encoder.tokenizer)
+        encoder, source, size = self.encoder, self.tokenizer_name, len(self.encoder.tokenizer)
         known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         advice = f"give TaskDataModule(tokenizer={name!r})"
         if size > known and source != name:
             raise SlzoError(f"data.tokenizer {source!r}: has {size} tokens, but model {name!r} has {known}; {advice}")
         if source != name:
             warn(f"data.tokenizer {source!r} is not that of model.model {name!r}; {advice}")
-        positions = max_positions(model)
-        if longest is not None:
-            positions = min(longest, positions or longest)
-        tokenizer, length, limited = self.encoder.tokenizer, self.encoder.max_length, self.encoder.limited_by_model
-        cuts = positions is not None and 0 < positions - reserved < length
-        if positions is not None and cuts:
-            length, limited = positions - reserved, True
+        length = min((limit - reserved for limit in (max_positions(model), longest) if limit), default=0)
+        cuts = 0 < length < encoder.max_length
+        if cuts:
             say(f"Prompts are cut to {length} tokens, the longest that {name} takes.")
         if cuts or size > known:  # some tokenizers have tokens without an embedding, which a row must not contain
-            self.encoder = self._make_encoder(tokenizer, length, num_embeddings=known, limited_by_model=limited)
-            self._forget_rows()
-
-    def _forget_rows(self) -> None:
-        """Encode the rows again when they are used next."""
-        self._rows.clear()
+            self.encoder = self._make_encoder(
+                encoder.tokenizer,
+                length if cuts else encoder.max_length,
+                num_embeddings=known,
+                limited_by_model=cuts or encoder.limited_by_model,
+            )
+            self._rows.clear()
 
     @property
     def chat_template(self) -> str | None:
@@ -303,8 +279,9 @@ class TaskRows:
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return
+        if self.reward is not None:
+            self.reward.rewards.load()
         if stage == "predict" and self.predict_file is not None and not needs_train:
-            self._load_rewards()
             return
         if self.seed is None:
             self.seed = global_seed()
@@ -334,11 +311,6 @@ class TaskRows:
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         if self.tokenizer_name is not None and isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             say(self.encoder.note)
-        self._load_rewards()
-
-    def _load_rewards(self) -> None:
-        if self.reward is not None:
-            self.reward.rewards.load()
 
     @property
     def _source(self) -> RowSource:
@@ -369,26 +341,8 @@ class TaskRows:
         Raises:
             SlzoError: If the objective needs labels and no training row has one.
         """
-        if split not in self._rows:
-            self._rows[split] = self._encode(split)
-        return self._rows[split]
-
-    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> DataFingerprint:
-        """Return the fingerprint of the tokenizer and of all rows of a fit.
-
-        Args:
-            saved: That of a checkpoint, to be checked unless ``allow_changed_rows`` is set.
-
-        Raises:
-            SlzoError: Rows or tokenizer are not those of the checkpoint.
-        """
-        splits = {split: self.rows(split) for split in ("train", "dev", "test")}
-        own = DataFingerprint.of(self.encoder.tokenizer, splits)
-        if saved is not None and not self.allow_changed_rows:
-            own.check(saved, splits)
-        return own
-
-    def _encode(self, split: str) -> list[Row]:
+        if split in self._rows:
+            return self._rows[split]
         examples = self._examples(split)
         is_train, objective = split == "train", self.objective
         needs_label = is_train and objective.needs_label
@@ -399,7 +353,7 @@ class TaskRows:
             )
         if len(kept) < len(examples):
             say(f"Left out {len(examples) - len(kept)} training rows without a label.")
-        return encode_rows(
+        self._rows[split] = encode_rows(
             kept,
             self.encoder,
             split=split,
@@ -411,6 +365,21 @@ class TaskRows:
             only_gold=is_train and objective.only_gold,
             skip_bad_rows=self.skip_bad_rows,
         )
+        return self._rows[split]
+
+    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> DataFingerprint:
+        """Return the fingerprint of the tokenizer and of all rows of a fit.
+
+        ``saved`` is that of a checkpoint, to be checked unless ``allow_changed_rows`` is set.
+
+        Raises:
+            SlzoError: Rows or tokenizer are not those of the checkpoint.
+        """
+        splits = {split: self.rows(split) for split in ("train", "dev", "test")}
+        own = DataFingerprint.of(self.encoder.tokenizer, splits)
+        if saved is not None and not self.allow_changed_rows:
+            own.check(saved, splits)
+        return own
 
     def generates(self, split: str) -> bool:
         """Whether scoring ``dev``, ``test`` or ``predict`` generates answers."""
@@ -447,16 +416,6 @@ class TaskRows:
         rows = self.rows("train")
         sampler = self.sampler(batch_size, seed)
         return (self.train_batch([rows[number] for number in sampler.rows_of_step(step)]) for step in count())
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of steps in which every training row comes once."""
-        return len(self.sampler())
-
-    @property
-    def rows_per_step(self) -> int:
-        """Number of training rows per step, over all processes."""
-        return self.batch_size * self.processes.of_rows.total
 
     def eval_plan(self, split: str, num_rows: int | None = None) -> EvalPlan:
         """Plan the batches in which this process scores dev or held-out rows: all rows, or the first ``num_rows``."""

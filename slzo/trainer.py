@@ -65,12 +65,15 @@ class ZOTrainer(Trainer):
         self._run_folders: set[Path] = set()
         self._fitted: Path | None = None
         self._trained: tuple[LightningModule, LightningDataModule | None] | None = None
+        cluster = None
         try:
-            cluster = _slurm_job() if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins) else None
-            super().__init__(**kwargs, plugins=plugins if cluster is None else [*plugins, cluster])
+            if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+                # slzo saves and requeues the job between two steps; Lightning would do both in the middle of one
+                plugins.append(cluster := SLURMEnvironment(auto_requeue=False))
+            super().__init__(**kwargs, plugins=plugins)
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
     def fit(
@@ -84,13 +87,8 @@ class ZOTrainer(Trainer):
     ) -> None:
         """Find the dominant layer and tune it.
 
-        Args:
-            model: A ZOModule.
-            train_dataloaders: Not needed with a data module, which can be given here instead.
-            val_dataloaders: Not needed with a data module.
-            datamodule: A TaskDataModule.
-            ckpt_path: Checkpoint or run folder to continue from, or ``last`` or ``best`` of the newest run.
-            weights_only: Passed on.
+        Arguments are those of :meth:`lightning.pytorch.Trainer.fit`. ``ckpt_path`` can also be a run folder, or ``last`` or
+        ``best`` of the newest run.
 
         Raises:
             SlzoError: Without a checkpoint, an earlier fit of this trainer had another model or other rows.
@@ -104,7 +102,7 @@ class ZOTrainer(Trainer):
             model.options.check_rows(datamodule)
             check_callbacks(self.callbacks, datamodule.metric_names)
         checkpoint = self._find(ckpt_path, restarted=True)
-        path, begun = (None, 0) if checkpoint is None else (checkpoint.path, int(checkpoint.content["global_step"]))
+        path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.content["global_step"])
         if path is None and self._trained is not None and self._trained != (model, datamodule):
             # its callbacks keep the untuned score and the best state
             raise SlzoError(
@@ -112,7 +110,7 @@ class ZOTrainer(Trainer):
             )
         checkpoint = None  # so that its tensors can be freed after Lightning has loaded them
         if path is not None and 0 < self.max_steps <= begun:
-            self._forget()
+            self._set_known(None)
             say(
                 f"The checkpoint {path} already has all {begun} steps (trainer.max_steps {self.max_steps}); raise "
                 "trainer.max_steps to continue, or score it with slzo test"
@@ -145,14 +143,8 @@ class ZOTrainer(Trainer):
     ) -> Any:
         """Score held-out rows.
 
-        Args:
-            model: A ZOModule.
-            dataloaders: Not needed with a data module.
-            ckpt_path: Checkpoint whose tuned layer is scored, or ``last`` or ``best``. Without it the current
-                weights are used, untuned or tuned.
-            verbose: Print the scores.
-            datamodule: A TaskDataModule.
-            weights_only: See :meth:`lightning.pytorch.Trainer.test`.
+        Arguments are those of :meth:`lightning.pytorch.Trainer.test`. ``ckpt_path`` can also be ``last`` or ``best``; without it
+        the current weights are scored, untuned or tuned.
         """
         with self._running():
             path = self._to_score(ckpt_path, model)
@@ -167,7 +159,7 @@ class ZOTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Score dev rows; arguments as for :meth:`test`."""
+        """Score dev rows; for ``ckpt_path`` see :meth:`test`."""
         with self._running():
             path = self._to_score(ckpt_path, model)
             return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
@@ -181,17 +173,7 @@ class ZOTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Predict held-out rows.
-
-        Args:
-            model: A ZOModule.
-            dataloaders: Not needed with a data module.
-            datamodule: A TaskDataModule.
-            return_predictions: Whether to return the records, batch by batch; by default true.
-            ckpt_path: Checkpoint whose tuned layer is used, or ``last`` or ``best``. Without it the current
-                weights are used, untuned or tuned.
-            weights_only: Passed on.
-        """
+        """Predict held-out rows; for ``ckpt_path`` see :meth:`test`."""
         with self._running():
             path = self._to_score(ckpt_path, model)
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
@@ -202,18 +184,14 @@ class ZOTrainer(Trainer):
             watch.watch_launcher(self)
         return run_folder(self, self._run_folders, begun)
 
-    @property
-    def runs_folder(self) -> str:
-        """Folder above the runs."""
-        return str((self.logger.save_dir if self.logger is not None else None) or self.default_root_dir)
-
     def _find(self, ckpt_path: str | Path | None, restarted: bool = False) -> Checkpoint | None:
         """Read a checkpoint; ``last`` and ``best`` are those of this trainer's run, otherwise of the newest one.
 
         Without a path, a training (``restarted``) by slzo's command line in a SLURM job that was restarted continues the newest
         run of this job.
         """
-        root = self.runs_folder if self._fitted is None else self._fitted
+        runs = (None if self.logger is None else self.logger.save_dir) or self.default_root_dir
+        root = runs if self._fitted is None else self._fitted
         # a script may fit several times, and all its runs have the same command
         job = job_id() if restarted and is_restarted() and command_line() is not None else None
         if ckpt_path is None and job is not None:
@@ -221,14 +199,12 @@ class ZOTrainer(Trainer):
         if ckpt_path is None:
             return None
         found = find_checkpoint(ckpt_path, root, to_continue=restarted)
-        if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
-            self.strategy.checkpoint_io.known = found
+        self._set_known(found)
         return found
 
-    def _forget(self) -> None:
-        """Free the tensors of the checkpoint that was found, which Lightning will not load."""
+    def _set_known(self, checkpoint: Checkpoint | None) -> None:
         if isinstance(self.strategy.checkpoint_io, AtomicCheckpointIO):
-            self.strategy.checkpoint_io.known = None
+            self.strategy.checkpoint_io.known = checkpoint
 
     def _to_score(self, ckpt_path: str | Path | None, model: LightningModule | None) -> str | None:
         """Return the path of the checkpoint to score; print that there is none, unless the model is tuned.
@@ -256,19 +232,3 @@ def _run_logger(given: Any, root: str | Path | None) -> Any:
     for logger in _listed(given):
         check_local("trainer.logger.save_dir", getattr(logger, "save_dir", None))
     return given
-
-
-def _slurm_job() -> SLURMEnvironment | None:
-    """Return the SLURM job that started this process, if one did. slzo saves and requeues it between two steps.
-
-    Lightning would do both in the middle of a step.
-
-    Raises:
-        SlzoError: The options of the job do not fit a run of several processes.
-    """
-    if not SLURMEnvironment.detect():
-        return None
-    try:
-        return SLURMEnvironment(auto_requeue=False)
-    except RuntimeError as error:
-        raise SlzoError(f"trainer: {one_line(error, None)}") from error

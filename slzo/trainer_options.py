@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slzo.callbacks.checkpoints import AUTO_MONITOR, BestCheckpoint
@@ -38,17 +37,15 @@ TRAINER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     }
 )
 _COPYING = ("spawn", "fork", "notebook")
-_SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _MAX_LAUNCHED = 64
-_REFUSED: Mapping[type[Callback], str] = MappingProxyType(
-    {
-        WeightAveraging: "leave it out; the best checkpoint is kept",
-        StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
-        LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
-        BatchSizeFinder: "leave it out; slzo plan estimates the memory",
-        GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
-    }
-)
+_REFUSED: Mapping[type[Callback], str] = {
+    WeightAveraging: "leave it out; the best checkpoint is kept",
+    StochasticWeightAveraging: "leave it out; the best checkpoint is kept",
+    LearningRateFinder: "leave model.optimizer.lr at auto, or compare rates with slzo sweep --lrs",
+    BatchSizeFinder: "leave it out; slzo plan estimates the memory",
+    GradientAccumulationScheduler: "raise data.batch_size; data.tokens_per_pass runs a large batch in parts",
+}
 
 
 def limit_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,8 +135,7 @@ def _check_strategy(strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, str) and any(word in strategy for word in _COPYING):
         raise SlzoError(f"trainer.strategy {name!r}: it copies this process, which slzo does not support; use ddp")
-    classes = [each.__name__ for each in _SHARDING]
-    if name.rpartition(".")[2] in classes or name.startswith(("fsdp", "deepspeed")):
+    if name.rpartition(".")[2] in _SHARDING or name.startswith(("fsdp", "deepspeed")):
         raise SlzoError(
             f"trainer.strategy {name!r}: not supported, as its processes must run every layer equally often; use {SHARDED}, "
             "whose processes share the frozen layers, or one process with model.device_map auto, which spreads them over all GPUs"
@@ -152,23 +148,18 @@ def check_callbacks(callbacks: Sequence[Callback], metrics: Sequence[str]) -> No
     Raises:
         SlzoError: There is no such metric, or a file cannot be named.
     """
-    for callback in callbacks:
-        for kind, advice in _REFUSED.items():
-            if isinstance(callback, kind):
-                raise SlzoError(
-                    f"trainer.callbacks {type(callback).__name__}: does not work with slzo's steps; {advice}"
-                )
     own = all(type(each).__module__.partition(".")[0] in ("slzo", "lightning") for each in callbacks)
     for callback in callbacks:
-        option = "checkpoint" if isinstance(callback, BestCheckpoint) else type(callback).__name__
+        name = type(callback).__name__
+        if advice := next((text for kind, text in _REFUSED.items() if isinstance(callback, kind)), None):
+            raise SlzoError(f"trainer.callbacks {name}: does not work with slzo's steps; {advice}")
+        option = "checkpoint" if isinstance(callback, BestCheckpoint) else name
         monitor = getattr(callback, "monitor", None)
         # other callbacks may log metrics of their own, and training steps log many
-        if (
-            own
-            and isinstance(monitor, str)
-            and monitor not in (AUTO_MONITOR, *metrics)
-            and not monitor.startswith("train/")
-        ):
+        wrong = (
+            isinstance(monitor, str) and monitor not in (AUTO_MONITOR, *metrics) and not monitor.startswith("train/")
+        )
+        if own and wrong:
             raise SlzoError(f"{option}.monitor {monitor!r}: no such metric; choose one of {', '.join(metrics)}")
         if isinstance(callback, ModelCheckpoint):
             _check_files(callback, option, metrics)

@@ -3,7 +3,7 @@
 ``fit``, sweep, race and replay use these functions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any, cast
@@ -43,8 +43,7 @@ def agreed_settings(options: TrainingOptions, rows: TaskRows) -> dict[str, Any]:
         "max_nonfinite": options.max_nonfinite,
         **flat_settings("engine", asdict(options.engine)),
     }
-    drawn = {f"data.{name}": value for name, value in rows.step_settings().items()}
-    return {**{f"model.{name}": value for name, value in own.items()}, **drawn}
+    return flat_settings("model", own) | flat_settings("data", rows.step_settings())
 
 
 def load_parts(options: TrainingOptions, device: torch.device, shard_group: ShardGroup | None = None) -> ModelParts:
@@ -77,7 +76,9 @@ def adapt_rows(rows: TaskRows, parts: ModelParts, options: TrainingOptions) -> N
         SlzoError: The tokenizer has tokens that the model does not have.
     """
     rows.follow_model(options.model, options.trust_remote_code)
-    rows.adapt_to_model(parts.model, options.model, options.scope.num_positions, parts.limits.longest)
+    virtual = parts.virtual_tokens
+    reserved = options.scope.num_positions if virtual is None else virtual.num_tokens
+    rows.adapt_to_model(parts.model, options.model, reserved, parts.limits.longest)
 
 
 def tune(
@@ -107,20 +108,22 @@ def prefix_blocks(rows: TaskRows, held_out: bool = False) -> Iterator[Block]:
     The blocks are the same after a resume. They include the training rows of all processes, because each process sees other rows
     in later epochs.
     """
-    yield from _scored_blocks(rows, "dev")
+    yield from map(_block, _scored(rows, "dev", generated=False))
     if not rows.objective.generates:
         yield from chain.from_iterable(training_blocks(rows))
     if held_out:
-        yield from _scored_blocks(rows, "test")
+        yield from map(_block, _scored(rows, "test", generated=False))
 
 
-def _scored_blocks(rows: TaskRows, split: str) -> Iterator[Block]:
-    """Yield the batches in which this process scores a split, without rows whose answers are generated."""
+def _scored(rows: TaskRows, split: str, generated: bool) -> list[list[Row]]:
+    """Return the batches in which this process scores a split: those whose answers are generated, or the others."""
     plan = rows.eval_plan(split)
-    if not plan.shares_beginnings:  # batches with shared beginnings are not cached
-        for batch in plan.batches:
-            if not batch[0].prompt:
-                yield Block([row.encoded for row in batch])
+    # batches with shared beginnings are not cached
+    return [] if plan.shares_beginnings else [batch for batch in plan.batches if bool(batch[0].prompt) == generated]
+
+
+def _block(batch: Sequence[Row]) -> Block:
+    return Block([row.encoded for row in batch])
 
 
 def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
@@ -131,13 +134,10 @@ def fill_prefix(model: TunedModel, rows: TaskRows) -> None:
 
 def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
     """Like :func:`prefix_blocks`, for rows whose answers are generated; dev prompts come with their gold answers."""
-    plan = rows.eval_plan("dev")
-    if not plan.shares_beginnings:
-        for batch in plan.batches:
-            if batch[0].prompt:
-                for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
-                    chosen = (batch[number] for number in chunk)
-                    yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
+    for batch in _scored(rows, "dev", generated=True):
+        for chunk in chunk_by_tokens([row.prompt for row in batch], rows.scoring_tokens, share=False):
+            chosen = (batch[number] for number in chunk)
+            yield Block([prompt_with_gold(row.encoded.index, row.prompt, row.encoded) for row in chosen])
     if rows.objective.generates:
         for batch in chain.from_iterable(_first_epoch(rows)):
             yield Block([prompt_alone(prompt_key(row.encoded.index), row.prompt) for row in batch])
@@ -145,7 +145,7 @@ def prompt_blocks(rows: TaskRows) -> Iterator[Block]:
 
 def training_blocks(rows: TaskRows) -> list[list[Block]]:
     """Return the training batches of the first epoch, by process."""
-    return [[Block([row.encoded for row in batch]) for batch in batches] for batches in _first_epoch(rows)]
+    return [[*map(_block, batches)] for batches in _first_epoch(rows)]
 
 
 def _first_epoch(rows: TaskRows) -> list[list[list[Row]]]:
@@ -198,10 +198,7 @@ def uses_auto(options: TrainingOptions) -> bool:
 
 
 def auto_rate(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoRate:
-    """Return the learning rate of ``auto`` for a training that starts from the current weights.
-
-    For arguments and errors see :func:`measure_step`, which estimates along random directions need.
-    """
+    """Return the learning rate of ``auto`` for a training that starts from the current weights; see :func:`measure_step`."""
     if not stepper.estimator.along_directions:
         adapter = stepper.model.adapter
         return RelativeRate.of(stepper.model.tensors, adapter is not None and adapter.multiplies)
@@ -217,11 +214,7 @@ def restored_rate(data: Mapping[str, Any] | None, options: TrainingOptions) -> A
 def measure_step(stepper: Stepper, rows: TaskRows, seed: int | None = None, eps: float | None = None) -> AutoStep:
     """Measure step sizes on the first batch of a training, see :meth:`AutoStep.measure`.
 
-    Args:
-        stepper: Stepper of the training.
-        rows: Rows of the training.
-        seed: Seed of the batches; by default that of the rows.
-        eps: Size of the perturbation; ``None`` to find one.
+    ``seed`` is that of the batches, by default the rows' own. ``eps`` is the size of the perturbation; ``None`` finds one.
 
     Raises:
         SlzoError: The loss is not finite, or does not change at any distance.

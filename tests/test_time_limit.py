@@ -270,6 +270,11 @@ def test_validations_by_time_need_no_steps_between_them():
     assert next(each for each in limited.callbacks if isinstance(each, TimeLimit)).every_seconds == 60
 
 
+def test_a_run_validates_by_the_clock(options):
+    assert main(["fit", *options, "--trainer.max_steps=2", "--trainer.val_check_interval=00:00:10:00"]) == 0
+    assert summary()["steps"] == 2
+
+
 @pytest.mark.fast
 def test_the_limit_stops_a_run_before_its_last_state_is_saved():
     names = [type(each).__name__ for each in with_defaults([TimeLimit(9.0)])]

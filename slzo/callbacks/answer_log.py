@@ -23,19 +23,11 @@ class AnswerLog(Callback):
         self._shown: dict[str, str] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the answers of the last validation."""
         self._shown.clear()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        """Keep the answers to the first rows."""
         outcome = outputs.get("outcome") if isinstance(outputs, dict) else None
         if not isinstance(outcome, Outcome) or not isinstance(batch, EvalBatch) or not outcome.num_tokens:
             return
@@ -45,7 +37,6 @@ class AnswerLog(Callback):
             self._shown[row.example.id] = f"**prompt**\n\n{prompt}\n\n**answer**\n\n{answer}{reward}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the answers."""
         if trainer.sanity_checking:
             return
         for logger in trainer.loggers:

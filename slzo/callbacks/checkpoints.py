@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.schedule import callback_of, folder_of, is_last_step, validation_due
-from slzo.callbacks.stop_signals import StopSignals, largest, pass_on
+from slzo.callbacks.stop_signals import StopSignals, largest
 from slzo.checkpoints.find import best_file
 from slzo.task_rows import TaskRows
 from slzo.utils.console import say
@@ -45,7 +45,6 @@ class BestCheckpoint(ModelCheckpoint):
         self._resumed: str | Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the metric to watch if ``monitor`` is auto."""
         check_inside("checkpoint.filename", self.filename or "", "set the folder with checkpoint.dirpath")
         rows = getattr(trainer, "datamodule", None)
         if self.monitor == AUTO_MONITOR and isinstance(rows, TaskRows):
@@ -131,15 +130,13 @@ class LastCheckpoint(Checkpoint):
         self._saved_at, self.saved, self._final, self._stop = -math.inf, None, None, 0
         self._signals.install()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         """Stop before the step if a signal came; otherwise later signals wait until the step is done."""
         if self._stop:
             raise Interrupted(self._stop, saved=True)
         self._signals.waits = self._in_epoch = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save, unless a validation follows."""
         if validation_due(trainer):
             return
@@ -153,7 +150,6 @@ class LastCheckpoint(Checkpoint):
             self._save_final(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the schedule that was changed for the last validation."""
         self._restore_schedule(trainer)
         if trainer.state.fn == "fit" and not trainer.sanity_checking and is_last_step(trainer):
             self._keep_resumed(trainer)
@@ -168,7 +164,6 @@ class LastCheckpoint(Checkpoint):
             self._save_if_due(trainer, always=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the epoch is over."""
         self._in_epoch = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -186,7 +181,6 @@ class LastCheckpoint(Checkpoint):
                     counts["completed"] = counts["processed"] - 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state after the last step."""
         self._signals.remove()
         self._restore_schedule(trainer)
         folder = _folder(trainer)
@@ -205,8 +199,10 @@ class LastCheckpoint(Checkpoint):
         """Print how to continue, forward a signal, and put a preempted job back into the queue."""
         self._signals.remove()
         self._restore_schedule(trainer)
-        if isinstance(exception, Interrupted) and not exception.saved:
-            pass_on(trainer, exception.number)
+        stopped = exception if isinstance(exception, Interrupted) else None
+        launcher: Any = trainer.strategy.launcher
+        if stopped is not None and not stopped.saved and hasattr(launcher, "kill"):
+            launcher.kill(stopped.number)  # the processes that this one has started
         # no collective call: the other processes may be elsewhere
         if self._final is not None and trainer.is_global_zero:
             self._final.unlink(missing_ok=True)
@@ -214,9 +210,8 @@ class LastCheckpoint(Checkpoint):
             by_command = f"the same command and --ckpt_path {self.saved}"
             way = by_command if command_line() is not None else f"trainer.fit(..., ckpt_path={str(self.saved)!r})"
             say(f"\nInterrupted at step {trainer.global_step}; continue with {way}")
-        job = job_id()
-        trains = trainer.state.fn == "fit"
-        preempted = trains and isinstance(exception, Interrupted) and exception.number == PREEMPTION
+        job, trains = job_id(), trainer.state.fn == "fit"
+        preempted = trains and stopped is not None and stopped.number == PREEMPTION
         # before the first step the first process may be waiting for one that has ended
         if job is not None and preempted and (trainer.is_global_zero or self.saved is None):
             has_state = self.saved is not None or trainer.ckpt_path is not None
@@ -228,8 +223,9 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer: Trainer, always: bool = False) -> None:
         """Save if it is time or a signal came; after a signal, the next step does not begin."""
-        step = trainer.global_step
-        self._stop, is_time = largest(trainer, self._signals.requested, int(self._is_time()))
+        step, waited = trainer.global_step, time.monotonic() - self._saved_at
+        waited_enough = self._saved_step < 0 or 0 < 60 * self.every_minutes <= waited
+        self._stop, is_time = largest(trainer, self._signals.requested, waited_enough)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         if always or self._stop or by_steps or is_time:
             folder = _folder(trainer)
@@ -262,10 +258,6 @@ class LastCheckpoint(Checkpoint):
         (stop,) = largest(trainer, self._signals.requested)
         if stop:
             raise Interrupted(stop, saved=True)
-
-    def _is_time(self) -> bool:
-        passed = time.monotonic() - self._saved_at
-        return self._saved_step < 0 or (self.every_minutes > 0 and passed >= 60 * self.every_minutes)
 
 
 def _folder(trainer: Trainer) -> Path | None:

@@ -33,26 +33,20 @@ DEFAULTS: Mapping[str, type[Callback]] = MappingProxyType(
 def with_defaults(given: Sequence[Callback], *, checkpoints: bool = True, progress: bool = True) -> list[Callback]:
     """Return the given callbacks and the missing default ones, in the order in which they run.
 
-    Args:
-        given: The user's callbacks.
-        checkpoints: Whether checkpoints are saved.
-        progress: Whether progress is shown.
+    Without ``checkpoints`` or ``progress`` there are none that save checkpoints, or show progress.
     """
     kept = [each for each in given if checkpoints or not isinstance(each, Checkpoint)]
-    missing = [kind for kind in DEFAULTS.values() if not any(isinstance(each, kind) for each in kept)]
+    kinds = [*DEFAULTS.values()]
+    missing = [kind for kind in (*kinds, RankWatch) if not any(isinstance(each, kind) for each in kept)]
     kept += [kind() for kind in missing if checkpoints or not issubclass(kind, Checkpoint)]
     if progress and not any(isinstance(each, ProgressBar) for each in kept):
-        kept.insert(0, StepProgressBar())
-    if not any(isinstance(each, RankWatch) for each in kept):
-        kept.append(RankWatch())
-    order = [*DEFAULTS.values(), RankWatch]
-    own = order.index(RunRecord) - 0.5  # where the user's own callbacks run
+        kept.append(StepProgressBar())
+    # the progress bar ends its line before the others print; a run is stopped before its last state is saved
+    order: list[type] = [ProgressBar, *kinds, RankWatch]
+    record = order.index(RunRecord)
+    order.insert(record + 1, TimeLimit)
 
     def place(callback: Callback) -> float:
-        if isinstance(callback, ProgressBar):
-            return -1  # ends its line before the others print
-        if isinstance(callback, TimeLimit):
-            return order.index(RunRecord) + 0.5  # stops a run before its last state is saved
-        return next((float(number) for number, kind in enumerate(order) if isinstance(callback, kind)), own)
+        return next((number for number, kind in enumerate(order) if isinstance(callback, kind)), record - 0.5)
 
     return sorted(kept, key=place)

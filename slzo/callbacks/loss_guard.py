@@ -8,7 +8,6 @@ from torch import Tensor
 
 from slzo.callbacks.run_context import dev_batches, num_dev_rows
 from slzo.callbacks.schedule import is_quick, validation_due
-from slzo.evaluation.selection_metric import SelectionMetric
 from slzo.module import ZOModule
 from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
@@ -69,12 +68,13 @@ class LossGuard(Callback):
             self._keep(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the dev loss with the lowest so far."""
         if self.factor is None or not validation_due(trainer) or not isinstance(pl_module, ZOModule):
             return
         metric = pl_module.rows.selection_metric
         loss = metric.distance(trainer.callback_metrics, "val/")
-        factor = self.factor if self.factor != "auto" else _usual_factor(num_dev_rows(trainer, pl_module.rows), metric)
+        if (factor := self.factor) == "auto":
+            noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
+            factor = 1 + noise / math.sqrt(max(1, num_dev_rows(trainer, pl_module.rows)))
         if self._lowest == math.inf or loss <= metric.largest(self._lowest, factor, self._first):
             self._note(trainer, pl_module, loss)
         else:
@@ -87,8 +87,7 @@ class LossGuard(Callback):
             self._keep(trainer, module)
 
     def _keep(self, trainer: Trainer, module: ZOModule) -> None:
-        assert module.tuned_model is not None
-        tensors = module.tuned_model.tensors
+        tensors = module.stepper.model.tensors
         self._good_step = trainer.global_step
         self._good = tensors.clone_masters() if 4 * tensors.num_elements <= tensors.hold_bytes else None
 
@@ -111,11 +110,5 @@ class LossGuard(Callback):
         return {**own, "good": self._good, "good_step": self._good_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
         self.rollbacks, self._first, self._lowest = (state_dict[name] for name in ("rollbacks", "first", "lowest"))
         self._good, self._good_step = state_dict["good"], state_dict["good_step"]
-
-
-def _usual_factor(num_rows: int, metric: SelectionMetric) -> float:
-    noise = _LOSS_NOISE if metric.best is None else _METRIC_NOISE
-    return 1 + noise / math.sqrt(max(1, num_rows))

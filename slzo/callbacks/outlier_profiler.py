@@ -33,10 +33,7 @@ class OutlierProfiler(Callback):
     """
 
     def __init__(
-        self,
-        rule: SelectionRule | None = None,
-        num_sequences: int = 16,
-        text_file: str | None = None,
+        self, rule: SelectionRule | None = None, num_sequences: int = 16, text_file: str | None = None
     ) -> None:
         self.options = ProfileOptions(Auto() if rule is None else rule, num_sequences, text_file)
         self.profile: OutlierProfile | None = None
@@ -55,11 +52,9 @@ class OutlierProfiler(Callback):
         log_picture(trainer, PICTURE, folder / f"{PICTURE}.png")
 
     def state_dict(self) -> dict[str, Any]:
-        """The profile, kept in checkpoints."""
         return {"profile": None if self.profile is None else self.profile.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the profile from a checkpoint."""
         saved = state_dict["profile"]
         self.profile = None if saved is None else OutlierProfile.from_dict(saved)
 

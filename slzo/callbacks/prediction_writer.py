@@ -28,17 +28,12 @@ class PredictionWriter(Callback):
         self._records: list[tuple[int, dict[str, Any]]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an interrupted prediction left."""
-        self._records = []
+        self._records = []  # an interrupted prediction may have left some
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Keep the records of a batch."""
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self._records.extend(outputs)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the records and write them."""
         if isinstance(pl_module, ZOModule):
             layer_barrier(pl_module.parts.model)
         records, self._records = gather_from_processes(self._records), []

@@ -24,77 +24,54 @@ class StepProgressBar(TQDMProgressBar):
 
     @property
     def is_disabled(self) -> bool:
-        """Whether no bars are shown."""
         return bool(super().is_disabled) or not sys.stderr.isatty()
 
     def _bar(self, description: str, leave: bool = True, position: int = 0, **options: Any) -> Tqdm:
-        return Tqdm(
-            desc=description,
-            leave=leave,
-            position=position,
-            disable=self.is_disabled,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            **options,
-        )
+        options |= {"disable": self.is_disabled, "dynamic_ncols": True, "file": sys.stderr}
+        return Tqdm(desc=description, leave=leave, position=position, **options)
 
     def init_sanity_tqdm(self) -> Tqdm:
-        """Make the bar of Lightning's check before training."""
         return self._bar("Checking", leave=False)
 
     def init_validation_tqdm(self) -> Tqdm:
-        """Make the bar of a validation, below the training bar if there is one."""
         in_fit = self.trainer.state.fn == "fit"
         return self._bar("Validation", leave=not in_fit, position=int(in_fit))
 
     def init_test_tqdm(self) -> Tqdm:
-        """Make the bar for scoring held-out rows."""
         return self._bar("Testing")
 
     def init_predict_tqdm(self) -> Tqdm:
-        """Make the bar of predictions."""
         return self._bar("Predicting")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the bar at the step of a resumed run."""
-        total = trainer.max_steps if trainer.max_steps > 0 else None
+    def init_train_tqdm(self) -> Tqdm:
+        total = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         options: dict[str, Any] = {} if total is None else {"bar_format": _FORMAT}
-        self._steps = self._bar("Training", total=total, initial=trainer.global_step, unit="step", **options)
-        self.train_progress_bar = self._steps
+        self._steps = self._bar("Training", total=total, initial=self.trainer.global_step, unit="step", **options)
+        return self._steps
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Do nothing: the bar continues across epochs."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics shown after the bar: dev metrics first, without the version of the run."""
-        found = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-        return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("val/"), item[0] == "val/loss")))
+        """Return the metrics shown after the bar, dev metrics first, with four digits."""
+        found = super().get_metrics(trainer, pl_module).items()
+        shown = {name: f"{value:.4g}" for name, value in found if isinstance(value, float)}
+        return dict(sorted(shown.items(), key=lambda item: (not item[0].startswith("val/"), item[0] == "val/loss")))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Advance the bar."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.is_disabled:
             return
         bar = self.train_progress_bar
         if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == bar.total:
-            bar.set_postfix(self._shown(trainer, pl_module), refresh=False)
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the dev metrics."""
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or sys.stderr.isatty() or super().is_disabled:
             return
-        shown = self._shown(trainer, pl_module)
-        if self._steps is not None:
-            self._steps.set_postfix(shown)
-        if not sys.stderr.isatty() and not super().is_disabled:
-            say(f"Step {trainer.global_step:<6d}" + "  ".join(f"{name} {value}" for name, value in shown.items()))
-
-    def _shown(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-        found = self.get_metrics(trainer, pl_module)
-        return {name: f"{value:.4g}" for name, value in found.items() if isinstance(value, float)}
+        shown = self.get_metrics(trainer, pl_module)
+        say(f"Step {trainer.global_step:<6d}" + "  ".join(f"{name} {value}" for name, value in shown.items()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the line of the bar, so that the next message is readable."""

@@ -66,8 +66,7 @@ class RankWatch(Callback):
 
     def _begin(self, trainer: Trainer, peers: Sequence[Peer], may_report: bool = True) -> None:
         def end(peer: Peer, reports: bool) -> None:
-            cause = f"rank {peer.rank} (process {peer.pid}) has ended"
-            end_process(_STATUS, f"\nslzo: error: {_message(trainer, cause)}\n" if reports and may_report else "")
+            _end(trainer, peer, "has ended", reports and may_report)
 
         if self._watch is not None:
             self._watch.stop()
@@ -96,9 +95,7 @@ class RankWatch(Callback):
                 with suppress(ProcessLookupError):
                     os.kill(peer.pid, signal.SIGKILL)  # it would keep its memory
             seconds = round(self.interval * MISSED_BEATS)
-            text = _message(trainer, f"rank {other} (process {peer.pid}) has not answered for {seconds} seconds")
-            reports = rank == min(each for each in range(number) if each != other)
-            end_process(_STATUS, f"\nslzo: error: {text}\n" if reports else "")
+            _end(trainer, peer, f"has not answered for {seconds} seconds", rank == (1 if other == 0 else 0))
 
         return Heartbeat(store, rank, number, end, self.interval)
 
@@ -122,11 +119,13 @@ class RankWatch(Callback):
         self._watch = self._heartbeat = None
 
 
-def _message(trainer: Trainer, cause: str) -> str:
+def _end(trainer: Trainer, peer: Peer, event: str, reports: bool) -> None:
+    """End this process because of another one, with a line that says so if this process ``reports`` it."""
     last = callback_of(trainer, LastCheckpoint)
     saved = (None if last is None else last.saved) or trainer.ckpt_path
     if trainer.state.fn != "fit" or saved is None:
         advice = "start the same command again"
     else:
         advice = f"continue with the same command and --ckpt_path {saved}"
-    return f"{cause}, so the others stop at step {trainer.global_step}; {advice}"
+    cause = f"rank {peer.rank} (process {peer.pid}) {event}, so the others stop at step {trainer.global_step}"
+    end_process(_STATUS, f"\nslzo: error: {cause}; {advice}\n" if reports else "")

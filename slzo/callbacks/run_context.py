@@ -21,14 +21,7 @@ from slzo.zo.time_plan import Passes, TimeBudget
 def run_context(
     trainer: Trainer, rows: TaskRows, *, folder: Path | None = None, checkpoint: Checkpoint | None = None
 ) -> RunContext:
-    """Describe the training that ``trainer`` runs with ``rows``.
-
-    Args:
-        trainer: The trainer.
-        rows: Rows of the task, set up for ``fit``.
-        folder: Folder of the run; ``None`` if no checkpoints are written.
-        checkpoint: Checkpoint to continue; ``None`` for a new training.
-    """
+    """Describe the training that ``trainer`` runs with ``rows``, which are set up for ``fit``."""
     profiler = callback_of(trainer, OutlierProfiler)
     return RunContext(
         device=trainer.strategy.root_device,
@@ -91,16 +84,14 @@ def planned_steps(trainer: Trainer, rows: TaskRows) -> int:
 
 def _step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
     """Return the number of steps that ``max_steps`` and ``trainer.max_epochs`` allow; -1 for no limit."""
-    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-    limits = [max_steps] if max_steps > 0 else []
-    if epochs is not None:
-        limits.append(steps_per_epoch(trainer, rows) * epochs)
-    return min(limits, default=-1)
+    epochs = trainer.max_epochs or -1
+    limits = [max_steps, epochs if epochs < 0 else epochs * steps_per_epoch(trainer, rows)]
+    return min((limit for limit in limits if limit > 0), default=-1)
 
 
 def steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:
     """Return the steps of an epoch, with ``trainer.limit_train_batches``."""
-    limit, batches = trainer.limit_train_batches, rows.steps_per_epoch
+    limit, batches = trainer.limit_train_batches, len(rows.sampler())
     if limit is None:
         return batches
     return min(batches, limit if isinstance(limit, int) else int(batches * limit))

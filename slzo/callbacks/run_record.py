@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slzo.callbacks.checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from slzo.callbacks.loss_guard import LossGuard
 from slzo.callbacks.run_context import num_dev_rows, planned_steps
-from slzo.callbacks.schedule import callback_of, folder_of, is_quick, steps_per_validation
+from slzo.callbacks.schedule import callback_of, folder_of, is_quick
 from slzo.fit import finish, score_test_rows
 from slzo.module import ZOModule
 from slzo.report.forecast import Forecast
@@ -27,6 +27,7 @@ from slzo.utils.console import say
 from slzo.utils.environment import command_line, environment
 from slzo.utils.files import write_json
 from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.settings import flat_settings
 from slzo.zo.time_plan import Passes
 
 
@@ -67,7 +68,6 @@ class RunRecord(Callback):
         return Passes(test_before=int(self.test_before), test_after=1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the environment, and score the held-out rows with the untuned model."""
         if not isinstance(pl_module, ZOModule):
             return
         prepared = pl_module.prepared
@@ -87,19 +87,16 @@ class RunRecord(Callback):
         self._write(trainer)
         self._train_started = time.monotonic()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record when a step begins."""
+    def on_train_batch_start(self, *_: Any) -> None:
         self._forecast.begin()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """After some steps, print the forecast for the rest of the run; short runs print none."""
         if self._forecast.end() and isinstance(pl_module, ZOModule) and not is_quick(trainer):
-            rows = pl_module.rows
+            rows, every = pl_module.rows, trainer.val_check_batch  # None if validations follow the clock
             line = self._forecast.line(
                 planned_steps(trainer, rows) - trainer.global_step,
-                steps_per_validation(trainer),
+                every * (trainer.check_val_every_n_epoch or 1) if every and trainer.enable_validation else None,
                 num_dev_rows(trainer, rows),
                 len(rows.rows("test")),
                 peak_memory_gb(pl_module.device) + _cache_growth(pl_module),
@@ -108,7 +105,6 @@ class RunRecord(Callback):
                 say(line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the results to the history."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not isinstance(pl_module, ZOModule):
             return
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -129,7 +125,6 @@ class RunRecord(Callback):
         self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the best checkpoint; print and write the summary."""
         if not isinstance(pl_module, ZOModule) or is_quick(trainer) or trainer.interrupted:
             return
         prepared = pl_module.prepared
@@ -193,7 +188,6 @@ class RunRecord(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The record so far."""
         return self._so_far().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,12 +208,10 @@ def _log_scores(trainer: Trainer, scores: Mapping[str, float], options: dict[str
 
 def _options(trainer: Trainer, module: ZOModule) -> dict[str, Any]:
     """Return the options to log besides those of the model, which Lightning logs itself."""
-    rows = {f"data.{name}": value for name, value in module.rows.step_settings().items()}
-    assert module.prepared is not None
     return {
-        **rows,
+        **flat_settings("data", module.rows.step_settings()),
         "trainer.max_steps": trainer.max_steps,
-        "dominant_layer": module.prepared.model.layer,
+        "dominant_layer": module.stepper.model.layer,
         "noise_seed": module.stepper.seed,
     }
 
@@ -243,7 +235,6 @@ def _facts(trainer: Trainer, module: ZOModule, prepared: Prepared) -> dict[str, 
 
 def _cache_growth(module: ZOModule) -> float:
     """Return the GiB of CPU memory that the prefix cache will still take."""
-    assert module.tuned_model is not None
-    cache = module.tuned_model.forward.cache
+    cache = module.stepper.model.forward.cache
     in_memory = module.device.type == "cpu" and cache.directory is None
     return cache.missing_bytes / 2**30 if in_memory else 0.0

@@ -45,12 +45,6 @@ def validation_due(trainer: Trainer) -> bool:
     return (done + 1) % int(every) == 0
 
 
-def steps_per_validation(trainer: Trainer) -> float | None:
-    """Return the mean number of steps between two validations; ``None`` if there are none, or if they follow the clock."""
-    every = trainer.val_check_batch
-    return None if every is None or not trainer.enable_validation else every * (trainer.check_val_every_n_epoch or 1)
-
-
 def is_last_step(trainer: Trainer) -> bool:
     """Whether training ends after the current step, as far as this is known in advance."""
     may_stop = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)

@@ -36,14 +36,13 @@ class StepWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the tuned tensors; a resumed run keeps the size at the first start."""
-        if isinstance(pl_module, ZOModule) and not (_resumed(pl_module) and self._size_at_start is not None):
+        if not isinstance(pl_module, ZOModule) or pl_module.prepared is None:
+            return
+        if not pl_module.prepared.resumed or self._size_at_start is None:
             self._zeros, self._size_at_start = 0, _size(pl_module)
             self._warned_of_rate = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Check the step."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         result = outputs.get("result") if isinstance(outputs, dict) else None
         if not isinstance(result, StepResult) or not isinstance(pl_module, ZOModule) or not result.estimate.finite:
             return
@@ -75,22 +74,15 @@ class StepWatch(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
         return {"size_at_start": self._size_at_start, "zeros": self._zeros}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
         self._size_at_start, self._zeros = state_dict["size_at_start"], state_dict["zeros"]
-
-
-def _resumed(module: ZOModule) -> bool:
-    return module.prepared is not None and module.prepared.resumed
 
 
 def _size(module: ZOModule) -> float:
     """Return the root mean square of the tuned tensors."""
-    assert module.tuned_model is not None
-    tensors = module.tuned_model.tensors
+    tensors = module.stepper.model.tensors
     return float(get_total_norm(master.detach() for master in tensors.masters)) / math.sqrt(tensors.num_elements)
 
 

@@ -59,10 +59,3 @@ def largest(trainer: Trainer, *values: int) -> list[int]:
     own = torch.tensor([float(value) for value in values], device=trainer.strategy.root_device)
     found: list[float] = trainer.strategy.reduce(own, reduce_op="max").tolist()
     return [int(value) for value in found]
-
-
-def pass_on(trainer: Trainer, number: int) -> None:
-    """Forward a signal that ends this process to the processes that it started."""
-    kill = getattr(trainer.strategy.launcher, "kill", None)
-    if kill is not None:
-        kill(number)

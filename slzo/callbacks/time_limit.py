@@ -75,7 +75,7 @@ class TimeLimit(Callback):
             # a second more, because other things are done too
             self._slower = min(_MAX_SLOWDOWN, max(1.0, took / (planned + 1.0)))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         """Record when a step begins, and how long the validation before it took, with its checkpoints."""
         self._step_began = time.monotonic()
         if self._validation_began is not None:
@@ -83,13 +83,10 @@ class TimeLimit(Callback):
             self._validation_began = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record when a validation begins."""
         if not trainer.sanity_checking:
             self._validation_began = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop if there is no time for another step."""
         if self._ends is None or trainer.global_step == trainer.max_steps or trainer.should_stop:
             return
@@ -110,16 +107,11 @@ class TimeLimit(Callback):
         validation = max(self._validation, times.validation)
         return _MARGIN * (max(step, times.step) + (1 + validates) * validation + self._slower * times.after)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, *_: Any) -> None:
         """Give the trainer its own limits back."""
-        if stage == "fit":
-            self._reset(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the trainer its own limits back."""
-        self._reset(trainer)
-
-    def _reset(self, trainer: Trainer) -> None:
         if self._given is not None:
             trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_interval = self._given
         self._ends = self._given = self._plan = None
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        self.teardown(trainer)

@@ -2,7 +2,7 @@
 
 from slzo.cli.app import App
 from slzo.memory_plan import format_first_order, format_plan, memory_inputs
-from slzo.strategy import num_shards
+from slzo.strategy import ShardedStrategy
 from slzo.utils.console import say
 from slzo.utils.runtime import free_bytes
 
@@ -18,7 +18,7 @@ def plan(app: App) -> None:
     rows, device = app.set_up_rows(), app.device
     options, steps, free = app.model.options, app.trainer.max_steps, free_bytes(device)
     options.check_rows(rows)
-    shards = num_shards(app.trainer)
+    shards = app.trainer.world_size if isinstance(app.trainer.strategy, ShardedStrategy) else 1
     say(format_plan(memory_inputs(options, rows, steps, device, shards), free))
     if shards == 1 and (compared := format_first_order(options, rows, steps, device, free)):
         say(compared)

@@ -19,8 +19,7 @@ def profile(app: App) -> None:
     with run_folder(app.trainer, set()):
         parts, rows = app.load()
         options, run = app.model.options, app.run_context()
-        assert run.profiler is not None
-        found, choice = profile_and_choose(parts, options, rows, run, run.profiler)
+        found, choice = profile_and_choose(parts, options, rows, run)
         log_dir = app.trainer.log_dir
         if log_dir is not None:
             write_profile(Path(log_dir), found, choice, options.model, rows.task.name)
