@@ -5,7 +5,6 @@ Every step needs embeddings, final norm and head. They stay on the main device, 
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ class DeviceMapChoice:
         reserved: Bytes on the main device that the run needs in addition to the frozen weights.
 
     Raises:
-        SlzoError: If a value is not allowed, or accelerate is missing.
+        SlzoError: If a value is not allowed.
     """
 
     device_map: DeviceMap
@@ -135,8 +134,6 @@ class DeviceMapChoice:
             )
         if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | str)]:
             raise SlzoError(f"model.device_map {wrong[0]!r}: not a device; give a number, cpu or disk")
-        if importlib.util.find_spec("accelerate") is None:
-            raise SlzoError("model.device_map: needs accelerate, which is not installed; run: pip install accelerate")
 
     def check_processes(self, count: int) -> None:
         """Check that the run has a single process.

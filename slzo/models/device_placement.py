@@ -70,10 +70,11 @@ class DevicePlacement(Placement):
             if weights is None:
                 layer.to(self.places.main)
                 continue
-            for name, tensor in list(layer.named_parameters()):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.places.main).copy_(weights[name])
-                path, _, last = name.rpartition(".")
-                setattr(layer.get_submodule(path), last, nn.Parameter(copy, requires_grad=False))
+            values = {
+                name: torch.empty_like(tensor, device=self.places.main).copy_(weights[name])
+                for name, tensor in layer.named_parameters()
+            }
+            layer.load_state_dict(values, strict=False, assign=True)
 
     def return_layers(self, numbers: Collection[int]) -> None:
         for number in set(numbers) & set(self.places.away) - self._handles.keys():

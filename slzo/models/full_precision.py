@@ -48,7 +48,7 @@ class FullPrecision:
         Raises:
             SlzoError: If a module cannot be dequantized; the model is then unchanged.
         """
-        originals = OriginalWeights.of(model)
+        originals = OriginalWeights(model.name_or_path or "", model.base_model_prefix)
         plain, replaced, dequantized = {}, {}, False
         for path, module, template in _quantized_modules(model, paths):
             if not isinstance(template, nn.Linear | Conv1D):

@@ -194,7 +194,7 @@ class ModelParts:
             if stop < self.num_layers:
                 layers[stop] = capture = Capture(self.layers[stop], self._outputs[0])
             elif not norm:
-                layers[-1] = capture = CaptureOutput(self.layers[-1], layers[-1])
+                layers[-1] = capture = CaptureOutput(layers[-1])
             view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
             self._views[start, stop, norm, plain] = (view, inject, capture)
         return self._views[start, stop, norm, plain]

@@ -57,12 +57,8 @@ class CaptureOutput(StandIn):
 
     value: Tensor | None = None
 
-    def __init__(self, layer: nn.Module, runnable: nn.Module) -> None:
-        super().__init__(layer)
-        self._runnable = (runnable,)
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self._runnable[0](hidden_states, *args, **kwargs)
+        output = self.replaced[0](hidden_states, *args, **kwargs)
         self.value = output[0] if isinstance(output, tuple | list) else output
         return output
 

