@@ -72,9 +72,8 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
 
     ``None`` if the options differentiate already, or if they or the objective do not allow it.
     """
-    if options.estimator.differentiates or options.quantization is not None or options.device_map is not None:
-        return None
-    if options.parallel not in ("rows", 1):
+    placed = options.quantization is not None or options.device_map is not None
+    if options.estimator.differentiates or placed or options.parallel not in ("rows", 1):
         return None
     try:
         changed = replace(options, estimator=Backprop(), optimizer=OptimizerChoice.of(adamw), step=StepOptions())

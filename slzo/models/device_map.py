@@ -206,13 +206,13 @@ class DeviceMapChoice:
                 raise SlzoError(
                     f"model.device_map {name!r}: the model has no such module; its decoder layers are {path}.0 to {path}.{last}"
                 )
-            layer, _, inside = name.removeprefix(f"{path}.").partition(".")
-            if name.startswith(f"{path}.") and inside:
-                if place != _lookup(f"{path}.{layer}", named, main):
-                    raise SlzoError(
-                        f"model.device_map {name!r}: splits decoder layer {layer}; give one device for {path}.{layer}"
-                    )
-            elif not f"{path}.".startswith(f"{name}." if name else "") and not name.startswith(path) and place != main:
+            layer = layer_of(name, path)
+            if layer is not None and place != _lookup(f"{path}.{layer}", named, main):
+                raise SlzoError(
+                    f"model.device_map {name!r}: splits decoder layer {layer}; give one device for {path}.{layer}"
+                )
+            contains_layers = not name or f"{path}.".startswith(f"{name}.")
+            if layer is None and not contains_layers and place != main:
                 raise SlzoError(
                     f"model.device_map {name!r}: is needed at every step and stays on {main}; put only decoder layers on {place}"
                 )

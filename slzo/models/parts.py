@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,22 +79,21 @@ class ModelParts:
         self._runnable = [with_onednn(layer) for layer in self.layers] if self.onednn else list(self.layers)
         self._stack_path, self._layers_name = decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
-        self._known_outputs: tuple[int, type[ModelOutput]] | None = None
         self._views: dict[tuple[int, int, bool, bool], _View] = {}
         self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
         parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
-        parts.limits, parts._known_outputs = self.limits, self._known_outputs
+        parts.limits = self.limits
+        if "_outputs" in vars(self):
+            parts._outputs = self._outputs
         return parts
 
-    @property
+    @cached_property
     def _outputs(self) -> tuple[int, type[ModelOutput]]:
         """Outputs of a layer and of the decoder, see :func:`_inspect_outputs`. Lazy: loading and saving need no forward pass."""
-        if self._known_outputs is None:
-            self._known_outputs = _inspect_outputs(self.model, self.layers[0], self._stack)
-        return self._known_outputs
+        return _inspect_outputs(self.model, self.layers[0], self._stack)
 
     def prepare(self) -> None:
         """Inspect the model's outputs now, before hooks are registered or another attention replaces the model's own."""

@@ -35,10 +35,7 @@ class Licence:
     documents: tuple[WheelFile, ...] = ()
 
     def require_consent(self, model: str) -> None:
-        """Check that the user has accepted the licence, if it needs consent.
-
-        Args:
-            model: Name of the model, for the message.
+        """Check that the user has accepted the licence of a model, if it needs consent.
 
         Raises:
             SlzoError: If ``SLZO_ACCEPT_LICENSE``, a comma-separated list, does not contain the word.
@@ -55,11 +52,7 @@ class Licence:
         )
 
     def show(self, model: str) -> None:
-        """Report the licence of a model on stderr, if it needs consent.
-
-        Args:
-            model: Name of the model.
-        """
+        """Report the licence of a model on stderr, if it needs consent."""
         if self.consent:
             progress(f"{model}: {self.notice or f'{self.title}, {self.address}'}")
             kept = "".join(f"; its text will be stored next to the model as {file.name}" for file in self.documents[:1])
