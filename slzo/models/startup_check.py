@@ -111,11 +111,7 @@ class _Twin:
             self.reason = f"no tiny model of this type can be made for the check: {one_line(failure)}"
 
     def longest(self, packed: bool) -> int | None:
-        """Return the longest sequence that the parts compute correctly in any batch, ``None`` for no limit.
-
-        Raises:
-            _MismatchError: If short sequences are wrong too.
-        """
+        """Return the longest sequence that the parts compute correctly in any batch; ``None`` for no limit."""
         if self.model is None:
             if packed:
                 raise _MismatchError(self.reason)
@@ -157,11 +153,9 @@ class _Twin:
         return bool((padded - plain).abs().max() <= _TWIN_TOLERANCE * plain.abs().max())
 
     def _check(self, parts: ModelParts, rows: _Rows) -> None:
+        problem = "a tiny model of this type gives different logits"
         for layer in range(parts.num_layers):
-            batch, final = _final_states(parts, rows, layer)
-            error = largest_difference(parts, self.expected[rows], batch, parts.head(final))
-            if not error <= _TWIN_TOLERANCE:  # also true for NaN
-                raise _MismatchError(f"a tiny model of this type gives different logits, relative error {error:.2g}")
+            _compare(parts, rows, layer, self.expected[rows], _TWIN_TOLERANCE, problem)
         _check_leaks(parts)
 
 
@@ -170,11 +164,8 @@ _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 
 def _check_model(parts: ModelParts, expected: Tensor) -> bool:
     """Compare a few logits; return whether the head can be run for some tokens of the vocabulary."""
-    batch, final = _final_states(parts, _FEW, parts.num_layers // 2)
-    logits = parts.head(final)
-    error = largest_difference(parts, expected, batch, logits)
-    if not error <= _tolerance(parts):
-        raise _MismatchError(f"its logits differ from those of a plain forward pass, relative error {error:.2g}")
+    problem = "its logits differ from those of a plain forward pass"
+    final, logits = _compare(parts, _FEW, parts.num_layers // 2, expected, _tolerance(parts), problem)
     _check_leaks(parts)
     return _selects_tokens(parts, final, logits)
 
@@ -247,11 +238,18 @@ def _plain_logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
 
 
 @torch.no_grad()
-def _final_states(parts: ModelParts, rows: _Rows, layer: int) -> tuple[PackedBatch, Tensor]:
-    """Run random rows in two parts, below ``layer`` and from it on; return the batch and the states whose logits it needs."""
+def _compare(
+    parts: ModelParts, rows: _Rows, layer: int, expected: Tensor, tolerance: float, problem: str
+) -> tuple[Tensor, Tensor]:
+    """Run random rows in two parts, below ``layer`` and from it on, and compare the logits; return final states and logits."""
     batch = pack(_examples(parts.model, rows)).to(parts.model.device)
     below = parts.run(batch, 0, layer) if layer else None
-    return batch, parts.run(batch, layer, parts.num_layers, below).index_select(0, batch.needed)
+    final = parts.run(batch, layer, parts.num_layers, below).index_select(0, batch.needed)
+    logits = parts.head(final)
+    error = largest_difference(parts, expected, batch, logits)
+    if not error <= tolerance:  # also true for NaN
+        raise _MismatchError(f"{problem}, relative error {error:.2g}")
+    return final, logits
 
 
 @torch.no_grad()
