@@ -84,7 +84,7 @@ def test_the_layout_is_the_one_that_vllm_takes():
     assert expected.items() <= files.config.items()
 
 
-def test_different_ranks_and_scalings_become_one():
+def test_smaller_ranks_are_padded():
     generator = torch.Generator().manual_seed(0)
 
     def pair(rank):
