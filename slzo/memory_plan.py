@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from slzo.batches.packing import PackedBatch
-from slzo.models.adapters import Adapter
 from slzo.models.parts import ModelParts
 from slzo.models.shape import model_shape
 from slzo.task_rows import TaskRows
@@ -26,9 +23,6 @@ from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _GIB = 2**30
 # first order takes nearly the same memory: at most this factor
@@ -78,9 +72,8 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
 
     ``None`` if the options differentiate already, or if they or the objective do not allow it.
     """
-    if options.estimator.differentiates or options.quantization is not None or options.device_map is not None:
-        return None
-    if options.parallel not in ("rows", 1):
+    placed = options.quantization is not None or options.device_map is not None
+    if options.estimator.differentiates or placed or options.parallel not in ("rows", 1):
         return None
     try:
         changed = replace(options, estimator=Backprop(), optimizer=OptimizerChoice.of(adamw), step=StepOptions())
@@ -122,6 +115,10 @@ def memory_inputs(
         layer = parts.num_layers // 2  # not chosen yet; all layers have the same size
     context = ScopeContext(parts, layer, _no_prompts)
     layers = options.scope.changed_layers(context)
+    start = min(layers, default=0)
+    differentiated = 0 if options.estimator.along_directions else parts.num_layers - start
+    if options.estimator.perturbs_output:
+        differentiated = 1
     away = num_shards > 1 or options.device_map is not None  # all queries run together, see TunedModel.queries_at_once
     tuned = tuning_bytes(
         _tensors(options.scope, context, layers),
@@ -136,11 +133,11 @@ def memory_inputs(
         options.quantization,
         tuned,
         len(layers),
-        min(layers, default=0),
+        start,
         _workload(options, rows, max_steps, shape.vocabulary),
         int(engine.cache_gb * _GIB) if engine.cache_dir is None else 0,
         on_cpu=device.type == "cpu",
-        differentiated=_differentiated(options, parts.num_layers, min(layers, default=0)),
+        differentiated=differentiated,
         records=options.estimator.perturbs_output,
     )
     if num_shards > 1:
@@ -151,40 +148,27 @@ def memory_inputs(
     return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
 
 
-def _differentiated(options: TrainingOptions, num_layers: int, start: int) -> int:
-    """Return the number of layers whose activations a backward pass needs."""
-    if options.estimator.perturbs_output:
-        return 1
-    return 0 if options.estimator.along_directions else num_layers - start
-
-
 def _no_prompts(num_sequences: int) -> list[PackedBatch]:
     raise SlzoError("there are no activations yet")
 
 
 def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:
     """Return the tuned tensors without values; if they depend on values, all tensors of the layers, an upper bound."""
-    with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError):
-        adapter = scope.adapter(context)
-        with nullcontext() if adapter is None else _injected(adapter, context.parts.model):
-            return tensors_of(scope, context)
+    with suppress(SlzoError, RuntimeError, NotImplementedError, ValueError), ExitStack() as undo:
+        if (adapter := scope.adapter(context)) is not None:
+            adapter.inject(context.parts.model)
+            undo.callback(adapter.remove, context.parts.model)
+        return tensors_of(scope, context)
     return LayerScope(layers=layers or [0]).tensors(context)
-
-
-@contextmanager
-def _injected(adapter: Adapter, model: PreTrainedModel) -> Iterator[None]:
-    adapter.inject(model)
-    try:
-        yield
-    finally:
-        adapter.remove(model)
 
 
 def _workload(options: TrainingOptions, data: TaskRows, max_steps: int, vocabulary: int) -> Workload:
     """Return the largest passes of training and scoring, and the tokens that are cached."""
     training = [block for own in training_blocks(data) for block in own[: max_steps if max_steps > 0 else None]]
     largest = max(training, key=lambda block: block.num_tokens).pack()
-    scoring = [packed for stage in ("dev", "test") if (packed := _scored(data, stage)) is not None]
+    # the first batch has the longest rows; it is not packed if answers are generated
+    firsts = [next(data.eval_batches(stage), None) for stage in ("dev", "test")]
+    scoring = [batch.packed for batch in firsts if batch is not None and batch.packed is not None]
     rows = 0 if data.objective.generates else _vocabulary_rows(data, largest)
     longest = max(largest.example_tokens)
     tokens = min(largest.num_tokens, max(data.tokens_per_pass or largest.num_tokens, longest))
@@ -224,12 +208,6 @@ def _answer_tokens(data: TaskRows, answers: int) -> int:
     )
 
 
-def _scored(data: TaskRows, split: str) -> PackedBatch | None:
-    """Return the first scoring batch, which has the longest rows; ``None`` if answers are generated."""
-    batch = next(data.eval_batches(split), None)
-    return None if batch is None else batch.packed
-
-
 def _vocabulary_rows(data: TaskRows, batch: PackedBatch) -> int:
     return batch.needed.numel() if data.loss.needs_vocabulary(batch) else 0
 
@@ -255,7 +233,7 @@ def format_first_order(
     if options.layer is None and options.scope.needs_layer:
         last = memory_inputs(options, rows, max_steps, device).shape.num_layers - 1
         layers = [*sorted({0, last // 2, max(0, last - 1)})]
-    lines = [f"Peak       {'this run':>12s} {'first order (--model.estimator Backprop --model.optimizer AdamW)':s}"]
+    lines = [f"Peak       {'this run':>12s} first order (--model.estimator Backprop --model.optimizer AdamW)"]
     for layer in layers:
         own, other = (
             memory_inputs(replace(each, layer=layer), rows, max_steps, device).plan() for each in (options, changed)

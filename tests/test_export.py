@@ -84,20 +84,20 @@ def test_the_layout_is_the_one_that_vllm_takes():
     assert expected.items() <= files.config.items()
 
 
-def test_different_ranks_and_scalings_become_one():
+def test_smaller_ranks_are_padded():
     generator = torch.Generator().manual_seed(0)
 
-    def pair(rank, scaling):
+    def pair(rank):
         a, b = (torch.randn(shape, generator=generator) for shape in ((rank, 6), (5, rank)))
-        return LowRank(a, b, scaling)
+        return LowRank(a, b)
 
-    maps = {"x": pair(2, 0.5), "y": pair(4, 3.0)}
-    files = lora_files(maps)
+    maps = {"x": pair(2), "y": pair(4)}
+    files = lora_files(maps, 0.5)
     scaling = files.config["lora_alpha"] / files.config["r"]
     for path, expected in maps.items():
         a, b = (files.tensors[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
         assert (a.shape, b.shape) == ((4, 6), (5, 4))
-        torch.testing.assert_close(scaling * b @ a, expected.scaling * expected.b @ expected.a)
+        torch.testing.assert_close(scaling * b @ a, 0.5 * expected.b @ expected.a)
 
 
 def test_whole_tensors_are_no_adapter():

@@ -14,6 +14,7 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.evaluation.decoding import generate
+from slzo.models import attention
 from slzo.models import parts as model_parts
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
@@ -87,12 +88,12 @@ def test_a_twin_is_of_the_same_kind_with_all_kinds_of_layers():
 
 
 def test_a_window_that_no_short_row_reaches_is_seen(monkeypatch):
-    plain = model_parts.packed_attention_forward
+    plain = attention.packed_attention_forward
 
     def without_window(*args, sliding_window=None, **kwargs):
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(model_parts, "packed_attention_forward", without_window)
+    monkeypatch.setattr(attention, "packed_attention_forward", without_window)
     assert split_and_verify(tiny_model("llama")).packed
     with pytest.warns(UserWarning, match="a tiny model of this type gives different logits"):
         assert not split_and_verify(tiny_model("mistral", sliding_window=4096)).packed

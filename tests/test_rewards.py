@@ -328,7 +328,7 @@ def test_an_answer_depends_on_its_key_alone():
     whole = drawn(parts, prompts, keys)
     assert [drawn(parts, [prompt], [key])[0] for prompt, key in zip(prompts, keys, strict=True)] == whole
     assert drawn(padded, prompts, keys) == whole
-    padded = padded.with_limits(Limits(left_padding=False))  # rows of one length together
+    padded.limits = Limits(left_padding=False)  # rows of one length together
     assert drawn(padded, prompts, keys) == whole
     assert drawn(parts, prompts, [sample_key(3, 2, f"r{number}", 0) for number in range(3)]) != whole
 

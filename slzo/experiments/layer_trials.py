@@ -346,7 +346,7 @@ class LayerTrials(Trials):
         cache, parts = self._cache, self.parts
         if cache is None or layer is None or not 0 < cache.start < layer:
             return
-        moved = cache.empty_like(layer)
+        moved = PrefixCache(layer, cache.budget / 2**30, cache.directory)
         with torch.no_grad():
             for block in prefix_blocks(self.rows):  # in the same blocks as they were computed
                 if not all(key in cache for key in block.keys):

@@ -7,7 +7,7 @@ A causal model never attends to padding on the right, so no mask is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from slzo.batches.layout import PackedLayout
+from slzo.private.models import attention_of, can_replace_attention
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PACKED = "slzo_packed"
 LAYOUT_ARGUMENT = "packed_layout"
 VIRTUAL_ARGUMENT = "virtual_tokens"
 
@@ -28,24 +30,41 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], tuple[Ten
 """Takes the place of a packed layout: attention from layer, query, key, value and options to output (1, tokens, heads, size)."""
 
 
-class VirtualTokens(Protocol):
-    """Keys and values that every sequence sees before its own tokens (prefix tuning)."""
+class VirtualTokens(nn.Module):
+    """Keys and values that every sequence sees before its own tokens (prefix tuning), in peft's encoder with its config."""
+
+    def __init__(self, encoder: Any, config: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
 
     @property
     def num_tokens(self) -> int:
         """Number of virtual tokens."""
+        return int(self.config.num_virtual_tokens)
+
+    @property
+    def weight(self) -> Tensor:
+        """Learned states: one row per token, with the keys and values of each layer."""
+        return self.encoder.embedding.weight
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of one layer, each of shape (key_value_heads, tokens, head_dim)."""
+        states = self.weight.view(self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
+        keys, values = states[:, index].permute(1, 2, 0, 3)
+        return keys, values
 
 
-def use_attention(model: PreTrainedModel, name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
-    """Register an attention implementation with transformers and switch the model to it."""
+def use_packed_attention(model: PreTrainedModel) -> bool:
+    """Switch a model to :func:`packed_attention_forward`; return ``False`` if its attention cannot be replaced."""
     from transformers import AttentionInterface, AttentionMaskInterface  # loads all of transformers' models code
 
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
+    if not can_replace_attention(model):
+        return False
+    AttentionInterface.register(_PACKED, packed_attention_forward)
+    AttentionMaskInterface.register(_PACKED, sdpa_mask)
+    model.set_attn_implementation(_PACKED)
+    return attention_of(model) == _PACKED
 
 
 def packed_attention_forward(

@@ -5,7 +5,6 @@ Every step needs embeddings, final norm and head. They stay on the main device, 
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from slzo.models.decoder_layers import find_decoder_layers
+from slzo.models.decoder_layers import find_decoder_layers, layer_of
 from slzo.models.engine import Engine
 from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
@@ -65,10 +64,14 @@ class LayerPlaces:
         return sorted(set(self.away) - set(self.offloaded))
 
     def of_modules(self, model: nn.Module) -> dict[str, str]:
-        """Return the map for ``from_pretrained``: a device for every module, without nested entries."""
-        modules: dict[str, str] = {}
-        _add_outside(model, "", self.path, self.main, modules)
-        return modules | {f"{self.path}.{number}": place for number, place in enumerate(self.places)}
+        """Return the map for ``from_pretrained``: a device for every tensor, without an entry around the layers."""
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        outside = {}
+        for name in (name for name, _ in tensors if layer_of(name, self.path) is None):
+            owner = name.rpartition(".")[0]
+            contains_layers = not owner or self.path.startswith(f"{owner}.")
+            outside[name if contains_layers else owner] = self.main
+        return outside | {f"{self.path}.{number}": place for number, place in enumerate(self.places)}
 
     def describe(self) -> str:
         """Return a summary such as ``layers 0 to 3 on cpu, 4 to 29 on disk``."""
@@ -90,7 +93,7 @@ class DeviceMapChoice:
         reserved: Bytes on the main device that the run needs in addition to the frozen weights.
 
     Raises:
-        SlzoError: If a value is not allowed, or accelerate is missing.
+        SlzoError: If a value is not allowed.
     """
 
     device_map: DeviceMap
@@ -131,8 +134,6 @@ class DeviceMapChoice:
             )
         if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | str)]:
             raise SlzoError(f"model.device_map {wrong[0]!r}: not a device; give a number, cpu or disk")
-        if importlib.util.find_spec("accelerate") is None:
-            raise SlzoError("model.device_map: needs accelerate, which is not installed; run: pip install accelerate")
 
     def check_processes(self, count: int) -> None:
         """Check that the run has a single process.
@@ -175,13 +176,15 @@ class DeviceMapChoice:
             SlzoError: If the model has no such module, a device does not exist, or the map splits a layer.
         """
         path, layers = find_decoder_layers(skeleton)
+        home = str(main) if main.type == "cpu" or main.index is not None else f"{main.type}:0"
         if isinstance(self.device_map, str):
             taken = self.reserved + _num_bytes(skeleton) - _num_bytes(layers)
-            return LayerPlaces(path, _name(main), _infer_places(self.device_map, layers, main, taken))
-        named = {name: self._place(value, main) for name, value in self.device_map.items()}
-        self._check_names(named, skeleton, path, _name(main))
-        places = [_lookup(f"{path}.{number}", named, _name(main)) for number in range(len(layers))]
-        return LayerPlaces(path, _name(main), tuple(places))
+            inferred = _infer_places(self.device_map, layers, main, taken)
+            named = {f"{path}.{name}": place for name, place in inferred.items()}
+        else:
+            named = {name: self._place(value, main) for name, value in self.device_map.items()}
+            self._check_names(named, skeleton, path, home)
+        return LayerPlaces(path, home, tuple(_lookup(f"{path}.{number}", named, home) for number in range(len(layers))))
 
     def _place(self, value: int | str, main: torch.device) -> str:
         device_type = main.type if main.type != "cpu" else "cuda"
@@ -203,29 +206,16 @@ class DeviceMapChoice:
                 raise SlzoError(
                     f"model.device_map {name!r}: the model has no such module; its decoder layers are {path}.0 to {path}.{last}"
                 )
-            layer, _, inside = name.removeprefix(f"{path}.").partition(".")
-            if name.startswith(f"{path}.") and inside:
-                if place != _lookup(f"{path}.{layer}", named, main):
-                    raise SlzoError(
-                        f"model.device_map {name!r}: splits decoder layer {layer}; give one device for {path}.{layer}"
-                    )
-            elif not f"{path}.".startswith(f"{name}." if name else "") and not name.startswith(path) and place != main:
+            layer = layer_of(name, path)
+            if layer is not None and place != _lookup(f"{path}.{layer}", named, main):
+                raise SlzoError(
+                    f"model.device_map {name!r}: splits decoder layer {layer}; give one device for {path}.{layer}"
+                )
+            contains_layers = not name or f"{path}.".startswith(f"{name}.")
+            if layer is None and not contains_layers and place != main:
                 raise SlzoError(
                     f"model.device_map {name!r}: is needed at every step and stays on {main}; put only decoder layers on {place}"
                 )
-
-
-def _add_outside(module: nn.Module, name: str, path: str, main: str, modules: dict[str, str]) -> None:
-    """Add the fewest modules and tensors that cover everything outside the layers."""
-    start = f"{name}." if name else ""
-    modules |= {f"{start}{tensor}": main for tensor, _ in module.named_parameters(recurse=False)}
-    modules |= {f"{start}{tensor}": main for tensor, _ in module.named_buffers(recurse=False)}
-    for child_name, child in module.named_children():
-        inner = f"{start}{child_name}"
-        if path.startswith(f"{inner}."):
-            _add_outside(child, inner, path, main, modules)
-        elif inner != path:
-            modules[inner] = main
 
 
 def _lookup(name: str, named: Mapping[str, str], default: str) -> str:
@@ -234,8 +224,8 @@ def _lookup(name: str, named: Mapping[str, str], default: str) -> str:
     return named[max(containing, key=len)] if containing else default
 
 
-def _infer_places(strategy: str, layers: nn.ModuleList, main: torch.device, taken: int) -> tuple[str, ...]:
-    """Fill the main device, of which ``taken`` bytes are in use, then other GPUs, CPU memory and disk."""
+def _infer_places(strategy: str, layers: nn.ModuleList, main: torch.device, taken: int) -> dict[str, str]:
+    """Fill the main device, of which ``taken`` bytes are in use, then other GPUs, CPU memory and disk; return places by layer."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -250,16 +240,11 @@ def _infer_places(strategy: str, layers: nn.ModuleList, main: torch.device, take
     if strategy != "sequential" and len(cards) > 1:
         room = get_balanced_memory(layers, max_memory=room, no_split_module_classes=classes)
     inferred = infer_auto_device_map(layers, max_memory=room, no_split_module_classes=classes, clean_result=False)
-    names = {name: f"{main.type}:{place}" if isinstance(place, int) else str(place) for name, place in inferred.items()}
-    return tuple(_lookup(str(number), names, _name(main)) for number in range(len(layers)))
+    return {name: f"{main.type}:{place}" if isinstance(place, int) else str(place) for name, place in inferred.items()}
 
 
 def _num_cards(main: torch.device) -> int:
     return torch.cuda.device_count() if main.type == "cuda" else 0
-
-
-def _name(device: torch.device) -> str:
-    return str(device) if device.type == "cpu" or device.index is not None else f"{device.type}:0"
 
 
 def _num_bytes(module: nn.Module) -> int:

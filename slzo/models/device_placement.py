@@ -6,10 +6,9 @@ that share its weights (views of a part of the model, layers that run through on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +70,11 @@ class DevicePlacement(Placement):
             if weights is None:
                 layer.to(self.places.main)
                 continue
-            for name, tensor in list(layer.named_parameters()):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.places.main).copy_(weights[name])
-                path, _, last = name.rpartition(".")
-                setattr(layer.get_submodule(path), last, nn.Parameter(copy, requires_grad=False))
+            values = {
+                name: torch.empty_like(tensor, device=self.places.main).copy_(weights[name])
+                for name, tensor in layer.named_parameters()
+            }
+            layer.load_state_dict(values, strict=False, assign=True)
 
     def return_layers(self, numbers: Collection[int]) -> None:
         for number in set(numbers) & set(self.places.away) - self._handles.keys():
@@ -111,17 +111,12 @@ class DevicePlacement(Placement):
         )
         hook.init_hook(layer)
         self._handles[number] = [
-            layer.register_forward_pre_hook(partial(_before, hook.pre_forward, layer), with_kwargs=True),
-            layer.register_forward_hook(partial(_after, hook.post_forward, layer), always_call=True),
+            # the hooks of a copy get the copy, and move the weights of the layer itself
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: hook.pre_forward(layer, *args, **kwargs), with_kwargs=True
+            ),
+            layer.register_forward_hook(lambda _, args, output: hook.post_forward(layer, output), always_call=True),
         ]
-
-
-def _before(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
-    return call(layer, *args, **kwargs)
-
-
-def _after(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, _args: Any, output: Any) -> Any:
-    return call(layer, output)
 
 
 def load_with_device_map(

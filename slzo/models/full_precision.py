@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +48,7 @@ class FullPrecision:
         Raises:
             SlzoError: If a module cannot be dequantized; the model is then unchanged.
         """
-        originals = OriginalWeights.of(model)
+        originals = OriginalWeights(model.name_or_path or "", model.base_model_prefix)
         plain, replaced, dequantized = {}, {}, False
         for path, module, template in _quantized_modules(model, paths):
             if not isinstance(template, nn.Linear | Conv1D):
@@ -91,18 +92,13 @@ def _quantized_modules(model: PreTrainedModel, paths: Sequence[str]) -> Iterator
 
 def _load_original(originals: OriginalWeights, path: str, linear: nn.Linear | Conv1D, module: nn.Module) -> bool:
     """Fill ``linear`` from the model's files; return whether they have its tensors and these match the quantized module."""
-    tensors = {}
-    for name, parameter in linear.named_parameters():
-        tensor = originals.read(f"{path}.{name}", parameter.shape)
-        if tensor is None:
-            return False
-        tensors[name] = tensor
-    for name, parameter in linear.named_parameters():
-        parameter.copy_(tensors[name])
+    tensors = {name: originals.read(f"{path}.{name}", value.shape) for name, value in linear.named_parameters()}
+    if any(tensor is None for tensor in tensors.values()):
+        return False
+    linear.load_state_dict(tensors)
     inputs, _ = _sizes(linear)
     rows = torch.linspace(0, inputs - 1, min(_ROWS_COMPARED, inputs), dtype=torch.float64).long()
-    unit = torch.zeros(len(rows), inputs, dtype=linear.weight.dtype).to(linear.weight.device)
-    unit[torch.arange(len(rows)), rows] = 1.0
+    unit = one_hot(rows, inputs).to(linear.weight)
     expected, actual = (part(unit).float() for part in (linear, module))
     return bool((actual - expected).norm() <= _SAME_WEIGHT * expected.norm())
 
@@ -115,8 +111,7 @@ def _dequantize(module: nn.Module, linear: nn.Linear | Conv1D) -> None:
     columns = torch.empty(inputs, outputs, device=device, dtype=dtype)
     for start in range(0, inputs, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, inputs)
-        unit = torch.zeros(stop - start, inputs, device=device, dtype=dtype)
-        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        unit = one_hot(torch.arange(start, stop), inputs).to(columns)
         columns[start:stop] = module(unit) - bias
     linear.weight.copy_(columns if isinstance(linear, Conv1D) else columns.T)
     if linear.bias is not None:

@@ -5,7 +5,6 @@ transformers loads a GGUF file slowly and refuses to save the model, so each fil
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -33,11 +32,10 @@ def gguf_to_folder(gguf: Path) -> Path:
         ``<cache>/gguf/<name>-<key>``.
 
     Raises:
-        SlzoError: If the file is missing or not GGUF, transformers cannot read it, or the ``gguf`` package is missing.
+        SlzoError: If the file is missing or not GGUF, or transformers cannot read it.
     """
     gguf = gguf.expanduser()
     _check_magic(gguf)
-    need_gguf_package(str(gguf))
     status = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
 
@@ -131,16 +129,6 @@ def _check_magic(gguf: Path) -> None:
             f"model.model {str(gguf)!r}: not a GGUF file (it starts with {magic!r}, not b'GGUF'); download it again, "
             "or give a Hugging Face folder"
         )
-
-
-def need_gguf_package(name: str) -> None:
-    """Check that the package ``gguf`` is installed.
-
-    Raises:
-        SlzoError: If it is not.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise SlzoError(f"model.model {name!r}: reading a GGUF file needs the package gguf; run `pip install gguf`")
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ they can change between calls, and no copy takes memory.
 """
 
 from timeit import timeit
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slzo.models.quantization import is_plain
+from slzo.models.stand_ins import StandIn
 from slzo.private.modules import copy_modules, has_onednn_linear, onednn_linear
 
 # Rows of the timed product, about as many as the tokens of a small batch.
@@ -21,28 +22,15 @@ _TRIAL_ROWS = 128
 _CLEAR_GAIN = 1.25
 
 
-class OneDNNLinear(nn.Module):
+class OneDNNLinear(StandIn):
     """Runs a float32 ``nn.Linear`` on the CPU through oneDNN and shares its weights."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self._linear = (linear,)  # in a tuple, so that it is not registered as a submodule a second time
-
-    @property
-    def weight(self) -> Tensor:
-        """The linear's own weight."""
-        return self._linear[0].weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The linear's own bias."""
-        return self._linear[0].bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply the linear map; the result has shape (..., out_features)."""
-        if inputs.device.type != "cpu":  # the model was moved after the timing
-            return F.linear(inputs, self.weight, self.bias)
-        return onednn_linear(inputs, self.weight, self.bias)
+        linear: Any = self.replaced[0]
+        # the model may have been moved after the timing
+        apply = onednn_linear if inputs.device.type == "cpu" else F.linear
+        return apply(inputs, linear.weight, linear.bias)
 
 
 def with_onednn(module: nn.Module) -> nn.Module:

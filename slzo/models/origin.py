@@ -78,7 +78,8 @@ def origin_of(model: str, given: str | None = None) -> Origin:
         name, licence = _name_and_licence_of_gguf(path)
         gguf = (path.name, sha256_of(path))
     else:
-        name = _name_of_folder(folder)
+        # not the _name_or_path of config.json, which may be that of a model of which this one is a changed copy
+        name = repository_of(folder.resolve())
     documents = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _DOCUMENTS.fullmatch(file.name))
     licence = licence or _licence_of_card(folder) or _licence_of_type(folder)
     has_text = any(not file.name.upper().startswith("NOTICE") for file in documents)
@@ -108,14 +109,6 @@ def _apache_text() -> tuple[Path, ...]:
         Path(__file__).parents[2] / "LICENSE",
     )
     return tuple(place for place in places if place.is_file())[:1]
-
-
-def _name_of_folder(folder: Path) -> str | None:
-    """Return the Hub id from the folder's path in the Hub's cache.
-
-    The ``_name_or_path`` in a config.json may be that of a model of which this one is a changed copy.
-    """
-    return repository_of(folder.resolve())
 
 
 def _name_and_licence_of_gguf(path: Path) -> tuple[str | None, Licence | None]:

@@ -1,22 +1,15 @@
 """Full-precision tensors from a model's own files, read one at a time: their values before quantization."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from slzo.private.models import cached_path
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -33,11 +26,6 @@ class OriginalWeights:
     def __init__(self, source: str, prefix: str) -> None:
         self.source = source
         self._prefix = f"{prefix}." if prefix else ""
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> OriginalWeights:
-        """Return the original weights of a model loaded by ``from_pretrained``."""
-        return cls(model.name_or_path or "", model.base_model_prefix)
 
     def read(self, name: str, shape: torch.Size) -> Tensor | None:
         """Read a parameter by its name in the model; ``None`` if the files do not have it in this shape and in full precision."""
@@ -79,15 +67,22 @@ class OriginalWeights:
     def _files(self) -> dict[str, str]:
         """File of each tensor; empty if there are no safetensors files."""
         try:
-            index = cached_path(self.source, _INDEX)
+            index = self._path(_INDEX)
             if index is not None:
                 names: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-                paths = {file: cached_path(self.source, file) for file in set(names.values())}
+                paths = {file: self._path(file) for file in set(names.values())}
                 return {name: path for name, file in names.items() if (path := paths[file]) is not None}
-            single = cached_path(self.source, _SINGLE)
+            single = self._path(_SINGLE)
             if single is None:
                 return {}
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         except (OSError, ValueError, KeyError, SafetensorError):
             return {}
+
+    def _path(self, name: str) -> str | None:
+        """Return the path of a file in the folder or in the Hub's cache; ``None`` if it is not there."""
+        if self.source and Path(self.source).is_dir():
+            return str(path) if (path := Path(self.source, name)).is_file() else None
+        found = try_to_load_from_cache(self.source, name)
+        return found if isinstance(found, str) else None

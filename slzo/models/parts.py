@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,25 +17,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from slzo.batches.packing import PackedBatch, TokenBatch
-from slzo.models.attention import (
-    LAYOUT_ARGUMENT,
-    VIRTUAL_ARGUMENT,
-    VirtualTokens,
-    packed_attention_forward,
-    use_attention,
-)
+from slzo.models.attention import LAYOUT_ARGUMENT, VIRTUAL_ARGUMENT, VirtualTokens, use_packed_attention
 from slzo.models.decoder_layers import decoder_of, find_decoder_layers, refusal
 from slzo.models.linear import onednn_is_faster, with_onednn
 from slzo.models.quantization import is_plain
 from slzo.models.stand_ins import Capture, CaptureOutput, Inject, Pass, Precomputed, SelectedHead
-from slzo.private.models import attention_of, can_replace_attention
 from slzo.private.modules import with_submodule
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PACKED = "slzo_packed"
 _View = tuple[nn.Module, Inject | None, "Capture | CaptureOutput | None"]
 
 
@@ -62,7 +55,9 @@ class ModelParts:
             transformers' attention interface are always padded.
         onednn: Run linear layers through oneDNN (see :mod:`slzo.models.linear`); ``None`` decides by timing both.
         virtual_tokens: Keys and values that every sequence sees before its tokens; needs ``packed``.
-        limits: What the model can do; by default everything.
+
+    Attributes:
+        limits: What the model can do; at first everything.
 
     Hidden states are exchanged in packed form, shape (T, hidden), in the model's dtype.
     """
@@ -73,41 +68,32 @@ class ModelParts:
         packed: bool = True,
         onednn: bool | None = None,
         virtual_tokens: VirtualTokens | None = None,
-        limits: Limits | None = None,
     ) -> None:
         self.model = model
         self.virtual_tokens = virtual_tokens
-        self.limits = Limits() if limits is None else limits
+        self.limits = Limits()
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
-        self.packed = packed and _use_packed_attention(model)
+        self.packed = packed and use_packed_attention(model)
         self.onednn = (model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn
         self._runnable = [with_onednn(layer) for layer in self.layers] if self.onednn else list(self.layers)
         self._stack_path, self._layers_name = decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
-        self._known_outputs: tuple[int, type[ModelOutput]] | None = None
         self._views: dict[tuple[int, int, bool, bool], _View] = {}
         self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
         """Return new parts of the same model with the same settings; needed after its modules were replaced or extended."""
-        return self._changed(virtual_tokens, self.limits)
-
-    def with_limits(self, limits: Limits) -> ModelParts:
-        """Return new parts of the same model with other limits."""
-        return self._changed(self.virtual_tokens, limits)
-
-    def _changed(self, virtual_tokens: VirtualTokens | None, limits: Limits) -> ModelParts:
-        parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens, limits)
-        parts._known_outputs = self._known_outputs
+        parts = ModelParts(self.model, self.packed, self.onednn, virtual_tokens)
+        parts.limits = self.limits
+        if "_outputs" in vars(self):
+            parts._outputs = self._outputs
         return parts
 
-    @property
+    @cached_property
     def _outputs(self) -> tuple[int, type[ModelOutput]]:
         """Outputs of a layer and of the decoder, see :func:`_inspect_outputs`. Lazy: loading and saving need no forward pass."""
-        if self._known_outputs is None:
-            self._known_outputs = _inspect_outputs(self.model, self.layers[0], self._stack)
-        return self._known_outputs
+        return _inspect_outputs(self.model, self.layers[0], self._stack)
 
     def prepare(self) -> None:
         """Inspect the model's outputs now, before hooks are registered or another attention replaces the model's own."""
@@ -177,7 +163,7 @@ class ModelParts:
             return self.head(hidden).index_select(1, token_ids)  # rows of a quantized head cannot be selected
         view, precomputed, selected = self._head_view(token_ids is not None)
         precomputed.value = hidden.unsqueeze(0)
-        if selected is not None:
+        if selected is not None and token_ids is not None:
             selected.token_ids = token_ids
         try:
             # the stand-in ignores the ids, but some models read their shape
@@ -208,7 +194,7 @@ class ModelParts:
             if stop < self.num_layers:
                 layers[stop] = capture = Capture(self.layers[stop], self._outputs[0])
             elif not norm:
-                layers[-1] = capture = CaptureOutput(self.layers[-1], layers[-1])
+                layers[-1] = capture = CaptureOutput(layers[-1])
             view = with_submodule(self._stack, self._layers_name, nn.ModuleList(layers).eval())
             self._views[start, stop, norm, plain] = (view, inject, capture)
         return self._views[start, stop, norm, plain]
@@ -248,14 +234,6 @@ class ModelParts:
     def to_packed(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """Convert hidden states from the model's shape to packed form, shape (T, hidden)."""
         return hidden[0] if self.packed else hidden.flatten(0, 1).index_select(0, batch.layout.in_one_group().inverse)
-
-
-def _use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch the model to packed attention; return ``False`` if its attention cannot be replaced."""
-    if not can_replace_attention(model):
-        return False
-    use_attention(model, _PACKED, packed_attention_forward)
-    return attention_of(model) == _PACKED
 
 
 @torch.no_grad()

@@ -29,34 +29,31 @@ class PeftFiles:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank change of a linear map from W, shape (outputs, inputs), to W + scaling * B A.
+    """A low-rank change B A of a linear map, shape (outputs, inputs).
 
     Attributes:
         a: Matrix A, shape (rank, inputs).
         b: Matrix B, shape (outputs, rank).
-        scaling: alpha / rank.
         transposed: Whether the model stores W as (inputs, outputs), as GPT-2 does.
     """
 
     a: Tensor
     b: Tensor
-    scaling: float = 1.0
     transposed: bool = False
 
 
-def lora_files(maps: Mapping[str, LowRank]) -> PeftFiles:
-    """Make a LoRA adapter with one rank and one alpha: smaller ranks are padded with zeros, other scalings go into B.
+def lora_files(maps: Mapping[str, LowRank], scaling: float = 1.0) -> PeftFiles:
+    """Make a LoRA adapter with one rank; smaller ranks are padded with zeros.
 
     Args:
         maps: At least one low-rank change, by the path of its linear map, such as ``model.layers.3.mlp.down_proj``.
+        scaling: Factor of all changes, alpha / rank.
     """
     rank = max(pair.a.shape[0] for pair in maps.values())
-    scalings = {pair.scaling for pair in maps.values()}
-    common = scalings.pop() if len(scalings) == 1 else 1.0
     tensors = {}
     for path, pair in maps.items():
         missing = rank - pair.a.shape[0]
-        a, b = pair.a.detach().float().cpu(), pair.b.detach().float().cpu() * (pair.scaling / common)
+        a, b = (matrix.detach().float().cpu() for matrix in (pair.a, pair.b))
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
     config = {
@@ -64,7 +61,7 @@ def lora_files(maps: Mapping[str, LowRank]) -> PeftFiles:
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": common * rank,
+        "lora_alpha": scaling * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,

@@ -183,10 +183,6 @@ class PrefixCache:
                 self._states[key] = states
                 self.num_bytes += states.nbytes
 
-    def empty_like(self, start: int) -> "PrefixCache":
-        """Return an empty cache with the same settings for another layer."""
-        return PrefixCache(start, self.budget / 2**30, self.directory)
-
     def clear(self) -> None:
         """Remove all states; needed when the layers before the tuned one change."""
         self._states.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -24,14 +24,6 @@ Quantization = str | dict[str, Any]
 """A short name, a class path, or ``class_path`` with ``init_args``."""
 
 
-def _bitsandbytes(kind: str) -> Callable[[torch.dtype], QuantizationConfigMixin]:
-    return lambda dtype: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
-
-
-def _torchao(name: str) -> Callable[[torch.dtype], QuantizationConfigMixin]:
-    return lambda _: TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), name)())
-
-
 @dataclass(frozen=True)
 class Preset:
     """A quantization with a short name.
@@ -39,20 +31,26 @@ class Preset:
     Attributes:
         package: Python package that implements it.
         bits: Bits per quantized weight, including its share of the scales.
-        make: Makes the config from the dtype that the model computes in.
+        kind: Its name there: a type of bitsandbytes, or a class of torchao.
     """
 
     package: str
     bits: float
-    make: Callable[[torch.dtype], QuantizationConfigMixin]
+    kind: str
+
+    def config(self, dtype: torch.dtype) -> QuantizationConfigMixin:
+        """Return the config for a model that computes in ``dtype``."""
+        if self.package == "bitsandbytes":
+            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=self.kind, bnb_4bit_compute_dtype=dtype)
+        return TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), self.kind)())
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "int8": Preset("torchao", 8.0, _torchao("Int8WeightOnlyConfig")),
-        "fp8": Preset("torchao", 8.0, _torchao("Float8WeightOnlyConfig")),
-        "nf4": Preset("bitsandbytes", 4.5, _bitsandbytes("nf4")),
-        "fp4": Preset("bitsandbytes", 4.5, _bitsandbytes("fp4")),
+        "int8": Preset("torchao", 8.0, "Int8WeightOnlyConfig"),
+        "fp8": Preset("torchao", 8.0, "Float8WeightOnlyConfig"),
+        "nf4": Preset("bitsandbytes", 4.5, "nf4"),
+        "fp4": Preset("bitsandbytes", 4.5, "fp4"),
     }
 )
 _PACKAGES = frozenset(preset.package for preset in PRESETS.values())
@@ -68,7 +66,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     if preset is not None:
         if missing := missing_package(preset.package):
             raise SlzoError(f"model.quantization {quantization}: {missing}")
-        return preset.make(dtype)
+        return preset.config(dtype)
     config = _instantiate(quantization if isinstance(quantization, dict) else {"class_path": quantization})
     if not isinstance(config, QuantizationConfigMixin):
         raise _error(quantization, f"{type(config).__name__} is not a quantization config of transformers")

@@ -47,9 +47,9 @@ class ShardGroup:
 
     def divide(self, tensors: list[Tensor]) -> LayerShard:
         """Keep this process's share of some tensors, which have the same values on all processes. A collective call."""
-        size = sum(tensor.nbytes for tensor in tensors)
-        received = size * (self.number - 1) // self.number
-        shard = LayerShard(self, self._next_key, fully_shard(_Weights(tensors), mesh=self._mesh), received)
+        weights = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+        received = sum(tensor.nbytes for tensor in tensors) * (self.number - 1) // self.number
+        shard = LayerShard(self, self._next_key, fully_shard(weights, mesh=self._mesh), received)
         self._shards[self._next_key] = shard
         self._next_key += 1
         return shard
@@ -61,8 +61,15 @@ class ShardGroup:
             DistError: Another process has ended or does not answer.
         """
         started = time.perf_counter()
-        self._join_until(key)
-        self._gather(key)
+        while (agreed := self._agree(key)) != _DONE:
+            shard = self._shards[agreed]
+            # memory that was first used in inference mode could not be used outside of it
+            with _lost_processes(), torch.inference_mode(False):
+                shard.weights.unshard()
+            self.num_bytes += shard.num_bytes
+            if agreed == key:
+                break
+            shard.drop()
         self.seconds += time.perf_counter() - started
 
     def barrier(self) -> None:
@@ -71,27 +78,13 @@ class ShardGroup:
         Raises:
             DistError: Another process has ended or does not answer.
         """
-        started = time.perf_counter()
-        self._join_until(_DONE)
-        self.seconds += time.perf_counter() - started
-
-    def _join_until(self, key: int) -> None:
-        while (agreed := self._agree(key)) != key:
-            self._gather(agreed).weights.reshard()
+        self.gather(_DONE)
 
     def _agree(self, key: int) -> int:
         wanted = torch.tensor(key)
         with _lost_processes():
             distributed.all_reduce(wanted, distributed.ReduceOp.MIN, group=self._agreement)
         return int(wanted)
-
-    def _gather(self, key: int) -> LayerShard:
-        shard = self._shards[key]
-        # memory that was first used in inference mode could not be used outside of it
-        with _lost_processes(), torch.inference_mode(False):
-            shard.weights.unshard()
-        self.num_bytes += shard.num_bytes
-        return shard
 
 
 @contextmanager
@@ -103,15 +96,6 @@ def _lost_processes() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise DistError(str(error)) from error
-
-
-class _Weights(nn.Module):
-    """Tensors that are divided as one."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
-        for number, tensor in enumerate(tensors):
-            self.register_parameter(str(number), nn.Parameter(tensor, requires_grad=False))
 
 
 class LayerShard:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from slzo.models.decoder_layers import find_decoder_layers, layer_of
@@ -22,6 +21,7 @@ from slzo.utils.console import say
 from slzo.utils.errors import SlzoError
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
 
@@ -94,7 +94,7 @@ class _Layer:
             places.setdefault(id(tensor), []).append(name)
         self._places = list(places.values())
         self._shard = group.divide([tensor.detach().to(main).contiguous() for tensor in named.values()])
-        self.num_held = sum(_local(tensor).numel() for tensor in self._shard.tensors)
+        self.num_held = sum(cast("DTensor", tensor).to_local().numel() for tensor in self._shard.tensors)
         self._absent = [
             nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False) for tensor in named.values()
         ]
@@ -156,11 +156,6 @@ class _Layer:
             for name in names:
                 path, _, last = name.rpartition(".")
                 setattr(self._module.get_submodule(path), last, tensor)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local()
 
 
 def _move_rest(model: nn.Module, main: torch.device) -> None:

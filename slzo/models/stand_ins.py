@@ -12,13 +12,13 @@ class StandIn(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._module = (module,)  # in a tuple, so that it is not registered as a submodule a second time
+        self.replaced = (module,)  # in a tuple, so that it is not registered as a submodule a second time
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_module"][0], name)
+            return getattr(self.__dict__["replaced"][0], name)
 
 
 class Pass(StandIn):
@@ -57,12 +57,8 @@ class CaptureOutput(StandIn):
 
     value: Tensor | None = None
 
-    def __init__(self, layer: nn.Module, runnable: nn.Module) -> None:
-        super().__init__(layer)
-        self._runnable = (runnable,)
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self._runnable[0](hidden_states, *args, **kwargs)
+        output = self.replaced[0](hidden_states, *args, **kwargs)
         self.value = output[0] if isinstance(output, tuple | list) else output
         return output
 
@@ -83,27 +79,11 @@ class Precomputed(StandIn):
         return self.output_class(last_hidden_state=self.value)
 
 
-class SelectedHead(nn.Module):
+class SelectedHead(StandIn):
     """The language-model head, restricted to a few tokens of the vocabulary."""
 
-    token_ids: Tensor | None = None
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self._head = (head,)
-
-    @property
-    def weight(self) -> Tensor:
-        """Selected rows of the head's weight; some models read its dtype."""
-        assert self.token_ids is not None
-        return self._head[0].weight.index_select(0, self.token_ids)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Selected entries of the head's bias."""
-        bias = self._head[0].bias
-        assert self.token_ids is not None
-        return None if bias is None else bias.index_select(0, self.token_ids)
+    token_ids: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.index_select(0, self.token_ids)
+        return F.linear(hidden_states, self.weight.index_select(0, self.token_ids), bias)

@@ -21,7 +21,7 @@ from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
 from slzo.models.twin import tiny_twin
 from slzo.private.models import attention_of, can_replace_attention
-from slzo.utils.errors import one_line
+from slzo.utils.errors import SlzoError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,18 +44,6 @@ _LONG: _Rows = ((9, (3, 2)), (28, (2,)), (11, (2,)), (38, (1, 1)))
 # Row that is changed to test whether it affects the others. Not the first row: its first token pads shorter sequences.
 _CHANGED = 1
 
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool | None = None) -> ModelParts:
     """Split a model into parts and check that they compute the same as the whole model.
@@ -72,9 +60,9 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
     try:
         # before the attention is replaced, so that a feature that packed attention lacks shows up as a difference
         expected = _plain_logits(model, _FEW)
-    except DistError:  # another process has ended, which says nothing about the model
+    except (DistError, SlzoError):  # another process has ended, which says nothing about the model
         raise
-    except _FAILURES as failure:
+    except Exception as failure:  # the code of a model may raise any
         raise refusal(model, f"a plain forward pass failed ({one_line(failure)})") from failure
     twin = _Twin(model)
     cause: Exception | None = None
@@ -84,12 +72,12 @@ def split_and_verify(model: PreTrainedModel, packed: bool = True, onednn: bool |
             longest = twin.longest(without_padding)
             parts = ModelParts(model, without_padding, onednn)
             selects = _check_model(parts, expected)
-            parts = parts.with_limits(Limits(longest, selects, parts.packed or twin.allows_left_padding()))
-        except DistError:
+            parts.limits = Limits(longest, selects, parts.packed or twin.allows_left_padding())
+        except (DistError, SlzoError):
             raise
         except _MismatchError as wrong:
             cause, reason = None, str(wrong)
-        except _FAILURES as failure:
+        except Exception as failure:
             cause, reason = failure, f"running its layers failed: {one_line(failure)}"
         else:
             if packed and not without_padding:
@@ -118,16 +106,12 @@ class _Twin:
             self.model = tiny_twin(model)
             self.expected = {rows: _plain_logits(self.model, rows) for rows in (_LONG, _SHORT)}
             self.attention = attention_of(self.model)
-        except _FAILURES as failure:
+        except Exception as failure:
             self.model = None
             self.reason = f"no tiny model of this type can be made for the check: {one_line(failure)}"
 
     def longest(self, packed: bool) -> int | None:
-        """Return the longest sequence that the parts compute correctly in any batch, ``None`` for no limit.
-
-        Raises:
-            _MismatchError: If short sequences are wrong too.
-        """
+        """Return the longest sequence that the parts compute correctly in any batch; ``None`` for no limit."""
         if self.model is None:
             if packed:
                 raise _MismatchError(self.reason)
@@ -164,16 +148,14 @@ class _Twin:
         try:
             plain = self.model(input_ids=ids[:1, padding:], use_cache=False).logits[0, -1]
             padded = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[0, -1]
-        except _FAILURES:
+        except Exception:
             return False
         return bool((padded - plain).abs().max() <= _TWIN_TOLERANCE * plain.abs().max())
 
     def _check(self, parts: ModelParts, rows: _Rows) -> None:
+        problem = "a tiny model of this type gives different logits"
         for layer in range(parts.num_layers):
-            batch, final = _final_states(parts, rows, layer)
-            error = largest_difference(parts, self.expected[rows], batch, parts.head(final))
-            if not error <= _TWIN_TOLERANCE:  # also true for NaN
-                raise _MismatchError(f"a tiny model of this type gives different logits, relative error {error:.2g}")
+            _compare(parts, rows, layer, self.expected[rows], _TWIN_TOLERANCE, problem)
         _check_leaks(parts)
 
 
@@ -182,11 +164,8 @@ _Rows = tuple[tuple[int, tuple[int, ...]], ...]
 
 def _check_model(parts: ModelParts, expected: Tensor) -> bool:
     """Compare a few logits; return whether the head can be run for some tokens of the vocabulary."""
-    batch, final = _final_states(parts, _FEW, parts.num_layers // 2)
-    logits = parts.head(final)
-    error = largest_difference(parts, expected, batch, logits)
-    if not error <= _tolerance(parts):
-        raise _MismatchError(f"its logits differ from those of a plain forward pass, relative error {error:.2g}")
+    problem = "its logits differ from those of a plain forward pass"
+    final, logits = _compare(parts, _FEW, parts.num_layers // 2, expected, _tolerance(parts), problem)
     _check_leaks(parts)
     return _selects_tokens(parts, final, logits)
 
@@ -259,11 +238,18 @@ def _plain_logits(model: PreTrainedModel, rows: _Rows) -> Tensor:
 
 
 @torch.no_grad()
-def _final_states(parts: ModelParts, rows: _Rows, layer: int) -> tuple[PackedBatch, Tensor]:
-    """Run random rows in two parts, below ``layer`` and from it on; return the batch and the states whose logits it needs."""
+def _compare(
+    parts: ModelParts, rows: _Rows, layer: int, expected: Tensor, tolerance: float, problem: str
+) -> tuple[Tensor, Tensor]:
+    """Run random rows in two parts, below ``layer`` and from it on, and compare the logits; return final states and logits."""
     batch = pack(_examples(parts.model, rows)).to(parts.model.device)
     below = parts.run(batch, 0, layer) if layer else None
-    return batch, parts.run(batch, layer, parts.num_layers, below).index_select(0, batch.needed)
+    final = parts.run(batch, layer, parts.num_layers, below).index_select(0, batch.needed)
+    logits = parts.head(final)
+    error = largest_difference(parts, expected, batch, logits)
+    if not error <= tolerance:  # also true for NaN
+        raise _MismatchError(f"{problem}, relative error {error:.2g}")
+    return final, logits
 
 
 @torch.no_grad()
@@ -284,6 +270,6 @@ def _selects_tokens(parts: ModelParts, final: Tensor, logits: Tensor) -> bool:
     ids = torch.arange(3, 12, 4, device=final.device)
     try:
         few = parts.head(final, ids)
-    except _FAILURES:
+    except Exception:
         return False
     return bool((few - logits[:, ids]).abs().max() <= _tolerance(parts) * logits.abs().max())

@@ -27,78 +27,41 @@ ORIGINAL_LENGTH = 16
 MAX_LENGTH = 64
 """Number of positions of a twin with a fixed number."""
 
-# new value of each config field that holds a positive number
-_SIZES_BY_VALUE: tuple[tuple[int, str], ...] = (
-    (
-        32,
-        "hidden_size n_embd d_model embedding_dim emb_dim embedding_size word_embed_proj_dim input_embedding_size lru_width "
-        "output_embedding_size dim_model_base ple_embed_dim encoder_hidden_size embed_dim",
-    ),
-    (
-        4,
-        "num_attention_heads n_head n_heads attention_heads decoder_attention_heads swa_num_attention_heads num_query_groups "
-        "linear_num_heads encoder_attention_heads time_step_rank mamba_dt_rank rotary_dim index_block_size",
-    ),
-    (
-        8,
-        "head_dim d_kv d_head dim_head attention_head_size linear_head_dim linear_key_head_dim linear_value_head_dim "
-        "qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim swa_v_head_dim mamba_d_head mamba_head_dim kv_channels "
-        "mamba_headdim kv_lora_rank global_head_dim index_head_dim laurel_rank adapter_rank hidden_size_per_layer_input "
-        "router_hidden_size d_rel gated_norm_rank num_heads n_mamba_heads mamba_n_heads "
-        "mamba_num_heads attention_chunk_size chunk_size mamba_chunk_size "
-        "floor_scale log_scaling_n_floor block_size rel_extent max_inference_chunksize",
-    ),
-    (
-        64,
-        "intermediate_size n_inner ffn_dim ffn_hidden_size dim_ff dff d_inner feed_forward_size intermediate_size_mlp "
-        "decoder_ffn_dim shared_intermediate_size dense_intermediate_size encoder_ffn_dim mlp_dim swa_intermediate_size "
-        "mamba_d_ssm attention_hidden_size",
-    ),
-    (
-        16,
-        "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
-        "moe_shared_expert_intermediate_size q_lora_rank o_lora_rank qk_head_dim mamba_d_state state_size ssm_state_size "
-        "attention_head_dim hc_lowrank loop_gate_rank",
-    ),
-    (
-        WINDOW,
-        "sliding_window sliding_window_size swa_window_size window_size attention_window_size local_attention "
-        "local_attention_window_len keep_window_size index_topk local_window_size",
-    ),
-    (
-        MAX_LENGTH,
-        "max_position_embeddings n_positions max_seq_len n_ctx context_length model_max_length",
-    ),
-    (
-        ORIGINAL_LENGTH,
-        "original_max_position_embeddings",
-    ),
-    (
-        320,
-        "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
-    ),
-    (
-        # heads of sparse attention; with few heads keys have equal scores, and the choice among them is arbitrary
-        32,
-        "index_n_heads",
-    ),
-    (
-        997,
-        "ngram_vocab_size_base",
-    ),
-)
-# upper limit of each config field, which may already be smaller
-_MOST_BY_VALUE: tuple[tuple[int, str], ...] = (
-    (8, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
-    (
-        2,
-        "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k n_group num_expert_group num_blocks "
-        "linear_num_key_heads mamba_n_groups n_groups mamba_ngroups index_topk_blocks rescale_every",
-    ),
-    (1, "topk_group n_shared_experts num_shared_experts"),
-)
-_SIZES = {name: size for size, names in _SIZES_BY_VALUE for name in names.split()}
-_MOST = {name: most for most, names in _MOST_BY_VALUE for name in names.split()}
+# new value of config fields that hold a positive number
+_SIZES_BY_NAMES = {
+    "hidden_size n_embd d_model embedding_dim emb_dim embedding_size word_embed_proj_dim input_embedding_size lru_width "
+    "output_embedding_size dim_model_base ple_embed_dim encoder_hidden_size embed_dim": 32,
+    "num_attention_heads n_head n_heads attention_heads decoder_attention_heads swa_num_attention_heads num_query_groups "
+    "linear_num_heads encoder_attention_heads time_step_rank mamba_dt_rank rotary_dim index_block_size": 4,
+    "head_dim d_kv d_head dim_head attention_head_size linear_head_dim linear_key_head_dim linear_value_head_dim "
+    "qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim swa_v_head_dim mamba_d_head mamba_head_dim kv_channels "
+    "mamba_headdim kv_lora_rank global_head_dim index_head_dim laurel_rank adapter_rank hidden_size_per_layer_input "
+    "router_hidden_size d_rel gated_norm_rank num_heads n_mamba_heads mamba_n_heads mamba_num_heads attention_chunk_size "
+    "chunk_size mamba_chunk_size floor_scale log_scaling_n_floor block_size rel_extent max_inference_chunksize": 8,
+    "intermediate_size n_inner ffn_dim ffn_hidden_size dim_ff dff d_inner feed_forward_size intermediate_size_mlp "
+    "decoder_ffn_dim shared_intermediate_size dense_intermediate_size encoder_ffn_dim mlp_dim swa_intermediate_size "
+    "mamba_d_ssm attention_hidden_size": 64,
+    "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
+    "moe_shared_expert_intermediate_size q_lora_rank o_lora_rank qk_head_dim mamba_d_state state_size ssm_state_size "
+    "attention_head_dim hc_lowrank loop_gate_rank": 16,
+    "sliding_window sliding_window_size swa_window_size window_size attention_window_size local_attention "
+    "local_attention_window_len keep_window_size index_topk local_window_size": WINDOW,
+    "max_position_embeddings n_positions max_seq_len n_ctx context_length model_max_length": MAX_LENGTH,
+    "original_max_position_embeddings": ORIGINAL_LENGTH,
+    "vocab_size vocab_size_per_layer_input unpadded_vocab_size": 320,
+    # heads of sparse attention; with few heads keys have equal scores, and the choice among them is arbitrary
+    "index_n_heads": 32,
+    "ngram_vocab_size_base": 997,
+}
+# upper limit of config fields, which may already be smaller
+_MOST_BY_NAMES = {
+    "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num": 8,
+    "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k n_group num_expert_group num_blocks "
+    "linear_num_key_heads mamba_n_groups n_groups mamba_ngroups index_topk_blocks rescale_every": 2,
+    "topk_group n_shared_experts num_shared_experts": 1,
+}
+_SIZES = {name: size for names, size in _SIZES_BY_NAMES.items() for name in names.split()}
+_MOST = {name: most for names, most in _MOST_BY_NAMES.items() for name in names.split()}
 # pairs of fields whose ratio is kept: grouped-query attention stays grouped
 _SHARED = (
     ("num_attention_heads", "num_key_value_heads"),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,16 +41,3 @@ def device_hook_of(module: nn.Module) -> Any:
 def has_single_layer_sizes(config: PretrainedConfig) -> bool:
     """Whether some sizes of a config are set for single layers."""
     return "_heterogeneity_spec" in vars(config)
-
-
-def cached_path(source: str, name: str) -> str | None:
-    """Return the path of a file of a model in a folder or in the Hub's cache; ``None`` if it is not there."""
-    path: str | None = cached_file(
-        source,
-        name,
-        local_files_only=True,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return path

@@ -70,8 +70,8 @@ class LoRAMatrices(Adapter):
         maps = {}
         for path in (name.removesuffix(first) for name in matrices if name.endswith(first)):
             transposed = isinstance(model.get_submodule(f"{path}.base_layer"), Conv1D)
-            maps[path] = LowRank(matrices[path + first], matrices[path + second], self.alpha / self.rank, transposed)
-        return lora_files(maps)
+            maps[path] = LowRank(matrices[path + first], matrices[path + second], transposed)
+        return lora_files(maps, self.alpha / self.rank)
 
 
 def lora_parameters(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slzo.models.adapters.base import Adapter, import_peft
 from slzo.models.attention import VirtualTokens
@@ -59,7 +59,7 @@ class PrefixTokens(Adapter):
         encoder = peft.PrefixEncoder(config).to(model.device, model.dtype)
         # peft's order: one row per token, with the keys and values of each layer
         encoder.embedding.weight.copy_(torch.stack(states).permute(2, 0, 1, 3).flatten(1))
-        virtual_tokens = _EncoderTokens(encoder, config).requires_grad_(False)
+        virtual_tokens = VirtualTokens(encoder, config).requires_grad_(False)
         model.add_module(_MODULE, virtual_tokens)
         return virtual_tokens
 
@@ -73,31 +73,8 @@ class PrefixTokens(Adapter):
 
     def peft_files(self, model: PreTrainedModel) -> PeftFiles:
         learned = model.get_submodule(_MODULE)
-        assert isinstance(learned, _EncoderTokens)
+        assert isinstance(learned, VirtualTokens)
         return prefix_files(learned.weight, learned.config.num_layers, learned.config.num_attention_heads)
-
-
-class _EncoderTokens(nn.Module):
-    """Gives access to the keys and values in peft's encoder."""
-
-    def __init__(self, encoder: Any, config: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.config = config
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.config.num_virtual_tokens)
-
-    @property
-    def weight(self) -> Tensor:
-        """Learned states: one row per token, with the keys and values of each layer."""
-        return self.encoder.embedding.weight
-
-    def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
-        states = self.weight.view(self.num_tokens, self.config.num_layers, 2, self.config.num_attention_heads, -1)
-        keys, values = states[:, index].permute(1, 2, 0, 3)
-        return keys, values
 
 
 def virtual_token_parameters(model: PreTrainedModel) -> dict[str, Tensor]:

