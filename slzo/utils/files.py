@@ -37,11 +37,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path).resolve()  # a link is followed, not replaced
     try:
-        if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or a device
+        if _is_device(target):
             yield target
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(target) as folder:
+        with hidden_folder(target) as folder:
             partial = folder / target.name
             yield partial
             _flush(partial)
@@ -70,12 +69,10 @@ def check_writable(path: str | Path) -> None:
         SlzoError: It cannot.
     """
     target = Path(path).resolve()
-    if target.exists() and not target.is_file() and not target.is_dir():
-        return
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(target):
-            pass
+        if not _is_device(target):
+            with hidden_folder(target):
+                pass
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -180,8 +177,15 @@ def _cannot_write(path: str | Path, error: OSError) -> SlzoError:
     )
 
 
+def _is_device(path: Path) -> bool:
+    """Whether a path is a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextlib.contextmanager
-def _hidden_folder(path: Path) -> Iterator[Path]:
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder next to a path; it is removed when the context ends, or later if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
