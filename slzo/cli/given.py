@@ -42,8 +42,8 @@ def given_options(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) ->
     """Return the options in configs and on the command line; repeated options are all kept."""
     found = [option for config in configs for option in _flat(config)]
     for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name != "config":
             content, plain = _mapping(value), _plain_name(name.removesuffix("+"))
             found += _flat(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
     return found

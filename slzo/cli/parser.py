@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from slzo.cli.config_files import check_config_file
 from slzo.cli.diagnose import explain
-from slzo.cli.given import Given, given_options, option_values
+from slzo.cli.given import Given, given_options, loaded, option_values
 from slzo.cli.help import add_help_all, short_help
 from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import Command
@@ -83,4 +83,6 @@ def read_given(words: Sequence[str]) -> list[Given]:
             raise SlzoError(
                 f"--config {value!r}: no such file; check the path, or give one of slzo's own configs: {names}"
             )
+        elif isinstance(content := loaded(value), dict):
+            configs.append(content)
     return given_options(words, configs)
