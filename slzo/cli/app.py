@@ -266,7 +266,5 @@ class _ParserOnly(SlzoCLI):
 
     def __init__(self, command: Command) -> None:
         self._command = command
-        self.trainer_class, self.seed_everything_default = ZOTrainer, 0
-        self.parser_class, self.auto_configure_optimizers = AppParser, False
-        self.parser: Any = None
+        self.seed_everything_default, self.parser_class, self.auto_configure_optimizers = 0, AppParser, False
         self.setup_parser(False, {"description": command.help}, {})

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from slzo.cli.config_files import check_config_file
 from slzo.cli.diagnose import explain
 from slzo.cli.given import Given, given_options, loaded, option_values
-from slzo.cli.help import add_help_all, short_help
+from slzo.cli.help import HELP_ALL, HelpAll, lightnings, short_help
 from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import Command
 from slzo.utils.errors import SlzoError
@@ -33,10 +33,7 @@ class CommandParser(ArgumentParser):
 
     def format_help(self) -> str:  # type: ignore[override]
         """Return the short help of a command, or the full help of a class."""
-        command = getattr(self, "command", None)
-        if command is None:
-            return str(super().format_help())
-        return short_help(self, command)
+        return short_help(self, self.command) if hasattr(self, "command") else str(super().format_help())
 
     def format_all(self) -> str:
         """Return the help of every option: the command's own first, the trainer's last."""
@@ -53,7 +50,7 @@ def command_function(command: Command) -> Callable[..., None]:
 def add_command_arguments(parser: CommandParser, command: Command) -> None:
     """Add ``--help_all`` and the command's own options to its parser."""
     parser.command = command
-    add_help_all(parser, command)
+    parser.add_argument(HELP_ALL, action=HelpAll, help=f"List every option with its type{lightnings(command)}.")
     function = command_function(command)
     parser.own = parser.add_function_arguments(function, as_group=False, as_positional=False, skip={"app"})
 
