@@ -45,7 +45,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield partial
             _flush(partial)
             partial.replace(target)
-            _flush_names(target.parent)
+            _flush_one(target.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -145,12 +145,10 @@ def library_disk_errors() -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises plain ones
-            raise
-        raise OSError(str(error)) from error
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers raises plain ones
+            raise OSError(str(error)) from error
+        raise
 
 
 def remove_folder(folder: str | Path) -> None:
@@ -222,18 +220,14 @@ def _locked(folder: Path) -> Iterator[bool | None]:
 
 def _flush(path: Path) -> None:
     """Flush a file, or a folder with its content, to the disk."""
-    if path.is_dir():
-        for child in path.iterdir():
-            _flush(child)
-        _flush_names(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    for child in path.iterdir() if path.is_dir() else ():
+        _flush(child)
+    _flush_one(path)
 
 
-def _flush_names(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    number = os.open(folder, os.O_RDONLY)
+def _flush_one(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:
