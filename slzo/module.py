@@ -34,13 +34,12 @@ from slzo.resume import make_note, restore
 from slzo.run import Prepared
 from slzo.strategy import shard_group_of
 from slzo.training import adapt_rows, agreed_settings, load_parts, make_evaluator
-from slzo.utils.agreement import check_agreement
 from slzo.utils.console import warn
 from slzo.utils.docs import class_names, with_lists
 from slzo.utils.environment import versions
 from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
-from slzo.utils.runtime import peak_memory_gb
+from slzo.utils.runtime import check_agreement, peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
 from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, set_rate, sgd

@@ -12,7 +12,8 @@ import pytest
 from helpers import make_wheel, slzo_error, visible
 
 from slzo.utils import pip_download
-from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch_members
+from slzo.utils.files import PARTIAL
 
 CONTENT = b"some content\n" * 1000
 UNKNOWN = WheelFile("toy-asset", "1.0", "0" * 64, "toy_asset/data.bin", "0" * 64)
@@ -34,6 +35,11 @@ def cache(tmp_path, monkeypatch):
 def toy(cache, tmp_path):
     (file,) = make_wheel(tmp_path / "links", "toy-asset", {"data.bin": CONTENT})
     return replace(file, wheel_bytes=2_000_000)
+
+
+def fetch(file, path):
+    """The file in the cache."""
+    return build_once(path, lambda staging: fetch_members([file], staging)[0])
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
@@ -178,7 +184,7 @@ def build_folder(staging):
 
 
 def test_leftovers_of_a_killed_process_are_replaced(tmp_path):
-    leftovers = tmp_path / ".result.partial"
+    leftovers = tmp_path / f".result-1{PARTIAL}"
     leftovers.mkdir()
     (leftovers / "half").write_text("half")
     assert (build_once(tmp_path / "result", build_folder) / "file").read_text() == "whole"

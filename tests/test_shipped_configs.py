@@ -8,13 +8,14 @@ from helpers import ROOT, error_line
 
 from slzo.__main__ import main
 from slzo.cli import shipped_configs as shipped
+from slzo.cli.given import one_word_each
 from slzo.cli.shipped_configs import shipped_configs, with_shipped_configs
 from slzo.commands.registry import COMMANDS
 from slzo.datamodule import TaskDataModule
 from slzo.utils.errors import SlzoError
 
 pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("own_folder")]
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+QUICKSTART, CHAT = (str(ROOT / "configs" / f"{name}.yaml") for name in ("quickstart", "chat"))
 
 
 def test_the_names_are_the_files_in_the_wheel():
@@ -41,13 +42,17 @@ def test_the_configs_of_a_wheel_are_in_the_package(tmp_path, monkeypatch):
     ("given", "read"),
     [
         (["--config=quickstart"], [f"--config={QUICKSTART}"]),
-        (["--config", "quickstart", "-c", "own.yaml"], ["--config", QUICKSTART, "-c", "own.yaml"]),
-        (["--prompt", "quickstart", "--config"], ["--prompt", "quickstart", "--config"]),
-        (["--config", "folder"], ["--config", "folder"]),
+        (["--config", "quickstart", "-c", "own.yaml"], [f"--config={QUICKSTART}", "--config=own.yaml"]),
+        (["--prompt", "quickstart", "--config"], ["--prompt=quickstart", "--config"]),
+        (["--config", "folder"], ["--config=folder"]),
+        (
+            ["--layer", "-1", "--help", "word", "--print_config", "-c=chat"],
+            ["--layer=-1", "--help", "word", "--print_config", f"--config={CHAT}"],
+        ),
     ],
 )
 def test_a_name_becomes_a_path(given, read):
-    assert with_shipped_configs(given) == read
+    assert with_shipped_configs(one_word_each(given)) == read
 
 
 def test_a_file_of_that_name_comes_first_and_a_folder_does_not():

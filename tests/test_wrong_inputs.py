@@ -233,6 +233,8 @@ TEMPLATE --data.task.prompt={sentence} --data.task.test_file=noise.jsonl | noise
 --ckpt_path=noise.csv | ckpt_path 'noise.csv': not a readable checkpoint
 --config=nope.yaml | --config 'nope.yaml': no such file; check the path, or give one of slzo's own configs: chat, custom_task, json_reward, quickstart
 --config=unknown.yaml | model.layr: unknown option; did you mean model.layer?
+--config='{"model": {"layr": 3}}' | error: model.layr: unknown option; did you mean model.layer?
+--config='model: {layr: 3}' | error: model.layr: unknown option; did you mean model.layer?
 --config= | --config: is empty; give a YAML file
 --config=. | --config '.': is a folder; give a YAML file
 --config=noise.csv | --config 'noise.csv': not UTF-8 text

@@ -22,7 +22,6 @@ from slzo.cli.given import parents
 from slzo.cli.parser import (
     CommandParser,
     add_command_arguments,
-    command_arguments,
     command_function,
     plain_parser,
     read_given,
@@ -113,7 +112,7 @@ class _RunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         kept = config.clone()
         assert isinstance(parser, AppParser)
-        for name in ("config", *command_arguments(parser.command)):
+        for name in ("config", *parser.own):
             kept.pop(name, None)
         loggers = kept.get("trainer.logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
@@ -135,11 +134,17 @@ class _RunConfig(SaveConfigCallback):
 
 
 class SlzoCLI(LightningCLI):
-    """Options of trainer, model, data and callbacks, and those of one command."""
+    """Options of trainer, model, data and callbacks, and those of one command.
+
+    Args:
+        command: The command.
+        args: Its options, each one word, ``--NAME=VALUE``.
+    """
+
+    parser: AppParser
 
     def __init__(self, command: Command, args: Sequence[str]) -> None:
         self._command = command
-        self._options = [*args]
         super().__init__(
             ZOModule,
             TaskDataModule,
@@ -149,7 +154,7 @@ class SlzoCLI(LightningCLI):
             parser_class=AppParser,
             parser_kwargs={"description": command.help, "allow_abbrev": False},
             auto_configure_optimizers=False,
-            args=spelled_out(args),
+            args=list(args),
             run=False,
         )
 
@@ -175,13 +180,13 @@ class SlzoCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options, and refuse unusable values that the parser accepts."""
         assert isinstance(parser, AppParser)
-        parser.given = read_given(self._options)
+        parser.given = read_given(args)
         for option in parser.given:
             if (source := _LINKED.get(option.name)) is not None:
                 raise SlzoError(f"{option.name} {option.value!r}: follows {source} on the command line; leave it out")
         check_class_paths(parser, parser.given)
         parser.set_defaults(class_defaults(parser.given))
-        super().parse_arguments(parser, args)
+        super().parse_arguments(parser, spelled_out(args))
         check_nulls(parser, self.config)
         self._check_task()
         seed = self.config.get("seed_everything")
@@ -204,7 +209,6 @@ class SlzoCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Write runs below ``trainer.default_root_dir`` if it is given, and let a time or epochs replace the default steps."""
-        assert isinstance(self.parser, AppParser)
         given = {name for option in self.parser.given for name in (option.name, *parents(option.name))}
         own = {name: self.config.get(f"trainer.{name}") for name in ("max_time", "max_steps", "max_epochs")}
         if "trainer.max_steps" not in given:
@@ -221,7 +225,7 @@ class SlzoCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
-            problem = constructor_problem(self.config, DEFAULTS)
+            problem = constructor_problem(self.config.as_dict(), DEFAULTS)
             if problem is None:
                 raise
             raise problem from error
@@ -244,7 +248,7 @@ def run_with_app(command: Command, args: Sequence[str]) -> None:
         cli = SlzoCLI(command, with_run_config(command, args))
         assert isinstance(cli.trainer, ZOTrainer)
         app = App(cli.trainer, cli.model, cli.datamodule)
-        own = {name: cli.config_init.get(name) for name in command_arguments(command)}
+        own = {name: cli.config_init.get(name) for name in cli.parser.own}
         command_function(command)(app, **own)
     except MisconfigurationException as error:  # Lightning found a user's error during the run
         raise SlzoError(f"trainer: {one_line(error, None)}") from error
@@ -262,7 +266,5 @@ class _ParserOnly(SlzoCLI):
 
     def __init__(self, command: Command) -> None:
         self._command = command
-        self.trainer_class, self.seed_everything_default = ZOTrainer, 0
-        self.parser_class, self.auto_configure_optimizers = AppParser, False
-        self.parser: Any = None
+        self.seed_everything_default, self.parser_class, self.auto_configure_optimizers = 0, AppParser, False
         self.setup_parser(False, {"description": command.help}, {})

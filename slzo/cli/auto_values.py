@@ -13,34 +13,40 @@ from typing import Any
 import torch
 import yaml
 
-from slzo.cli.given import option_words
-from slzo.cli.shipped_configs import CONFIG_OPTIONS
 from slzo.zo.optim import AUTO_LR
 
 _AUTO = "auto"
-_LR = ("--model.optimizer.lr", "--model.optimizer.init_args.lr")
-_OPTIMIZER = ("--model.optimizer", "--model")
 _NUMBER = ".inf"
+_RATES = ("model.optimizer.lr", "model.optimizer.init_args.lr")
+_CLASSES = ("model.optimizer", "model.optimizer.class_path")
+_FILES = ("config", "model", "model.optimizer")
 
 
-def spelled_out(args: Sequence[str]) -> list[str]:
+def spelled_out(words: Sequence[str]) -> list[str]:
     """Return options with a number for the learning rate ``auto`` and class paths of torch's optimizers, also inside configs."""
-    found = list(args)
-    for name, value, place, before in option_words(args):
-        if name in _LR and value == _AUTO:
-            found[place] = before + _NUMBER
-        elif name in (*CONFIG_OPTIONS, *_OPTIMIZER) and value:
-            content = _loaded(value)
-            if content is not None and _replace(content, name):
-                found[place] = before + yaml.safe_dump(content)
-            elif name == "--model.optimizer":
-                found[place] = before + _full_name(value)
+    found = []
+    for word in words:
+        name, _, value = word.partition("=")
+        new = _spelled(value, name.removeprefix("--"))
+        text = yaml.safe_dump(new) if isinstance(new, dict) else _NUMBER if new == AUTO_LR else new
+        found.append(word if text == value else f"{name}={text}")
     return found
 
 
 def with_words(dumped: str) -> str:
     """Return a dumped config with ``auto`` in place of the number."""
     return re.sub(rf"^(\s*lr): {re.escape(_NUMBER)}$", rf"\1: {_AUTO}", dumped, flags=re.MULTILINE)
+
+
+def _spelled(value: Any, name: str) -> Any:
+    """Return the value of an option with its words replaced; a file stays a path if there are none in it."""
+    content = _loaded(value) if name in _FILES and isinstance(value, str) else value
+    if isinstance(content, dict):
+        new = {key: _spelled(inner, f"{name}.{key}".removeprefix("config.")) for key, inner in content.items()}
+        return value if new == content else new
+    if name in _RATES and value == _AUTO:
+        return AUTO_LR
+    return _full_name(value) if name in _CLASSES and isinstance(value, str) else value
 
 
 def _loaded(value: str) -> dict[str, Any] | None:
@@ -55,28 +61,6 @@ def _loaded(value: str) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         return None
     return content if text is None else _with_paths(content, path.parent)
-
-
-def _replace(content: dict[str, Any], name: str) -> bool:
-    """Replace words in a config, or in the value of ``model`` or ``model.optimizer``; return whether anything changed."""
-    path: list[str] = {"--model.optimizer": [], "--model": ["optimizer"]}.get(name, ["model", "optimizer"])
-    changed = False
-    for key in path:
-        inner = content.get(key)
-        if isinstance(inner, str) and (options := _loaded(inner)) is not None:
-            content[key] = inner = options
-        elif key == "optimizer" and isinstance(inner, str) and inner != _full_name(inner):
-            content[key], changed = _full_name(inner), True
-        if not isinstance(inner, dict):
-            return changed
-        content = inner
-    kind = content.get("class_path")
-    if isinstance(kind, str) and kind != _full_name(kind):
-        content["class_path"], changed = _full_name(kind), True
-    for place in (content, content.get("init_args")):
-        if isinstance(place, dict) and place.get("lr") == _AUTO:
-            place["lr"], changed = AUTO_LR, True
-    return changed
 
 
 def _with_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:

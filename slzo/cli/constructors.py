@@ -4,25 +4,22 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from slzo.cli.option_types import imported_class
 from slzo.utils.errors import SlzoError, one_line
 
 
-def constructor_problem(config: Namespace, groups: Mapping[str, type]) -> SlzoError | None:
+def constructor_problem(config: Mapping[str, Any], groups: Mapping[str, type]) -> SlzoError | None:
     """Return the error of the first class that cannot be made with its options; ``None`` if each can be made.
 
     Args:
         config: The parsed options.
         groups: Classes whose arguments are a group of options, by name.
     """
-    for name, kind in groups.items():
-        if (error := _refusal(name, kind, config.get(name))) is not None:
-            return error
-    for name, path, arguments in _class_values(config):
-        chosen = imported_class(path)
-        if chosen is not None and (error := _refusal(name, chosen, arguments)) is not None:
+    values = [(name, kind, config.get(name)) for name, kind in groups.items()]
+    for name, kind, arguments in (*values, *_class_values(config)):
+        if (error := _refusal(name, kind, arguments)) is not None:
             return error
     return None
 
@@ -41,16 +38,15 @@ def _refusal(name: str, kind: type, arguments: Any) -> SlzoError | None:
     return None
 
 
-def _class_values(value: Any, name: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield option, class path and arguments of every class in parsed options."""
+def _class_values(value: Any, name: str = "") -> Iterator[tuple[str, type, Any]]:
+    """Yield option, class and arguments of every class in parsed options that can be imported."""
     if isinstance(value, list):
         for each in value:
             yield from _class_values(each, name)
-    elif isinstance(value, Namespace | dict):
-        content = dict(value.items(branches=True)) if isinstance(value, Namespace) else value
-        if isinstance(content.get("class_path"), str):
-            yield name, content["class_path"], content.get("init_args")
-        own = vars(value) if isinstance(value, Namespace) else value
-        for key, inner in own.items():
+    elif isinstance(value, Mapping):
+        path = value.get("class_path")
+        if isinstance(path, str) and (kind := imported_class(path)) is not None:
+            yield name, kind, value.get("init_args")
+        for key, inner in value.items():
             if key not in ("class_path", "init_args"):
                 yield from _class_values(inner, f"{name}.{key}" if name else key)

@@ -59,15 +59,20 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
 
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
     """Return one line about the first wrong option of a command; the parser's own message if none is found."""
-    hints = _hints(parser, given)
-    classes = _chosen_classes(parser, given, hints)
-    for number, option in enumerate(given):
-        line = _problem(option, command, hints, classes) or _order_problem(
-            parser, option, hints, given[:number], given[number:]
-        )
-        if line:
+    hints, defaults = _hints(parser, given), {action.dest: action.default for action in options_of(parser)}
+    classes: dict[str, type] = {}  # of the options so far
+    for option in given:
+        for owner in parents(option.name):
+            default: Any = defaults.get(owner)
+            path = default.get("class_path") if hasattr(default, "get") else None
+            if owner not in classes and (kind := _class(hints, owner, path)):
+                classes[owner] = kind
+        if line := _problem(option, command, hints, classes):
             return line
-    for name, (kind, arguments) in classes.items():
+        if kind := _class(hints, option.name, option.value):
+            classes[option.name] = kind
+    for name, kind in classes.items():
+        arguments = {each.name.split(".")[name.count(".") + 1] for each in given if each.name.startswith(f"{name}.")}
         missing = [
             each for each in required_arguments(kind) if each not in arguments and not _takes(hints[name], kind, each)
         ]
@@ -98,9 +103,7 @@ def check_nulls(parser: ArgumentParser, options: Any) -> None:
             )
 
 
-def _problem(
-    option: Given, command: str, hints: Mapping[str, Any], classes: Mapping[str, tuple[type, set[str]]]
-) -> str:
+def _problem(option: Given, command: str, hints: Mapping[str, Any], classes: Mapping[str, type]) -> str:
     """Return what is wrong with an option; empty if nothing is found."""
     name, value = option.name, option.value
     if name in hints:
@@ -115,8 +118,9 @@ def _problem(
     if owner is None:
         return f"{name}: unknown option; {_suggestion(name, list(hints)) or f'see slzo {command} --help'}"
     if owner not in classes:
-        return _class_comes_first(name, owner, hints)
-    kind = classes[owner][0]
+        names = ", ".join(class_choices(hints[owner]))
+        return f"{name}: give the class before its options, as in --{owner} CLASS --{name} VALUE; choose one of {names}"
+    kind = classes[owner]
     argument, _, key = name.removeprefix(f"{owner}.").partition(".")
     types = argument_types(kind)
     if argument == "help" or not types:
@@ -149,9 +153,14 @@ def _hints(parser: ArgumentParser, given: Sequence[Given]) -> dict[str, Any]:
             hints[option.name] = entry_type(hints[outer])
         elif option.name not in hints and option.is_class_path and outer in classes:
             hints[option.name] = argument_types(classes[outer]).get(last)
-        if isinstance(option.value, str) and (kind := class_at(classes_of(hints.get(option.name)), option.value)):
+        if kind := _class(hints, option.name, option.value):
             classes[option.name] = kind
     return hints
+
+
+def _class(hints: Mapping[str, Any], name: str, path: Any) -> type | None:
+    """Return the class of a path that an option takes; ``None`` for other values."""
+    return class_at(classes_of(hints.get(name)), path) if isinstance(path, str) else None
 
 
 def _help_of(name: str, kind: type) -> str:
@@ -174,23 +183,6 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
         return f"{group} has {', '.join(ends)}" if len(ends) <= _MAX_LISTED else ""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""
-
-
-def _order_problem(
-    parser: ArgumentParser, option: Given, hints: Mapping[str, Any], before: Sequence[Given], after: Sequence[Given]
-) -> str:
-    """Return the error of an option that comes before its class, if the class has no default; otherwise empty."""
-    known, later = ({each.name for each in options} for options in (before, after))
-    for owner in parents(option.name):
-        is_late = owner in later - known and parser.get_defaults().get(owner) is None
-        if is_late and class_choices(hints.get(owner)):
-            return _class_comes_first(option.name, owner, hints)
-    return ""
-
-
-def _class_comes_first(name: str, owner: str, hints: Mapping[str, Any]) -> str:
-    names = ", ".join(class_choices(hints[owner]))
-    return f"{name}: give the class before its options, as in --{owner} CLASS --{name} VALUE; choose one of {names}"
 
 
 def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False) -> str:
@@ -221,36 +213,10 @@ def _value_problem(name: str, value: Any, hint: Any, is_class_path: bool = False
     return f"{name} {shown}: expected {describe_type(hint)}{words}"
 
 
-def _chosen_classes(
-    parser: ArgumentParser, given: Sequence[Given], hints: Mapping[str, Any]
-) -> dict[str, tuple[type, set[str]]]:
-    """Return class and given arguments of each option that takes a class; the default class if none is given."""
-    found: dict[str, tuple[type, set[str]]] = {}
-    for option in given:
-        kinds = classes_of(hints.get(option.name))
-        value = option.value
-        if kinds and isinstance(value, str) and value:
-            kind = class_at(kinds, value)
-            if kind is not None:
-                found[option.name] = (kind, set())
-    for option in given:
-        for owner in parents(option.name):
-            kinds = classes_of(hints.get(owner))
-            if owner not in found and kinds:
-                default = parser.get_defaults().get(owner)
-                path = default.get("class_path") if hasattr(default, "get") else None
-                kind = class_at(kinds, str(path))
-                if kind is not None:
-                    found[owner] = (kind, set())
-            if owner in found:
-                found[owner][1].add(option.name.removeprefix(f"{owner}.").partition(".")[0])
-    return found
-
-
 def _takes(hint: Any, kind: type, argument: str) -> bool:
     """Whether slzo passes an argument itself when it calls the chosen class, such as an optimizer's parameters."""
     return (
-        any(typing.get_origin(item) is Callable for item in types_in(hint, into_callables=False))
+        any(typing.get_origin(item) is Callable for item in types_in(hint))
         and argument in list(inspect.signature(kind).parameters)[:1]
     )
 

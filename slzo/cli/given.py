@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+_FLAGS = ("--help", "--help_all", "--print_config")
+
 
 @dataclass(frozen=True)
 class Given:
@@ -22,34 +24,35 @@ class Given:
     is_class_path: bool = False
 
 
-def given_options(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
+def one_word_each(args: Sequence[str]) -> list[str]:
+    """Return a command line in which each option is one word, ``--NAME=VALUE``, as the other functions of ``cli`` read it."""
+    words: list[str] = []
+    for arg in args:
+        if arg.partition("=")[0] == "-c":
+            arg = f"--config{arg[2:]}"
+        last = words[-1] if words else ""
+        if last.startswith("--") and "=" not in last and last not in _FLAGS and not arg.startswith("--"):
+            words[-1] = f"{last}={arg}"
+        else:
+            words.append(arg)
+    return words
+
+
+def given_options(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[Given]:
     """Return the options in configs and on the command line; repeated options are all kept."""
     found = [option for config in configs for option in _flat(config)]
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            continue
-        name, has_value, value = word[2:].partition("=")
-        if not has_value:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
-        content = _mapping(value)
-        plain = _plain_name(name.removesuffix("+"))
-        found += _flat(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name != "config":
+            content, plain = _mapping(value), _plain_name(name.removesuffix("+"))
+            found += _flat(content, plain) if content else [Given(plain, value, name.endswith(".class_path"))]
     return found
 
 
-def option_words(args: Sequence[str]) -> Iterator[tuple[str, str, int, str]]:
-    """Yield each word as an option: its name, its value, the place of the value in ``args``, and what stands before it there.
-
-    The value is what follows ``=``, or else the next word; empty if there is none.
-    """
-    for place, arg in enumerate(args):
-        name, given, value = arg.partition("=")
-        if given:
-            yield name, value, place, f"{name}="
-        else:
-            yield name, next(iter(args[place + 1 : place + 2]), ""), place + 1, ""
+def option_values(words: Sequence[str], *names: str) -> list[str]:
+    """Return the values of some options on the command line."""
+    pairs = (word.partition("=") for word in words)
+    return [value for name, _, value in pairs if name in names]
 
 
 def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[Given]:

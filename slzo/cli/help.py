@@ -5,8 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -17,34 +16,30 @@ from slzo.utils.config_code import GROUPS
 
 HELP_ALL = "--help_all"
 
-_SHOWN = MappingProxyType(
-    {
-        "trainer": (
-            "max_steps",
-            "max_epochs",
-            "max_time",
-            "val_check_interval",
-            "devices",
-            "accelerator",
-            "strategy",
-            "logger",
-        ),
-        "checkpoint": ("monitor", "mode", "save_top_k", "filename"),
-    }
-)
+_SHOWN = {
+    "trainer": [
+        "max_steps",
+        "max_epochs",
+        "max_time",
+        "val_check_interval",
+        "devices",
+        "accelerator",
+        "strategy",
+        "logger",
+    ],
+    "checkpoint": ["monitor", "mode", "save_top_k", "filename"],
+}
 """Options of Lightning's classes that are often set; the short help leaves out the others."""
 
-_TEXTS: Mapping[str, str] = MappingProxyType(
-    {
-        "config": "YAML file with options, or one of slzo's own by name, such as quickstart; several are read in order.",
-        "seed_everything": "Seed of rows and directions.",
-        "trainer.accelerator": "cpu, gpu, auto and others.",
-        "trainer.strategy": "auto, ddp and others.",
-        "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
-        "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which its steps are planned.",
-        "trainer.val_check_interval": "Steps between two validations.",
-    }
-)
+_TEXTS = {
+    "config": "YAML file with options, or one of slzo's own by name, such as quickstart; several are read in order.",
+    "seed_everything": "Seed of rows and directions.",
+    "trainer.accelerator": "cpu, gpu, auto and others.",
+    "trainer.strategy": "auto, ddp and others.",
+    "trainer.logger": "TensorBoardLogger, CSVLogger, WandbLogger, MLFlowLogger or others, or false.",
+    "trainer.max_time": "Time of the whole fit, DD:HH:MM:SS, for which its steps are planned.",
+    "trainer.val_check_interval": "Steps between two validations.",
+}
 """Short help texts that replace those of the classes."""
 
 _COMMON = ("config", "ckpt_path", "seed_everything")
@@ -63,11 +58,6 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-def add_help_all(parser: ArgumentParser, command: Command) -> None:
-    """Add the option that lists every option."""
-    parser.add_argument(HELP_ALL, action=HelpAll, help=f"List every option with its type{_lightning(command)}.")
-
-
 def short_help(parser: ArgumentParser, command: Command) -> str:
     """Return the short help of a command."""
     width = max(60, min(120, shutil.get_terminal_size((110, 24)).columns))
@@ -75,21 +65,22 @@ def short_help(parser: ArgumentParser, command: Command) -> str:
     blocks = [f"usage: slzo {command.name} [--config FILE] [--OPTION VALUE ...]", parser.description or ""]
     blocks += _block("options", _own(actions), "", width)
     for group, title in GROUPS.items() if command.has_app else ():
-        chosen = [action for action in actions if _group(action.dest) == group and _is_shown(action.dest, group)]
+        chosen = [action for action in actions if _is_shown(action.dest, group)]
         blocks += _block(f"{group}: {title}", chosen, f"{group}.", width)
     classes = "; --model.scope.help LoRA lists the options of a class" if command.has_app else ""
-    blocks.append(f"slzo {command.name} {HELP_ALL} lists every option with its type{_lightning(command)}{classes}.")
+    blocks.append(f"slzo {command.name} {HELP_ALL} lists every option with its type{lightnings(command)}{classes}.")
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _lightning(command: Command) -> str:
+def lightnings(command: Command) -> str:
+    """Return what ``--help_all`` adds to the help of a command."""
     return ", including Lightning's" if command.has_app else ""
 
 
 def _own(actions: Sequence[argparse.Action]) -> list[argparse.Action]:
     """Return the command's own options: required ones, then optional ones, then those of every command."""
-    own = [action for action in actions if "." not in action.dest and action.dest not in GROUPS]
-    own = [action for action in own if action.dest != argparse.SUPPRESS and not _is_filler(action)]
+    others = (*GROUPS, "help", "print_config", argparse.SUPPRESS)
+    own = [action for action in actions if "." not in action.dest and action.dest not in others]
     return sorted(own, key=lambda action: (action.dest in _COMMON, not action.required))
 
 
@@ -99,19 +90,11 @@ def _is_option(action: argparse.Action) -> bool:
     return action.help != argparse.SUPPRESS and name.startswith("-") and not name.endswith(".help")
 
 
-def _is_filler(action: argparse.Action) -> bool:
-    return action.dest in ("help", "print_config")
-
-
-def _group(dest: str) -> str:
-    """Return the innermost group of an option."""
-    found = [group for group in GROUPS if dest.startswith(f"{group}.")]
-    return max(found, key=len, default="")
-
-
 def _is_shown(dest: str, group: str) -> bool:
+    """Whether a group of the short help lists an option; one of an inner group does not."""
+    innermost = max((each for each in GROUPS if dest.startswith(f"{each}.")), key=len, default="")
     name = dest.removeprefix(f"{group}.")
-    return dest not in GROUPS and name in _SHOWN.get(group, (name,))
+    return innermost == group and dest not in GROUPS and name in _SHOWN.get(group, (name,))
 
 
 def _block(title: str, actions: Sequence[argparse.Action], prefix: str, width: int) -> Iterator[str]:
@@ -125,8 +108,7 @@ def _line(action: argparse.Action, prefix: str, width: int) -> str:
     text = _first_sentence(_TEXTS.get(action.dest, action.help or ""))
     if prefix:
         text = re.split(r"; (?![^()]*\))", text)[0]
-    default = _default(action)
-    text = f"{text} {default}".strip()
+    text = f"{text} {_default(action)}".strip()
     start = f"  {option}"
     wrapped = textwrap.wrap(text, width - _COLUMN) or [""]
     first = f"{start:{_COLUMN - 1}s} {wrapped[0]}" if len(start) < _COLUMN else f"{start}\n{'':{_COLUMN}s}{wrapped[0]}"

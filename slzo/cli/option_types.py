@@ -104,15 +104,13 @@ def _subclasses(base: type) -> Iterator[type]:
         yield from _subclasses(child)
 
 
-def types_in(hint: Any, into_callables: bool = True) -> Iterator[Any]:
+def types_in(hint: Any) -> Iterator[Any]:
     """Yield a type hint and all hints inside it; for a callable only its return type."""
     yield hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Callable:
-        inner = inner[-1:] if into_callables else ()
     if origin is not typing.Literal:
-        for item in inner:
-            yield from types_in(item, into_callables)
+        for item in inner[-1:] if origin is Callable else inner:
+            yield from types_in(item)
 
 
 def _is_tensor(hint: Any) -> bool:

@@ -1,6 +1,6 @@
 """Parsers of commands, with one-line errors and short help."""
 
-import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser
 
 from slzo.cli.config_files import check_config_file
 from slzo.cli.diagnose import explain
-from slzo.cli.given import Given, given_options, option_words
-from slzo.cli.help import add_help_all, short_help
-from slzo.cli.shipped_configs import CONFIG_OPTIONS, shipped_configs
+from slzo.cli.given import Given, given_options, loaded, option_values
+from slzo.cli.help import HELP_ALL, HelpAll, lightnings, short_help
+from slzo.cli.shipped_configs import shipped_configs
 from slzo.commands.registry import Command
 from slzo.utils.errors import SlzoError
 
@@ -21,6 +21,8 @@ class CommandParser(ArgumentParser):
     """Parser of a command's options; it reports an error in one line instead of printing the usage."""
 
     command: Command
+    own: Sequence[str]
+    """Names of the command's own options."""
     given: Sequence[Given] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -31,10 +33,7 @@ class CommandParser(ArgumentParser):
 
     def format_help(self) -> str:  # type: ignore[override]
         """Return the short help of a command, or the full help of a class."""
-        command = getattr(self, "command", None)
-        if command is None:
-            return str(super().format_help())
-        return short_help(self, command)
+        return short_help(self, self.command) if hasattr(self, "command") else str(super().format_help())
 
     def format_all(self) -> str:
         """Return the help of every option: the command's own first, the trainer's last."""
@@ -48,55 +47,39 @@ def command_function(command: Command) -> Callable[..., None]:
     return function
 
 
-def command_arguments(command: Command) -> list[str]:
-    """Return the names of a command's own options."""
-    return [name for name in inspect.signature(command_function(command)).parameters if name != "app"]
-
-
 def add_command_arguments(parser: CommandParser, command: Command) -> None:
     """Add ``--help_all`` and the command's own options to its parser."""
     parser.command = command
-    add_help_all(parser, command)
-    parser.add_function_arguments(command_function(command), as_group=False, as_positional=False, skip={"app"})
+    parser.add_argument(HELP_ALL, action=HelpAll, help=f"List every option with its type{lightnings(command)}.")
+    function = command_function(command)
+    parser.own = parser.add_function_arguments(function, as_group=False, as_positional=False, skip={"app"})
 
 
 def plain_parser(command: Command) -> CommandParser:
     """Return the parser of a command without the options of trainer, model and data."""
     parser = CommandParser(description=command.help, allow_abbrev=False)
-    parser.add_argument(*CONFIG_OPTIONS, action="config", help="Options in a YAML file.")
+    parser.add_argument("-c", "--config", action="config", help="Options in a YAML file.")
     add_command_arguments(parser, command)
     return parser
 
 
-def option_values(args: Sequence[str], *names: str) -> list[str]:
-    """Return the values of some options on the command line."""
-    return [value for name, value, _, _ in option_words(args) if name in names]
-
-
-def read_given(args: Sequence[str]) -> list[Given]:
+def read_given(words: Sequence[str]) -> list[Given]:
     """Return the options on the command line and in its config files.
 
     Raises:
         SlzoError: A config file does not exist or cannot be used.
     """
     configs: list[Mapping[str, Any]] = []
-    for value in option_values(args, *CONFIG_OPTIONS):
+    for value in option_values(words, "--config"):
         if not value:
             raise SlzoError("--config: is empty; give a YAML file")
-        path = Path(value)
-        if exists(path):
-            configs.append(check_config_file(path))
+        if os.path.exists(value):  # noqa: PTH110  a text that is too long for a path does not exist
+            configs.append(check_config_file(Path(value)))
         elif ":" not in value:  # a config given as text contains a colon
             names = ", ".join(shipped_configs())
             raise SlzoError(
                 f"--config {value!r}: no such file; check the path, or give one of slzo's own configs: {names}"
             )
-    return given_options(args, configs)
-
-
-def exists(path: Path) -> bool:
-    """Whether a path exists; a text that cannot be a path does not."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a config given as text can be too long for a path
-        return False
+        elif isinstance(content := loaded(value), dict):
+            configs.append(content)
+    return given_options(words, configs)

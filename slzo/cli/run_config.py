@@ -7,8 +7,7 @@ from pathlib import Path
 from slzo.checkpoints.checkpoint import run_folder_of
 from slzo.checkpoints.find import NAMES, RUNS, named_checkpoint
 from slzo.cli.config_files import check_config_file
-from slzo.cli.parser import option_values
-from slzo.cli.shipped_configs import CONFIG_OPTIONS
+from slzo.cli.given import option_values
 from slzo.commands.registry import Command
 from slzo.prompting.pair import exported_options, is_export
 from slzo.report.run_files import CONFIG_FILE, code_of
@@ -25,7 +24,7 @@ def with_run_config(command: Command, args: Sequence[str]) -> list[str]:
     Raises:
         SlzoError: There is no such checkpoint, or the config would run code that did not come with slzo.
     """
-    if option_values(args, *CONFIG_OPTIONS):
+    if option_values(args, "--config"):
         return list(args)
     runs = option_values(args, "--run") if command.name == "replay" else []
     if runs and (config := Path(runs[-1]).expanduser() / CONFIG_FILE).is_file():

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from slzo.cli.given import option_words
-
-CONFIG_OPTIONS = ("-c", "--config")
 _PACKAGE = Path(__file__).parents[1]
 # of an installed wheel, and of a clone
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
@@ -22,15 +19,12 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths if "table-" not in path.stem}
 
 
-def with_shipped_configs(args: Sequence[str]) -> list[str]:
+def with_shipped_configs(words: Sequence[str]) -> list[str]:
     """Return options in which the name of a config is replaced by its path; an existing file takes precedence."""
-    found = list(args)
-    for name, value, place, before in option_words(args):
-        if name in CONFIG_OPTIONS:
-            path = shipped_configs().get(value)
-            if path is not None and not Path(value).is_file():
-                found[place] = f"{before}{path}"
-    return found
+    paths = {
+        f"--config={name}": f"--config={path}" for name, path in shipped_configs().items() if not Path(name).is_file()
+    }
+    return [paths.get(word, word) for word in words]
 
 
 def missing_tool(message: str) -> str:

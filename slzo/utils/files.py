@@ -37,16 +37,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path).resolve()  # a link is followed, not replaced
     try:
-        if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or a device
+        if _is_device(target):
             yield target
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(target) as folder:
+        with hidden_folder(target) as folder:
             partial = folder / target.name
             yield partial
             _flush(partial)
             partial.replace(target)
-            _flush_names(target.parent)
+            _flush_one(target.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -70,12 +69,10 @@ def check_writable(path: str | Path) -> None:
         SlzoError: It cannot.
     """
     target = Path(path).resolve()
-    if target.exists() and not target.is_file() and not target.is_dir():
-        return
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(target):
-            pass
+        if not _is_device(target):
+            with hidden_folder(target):
+                pass
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -148,12 +145,10 @@ def library_disk_errors() -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises plain ones
-            raise
-        raise OSError(str(error)) from error
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers raises plain ones
+            raise OSError(str(error)) from error
+        raise
 
 
 def remove_folder(folder: str | Path) -> None:
@@ -180,8 +175,15 @@ def _cannot_write(path: str | Path, error: OSError) -> SlzoError:
     )
 
 
+def _is_device(path: Path) -> bool:
+    """Whether a path is a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextlib.contextmanager
-def _hidden_folder(path: Path) -> Iterator[Path]:
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder next to a path; it is removed when the context ends, or later if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
@@ -218,18 +220,14 @@ def _locked(folder: Path) -> Iterator[bool | None]:
 
 def _flush(path: Path) -> None:
     """Flush a file, or a folder with its content, to the disk."""
-    if path.is_dir():
-        for child in path.iterdir():
-            _flush(child)
-        _flush_names(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    for child in path.iterdir() if path.is_dir() else ():
+        _flush(child)
+    _flush_one(path)
 
 
-def _flush_names(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    number = os.open(folder, os.O_RDONLY)
+def _flush_one(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -42,8 +42,8 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._stopped.wait(self._interval):
             try:
-                self._store.add(_key(self._rank), 1)
-                self._counts = {other: self._store.add(_key(other), 0) for other in self._counts}
+                self._store.add(f"beat-{self._rank}", 1)
+                self._counts = {other: self._store.add(f"beat-{other}", 0) for other in self._counts}
             except DistError:  # the process with the server has ended
                 return
 
@@ -58,7 +58,3 @@ class Heartbeat:
             if late and not self._stopped.is_set():
                 self._lost(late[0])
                 return
-
-
-def _key(rank: int) -> str:
-    return f"beat-{rank}"

@@ -40,16 +40,13 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
         PipError: Pip is missing or failed.
         OSError: The disk is full.
     """
-    target, temporary = folder / "wheel", folder / "pip"
-    for path in (target, temporary):
-        path.mkdir()
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
     # without a network this fails within a minute; users may set a longer timeout for slow mirrors
     if not {"PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT"} & os.environ.keys():
         command += ["--timeout", str(_TIMEOUT_SECONDS)]
     command += ["download", "--no-cache-dir", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off"]
-    command += ["--dest", str(target), f"{package}=={version}"]
-    environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
+    command += ["--dest", str(folder), f"{package}=={version}"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
     status, output = run_pip(command, environment, lambda: on_progress(_size(folder)))
     if "No module named pip" in output:
         raise PipError(
@@ -58,7 +55,7 @@ def download_wheel(package: str, version: str, folder: Path, on_progress: Callab
         )
     if os.strerror(errno.ENOSPC) in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    wheels = list(target.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if status != 0 or not wheels:
         raise PipError(reason_of(output) or f"pip ended with status {status}")
     return wheels[0]

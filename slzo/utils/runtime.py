@@ -3,13 +3,18 @@
 import ctypes
 import gc
 import os
+import re
 import resource
-import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+
+from slzo.utils.errors import SlzoError
+from slzo.utils.settings import differences
 
 _Item = TypeVar("_Item")
 # of a container, versions 2 and 1: limit, usage, and the entry of memory.stat with cached files that can be dropped
@@ -23,25 +28,17 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return the peak memory so far, GiB, of the accelerator or, on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**20
-    # on Linux this can be the peak of the parent process
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    if (peak := _kilobytes("/proc/self/status", "VmHWM")) is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # can be that of the parent process
+    return peak / 2**20
 
 
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device, in bytes; ``None`` if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = []
-    status = Path("/proc/meminfo")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            found.append(int(value.split()[0]) * 1024)
+    available = _kilobytes("/proc/meminfo", "MemAvailable")
+    found = [] if available is None else [available * 1024]
     for name, usage, cached in _CGROUPS:
         path = Path(name)
         limit = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
@@ -52,13 +49,35 @@ def free_bytes(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
+def _kilobytes(file: str, name: str) -> int | None:
+    """Return an entry of a file in /proc, KiB; ``None`` if it is not there."""
+    line = re.search(rf"^{name}:\s+(\d+)", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
+    return None if line is None else int(line[1])
+
+
 def gather_from_processes(items: list[_Item]) -> list[_Item]:
     """Gather the items of all processes, in the order of the processes; a collective operation."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
         return items
     gathered: list[list[_Item]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def check_agreement(values: Mapping[str, Any], advice: str) -> None:
+    """Check that some values are the same on all processes. A collective call.
+
+    Args:
+        values: Primitives by the name that the message uses; only equality counts.
+        advice: What to do if they differ, for the message.
+
+    Raises:
+        SlzoError: On all processes, if a value of one process differs from that of the first process.
+    """
+    first, *others = gather_from_processes([dict(values)])
+    for rank, other in enumerate(others, start=1):
+        if changes := differences(first, other):
+            raise SlzoError(f"the processes of this run differ, rank 0 -> rank {rank}: {changes}; {advice}")
 
 
 def leave_process_group() -> None:
@@ -67,27 +86,23 @@ def leave_process_group() -> None:
     It waits for the threads that exchange tensors. If such a thread released a tensor while the interpreter ends, it would abort
     the process (pytorch/pytorch#190489).
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         gc.collect()  # the threads end with the last reference to the group
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next tensor instead of returning it to the system.
 
     A forward pass on the CPU allocates and frees tensors of some megabytes all the time. With glibc's defaults each of them is
     mapped and zeroed again, which takes about a quarter of a step. This is a setting of the whole process, so only programs
-    should call it, not libraries. Returns whether the settings were applied; C libraries other than glibc lack them.
+    should call it, not libraries. C libraries other than glibc lack it.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # from malloc.h
-    settings = ((m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
-    return all(mallopt(option, value) == 1 for option, value in settings)
+    with suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20)):
+            mallopt(option, value)
 
 
 def bound_kernel_caches() -> None:

