@@ -12,7 +12,6 @@ and the head at that number of rows.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import Point
 from slzo.zo.loss import live_points
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.json:
         document = {"model": args.model, "dtype": args.dtype, "threads": args.threads, "torch": torch.__version__}
-        args.json.write_text(json.dumps({**document, "layers": results}, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {**document, "layers": results})
     return 0
 
 

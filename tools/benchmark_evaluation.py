@@ -7,13 +7,11 @@ a key-value cache. Both methods alternate: fast, plain, fast.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
 from slzo.tasks.base import MAX_NEW_TOKENS
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 
 TIE = 1e-4
 
@@ -168,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.json:
         document = {"model": options.model, "threads": torch.get_num_threads(), "onednn": parts.onednn}
-        text = json.dumps({**document, "tasks": [asdict(result) for result in results]}, indent=1)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        write_json(options.json, {**document, "tasks": [asdict(result) for result in results]})
     return 0
 
 

@@ -15,7 +15,6 @@ All variants get the same random batches of real rows, in alternation, in one pr
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from slzo.models.startup_check import split_and_verify
 from slzo.private.modules import onednn_linear
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
@@ -465,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmark_step: error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return 0
 
 

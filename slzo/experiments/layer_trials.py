@@ -318,11 +318,10 @@ class LayerTrials(Trials):
         options, choice = self.options, self.options.optimizer
         step_options = options.step if eps is None else replace(options.step, eps=eps)
         sets_rate = lr is None and choice.automatic
-        auto, used = None, 0.0
+        auto, started = None, time.perf_counter()
         if sets_rate or (step_options.eps is None and options.estimator.uses_points):
-            started = time.perf_counter()
             auto = self._rate(layer, model, step_options.eps, seed)
-            used = time.perf_counter() - started
+        used = 0.0 if auto is None else time.perf_counter() - started
         state = {"seed": seed, "auto": auto, "sets_rate": sets_rate, "max_nonfinite": 1 << 60}
         stepper = make_stepper(model, options, self.rows, step=step_options, **state)
         optimizer = choice.make(model.tensors.masters)
