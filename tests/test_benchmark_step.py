@@ -64,7 +64,9 @@ def test_the_tool_prints_a_table_and_writes_json(model_dir, data_dir, tmp_path, 
     assert "mezo-layer" in capsys.readouterr().out
     result = json.loads(target.read_text())
     assert (result["task"], result["dtype"], result["threads"]) == ("sst2", "float32", 1)
-    assert {*tool.PUBLISHED, "spsa", "spsa-cold", "default", *tool.SWITCHES} == set(result["variants"])
+    assert {"mezo", "mezo-layer", "forward2", "forward2-onednn", "spsa", "spsa-cold", "default", *tool.SWITCHES} == set(
+        result["variants"]
+    )
     assert all(len(v["seconds"]) == 2 and v["median_s"] > 0 for v in result["variants"].values())
     assert set(result["breakdown_s"]) == {"data", "prefix", "perturb", "suffix", "head", "update"}
 

@@ -29,7 +29,7 @@ def test_curves_of_both_steps(model_dir, data_dir, tmp_path, capsys, monkeypatch
 
 def test_a_target_ends_a_training():
     losses = iter([1.0, 0.8, 0.4, 0.3])
-    curve = tool.Recorder(lambda: next(losses), 0.5, 1e9).train(lambda number: number + 1)["curve"]
+    curve = tool.train_to(lambda number: number + 1, lambda: next(losses), 0.5, 1e9)
     assert [score["loss"] for score in curve] == [1.0, 0.8, 0.4]
     assert tool.reached(curve, 0.8) == curve[1]
     assert tool.reached(curve, 0.1) is None

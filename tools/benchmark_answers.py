@@ -5,14 +5,13 @@
 Both methods get the same prompts, text of the movie reviews cut to one length, and generate a fixed number of tokens at w + eps z
 and at w - eps z. They alternate, and the figures are medians. The plain method is ``generate`` with a key-value cache on the
 padded batch, after writing the layer. ``allowed`` is the speedup that the saved operations allow: multiplications of the linear
-layers and the head in the plain method, divided by those in joint decoding, as if both ran at the same rate. ``with nothing in
-common`` counts as if no two answers had a token in common. Joint decoding also reads the weights once instead of twice, which is
-not counted. An operation takes less time in a prompt with many rows than in a token with few. ``at the products' own rates``
-therefore weights each operation with the measured time of a layer's linear maps and the head at that number of rows.
+layers and the head in the plain method, divided by those in joint decoding, as if both ran at the same rate. Joint decoding also
+reads the weights once instead of twice, which is not counted. An operation takes less time in a prompt with many rows than in a
+token with few. ``at the products' own rates`` therefore weights each operation with the measured time of a layer's linear maps
+and the head at that number of rows.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from slzo.models.load import load_model, load_tokenizer
 from slzo.models.startup_check import split_and_verify
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 from slzo.utils.runtime import keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import Point
 from slzo.zo.loss import live_points
@@ -90,23 +90,19 @@ class Step:
     ) -> list[list[int]]:
         """Generate with transformers at each point; the model shares the layer's tensors."""
         found = []
+        ids = torch.tensor(prompts)
         for point in points:
             self.tuned_model.tensors.write(point.direction, point.scale)
-            found += self.plain_here(plain, prompts)
+            made: Tensor = plain.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=self.args.new_tokens,
+                min_new_tokens=self.args.new_tokens,
+                pad_token_id=0,
+            )
+            found += made[:, ids.shape[1] :].tolist()
         return found
-
-    def plain_here(self, plain: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Generate with transformers at the live weights."""
-        ids = torch.tensor(prompts)
-        made: Tensor = plain.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=self.args.new_tokens,
-            min_new_tokens=self.args.new_tokens,
-            pad_token_id=0,
-        )
-        return made[:, ids.shape[1] :].tolist()
 
 
 def share_weights(plain: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -126,14 +122,14 @@ def operations(step: Step, answers: Sequence[Sequence[int]], batch_size: int) ->
     prompt, decoded = 2 * batch_size * args.prompt_tokens, 2 * batch_size * (args.new_tokens - 1)
     heads = 2 * batch_size * args.new_tokens * head
     plain = (prompt + decoded) * (below + above) + heads
-    seen = {
-        (row, tuple(answers[copy * batch_size + row][:length]))
-        for copy in range(2)
-        for row in range(batch_size)
-        for length in range(1, args.new_tokens)
-    }
-    ours = prompt * above + decoded * above + len(seen) * below + heads
+    seen = sum(num_beginnings(answers, batch_size, length) for length in range(1, args.new_tokens))
+    ours = prompt * above + decoded * above + seen * below + heads
     return plain, ours
+
+
+def num_beginnings(answers: Sequence[Sequence[int]], batch_size: int, length: int) -> int:
+    """Return how many different first tokens the answers at both points have, counted for each prompt."""
+    return len({(place % batch_size, tuple(answer[:length])) for place, answer in enumerate(answers)})
 
 
 class Products:
@@ -163,12 +159,8 @@ class Products:
         ours = 2 * self.seconds(prompt) * (span.stop - span.start) + self.seconds(2 * prompt) * above
         ours += args.new_tokens * self.seconds(2 * batch_size, head=True)
         for length in range(1, args.new_tokens):
-            distinct = {
-                (row, tuple(answers[copy * batch_size + row][:length]))
-                for copy in range(2)
-                for row in range(batch_size)
-            }
-            ours += span.start * self.seconds(len(distinct)) + above * self.seconds(2 * batch_size)
+            distinct = num_beginnings(answers, batch_size, length)
+            ours += span.start * self.seconds(distinct) + above * self.seconds(2 * batch_size)
             ours += 2 * (span.stop - span.start) * self.seconds(batch_size)
         return plain / ours
 
@@ -250,8 +242,9 @@ def memory_of(args: argparse.Namespace) -> float:
     return peak_memory_gb(torch.device("cpu"))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options."""
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison; return 2 after a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
     parser.add_argument("--layers", type=int, nargs="+", default=[11, 29], help="tuned layers, one comparison each")
@@ -270,13 +263,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--memory_of", choices=["plain", "joint"], help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-@torch.no_grad()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; return 2 after a user error."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for both methods
     results = []
@@ -307,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.json:
         document = {"model": args.model, "dtype": args.dtype, "threads": args.threads, "torch": torch.__version__}
-        args.json.write_text(json.dumps({**document, "layers": results}, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {**document, "layers": results})
     return 0
 
 

@@ -31,6 +31,7 @@ from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
 from slzo.pictures.style import BLUE, GREY, ORANGE, new_figure, style_axis, svg_of
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json, write_text
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA
 from slzo.zo.objectives import CandidateCrossEntropy
@@ -179,10 +180,7 @@ def draw(entries: Sequence[dict[str, Any]], folder: Path) -> None:
         style_axis(axis, "parameters, billions", words, whole=False)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scale.svg").write_text(
-        f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure, "scale")}', encoding="utf-8"
-    )
+    write_text(folder / "scale.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure, "scale")}')
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -227,9 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 entries = [entry for entry in entries if entry["shape"] != name] + run_shape(args, name, folder)
             if args.output is not None:
                 entries.sort(key=lambda entry: entry["parameters"])
-                args.output.write_text(
-                    json.dumps({**settings(args), "entries": entries}, indent=2) + "\n", encoding="utf-8"
-                )
+                write_json(args.output, {**settings(args), "entries": entries})
     except (SlzoError, OSError) as error:
         print(f"benchmark_scale: error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,6 @@ All variants get the same random batches of real rows, in alternation, in one pr
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -30,20 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from published_step import EPS, LEARNING_RATE, pad_left, published_step
+from published_step import EPS, LEARNING_RATE, encoded_rows, pad_left, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.batches.packing import PackedBatch, pack
 from slzo.data.batch import TrainBatch
-from slzo.data.encoding import Encoder
-from slzo.data.sources import RowSource
-from slzo.data.splits import draw_splits
 from slzo.models.engine import Engine
 from slzo.models.linear import with_onednn
-from slzo.models.load import load_model, load_tokenizer
+from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.models.startup_check import split_and_verify
+from slzo.private.modules import onednn_linear
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError
+from slzo.utils.files import write_json
 from slzo.utils.runtime import bound_kernel_caches, keep_freed_memory, peak_memory_gb
 from slzo.zo.estimators import SPSA, Estimator, LayerOutputPerturbation
 from slzo.zo.objectives import LOSS_OBJECTIVES, LogitObjective
@@ -54,7 +52,6 @@ from slzo.zo.tuned_model import TunedModel
 _PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
 _ATTENTION = "aten::_scaled_dot_product"
 Clock = Callable[[], float]  # seconds
-PUBLISHED = ("mezo", "mezo-layer", "forward2", "forward2-onednn")
 
 
 # ---- the step of the package --------------------------------------------------------------------------------------------
@@ -137,10 +134,10 @@ class SlzoStep:
         return float(total / weight)
 
 
-def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool, clock: Clock) -> tuple[float, float]:
+def product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) -> tuple[float, float]:
     """Return seconds and floating-point operations of one evaluation's matrix products, suffix layers and needed logits.
 
-    A plain loop over the weights in the order of the suffix, with inputs of the same shapes.
+    A plain loop over the weights in the order of the suffix, with inputs of the same shapes and slzo's kernel.
     """
     parts, dtype = step.parts, step.parts.model.dtype
     suffix = parts.layers[step.forward.span.start :]
@@ -150,22 +147,25 @@ def product_seconds(step: SlzoStep, batch: PackedBatch, onednn: bool, clock: Clo
     ids = step.head_ids(batch)
     head_weight = head.weight if ids is None else head.weight[: len(ids)]
     head_inputs = torch.randn(batch.needed.numel(), head.in_features, dtype=dtype)
+    linear = onednn_linear if parts.onednn else F.linear
 
     def products() -> None:
         for module in modules:
-            if onednn:
-                torch.ops.mkldnn._linear_pointwise(inputs[module.in_features], module.weight, None, "none", [], "")
-            else:
-                F.linear(inputs[module.in_features], module.weight)
+            linear(inputs[module.in_features], module.weight, None)
         F.linear(head_inputs, head_weight)
 
+    operations = 2.0 * batch.num_tokens * sum(m.weight.numel() for m in modules)
+    return median_of_three(products, clock), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
+
+
+def median_of_three(function: Callable[[], Any], clock: Clock) -> float:
+    """Return the median seconds of three calls."""
     trials = []
     for _ in range(3):
         start = clock()
-        products()
+        function()
         trials.append(clock() - start)
-    operations = 2.0 * batch.num_tokens * sum(m.weight.numel() for m in modules)
-    return statistics.median(trials), operations + 2.0 * head_inputs.shape[0] * head_weight.numel()
+    return statistics.median(trials)
 
 
 def attention_product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) -> float:
@@ -177,16 +177,14 @@ def attention_product_seconds(step: SlzoStep, batch: PackedBatch, clock: Clock) 
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype, seconds = step.parts.model.dtype, 0.0
+
+    def products(query: Tensor, key: Tensor, value: Tensor) -> None:
+        (query @ key.transpose(-1, -2)) @ value
+
     for group in batch.layout.groups:
         count, length = group.shape
-        query, key, value = (torch.randn(count, heads, length, size, dtype=dtype) for _ in range(3))
-        trials = []
-        for _ in range(3):
-            start = clock()
-            scores = query @ key.transpose(-1, -2)
-            scores @ value
-            trials.append(clock() - start)
-        seconds += statistics.median(trials) * (length + 1) / (2 * length)
+        own = (torch.randn(count, heads, length, size, dtype=dtype) for _ in range(3))
+        seconds += median_of_three(partial(products, *own), clock) * (length + 1) / (2 * length)
     return seconds * (step.parts.num_layers - step.forward.span.start)
 
 
@@ -223,7 +221,7 @@ class Timings:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     parts: list[dict[str, float]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    product: dict[str, list[float]] = field(default_factory=lambda: {"torch": [], "onednn": []})
+    product: list[float] = field(default_factory=list)
     operations: list[float] = field(default_factory=list)
     shares: list[dict[str, float]] = field(default_factory=list)
 
@@ -250,11 +248,8 @@ def loaded(args: argparse.Namespace) -> Any:
 
 def load_rows(args: argparse.Namespace) -> tuple[list[EncodedExample], LogitObjective]:
     """Return tokenized training rows of the task, and the loss that the task is trained with."""
-    task = get_task(args.task)
-    pool = RowSource(task, args.data_dir).read("train").examples
-    rows = draw_splits(pool, pool[:1], num_train=1000, num_dev=0, num_test=1, seed=0).train
-    encoder = Encoder(load_tokenizer(args.model))
-    return [encoder.encode(row, index) for index, row in enumerate(rows)], LOSS_OBJECTIVES[task.kind]()
+    rows = encoded_rows(args.model, args.task, args.data_dir, 1000)
+    return rows, LOSS_OBJECTIVES[get_task(args.task).kind]()
 
 
 def draw_batches(rows: list[EncodedExample], args: argparse.Namespace) -> list[list[EncodedExample]]:
@@ -278,11 +273,8 @@ def compare(args: argparse.Namespace) -> Timings:
     """Run all variants in alternation."""
     rows, objective = load_rows(args)
     batches = draw_batches(rows, args)
-    plain = None
-    if any(variant in PUBLISHED for variant in args.variants):
-        plain = loaded(args)
-        for parameter in plain.parameters():
-            parameter.data = parameter.data.clone()
+    plain = loaded(args)
+    unmap(plain)
     parts = split_and_verify(loaded(args))
     warm = SlzoStep(parts, args.layer, objective, cache_gb=8.0)
     cold = SlzoStep(parts, args.layer, objective, cache_gb=0.0)
@@ -296,8 +288,7 @@ def compare(args: argparse.Namespace) -> Timings:
     for number, examples in enumerate(batches):
         for step in (warm, default, *switched.values()):
             step.forward.prefix(step.pack(examples))
-        if plain is not None:
-            run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
+        run_published(args, plain, parts.layers_path, examples, objective.only_gold, number, timings)
         for name, step in {"spsa": warm, "spsa-cold": cold, "default": default, **switched}.items():
             timings.add(name, partial(step, examples))
         if args.device != "cpu":  # the rest is measured on a CPU only
@@ -305,11 +296,8 @@ def compare(args: argparse.Namespace) -> Timings:
         timings.parts.append(warm.breakdown(examples, timings.clock))
         batch = warm.pack(examples)
         timings.tokens.append(batch.num_tokens)
-        for name in timings.product:
-            if name == "onednn" and not parts.onednn:
-                continue
-            seconds, operations = product_seconds(warm, batch, onednn=name == "onednn", clock=timings.clock)
-            timings.product[name].append(seconds)
+        seconds, operations = product_seconds(warm, batch, timings.clock)
+        timings.product.append(seconds)
         timings.operations.append(operations)
         timings.shares.append(shares_of_step(warm, examples, timings.clock))
         print(
@@ -342,11 +330,11 @@ def run_published(
         "mezo": lambda: published_step(plain, everything, padded, only_gold, number),
         "mezo-layer": lambda: published_step(plain, of_layer, padded, only_gold, number),
         "forward2": lambda: forward_twice(plain),
-        "forward2-onednn": lambda: forward_twice(with_onednn(plain)),
     }
+    if args.dtype == "float32":
+        steps["forward2-onednn"] = lambda: forward_twice(with_onednn(plain))
     for name, step in steps.items():
-        if name in args.variants and (name != "forward2-onednn" or args.dtype == "float32"):
-            timings.add(name, step)
+        timings.add(name, step)
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
@@ -386,20 +374,15 @@ def report_of_parts(timings: Timings) -> dict[str, Any]:
     print(
         f"suffix and head: {rate:.0f} GFLOP/s of their matrix products, {statistics.fmean(timings.tokens):.0f} tokens per batch"
     )
-    rates = {}
-    for name, seconds in timings.product.items():
-        if seconds:
-            rates[name] = sum(timings.operations) / sum(seconds) / 1e9
-            print(
-                f"the products alone by {name}: {rates[name]:.0f} GFLOP/s; suffix and head reach {rate / rates[name]:.0%} of it"
-            )
+    alone = sum(timings.operations) / sum(timings.product) / 1e9
+    print(f"the products alone: {alone:.0f} GFLOP/s; suffix and head reach {rate / alone:.0%} of it")
     shares = {name: statistics.fmean(share[name] for share in timings.shares) for name in timings.shares[0]}
     print("shares of a step, by the profiler: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     return {
         "breakdown_s": parts,
         "tokens": timings.tokens,
         "suffix_gflops": rate,
-        "product_gflops": rates,
+        "product_gflops": alone,
         "shares": shares,
     }
 
@@ -441,9 +424,10 @@ def report(args: argparse.Namespace, timings: Timings, memory: dict[str, float])
     }
 
 
-def step_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return the options of tools that time steps of one layer on batches of real rows."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison; return 2 after a user error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="movie_reviews", help="task name")
     parser.add_argument("--data_dir", help="folder with the task's rows (see data.data_dir)")
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder, .gguf file or Hub id")
@@ -452,19 +436,10 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="rows per step")
     parser.add_argument("--batches", type=int, default=7, help="random batches, each timed once with each variant")
     parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options."""
-    parser = step_parser(__doc__)
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of the weights"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the model")
-    parser.add_argument(
-        "--variants", nargs="*", default=list(PUBLISHED), choices=PUBLISHED, help="variants to time in addition to slzo"
-    )
     parser.add_argument("--default_layer", type=int, default=28, help="tuned layer of default")
     parser.add_argument(
         "--cpu_time", action="store_true", help="CPU time instead of time; for one thread next to other jobs"
@@ -473,13 +448,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--memory_of", choices=["inference", "slzo"], help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-@torch.no_grad()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; return 2 after a user error."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the slzo command does, for all variants
     bound_kernel_caches()
@@ -496,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmark_step: error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return 0
 
 

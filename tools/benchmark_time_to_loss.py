@@ -14,7 +14,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,60 +21,50 @@ from typing import Any
 
 import torch
 
-from published_step import pad_left, published_step
+from published_step import pad_left, published_step, unmap
 from slzo.batches.encoded import EncodedExample
 from slzo.experiments.store import CellStore
 from slzo.models.load import load_model
 from slzo.models.parts import ModelParts
 from slzo.module import ZOModule
 from slzo.pictures.style import lines, new_figure, save, style_axis
+from slzo.profiling import ProfileOptions, profile_model
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
-from slzo.zo.profile import profile_layers
-from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionContext, SelectionRule
+from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
 
 GROWTH = 1.1
 SIZES: dict[str, Any] = {"num_train": 1000, "num_dev": 200, "num_test": 20, "batch_size": 16}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A score of the dev rows: steps, evaluations and processor seconds until then, and the mean loss."""
-
-    step: int
-    evaluations: int
-    seconds: float
-    loss: float
-
-
-class Recorder:
-    """Times the steps of a training, and scores the dev rows each time that the time has grown by a tenth.
+def train_to(
+    step: Callable[[int], int], score: Callable[[], float], target: float, limit: float, used: float = 0.0
+) -> list[dict[str, float]]:
+    """Train until a dev loss is reached, and score the dev rows each time that the time has grown by a tenth.
 
     Args:
+        step: Takes step 0, 1, ... and returns the number of evaluations so far.
         score: Scores the dev rows.
         target: Dev loss at which the training ends.
         limit: Processor seconds after which it ends.
+        used: Processor seconds before the first step.
+
+    Returns:
+        Steps, evaluations and processor seconds until each score, and its loss.
     """
-
-    def __init__(self, score: Callable[[], float], target: float, limit: float, used: float = 0.0) -> None:
-        self.score, self.target, self.limit, self.used = score, target, limit, used
-        self.curve: list[Checkpoint] = []
-
-    def train(self, step: Callable[[int], int]) -> dict[str, Any]:
-        """Call ``step`` with 0, 1, ..., which returns the number of evaluations so far, until the training ends."""
-        self.curve.append(Checkpoint(0, 0, self.used, self.score()))
-        for number in count():
-            started = time.process_time()
-            evaluations = step(number)
-            self.used += time.process_time() - started
-            if self.used < GROWTH * self.curve[-1].seconds and self.used < self.limit:
-                continue
-            self.curve.append(Checkpoint(number + 1, evaluations, self.used, self.score()))
-            if self.curve[-1].loss <= self.target or self.used >= self.limit:
-                break
-        return {"curve": [vars(checkpoint) for checkpoint in self.curve]}
+    curve = [{"step": 0, "evaluations": 0, "seconds": used, "loss": score()}]
+    for number in count():
+        started = time.process_time()
+        evaluations = step(number)
+        used += time.process_time() - started
+        if used < GROWTH * curve[-1]["seconds"] and used < limit:
+            continue
+        curve.append({"step": number + 1, "evaluations": evaluations, "seconds": used, "loss": score()})
+        if curve[-1]["loss"] <= target or used >= limit:
+            break
+    return curve
 
 
 def make_rows(args: argparse.Namespace) -> TaskRows:
@@ -93,8 +82,7 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
     started = time.process_time()
-    profile, _ = profile_layers(parts, list(rows.profile_batches(16)))
-    layer = rule.select(SelectionContext(profile)).layer
+    layer = profile_model(parts, rows, ProfileOptions(rule, 16, None), "")[1].layer
     model = tune(parts, options, rows, layer)
     plan_prefix(model, rows)
     optimizer = options.optimizer.make(model.tensors.masters)
@@ -112,7 +100,7 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
         stepper.step(next(batches), number, optimizer)
         return round(stepper.num_evaluations)
 
-    return {"layer": layer} | Recorder(score, min(args.targets), args.seconds, used).train(step)
+    return {"layer": layer, "curve": train_to(step, score, min(args.targets), args.seconds, used)}
 
 
 def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
@@ -120,8 +108,7 @@ def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
     rows = make_rows(args)
     options = ZOModule(args.model).options
     model: Any = load_model(args.model, "float32")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # not mapped from the file
+    unmap(model)
     adapt_rows(rows, ModelParts(model), options)
     trained, only_gold = list(model.parameters()), rows.objective.only_gold
     batches = _batches([row.encoded for row in rows.rows("train")], rows.batch_size, random.Random(args.seed))
@@ -138,7 +125,7 @@ def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:
         return 2 * (number + 1)
 
     with torch.no_grad():
-        return {"layer": None} | Recorder(score, min(args.targets), args.seconds).train(step)
+        return {"layer": None, "curve": train_to(step, score, min(args.targets), args.seconds)}
 
 
 def _batches(rows: list[EncodedExample], size: int, generator: random.Random) -> Iterator[list[EncodedExample]]:

@@ -200,8 +200,8 @@ def markdown_table(verdicts: Iterable[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Test the model types and write the table."""
     parser = argparse.ArgumentParser(description="Find which model types of transformers slzo can tune.")
     parser.add_argument("--markdown", help="file to write the table to; left out, the table is printed")
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types to test (default: all)")
@@ -209,12 +209,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = sorted(set(options.types or []) - set(all_types()))
     if unknown:
         parser.error(f"--types {' '.join(unknown)}: transformers has no causal model of this type")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Test the model types and write the table."""
-    options = parse(argv)
     logging.disable(logging.WARNING)  # transformers logs warnings about many configurations
     verdicts = []
     for model_type in options.types or all_types():

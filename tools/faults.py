@@ -1,17 +1,20 @@
 """Run a function in a forked process, and send it a signal at a time, or at one of its writes, renames and deletes."""
 
-import mmap
+import ctypes
 import os
 import signal
-import struct
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slzo.zo.stepper import Stepper
+
+EVENTS, STEPS = range(2)
+"""Places of the counters: of writes, renames and deletes, and of steps that ran the model."""
 
 PATIENCE_S = 300.0
 """A process that takes longer hangs."""
@@ -34,36 +37,6 @@ class Fault(NamedTuple):
     event: int = 0
 
 
-class Counters:
-    """Counters of children in shared memory: writes, renames and deletes, and steps that ran the model."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 16)
-
-    def _at(self, place: int) -> int:
-        return int(struct.unpack_from("<q", self._memory, place)[0])
-
-    def add(self, place: int) -> int:
-        """Increment a counter and return its value."""
-        value = self._at(place) + 1
-        struct.pack_into("<q", self._memory, place, value)
-        return value
-
-    def clear(self) -> None:
-        """Reset the counters."""
-        struct.pack_into("<qq", self._memory, 0, 0, 0)
-
-    @property
-    def events(self) -> int:
-        """Number of writes, renames and deletes."""
-        return self._at(0)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps that ran the model."""
-        return self._at(8)
-
-
 class Child(NamedTuple):
     """How a child process ended.
 
@@ -76,6 +49,14 @@ class Child(NamedTuple):
     status: int | None
     seconds: float
     hit: bool
+
+
+Counters = ctypes.Array[ctypes.c_longlong]
+
+
+def new_counters() -> Counters:
+    """Return counters of children in shared memory."""
+    return RawArray("q", 2)
 
 
 def run_child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
@@ -114,7 +95,7 @@ def _child(call: Callable[[], int], folder: Path, counters: Counters, fault: Fau
         original = Stepper.loss
 
         def loss(stepper: Stepper, *args: Any) -> Any:
-            counters.add(8)
+            counters[STEPS] += 1
             return original(stepper, *args)
 
         setattr(Stepper, "loss", loss)  # noqa: B010  mypy refuses an assignment
@@ -137,6 +118,6 @@ def _at_event(event: str, args: tuple[Any, ...], folder: str, counters: Counters
         return
     if not os.path.abspath(args[0]).startswith(folder):  # noqa: PTH100
         return
-    number = counters.add(0)
-    if fault is not None and fault.seconds is None and number == fault.event:
+    counters[EVENTS] += 1
+    if fault is not None and fault.seconds is None and counters[EVENTS] == fault.event:
         os.kill(os.getpid(), fault.number)

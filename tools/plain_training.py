@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from published_step import PaddedBatch, pad_left, published_loss, published_step
+from published_step import PaddedBatch, encoded_rows, pad_left, published_loss, published_step, unmap
 from slzo.batches.encoded import EncodedExample
-from slzo.data.encoding import Encoder
-from slzo.data.sources import RowSource
-from slzo.data.splits import draw_splits
-from slzo.models.load import load_model, load_tokenizer
+from slzo.models.load import load_model
 from slzo.tasks.base import Kind
 from slzo.tasks.registry import get_task
 from slzo.utils.runtime import peak_memory_gb
@@ -30,18 +27,11 @@ METHODS = ("mezo", "adamw", "lora", "lora-checkpointing")
 LEARNING_RATE = 1e-5
 
 
-def batches(
-    model: str, task_name: str, data_dir: str, rows: int, steps: int
-) -> tuple[list[list[EncodedExample]], bool]:
+def batches(model: str, task: str, data_dir: str, rows: int, steps: int) -> tuple[list[list[EncodedExample]], bool]:
     """Return tokenized training rows, batch by batch, and whether the task is trained on gold answers only."""
-    task = get_task(task_name)
-    pool = RowSource(task, data_dir).read("train").examples
-    examples = draw_splits(pool, pool[:1], num_train=rows * steps, num_dev=0, num_test=1, seed=0).train
-    encoder = Encoder(load_tokenizer(model))
-    encoded = [encoder.encode(row, index) for index, row in enumerate(examples)]
-    return [
-        encoded[start : start + rows] for start in range(0, rows * steps, rows)
-    ], task.kind is not Kind.CLASSIFICATION
+    encoded = encoded_rows(model, task, data_dir, rows * steps)
+    own = [encoded[start : start + rows] for start in range(0, rows * steps, rows)]
+    return own, get_task(task).kind is not Kind.CLASSIFICATION
 
 
 def adamw_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PaddedBatch) -> None:
@@ -56,14 +46,6 @@ def with_lora(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-
-
-def unmap(model: nn.Module) -> None:
-    """Copy weights out of the files that they are mapped from, which change anyway, and count the peak from here on."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is used now
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
@@ -82,6 +64,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     optimizer = None if args.method == "mezo" else torch.optim.AdamW(trained, lr=LEARNING_RATE)
     if not args.method.startswith("lora"):
         unmap(model)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is used now
     seconds = []
     for number, examples in enumerate(own):
         started = time.perf_counter()

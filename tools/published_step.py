@@ -1,4 +1,4 @@
-"""One training step as published (MeZO, arXiv 2305.17333, ``large_models``), for comparison only."""
+"""One training step as published (MeZO, arXiv 2305.17333, ``large_models``) and its rows, for comparison only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slzo.batches.encoded import EncodedExample
+from slzo.data.encoding import Encoder
+from slzo.data.sources import RowSource
+from slzo.data.splits import draw_splits
+from slzo.models.load import load_tokenizer
+from slzo.tasks.registry import get_task
 
 EPS = 1e-3
 LEARNING_RATE = 3e-4
+
+
+def encoded_rows(model: str, task: str, data_dir: str | None, count: int) -> list[EncodedExample]:
+    """Return tokenized training rows of a task, in random order."""
+    pool = RowSource(get_task(task), data_dir).read("train").examples
+    rows = draw_splits(pool, pool[:1], num_train=count, num_dev=0, num_test=1, seed=0).train
+    encoder = Encoder(load_tokenizer(model))
+    return [encoder.encode(row, index) for index, row in enumerate(rows)]
+
+
+def unmap(model: nn.Module) -> None:
+    """Copy weights out of the files that they are mapped from: the published step changes them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 @dataclass(frozen=True)

@@ -31,32 +31,26 @@ def ratio(result: dict[str, Any], slow: str, fast: str) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table: seconds of slzo's steps, and how many times as long the others take."""
-    heads = [
-        "task",
-        "batches",
-        "tokens per batch",
-        "default, s",
-        "mezo / default",
-        "SPSA, s",
-        "mezo / SPSA",
-        "mezo-layer / SPSA",
-    ]
-    heads += ["forward2 / SPSA", "forward2-onednn / SPSA", "cold / warm"]
-    rows = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    rows = []
     for result in results:
         variants = result["variants"]
-        cells = [
-            result["task"],
-            str(len(variants["spsa"]["seconds"])),
-            f"{sum(result['tokens']) / len(result['tokens']):.0f}",
-            f"{variants['default']['median_s']:.2f}",
-            ratio(result, "mezo", "default"),
-            f"{variants['spsa']['median_s']:.2f}",
-            *(ratio(result, name, "spsa") for name in ("mezo", "mezo-layer", "forward2", "forward2-onednn")),
-            f"{variants['spsa-cold']['median_s'] / variants['spsa']['median_s']:.2f}",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(
+            {
+                "task": result["task"],
+                "batches": str(len(variants["spsa"]["seconds"])),
+                "tokens per batch": f"{sum(result['tokens']) / len(result['tokens']):.0f}",
+                "default, s": f"{variants['default']['median_s']:.2f}",
+                "mezo / default": ratio(result, "mezo", "default"),
+                "SPSA, s": f"{variants['spsa']['median_s']:.2f}",
+                "mezo / SPSA": ratio(result, "mezo", "spsa"),
+                "mezo-layer / SPSA": ratio(result, "mezo-layer", "spsa"),
+                "forward2 / SPSA": ratio(result, "forward2", "spsa"),
+                "forward2-onednn / SPSA": ratio(result, "forward2-onednn", "spsa"),
+                "cold / warm": f"{variants['spsa-cold']['median_s'] / variants['spsa']['median_s']:.2f}",
+            }
+        )
+    head = f"| {' | '.join(rows[0])} |\n|---|" + "--:|" * (len(rows[0]) - 1)
+    return "\n".join([head, *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, becau
 
 import torch
 
-from faults import PATIENCE_S, Child, Counters, Fault, run_child
+from faults import PATIENCE_S, STEPS, Child, Counters, Fault, new_counters, run_child
 from slzo.__main__ import main as slzo
 from slzo.checkpoints.checkpoint import read_checkpoint
 from slzo.checkpoints.find import newest_checkpoint
@@ -59,7 +58,7 @@ _ALONG_WEIGHTS = ("--model.estimator=SPSA", "--model.optimizer=SGD", "--model.op
 _PLACES = ("command", "run_dir", "use", "next", "first_order", "best_checkpoint")
 
 
-class Scenario(ABC):
+class Scenario:
     """A command under test.
 
     Args:
@@ -90,13 +89,13 @@ class Scenario(ABC):
         """Change what must not change under a run; return whether the command runs nevertheless, and undo the change."""
         return False
 
-    @abstractmethod
     def call(self, folder: Path) -> Callable[[], int]:
         """Return the function to call, at first and after a fault."""
+        raise NotImplementedError
 
-    @abstractmethod
     def result(self, folder: Path) -> Any:
         """Return the result, which is compared with ``==``."""
+        raise NotImplementedError
 
     def prepare(self, folder: Path) -> None:
         """Create the files that the command needs."""
@@ -161,20 +160,17 @@ class Edited(Fit):
         number = draw.randrange(len(rows))
         rows[number] = rows[number].replace(b" film ", b" filn ")
         file.write_bytes(b"".join(rows))
-        ended = run_child(self.call(folder), folder, Counters())
+        ended = run_child(self.call(folder), folder, new_counters())
         file.write_bytes(before)
         return ended.status != 2 or b"is not that of the checkpoint's run" not in output.read_bytes()[known:]
 
 
 class Ranks(Scenario):
-    """A training in two processes, one of which is killed."""
+    """A training in two processes, one of which is killed; they are not forked: Lightning starts the second one itself."""
 
     faults = (1, 2)
     signals = ("SIGKILL",)
     at_events = False
-
-    def call(self, folder: Path) -> Callable[[], int]:
-        raise NotImplementedError("the processes are not forked, because Lightning starts the second one itself")
 
     def run(self, folder: Path, counters: Counters, fault: Fault | None = None) -> Child:
         found, output = any(folder.glob("runs/**/checkpoints/last.ckpt")), folder / "output.txt"
@@ -223,7 +219,7 @@ class Export(Scenario):
     """An export of a trained layer."""
 
     def prepare(self, folder: Path) -> None:
-        run_child(Fit(self.options).call(folder), folder, Counters())
+        run_child(Fit(self.options).call(folder), folder, new_counters())
 
     def call(self, folder: Path) -> Callable[[], int]:
         output = folder / "exported"
@@ -245,16 +241,6 @@ SCENARIOS: dict[str, type[Scenario]] = {
     "ranks": Ranks,
     "sweep": Sweep,
     "export": Export,
-}
-_SHARES = {
-    "fit": 0.2,
-    "weights": 0.2,
-    "chain": 0.1,
-    "weights_chain": 0.1,
-    "edited": 0.1,
-    "ranks": 0.1,
-    "sweep": 0.1,
-    "export": 0.1,
 }
 
 
@@ -353,7 +339,7 @@ class Torture:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.counters = root, Counters()
+        self.root, self.counters = root, new_counters()
         write_model(root / "model")
         write_rows(root / "data")
         usual = (
@@ -369,12 +355,12 @@ class Torture:
         """Return the uninterrupted run of a scenario."""
         if name not in self._references:
             scenario, folder = self._scenario(name, f"whole-{name}")
-            self.counters.clear()
+            self.counters[:] = [0, 0]
             ended = scenario.run(folder, self.counters)
             if ended.status != 0:
                 raise RuntimeError(f"{name} failed: {(folder / 'output.txt').read_text()[-2000:]}")
             found = scenario.result(folder)
-            self._references[name] = Reference(found, ended.seconds, self.counters.events, self.counters.steps)
+            self._references[name] = Reference(found, ended.seconds, *self.counters)
         return self._references[name]
 
     def trial(self, number: int, name: str, draw: random.Random) -> Outcome:
@@ -385,9 +371,9 @@ class Torture:
         while True:
             fault = _fault(scenario, reference, draw) if len(outcome.faults) < draw.randint(*scenario.faults) else None
             before = any(folder.glob("runs/**/checkpoints/last.ckpt"))
-            self.counters.clear()
+            self.counters[:] = [0, 0]
             ended = scenario.run(folder, self.counters, fault)
-            steps += self.counters.steps
+            steps += self.counters[STEPS]
             if ended.status == 0 or fault is None:
                 break
             if ended.hit:
@@ -455,25 +441,23 @@ def report(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def torture(
-    trials: int, seed: int, root: Path, only: Sequence[str], say: Callable[[str], None] = print
-) -> list[Outcome]:
-    """Run trials, a fixed share of them for each command.
+def torture(trials: int, seed: int, root: Path, only: Sequence[str]) -> list[Outcome]:
+    """Run trials, a fixed share of them for each command, and print a line about each that found a fault.
 
     Args:
         trials: Number of trials.
         seed: Seed of commands, signals and times.
         root: Folder for all files.
         only: Commands to test.
-        say: Called with a line about each trial that found a fault.
     """
     torch.set_num_threads(1)
     bench, outcomes = Torture(root), []
-    names = random.Random(seed).choices(list(only), [_SHARES[name] for name in only], k=trials)
+    shares = [0.2 if name in ("fit", "weights") else 0.1 for name in only]
+    names = random.Random(seed).choices(only, shares, k=trials)
     for number, name in enumerate(names):
         outcomes.append(bench.trial(number, name, random.Random(seed * 1_000_003 + number)))
         if outcomes[-1].bad:
-            say(f"trial {number}: {outcomes[-1]}")
+            print(f"trial {number}: {outcomes[-1]}")
     return outcomes
 
 

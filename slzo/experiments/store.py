@@ -101,18 +101,15 @@ class CellStore:
             report: Called with the name and the result of a cell that was computed here.
         """
         while left := [name for name in cells if self.result(name) is None]:
-            if not any(self._compute(name, cells[name], report) for name in left):
+            for name in left:
+                with self.claim(name) as mine:
+                    if mine:
+                        result = cells[name]()
+                        self.save(name, result)
+                        report(name, result)
+                        break
+            else:
                 time.sleep(_WAIT_SECONDS)
-
-    def _compute(self, name: str, function: Callable[[], Any], report: Callable[[str, Any], None]) -> bool:
-        if self.result(name) is not None:
-            return False
-        with self.claim(name) as mine:
-            if mine:
-                result = function()
-                self.save(name, result)
-                report(name, result)
-            return mine
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"

@@ -3,7 +3,7 @@
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from slzo.experiments.layer_trials import Sensitivity
 from slzo.experiments.store import CellStore
 from slzo.experiments.sweep_plan import SweepPlan, sensitivity_cell, training_cell
 from slzo.pictures.style import save
@@ -67,8 +66,7 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
     rows = []
     for measured in profile.layers:
         layer = measured.index
-        found = store.result(sensitivity_cell(layer)) if plan.directions else None
-        sensitivity = None if found is None else Sensitivity(**found)
+        found = store.result(sensitivity_cell(layer)) if plan.directions else {}
         names = [training_cell(*training) for training in plan.trainings if training[0] == layer]
         trials = [Trial.from_dict(store.result(name)) for name in names]
         good = [trial for trial in trials if not trial.diverged]
@@ -77,8 +75,8 @@ def layer_results(store: CellStore, plan: SweepPlan, profile: OutlierProfile) ->
         rows.append(
             LayerResult(
                 layer=layer,
-                sensitivity=math.nan if sensitivity is None else sensitivity.mean,
-                sensitivity_se=math.nan if sensitivity is None else sensitivity.standard_error,
+                sensitivity=found.get("mean", math.nan),
+                sensitivity_se=found.get("standard_error", math.nan),
                 outlier_ratio=measured.ratio,
                 seeds=len(trials),
                 loss_before=trials[0].scores[0].loss if trials else None,
@@ -100,9 +98,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen layer") -> str:
+def verdict(rows: Sequence[LayerResult], metric: str, chosen: str = "chosen layer") -> str:
     """Return a sentence that says whether the layer that the profile chose, called ``chosen``, wins, and how clearly."""
-    rows = list(rows)
     dominant = next((row for row in rows if row.dominant), None)
     trained = sorted((row for row in rows if row.gain is not None), key=lambda row: -(row.gain or 0))
     if not trained and any(row.diverged for row in rows):
@@ -122,21 +119,21 @@ def verdict(rows: Iterable[LayerResult], metric: str, chosen: str = "chosen laye
         return f"Layer {best.layer} wins: it lowers the dev loss by {best.gain:.4f}; the {chosen} {why}."
     if best is not dominant:
         behind = (best.gain or 0) - dominant.gain
-        sure = _errors(behind, best, dominant)
-        verb = "does not win" if sure is None or sure >= CLEAR else "does not clearly lose"
+        clear, how_sure = _how_sure(behind, best, dominant)
+        verb = "does not win" if clear else "does not clearly lose"
         return (
             f"The {chosen}, {dominant.layer}, {verb}: layer {best.layer} lowers the dev loss by "
-            f"{best.gain:.4f}, {behind:.4f} more, {_how_sure(sure)} ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
+            f"{best.gain:.4f}, {behind:.4f} more, {how_sure} ({metric} {best.metric:.4f} against {dominant.metric:.4f})."
         )
     if len(trained) == 1:
         return f"The {chosen}, {dominant.layer}, lowers the dev loss by {dominant.gain:.4f}; no other was trained."
     second = trained[1]
     ahead = dominant.gain - (second.gain or 0)
-    sure = _errors(ahead, dominant, second)
-    verb = "wins" if sure is None or sure >= CLEAR else "leads, but not clearly"
+    clear, how_sure = _how_sure(ahead, dominant, second)
+    verb = "wins" if clear else "leads, but not clearly"
     return (
         f"The {chosen}, {dominant.layer}, {verb}: it lowers the dev loss by {dominant.gain:.4f}, {ahead:.4f} more than "
-        f"the next best, layer {second.layer}, {_how_sure(sure)} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
+        f"the next best, layer {second.layer}, {how_sure} ({metric} {dominant.metric:.4f} against {second.metric:.4f})."
     )
 
 
@@ -168,17 +165,12 @@ def _measured(row: LayerResult) -> str:
     return f"{row.sensitivity:.4g} +- {row.sensitivity_se:.2g}"
 
 
-def _errors(difference: float, one: LayerResult, other: LayerResult) -> float | None:
-    """Return a difference of two layers' losses in standard errors over seeds; ``None`` if these are unknown."""
+def _how_sure(difference: float, one: LayerResult, other: LayerResult) -> tuple[bool, str]:
+    """Return whether a difference of two layers' losses is clear, or without a known standard error, and how sure it is."""
     if one.loss_se is None or other.loss_se is None:
-        return None
-    return in_errors(difference, math.hypot(one.loss_se, other.loss_se))
-
-
-def _how_sure(errors: float | None) -> str:
-    return (
-        "from one seed, so without a standard error" if errors is None else f"{errors:.1f} standard errors over seeds"
-    )
+        return True, "from one seed, so without a standard error"
+    errors = in_errors(difference, math.hypot(one.loss_se, other.loss_se))
+    return errors >= CLEAR, f"{errors:.1f} standard errors over seeds"
 
 
 def format_rows(rows: Sequence[LayerResult]) -> str:
@@ -205,7 +197,7 @@ def write_sweep(
     settings: dict[str, Any],
     sentence: str,
     curves: Mapping[int, Sequence[Score]],
-    title: str = "",
+    title: str,
 ) -> None:
     """Write sweep.csv, sweep.json and the pictures with ``title``, as .png and .svg."""
     names = [field.name for field in fields(LayerResult)]

@@ -27,7 +27,7 @@ def workers(number: int, command: Sequence[str] | None = None) -> Iterator[None]
     Raises:
         SlzoError: ``number`` is not positive, or larger than the number of cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     if not 1 <= number <= cores:
         raise SlzoError(
             f"workers {number}: each worker needs a core of its own, and there are {cores}; give 1 to {cores}"

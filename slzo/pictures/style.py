@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#d9730d", "#2a8a3e", "#c62828", "#777777"
 LAYER = "decoder layer (from 0)"
 _DASHES = ("-", "--", ":", "-.")
-_DISTINCT = 10
 
 
 def new_figure(width: float, height: float, title: str = "", below: str = "") -> Figure:
@@ -61,11 +61,9 @@ def style_axis(axis: Axes, x: str, y: str, *, whole: bool = True) -> None:
 
 def lines(count: int) -> list[tuple[str, str]]:
     """Return a colour and dashes for each line: ten distinct colours, then the same colours with other dashes."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    from matplotlib.colors import TABLEAU_COLORS
 
-    colours = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
-    return [(colours[n % _DISTINCT], _DASHES[n // _DISTINCT % len(_DASHES)]) for n in range(count)]
+    return list(islice(cycle((colour, dashes) for dashes in _DASHES for colour in TABLEAU_COLORS), count))
 
 
 def svg_of(figure: Figure, name: str) -> str:

@@ -102,10 +102,6 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, l
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
-CURVES = "curves"
-"""Name of the picture, without the endings .png and .svg."""
-
-
 def write_run_report(folder: Path) -> Path:
     """Draw the curves of a run and write its page, from the files in its folder.
 
@@ -113,6 +109,6 @@ def write_run_report(folder: Path) -> Path:
         Path of the page, ``report.html``; ``curves.png`` and ``curves.svg`` are written next to it.
     """
     run = read_run(folder)
-    svg = save(curves_picture([run.curves], f"{run.model} on {run.task}"), folder, CURVES)
+    svg = save(curves_picture([run.curves], f"{run.model} on {run.task}"), folder, "curves")
     write_report([run], folder / REPORT_FILE, curves=svg)
     return folder / REPORT_FILE

@@ -55,18 +55,13 @@ class ScoreChange:
         error = 0.0 if self.standard_error is None else self.standard_error * (1 + 1e-6)
         return abs(self.change) > ERRORS * error
 
-    def figures(self) -> str:
-        """Return the change with its standard error as text."""
-        if self.standard_error is None:
-            return f"{self.change:+.4f}"
-        kind = "paired" if self.paired else "unpaired"
-        return f"{self.change:+.4f}, {kind} standard error {self.standard_error:.4f}"
-
     def sentence(self) -> str:
         """Return a sentence on the change, without a full stop."""
         if self.change == 0:
             return f"The held-out {self.metric} did not change: {self.after:.4f} before and after"
-        moved = f"from {self.before:.4f} to {self.after:.4f} ({self.figures()})"
+        error, kind = self.standard_error, "paired" if self.paired else "unpaired"
+        figures = f"{self.change:+.4f}" + ("" if error is None else f", {kind} standard error {error:.4f}")
+        moved = f"from {self.before:.4f} to {self.after:.4f} ({figures})"
         if not self.shown:
             return f"The held-out {self.metric} went {moved}, which is within two standard errors: no change is shown"
         return f"The held-out {self.metric} {'fell' if self.change < 0 else 'rose'} {moved}"
@@ -94,17 +89,17 @@ def score_change(
     """
     before, after = scores
     first, second = rows
+    error, paired = None, False
     if first and second and first.keys() == second.keys() and len(first) > 1:
         differences = [second[name] - first[name] for name in second]
         # the mean differs if the metric is not a mean over rows, or if ids are not unique
         if math.isclose(
             statistics.fmean(differences), after - before, abs_tol=1e-4 * max(1.0, abs(before), abs(after))
         ):
-            return ScoreChange(metric, before, after, standard_error(differences), True, lower_is_better)
-    if metric in PROPORTIONS and num_rows > 0:
+            error, paired = standard_error(differences), True
+    if not paired and metric in PROPORTIONS and num_rows > 0:
         error = math.sqrt((before * (1 - before) + after * (1 - after)) / num_rows)
-        return ScoreChange(metric, before, after, error, False, lower_is_better)
-    return ScoreChange(metric, before, after, None, False, lower_is_better)
+    return ScoreChange(metric, before, after, error, paired, lower_is_better)
 
 
 def score_error(metric: str, score: float, rows: Mapping[str, float], num_rows: int) -> float | None:

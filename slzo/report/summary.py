@@ -91,7 +91,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     lines += [
         f"Parameters {summary['tuned_parameters']:,} tuned, {frozen:,} frozen",
         f"Score      {_score(summary)}",
-        *(f"Compare    {line}" for line in _references(summary)),
+        *([f"Compare    {references}"] if (references := _references(summary)) else []),
         f"Time       {summary['seconds']:.0f} s in all, {summary['steps']} steps in {summary['train_seconds']:.0f} s",
     ]
     if summary["planned_memory_gb"] is not None:
@@ -134,15 +134,15 @@ def _error(error: float | None) -> str:
     return "" if error is None else f" ± {error:.4f}"
 
 
-def _references(summary: Mapping[str, Any]) -> list[str]:
-    """Return a line with the scores of simple methods on the same rows; empty if there are none."""
+def _references(summary: Mapping[str, Any]) -> str:
+    """Return the scores of simple methods on the same rows; empty if there are none."""
     share, words, problem = (summary[name] for name in ("majority_share", "reference_score", "reference_problem"))
     parts = [] if share is None else [f"largest class {share:.4f}"]
     if words is not None:
         parts.append(f"bag of words {words:.4f} (TF-IDF and logistic regression)")
     elif problem:
         parts.append(f"no bag of words ({problem})")
-    return [", ".join(parts)] if parts else []
+    return ", ".join(parts)
 
 
 def _ahead(reference: WordsReference | None, score: float) -> str | None:

@@ -15,16 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def parse_args() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, help="folder that slzo export --format merged wrote")
-    parser.add_argument("--gguf", required=True, help="the same model, converted by llama.cpp")
-    parser.add_argument("--rows", required=True, help="file that slzo predict wrote")
-    parser.add_argument("--num_prompts", type=int, default=20)
-    return parser.parse_args()
-
-
 def tokens_of_transformers(folder: str, prompts: list[str]) -> list[str]:
     """Return the likeliest next token of each prompt as text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -50,7 +40,12 @@ def tokens_of_llama_cpp(gguf: str, prompts: list[str]) -> list[str]:
 
 def main() -> None:
     """Print how many first tokens agree, and those that do not."""
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="folder that slzo export --format merged wrote")
+    parser.add_argument("--gguf", required=True, help="the same model, converted by llama.cpp")
+    parser.add_argument("--rows", required=True, help="file that slzo predict wrote")
+    parser.add_argument("--num_prompts", type=int, default=20)
+    args = parser.parse_args()
     lines = Path(args.rows).read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[: args.num_prompts]]
     pairs = list(

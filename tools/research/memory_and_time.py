@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from slzo.models.shape import ModelShape, model_shape, shape_of, skeleton_of
 from slzo.zo.estimators import SPSA, Backprop, Estimator, LayerOutputPerturbation
 from slzo.zo.memory import MemoryInputs, Workload
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from memory_table import MODELS
+from plain_training import batches, pad_left
 
 _GB = 2**30
 OF_LAYER: dict[str, type[Estimator]] = {"slzo": LayerOutputPerturbation, "spsa": SPSA, "adamw-layer": Backprop}
-PLAIN = ("mezo", "lora", "lora-checkpointing", "adamw")
 TITLES = {
     "slzo": "slzo",
     "spsa": "slzo with SPSA",
@@ -91,15 +92,8 @@ def fit(cell: Cell, data_dir: str) -> dict[str, float]:
     """Take six steps on three batches in this process; return ``planned`` and ``peak`` in GiB and ``seconds`` of a late step."""
     times = StepSeconds()
     with tempfile.TemporaryDirectory() as folder:
-        rows = TaskDataModule(
-            cell.task,
-            tokenizer=cell.model,
-            data_dir=data_dir,
-            num_train=3 * cell.rows,
-            num_dev=2,
-            num_test=2,
-            batch_size=cell.rows,
-        )
+        sizes: dict[str, Any] = {"num_train": 3 * cell.rows, "num_dev": 2, "num_test": 2, "batch_size": cell.rows}
+        rows = TaskDataModule(cell.task, tokenizer=cell.model, data_dir=data_dir, **sizes)
         model = ZOModule(cell.model, layer=cell.layer, estimator=OF_LAYER[cell.method](), seed=0)
         trainer = ZOTrainer(
             max_steps=6,
@@ -189,11 +183,9 @@ def shape_and_dtype(model: str) -> tuple[ModelShape, torch.dtype]:
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
     """Iterate over the cells."""
-    for model in args.models:
-        for task in args.tasks:
-            for method in args.methods:
-                for layer in args.layers if method in OF_LAYER else [None]:
-                    yield Cell(model, task, args.rows, method, layer)
+    for model, task, method in product(args.models, args.tasks, args.methods):
+        for layer in args.layers if method in OF_LAYER else [None]:
+            yield Cell(model, task, args.rows, method, layer)
 
 
 def report(store: CellStore, args: argparse.Namespace) -> str:
@@ -227,9 +219,6 @@ def report(store: CellStore, args: argparse.Namespace) -> str:
 
 def tokens_of(cell: Cell, data_dir: str) -> int:
     """Return the tokens of the largest of three batches: packed for slzo, else padded to the longest row."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from plain_training import batches, pad_left
-
     model = "smollm2-135m" if cell.model == SHAPE_7B else cell.model
     own, _ = batches(model, cell.task, data_dir, cell.rows, 3)
     if cell.layer is not None:

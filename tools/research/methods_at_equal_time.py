@@ -11,12 +11,12 @@ processes can share the folder. --report prints the table.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +83,11 @@ class Setting:
     @classmethod
     def of(cls, model: str, task: str, seed: int, data_dir: str) -> "Setting":
         """Load a model and the rows of a task, and profile the layers."""
-        train, dev, test = ROWS.get(task, (1000, 200, 872))
-        folder = None if task == "movie_reviews" else data_dir
-        rows = TaskRows(
-            task,
-            tokenizer=model,
-            data_dir=folder,
-            num_train=train,
-            num_dev=dev,
-            num_test=test,
-            batch_size=16,
-            seed=seed,
+        sizes: dict[str, Any] = dict(
+            zip(("num_train", "num_dev", "num_test"), ROWS.get(task, (1000, 200, 872)), strict=True)
         )
+        folder = None if task == "movie_reviews" else data_dir
+        rows = TaskRows(task, tokenizer=model, data_dir=folder, **sizes, batch_size=16, seed=seed)
         rows.setup("fit")
         options = ZOModule(model, seed=seed).options
         parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -133,14 +126,13 @@ def _train(
     optimizer = options.optimizer.make(model.tensors.masters)
     set_rate(optimizer, 0.0)
     stepper = make_stepper(model, options, rows, auto=auto)
-    batches, metric = rows.training_batches(None), rows.selection_metric
-    used, step, checks = 0.0, 0, 0
+    batches, metric, evaluator = rows.training_batches(None), rows.selection_metric, make_evaluator(rows, model)
+    used, step, checks, lowest = 0.0, 0, 0, math.inf
     best, curve = before, []
-    lowest = math.inf
     try:
         while True:
             if used >= seconds * checks / CHECKS:
-                scores = rows.score(make_evaluator(rows, model), rows.eval_batches("dev"), keep_prefix=True)
+                scores = rows.score(evaluator, rows.eval_batches("dev"), keep_prefix=True)
                 curve.append((step, round(used, 2), scores["loss"], scores[metric.metric]))
                 if scores["loss"] < lowest:
                     lowest, best = scores["loss"], model.tensors.clone_masters()
@@ -155,7 +147,7 @@ def _train(
             if not result.estimate.finite and stepper.num_nonfinite > 3:
                 break
         model.tensors.load(best)
-        held_out = rows.score(make_evaluator(rows, model), rows.eval_batches("test"))
+        held_out = rows.score(evaluator, rows.eval_batches("test"))
     finally:
         model.tensors.load(before)
         model.release()
@@ -173,12 +165,9 @@ def _train(
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str, int], str, str]]:
     """Iterate over the cells: model, task and seed; layer; method."""
-    for seed in args.seeds:
-        for task in args.tasks:
-            for model in args.models:
-                for layer in args.layers:
-                    for method in args.methods:
-                        yield (model, task, seed), layer, method
+    for seed, task, model in product(args.seeds, args.tasks, args.models):
+        for layer, method in product(args.layers, args.methods):
+            yield (model, task, seed), layer, method
 
 
 def name_of(setting: tuple[str, str, int], layer: str, method: str) -> str:
@@ -216,7 +205,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="processor time of the steps of each training")
     parser.add_argument("--output", default="methods", help="folder of the results")
     parser.add_argument("--report", action="store_true", help="print the table without training")
-    parser.add_argument("--json", help="also write all results to this file")
     args = parser.parse_args()
     if wrong := [layer for layer in args.layers if layer not in NAMED_LAYERS and not layer.isdigit()]:
         parser.error(f"--layers {wrong[0]}: choose removing, last, first, or a number from 0")
@@ -237,9 +225,6 @@ def main() -> None:
     if not args.report:
         store.complete({name_of(*cell): partial(compute, *cell) for cell in cells(args)}, say)
     print(report(store, args))
-    if args.json:
-        found = {name_of(*cell): store.result(name_of(*cell)) for cell in cells(args)}
-        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

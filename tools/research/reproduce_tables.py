@@ -17,7 +17,6 @@ A table config is a YAML file with these keys; options are those of ``slzo fit``
       mezo:                                  # options of this method; they override those of the task and the common ones
         model.scope: AllParameters
         lr: [1.0e-7, 1.0e-6]                 # one rate, a grid, or auto (the default)
-    target_loss: {sst2: 0.55}                # optional: measure the cost of reaching this dev loss
 
 The grid is run on the first seed. The learning rate with the lowest dev loss is then used for the other seeds. To compare at
 equal time instead of equal steps, set ``trainer.max_time: {seconds: 600}``, ``trainer.max_steps: -1`` and, so that slow methods
@@ -31,41 +30,23 @@ machines that share the folder, such as the tasks of a SLURM array.
 """
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from paper_tables.config import check_name, check_options, read_table
 from paper_tables.report import write_tables
-from paper_tables.runs import Runner, Work, run_process
+from paper_tables.runs import Work
 from slzo.__main__ import signals_raise
 from slzo.experiments.workers import is_worker, workers
 from slzo.utils.errors import Interrupted, SlzoError
 
-INTERRUPTED = 130  # the status that shells report after Ctrl-C
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as an error of one line.
-
-        Raises:
-            SlzoError: Always.
-        """
-        raise SlzoError(f"{message} (see --help)")
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options.
-
-    Raises:
-        SlzoError: An option is wrong.
-    """
-    parser = _Parser(prog="reproduce_tables", description="Run methods x tasks x seeds and make the paper's tables.")
+    """Parse the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="table config, see configs/tables and configs/paper"
     )
@@ -79,59 +60,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--report", action="store_true", help="run nothing, only rewrite the tables from finished cells"
     )
-    parser.add_argument(
-        "--keep_checkpoints",
-        action="store_true",
-        help="keep the checkpoints of finished cells; those of full tuning hold the complete model in float32, two per cell",
-    )
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int:
-    """Run; return 1 if runs failed, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM.
-
-    Args:
-        argv: Options; ``None`` for those of the process.
-        runner: Calls slzo.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; return 1 if runs failed, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM."""
+    options = parse(argv)
+    logging.disable(logging.INFO)  # Lightning's messages about each trainer
     try:
         with signals_raise():
-            return _main(parse(argv), runner)
+            return run(options)
     except SlzoError as error:
         print(f"reproduce_tables: error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Interrupted) as stop:
         print("\nInterrupted; the same command continues with the cells that are not finished.", flush=True)
-        return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
+        return stop.status if isinstance(stop, Interrupted) else 130
 
 
-def _main(options: argparse.Namespace, runner: Runner) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the missing cells and write the tables; return 1 if runs failed."""
     table = read_table(options.config)
     methods = list(dict.fromkeys(options.only or table.methods))
     for method in methods:
         check_name(method, table.methods, "only", "method")
     output = Path(options.output or Path("tables") / table.path.stem)
-    if options.report and not (output / "cells").is_dir():
-        raise SlzoError(f"output {str(output)!r}: holds no results to report; run without --report first")
     if not options.report:
         check_options(table, methods)
-    work = Work(table, output, runner, options.keep_checkpoints)
+    elif not (output / "cells").is_dir():
+        raise SlzoError(f"output {str(output)!r}: holds no results to report; run without --report first")
+    work = Work(table, output)
+    finished = True
     paths = f"--config {shlex.quote(str(table.path))} --output {shlex.quote(str(output))}"
-    command = f"python tools/research/reproduce_tables.py {paths}"
-    status = 0
-    if not options.report:
-        try:
+    try:
+        if not options.report:
             with workers(options.workers):
-                status = 0 if work.run(methods) else 1
-            if is_worker():
-                return status
-        except (KeyboardInterrupt, Interrupted):
-            write_tables(work, command)
-            raise
-    write_tables(work, command)
-    print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
-    print(f"Files      {work.folder}/table.md, table.json")
-    return status
+                finished = work.run(methods)
+    finally:
+        if not is_worker():
+            write_tables(work, f"python tools/research/reproduce_tables.py {paths}")
+    if not is_worker():
+        print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
+        print(f"Files      {work.folder}/table.md, table.json")
+    return 0 if finished else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from json_task import people
 
 _SAMPLES, _SAMPLED_ROWS = 16, 30
+OBJECTIVES = ("reward", "loss", "samples")
 _SCHEMA = {"type": "object", "required": ["city"]}
 
 
@@ -88,13 +90,8 @@ def write_rows(folder: Path) -> None:
 def config(model: str, reward: str, objective: str, seed: int, folder: Path, steps: int) -> dict[str, Any]:
     """Return the config of a cell: only what the task is, and no option of the method."""
     function, prompt, gold = TASKS[reward]
-    task: dict[str, Any] = {
-        "name": reward,
-        "train_file": str(folder / "train.jsonl"),
-        "test_file": str(folder / "test.jsonl"),
-        "prompt": prompt,
-        "max_new_tokens": 16,
-    }
+    task: dict[str, Any] = {"name": reward, "prompt": prompt, "max_new_tokens": 16}
+    task |= {f"{split}_file": str(folder / f"{split}.jsonl") for split in ("train", "test")}
     if gold is not None:
         task["answer_field"] = gold
     data: dict[str, Any] = {
@@ -135,18 +132,12 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
     """Sample answers of the base model to some held-out rows; return the mean reward, and the mean of each row's best."""
-    data, task = settings["data"], settings["data"]["task"]["init_args"]
-    rows = TaskRows(
-        TemplateTask(**task),
-        tokenizer=settings["model"]["model"],
-        reward=data["reward"],
-        num_train=16,
-        num_dev=16,
-        num_test=data["num_test"],
-        batch_size=16,
-    )
+    model, data = settings["model"]["model"], settings["data"]
+    task = TemplateTask(**data["task"]["init_args"])
+    sizes: dict[str, Any] = {"num_train": 16, "num_dev": 16, "num_test": data["num_test"], "batch_size": 16}
+    rows = TaskRows(task, tokenizer=model, reward=data["reward"], **sizes)
     rows.setup("fit")
-    options = ZOModule(settings["model"]["model"]).options
+    options = ZOModule(model).options
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
     evaluator = make_evaluator(rows, tune(parts, options, rows, parts.num_layers - 1))
@@ -160,14 +151,9 @@ def best_of_samples(settings: dict[str, Any]) -> dict[str, float]:
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Iterate over the cells: model, reward, objective, seed."""
-    for seed in args.seeds:
-        for model in args.models:
-            for reward in args.rewards:
-                for objective in ("reward", "loss", "samples"):
-                    if (objective == "loss" and TASKS[reward][2] is None) or (objective == "samples" and seed):
-                        continue
-                    if objective in args.objectives:
-                        yield model, reward, objective, seed
+    for seed, model, reward, objective in product(args.seeds, args.models, args.rewards, args.objectives):
+        if not ((objective == "loss" and TASKS[reward][2] is None) or (objective == "samples" and seed)):
+            yield model, reward, objective, seed
 
 
 def name_of(model: str, reward: str, objective: str, seed: int) -> str:
@@ -206,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="models, as in model.model")
     parser.add_argument("--rewards", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--objectives", nargs="+", default=["reward", "loss", "samples"])
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=40, help="steps of each training")
     parser.add_argument("--output", default="rewards", help="folder of rows, runs and results")

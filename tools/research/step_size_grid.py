@@ -4,14 +4,15 @@
     python tools/research/step_size_grid.py --data_dir DIR --output grids --models gemma3-270m --tasks sst2 --scopes layer lora
 
 A cell is a model, a task and a scope. It has one training with measured step sizes and five with constant rates, a factor of 3
-apart, around the rate that was measured before the first step (--lrs sets other rates). eps is measured for all. Results are
-saved at once, and the same command continues where it stopped. --report prints the table of the finished cells.
+apart, around the rate that was measured before the first step. eps is measured for all. Results are saved at once, and the same
+command continues where it stopped. --report prints the table of the finished cells.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from slzo.experiments.layer_trials import LayerTrials
 from slzo.experiments.store import CellStore
 from slzo.module import ZOModule
+from slzo.profiling import ProfileOptions, profile_model
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, load_parts
 from slzo.zo.estimators import SPSA
-from slzo.zo.profile import profile_layers
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
-from slzo.zo.selection import OutlierRemovingLayer, SelectionContext
+from slzo.zo.selection import OutlierRemovingLayer
 
 SCOPES: dict[str, Callable[[], Scope]] = {
     "layer": LayerScope,
@@ -35,80 +36,76 @@ SCOPES: dict[str, Callable[[], Scope]] = {
 }
 # training, dev and held-out rows; CB and COPA have few
 ROWS = {"cb": (200, 50, 50), "copa": (300, 100, 100)}
-FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+FACTORS = {"auto": None, "0": 1 / 9, "1": 1 / 3, "2": 1.0, "3": 3.0, "4": 9.0}
 CLOSE = 0.05
 
+Cell = tuple[str, str, str]  # model, task, scope
 
-def trials_of(model: str, task: str, scope: Scope, data_dir: str, layer: int | None) -> tuple[LayerTrials, int | None]:
-    """Return trials, and the layer to tune: the given one, or the one that removes the outlier."""
-    train, dev, test = ROWS.get(task, (1000, 200, 200))
-    options = ZOModule(model, scope=scope, estimator=SPSA(), seed=0).options
-    rows = TaskRows(
-        task, tokenizer=model, data_dir=data_dir, num_train=train, num_dev=dev, num_test=test, batch_size=16, seed=0
+
+@lru_cache(maxsize=1)
+def setting_of(model: str, task: str, scope: str, data_dir: str) -> tuple[LayerTrials, int | None, float, float | None]:
+    """Return trials, the layer that removes the outlier, and the learning rate and eps that are measured there."""
+    options = ZOModule(model, scope=SCOPES[scope](), estimator=SPSA(), seed=0).options
+    sizes: dict[str, Any] = dict(
+        zip(("num_train", "num_dev", "num_test"), ROWS.get(task, (1000, 200, 200)), strict=True)
     )
+    rows = TaskRows(task, tokenizer=model, data_dir=data_dir, **sizes, batch_size=16, seed=0)
     rows.setup("fit")
     parts = load_parts(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     adapt_rows(rows, parts, options)
-    if scope.needs_layer and layer is None:
-        batches = [batch.to(parts.model.device) for batch in rows.profile_batches(16)]
-        layer = OutlierRemovingLayer().select(SelectionContext(profile_layers(parts, batches)[0])).layer
-    return LayerTrials(parts, options, rows), layer if scope.needs_layer else None
+    layer = None
+    if options.scope.needs_layer:
+        layer = profile_model(parts, rows, ProfileOptions(OutlierRemovingLayer(), 16, None), "")[1].layer
+    trials = LayerTrials(parts, options, rows)
+    return trials, layer, *trials.own_step(layer)
 
 
-def run_cell(store: CellStore, name: str, model: str, task: str, scope: str, args: argparse.Namespace) -> None:
-    """Run the missing trainings of a cell."""
-    tried = [store.result(f"{name}-auto"), *(store.result(f"{name}-{number}") for number in range(len(FACTORS)))]
-    if None not in tried:
-        return
-    trials, layer = trials_of(model, task, SCOPES[scope](), args.data_dir, args.layer)
-    lr, eps = trials.own_step(layer)
-    rates = [lr * factor for factor in FACTORS] if args.lrs is None else args.lrs
-    for number, rate in [(-1, None), *enumerate(rates)]:
-        key = f"{name}-auto" if rate is None else f"{name}-{number}"
-        if store.result(key) is not None:
-            continue
-        trial = trials.run(layer, steps=args.steps, seed=0, lr=rate, eps=eps if rate is not None else None)
-        last = trial.scores[-1]
-        row = {
-            "model": model,
-            "task": task,
-            "scope": scope,
-            "layer": layer,
-            "lr": rate,
-            "eps": eps,
-            "before": trial.scores[0].loss,
-        }
-        loss = None if trial.diverged else last.loss
-        store.save(
-            key, row | {"loss": loss, "metric": last.metric, "seconds": last.seconds, "diverged": trial.diverged}
-        )
-        print(
-            f"{key}: lr {'auto' if rate is None else f'{rate:.3g}'}, dev loss {trial.scores[0].loss:.4f} -> {last.loss:.4f}",
-            flush=True,
-        )
+def train(cell: Cell, factor: float | None, data_dir: str, steps: int) -> dict[str, Any]:
+    """Train with a multiple of the measured rate, or with ``auto``."""
+    trials, layer, lr, eps = setting_of(*cell, data_dir)
+    own: dict[str, Any] = {} if factor is None else {"lr": lr * factor, "eps": eps}
+    trial = trials.run(layer, steps=steps, seed=0, **own)
+    last = trial.scores[-1]
+    return {
+        **dict(zip(("model", "task", "scope"), cell, strict=True)),
+        "layer": layer,
+        "lr": own.get("lr"),
+        "eps": eps,
+        "before": trial.scores[0].loss,
+        "loss": None if trial.diverged else last.loss,
+        "metric": last.metric,
+        "seconds": last.seconds,
+        "diverged": trial.diverged,
+    }
 
 
-def report(store: CellStore, names: list[str]) -> str:
+def name_of(cell: Cell, key: str) -> str:
+    """Return the name of a training."""
+    model, task, scope = cell
+    return f"{Path(model).name}-{task}-{scope}-{key}"
+
+
+def report(store: CellStore, cells: list[Cell]) -> str:
     """Return the table of the finished cells."""
     lines = [
         "| model | task | scope | layer | before | auto | best of the grid | at lr | auto / best |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     close = done = diverged = 0
-    for name in names:
-        auto, grid = store.result(f"{name}-auto"), [store.result(f"{name}-{number}") for number in range(len(FACTORS))]
+    for cell in cells:
+        auto, *grid = (store.result(name_of(cell, key)) for key in FACTORS)
         if auto is None or None in grid:
             continue
         best = min(grid, key=_loss)
         edge = "" if best not in (grid[0], grid[-1]) else " (edge)"
         found = "diverged | " if best["diverged"] else f"{best['loss']:.4f} | {best['lr']:.2g}{edge}"
-        ratio = _loss(auto) / _loss(best) if not auto["diverged"] and not best["diverged"] else math.nan
+        both = not auto["diverged"] and not best["diverged"]
         is_close = not auto["diverged"] and _loss(auto) <= (1 + CLOSE) * _loss(best)
         done, close, diverged = done + 1, close + is_close, diverged + bool(auto["diverged"])
         own = auto["diverged"] or f"{auto['loss']:.4f}"
         lines.append(
-            f"| {auto['model']} | {auto['task']} | {auto['scope']} | {'' if auto['layer'] is None else auto['layer']} | "
-            f"{auto['before']:.4f} | {own} | {found} | {'' if math.isnan(ratio) else f'{ratio:.3f}'} |"
+            f"| {' | '.join(cell)} | {'' if auto['layer'] is None else auto['layer']} | "
+            f"{auto['before']:.4f} | {own} | {found} | {f'{_loss(auto) / _loss(best):.3f}' if both else ''} |"
         )
     return "\n".join(
         [*lines, "", f"auto is within {CLOSE:.0%} of the best in {close} of {done} cells; it diverged in {diverged}."]
@@ -120,7 +117,7 @@ def _loss(row: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Run the missing cells and print the table."""
+    """Run the missing trainings and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models", nargs="+", default=["smollm2-135m", "gemma3-270m"], help="models, as in model.model"
@@ -128,27 +125,24 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "copa", "cb"], help="tasks, as in data.task")
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), choices=list(SCOPES))
     parser.add_argument("--data_dir", required=True, help="folder of the data, as in data.data_dir")
-    parser.add_argument("--layer", type=int, help="layer to tune (default: the layer that removes the outlier)")
-    parser.add_argument("--lrs", type=float, nargs=5, help="learning rates (default: five around the measured rate)")
     parser.add_argument("--steps", type=int, default=100, help="steps of each training")
     parser.add_argument("--output", default="step_size_grid", help="folder of the results")
     parser.add_argument("--report", action="store_true", help="print the table without training")
-    parser.add_argument("--json", help="also write all results to this file")
     args = parser.parse_args()
-    store = CellStore(args.output, {"steps": args.steps, "layer": args.layer, "lrs": args.lrs})
-    cells = [(m, t, s) for t in args.tasks for m in args.models for s in args.scopes]
-    names = {cell: "-".join([Path(cell[0]).name, *cell[1:]]) for cell in cells}
-    for cell in cells:
-        with store.claim(names[cell]) as mine:
-            if mine and not args.report:
-                run_cell(store, names[cell], *cell, args)
-    print(report(store, list(names.values())))
-    if args.json:
-        keys = ["auto", *range(len(FACTORS))]
-        found = [store.result(f"{name}-{key}") for name in names.values() for key in keys]
-        Path(args.json).write_text(
-            json.dumps([row for row in found if row is not None], indent=2) + "\n", encoding="utf-8"
-        )
+    store = CellStore(args.output, {"steps": args.steps})
+    cells = [(model, task, scope) for task, model, scope in product(args.tasks, args.models, args.scopes)]
+
+    def say(name: str, row: dict[str, Any]) -> None:
+        print(f"{name}: lr {row['lr']}, dev loss {row['before']:.4f} -> {row['diverged'] or row['loss']}", flush=True)
+
+    if not args.report:
+        work = {
+            name_of(cell, key): partial(train, cell, factor, args.data_dir, args.steps)
+            for cell in cells
+            for key, factor in FACTORS.items()
+        }
+        store.complete(work, say)
+    print(report(store, cells))
 
 
 if __name__ == "__main__":

@@ -18,24 +18,17 @@ from slzo.evaluation.metrics import TaskMetrics
 from slzo.models.load import load_model
 from slzo.models.startup_check import split_and_verify
 from slzo.task_rows import TaskRows
-from slzo.tasks.registry import TASKS
 from slzo.utils.errors import SlzoError
 
 NINE_TASKS = ("sst2", "rte", "cb", "boolq", "wsc", "multirc", "copa", "squad", "drop")
 
 
-def score_task(data: TaskRows, evaluator: Evaluator, num_rows: int | None = None) -> dict[str, Any]:
-    """Return metrics and predictions of a task's held-out rows, in file order.
-
-    Args:
-        data: The rows, set up for test.
-        evaluator: The model.
-        num_rows: Number of rows, from the first one; ``None`` for all.
-    """
+def score_task(data: TaskRows, evaluator: Evaluator) -> dict[str, Any]:
+    """Return metrics and predictions of a task's held-out rows, in file order."""
     device = evaluator.parts.model.device
     metrics = TaskMetrics(data.task)
     predictions: dict[int, int | str] = {}
-    for batch in data.eval_batches("test", num_rows):
+    for batch in data.eval_batches("test"):
         found = evaluator(batch.to(device)).predictions
         metrics.update(batch.examples, found)
         predictions.update(zip((row.position for row in batch.rows), found, strict=True))
@@ -43,8 +36,9 @@ def score_task(data: TaskRows, evaluator: Evaluator, num_rows: int | None = None
     return {"n": len(predictions), **scores, "predictions": [predictions[place] for place in sorted(predictions)]}
 
 
-def markdown_table(results: dict[str, Any], model: str, command: str) -> str:
+def markdown_table(results: dict[str, Any], model: str) -> str:
     """Return the results as a table, with the command that made it."""
+    command = f"python tools/research/zero_shot_table.py --model {model} --data_dir DIR --json FILE --markdown FILE"
     names = list(
         dict.fromkeys(name for result in results.values() for name in result if name not in ("n", "predictions"))
     )
@@ -67,44 +61,22 @@ def markdown_table(results: dict[str, Any], model: str, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options."""
-    parser = argparse.ArgumentParser(description="Score an untuned model on local rows of the tasks.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; return 2 after a user error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder, .gguf file or Hub id")
     parser.add_argument("--data_dir", required=True, help="folder with TASK/validation.jsonl in the Hub's fields")
     parser.add_argument("--json", required=True, help="file to write: {task: {n, metric: value, predictions}}")
     parser.add_argument("--markdown", help="file to write a table to")
-    parser.add_argument("--tasks", nargs="+", default=list(NINE_TASKS), choices=sorted(TASKS), metavar="TASK")
-    parser.add_argument("--num_rows", type=int, help="only the first rows of each task")
     options = parser.parse_args(argv)
-    if options.num_rows is not None and options.num_rows < 1:
-        parser.error(f"--num_rows {options.num_rows}: must be at least 1")
-    return options
-
-
-def shown_command(options: argparse.Namespace) -> str:
-    """Return the command with placeholders for the user's own paths."""
-    parts = [
-        f"python tools/research/zero_shot_table.py --model {options.model} --data_dir DIR --json FILE --markdown FILE"
-    ]
-    if options.tasks != list(NINE_TASKS):
-        parts.append(f"--tasks {' '.join(options.tasks)}")
-    if options.num_rows is not None:
-        parts.append(f"--num_rows {options.num_rows}")
-    return " ".join(parts)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; return 2 after a user error."""
-    options = parse(argv)
     results: dict[str, Any] = {}
     try:
         parts = split_and_verify(load_model(options.model))
-        for task in options.tasks:
+        for task in NINE_TASKS:
             started = time.perf_counter()
             data = TaskRows(task, options.model, data_dir=options.data_dir, num_test=None)
             data.setup("test")
-            results[task] = score_task(data, data.evaluator(parts), options.num_rows)
+            results[task] = score_task(data, data.evaluator(parts))
             figures = ", ".join(f"{k} {v:.4f}" for k, v in results[task].items() if k not in ("n", "predictions"))
             print(f"{task}: {results[task]['n']} rows, {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
             # after each task, so that a stopped run keeps its results
@@ -113,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.markdown:
-        table = markdown_table(results, options.model, shown_command(options))
-        Path(options.markdown).write_text(table, encoding="utf-8")
+        Path(options.markdown).write_text(markdown_table(results, options.model), encoding="utf-8")
     return 0
 
 

@@ -3,14 +3,12 @@
 import difflib
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import yaml
 from slzo.tasks.registry import get_task
 from slzo.utils.errors import SlzoError, one_line
 
-_KEYS = ("configs", "seeds", "common", "tasks", "methods", "target_loss")
+_KEYS = ("configs", "seeds", "common", "tasks", "methods")
 _SET_HERE = re.compile(
     r"config|seed_everything|data\.task|record\..*|trainer\.logger.*|model\.optimizer\.(init_args\.)?lr"
 )
@@ -61,7 +59,6 @@ class Table:
         tasks: Options by task.
         methods: The rows by name.
         seeds: Seeds, with one run each; learning rates are chosen on the first.
-        target_losses: Dev loss by task; the table shows the cost of reaching it.
     """
 
     path: Path
@@ -70,7 +67,6 @@ class Table:
     tasks: dict[str, dict[str, str]]
     methods: dict[str, Method]
     seeds: tuple[int, ...]
-    target_losses: dict[str, float] = field(default_factory=dict)
 
     def settings(self) -> dict[str, str]:
         """Return the settings that all cells of an output folder share; those of single cells are stored with the cells."""
@@ -154,19 +150,8 @@ def read_table(path: str | Path) -> Table:
     seeds = content.get("seeds", [0])
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
         raise SlzoError(f"seeds {seeds!r}: give a list of whole numbers of at least 0, like [0, 1, 2]")
-    targets = _targets(content.get("target_loss"), tasks)
     configs = _configs(content.get("configs"), path)
-    return Table(path, configs, common, tasks, methods, tuple(dict.fromkeys(seeds)), targets)
-
-
-def _targets(value: Any, tasks: Iterable[str]) -> dict[str, float]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(0 < _number_of(loss) < math.inf for loss in value.values()):
-        raise SlzoError(f"target_loss {value!r}: give a dev loss above 0 by task, like sst2: 0.55")
-    for task in value:
-        check_name(str(task), tasks, "target_loss", "task of this table")
-    return {str(task): _number_of(loss) for task, loss in value.items()}
+    return Table(path, configs, common, tasks, methods, tuple(dict.fromkeys(seeds)))
 
 
 def _configs(value: Any, table: Path) -> tuple[Path, ...]:
@@ -283,7 +268,7 @@ def check_options(table: Table, methods: Sequence[str]) -> None:
 
     tasks = list(table.tasks)
     pairs = [(method, tasks[0]) for method in methods] + [(methods[0], task) for task in tasks[1:]]
-    with _quiet_lightning(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # the options do not come from this process's command line
         warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
         for method, task in pairs:
@@ -292,18 +277,3 @@ def check_options(table: Table, methods: Sequence[str]) -> None:
                 SlzoCLI(COMMANDS[command], options)
             except SlzoError as error:
                 raise SlzoError(f"method {method}, task {task}: {error}") from error
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages about each trainer."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    loggers += [logging.getLogger(f"{logger.name}.utilities.rank_zero") for logger in loggers]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

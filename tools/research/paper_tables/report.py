@@ -4,74 +4,20 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from paper_tables.config import Rate, Table, rate_text
+from paper_tables.config import Table, rate_text
 from paper_tables.runs import DIVERGED, FINISHED, Lookup, Work, choose
 from slzo.tasks.registry import get_task
 from slzo.utils.files import write_json, write_text
 from slzo.utils.sampling_error import standard_error
 
+Entry = dict[str, Any]
+"""Figures of a method on a task, as under ``entries`` in table.json: means over the finished seeds with the chosen learning rate.
 
-@dataclass(frozen=True)
-class Entry:
-    """A method on a task: means over the finished seeds with the chosen learning rate.
-
-    Attributes:
-        method: Row.
-        task: Column.
-        metric: Name of the task's metric.
-        score: Mean of the metric on held-out rows, 0 to 1.
-        score_se: Standard error of the score over seeds; over held-out rows if there is one seed.
-        num_seeds: Number of finished seeds.
-        num_planned: Number of seeds in the table config.
-        num_diverged: Number of seeds that diverged.
-        lr: Chosen learning rate.
-        dev_loss: Mean of the lowest dev losses.
-        steps: Training steps.
-        evaluations: Evaluations of a training batch.
-        train_seconds: Seconds of training, including the scoring of dev rows.
-        peak_memory_gb: Peak memory in GiB.
-        tuned_parameters: Number of tuned elements.
-        layer: Dominant layer of the first seed.
-        target_evaluations: Evaluations until a validation reached the task's target loss, if all seeds reach it.
-        target_seconds: Seconds until then, including the scoring of dev rows.
-    """
-
-    method: str
-    task: str
-    metric: str
-    score: float | None
-    score_se: float | None
-    num_seeds: int
-    num_planned: int
-    num_diverged: int
-    lr: Rate | None
-    dev_loss: float | None
-    steps: float | None
-    evaluations: float | None
-    train_seconds: float | None
-    peak_memory_gb: float | None
-    tuned_parameters: float | None
-    layer: int | None
-    target_evaluations: float | None
-    target_seconds: float | None
-
-
-@dataclass(frozen=True)
-class Average:
-    """A method over all tasks; empty until all tasks are finished.
-
-    Attributes:
-        method: Row.
-        score: Mean over the tasks.
-        score_se: Standard error; the tasks' errors are treated as independent.
-    """
-
-    method: str
-    score: float | None
-    score_se: float | None
+``score_se`` is the standard error of the score over seeds; over held-out rows if there is one seed. ``dev_loss`` is the mean of
+the lowest dev losses, ``layer`` the dominant layer of the first seed.
+"""
 
 
 def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
@@ -89,50 +35,29 @@ def make_entry(table: Table, method: str, task: str, result: Lookup) -> Entry:
         return _mean([r[name] for r in good if r.get(name) is not None])
 
     scores = [r["score"] for r in good]
-    reached = [_reached(r, table.target_losses.get(task)) for r in good]
-    return Entry(
-        method=method,
-        task=task,
-        metric=get_task(task).metric,
-        score=_mean(scores),
-        score_se=standard_error(scores) if len(seeds) > 1 else mean("score_se"),
-        num_seeds=len(good),
-        num_planned=len(seeds),
-        num_diverged=len(found) - len(good),
-        lr=best.lr if best is not None and good else None,
-        dev_loss=mean("dev_loss"),
-        steps=mean("steps"),
-        evaluations=mean("evaluations"),
-        train_seconds=mean("train_seconds"),
-        peak_memory_gb=mean("peak_memory_gb"),
-        tuned_parameters=mean("tuned_parameters"),
-        layer=good[0].get("layer") if good else None,
-        target_evaluations=_mean_of_all([evaluations for evaluations, _ in reached]),
-        target_seconds=_mean_of_all([seconds for _, seconds in reached]),
-    )
+    means = ("dev_loss", "steps", "evaluations", "train_seconds", "peak_memory_gb", "tuned_parameters")
+    return {
+        "method": method,
+        "task": task,
+        "metric": get_task(task).metric,
+        "score": _mean(scores),
+        "score_se": standard_error(scores) if len(seeds) > 1 else mean("score_se"),
+        "num_seeds": len(good),
+        "num_planned": len(seeds),
+        "num_diverged": len(found) - len(good),
+        "lr": best.lr if best is not None and good else None,
+        **{name: mean(name) for name in means},
+        "layer": good[0].get("layer") if good else None,
+    }
 
 
-def _reached(result: Mapping[str, Any], target: float | None) -> tuple[float | None, float | None]:
-    """Return evaluations and seconds until the first validation with a loss of at most the target."""
-    for point in result.get("dev_curve", []):
-        if target is not None and point["loss"] is not None and point["loss"] <= target:
-            return point["evaluations"], point["seconds"]
-    return None, None
-
-
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    """Return the mean; ``None`` if a value is missing."""
-    found = [value for value in values if value is not None]
-    return _mean(found) if len(found) == len(values) else None
-
-
-def make_average(entries: Sequence[Entry]) -> Average:
-    """Return the average of one method's entries over all tasks."""
-    scores = [entry.score for entry in entries if entry.score is not None]
-    errors = [entry.score_se for entry in entries if entry.score_se is not None]
-    complete = len(scores) == len(entries)
-    error = math.hypot(*errors) / len(entries) if complete and len(errors) == len(entries) else None
-    return Average(entries[0].method, _mean(scores) if complete else None, error)
+def make_average(method: str, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return the average of a method's entries over the tasks, whose errors are independent; empty until all are finished."""
+    own = [entry for entry in entries if entry["method"] == method]
+    scores, errors = ([entry[name] for entry in own] for name in ("score", "score_se"))
+    score = None if None in scores else _mean(scores)
+    error = None if score is None or None in errors else math.hypot(*errors) / len(own)
+    return {"method": method, "score": score, "score_se": error}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -148,14 +73,14 @@ def write_tables(work: Work, command: str) -> None:
     """
     table, folder = work.table, work.folder
     entries = [make_entry(table, method, task, work.result) for method in table.methods for task in table.tasks]
-    averages = [make_average([e for e in entries if e.method == method]) for method in table.methods]
+    averages = [make_average(method, entries) for method in table.methods]
     results, failures = work.results(), work.failures()
     content = {
         "command": command,
         "seeds": list(table.seeds),
         "environments": _distinct([result["environment"] for result in results]),
-        "entries": [asdict(entry) for entry in entries],
-        "averages": [asdict(average) for average in averages],
+        "entries": entries,
+        "averages": averages,
         "cells": results,
         "failed": failures,
     }
@@ -171,42 +96,32 @@ def _distinct(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(
     table: Table,
     entries: Sequence[Entry],
-    averages: Sequence[Average],
+    averages: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
     failures: Sequence[Mapping[str, Any]],
     command: str,
 ) -> str:
     """Return the scores, their costs, and how they were made."""
-    place = {(entry.method, entry.task): entry for entry in entries}
+    place = {(entry["method"], entry["task"]): entry for entry in entries}
     tasks = list(table.tasks)
     lines = ["# Scores", "", _row(["method", *tasks, "average"]), _row(["---", *["---:"] * (len(tasks) + 1)])]
     for average in averages:
-        scores = [_score(place[average.method, task]) for task in tasks]
-        lines.append(_row([average.method, *scores, _percent(average.score, average.score_se)]))
+        scores = [_score(place[average["method"], task]) for task in tasks]
+        lines.append(_row([average["method"], *scores, _percent(average["score"], average["score_se"])]))
     lines += ["", *_score_notes(table, entries), "", "# Costs", ""]
     head = ["method", "task", "lr", "dev loss", "tuned", "layer", "steps", "evaluations", "seconds", "peak GiB"]
-    head += ["evaluations to target", "seconds to target"] if table.target_losses else []
+    forms = {"dev_loss": ".4f", "tuned_parameters": ",.0f", "layer": "d", "steps": ",.0f", "evaluations": ",.0f"}
+    forms |= {"train_seconds": ",.1f", "peak_memory_gb": ".2f"}
     lines += [_row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
     for entry in entries:
-        figures = [
-            "-" if entry.lr is None else rate_text(entry.lr),
-            _number(entry.dev_loss, ".4f"),
-            _number(entry.tuned_parameters, ",.0f"),
-            _number(entry.layer, "d"),
-            _number(entry.steps, ",.0f"),
-            _number(entry.evaluations, ",.0f"),
-            _number(entry.train_seconds, ",.1f"),
-            _number(entry.peak_memory_gb, ".2f"),
-        ]
-        if table.target_losses:
-            figures += [_number(entry.target_evaluations, ",.0f"), _number(entry.target_seconds, ",.1f")]
-        lines.append(_row([entry.method, entry.task, *figures]))
+        lr = "-" if entry["lr"] is None else rate_text(entry["lr"])
+        figures = [_number(entry[name], form) for name, form in forms.items()]
+        lines.append(_row([entry["method"], entry["task"], lr, *figures]))
     lines += [
         "",
         f"Means over seeds. lr: the rate of the grid with the lowest dev loss on seed {table.seeds[0]}. dev loss: the lowest of "
         "a run. tuned: number of tuned elements. seconds: training with the scoring of dev rows, without profile and held-out "
-        "rows. peak GiB: memory of the accelerator, or of the process on a CPU; each run has a separate process."
-        + _target_note(table),
+        "rows. peak GiB: memory of the accelerator, or of the process on a CPU; each run has a separate process.",
         "",
         *_trouble(results, failures),
         "# How these tables were made",
@@ -226,17 +141,10 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def _target_note(table: Table) -> str:
-    if not table.target_losses:
-        return ""
-    targets = ", ".join(f"{loss:g} on {task}" for task, loss in table.target_losses.items())
-    return f" to target: until the first validation with a dev loss of at most {targets}; -: not reached on every seed."
-
-
 def _score_notes(table: Table, entries: Sequence[Entry]) -> list[str]:
     metrics: dict[str, list[str]] = {}
     for entry in entries[: len(table.tasks)]:
-        metrics.setdefault(entry.metric, []).append(entry.task)
+        metrics.setdefault(entry["metric"], []).append(entry["task"])
     names = "; ".join(f"{metric}: {', '.join(tasks)}" for metric, tasks in metrics.items())
     if len(table.seeds) > 1:
         errors = (
@@ -248,7 +156,7 @@ def _score_notes(table: Table, entries: Sequence[Entry]) -> list[str]:
     notes = [
         f"Percent of held-out rows ({names}), for the checkpoint with the lowest dev loss. {errors} -: not finished."
     ]
-    if any(0 < entry.num_seeds < entry.num_planned for entry in entries):
+    if any(0 < entry["num_seeds"] < entry["num_planned"] for entry in entries):
         notes.append("(n of m): n of the m seeds finished and did not diverge.")
     return notes
 
@@ -274,10 +182,10 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _score(entry: Entry) -> str:
-    if entry.score is None:
-        return "diverged" if entry.num_diverged else "-"
-    few = f" ({entry.num_seeds} of {entry.num_planned})" if entry.num_seeds < entry.num_planned else ""
-    return _percent(entry.score, entry.score_se) + few
+    if entry["score"] is None:
+        return "diverged" if entry["num_diverged"] else "-"
+    few = f" ({entry['num_seeds']} of {entry['num_planned']})" if entry["num_seeds"] < entry["num_planned"] else ""
+    return _percent(entry["score"], entry["score_se"]) + few
 
 
 def _percent(score: float | None, error: float | None) -> str:

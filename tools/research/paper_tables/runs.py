@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import torch
 
 import slzo
 from paper_tables.config import Cell, Table
@@ -29,28 +31,12 @@ Lookup = Callable[[Cell], dict[str, Any] | None]
 """Returns the figures of a finished cell, or ``None``."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended.
+def run_process(arguments: Sequence[str], log: Path) -> tuple[int, float]:
+    """Run slzo in a separate process, so that memory and seconds are those of the run.
 
-    Attributes:
-        status: Exit status, negative for a signal.
-        peak_memory_gb: Peak memory of the process in GiB, if known.
+    Returns:
+        The exit status, negative for a signal, and the peak memory in GiB.
     """
-
-    status: int
-    peak_memory_gb: float | None = None
-
-
-class Runner(Protocol):
-    """Calls slzo with some arguments and writes its output to a file."""
-
-    def __call__(self, arguments: Sequence[str], log: Path) -> Ended:
-        """Run slzo until it ends."""
-
-
-def run_process(arguments: Sequence[str], log: Path) -> Ended:
-    """Run slzo in a separate process, so that memory and seconds are those of the run."""
     with log.open("wb") as file:
         command = [sys.executable, "-m", "slzo", *arguments]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
@@ -65,7 +51,7 @@ def run_process(arguments: Sequence[str], log: Path) -> Ended:
             process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Ended(process.returncode, usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20))
+    return process.returncode, usage.ru_maxrss / 2**20
 
 
 def failure(status: int, log: Path) -> str:
@@ -77,18 +63,18 @@ def failure(status: int, log: Path) -> str:
     return (errors or lines or [f"exit status {status}"])[-1]
 
 
-def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
-    """Return the figures in the folder of a run.
+def read_run(cell: Cell, folder: Path, peak_memory_gb: float) -> dict[str, Any]:
+    """Return the figures in the folder of a run, whose process took this much memory.
 
     Raises:
         SlzoError: Figures are missing.
     """
     metric = get_task(cell.task).metric
     if cell.command == "test":
-        scores = {k.removeprefix("test/"): v[-1].value for k, v in _events(folder).items() if k.startswith("test/")}
+        scores = _test_scores(folder)
         if metric not in scores:
             raise SlzoError("the run logged no score on held-out rows")
-        memory = None if _uses_accelerator() else ended.peak_memory_gb
+        memory = None if torch.cuda.is_available() else peak_memory_gb
         return {"state": FINISHED, "score": scores[metric], "scores": scores, "peak_memory_gb": memory}
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -98,7 +84,8 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
     if not curve:
         raise SlzoError("the run ended before its first validation; lower trainer.val_check_interval")
     finite = [point["loss"] for point in curve if point["loss"] is not None]
-    same = ("steps", "evaluations", "skipped_steps", "train_seconds", "peak_memory_gb", "tuned_parameters")
+    same = ["steps", "evaluations", "skipped_steps", "train_seconds", "peak_memory_gb", "tuned_parameters"]
+    same += ["scope", "estimator", "optimizer", "eps"]
     return {
         "state": FINISHED if finite else DIVERGED,
         "reason": "" if finite else "no validation gave a finite dev loss",
@@ -109,33 +96,24 @@ def read_run(cell: Cell, folder: Path, ended: Ended) -> dict[str, Any]:
         "dev_curve": curve,
         **{name: summary[name] for name in same},
         "layer": summary["dominant_layer"],
-        "scope": summary["scope"],
-        "estimator": summary["estimator"],
-        "optimizer": summary["optimizer"],
-        "eps": summary["eps"],
         "best_checkpoint": Path(summary["best_checkpoint"] or "").name,
     }
 
 
-def _events(folder: Path) -> dict[str, list[Any]]:
-    """Return all curves of a run from its TensorBoard events; each point has a value, a step and a wall time."""
-    from tensorboard.backend.event_processing import event_accumulator
+def _test_scores(folder: Path) -> dict[str, float]:
+    """Return the scores on held-out rows from a run's TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-
-
-def _uses_accelerator() -> bool:
-    import torch
-
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("test/")]
+    return {tag.removeprefix("test/"): events.Scalars(tag)[-1].value for tag in tags}
 
 
 def environment() -> dict[str, Any]:
     """Return what the figures depend on in addition to the options."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0))
     return {"slzo": slzo.__version__, **versions, "cores": cores, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
 
 
@@ -145,31 +123,17 @@ class Work:
     Args:
         table: The table config.
         output: The folder.
-        runner: Calls slzo.
-        keep_checkpoints: Keep the checkpoints of finished cells.
 
     Raises:
-        SlzoError: The folder holds results of another table, or other files.
+        SlzoError: The folder holds results of another table, other options or other files.
     """
 
-    def __init__(
-        self, table: Table, output: str | Path, runner: Runner = run_process, keep_checkpoints: bool = False
-    ) -> None:
+    def __init__(self, table: Table, output: Path) -> None:
         self.table = table
         self.store = CellStore(output, table.settings())
         self.folder = self.store.folder
-        self.runner = runner
-        self.keep_checkpoints = keep_checkpoints
         self._failed_now: set[str] = set()
-        self._check_cells()
-
-    def _check_cells(self) -> None:
-        """Check that no method or task with results has other options now."""
-        for method, row in self.table.methods.items():
-            for task in self.table.tasks:
-                for seed in self.table.seeds:
-                    for lr in row.lrs or (None,):
-                        self.result(self.table.cell(method, task, seed, lr))
+        self.results()  # checks the options of all
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Return the figures of a finished cell.
@@ -189,39 +153,39 @@ class Work:
 
     def pending(self, methods: Sequence[str]) -> list[Cell]:
         """Return the cells that can run now: the grid, and other seeds if the learning rate is chosen."""
+
+        def waits(cell: Cell) -> bool:
+            return self.result(cell) is None and cell.name not in self._failed_now
+
         cells = []
-        for method in methods:
-            for task in self.table.tasks:
-                grid = self.table.grid(method, task)
-                left = [cell for cell in grid if self.result(cell) is None and cell.name not in self._failed_now]
-                if not left and (best := choose(grid, self.result)) is not None:
-                    seeds = self.table.seeds_of(method, task)[1:]
-                    left = [self.table.cell(method, task, seed, best.lr) for seed in seeds]
-                    left = [cell for cell in left if self.result(cell) is None and cell.name not in self._failed_now]
-                cells += left
+        for method, task in product(methods, self.table.tasks):
+            grid = self.table.grid(method, task)
+            left = [cell for cell in grid if waits(cell)]
+            if not left and (best := choose(grid, self.result)) is not None:
+                seeds = self.table.seeds_of(method, task)[1:]
+                left = [cell for seed in seeds if waits(cell := self.table.cell(method, task, seed, best.lr))]
+            cells += left
         return cells
 
     def run(self, methods: Sequence[str]) -> bool:
         """Work until every cell of some methods has finished or failed; return whether none has failed in this process."""
-        total = sum(
-            len(self.table.grid(m, t)) + len(self.table.seeds_of(m, t)) - 1 for m in methods for t in self.table.tasks
-        )
+        pairs = product(methods, self.table.tasks)
+        total = sum(len(self.table.grid(*pair)) + len(self.table.seeds_of(*pair)) - 1 for pair in pairs)
         finished = sum(result["method"] in methods for result in self.results())
         print(f"{total} cells in {self.folder}, {finished} finished before", flush=True)
         while cells := self.pending(methods):
-            if not any(self._claim(cell, methods) for cell in cells):
+            for cell in cells:
+                with self.store.claim(cell.name) as mine:
+                    if mine:
+                        print(f"{cell.name} ...", flush=True)
+                        started = time.monotonic()
+                        words = self._work(cell)
+                        spent, left = duration(time.monotonic() - started), len(self.pending(methods))
+                        print(f"  {words} ({spent}; {left} cells can run now)", flush=True)
+                        break
+            else:
                 time.sleep(_WAIT_SECONDS)  # other processes are working on all of them
         return not self._failed_now
-
-    def _claim(self, cell: Cell, methods: Sequence[str]) -> bool:
-        with self.store.claim(cell.name) as mine:
-            if mine:
-                print(f"{cell.name} ...", flush=True)
-                started = time.monotonic()
-                words = self._work(cell)
-                spent, left = duration(time.monotonic() - started), len(self.pending(methods))
-                print(f"  {words} ({spent}; {left} cells can run now)", flush=True)
-        return mine
 
     def _work(self, cell: Cell) -> str:
         """Run a cell and save its figures or the reason of a failure; return either in a few words."""
@@ -235,35 +199,34 @@ class Work:
         identity = {"method": cell.method, "task": cell.task, "seed": cell.seed, "lr": cell.lr}
         identity |= {"metric": get_task(cell.task).metric, "command": command, "options": list(cell.options)}
         started = time.monotonic()
-        ended = self.runner(arguments, log)
+        status, peak_memory_gb = run_process(arguments, log)
         figures: dict[str, Any] = {"wall_seconds": round(time.monotonic() - started, 2), "environment": environment()}
         failed = self.folder / "failed" / f"{cell.name}.json"
-        reason = "" if ended.status == 0 else failure(ended.status, log)
+        reason = "" if status == 0 else failure(status, log)
         if reason.startswith("training diverged"):
             figures |= {"state": DIVERGED, "reason": reason}
         elif not reason:
             try:
-                figures |= read_run(cell, folder / "version_0", ended)
+                figures |= read_run(cell, folder / "version_0", peak_memory_gb)
             except SlzoError as error:
                 reason = str(error)
         if "state" not in figures:
             self._failed_now.add(cell.name)
             write_json(failed, {**identity, "reason": reason, "log": str(log)})
             return f"failed: {reason}"
-        if not self.keep_checkpoints:
-            shutil.rmtree(folder / "version_0" / "checkpoints", ignore_errors=True)
+        # those of full tuning hold the complete model in float32, two per cell
+        shutil.rmtree(folder / "version_0" / "checkpoints", ignore_errors=True)
         self.store.save(cell.name, identity | figures)
         failed.unlink(missing_ok=True)
         return _headline(identity | figures)
 
     def results(self) -> list[dict[str, Any]]:
         """Return the figures of all finished cells of the table, including the grid."""
-        found = []
-        for method, row in self.table.methods.items():
-            for task in self.table.tasks:
-                for seed in self.table.seeds:
-                    cells = [self.table.cell(method, task, seed, lr) for lr in row.lrs or (None,)]
-                    found += [result for cell in cells if (result := self.result(cell)) is not None]
+        table, found = self.table, []
+        for method, task, seed in product(table.methods, table.tasks, table.seeds):
+            for lr in table.methods[method].lrs or (None,):
+                if (result := self.result(table.cell(method, task, seed, lr))) is not None:
+                    found.append(result)
         return found
 
     def failures(self) -> list[dict[str, Any]]:
@@ -280,9 +243,8 @@ def choose(grid: Sequence[Cell], result: Lookup) -> Cell | None:
     """Return the finished cell with the lowest dev loss; the only cell if there is no choice."""
     if len(grid) == 1:
         return grid[0]
-    found = [(cell, result(cell)) for cell in grid]
-    losses = {cell.name: r["dev_loss"] for cell, r in found if r is not None and r["state"] == FINISHED}
-    return min((cell for cell in grid if cell.name in losses), key=lambda cell: losses[cell.name], default=None)
+    found = {cell: done for cell in grid if (done := result(cell)) is not None and done["state"] == FINISHED}
+    return min(found, key=lambda cell: found[cell]["dev_loss"], default=None)
 
 
 def _headline(result: Mapping[str, Any]) -> str:
