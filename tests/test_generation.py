@@ -167,5 +167,6 @@ def test_an_answer_ends_where_its_tokens_say_so_with_and_without_padding(left_pa
 
     expected = generate(ModelParts(model), prompts, set(), max_new_tokens=12, ended=ended).answers
     assert len({len(answer) for answer in expected}) > 2
-    padded = ModelParts(tiny_model(), packed=False, limits=Limits(left_padding=left_padding))
+    padded = ModelParts(tiny_model(), packed=False)
+    padded.limits = Limits(left_padding=left_padding)
     assert generate(padded, prompts, set(), max_new_tokens=12, ended=ended).answers == expected

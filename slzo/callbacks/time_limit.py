@@ -107,11 +107,14 @@ class TimeLimit(Callback):
         validation = max(self._validation, times.validation)
         return _MARGIN * (max(step, times.step) + (1 + validates) * validation + self._slower * times.after)
 
-    def teardown(self, trainer: Trainer, *_: Any) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._reset(trainer)
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        self._reset(trainer)
+
+    def _reset(self, trainer: Trainer) -> None:
         """Give the trainer its own limits back."""
         if self._given is not None:
             trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_interval = self._given
         self._ends = self._given = self._plan = None
-
-    def on_exception(self, trainer: Trainer, *_: Any) -> None:
-        self.teardown(trainer)

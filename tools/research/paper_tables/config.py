@@ -124,7 +124,7 @@ class Cell:
 
     def arguments(self, table: Table) -> list[str]:
         """Return the arguments of slzo."""
-        configs = [part for path in table.configs for part in ("--config", str(path))]
+        configs = [f"--config={path}" for path in table.configs]
         return [self.command, *configs, *self.options]
 
 
