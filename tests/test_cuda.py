@@ -69,22 +69,6 @@ def test_states_come_back_from_pinned_memory():
     assert torch.equal(found, torch.cat([states[5:], states[:5]]))
 
 
-def test_states_come_on_a_stream_of_their_own():
-    """They arrive while the card computes; what uses them comes after the copy."""
-    cache = PrefixCache(1, 1.0)
-    states = torch.randn(2**14, 2**10, device=CARD)
-    batch = pack([random_example(random.Random(0), 0)]).to(CARD)
-    cache.put(batch.example_index, [len(states)], states)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(10**9)  # the computing stream is busy
-    busy = torch.cuda.current_stream().record_event()
-    pending = cache.get_or_compute(batch, lambda part: pytest.fail("computed"), keep=True)
-    assert pending.copied is not None
-    pending.copied.synchronize()
-    assert not busy.query()
-    assert torch.equal(pending.wait() + 0, states)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_the_processor(family):

@@ -19,14 +19,12 @@ from slzo.__main__ import main
 from slzo.batches.packing import pack
 from slzo.data.batch import TrainBatch
 from slzo.models.engine import Engine
-from slzo.models.pending import CopyStream, PendingTensor
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
 from slzo.zo.estimators import FZOO, SPSA, OneSided
 from slzo.zo.objectives import CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.stepper import StepOptions, Stepper
-from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
 LAYER = 1
@@ -162,25 +160,6 @@ def test_a_run_reads_no_more_than_its_steps(options, monkeypatch):
     assert [count for number, count in enumerate(counts) if (number + 1) % 4] == [{"cpu": 1}] * 6
     # the size of the update, where it is logged
     assert counts[3] == {"cpu": 1, "aten::_local_scalar_dense": 1, "__float__": 1}
-
-
-def test_kept_states_are_waited_for_after_the_first_direction_is_drawn(monkeypatch):
-    """On a card they are copied meanwhile."""
-    step = make_step(*CASES["whole layer"])
-    happened = []
-
-    def told(name, method):
-        def call(*args, **kwargs):
-            happened.append(name)
-            return method(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(CopyStream, "copy", told("copy", CopyStream.copy))
-    monkeypatch.setattr(TunedTensors, "draw", told("draw", TunedTensors.draw))
-    monkeypatch.setattr(PendingTensor, "wait", told("wait", PendingTensor.wait))
-    step()
-    assert happened == ["copy", "draw", "wait"]
 
 
 @needs_cuda

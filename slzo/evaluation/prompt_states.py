@@ -69,7 +69,7 @@ class PromptStates:
             keep: Whether computed states are added to the cache.
             max_tokens: See :meth:`slzo.models.prefix_cache.PrefixCache.get_or_compute`.
         """
-        wide = self.cache.get_or_compute(batch, self._run, keep, max_tokens).wait()
+        wide = self.cache.get_or_compute(batch, self._run, keep, max_tokens)
         states, start = {}, wide.shape[1]
         for layer, heads, sizes in reversed(self._columns):
             start -= sum(sizes)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from slzo.batches.packing import Block, PackedBatch, TokenBatch
 from slzo.batches.sharing import chunk_by_tokens
-from slzo.models.pending import CopyStream, PendingTensor
 from slzo.utils.errors import SlzoError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -55,7 +54,6 @@ class PrefixCache:
         self._planned = 0
         self._block: Tensor | None = None
         self._used = 0
-        self._copy_stream = CopyStream()
 
     def __contains__(self, key: int) -> bool:
         return key in self._states
@@ -99,7 +97,7 @@ class PrefixCache:
         run: Callable[[TokenBatch], Tensor],
         keep: bool,
         max_tokens: int | None = None,
-    ) -> PendingTensor:
+    ) -> Tensor:
         """Return the states of a batch.
 
         Only missing examples are computed. With ``keep``, a planned example is computed together with the rest of its block.
@@ -124,15 +122,15 @@ class PrefixCache:
                     self.put(packed.example_index, packed.example_tokens, states)
         missing = [number for number, key in enumerate(keys) if key not in self]
         if not missing:
-            return self._copy_stream.copy(lambda: self.gather(keys, {}, device), device)
+            return self.gather(keys, {}, device)
         fresh = self._run(run, batch, missing, max_tokens)
         lengths = [batch.example_tokens[number] for number in missing]
         if keep:
             self.put([keys[number] for number in missing], lengths, fresh)
         if len(missing) == batch.num_examples:
-            return PendingTensor(fresh)
+            return fresh
         new = dict(zip(missing, fresh.split(lengths), strict=True))
-        return PendingTensor(self.gather(keys, new, device))
+        return self.gather(keys, new, device)
 
     def _run(
         self,

@@ -11,7 +11,6 @@ from slzo.batches.losses import LogitLoss, checked_row_losses
 from slzo.batches.packing import PackedBatch
 from slzo.models.final_norm import FinalNorm
 from slzo.models.parts import ModelParts
-from slzo.models.pending import PendingTensor
 from slzo.models.prefix_cache import PrefixCache
 from slzo.zo.estimators.base import Point
 from slzo.zo.tuned import TunedTensors
@@ -82,32 +81,24 @@ class SuffixForward:
         return shares_layers and parts.packed and parts.virtual_tokens is None
 
     @torch.no_grad()
-    def prefix(self, batch: PackedBatch, keep: bool = True) -> Tensor | None:
+    def prefix(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> Tensor | None:
         """Return the hidden states that enter the first tuned layer, shape (T, hidden); ``None`` if no layer is before it.
 
         Only examples that the cache does not hold are computed. An example that the cache plans to keep is computed together
-        with the other examples of its block. ``keep`` offers new states to the cache.
-        """
-        states = self.fetch(batch, keep)
-        return None if states is None else states.wait()
-
-    @torch.no_grad()
-    def fetch(self, batch: PackedBatch, keep: bool = True, max_tokens: int | None = None) -> PendingTensor | None:
-        """Like :meth:`prefix`, but return at once; a GPU may copy cached states while it computes. Wait when they are needed.
-
-        With ``max_tokens`` at most this many tokens run at once; the examples must not share tokens then.
+        with the other examples of its block. ``keep`` offers new states to the cache. With ``max_tokens`` at most this many
+        tokens run at once; the examples must not share tokens then.
         """
         if self.span.start == 0:
             return None
         return self.cache.get_or_compute(batch, lambda part: self.parts.run(part, 0, self.span.start), keep, max_tokens)
 
     @torch.no_grad()
-    def compute_prefix(self, batch: PackedBatch, max_tokens: int | None = None) -> PendingTensor | None:
-        """Like :meth:`fetch`, without the cache, for batches whose tokens are new in each step."""
+    def compute_prefix(self, batch: PackedBatch, max_tokens: int | None = None) -> Tensor | None:
+        """Like :meth:`prefix`, without the cache, for batches whose tokens are new in each step."""
         if self.span.start == 0:
             return None
         pieces = batch.cut(max_tokens)
-        return PendingTensor(torch.cat([self.parts.run(piece, 0, self.span.start) for piece in pieces]))
+        return torch.cat([self.parts.run(piece, 0, self.span.start) for piece in pieces])
 
     def loss(self, batch: PackedBatch, hidden: Tensor | None, objective: LogitLoss) -> Tensor:
         """Return the summed loss with the live weights, and its weight, shape (2,), float32.

@@ -16,7 +16,6 @@ from slzo.evaluation.decoding import VariedLayers
 from slzo.evaluation.evaluator import Evaluator
 from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
-from slzo.models.pending import PendingTensor
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
@@ -123,12 +122,11 @@ class BatchLogitLoss(_SummedLoss):
 
     Attributes:
         objective: The loss as a function of logits.
-        states: Hidden states that enter the first tuned layer, the same at all points. They may still be on their way to the GPU
-            while directions are drawn.
+        states: Hidden states that enter the first tuned layer, the same at all points.
     """
 
     objective: LogitLoss
-    states: PendingTensor | None
+    states: Tensor | None
 
     def sums(self, points: Sequence[Point]) -> Tensor:
         losses, tuned = self.context.forward.losses, self.context.tuned
@@ -177,7 +175,7 @@ class BatchLogitLoss(_SummedLoss):
         pieces = self.batch.packed.cut(self.batch.max_tokens)
         states: Sequence[Tensor | None] = [None] * len(pieces)
         if self.states is not None:
-            states = self.states.wait().split([piece.num_tokens for piece in pieces])
+            states = self.states.split([piece.num_tokens for piece in pieces])
         return zip(pieces, states, strict=True)
 
 
@@ -241,7 +239,7 @@ class RowsLoss(_SummedLoss):
         if states is None:
             entering = context.forward.compute_prefix(packed, batch.max_tokens)
         else:
-            entering = PendingTensor(torch.cat([states[number] for number in kept]))
+            entering = torch.cat([states[number] for number in kept])
         total, weight = context.reduce(torch.tensor([sum(losses), float(len(losses))], device=device))
         return float(total / weight), BatchLogitLoss(context, sampled, policy, entering)
 

@@ -69,9 +69,9 @@ class SharedPrefix:
         states = torch.zeros(sum(sizes), width, dtype=model.dtype, device=model.device)
         for number, block, own in zip(numbers, blocks, states.split(sizes), strict=True):
             if self._owners[number] == self._rank:
-                computed = self._forward.fetch(block.pack().to(model.device), keep=False, max_tokens=max_tokens)
+                computed = self._forward.prefix(block.pack().to(model.device), keep=False, max_tokens=max_tokens)
                 assert computed is not None  # there are layers below
-                own.copy_(computed.wait())
+                own.copy_(computed)
         for block, received in zip(blocks, sum_rows(states).split(sizes), strict=True):  # exact: all other terms are 0
             cache.put(block.keys, block.example_tokens, received)
 

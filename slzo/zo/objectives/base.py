@@ -76,7 +76,7 @@ class LogitObjective(Objective, LogitLoss):
                 setattr(cls, name, getattr(LogitLoss, name))
 
     def loss(self, batch: TrainBatch, context: LossContext) -> Loss:
-        states = context.forward.fetch(batch.packed, max_tokens=batch.max_tokens)
+        states = context.forward.prefix(batch.packed, max_tokens=batch.max_tokens)
         return BatchLogitLoss(context, batch, self, states)
 
 
