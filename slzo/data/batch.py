@@ -83,8 +83,13 @@ def eval_batch(rows: Sequence[Row], shares_beginnings: bool = False) -> EvalBatc
 def plan_batches(rows: Sequence[Row], max_rows: int, max_tokens: int, rank: int = 0, world_size: int = 1) -> EvalPlan:
     """Divide the rows of this process into batches: by common beginning if that saves enough, otherwise by length.
 
-    A batch has at most ``max_tokens`` tokens, with common beginnings counted once. A longer row is a batch by itself. There is no
-    limit if answers are generated: prompts run in parts then, and more rows decode faster.
+    Args:
+        rows: All rows.
+        max_rows: Most rows in a batch.
+        max_tokens: Most tokens in a batch, with common beginnings counted once. A longer row is a batch by itself. There is no
+            limit if answers are generated: prompts run in parts then, and more rows decode faster.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
     sequences = [row.prompt or row.encoded.sequences[0].ids for row in rows]
     shares = num_distinct_tokens(sequences) <= (1 - _MIN_SAVING) * sum(map(len, sequences))

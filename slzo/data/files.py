@@ -41,26 +41,20 @@ class BadRows:
             raise SlzoError(f"{error}; data.skip_bad_rows true leaves such rows out") from None
         self.errors.append(error)
 
-    def note(self, used: int, source: str, name: str) -> str:
-        """Return log lines with the number of rows that are left out, and the first of them; empty if there are none.
-
-        Args:
-            used: Number of the other rows.
-            source: Name of the source, for the error.
-            name: Name of the source, for the log.
-
-        Raises:
-            SlzoError: No row can be used.
-        """
-        errors = self.errors
-        if errors and not used:
+    def check(self, used: int, source: str) -> None:
+        """Raise SlzoError if rows of a source are left out, and no other can be ``used``."""
+        if self.errors and not used:
             raise SlzoError(
-                f"{source}: none of the {len(errors)} rows can be used; correct them; the first error is {errors[0]}"
+                f"{source}: none of the {len(self.errors)} rows can be used; correct them; the first error is {self.errors[0]}"
             )
+
+    def note(self, used: int, source: str) -> str:
+        """Return log lines with the number of rows that are left out, and the first of them; empty if there are none."""
+        errors = self.errors
         if not errors:
             return ""
         head = (
-            f"Left out {len(errors)} of {len(errors) + used} rows of {name} that cannot be used (data.skip_bad_rows):"
+            f"Left out {len(errors)} of {len(errors) + used} rows of {source} that cannot be used (data.skip_bad_rows):"
         )
         more = ["  ..."] if len(errors) > _NUM_SHOWN else []
         return "\n".join([head, *(f"  {error}" for error in errors[:_NUM_SHOWN]), *more])

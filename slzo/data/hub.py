@@ -29,7 +29,7 @@ def read_hub(source: HubSource, split: Split, option: str) -> tuple[str, Iterabl
 
         wanted = source.revision
         if wanted is not None and commit_of(Path(wanted)) is None:
-            wanted = huggingface_hub.HfApi().dataset_info(source.path, revision=wanted).sha
+            wanted = str(huggingface_hub.HfApi().dataset_info(source.path, revision=wanted).sha)
         at = {} if wanted is None else {"revision": wanted}
         rows = datasets.load_dataset(source.path, source.config, split=name, **at)
     except Exception as error:  # datasets and its dependencies raise many unrelated classes

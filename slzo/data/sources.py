@@ -109,7 +109,8 @@ class RowSource:
             examples.append(replace(example, place=place, columns=values if self.columns else {}))
         if not examples and not bad.errors:
             raise SlzoError(f"{origin}: holds no rows; task {self.task.name!r} needs at least one")
-        return SourceRows(examples, bad.note(len(examples), origin, name))
+        bad.check(len(examples), origin)
+        return SourceRows(examples, bad.note(len(examples), name))
 
     def _open(self, split: Split, bad: BadRows) -> tuple[str, Iterable[PlacedRow], HubSource | None]:
         """Return the name of the source, for messages, its rows, and the data set of the Hub if it is one."""

@@ -38,7 +38,13 @@ class AnswerRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class VariedLayers:
-    """Layers from ``start`` to ``stop``, whose weights differ from point to point; ``write`` makes those of a point live."""
+    """Layers whose weights differ from point to point.
+
+    Attributes:
+        start: First layer.
+        stop: One past the last layer.
+        write: Makes the weights of a point live.
+    """
 
     start: int
     stop: int

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from slzo.batches.encoded import prompt_key
+from slzo.batches.encoded import EncodedExample, prompt_key
 from slzo.batches.losses import LogitLoss, LossSum, by_example, candidate_scores
 from slzo.batches.packing import PackedBatch
 from slzo.data.batch import EvalBatch, Row
@@ -79,7 +79,7 @@ class Evaluator:
         if batch.packed is None:
             gold = [row.encoded for row in batch.rows]
             keys = [example.index for example in gold]
-            answers, gold_loss = self._generate(batch.rows, keys, keep_prefix, None, gold=gold)
+            answers, gold_loss = self._generate(batch.rows, keys, keep=keep_prefix, gold=gold)
             assert gold_loss is not None
             texts = [answer.text for answer in answers]
             rewarded = None if self.rewards is None else self.rewards(texts, batch.examples)
@@ -96,7 +96,7 @@ class Evaluator:
 
     def answers(self, rows: Sequence[Row], sampling: Sampling | None = None) -> list[Answer]:
         """Generate answers; ``sampling`` has one key per row, ``None`` takes the most likely tokens."""
-        return self._generate(rows, [prompt_key(row.encoded.index) for row in rows], False, sampling)[0]
+        return self._generate(rows, [prompt_key(row.encoded.index) for row in rows], sampling=sampling)[0]
 
     def answers_at_points(
         self, rows: Sequence[Sequence[Row]], varied: VariedLayers, sampling: Sampling | None = None
@@ -135,17 +135,24 @@ class Evaluator:
         distinct = {row.encoded.index: row for of_point in rows for row in of_point}
         place = {index: number for number, index in enumerate(distinct)}
         wanted = [AnswerRequest(place[row.encoded.index], point) for point, own in enumerate(rows) for row in own]
-        options = {"wanted": wanted, "varied": varied, "entering": entering}
         keys = [prompt_key(index) for index in distinct]
-        return self._generate(list(distinct.values()), keys, True, sampling, **options)[0]
+        return self._generate(
+            list(distinct.values()), keys, keep=True, sampling=sampling, wanted=wanted, varied=varied, entering=entering
+        )[0]
 
     def _generate(
-        self, rows: Sequence[Row], keys: Sequence[int], keep: bool, sampling: Sampling | None, **options: Any
+        self,
+        rows: Sequence[Row],
+        keys: Sequence[int],
+        *,
+        keep: bool = False,
+        sampling: Sampling | None = None,
+        wanted: Sequence[AnswerRequest] | None = None,
+        varied: VariedLayers | None = None,
+        entering: EnteringStates | None = None,
+        gold: Sequence[EncodedExample] | None = None,
     ) -> tuple[list[Answer], LossSum | None]:
-        """Generate answers to rows, which have these keys in the cache, with further options of :func:`generate`.
-
-        The loss of the gold answers is ``None`` unless these are among the options.
-        """
+        """Generate answers to rows, which have these keys in the cache, see :func:`generate`; and the loss of ``gold``."""
         tokenizer, stop = self.tokenizer, self.decoding.stop
         decoded = generate(
             self.parts,
@@ -156,7 +163,10 @@ class Evaluator:
             ended=ends_with(tokenizer, stop),
             sampling=sampling,
             kept=None if self.prompt_states is None else CachedPrompts(self.prompt_states, keys, keep),
-            **options,
+            wanted=wanted,
+            varied=varied,
+            entering=entering,
+            gold=gold,
         )
         answers = [
             Answer(answer_text(tokenizer, ids, stop), len(ids), tuple(ids) if end is None else (*ids, end))

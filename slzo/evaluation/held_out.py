@@ -17,7 +17,8 @@ from slzo.utils.runtime import gather_from_processes
 class HeldOutScores:
     """Metrics of the held-out rows, and the score of each row, by id, in the metric that summarizes the run.
 
-    For a perplexity see :func:`slzo.evaluation.metrics.perplexity_by_row`. Empty if the metric is not a mean over rows.
+    ``rows`` is empty if the metric is not a mean over rows. For a perplexity see
+    :func:`slzo.evaluation.metrics.perplexity_by_row`.
     """
 
     metrics: dict[str, float]

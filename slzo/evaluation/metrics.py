@@ -50,7 +50,8 @@ def perplexity_by_row(rows: Mapping[str, tuple[float, float]]) -> dict[str, floa
 class TaskMetrics(Metric):
     """All metrics of a task but the perplexity; states are summed over processes.
 
-    Generation compares texts, the other kinds of tasks compare candidate indices.
+    Generation compares texts, the other kinds of tasks compare candidate indices. A grouped task also has the F1 of its answers
+    and the exact match of each :attr:`Example.group` (MultiRC).
     """
 
     full_state_update = False

@@ -6,9 +6,10 @@ that share its weights (views of a part of the model, layers that run through on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +112,18 @@ class DevicePlacement(Placement):
         )
         hook.init_hook(layer)
         self._handles[number] = [
-            # the hooks of a copy get the copy, and move the weights of the layer itself
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs: hook.pre_forward(layer, *args, **kwargs), with_kwargs=True
-            ),
-            layer.register_forward_hook(lambda _, args, output: hook.post_forward(layer, output), always_call=True),
+            layer.register_forward_pre_hook(partial(_before, hook.pre_forward, layer), with_kwargs=True),
+            layer.register_forward_hook(partial(_after, hook.post_forward, layer), always_call=True),
         ]
+
+
+# functions of the module, so that a model with these hooks can be copied
+def _before(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, args: Any, kwargs: Any) -> Any:
+    return call(layer, *args, **kwargs)
+
+
+def _after(call: Callable[..., Any], layer: nn.Module, _copy: nn.Module, _args: Any, output: Any) -> Any:
+    return call(layer, output)
 
 
 def load_with_device_map(

@@ -95,7 +95,7 @@ def _load_original(originals: OriginalWeights, path: str, linear: nn.Linear | Co
     tensors = {name: originals.read(f"{path}.{name}", value.shape) for name, value in linear.named_parameters()}
     if any(tensor is None for tensor in tensors.values()):
         return False
-    linear.load_state_dict(tensors)
+    linear.load_state_dict(tensors, strict=False)  # a class of its own may have buffers too
     inputs, _ = _sizes(linear)
     rows = torch.linspace(0, inputs - 1, min(_ROWS_COMPARED, inputs), dtype=torch.float64).long()
     unit = one_hot(rows, inputs).to(linear.weight)
@@ -111,7 +111,8 @@ def _dequantize(module: nn.Module, linear: nn.Linear | Conv1D) -> None:
     columns = torch.empty(inputs, outputs, device=device, dtype=dtype)
     for start in range(0, inputs, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, inputs)
-        unit = one_hot(torch.arange(start, stop), inputs).to(columns)
+        unit = columns.new_zeros(stop - start, inputs)
+        unit.diagonal(start).fill_(1)
         columns[start:stop] = module(unit) - bias
     linear.weight.copy_(columns if isinstance(linear, Conv1D) else columns.T)
     if linear.bias is not None:

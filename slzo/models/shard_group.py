@@ -57,6 +57,8 @@ class ShardGroup:
     def gather(self, key: int) -> None:
         """Gather the shard of this key together with all processes; until they agree on it, join in gathering others.
 
+        ``_DONE`` stands for no shard: this process only joins in, until all are done.
+
         Raises:
             DistError: Another process has ended or does not answer.
         """

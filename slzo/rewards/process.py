@@ -15,6 +15,7 @@ from slzo.rewards.calls import RewardCall, RewardFailure, RewardInputs
 from slzo.utils.errors import Interrupted, SlzoError
 
 _LOADING_SECONDS = 120.0
+_LONGEST_WAIT = 1e6  # seconds; poll() takes a number of milliseconds
 
 
 class RewardProcess:
@@ -87,7 +88,7 @@ class RewardProcess:
         assert self._connection is not None
         try:
             self._connection.send_bytes(pickle.dumps((request, limit)))
-            if self._connection.poll(limit):
+            if self._connection.poll(min(limit, _LONGEST_WAIT)):
                 return pickle.loads(self._connection.recv_bytes())
             reason = f"took longer than {limit:g} s (timeout) and was stopped"
         except (OSError, EOFError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from slzo.rewards.calls import MAX_REWARD, RewardCall, RewardFailure, RewardInputs, call, load_function, split_name
 from slzo.rewards.process import RewardProcess
-from slzo.rewards.registry import REWARDS, check_package
+from slzo.rewards.registry import REWARDS, RewardFunction, check_package
 from slzo.utils.errors import SlzoError
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Rewards:
         self.timeout = timeout
         self.names = _short_names([one.function for one in self.functions])
         self._process = None if in_process else RewardProcess(self.functions, timeout)
+        self._loaded: list[RewardFunction] = []  # in this process
 
     @property
     def best(self) -> float:
@@ -71,8 +72,7 @@ class Rewards:
             self._process.load()
             return
         try:
-            for one in self.functions:
-                load_function(one)
+            self._loaded = [load_function(one) for one in self.functions]
         except RewardFailure as failure:
             raise SlzoError(f"data.reward {failure.function!r}: {failure.reason}") from failure
 
@@ -113,7 +113,9 @@ class Rewards:
     def _call(self, answers: RewardInputs) -> list[list[float]]:
         if self._process is not None:
             return self._process(answers)
-        return [call(one, load_function(one), answers) for one in self.functions]
+        if not self._loaded:
+            self.load()
+        return [call(one, function, answers) for one, function in zip(self.functions, self._loaded, strict=True)]
 
     def _search(self, answers: RewardInputs) -> int | None:
         """Return the index of the first answer that fails alone; ``None`` if none does or the search takes too long."""

@@ -209,6 +209,9 @@ class AutoStep(AutoRate):
 
         Optimizers and estimators that divide the gradient by its size move every element by about the rate. For them the rate is
         the distance that plain gradient descent would move an element: :math:`\eta` times the slope.
+
+        Raises:
+            SlzoError: No rate is known for this optimizer.
         """
         power, share = gradient_power(optimizer)
         power = 0 if estimator.normalizes else power

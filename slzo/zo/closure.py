@@ -35,4 +35,5 @@ class ClosureLoss(Loss):
 
     def gradient(self) -> tuple[float, Direction]:
         loss, pull_back = vjp(self.module, self.tuned, self.closure)
-        return float(loss), pull_back(torch.ones_like(loss))
+        gradient = pull_back(torch.ones_like(loss))
+        return float(loss), gradient

@@ -178,13 +178,14 @@ def layers_above(
 
     final, states = recorded(parts, batch, start, stop, hidden)
     last = LastTokens.of(batch, changed)
-    attention_at = lru_cache(maxsize=1)(partial(_PointsAttention, last, states))  # by number of points
+    # its masks hold for one number of points
+    attention_at = lru_cache(maxsize=1)(partial(_PointsAttention, last, states))
 
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)
         ids, places = (values[last.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
         tokens = TokenBatch(ids, places, batch.layout)  # the attention takes the place of the layout
-        final = run_with(parts, tokens, attention_at(points).attend, start, stop, entering.flatten(0, 1))
-        return final.unflatten(0, (points, -1))
+        at_points = run_with(parts, tokens, attention_at(points).attend, start, stop, entering.flatten(0, 1))
+        return at_points.unflatten(0, (points, -1))
 
     return LayersAbove(last.positions, final[last.positions], over_last_tokens)

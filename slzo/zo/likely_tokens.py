@@ -41,7 +41,11 @@ class LikelyTokens:
 
     @classmethod
     def of(cls, logits: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Self | None:
-        """Choose the likely tokens from logits without a shift, shape (U, vocabulary); ``None`` if the vocabulary is small."""
+        """Choose the likely tokens from logits without a shift, shape (U, vocabulary), which ``temperature`` divides.
+
+        Returns:
+            ``None`` if the vocabulary is small.
+        """
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None

@@ -136,12 +136,14 @@ class BatchLogitLoss(_SummedLoss):
     def gradient(self) -> tuple[float, Direction]:
         context, forward = self.context, self.context.forward
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
+        of_total = torch.zeros_like(sums)
+        of_total[0] = 1.0  # a list as a tensor would be copied to a GPU, which waits for it
         gradient: dict[str, Tensor] = {}
         for piece, states in self._pieces():
             run = partial(forward.loss, piece, states, self.objective)
             found, pull_back = vjp(forward.parts.model, context.tuned, run)
             sums += found
-            _add(gradient, pull_back(sums.new_tensor([1.0, 0.0])))  # of the total
+            _add(gradient, pull_back(of_total))
         return self._mean(sums, gradient)
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:

@@ -205,6 +205,7 @@ class TunedModel:
         Do not use this object afterwards.
         """
         self._undo.close()
+        self.adapter = self.full_precision = None
 
     def merge(self) -> None:
         """Merge the adapter into the model's weights. Do not use this object afterwards.

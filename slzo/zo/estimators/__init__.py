@@ -14,11 +14,17 @@ ESTIMATORS = (Backprop, EvolutionStrategy, FZOO, LayerOutputPerturbation, LOZO, 
 
 __all__ = [
     "ESTIMATORS",
+    "FZOO",
+    "LOZO",
+    "SPSA",
+    "Backprop",
     "Estimate",
     "Estimator",
+    "EvolutionStrategy",
+    "LayerOutputPerturbation",
     "Loss",
     "LossReport",
+    "OneSided",
     "Point",
     "Request",
-    *(each.__name__ for each in ESTIMATORS),
 ]

@@ -17,12 +17,16 @@ __all__ = [
     "LOSS_OBJECTIVES",
     "METRIC_OBJECTIVES",
     "OBJECTIVES",
+    "AnswerF1",
+    "AnswerLikelihood",
     "AnswerObjective",
+    "CandidateCrossEntropy",
+    "CandidateErrors",
     "CandidateObjective",
     "LogitObjective",
     "Objective",
+    "Reward",
     "loss_of",
-    *(each.__name__ for each in OBJECTIVES),
 ]
 
 LOSS_OBJECTIVES: Mapping[Kind, type[LogitObjective]] = {

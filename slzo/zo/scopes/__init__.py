@@ -22,4 +22,17 @@ SCOPES = (
 )
 """The scopes that the command line offers by name."""
 
-__all__ = ["SCOPES", "Scope", "ScopeContext", "tensors_of", *(each.__name__ for each in SCOPES)]
+__all__ = [
+    "SCOPES",
+    "ActivationSubspace",
+    "AllParameters",
+    "LayerScope",
+    "LoRA",
+    "OutlierChannels",
+    "PrefixTuning",
+    "RandomLayers",
+    "Scope",
+    "ScopeContext",
+    "SmallestWeights",
+    "tensors_of",
+]

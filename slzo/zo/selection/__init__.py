@@ -12,10 +12,14 @@ RULES = (Auto, FirstOutlierLayer, MaxRatioJump, OutlierRemovingLayer, Race)
 
 __all__ = [
     "RULES",
+    "Auto",
     "Choice",
+    "FirstOutlierLayer",
     "Margin",
+    "MaxRatioJump",
+    "OutlierRemovingLayer",
+    "Race",
     "SelectionContext",
     "SelectionRule",
     "choice_of",
-    *(each.__name__ for each in RULES),
 ]
