@@ -4,7 +4,7 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
-from torch.distributed.device_mesh import init_device_mesh
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from slzo.data.batch import EvalBatch, TrainBatch
@@ -37,8 +37,7 @@ class TaskDataModule(TaskRows, LightningDataModule):
         rows = points = partial(trainer.strategy.reduce, reduce_op="sum")
         if directions not in (1, number):
             if directions not in self._groups:
-                mesh = init_device_mesh(trainer.strategy.root_device.type, (number // directions, directions))
-                self._groups[directions] = mesh.get_group(0), mesh.get_group(1)
+                self._groups[directions] = _groups_of(number, rank, directions)
             rows, points = (partial(rows, group=group) for group in self._groups[directions])
         return Processes(number, rank, directions, rows, points, trainer.strategy.broadcast)
 
@@ -87,3 +86,16 @@ class TaskDataModule(TaskRows, LightningDataModule):
         plan = self.eval_plan(split)
         # an item is a whole batch, because Lightning replaces batch samplers for predict
         return DataLoader(cast("Dataset[EvalBatch]", plan.batches), batch_size=None, collate_fn=plan.pack)
+
+
+def _groups_of(number: int, rank: int, directions: int) -> tuple[Any, Any]:
+    """Return the processes with the same points as this one, and those with the same rows. A collective call.
+
+    A device mesh would split the trainer's group, which gloo cannot do if the group is bound to a GPU.
+    """
+    same_points = [range(first, number, directions) for first in range(directions)]
+    same_rows = [range(first, first + directions) for first in range(0, number, directions)]
+    # every process makes all groups, in the same order
+    made = [(ranks, distributed.new_group(list(ranks))) for ranks in (*same_points, *same_rows)]
+    points, rows = (group for ranks, group in made if rank in ranks)
+    return points, rows

@@ -114,6 +114,7 @@ class ZOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        # before any other name is set, so that these are the arguments
         check_kinds("model", _KINDS, {**locals(), "eps": 1.0 if eps == "auto" else eps})
         model, dtype = str(model), str(dtype).removeprefix("torch.")  # type: ignore[assignment]  # also of a path or a type
         scope = LayerScope() if scope is None else scope
@@ -293,9 +294,11 @@ class ZOModule(LightningModule):
 
     def _hold_parts(self, parts: ModelParts) -> None:
         self._untuned = parts
-        # otherwise strategies would move it to one device, or send it to all processes
+        # as a submodule strategies would move it to one device, or send it to all processes
         if self.options.device_map is None and self.trainer.world_size == 1:
             self.model = parts.model
+        else:
+            vars(self)["model"] = parts.model
 
     def _drop_parts(self) -> None:
         """Drop the untuned model, so that it is loaded again when it is needed."""
@@ -309,7 +312,7 @@ class ZOModule(LightningModule):
 
     @property
     def parts(self) -> ModelParts:
-        """The model's parts, with the modules that the scope added; loaded when they are first used."""
+        """The model's parts, with the modules that the scope added; loaded when they are first used, which needs a trainer."""
         if self.tuned_model is None and self._start is not None:
             self._restore(self._start)
         return self._load_parts() if self.tuned_model is None else self.tuned_model.parts
@@ -471,10 +474,9 @@ class ZOModule(LightningModule):
             self._release()
             self._prepare(Checkpoint(str(trainer.ckpt_path), checkpoint))
         if self.tuned_model is None:
-            kept = {name: checkpoint[name] for name in ("slzo", "state_dict")}
-            start = Checkpoint(str(trainer.ckpt_path), kept)
+            start = Checkpoint(str(trainer.ckpt_path), checkpoint)
             self._restore(start)
-            self._start = start
+            self._start = Checkpoint(start.path, {"slzo": note})  # its tensors are in the masters
         else:
             self.tuned_model.check(note)
         if not in_fit:

@@ -1,5 +1,6 @@
 """The Lightning strategy that divides the frozen layers over processes."""
 
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -15,7 +16,11 @@ class ShardedStrategy(DDPStrategy):
     """``ddp`` whose processes divide the weights of the frozen layers; by name, ``trainer.strategy sharded``.
 
     Each process holds a share of every layer, see :mod:`slzo.models.sharded`. Embeddings, head and tuned layers are whole on
-    every process. Steps, rows, checkpoints and arguments are those of ``ddp``.
+    every process. Steps, rows and checkpoints are those of ``ddp``.
+
+    Args:
+        timeout: Time after which a process that waits for the others fails.
+        arguments: Further arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
 
     Attributes:
         shard_group: The processes that share the layers; ``None`` in a run of one process.
@@ -23,9 +28,9 @@ class ShardedStrategy(DDPStrategy):
 
     shard_group: ShardGroup | None = None
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._shard_timeout = arguments.get("timeout", default_pg_timeout)
+    def __init__(self, timeout: timedelta | None = default_pg_timeout, **arguments: Any) -> None:
+        super().__init__(timeout=timeout, **arguments)
+        self._shard_timeout = timeout
 
     def setup_environment(self) -> None:
         super().setup_environment()

@@ -279,9 +279,8 @@ class TaskRows:
         needs_train = stage in ("fit", "validate") or self.num_demonstrations > 0
         if self.splits is not None and (self.splits.train or not needs_train):
             return
-        if self.reward is not None:
-            self.reward.rewards.load()
         if stage == "predict" and self.predict_file is not None and not needs_train:
+            self._load_rewards()
             return
         if self.seed is None:
             self.seed = global_seed()
@@ -311,6 +310,11 @@ class TaskRows:
         say(f"Task {self.task.name}: {counts}{len(self.splits.test)} held-out rows{origin}.")
         if self.tokenizer_name is not None and isinstance(self.encoder, ChatEncoder) and self.encoder.note is not None:
             say(self.encoder.note)
+        self._load_rewards()
+
+    def _load_rewards(self) -> None:
+        if self.reward is not None:
+            self.reward.rewards.load()
 
     @property
     def _source(self) -> RowSource:

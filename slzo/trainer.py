@@ -38,6 +38,8 @@ class ZOTrainer(Trainer):
 
     Takes the options of :class:`lightning.pytorch.Trainer`, but refuses those that only make sense with back-propagation. It
     adds the missing callbacks of :mod:`slzo.callbacks.defaults`. Runs are written to ``runs/``, or below ``default_root_dir``.
+
+    Its methods take a :class:`ZOModule` and, instead of data loaders, a :class:`TaskDataModule`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -66,14 +68,17 @@ class ZOTrainer(Trainer):
         self._fitted: Path | None = None
         self._trained: tuple[LightningModule, LightningDataModule | None] | None = None
         cluster = None
-        try:
-            if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            try:
                 # slzo saves and requeues the job between two steps; Lightning would do both in the middle of one
                 plugins.append(cluster := SLURMEnvironment(auto_requeue=False))
+            except RuntimeError as error:
+                raise SlzoError(f"trainer: {one_line(error, None)}") from error
+        try:
             super().__init__(**kwargs, plugins=plugins)
             if cluster is not None:
                 cluster.validate_settings(self.num_devices, self.num_nodes)
-        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise SlzoError(f"trainer: {one_line(error, None)}") from error
 
     def fit(

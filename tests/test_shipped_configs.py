@@ -68,13 +68,10 @@ def test_an_unknown_name_lists_the_names(capsys):
     assert all(name in line for name in shipped_configs())
 
 
-@pytest.mark.parametrize(
-    ("name", "tool", "missing"),
-    [("chat", "chat_task", "chat_task/test.jsonl"), ("json_reward", "json_task", "tools/json_task.py:right_fields")],
-)
-def test_a_config_that_needs_the_repository_says_so(name, tool, missing, capsys):
+@pytest.mark.parametrize(("name", "tool"), [("chat", "chat_task"), ("json_reward", "json_task")])
+def test_a_config_that_needs_the_repository_says_so(name, tool, capsys):
     line = error_line(capsys, "plan", "--config", name)
-    assert missing in line
+    assert f"{tool}/test.jsonl" in line
     assert line.endswith(f"this config needs tools/{tool}.py of slzo's repository; run it in a clone")
 
 

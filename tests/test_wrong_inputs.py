@@ -36,6 +36,10 @@ WRONG = """
 --model.scope=LoRA --model.scope.rank=abc | model.scope.rank 'abc': expected a whole number
 --model.scope.rank=4 --model.scope=LoRA | model.scope.rank: give the class before its options, as in --model.scope CLASS --model.scope.rank VALUE; choose one of A
 --model.scope=LoRA --model.scope.layer=3 | model.scope.layer: unknown option of the chosen class LoRA
+--model.optimizer.momentum=0.9 --model.optimizer=SGD --data.foo=1 | data.foo: unknown option
+--model.estimator.noise=x --model.estimator=SPSA | model.estimator.noise 'x': choose one of gaussian, r
+--data.max_length -h | data.max_length '': expected a whole number
+--config 'config: rate.yaml' | config
 --model.scope=LoRA --model.scope.layers=3 | model.scope.layers '3': expected a list like [1, 2] or all
 --model.scope=LoRA --model.scope.alpha=-1 | model.scope.alpha -1.0: must be a number above 0
 --model.scope=LoRA --model.scope.target_modules=[nope] | model.scope.target_modules 'nope': layer 0 has no such linear map

@@ -31,6 +31,7 @@ from slzo.pictures.style import lines, new_figure, save, style_axis
 from slzo.profiling import ProfileOptions, profile_model
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, auto_rate, load_parts, make_evaluator, make_stepper, plan_prefix, tune
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA, Backprop, LayerOutputPerturbation
 from slzo.zo.optim import set_rate
 from slzo.zo.selection import FirstOutlierLayer, OutlierRemovingLayer, SelectionRule
@@ -82,8 +83,10 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
     parts = load_parts(options, torch.device("cpu"))
     adapt_rows(rows, parts, options)
     started = time.process_time()
-    layer = profile_model(parts, rows, ProfileOptions(rule, 16, None), "")[1].layer
-    model = tune(parts, options, rows, layer)
+    choice = profile_model(parts, rows, ProfileOptions(rule, 16, None), "")[1]
+    if choice.layer < 0:
+        raise SlzoError(choice.reason)
+    model = tune(parts, options, rows, choice.layer)
     plan_prefix(model, rows)
     optimizer = options.optimizer.make(model.tensors.masters)
     auto = auto_rate(make_stepper(model, options, rows), rows)
@@ -100,7 +103,7 @@ def slzo(args: argparse.Namespace, estimator: Any, rule: SelectionRule, lr: floa
         stepper.step(next(batches), number, optimizer)
         return round(stepper.num_evaluations)
 
-    return {"layer": layer, "curve": train_to(step, score, min(args.targets), args.seconds, used)}
+    return {"layer": choice.layer, "curve": train_to(step, score, min(args.targets), args.seconds, used)}
 
 
 def published(args: argparse.Namespace, lr: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class AnswerLog(Callback):
         self._shown.clear()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         outcome = outputs.get("outcome") if isinstance(outputs, dict) else None
         if not isinstance(outcome, Outcome) or not isinstance(batch, EvalBatch) or not outcome.num_tokens:

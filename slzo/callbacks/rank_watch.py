@@ -121,6 +121,8 @@ class RankWatch(Callback):
 
 def _end(trainer: Trainer, peer: Peer, event: str, reports: bool) -> None:
     """End this process because of another one, with a line that says so if this process ``reports`` it."""
+    if not reports:
+        end_process(_STATUS, "")
     last = callback_of(trainer, LastCheckpoint)
     saved = (None if last is None else last.saved) or trainer.ckpt_path
     if trainer.state.fn != "fit" or saved is None:
@@ -128,4 +130,4 @@ def _end(trainer: Trainer, peer: Peer, event: str, reports: bool) -> None:
     else:
         advice = f"continue with the same command and --ckpt_path {saved}"
     cause = f"rank {peer.rank} (process {peer.pid}) {event}, so the others stop at step {trainer.global_step}"
-    end_process(_STATUS, f"\nslzo: error: {cause}; {advice}\n" if reports else "")
+    end_process(_STATUS, f"\nslzo: error: {cause}; {advice}\n")

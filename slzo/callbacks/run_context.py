@@ -85,8 +85,10 @@ def planned_steps(trainer: Trainer, rows: TaskRows) -> int:
 def _step_limit(trainer: Trainer, rows: TaskRows, max_steps: int) -> int:
     """Return the number of steps that ``max_steps`` and ``trainer.max_epochs`` allow; -1 for no limit."""
     epochs = trainer.max_epochs or -1
-    limits = [max_steps, epochs if epochs < 0 else epochs * steps_per_epoch(trainer, rows)]
-    return min((limit for limit in limits if limit > 0), default=-1)
+    limits = [max_steps] if max_steps > 0 else []
+    if epochs > 0:
+        limits.append(epochs * steps_per_epoch(trainer, rows))
+    return min(limits, default=-1)
 
 
 def steps_per_epoch(trainer: Trainer, rows: TaskRows) -> int:

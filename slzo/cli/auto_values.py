@@ -42,7 +42,10 @@ def _spelled(value: Any, name: str) -> Any:
     """Return the value of an option with its words replaced; a file stays a path if there are none in it."""
     content = _loaded(value) if name in _FILES and isinstance(value, str) else value
     if isinstance(content, dict):
-        new = {key: _spelled(inner, f"{name}.{key}".removeprefix("config.")) for key, inner in content.items()}
+        new = {
+            key: inner if key == "config" else _spelled(inner, f"{name}.{key}".removeprefix("config."))
+            for key, inner in content.items()
+        }
         return value if new == content else new
     if name in _RATES and value == _AUTO:
         return AUTO_LR

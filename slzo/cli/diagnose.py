@@ -60,13 +60,14 @@ def check_class_paths(parser: ArgumentParser, given: Sequence[Given]) -> None:
 def explain(parser: ArgumentParser, command: str, given: Sequence[Given], message: str) -> str:
     """Return one line about the first wrong option of a command; the parser's own message if none is found."""
     hints, defaults = _hints(parser, given), {action.dest: action.default for action in options_of(parser)}
+    chosen = {option.name: kind for option in given if (kind := _class(hints, option.name, option.value))}
     classes: dict[str, type] = {}  # of the options so far
     for option in given:
         for owner in parents(option.name):
             default: Any = defaults.get(owner)
             path = default.get("class_path") if hasattr(default, "get") else None
             if owner not in classes and (kind := _class(hints, owner, path)):
-                classes[owner] = kind
+                classes[owner] = chosen.get(owner, kind)  # with a default, the class may also come later
         if line := _problem(option, command, hints, classes):
             return line
         if kind := _class(hints, option.name, option.value):

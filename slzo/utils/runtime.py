@@ -51,8 +51,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _kilobytes(file: str, name: str) -> int | None:
     """Return an entry of a file in /proc, KiB; ``None`` if it is not there."""
-    line = re.search(rf"^{name}:\s+(\d+)", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
-    return None if line is None else int(line[1])
+    with suppress(OSError):  # a container may not show it
+        line = re.search(rf"^{name}:\s+(\d+)", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
+        return None if line is None else int(line[1])
+    return None
 
 
 def gather_from_processes(items: list[_Item]) -> list[_Item]:

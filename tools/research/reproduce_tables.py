@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Interrupted) as stop:
         print("\nInterrupted; the same command continues with the cells that are not finished.", flush=True)
         return stop.status if isinstance(stop, Interrupted) else 130
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,10 +98,12 @@ def run(options: argparse.Namespace) -> int:
         if not options.report:
             with workers(options.workers):
                 finished = work.run(methods)
-    finally:
+    except (KeyboardInterrupt, Interrupted):
         if not is_worker():
             write_tables(work, f"python tools/research/reproduce_tables.py {paths}")
+        raise
     if not is_worker():
+        write_tables(work, f"python tools/research/reproduce_tables.py {paths}")
         print(f"\n{(work.folder / 'table.md').read_text(encoding='utf-8').partition('# How')[0].strip()}\n")
         print(f"Files      {work.folder}/table.md, table.json")
     return 0 if finished else 1

@@ -24,6 +24,7 @@ from slzo.module import ZOModule
 from slzo.profiling import ProfileOptions, profile_model
 from slzo.task_rows import TaskRows
 from slzo.training import adapt_rows, load_parts
+from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
 from slzo.zo.scopes import ActivationSubspace, AllParameters, LayerScope, LoRA, Scope
 from slzo.zo.selection import OutlierRemovingLayer
@@ -55,7 +56,10 @@ def setting_of(model: str, task: str, scope: str, data_dir: str) -> tuple[LayerT
     adapt_rows(rows, parts, options)
     layer = None
     if options.scope.needs_layer:
-        layer = profile_model(parts, rows, ProfileOptions(OutlierRemovingLayer(), 16, None), "")[1].layer
+        choice = profile_model(parts, rows, ProfileOptions(OutlierRemovingLayer(), 16, None), "")[1]
+        if choice.layer < 0:
+            raise SlzoError(choice.reason)
+        layer = choice.layer
     trials = LayerTrials(parts, options, rows)
     return trials, layer, *trials.own_step(layer)
 
@@ -133,7 +137,9 @@ def main() -> None:
     cells = [(model, task, scope) for task, model, scope in product(args.tasks, args.models, args.scopes)]
 
     def say(name: str, row: dict[str, Any]) -> None:
-        print(f"{name}: lr {row['lr']}, dev loss {row['before']:.4f} -> {row['diverged'] or row['loss']}", flush=True)
+        rate = "auto" if row["lr"] is None else f"{row['lr']:.3g}"
+        after = "diverged" if row["diverged"] else f"{row['loss']:.4f}"
+        print(f"{name}: lr {rate}, dev loss {row['before']:.4f} -> {after}", flush=True)
 
     if not args.report:
         work = {
