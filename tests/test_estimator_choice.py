@@ -95,7 +95,6 @@ def test_a_loss_of_any_module_has_no_layer():
         ("scale", 0.0, r"scale 0\.0: must be a number above 0"),
         ("scale", math.inf, r"scale inf: must be a number above 0"),
         ("scale", math.nan, r"scale nan: must be a number above 0"),
-        ("positions", "last", r"positions 'last': choose one of answer, all"),
     ],
 )
 def test_wrong_arguments(option, value, expected):
@@ -132,7 +131,6 @@ GIVEN = "--model.estimator=LayerOutputPerturbation"
         ([GIVEN, "--model.eps=1e-3"], r"model\.eps 0\.001: is a distance between weights"),
         ([GIVEN, "--model.num_queries=2"], r"model\.num_queries 2: counts directions of weights"),
         (["--model.estimator.queries=0"], r"model\.estimator\.queries 0: must be at least 1"),
-        (["--model.estimator.positions=last"], r"model\.estimator.*positions.*last"),
         ([GIVEN, "--model.scope=AllParameters"], r"LayerOutputPerturbation: perturbs the output of one layer"),
         (
             ["--model.optimizer=SGD"],
@@ -201,7 +199,7 @@ def test_options_alone_choose_the_class(plain, capsys, args, estimator, optimize
     if optimizer is not None:
         assert printed["optimizer"]["init_args"]["lr"] == 1e-3
     if args == ["--model.estimator.queries=4"]:
-        assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "positions": "answer", "tokens": None}
+        assert printed["estimator"]["init_args"] == {"queries": 4, "scale": 0.05, "tokens": None}
 
 
 class Short(AnswerObjective):
@@ -306,5 +304,5 @@ def test_an_estimator_for_adam_may_evaluate_points(examples):
 def test_an_estimator_names_what_differs_from_the_default():
     """A resume compares the descriptions."""
     assert LayerOutputPerturbation().describe() == "LayerOutputPerturbation"
-    other = LayerOutputPerturbation(queries=4, scale=0.5, positions="all", tokens=0)
-    assert other.describe() == "LayerOutputPerturbation (queries 4, scale 0.5, positions all, tokens 0)"
+    other = LayerOutputPerturbation(queries=4, scale=0.5, tokens=0)
+    assert other.describe() == "LayerOutputPerturbation (queries 4, scale 0.5, tokens 0)"

@@ -72,15 +72,14 @@ def test_tokens_are_those_of_the_answers_and_the_likeliest():
     """In a row of candidates of one token those of its answers alone."""
     rows = [random_example(random.Random(0), number, 5, (1, 2), 0) for number in range(3)]
     batch = pack([*rows, random_example(random.Random(1), 3, 4, (1, 1), 0)])
-    row = torch.arange(batch.num_examples).repeat_interleave(torch.tensor(batch.example_tokens))[batch.needed]
     own = [set() for _ in batch.needed]
     for position, token in zip(batch.token_needed.tolist(), batch.token_id.tolist(), strict=True):
         own[position].add(token)
     assert {len(tokens) for tokens in own} == {1, 2}
-    assert [set(tokens) for tokens in tokens_of_positions(batch, row, None, 5).tolist()] == own
+    assert [set(tokens) for tokens in tokens_of_positions(batch, None, 5).tolist()] == own
     logits = torch.randn(len(own), VOCABULARY, generator=torch.Generator().manual_seed(0))
     likely = logits.topk(5, dim=1).indices.tolist()
-    found = tokens_of_positions(batch, row, logits, 5).tolist()
+    found = tokens_of_positions(batch, logits, 5).tolist()
     expected = [one | set(other) for one, other in zip(own[:-1], likely, strict=False)]
     assert [set(tokens) for tokens in found] == [*expected, own[-1]]
 
@@ -215,14 +214,12 @@ def test_parts_order_and_processes_change_nothing(objective, layer, examples):
     assert_close(found[0], whole)
 
 
-def test_at_all_positions_and_without_readable_rows_there_is_noise_alone(examples, monkeypatch):
+def test_without_readable_rows_there_is_noise_alone(examples, monkeypatch):
     model = tuned_model()
     loss = batch_loss(model, examples)
-    for options in ({"positions": "all"}, {}):
-        if not options:
-            monkeypatch.setattr("slzo.zo.packed_layer_output.head_rows", lambda *_: None)
-        plain, tokens = (estimate_at(model, loss, queries=2, tokens=number, **options) for number in (0, 8))
-        assert same_tensors(plain.gradient, tokens.gradient)
+    monkeypatch.setattr("slzo.zo.packed_layer_output.head_rows", lambda *_: None)
+    plain, tokens = (estimate_at(model, loss, queries=2, tokens=number) for number in (0, 8))
+    assert same_tensors(plain.gradient, tokens.gradient)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -232,7 +229,7 @@ def test_in_bfloat16_shifts_are_not_lost_in_rounding(family):
     forward, batch = layer_forward(model.parts, LAST), pack(rows)
     entering = forward.prefix(batch)
     leaving = model.parts.run(batch, LAST, LAST + 1, entering, norm=False)
-    output = PackedLayerOutput(forward, batch, entering, leaving, CandidateCrossEntropy(), "answer")
+    output = PackedLayerOutput(forward, batch, entering, leaving, CandidateCrossEntropy())
     shifts = output.token_shifts(8, 0.3)
     applied = output.applied(shifts)
     assert (applied.flatten(0, 1).norm(dim=1) > 0).all()

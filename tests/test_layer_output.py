@@ -77,7 +77,7 @@ def layer_output(parts, layer, batch, objective):
     forward = layer_forward(parts, layer)
     entering = forward.prefix(batch)
     leaving = parts.run(batch, layer, layer + 1, entering, norm=False)
-    return PackedLayerOutput(forward, batch, entering, leaving, objective, "answer"), leaving
+    return PackedLayerOutput(forward, batch, entering, leaving, objective), leaving
 
 
 def first_shifted(sequence):
@@ -114,13 +114,16 @@ def test_losses_at_a_shifted_output(family, layer, objective, examples):
     parts, batch = ModelParts(tiny_model(family, scale=1.5), onednn=False), pack(examples)
     output, _ = layer_output(parts, layer, batch, objective)
     torch.manual_seed(1)
-    shifts = 0.3 * torch.randn(3, len(output.row), output.width)
+    shifts = 0.3 * torch.randn(3, len(batch.needed), output.width)
     losses = output.losses(shifts)
     assert torch.equal(output.applied(shifts), shifts)
     of_tokens = isinstance(objective, AnswerLikelihood)
-    assert torch.equal(output.part, torch.arange(len(output.row)) if of_tokens else output.row)
-    assert losses.shape == (3, output.num_parts) == (3, len(output.row) if of_tokens else len(examples))
-    where = {int(position): number for number, position in enumerate(output.positions)}
+    ends = torch.tensor(batch.example_tokens).cumsum(0)
+    rows = torch.searchsorted(ends, batch.needed, right=True)
+    assert output.counts == tuple(torch.bincount(rows).tolist())
+    assert torch.equal(output.part, torch.arange(len(rows)) if of_tokens else rows)
+    assert losses.shape == (3, output.num_parts) == (3, len(rows) if of_tokens else len(examples))
+    where = {int(position): number for number, position in enumerate(batch.needed)}
     for number in range(3):
         expected, sequences = torch.zeros(output.num_parts), iter(sequences_of(batch))
         for row, example in enumerate(examples):
@@ -168,7 +171,7 @@ def test_running_the_last_tokens_is_enough(family, layer):
         parts = ModelParts(tiny_model(family, scale=1.5), packed, onednn=False)
         output, _ = layer_output(parts, layer, batch, AnswerLikelihood())
         torch.manual_seed(1)
-        losses.append(output.losses(0.3 * torch.randn(3, len(output.row), output.width)))
+        losses.append(output.losses(0.3 * torch.randn(3, len(output.size), output.width)))
     torch.testing.assert_close(*losses, rtol=2e-4, atol=2e-4)
     assert int((losses[0].std(dim=0) > 1e-3).sum()) == scored  # the shifts reach every token of a gold answer
 
@@ -177,7 +180,7 @@ def test_running_the_last_tokens_is_enough(family, layer):
 def test_the_size_is_that_of_what_the_layer_adds(layer, examples):
     model = tiny_model(output_hidden_states=True)
     output, _ = layer_output(ModelParts(model, onednn=False), layer, pack(examples), CandidateCrossEntropy())
-    of_row = output.size.split(torch.bincount(output.row).tolist())
+    of_row = output.size.split(output.counts)
     for example, sizes in zip(examples[:4], of_row, strict=False):  # answers of one token share their position
         states = model(input_ids=torch.tensor([example.sequences[0].ids[:-1]])).hidden_states
         added = states[layer + 1][0, -1] - states[layer][0, -1]
@@ -239,26 +242,19 @@ def gradient_of_tokens(model, layer, examples, names):
     return {name: parameter.grad for name, parameter in parameters.items()}
 
 
-def estimates_of(model, loss, number, queries=50, positions="answer"):
+def estimates_of(model, loss, number, queries=50):
     """Some estimates that hardly have a bias."""
-    return [estimate_at(model, loss, step, queries=queries, scale=0.02, positions=positions) for step in range(number)]
+    return [estimate_at(model, loss, step, queries=queries, scale=0.02) for step in range(number)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_the_mean_is_the_gradient(family, examples):
-    """With answer positions in a middle layer: the gradient with the output constant at all other positions."""
+    """In a middle layer: the gradient with the output constant at all positions that predict no answer token."""
     model, loss = tiny_loss(examples, family)
     expected = gradient_from_answers(model.parts.model, f"{model.parts.layers_path}.2", examples, model.tensors.names)
     estimates = estimates_of(model, loss, 40)
     assert estimates[0].loss == pytest.approx(float(plain_losses(model.parts.model, examples)[0]), rel=1e-5)
     assert_mean_is(expected, estimates)
-
-
-@pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("gpt2", 2)])
-def test_the_mean_with_noise_at_all_positions_is_the_whole_gradient(family, layer):
-    examples, model = short_examples(), tuned_model(family, layer)
-    expected = autograd_gradient(model.parts.model, examples, model.tensors.names)
-    assert_mean_is(expected, estimates_of(model, batch_loss(model, examples), 20, queries=100, positions="all"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -345,7 +341,7 @@ class Linear(LayerOutput):
     The parts of the loss are those of the rows or, ``by_position``, those of the positions.
     """
 
-    keys, width, whole_vocabulary = (7, 3, 11), 4, False
+    keys, counts, width, whole_vocabulary = (7, 3, 11), (2, 1, 3), 4, False
     row = torch.tensor([0, 0, 1, 2, 2, 2])
 
     def __init__(self, step=0.0, points_at_once=100, by_position=False):
@@ -363,7 +359,7 @@ class Linear(LayerOutput):
     def applied(self, shifts):
         return (shifts / self.step).round() * self.step if self.step else shifts
 
-    def gradient_from_output(self, estimate, positions):
+    def gradient_from_output(self, estimate):
         return OutputGradient(1.0, {"output": estimate(self)}, 2.0)
 
 
@@ -432,11 +428,12 @@ def test_in_bfloat16_the_estimate_is_about_that_of_float32(family, examples):
 
 def test_in_bfloat16_what_rounding_left_counts(examples):
     parts = ModelParts(tiny_model(scale=1.0).to(torch.bfloat16), onednn=False)
-    output, leaving = layer_output(parts, 2, pack(examples), CandidateCrossEntropy())
+    batch = pack(examples)
+    output, leaving = layer_output(parts, 2, batch, CandidateCrossEntropy())
     torch.manual_seed(0)
-    shifts = 0.02 * output.size * torch.randn(2, len(output.row), output.width)
+    shifts = 0.02 * output.size * torch.randn(2, len(output.size), output.width)
     applied = output.applied(shifts)
-    here = leaving[output.positions]
+    here = leaving[batch.needed]
     assert torch.equal(applied, (here.float() + shifts).bfloat16().float() - here.float())
     assert 0.01 < (applied - shifts).norm() / shifts.norm() < 1
     # a shift that is rounded already runs the same
@@ -446,13 +443,12 @@ def test_in_bfloat16_what_rounding_left_counts(examples):
 # ---- parts, order and processes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", ["answer", "all"])
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("objective", [CandidateCrossEntropy(), AnswerLikelihood()], ids=described)
-def test_a_batch_in_parts_has_the_same_estimate(objective, layer, positions, examples, monkeypatch):
+def test_a_batch_in_parts_has_the_same_estimate(objective, layer, examples, monkeypatch):
     """Also one in another order: the noise belongs to the rows."""
     model, packed = tuned_model(layer=layer), pack(examples)
-    options = {"queries": 3, "scale": 0.2, "positions": positions}
+    options = {"queries": 3, "scale": 0.2}
     whole = estimate_at(model, batch_loss(model, packed, objective), **options)
     seen = noted_runs(monkeypatch)
     found = estimate_at(model, batch_loss(model, packed, objective, max_tokens=40), **options)
@@ -510,17 +506,15 @@ def test_processes_divide_the_rows(examples):
 
 
 @pytest.mark.parametrize("queries", [1, 60])
-@pytest.mark.parametrize("positions", ["answer", "all"])
-def test_only_the_layers_above_run_for_a_query(queries, positions, examples, monkeypatch):
-    """With answer positions over their tokens alone; the tuned layer runs once a step, however many queries there are."""
+def test_only_the_layers_above_run_for_a_query(queries, examples, monkeypatch):
+    """Over tokens of answers alone; the tuned layer runs once a step, however many queries there are."""
     model, packed = tuned_model(layer=1), pack(examples)
     loss = batch_loss(model, packed)
     seen = noted_runs(monkeypatch)
-    found = estimate_at(model, loss, queries=queries, positions=positions)
+    found = estimate_at(model, loss, queries=queries)
     # all candidates of an example share the token before them; the last token of each predicts nothing
-    answer = sum(1 + sum(sequence.num_answer - 1 for sequence in example.sequences) for example in examples)
-    shifted = answer if positions == "answer" else packed.num_tokens
-    assert answer < packed.num_tokens
+    shifted = sum(1 + sum(sequence.num_answer - 1 for sequence in example.sequences) for example in examples)
+    assert shifted < packed.num_tokens
     assert [tokens for start, _, tokens in seen if start == 1] == [packed.num_tokens]
     first, *of_queries = [tokens for start, stop, tokens in seen if (start, stop) == (2, 4)]
     assert first == packed.num_tokens
@@ -546,7 +540,6 @@ class OfRows(AnswerLikelihood):
         ("examples", CandidateCrossEntropy(), {}, 4),
         ("one_token_examples", AnswerLikelihood(), {}, 1),
         ("examples", AnswerLikelihood(), {}, 1),
-        ("examples", AnswerLikelihood(), {"positions": "all"}, 4),
         ("examples", OfRows(), {}, 4),
         ("examples", CandidateCrossEntropy(), {"queries": 5}, 5),
         ("examples", AnswerLikelihood(), {"queries": 5}, 5),

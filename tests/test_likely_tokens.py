@@ -30,7 +30,9 @@ def random_logits(batch, points=1):
 
 def kept(logits, likely):
     """Logits of each row's likely tokens, and that of the rest."""
-    parts = [own[..., ids] for own, ids in zip(logits.split(likely.sizes, dim=1), likely.ids, strict=True)]
+    parts = [
+        own[..., ids] for own, ids in zip(logits.split(likely.batch.example_needed, dim=1), likely.ids, strict=True)
+    ]
     return likely.with_rest(torch.cat(parts, dim=1))
 
 
@@ -57,7 +59,7 @@ def test_all_answer_tokens_of_a_row_are_likely_and_rows_do_not_mix(examples, mon
     found, expected = token_log_likelihoods(kept(logits, likely), likely.batch), token_log_likelihoods(logits, batch)
     torch.testing.assert_close(found, expected)
     first = 0
-    for number, size in enumerate(likely.sizes):
+    for number, size in enumerate(likely.batch.example_needed):
         alone = LikelyTokens.of(logits[0, first : first + size], pack(examples[number : number + 1]))
         torch.testing.assert_close(alone.rest, likely.rest[first : first + size])
         used = likely.ids[number] if likely.surplus is None else likely.ids[number][~likely.surplus[number]]
@@ -75,7 +77,7 @@ def test_the_derivative_is_that_of_the_softmax_for_likely_tokens(few, examples):
         lambda z: token_log_likelihoods(z, batch),
     ):
         z = logits.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(own(z).sum(), z)[0].split(likely.sizes, dim=1))
+        gradients.append(torch.autograd.grad(own(z).sum(), z)[0].split(likely.batch.example_needed, dim=1))
     for found, expected, ids in zip(*gradients, likely.ids, strict=True):
         torch.testing.assert_close(found[..., ids], expected[..., ids])
         others = torch.ones(VOCABULARY, dtype=torch.bool)
@@ -88,10 +90,10 @@ def test_the_tokens_of_a_row_do_not_depend_on_the_others(few, examples):
     batch, alone = pack(examples), pack(examples[3:4])
     logits = random_logits(batch)[0]
     likely = LikelyTokens.of(logits, batch)
-    first = sum(likely.sizes[:3])
-    own = LikelyTokens.of(logits[first : first + likely.sizes[3]], alone)
+    first = sum(likely.batch.example_needed[:3])
+    own = LikelyTokens.of(logits[first : first + likely.batch.example_needed[3]], alone)
     assert torch.equal(own.ids[0], likely.ids[3])
-    torch.testing.assert_close(own.rest, likely.rest[first : first + likely.sizes[3]])
+    torch.testing.assert_close(own.rest, likely.rest[first : first + likely.batch.example_needed[3]])
 
 
 def test_a_small_vocabulary_is_computed_whole(examples):
@@ -109,24 +111,24 @@ def test_losses_at_shifts_are_those_of_plain_logits(few, examples, objective, mo
 
     def look(output):
         generator = torch.Generator().manual_seed(1)
-        shifts = 0.5 * torch.randn(3, len(output.row), output.width, generator=generator)
+        shifts = 0.5 * torch.randn(3, len(output.size), output.width, generator=generator)
         likely, hidden = output._likely, output._output
         assert likely is not None
         base = parts.logits(batch, stop, hidden)
         is_likely = torch.zeros(base.shape, dtype=torch.bool)
-        rows = torch.arange(len(examples)).repeat_interleave(torch.tensor(likely.sizes))
+        rows = torch.arange(len(examples)).repeat_interleave(torch.tensor(likely.batch.example_needed))
         is_likely[torch.arange(len(base))[:, None], likely.ids[rows]] = True
         expected = []
         for shift in shifts:
             moved = hidden.clone()
-            moved[output.positions] += shift
+            moved[batch.needed] += shift
             logits = torch.where(is_likely, parts.logits(batch, stop, moved), base)
             own = objective.position_losses(logits[None], batch) if output.by_position else None
             expected.append(objective.row_losses(logits[None], batch, False).totals if own is None else own)
         outputs.append((output.losses(shifts), torch.cat(expected)))
-        return torch.zeros(len(output.row), output.width)
+        return torch.zeros(len(output.size), output.width)
 
-    loss.gradient_from_output(look, "answer")
+    loss.gradient_from_output(look)
     torch.testing.assert_close(*outputs[0], rtol=1e-4, atol=1e-5)
 
 

@@ -54,7 +54,7 @@ class Certainty(LogitObjective):
     """A user's objective of logits, with another weight for each example."""
 
     def row_losses(self, logits, batch, selected):
-        entropy, examples = torch.distributions.Categorical(logits=logits).entropy(), batch.rows_of(batch.needed)
+        entropy, examples = torch.distributions.Categorical(logits=logits).entropy(), batch.needed_example
         return RowLosses(of_examples(entropy, examples, batch), torch.bincount(examples).float())
 
 

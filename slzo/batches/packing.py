@@ -6,6 +6,7 @@ Shapes: ``T`` tokens in the batch, ``B`` examples, ``C`` candidates, ``U`` posit
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ class PackedBatch(TokenBatch):
     Attributes beyond those of :class:`TokenBatch`:
         example_index: Cache key of each example, length B.
         example_tokens: Number of packed tokens of each example, length B, in order. They sum to T.
+        example_needed: Number of positions in ``needed`` of each example, length B, in order. They sum to U.
         needed: Packed positions whose logits are needed, shape (U,), int64.
+        needed_example: Example of each of these, shape (U,), int64, not decreasing.
         token_needed: Index in ``needed`` of each answer token, shape (R,), int64.
         token_id: Ids of the answer tokens, shape (R,), int64.
         token_candidate: Candidate of each answer token, shape (R,), int64.
@@ -49,11 +52,14 @@ class PackedBatch(TokenBatch):
             of an example follow the same tokens.
         token_choice: Index in ``choice_ids`` of each answer token, shape (R,), int64, or ``None``.
         most_candidates: Largest number of candidates of an example.
+        source: The batch on the CPU that this one is a copy of, if it is on another device.
     """
 
     example_index: tuple[int, ...]
     example_tokens: tuple[int, ...]
+    example_needed: tuple[int, ...]
     needed: Tensor
+    needed_example: Tensor
     token_needed: Tensor
     token_id: Tensor
     token_candidate: Tensor
@@ -65,6 +71,18 @@ class PackedBatch(TokenBatch):
     choice_ids: Tensor | None
     token_choice: Tensor | None
     most_candidates: int
+    source: Self | None = None
+
+    @property
+    def on_cpu(self) -> Self:
+        """The same batch on the CPU. Indices are computed from it, since reading from a GPU waits for all of its work."""
+        return self if self.source is None else self.source
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on another device, which keeps this batch as its ``source``."""
+        if torch.device(device).type == "cpu":
+            return self.on_cpu
+        return replace(super().to(device), source=self.on_cpu)
 
     def repeat(self, times: int) -> TokenBatch:
         """Return tokens and layout of ``times`` copies of the batch in one packed row."""
@@ -72,25 +90,24 @@ class PackedBatch(TokenBatch):
 
     def select(self, numbers: Sequence[int]) -> TokenBatch:
         """Return tokens and layout of some examples, given by their numbers in the batch, in rising order."""
+        if self.source is not None:
+            return self.source.select(numbers).to(self.input_ids.device)
         starts = [0, *accumulate(self.example_tokens)]
         spans = [range(starts[number], starts[number + 1]) for number in numbers]
-        kept = torch.tensor([position for span in spans for position in span], device=self.input_ids.device)
+        kept = torch.tensor([position for span in spans for position in span])
         new_positions = torch.full_like(self.input_ids, -1)
-        new_positions[kept] = torch.arange(len(kept), device=kept.device)
+        new_positions[kept] = torch.arange(len(kept))
         moved = new_positions.tolist()
         chosen = [[moved[p] for p in positions] for positions in self.layout.sequences() if moved[positions[0]] >= 0]
-        layout = build_layout(chosen, len(kept), grouped=True).to(self.input_ids.device)
+        layout = build_layout(chosen, len(kept), grouped=True)
         return TokenBatch(self.input_ids[kept], self.position_ids[kept], layout)
-
-    def rows_of(self, positions: Tensor) -> Tensor:
-        """Return the row in the batch of each packed position, int64, of the shape of ``positions``."""
-        ends = torch.tensor(self.example_tokens, device=positions.device).cumsum(0)
-        return torch.searchsorted(ends, positions, right=True)
 
     def cut(self, max_tokens: int | None) -> tuple["PackedBatch", ...]:
         """Cut the batch, in order, into parts of at most ``max_tokens`` tokens. A longer example is a separate part."""
         if max_tokens is None or self.num_tokens <= max_tokens or self.num_examples == 1:
             return (self,)
+        if self.source is not None:
+            return tuple(part.to(self.input_ids.device) for part in self.source.cut(max_tokens))
         bounds, used = [0], 0
         for number, size in enumerate(self.example_tokens):
             if used and used + size > max_tokens:
@@ -101,16 +118,18 @@ class PackedBatch(TokenBatch):
         examples = [range(first, stop) for first, stop in pairwise(bounds)]
         tokens = [0, *accumulate(sum(self.example_tokens[n] for n in numbers) for numbers in examples)]
         # everything is in the order of the examples, so each part is a slice
-        candidates = torch.searchsorted(self.candidate_example, torch.tensor(bounds, device=self.gold.device)).tolist()
-        answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates, device=self.gold.device)).tolist()
-        needed = torch.searchsorted(self.needed, torch.tensor(tokens, device=self.gold.device)).tolist()
+        candidates = torch.searchsorted(self.candidate_example, torch.tensor(bounds)).tolist()
+        answers = torch.searchsorted(self.token_candidate, torch.tensor(candidates)).tolist()
+        needed = torch.searchsorted(self.needed, torch.tensor(tokens)).tolist()
         return tuple(
             replace(
                 self,
                 **vars(self.select(numbers)),
                 example_index=self.example_index[numbers.start : numbers.stop],
                 example_tokens=self.example_tokens[numbers.start : numbers.stop],
+                example_needed=self.example_needed[numbers.start : numbers.stop],
                 needed=self.needed[needed[n] : needed[n + 1]] - tokens[n],
+                needed_example=self.needed_example[needed[n] : needed[n + 1]] - numbers.start,
                 token_needed=self.token_needed[answers[n] : answers[n + 1]] - needed[n],
                 token_id=self.token_id[answers[n] : answers[n + 1]],
                 token_candidate=self.token_candidate[answers[n] : answers[n + 1]] - candidates[n],
@@ -159,8 +178,9 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
     needed: dict[int, int] = {}
     token_needed: list[int] = []
     example_tokens: list[int] = []
+    example_needed: list[int] = []
     for example in examples:
-        start = len(ids)
+        start, before = len(ids), len(needed)
         shared = _num_shared(example) if share_prompts or len(example.sequences) == 1 else 0
         common = tuple(range(start, start + shared))
         ids.extend(example.sequences[0].ids[:shared])
@@ -175,6 +195,7 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
             # a token is predicted by the logits of the token before it
             token_needed += [needed.setdefault(packed[place], len(needed)) for place in sequence.places]
         example_tokens.append(len(ids) - start)
+        example_needed.append(len(needed) - before)
     candidates = [candidate for example in examples for candidate in example.sequences]
     token_id = [candidate.ids[place] for candidate in candidates for place in candidate.places]
     lengths = [len(candidate.places) for candidate in candidates]
@@ -196,7 +217,9 @@ def pack(examples: Sequence[EncodedExample], *, share_prompts: bool = True, grou
         layout=build_layout(sequences, len(ids), group_lengths),
         example_index=tuple(example.index for example in examples),
         example_tokens=tuple(example_tokens),
+        example_needed=tuple(example_needed),
         needed=tensor(list(needed)),
+        needed_example=tensor([number for number, count in enumerate(example_needed) for _ in range(count)]),
         token_needed=tensor(token_needed),
         token_id=tensor(token_id),
         token_candidate=tensor([number for number, length in enumerate(lengths) for _ in range(length)]),

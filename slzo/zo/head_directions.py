@@ -12,29 +12,29 @@ from slzo.models.quantization import is_plain
 _LEAST_SHARE = 1e-4
 
 
-def tokens_of_positions(batch: PackedBatch, row: Tensor, logits: Tensor | None, number: int) -> Tensor:
+def tokens_of_positions(batch: PackedBatch, logits: Tensor | None, number: int) -> Tensor:
     """Return the tokens whose logits count at each needed position, shape (U, M), int64; a row may repeat its first token.
 
     Args:
         batch: The batch. The tokens that its answers have at a position come first.
-        row: Row of each needed position, shape (U,), int64.
         logits: Logits of the whole vocabulary, shape (U, vocabulary), to add the ``number`` likeliest tokens. ``None`` if all
             rows have candidates of one token; then only these are used, as in such a row of any batch.
         number: Number of likely tokens.
     """
     own: list[list[int]] = [[] for _ in range(batch.needed.numel())]
-    for position, token in zip(batch.token_needed.tolist(), batch.token_id.tolist(), strict=True):
+    answers = batch.on_cpu
+    for position, token in zip(answers.token_needed.tolist(), answers.token_id.tolist(), strict=True):
         if token not in own[position]:
             own[position].append(token)
     if logits is not None:
-        positions_of_row = torch.bincount(row, minlength=batch.num_examples)[row].tolist()
+        positions_of_row = [count for count in batch.example_needed for _ in range(count)]
         most_likely = logits.topk(min(number, logits.shape[1]), dim=1).indices.tolist()
         for tokens, likely, positions in zip(own, most_likely, positions_of_row, strict=True):
             if positions > 1 or len(tokens) == 1:
                 tokens.extend(token for token in likely if token not in tokens)
     most = max(map(len, own))
     padded = [tokens + [tokens[0]] * (most - len(tokens)) for tokens in own]
-    return torch.tensor(padded, device=batch.needed.device)
+    return torch.tensor(padded).to(batch.needed.device, non_blocking=True)
 
 
 def head_rows(parts: ModelParts, width: int) -> Tensor | None:

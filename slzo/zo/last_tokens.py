@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slzo.batches.layout import Movable
 from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.evaluation.key_values import KeyValues
 from slzo.evaluation.prompt_states import recorded, run_with
@@ -23,7 +24,8 @@ from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
 
 
-class _Group(NamedTuple):
+@dataclass(frozen=True)
+class _Group(Movable):
     """Sequences of similar length.
 
     Attributes:
@@ -38,8 +40,8 @@ class _Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LastTokens:
-    """The tokens of a batch from the first chosen one of each sequence on.
+class LastTokens(Movable):
+    """In each sequence of a batch, the first token whose logits are needed, and all after it.
 
     Attributes:
         positions: Their packed positions, shape (K,), int64, rising.
@@ -52,18 +54,20 @@ class LastTokens:
     inverse: Tensor
 
     @classmethod
-    def of(cls, batch: PackedBatch, chosen: Tensor) -> "LastTokens":
-        """Return the last tokens of a batch; ``chosen`` are packed positions, with one or more in each sequence."""
-        layout, num_tokens = batch.layout, batch.num_tokens
-        is_chosen = torch.zeros(num_tokens, dtype=torch.bool, device=chosen.device)
-        is_chosen[chosen] = True
+    def of(cls, batch: PackedBatch) -> "LastTokens":
+        """Return the last tokens of a batch, on its device."""
+        if batch.source is not None:
+            return cls.of(batch.source).to(batch.needed.device)
+        layout = batch.layout
+        is_chosen = torch.zeros(batch.num_tokens, dtype=torch.bool)
+        is_chosen[batch.needed] = True
         sequences = [
             (group, valid, (is_chosen[group] & valid).int().argmax(dim=1))
             for group, valid in zip(layout.groups, layout.valid, strict=True)
         ]
         is_last = torch.zeros_like(is_chosen)
         for group, valid, start in sequences:
-            column = torch.arange(group.shape[1], device=group.device)
+            column = torch.arange(group.shape[1])
             is_last[group[valid & (column >= start[:, None])]] = True
         positions = is_last.nonzero()[:, 0]
         number = is_last.cumsum(0) - 1
@@ -71,10 +75,10 @@ class LastTokens:
         for group, valid, start in sequences:
             length = valid.sum(dim=1)
             most = int((length - start).max())
-            place = start[:, None] + torch.arange(most, device=group.device)
+            place = start[:, None] + torch.arange(most)
             fits = place < length[:, None]
             last = number[group.gather(1, place.clamp(max=group.shape[1] - 1))].masked_fill(~fits, 0)
-            before = torch.arange(int(start.max()), device=group.device)
+            before = torch.arange(int(start.max()))
             is_earlier = before < start[:, None]
             groups.append(_Group(group[:, : len(before)].masked_fill(~is_earlier, 0), is_earlier, last))
             inverse[last[fits]] = offset + fits.flatten().nonzero()[:, 0]
@@ -154,20 +158,17 @@ class LayersAbove(NamedTuple):
     at: Callable[[Tensor], Tensor]
 
 
-def layers_above(
-    parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor, changed: Tensor | None
-) -> LayersAbove:
+def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tensor) -> LayersAbove:
     """Return the layers from ``start`` on for a batch. If possible, only the last tokens of each sequence run at each point.
 
     Args:
         parts: The model.
         start: The first of the layers.
         batch: The batch.
-        hidden: States that enter the first layer, shape (T, hidden).
-        changed: Packed positions whose states may change, one or more in each sequence; ``None`` if those of any token may.
+        hidden: States that enter the first layer, shape (T, hidden). Only those of the batch's needed positions may change.
     """
     stop, placement = parts.num_layers, placement_of(parts.model)
-    if changed is None or not parts.packed or (placement is not None and placement.elsewhere):
+    if not parts.packed or (placement is not None and placement.elsewhere):
 
         def over_all_tokens(entering: Tensor) -> Tensor:
             final = parts.run(batch.repeat(len(entering)), start, stop, entering.flatten(0, 1))
@@ -177,7 +178,7 @@ def layers_above(
         return LayersAbove(positions, parts.run(batch, start, stop, hidden), over_all_tokens)
 
     final, states = recorded(parts, batch, start, stop, hidden)
-    last = LastTokens.of(batch, changed)
+    last = LastTokens.of(batch)
     # its masks hold for one number of points
     attention_at = lru_cache(maxsize=1)(partial(_PointsAttention, last, states))
 

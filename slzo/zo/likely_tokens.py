@@ -28,14 +28,12 @@ class LikelyTokens:
     Attributes:
         ids: The likely tokens of each row, shape (B, K), int64, rising.
         surplus: Which of them a row does not use, because another row has more answer tokens; ``None`` if all use all.
-        sizes: Number of needed positions of each row, length B; they sum to U.
         rest: One logit for all other tokens without a shift, shape (U, 1), float32.
         batch: The batch with ``token_id`` as places in the ``ids`` of its row.
     """
 
     ids: Tensor
     surplus: Tensor | None
-    sizes: tuple[int, ...]
     rest: Tensor
     batch: PackedBatch
 
@@ -49,12 +47,12 @@ class LikelyTokens:
         vocabulary = logits.shape[1]
         if vocabulary < _LEAST_MULTIPLE * NUM_LIKELY:
             return None
-        likelihood, row = (logits / temperature).softmax(dim=1), batch.rows_of(batch.needed)
+        likelihood, row = (logits / temperature).softmax(dim=1), batch.needed_example
         score = likelihood.new_zeros(batch.num_examples, vocabulary).index_add_(0, row, likelihood)
         token_row = row[batch.token_needed]
         score[token_row, batch.token_id] = torch.inf  # the answer tokens are always among them
         numbers = score.isinf().sum(dim=1, keepdim=True).clamp(min=NUM_LIKELY)
-        most = int(numbers.max())
+        most = max(NUM_LIKELY, _most_answer_tokens(batch.on_cpu))
         ids, order = score.topk(most, dim=1).indices.sort(dim=1)
         surplus = order >= numbers if most > NUM_LIKELY else None
         theirs = logits.new_full((len(row), most), -torch.inf)
@@ -62,11 +60,17 @@ class LikelyTokens:
             theirs = torch.where(surplus[row], logits.gather(1, ids[row]), theirs)
         rest = temperature * logits.scatter(1, ids[row], theirs).div_(temperature).logsumexp(dim=1, keepdim=True)
         places = torch.searchsorted(ids[token_row], batch.token_id[:, None])[:, 0]
-        sizes = tuple(torch.bincount(row, minlength=batch.num_examples).tolist())
-        return cls(ids, surplus, sizes, rest, replace(batch, token_id=places))
+        return cls(ids, surplus, rest, replace(batch, token_id=places, source=None))
 
     def with_rest(self, logits: Tensor) -> Tensor:
         """Append the other tokens as one more token to logits of the likely ones, shape (N, U, K) to (N, U, K + 1)."""
         if self.surplus is not None:
-            logits = logits.masked_fill(self.surplus[self.batch.rows_of(self.batch.needed)], -torch.inf)
+            logits = logits.masked_fill(self.surplus[self.batch.needed_example], -torch.inf)
         return torch.cat([logits, self.rest.expand(len(logits), -1, -1)], dim=2)
+
+
+def _most_answer_tokens(batch: PackedBatch) -> int:
+    """Return the largest number of different answer tokens of an example."""
+    example = batch.candidate_example[batch.token_candidate]
+    different = torch.stack([example, batch.token_id]).unique(dim=1)
+    return int(torch.bincount(different[0]).max())

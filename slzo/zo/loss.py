@@ -18,7 +18,7 @@ from slzo.evaluation.generation import Answer
 from slzo.evaluation.sampling import Sampling
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
-from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point, Positions
+from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point
 from slzo.zo.forward import SuffixForward
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
@@ -146,7 +146,7 @@ class BatchLogitLoss(_SummedLoss):
             _add(gradient, pull_back(of_total))
         return self._mean(sums, gradient)
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
         context = self.context
         forward, model = context.forward, context.forward.parts.model
         start, stop = forward.span.start, forward.span.stop
@@ -157,9 +157,9 @@ class BatchLogitLoss(_SummedLoss):
         for piece, states in self._pieces():
             run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
             hidden, pull_back = vjp(model, context.tuned, run)
-            output = PackedLayerOutput(forward, piece, states, hidden, self.objective, positions, self.batch.max_tokens)
+            output = PackedLayerOutput(forward, piece, states, hidden, self.objective, self.batch.max_tokens)
             gradient_of_output = torch.zeros_like(hidden)
-            gradient_of_output[output.positions] = estimate(output).to(hidden.dtype)
+            gradient_of_output[piece.needed] = estimate(output).to(hidden.dtype)
             _add(gradient, pull_back(gradient_of_output))
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
@@ -220,9 +220,9 @@ class RowsLoss(_SummedLoss):
         loss, policy = self._policy
         return loss, policy.gradient()[1]
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
         loss, policy = self._policy
-        return policy.gradient_from_output(estimate, positions)._replace(loss=loss)
+        return policy.gradient_from_output(estimate)._replace(loss=loss)
 
     @cached_property
     def _policy(self) -> tuple[float, BatchLogitLoss]:

@@ -7,7 +7,7 @@ from slzo.batches.losses import LogitLoss, checked_position_losses, checked_row_
 from slzo.batches.packing import PackedBatch
 from slzo.models.parts import ModelParts
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Positions, rms
+from slzo.zo.estimators.base import LayerOutput, rms
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.head_directions import head_directions, head_rows, tokens_of_positions
 from slzo.zo.last_tokens import layers_above
@@ -56,11 +56,9 @@ class PackedLayerOutput(LayerOutput):
         hidden: States that enter the tuned layer, shape (T, width); ``None`` for the first layer.
         output: Its output at the masters, shape (T, width).
         objective: The loss as a function of logits.
-        positions: Positions to shift.
         max_tokens: Run at most this many tokens at once, but always those of one point; ``None`` for no limit.
 
     Attributes:
-        positions: Packed positions that are shifted, shape (P,), int64, rising.
         sums: The loss at the masters.
     """
 
@@ -71,23 +69,19 @@ class PackedLayerOutput(LayerOutput):
         hidden: Tensor | None,
         output: Tensor,
         objective: LogitLoss,
-        positions: Positions,
         max_tokens: int | None = None,
     ) -> None:
         parts, span = forward.parts, forward.span
         self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
         self._selected = forward.selects(objective, batch)
         entered = parts.run(batch, 0, 0) if hidden is None else hidden
-        everywhere = positions == "all"
-        self.positions = torch.arange(batch.num_tokens, device=output.device) if everywhere else batch.needed
-        self._above = layers_above(parts, span.stop, batch, output, None if everywhere else batch.needed)
-        self.keys, self.width = batch.example_index, output.shape[1]
-        self.row = batch.rows_of(self.positions)
-        here = output[self.positions].float()
-        added = rms(here - entered[self.positions].float())
+        self._above = layers_above(parts, span.stop, batch, output)
+        self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
+        here = output[batch.needed].float()
+        added = rms(here - entered[batch.needed].float())
         self.size = torch.maximum(added, _LEAST_SHARE * rms(here)).clamp(min=_LEAST)
         run = self._above.positions
-        self._changed, self._needed = (torch.searchsorted(run, where) for where in (self.positions, batch.needed))
+        self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
         layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
@@ -101,13 +95,13 @@ class PackedLayerOutput(LayerOutput):
         self.by_position = False
         if not self._selected:
             # a loss that is not a sum over positions returns None for any logits
-            self.by_position = not everywhere and checked_position_losses(objective, logits, batch) is not None
+            self.by_position = checked_position_losses(objective, logits, batch) is not None
             if objective.likelihood_temperature is not None:
                 self._likely = LikelyTokens.of(logits[0], batch, objective.likelihood_temperature)
             computed = batch.needed.numel() * (logits.shape[2] if self._likely is None else self._likely.ids.shape[1])
             self.points_at_once = max(1, min(self.points_at_once, max(computed, _FEWEST_LOGITS) // computed))
         self.whole_vocabulary = not self._selected and self._likely is None
-        self.part = torch.arange(len(self.row), device=self.row.device) if self.by_position else self.row
+        self.part = torch.arange(len(here), device=here.device) if self.by_position else batch.needed_example
 
     @property
     def evaluations(self) -> float:
@@ -116,10 +110,10 @@ class PackedLayerOutput(LayerOutput):
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
         batch, weight = self._batch, head_rows(self._forward.parts, self.width)
-        if weight is None or self.positions is not batch.needed:
+        if weight is None:
             return None
-        tokens = tokens_of_positions(batch, self.row, None if self._selected else self._unshifted, number)
-        states = self._output[self.positions].float()
+        tokens = tokens_of_positions(batch, None if self._selected else self._unshifted, number)
+        states = self._output[batch.needed].float()
         directions, sensitivity = head_directions(weight, self._forward.final_norm(batch), states, tokens)
         size = rms(states)
         distance = (change * size / sensitivity).clamp(max=_MOST_OF_STATE * self.width**0.5 * size)
@@ -130,7 +124,7 @@ class PackedLayerOutput(LayerOutput):
 
     def losses(self, shifts: Tensor) -> Tensor:
         hidden = self._output[self._above.positions].repeat(len(shifts), 1, 1)
-        hidden[:, self._changed] = self._moved(shifts)
+        hidden[:, self._needed] = self._moved(shifts)
         self.num_points += len(shifts)
         logits = self._logits(self._above.at(hidden))
         batch = self._batch if self._likely is None else self._likely.batch
@@ -138,11 +132,11 @@ class PackedLayerOutput(LayerOutput):
         return checked_row_losses(self._objective, logits, batch, self._selected).totals if own is None else own
 
     def applied(self, shifts: Tensor) -> Tensor:
-        here = self._output[self.positions]
+        here = self._output[self._batch.needed]
         return shifts if here.dtype == torch.float32 else self._moved(shifts).float() - here.float()
 
     def _moved(self, shifts: Tensor) -> Tensor:
-        here = self._output[self.positions]
+        here = self._output[self._batch.needed]
         return (here.float() + shifts).to(here.dtype)
 
     def _logits(self, final: Tensor) -> Tensor:
@@ -151,6 +145,6 @@ class PackedLayerOutput(LayerOutput):
         if likely is None:
             ids = self._batch.choice_ids if self._selected else None
             return self._forward.parts.head(needed.flatten(0, 1), ids).unflatten(0, needed.shape[:2])
-        rows = zip(needed.split(likely.sizes, dim=1), likely.ids, strict=True)
+        rows = zip(needed.split(likely.batch.example_needed, dim=1), likely.ids, strict=True)
         logits = [self._forward.parts.head(own.flatten(0, 1), ids).unflatten(0, own.shape[:2]) for own, ids in rows]
         return likely.with_rest(torch.cat(logits, dim=1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
+from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point
 
 # Many small sums take up to three times as long as one large sum.
 _BUCKET_BYTES = 32 << 20
@@ -159,10 +159,8 @@ class DividedDirections(Loss):
             losses[own] = self.loss.at(points[own])
         return self.processes.sum_points(losses)  # exact: each entry is the sum of one loss and zeros
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        found = self.loss.gradient_from_output(
-            lambda output: estimate(_DividedOutput(output, self.processes)), positions
-        )
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+        found = self.loss.gradient_from_output(lambda output: estimate(_DividedOutput(output, self.processes)))
         if self.processes.of_rows.total == 1:
             return found
         # processes with other points add up the rows in a sum of their own, which may round differently

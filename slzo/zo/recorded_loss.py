@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slzo.checkpoints.step_log import StepRecord
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point, Positions
+from slzo.zo.estimators.base import LayerOutput, Loss, LossReport, OutputGradient, Point
 from slzo.zo.tuned import Direction
 
 
@@ -27,8 +27,8 @@ class RecordedLoss(Loss):
     def gradient(self) -> tuple[float, Direction]:
         return self._loss.gradient()
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
-        return self._loss.gradient_from_output(estimate, positions)
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
+        return self._loss.gradient_from_output(estimate)
 
     @property
     def report(self) -> LossReport:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +34,14 @@ class LossReport:
     problems: tuple[str, ...] = ()
 
 
-Positions = Literal["answer", "all"]
-"""Positions of a row: those that predict an answer token, or all."""
-
-
 class LayerOutput(ABC):
-    """What the tuned layer computes for some rows of a batch, at P positions that an estimator may shift.
+    """What the tuned layer computes for some rows of a batch, at the P positions that predict an answer token.
 
     Attributes:
         keys: Number of each row in the training set, length B. It does not depend on the batch or the process.
-        row: Row of each position, shape (P,), int64, not decreasing.
-        part: Part of the loss that each position is measured by, shape (P,), int64. The parts are the rows, M = B; or, if only
-            positions of answers are shifted and the loss is a sum over them, the positions, M = P.
+        counts: Number of positions of each row, length B. They sum to P.
+        part: Part of the loss that each position is measured by, shape (P,), int64. The parts are the rows, M = B; or, if the
+            loss is a sum over positions, the positions, M = P.
         by_position: Whether the parts are positions.
         size: Root mean square of what the layer adds to its input at each position, shape (P, 1), float32, > 0.
         width: Size of a hidden state.
@@ -55,7 +51,7 @@ class LayerOutput(ABC):
     """
 
     keys: tuple[int, ...]
-    row: Tensor
+    counts: tuple[int, ...]
     part: Tensor
     by_position: bool
     size: Tensor
@@ -67,7 +63,7 @@ class LayerOutput(ABC):
     @property
     def num_parts(self) -> int:
         """Number of parts of the loss, M."""
-        return len(self.row) if self.by_position else len(self.keys)
+        return sum(self.counts) if self.by_position else len(self.keys)
 
     @abstractmethod
     def losses(self, shifts: Tensor) -> Tensor:
@@ -129,15 +125,15 @@ class Loss(ABC):
         """
         raise SlzoError(f"model.estimator: {type(self).__name__} has no gradient; use SPSA")
 
-    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor], positions: Positions) -> OutputGradient:
+    def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
         """Return the loss at the masters, and the gradient that follows from an estimate at the tuned layer's output.
 
-        Only the tuned layer is differentiated. The live weights must equal the masters.
+        Only the tuned layer is differentiated. At positions that predict no answer token its output is treated as constant. The
+        live weights must equal the masters.
 
         Args:
             estimate: Returns the gradient of the total loss with respect to the layer's output, shape (P, width), float32. It
                 is called for each part of the batch that runs in one forward pass.
-            positions: Positions at which the output is estimated; elsewhere it is treated as constant.
 
         Raises:
             SlzoError: The loss is not a sum over rows. By default always.

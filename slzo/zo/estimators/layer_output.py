@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from slzo.utils.errors import SlzoError
-from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Positions, Request, estimate_from_gradient, rms
+from slzo.zo.estimators.base import Estimate, Estimator, LayerOutput, Request, estimate_from_gradient, rms
 from slzo.zo.noise import row_noise
 
 # SmolLM2-135M, layer 28: 64 queries did not lower the dev loss of SST-2 more than 16 at equal steps. With likely tokens of the
@@ -37,7 +37,7 @@ class LayerOutputPerturbation(Estimator):
     the derivative of h with respect to them. Everything above the layer only runs forward. The layer itself is differentiated
     by autograd.
 
-    With positions "answer" only the positions that predict an answer token get noise. The result estimates the gradient with h
+    Only the positions that predict an answer token get noise. The result estimates the gradient with h
     constant at all other positions. The states of the other tokens are then the same at all points, so the layers above run over
     them only once a step. In the last layer this is the whole gradient, since the loss depends on no other output there.
 
@@ -59,10 +59,9 @@ class LayerOutputPerturbation(Estimator):
         queries: Noise vectors per row and step, >= 1. Left out, 16; for an objective that reads all logits itself 4, and 1 if it
             is then a sum over answer tokens. Each costs two passes of the perturbed tokens through the layers above and the head.
         scale: c as a share of the root mean square of what the layer adds to the perturbed token, > 0.
-        positions: Positions that get noise, answer or all.
         tokens: Likely tokens of each position whose directions are measured, >= 0; for candidates of one token theirs are,
             whatever the number. 0 for noise alone, whose mean is the gradient at these positions. Left out, 8; 2 for an
-            objective that reads all logits itself. Positions "all" and a quantized head have noise alone.
+            objective that reads all logits itself. With a quantized head there is noise alone.
 
     Raises:
         SlzoError: An argument is out of range.
@@ -75,18 +74,15 @@ class LayerOutputPerturbation(Estimator):
         self,
         queries: int | None = None,
         scale: float = _SCALE,
-        positions: Positions = "answer",
         tokens: int | None = None,
     ) -> None:
         if queries is not None and queries < 1:
             raise SlzoError(f"model.estimator.queries {queries}: must be at least 1")
         if not 0 < scale < math.inf:
             raise SlzoError(f"model.estimator.scale {scale}: must be a number above 0; 0.05 is usual")
-        if positions not in ("answer", "all"):
-            raise SlzoError(f"model.estimator.positions {positions!r}: choose one of answer, all")
         if tokens is not None and tokens < 0:
             raise SlzoError(f"model.estimator.tokens {tokens}: must be at least 0; 0 for noise alone")
-        self.queries, self.scale, self.positions, self.tokens = queries, scale, positions, tokens
+        self.queries, self.scale, self.tokens = queries, scale, tokens
 
     def check(self, num_queries: int) -> None:
         if num_queries != 1:
@@ -97,14 +93,13 @@ class LayerOutputPerturbation(Estimator):
 
     def estimate(self, request: Request) -> Estimate:
         at_output = partial(self._at_output, seed=request.seed, step=request.step)
-        loss, gradient, evaluations = request.loss.gradient_from_output(at_output, self.positions)
+        loss, gradient, evaluations = request.loss.gradient_from_output(at_output)
         return estimate_from_gradient(loss, gradient, evaluations)
 
     def _at_output(self, output: LayerOutput, seed: int, step: int) -> Tensor:
         """Return the estimated gradient of the total loss with respect to the output, shape (P, width)."""
         size = self.scale * output.size
-        gradient = torch.zeros(len(output.row), output.width, device=size.device)
-        counts = torch.bincount(output.row, minlength=len(output.keys)).tolist()
+        gradient = torch.zeros(len(size), output.width, device=size.device)
         at_once = max(1, output.points_at_once // 2)
         usual = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
         tokens = usual if self.tokens is None else self.tokens
@@ -112,7 +107,7 @@ class LayerOutputPerturbation(Estimator):
         directions = gradient.new_zeros(0, *gradient.shape) if shifts is None else normalize(shifts, dim=2)
         if shifts is not None:
             # independent signs tell the positions of a row apart
-            signs = [row_noise(output.keys, counts, size, seed, step, -1 - k).sign() for k in range(len(shifts))]
+            signs = [row_noise(output.keys, output.counts, size, seed, step, -1 - k).sign() for k in range(len(shifts))]
             for part in range(0, len(shifts), at_once):
                 own = shifts[part : part + at_once] * torch.stack(signs[part : part + at_once])
                 change, applied = self._changes(output, own)
@@ -122,7 +117,9 @@ class LayerOutputPerturbation(Estimator):
         rest = torch.zeros_like(gradient)
         for first in range(0, num_queries, at_once):
             queries = range(first, min(first + at_once, num_queries))
-            noise = torch.stack([row_noise(output.keys, counts, gradient, seed, step, query) for query in queries])
+            noise = torch.stack(
+                [row_noise(output.keys, output.counts, gradient, seed, step, query) for query in queries]
+            )
             along = torch.einsum("qpd,kpd->qpk", noise, directions)
             change, applied = self._changes(output, size * (noise - torch.einsum("qpk,kpd->qpd", along, directions)))
             rest += torch.einsum("np,npd->pd", change, applied)
@@ -141,14 +138,13 @@ class LayerOutputPerturbation(Estimator):
         return (high - low)[:, output.part] / 2, (up - down) / 2
 
     def evaluations(self, num_queries: int) -> float:
-        queries = _QUERIES if self.queries is None else self.queries
-        # about: with noise at all positions each query is two passes; otherwise 16 queries cost about one
-        return 1 + 2 * queries if self.positions == "all" else 1 + queries / _QUERIES
+        return (
+            1 + (_QUERIES if self.queries is None else self.queries) / _QUERIES
+        )  # about: 16 queries cost about one pass
 
     def describe(self) -> str:
-        given = {"queries": self.queries, "scale": self.scale, "positions": self.positions, "tokens": self.tokens}
-        usual = {"scale": _SCALE, "positions": "answer"}
-        words = [f"{name} {value}" for name, value in given.items() if value != usual.get(name)]
+        given = {"queries": self.queries, "scale": None if self.scale == _SCALE else self.scale, "tokens": self.tokens}
+        words = [f"{name} {value}" for name, value in given.items() if value is not None]
         return f"{type(self).__name__} ({', '.join(words)})" if words else type(self).__name__
 
 
