@@ -44,7 +44,10 @@ from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 from tiny import VOCABULARY
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card that torch can use (CUDA)")
+# a GPU, or the device of second_device.py
+CARD = torch.accelerator.current_accelerator(check_available=True)
+needs_card = pytest.mark.skipif(CARD is None, reason="needs a GPU that torch can use")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use (CUDA)")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import needs_cuda, random_example, tiny_model
+from helpers import CARD, needs_card, needs_cuda, random_example, tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +21,8 @@ from slzo.data.batch import TrainBatch
 from slzo.models.engine import Engine
 from slzo.models.startup_check import split_and_verify
 from slzo.module import ZOModule
-from slzo.zo.estimators import FZOO, SPSA, OneSided
-from slzo.zo.objectives import CandidateCrossEntropy
+from slzo.zo.estimators import FZOO, SPSA, LayerOutputPerturbation, OneSided
+from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.stepper import StepOptions, Stepper
 from slzo.zo.tuned_model import TunedModel
@@ -33,14 +33,17 @@ _COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations that read values, and copies between devices."""
+    """Counts operations that read values, and copies between devices; if a device is given, only those that read from it."""
 
-    def __init__(self):
+    def __init__(self, device=None):
         super().__init__()
-        self.found = Counter()
+        self.device, self.found = device, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function._schema.name
+        source = args[1] if name == "aten::copy_" else next(iter(args), None)
+        if self.device is not None and not _is_on(source, self.device):
+            return function(*args, **kwargs)
         if name in _OPERATIONS:
             self.found[name] += 1
         if name in _COPIES:
@@ -56,9 +59,9 @@ class _Reads(TorchFunctionMode):
 
     _NAMES = frozenset({"tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__len__"})
 
-    def __init__(self):
+    def __init__(self, device=None):
         super().__init__()
-        self.found = Counter()
+        self.device, self.found = device, Counter()
         self.here: dict[int, Tensor] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -67,17 +70,21 @@ class _Reads(TorchFunctionMode):
         here = bool(given) and all(id(tensor) in self.here for tensor in given)
         made = name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is None
         result = function(*args, **(kwargs or {}))
-        if name in self._NAMES - {"__len__"} and not here:
+        if name in self._NAMES - {"__len__"} and not here and (self.device is None or _is_on(args[0], self.device)):
             self.found[name] += 1
         if isinstance(result, Tensor) and (here or made or name == "cpu"):
             self.here[id(result)] = result
         return result
 
 
+def _is_on(value, device):
+    return isinstance(value, Tensor) and value.device.type == device.type
+
+
 @contextmanager
-def counted():
+def counted(device=None):
     found = Counter()
-    with _Operations() as operations, _Reads() as reads:
+    with _Operations(device) as operations, _Reads(device) as reads:
         yield found
     found.update(+operations.found)
     found.update(+reads.found)
@@ -160,6 +167,19 @@ def test_a_run_reads_no_more_than_its_steps(options, monkeypatch):
     assert [count for number, count in enumerate(counts) if (number + 1) % 4] == [{"cpu": 1}] * 6
     # the size of the update, where it is logged
     assert counts[3] == {"cpu": 1, "aten::_local_scalar_dense": 1, "__float__": 1}
+
+
+@needs_card
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [(CandidateCrossEntropy(), {}), (AnswerLikelihood(), {"tolist": 1, "aten::_to_copy between devices": 1})],
+)
+def test_a_default_step_on_a_card_reads_loss_size_and_likely_tokens(objective, more):
+    step = make_step(LayerScope(), LayerOutputPerturbation(), 1, objective, device=CARD)
+    with counted(CARD) as found:
+        step()
+    assert found == {"aten::_local_scalar_dense": 2, "__float__": 2, **more}
 
 
 @needs_cuda

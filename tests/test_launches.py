@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import last_checkpoint, run_dir, same_tensors, tuned
+from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistNetworkError, TCPStore
 
 from slzo import TaskDataModule, ZOModule, ZOTrainer
@@ -24,6 +25,7 @@ from slzo.callbacks.rank_watch import RankWatch
 from slzo.resume import checkpoint_of_job
 from slzo.training import agreed_settings
 from slzo.utils import slurm
+from slzo.utils.console import is_first_process
 from slzo.utils.errors import SlzoError
 from slzo.utils.heartbeat import MISSED_BEATS, Heartbeat
 from slzo.utils.runtime import check_agreement
@@ -214,6 +216,16 @@ def on_nodes(nodes, fit, *more):
         }
         started.append(start(["slzo", *fit, *own], before=enter, **environment))
     return started
+
+
+def test_the_process_of_a_second_machine_is_not_the_first(tmp_path, monkeypatch):
+    """Before there is a process group; otherwise both would print, and make a run folder each."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process()
+    ZOTrainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", default_root_dir=tmp_path)
+    assert not is_first_process()
 
 
 @pytest.mark.slow

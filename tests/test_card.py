@@ -1,21 +1,31 @@
 """On a card: exactness of every family, runs, generation, the prefix cache in pinned memory, quantized and offloaded layers.
 
-Skipped where torch finds none. Run them with ``python -m pytest -m cuda``.
+Run them with ``python -m pytest -m cuda``. Without a card, those that do not need CUDA itself run on the device of
+``second_device.py``, see ``test_second_device.py``.
 """
 
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
+    CARD,
     FAMILIES,
+    last_checkpoint,
     layer_forward,
+    needs_card,
     needs_cuda,
     plain_two_passes,
     random_example,
     random_prompts,
     tiny_model,
     tune_layer,
+    tuned,
     tuned_layer,
 )
 
@@ -31,10 +41,23 @@ from slzo.models.startup_check import split_and_verify
 from slzo.zo.estimators import Point
 from slzo.zo.objectives import AnswerLikelihood, CandidateCrossEntropy
 
-pytestmark = [pytest.mark.cuda, needs_cuda]
-CARD = torch.device("cuda", 0)
+pytestmark = [pytest.mark.cuda, needs_card]
 EPS = 1e-3
 LAYER = 2
+OUTPUT = "LayerOutputPerturbation"
+if CARD is None or CARD.type == "cuda":
+    SLZO, ONE = ["-m", "slzo"], ["--trainer.accelerator=gpu"]
+    # NCCL refuses two processes on one card
+    TWO = [
+        "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy",
+        "--trainer.strategy.process_group_backend=gloo",
+    ]
+else:
+    SLZO = [str(Path(__file__).with_name("second_device.py"))]
+    ONE, TWO = (
+        [f"--trainer.accelerator={CARD.type}", f"--trainer.strategy={CARD.type}"],
+        [f"--trainer.strategy={CARD.type}_ddp"],
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,6 +79,7 @@ def test_losses_equal_the_plain_computation(family, examples):
                 torch.testing.assert_close((sums[0] / sums[1]).double().cpu(), losses, rtol=1e-4, atol=1e-5)
 
 
+@needs_cuda
 def test_states_come_back_from_pinned_memory():
     cache = PrefixCache(1, 1.0)
     states = torch.randn(12, 8, device=CARD)
@@ -79,25 +103,68 @@ def test_answers_are_those_of_the_processor(family):
     assert same >= len(prompts) - 1  # a near tie may fall otherwise
 
 
+def on_card(options, *more):
+    """Options of a run on the card; with output perturbation, step sizes are measured."""
+    left_out = ["accelerator", "batch_size"]
+    if f"--model.estimator={OUTPUT}" in more:
+        left_out += ["model.eps", "model.optimizer"]
+    rest = [option for option in options if not any(name in option for name in left_out)]
+    return [*rest, *ONE, "--trainer.devices=1", "--model.layer=2", *more]
+
+
 @pytest.mark.parametrize(
     "more",
     [
         [],
         ["--model.dtype=bfloat16"],
         ["--model.scope=LoRA"],
-        ["--model.quantization=nf4"],
-        ['--model.device_map={"model.layers.0": "disk", "model.layers.3": "cpu"}'],
-        ["--model.device_map=auto"],
+        [f"--model.estimator={OUTPUT}"],
+        [f"--model.estimator={OUTPUT}", "--model.dtype=bfloat16", "--data.tokens_per_pass=60"],
+        ["--model.estimator=Backprop"],
+        pytest.param(["--model.quantization=nf4"], marks=needs_cuda),
+        pytest.param(['--model.device_map={"model.layers.0": "disk", "model.layers.3": "cpu"}'], marks=needs_cuda),
+        pytest.param(["--model.device_map=auto"], marks=needs_cuda),
     ],
 )
 def test_a_run_trains_scores_and_resumes(options, more):
-    rest = [option for option in options if "accelerator" not in option]
-    options = [*rest, "--trainer.accelerator=gpu", "--trainer.devices=1", *more, "--model.layer=2"]
+    options = on_card(options, "--data.batch_size=8", *more)
     assert main(["fit", *options]) == 0
     assert main(["fit", *options, "--trainer.max_steps=12", "--ckpt_path=last"]) == 0
     assert main(["test", *options, "--ckpt_path=last"]) == 0
 
 
+@pytest.mark.parametrize("estimator", ["SPSA", OUTPUT])
+@pytest.mark.parametrize("parallel", ["rows", "directions"])
+def test_two_processes_on_one_card_take_the_steps_of_one(options, parallel, estimator):
+    fit = ["fit", *on_card(options, f"--model.estimator={estimator}")]
+    assert main([*fit, "--data.batch_size=8"]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    # each is a node of its own, so that both get the same card
+    own = [
+        f"--data.batch_size={4 if parallel == 'rows' else 8}",
+        f"--model.parallel={parallel}",
+        "--trainer.num_nodes=2",
+    ]
+    both = [
+        subprocess.Popen(
+            [sys.executable, *SLZO, *fit, *TWO, *own],
+            env={**os.environ, **address, "NODE_RANK": str(node), "LOCAL_RANK": "0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    for process in both:
+        _, output = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:]
+    one, two = (tuned(last_checkpoint(number)) for number in (0, 1))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@needs_cuda
 def test_layers_away_from_the_card_compute_the_same(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     batch = pack([random_example(random.Random(0), i) for i in range(3)]).to(CARD)
