@@ -23,11 +23,6 @@ def is_first_process() -> bool:
 
         if distributed.is_available() and distributed.is_initialized():
             return distributed.get_rank() == 0
-    if "lightning.pytorch" in sys.modules:
-        from lightning.pytorch.utilities import rank_zero_only
-
-        if getattr(rank_zero_only, "rank", 0) != 0:  # a trainer has set it, from the number of the machine too
-            return False
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
