@@ -16,7 +16,7 @@ from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.optim import OptimizerChoice
+from slzo.zo.optim import OptimizerChoice, adamw, set_rate
 from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
@@ -144,3 +144,18 @@ def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt
     joined = EncodedExample(0, (EncodedSequence((3, 4, 5, 6), 1), EncodedSequence((3, 4, 7), 1)), (0,))
     for others in (examples, [joined]):
         assert not forward.selects(objective, pack(others))
+
+
+def test_a_fused_step_takes_a_gradient_of_any_layout():
+    """Torch's fused AdamW reads a transposed gradient in the wrong order on a CPU."""
+    results = []
+    for optimizer, transposed in ((adamw, True), (partial(torch.optim.AdamW, lr=0.1), False)):
+        tuned = TunedTensors({"w": torch.linspace(-1, 1, 15).view(3, 5)})
+        chosen = optimizer(tuned.masters)
+        set_rate(chosen, 0.1)
+        for number in range(3):
+            gradient = torch.randn(3, 5, generator=torch.Generator().manual_seed(number))
+            tuned.set_grad({"w": gradient.T.contiguous().T if transposed else gradient})
+            chosen.step()
+        results.append(tuned.masters[0].detach())
+    torch.testing.assert_close(*results)

