@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from helpers import (
     short_examples,
     tiny_loss,
     tiny_model,
+    tune_layer,
     tuned_layer,
     tuned_model,
 )
@@ -34,8 +36,10 @@ from torch.nn import functional as F
 from slzo.batches.encoded import EncodedExample, EncodedSequence
 from slzo.batches.packing import pack
 from slzo.models.parts import ModelParts
+from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import LayerOutputPerturbation, Request
 from slzo.zo.estimators.base import LayerOutput, OutputGradient
+from slzo.zo.last_tokens import differentiable_layers
 from slzo.zo.noise import row_noise
 from slzo.zo.objectives import (
     AnswerLikelihood,
@@ -247,6 +251,21 @@ def estimates_of(model, loss, number, queries=50):
     return [estimate_at(model, loss, step, queries=queries, scale=0.02) for step in range(number)]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@each_family
+def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, layer, packed, examples):
+    parts, batch = ModelParts(tiny_model(family, scale=1.5), packed, onednn=False), pack(examples)
+    tuned, entering = tune_layer(parts, layer), parts.run(batch, 0, layer, None).detach()
+    run = partial(parts.run, batch, layer, layer + 1, entering, norm=False, derivatives=True)
+    expected_output, expected = vjp(parts.model, tuned, run)
+    output, found = differentiable_layers(parts, tuned, layer, layer + 1, batch, entering)
+    torch.testing.assert_close(output, expected_output)
+    at_needed = torch.randn(len(batch.needed), output.shape[1], generator=torch.Generator().manual_seed(0))
+    everywhere = torch.zeros_like(output).index_copy_(0, batch.needed, at_needed)
+    torch.testing.assert_close(found(at_needed), expected(everywhere), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_the_mean_is_the_gradient(family, examples):
     """In a middle layer: the gradient with the output constant at all positions that predict no answer token."""
@@ -455,7 +474,10 @@ def test_a_batch_in_parts_has_the_same_estimate(objective, layer, examples, monk
     assert_same_estimate(found, whole)
     parts = [part.num_tokens for part in packed.cut(40)]
     assert len(parts) > 2
-    assert [tokens for start, stop, tokens in seen if (start, stop) == (layer, layer + 1)] == parts
+    # forward over all tokens, then for the derivative their keys and values, and the last tokens
+    of_layer = [tokens for start, stop, tokens in seen if (start, stop) == (layer, layer + 1)]
+    assert of_layer[::3] == of_layer[1::3] == parts
+    assert all(few < part for few, part in zip(of_layer[2::3], parts, strict=True))
     for rows, max_tokens in ((packed, 1), (pack(examples[::-1]), None)):
         found = estimate_at(model, batch_loss(model, rows, objective, max_tokens=max_tokens), **options)
         assert_same_estimate(found, whole)
@@ -507,7 +529,7 @@ def test_processes_divide_the_rows(examples):
 
 @pytest.mark.parametrize("queries", [1, 60])
 def test_only_the_layers_above_run_for_a_query(queries, examples, monkeypatch):
-    """Over tokens of answers alone; the tuned layer runs once a step, however many queries there are."""
+    """Over tokens of answers alone; the other tokens run once a step, however many queries there are."""
     model, packed = tuned_model(layer=1), pack(examples)
     loss = batch_loss(model, packed)
     seen = noted_runs(monkeypatch)
@@ -515,15 +537,18 @@ def test_only_the_layers_above_run_for_a_query(queries, examples, monkeypatch):
     # all candidates of an example share the token before them; the last token of each predicts nothing
     shifted = sum(1 + sum(sequence.num_answer - 1 for sequence in example.sequences) for example in examples)
     assert shifted < packed.num_tokens
-    assert [tokens for start, _, tokens in seen if start == 1] == [packed.num_tokens]
+    # the tuned layer runs forward; for its derivative, keys and values of all tokens, and the tokens of answers
+    assert [tokens for start, stop, tokens in seen if (start, stop) == (1, 2)] == 2 * [packed.num_tokens] + [shifted]
+    # the last layer needs only keys and values of most tokens
+    assert [tokens for start, stop, tokens in seen if (start, stop) in ((2, 3), (3, 4))] == 2 * [packed.num_tokens]
     first, *of_queries = [tokens for start, stop, tokens in seen if (start, stop) == (2, 4)]
-    assert first == packed.num_tokens
+    assert first == shifted
     assert sum(of_queries) == 2 * queries * shifted
     assert max(of_queries) <= max(512, 2 * shifted)
-    assert Counter(start for start, _, _ in seen) == {1: 1, 2: 1 + len(of_queries)}
-    # in passes of three layers: three of the tuned one, whose derivative costs two, and those of the two above
-    cost = (3 + 2 + 2 * queries * shifted / packed.num_tokens * 2) / 3
-    assert found.num_evaluations == pytest.approx(cost)
+    assert Counter(start for start, _, _ in seen) == {1: 3, 2: 2 + len(of_queries), 3: 1}
+    # in passes of three layers: the tuned one, then the layer above over all tokens, and three and two over those of answers
+    share = shifted / packed.num_tokens
+    assert found.num_evaluations == pytest.approx((1 + 3 * share + 1 + 2 * share + 2 * queries * share * 2) / 3)
 
 
 class OfRows(AnswerLikelihood):

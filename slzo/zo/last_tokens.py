@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from slzo.batches.layout import Movable
 from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.evaluation.key_values import KeyValues
-from slzo.evaluation.prompt_states import recorded, run_with
+from slzo.evaluation.prompt_states import keys_and_values, run_with
 from slzo.models.attention import masked_attention
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
+from slzo.zo.derivatives import vjp
+from slzo.zo.tuned import TunedTensors
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class LastTokens(Movable):
             inverse[last[fits]] = offset + fits.flatten().nonzero()[:, 0]
             offset += last.numel()
         return cls(positions, tuple(groups), inverse)
+
+    def tokens(self, batch: PackedBatch, points: int) -> TokenBatch:
+        """Return these tokens of a batch once for each point, to run with an attention that takes the layout's place."""
+        ids, places = (values[self.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
+        return TokenBatch(ids, places, batch.layout)
 
 
 class _PointsAttention:
@@ -167,8 +174,8 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         batch: The batch.
         hidden: States that enter the first layer, shape (T, hidden). Only those of the batch's needed positions may change.
     """
-    stop, placement = parts.num_layers, placement_of(parts.model)
-    if not parts.packed or (placement is not None and placement.elsewhere):
+    stop = parts.num_layers
+    if not _runs_last_tokens(parts):
 
         def over_all_tokens(entering: Tensor) -> Tensor:
             final = parts.run(batch.repeat(len(entering)), start, stop, entering.flatten(0, 1))
@@ -177,16 +184,55 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         positions = torch.arange(batch.num_tokens, device=hidden.device)
         return LayersAbove(positions, parts.run(batch, start, stop, hidden), over_all_tokens)
 
-    final, states = recorded(parts, batch, start, stop, hidden)
     last = LastTokens.of(batch)
     # its masks hold for one number of points
-    attention_at = lru_cache(maxsize=1)(partial(_PointsAttention, last, states))
+    attention_at = lru_cache(maxsize=1)(
+        partial(_PointsAttention, last, keys_and_values(parts, batch, start, stop, hidden))
+    )
 
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)
-        ids, places = (values[last.positions].repeat(points) for values in (batch.input_ids, batch.position_ids))
-        tokens = TokenBatch(ids, places, batch.layout)  # the attention takes the place of the layout
-        at_points = run_with(parts, tokens, attention_at(points).attend, start, stop, entering.flatten(0, 1))
-        return at_points.unflatten(0, (points, -1))
+        attend, tokens = attention_at(points).attend, last.tokens(batch, points)
+        return run_with(parts, tokens, attend, start, stop, entering.flatten(0, 1)).unflatten(0, (points, -1))
 
-    return LayersAbove(last.positions, final[last.positions], over_last_tokens)
+    return LayersAbove(last.positions, over_last_tokens(hidden[last.positions][None])[0], over_last_tokens)
+
+
+def differentiable_layers(
+    parts: ModelParts, tuned: TunedTensors, start: int, stop: int, batch: PackedBatch, entering: Tensor
+) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
+    """Run layers; return their output and, for the needed positions, the transpose of its derivative.
+
+    The derivative is taken through the last tokens of each sequence alone, to which the others contribute keys and values.
+
+    Args:
+        parts: The model.
+        tuned: Masters of some of the layers' tensors; the live weights must equal them.
+        start: The first layer.
+        stop: One past the last layer.
+        batch: The batch.
+        entering: States that enter the first layer, shape (T, hidden).
+
+    Returns:
+        The output, shape (T, hidden), detached; and a function from the gradient with respect to the output at the needed
+        positions, shape (U, hidden), to the gradient of each master, see :func:`slzo.zo.derivatives.vjp`.
+    """
+    run = partial(parts.run, batch, start, stop, entering, norm=False)
+    if not _runs_last_tokens(parts):
+        output, pull_back = vjp(parts.model, tuned, partial(run, derivatives=True))
+        return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
+
+    def at_needed() -> Tensor:
+        last, options = LastTokens.of(batch), {"norm": False, "derivatives": True}
+        attention = _PointsAttention(last, keys_and_values(parts, batch, start, stop, entering, derivatives=True), 1)
+        at_last = run_with(
+            parts, last.tokens(batch, 1), attention.attend, start, stop, entering[last.positions], **options
+        )
+        return at_last[torch.searchsorted(last.positions, batch.needed)]
+
+    return run(), lambda gradient: vjp(parts.model, tuned, at_needed)[1](gradient)
+
+
+def _runs_last_tokens(parts: ModelParts) -> bool:
+    placement = placement_of(parts.model)
+    return parts.packed and not (placement is not None and placement.elsewhere)

@@ -20,6 +20,7 @@ from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point
 from slzo.zo.forward import SuffixForward
+from slzo.zo.last_tokens import differentiable_layers
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
 from slzo.zo.processes import sum_tensors
@@ -148,19 +149,16 @@ class BatchLogitLoss(_SummedLoss):
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
         context = self.context
-        forward, model = context.forward, context.forward.parts.model
+        forward = context.forward
         start, stop = forward.span.start, forward.span.stop
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
         gradient: dict[str, Tensor] = {}
-        # the tuned layer runs forward and backward once, which costs about three passes of it
-        evaluations = 3 / (forward.parts.num_layers - start)
+        evaluations = 0.0
         for piece, states in self._pieces():
-            run = partial(forward.parts.run, piece, start, stop, states, norm=False, derivatives=True)
-            hidden, pull_back = vjp(model, context.tuned, run)
-            output = PackedLayerOutput(forward, piece, states, hidden, self.objective, self.batch.max_tokens)
-            gradient_of_output = torch.zeros_like(hidden)
-            gradient_of_output[piece.needed] = estimate(output).to(hidden.dtype)
-            _add(gradient, pull_back(gradient_of_output))
+            entering = forward.parts.run(piece, 0, 0) if states is None else states
+            hidden, pull_back = differentiable_layers(forward.parts, context.tuned, start, stop, piece, entering)
+            output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
+            _add(gradient, pull_back(estimate(output).to(hidden.dtype)))
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
         loss, mean = self._mean(sums, gradient)

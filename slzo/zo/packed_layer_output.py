@@ -84,9 +84,15 @@ class PackedLayerOutput(LayerOutput):
         self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
-        layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
-        self._per_point = run.numel() / batch.num_tokens * above / layers
-        self._at_masters = above / layers
+        layers, above, share = (
+            parts.num_layers - span.start,
+            parts.num_layers - span.stop,
+            run.numel() / batch.num_tokens,
+        )
+        self._per_point = share * above / layers
+        # All tokens run through all of these layers but the last, which needs only the keys and values of most of them. A
+        # derivative costs about two passes.
+        self._at_masters = (1 + 3 * share + max(0, above - 1)) / layers + self._per_point
         self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])
@@ -105,7 +111,7 @@ class PackedLayerOutput(LayerOutput):
 
     @property
     def evaluations(self) -> float:
-        """Forward passes of the batch from the tuned layer on that all processes together have made so far."""
+        """Forward passes of the batch from the tuned layer on, with its derivative, that all processes have made so far."""
         return self._at_masters + self.num_points * self._per_point
 
     def token_shifts(self, number: int, change: float) -> Tensor | None:
