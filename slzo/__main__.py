@@ -1,6 +1,7 @@
 """Entry point of the ``slzo`` command; answers --help and --version without loading torch."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
+        _wait_asleep()
         with signals_raise():
             from slzo.cli.run import run_command  # imports the parser's packages, which --help does not need
 
@@ -73,6 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"slzo: interrupted{resumes}\n")
         return status
     return 0
+
+
+def _wait_asleep() -> None:
+    """Let threads that wait for each other sleep soon, unless the user has set how they wait.
+
+    By default a thread of libgomp computes nothing for milliseconds while it waits. If another process takes a core, the thread
+    that is waited for cannot run meanwhile. libgomp reads this when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _interrupt_status(stop: BaseException) -> int | None:

@@ -1,6 +1,7 @@
 """The command line from end to end, on a tiny model and made-up rows."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -388,3 +389,19 @@ def test_a_checkpoint_of_another_model_is_refused(options, capsys, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "other")
     line = error_line(capsys, "test", *options, f"--model.model={tmp_path / 'other'}", "--ckpt_path=last")
     assert "was trained on another model" in line
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["left out", "a number", "a policy"],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_decides(given, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["fit", "--model.lyer=1"]) == 2
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
