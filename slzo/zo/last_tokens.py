@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slzo.batches.layout import Movable
 from slzo.batches.packing import PackedBatch, TokenBatch
 from slzo.evaluation.key_values import KeyValues
-from slzo.evaluation.prompt_states import keys_and_values, run_with
+from slzo.evaluation.prompt_states import keys_and_values, recorded, run_with
 from slzo.models.attention import masked_attention
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
@@ -184,18 +184,25 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         positions = torch.arange(batch.num_tokens, device=hidden.device)
         return LayersAbove(positions, parts.run(batch, start, stop, hidden), over_all_tokens)
 
-    last = LastTokens.of(batch)
-    # its masks hold for one number of points
+    last, final = LastTokens.of(batch), None
+    placement = placement_of(parts.model)
+    if placement is not None and placement.offloads:  # one more pass would read or gather all weights once more
+        states_after, states = recorded(parts, batch, start, stop, hidden)
+        final = states_after[last.positions]
+    else:
+        states = keys_and_values(parts, batch, start, stop, hidden)
     attention_at = lru_cache(maxsize=1)(
-        partial(_PointsAttention, last, keys_and_values(parts, batch, start, stop, hidden))
-    )
+        partial(_PointsAttention, last, states)
+    )  # its masks hold for one number of points
 
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)
         attend, tokens = attention_at(points).attend, last.tokens(batch, points)
         return run_with(parts, tokens, attend, start, stop, entering.flatten(0, 1)).unflatten(0, (points, -1))
 
-    return LayersAbove(last.positions, over_last_tokens(hidden[last.positions][None])[0], over_last_tokens)
+    if final is None:
+        final = over_last_tokens(hidden[last.positions][None])[0]
+    return LayersAbove(last.positions, final, over_last_tokens)
 
 
 def differentiable_layers(
