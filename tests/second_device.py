@@ -140,8 +140,10 @@ def _device_module(compiled) -> ModuleType:
     def device(given):
         before = compiled.current_device()
         module.set_device(given)
-        yield
-        module.set_device(before)
+        try:
+            yield
+        finally:
+            module.set_device(before)
 
     module.device = device
     module.set_device = lambda given: compiled.set_device(

@@ -79,7 +79,7 @@ def noted_runs(monkeypatch):
 def layer_output(parts, layer, batch, objective):
     """What a layer computes for a batch, with shifts at answer positions, and its output."""
     forward = layer_forward(parts, layer)
-    entering = forward.prefix(batch)
+    entering = parts.run(batch, 0, layer)
     leaving = parts.run(batch, layer, layer + 1, entering, norm=False)
     return PackedLayerOutput(forward, batch, entering, leaving, objective), leaving
 

@@ -52,7 +52,8 @@ class PackedBatch(TokenBatch):
             of an example follow the same tokens.
         token_choice: Index in ``choice_ids`` of each answer token, shape (R,), int64, or ``None``.
         most_candidates: Largest number of candidates of an example.
-        source: The batch on the CPU that this one is a copy of, if it is on another device.
+        source: The batch on the CPU that this one is a copy of, if it is on another device. If you replace a field, replace that
+            of ``source`` too.
     """
 
     example_index: tuple[int, ...]
@@ -82,7 +83,7 @@ class PackedBatch(TokenBatch):
         """Return a copy on another device, which keeps this batch as its ``source``."""
         if torch.device(device).type == "cpu":
             return self.on_cpu
-        return replace(super().to(device), source=self.on_cpu)
+        return replace(super(PackedBatch, replace(self, source=None)).to(device), source=self.on_cpu)
 
     def repeat(self, times: int) -> TokenBatch:
         """Return tokens and layout of ``times`` copies of the batch in one packed row."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import DistError
 
 from slzo.batches.encoded import EncodedExample, EncodedSequence
-from slzo.batches.packing import PackedBatch, pack
+from slzo.batches.layout import PackedLayout
+from slzo.batches.packing import PackedBatch, TokenBatch, pack
+from slzo.models.attention import packed_attention_forward
 from slzo.models.decoder_layers import find_decoder_layers, refusal
 from slzo.models.parts import Limits, ModelParts
 from slzo.models.quantization import method_of
@@ -124,6 +126,8 @@ class _Twin:
             parts = ModelParts(self.model, packed, onednn=False)
             if packed and not parts.packed:
                 return None  # the model itself cannot run packed either
+            if packed:
+                _check_calls(parts)
             self._check(parts, _SHORT)
             try:
                 self._check(parts, _LONG)
@@ -202,6 +206,22 @@ def _check_leaks(parts: ModelParts) -> None:
     seen[changed] = True
     if not seen.all():
         raise _MismatchError("rows of a batch affect each other")
+
+
+@torch.no_grad()
+def _check_calls(parts: ModelParts) -> None:
+    """Check that each attention layer computes attention once in a pass, since its keys and values are kept by layer."""
+    batch, called = pack(_examples(parts.model, _FEW)).to(parts.model.device), []
+
+    def attend(
+        layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        called.append(layer)
+        return packed_attention_forward(layer, query, key, value, None, packed_layout=batch.layout, **options)
+
+    parts.run(TokenBatch(batch.input_ids, batch.position_ids, cast("PackedLayout", attend)), 0, parts.num_layers)
+    if len(set(called)) < len(called):
+        raise _MismatchError("a layer computes attention several times")
 
 
 def _original_length(model: PreTrainedModel) -> int | None:

@@ -21,8 +21,6 @@ _INNER_COPIES, _HIDDEN_COPIES = 4, 8
 # With the hidden width: states and normalized states, queries and attention output. Measured: 30 kB a token with SmolLM2, 75 kB
 # with Qwen2.5-Coder-0.5B and 53 kB with Gemma 3, which has more norms; this gives 33, 80 and 42 kB.
 _KEPT_INNER, _KEPT_HIDDEN = 3, 6
-# With the hidden width, where only keys and values are differentiated: states, normalized states, and queries.
-_KEPT_HIDDEN_OF_KEYS = 3
 # float32 copies of the largest tuned tensor that TunedTensor.applied takes
 _ROUNDING_COPIES = 3
 # float32 logits, their exponentials, and the logits before they were converted
@@ -144,8 +142,6 @@ class MemoryInputs:
         width = _INNER_COPIES * shape.inner + _HIDDEN_COPIES * shape.hidden
         parts["activations"] = work.tokens * width * self.dtype.itemsize
         kept = _KEPT_INNER * shape.inner + _KEPT_HIDDEN * shape.hidden + shape.key_values
-        if self.records:  # most tokens are differentiated through their keys and values alone
-            kept = _KEPT_HIDDEN_OF_KEYS * shape.hidden + 2 * shape.key_values
         of_step = {
             "activations for the derivative": work.train_tokens * self.differentiated * kept * self.dtype.itemsize
         }

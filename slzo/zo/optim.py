@@ -46,7 +46,7 @@ def adamw(params: Iterable) -> Optimizer:
     """
     params = list(params)
     fused = all(param.device.type in ("cpu", "cuda") for param in params)
-    return torch.optim.AdamW(params, lr=AUTO_LR, fused=fused)
+    return torch.optim.AdamW(params, lr=AUTO_LR, fused=True if fused else None)
 
 
 def gradient_power(optimizer: Optimizer) -> tuple[int, float]:
@@ -108,7 +108,14 @@ class OptimizerChoice:
         """Options of optimizer and scheduler by name, except the learning rate; a saved state brings its own."""
         scheduler = self.settings["scheduler"] or {}
         own = {"model.optimizer": self.settings, "model.lr_scheduler": scheduler}
-        left_out = ("class", "lr", "scheduler", "last_epoch")
+        left_out = (
+            "class",
+            "lr",
+            "scheduler",
+            "last_epoch",
+            "fused",
+            "foreach",
+        )  # the last two are ways to compute the same
         return {
             f"{option}.{name}": value
             for option, settings in own.items()

@@ -53,7 +53,7 @@ class PackedLayerOutput(LayerOutput):
     Args:
         forward: The model and its tuned layer.
         batch: The rows, T tokens.
-        hidden: States that enter the tuned layer, shape (T, width); ``None`` for the first layer.
+        entered: States that enter the tuned layer, shape (T, width).
         output: Its output at the masters, shape (T, width).
         objective: The loss as a function of logits.
         max_tokens: Run at most this many tokens at once, but always those of one point; ``None`` for no limit.
@@ -66,7 +66,7 @@ class PackedLayerOutput(LayerOutput):
         self,
         forward: SuffixForward,
         batch: PackedBatch,
-        hidden: Tensor | None,
+        entered: Tensor,
         output: Tensor,
         objective: LogitLoss,
         max_tokens: int | None = None,
@@ -74,7 +74,6 @@ class PackedLayerOutput(LayerOutput):
         parts, span = forward.parts, forward.span
         self._forward, self._batch, self._objective, self._output = forward, batch, objective, output
         self._selected = forward.selects(objective, batch)
-        entered = parts.run(batch, 0, 0) if hidden is None else hidden
         self._above = layers_above(parts, span.stop, batch, output)
         self.keys, self.counts, self.width = batch.example_index, batch.example_needed, output.shape[1]
         here = output[batch.needed].float()
@@ -84,15 +83,14 @@ class PackedLayerOutput(LayerOutput):
         self._needed = torch.searchsorted(run, batch.needed)
         most = max(batch.num_tokens, _FEWEST_TOKENS) if max_tokens is None else max_tokens
         self.points_at_once = max(1, most // run.numel())
-        layers, above, share = (
-            parts.num_layers - span.start,
-            parts.num_layers - span.stop,
-            run.numel() / batch.num_tokens,
-        )
+        layers, above = parts.num_layers - span.start, parts.num_layers - span.stop
+        share = run.numel() / batch.num_tokens
         self._per_point = share * above / layers
-        # All tokens run through all of these layers but the last, which needs only the keys and values of most of them. A
-        # derivative costs about two passes.
-        self._at_masters = (1 + 3 * share + max(0, above - 1)) / layers + self._per_point
+        # A derivative costs about two passes. If not all tokens run at each point, most run through all of these layers but the
+        # last, and for keys and values alone, which are not counted, through the last one and the tuned one.
+        self._at_masters = (
+            (3 + above) / layers if share == 1 else (1 + 3 * share + max(0, above - 1) + share * above) / layers
+        )
         self.num_points = 0
         self._likely: LikelyTokens | None = None
         logits = self._logits(self._above.final[None])

@@ -37,9 +37,9 @@ class LayerOutputPerturbation(Estimator):
     the derivative of h with respect to them. Everything above the layer only runs forward. The layer itself is differentiated
     by autograd.
 
-    Only the positions that predict an answer token get noise. The result estimates the gradient with h
-    constant at all other positions. The states of the other tokens are then the same at all points, so the layers above run over
-    them only once a step. In the last layer this is the whole gradient, since the loss depends on no other output there.
+    Only the positions that predict an answer token get noise. The result estimates the gradient with h constant at all other
+    positions. The states of the other tokens are then the same at all points, so the layers above run over them only once a
+    step. In the last layer this is the whole gradient, since the loss depends on no other output there.
 
     If the loss is also a sum over answer tokens (AnswerLikelihood), :math:`l_i` is the loss of token i, so each position is
     measured by the token that it predicts. This leaves out what a position does to later tokens through attention, which is
@@ -138,9 +138,8 @@ class LayerOutputPerturbation(Estimator):
         return (high - low)[:, output.part] / 2, (up - down) / 2
 
     def evaluations(self, num_queries: int) -> float:
-        return (
-            1 + (_QUERIES if self.queries is None else self.queries) / _QUERIES
-        )  # about: 16 queries cost about one pass
+        # about: 16 queries cost about one pass
+        return 1 + (_QUERIES if self.queries is None else self.queries) / _QUERIES
 
     def describe(self) -> str:
         given = {"queries": self.queries, "scale": None if self.scale == _SCALE else self.scale, "tokens": self.tokens}
