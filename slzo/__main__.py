@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SlzoError(f"command {args[0]!r}: unknown; choose one of {', '.join(COMMANDS)} (see slzo --help)")
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        _wait_asleep()
+        _limit_spinning()
         with signals_raise():
             from slzo.cli.run import run_command  # imports the parser's packages, which --help does not need
 
@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _wait_asleep() -> None:
-    """Let threads that wait for each other sleep soon, unless the user has set how they wait.
+def _limit_spinning() -> None:
+    """Let threads of libgomp spin only briefly while they wait for each other, unless the user has set how they wait.
 
-    By default a thread of libgomp computes nothing for milliseconds while it waits. If another process takes a core, the thread
-    that is waited for cannot run meanwhile. libgomp reads this when torch is imported.
+    By default they spin for milliseconds. If another process takes a core, the thread that they wait for cannot run meanwhile.
+    libgomp reads the variable when torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

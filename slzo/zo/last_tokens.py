@@ -191,9 +191,8 @@ def layers_above(parts: ModelParts, start: int, batch: PackedBatch, hidden: Tens
         final = states_after[last.positions]
     else:
         states = keys_and_values(parts, batch, start, stop, hidden)
-    attention_at = lru_cache(maxsize=1)(
-        partial(_PointsAttention, last, states)
-    )  # its masks hold for one number of points
+    # its masks hold for one number of points
+    attention_at = lru_cache(maxsize=1)(partial(_PointsAttention, last, states))
 
     def over_last_tokens(entering: Tensor) -> Tensor:
         points = len(entering)

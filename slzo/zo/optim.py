@@ -108,14 +108,8 @@ class OptimizerChoice:
         """Options of optimizer and scheduler by name, except the learning rate; a saved state brings its own."""
         scheduler = self.settings["scheduler"] or {}
         own = {"model.optimizer": self.settings, "model.lr_scheduler": scheduler}
-        left_out = (
-            "class",
-            "lr",
-            "scheduler",
-            "last_epoch",
-            "fused",
-            "foreach",
-        )  # the last two are ways to compute the same
+        # fused and foreach only say how the same step is computed
+        left_out = ("class", "lr", "scheduler", "last_epoch", "fused", "foreach")
         return {
             f"{option}.{name}": value
             for option, settings in own.items()
