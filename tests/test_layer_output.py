@@ -19,6 +19,7 @@ from helpers import (
     estimate_at,
     flat,
     layer_forward,
+    on_grid,
     on_processes,
     plain_losses,
     plain_scores,
@@ -46,7 +47,7 @@ from slzo.zo.objectives import (
     CandidateCrossEntropy,
 )
 from slzo.zo.packed_layer_output import PackedLayerOutput
-from slzo.zo.processes import Processes
+from slzo.zo.processes import Part, Processes, identity
 from slzo.zo.scopes import (
     ActivationSubspace,
     LayerScope,
@@ -251,19 +252,21 @@ def estimates_of(model, loss, number, queries=50):
     return [estimate_at(model, loss, step, queries=queries, scale=0.02) for step in range(number)]
 
 
+@pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @each_family
-def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, layer, packed, examples):
+def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, layer, packed, factored, examples):
     parts, batch = ModelParts(tiny_model(family, scale=1.5), packed, onednn=False), pack(examples)
     tuned, entering = tune_layer(parts, layer), parts.run(batch, 0, layer, None).detach()
     run = partial(parts.run, batch, layer, layer + 1, entering, norm=False, derivatives=True)
     expected_output, expected = vjp(parts.model, tuned, run)
-    output, found = differentiable_layers(parts, tuned, layer, layer + 1, batch, entering)
+    output, found = differentiable_layers(parts, tuned, layer, layer + 1, batch, entering, factored)
     torch.testing.assert_close(output, expected_output)
     at_needed = torch.randn(len(batch.needed), output.shape[1], generator=torch.Generator().manual_seed(0))
     everywhere = torch.zeros_like(output).index_copy_(0, batch.needed, at_needed)
-    torch.testing.assert_close(found(at_needed), expected(everywhere), rtol=1e-4, atol=1e-5)
+    _, total = found(at_needed).total(torch.zeros(2), tuned, Part(0, 1), identity)
+    torch.testing.assert_close(total, expected(everywhere), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -514,11 +517,10 @@ def test_processes_divide_the_rows(examples):
     whole = estimate_at(model, batch_loss(model, examples, objective), queries=4)
     halves = (examples[:5], examples[5:])
 
-    def run(rank, all_reduce_sum):
-        processes = Processes(2, rank, sum_rows=all_reduce_sum)
-        return estimate_at(model, batch_loss(model, halves[rank], objective, processes), queries=4)
+    def run(processes):
+        return estimate_at(model, batch_loss(model, halves[processes.rank], objective, processes), queries=4)
 
-    _, found = on_processes(2, run)
+    found = on_grid(2, 1, run)
     for estimate in found:
         assert_same_estimate(estimate, whole)
     assert same_tensors(found[0].gradient, found[1].gradient)

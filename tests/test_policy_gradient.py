@@ -18,7 +18,7 @@ from helpers import (
     flat,
     last_checkpoint,
     logged,
-    on_processes,
+    on_grid,
     plain_scores,
     same_tensors,
     summary,
@@ -42,7 +42,7 @@ from slzo.zo.estimators import Backprop, LayerOutputPerturbation
 from slzo.zo.objectives import AnswerLikelihood, AnswerObjective, Reward
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import AnswerSampling, advantages, policy_batch
-from slzo.zo.processes import ALONE, Processes
+from slzo.zo.processes import ALONE
 from slzo.zo.stepper import StepOptions, Stepper
 from tiny import make_tokenizer
 
@@ -306,11 +306,11 @@ def test_processes_divide_the_rows():
     halves = ((rows[1],), (rows[0], *rows[2:]))
     whole = estimate_at(stepper_of(Letters()).model, stepper_of(Letters()).loss(batch_of(rows)), queries=4)
 
-    def run(rank, all_reduce_sum):
-        stepper = stepper_of(Letters(), processes=Processes(2, rank, sum_rows=all_reduce_sum))
-        return estimate_at(stepper.model, stepper.loss(batch_of(halves[rank])), queries=4)
+    def run(processes):
+        stepper = stepper_of(Letters(), processes=processes)
+        return estimate_at(stepper.model, stepper.loss(batch_of(halves[processes.rank])), queries=4)
 
-    _, found = on_processes(2, run)
+    found = on_grid(2, 1, run)
     for estimate in found:
         assert_same_estimate(estimate, whole)
     assert same_tensors(found[0].gradient, found[1].gradient)

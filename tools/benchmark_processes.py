@@ -5,11 +5,11 @@
 
 A process has one thread and 16 rows of its own, or with divided directions the same 16 rows as the others; with SPSA a step has 4
 queries. Each round starts the processes of every variant once, in alternation, and counts the last steps, whose rows are in the
-prefix cache. Tokens are those of different rows. A process first waits for the others and then sums: ``exchange`` is the time of
-the sums. With shared layers (``trainer.strategy sharded``) the processes divide the rows and the weights of the layers; there
-``exchange`` is the time of the process that waits least, and it and ``bytes`` include the gathering of layers. The speed-up, in
-tokens a second, is the median over the rounds. ``separate runs`` are as many runs of one process at the same time, which exchange
-nothing: what the machine can do.
+prefix cache. Tokens are those of different rows. In every second step a process first waits for the others and then sums:
+``exchange`` is the time of these sums. The other steps give the time of a step. With shared layers (``trainer.strategy sharded``)
+the processes divide the rows and the weights of the layers; there ``exchange`` is the time of the process that waits least, and
+``exchange`` and ``bytes`` include the gathering of layers. The speed-up, in tokens a second, is the median over the rounds.
+``separate runs`` are as many runs of one process at the same time, which exchange nothing: what the machine can do.
 """
 
 import argparse
@@ -47,9 +47,10 @@ _STEPS, _WARM = 24, 4  # the first epoch, of 4 steps, fills the cache
 
 @dataclass
 class TimedSum:
-    """An all-reduce that counts its seconds, and those of waiting for the other processes before."""
+    """An all-reduce that counts its seconds and, if it waits for the other processes before, those of waiting."""
 
     shards: ShardGroup | None
+    waits: bool = False
     seconds: float = 0.0
     waiting: float = 0.0
 
@@ -58,7 +59,7 @@ class TimedSum:
         began = time.perf_counter()
         if self.shards is not None:
             self.shards.barrier()  # counts its seconds itself
-        else:
+        elif self.waits:
             distributed.barrier()
             self.waiting += time.perf_counter() - began
         started = time.perf_counter()
@@ -114,6 +115,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     stepper, batches = make_stepper(model, options, rows, auto=auto), rows.training_batches(None)
     figures: dict[str, list[float]] = {name: [] for name in ("seconds", "exchange", "waiting", "bytes", "tokens")}
     for step in range(_STEPS):
+        exchange.waits = step % 2 == 1
         before, waited, received = exchange.seconds, exchange.waiting, 0
         if shards is not None:
             before, received = before + shards.seconds, shards.num_bytes
@@ -133,7 +135,9 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     if number > 1:
         distributed.destroy_process_group()
     peak = peak_memory_gb(_CPU)
-    return {name: statistics.median(values[_WARM:]) for name, values in figures.items()} | {"peak": peak}
+    # of the steps with the waiting before the sums, or of the others
+    first = {name: _WARM + (name in ("exchange", "waiting")) for name in figures}
+    return {name: statistics.median(values[first[name] :: 2]) for name, values in figures.items()} | {"peak": peak}
 
 
 def measure(args: argparse.Namespace, number: int, divide: str) -> dict[str, float]:

@@ -28,6 +28,15 @@ def vjp(
     Raises:
         SlzoError: A tuned tensor is not a parameter of the module.
     """
+    output, pull_back = live_vjp(module, tuned, function)
+
+    return output, lambda gradient: tuned.pull_back(pull_back(gradient), tuned.names)
+
+
+def live_vjp(
+    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]
+) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
+    """Do the same as :func:`vjp` with the gradients of the live tensors, without those that the result does not depend on."""
     paths = {id(parameter): name for name, parameter in module.named_parameters()}
     views: dict[str, Tensor] = {}
     for name, tensor in tuned.items():
@@ -41,11 +50,7 @@ def vjp(
 
     def pull_back(gradient: Tensor) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(output, list(views.values()), gradient, allow_unused=True)
-        return {
-            # a tensor that the result does not depend on has no gradient
-            name: torch.zeros_like(tensor.master) if own is None else tensor.pull_back(own)
-            for (name, tensor), own in zip(tuned.items(), gradients, strict=True)
-        }
+        return {name: own for name, own in zip(tuned.names, gradients, strict=True) if own is not None}
 
     return output.detach(), pull_back
 

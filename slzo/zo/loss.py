@@ -19,11 +19,12 @@ from slzo.evaluation.sampling import Sampling
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point
+from slzo.zo.factored import FactoredGradient, add_gradient
 from slzo.zo.forward import SuffixForward
 from slzo.zo.last_tokens import differentiable_layers
 from slzo.zo.packed_layer_output import PackedLayerOutput
 from slzo.zo.policy_gradient import MOST_LOGITS, AnswerSampling, policy_batch
-from slzo.zo.processes import sum_tensors
+from slzo.zo.processes import Part, sum_tensors
 from slzo.zo.tuned import Direction, TunedTensors
 
 
@@ -35,6 +36,7 @@ class LossContext:
         forward: Computes logits.
         tuned: The tensors that the loss is a function of.
         reduce: Returns the sum of a tensor over the processes.
+        rows: The part of the rows that this process has.
         evaluator: Generates answers; ``None`` if the objective needs none.
         seed: Seed of the run.
         step: Step of the run.
@@ -43,6 +45,7 @@ class LossContext:
     forward: SuffixForward
     tuned: TunedTensors
     reduce: Callable[[Tensor], Tensor]
+    rows: Part
     evaluator: Evaluator | None = None
     seed: int = 0
     step: int = 0
@@ -144,31 +147,28 @@ class BatchLogitLoss(_SummedLoss):
             run = partial(forward.loss, piece, states, self.objective)
             found, pull_back = vjp(forward.parts.model, context.tuned, run)
             sums += found
-            _add(gradient, pull_back(of_total))
-        return self._mean(sums, gradient)
+            add_gradient(gradient, pull_back(of_total))
+        sums, *summed = sum_tensors(context.reduce, [sums, *gradient.values()])
+        return _mean(sums, dict(zip(gradient, summed, strict=True)))
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
         context = self.context
         forward = context.forward
         start, stop = forward.span.start, forward.span.stop
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
-        gradient: dict[str, Tensor] = {}
+        gradient, factored = FactoredGradient(), context.rows.total > 1
         evaluations = 0.0
         for piece, states in self._pieces():
             entering = forward.parts.run(piece, 0, 0) if states is None else states
-            hidden, pull_back = differentiable_layers(forward.parts, context.tuned, start, stop, piece, entering)
+            hidden, pull_back = differentiable_layers(
+                forward.parts, context.tuned, start, stop, piece, entering, factored=factored
+            )
             output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
-            _add(gradient, pull_back(estimate(output).to(hidden.dtype)))
+            gradient.add(pull_back(estimate(output).to(hidden.dtype)))
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
-        loss, mean = self._mean(sums, gradient)
+        loss, mean = _mean(*gradient.total(sums, context.tuned, context.rows, context.reduce))
         return OutputGradient(loss, mean, evaluations)
-
-    def _mean(self, sums: Tensor, gradient: Mapping[str, Tensor]) -> tuple[float, Direction]:
-        """Return loss and gradient of the rows of all processes, from total, weight and gradient of this process's rows."""
-        sums, *summed = sum_tensors(self.context.reduce, [sums, *gradient.values()])
-        mean = {name: own.div_(sums[1]) for name, own in zip(gradient, summed, strict=True)}
-        return float(sums[0] / sums[1]), mean
 
     def _pieces(self) -> Iterator[tuple[PackedBatch, Tensor | None]]:
         """Return the parts of the batch that run in one forward pass, with their states."""
@@ -179,10 +179,9 @@ class BatchLogitLoss(_SummedLoss):
         return zip(pieces, states, strict=True)
 
 
-def _add(gradient: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add a gradient to another one, in place."""
-    for name, own in more.items():
-        gradient[name] = gradient[name].add_(own) if name in gradient else own
+def _mean(sums: Tensor, gradient: Mapping[str, Tensor]) -> tuple[float, Direction]:
+    """Return mean loss and gradient from total and weight, shape (2,), and the gradient of the total."""
+    return float(sums[0] / sums[1]), {name: own.div_(sums[1]) for name, own in gradient.items()}
 
 
 @dataclass
@@ -215,16 +214,20 @@ class RowsLoss(_SummedLoss):
         return torch.tensor([totals, weights], device=batch.packed.input_ids.device)
 
     def gradient(self) -> tuple[float, Direction]:
-        loss, policy = self._policy
-        return loss, policy.gradient()[1]
+        sums, policy = self._policy
+        return self._mean(sums), policy.gradient()[1]
 
     def gradient_from_output(self, estimate: Callable[[LayerOutput], Tensor]) -> OutputGradient:
-        loss, policy = self._policy
-        return policy.gradient_from_output(estimate)._replace(loss=loss)
+        sums, policy = self._policy
+        return policy.gradient_from_output(estimate)._replace(loss=self._mean(sums))
+
+    def _mean(self, sums: Tensor) -> float:
+        total, weight = self.context.reduce(sums)
+        return float(total / weight)
 
     @cached_property
-    def _policy(self) -> tuple[float, BatchLogitLoss]:
-        """Sample answers at the masters; return their mean loss, and the loss whose derivative is the policy gradient."""
+    def _policy(self) -> tuple[Tensor, BatchLogitLoss]:
+        """Sample answers at the masters; return sum and number of their losses, and the loss that has the policy gradient."""
         context, batch = self.context, self.batch
         self.sampling.check()
         rows, keys = self.sampling.of(batch.rows, context.seed, context.step)
@@ -240,8 +243,8 @@ class RowsLoss(_SummedLoss):
             entering = context.forward.compute_prefix(packed, batch.max_tokens)
         else:
             entering = torch.cat([states[number] for number in kept])
-        total, weight = context.reduce(torch.tensor([sum(losses), float(len(losses))], device=device))
-        return float(total / weight), BatchLogitLoss(context, sampled, policy, entering)
+        sums = torch.tensor([sum(losses), float(len(losses))], device=device)
+        return sums, BatchLogitLoss(context, sampled, policy, entering)
 
 
 @contextmanager

@@ -25,18 +25,18 @@ def identity(value: Any) -> Any:
 def sum_tensors(sum_over: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor over the processes.
 
-    Tensors are exchanged in buckets of up to 32 MiB; a larger one is exchanged alone, without a copy.
+    Tensors are exchanged in buckets of one dtype and up to 32 MiB; a larger one is exchanged alone, without a copy.
 
     Args:
         sum_over: Returns the sum of a tensor over the processes; ``identity`` for a single process.
-        tensors: Tensors of one dtype and device.
+        tensors: Tensors of one device. Those of a dtype follow each other.
     """
     if sum_over is identity:
         return list(tensors)
     buckets: list[list[Tensor]] = []
     free = 0
     for tensor in tensors:
-        if not buckets or tensor.nbytes > free:
+        if not buckets or tensor.nbytes > free or tensor.dtype != buckets[-1][0].dtype:
             buckets.append([])
             free = _BUCKET_BYTES
         buckets[-1].append(tensor)

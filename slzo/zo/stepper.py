@@ -147,7 +147,7 @@ class Stepper:
         reduce = processes.sum_rows if processes.of_rows.total > 1 else identity
         if self.shared_prefix is not None:
             self.shared_prefix.fill(batch.packed, reduce, batch.max_tokens)
-        context = LossContext(model.forward, model.tensors, reduce, self.evaluator, self.seed, step)
+        context = LossContext(model.forward, model.tensors, reduce, processes.of_rows, self.evaluator, self.seed, step)
         loss = loss_of(self.objective, batch, context)
         return loss if processes.directions == 1 else DividedDirections(loss, processes, model.parts.model.device)
 

@@ -1,0 +1,100 @@
+"""Gradients in factors: their sum over processes is that of the gradients, with fewer bytes."""
+
+import pytest
+import torch
+from helpers import batch_loss, on_grid, tiny_model, tune_scope
+from torch import nn
+from torch.nn import functional as F
+
+from slzo.models.engine import Engine
+from slzo.zo import factored
+from slzo.zo.derivatives import vjp
+from slzo.zo.estimators import LayerOutputPerturbation, Request
+from slzo.zo.factored import factored_vjp
+from slzo.zo.processes import CountedSum, Part, Processes, identity
+from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
+from slzo.zo.tuned import TunedTensors
+
+
+class Uses(nn.Module):
+    """Uses its weights in more than one way."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 3, bias=False), nn.Linear(4, 4)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, inputs):
+        first = self.a(inputs)
+        first.mul_(2)  # in place: the gradient of the output is not that of the map's result
+        again = F.linear(input=self.a(first), weight=self.b.weight)  # by keyword
+        other = self.b(first) @ self.b.weight @ self.c.weight.T + F.linear(first, self.c.weight.T)
+        return torch.cat([again, other, F.linear(first, self.c.weight[:2])], dim=-1)
+
+
+def tuned_uses():
+    torch.manual_seed(0)
+    module = Uses()
+    return module, TunedTensors(dict(module.named_parameters()))
+
+
+def test_every_use_of_a_weight_is_in_the_gradient():
+    module, tuned = tuned_uses()
+    inputs = torch.randn(2, 3, 4)
+    output, expected = vjp(module, tuned, lambda: module(inputs))
+    found_output, pull_back = factored_vjp(module, tuned, lambda: module(inputs))
+    assert torch.equal(found_output, output)
+    gradient = torch.randn_like(output)
+    found = pull_back(gradient)
+    assert {name: len(parts) for name, parts in found.factors.items()} == {"a.weight": 2, "b.weight": 1}
+    assert found.whole.keys() == tuned.named_masters().keys() - {"a.weight"}
+    sums, total = found.total(torch.tensor([1.0, 2.0]), tuned, Part(0, 1), identity)
+    assert sums.tolist() == [1, 2]
+    torch.testing.assert_close(total, expected(gradient))
+
+
+SCOPES = [LayerScope(), LoRA(rank=2), OutlierChannels(percent=10), ActivationSubspace(rank=4, num_sequences=8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.describe())
+def test_factors_of_other_processes_give_the_gradient_of_all(scope, dtype, examples, monkeypatch):
+    parts = (examples[:1], examples[1:5], examples[5:])
+
+    def estimate(processes, rows=None):
+        sent = CountedSum(processes.sum_rows)
+        rows = parts[processes.of_rows.number] if rows is None else rows
+        model = tune_scope(scope, tiny_model("llama", scale=1.0).to(dtype), engine=Engine(cache_gb=0))
+        loss = batch_loss(model, rows, processes=Processes(processes.number, processes.rank, 1, sent))
+        found = LayerOutputPerturbation(queries=4).estimate(Request(model.tensors, loss, 0, 0))
+        return found.gradient, sent.num_bytes
+
+    exchanged = {}
+    for share in (0, 1e9):
+        monkeypatch.setattr(factored, "_LARGEST_SHARE", share)
+        exchanged[share] = on_grid(3, 1, estimate)
+    alone, _ = estimate(Processes(), examples)
+    for gradients in exchanged.values():
+        for gradient, _ in gradients:
+            for name, expected in alone.items():
+                assert torch.equal(gradient[name], gradients[0][0][name])  # the same bits on all
+                error = (gradient[name] - expected).norm()
+                assert error <= (3e-5 if dtype == torch.float32 else 0.1) * expected.norm(), name
+    assert exchanged[0][0][1] != exchanged[1e9][0][1]
+
+
+@pytest.mark.parametrize(("number", "is_sent"), [(6, True), (7, False)])
+def test_factors_are_sent_if_they_are_much_smaller(number, is_sent):
+    """Weights of 40 x 60 elements; each input has 100, so that 6 inputs have a quarter of that."""
+    module = nn.Linear(60, 40, bias=False)
+    tuned = TunedTensors({"weight": module.weight})
+    inputs = torch.randn(number, 60)
+    _, pull_back = factored_vjp(module, tuned, lambda: module(inputs))
+    sizes = []
+
+    def sum_rows(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    pull_back(torch.ones(number, 40)).total(torch.zeros(2), tuned, Part(1, 2), sum_rows)
+    assert sizes == [2 + 2, 100 * number if is_sent else 2400]
