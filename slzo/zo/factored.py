@@ -85,7 +85,8 @@ class FactoredGradient:
         sums, counts = summed[: len(sums)], summed[len(sums) :].view_as(counts)
         sent: dict[str, Tensor] = {}
         whole = dict(self.whole)
-        for (name, own), numbers in zip(factors.items(), counts.T.int().tolist(), strict=True):
+        by_name = counts.T.int().tolist() if factors else []  # an empty list too would wait for the device
+        for (name, own), numbers in zip(factors.items(), by_name, strict=True):
             both, number = torch.cat(own, dim=1), sum(numbers)
             if number * both.shape[1] <= _LARGEST_SHARE * tuned.named_masters()[name].numel():
                 before = sum(numbers[: rows.number])
