@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.runtime import free_bytes
 from slzo.zo.estimators import Backprop
 from slzo.zo.memory import MemoryInputs, MemoryPlan, Workload, tuning_bytes
-from slzo.zo.optim import OptimizerChoice, adamw
+from slzo.zo.optim import AUTO_LR, OptimizerChoice, default_optimizer
 from slzo.zo.options import TrainingOptions
 from slzo.zo.policy_gradient import MOST_LOGITS
 from slzo.zo.scopes import LayerScope, Scope, ScopeContext, tensors_of
@@ -76,7 +77,12 @@ def first_order(options: TrainingOptions, rows: TaskRows) -> TrainingOptions | N
     if options.estimator.differentiates or placed or options.parallel not in ("rows", 1):
         return None
     try:
-        changed = replace(options, estimator=Backprop(), optimizer=OptimizerChoice.of(adamw), step=StepOptions())
+        changed = replace(
+            options,
+            estimator=Backprop(),
+            optimizer=OptimizerChoice.of(partial(default_optimizer(False), lr=AUTO_LR)),
+            step=StepOptions(),
+        )
         changed.check_rows(rows)
     except SlzoError:
         return None
@@ -113,7 +119,7 @@ def memory_inputs(
     layer = options.layer
     if layer is None and options.scope.needs_layer:
         layer = parts.num_layers // 2  # not chosen yet; all layers have the same size
-    context = ScopeContext(parts, layer, _no_prompts)
+    context = ScopeContext(parts, layer)
     layers = options.scope.changed_layers(context)
     start = min(layers, default=0)
     differentiated = 0 if options.estimator.along_directions else parts.num_layers - start
@@ -146,10 +152,6 @@ def memory_inputs(
         return inputs
     places = replace(options.device_map, reserved=inputs.non_weight_bytes).places(skeleton, device)
     return replace(inputs, away=len(set(places.away) - set(layers)), where=places.describe())
-
-
-def _no_prompts(num_sequences: int) -> list[PackedBatch]:
-    raise SlzoError("there are no activations yet")
 
 
 def _tensors(scope: Scope, context: ScopeContext, layers: list[int]) -> TunedTensors:

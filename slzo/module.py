@@ -4,12 +4,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 from torch.optim import Optimizer
 
 from slzo.callbacks.run_context import run_context, steps_per_epoch
@@ -41,13 +43,12 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.kinds import Kinds, check_kinds
 from slzo.utils.runtime import check_agreement, peak_memory_gb
 from slzo.utils.settings import differences, flat_settings
-from slzo.zo.estimators import ESTIMATORS, SPSA, Estimator, LayerOutputPerturbation
-from slzo.zo.optim import MakeOptimizer, MakeScheduler, OptimizerChoice, adamw, set_rate, sgd
+from slzo.zo.estimators import ESTIMATORS, Estimator, default_estimator
+from slzo.zo.optim import AUTO_LR, MakeOptimizer, MakeScheduler, OptimizerChoice, default_optimizer, set_rate
 from slzo.zo.options import TrainingOptions
 from slzo.zo.processes import Parallel
 from slzo.zo.scopes import SCOPES, LayerScope, Scope
 from slzo.zo.stepper import StepOptions, Stepper, StepResult
-from slzo.zo.tuned import TunedTensors
 from slzo.zo.tuned_model import TunedModel
 
 if TYPE_CHECKING:
@@ -120,9 +121,9 @@ class ZOModule(LightningModule):
         scope = LayerScope() if scope is None else scope
         step = StepOptions(None if eps == "auto" else eps, num_queries)
         if estimator is None:
-            estimator = LayerOutputPerturbation() if scope.one_layer and not step.has_weight_options else SPSA()
+            estimator = default_estimator(scope.one_layer, step.has_weight_options)()
         if optimizer is None:
-            optimizer = sgd if estimator.along_directions else adamw
+            optimizer = partial(default_optimizer(estimator.along_directions), lr=AUTO_LR)
         self.options = TrainingOptions(
             OptimizerChoice.of(optimizer, lr_scheduler),
             model=model,
@@ -147,7 +148,7 @@ class ZOModule(LightningModule):
         self._start: Checkpoint | None = None  # whose tensors are scored, until they are tuned further
         # submodules: strategies move them to their device and find what requires a gradient
         self.model: Any = None
-        self.tuned_tensors: TunedTensors | None = None
+        self.masters = nn.ParameterList()
         self._score: RunningScore | None = None
         # for loggers and checkpoints; the options are not read back from there
         self.save_hyperparameters(
@@ -248,14 +249,15 @@ class ZOModule(LightningModule):
                 self._drop_parts()  # their weights and modules may have changed
             raise
         layer_barrier(prepared.model.parts.model)
-        found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer}
+        done = 0 if checkpoint is None else checkpoint.content["global_step"]
+        found = {"weights": prepared.model.base.short_hash(), "layer": prepared.model.layer, "steps": done}
         check_agreement({**prepared.data.hashes(), **found}, "give all the same files")
         if (limit := callback_of(trainer, TimeLimit)) is not None:
             limit.apply(trainer, prepared.time)
         if self._untuned is None:
             self._hold_parts(prepared.untuned)
         self.prepared = prepared
-        self.tuned_model, self.tuned_tensors = prepared.model, prepared.model.tensors
+        self._hold_tuned(prepared.model)
 
     def _load_parts(self) -> ModelParts:
         """Return the untuned model, and load it if that has not been done."""
@@ -267,8 +269,7 @@ class ZOModule(LightningModule):
 
     def _restore(self, start: Checkpoint, for_training: bool = False) -> None:
         """Load the tuned tensors of a checkpoint."""
-        self.tuned_model = restore(self._load_parts(), start.note, self.options, for_training)
-        self.tuned_tensors = self.tuned_model.tensors
+        self._hold_tuned(restore(self._load_parts(), start.note, self.options, for_training))
         self.load_state_dict(start.content["state_dict"])
 
     def _start_training(self, resumes: bool) -> None:
@@ -291,6 +292,11 @@ class ZOModule(LightningModule):
         """Check that the rows have the tokenizer of a checkpoint that is scored."""
         if not self.rows.allow_changed_rows:
             check_tokenizer(hash_tokenizer(self.rows.encoder.tokenizer), note["data"])
+
+    def _hold_tuned(self, tuned: TunedModel) -> None:
+        self.tuned_model = tuned
+        # without buffers, which DDP would send in each step
+        self.masters = nn.ParameterList(tuned.tensors.masters)
 
     def _hold_parts(self, parts: ModelParts) -> None:
         self._untuned = parts
@@ -502,7 +508,8 @@ class ZOModule(LightningModule):
         if self.tuned_model is not None:
             self.teardown("fit")
             self.tuned_model.release()
-            self.tuned_model = self.tuned_tensors = self.prepared = None
+            self.tuned_model = self.prepared = None
+            self.masters = nn.ParameterList()
             self._drop_parts()
 
 

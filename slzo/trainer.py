@@ -106,7 +106,7 @@ class ZOTrainer(Trainer):
         if isinstance(model, ZOModule) and isinstance(datamodule, TaskRows):
             model.options.check_rows(datamodule)
             check_callbacks(self.callbacks, datamodule.metric_names)
-        checkpoint = self._find(ckpt_path, restarted=True)
+        checkpoint = self._find(ckpt_path, to_continue=True)
         path, begun = (None, 0) if checkpoint is None else (checkpoint.path, checkpoint.content["global_step"])
         if path is None and self._trained is not None and self._trained != (model, datamodule):
             # its callbacks keep the untuned score and the best state
@@ -189,21 +189,21 @@ class ZOTrainer(Trainer):
             watch.watch_launcher(self)
         return run_folder(self, self._run_folders, begun)
 
-    def _find(self, ckpt_path: str | Path | None, restarted: bool = False) -> Checkpoint | None:
+    def _find(self, ckpt_path: str | Path | None, to_continue: bool = False) -> Checkpoint | None:
         """Read a checkpoint; ``last`` and ``best`` are those of this trainer's run, otherwise of the newest one.
 
-        Without a path, a training (``restarted``) by slzo's command line in a SLURM job that was restarted continues the newest
+        Without a path, a training (``to_continue``) by slzo's command line in a SLURM job that was restarted continues the newest
         run of this job.
         """
         runs = (None if self.logger is None else self.logger.save_dir) or self.default_root_dir
         root = runs if self._fitted is None else self._fitted
         # a script may fit several times, and all its runs have the same command
-        job = job_id() if restarted and is_restarted() and command_line() is not None else None
+        job = job_id() if to_continue and is_restarted() and command_line() is not None else None
         if ckpt_path is None and job is not None:
             ckpt_path = checkpoint_of_job(root, job)
         if ckpt_path is None:
             return None
-        found = find_checkpoint(ckpt_path, root, to_continue=restarted)
+        found = find_checkpoint(ckpt_path, root, to_continue=to_continue)
         self._set_known(found)
         return found
 

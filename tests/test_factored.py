@@ -10,7 +10,7 @@ from slzo.models.engine import Engine
 from slzo.zo import factored
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import LayerOutputPerturbation, Request
-from slzo.zo.factored import factored_vjp
+from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.processes import CountedSum, Part, Processes, identity
 from slzo.zo.scopes import ActivationSubspace, LayerScope, LoRA, OutlierChannels
 from slzo.zo.tuned import TunedTensors
@@ -47,8 +47,8 @@ def test_every_use_of_a_weight_is_in_the_gradient():
     gradient = torch.randn_like(output)
     found = pull_back(gradient)
     assert {name: len(parts) for name, parts in found.factors.items()} == {"a.weight": 2, "b.weight": 1}
-    assert found.whole.keys() == tuned.named_masters().keys() - {"a.weight"}
-    sums, total = found.total(torch.tensor([1.0, 2.0]), tuned, Part(0, 1), identity)
+    assert found.whole.keys() == {"a.bias", "b.weight", "c.weight"}
+    sums, total = found.total(torch.tensor([1.0, 2.0]), Part(0, 1), identity)
     assert sums.tolist() == [1, 2]
     torch.testing.assert_close(total, expected(gradient))
 
@@ -96,5 +96,61 @@ def test_factors_are_sent_if_they_are_much_smaller(number, is_sent):
         sizes.append(tensor.numel())
         return tensor
 
-    pull_back(torch.ones(number, 40)).total(torch.zeros(2), tuned, Part(1, 2), sum_rows)
-    assert sizes == [2 + 2, 100 * number if is_sent else 2400]
+    pull_back(torch.ones(number, 40)).total(torch.zeros(2), Part(1, 2), sum_rows)
+    assert sizes == [2 + 4, 100 * number if is_sent else 2400]
+
+
+class Experts(nn.Module):
+    """Each input goes through one of two linear maps, or through one in a way that has no factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, inputs, use):
+        if use == "plain":
+            return inputs @ self.experts[0].weight.T
+        return self.experts[use](inputs)
+
+
+@pytest.mark.parametrize("uses", [(0, 1), (0, 0), ("plain", 0), (0, "plain"), ("plain", 1)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 20), (20, 1)], ids=str)
+def test_processes_may_use_other_weights(uses, rows):
+    """Some with factors, some without, some not at all; one of many inputs has too many factors."""
+    torch.manual_seed(0)
+    module = Experts()
+    tuned = TunedTensors(dict(module.named_parameters()))
+    inputs = [torch.randn(number, 16) for number in rows]
+
+    def derivative(function, rank):
+        output, pull_back = function(module, tuned, lambda: module(inputs[rank], uses[rank]))
+        return pull_back(torch.ones_like(output))
+
+    def run(processes):
+        gradient = FactoredGradient(tuned)
+        gradient.add(derivative(factored_vjp, processes.rank))
+        return gradient.total(torch.ones(1), processes.of_rows, processes.sum_rows)
+
+    found = on_grid(2, 1, run)
+    parts = [derivative(vjp, rank) for rank in range(2)]
+    for sums, total in found:
+        assert sums.tolist() == [2]
+        torch.testing.assert_close(total, {name: parts[0][name] + parts[1][name] for name in tuned.names})
+
+
+def test_factors_of_many_parts_are_multiplied():
+    """So that they never take more memory than a quarter of the gradient."""
+    module = nn.Linear(16, 16, bias=False)
+    tuned = TunedTensors({"weight": module.weight})
+    total, gradient = torch.zeros(16, 16), FactoredGradient(tuned)
+    for _ in range(5):
+        inputs = torch.randn(1, 16)
+        for found in (factored_vjp, vjp):
+            output, pull_back = found(module, tuned, lambda inputs=inputs: module(inputs))
+            own = pull_back(torch.ones_like(output))
+            if found is vjp:
+                total += own["weight"]
+            else:
+                gradient.add(own)
+        assert sum(len(each.inputs) for each in gradient.factors.get("weight", ())) <= 2
+    torch.testing.assert_close(gradient.total(torch.zeros(1), Part(0, 1), identity)[1]["weight"], total)

@@ -252,20 +252,19 @@ def estimates_of(model, loss, number, queries=50):
     return [estimate_at(model, loss, step, queries=queries, scale=0.02) for step in range(number)]
 
 
-@pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @each_family
-def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, layer, packed, factored, examples):
+def test_the_derivative_through_the_last_tokens_is_that_of_the_layer(family, layer, packed, examples):
     parts, batch = ModelParts(tiny_model(family, scale=1.5), packed, onednn=False), pack(examples)
     tuned, entering = tune_layer(parts, layer), parts.run(batch, 0, layer, None).detach()
     run = partial(parts.run, batch, layer, layer + 1, entering, norm=False, derivatives=True)
     expected_output, expected = vjp(parts.model, tuned, run)
-    output, found = differentiable_layers(parts, tuned, layer, layer + 1, batch, entering, factored)
+    output, found = differentiable_layers(parts, tuned, layer, layer + 1, batch, entering)
     torch.testing.assert_close(output, expected_output)
     at_needed = torch.randn(len(batch.needed), output.shape[1], generator=torch.Generator().manual_seed(0))
     everywhere = torch.zeros_like(output).index_copy_(0, batch.needed, at_needed)
-    _, total = found(at_needed).total(torch.zeros(2), tuned, Part(0, 1), identity)
+    _, total = found(at_needed).total(torch.zeros(2), Part(0, 1), identity)
     torch.testing.assert_close(total, expected(everywhere), rtol=1e-4, atol=1e-5)
 
 

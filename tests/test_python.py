@@ -27,7 +27,7 @@ from slzo.export import ExportOptions, export_checkpoint
 from slzo.fit import best_state
 from slzo.utils.errors import SlzoError
 from slzo.zo.estimators import SPSA
-from slzo.zo.optim import sgd
+from slzo.zo.optim import AUTO_LR
 from slzo.zo.processes import ALONE, Processes
 from slzo.zo.scopes import LayerScope, LoRA, PrefixTuning, RandomLayers
 
@@ -358,7 +358,10 @@ def fit(data_dir, model_dir, **options):
     """A short training; the trainer and the rows."""
     trainer = ZOTrainer(**{"max_steps": 2, "val_check_interval": 1, **QUIET, **options})
     data = rows(data_dir)
-    trainer.fit(ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=sgd, eps=1e-3), datamodule=data)
+    trainer.fit(
+        ZOModule(str(model_dir), 2, estimator=SPSA(), optimizer=partial(torch.optim.SGD, lr=AUTO_LR), eps=1e-3),
+        datamodule=data,
+    )
     return trainer, data
 
 

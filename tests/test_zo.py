@@ -16,7 +16,7 @@ from slzo.zo.derivatives import vjp
 from slzo.zo.estimators import SPSA, LayerOutputPerturbation, Request
 from slzo.zo.noise import gaussian
 from slzo.zo.objectives import CandidateCrossEntropy
-from slzo.zo.optim import OptimizerChoice, adamw, set_rate
+from slzo.zo.optim import AUTO_LR, OptimizerChoice, set_rate
 from slzo.zo.step import take_step
 from slzo.zo.stepper import StepOptions
 from slzo.zo.tuned import TunedTensors
@@ -149,9 +149,11 @@ def test_logits_of_the_candidates_are_enough_for_one_token_after_the_same_prompt
 def test_a_fused_step_takes_a_gradient_of_any_layout():
     """Torch's fused AdamW reads a transposed gradient in the wrong order on a CPU."""
     results = []
-    for optimizer, transposed in ((adamw, True), (partial(torch.optim.AdamW, lr=0.1), False)):
+    automatic = partial(torch.optim.AdamW, lr=AUTO_LR)
+    for optimizer, transposed in ((OptimizerChoice.of(automatic).make, True), (automatic, False)):
         tuned = TunedTensors({"w": torch.linspace(-1, 1, 15).view(3, 5)})
         chosen = optimizer(tuned.masters)
+        assert chosen.param_groups[0]["fused"] is (True if transposed else None)
         set_rate(chosen, 0.1)
         for number in range(3):
             gradient = torch.randn(3, 5, generator=torch.Generator().manual_seed(number))

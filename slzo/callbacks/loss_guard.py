@@ -9,7 +9,7 @@ from torch import Tensor
 from slzo.callbacks.run_context import dev_batches, num_dev_rows
 from slzo.callbacks.schedule import is_quick, validation_due
 from slzo.module import ZOModule
-from slzo.utils.console import say
+from slzo.utils.console import say, warn
 from slzo.utils.errors import SlzoError
 from slzo.zo.time_plan import Passes
 
@@ -58,6 +58,11 @@ class LossGuard(Callback):
             return
         assert pl_module.prepared is not None
         self.rolled_back_at = -1
+        if self.factor is not None and trainer.enable_validation and trainer.val_check_batch is None:
+            warn(
+                "guard: with a time as trainer.val_check_interval and no trainer.max_time the run does not roll back after a "
+                "spike; give a number of steps, or trainer.max_time"
+            )
         if not pl_module.prepared.resumed:
             self.rollbacks, self._first, self._lowest = 0, math.inf, math.inf
             rows = pl_module.rows

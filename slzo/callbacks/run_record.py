@@ -72,6 +72,7 @@ class RunRecord(Callback):
             return
         prepared = pl_module.prepared
         assert prepared is not None
+        self._forecast = Forecast(self._forecast.row_seconds)  # of this fit
         folder, rows, self._device = folder_of(trainer), pl_module.rows, pl_module.device
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # TensorBoard shows each set of options as a separate run

@@ -143,6 +143,8 @@ def _one_line(option: str) -> Iterator[None]:
         raise SlzoError(f"{option}: damaged: {error} does not match its checksum; {_ADVICE}") from error
     except OSError as error:
         raise SlzoError(f"{option}: cannot be read ({error.strerror or error}); {_ADVICE}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged header can cause many errors
         raise SlzoError(f"{option}: not a readable checkpoint ({type(error).__name__}); {_ADVICE}") from error
 

@@ -7,8 +7,8 @@ from typing import Any
 from slzo.cli.given import Given, loaded
 from slzo.cli.option_types import imported_class
 from slzo.module import ZOModule
-from slzo.zo.estimators import ESTIMATORS, SPSA, LayerOutputPerturbation
-from slzo.zo.optim import AUTO_LR
+from slzo.zo.estimators import ESTIMATORS, default_estimator
+from slzo.zo.optim import AUTO_LR, default_optimizer
 from slzo.zo.scopes import SCOPES
 from slzo.zo.scopes.base import is_one_layer
 
@@ -22,14 +22,13 @@ def class_defaults(given: Sequence[Given]) -> dict[str, dict[str, Any]]:
     options = {name: value for name, value in latest.items() if value is not None}
     found: dict[str, dict[str, Any]] = {}
     of_weights = any(options.get(name, usual) != usual for name, usual in _OF_WEIGHTS.items())
-    perturbs_output = _one_layer(given, options) and not of_weights
-    default = LayerOutputPerturbation if perturbs_output else SPSA
+    default = default_estimator(_one_layer(given, options), of_weights)
     if any(name.startswith("model.estimator.") for name in options):
         found["model.estimator"] = {"class_path": f"{default.__module__}.{default.__name__}"}
     if any(name == "model.optimizer" or name.startswith("model.optimizer.") for name in options):
         estimator = _last_class("model.estimator", given, ESTIMATORS) or default
-        optimizer = "SGD" if getattr(estimator, "along_directions", True) else "AdamW"
-        found["model.optimizer"] = {"class_path": f"torch.optim.{optimizer}", "init_args": {"lr": AUTO_LR}}
+        optimizer = default_optimizer(getattr(estimator, "along_directions", True))
+        found["model.optimizer"] = {"class_path": f"torch.optim.{optimizer.__name__}", "init_args": {"lr": AUTO_LR}}
     return found
 
 

@@ -34,7 +34,7 @@ class CellStore:
         self.folder = Path(folder).expanduser()
         path = self.folder / _SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
-        if path.is_file() and any((self.folder / "cells").glob("*.json")):
+        if path.is_file() and self._is_used():
             old = read_json(path, _REMOVE)
             # a folder of another experiment may lack them
             old_open = {name: old.get(name) for name in open_settings}
@@ -62,6 +62,11 @@ class CellStore:
             raise SlzoError(
                 f"output {str(self.folder)!r}: cannot be written ({error.strerror}); give another folder"
             ) from error
+
+    def _is_used(self) -> bool:
+        """Return whether a cell is finished, or a process works on one."""
+        cells = self.folder / "cells"
+        return any(cells.glob("*.json")) or any(_is_locked(path) for path in cells.glob("*.lock"))
 
     def result(self, name: str) -> Any:
         """Return the dict of a cell; ``None`` if the cell is not finished."""
@@ -113,3 +118,11 @@ class CellStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / "cells" / f"{name}.json"
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True

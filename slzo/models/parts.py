@@ -75,11 +75,9 @@ class ModelParts:
         self.layers_path, self.layers = find_decoder_layers(model)
         self.num_layers = len(self.layers)
         self.packed = packed and use_packed_attention(model)
-        self.onednn = (model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn
-        self._runnable = [with_onednn(layer) for layer in self.layers] if self.onednn else list(self.layers)
         self._stack_path, self._layers_name = decoder_of(model, self.layers_path)
         self._stack = model.get_submodule(self._stack_path)
-        self._views: dict[tuple[int, int, bool, bool], _View] = {}
+        self.use_onednn((model.device.type == "cpu" and onednn_is_faster(self.layers[0])) if onednn is None else onednn)
         self._head_views: dict[bool, tuple[nn.Module, Precomputed, SelectedHead | None]] = {}
 
     def with_virtual_tokens(self, virtual_tokens: VirtualTokens | None) -> ModelParts:
@@ -89,6 +87,12 @@ class ModelParts:
         if "_outputs" in vars(self):
             parts._outputs = self._outputs
         return parts
+
+    def use_onednn(self, onednn: bool) -> None:
+        """Run float32 linear layers on the CPU through oneDNN, or not."""
+        self.onednn = onednn
+        self._runnable = [with_onednn(layer) for layer in self.layers] if onednn else list(self.layers)
+        self._views: dict[tuple[int, int, bool, bool], _View] = {}
 
     @cached_property
     def _outputs(self) -> tuple[int, type[ModelOutput]]:

@@ -242,7 +242,7 @@ def _adapted(model: PreTrainedModel, folder: Path, source: Source) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = one_line(error)
         raise SlzoError(
-            f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason}); give the right one with --base_model"
+            f"ckpt_path {source.path!r}: the adapter does not fit its base model ({reason}); give the right one with --base"
         ) from error
     if adapted.active_peft_config.is_prompt_learning:
         raise _virtual_tokens_error(source)

@@ -13,12 +13,12 @@ _STEPS = 4
 class Forecast:
     """Times the first steps.
 
-    Attributes:
+    Args:
         row_seconds: Time to score a row, in seconds; ``None`` if it is unknown.
     """
 
-    def __init__(self) -> None:
-        self.row_seconds: float | None = None
+    def __init__(self, row_seconds: float | None = None) -> None:
+        self.row_seconds = row_seconds
         self._begun = 0.0
         self._seconds: list[float] = []
 

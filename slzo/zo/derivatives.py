@@ -1,6 +1,6 @@
 """Exact derivatives with respect to the masters of any module, by back-propagation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,15 +28,17 @@ def vjp(
     Raises:
         SlzoError: A tuned tensor is not a parameter of the module.
     """
-    output, pull_back = live_vjp(module, tuned, function)
-
+    output, pull_back = live_vjp(module, tuned, lambda _: function())
     return output, lambda gradient: tuned.pull_back(pull_back(gradient), tuned.names)
 
 
 def live_vjp(
-    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]
+    module: nn.Module, tuned: TunedTensors, function: Callable[[Mapping[str, Tensor]], Tensor]
 ) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
-    """Do the same as :func:`vjp` with the gradients of the live tensors, without those that the result does not depend on."""
+    """Like :func:`vjp`, but the second function returns the gradients of the live tensors, without those of unused ones.
+
+    ``function`` gets the tensors by name of the tuned tensor that the module has instead of its own during the call.
+    """
     paths = {id(parameter): name for name, parameter in module.named_parameters()}
     views: dict[str, Tensor] = {}
     for name, tensor in tuned.items():
@@ -44,13 +46,14 @@ def live_vjp(
             raise SlzoError(
                 f"model.scope: tensor {name!r} is not a parameter of the model, so it has no gradient; use SPSA"
             )
-        views[f"module.{paths[id(tensor.live)]}"] = tensor.live.detach().requires_grad_()
+        views[name] = tensor.live.detach().requires_grad_()
+    in_call = {f"module.{paths[id(tensor.live)]}": views[name] for name, tensor in tuned.items()}
     with torch.enable_grad():
-        output = functional_call(_Call(module, function), views, ())
+        output = functional_call(_Call(module, lambda: function(views)), in_call, ())
 
     def pull_back(gradient: Tensor) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(output, list(views.values()), gradient, allow_unused=True)
-        return {name: own for name, own in zip(tuned.names, gradients, strict=True) if own is not None}
+        return {name: own for name, own in zip(views, gradients, strict=True) if own is not None}
 
     return output.detach(), pull_back
 

@@ -5,7 +5,7 @@ gradient with respect to its outputs. Then W has the gradient :math:`G^T X`. Pro
 elements instead of in * out (sufficient factors; Xie et al. 2015, arXiv 1511.08486).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
-from slzo.zo.derivatives import live_vjp, vjp
+from slzo.zo.derivatives import live_vjp
 from slzo.zo.processes import Part, sum_tensors
 from slzo.zo.tuned import Direction, TunedTensors
 
 # Factors are exchanged if those of all processes have at most this share of the gradient's elements. Every process multiplies the
 # factors of all, so with many inputs this takes longer than sending the gradient.
 _LARGEST_SHARE = 0.25
-
-
-FactoredVjp = tuple[Tensor, Callable[[Tensor], "FactoredGradient"]]
 
 
 class Factors(NamedTuple):
@@ -37,15 +34,9 @@ class Factors(NamedTuple):
     outputs: Tensor
     inputs: Tensor
 
-    @classmethod
-    def joined(cls, parts: Iterable["Factors"]) -> "Factors":
-        """Return the factors of a sum of gradients."""
-        outputs, inputs = zip(*parts, strict=True)
-        return cls(torch.cat(outputs), torch.cat(inputs))
-
     def product(self) -> Tensor:
         """Return the gradient, shape (out, in)."""
-        return self.outputs.T @ self.inputs
+        return (self.inputs.T @ self.outputs).T  # as autograd computes it
 
 
 @dataclass
@@ -53,95 +44,128 @@ class FactoredGradient:
     """The gradient of the masters, partly in factors. It is the sum of both parts.
 
     Attributes:
-        whole: Gradients of masters, float32.
-        factors: Factors of the gradients of the model's own tensors, at least one for each name.
+        tuned: The masters.
+        whole: Gradients of masters by name, float32.
+        factors: Factors of the gradients of the model's own tensors by name, one for each use of a weight.
     """
 
+    tuned: TunedTensors
     whole: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, list[Factors]] = field(default_factory=dict)
 
     def add(self, more: "FactoredGradient") -> None:
-        """Add another gradient, in place."""
-        add_gradient(self.whole, more.whole)
+        """Add another gradient, in place. Factors that become too large are multiplied."""
+        for name, own in more.whole.items():
+            self._add_whole(name, own)
         for name, parts in more.factors.items():
             self.factors.setdefault(name, []).extend(parts)
+        for name, tensor in self.tuned.items():
+            if self._num_inputs(name) * sum(tensor.live.shape) > _LARGEST_SHARE * tensor.master.numel():
+                self._multiply(name)
 
-    def total(
-        self, sums: Tensor, tuned: TunedTensors, rows: Part, sum_rows: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Direction]:
-        """Return ``sums`` and the gradient, both added up over the processes. All processes get the same bits.
+    def total(self, sums: Tensor, rows: Part, sum_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Direction]:
+        """Return ``sums`` and the gradient of all masters, added up over the processes.
+
+        All processes multiply the same factors. So those with the same kind of processor get the same bits.
 
         Args:
             sums: Numbers of this process, shape (N,), float32.
-            tuned: The masters.
             rows: The part of the rows that this process has.
             sum_rows: Returns the sum of a tensor over the processes.
         """
-        factors = {name: Factors.joined(parts) for name, parts in self.factors.items()}
-        counts = sums.new_zeros(rows.total, len(factors))
-        for column, own in enumerate(factors.values()):
-            counts[rows.number, column] = len(own.inputs)
-        summed = sum_rows(torch.cat([sums, counts.flatten()]))
-        sums, counts = summed[: len(sums)], summed[len(sums) :].view_as(counts)
         sent: dict[str, Tensor] = {}
-        whole = dict(self.whole)
-        by_name = counts.T.int().tolist() if factors else []  # an empty list too would wait for the device
-        for (name, own), numbers in zip(factors.items(), by_name, strict=True):
-            both, number = torch.cat(own, dim=1), sum(numbers)
-            if number * both.shape[1] <= _LARGEST_SHARE * tuned.named_masters()[name].numel():
+        if rows.total > 1:
+            sums, sent = self._exchange_sizes(sums, rows, sum_rows)
+        for name in list(self.factors):
+            self._multiply(name)
+        names = [name for name in self.tuned.names if name in self.whole]
+        received = sum_tensors(sum_rows, [*(self.whole[name] for name in names), *sent.values()])
+        self.whole = dict(zip(names, received, strict=False))
+        tensors = dict(self.tuned.items())
+        for name, both in zip(sent, received[len(names) :], strict=True):
+            outputs, inputs = both.tensor_split([tensors[name].live.shape[0]], dim=1)
+            self.whole[name] = tensors[name].pull_back(Factors(outputs, inputs).product())
+        return sums, {
+            name: self.whole[name] if name in self.whole else torch.zeros_like(tensor.master)
+            for name, tensor in tensors.items()
+        }
+
+    def _exchange_sizes(
+        self, sums: Tensor, rows: Part, sum_rows: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``sums``, added up, and the factors to send. Of the rest all processes then have the same names."""
+        names = self.tuned.names
+        own = torch.tensor([[self._num_inputs(name), name in self.whole] for name in names], dtype=torch.float32)
+        sizes = sums.new_zeros(rows.total, len(names), 2)
+        sizes[rows.number] = own.to(sums.device)
+        summed = sum_rows(torch.cat([sums, sizes.flatten()]))
+        by_name = summed[len(sums) :].view_as(sizes).transpose(0, 1).int().tolist()
+        sent: dict[str, Tensor] = {}
+        for (name, tensor), of_processes in zip(self.tuned.items(), by_name, strict=True):
+            numbers, is_whole = zip(*of_processes, strict=True)
+            total = sum(numbers)
+            if any(is_whole) or total * sum(tensor.live.shape) > _LARGEST_SHARE * tensor.master.numel():
+                self._multiply(name)
+                self.whole.setdefault(name, torch.zeros_like(tensor.master))
+            elif total:
                 before = sum(numbers[: rows.number])
-                sent[name] = pad(both, (0, 0, before, number - before - len(both)))
-            else:
-                add_gradient(whole, tuned.pull_back({name: own.product()}))
-        # the sums of factors are exact: all other terms are 0
-        received = sum_tensors(sum_rows, [*whole.values(), *sent.values()])
-        total = dict(zip(whole, received, strict=False))
-        for name, both in zip(sent, received[len(whole) :], strict=True):
-            outputs, inputs = both.tensor_split([factors[name].outputs.shape[1]], dim=1)
-            add_gradient(total, tuned.pull_back({name: Factors(outputs, inputs).product()}))
-        return sums, {name: total[name] for name in tuned.names}
+                mine = self._joined(name, tensor.live)
+                # the sum is exact: all other terms are 0
+                sent[name] = pad(mine, (0, 0, before, total - before - len(mine)))
+        return summed[: len(sums)], sent
+
+    def _num_inputs(self, name: str) -> int:
+        return sum(len(each.inputs) for each in self.factors.get(name, ()))
+
+    def _joined(self, name: str, live: Tensor) -> Tensor:
+        """Remove and return the factors of a tensor, shape (n, out + in)."""
+        parts = [torch.cat(each, dim=1) for each in self.factors.pop(name, [])]
+        return torch.cat(parts) if parts else live.new_zeros(0, sum(live.shape))
+
+    def _multiply(self, name: str) -> None:
+        """Multiply the factors of a tensor."""
+        tensor = dict(self.tuned.items())[name]
+        for each in self.factors.pop(name, []):
+            self._add_whole(name, tensor.pull_back(each.product()))
+
+    def _add_whole(self, name: str, own: Tensor) -> None:
+        self.whole[name] = self.whole[name].add_(own) if name in self.whole else own
 
 
-def add_gradient(gradient: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add a gradient to another one, in place."""
-    for name, own in more.items():
-        gradient[name] = gradient[name].add_(own) if name in gradient else own
-
-
-def whole_vjp(module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]) -> FactoredVjp:
-    """Do the same as :func:`slzo.zo.derivatives.vjp`; no gradient is in factors."""
-    output, pull_back = vjp(module, tuned, function)
-    return output, lambda gradient: FactoredGradient(pull_back(gradient))
-
-
-def factored_vjp(module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]) -> FactoredVjp:
-    """Do the same as :func:`slzo.zo.derivatives.vjp`; gradients of weights of linear maps are in factors.
+def factored_vjp(
+    module: nn.Module, tuned: TunedTensors, function: Callable[[], Tensor]
+) -> tuple[Tensor, Callable[[Tensor], FactoredGradient]]:
+    """Like :func:`slzo.zo.derivatives.vjp`, but the gradients of linear maps' weights are returned as factors.
 
     If ``function`` also uses such a weight in another way, the gradient of that use is whole.
     """
-    mode = _KeptFactors(tuned)
+    kept = _KeptFactors()
 
-    def keeping() -> Tensor:
-        with mode:
+    def keeping(views: Mapping[str, Tensor]) -> Tensor:
+        kept.names = {id(view): name for name, view in views.items()}
+        with kept:
             return function()
 
     output, pull_back = live_vjp(module, tuned, keeping)
 
     def factored(gradient: Tensor) -> FactoredGradient:
-        live = pull_back(gradient)
-        factors = {name: parts for name, parts in mode.factors.items() if parts}
-        whole = tuned.pull_back(live, [name for name in tuned.names if name in live or name not in factors])
-        return FactoredGradient(whole, factors)
+        whole = tuned.pull_back(pull_back(gradient))
+        return FactoredGradient(tuned, whole, kept.factors)
 
     return output, factored
 
 
 class _KeptFactors(TorchFunctionMode):
-    """Keeps the factors of tuned weights' gradients in the backward pass."""
+    """Keeps the factors of tuned weights' gradients in the backward pass.
 
-    def __init__(self, tuned: TunedTensors) -> None:
+    Attributes:
+        names: Name of each tuned tensor by the ``id`` of the tensor that the module uses.
+        factors: Factors by name.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._weights = {name: tensor.live for name, tensor in tuned.items()}
+        self.names: dict[int, str] = {}
         self.factors: dict[str, list[Factors]] = {}
 
     def __torch_function__(
@@ -149,32 +173,29 @@ class _KeptFactors(TorchFunctionMode):
     ) -> Any:
         """Call ``func``; if it is ``linear`` with a tuned weight, as :class:`_Linear`."""
         kwargs = kwargs or {}
-        if func is linear and len(args) > 1:
-            for name, weight in self._weights.items():
-                if _is_same(args[1], weight):
-                    inputs, bias = args[0], args[2] if len(args) > 2 else kwargs.get("bias")
-                    kept = self.factors.setdefault(name, [])
-                    outputs: Tensor = _Linear.apply(inputs.flatten(0, -2), args[1], bias, kept)
-                    return outputs.unflatten(0, inputs.shape[:-1])
-        return func(*args, **kwargs)
-
-
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape and tensor.stride() == other.stride()
+        name = self.names.get(id(args[1])) if func is linear and len(args) > 1 else None
+        if name is None:
+            return func(*args, **kwargs)
+        inputs, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+        keep = self.factors.setdefault(name, []).append
+        outputs: Tensor = _Linear.apply(inputs.flatten(0, -2), weight, bias, keep)
+        return outputs.unflatten(0, inputs.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map of inputs of shape (n, in), whose backward pass appends the factors of the weight's gradient to a list."""
+    """A linear map of inputs of shape (n, in), whose backward pass keeps the factors of the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, kept: list[Factors]) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Callable[[Factors], None]
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.kept = kept
+        ctx.keep = keep
         return linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
-        ctx.kept.append(Factors(gradient, inputs.detach()))
+        ctx.keep(Factors(gradient, inputs.detach()))
         of_inputs, _, of_bias, _ = ctx.needs_input_grad
         return gradient @ weight if of_inputs else None, None, gradient.sum(dim=0) if of_bias else None, None

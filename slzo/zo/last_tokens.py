@@ -22,7 +22,7 @@ from slzo.evaluation.prompt_states import keys_and_values, recorded, run_with
 from slzo.models.attention import masked_attention
 from slzo.models.parts import ModelParts
 from slzo.models.placement import placement_of
-from slzo.zo.factored import FactoredGradient, factored_vjp, whole_vjp
+from slzo.zo.factored import FactoredGradient, factored_vjp
 from slzo.zo.tuned import TunedTensors
 
 
@@ -211,7 +211,6 @@ def differentiable_layers(
     stop: int,
     batch: PackedBatch,
     entering: Tensor,
-    factored: bool = False,
 ) -> tuple[Tensor, Callable[[Tensor], FactoredGradient]]:
     """Run layers; return their output and, for the needed positions, the transpose of its derivative.
 
@@ -224,16 +223,14 @@ def differentiable_layers(
         stop: One past the last layer.
         batch: The batch.
         entering: States that enter the first layer, shape (T, hidden).
-        factored: Whether to return gradients of linear maps as factors.
 
     Returns:
         The output, shape (T, hidden), detached; and a function from the gradient with respect to the output at the needed
         positions, shape (U, hidden), to the gradient of the masters. It can be called once.
     """
     run = partial(parts.run, batch, start, stop, entering, norm=False)
-    derivative = factored_vjp if factored else whole_vjp
     if not _runs_last_tokens(parts):
-        output, pull_back = derivative(parts.model, tuned, partial(run, derivatives=True))
+        output, pull_back = factored_vjp(parts.model, tuned, partial(run, derivatives=True))
         return output, lambda gradient: pull_back(torch.zeros_like(output).index_copy_(0, batch.needed, gradient))
 
     def at_needed() -> Tensor:
@@ -244,7 +241,7 @@ def differentiable_layers(
         )
         return at_last[torch.searchsorted(last.positions, batch.needed)]
 
-    return run(), lambda gradient: derivative(parts.model, tuned, at_needed)[1](gradient)
+    return run(), lambda gradient: factored_vjp(parts.model, tuned, at_needed)[1](gradient)
 
 
 def _runs_last_tokens(parts: ModelParts) -> bool:

@@ -19,7 +19,7 @@ from slzo.evaluation.sampling import Sampling
 from slzo.utils.errors import SlzoError
 from slzo.zo.derivatives import vjp
 from slzo.zo.estimators.base import LayerOutput, Loss, OutputGradient, Point
-from slzo.zo.factored import FactoredGradient, add_gradient
+from slzo.zo.factored import FactoredGradient
 from slzo.zo.forward import SuffixForward
 from slzo.zo.last_tokens import differentiable_layers
 from slzo.zo.packed_layer_output import PackedLayerOutput
@@ -147,7 +147,8 @@ class BatchLogitLoss(_SummedLoss):
             run = partial(forward.loss, piece, states, self.objective)
             found, pull_back = vjp(forward.parts.model, context.tuned, run)
             sums += found
-            add_gradient(gradient, pull_back(of_total))
+            for name, own in pull_back(of_total).items():
+                gradient[name] = gradient[name].add_(own) if name in gradient else own
         sums, *summed = sum_tensors(context.reduce, [sums, *gradient.values()])
         return _mean(sums, dict(zip(gradient, summed, strict=True)))
 
@@ -156,18 +157,16 @@ class BatchLogitLoss(_SummedLoss):
         forward = context.forward
         start, stop = forward.span.start, forward.span.stop
         sums = torch.zeros(2, device=self.batch.packed.gold.device)
-        gradient, factored = FactoredGradient(), context.rows.total > 1
+        gradient = FactoredGradient(context.tuned)
         evaluations = 0.0
         for piece, states in self._pieces():
             entering = forward.parts.run(piece, 0, 0) if states is None else states
-            hidden, pull_back = differentiable_layers(
-                forward.parts, context.tuned, start, stop, piece, entering, factored=factored
-            )
+            hidden, pull_back = differentiable_layers(forward.parts, context.tuned, start, stop, piece, entering)
             output = PackedLayerOutput(forward, piece, entering, hidden, self.objective, self.batch.max_tokens)
             gradient.add(pull_back(estimate(output).to(hidden.dtype)))
             sums += torch.stack(output.sums)
             evaluations += output.evaluations * piece.num_tokens / self.batch.packed.num_tokens
-        loss, mean = _mean(*gradient.total(sums, context.tuned, context.rows, context.reduce))
+        loss, mean = _mean(*gradient.total(sums, context.rows, context.reduce))
         return OutputGradient(loss, mean, evaluations)
 
     def _pieces(self) -> Iterator[tuple[PackedBatch, Tensor | None]]:

@@ -25,12 +25,8 @@ from slzo.utils.errors import SlzoError
 from slzo.utils.settings import constructor_settings
 from slzo.zo.forward import Span, SuffixForward
 from slzo.zo.scopes import Scope, ScopeContext, tensors_of
-from slzo.zo.scopes.base import check_layer
+from slzo.zo.scopes.base import check_layer, no_prompts
 from slzo.zo.tuned import Subset, TunedTensors
-
-
-def _no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
-    raise SlzoError("model.scope: needs prompts, and none were given; pass prompts")
 
 
 class TunedModel:
@@ -95,7 +91,7 @@ class TunedModel:
         scope: Scope,
         layer: int | None = None,
         *,
-        prompts: Callable[[int], Sequence[PackedBatch]] = _no_prompts,
+        prompts: Callable[[int], Sequence[PackedBatch]] = no_prompts,
         seed: int = 0,
         engine: Engine | None = None,
         cache: PrefixCache | None = None,

@@ -12,6 +12,17 @@ from slzo.zo.estimators.spsa import SPSA
 ESTIMATORS = (Backprop, EvolutionStrategy, FZOO, LayerOutputPerturbation, LOZO, OneSided, SPSA)
 """The estimators that the command line offers by name."""
 
+
+def default_estimator(one_layer: bool, has_weight_options: bool) -> type[Estimator]:
+    """Return the default estimator.
+
+    Args:
+        one_layer: Whether the tuned tensors are within one layer.
+        has_weight_options: Whether an option of perturbations of weights is given.
+    """
+    return LayerOutputPerturbation if one_layer and not has_weight_options else SPSA
+
+
 __all__ = [
     "ESTIMATORS",
     "FZOO",
@@ -27,4 +38,5 @@ __all__ = [
     "OneSided",
     "Point",
     "Request",
+    "default_estimator",
 ]

@@ -101,8 +101,8 @@ class LayerOutputPerturbation(Estimator):
         size = self.scale * output.size
         gradient = torch.zeros(len(size), output.width, device=size.device)
         at_once = max(1, output.points_at_once // 2)
-        usual = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
-        tokens = usual if self.tokens is None else self.tokens
+        default_tokens = _TOKENS_WIDE if output.whole_vocabulary else _TOKENS
+        tokens = default_tokens if self.tokens is None else self.tokens
         shifts = output.token_shifts(tokens, _LOGIT_CHANGE) if tokens else None
         directions = gradient.new_zeros(0, *gradient.shape) if shifts is None else normalize(shifts, dim=2)
         if shifts is not None:
@@ -112,8 +112,10 @@ class LayerOutputPerturbation(Estimator):
                 own = shifts[part : part + at_once] * torch.stack(signs[part : part + at_once])
                 change, applied = self._changes(output, own)
                 gradient += (change[..., None] * normalize(applied, dim=2) / _norm(applied)).sum(dim=0)
-        usual = (_QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE) if output.whole_vocabulary else _QUERIES
-        num_queries = usual if self.queries is None else self.queries
+        default_queries = _QUERIES
+        if output.whole_vocabulary:
+            default_queries = _QUERIES_PER_TOKEN if output.by_position else _QUERIES_WIDE
+        num_queries = default_queries if self.queries is None else self.queries
         rest = torch.zeros_like(gradient)
         for first in range(0, num_queries, at_once):
             queries = range(first, min(first + at_once, num_queries))

@@ -21,6 +21,11 @@ def is_one_layer(layers: Any) -> bool:
     return layers is None or (is_list and len(set(layers)) == 1)
 
 
+def no_prompts(num_sequences: int) -> Sequence[PackedBatch]:
+    """Raise that prompts are needed."""
+    raise SlzoError("model.scope: needs prompts, and none were given; pass prompts")
+
+
 @dataclass(frozen=True)
 class ScopeContext:
     """What a scope can use to choose tensors.
@@ -34,7 +39,7 @@ class ScopeContext:
 
     parts: ModelParts
     layer: int | None
-    prompts: Callable[[int], Sequence[PackedBatch]]
+    prompts: Callable[[int], Sequence[PackedBatch]] = no_prompts
     seed: int = 0
 
 
